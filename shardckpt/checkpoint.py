@@ -1,0 +1,194 @@
+"""An open checkpoint: look into it, read parts of it, verify it, build its state anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from shardckpt.errors import CheckpointError
+from shardckpt.execution.disk import DiskTensor, map_tensor
+from shardckpt.execution.devices import free_memory
+from shardckpt.execution.load_driver import open_manifest
+from shardckpt.execution.reader import read_all, verify_shards
+from shardckpt.format.dtypes import DTYPES, itemsize
+from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.values import TensorRef
+from shardckpt.planning.build import Builder
+from shardckpt.planning.chunks import LocalChunk
+from shardckpt.planning.device_map import DeviceMap, resolve_device_map
+from shardckpt.planning.reads import plan_reads
+from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.storage.base import CheckpointFiles, Storage
+
+__all__ = ["Checkpoint", "SavedTensor"]
+
+
+class SavedTensor:
+    """A tensor in a checkpoint, not read yet: `shape`, `dtype`, and what indexing reads.
+
+    `tensor[...]`, `tensor[0:8]`, `tensor[3, :, 5:7]` return new CPU tensors, and read only
+    the blocks that hold the asked for part; those are verified. Slices have step 1.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, entry: TensorEntry) -> None:
+        self.name = name
+        self.shape = torch.Size(entry.shape)
+        self.dtype = DTYPES[entry.dtype]
+        self._checkpoint = checkpoint
+        self._entry = entry
+
+    def __repr__(self) -> str:
+        return f"SavedTensor({self.name!r}, {self.dtype}, shape={list(self.shape)})"
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Read a part, as a new CPU tensor of the shape that indexing a tensor would give."""
+        # A tensor without memory tells what the index means, errors included.
+        like = torch.empty(self.shape, device="meta")
+        shape = like[index].shape
+        box = _box(index, tuple(self.shape))
+        if box is None:
+            raise IndexError(
+                f"{self.name}: an index of integers, slices of step 1 and ... is expected, "
+                f"found {index!r}; read the whole with [...] and index that"
+            )
+        offsets, sizes = box
+        part = torch.empty(sizes, dtype=self.dtype)
+        self._checkpoint._fill(self._entry, LocalChunk(offsets, sizes, part))
+        return part.reshape(shape)
+
+
+def _box(
+    index: Any, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    parts += [slice(None)] * (len(shape) - len(parts))
+    offsets, sizes = [], []
+    for part, size in zip(parts, shape, strict=True):
+        if isinstance(part, slice):
+            start, stop, step = part.indices(size)
+            if step != 1:
+                return None
+            offsets.append(start)
+            sizes.append(max(0, stop - start))
+        elif isinstance(part, int) and not isinstance(part, bool):
+            offsets.append(part % size)
+            sizes.append(1)
+        else:
+            return None
+    return tuple(offsets), tuple(sizes)
+
+
+class Checkpoint(Mapping[str, Any]):
+    """An open checkpoint, as a mapping of names; a context manager that closes its files.
+
+    `checkpoint[name]` is a SavedTensor (nothing is read), or the value. Names join the keys
+    of the saved state with dots. Not collective. `manifest` tells everything else.
+    """
+
+    def __init__(self, path: str, *, storage: Storage) -> None:
+        self._files, self.manifest = open_manifest(storage, path)
+        self._saved = SavedState(self.manifest)
+
+    @property
+    def path(self) -> str:
+        """Where the checkpoint lies."""
+        return self._files.path
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """Its files, for tools that read shards by themselves."""
+        return self._files
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path!r}, {len(self)} entries)"
+
+    def __getitem__(self, name: str) -> Any:
+        """The tensor or value of a name; a list with every rank's for a PerRank entry."""
+        if name not in self._saved.leaves:
+            raise KeyError(name)
+        node = self._saved.leaves[name]
+        if isinstance(node, TensorRef) and node.kind != "per_rank":
+            return SavedTensor(self, name, self.manifest.tensors[node.name])
+        return self.read(lambda builder: builder.build(node, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._saved.leaves)
+
+    def __len__(self) -> int:
+        return len(self._saved.leaves)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. Tensors on "disk" that were made from them stay usable."""
+        self._files.close()
+
+    def verify(self, *, progress: Callable[[int], None] = lambda checked_bytes: None) -> None:
+        """Read every shard and check every block, and that shards and manifest agree.
+
+        `progress` is called with the bytes checked so far. Raises CorruptionError that names
+        every damaged file and the tensors hurt.
+        """
+        verify_shards(self._files, self.manifest, progress=progress)
+
+    def load_state(
+        self, *, device_map: DeviceMap = "cpu", keys: Select = None, rename: Rename = None
+    ) -> Any:
+        """Build the saved state anew; see shardckpt.load_state."""
+        saved = SavedState(self.manifest, keys=keys, rename=rename)
+        tensors = {
+            name: self.manifest.tensors[node.name]
+            for name, node in saved.leaves.items()
+            if isinstance(node, TensorRef) and node.kind != "per_rank"
+        }
+        sizes = {name: entry.size_bytes for name, entry in tensors.items()}
+        where = resolve_device_map(device_map, sizes, free_memory())
+
+        def new(name: str, source: str, entry: TensorEntry) -> tuple[torch.Tensor, bool]:
+            device = where(name) if name in tensors else torch.device("cpu")
+            dtype = DTYPES[entry.dtype]
+            if device == "disk":
+                return self._on_disk(name, entry), False
+            device = torch.device(device)
+            return torch.empty(entry.shape, dtype=dtype, device=device), device.type != "meta"
+
+        return self.read(lambda builder: builder.build(saved.tree, ""), saved=saved, new=new)
+
+    def read(
+        self,
+        build: Callable[[Builder], Any],
+        *,
+        saved: SavedState | None = None,
+        new: Any = None,
+    ) -> Any:
+        """What `build` makes with a Builder, its tensors read."""
+        pending: list[tuple[TensorEntry, LocalChunk]] = []
+        builder = Builder(saved or self._saved, pending, **({"new": new} if new else {}))
+        value = build(builder)
+        reads = (read for entry, target in pending for read in plan_reads(entry, target))
+        read_all(self._files, self.manifest, reads)
+        return value
+
+    def _fill(self, entry: TensorEntry, target: LocalChunk) -> None:
+        read_all(self._files, self.manifest, plan_reads(entry, target))
+
+    def _on_disk(self, name: str, entry: TensorEntry) -> torch.Tensor:
+        if len(entry.chunks) == 1:
+            shard, begin = entry.chunks[0, :2].tolist()
+            return map_tensor(self._files.map(self.manifest.shards[shard].name), begin, entry)
+        return DiskTensor(self, name, entry)

@@ -1,0 +1,352 @@
+"""Save, from a state to a committed checkpoint: plan, write, commit.
+
+Every phase is one exchange: each rank does its part, rank 0 looks at what all of them
+sent and answers. An error on any rank ends the save on all of them, and nothing appears.
+"""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import xxhash
+
+from shardckpt._version import __version__
+from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.errors import StorageError
+from shardckpt.execution.buffers import contiguous_parts, view_at
+from shardckpt.execution.writer import write_shard
+from shardckpt.format.digests import text_digest
+from shardckpt.format.manifest import FORMAT_VERSION, Manifest, ShardEntry, to_bytes
+from shardckpt.format.shard import build_header, chunk_name
+from shardckpt.planning.assembly import WrittenShard, chunk_bytes, shard_name, tensor_entries
+from shardckpt.planning.chunks import box_slices
+from shardckpt.planning.differences import compare_replicas, explain_difference
+from shardckpt.planning.flatten import flatten
+from shardckpt.planning.save_plan import GlobalPlan, RankWrites, global_plan
+from shardckpt.planning.table import Ints, LocalPlan, TensorSpec, local_plan
+from shardckpt.reports import SaveReport, Stopwatch
+from shardckpt.storage.base import Storage, WriteTransaction
+
+__all__ = ["ShardResult", "commit", "new_id", "run_save", "write_rank"]
+
+SMALL_BYTES = 64 << 10
+"""Replicas up to this size are always compared; larger ones when asked for."""
+
+
+class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
+    """What a rank tells rank 0 of the shard that it has written."""
+
+    header_bytes: int
+    size_bytes: int
+    digests: bytes
+    replicas: bytes
+    own_trees: bytes
+
+
+@dataclass(slots=True)
+class _Cache:
+    """Plans of earlier saves by the digest of all ranks' local plans, so they can't be stale."""
+
+    plans: OrderedDict[str, GlobalPlan]
+    writes: OrderedDict[str, RankWrites]
+    of_local: OrderedDict[tuple[str, ...], str]
+
+
+_cache = _Cache(OrderedDict(), OrderedDict(), OrderedDict())
+_CACHED = 8
+
+
+def _remember(cache: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    cache[key] = value
+    while len(cache) > _CACHED:
+        cache.popitem(last=False)
+
+
+def new_id() -> str:
+    """A fresh checkpoint id: 32 hex digits."""
+    return uuid.uuid4().hex
+
+
+def run_save(
+    state: Any,
+    path: str,
+    *,
+    coordinator: Coordinator,
+    storage: Storage,
+    overwrite: bool,
+    check_replicas: bool,
+) -> SaveReport:
+    """Save a state; collective over the coordinator's ranks. See shardckpt.save."""
+    watch = Stopwatch()
+    save = _Save(coordinator, storage, path, overwrite=overwrite, check_replicas=check_replicas)
+    try:
+        with watch.phase("plan"):
+            save.plan(state)
+        with watch.phase("write"):
+            report = save.write_and_commit()
+    except BaseException:
+        save.abandon()
+        raise
+    finally:
+        save.close()
+    return SaveReport(path=path, world_size=coordinator.world_size, seconds=watch.seconds, **report)
+
+
+class _Save:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        storage: Storage,
+        path: str,
+        *,
+        overwrite: bool,
+        check_replicas: bool,
+    ) -> None:
+        self.coordinator = coordinator
+        self.storage = storage
+        self.path = path
+        self.overwrite = overwrite
+        self.check_replicas = check_replicas
+        self.transaction: WriteTransaction | None = None
+        self.token = ""
+        self.checkpoint_id = ""
+
+    def plan(self, state: Any) -> None:
+        """Agree on who writes what, and begin the checkpoint."""
+
+        def summary() -> bytes:
+            self.local = local_plan(flatten(state, rank=self.coordinator.rank))
+            self.digests = self.local.digests()
+            structure, _, rows = self.digests
+            known = _cache.of_local.get((structure, rows, str(self.coordinator.world_size)), "")
+            return msgspec.msgpack.encode((*self.digests, known))
+
+        answer = exchange(self.coordinator, "plan", summary, self.answer_summaries)
+        verdict, self.plan_id, self.token, self.checkpoint_id = msgspec.msgpack.decode(
+            answer, type=tuple[str, str, str, str]
+        )
+        if verdict == "explain":
+            whole = self.local.pack(whole=True)
+            exchange(self.coordinator, "compare", lambda: whole, explain_difference)
+        if verdict == "send":
+            packed = self.local.pack(whole=self.coordinator.rank == 0)
+            writes = exchange(self.coordinator, "divide", lambda: packed, self.divide)
+            _remember(_cache.writes, self.plan_id, RankWrites.unpack(writes))
+            structure, _, rows = self.digests
+            key = (structure, rows, str(self.coordinator.world_size))
+            _remember(_cache.of_local, key, self.plan_id)
+        self.writes = _cache.writes[self.plan_id]
+
+    def answer_summaries(self, payloads: list[bytes]) -> bytes:
+        summaries = [
+            msgspec.msgpack.decode(payload, type=tuple[str, str, str, str]) for payload in payloads
+        ]
+        alike = len({(structure, values) for structure, values, _, _ in summaries}) == 1
+        if not alike:
+            return msgspec.msgpack.encode(("explain", "", "", ""))
+        self.checkpoint_id = new_id()
+        self.transaction = self.storage.begin(
+            self.path, checkpoint_id=self.checkpoint_id, overwrite=self.overwrite
+        )
+        self.plan_id = text_digest(
+            msgspec.msgpack.encode((FORMAT_VERSION, [(a, rows) for a, _, rows, _ in summaries]))
+        )
+        cached = self.plan_id in _cache.plans and {known for *_, known in summaries} == {self.plan_id}
+        verdict = "same" if cached else "send"
+        token = self.transaction.token
+        return msgspec.msgpack.encode((verdict, self.plan_id, token, self.checkpoint_id))
+
+    def divide(self, payloads: list[bytes]) -> list[bytes]:
+        plan = global_plan([LocalPlan.unpack(payload) for payload in payloads])
+        _remember(_cache.plans, self.plan_id, plan)
+        return [writes.pack() for writes in plan.ranks]
+
+    def write_and_commit(self) -> dict[str, Any]:
+        def write() -> bytes:
+            if self.transaction is None:
+                self.transaction = self.storage.join(self.path, token=self.token)
+            local, writes = self.local, self.writes
+            result = write_rank(
+                self.transaction,
+                coordinator=self.coordinator,
+                checkpoint_id=self.checkpoint_id,
+                specs=(*local.common, *local.own),
+                chunks=WrittenShard(
+                    tensor=local.chunks.tensor[writes.row], boxes=writes.boxes, header_bytes=0
+                ),
+                data=_parts(local, writes),
+            )
+            result.replicas = _replica_digests(local, writes, everything=self.check_replicas)
+            result.own_trees = local.own_trees
+            return msgspec.msgpack.encode(result)
+
+        answer = exchange(self.coordinator, "write", write, self.commit)
+        report: dict[str, Any] = msgspec.msgpack.decode(answer)
+        return {**report, "bytes_by_rank": tuple(report["bytes_by_rank"])}
+
+    def commit(self, payloads: list[bytes]) -> bytes:
+        plan = _cache.plans[self.plan_id]
+        results = [msgspec.msgpack.decode(payload, type=ShardResult) for payload in payloads]
+        compare_replicas(
+            plan, [np.frombuffer(result.replicas, dtype="<u8") for result in results]
+        )
+        assert self.transaction is not None
+        return commit(
+            self.transaction,
+            checkpoint_id=self.checkpoint_id,
+            specs=plan.specs,
+            shards=[(plan.tensor[rank], writes.boxes) for rank, writes in enumerate(plan.ranks)],
+            results=results,
+            tree=self.local.tree,
+        )
+
+    def abandon(self) -> None:
+        if self.transaction is not None:
+            self.transaction.abandon()
+
+    def close(self) -> None:
+        if self.transaction is not None:
+            self.transaction.close()
+
+
+def _parts(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
+    """The data of each write: a local chunk, or the part of it that this rank writes."""
+    held = local.chunks.boxes
+    parts = []
+    for row, whole, box in zip(
+        writes.row.tolist(),
+        (held[writes.row] == _narrow(writes.boxes, held.shape[2])).all(axis=(1, 2)).tolist(),
+        writes.boxes,
+        strict=True,
+    ):
+        data = local.data[row].detach()
+        if not whole:
+            dims = data.dim()
+            offsets, sizes = box[:, :dims].tolist()
+            data = data[box_slices(held[row, 0, :dims].tolist(), offsets, sizes)]
+        parts.append(data)
+    return parts
+
+
+def _narrow(boxes: Ints, dims: int) -> Ints:
+    return boxes[:, :, :dims]
+
+
+def write_rank(
+    transaction: WriteTransaction,
+    *,
+    coordinator: Coordinator,
+    checkpoint_id: str,
+    specs: Sequence[TensorSpec],
+    chunks: WrittenShard,
+    data: Sequence[torch.Tensor],
+) -> ShardResult:
+    """Write a rank's shard: `data[i]` holds chunk i. Not collective; the shard is durable after."""
+    name = shard_name(rank=coordinator.rank, world_size=coordinator.world_size)
+    sizes = chunk_bytes(specs, chunks.tensor, chunks.boxes).tolist()
+    entries = []
+    for index, box, size in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), sizes, strict=True):
+        spec, dims = specs[index], len(specs[index].shape)
+        shape = tuple(box[1][:dims])
+        own = chunk_name(spec.name, spec.shape, tuple(box[0][:dims]), shape)
+        entries.append((own, spec.dtype, shape, size))
+    header = build_header(
+        entries,
+        {"checkpoint": checkpoint_id, "rank": str(coordinator.rank), "format": "shardckpt"},
+    )
+    planned = len(header) + sum(sizes)
+    file = transaction.create(name, size_bytes=planned)
+    try:
+        size, digests = write_shard(
+            file, header=header, tensors=data, progress=coordinator.progress
+        )
+        if size != planned:
+            raise StorageError(
+                "A shard has another size than was planned",
+                path=f"{transaction.path}/{name}",
+                rank=coordinator.rank,
+                expected=f"{planned} bytes",
+                actual=f"{size} bytes",
+                remedy="don't resize tensors while they are being saved",
+            )
+        file.close(size_bytes=size)
+    except BaseException:
+        file.discard()
+        raise
+    return ShardResult(
+        header_bytes=len(header),
+        size_bytes=size,
+        digests=digests.astype("<u8").tobytes(),
+        replicas=b"",
+        own_trees=b"[]",
+    )
+
+
+def commit(
+    transaction: WriteTransaction,
+    *,
+    checkpoint_id: str,
+    specs: Sequence[TensorSpec],
+    shards: Sequence[tuple[Ints, Ints]],
+    results: Sequence[ShardResult],
+    tree: bytes,
+) -> bytes:
+    """Write the manifest and make the checkpoint visible; rank 0 alone. The facts of it, encoded.
+
+    `shards[r]` are the tensor indices and boxes of the chunks in rank r's shard.
+    """
+    world_size = len(results)
+    written = [
+        WrittenShard(tensor=tensor, boxes=boxes, header_bytes=result.header_bytes)
+        for (tensor, boxes), result in zip(shards, results, strict=True)
+    ]
+    own_trees = [msgspec.json.decode(result.own_trees) for result in results]
+    manifest = to_bytes(
+        Manifest(
+            checkpoint_id=checkpoint_id,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            library=f"shardckpt {__version__}",
+            world_size=world_size,
+            shards=tuple(
+                ShardEntry(
+                    name=shard_name(rank=rank, world_size=world_size),
+                    size_bytes=result.size_bytes,
+                    digests=np.frombuffer(result.digests, dtype="<u8"),
+                )
+                for rank, result in enumerate(results)
+            ),
+            tensors=tensor_entries(specs, written),
+            state=msgspec.json.decode(tree),
+            per_rank=tuple(own_trees) if any(own_trees) else (),
+        )
+    )
+    transaction.commit(manifest)
+    return msgspec.msgpack.encode(
+        {
+            "checkpoint_id": checkpoint_id,
+            "bytes_by_rank": [result.size_bytes for result in results],
+            "manifest_bytes": len(manifest),
+        }
+    )
+
+
+def _replica_digests(local: LocalPlan, writes: RankWrites, *, everything: bool) -> bytes:
+    """A digest for each local chunk that other ranks hold as well; 0 for those not compared."""
+    digests = np.zeros(len(writes.compare), dtype="<u8")
+    for index, row in enumerate(writes.compare.tolist()):
+        data = local.data[row]
+        size = data.numel() * data.element_size()
+        if size and (everything or size <= SMALL_BYTES):
+            digest = xxhash.xxh3_64()
+            for part in contiguous_parts(data.detach()):
+                digest.update(view_at(part.data_ptr(), part.numel() * part.element_size()))
+            digests[index] = digest.intdigest() | 1
+    return digests.tobytes()

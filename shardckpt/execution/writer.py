@@ -1,0 +1,129 @@
+"""Write one shard: copy, hash, write, as a pipeline over a few large buffers.
+
+The calling thread copies tensors into a page-aligned buffer and hashes each block while
+it is in the cache; threads write full buffers past the page cache where the file takes
+it. All three give up the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardckpt import knobs
+from shardckpt.errors import StorageError
+from shardckpt.execution.buffers import BUFFER_BYTES, Buffer, contiguous_parts, lease
+from shardckpt.format.digests import BLOCK_BYTES, block_digest
+from shardckpt.format.shard import HEADER_ALIGN
+from shardckpt.storage.base import WritableFile
+
+__all__ = ["write_shard"]
+
+_BUFFERS = 3
+_THREADS = 2
+
+
+def write_shard(
+    file: WritableFile,
+    *,
+    header: bytes,
+    tensors: Iterable[torch.Tensor],
+    progress: Callable[[int], None] = lambda written_bytes: None,
+) -> tuple[int, NDArray[np.uint64]]:
+    """Write a shard's header and its tensors, in order; the file is left open.
+
+    Returns its size in bytes and the digest of each block. Raises StorageError where the
+    file system refuses; nothing is being written any more when it does. `progress` is
+    called with the bytes handed to the file so far.
+    """
+    with lease(_BUFFERS) as buffers, ThreadPoolExecutor(_THREADS, "shardckpt-write") as pool:
+        stream = _Stream(file, buffers, pool, progress)
+        head = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        for tensor in itertools.chain([head], tensors):
+            for part in contiguous_parts(tensor):
+                stream.put(part.data_ptr(), part.numel() * part.element_size())
+        return stream.finish()
+
+
+class _Stream:
+    """A ring of buffers: one is filled while the others are written."""
+
+    def __init__(
+        self,
+        file: WritableFile,
+        buffers: list[Buffer],
+        pool: ThreadPoolExecutor,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.file = file
+        self.buffers = buffers
+        self.pool = pool
+        self.progress = progress
+        self.pending: list[Future[None] | None] = [None] * len(buffers)
+        self.current = 0
+        self.filled = 0  # bytes in the current buffer
+        self.hashed = 0  # of these, bytes in blocks that have their digest
+        self.submitted = 0  # bytes of the file handed to the threads
+        self.digests: list[int] = []
+
+    def put(self, address: int, size_bytes: int) -> None:
+        """Append the bytes at an address."""
+        while size_bytes:
+            if self.filled == BUFFER_BYTES:
+                self.flush()
+            take = min(size_bytes, self.hashed + BLOCK_BYTES - self.filled)
+            ctypes.memmove(self.buffers[self.current].address + self.filled, address, take)
+            address += take
+            size_bytes -= take
+            self.filled += take
+            if self.filled == self.hashed + BLOCK_BYTES:
+                self.hash_block()
+
+    def hash_block(self) -> None:
+        view = self.buffers[self.current].view
+        self.digests.append(block_digest(view[self.hashed : self.filled]))
+        self.hashed = self.filled
+
+    def flush(self) -> None:
+        """Hand the current buffer to the threads, and wait until the next one is free."""
+        size = self.filled
+        view = self.buffers[self.current].view
+        if self.file.direct and size % HEADER_ALIGN:
+            padded = size + -size % HEADER_ALIGN
+            view[size:padded] = bytes(padded - size)
+            size = padded
+        self.pending[self.current] = self.pool.submit(
+            self.file.write, view[:size], offset=self.submitted
+        )
+        self.submitted += self.filled
+        self.progress(self.submitted)
+        self.current = (self.current + 1) % len(self.buffers)
+        self.filled = self.hashed = 0
+        self.settle(self.current)
+
+    def settle(self, index: int) -> None:
+        pending, self.pending[index] = self.pending[index], None
+        if pending is None:
+            return
+        if not wait([pending], timeout=knobs.STALL_DEADLINE_S).done:
+            raise StorageError(
+                "A write makes no progress",
+                expected=f"an answer within {knobs.STALL_DEADLINE_S} s",
+                remedy="look at the disk or the file server; SHARDCKPT_STALL_DEADLINE_S sets the limit",
+            )
+        pending.result()
+
+    def finish(self) -> tuple[int, NDArray[np.uint64]]:
+        if self.filled > self.hashed:
+            self.hash_block()
+        if self.filled:
+            self.flush()
+        for index in range(len(self.buffers)):
+            self.settle(index)
+        return self.submitted, np.array(self.digests, dtype=np.uint64)

@@ -1,0 +1,209 @@
+"""Which boxes of a global tensor this rank holds, and where their data lie.
+
+A box is (offsets, sizes), one number a dimension. Plain tensors are one box that
+covers all; a DTensor's boxes follow from its mesh and placements; a ShardedTensor
+says its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
+
+__all__ = ["Box", "LocalChunk", "box_slices", "is_distributed", "local_chunks", "may_have_replicas"]
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offsets, sizes) of a part of a global tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalChunk:
+    """A box of a global tensor, and the local tensor (of the box's sizes) that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    data: torch.Tensor
+
+
+def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Any:
+    """The index that cuts the box (offsets, sizes) out of a tensor that begins at `outer`."""
+    return tuple(
+        slice(offset - start, offset - start + size)
+        for start, offset, size in zip(outer, offsets, sizes, strict=True)
+    )
+
+
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Whether the tensor knows its own part of a global tensor."""
+    return type(tensor) is not torch.Tensor and (
+        isinstance(tensor, DTensor) or _is_sharded_tensor(tensor)
+    )
+
+
+def may_have_replicas(tensor: torch.Tensor) -> bool:
+    """Whether other ranks may hold the same box: plain tensors, and DTensors replicated on a
+    dimension of their mesh."""
+    if isinstance(tensor, DTensor):
+        return any(
+            isinstance(placement, Replicate) and size > 1
+            for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+        )
+    return not _is_sharded_tensor(tensor)
+
+
+def local_chunks(tensor: torch.Tensor, *, name: str) -> list[LocalChunk]:
+    """The boxes of `tensor` that this rank holds; none where its mesh does not hold this rank.
+
+    Not collective. Boxes without elements are left out, except that a global tensor
+    without elements is one empty box. Raises PartialPlacementError for a DTensor of
+    partial sums and UnsupportedLeafError for layouts that are not dense.
+    """
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
+    elif isinstance(tensor, DTensor):
+        chunks = _dtensor_chunks(tensor, name=name)
+    elif _is_sharded_tensor(tensor):
+        chunks = [
+            LocalChunk(
+                tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes), shard.tensor
+            )
+            for shard in tensor.local_shards()  # type: ignore[attr-defined]
+        ]
+    else:
+        _refuse_wrapper_subclass(tensor, name=name)
+        chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
+    for chunk in chunks:
+        if chunk.data.layout is not torch.strided or chunk.data.is_quantized:
+            raise UnsupportedLeafError(
+                "A tensor of this layout can't be saved",
+                tensor=name,
+                expected="a dense (strided) tensor",
+                actual=f"{chunk.data.layout}{', quantized' if chunk.data.is_quantized else ''}",
+                remedy="convert it first, with to_dense() or dequantize()",
+            )
+    if tensor.numel() == 0:
+        return chunks
+    return [chunk for chunk in chunks if 0 not in chunk.sizes]
+
+
+def _is_sharded_tensor(tensor: torch.Tensor) -> bool:
+    # Imported late: the class lives in a private package (tried with torch 2.13), and a
+    # state that has one has imported it already.
+    return type(tensor).__name__ == "ShardedTensor" and hasattr(tensor, "local_shards")
+
+
+def _refuse_wrapper_subclass(tensor: torch.Tensor, *, name: str) -> None:
+    # Semi-public in torch 2.13: tensor subclasses that wrap other tensors announce themselves so.
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise UnsupportedLeafError(
+            "A tensor subclass that wraps other tensors can't be saved",
+            tensor=name,
+            expected="a tensor, DTensor or ShardedTensor",
+            actual=f"{type(tensor).__module__}.{type(tensor).__qualname__}",
+            remedy="save the tensors it wraps, or convert it to a plain tensor first",
+        )
+
+
+def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise PartialPlacementError(
+            "A DTensor with a Partial placement holds sums that are not finished",
+            tensor=name,
+            expected="Shard or Replicate placements",
+            actual=str(tensor.placements),
+            remedy="redistribute() it to Replicate() or Shard() before saving",
+        )
+    mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None:
+        return []
+    with torch.no_grad():
+        local: Any = tensor.to_local()
+    if hasattr(local, "wait"):  # an AsyncCollectiveTensor, not finished yet
+        local = local.wait()
+    boxes = _boxes(tuple(tensor.shape), mesh, tensor.placements)
+    if len(boxes) == 1:
+        (offsets, sizes) = boxes[0]
+        return [LocalChunk(offsets, sizes, local)]
+    return [
+        LocalChunk(offsets, sizes, local[cut])
+        for (offsets, sizes), cut in zip(boxes, _local_cuts(boxes), strict=True)
+    ]
+
+
+@lru_cache(maxsize=65_536)
+def _boxes(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> list[Box]:
+    """The boxes that this rank holds of a DTensor, in row-major order of the local tensor.
+
+    One box, but for strided shards that interleave (a dimension sharded by one mesh
+    dimension inside another): there, one box for each run of neighbouring indices.
+    """
+    if all(placement.is_replicate() for placement in placements):
+        return [((0,) * len(shape), shape)]
+    runs = [_runs(size, mesh, _along(placements, dim)) for dim, size in enumerate(shape)]
+    return [
+        (tuple(start for start, _ in box), tuple(length for _, length in box))
+        for box in itertools.product(*runs)
+    ]
+
+
+def _along(placements: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
+    """The placements of a 1-D tensor that is sharded as dimension `dim` of the whole is."""
+    along: list[Any] = []
+    for placement in placements:
+        if getattr(placement, "dim", None) != dim:
+            along.append(Replicate())
+        elif isinstance(placement, Shard) and not hasattr(placement, "split_factor"):
+            along.append(Shard(0))
+        else:  # _StridedShard, private in torch (tried with 2.13): FSDP2 over tensor parallel
+            along.append(type(placement)(0, split_factor=placement.split_factor))
+    return tuple(along)
+
+
+@lru_cache(maxsize=4_096)
+def _runs(size: int, mesh: Any, placements: tuple[Any, ...]) -> list[tuple[int, int]]:
+    """(start, length) of the runs of indices of a dimension that this rank holds.
+
+    Plain shards are cut by torch.chunk, mesh dimension by mesh dimension. Strided ones
+    go by what DTensor itself does with a tensor of indices; no communication happens.
+    """
+    if not any(hasattr(placement, "split_factor") for placement in placements):
+        start, length = 0, size
+        for placement, parts, part in zip(
+            placements, mesh.shape, mesh.get_coordinate(), strict=True
+        ):
+            if placement.is_shard():
+                step = -(-length // parts)
+                begin = min(part * step, length)
+                start, length = start + begin, min(step, length - begin)
+        return [(start, length)]
+    indices = distribute_tensor(
+        torch.arange(size, device=mesh.device_type), mesh, placements, src_data_rank=None
+    ).to_local()
+    if indices.numel() == 0:
+        return [(0, 0)]
+    cuts = (torch.diff(indices) != 1).nonzero().flatten() + 1
+    return [(int(run[0]), run.numel()) for run in torch.tensor_split(indices.cpu(), cuts.cpu())]
+
+
+def _local_cuts(boxes: list[Box]) -> list[Any]:
+    """Where each of the boxes lies in the local tensor: along each dimension, runs in order."""
+    begins: list[dict[int, int]] = []
+    for dim in range(len(boxes[0][0])):
+        runs = dict.fromkeys((offsets[dim], sizes[dim]) for offsets, sizes in boxes)
+        lengths = itertools.accumulate((length for _, length in runs), initial=0)
+        begins.append({start: begin for (start, _), begin in zip(runs, lengths, strict=False)})
+    return [
+        tuple(
+            slice(begins[dim][offset], begins[dim][offset] + size)
+            for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
+        )
+        for offsets, sizes in boxes
+    ]

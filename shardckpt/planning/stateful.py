@@ -1,0 +1,164 @@
+"""Modules and optimizers as plain nested dicts with canonical names.
+
+Names are those of the module as its author wrote it: without the `module.` of DDP, the
+`_orig_mod.` of torch.compile or the prefix of activation checkpointing. Optimizer state
+goes by parameter name, as torch.distributed.checkpoint.state_dict has it, but nothing is
+changed on the way: that module takes an optimizer step to make the state of a fresh
+optimizer, which leaves its step count at one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardckpt.errors import OptimizerModuleError, UnsupportedLeafError
+
+__all__ = [
+    "canonical_names",
+    "has_state",
+    "module_state",
+    "modules_in",
+    "optimizer_state",
+    "parameter_names",
+]
+
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
+
+
+def has_state(value: Any) -> bool:
+    """Whether the value saves and restores itself through state_dict and load_state_dict."""
+    return (
+        not isinstance(value, (type, Mapping))
+        and callable(getattr(value, "state_dict", None))
+        and callable(getattr(value, "load_state_dict", None))
+    )
+
+
+def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module in a nested state, outermost modules only."""
+    stack: list[tuple[tuple[str, ...], Any]] = [((), state)]
+    seen: set[int] = set()
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, nn.Module):
+            yield ".".join(path), value
+            continue
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, (list, tuple)):
+            items = enumerate(value)
+        if items and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend(((*path, str(key)), item) for key, item in reversed(list(items)))
+
+
+def canonical_names(module: nn.Module) -> dict[str, str]:
+    """Key of `module.state_dict()` -> canonical name.
+
+    Raises UnsupportedLeafError for FSDP1, whose flat parameters have no names of their own.
+    """
+    prefixes: dict[str, str] = {}
+
+    def walk(owner: nn.Module, raw: str, canonical: str) -> None:
+        prefixes[raw] = canonical
+        if type(owner).__name__ == "FullyShardedDataParallel":
+            raise UnsupportedLeafError(
+                "An FSDP1 module can't be handed over directly",
+                tensor=canonical.rstrip(".") or None,
+                expected="a plain module, or one under DDP, FSDP2 (fully_shard) or torch.compile",
+                actual=type(owner).__qualname__,
+                remedy="hand over the dicts that torch.distributed.checkpoint.state_dict."
+                "get_state_dict() returns, or move to fully_shard",
+            )
+        for name, child in owner.named_children():
+            wrapped = name in _WRAPPED or (
+                name == "module"
+                and isinstance(owner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+            )
+            walk(child, f"{raw}{name}.", canonical if wrapped else f"{canonical}{name}.")
+
+    walk(module, "", "")
+
+    def canonical(key: str) -> str:
+        cut = len(key)
+        while (cut := key.rfind(".", 0, cut)) >= 0:  # hooks may add keys below a module's own
+            if key[: cut + 1] in prefixes:
+                return prefixes[key[: cut + 1]] + key[cut + 1 :]
+        return prefixes[""] + key
+
+    # A shared submodule is walked once, under its first name; later names keep the prefix they
+    # have, so wrappers inside it must be looked for there as well.
+    for raw, _ in module.named_modules(remove_duplicate=False):
+        if raw and f"{raw}." not in prefixes:
+            parent, _, last = raw.rpartition(".")
+            above = prefixes[f"{parent}." if parent else ""]
+            prefixes[f"{raw}."] = above if last in _WRAPPED else f"{above}{last}."
+    names = dict.fromkeys(module.state_dict(keep_vars=True))
+    names.update(dict.fromkeys(name for name, _ in module.named_parameters()))
+    return {key: canonical(key) for key in names}
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """The module's state dict under canonical names; tensors alias the module's own."""
+    names = canonical_names(module)
+    return {names[key]: value for key, value in module.state_dict().items()}
+
+
+def parameter_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
+    """id of a parameter -> its canonical name in its module.
+
+    With several modules, names begin with the module's own, so that they stay apart.
+    """
+    found = list(modules)
+    names: dict[int, str] = {}
+    for prefix, module in found:
+        canonical = canonical_names(module)
+        for raw, parameter in module.named_parameters():
+            name = canonical[raw]
+            names.setdefault(id(parameter), f"{prefix}.{name}" if len(found) > 1 else name)
+    return names
+
+
+def optimizer_state(
+    optimizer: Optimizer, names: Mapping[int, str], *, at: str
+) -> dict[str, dict[str, Any] | list[dict[str, Any]]]:
+    """The optimizer's state dict with parameter names in place of indices.
+
+    `{"state": {name: {key: value}}, "param_groups": [{"params": [name, ...], ...}]}`; `names`
+    comes from parameter_names. Raises OptimizerModuleError for a parameter without a name.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        if id(parameter) not in names:
+            raise OptimizerModuleError(
+                "The optimizer holds a parameter that no module in the state has",
+                tensor=at,
+                expected="every parameter of the optimizer in a module of the same state",
+                actual=f"parameter {index} of shape {tuple(parameter.shape)}",
+                remedy='put the module beside it: {"model": model, "optimizer": optimizer}; '
+                "and create the optimizer after wrapping the model",
+            )
+    packed = optimizer.state_dict()
+    by_index = {
+        index: names[id(parameter)]
+        for group, own in zip(packed["param_groups"], optimizer.param_groups, strict=True)
+        for index, parameter in zip(group["params"], own["params"], strict=True)
+    }
+    return {
+        "state": {by_index.get(key, key): value for key, value in packed["state"].items()},
+        "param_groups": [
+            {**group, "params": [by_index[index] for index in group["params"]]}
+            for group in packed["param_groups"]
+        ],
+    }
+
+
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors lie in one storage."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,0 +1,168 @@
+"""Plans in columns: what travels between ranks instead of lists of objects.
+
+Boxes of all tensors stand in one int64 array [n, 2, D] (offsets, sizes), D being the
+largest number of dimensions; unused dimensions hold offset 0 and size 1, so that
+volumes and comparisons need no special cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardckpt.format.digests import text_digest
+from shardckpt.format.dtypes import dtype_name
+from shardckpt.planning.chunks import LocalChunk, local_chunks, may_have_replicas
+from shardckpt.planning.flatten import FlatState
+
+__all__ = ["ChunkTable", "LocalPlan", "TensorSpec", "local_plan", "pad_boxes", "widen_boxes"]
+
+Ints = NDArray[np.int64]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A global tensor: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkTable:
+    """Chunks in columns: `tensor` [n] indexes a list of TensorSpec, `boxes` [n, 2, D]."""
+
+    tensor: Ints
+    boxes: Ints
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def pack(self) -> bytes:
+        """As bytes; D and n come first."""
+        head = np.array([self.boxes.shape[2], len(self)], dtype="<i8")
+        return b"".join(part.astype("<i8").tobytes() for part in (head, self.tensor, self.boxes))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> ChunkTable:
+        """The table that `pack` made these bytes of."""
+        numbers = np.frombuffer(data, dtype="<i8")
+        dims, count = int(numbers[0]), int(numbers[1])
+        return cls(
+            tensor=numbers[2 : 2 + count], boxes=numbers[2 + count :].reshape(count, 2, dims)
+        )
+
+
+def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
+    """(offsets, sizes) pairs of any number of dimensions as one array [n, 2, D]."""
+    dims = max((len(offsets) for offsets, _ in boxes), default=0)
+    zeros, ones = (0,) * dims, (1,) * dims
+    rows = [
+        (*offsets, *zeros[len(offsets) :], *sizes, *ones[len(sizes) :]) for offsets, sizes in boxes
+    ]
+    return np.array(rows, dtype=np.int64).reshape(len(boxes), 2, dims)
+
+
+def widen_boxes(boxes: Ints, *, dims: int) -> Ints:
+    """Boxes [n, 2, d] with unused dimensions added, [n, 2, dims]."""
+    wide = np.empty((len(boxes), 2, dims), dtype=np.int64)
+    wide[:, 0], wide[:, 1] = 0, 1
+    wide[:, :, : boxes.shape[2]] = boxes
+    return wide
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPlan:
+    """What one rank holds.
+
+    `common` are the tensors that every rank knows, `own` those of this rank alone (their
+    rows in `chunks` count on from len(common)). `chunks` are the boxes held here; row i of
+    it is `data[i]`, which never leaves the rank. `shared[i]` says whether other ranks may
+    hold the same box. `tree` and `own_trees` are typed JSON, encoded.
+    """
+
+    common: tuple[TensorSpec, ...]
+    own: tuple[TensorSpec, ...]
+    chunks: ChunkTable
+    shared: NDArray[np.bool_]
+    tree: bytes
+    own_trees: bytes
+    data: tuple[torch.Tensor, ...] = ()
+
+    def digests(self) -> tuple[str, str, str]:
+        """Digests of the structure (names, dtypes, shapes), the values and the boxes held."""
+        structure = text_digest(msgspec.msgpack.encode(self.common))
+        rows = [self.chunks.pack(), self.shared.tobytes(), msgspec.msgpack.encode(self.own)]
+        return structure, text_digest(self.tree), text_digest(b"".join(rows))
+
+    def pack(self, *, whole: bool) -> bytes:
+        """As bytes for rank 0; `whole` adds what all ranks should have in common."""
+        return msgspec.msgpack.encode(
+            {
+                "own": self.own,
+                "chunks": self.chunks.pack(),
+                "shared": self.shared.tobytes(),
+                "common": self.common if whole else (),
+                "tree": self.tree if whole else b"",
+                "own_trees": self.own_trees,
+            }
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> LocalPlan:
+        """The plan, without its data, that `pack` made these bytes of."""
+        packed = msgspec.msgpack.decode(data, type=_Packed)
+        return cls(
+            common=packed.common,
+            own=packed.own,
+            chunks=ChunkTable.unpack(packed.chunks),
+            shared=np.frombuffer(packed.shared, dtype=np.bool_),
+            tree=packed.tree,
+            own_trees=packed.own_trees,
+        )
+
+
+class _Packed(msgspec.Struct):
+    own: tuple[TensorSpec, ...]
+    chunks: bytes
+    shared: bytes
+    common: tuple[TensorSpec, ...]
+    tree: bytes
+    own_trees: bytes
+
+
+def local_plan(flat: FlatState) -> LocalPlan:
+    """The plan of one rank from its flattened state. Not collective."""
+    rows: list[tuple[int, bool, LocalChunk]] = []
+    specs: list[TensorSpec] = []
+    groups: tuple[tuple[Mapping[str, torch.Tensor], bool], ...] = (
+        (flat.tensors, True),
+        (flat.own, False),
+    )
+    for tensors, may_be_shared in groups:
+        for name, tensor in tensors.items():
+            shared = may_be_shared and may_have_replicas(tensor)
+            rows.extend(
+                (len(specs), shared, chunk) for chunk in local_chunks(tensor, name=name)
+            )
+            specs.append(
+                TensorSpec(name, dtype_name(tensor.dtype, tensor=name), tuple(tensor.shape))
+            )
+    count = len(flat.tensors)
+    return LocalPlan(
+        common=tuple(specs[:count]),
+        own=tuple(specs[count:]),
+        chunks=ChunkTable(
+            tensor=np.array([index for index, _, _ in rows], dtype=np.int64),
+            boxes=pad_boxes([(chunk.offsets, chunk.sizes) for _, _, chunk in rows]),
+        ),
+        shared=np.array([shared for _, shared, _ in rows], dtype=np.bool_),
+        tree=msgspec.json.encode(flat.tree),
+        own_trees=msgspec.json.encode(flat.own_trees),
+        data=tuple(chunk.data for _, _, chunk in rows),
+    )

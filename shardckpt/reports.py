@@ -1,0 +1,72 @@
+"""What save and load tell about themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+__all__ = ["LoadReport", "SaveReport", "Stopwatch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveReport:
+    """What a save wrote.
+
+    `path` and `checkpoint_id` name it; `bytes_by_rank` is the size of each rank's shard,
+    `manifest_bytes` that of the manifest; `seconds` the time this rank spent in each phase,
+    waiting for others included.
+    """
+
+    path: str
+    checkpoint_id: str
+    world_size: int
+    bytes_by_rank: tuple[int, ...]
+    manifest_bytes: int
+    seconds: dict[str, float]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shards and the manifest."""
+        return sum(self.bytes_by_rank) + self.manifest_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load read on this rank, and where state and checkpoint differ.
+
+    `missing`: asked for, not saved (strict=False only). `unexpected`: saved, not asked for.
+    `wrong_shape` and `wrong_dtype`: left as they were (strict=False only), as (name,
+    expected, found). `cast`: (name, saved dtype, own dtype). `kept`: PerRank entries left
+    as they were because the number of ranks differs.
+    """
+
+    path: str
+    checkpoint_id: str
+    saved_world_size: int
+    bytes_read: int
+    seconds: dict[str, float]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    wrong_shape: tuple[tuple[str, object, object], ...] = ()
+    wrong_dtype: tuple[tuple[str, object, object], ...] = ()
+    cast: tuple[tuple[str, str, str], ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the with block towards a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
