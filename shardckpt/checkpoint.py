@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from shardckpt.errors import CheckpointError
-from shardckpt.execution.disk import DiskTensor, map_tensor
 from shardckpt.execution.devices import free_memory
+from shardckpt.execution.disk import MappedFiles, disk_tensor
 from shardckpt.execution.load_driver import open_manifest
-from shardckpt.execution.reader import read_all, verify_shards
+from shardckpt.execution.reader import read_all
+from shardckpt.execution.verify import verify_shards
 from shardckpt.format.dtypes import DTYPES, itemsize
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.format.values import TensorRef
@@ -151,6 +152,7 @@ class Checkpoint(Mapping[str, Any]):
     ) -> Any:
         """Build the saved state anew; see shardckpt.load_state."""
         saved = SavedState(self.manifest, keys=keys, rename=rename)
+        mapped = MappedFiles(self._files)
         tensors = {
             name: self.manifest.tensors[node.name]
             for name, node in saved.leaves.items()
@@ -163,7 +165,7 @@ class Checkpoint(Mapping[str, Any]):
             device = where(name) if name in tensors else torch.device("cpu")
             dtype = DTYPES[entry.dtype]
             if device == "disk":
-                return self._on_disk(name, entry), False
+                return disk_tensor(mapped, self.manifest, name, entry), False
             device = torch.device(device)
             return torch.empty(entry.shape, dtype=dtype, device=device), device.type != "meta"
 
@@ -186,9 +188,3 @@ class Checkpoint(Mapping[str, Any]):
 
     def _fill(self, entry: TensorEntry, target: LocalChunk) -> None:
         read_all(self._files, self.manifest, plan_reads(entry, target))
-
-    def _on_disk(self, name: str, entry: TensorEntry) -> torch.Tensor:
-        if len(entry.chunks) == 1:
-            shard, begin = entry.chunks[0, :2].tolist()
-            return map_tensor(self._files.map(self.manifest.shards[shard].name), begin, entry)
-        return DiskTensor(self, name, entry)

@@ -27,7 +27,7 @@ from shardckpt.format.manifest import Manifest, ShardEntry
 from shardckpt.planning.reads import WINDOW_BYTES, CopyRead, DirectRead, Read
 from shardckpt.storage.base import CheckpointFiles
 
-__all__ = ["damaged_blocks", "read_all", "tensors_in"]
+__all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "tensors_in"]
 
 DIRECT_BYTES = 128 << 10
 """A run shorter than this goes through the buffer: fewer, larger pieces for each system call."""
@@ -48,6 +48,8 @@ def read_all(
     is missing, cut or changed, naming the file, the block and the tensors hurt.
     """
     windows = _by_window(reads)
+    for shard in {shard for shard, _ in windows}:
+        check_size(files, manifest.shards[shard])
     threads = max(1, min(knobs.READ_THREADS, len(windows)))
     queue = iter(sorted(windows))  # next() on it is atomic: the workers share it
     stop = threading.Event()
@@ -80,6 +82,19 @@ def read_all(
         finally:
             stop.set()
     return sum(read_bytes)
+
+
+def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:
+    """Raise CorruptionError for a shard that is missing or of another size than was saved."""
+    found = files.size_bytes(shard.name)
+    if found != shard.size_bytes:
+        raise CorruptionError(
+            "A shard is cut, or something was appended to it",
+            path=f"{files.path}/{shard.name}",
+            expected=f"{shard.size_bytes} bytes",
+            actual=f"{found} bytes",
+            remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
+        )
 
 
 def _by_window(reads: Iterable[Read]) -> dict[tuple[int, int], list[Read]]:
@@ -156,7 +171,7 @@ def _read_run(
     if at < high:
         pieces.append(buffer.view[at - base : high - base])
     files.readinto(shard.name, pieces, offset=low)
-    bad = _bad_blocks(shard, low, pieces)
+    bad = bad_blocks(shard, low, pieces)
     if bad:
         raise damaged_blocks(manifest, bad, shard=window[0], path=files.path)
     for read in later:
@@ -169,7 +184,7 @@ def _read_run(
         read.into.copy_(held.as_strided(read.sizes, read.strides))
 
 
-def _bad_blocks(shard: ShardEntry, low: int, pieces: list[memoryview]) -> list[int]:
+def bad_blocks(shard: ShardEntry, low: int, pieces: Sequence[memoryview]) -> list[int]:
     """Numbers of the blocks whose digest differs; the pieces hold whole blocks from `low` on."""
     bad: list[int] = []
     digest = xxhash.xxh3_64()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,8 @@ from shardckpt.format.shard import build_header, chunk_name
 from shardckpt.planning.assembly import WrittenShard, chunk_bytes, shard_name, tensor_entries
 from shardckpt.planning.chunks import box_slices
 from shardckpt.planning.differences import compare_replicas, explain_difference
-from shardckpt.planning.flatten import flatten
 from shardckpt.planning.save_plan import GlobalPlan, RankWrites, global_plan
-from shardckpt.planning.table import Ints, LocalPlan, TensorSpec, local_plan
+from shardckpt.planning.table import Ints, LocalPlan, TensorSpec
 from shardckpt.reports import SaveReport, Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
@@ -76,7 +75,7 @@ def new_id() -> str:
 
 
 def run_save(
-    state: Any,
+    plan_locally: Callable[[], LocalPlan],
     path: str,
     *,
     coordinator: Coordinator,
@@ -84,12 +83,12 @@ def run_save(
     overwrite: bool,
     check_replicas: bool,
 ) -> SaveReport:
-    """Save a state; collective over the coordinator's ranks. See shardckpt.save."""
+    """Save what this rank's local plan holds; collective. See shardckpt.save."""
     watch = Stopwatch()
     save = _Save(coordinator, storage, path, overwrite=overwrite, check_replicas=check_replicas)
     try:
         with watch.phase("plan"):
-            save.plan(state)
+            save.plan(plan_locally)
         with watch.phase("write"):
             report = save.write_and_commit()
     except BaseException:
@@ -119,11 +118,11 @@ class _Save:
         self.token = ""
         self.checkpoint_id = ""
 
-    def plan(self, state: Any) -> None:
+    def plan(self, plan_locally: Callable[[], LocalPlan]) -> None:
         """Agree on who writes what, and begin the checkpoint."""
 
         def summary() -> bytes:
-            self.local = local_plan(flatten(state, rank=self.coordinator.rank))
+            self.local = plan_locally()
             self.digests = self.local.digests()
             structure, _, rows = self.digests
             known = _cache.of_local.get((structure, rows, str(self.coordinator.world_size)), "")

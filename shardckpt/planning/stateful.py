@@ -157,8 +157,3 @@ def optimizer_state(
             for group in packed["param_groups"]
         ],
     }
-
-
-def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors lie in one storage."""
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,0 +1,55 @@
+"""Distributed, sharded checkpoints for PyTorch: saved by every rank, loaded by any number."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from shardckpt._version import __version__
+
+if TYPE_CHECKING:
+    from shardckpt.api import async_save, load, load_state, open_checkpoint, save
+    from shardckpt.checkpoint import Checkpoint
+    from shardckpt.errors import ShardckptError
+    from shardckpt.planning.flatten import PerRank
+    from shardckpt.reports import LoadReport, SaveReport
+
+__all__ = [
+    "Checkpoint",
+    "LoadReport",
+    "PerRank",
+    "SaveReport",
+    "ShardckptError",
+    "__version__",
+    "async_save",
+    "load",
+    "load_state",
+    "open_checkpoint",
+    "save",
+]
+
+# Imported when first used: DTensor alone costs half a second.
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "LoadReport": "reports",
+    "PerRank": "planning.flatten",
+    "SaveReport": "reports",
+    "ShardckptError": "errors",
+    "async_save": "api",
+    "load": "api",
+    "load_state": "api",
+    "open_checkpoint": "api",
+    "save": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(__all__) | set(globals()))

@@ -1,0 +1,196 @@
+"""What users call."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from typing import Any, Literal
+
+from shardckpt.checkpoint import Checkpoint
+from shardckpt.coordination.select import operation
+from shardckpt.errors import StateError
+from shardckpt.execution.load_driver import run_load
+from shardckpt.execution.save_driver import run_save
+from shardckpt.execution.stager import SaveHandle, start
+from shardckpt.planning.device_map import DeviceMap
+from shardckpt.planning.flatten import flatten
+from shardckpt.planning.saved import Rename, Select
+from shardckpt.planning.table import LocalPlan, local_plan
+from shardckpt.reports import LoadReport, SaveReport
+from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
+
+__all__ = ["async_save", "load", "load_state", "open_checkpoint", "save"]
+
+Path = str | os.PathLike[str]
+
+
+def _path(path: Path) -> str:
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise StateError(
+            "This is no path for a checkpoint",
+            expected="a non-empty str or os.PathLike[str]",
+            actual=repr(path),
+            remedy="give the path of a directory",
+        )
+    return text
+
+
+def save(
+    state: Any,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    planner: Any = None,
+    process_group: Any = None,
+    check_replicas: bool = False,
+    storage: Storage | None = None,
+) -> SaveReport:
+    """Save a state; every rank writes its shard, and all of it appears at once.
+
+    Collective over `process_group` (by default torch.distributed's default group; without
+    one, this process alone): every rank gives the same path and the same keys. When it
+    returns, the checkpoint is whole and durable; when it raises, nothing has appeared, and
+    what was at `path` is still there.
+
+    `state`: nested dicts (lists, tuples) of tensors (plain, DTensor, ShardedTensor), numpy
+    arrays, Python values, modules, optimizers, and objects with state_dict and
+    load_state_dict. Tensors are neither moved nor copied as a whole. `overwrite` replaces a
+    checkpoint at `path`, which stays loadable until the new one is there. `planner`: a DCP
+    SavePlanner, which then decides what is saved. `check_replicas` compares replicated
+    tensors of any size between ranks; values and tensors up to 64 KiB always are.
+
+    Raises StateError for what can't be saved, StorageError where the file system refuses,
+    CoordinationError for ranks that fail; each names path, rank and tensor.
+    """
+    target = _path(path)
+    if planner is not None:
+        from shardckpt.integrations.dcp import save_with_planner
+
+        return save_with_planner(
+            state, target, planner=planner, overwrite=overwrite, process_group=process_group
+        )
+    with operation(process_group) as coordinator:
+        return run_save(
+            lambda: local_plan(flatten(state, rank=coordinator.rank)),
+            target,
+            coordinator=coordinator,
+            storage=storage or LocalStorage(),
+            overwrite=overwrite,
+            check_replicas=check_replicas,
+        )
+
+
+def async_save(
+    state: Any,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    process_group: Any = None,
+    check_replicas: bool = False,
+    storage: Storage | None = None,
+) -> SaveHandle:
+    """Save in the background: returns once the state has been copied to CPU memory.
+
+    Collective, as save is, and with the same arguments. Saves run one after another, in the
+    order of the calls, in a thread that uses neither the training's process group nor its
+    streams. `handle.result()` waits and returns the SaveReport, or raises what the save did.
+    """
+    target = _path(path)
+    scope = operation(process_group, channel="async")
+    coordinator = scope.__enter__()
+    staged: Future[LocalPlan] = Future()
+    try:
+        staged.set_result(local_plan(flatten(state, rank=coordinator.rank)).copied())
+    except Exception as error:  # told to all ranks by the save itself
+        staged.set_exception(error)
+
+    def run() -> SaveReport:
+        try:
+            return run_save(
+                staged.result,
+                target,
+                coordinator=coordinator,
+                storage=storage or LocalStorage(),
+                overwrite=overwrite,
+                check_replicas=check_replicas,
+            )
+        finally:
+            scope.__exit__(None, None, None)
+
+    return start(run)
+
+
+def load(
+    state: Any,
+    path: Path,
+    *,
+    strict: bool = True,
+    dtype: Literal["strict", "cast"] = "strict",
+    keys: Select = None,
+    rename: Rename = None,
+    process_group: Any = None,
+    storage: Storage | None = None,
+) -> LoadReport:
+    """Load a checkpoint into a state, in place; onto any world size and any layout.
+
+    Collective over `process_group`, as save is. Tensors are filled where they are, on their
+    devices, each rank reading its own part; other leaves are replaced in the dicts and lists
+    that hold them; modules and optimizers take what was saved under their name. Modules on
+    the meta device get memory. Every block that is read is verified.
+
+    `strict`: everything asked for must be there with its shape and dtype, and a module or
+    optimizer must take all that was saved under its name; else one LoadMismatchError lists
+    every entry. With strict=False what agrees is loaded, and the report tells the rest.
+    `dtype="cast"` converts. `keys`: prefixes or shell patterns of the names to load.
+    `rename`: saved prefix -> prefix in the state, or a function of a name.
+
+    A damaged shard raises CorruptionError; tensors may then be partly overwritten, so load
+    another checkpoint before going on. All other errors come before anything is changed.
+    """
+    if dtype not in ("strict", "cast"):
+        raise StateError(
+            "Unknown value for dtype", expected='"strict" or "cast"', actual=repr(dtype)
+        )
+    target = _path(path)
+    with operation(process_group) as coordinator:
+        return run_load(
+            state,
+            target,
+            coordinator=coordinator,
+            storage=storage or LocalStorage(),
+            strict=strict,
+            cast=dtype == "cast",
+            keys=keys,
+            rename=rename,
+        )
+
+
+def load_state(
+    path: Path,
+    *,
+    device_map: DeviceMap = "cpu",
+    keys: Select = None,
+    rename: Rename = None,
+    storage: Storage | None = None,
+) -> Any:
+    """Build the saved state anew, without a template: nested dicts of whole plain tensors.
+
+    Not collective: any single process can call it, whatever the world size of the save.
+    `device_map`: "cpu"; a device; a dict of name prefixes to these (the longest wins);
+    "auto" and "balanced" over the visible devices by free memory; "meta"; "disk"
+    (memory-mapped: nothing is read until touched). PerRank entries come back as a list of
+    every rank's value. `keys` and `rename` as for load. Tied tensors are tied again.
+    """
+    with open_checkpoint(path, storage=storage) as checkpoint:
+        return checkpoint.load_state(device_map=device_map, keys=keys, rename=rename)
+
+
+def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint:
+    """Open a checkpoint to look into it: a mapping of names to lazy tensors and values.
+
+    Not collective. Reads the manifest alone. Raises CheckpointNotFoundError,
+    NotACheckpointError, FormatVersionError or CorruptionError.
+    """
+    return Checkpoint(_path(path), storage=storage or LocalStorage())

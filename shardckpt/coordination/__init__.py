@@ -1,0 +1,1 @@
+"""All talk between ranks: one Protocol, and what implements it."""

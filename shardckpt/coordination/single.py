@@ -1,0 +1,26 @@
+"""A world of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["SingleCoordinator"]
+
+
+class SingleCoordinator:
+    """One rank, which talks to itself; see Coordinator."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
+        """See Coordinator.gather."""
+        return [payload]
+
+    def scatter(self, payloads: Sequence[bytes] | None, *, phase: str) -> bytes:
+        """See Coordinator.scatter."""
+        assert payloads is not None
+        return payloads[0]
+
+    def progress(self, amount: int) -> None:
+        """See Coordinator.progress."""

@@ -1,0 +1,225 @@
+"""Ranks that talk through the key-value store of their torch process group.
+
+Not through its collectives: the store needs no group of its own, never meets the training's
+traffic, survives a timeout, and shows which rank is missing; docs/adr tells more.
+
+Keys of one operation, below a prefix that no other one has:
+
+    beat/RANK       "beats:progress", renewed while the rank takes part
+    PHASE/n         how many ranks have sent
+    PHASE/s/RANK    what a rank sent
+    PHASE/a/RANK    rank 0's answer to it
+    given-up        the ranks that rank 0 has given up
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from shardckpt import knobs
+from shardckpt.errors import RankFailedError
+
+__all__ = ["StoreCoordinator", "store_coordinator"]
+
+_PIECE_BYTES = 4 << 20  # TCPStore refuses values of more than 8 MiB
+_SHORTEST_WAIT_S = 0.0002
+_LONGEST_WAIT_S = 0.02
+
+# Operations by group and channel, counted alike on every rank as all of them call the same ones.
+# Never reset: the store may outlive a process group, and its keys with it.
+_numbers: dict[tuple[str, str], Iterator[int]] = defaultdict(itertools.count)
+
+# Keys of the last operation that other ranks may still look at when this one has ended it.
+_traces: dict[tuple[str, str], list[str]] = {}
+
+
+@contextmanager
+def store_coordinator(group: Any, *, channel: str) -> Iterator[StoreCoordinator]:
+    """The ranks of a process group for one operation; collective.
+
+    Operations of different channels may run at once; those of one channel follow each other.
+    """
+    name = str(group.group_name)
+    number = next(_numbers[name, channel])
+    prefix = f"shardckpt/{name}/{channel}/{number}"
+    coordinator = StoreCoordinator(
+        lambda: dist.PrefixStore(prefix, group.get_group_store().clone()),
+        rank=dist.get_rank(group),
+        world_size=dist.get_world_size(group),
+    )
+    try:
+        yield coordinator
+    finally:
+        coordinator.close()
+        for old in _traces.pop((name, channel), ()):  # all ranks are through with that one
+            with suppress(Exception):
+                group.get_group_store().delete_key(old)
+        _traces[name, channel] = [f"{prefix}/{key}" for key in coordinator.traces()]
+
+
+class StoreCoordinator:
+    """See Coordinator. `connect` makes a connection to the store of this operation."""
+
+    def __init__(self, connect: Callable[[], Any], *, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._connect = connect
+        self._store = connect()
+        self._progress = 0
+        self._keys: list[str] = []
+        self._phases = itertools.count()
+        self._seen: dict[int, tuple[str, float, int, float]] = {}
+        self._stopped = threading.Event()
+        with self._network("begin"):
+            self._beat(0, self._store)
+        self._pulse = threading.Thread(target=self._keep_beating, daemon=True)
+        self._pulse.start()
+
+    def progress(self, amount: int) -> None:
+        """See Coordinator.progress."""
+        self._progress += 1
+
+    def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
+        """See Coordinator.gather."""
+        self._phase = f"{next(self._phases)}-{phase}"
+        with self._network(phase):
+            if self.rank:
+                self._put(f"{self._phase}/s/{self.rank}", payload)
+                self._store.add(f"{self._phase}/n", 1)
+                return None
+            others = range(1, self.world_size)
+            self._keys.append(f"{self._phase}/n")
+            self._wait(phase, lambda: self._count(f"{self._phase}/n") == len(others))
+            return [payload, *(self._get(f"{self._phase}/s/{rank}") for rank in others)]
+
+    def scatter(self, payloads: Sequence[bytes] | None, *, phase: str) -> bytes:
+        """See Coordinator.scatter."""
+        with self._network(phase):
+            if payloads is not None:
+                for rank in range(1, self.world_size):
+                    self._put(f"{self._phase}/a/{rank}", payloads[rank])
+                return payloads[0]
+            key = f"{self._phase}/a/{self.rank}"
+            self._wait(phase, lambda: bool(self._store.check([key])))
+            return self._get(key)
+
+    def close(self) -> None:
+        """Stop the pulse, and remove from the store what nobody reads any more."""
+        self._stopped.set()
+        with suppress(Exception):
+            for key in self._keys:
+                self._store.delete_key(key)
+
+    def traces(self) -> list[str]:
+        """Keys to remove once every rank has ended this operation."""
+        return [f"beat/{self.rank}", *([] if self.rank else ["given-up"])]
+
+    def _put(self, key: str, payload: bytes) -> None:
+        pieces = [
+            payload[at : at + _PIECE_BYTES] for at in range(0, max(len(payload), 1), _PIECE_BYTES)
+        ]
+        for index, piece in enumerate(pieces[1:], start=1):
+            self._store.set(f"{key}/{index}", piece)
+        self._store.set(key, len(pieces).to_bytes(4, "little") + pieces[0])
+
+    def _get(self, key: str) -> bytes:
+        """What was put; the reader removes it."""
+        first = self._store.get(key)
+        keys = [f"{key}/{index}" for index in range(1, int.from_bytes(first[:4], "little"))]
+        self._keys += [key, *keys]
+        return b"".join([first[4:], *(self._store.get(key) for key in keys)])
+
+    def _count(self, key: str) -> int:
+        return int(self._store.add(key, 0))
+
+    def _wait(self, phase: str, ready: Callable[[], bool]) -> None:
+        """Until ready; meanwhile look after the ranks that this one waits for."""
+        pause = _SHORTEST_WAIT_S
+        look_at = time.monotonic() + self._interval()
+        begun = time.monotonic()
+        while not ready():
+            self._progress += 1  # waiting has its own deadline: it is no stall
+            if time.monotonic() >= look_at:
+                self._look_after_others(phase, begun)
+                look_at = time.monotonic() + self._interval()
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_WAIT_S)
+
+    def _look_after_others(self, phase: str, begun: float) -> None:
+        if self.rank and self._store.check(["given-up"]):
+            silent = tuple(int(r) for r in self._store.get("given-up").decode().split(","))
+            raise self._failed(silent, phase, "rank 0 has given them up")
+        if not self.rank:
+            sent = [f"{self._phase}/s/{rank}" for rank in range(self.world_size)]
+            ranks = [r for r in range(1, self.world_size) if not self._store.check([sent[r]])]
+        else:
+            ranks = [0]
+        now = time.monotonic()
+        silent, stalled, absent = [], [], []
+        for rank in ranks:
+            if not self._store.check([f"beat/{rank}"]):
+                absent += [rank] if now - begun > knobs.ARRIVAL_DEADLINE_S else []
+                continue
+            beat, _, progress = self._store.get(f"beat/{rank}").decode().partition(":")
+            last, since, got, moved = self._seen.get(rank, ("", now, -1, now))
+            since, moved = (now if last != beat else since), (now if got != int(progress) else moved)
+            self._seen[rank] = (beat, since, int(progress), moved)
+            silent += [rank] if now - since > knobs.DEADLINE_S else []
+            stalled += [rank] if now - moved > knobs.STALL_DEADLINE_S else []
+        for ranks, what in (
+            (silent, f"no sign of life for {knobs.DEADLINE_S:g} s: dead, stopped or cut off"),
+            (stalled, f"alive, but no progress for {knobs.STALL_DEADLINE_S:g} s"),
+            (absent, f"did not take part within {knobs.ARRIVAL_DEADLINE_S:g} s"),
+        ):
+            if ranks:
+                if not self.rank:
+                    self._store.set("given-up", ",".join(map(str, ranks)))
+                raise self._failed(tuple(ranks), phase, what)
+
+    def _failed(self, ranks: tuple[int, ...], phase: str, what: str) -> RankFailedError:
+        return RankFailedError(
+            f"Rank {', '.join(map(str, ranks))} failed in phase {phase!r}",
+            rank=ranks,
+            phase=phase,
+            expected="every rank to call this, and to stay alive",
+            actual=what,
+            remedy="look at that rank's log; nothing was committed, and the next call may work",
+        )
+
+    @contextmanager
+    def _network(self, phase: str) -> Iterator[None]:
+        try:
+            yield
+        except dist.DistError as error:
+            raise RankFailedError(
+                "The store of the process group does not answer",
+                rank=0,
+                phase=phase,
+                expected="its server, which lives with rank 0 or the launcher",
+                actual=str(error).splitlines()[0],
+                remedy="look at the log of rank 0 and of the launcher; nothing was committed",
+            ) from error
+
+    def _interval(self) -> float:
+        return min(knobs.DEADLINE_S / 5, 1.0)
+
+    def _beat(self, number: int, store: Any) -> None:
+        store.set(f"beat/{self.rank}", f"{number}:{self._progress}")
+
+    def _keep_beating(self) -> None:
+        if self._stopped.wait(self._interval()):
+            return
+        with suppress(Exception):  # the working thread finds out by itself that the store is gone
+            store = self._connect()
+            for number in itertools.count(1):
+                self._beat(number, store)
+                if self._stopped.wait(self._interval()):
+                    return

@@ -1,0 +1,1 @@
+"""Staging, writing and reading: buffers, threads, devices."""

@@ -1,0 +1,1 @@
+"""The format on disk: bytes to dataclasses and back, without any I/O. See docs/format.md."""

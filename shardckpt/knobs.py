@@ -1,0 +1,33 @@
+"""Every constant that a user may want to change, with the environment variable that does."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["ARRIVAL_DEADLINE_S", "DEADLINE_S", "READ_THREADS", "STALL_DEADLINE_S"]
+
+
+def _number(name: str, default: float, *, least: float) -> float:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not least <= value < float("inf"):
+        raise ValueError(f"{name}: a number of at least {least} is expected, found {text!r}")
+    return value
+
+
+ARRIVAL_DEADLINE_S = _number("SHARDCKPT_ARRIVAL_DEADLINE_S", 600.0, least=0.1)
+"""How long ranks wait for one that has not called save or load yet."""
+
+DEADLINE_S = _number("SHARDCKPT_DEADLINE_S", 30.0, least=0.1)
+"""How long a rank that takes part may give no sign of life."""
+
+STALL_DEADLINE_S = _number("SHARDCKPT_STALL_DEADLINE_S", 600.0, least=0.1)
+"""How long a rank that is alive may take for one read or write, or one copy of it."""
+
+READ_THREADS = int(_number("SHARDCKPT_READ_THREADS", min(8, os.cpu_count() or 1), least=1))
+"""Reads in flight, each from a thread of its own."""

@@ -1,0 +1,1 @@
+"""Where checkpoints lie: one Protocol, and the local file system."""

@@ -1,0 +1,92 @@
+"""What a place for checkpoints must do. `shardckpt.testing` holds tests for new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+__all__ = ["MANIFEST_NAME", "CheckpointFiles", "Storage", "WritableFile", "WriteTransaction"]
+
+MANIFEST_NAME = "manifest.json"
+
+
+class Storage(Protocol):
+    """A place for checkpoints, each known by a path. Nothing here is collective."""
+
+    def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
+        """Begin a checkpoint; rank 0 alone. Nothing is visible at `path` before commit.
+
+        Raises CheckpointExistsError if the path is taken and `overwrite` is false,
+        NotACheckpointError if what stands there is no checkpoint, CheckpointBusyError if
+        another save to it is under way.
+        """
+
+    def join(self, path: str, *, token: str) -> WriteTransaction:
+        """Take part in what rank 0 began; `token` is its transaction's.
+
+        Raises DirectoryNotSharedError if this rank does not see it.
+        """
+
+    def open(self, path: str) -> CheckpointFiles:
+        """Open a committed checkpoint, on any rank.
+
+        Raises CheckpointNotFoundError or NotACheckpointError.
+        """
+
+
+class WriteTransaction(Protocol):
+    """A checkpoint being written. `token` is what other ranks need to join."""
+
+    path: str
+    token: str
+
+    def create(self, name: str, *, size_bytes: int) -> WritableFile:
+        """A new file in it; it must not exist. Space for `size_bytes` is set aside if possible."""
+
+    def commit(self, manifest: bytes) -> None:
+        """Write the manifest and make all visible at once; durable on return. Rank 0 alone."""
+
+    def abandon(self) -> None:
+        """Remove what was written, as far as that works; never raises. No-op after commit."""
+
+    def close(self) -> None:
+        """Release what is held; never raises."""
+
+
+class WritableFile(Protocol):
+    """A file being written. If `direct`, buffers, offsets and lengths must be multiples of 4096."""
+
+    direct: bool
+
+    def write(self, data: memoryview, *, offset: int) -> None:
+        """Write all of `data` at `offset`; from any thread, without the interpreter lock."""
+
+    def close(self, *, size_bytes: int) -> None:
+        """Cut to size, make durable, close. Raises StorageError if that can't be assured."""
+
+    def discard(self) -> None:
+        """Close without more ado; never raises."""
+
+
+class CheckpointFiles(Protocol):
+    """The files of a committed checkpoint."""
+
+    path: str
+
+    def manifest(self) -> bytes:
+        """The manifest's bytes."""
+
+    def size_bytes(self, name: str) -> int:
+        """The size of a shard; CorruptionError if it is missing or no regular file."""
+
+    def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
+        """Fill the buffers, one after another, from `offset` on; from any thread.
+
+        CorruptionError where the shard is missing or ends before they are full.
+        """
+
+    def map(self, name: str) -> memoryview:
+        """A shard mapped into memory, copied on write; stays valid after close."""
+
+    def close(self) -> None:
+        """Release what is held; never raises."""

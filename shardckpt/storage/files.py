@@ -1,0 +1,216 @@
+"""The files of a committed checkpoint on a file system, opened when first needed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+from shardckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptionError,
+    NotACheckpointError,
+    StorageError,
+)
+from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.system import System
+
+__all__ = ["LocalFiles"]
+
+_READ = os.O_RDONLY | os.O_NONBLOCK  # a FIFO in a shard's place must not block
+_IOV_MAX = 1024
+_MANIFEST_LIMIT_BYTES = 2 << 30
+
+
+class LocalFiles:
+    """A committed checkpoint; see CheckpointFiles.
+
+    Everything is opened below the directory found at first, so a checkpoint that takes its
+    place meanwhile is never mixed in.
+    """
+
+    def __init__(self, system: System, path: str) -> None:
+        self.path = path
+        self._system = system
+        self._lock = threading.Lock()
+        self._open: dict[str, int] = {}
+        self._directory = self._find(os.path.realpath(path))
+
+    def _find(self, path: str) -> int:
+        try:
+            return self._system.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except NotADirectoryError as error:
+            raise NotACheckpointError(
+                "There is a file at this path, no checkpoint",
+                path=self.path,
+                expected="a directory that shardckpt.save wrote",
+                actual="a file",
+                remedy="give the checkpoint's directory",
+            ) from error
+        except FileNotFoundError as error:
+            # A replacing save that died between its two renames left the old one aside.
+            parent, name = os.path.split(path)
+            with suppress(OSError):
+                for found in sorted(self._system.listdir(parent)):
+                    if found.startswith(f".{name}.old-"):
+                        return self._system.open(
+                            os.path.join(parent, found), os.O_RDONLY | os.O_DIRECTORY
+                        )
+            raise CheckpointNotFoundError(
+                "There is nothing at this path",
+                path=self.path,
+                expected="a checkpoint",
+                actual="no such file or directory",
+                remedy="check the path; a save that did not return leaves nothing",
+            ) from error
+
+    def manifest(self) -> bytes:
+        """See CheckpointFiles.manifest."""
+        try:
+            fd = self._system.open(MANIFEST_NAME, _READ, dir_fd=self._directory)
+        except FileNotFoundError as error:
+            raise NotACheckpointError(
+                "This directory is no shardckpt checkpoint",
+                path=self.path,
+                expected=f"a {MANIFEST_NAME} in it",
+                actual=self._contents(),
+                remedy="give a directory that shardckpt.save wrote; one of "
+                "torch.distributed.checkpoint loads with dcp.load",
+            ) from error
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            self._no_regular_file(MANIFEST_NAME)
+        try:
+            found = self._system.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                self._no_regular_file(MANIFEST_NAME)
+            if found.st_size > _MANIFEST_LIMIT_BYTES:
+                raise CorruptionError(
+                    "The manifest is too large",
+                    path=f"{self.path}/{MANIFEST_NAME}",
+                    expected=f"at most {_MANIFEST_LIMIT_BYTES} bytes",
+                    actual=f"{found.st_size} bytes",
+                    remedy="load another checkpoint",
+                )
+            data = bytearray(found.st_size)
+            self._fill(fd, MANIFEST_NAME, [memoryview(data)], 0)
+            return bytes(data)
+        finally:
+            self._system.close(fd)
+
+    def _contents(self) -> str:
+        names = sorted(os.listdir(self._directory))
+        if ".metadata" in names:
+            return "a checkpoint of torch.distributed.checkpoint"
+        return f"{len(names)} files: {', '.join(names[:5])}" if names else "an empty directory"
+
+    def size_bytes(self, name: str) -> int:
+        """See CheckpointFiles.size_bytes."""
+        return self._system.fstat(self._descriptor(name)).st_size
+
+    def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
+        """See CheckpointFiles.readinto."""
+        fd = self._descriptor(name)
+        for start in range(0, len(buffers), _IOV_MAX):
+            part = list(buffers[start : start + _IOV_MAX])
+            self._fill(fd, name, part, offset)
+            offset += sum(map(len, part))
+
+    def _fill(self, fd: int, name: str, buffers: list[memoryview], offset: int) -> None:
+        while buffers:
+            try:
+                count = self._system.read(fd, buffers, offset=offset)
+            except OSError as error:
+                raise StorageError(
+                    f"The file system refused to read: {error.strerror}",
+                    errno=error.errno,
+                    path=f"{self.path}/{name}",
+                    remedy="look at the disk; what it says of this file is in the system's log",
+                ) from error
+            offset += count
+            if count == 0 and any(map(len, buffers)):
+                raise CorruptionError(
+                    "A file ends before its time",
+                    path=f"{self.path}/{name}",
+                    expected=f"{sum(map(len, buffers))} more bytes",
+                    actual=f"its end at byte {offset}",
+                    remedy="load another checkpoint; `shardckpt verify` lists all damage",
+                )
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if count:
+                buffers[0] = buffers[0][count:]
+
+    def map(self, name: str) -> memoryview:
+        """See CheckpointFiles.map."""
+        fd = self._descriptor(name)
+        return memoryview(self._system.map(fd, size_bytes=self._system.fstat(fd).st_size))
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = self._open_shard(name)
+            return self._open[name]
+
+    def _open_shard(self, name: str) -> int:
+        try:
+            fd = self._system.open(name, _READ, dir_fd=self._directory)
+        except FileNotFoundError as error:
+            self._missing(name, error)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                self._no_regular_file(name)
+            raise StorageError(
+                f"A shard can't be opened: {error.strerror}",
+                errno=error.errno,
+                path=f"{self.path}/{name}",
+                remedy="ask for the right to read it; or raise the limit on open files",
+            ) from error
+        if not stat.S_ISREG(self._system.fstat(fd).st_mode):
+            self._system.close(fd)
+            self._no_regular_file(name)
+        return fd
+
+    def _missing(self, name: str, error: OSError) -> NoReturn:
+        now: int | None = None
+        with suppress(OSError):
+            now = self._system.stat(os.path.realpath(self.path)).st_ino
+        if now != self._system.fstat(self._directory).st_ino:
+            raise CheckpointNotFoundError(
+                "The checkpoint was replaced or removed while it was being read",
+                path=self.path,
+                expected=name,
+                actual="another checkpoint" if now else "nothing",
+                remedy="load again",
+            ) from error
+        raise CorruptionError(
+            "A shard is missing",
+            path=f"{self.path}/{name}",
+            expected="the file",
+            actual="no such file",
+            remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
+        ) from error
+
+    def _no_regular_file(self, name: str) -> NoReturn:
+        raise CorruptionError(
+            "A file of the checkpoint is no regular file",
+            path=f"{self.path}/{name}",
+            expected="a regular file",
+            actual="a link, pipe, device or directory",
+            remedy="don't trust this checkpoint; load another one",
+        )
+
+    def close(self) -> None:
+        """See CheckpointFiles.close."""
+        with self._lock:
+            descriptors, self._open = [*self._open.values(), self._directory], {}
+            self._directory = -1
+        for fd in descriptors:
+            if fd >= 0:
+                with suppress(OSError):
+                    self._system.close(fd)

@@ -1,0 +1,392 @@
+"""Checkpoints as directories of a file system that all ranks share.
+
+A save writes into `.NAME.tmp-ID` beside its target, and renames that to NAME once every file
+and the directory are durable; docs/durability.md tells each step. `.NAME.lock` is held
+meanwhile. A save that finds leftovers of a dead one under these names removes them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from shardckpt.errors import (
+    CheckpointBusyError,
+    CheckpointExistsError,
+    DirectoryNotSharedError,
+    NoSpaceError,
+    NotACheckpointError,
+    ShardckptError,
+    StorageError,
+    StoragePermissionError,
+)
+from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.files import LocalFiles
+from shardckpt.storage.system import System
+
+__all__ = ["LocalStorage"]
+
+_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+_SEEN_WITHIN_S = 0.8  # network file systems may be late to show a new directory
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
+
+
+@contextmanager
+def translated(path: str) -> Iterator[None]:
+    """OSErrors of the with block as the StorageErrors of shardckpt."""
+    try:
+        yield
+    except ShardckptError:
+        raise
+    except OSError as error:
+        kind, remedy = _KINDS.get(error.errno or 0, (StorageError, None))
+        raise kind(
+            f"The file system refused: {error.strerror}",
+            errno=error.errno,
+            path=error.filename or path,
+            remedy=remedy,
+        ) from error
+
+
+_ALLOW = "ask for the right to read and write there, or choose another path"
+_FREE = "free some space or raise the quota; what was saved before is untouched"
+_KINDS: dict[int, tuple[type[StorageError], str]] = {
+    errno.EACCES: (StoragePermissionError, _ALLOW),
+    errno.EPERM: (StoragePermissionError, _ALLOW),
+    errno.EROFS: (StoragePermissionError, _ALLOW),
+    errno.ENOSPC: (NoSpaceError, _FREE),
+    errno.EDQUOT: (NoSpaceError, _FREE),
+    errno.EFBIG: (NoSpaceError, "raise the limit on file sizes (ulimit -f)"),
+    errno.EIO: (StorageError, "look at the disk: it reports an error"),
+    errno.EMFILE: (StorageError, "raise the limit on open files (ulimit -n)"),
+    errno.ENAMETOOLONG: (StorageError, "choose a shorter name"),
+}
+
+
+class LocalStorage:
+    """Checkpoints in directories. `system` makes the system calls."""
+
+    def __init__(self, system: System | None = None) -> None:
+        self.system = system or System()
+
+    def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> LocalTransaction:
+        """See Storage.begin. Directories above the path are made."""
+        target = os.path.realpath(path)
+        with translated(target):
+            self._make_directories(os.path.dirname(target))
+            lock = _Lock(self.system, _beside(target, "lock"))
+            try:
+                self._collect_leftovers(target)
+                self._check_target(target, overwrite=overwrite)
+                temporary = _beside(target, f"tmp-{checkpoint_id}")
+                self.system.mkdir(temporary)
+            except BaseException:
+                lock.release()
+                raise
+        return LocalTransaction(self.system, path, target, checkpoint_id, lock)
+
+    def join(self, path: str, *, token: str) -> LocalTransaction:
+        """See Storage.join."""
+        target = os.path.realpath(path)
+        temporary = _beside(target, f"tmp-{token}")
+        give_up_at = time.monotonic() + _SEEN_WITHIN_S
+        while True:
+            try:
+                self.system.stat(temporary)
+                return LocalTransaction(self.system, path, target, token, None)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                with translated(temporary):
+                    raise
+            if time.monotonic() > give_up_at:
+                raise DirectoryNotSharedError(
+                    "This rank does not see the directory that rank 0 made",
+                    path=path,
+                    expected=temporary,
+                    actual="nothing there",
+                    remedy="save to a file system that all ranks share, under the same path",
+                )
+            with suppress(OSError):
+                self.system.listdir(os.path.dirname(target))  # makes NFS look again
+            time.sleep(0.05)
+
+    def open(self, path: str) -> LocalFiles:
+        """See Storage.open."""
+        with translated(path):
+            return LocalFiles(self.system, path)
+
+    def _make_directories(self, path: str) -> None:
+        try:
+            if not stat.S_ISDIR(self.system.stat(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
+        except FileNotFoundError:
+            above = os.path.dirname(path)
+            self._make_directories(above)
+            with suppress(FileExistsError):
+                self.system.mkdir(path)
+            sync_directory(self.system, above)
+
+    def _check_target(self, target: str, *, overwrite: bool) -> None:
+        try:
+            found = self.system.stat(target)
+        except FileNotFoundError:
+            return
+        directory = stat.S_ISDIR(found.st_mode)
+        names = self.system.listdir(target) if directory else []
+        if directory and not names:
+            return
+        if not overwrite:
+            raise CheckpointExistsError(
+                "There is something at this path already",
+                errno=errno.EEXIST,
+                path=target,
+                expected="nothing, or an empty directory",
+                actual="a checkpoint" if MANIFEST_NAME in names else _describe(found),
+                remedy="save to another path, or pass overwrite=True to replace a checkpoint",
+            )
+        if MANIFEST_NAME not in names:
+            raise NotACheckpointError(
+                "overwrite=True replaces a checkpoint, and nothing else",
+                path=target,
+                expected=f"a directory with a {MANIFEST_NAME}",
+                actual=_describe(found),
+                remedy="move it out of the way, or save to another path",
+            )
+
+    def _collect_leftovers(self, target: str) -> None:
+        """Remove what dead saves to this target left; the lock is held, so none is alive."""
+        parent = os.path.dirname(target)
+        marks = tuple(os.path.basename(_beside(target, kind)) for kind in ("tmp-", "old-"))
+        for name in self.system.listdir(parent):
+            if not name.startswith(marks):
+                continue
+            leftover = os.path.join(parent, name)
+            if name.startswith(marks[1]) and not self._exists(target):
+                # A replacing save died between its two renames: the old checkpoint comes back.
+                self.system.rename(leftover, target)
+                sync_directory(self.system, parent)
+            else:
+                remove_tree(self.system, leftover)
+
+    def _exists(self, path: str) -> bool:
+        try:
+            self.system.stat(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def _describe(found: os.stat_result) -> str:
+    return "a directory" if stat.S_ISDIR(found.st_mode) else "a file of another kind"
+
+
+def _beside(target: str, kind: str) -> str:
+    parent, name = os.path.split(target)
+    return os.path.join(parent, f".{name}.{kind}")
+
+
+def sync_directory(system: System, path: str) -> None:
+    """Make the names in a directory durable."""
+    fd = system.open(path, _DIRECTORY)
+    try:
+        system.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that have no such thing say EINVAL
+            raise
+    finally:
+        system.close(fd)
+
+
+def remove_tree(system: System, path: str) -> None:
+    """Remove a checkpoint's directory, as far as that works; never raises OSError.
+
+    Its manifest goes first, so that half of it is no checkpoint.
+    """
+    with suppress(OSError):
+        for name in sorted(system.listdir(path), key=lambda name: name != MANIFEST_NAME):
+            system.unlink(os.path.join(path, name))
+    with suppress(OSError):
+        system.rmdir(path)
+
+
+class _Lock:
+    """A lock file, held until released; works without where the file system has no locks."""
+
+    def __init__(self, system: System, path: str) -> None:
+        self.system = system
+        self.path = path
+        while True:
+            self.fd = system.open(path, os.O_CREAT | os.O_RDWR)
+            try:
+                system.lock(self.fd)
+                if system.fstat(self.fd).st_ino == system.stat(path).st_ino:
+                    return
+            except BlockingIOError as error:
+                system.close(self.fd)
+                raise CheckpointBusyError(
+                    "Another save to this path is under way",
+                    errno=errno.EAGAIN,
+                    path=path,
+                    remedy="wait for it, or save to another path",
+                ) from error
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno in (*_UNSUPPORTED, errno.ENOLCK):
+                    return
+                system.close(self.fd)
+                raise
+            system.close(self.fd)  # its holder removed it in the meantime: once more
+
+    def release(self) -> None:
+        """Remove and unlock it; never raises OSError."""
+        with suppress(OSError):
+            self.system.unlink(self.path)
+        with suppress(OSError):
+            self.system.unlock(self.fd)
+        with suppress(OSError):
+            self.system.close(self.fd)
+
+
+class LocalTransaction:
+    """A checkpoint being written; see WriteTransaction."""
+
+    def __init__(
+        self, system: System, path: str, target: str, token: str, lock: _Lock | None
+    ) -> None:
+        self.path = path
+        self.token = token
+        self._system = system
+        self._target = target
+        self._temporary = _beside(target, f"tmp-{token}")
+        self._lock = lock
+        self._published = False
+
+    def create(self, name: str, *, size_bytes: int) -> LocalFile:
+        """See WriteTransaction.create."""
+        path = os.path.join(self._temporary, name)
+        with translated(path):
+            return LocalFile(self._system, path, size_bytes=size_bytes)
+
+    def commit(self, manifest: bytes) -> None:
+        """See WriteTransaction.commit."""
+        assert self._lock is not None, "rank 0 alone commits"
+        with translated(self._target):
+            path = os.path.join(self._temporary, MANIFEST_NAME)
+            file = LocalFile(self._system, path, size_bytes=len(manifest), direct=False)
+            try:
+                file.write(memoryview(manifest), offset=0)
+                file.close(size_bytes=len(manifest))
+            except BaseException:
+                file.discard()
+                raise
+            sync_directory(self._system, self._temporary)
+            # From here on the temporary name may be that of the old checkpoint: it must not be
+            # removed before the new one is known to be durable.
+            self._published = True
+            replaced = self._publish()
+            sync_directory(self._system, os.path.dirname(self._target))
+        if replaced is not None:
+            remove_tree(self._system, replaced)
+        self.close()
+
+    def _publish(self) -> str | None:
+        """Give the new checkpoint its name; where the old one has gone, if there was one."""
+        try:
+            self._system.rename(self._temporary, self._target)
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        try:
+            self._system.exchange(self._temporary, self._target)
+            return self._temporary
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        old = _beside(self._target, f"old-{self.token}")
+        self._system.rename(self._target, old)
+        self._system.rename(self._temporary, self._target)
+        return old
+
+    def abandon(self) -> None:
+        """See WriteTransaction.abandon."""
+        if self._lock is not None and not self._published:
+            remove_tree(self._system, self._temporary)
+        self.close()
+
+    def close(self) -> None:
+        """See WriteTransaction.close."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+
+class LocalFile:
+    """A file being written; see WritableFile. O_DIRECT where the file system takes it."""
+
+    def __init__(
+        self, system: System, path: str, *, size_bytes: int, direct: bool = True
+    ) -> None:
+        self._system = system
+        self._path = path
+        self.direct = direct and hasattr(os, "O_DIRECT")
+        try:
+            flags = _NEW_FILE | (os.O_DIRECT if self.direct else 0)
+            self._fd = system.open(path, flags)
+        except OSError as error:
+            if not self.direct or error.errno not in _UNSUPPORTED:
+                raise
+            self.direct = False
+            with suppress(FileNotFoundError):  # some file systems make it and refuse then
+                system.unlink(path)
+            self._fd = system.open(path, _NEW_FILE)
+        self._open = True
+        try:
+            system.allocate(self._fd, size_bytes=max(size_bytes, 1))
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                self.discard()
+                raise
+
+    def write(self, data: memoryview, *, offset: int) -> None:
+        """See WritableFile.write."""
+        with translated(self._path):
+            while data:
+                try:
+                    written = self._system.write(self._fd, data, offset=offset)
+                except OSError as error:
+                    if not self.direct or error.errno != errno.EINVAL:
+                        raise
+                    self._buffered()
+                    continue
+                if written <= 0:
+                    raise OSError(errno.EIO, "a write took nothing", self._path)
+                data, offset = data[written:], offset + written
+                if data and written % 4096:
+                    self._buffered()
+
+    def _buffered(self) -> None:
+        self._system.buffered(self._fd)
+        self.direct = False
+
+    def close(self, *, size_bytes: int) -> None:
+        """See WritableFile.close. A failed fsync is final: asked again, the kernel forgets it."""
+        with translated(self._path):
+            self._system.truncate(self._fd, size_bytes=size_bytes)
+            self._system.fsync(self._fd)
+            self._open = False
+            self._system.close(self._fd)
+
+    def discard(self) -> None:
+        """See WritableFile.discard."""
+        if self._open:
+            self._open = False
+            with suppress(OSError):
+                self._system.close(self._fd)

@@ -1,0 +1,104 @@
+"""The system calls that storage makes, one method each: the seam where tests inject faults."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+
+__all__ = ["System"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class System:
+    """The operating system. Every method raises OSError as its namesake in os does."""
+
+    def open(self, path: str, flags: int, *, dir_fd: int | None = None) -> int:
+        """A descriptor that child processes don't inherit and that no symlink leads to."""
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666, dir_fd=dir_fd)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def write(self, fd: int, data: memoryview, *, offset: int) -> int:
+        """Write some of `data` at an offset; how many bytes."""
+        return os.pwrite(fd, data, offset)
+
+    def read(self, fd: int, buffers: Sequence[memoryview], *, offset: int) -> int:
+        """Read into buffers from an offset; how many bytes, 0 at the end of the file."""
+        return os.preadv(fd, buffers, offset)
+
+    def allocate(self, fd: int, *, size_bytes: int) -> None:
+        """Set space aside, as fallocate(2) does: no emulation where the file system can't."""
+        if not hasattr(_libc, "fallocate"):
+            raise OSError(errno.EOPNOTSUPP, "no fallocate on this system")
+        if _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def truncate(self, fd: int, *, size_bytes: int) -> None:
+        """Cut a file to size."""
+        os.ftruncate(fd, size_bytes)
+
+    def buffered(self, fd: int) -> None:
+        """Turn O_DIRECT off."""
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
+
+    def fsync(self, fd: int) -> None:
+        """Make a file or directory durable."""
+        os.fsync(fd)
+
+    def lock(self, fd: int) -> None:
+        """Lock a file against other processes and descriptors; BlockingIOError if it is locked."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def unlock(self, fd: int) -> None:
+        """Unlock it, for children that inherited the descriptor as well."""
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+    def map(self, fd: int, *, size_bytes: int) -> mmap.mmap:
+        """The file in memory; writes to it stay private."""
+        return mmap.mmap(fd, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def mkdir(self, path: str) -> None:
+        """Make a directory."""
+        os.mkdir(path)
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename; a directory replaces an empty one, and no other."""
+        os.rename(source, target)
+
+    def exchange(self, one: str, other: str) -> None:
+        """Swap two names in one step; ENOSYS or EINVAL where the system can't."""
+        if not hasattr(_libc, "renameat2"):
+            raise OSError(errno.ENOSYS, "no renameat2 on this system")
+        names = os.fsencode(one), os.fsencode(other)
+        if _libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), one, None, other)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file."""
+        os.unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty directory."""
+        os.rmdir(path)
+
+    def listdir(self, path: str) -> list[str]:
+        """The names in a directory."""
+        return os.listdir(path)
+
+    def stat(self, path: str) -> os.stat_result:
+        """What stands at a path; a symlink is itself."""
+        return os.lstat(path)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        """What a descriptor refers to."""
+        return os.fstat(fd)
