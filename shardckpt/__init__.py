@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from shardckpt.api import async_save, load, load_state, open_checkpoint, save
     from shardckpt.checkpoint import Checkpoint
     from shardckpt.errors import ShardckptError
+    from shardckpt.integrations.dcp import (
+        ReshardLoadPlanner,
+        ShardReader,
+        ShardSavePlanner,
+        ShardWriter,
+    )
     from shardckpt.planning.flatten import PerRank
     from shardckpt.reports import LoadReport, SaveReport
 
@@ -18,7 +24,11 @@ __all__ = [
     "Checkpoint",
     "LoadReport",
     "PerRank",
+    "ReshardLoadPlanner",
     "SaveReport",
+    "ShardReader",
+    "ShardSavePlanner",
+    "ShardWriter",
     "ShardckptError",
     "__version__",
     "async_save",
@@ -33,7 +43,11 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "LoadReport": "reports",
     "PerRank": "planning.flatten",
+    "ReshardLoadPlanner": "integrations.dcp",
     "SaveReport": "reports",
+    "ShardReader": "integrations.dcp",
+    "ShardSavePlanner": "integrations.dcp",
+    "ShardWriter": "integrations.dcp",
     "ShardckptError": "errors",
     "async_save": "api",
     "load": "api",

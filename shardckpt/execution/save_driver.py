@@ -34,7 +34,15 @@ from shardckpt.planning.table import Ints, LocalPlan, TensorSpec
 from shardckpt.reports import SaveReport, Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
-__all__ = ["ShardResult", "commit", "new_id", "run_save", "write_rank"]
+__all__ = [
+    "ShardResult",
+    "commit",
+    "new_id",
+    "planned_parts",
+    "replica_digests",
+    "run_save",
+    "write_rank",
+]
 
 SMALL_BYTES = 64 << 10
 """Replicas up to this size are always compared; larger ones when asked for."""
@@ -181,9 +189,9 @@ class _Save:
                 chunks=WrittenShard(
                     tensor=local.chunks.tensor[writes.row], boxes=writes.boxes, header_bytes=0
                 ),
-                data=_parts(local, writes),
+                data=planned_parts(local, writes),
             )
-            result.replicas = _replica_digests(local, writes, everything=self.check_replicas)
+            result.replicas = replica_digests(local, writes, everything=self.check_replicas)
             result.own_trees = local.own_trees
             return msgspec.msgpack.encode(result)
 
@@ -216,13 +224,13 @@ class _Save:
             self.transaction.close()
 
 
-def _parts(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
+def planned_parts(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
     """The data of each write: a local chunk, or the part of it that this rank writes."""
     held = local.chunks.boxes
     parts = []
     for row, whole, box in zip(
         writes.row.tolist(),
-        (held[writes.row] == _narrow(writes.boxes, held.shape[2])).all(axis=(1, 2)).tolist(),
+        (held[writes.row] == writes.boxes[:, :, : held.shape[2]]).all(axis=(1, 2)).tolist(),
         writes.boxes,
         strict=True,
     ):
@@ -233,10 +241,6 @@ def _parts(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
             data = data[box_slices(held[row, 0, :dims].tolist(), offsets, sizes)]
         parts.append(data)
     return parts
-
-
-def _narrow(boxes: Ints, dims: int) -> Ints:
-    return boxes[:, :, :dims]
 
 
 def write_rank(
@@ -337,7 +341,7 @@ def commit(
     )
 
 
-def _replica_digests(local: LocalPlan, writes: RankWrites, *, everything: bool) -> bytes:
+def replica_digests(local: LocalPlan, writes: RankWrites, *, everything: bool) -> bytes:
     """A digest for each local chunk that other ranks hold as well; 0 for those not compared."""
     digests = np.zeros(len(writes.compare), dtype="<u8")
     for index, row in enumerate(writes.compare.tolist()):
@@ -345,7 +349,7 @@ def _replica_digests(local: LocalPlan, writes: RankWrites, *, everything: bool) 
         size = data.numel() * data.element_size()
         if size and (everything or size <= SMALL_BYTES):
             digest = xxhash.xxh3_64()
-            for part in contiguous_parts(data.detach()):
+            for part in contiguousplanned_parts(data.detach()):
                 digest.update(view_at(part.data_ptr(), part.numel() * part.element_size()))
             digests[index] = digest.intdigest() | 1
     return digests.tobytes()

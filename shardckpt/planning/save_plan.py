@@ -21,7 +21,7 @@ from shardckpt.format.boxes import find_gap
 from shardckpt.format.dtypes import itemsize
 from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, TensorSpec, widen_boxes
 
-__all__ = ["GlobalPlan", "RankWrites", "global_plan", "layout_order"]
+__all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
 
 SPLIT_BYTES = 1 << 20
 """A replicated chunk smaller than this is written whole by one rank."""
@@ -105,7 +105,11 @@ def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
     replicated = rows.take(np.flatnonzero(rows.shared))
     first, group = _group(np.column_stack([replicated.tensor, _flat(replicated.boxes)]))
     distinct = replicated.take(first)
-    _check_coverage(specs, solo, distinct)
+    check_coverage(
+        specs,
+        np.concatenate([solo.tensor, distinct.tensor]),
+        np.concatenate([solo.boxes, distinct.boxes]),
+    )
     loads = np.bincount(solo.rank, weights=solo.size_bytes, minlength=len(plans))
     divided = _divide(specs, replicated, group, loads)
     counts = np.bincount(group, minlength=len(first))
@@ -175,9 +179,8 @@ def _group(keys: Ints) -> tuple[Ints, Ints]:
     return first[order].astype(np.int64), rank_of[group.reshape(-1)]
 
 
-def _check_coverage(specs: Sequence[TensorSpec], solo: _Rows, distinct: _Rows) -> None:
-    tensor = np.concatenate([solo.tensor, distinct.tensor])
-    boxes = np.concatenate([solo.boxes, distinct.boxes])
+def check_coverage(specs: Sequence[TensorSpec], tensor: Ints, boxes: Ints) -> None:
+    """Raise CoverageError unless the chunks (`tensor` [n], `boxes` [n, 2, D]) make up each tensor."""
     order = np.argsort(tensor, kind="stable")
     bounds = np.searchsorted(tensor[order], np.arange(len(specs) + 1))
     for index, spec in enumerate(specs):

@@ -25,6 +25,7 @@ __all__ = [
     "modules_in",
     "optimizer_state",
     "parameter_names",
+    "plain_state",
 ]
 
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
@@ -157,3 +158,21 @@ def optimizer_state(
             for group in packed["param_groups"]
         ],
     }
+
+
+def plain_state(state: Any) -> Any:
+    """A nested state with its modules and optimizers as dicts of canonical names."""
+    names = parameter_names(modules_in(state))
+
+    def plain(value: Any, at: str) -> Any:
+        if isinstance(value, nn.Module):
+            return module_state(value)
+        if isinstance(value, Optimizer):
+            return optimizer_state(value, names, at=at)
+        if isinstance(value, Mapping):
+            return {key: plain(item, f"{at}.{key}") for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(plain(item, at) for item in value)
+        return value
+
+    return plain(state, "")

@@ -1,0 +1,1 @@
+"""shardckpt behind the interfaces of other libraries."""

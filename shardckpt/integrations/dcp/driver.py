@@ -1,0 +1,66 @@
+"""shardckpt.save with a DCP planner: dcp.save with shardckpt's storage and errors."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from shardckpt.errors import RankFailedError, ShardckptError
+from shardckpt.execution.load_driver import open_manifest
+from shardckpt.integrations.dcp.writer import ShardWriter
+from shardckpt.planning.stateful import plain_state
+from shardckpt.reports import SaveReport
+from shardckpt.storage.local import LocalStorage
+
+__all__ = ["save_with_planner"]
+
+
+def save_with_planner(
+    state: Any, path: str, *, planner: Any, overwrite: bool, process_group: Any
+) -> SaveReport:
+    """Save a state as a DCP SavePlanner plans it; collective, over DCP's collectives."""
+    start = time.perf_counter()
+    writer = ShardWriter(path, overwrite=overwrite)
+    try:
+        dcp.save(
+            plain_state(state),
+            storage_writer=writer,
+            planner=planner,
+            process_group=process_group,
+            no_dist=not dist.is_initialized(),
+        )
+    except CheckpointException as failure:  # a BaseException: nobody's `except Exception` sees it
+        writer.abandon()
+        raise _first_error(failure, path) from failure
+    except BaseException:
+        writer.abandon()
+        raise
+    files, manifest = open_manifest(LocalStorage(), path)
+    files.close()
+    return SaveReport(
+        path=path,
+        checkpoint_id=manifest.checkpoint_id,
+        world_size=manifest.world_size,
+        bytes_by_rank=tuple(shard.size_bytes for shard in manifest.shards),
+        manifest_bytes=os.path.getsize(os.path.join(path, "manifest.json")),
+        seconds={"save": time.perf_counter() - start},
+    )
+
+
+def _first_error(failure: CheckpointException, path: str) -> Exception:
+    rank, (error, _) = min(failure.failures.items())
+    if isinstance(error, ShardckptError):
+        error.rank = rank if error.rank is None else error.rank
+        return error
+    return RankFailedError(
+        "The planner or a rank failed",
+        path=path,
+        rank=tuple(failure.failures),
+        actual=f"{type(error).__name__}: {error}",
+        remedy="look at that rank's own error; nothing was committed",
+    )

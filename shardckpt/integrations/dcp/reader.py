@@ -1,0 +1,178 @@
+"""ShardReader: DCP's StorageReader over a shardckpt checkpoint."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import Metadata, StorageReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from shardckpt.errors import StateError
+from shardckpt.execution.load_driver import open_manifest
+from shardckpt.execution.reader import read_all
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.values import TensorRef
+from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
+from shardckpt.planning.build import Builder
+from shardckpt.planning.chunks import LocalChunk
+from shardckpt.planning.reads import plan_reads
+from shardckpt.planning.saved import SavedState
+from shardckpt.storage.base import CheckpointFiles, Storage
+from shardckpt.storage.local import LocalStorage
+
+__all__ = ["ShardReader"]
+
+
+class ShardReader(StorageReader):
+    """Reads a shardckpt checkpoint for dcp.load, onto any world size; verifies what it reads.
+
+    `path` may be left out where dcp gets a checkpoint_id. Works with DCP's planners, with
+    ReshardLoadPlanner, and with a user's own.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, storage: Storage | None = None
+    ) -> None:
+        self.checkpoint_id = None if path is None else os.fspath(path)
+        self.storage = storage or LocalStorage()
+        self._opened: tuple[CheckpointFiles, Manifest] | None = None
+        self._saved: SavedState | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin anew, at the path that dcp was called with, if any."""
+        self.checkpoint_id = os.fspath(checkpoint_id) if checkpoint_id else self.checkpoint_id
+        self._close()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What was saved, in DCP's terms: every tensor with its chunks, every value."""
+        if not self.checkpoint_id:
+            raise StateError(
+                "ShardReader was given no path",
+                remedy="ShardReader(path), or dcp.load(..., checkpoint_id=path)",
+            )
+        self._close()
+        files, manifest = self._opened = open_manifest(self.storage, self.checkpoint_id)
+        saved = self._saved = SavedState(manifest)
+        described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        paths: dict[str, tuple[Any, ...]] = {}
+        for path, node in _entries(saved.tree, ()):
+            name = ".".join(map(str, path))
+            paths[name] = path
+            if isinstance(node, TensorRef) and node.kind == "tensor":
+                described[name] = _describe(manifest.tensors[node.name])
+            else:
+                described[name] = BytesStorageMetadata()
+        return ShardMetadata(
+            state_dict_metadata=described, planner_data=paths, storage_data={}, saved=saved
+        )
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to add: read_metadata has opened the checkpoint."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Nothing to add."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Nothing to add."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the planner asks for."""
+        assert self._opened is not None and self._saved is not None
+        files, manifest = self._opened
+        if isinstance(planner, ReshardLoadPlanner):
+            matched = planner.matcher.reads
+            reads = (read for entry, target in matched for read in plan_reads(entry, target))
+            read_all(files, manifest, reads)
+            planner.finish_load()
+        else:
+            self._read_items(plan, planner)
+        self._close()
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _read_items(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        assert self._opened is not None and self._saved is not None
+        files, manifest = self._opened
+        wanted: list[tuple[TensorEntry, LocalChunk]] = []
+        tensors, loaded = [], []
+        builder = Builder(self._saved, wanted)
+        for item in plan.items:
+            node = self._saved.nodes[item.storage_index.fqn]
+            if item.type == LoadItemType.BYTE_IO:
+                loaded.append((item, builder.build(node, item.storage_index.fqn)))
+                continue
+            target = planner.resolve_tensor(item)
+            entry = manifest.tensors[node.name]
+            chunk = item.storage_index.offset or (0,) * len(entry.shape)
+            offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
+            wanted.append((entry, LocalChunk(offsets, tuple(item.lengths), target.detach())))
+            tensors.append((item, target))
+        read_all(
+            files, manifest, (r for entry, chunk in wanted for r in plan_reads(entry, chunk))
+        )
+        for item, target in tensors:
+            planner.commit_tensor(item, target)
+        for item, value in loaded:
+            stream = io.BytesIO()
+            torch.save(value, stream)  # what planners expect; made here, from decoded values
+            stream.seek(0)
+            planner.load_bytes(item, stream)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this may be a path."""
+        return bool(os.fspath(checkpoint_id)) and "://" not in os.fspath(checkpoint_id)
+
+    def _close(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened[0].close()
+
+
+def _describe(entry: TensorEntry) -> TensorStorageMetadata:
+    dims = len(entry.shape)
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=DTYPES[entry.dtype]),
+        size=torch.Size(entry.shape),
+        chunks=[
+            ChunkStorageMetadata(torch.Size(row[3 : 3 + dims]), torch.Size(row[3 + dims :]))
+            for row in entry.chunks.tolist()
+        ],
+    )
+
+
+def _entries(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The leaves of a saved tree as DCP's planners see them: a list or tuple without tensors or
+    dicts is one value, and so is an empty dict."""
+    if isinstance(node, dict) and node:
+        items: Any = ((key, value) for key, value in node.items())
+    elif isinstance(node, list) and any(map(_is_inner, node)):
+        items = enumerate(node)
+    else:
+        yield path, node
+        return
+    for key, value in items:
+        yield from _entries(value, (*path, key if isinstance(node, list) else str(key)))
+
+
+def _is_inner(node: Any) -> bool:
+    if isinstance(node, list):
+        return any(map(_is_inner, node))
+    return isinstance(node, (dict, TensorRef))

@@ -1,0 +1,344 @@
+"""ShardWriter: DCP's StorageWriter over shardckpt's format and commit."""
+
+from __future__ import annotations
+
+import io
+import os
+import weakref
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch.distributed.checkpoint import Metadata, StorageWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from shardckpt.coordination.single import SingleCoordinator
+from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
+from shardckpt.execution.save_driver import (
+    ShardResult,
+    commit,
+    new_id,
+    planned_parts,
+    replica_digests,
+    write_rank,
+)
+from shardckpt.format import values
+from shardckpt.format.dtypes import dtype_name
+from shardckpt.integrations.dcp.planners import ShardSavePlanner, ShardStorageMeta
+from shardckpt.planning.assembly import WrittenShard
+from shardckpt.planning.differences import compare_replicas
+from shardckpt.planning.save_plan import check_coverage, layout_order
+from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes, widen_boxes
+from shardckpt.storage.base import Storage, WriteTransaction
+from shardckpt.storage.local import LocalStorage
+
+__all__ = ["ShardWriter"]
+
+
+class _Written(msgspec.Struct, array_like=True):
+    """What a rank tells of the items of a planner that is not shardckpt's."""
+
+    result: ShardResult
+    specs: tuple[TensorSpec, ...]
+    chunks: bytes
+    values: dict[str, Any]
+
+
+class _Rank(SingleCoordinator):
+    """The rank of a writer, for naming its shard; DCP does the talking."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+
+
+class ShardWriter(StorageWriter):
+    """Writes a dcp.save or dcp.async_save as a shardckpt checkpoint, atomically.
+
+    `path` may be left out where dcp gets a checkpoint_id. `overwrite` replaces a checkpoint
+    there. With ShardSavePlanner all that shardckpt.save promises holds; with another planner
+    its items are written as they come, and that they cover every tensor exactly once is
+    checked before anything appears.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        overwrite: bool = False,
+        check_replicas: bool = False,
+        storage: Storage | None = None,
+    ) -> None:
+        self.checkpoint_id = None if path is None else os.fspath(path)
+        self.overwrite = overwrite
+        self.check_replicas = check_replicas
+        self.storage = storage or LocalStorage()
+        self._transaction: WriteTransaction | None = None
+        self._planner: SavePlanner | None = None
+        self._rank = 0
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin anew, at the path that dcp was called with, if any."""
+        self.checkpoint_id = os.fspath(checkpoint_id) if checkpoint_id else self.checkpoint_id
+
+    def storage_meta(self) -> StorageMeta:
+        """How planners know this writer."""
+        return ShardStorageMeta(checkpoint_id=self.checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Learn this rank. (DCP looks for a parameter that is named `kwargs`.)"""
+        self._rank = int(kwargs.get("rank", 0))
+        if not self.checkpoint_id:
+            raise StateError(
+                "ShardWriter was given no path",
+                rank=self._rank,
+                remedy="ShardWriter(path), or dcp.save(..., checkpoint_id=path)",
+            )
+        if not kwargs.get("use_collectives", True):
+            raise StateError(
+                "ShardWriter needs the ranks to agree on one plan",
+                rank=self._rank,
+                expected="use_collectives=True",
+                actual="use_collectives=False",
+                remedy="leave use_collectives at its default",
+            )
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing to add."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Begin the checkpoint, on the coordinator; all ranks learn where."""
+        assert self.checkpoint_id is not None
+        identity = new_id()
+        transaction = self.storage.begin(
+            self.checkpoint_id, checkpoint_id=identity, overwrite=self.overwrite
+        )
+        self._transaction = transaction
+        # DCP tells a writer nothing of a save that failed: what is left goes with the writer.
+        weakref.finalize(self, transaction.abandon)
+        order = (identity, transaction.token, len(plans))
+        return [
+            SavePlan(plan.items, storage_data=(rank, *order), planner_data=plan.planner_data)
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's shard; it is durable when this returns."""
+        assert self.checkpoint_id is not None
+        if getattr(planner, "_enable_plan_caching", False):
+            raise StateError(
+                "ShardWriter does not work with DCP's cache of plans, which ignores dtypes",
+                rank=self._rank,
+                remedy="enable_plan_caching=False, or ShardSavePlanner, which needs none",
+            )
+        rank, identity, token, world_size = plan.storage_data
+        self._planner = planner
+        if self._transaction is None:
+            transaction = self.storage.join(self.checkpoint_id, token=token)
+        else:
+            transaction = self._transaction
+        where = {
+            "transaction": transaction,
+            "coordinator": _Rank(rank, world_size),
+            "checkpoint_id": identity,
+        }
+        try:
+            if isinstance(planner, ShardSavePlanner):
+                written = self._write_planned(planner, where)
+            else:
+                written = _write_items(plan, planner, where)
+        except BaseException:
+            transaction.abandon()
+            raise
+        # DCP reads none of this; msgpack, as results travel between ranks.
+        result = WriteResult(index=None, size_in_bytes=0, storage_data=written)  # type: ignore[arg-type]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([result])
+        return future
+
+    def _write_planned(self, planner: ShardSavePlanner, where: dict[str, Any]) -> bytes:
+        local, writes = planner.local, planner.writes
+        result = write_rank(
+            **where,
+            specs=(*local.common, *local.own),
+            chunks=WrittenShard(
+                tensor=local.chunks.tensor[writes.row], boxes=writes.boxes, header_bytes=0
+            ),
+            data=planned_parts(local, writes),
+        )
+        result.replicas = replica_digests(local, writes, everything=self.check_replicas)
+        result.own_trees = local.own_trees
+        return msgspec.msgpack.encode(result)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the manifest and make the checkpoint visible, on the coordinator."""
+        assert self._transaction is not None
+        payloads: list[bytes] = [result[0].storage_data for result in results]
+        planner = self._planner
+        if isinstance(planner, ShardSavePlanner):
+            shards = [msgspec.msgpack.decode(payload, type=ShardResult) for payload in payloads]
+            plan = planner.global_writes
+            compare_replicas(plan, [np.frombuffer(s.replicas, dtype="<u8") for s in shards])
+            facts: dict[str, Any] = {
+                "specs": plan.specs,
+                "shards": [
+                    (plan.tensor[rank], writes.boxes) for rank, writes in enumerate(plan.ranks)
+                ],
+                "results": shards,
+                "tree": planner.local.tree,
+            }
+        else:
+            written = [msgspec.msgpack.decode(payload, type=_Written) for payload in payloads]
+            facts = _union(written, metadata.planner_data)
+        identity = self._transaction.token
+        commit(self._transaction, checkpoint_id=identity, **facts)
+        self._transaction = None
+
+    def abandon(self) -> None:
+        """Remove what a failed save has left; else that happens when the writer is collected."""
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.abandon()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this may be a path."""
+        return bool(os.fspath(checkpoint_id)) and "://" not in os.fspath(checkpoint_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_transaction": None, "_planner": None}
+
+
+def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) -> bytes:
+    """Write the items of any planner; what was written, for finish."""
+    specs: dict[str, TensorSpec] = {}
+    rows: list[int] = []
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    data: list[torch.Tensor] = []
+    encoded: dict[str, Any] = {}
+    for item in plan.items:
+        name = item.index.fqn
+        if item.type == WriteItemType.BYTE_IO:
+            encoded[name] = _value(planner, item)
+            continue
+        tensor = planner.resolve_data(item)
+        assert isinstance(tensor, torch.Tensor) and item.tensor_data is not None
+        shape = tuple(item.tensor_data.size)
+        spec = TensorSpec(name, dtype_name(tensor.dtype, tensor=name), shape)
+        specs.setdefault(name, spec)
+        rows.append(list(specs).index(name) if specs[name] is not spec else len(specs) - 1)
+        chunk = item.tensor_data.chunk
+        boxes.append((tuple(chunk.offsets), tuple(chunk.sizes)))
+        data.append(tensor.detach())
+    table, index = pad_boxes(boxes), np.array(rows, dtype=np.int64)
+    names = tuple(specs.values())
+    order = layout_order(names, index, table)
+    result = write_rank(
+        **where,
+        specs=names,
+        chunks=WrittenShard(tensor=index[order], boxes=table[order], header_bytes=0),
+        data=[data[at] for at in order.tolist()],
+    )
+    packed = ChunkTable(tensor=index[order], boxes=table[order]).pack()
+    return msgspec.msgpack.encode(_Written(result, names, packed, encoded))
+
+
+def _value(planner: SavePlanner, item: WriteItem) -> Any:
+    """A byte item as typed JSON: it comes as what torch.save makes, and is read with
+    weights_only; what that refuses has no place in a checkpoint."""
+    stream = planner.resolve_data(item)
+    assert isinstance(stream, io.BytesIO)
+    stream.seek(0)
+    try:
+        value = torch.load(stream, weights_only=True)
+    except Exception as error:
+        lookup = getattr(planner, "lookup_object", None)
+        if lookup is None:
+            raise UnsupportedLeafError(
+                "A value of this planner can't be saved without pickle",
+                tensor=item.index.fqn,
+                expected="what torch.load(weights_only=True) takes",
+                actual=str(error).splitlines()[0],
+                remedy="leave it out, or convert it",
+            ) from error
+        value = lookup(item.index)
+    return values.encode(value, at=item.index.fqn)
+
+
+def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) -> dict[str, Any]:
+    """What commit needs, from what each rank wrote of a planner that is not shardckpt's."""
+    numbers: dict[str, int] = {}
+    specs: list[TensorSpec] = []
+    shards = []
+    for rank, own in enumerate(written):
+        for spec in own.specs:
+            number = numbers.setdefault(spec.name, len(specs))
+            if number == len(specs):
+                specs.append(spec)
+            if specs[number] != spec:
+                raise RankMismatchError(
+                    "Two ranks wrote a tensor with different dtypes or shapes",
+                    rank=rank,
+                    tensor=spec.name,
+                    expected=f"{specs[number].dtype} {list(specs[number].shape)}",
+                    actual=f"{spec.dtype} {list(spec.shape)}",
+                    remedy="look at the planner",
+                )
+        table = ChunkTable.unpack(own.chunks)
+        renumber = np.array([numbers[spec.name] for spec in own.specs], dtype=np.int64)
+        shards.append((renumber[table.tensor], table.boxes))
+    dims = max((boxes.shape[2] for _, boxes in shards), default=0)
+    check_coverage(
+        specs,
+        np.concatenate([tensor for tensor, _ in shards]),
+        np.concatenate([widen_boxes(boxes, dims=dims) for _, boxes in shards]),
+    )
+    leaves = {name: {"$tensor": name} for name in numbers}
+    for own in written:
+        leaves.update(own.values)
+    return {
+        "specs": specs,
+        "shards": shards,
+        "results": [own.result for own in written],
+        "tree": msgspec.json.encode(_nest(leaves, paths or {})),
+    }
+
+
+def _nest(leaves: dict[str, Any], paths: dict[str, tuple[Any, ...]]) -> Any:
+    """The tree of encoded leaves; ints in paths are places in lists, as DCP has it."""
+    root: dict[Any, Any] = {}
+    for name, leaf in leaves.items():
+        *above, last = paths.get(name, (name,))
+        node = root
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+
+    def settle(node: Any) -> Any:
+        if not isinstance(node, dict) or not any(node is known for known in inner):
+            return node
+        items = {key: settle(value) for key, value in node.items()}
+        if items and all(isinstance(key, int) for key in items):
+            return [items.get(index) for index in range(max(items) + 1)]
+        if any(not isinstance(key, str) or key.startswith("$") for key in items):
+            return {"$dict": [[values.encode(key, at=""), item] for key, item in items.items()]}
+        return items
+
+    inner: list[Any] = []
+    stack: list[Any] = [root]
+    ends = [id(leaf) for leaf in leaves.values()]
+    while stack:
+        node = stack.pop()
+        inner.append(node)
+        stack += [v for v in node.values() if isinstance(v, dict) and id(v) not in ends]
+    return settle(root)
