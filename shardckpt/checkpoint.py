@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from shardckpt.errors import CheckpointError
 from shardckpt.execution.devices import free_memory
 from shardckpt.execution.disk import MappedFiles, disk_tensor
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.execution.reader import read_all
 from shardckpt.execution.verify import verify_shards
-from shardckpt.format.dtypes import DTYPES, itemsize
-from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.build import Builder
 from shardckpt.planning.chunks import LocalChunk
@@ -61,9 +60,7 @@ class SavedTensor:
         return part.reshape(shape)
 
 
-def _box(
-    index: Any, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in parts:
         at = parts.index(Ellipsis)

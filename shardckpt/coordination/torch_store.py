@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt import knobs
 from shardckpt.errors import RankFailedError
@@ -51,7 +52,7 @@ def store_coordinator(group: Any, *, channel: str) -> Iterator[StoreCoordinator]
     number = next(_numbers[name, channel])
     prefix = f"shardckpt/{name}/{channel}/{number}"
     coordinator = StoreCoordinator(
-        lambda: dist.PrefixStore(prefix, group.get_group_store().clone()),
+        lambda: PrefixStore(prefix, group.get_group_store().clone()),
         rank=dist.get_rank(group),
         world_size=dist.get_world_size(group),
     )
@@ -155,22 +156,27 @@ class StoreCoordinator:
 
     def _look_after_others(self, phase: str, begun: float) -> None:
         if self.rank and self._store.check(["given-up"]):
-            silent = tuple(int(r) for r in self._store.get("given-up").decode().split(","))
-            raise self._failed(silent, phase, "rank 0 has given them up")
+            given_up = self._store.get("given-up").decode().split(",")
+            raise self._failed(list(map(int, given_up)), phase, "rank 0 has given them up")
         if not self.rank:
             sent = [f"{self._phase}/s/{rank}" for rank in range(self.world_size)]
             ranks = [r for r in range(1, self.world_size) if not self._store.check([sent[r]])]
         else:
             ranks = [0]
         now = time.monotonic()
-        silent, stalled, absent = [], [], []
+        silent: list[int] = []
+        stalled: list[int] = []
+        absent: list[int] = []
         for rank in ranks:
             if not self._store.check([f"beat/{rank}"]):
                 absent += [rank] if now - begun > knobs.ARRIVAL_DEADLINE_S else []
                 continue
             beat, _, progress = self._store.get(f"beat/{rank}").decode().partition(":")
             last, since, got, moved = self._seen.get(rank, ("", now, -1, now))
-            since, moved = (now if last != beat else since), (now if got != int(progress) else moved)
+            since, moved = (
+                (now if last != beat else since),
+                (now if got != int(progress) else moved),
+            )
             self._seen[rank] = (beat, since, int(progress), moved)
             silent += [rank] if now - since > knobs.DEADLINE_S else []
             stalled += [rank] if now - moved > knobs.STALL_DEADLINE_S else []
@@ -182,12 +188,12 @@ class StoreCoordinator:
             if ranks:
                 if not self.rank:
                     self._store.set("given-up", ",".join(map(str, ranks)))
-                raise self._failed(tuple(ranks), phase, what)
+                raise self._failed(ranks, phase, what)
 
-    def _failed(self, ranks: tuple[int, ...], phase: str, what: str) -> RankFailedError:
+    def _failed(self, ranks: list[int], phase: str, what: str) -> RankFailedError:
         return RankFailedError(
             f"Rank {', '.join(map(str, ranks))} failed in phase {phase!r}",
-            rank=ranks,
+            rank=tuple(ranks),
             phase=phase,
             expected="every rank to call this, and to stay alive",
             actual=what,

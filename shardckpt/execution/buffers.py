@@ -61,5 +61,5 @@ def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
         return
     rows = max(1, BUFFER_BYTES * tensor.shape[0] // size_bytes)
-    for part in tensor.split(rows):
+    for part in torch.split(tensor, rows):
         yield from contiguous_parts(part[0] if part.shape[0] == 1 else part)

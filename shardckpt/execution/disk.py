@@ -42,6 +42,13 @@ class MappedFiles:
             buffer[:] = self.map(name)[offset : offset + len(buffer)]
             offset += len(buffer)
 
+    def manifest(self) -> bytes:
+        """See CheckpointFiles.manifest."""
+        return self._files.manifest()
+
+    def close(self) -> None:
+        """See CheckpointFiles.close; the maps stay."""
+
 
 def disk_tensor(
     files: MappedFiles, manifest: Manifest, name: str, entry: TensorEntry
@@ -72,7 +79,8 @@ class DiskTensor(torch.Tensor):
     def __new__(
         cls, files: MappedFiles, manifest: Manifest, name: str, entry: TensorEntry
     ) -> DiskTensor:
-        made: DiskTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        """A tensor without memory, of the saved shape and dtype."""
+        made: DiskTensor = torch.Tensor._make_wrapper_subclass(
             cls, entry.shape, dtype=DTYPES[entry.dtype]
         )
         return made
@@ -97,7 +105,7 @@ class DiskTensor(torch.Tensor):
         return self._tensor
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         args, kwargs = tree_map_only(DiskTensor, DiskTensor.read, (args, kwargs or {}))

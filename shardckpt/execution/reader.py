@@ -219,15 +219,17 @@ def damaged_blocks(
     )
 
 
-def tensors_in(
-    manifest: Manifest, ranges: Sequence[tuple[int, int]], *, shard: int
-) -> list[str]:
+def tensors_in(manifest: Manifest, ranges: Sequence[tuple[int, int]], *, shard: int) -> list[str]:
     """Names of the tensors with bytes in any of the [begin, end) ranges of a shard's file."""
     return [
         name
         for name, entry in manifest.tensors.items()
         if any(
-            ((entry.chunks[:, 0] == shard) & (entry.chunks[:, 1] < end) & (entry.chunks[:, 2] > begin)).any()
+            (
+                (entry.chunks[:, 0] == shard)
+                & (entry.chunks[:, 1] < end)
+                & (entry.chunks[:, 2] > begin)
+            ).any()
             for begin, end in ranges
         )
     ]

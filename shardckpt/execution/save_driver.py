@@ -166,7 +166,9 @@ class _Save:
         self.plan_id = text_digest(
             msgspec.msgpack.encode((FORMAT_VERSION, [(a, rows) for a, _, rows, _ in summaries]))
         )
-        cached = self.plan_id in _cache.plans and {known for *_, known in summaries} == {self.plan_id}
+        cached = self.plan_id in _cache.plans and {known for *_, known in summaries} == {
+            self.plan_id
+        }
         verdict = "same" if cached else "send"
         token = self.transaction.token
         return msgspec.msgpack.encode((verdict, self.plan_id, token, self.checkpoint_id))
@@ -202,9 +204,7 @@ class _Save:
     def commit(self, payloads: list[bytes]) -> bytes:
         plan = _cache.plans[self.plan_id]
         results = [msgspec.msgpack.decode(payload, type=ShardResult) for payload in payloads]
-        compare_replicas(
-            plan, [np.frombuffer(result.replicas, dtype="<u8") for result in results]
-        )
+        compare_replicas(plan, [np.frombuffer(result.replicas, dtype="<u8") for result in results])
         assert self.transaction is not None
         return commit(
             self.transaction,
@@ -349,7 +349,7 @@ def replica_digests(local: LocalPlan, writes: RankWrites, *, everything: bool) -
         size = data.numel() * data.element_size()
         if size and (everything or size <= SMALL_BYTES):
             digest = xxhash.xxh3_64()
-            for part in contiguousplanned_parts(data.detach()):
+            for part in contiguous_parts(data.detach()):
                 digest.update(view_at(part.data_ptr(), part.numel() * part.element_size()))
             digests[index] = digest.intdigest() | 1
     return digests.tobytes()

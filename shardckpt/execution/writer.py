@@ -115,7 +115,7 @@ class _Stream:
             raise StorageError(
                 "A write makes no progress",
                 expected=f"an answer within {knobs.STALL_DEADLINE_S} s",
-                remedy="look at the disk or the file server; SHARDCKPT_STALL_DEADLINE_S sets the limit",
+                remedy="look at the disk or the file server",
             )
         pending.result()
 

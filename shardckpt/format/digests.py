@@ -6,7 +6,6 @@ they are no defence against someone who can write a manifest.
 
 from __future__ import annotations
 
-
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -29,7 +28,7 @@ def digests_to_hex(digests: NDArray[np.uint64]) -> str:
 
 def digests_from_hex(text: str) -> NDArray[np.uint64]:
     """The digests that digests_to_hex wrote; raises ValueError for anything else."""
-    if len(text) % 16 or text != text.lower() or not text.isalnum() and text:
+    if len(text) % 16 or text != text.lower() or (not text.isalnum() and text):
         raise ValueError("digests are 16 lower-case hex digits each")
     return np.frombuffer(bytes.fromhex(text), dtype=">u8").astype(np.uint64)
 

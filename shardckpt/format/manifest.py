@@ -235,7 +235,7 @@ def _tensors(entries: dict[str, _Tensor], path: str) -> dict[str, TensorEntry]:
         if len(entry.chunks) % (3 + 2 * dims):
             _refuse(path, f"{3 + 2 * dims} numbers a chunk", len(entry.chunks), name)
         by_dims.setdefault(dims, []).append(name)
-    tensors: dict[str, TensorEntry] = dict.fromkeys(entries)  # type: ignore[arg-type]
+    tensors: dict[str, TensorEntry] = {}
     for dims, names in by_dims.items():
         lists = [entries[name].chunks for name in names]
         ends = list(itertools.accumulate(map(len, lists)))
@@ -250,7 +250,7 @@ def _tensors(entries: dict[str, _Tensor], path: str) -> dict[str, TensorEntry]:
                 shape=tuple(entries[name].shape),
                 chunks=rows[begin // (3 + 2 * dims) : end // (3 + 2 * dims)],
             )
-    return tensors
+    return {name: tensors[name] for name in entries}
 
 
 def _check_chunks(
@@ -304,14 +304,16 @@ def _check_tensor(name: str, entry: TensorEntry, path: str) -> None:
         _refuse(path, f"{int(volumes[index])} bytes in a chunk", f"{found} bytes", name)
 
 
-def _check_references(
-    document: _Document, tensors: dict[str, TensorEntry], path: str
-) -> None:
+def _check_references(document: _Document, tensors: dict[str, TensorEntry], path: str) -> None:
     for tag, body in _references([document.state, document.per_rank]):
         if tag == "$per_rank":
-            known = isinstance(body, str) and bool(document.per_rank) and all(
-                isinstance(values, list) and body in map(str, range(len(values)))
-                for values in document.per_rank
+            known = (
+                isinstance(body, str)
+                and bool(document.per_rank)
+                and all(
+                    isinstance(values, list) and body in map(str, range(len(values)))
+                    for values in document.per_rank
+                )
             )
         else:
             known = isinstance(body, str) and body in tensors

@@ -94,7 +94,7 @@ def _plain(key: str) -> bool:
     return key.isascii() or isinstance(_scalar(key), str)
 
 
-def _tagged(value: Any, at: str) -> Any:  # noqa: PLR0911
+def _tagged(value: Any, at: str) -> Any:
     """The object with a "$" key for a value of a type that JSON lacks; None for one unknown."""
     if isinstance(value, enum.Enum):
         kind = type(value)

@@ -32,14 +32,18 @@ def shard_name(*, rank: int, world_size: int) -> str:
 def chunk_bytes(specs: Sequence[TensorSpec], tensor: Ints, boxes: Ints) -> Ints:
     """The size in bytes of each chunk [m]."""
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
-    return boxes[:, 1].prod(axis=1) * items[tensor]
+    size_bytes: Ints = boxes[:, 1].prod(axis=1) * items[tensor]
+    return size_bytes
 
 
 def tensor_entries(
     specs: Sequence[TensorSpec], shards: Sequence[WrittenShard]
 ) -> dict[str, TensorEntry]:
     """The manifest's tensors: where each chunk of each lies. Chunks are sorted by their offsets."""
-    ends = [shard.header_bytes + np.cumsum(chunk_bytes(specs, shard.tensor, shard.boxes)) for shard in shards]
+    ends = [
+        shard.header_bytes + np.cumsum(chunk_bytes(specs, shard.tensor, shard.boxes))
+        for shard in shards
+    ]
     dims = max((shard.boxes.shape[2] for shard in shards), default=0)
     tensor = np.concatenate([shard.tensor for shard in shards])
     end = np.concatenate(ends)
@@ -50,7 +54,8 @@ def tensor_entries(
     flat = np.column_stack([index, begin, end, boxes[:, 0], boxes[:, 1]])[order]
     bounds = np.searchsorted(tensor[order], np.arange(len(specs) + 1)).tolist()
     columns = [
-        np.array([*range(3 + n), *range(3 + dims, 3 + dims + n)], dtype=np.intp) for n in range(dims + 1)
+        np.array([*range(3 + n), *range(3 + dims, 3 + dims + n)], dtype=np.intp)
+        for n in range(dims + 1)
     ]
     return {
         spec.name: TensorEntry(
@@ -60,4 +65,3 @@ def tensor_entries(
         )
         for spec, low, high in zip(specs, bounds[:-1], bounds[1:], strict=True)
     }
-

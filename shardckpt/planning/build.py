@@ -74,6 +74,8 @@ class Builder:
             tensor, to_read = self.new(name, ref.name, entry)
         if to_read:
             for chunk in local_chunks(tensor, name=name):
-                self.reads.append((entry, LocalChunk(chunk.offsets, chunk.sizes, chunk.data.detach())))
+                self.reads.append(
+                    (entry, LocalChunk(chunk.offsets, chunk.sizes, chunk.data.detach()))
+                )
         self._tied[ref] = tensor.numpy() if ref.kind == "numpy" and tensor.is_cpu else tensor
         return self._tied[ref]

@@ -68,7 +68,9 @@ class Mismatches:
 class Matcher:
     """Matches a caller's state against a saved one, for one rank."""
 
-    def __init__(self, state: Any, saved: SavedState, *, rank: int, world_size: int, cast: bool) -> None:
+    def __init__(
+        self, state: Any, saved: SavedState, *, rank: int, world_size: int, cast: bool
+    ) -> None:
         self.state = state
         self.saved = saved
         self.rank = rank
@@ -124,7 +126,7 @@ class Matcher:
         return Mismatches(found.missing, owned, found.wrong_shape, found.wrong_dtype)
 
     def find(self, name: str) -> TensorEntry | None:
-        """The saved tensor for a name, noted as used; None, noted as missing, where there is none."""
+        """The saved tensor for a name, noted as used; None, noted as missing, if there is none."""
         node = self.saved.nodes.get(name)
         if isinstance(node, TensorRef):
             self.used.add(name)
@@ -180,6 +182,7 @@ class Matcher:
             self.reads.append((entry, LocalChunk(chunk.offsets, chunk.sizes, data)))
 
     def array(self, template: np.ndarray[Any, Any], name: str) -> Finish:
+        """Fill an array in place where its memory allows that, else replace it."""
         if not (template.flags.writeable and all(stride >= 0 for stride in template.strides)):
             return self.value(template, name)
         tensor = torch.from_numpy(template)
@@ -187,6 +190,7 @@ class Matcher:
         return lambda: template
 
     def mapping(self, template: Any, path: tuple[Any, ...]) -> Finish:
+        """Match each item of a dict; what is saved beside them stays unused."""
         parts = {key: self.match(value, (*path, key)) for key, value in template.items()}
 
         def finish() -> Any:
@@ -198,6 +202,7 @@ class Matcher:
         return finish
 
     def sequence(self, template: Any, path: tuple[Any, ...]) -> Finish:
+        """Match each item of a list or tuple that holds tensors."""
         parts = [self.match(value, (*path, index)) for index, value in enumerate(template)]
 
         def finish() -> Any:
@@ -253,6 +258,7 @@ class Matcher:
         return value
 
     def per_rank(self, template: PerRank, path: tuple[Any, ...]) -> Finish:
+        """Match this rank's own value, or what on_resize says if the number of ranks differs."""
         name = join(path)
         node = self.saved.nodes.get(name)
         if not _is_per_rank(node):
@@ -321,8 +327,4 @@ def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    return [
-        found
-        for key, item in items
-        for found in _tensors(item, below(name, key))
-    ]
+    return [found for key, item in items for found in _tensors(item, below(name, key))]

@@ -101,9 +101,7 @@ def match_optimizer(matcher: Matcher, optimizer: Optimizer, path: tuple[Any, ...
         packed = optimizer.state_dict()["param_groups"]
         order = [index for group in packed for index in group["params"]]
         state = {
-            index: filled[fqn]
-            for index, fqn in zip(order, parameters, strict=True)
-            if filled[fqn]
+            index: filled[fqn] for index, fqn in zip(order, parameters, strict=True) if filled[fqn]
         }
         merged = [
             {**own, **saved, "params": own["params"]}
@@ -126,9 +124,13 @@ def _undo_casts(
     for fqn, parameter in parameters.items():
         for key, value in (filled[fqn] or {}).items():
             now = optimizer.state[parameter].get(key)
-            if isinstance(value, torch.Tensor) and now is not None and now.dtype != value.dtype:
-                if key != "step":
-                    optimizer.state[parameter][key] = value.to(now.device)
+            if (
+                isinstance(value, torch.Tensor)
+                and now is not None
+                and now.dtype != value.dtype
+                and key != "step"
+            ):
+                optimizer.state[parameter][key] = value.to(now.device)
 
 
 def _state(

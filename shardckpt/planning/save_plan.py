@@ -8,6 +8,7 @@ costs each rank 1/N of its bytes, few tensors are cut, and small ones never are.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,7 +111,9 @@ def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
         np.concatenate([solo.tensor, distinct.tensor]),
         np.concatenate([solo.boxes, distinct.boxes]),
     )
-    loads = np.bincount(solo.rank, weights=solo.size_bytes, minlength=len(plans))
+    loads: NDArray[np.float64] = np.bincount(
+        solo.rank, weights=solo.size_bytes, minlength=len(plans)
+    ).astype(np.float64)
     divided = _divide(specs, replicated, group, loads)
     counts = np.bincount(group, minlength=len(first))
     several = counts[group] > 1
@@ -180,7 +183,7 @@ def _group(keys: Ints) -> tuple[Ints, Ints]:
 
 
 def check_coverage(specs: Sequence[TensorSpec], tensor: Ints, boxes: Ints) -> None:
-    """Raise CoverageError unless the chunks (`tensor` [n], `boxes` [n, 2, D]) make up each tensor."""
+    """Raise CoverageError unless the chunks (`tensor` [n], `boxes` [n, 2, D]) tile each tensor."""
     order = np.argsort(tensor, kind="stable")
     bounds = np.searchsorted(tensor[order], np.arange(len(specs) + 1))
     for index, spec in enumerate(specs):
@@ -202,7 +205,9 @@ def check_coverage(specs: Sequence[TensorSpec], tensor: Ints, boxes: Ints) -> No
             )
 
 
-def _divide(specs: Sequence[TensorSpec], rows: _Rows, group: Ints, loads: NDArray[np.float64]) -> _Rows:
+def _divide(
+    specs: Sequence[TensorSpec], rows: _Rows, group: Ints, loads: NDArray[np.float64]
+) -> _Rows:
     """The rows of replicated chunks, each chunk or part of it left to one of its replicas."""
     order = np.lexsort((rows.rank, group))
     rows, group = rows.take(order), group[order]
@@ -224,7 +229,7 @@ def _divide(specs: Sequence[TensorSpec], rows: _Rows, group: Ints, loads: NDArra
         edges = np.concatenate([[0], np.cumsum(sizes)])
         bounds = [0, *(_cut(rows, begin, edges, at) for at in np.cumsum(quota)[:-1]), edges[-1]]
         bounds = list(np.maximum.accumulate(bounds))
-        for position, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for position, (low, high) in enumerate(itertools.pairwise(bounds)):
             loads[replicas[position]] += high - low
             whole = (edges[:-1] >= low) & (edges[1:] <= high) & (sizes > 0)
             if position == 0:
@@ -240,9 +245,7 @@ def _divide(specs: Sequence[TensorSpec], rows: _Rows, group: Ints, loads: NDArra
         return out
     parts = rows.take(np.array([row for row, _ in cuts]))
     parts.boxes = np.stack([box for _, box in cuts])
-    return _Rows(
-        *(np.concatenate([getattr(out, n), getattr(parts, n)]) for n in _Rows.__slots__)
-    )
+    return _Rows(*(np.concatenate([getattr(out, n), getattr(parts, n)]) for n in _Rows.__slots__))
 
 
 def _fill(loads: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
@@ -254,7 +257,8 @@ def _fill(loads: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
         level = (amount + rising[:count].sum()) / count
         if count == len(rising) or level <= rising[count]:
             break
-    return np.maximum(level - loads, 0.0)
+    shares: NDArray[np.float64] = np.maximum(level - loads, 0.0)
+    return shares
 
 
 def _row_dim(sizes: Ints) -> int:
@@ -277,7 +281,7 @@ def _cut(rows: _Rows, begin: Ints, edges: Ints, at: float) -> int:
 
 def _part(rows: _Rows, row: int, low: int, high: int) -> Ints:
     """The box of bytes [low, high) of a chunk; both are multiples of its row."""
-    box = rows.boxes[row].copy()
+    box: Ints = rows.boxes[row].copy()
     dim = _row_dim(box[1])
     row_bytes = int(rows.size_bytes[row]) // int(box[1, dim])
     assert math.prod(box[1, :dim].tolist()) == 1

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -126,9 +125,7 @@ def parameter_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
     return names
 
 
-def optimizer_state(
-    optimizer: Optimizer, names: Mapping[int, str], *, at: str
-) -> dict[str, dict[str, Any] | list[dict[str, Any]]]:
+def optimizer_state(optimizer: Optimizer, names: Mapping[int, str], *, at: str) -> dict[str, Any]:
     """The optimizer's state dict with parameter names in place of indices.
 
     `{"state": {name: {key: value}}, "param_groups": [{"params": [name, ...], ...}]}`; `names`

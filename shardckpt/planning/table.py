@@ -153,9 +153,7 @@ def local_plan(flat: FlatState) -> LocalPlan:
     for tensors, may_be_shared in groups:
         for name, tensor in tensors.items():
             shared = may_be_shared and may_have_replicas(tensor)
-            rows.extend(
-                (len(specs), shared, chunk) for chunk in local_chunks(tensor, name=name)
-            )
+            rows.extend((len(specs), shared, chunk) for chunk in local_chunks(tensor, name=name))
             specs.append(
                 TensorSpec(name, dtype_name(tensor.dtype, tensor=name), tuple(tensor.shape))
             )

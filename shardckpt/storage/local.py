@@ -331,9 +331,7 @@ class LocalTransaction:
 class LocalFile:
     """A file being written; see WritableFile. O_DIRECT where the file system takes it."""
 
-    def __init__(
-        self, system: System, path: str, *, size_bytes: int, direct: bool = True
-    ) -> None:
+    def __init__(self, system: System, path: str, *, size_bytes: int, direct: bool = True) -> None:
         self._system = system
         self._path = path
         self.direct = direct and hasattr(os, "O_DIRECT")

@@ -64,7 +64,9 @@ class System:
 
     def map(self, fd: int, *, size_bytes: int) -> mmap.mmap:
         """The file in memory; writes to it stay private."""
-        return mmap.mmap(fd, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(
+            fd, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
 
     def mkdir(self, path: str) -> None:
         """Make a directory."""

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardckpt.errors import RankFailedError, ShardckptError
@@ -27,7 +27,7 @@ def save_with_planner(
     start = time.perf_counter()
     writer = ShardWriter(path, overwrite=overwrite)
     try:
-        dcp.save(
+        state_dict_saver.save(
             plain_state(state),
             storage_writer=writer,
             planner=planner,

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import Metadata, StorageReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from shardckpt.errors import StateError
@@ -63,7 +64,8 @@ class ShardReader(StorageReader):
                 remedy="ShardReader(path), or dcp.load(..., checkpoint_id=path)",
             )
         self._close()
-        files, manifest = self._opened = open_manifest(self.storage, self.checkpoint_id)
+        self._opened = open_manifest(self.storage, self.checkpoint_id)
+        manifest = self._opened[1]
         saved = self._saved = SavedState(manifest)
         described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         paths: dict[str, tuple[Any, ...]] = {}
@@ -93,7 +95,7 @@ class ShardReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what the planner asks for."""
-        assert self._opened is not None and self._saved is not None
+        assert self._opened is not None, "read_metadata comes first"
         files, manifest = self._opened
         if isinstance(planner, ReshardLoadPlanner):
             matched = planner.matcher.reads
@@ -108,7 +110,8 @@ class ShardReader(StorageReader):
         return future
 
     def _read_items(self, plan: LoadPlan, planner: LoadPlanner) -> None:
-        assert self._opened is not None and self._saved is not None
+        assert self._opened is not None
+        assert self._saved is not None
         files, manifest = self._opened
         wanted: list[tuple[TensorEntry, LocalChunk]] = []
         tensors, loaded = [], []
@@ -124,9 +127,7 @@ class ShardReader(StorageReader):
             offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
             wanted.append((entry, LocalChunk(offsets, tuple(item.lengths), target.detach())))
             tensors.append((item, target))
-        read_all(
-            files, manifest, (r for entry, chunk in wanted for r in plan_reads(entry, chunk))
-        )
+        read_all(files, manifest, (r for entry, chunk in wanted for r in plan_reads(entry, chunk)))
         for item, target in tensors:
             planner.commit_tensor(item, target)
         for item, value in loaded:

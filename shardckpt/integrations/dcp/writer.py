@@ -10,15 +10,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from torch.distributed.checkpoint import Metadata, StorageWriter
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import (
     SavePlan,
     SavePlanner,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardckpt.coordination.single import SingleCoordinator
@@ -232,7 +231,8 @@ def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) ->
             encoded[name] = _value(planner, item)
             continue
         tensor = planner.resolve_data(item)
-        assert isinstance(tensor, torch.Tensor) and item.tensor_data is not None
+        assert isinstance(tensor, torch.Tensor)
+        assert item.tensor_data is not None
         shape = tuple(item.tensor_data.size)
         spec = TensorSpec(name, dtype_name(tensor.dtype, tensor=name), shape)
         specs.setdefault(name, spec)
