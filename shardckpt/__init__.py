@@ -17,12 +17,14 @@ if TYPE_CHECKING:
         ShardSavePlanner,
         ShardWriter,
     )
+    from shardckpt.nn_handler import NNHandler
     from shardckpt.planning.flatten import PerRank
     from shardckpt.reports import LoadReport, SaveReport
 
 __all__ = [
     "Checkpoint",
     "LoadReport",
+    "NNHandler",
     "PerRank",
     "ReshardLoadPlanner",
     "SaveReport",
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "Checkpoint": "checkpoint",
     "LoadReport": "reports",
+    "NNHandler": "nn_handler",
     "PerRank": "planning.flatten",
     "ReshardLoadPlanner": "integrations.dcp",
     "SaveReport": "reports",

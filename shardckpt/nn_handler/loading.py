@@ -1,0 +1,102 @@
+"""Rebuilding a handler from a sharded checkpoint or a torch file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import shardckpt
+from shardckpt.errors import CheckpointNotFoundError, CorruptionError, NotACheckpointError
+from shardckpt.execution.memory import MemoryStorage
+from shardckpt.nn_handler.auto_saver import AutoSaver
+from shardckpt.nn_handler.objects import build, find
+from shardckpt.nn_handler.parallel import Parallel
+from shardckpt.nn_handler.saving import is_torch_file
+from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
+
+if TYPE_CHECKING:
+    from shardckpt.nn_handler.handler import NNHandler
+
+__all__ = ["load", "read_torch_file"]
+
+
+def read_torch_file(path: str) -> Any:
+    """The content of a torch file on the CPU, by weights_only; typed errors for all else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(
+            "There is nothing at this path", path=path, remedy="check the path"
+        ) from error
+    except Exception as error:
+        raise CorruptionError(
+            "torch.load(weights_only=True) refuses this file",
+            path=path,
+            actual=str(error).splitlines()[0],
+            remedy="load another checkpoint; files with pickled objects are never loaded",
+        ) from error
+
+
+def load(
+    handler_class: type[NNHandler],
+    path: str,
+    *,
+    device: str | torch.device,
+    parallel: Parallel,
+    strict: bool,
+    model_class: Callable[..., nn.Module] | None,
+    loss_fn: Callable[..., Any] | None,
+    metrics: Mapping[str, Callable[..., Any]] | None,
+    skip_optimizer: bool,
+) -> NNHandler:
+    """Rebuild a handler; collective. See NNHandler.load."""
+    storage: Storage = LocalStorage()
+    if is_torch_file(path):
+        storage = MemoryStorage(read_torch_file(path))
+    config = shardckpt.load_state(path, keys="config", storage=storage).get("config")
+    if not isinstance(config, dict) or "model" not in config:
+        raise NotACheckpointError(
+            "This checkpoint was not saved by an NNHandler",
+            path=path,
+            expected="the entry config.model",
+            remedy="load it with shardckpt.load, into your own model",
+        )
+    chosen = model_class or find(config["model"]["name"], at="model_class")
+    handler = handler_class(
+        chosen, device, parallel=parallel, seed=config["seed"], **config["model"]["kwargs"]
+    )
+    if config["optimizer"] and not skip_optimizer:
+        _set_optimizer(handler, config)
+    if config["loss_fn"] or loss_fn:
+        handler.set_loss_fn(loss_fn or build(config["loss_fn"], at="loss_fn"))
+    for name, metric in config["metrics"].items():
+        handler.add_metric(name, (metrics or {}).get(name) or build(metric, at="metrics"))
+    if config["auto_saver"]:
+        handler.auto_saver = AutoSaver.from_state(config["auto_saver"])
+    _fill(handler, path, storage, strict=strict)
+    return handler
+
+
+def _set_optimizer(handler: NNHandler, config: dict[str, Any]) -> None:
+    described = config["optimizer"]
+    kind = find(described["name"], at="optimizer", kind=torch.optim.Optimizer)
+    handler.set_optimizer(kind, groups=described["groups"], **described["options"])
+    if config["scheduler"]:
+        scheduler = find(config["scheduler"]["name"], at="scheduler")
+        handler.set_scheduler(scheduler, **config["scheduler"]["options"])
+
+
+def _fill(handler: NNHandler, path: str, storage: Storage, *, strict: bool) -> None:
+    from shardckpt.nn_handler.handler import set_random_state
+
+    state = handler.state()
+    del state["config"]
+    shardckpt.load(state, path, strict=strict, storage=storage)
+    handler.epoch = state["progress"]["epoch"]
+    handler.step = state["progress"]["step"]
+    handler.history = state["progress"]["history"]
+    set_random_state(state["random"].value)
