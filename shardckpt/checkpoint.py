@@ -13,6 +13,7 @@ from shardckpt.execution.disk import MappedFiles, disk_tensor
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.execution.reader import read_all
 from shardckpt.execution.verify import verify_shards
+from shardckpt.format import values
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
@@ -27,7 +28,8 @@ __all__ = ["Checkpoint", "SavedTensor"]
 
 
 class SavedTensor:
-    """A tensor in a checkpoint, not read yet: `shape`, `dtype`, and what indexing reads.
+    """A tensor in a checkpoint, not read yet: `shape`, `dtype`, `size_bytes`, the numbers of the
+    `shards` that hold it, and what indexing reads.
 
     `tensor[...]`, `tensor[0:8]`, `tensor[3, :, 5:7]` return new CPU tensors, and read only
     the blocks that hold the asked for part; those are verified. Slices have step 1.
@@ -37,6 +39,8 @@ class SavedTensor:
         self.name = name
         self.shape = torch.Size(entry.shape)
         self.dtype = DTYPES[entry.dtype]
+        self.size_bytes = entry.size_bytes
+        self.shards = frozenset(entry.chunks[:, 0].tolist())
         self._checkpoint = checkpoint
         self._entry = entry
 
@@ -55,9 +59,7 @@ class SavedTensor:
                 f"found {index!r}; read the whole with [...] and index that"
             )
         offsets, sizes = box
-        part = torch.empty(sizes, dtype=self.dtype)
-        self._checkpoint._fill(self._entry, LocalChunk(offsets, sizes, part))
-        return part.reshape(shape)
+        return self._checkpoint.read_box(self._entry, offsets, sizes).reshape(shape)
 
 
 def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -80,6 +82,10 @@ def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int
         else:
             return None
     return tuple(offsets), tuple(sizes)
+
+
+def _is_array(node: Any) -> bool:
+    return isinstance(node, TensorRef) and node.kind != "per_rank"
 
 
 class Checkpoint(Mapping[str, Any]):
@@ -111,9 +117,20 @@ class Checkpoint(Mapping[str, Any]):
         if name not in self._saved.leaves:
             raise KeyError(name)
         node = self._saved.leaves[name]
-        if isinstance(node, TensorRef) and node.kind != "per_rank":
+        if _is_array(node):
             return SavedTensor(self, name, self.manifest.tensors[node.name])
         return self.read(lambda builder: builder.build(node, name))
+
+    def tensors(self) -> dict[str, SavedTensor]:
+        """All tensors and arrays by name, none of them read."""
+        return {name: self[name] for name, node in self._saved.leaves.items() if _is_array(node)}
+
+    def encoded(self, name: str) -> Any:
+        """The typed JSON of a value (docs/format.md); every rank's, in a list, for a PerRank."""
+        node = self._saved.leaves[name]
+        if isinstance(node, TensorRef) and node.kind == "per_rank":
+            return [own[int(node.name)] for own in self.manifest.per_rank]
+        return values.encode(node, at=name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._saved.leaves)
@@ -153,7 +170,7 @@ class Checkpoint(Mapping[str, Any]):
         tensors = {
             name: self.manifest.tensors[node.name]
             for name, node in saved.leaves.items()
-            if isinstance(node, TensorRef) and node.kind != "per_rank"
+            if _is_array(node)
         }
         sizes = {name: entry.size_bytes for name, entry in tensors.items()}
         where = resolve_device_map(device_map, sizes, free_memory())
@@ -183,5 +200,10 @@ class Checkpoint(Mapping[str, Any]):
         read_all(self._files, self.manifest, reads)
         return value
 
-    def _fill(self, entry: TensorEntry, target: LocalChunk) -> None:
-        read_all(self._files, self.manifest, plan_reads(entry, target))
+    def read_box(
+        self, entry: TensorEntry, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> torch.Tensor:
+        """The box (offsets, sizes) of a saved tensor, as a new CPU tensor."""
+        part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
+        read_all(self._files, self.manifest, plan_reads(entry, LocalChunk(offsets, sizes, part)))
+        return part

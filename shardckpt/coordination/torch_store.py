@@ -115,6 +115,8 @@ class StoreCoordinator:
     def close(self) -> None:
         """Stop the pulse, and remove from the store what nobody reads any more."""
         self._stopped.set()
+        # A thread inside the store's C++ code when the interpreter ends would abort the process.
+        self._pulse.join(timeout=knobs.DEADLINE_S)
         with suppress(Exception):
             for key in self._keys:
                 self._store.delete_key(key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +185,9 @@ class _Save:
             local, writes = self.local, self.writes
             result = write_rank(
                 self.transaction,
-                coordinator=self.coordinator,
+                rank=self.coordinator.rank,
+                world_size=self.coordinator.world_size,
+                progress=self.coordinator.progress,
                 checkpoint_id=self.checkpoint_id,
                 specs=(*local.common, *local.own),
                 chunks=WrittenShard(
@@ -246,14 +248,16 @@ def planned_parts(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
 def write_rank(
     transaction: WriteTransaction,
     *,
-    coordinator: Coordinator,
+    rank: int,
+    world_size: int,
     checkpoint_id: str,
     specs: Sequence[TensorSpec],
     chunks: WrittenShard,
-    data: Sequence[torch.Tensor],
+    data: Iterable[torch.Tensor],
+    progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> ShardResult:
-    """Write a rank's shard: `data[i]` holds chunk i. Not collective; the shard is durable after."""
-    name = shard_name(rank=coordinator.rank, world_size=coordinator.world_size)
+    """Write a rank's shard, durably; `data` are the chunks' elements in order. Not collective."""
+    name = shard_name(rank=rank, world_size=world_size)
     sizes = chunk_bytes(specs, chunks.tensor, chunks.boxes).tolist()
     entries = []
     for index, box, size in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), sizes, strict=True):
@@ -263,19 +267,17 @@ def write_rank(
         entries.append((own, spec.dtype, shape, size))
     header = build_header(
         entries,
-        {"checkpoint": checkpoint_id, "rank": str(coordinator.rank), "format": "shardckpt"},
+        {"checkpoint": checkpoint_id, "rank": str(rank), "format": "shardckpt"},
     )
     planned = len(header) + sum(sizes)
     file = transaction.create(name, size_bytes=planned)
     try:
-        size, digests = write_shard(
-            file, header=header, tensors=data, progress=coordinator.progress
-        )
+        size, digests = write_shard(file, header=header, tensors=data, progress=progress)
         if size != planned:
             raise StorageError(
                 "A shard has another size than was planned",
                 path=f"{transaction.path}/{name}",
-                rank=coordinator.rank,
+                rank=rank,
                 expected=f"{planned} bytes",
                 actual=f"{size} bytes",
                 remedy="don't resize tensors while they are being saved",
@@ -301,26 +303,27 @@ def commit(
     shards: Sequence[tuple[Ints, Ints]],
     results: Sequence[ShardResult],
     tree: bytes,
+    saved_by: Manifest | None = None,
 ) -> bytes:
     """Write the manifest and make the checkpoint visible; rank 0 alone. The facts of it, encoded.
 
-    `shards[r]` are the tensor indices and boxes of the chunks in rank r's shard.
+    `shards[r]` are the tensor indices and boxes of the chunks in rank r's shard. World size and
+    PerRank values are those of `saved_by`, if these shards hold again what it held.
     """
-    world_size = len(results)
     written = [
         WrittenShard(tensor=tensor, boxes=boxes, header_bytes=result.header_bytes)
         for (tensor, boxes), result in zip(shards, results, strict=True)
     ]
-    own_trees = [msgspec.json.decode(result.own_trees) for result in results]
+    own_trees = tuple(msgspec.json.decode(result.own_trees) for result in results)
     manifest = to_bytes(
         Manifest(
             checkpoint_id=checkpoint_id,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             library=f"shardckpt {__version__}",
-            world_size=world_size,
+            world_size=saved_by.world_size if saved_by else len(results),
             shards=tuple(
                 ShardEntry(
-                    name=shard_name(rank=rank, world_size=world_size),
+                    name=shard_name(rank=rank, world_size=len(results)),
                     size_bytes=result.size_bytes,
                     digests=np.frombuffer(result.digests, dtype="<u8"),
                 )
@@ -328,7 +331,7 @@ def commit(
             ),
             tensors=tensor_entries(specs, written),
             state=msgspec.json.decode(tree),
-            per_rank=tuple(own_trees) if any(own_trees) else (),
+            per_rank=saved_by.per_rank if saved_by else own_trees if any(own_trees) else (),
         )
     )
     transaction.commit(manifest)

@@ -26,7 +26,7 @@ def start(parallel: Parallel, device: str | torch.device) -> tuple[Parallel, tor
     "auto" is "ddp" where torchrun (or another launcher that sets WORLD_SIZE) started several
     processes, else "none".
     """
-    if parallel not in get_args(Parallel):
+    if str(parallel) not in get_args(Parallel):
         raise StateError(
             "Unknown value for parallel",
             expected='"auto", "none", "ddp" or "fsdp"',
@@ -34,7 +34,7 @@ def start(parallel: Parallel, device: str | torch.device) -> tuple[Parallel, tor
         )
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # type: ignore[unreachable]
         torch.cuda.set_device(device)
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched and parallel != "none" and not dist.is_initialized():

@@ -43,7 +43,7 @@ def _whole(value: Any, path: tuple[Any, ...]) -> Any:
     if isinstance(value, shardckpt.PerRank):
         return _whole(value.value, path)
     if isinstance(value, DTensor):
-        whole: torch.Tensor = value.full_tensor()  # type: ignore[no-untyped-call]
+        whole: torch.Tensor = value.full_tensor()
         return whole.detach().cpu()
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()

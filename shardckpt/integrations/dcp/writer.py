@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
 from shardckpt.execution.save_driver import (
     ShardResult,
@@ -50,14 +49,6 @@ class _Written(msgspec.Struct, array_like=True):
     specs: tuple[TensorSpec, ...]
     chunks: bytes
     values: dict[str, Any]
-
-
-class _Rank(SingleCoordinator):
-    """The rank of a writer, for naming its shard; DCP does the talking."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.world_size = world_size
 
 
 class ShardWriter(StorageWriter):
@@ -148,7 +139,8 @@ class ShardWriter(StorageWriter):
             transaction = self._transaction
         where = {
             "transaction": transaction,
-            "coordinator": _Rank(rank, world_size),
+            "rank": rank,
+            "world_size": world_size,
             "checkpoint_id": identity,
         }
         try:
