@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 from shardckpt.checkpoint import Checkpoint
+from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.select import operation
 from shardckpt.errors import StateError
 from shardckpt.execution.load_driver import run_load
@@ -35,6 +36,11 @@ def _path(path: Path) -> str:
             remedy="give the path of a directory",
         )
     return text
+
+
+def _plan(state: Any, coordinator: Coordinator) -> LocalPlan:
+    flat = flatten(state, rank=coordinator.rank)
+    return local_plan(flat, world_size=coordinator.world_size)
 
 
 def save(
@@ -71,9 +77,9 @@ def save(
         return save_with_planner(
             state, target, planner=planner, overwrite=overwrite, process_group=process_group
         )
-    with operation(process_group) as coordinator:
+    with operation(f"save {target}", process_group) as coordinator:
         return run_save(
-            lambda: local_plan(flatten(state, rank=coordinator.rank)),
+            lambda: _plan(state, coordinator),
             target,
             coordinator=coordinator,
             storage=storage or LocalStorage(),
@@ -98,11 +104,11 @@ def async_save(
     streams. `handle.result()` waits and returns the SaveReport, or raises what the save did.
     """
     target = _path(path)
-    scope = operation(process_group, channel="async")
+    scope = operation(f"async_save {target}", process_group, channel="async")
     coordinator = scope.__enter__()
     staged: Future[LocalPlan] = Future()
     try:
-        staged.set_result(local_plan(flatten(state, rank=coordinator.rank)).copied())
+        staged.set_result(_plan(state, coordinator).copied())
     except Exception as error:  # told to all ranks by the save itself
         staged.set_exception(error)
 
@@ -154,7 +160,7 @@ def load(
             "Unknown value for dtype", expected='"strict" or "cast"', actual=repr(dtype)
         )
     target = _path(path)
-    with operation(process_group) as coordinator:
+    with operation(f"load {target}", process_group) as coordinator:
         return run_load(
             state,
             target,

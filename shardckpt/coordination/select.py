@@ -16,11 +16,13 @@ __all__ = ["operation"]
 
 
 @contextmanager
-def operation(process_group: Any = None, *, channel: str = "main") -> Iterator[Coordinator]:
+def operation(
+    subject: str, process_group: Any = None, *, channel: str = "main"
+) -> Iterator[Coordinator]:
     """The ranks that take part in one operation; collective over them.
 
-    They are those of `process_group`, by default of torch.distributed's default group; where
-    there is none, this process alone.
+    `subject` says what it is about, alike on all ranks. They are those of `process_group`, by
+    default of torch.distributed's default group; where there is none, this process alone.
     """
     if not dist.is_available() or not dist.is_initialized():
         if process_group is not None:
@@ -42,5 +44,5 @@ def operation(process_group: Any = None, *, channel: str = "main") -> Iterator[C
         return
     from shardckpt.coordination.torch_store import store_coordinator
 
-    with store_coordinator(group, channel=channel) as coordinator:
+    with store_coordinator(group, channel=channel, subject=subject) as coordinator:
         yield coordinator

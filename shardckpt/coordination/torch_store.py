@@ -3,7 +3,13 @@
 Not through its collectives: the store needs no group of its own, never meets the training's
 traffic, survives a timeout, and shows which rank is missing; docs/adr tells more.
 
-Keys of one operation, below a prefix that no other one has:
+Below the group's name and the channel:
+
+    join/RANK       "nonce subject" of a rank that calls; rank 0 takes it away
+    answer/NONCE    the id of the operation that it is let into, or why not
+    late/RANK       the subject of a call for which rank 0 has waited in vain
+
+and below the id of an operation, which no other one has:
 
     beat/RANK       "beats:progress", renewed while the rank takes part
     PHASE/n         how many ranks have sent
@@ -17,7 +23,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import defaultdict
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -26,7 +32,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt import knobs
-from shardckpt.errors import RankFailedError
+from shardckpt.errors import RankFailedError, RankMismatchError
 
 __all__ = ["StoreCoordinator", "store_coordinator"]
 
@@ -34,36 +40,142 @@ _PIECE_BYTES = 4 << 20  # TCPStore refuses values of more than 8 MiB
 _SHORTEST_WAIT_S = 0.0002
 _LONGEST_WAIT_S = 0.02
 
-# Operations by group and channel, counted alike on every rank as all of them call the same ones.
-# Never reset: the store may outlive a process group, and its keys with it.
-_numbers: dict[tuple[str, str], Iterator[int]] = defaultdict(itertools.count)
-
 # Keys of the last operation that other ranks may still look at when this one has ended it.
 _traces: dict[tuple[str, str], list[str]] = {}
 
 
 @contextmanager
-def store_coordinator(group: Any, *, channel: str) -> Iterator[StoreCoordinator]:
+def store_coordinator(group: Any, *, channel: str, subject: str) -> Iterator[StoreCoordinator]:
     """The ranks of a process group for one operation; collective.
 
-    Operations of different channels may run at once; those of one channel follow each other.
+    `subject` says what it is about, alike on all ranks. Operations of different channels may
+    run at once; those of one channel follow each other.
     """
-    name = str(group.group_name)
-    number = next(_numbers[name, channel])
-    prefix = f"shardckpt/{name}/{channel}/{number}"
+    prefix = f"shardckpt/{group.group_name}/{channel}"
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    store = PrefixStore(prefix, group.get_group_store().clone())
+    with _network("begin"):
+        if rank:
+            identity = _ask(store, subject, rank=rank)
+        else:
+            identity = _let_in(store, subject, world_size=world_size)
     coordinator = StoreCoordinator(
-        lambda: PrefixStore(prefix, group.get_group_store().clone()),
-        rank=dist.get_rank(group),
-        world_size=dist.get_world_size(group),
+        lambda: PrefixStore(f"{prefix}/{identity}", group.get_group_store().clone()),
+        rank=rank,
+        world_size=world_size,
     )
     try:
         yield coordinator
     finally:
         coordinator.close()
-        for old in _traces.pop((name, channel), ()):  # all ranks are through with that one
-            with suppress(Exception):
-                group.get_group_store().delete_key(old)
-        _traces[name, channel] = [f"{prefix}/{key}" for key in coordinator.traces()]
+        with suppress(Exception):
+            for old in _traces.pop((prefix, str(rank)), ()):  # all ranks are through with that
+                store.delete_key(old)
+        _traces[prefix, str(rank)] = [f"{identity}/{key}" for key in coordinator.traces()]
+
+
+def _ask(store: Any, subject: str, *, rank: int) -> str:
+    """Ask rank 0 to let this rank in; the id of the operation."""
+    late = f"late/{rank}"
+    if store.check([late]):
+        missed = store.get(late).decode()
+        store.delete_key(late)
+        if missed == subject:
+            raise _failed([rank], "begin", "this rank came too late: the others have given up")
+    nonce = uuid.uuid4().hex
+    store.set(f"join/{rank}", f"{nonce} {subject}")
+    answer = f"answer/{nonce}"
+    try:
+        if not _poll(lambda: bool(store.check([answer])), knobs.ARRIVAL_DEADLINE_S):
+            raise _failed([0], "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
+        verdict, _, text = store.get(answer).decode().partition(" ")
+    except BaseException:
+        store.delete_key(f"join/{rank}")
+        raise
+    store.delete_key(answer)
+    if verdict == "late":
+        raise _failed(list(map(int, text.split(","))), "begin", "did not call in time")
+    if verdict == "other":
+        odd, _, theirs = text.partition(" ")
+        raise _disagree(int(odd), theirs, subject if int(odd) != rank else None)
+    return str(text)
+
+
+def _let_in(store: Any, subject: str, *, world_size: int) -> str:
+    """Wait for all ranks to call with this subject; the id of the operation."""
+    ranks = range(1, world_size)
+    keys = [f"join/{rank}" for rank in ranks]
+    arrived = _poll(lambda: bool(store.check(keys)), knobs.ARRIVAL_DEADLINE_S)
+    late = [] if arrived else [rank for rank in ranks if not store.check([f"join/{rank}"])]
+    calls = {
+        rank: store.get(f"join/{rank}").decode().partition(" ")
+        for rank in ranks
+        if rank not in late
+    }
+    odd = next((rank for rank, (_, _, theirs) in calls.items() if theirs != subject), None)
+    identity = uuid.uuid4().hex
+    answer = f"go {identity}"
+    if late:
+        answer = f"late {','.join(map(str, late))}"
+    elif odd is not None:
+        answer = f"other {odd} {calls[odd][2]}"
+    for rank, (nonce, _, _) in calls.items():
+        store.delete_key(f"join/{rank}")
+        store.set(f"answer/{nonce}", answer)
+    for rank in late:
+        store.set(f"late/{rank}", subject)
+    if late:
+        raise _failed(late, "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
+    if odd is not None:
+        raise _disagree(odd, calls[odd][2], subject)
+    return identity
+
+
+def _poll(ready: Callable[[], bool], deadline_s: float) -> bool:
+    """Wait until ready, or past the deadline; whether it is."""
+    pause, give_up_at = _SHORTEST_WAIT_S, time.monotonic() + deadline_s
+    while not ready():
+        if time.monotonic() > give_up_at:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 1.5, _LONGEST_WAIT_S)
+    return True
+
+
+def _failed(ranks: list[int], phase: str, what: str) -> RankFailedError:
+    return RankFailedError(
+        f"Rank {', '.join(map(str, ranks))} failed in phase {phase!r}",
+        rank=tuple(ranks),
+        phase=phase,
+        expected="every rank to call this, and to stay alive",
+        actual=what,
+        remedy="look at that rank's log; nothing was committed, and the next call may work",
+    )
+
+
+def _disagree(rank: int, theirs: str, subject: str | None) -> RankMismatchError:
+    return RankMismatchError(
+        "The ranks call different things, or with different paths",
+        rank=rank,
+        expected=f"{subject}, as on rank 0" if subject else "what rank 0 calls",
+        actual=theirs,
+        remedy="call the same function with the same path on every rank",
+    )
+
+
+@contextmanager
+def _network(phase: str) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        raise RankFailedError(
+            "The store of the process group does not answer",
+            rank=0,
+            phase=phase,
+            expected="its server, which lives with rank 0 or the launcher",
+            actual=str(error).splitlines()[0],
+            remedy="look at the log of rank 0 and of the launcher; nothing was committed",
+        ) from error
 
 
 class StoreCoordinator:
@@ -79,7 +191,7 @@ class StoreCoordinator:
         self._phases = itertools.count()
         self._seen: dict[int, tuple[str, float, int, float]] = {}
         self._stopped = threading.Event()
-        with self._network("begin"):
+        with _network("begin"):
             self._beat(0, self._store)
         self._pulse = threading.Thread(target=self._keep_beating, daemon=True)
         self._pulse.start()
@@ -91,7 +203,7 @@ class StoreCoordinator:
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
         """See Coordinator.gather."""
         self._phase = f"{next(self._phases)}-{phase}"
-        with self._network(phase):
+        with _network(phase):
             if self.rank:
                 self._put(f"{self._phase}/s/{self.rank}", payload)
                 self._store.add(f"{self._phase}/n", 1)
@@ -103,7 +215,7 @@ class StoreCoordinator:
 
     def scatter(self, payloads: Sequence[bytes] | None, *, phase: str) -> bytes:
         """See Coordinator.scatter."""
-        with self._network(phase):
+        with _network(phase):
             if payloads is not None:
                 for rank in range(1, self.world_size):
                     self._put(f"{self._phase}/a/{rank}", payloads[rank])
@@ -159,7 +271,7 @@ class StoreCoordinator:
     def _look_after_others(self, phase: str, begun: float) -> None:
         if self.rank and self._store.check(["given-up"]):
             given_up = self._store.get("given-up").decode().split(",")
-            raise self._failed(list(map(int, given_up)), phase, "rank 0 has given them up")
+            raise _failed(list(map(int, given_up)), phase, "rank 0 has given them up")
         if not self.rank:
             sent = [f"{self._phase}/s/{rank}" for rank in range(self.world_size)]
             ranks = [r for r in range(1, self.world_size) if not self._store.check([sent[r]])]
@@ -168,13 +280,12 @@ class StoreCoordinator:
         now = time.monotonic()
         silent: list[int] = []
         stalled: list[int] = []
-        absent: list[int] = []
         for rank in ranks:
-            if not self._store.check([f"beat/{rank}"]):
-                absent += [rank] if now - begun > knobs.ARRIVAL_DEADLINE_S else []
-                continue
-            beat, _, progress = self._store.get(f"beat/{rank}").decode().partition(":")
-            last, since, got, moved = self._seen.get(rank, ("", now, -1, now))
+            pulse = (
+                self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b":0"
+            )
+            beat, _, progress = pulse.decode().partition(":")
+            last, since, got, moved = self._seen.get(rank, ("", begun, 0, begun))
             since, moved = (
                 (now if last != beat else since),
                 (now if got != int(progress) else moved),
@@ -185,36 +296,11 @@ class StoreCoordinator:
         for ranks, what in (
             (silent, f"no sign of life for {knobs.DEADLINE_S:g} s: dead, stopped or cut off"),
             (stalled, f"alive, but no progress for {knobs.STALL_DEADLINE_S:g} s"),
-            (absent, f"did not take part within {knobs.ARRIVAL_DEADLINE_S:g} s"),
         ):
             if ranks:
                 if not self.rank:
                     self._store.set("given-up", ",".join(map(str, ranks)))
-                raise self._failed(ranks, phase, what)
-
-    def _failed(self, ranks: list[int], phase: str, what: str) -> RankFailedError:
-        return RankFailedError(
-            f"Rank {', '.join(map(str, ranks))} failed in phase {phase!r}",
-            rank=tuple(ranks),
-            phase=phase,
-            expected="every rank to call this, and to stay alive",
-            actual=what,
-            remedy="look at that rank's log; nothing was committed, and the next call may work",
-        )
-
-    @contextmanager
-    def _network(self, phase: str) -> Iterator[None]:
-        try:
-            yield
-        except dist.DistError as error:
-            raise RankFailedError(
-                "The store of the process group does not answer",
-                rank=0,
-                phase=phase,
-                expected="its server, which lives with rank 0 or the launcher",
-                actual=str(error).splitlines()[0],
-                remedy="look at the log of rank 0 and of the launcher; nothing was committed",
-            ) from error
+                raise _failed(ranks, phase, what)
 
     def _interval(self) -> float:
         return min(knobs.DEADLINE_S / 5, 1.0)

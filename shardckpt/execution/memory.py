@@ -26,7 +26,7 @@ class MemoryStorage:
     """A Storage that holds one checkpoint, a state of plain CPU tensors; it can be read alone."""
 
     def __init__(self, state: Any) -> None:
-        plan = local_plan(flatten(state, rank=0))
+        plan = local_plan(flatten(state, rank=0), world_size=1)
         self._shards: dict[str, tuple[memoryview, Any]] = {}
         entries, tensors = [], {}
         for index, (spec, data) in enumerate(zip(plan.common, plan.data, strict=True)):

@@ -60,7 +60,7 @@ def _save_torch_file(state: Any, path: str, *, overwrite: bool) -> None:
             _write(state, path, overwrite=overwrite)
         return b""
 
-    with operation() as coordinator:
+    with operation(f"save {path}") as coordinator:
         exchange(coordinator, "write", write, lambda payloads: b"")
 
 

@@ -48,15 +48,15 @@ def is_distributed(tensor: torch.Tensor) -> bool:
     )
 
 
-def may_have_replicas(tensor: torch.Tensor) -> bool:
-    """Whether other ranks may hold the same box: plain tensors, and DTensors replicated on a
-    dimension of their mesh."""
-    if isinstance(tensor, DTensor):
-        return any(
-            isinstance(placement, Replicate) and size > 1
-            for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-        )
-    return not _is_sharded_tensor(tensor)
+def may_have_replicas(tensor: torch.Tensor, *, world_size: int) -> bool:
+    """Whether other ranks may hold the same box: all but DTensors whose mesh is the whole world
+    and shards along each of its dimensions. (A smaller mesh may have siblings.)"""
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.size() < world_size:
+        return True
+    return any(
+        isinstance(placement, Replicate) and size > 1
+        for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    )
 
 
 def local_chunks(tensor: torch.Tensor, *, name: str) -> list[LocalChunk]:

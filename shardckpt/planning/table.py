@@ -142,8 +142,8 @@ class _Packed(msgspec.Struct):
     own_trees: bytes
 
 
-def local_plan(flat: FlatState) -> LocalPlan:
-    """The plan of one rank from its flattened state. Not collective."""
+def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
+    """The plan of one of `world_size` ranks from its flattened state. Not collective."""
     rows: list[tuple[int, bool, LocalChunk]] = []
     specs: list[TensorSpec] = []
     groups: tuple[tuple[Mapping[str, torch.Tensor], bool], ...] = (
@@ -152,7 +152,7 @@ def local_plan(flat: FlatState) -> LocalPlan:
     )
     for tensors, may_be_shared in groups:
         for name, tensor in tensors.items():
-            shared = may_be_shared and may_have_replicas(tensor)
+            shared = may_be_shared and may_have_replicas(tensor, world_size=world_size)
             rows.extend((len(specs), shared, chunk) for chunk in local_chunks(tensor, name=name))
             specs.append(
                 TensorSpec(name, dtype_name(tensor.dtype, tensor=name), tuple(tensor.shape))

@@ -66,8 +66,10 @@ class ShardSavePlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         """This rank's chunks, packed."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        self.local = local_plan(flatten(self.state_dict, rank=rank))
+        rank, world_size = 0, 1
+        if dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        self.local = local_plan(flatten(self.state_dict, rank=rank), world_size=world_size)
         return SavePlan([], planner_data=self.local.pack(whole=True))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:

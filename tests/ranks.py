@@ -1,0 +1,136 @@
+"""Runs a function on several ranks: processes forked from a server that has torch imported."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PRELOAD = [
+    "torch",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "shardckpt.api",
+    "shardckpt.integrations.dcp",
+    "shardckpt.nn_handler",
+]
+
+
+class RankError(AssertionError):
+    """What ranks raised, as text."""
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0
+) -> list[Any]:
+    """function(*arguments) on each rank of a fresh gloo group; what each returned, in order."""
+    results = start_ranks(world_size, function, *arguments).wait(timeout_s)
+    failed = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(results) if not ok]
+    if failed:
+        raise RankError("\n".join(failed))
+    return [value for _, value in results]
+
+
+class Ranks:
+    """Ranks that run; `processes` to kill or stop them."""
+
+    def __init__(self, processes: Sequence[Any], results: Any, store: Any) -> None:
+        self.processes = processes
+        self._results = results
+        self._store = store  # its server lives here
+
+    def wait(self, timeout_s: float) -> list[tuple[bool, Any]]:
+        """(True, what it returned) or (False, why not) for each rank."""
+        found: dict[int, tuple[bool, Any]] = {}
+        give_up_at = time.monotonic() + timeout_s
+        while len(found) < len(self.processes) and time.monotonic() < give_up_at:
+            try:
+                rank, ok, value = self._results.get(timeout=0.1)
+                found[rank] = (ok, value)
+            except queue.Empty:
+                if (
+                    all(not process.is_alive() for process in self.processes)
+                    and self._results.empty()
+                ):
+                    break
+        for process in self.processes:
+            process.join(timeout=max(0.1, min(2.0, give_up_at - time.monotonic())))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return [
+            found.get(rank, (False, f"no result, exit code {process.exitcode}"))
+            for rank, process in enumerate(self.processes)
+        ]
+
+
+def start_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> Ranks:
+    """As run_ranks, without waiting."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    results = context.Queue()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [
+        context.Process(
+            target=_main,
+            args=(rank, world_size, store.port, results, function, arguments),
+            daemon=True,
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return Ranks(processes, results, store)
+
+
+def _main(
+    rank: int, world_size: int, port: int, results: Any, function: Any, arguments: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ["TEST_STORE_PORT"] = str(port)
+    try:
+        join_group(rank, world_size, port, name="world")
+        value = function(*arguments)
+        results.put((rank, True, value))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # groups that lost a rank may hang in their destructors
+
+
+def join_group(rank: int, world_size: int, port: int, *, name: str) -> None:
+    """Initialise torch.distributed over the store at a port."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore(name, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+
+def on_world_sizes(sizes: Sequence[int], function: Callable[..., Any], *arguments: Any) -> None:
+    """Within ranks: function(world size, *arguments) in groups of the first n ranks, one after
+    another."""
+    rank, port = dist.get_rank(), int(os.environ["TEST_STORE_PORT"])
+    dist.barrier()
+    dist.destroy_process_group()
+    for number, size in enumerate(sizes):
+        if rank < size:
+            join_group(rank, size, port, name=f"group{number}")
+            function(size, *arguments)
+            dist.barrier()
+            dist.destroy_process_group()
