@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -48,6 +49,10 @@ def start(parallel: Parallel, device: str | torch.device) -> tuple[Parallel, tor
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+    # gloo's threads drop their last tensors after the collective that the main thread has waited
+    # for, and need the interpreter lock for it; one that still waits for the lock when the
+    # interpreter ends aborts the process (torch 2.13). So the lock is left to them for a moment.
+    time.sleep(0.1)
 
 
 def world() -> tuple[int, int]:
