@@ -44,7 +44,7 @@ def translated(path: str) -> Iterator[None]:
     except ShardckptError:
         raise
     except OSError as error:
-        kind, remedy = _KINDS.get(error.errno or 0, (StorageError, None))
+        kind, remedy = _KINDS.get(error.errno or 0, (StorageError, _LOOK))
         raise kind(
             f"The file system refused: {error.strerror}",
             errno=error.errno,
@@ -53,6 +53,7 @@ def translated(path: str) -> Iterator[None]:
         ) from error
 
 
+_LOOK = "look at the path, and at what the system's log says of its file system"
 _ALLOW = "ask for the right to read and write there, or choose another path"
 _FREE = "free some space or raise the quota; what was saved before is untouched"
 _KINDS: dict[int, tuple[type[StorageError], str]] = {
@@ -64,6 +65,7 @@ _KINDS: dict[int, tuple[type[StorageError], str]] = {
     errno.EFBIG: (NoSpaceError, "raise the limit on file sizes (ulimit -f)"),
     errno.EIO: (StorageError, "look at the disk: it reports an error"),
     errno.EMFILE: (StorageError, "raise the limit on open files (ulimit -n)"),
+    errno.ENOTDIR: (StorageError, "move the file out of the way, or choose another path"),
     errno.ENAMETOOLONG: (StorageError, "choose a shorter name"),
 }
 
