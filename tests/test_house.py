@@ -1,0 +1,116 @@
+"""The rules of the house: the public names, import layers, sizes of files and functions."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shardckpt
+
+PACKAGE = Path(shardckpt.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = [
+    {"errors", "_version", "knobs", "reports"},
+    {"format"},
+    {"planning"},
+    {"storage", "coordination"},
+    {"execution", "checkpoint"},
+    {"api", "integrations", "testing"},
+    {"nn_handler", "cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def upward_imports(source: str, own: str) -> list[str]:
+    """What a module of the package imports from above its layer."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shardckpt."):
+            names = [node.module.split(".")[1]]
+        elif isinstance(node, ast.ImportFrom) and node.module == "shardckpt":
+            names = [alias.name for alias in node.names if alias.name in LEVEL]
+        else:
+            continue
+        found += [name for name in names if LEVEL[name] > LEVEL[own]]
+    return found
+
+
+def test_no_import_runs_upwards():
+    for path in FILES:
+        if part(path) in LEVEL and path.name != "__main__.py":
+            allowed = {"execution"} if part(path) == "checkpoint" else set()
+            assert set(upward_imports(path.read_text(), part(path))) <= allowed, path
+
+
+def test_every_module_has_its_layer():
+    assert {part(path) for path in FILES} - {"__init__"} == set(LEVEL) & {
+        part(path) for path in FILES
+    }
+
+
+def test_an_upward_import_would_be_seen():
+    assert upward_imports("from shardckpt.api import save", "format") == ["api"]
+
+
+def too_long(source: str, *, lines: int, function_lines: int) -> list[str]:
+    found = [f"{source.count(chr(10))} lines"] if source.count("\n") > lines else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            size = (node.end_lineno or 0) - node.lineno + 1
+            found += [f"{node.name}: {size}"] if size > function_lines else []
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path):
+    assert not too_long(path.read_text(), lines=400, function_lines=75)
+
+
+def test_a_long_function_would_be_seen():
+    assert too_long("def f():\n" + "    x = 1\n" * 99, lines=400, function_lines=75) == ["f: 100"]
+
+
+def test_the_public_names():
+    assert list(shardckpt.__all__) == sorted(shardckpt.__all__)
+    for name in shardckpt.__all__:
+        assert getattr(shardckpt, name).__doc__ or name == "__version__", name
+    with pytest.raises(AttributeError):
+        shardckpt.nothing
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+def test_import_is_light():
+    """`import shardckpt` brings in neither DTensor nor any extra."""
+    code = "import torch, sys; before = set(sys.modules); import shardckpt; "
+    loaded = run(code + "print(*(set(sys.modules) - before))").split()
+    assert {name.split(".")[0] for name in loaded} <= {"shardckpt"}
+
+
+def test_extras_are_optional(tmp_path):
+    """Saving, loading and the command work where no extra is installed."""
+    code = f"""
+import sys
+for name in ("rich", "mpi4py", "sklearn", "mkdocs", "hypothesis", "pytest"):
+    sys.modules[name] = None
+import torch, shardckpt
+from shardckpt.cli.main import main
+shardckpt.save({{"a": torch.ones(3)}}, {str(tmp_path / "c")!r})
+print(shardckpt.load_state({str(tmp_path / "c")!r})["a"].tolist())
+assert main(["verify", {str(tmp_path / "c")!r}]) == 0
+import shardckpt.nn_handler, shardckpt.integrations.dcp
+"""
+    assert run(code).startswith("[1.0, 1.0, 1.0]")
