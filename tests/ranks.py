@@ -48,11 +48,12 @@ class Ranks:
         self._results = results
         self._store = store  # its server lives here
 
-    def wait(self, timeout_s: float) -> list[tuple[bool, Any]]:
-        """(True, what it returned) or (False, why not) for each rank."""
+    def wait(self, timeout_s: float, *, ending: int | None = None) -> list[tuple[bool, Any]]:
+        """(True, what it returned) or (False, why not) for each rank; once so many have ended."""
         found: dict[int, tuple[bool, Any]] = {}
         give_up_at = time.monotonic() + timeout_s
-        while len(found) < len(self.processes) and time.monotonic() < give_up_at:
+        enough = len(self.processes) if ending is None else ending
+        while len(found) < enough and time.monotonic() < give_up_at:
             try:
                 rank, ok, value = self._results.get(timeout=0.1)
                 found[rank] = (ok, value)
@@ -63,7 +64,7 @@ class Ranks:
                 ):
                     break
         for process in self.processes:
-            process.join(timeout=max(0.1, min(2.0, give_up_at - time.monotonic())))
+            process.join(timeout=2.0 if len(found) == len(self.processes) else 0.1)
             if process.is_alive():
                 process.kill()
                 process.join()
