@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -23,6 +23,8 @@ __all__ = ["FORMAT_VERSION", "Manifest", "ShardEntry", "TensorEntry", "from_byte
 FORMAT_VERSION = 1
 _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}(-[a-z0-9]+)?\.safetensors")
 _MAX_DIMS = 64  # as torch and numpy have it
+_REFERENCES = {"$tensor", "$ndarray", "$per_rank"}
+_MAX_DEPTH = 300  # of typed JSON: a dict with odd keys has three levels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,31 +307,26 @@ def _check_tensor(name: str, entry: TensorEntry, path: str) -> None:
 
 
 def _check_references(document: _Document, tensors: dict[str, TensorEntry], path: str) -> None:
-    for tag, body in _references([document.state, document.per_rank]):
-        if tag == "$per_rank":
-            known = (
-                isinstance(body, str)
-                and bool(document.per_rank)
-                and all(
-                    isinstance(values, list) and body in map(str, range(len(values)))
-                    for values in document.per_rank
-                )
-            )
-        else:
-            known = isinstance(body, str) and body in tensors
-        if not known:
-            _refuse(path, "values that refer to tensors of the manifest", f"{tag} {body!r}"[:200])
+    """Every reference in the typed JSON has its target, and nothing is nested too deeply."""
+    level: list[Any] = [document.state, document.per_rank]
+    depth = 0
+    while level:
+        nodes = [node for node in level if isinstance(node, dict)]
+        for tag, body in ((tag, node[tag]) for node in nodes for tag in node.keys() & _REFERENCES):
+            if not isinstance(body, str) or not (
+                _in_each_rank(document.per_rank, body) if tag == "$per_rank" else body in tensors
+            ):
+                found = f"{tag} {body!r}"[:200]
+                _refuse(path, "values that refer to tensors of the manifest", found)
+        depth += 1
+        if depth > _MAX_DEPTH:
+            _refuse(path, f"at most {_MAX_DEPTH} levels of nesting", "more")
+        inner = [item for node in nodes for item in node.values()]
+        inner += [item for node in level if isinstance(node, list) for item in node]
+        level = [item for item in inner if isinstance(item, (dict, list))]
 
 
-def _references(node: Any) -> Iterator[tuple[str, Any]]:
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, list):
-            stack.extend(node)
-        elif isinstance(node, dict):
-            found = node.keys() & {"$tensor", "$ndarray", "$per_rank"}
-            for tag in found:
-                yield tag, node[tag]
-            items: Iterable[Any] = node.values()
-            stack.extend(items)
+def _in_each_rank(per_rank: list[Any], index: str) -> bool:
+    return bool(per_rank) and all(
+        isinstance(values, list) and index in map(str, range(len(values))) for values in per_rank
+    )

@@ -8,7 +8,6 @@ key that begins with "$": docs/format.md lists them.
 from __future__ import annotations
 
 import base64
-import binascii
 import enum
 import math
 import pathlib
@@ -156,7 +155,7 @@ def decode(node: Any, *, tensor: Callable[[TensorRef], Any]) -> Any:
                 return _DECODERS[tag](body, lambda item: decode(item, tensor=tensor), tensor)
             except CheckpointError:
                 raise
-            except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
                 raise _malformed(node) from error
     if any(key.startswith("$") for key in node):
         raise _malformed(node)
@@ -247,6 +246,8 @@ def _ints(make: Callable[..., Any], *, spread: bool) -> _Decoder:
         parts = [item(part) for part in _checked(body, list)]
         if not all(type(part) is int or (part is None and make is slice) for part in parts):
             raise TypeError("ints expected")
+        if spread and len(parts) != 3:
+            raise ValueError("start, stop and step expected")
         return make(*parts) if spread else make(parts)
 
     return decoder

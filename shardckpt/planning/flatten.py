@@ -37,7 +37,7 @@ from shardckpt.planning.stateful import (
 
 __all__ = ["FlatState", "PerRank", "flatten", "join"]
 
-_DEPTH_LIMIT = 150
+_DEPTH_LIMIT = 100
 
 
 @dataclass(frozen=True, slots=True)
