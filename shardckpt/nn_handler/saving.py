@@ -15,8 +15,8 @@ from shardckpt.coordination.base import exchange
 from shardckpt.coordination.select import operation
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.planning.stateful import has_state, plain_state
-from shardckpt.storage.local import remove_tree, sync_directory, translated
-from shardckpt.storage.system import System
+from shardckpt.storage.local import remove_tree, sync_directory
+from shardckpt.storage.system import System, translated
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler

@@ -14,10 +14,9 @@ from shardckpt.errors import (
     CheckpointNotFoundError,
     CorruptionError,
     NotACheckpointError,
-    StorageError,
 )
 from shardckpt.storage.base import MANIFEST_NAME
-from shardckpt.storage.system import System
+from shardckpt.storage.system import System, translated
 
 __all__ = ["LocalFiles"]
 
@@ -70,6 +69,10 @@ class LocalFiles:
 
     def manifest(self) -> bytes:
         """See CheckpointFiles.manifest."""
+        with translated(f"{self.path}/{MANIFEST_NAME}"):
+            return self._manifest()
+
+    def _manifest(self) -> bytes:
         try:
             fd = self._system.open(MANIFEST_NAME, _READ, dir_fd=self._directory)
         except FileNotFoundError as error:
@@ -111,27 +114,21 @@ class LocalFiles:
 
     def size_bytes(self, name: str) -> int:
         """See CheckpointFiles.size_bytes."""
-        return self._system.fstat(self._descriptor(name)).st_size
+        with translated(f"{self.path}/{name}"):
+            return self._system.fstat(self._descriptor(name)).st_size
 
     def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
         """See CheckpointFiles.readinto."""
-        fd = self._descriptor(name)
-        for start in range(0, len(buffers), _IOV_MAX):
-            part = list(buffers[start : start + _IOV_MAX])
-            self._fill(fd, name, part, offset)
-            offset += sum(map(len, part))
+        with translated(f"{self.path}/{name}"):
+            fd = self._descriptor(name)
+            for start in range(0, len(buffers), _IOV_MAX):
+                part = list(buffers[start : start + _IOV_MAX])
+                self._fill(fd, name, part, offset)
+                offset += sum(map(len, part))
 
     def _fill(self, fd: int, name: str, buffers: list[memoryview], offset: int) -> None:
         while buffers:
-            try:
-                count = self._system.read(fd, buffers, offset=offset)
-            except OSError as error:
-                raise StorageError(
-                    f"The file system refused to read: {error.strerror}",
-                    errno=error.errno,
-                    path=f"{self.path}/{name}",
-                    remedy="look at the disk; what it says of this file is in the system's log",
-                ) from error
+            count = self._system.read(fd, buffers, offset=offset)
             offset += count
             if count == 0 and any(map(len, buffers)):
                 raise CorruptionError(
@@ -148,8 +145,9 @@ class LocalFiles:
 
     def map(self, name: str) -> memoryview:
         """See CheckpointFiles.map."""
-        fd = self._descriptor(name)
-        return memoryview(self._system.map(fd, size_bytes=self._system.fstat(fd).st_size))
+        with translated(f"{self.path}/{name}"):
+            fd = self._descriptor(name)
+            return memoryview(self._system.map(fd, size_bytes=self._system.fstat(fd).st_size))
 
     def _descriptor(self, name: str) -> int:
         with self._lock:
@@ -165,15 +163,13 @@ class LocalFiles:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 self._no_regular_file(name)
-            raise StorageError(
-                f"A shard can't be opened: {error.strerror}",
-                errno=error.errno,
-                path=f"{self.path}/{name}",
-                remedy="ask for the right to read it; or raise the limit on open files",
-            ) from error
-        if not stat.S_ISREG(self._system.fstat(fd).st_mode):
+            raise
+        try:
+            if not stat.S_ISREG(self._system.fstat(fd).st_mode):
+                self._no_regular_file(name)
+        except BaseException:
             self._system.close(fd)
-            self._no_regular_file(name)
+            raise
         return fd
 
     def _missing(self, name: str, error: OSError) -> NoReturn:

@@ -11,22 +11,18 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from shardckpt.errors import (
     CheckpointBusyError,
     CheckpointExistsError,
     DirectoryNotSharedError,
-    NoSpaceError,
     NotACheckpointError,
-    ShardckptError,
-    StorageError,
-    StoragePermissionError,
 )
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.files import LocalFiles
-from shardckpt.storage.system import System
+from shardckpt.storage.system import System, translated
 
 __all__ = ["LocalStorage"]
 
@@ -34,40 +30,6 @@ _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _SEEN_WITHIN_S = 0.8  # network file systems may be late to show a new directory
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
-
-
-@contextmanager
-def translated(path: str) -> Iterator[None]:
-    """OSErrors of the with block as the StorageErrors of shardckpt."""
-    try:
-        yield
-    except ShardckptError:
-        raise
-    except OSError as error:
-        kind, remedy = _KINDS.get(error.errno or 0, (StorageError, _LOOK))
-        raise kind(
-            f"The file system refused: {error.strerror}",
-            errno=error.errno,
-            path=error.filename or path,
-            remedy=remedy,
-        ) from error
-
-
-_LOOK = "look at the path, and at what the system's log says of its file system"
-_ALLOW = "ask for the right to read and write there, or choose another path"
-_FREE = "free some space or raise the quota; what was saved before is untouched"
-_KINDS: dict[int, tuple[type[StorageError], str]] = {
-    errno.EACCES: (StoragePermissionError, _ALLOW),
-    errno.EPERM: (StoragePermissionError, _ALLOW),
-    errno.EROFS: (StoragePermissionError, _ALLOW),
-    errno.ENOSPC: (NoSpaceError, _FREE),
-    errno.EDQUOT: (NoSpaceError, _FREE),
-    errno.EFBIG: (NoSpaceError, "raise the limit on file sizes (ulimit -f)"),
-    errno.EIO: (StorageError, "look at the disk: it reports an error"),
-    errno.EMFILE: (StorageError, "raise the limit on open files (ulimit -n)"),
-    errno.ENOTDIR: (StorageError, "move the file out of the way, or choose another path"),
-    errno.ENAMETOOLONG: (StorageError, "choose a shorter name"),
-}
 
 
 class LocalStorage:
@@ -337,23 +299,25 @@ class LocalFile:
         self._system = system
         self._path = path
         self.direct = direct and hasattr(os, "O_DIRECT")
-        try:
-            flags = _NEW_FILE | (os.O_DIRECT if self.direct else 0)
-            self._fd = system.open(path, flags)
-        except OSError as error:
-            if not self.direct or error.errno not in _UNSUPPORTED:
-                raise
-            self.direct = False
-            with suppress(FileNotFoundError):  # some file systems make it and refuse then
-                system.unlink(path)
-            self._fd = system.open(path, _NEW_FILE)
+        self._fd = system.open(path, _NEW_FILE)
         self._open = True
         try:
-            system.allocate(self._fd, size_bytes=max(size_bytes, 1))
+            if self.direct:
+                self.direct = self._can(lambda: system.direct(self._fd, on=True))
+            self._can(lambda: system.allocate(self._fd, size_bytes=max(size_bytes, 1)))
+        except BaseException:
+            self.discard()
+            raise
+
+    def _can(self, call: Callable[[], None]) -> bool:
+        """Make a call that some file systems don't know; whether this one does."""
+        try:
+            call()
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
-                self.discard()
                 raise
+            return False
+        return True
 
     def write(self, data: memoryview, *, offset: int) -> None:
         """See WritableFile.write."""
@@ -373,7 +337,7 @@ class LocalFile:
                     self._buffered()
 
     def _buffered(self) -> None:
-        self._system.buffered(self._fd)
+        self._system.direct(self._fd, on=False)
         self.direct = False
 
     def close(self, *, size_bytes: int) -> None:

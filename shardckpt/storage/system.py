@@ -1,4 +1,5 @@
-"""The system calls that storage makes, one method each: the seam where tests inject faults."""
+"""The system calls that storage makes, one method each: the seam where tests inject faults; and
+their errors in shardckpt's terms."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-__all__ = ["System"]
+from shardckpt.errors import NoSpaceError, ShardckptError, StorageError, StoragePermissionError
+
+__all__ = ["System", "translated"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD = -100
@@ -46,9 +50,10 @@ class System:
         """Cut a file to size."""
         os.ftruncate(fd, size_bytes)
 
-    def buffered(self, fd: int) -> None:
-        """Turn O_DIRECT off."""
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
+    def direct(self, fd: int, *, on: bool) -> None:
+        """Turn O_DIRECT on or off."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
     def fsync(self, fd: int) -> None:
         """Make a file or directory durable."""
@@ -104,3 +109,37 @@ class System:
     def fstat(self, fd: int) -> os.stat_result:
         """What a descriptor refers to."""
         return os.fstat(fd)
+
+
+@contextmanager
+def translated(path: str) -> Iterator[None]:
+    """OSErrors of the with block as the StorageErrors of shardckpt."""
+    try:
+        yield
+    except ShardckptError:
+        raise
+    except OSError as error:
+        kind, remedy = _KINDS.get(error.errno or 0, (StorageError, _LOOK))
+        raise kind(
+            f"The file system refused: {error.strerror}",
+            errno=error.errno,
+            path=error.filename if os.path.isabs(str(error.filename)) else path,
+            remedy=remedy,
+        ) from error
+
+
+_LOOK = "look at the path, and at what the system's log says of its file system"
+_ALLOW = "ask for the right to read and write there, or choose another path"
+_FREE = "free some space or raise the quota; what was saved before is untouched"
+_KINDS: dict[int, tuple[type[StorageError], str]] = {
+    errno.EACCES: (StoragePermissionError, _ALLOW),
+    errno.EPERM: (StoragePermissionError, _ALLOW),
+    errno.EROFS: (StoragePermissionError, _ALLOW),
+    errno.ENOSPC: (NoSpaceError, _FREE),
+    errno.EDQUOT: (NoSpaceError, _FREE),
+    errno.EFBIG: (NoSpaceError, "raise the limit on file sizes (ulimit -f)"),
+    errno.EIO: (StorageError, "look at the disk: it reports an error"),
+    errno.EMFILE: (StorageError, "raise the limit on open files (ulimit -n)"),
+    errno.ENOTDIR: (StorageError, "move the file out of the way, or choose another path"),
+    errno.ENAMETOOLONG: (StorageError, "choose a shorter name"),
+}

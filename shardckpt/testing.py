@@ -1,0 +1,200 @@
+"""Tests that every Storage must pass; needs pytest.
+
+class TestMine(StorageTests):
+    @pytest.fixture
+    def storage(self):
+        return MyStorage()
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        return str(tmp_path / "checkpoint")
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+
+from shardckpt.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    DirectoryNotSharedError,
+    NotACheckpointError,
+    ShardckptError,
+    StorageError,
+)
+from shardckpt.storage.base import MANIFEST_NAME, Storage, WritableFile, WriteTransaction
+
+__all__ = ["StorageTests"]
+
+_NAMES = ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors")
+_DATA = bytes(range(256)) * 40  # 10,240 bytes: no multiple of a page
+
+
+class StorageTests:
+    """Subclass it, and define the fixtures `storage` and `path` (of a checkpoint not there yet)."""
+
+    def test_a_checkpoint_comes_back(self, storage: Storage, path: str) -> None:
+        """What two ranks wrote is there, byte for byte, after commit."""
+        save(storage, path, b"first")
+        files = storage.open(path)
+        assert files.manifest() == b"first"
+        for name in _NAMES:
+            assert files.size_bytes(name) == len(_DATA)
+            one, two = bytearray(1000), bytearray(5000)
+            files.readinto(name, [memoryview(one), memoryview(two)], offset=77)
+            assert one + two == _DATA[77:6077]
+            assert bytes(files.map(name)) == _DATA
+        files.close()
+        files.close()
+
+    def test_a_map_outlives_its_checkpoint(self, storage: Storage, path: str) -> None:
+        """A map stays after close, and what is written to it reaches nobody else."""
+        save(storage, path, b"first")
+        files = storage.open(path)
+        mapped = files.map(_NAMES[0])
+        files.close()
+        mapped[:4] = b"mine"
+        files = storage.open(path)
+        assert bytes(files.map(_NAMES[0])) == _DATA
+        files.close()
+
+    def test_nothing_is_visible_before_commit(self, storage: Storage, path: str) -> None:
+        """A save under way can't be opened, and one abandoned leaves the path free."""
+        transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
+        write(transaction.create(_NAMES[0], size_bytes=len(_DATA)))
+        assert_absent(storage, path)
+        transaction.abandon()
+        transaction.abandon()
+        assert_absent(storage, path)
+        save(storage, path, b"later")
+
+    def test_files_are_made_once(self, storage: Storage, path: str) -> None:
+        """Two ranks that write one name are an error."""
+        transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
+        write(transaction.create(_NAMES[0], size_bytes=len(_DATA)))
+        with pytest.raises(StorageError):
+            write(transaction.create(_NAMES[0], size_bytes=len(_DATA)))
+        transaction.abandon()
+
+    def test_a_discarded_file_can_be_discarded_again(self, storage: Storage, path: str) -> None:
+        """Cleaning up never raises."""
+        transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
+        file = transaction.create(_NAMES[0], size_bytes=len(_DATA))
+        file.discard()
+        file.discard()
+        transaction.abandon()
+        transaction.close()
+
+    def test_a_taken_path(self, storage: Storage, path: str) -> None:
+        """Only overwrite replaces, and the old one is whole until commit."""
+        save(storage, path, b"first")
+        with pytest.raises(CheckpointExistsError):
+            storage.begin(path, checkpoint_id="b" * 32, overwrite=False)
+        transaction = storage.begin(path, checkpoint_id="b" * 32, overwrite=True)
+        write(transaction.create(_NAMES[0], size_bytes=len(_DATA)))
+        assert_manifest(storage, path, b"first")
+        transaction.abandon()
+        assert_manifest(storage, path, b"first")
+        save(storage, path, b"second", overwrite=True)
+        assert_manifest(storage, path, b"second")
+
+    def test_a_reader_of_what_is_replaced(self, storage: Storage, path: str) -> None:
+        """It reads the old one or is told; never a mixture."""
+        save(storage, path, b"first")
+        files = storage.open(path)
+        files.manifest()
+        save(storage, path, b"second", overwrite=True, data=bytes(len(_DATA)))
+        into = bytearray(len(_DATA))
+        try:
+            files.readinto(_NAMES[0], [memoryview(into)], offset=0)
+            assert into == _DATA
+        except CheckpointNotFoundError:
+            pass
+        files.close()
+
+    def test_two_writers_of_one_path(self, storage: Storage, path: str) -> None:
+        """One of them is refused, at the start or at commit; the other one's is whole."""
+        first = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
+        write(first.create(_NAMES[0], size_bytes=len(_DATA)))
+        refused = 0
+        try:
+            second = storage.begin(path, checkpoint_id="b" * 32, overwrite=False)
+            write(second.create(_NAMES[0], size_bytes=len(_DATA)))
+            second.commit(b"second")
+        except StorageError:
+            refused += 1
+        try:
+            first.commit(b"first")
+        except StorageError:
+            refused += 1
+            first.abandon()
+        assert refused == 1
+        files = storage.open(path)
+        assert files.manifest() in (b"first", b"second")
+        assert files.size_bytes(_NAMES[0]) == len(_DATA)
+        files.close()
+
+    def test_joining_what_was_not_begun(self, storage: Storage, path: str) -> None:
+        """A rank that does not see what rank 0 made says so."""
+        with pytest.raises(DirectoryNotSharedError):
+            storage.join(path, token="c" * 32).create(_NAMES[0], size_bytes=1)
+
+    def test_reading_what_is_not_there(self, storage: Storage, path: str) -> None:
+        """Missing files, and reads past an end, are damage."""
+        assert_absent(storage, path)
+        save(storage, path, b"first")
+        files = storage.open(path)
+        with pytest.raises(CorruptionError):
+            files.size_bytes("shard-00007-of-00008.safetensors")
+        with pytest.raises(CorruptionError):
+            files.readinto(_NAMES[0], [memoryview(bytearray(100))], offset=len(_DATA) - 50)
+        files.close()
+
+
+def save(
+    storage: Storage, path: str, manifest: bytes, *, overwrite: bool = False, data: bytes = _DATA
+) -> None:
+    """A checkpoint of two ranks, rank 1 with a connection of its own."""
+    transaction = storage.begin(
+        path, checkpoint_id=manifest.hex().ljust(32, "0"), overwrite=overwrite
+    )
+    write(transaction.create(_NAMES[0], size_bytes=len(data)), data)
+    other: WriteTransaction = storage.join(path, token=transaction.token)
+    write(other.create(_NAMES[1], size_bytes=len(data)), data)
+    other.close()
+    transaction.commit(manifest)
+    transaction.close()
+
+
+def write(file: WritableFile, data: bytes = _DATA) -> None:
+    """Write in two pieces, the second one first, from memory that begins on a page."""
+    size_bytes = len(data)
+    memory = mmap.mmap(-1, -(-size_bytes // 4096) * 4096)
+    memory[:size_bytes] = data
+    view = memoryview(memory)[: len(memory) if file.direct else size_bytes]
+    file.write(view[4096:], offset=4096)
+    file.write(view[:4096], offset=0)
+    file.close(size_bytes=size_bytes)
+
+
+def assert_absent(storage: Storage, path: str) -> None:
+    """Nothing can be opened at the path."""
+    try:
+        storage.open(path).manifest()
+    except (CheckpointNotFoundError, NotACheckpointError):
+        return
+    raise AssertionError(f"{MANIFEST_NAME} is there")
+
+
+def assert_manifest(storage: Storage, path: str, manifest: bytes) -> None:
+    """The checkpoint at the path is the one with this manifest."""
+    files = storage.open(path)
+    try:
+        assert files.manifest() == manifest
+    except ShardckptError as error:
+        raise AssertionError(f"not readable: {error}") from error
+    finally:
+        files.close()

@@ -1,0 +1,283 @@
+"""The local file system: the suite for every storage, and every system call failing once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import shardckpt
+from shardckpt import errors
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.system import System
+from shardckpt.testing import StorageTests, save
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "above" / "checkpoint")
+
+
+class TestLocal(StorageTests):
+    @pytest.fixture
+    def storage(self):
+        return LocalStorage()
+
+
+class Plain(System):
+    """A file system without O_DIRECT, locks, fallocate, exchange of names, or fsync of folders."""
+
+    def direct(self, fd, *, on):
+        raise OSError(errno.EINVAL, "no direct input and output here")
+
+    def lock(self, fd):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    def allocate(self, fd, *, size_bytes):
+        raise OSError(errno.EOPNOTSUPP, "no fallocate here")
+
+    def exchange(self, one, other):
+        raise OSError(errno.EINVAL, "no exchange here")
+
+
+class TestPlain(StorageTests):
+    @pytest.fixture
+    def storage(self):
+        return LocalStorage(Plain())
+
+
+class Dribbling(System):
+    """Writes and reads that take a part of what they are given, as they may."""
+
+    def write(self, fd, data, *, offset):
+        return super().write(fd, data[: max(1, len(data) // 3)], offset=offset)
+
+    def read(self, fd, buffers, *, offset):
+        return super().read(fd, [buffers[0][:777]], offset=offset)
+
+
+class TestDribbling(StorageTests):
+    @pytest.fixture
+    def storage(self):
+        return LocalStorage(Dribbling())
+
+
+class Failing(System):
+    """Call number `at` fails; `calls` counts them."""
+
+    def __init__(self, at=None, code=0, name=None):
+        self.at, self.code, self.name = at, code, name
+        self.calls = []
+
+    def _maybe(self, name):
+        self.calls.append(name)
+        if len(self.calls) - 1 == self.at:
+            raise OSError(self.code, os.strerror(self.code))
+
+
+def _failing(name):
+    def call(self, *arguments, **named):
+        if name == "close":  # Linux closes a descriptor even where it reports an error
+            System.close(self, *arguments)
+        self._maybe(name)
+        return None if name == "close" else getattr(System, name)(self, *arguments, **named)
+
+    return call
+
+
+for method in [name for name in vars(System) if not name.startswith("_")]:
+    setattr(Failing, method, _failing(method))
+
+
+STATE = {"w": torch.arange(3000.0), "step": 2}
+OLD = {"w": torch.zeros(3000), "step": 1}
+
+
+def loadable(path):
+    state = shardckpt.load_state(path)
+    return state["step"], torch.equal(state["w"], {1: OLD, 2: STATE}[state["step"]]["w"])
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_every_call_of_a_save_failing_once(tmp_path, overwrite, code):
+    """The save raises a typed error, or was none the worse; what was there stays; no leftovers
+    after the next save; no descriptor leaks."""
+    if overwrite:
+        shardckpt.save(OLD, tmp_path / "count")
+    count = Failing()
+    shardckpt.save(STATE, tmp_path / "count", overwrite=overwrite, storage=LocalStorage(count))
+    assert {"fsync", "rename", "write", "mkdir", "allocate"} <= set(count.calls)
+    before = descriptors()
+    for at, name in enumerate(count.calls):
+        path = tmp_path / f"{at}"
+        if overwrite:
+            shardckpt.save(OLD, path)
+        faulty = LocalStorage(Failing(at, code))
+        try:
+            shardckpt.save(STATE, path, overwrite=overwrite, storage=faulty)
+            assert loadable(path) == (2, True), (at, name)
+        except errors.StorageError as error:
+            assert error.errno == code, (at, name)
+            assert error.path, (at, name)
+            assert error.remedy, (at, name)
+            if path.exists():  # a failed fsync of the parent comes after the new name
+                assert loadable(path) in ((2, True), (1, True)), (at, name)
+            else:
+                assert not overwrite, (at, name)
+        assert descriptors() == before, (at, name)
+        shardckpt.save(STATE, path, overwrite=True)
+        assert loadable(path) == (2, True)
+        assert not [left for left in os.listdir(tmp_path) if left.startswith(f".{at}.")], name
+
+
+def test_a_full_disk_is_called_so(tmp_path):
+    with pytest.raises(errors.NoSpaceError) as caught:
+        faulty = Failing()
+        faulty.allocate = lambda fd, size_bytes: (_ for _ in ()).throw(
+            OSError(errno.ENOSPC, "full")
+        )
+        shardckpt.save(STATE, tmp_path / "c", storage=LocalStorage(faulty))
+    assert "free some space" in caught.value.remedy
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_permission_is_called_so(tmp_path):
+    faulty = Failing()
+    faulty.mkdir = lambda path: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no", path))
+    with pytest.raises(errors.StoragePermissionError) as caught:
+        shardckpt.save(STATE, tmp_path / "c", storage=LocalStorage(faulty))
+    assert caught.value.errno == errno.EACCES
+    assert isinstance(caught.value, PermissionError)
+
+
+def test_a_failed_fsync_is_not_asked_again(tmp_path):
+    asked = []
+
+    class Once(System):
+        def fsync(self, fd):
+            asked.append(fd)
+            if len(asked) == 1:
+                raise OSError(errno.EIO, "lost")
+            super().fsync(fd)
+
+    with pytest.raises(errors.StorageError):
+        shardckpt.save(STATE, tmp_path / "c", storage=LocalStorage(Once()))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_every_call_of_a_load_failing_once(tmp_path, code):
+    shardckpt.save(STATE, tmp_path / "c")
+    count = Failing()
+    shardckpt.load({"w": torch.zeros(3000)}, tmp_path / "c", storage=LocalStorage(count))
+    before = descriptors()
+    for at, name in enumerate(count.calls):
+        target = {"w": torch.zeros(3000)}
+        try:
+            shardckpt.load(target, tmp_path / "c", storage=LocalStorage(Failing(at, code)))
+            assert torch.equal(target["w"], STATE["w"]), (at, name)
+        except errors.StorageError as error:
+            assert error.errno == code, (at, name)
+        assert descriptors() == before, (at, name)
+
+
+def test_the_order_of_a_commit(tmp_path):
+    """Data durable before the manifest, the manifest before the name, the name before return."""
+    seen = []
+
+    class Watched(System):
+        def open(self, path, flags, *, dir_fd=None):
+            fd = super().open(path, flags, dir_fd=dir_fd)
+            self.names = {**getattr(self, "names", {}), fd: os.path.basename(path)}
+            return fd
+
+        def fsync(self, fd):
+            seen.append(("fsync", self.names[fd].split("-")[0]))
+            super().fsync(fd)
+
+        def rename(self, old, new):
+            seen.append(("rename", os.path.basename(new)))
+            super().rename(old, new)
+
+    shardckpt.save(STATE, tmp_path / "c", storage=LocalStorage(Watched()))
+    assert seen == [
+        ("fsync", "shard"),
+        ("fsync", "manifest.json"),
+        ("fsync", ".c.tmp"),
+        ("rename", "c"),
+        ("fsync", tmp_path.name.split("-")[0]),
+    ]
+
+
+def test_leftovers_of_a_dead_save_are_collected(tmp_path):
+    code = f"""
+import os, signal, torch, shardckpt
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.system import System
+class Dies(System):
+    def rename(self, old, new):
+        os.kill(os.getpid(), signal.SIGKILL)
+shardckpt.save({{"w": torch.ones(9)}}, {str(tmp_path / "c")!r}, storage=LocalStorage(Dies()))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert [name[:7] for name in os.listdir(tmp_path) if ".tmp-" in name] == [".c.tmp-"]
+    with pytest.raises(errors.CheckpointNotFoundError):
+        shardckpt.load_state(tmp_path / "c")
+    shardckpt.save(STATE, tmp_path / "c")
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_replacing_save_that_died_between_its_renames(tmp_path):
+    """Where names can't be exchanged the old one is aside for a moment: still loadable, and
+    brought back by the next save."""
+    shardckpt.save(OLD, tmp_path / "c")
+    os.rename(tmp_path / "c", tmp_path / ".c.old-0123")
+    assert loadable(tmp_path / "c") == (1, True)
+    with pytest.raises(errors.CheckpointExistsError):
+        shardckpt.save(STATE, tmp_path / "c")
+    assert os.listdir(tmp_path) == ["c"]
+    assert loadable(tmp_path / "c") == (1, True)
+
+
+def test_a_second_writer_is_told_at_once(tmp_path):
+    storage = LocalStorage()
+    first = storage.begin(str(tmp_path / "c"), checkpoint_id="a" * 32, overwrite=False)
+    begun = time.monotonic()
+    with pytest.raises(errors.CheckpointBusyError):
+        shardckpt.save(STATE, tmp_path / "c")
+    assert time.monotonic() - begun < 5
+    first.abandon()
+    shardckpt.save(STATE, tmp_path / "c")
+
+
+def test_a_symlink_to_a_checkpoint_is_followed_but_none_inside(tmp_path):
+    shardckpt.save(STATE, tmp_path / "real")
+    os.symlink(tmp_path / "real", tmp_path / "latest")
+    assert loadable(tmp_path / "latest") == (2, True)
+    shardckpt.save(OLD, tmp_path / "latest", overwrite=True)
+    assert loadable(tmp_path / "real") == (1, True)
+    assert os.path.islink(tmp_path / "latest")
+
+
+def test_the_suite_sees_a_storage_that_publishes_early(path):
+    """A planted fault: the suite for storages must fail on it."""
+
+    class Early(LocalStorage):
+        def begin(self, path, *, checkpoint_id, overwrite):
+            save(LocalStorage(), path, b"early", overwrite=True)
+            return super().begin(path, checkpoint_id=checkpoint_id, overwrite=True)
+
+    with pytest.raises(AssertionError):
+        StorageTests().test_nothing_is_visible_before_commit(Early(), path)
