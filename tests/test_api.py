@@ -226,7 +226,7 @@ def test_strict_lists_every_mismatch_and_changes_nothing(tmp_path):
     facts = caught.value.facts
     assert facts["missing"] == ("new",)
     assert facts["wrong_shape"] == (("b", [4], [3]),)
-    assert facts["wrong_dtype"] == (("c", "F64", "F32"),)
+    assert facts["wrong_dtype"] == (("c", "torch.float64", "torch.float32"),)
     assert state["a"].tolist() == [1, 1]
     report = shardckpt.load(state, tmp_path / "c", strict=False)
     assert (report.missing, report.unexpected) == (("new",), ("extra",))
@@ -249,7 +249,7 @@ def test_cast_on_request(tmp_path):
     state = {"a": torch.zeros(2, dtype=torch.bfloat16)}
     report = shardckpt.load(state, tmp_path / "c", dtype="cast")
     assert state["a"].tolist() == [1.5, 2.5]
-    assert report.cast == (("a", "F32", "BF16"),)
+    assert report.cast == (("a", "torch.float32", "torch.bfloat16"),)
 
 
 def test_keys_and_rename(tmp_path):

@@ -89,7 +89,7 @@ def local_chunks(tensor: torch.Tensor, *, name: str) -> list[LocalChunk]:
                 actual=f"{chunk.data.layout}{', quantized' if chunk.data.is_quantized else ''}",
                 remedy="convert it first, with to_dense() or dequantize()",
             )
-    if tensor.numel() == 0:
+    if 0 in tensor.shape:
         return chunks
     return [chunk for chunk in chunks if 0 not in chunk.sizes]
 

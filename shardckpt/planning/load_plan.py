@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardckpt.errors import LoadMismatchError, StateError
-from shardckpt.format.dtypes import DTYPES, dtype_name
+from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.build import Builder
@@ -155,14 +155,12 @@ class Matcher:
         if tuple(template.shape) != entry.shape:
             self.mismatches.wrong_shape.append((name, list(template.shape), list(entry.shape)))
             return False
-        wanted = dtype_name(template.dtype, tensor=name)
-        if wanted != entry.dtype:
-            if not self.may_cast or (
-                DTYPES[entry.dtype].is_complex and not template.dtype.is_complex
-            ):
-                self.mismatches.wrong_dtype.append((name, wanted, entry.dtype))
+        saved = DTYPES[entry.dtype]
+        if template.dtype != saved:
+            if not self.may_cast or (saved.is_complex and not template.dtype.is_complex):
+                self.mismatches.wrong_dtype.append((name, str(template.dtype), str(saved)))
                 return False
-            self.cast.append((name, entry.dtype, wanted))
+            self.cast.append((name, str(saved), str(template.dtype)))
         return True
 
     def fill(self, entry: TensorEntry, tensor: torch.Tensor, name: str) -> None:

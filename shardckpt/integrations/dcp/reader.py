@@ -28,6 +28,7 @@ from shardckpt.format.values import TensorRef
 from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
 from shardckpt.planning.build import Builder
 from shardckpt.planning.chunks import LocalChunk
+from shardckpt.planning.load_plan import Mismatches
 from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.saved import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
@@ -40,13 +41,19 @@ class ShardReader(StorageReader):
     """Reads a shardckpt checkpoint for dcp.load, onto any world size; verifies what it reads.
 
     `path` may be left out where dcp gets a checkpoint_id. Works with DCP's planners, with
-    ReshardLoadPlanner, and with a user's own.
+    ReshardLoadPlanner, and with a user's own. A target of another dtype than was saved is a
+    LoadMismatchError, unless `cast`; ReshardLoadPlanner has its own switch for that.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, storage: Storage | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        cast: bool = False,
+        storage: Storage | None = None,
     ) -> None:
         self.checkpoint_id = None if path is None else os.fspath(path)
+        self.cast = cast
         self.storage = storage or LocalStorage()
         self._opened: tuple[CheckpointFiles, Manifest] | None = None
         self._saved: SavedState | None = None
@@ -115,6 +122,7 @@ class ShardReader(StorageReader):
         files, manifest = self._opened
         wanted: list[tuple[TensorEntry, LocalChunk]] = []
         tensors, loaded = [], []
+        mismatches = Mismatches()
         builder = Builder(self._saved, wanted)
         for item in plan.items:
             node = self._saved.nodes[item.storage_index.fqn]
@@ -127,6 +135,12 @@ class ShardReader(StorageReader):
             offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
             wanted.append((entry, LocalChunk(offsets, tuple(item.lengths), target.detach())))
             tensors.append((item, target))
+            if target.dtype != DTYPES[entry.dtype] and not self.cast:
+                dtypes = str(target.dtype), str(DTYPES[entry.dtype])
+                mismatches.wrong_dtype.append((item.dest_index.fqn, *dtypes))
+        error = mismatches.error(files.path)
+        if error is not None:
+            raise error
         read_all(files, manifest, (r for entry, chunk in wanted for r in plan_reads(entry, chunk)))
         for item, target in tensors:
             planner.commit_tensor(item, target)
