@@ -167,11 +167,13 @@ class Checkpoint(Mapping[str, Any]):
         """Build the saved state anew; see shardckpt.load_state."""
         saved = SavedState(self.manifest, keys=keys, rename=rename)
         mapped = MappedFiles(self._files)
-        tensors = {
-            name: self.manifest.tensors[node.name]
-            for name, node in saved.leaves.items()
-            if _is_array(node)
-        }
+        sources: dict[
+            str, str
+        ] = {}  # saved tensor -> the first of its names: tied ones go together
+        for name, node in saved.leaves.items():
+            if _is_array(node):
+                sources.setdefault(node.name, name)
+        tensors = {name: self.manifest.tensors[source] for source, name in sources.items()}
         sizes = {name: entry.size_bytes for name, entry in tensors.items()}
         where = resolve_device_map(device_map, sizes, free_memory())
 

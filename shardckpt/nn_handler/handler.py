@@ -19,6 +19,7 @@ from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.objects import describe, name_of
 from shardckpt.nn_handler.parallel import Parallel, start, train_loader, val_loader, world, wrap
 from shardckpt.nn_handler.trainer import run_training
+from shardckpt.planning.device_map import DeviceMap
 
 __all__ = ["NNHandler"]
 
@@ -181,11 +182,14 @@ class NNHandler:
         loss_fn: Callable[..., Any] | None = None,
         metrics: Mapping[str, Callable[..., Any]] | None = None,
         skip_optimizer: bool = False,
+        device_map: DeviceMap = None,
     ) -> NNHandler:
         """Rebuild a handler from what save wrote, on any number of ranks; collective.
 
         Loaders are given anew. `model_class`, `loss_fn` and `metrics` stand in for what can't
-        be imported by the name that was saved.
+        be imported by the name that was saved. With `device_map` the handler is for inference
+        in this process alone: the model's tensors go where the map says (see load_state; its
+        prefixes are names in the model), inputs follow them, and the optimizer is left out.
         """
         return loading.load(
             cls,
@@ -197,6 +201,7 @@ class NNHandler:
             loss_fn=loss_fn,
             metrics=metrics,
             skip_optimizer=skip_optimizer,
+            device_map=device_map,
         )
 
     def config(self) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from shardckpt.execution.memory import MemoryStorage
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.objects import build, find
 from shardckpt.nn_handler.parallel import Parallel
+from shardckpt.nn_handler.placing import place
 from shardckpt.nn_handler.saving import is_torch_file
+from shardckpt.planning.device_map import DeviceMap
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 
@@ -52,8 +54,9 @@ def load(
     loss_fn: Callable[..., Any] | None,
     metrics: Mapping[str, Callable[..., Any]] | None,
     skip_optimizer: bool,
+    device_map: DeviceMap,
 ) -> NNHandler:
-    """Rebuild a handler; collective. See NNHandler.load."""
+    """Rebuild a handler; collective, but with a device map. See NNHandler.load."""
     storage: Storage = LocalStorage()
     if is_torch_file(path):
         storage = MemoryStorage(read_torch_file(path))
@@ -66,10 +69,21 @@ def load(
             remedy="load it with shardckpt.load, into your own model",
         )
     chosen = model_class or find(config["model"]["name"], at="model_class")
-    handler = handler_class(
-        chosen, device, parallel=parallel, seed=config["seed"], **config["model"]["kwargs"]
-    )
-    if config["optimizer"] and not skip_optimizer:
+    kwargs = config["model"]["kwargs"]
+    if device_map is None:
+        handler = handler_class(chosen, device, parallel=parallel, seed=config["seed"], **kwargs)
+    else:
+        with torch.device("meta"):
+            handler = handler_class(chosen, "meta", parallel="none", seed=config["seed"], **kwargs)
+        handler.device = place(
+            handler.model,
+            lambda: chosen(**kwargs),
+            path,
+            storage,
+            device_map=device_map,
+            strict=strict,
+        )
+    if config["optimizer"] and not skip_optimizer and device_map is None:
         _set_optimizer(handler, config)
     if config["loss_fn"] or loss_fn:
         handler.set_loss_fn(loss_fn or build(config["loss_fn"], at="loss_fn"))
@@ -77,7 +91,7 @@ def load(
         handler.add_metric(name, (metrics or {}).get(name) or build(metric, at="metrics"))
     if config["auto_saver"]:
         handler.auto_saver = AutoSaver.from_state(config["auto_saver"])
-    _fill(handler, path, storage, strict=strict)
+    _fill(handler, path, storage, strict=strict, placed=device_map is not None)
     return handler
 
 
@@ -90,11 +104,13 @@ def _set_optimizer(handler: NNHandler, config: dict[str, Any]) -> None:
         handler.set_scheduler(scheduler, **config["scheduler"]["options"])
 
 
-def _fill(handler: NNHandler, path: str, storage: Storage, *, strict: bool) -> None:
+def _fill(handler: NNHandler, path: str, storage: Storage, *, strict: bool, placed: bool) -> None:
     from shardckpt.nn_handler.handler import set_random_state
 
     state = handler.state()
     del state["config"]
+    if placed:
+        del state["model"]
     shardckpt.load(state, path, strict=strict, storage=storage)
     handler.epoch = state["progress"]["epoch"]
     handler.step = state["progress"]["step"]

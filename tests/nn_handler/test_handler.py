@@ -1,0 +1,292 @@
+"""NNHandler: train, save, load, resume; on one process and on several."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import shardckpt
+from shardckpt import NNHandler, errors
+from shardckpt.nn_handler.auto_saver import checkpoint_name
+from tests.nn_handler.models import Net, accuracy, data
+from tests.ranks import on_world_sizes, run_ranks
+
+
+def a_handler(parallel: str = "auto", **options) -> NNHandler:
+    handler = NNHandler(Net, parallel=parallel, width=6, **options)
+    handler.set_optimizer(torch.optim.Adam, lr=0.01)
+    handler.set_scheduler(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
+    handler.set_loss_fn(nn.CrossEntropyLoss(label_smoothing=0.1))
+    handler.add_metric("accuracy", accuracy)
+    with_data(handler)
+    return handler
+
+
+def with_data(handler: NNHandler) -> NNHandler:
+    handler.set_train_loader(data(), batch_size=8, shuffle=True)
+    handler.set_val_loader(data(15), batch_size=4)
+    return handler
+
+
+def weights(handler: NNHandler) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in handler.module.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        found[name] = whole.detach().clone()
+    return found
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["c", "c.pth", "deep/er/c.pt"])
+def test_resumed_training_equals_training_never_stopped(tmp_path, name):
+    never_stopped = a_handler()
+    never_stopped.train(epochs=5)
+    handler = a_handler()
+    handler.train(epochs=3)
+    handler.save(tmp_path / name)
+    torch.manual_seed(1234)
+    resumed = with_data(NNHandler.load(tmp_path / name))
+    assert (resumed.epoch, resumed.step) == (3, 18)
+    assert same(weights(resumed), weights(handler))
+    resumed.train(epochs=2)
+    assert same(weights(resumed), weights(never_stopped))
+    assert resumed.history == never_stopped.history
+    assert resumed.loss_fn.label_smoothing == 0.1
+    assert set(resumed.history) == {"loss", "accuracy", "lr", "val_loss", "val_accuracy"}
+
+
+def test_random_number_generators_go_on(tmp_path):
+    handler = a_handler()
+    handler.save(tmp_path / "c")
+    expected = (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random())
+    NNHandler.load(tmp_path / "c")
+    assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == expected
+
+
+def test_saving_before_training(tmp_path):
+    handler = NNHandler(Net)
+    handler.save(tmp_path / "c")
+    assert same(weights(NNHandler.load(tmp_path / "c")), weights(handler))
+
+
+def test_torch_files_need_no_pickle(tmp_path):
+    handler = a_handler()
+    handler.train(epochs=1)
+    handler.save(tmp_path / "c.pth")
+    content = torch.load(tmp_path / "c.pth", weights_only=True)
+    assert content["progress"]["epoch"] == 1
+    assert torch.equal(content["model"]["head.weight"], handler.module.head.weight)
+    assert os.listdir(tmp_path) == ["c.pth"]
+
+
+def test_parameter_groups_survive(tmp_path):
+    handler = NNHandler(Net)
+    handler.set_optimizer(torch.optim.SGD, groups={"head": {"lr": 0.5}}, lr=0.1, momentum=0.9)
+    handler.save(tmp_path / "c")
+    groups = NNHandler.load(tmp_path / "c").optimizer.param_groups
+    assert [(group["lr"], len(group["params"])) for group in groups] == [(0.1, 4), (0.5, 2)]
+    with pytest.raises(errors.StateError, match="no parameter"):
+        handler.set_optimizer(torch.optim.SGD, groups={"nothing": {}}, lr=0.1)
+
+
+def test_auto_save_names_and_overwrite(tmp_path):
+    handler = a_handler()
+    name = "m{epoch}_valloss{val_loss:.4f}"
+    handler.auto_save(interval=2, save_path=tmp_path / "all", name=name)
+    handler.train(epochs=5)
+    found = sorted(os.listdir(tmp_path / "all"))
+    assert [re.sub(r"[\d.]+$", "#", entry) for entry in found] == ["m2_valloss#", "m4_valloss#"]
+    handler.auto_save(interval=1, save_path=tmp_path / "one", name="e{epoch}", overwrite=True)
+    handler.train(epochs=3)
+    assert os.listdir(tmp_path / "one") == ["e8"]
+    resumed = with_data(NNHandler.load(tmp_path / "one" / "e8"))
+    resumed.train(epochs=1)
+    assert os.listdir(tmp_path / "one") == ["e9"]
+    handler.auto_save(interval=-1, save_path=tmp_path / "last", name="e{epoch}")
+    handler.train(epochs=2)
+    assert os.listdir(tmp_path / "last") == ["e10"]
+    handler.auto_save(interval=None, save_path=tmp_path / "never")
+    handler.train(epochs=1)
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
+    handler = a_handler()
+    handler.auto_save(interval=1, save_path=tmp_path, name="e{epoch}", overwrite=True)
+    handler.train(epochs=1)
+
+    def full(*arguments, **options):
+        raise errors.NoSpaceError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shardckpt, "save", full)
+        with pytest.raises(errors.NoSpaceError):
+            handler.train(epochs=1)
+    assert os.listdir(tmp_path) == ["e1"]
+    assert NNHandler.load(tmp_path / "e1").epoch == 1
+    handler.train(epochs=1)
+    assert os.listdir(tmp_path) == ["e3"]
+
+
+def test_names_of_checkpoints():
+    metrics = {"epoch": 3, "val_loss": 0.12345, "odd": float("nan")}
+    assert checkpoint_name("e{epoch}_{val_loss:.2f}", metrics) == "e3_0.12"
+    for name in ("{nothing}", "{epoch", "{epoch:d!}", "../e{epoch}", "a/b", "", "."):
+        with pytest.raises(errors.StateError):
+            checkpoint_name(name, metrics)
+
+
+@pytest.mark.parametrize("interval", [-2, 1.5, "1"])
+def test_bad_intervals(interval):
+    with pytest.raises(errors.StateError, match="interval"):
+        a_handler().auto_save(interval=interval)
+
+
+def test_what_has_no_importable_name_is_refused_before_anything_is_written(tmp_path):
+    handler = a_handler()
+    handler.add_metric("mine", lambda outputs, targets: 0.0)
+    for name in ("c", "c.pth"):
+        with pytest.raises(errors.UnsupportedLeafError) as caught:
+            handler.save(tmp_path / name)
+        assert caught.value.tensor == "metrics.mine"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["c", "c.pth"])
+@pytest.mark.parametrize(
+    "device_map",
+    ["cpu", "auto", "disk", {"": "cpu", "layers.0": "disk"}, {"head": "cpu", "layers": "disk"}],
+)
+def test_device_maps(tmp_path, name, device_map):
+    handler = a_handler()
+    handler.train(epochs=1)
+    handler.save(tmp_path / name)
+    placed = NNHandler.load(tmp_path / name, device_map=device_map)
+    inputs = data().tensors[0]
+    assert torch.equal(placed.predict(inputs), handler.predict(inputs))
+    assert placed.optimizer is None
+    assert placed.epoch == 1
+
+
+def test_a_meta_device_map(tmp_path):
+    a_handler().save(tmp_path / "c")
+    placed = NNHandler.load(tmp_path / "c", device_map="meta")
+    assert all(parameter.is_meta for parameter in placed.model.parameters())
+
+
+def test_a_model_that_changed(tmp_path):
+    a_handler().save(tmp_path / "c")
+    with pytest.raises(errors.LoadMismatchError):
+        NNHandler.load(tmp_path / "c", model_class=nn.Identity)
+
+
+def test_a_checkpoint_of_something_else(tmp_path):
+    shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
+    torch.save({"w": torch.ones(2)}, tmp_path / "c.pth")
+    (tmp_path / "broken.pth").write_bytes(b"no zip")
+    for name, kind in {
+        "c": errors.NotACheckpointError,
+        "c.pth": errors.NotACheckpointError,
+        "broken.pth": errors.CorruptionError,
+        "absent.pth": errors.CheckpointNotFoundError,
+        "absent": errors.CheckpointNotFoundError,
+    }.items():
+        with pytest.raises(kind) as caught:
+            NNHandler.load(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_handlers_share_nothing():
+    one, other = NNHandler(Net), NNHandler(Net)
+    one.add_metric("m", accuracy)
+    one.history["loss"] = [1.0]
+    assert other.metrics == {}
+    assert other.history == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"epochs": -1}, "epochs"), ({"epochs": 1, "gradient_accumulation_steps": 0}, "accumulation")],
+)
+def test_bad_arguments_of_train(options, text):
+    with pytest.raises(errors.StateError, match=text):
+        a_handler().train(**options)
+
+
+def test_training_needs_its_parts():
+    with pytest.raises(errors.StateError) as caught:
+        NNHandler(Net).train(epochs=1)
+    assert "set_optimizer" in caught.value.remedy
+
+
+def test_an_unknown_parallel():
+    with pytest.raises(errors.StateError, match="parallel"):
+        NNHandler(Net, parallel="magic")
+
+
+def train_on_ranks(size: int, folder: str, parallel: str, kinds: tuple[str, ...]) -> None:
+    rank = dist.get_rank()
+    if size == 4:
+        handler = a_handler(parallel)
+        handler.auto_save(interval=1, save_path=f"{folder}/auto", name="e{epoch}", overwrite=True)
+        handler.train(epochs=2)
+        handler.save(f"{folder}/c")
+        handler.save(f"{folder}/c.pth")
+        found = weights(handler)
+        if rank == 0:
+            torch.save([found, handler.history], f"{folder}/expected.pt")
+        return
+    expected, history = torch.load(f"{folder}/expected.pt", weights_only=True)
+    for name in ("c", "c.pth", "auto/e2"):
+        for kind in kinds:
+            resumed = with_data(NNHandler.load(f"{folder}/{name}", parallel=kind))
+            assert same(weights(resumed), expected), (name, kind)
+            assert resumed.history == history
+            resumed.train(epochs=1)
+            assert resumed.epoch == 3
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_any_number_of_ranks_resumes(tmp_path, parallel):
+    sizes = (4, 2, 3, 1)
+    run_ranks(
+        4,
+        on_world_sizes,
+        sizes,
+        train_on_ranks,
+        str(tmp_path),
+        parallel,
+        ("ddp", "fsdp"),
+        timeout_s=110,
+    )
+    assert os.listdir(tmp_path / "auto") == ["e3"] or os.listdir(tmp_path / "auto") == ["e2"]
+    expected, _ = torch.load(tmp_path / "expected.pt", weights_only=True)
+    assert same(weights(NNHandler.load(tmp_path / "c")), expected)
+
+
+def ddp_twice(folder: str) -> list[float]:
+    handler = a_handler("ddp")
+    handler.train(epochs=1)
+    handler.save(f"{folder}/c")
+    handler.train(epochs=1)
+    resumed = with_data(NNHandler.load(f"{folder}/c"))
+    resumed.train(epochs=1)
+    assert same(weights(resumed), weights(handler))
+    return resumed.history["val_loss"]
+
+
+@pytest.mark.ranks
+def test_resuming_on_as_many_ranks_is_exact(tmp_path):
+    first, second = run_ranks(2, ddp_twice, str(tmp_path))
+    assert first == second
