@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +86,42 @@ def test_the_public_names():
         assert getattr(shardckpt, name).__doc__ or name == "__version__", name
     with pytest.raises(AttributeError):
         getattr(shardckpt, "nothing")  # noqa: B009
+
+
+def outside_imports(source: str) -> set[str]:
+    """The top names of what a module imports from outside the package."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"shardckpt"}
+
+
+def distributions(project: dict[str, Any], requirements: list[str]) -> set[str]:
+    """The names that requirements bring in, through extras of our own too."""
+    found: set[str] = set()
+    for requirement in requirements:
+        own = re.fullmatch(r"shardckpt\[(.*)\]", requirement)
+        if own:
+            for extra in own[1].split(","):
+                found |= distributions(project, project["optional-dependencies"][extra])
+        else:
+            found.add(re.split(r"[\[<>=~! ]", requirement)[0].replace("-", "_"))
+    return found
+
+
+def test_scripts_check_installs_all_that_is_imported():
+    """mypy reads every import: what is only in another extra would be missing in a fresh clone."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    check = project["optional-dependencies"]["check"]
+    brought = distributions(project, project["dependencies"] + check)
+    imported = set().union(*(outside_imports(path.read_text()) for path in FILES))
+    assert imported <= brought
+    assert "rich" in imported
+    assert "rich" not in distributions(project, project["dependencies"] + ["mypy>=1"])
 
 
 def run(code: str) -> str:
