@@ -54,11 +54,8 @@ class LocalFiles:
             # A replacing save that died between its two renames left the old one aside.
             parent, name = os.path.split(path)
             with suppress(OSError):
-                for found in sorted(self._system.listdir(parent)):
-                    if found.startswith(f".{name}.old-"):
-                        return self._system.open(
-                            os.path.join(parent, found), os.O_RDONLY | os.O_DIRECTORY
-                        )
+                old = os.path.join(parent, f".{name}.old")
+                return self._system.open(old, os.O_RDONLY | os.O_DIRECTORY)
             raise CheckpointNotFoundError(
                 "There is nothing at this path",
                 path=self.path,
@@ -107,7 +104,7 @@ class LocalFiles:
             self._system.close(fd)
 
     def _contents(self) -> str:
-        names = sorted(os.listdir(self._directory))
+        names = sorted(self._system.listdir(self._directory))
         if ".metadata" in names:
             return "a checkpoint of torch.distributed.checkpoint"
         return f"{len(names)} files: {', '.join(names[:5])}" if names else "an empty directory"

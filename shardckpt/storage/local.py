@@ -86,11 +86,14 @@ class LocalStorage:
             return LocalFiles(self.system, path)
 
     def _make_directories(self, path: str) -> None:
+        above = os.path.dirname(path)
         try:
             if not stat.S_ISDIR(self.system.stat(path).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
+            # A process that died may have made it, and not got so far as to sync its name.
+            with suppress(PermissionError):
+                sync_directory(self.system, above)
         except FileNotFoundError:
-            above = os.path.dirname(path)
             self._make_directories(above)
             with suppress(FileExistsError):
                 self.system.mkdir(path)
@@ -126,17 +129,22 @@ class LocalStorage:
     def _collect_leftovers(self, target: str) -> None:
         """Remove what dead saves to this target left; the lock is held, so none is alive."""
         parent = os.path.dirname(target)
-        marks = tuple(os.path.basename(_beside(target, kind)) for kind in ("tmp-", "old-"))
-        for name in self.system.listdir(parent):
-            if not name.startswith(marks):
-                continue
-            leftover = os.path.join(parent, name)
-            if name.startswith(marks[1]) and not self._exists(target):
-                # A replacing save died between its two renames: the old checkpoint comes back.
-                self.system.rename(leftover, target)
-                sync_directory(self.system, parent)
-            else:
-                remove_tree(self.system, leftover)
+        mark, old = os.path.basename(_beside(target, "tmp-")), _beside(target, "old")
+        leftovers = [
+            os.path.join(parent, name)
+            for name in self.system.listdir(parent)
+            if name.startswith(mark) or name == os.path.basename(old)
+        ]
+        if old in leftovers and not self._exists(target):
+            # A replacing save died between its two renames: the old checkpoint comes back.
+            self.system.rename(old, target)
+            leftovers.remove(old)
+        if leftovers:
+            # What a dead save has published may not be durable yet. It must be before the
+            # checkpoint that it replaced, perhaps one of these, goes.
+            sync_directory(self.system, parent)
+        for leftover in leftovers:
+            remove_tree(self.system, leftover)
 
     def _exists(self, path: str) -> bool:
         try:
@@ -274,7 +282,8 @@ class LocalTransaction:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-        old = _beside(self._target, f"old-{self.token}")
+        # One name: were there several, nobody could tell which of them is the newest.
+        old = _beside(self._target, "old")
         self._system.rename(self._target, old)
         self._system.rename(self._temporary, self._target)
         return old

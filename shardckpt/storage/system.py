@@ -43,8 +43,9 @@ class System:
         """Set space aside, as fallocate(2) does: no emulation where the file system can't."""
         if not hasattr(_libc, "fallocate"):
             raise OSError(errno.EOPNOTSUPP, "no fallocate on this system")
-        if _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes)):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        while _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes)):
+            if ctypes.get_errno() != errno.EINTR:  # Python makes its own calls again by itself
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def truncate(self, fd: int, *, size_bytes: int) -> None:
         """Cut a file to size."""
@@ -98,8 +99,8 @@ class System:
         """Remove an empty directory."""
         os.rmdir(path)
 
-    def listdir(self, path: str) -> list[str]:
-        """The names in a directory."""
+    def listdir(self, path: str | int) -> list[str]:
+        """The names in a directory, which a path or a descriptor gives."""
         return os.listdir(path)
 
     def stat(self, path: str) -> os.stat_result:

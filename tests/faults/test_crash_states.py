@@ -1,0 +1,133 @@
+"""Every state that a crash may leave of saves, replacing saves, async saves, resharding, and the
+collection of what dead saves left: each loads as the old or the new checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+import shardckpt
+from shardckpt.storage.local import LocalStorage, LocalTransaction
+from shardckpt.storage.system import System
+from tests.faults import crash
+from tests.faults.disk import Disk
+
+SEED = 1
+
+
+@pytest.mark.parametrize("name", crash.HISTORIES)
+def test_crash_states(name):
+    tried = crash.check(crash.record(name), per_prefix=32, rng=random.Random(SEED))
+    assert not tried.failures, "\n".join(tried.failures[:5])
+    assert tried.states > 200
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 12))
+def test_crash_states_of_random_histories(seed):
+    rng = random.Random(seed)
+    tried = crash.check(crash.random_history(rng), per_prefix=8, rng=rng)
+    assert not tried.failures, "\n".join(tried.failures[:5])
+
+
+@pytest.mark.parametrize(
+    ("replacing", "can_exchange"), [(False, True), (True, True), (True, False)]
+)
+def test_crash_states_after_a_dead_save(replacing, can_exchange):
+    """A process died at every system call in turn, another one saved, then the machine crashed."""
+    failures = []
+    for at in itertools.count(1):
+        history = crash.dead_save(at, replacing=replacing, can_exchange=can_exchange)
+        if history is None:
+            break
+        disk, since = history
+        rng = random.Random(SEED + at)
+        failures += crash.check(disk, per_prefix=4, rng=rng, since=since).failures
+    assert not failures, "\n".join(failures[:5])
+    assert at > 20
+
+
+def test_every_system_call_is_simulated():
+    calls = {name for name in vars(System) if not name.startswith("_")}
+    assert calls <= set(vars(Disk))
+
+
+def careless(without: str) -> type[Disk]:
+    """A disk under an engine that forgets one kind of fsync."""
+
+    class Careless(Disk):
+        def fsync(self, fd: int) -> None:
+            found = [
+                name
+                for names in self.content.directories.values()
+                for name, inode in names.items()
+                if inode == self.descriptors[fd]
+            ]
+            kind = found[0].split("-")[0] if found else ""
+            if kind != without:
+                super().fsync(fd)
+
+    return Careless
+
+
+class InPlace(LocalStorage):
+    """Writes under the final name."""
+
+    def begin(self, path, *, checkpoint_id, overwrite):
+        transaction = super().begin(path, checkpoint_id=checkpoint_id, overwrite=overwrite)
+        self.system.rmdir(transaction._temporary)
+        try:
+            for name in self.system.listdir(path):
+                self.system.unlink(f"{path}/{name}")
+        except FileNotFoundError:
+            self.system.mkdir(path)
+        transaction._temporary = path
+        transaction._publish = lambda: None
+        return transaction
+
+
+class Early(LocalStorage):
+    """Commits only when the next save begins: what was acknowledged is not there yet."""
+
+    late = None
+
+    def begin(self, path, *, checkpoint_id, overwrite):
+        if self.late:
+            LocalTransaction.commit(*self.late)
+        transaction = super().begin(path, checkpoint_id=checkpoint_id, overwrite=overwrite)
+        transaction.commit = lambda manifest: setattr(self, "late", (transaction, manifest))
+        lock, transaction._lock = transaction._lock, None
+        lock.release()
+        transaction._lock = lock
+        transaction.close = lambda: None
+        return transaction
+
+
+PLANTED = {
+    "no shard fsync": (careless("shard"), LocalStorage),
+    "no manifest fsync": (careless("manifest.json"), LocalStorage),
+    "no fsync of the temporary directory": (careless(".c.tmp"), LocalStorage),
+    "no fsync of the parent": (careless("runs"), LocalStorage),
+    "writing in place": (Disk, InPlace),
+    "acknowledging early": (Disk, Early),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("name", ["save", "replace"])
+def test_planted_bugs_are_seen(name, bug):
+    disk, storage = PLANTED[bug]
+    tried = crash.check(
+        crash.record(name, disk=disk, storage=storage), per_prefix=32, rng=random.Random(SEED)
+    )
+    assert tried.failures, f"{tried.states} states, and none shows it"
+
+
+def test_a_mixture_is_seen():
+    disk = Disk()
+    run = crash.Run(disk)
+    mixed = {**crash.state_of(1), "w": crash.state_of(2)["w"]}
+    shardckpt.save(mixed, crash.PATH, storage=run.storage)
+    with pytest.raises(AssertionError, match="other tensors"):
+        crash.version_at(disk)
