@@ -17,7 +17,12 @@ def checkpoint_name(template: str, metrics: Mapping[str, Any]) -> str:
 
     Raises StateError for a metric that is not there, and where the name would leave its folder.
     """
-    fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    try:
+        fields = [
+            field for _, field, _, _ in string.Formatter().parse(template) if field is not None
+        ]
+    except ValueError as error:
+        raise _bad_template(template, error) from error
     for field in fields:
         if field not in metrics:
             raise StateError(
@@ -30,12 +35,23 @@ def checkpoint_name(template: str, metrics: Mapping[str, Any]) -> str:
         key: value.replace("/", "_") if isinstance(value, str) else value
         for key, value in metrics.items()
     }
-    name = template.format(**clean)
+    try:
+        name = template.format(**clean)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _bad_template(template, error) from error
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise StateError(
             "This is no name for a checkpoint", actual=repr(name), remedy="leave out / and NUL"
         )
     return name
+
+
+def _bad_template(template: str, error: Exception) -> StateError:
+    return StateError(
+        "The template for names of checkpoints is malformed",
+        expected="text with fields as in {val_loss:.4f}",
+        actual=f"{template!r}: {error}",
+    )
 
 
 class AutoSaver:

@@ -17,6 +17,8 @@ from shardckpt.nn_handler.parallel import Parallel
 from shardckpt.nn_handler.placing import place
 from shardckpt.nn_handler.saving import is_torch_file
 from shardckpt.planning.device_map import DeviceMap
+from shardckpt.planning.load_plan import Mismatches
+from shardckpt.planning.stateful import canonical_names
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 
@@ -83,6 +85,8 @@ def load(
             device_map=device_map,
             strict=strict,
         )
+    if strict:
+        _check_names(handler, path, storage)
     if config["optimizer"] and not skip_optimizer and device_map is None:
         _set_optimizer(handler, config)
     if config["loss_fn"] or loss_fn:
@@ -93,6 +97,23 @@ def load(
         handler.auto_saver = AutoSaver.from_state(config["auto_saver"])
     _fill(handler, path, storage, strict=strict, placed=device_map is not None)
     return handler
+
+
+def _check_names(handler: NNHandler, path: str, storage: Storage) -> None:
+    """A checkpoint of another model is told before an optimizer is made for the wrong one."""
+    own = set(canonical_names(handler.model).values())
+    with shardckpt.open_checkpoint(path, storage=storage) as checkpoint:
+        saved = {
+            name.removeprefix("model.")
+            for name in checkpoint.tensors()
+            if name.startswith("model.")
+        }
+    error = Mismatches(
+        missing=sorted(f"model.{name}" for name in own - saved),
+        unexpected=sorted(f"model.{name}" for name in saved - own),
+    ).error(path)
+    if error is not None:
+        raise error
 
 
 def _set_optimizer(handler: NNHandler, config: dict[str, Any]) -> None:

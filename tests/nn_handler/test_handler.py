@@ -252,6 +252,7 @@ def train_on_ranks(size: int, folder: str, parallel: str, kinds: tuple[str, ...]
             resumed = with_data(NNHandler.load(f"{folder}/{name}", parallel=kind))
             assert same(weights(resumed), expected), (name, kind)
             assert resumed.history == history
+            resumed.auto_save(interval=None)  # the other world sizes want to find what is there
             resumed.train(epochs=1)
             assert resumed.epoch == 3
 
@@ -270,7 +271,7 @@ def test_any_number_of_ranks_resumes(tmp_path, parallel):
         ("ddp", "fsdp"),
         timeout_s=110,
     )
-    assert os.listdir(tmp_path / "auto") == ["e3"] or os.listdir(tmp_path / "auto") == ["e2"]
+    assert os.listdir(tmp_path / "auto") == ["e2"]
     expected, _ = torch.load(tmp_path / "expected.pt", weights_only=True)
     assert same(weights(NNHandler.load(tmp_path / "c")), expected)
 
