@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -12,11 +13,12 @@ import torch
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.errors import StateError
 from shardckpt.execution.buffers import BUFFER_BYTES
-from shardckpt.execution.save_driver import commit, new_id, write_rank
-from shardckpt.format.manifest import TensorEntry
-from shardckpt.planning.assembly import WrittenShard
+from shardckpt.execution.save_driver import commit, new_id
+from shardckpt.execution.shard_files import write_rank
+from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.planning.kinds import MAIN, kind_in
 from shardckpt.planning.save_plan import global_plan
-from shardckpt.planning.table import ChunkTable, LocalPlan, TensorSpec, pad_boxes
+from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, TensorSpec, pad_boxes
 from shardckpt.storage.base import Storage
 
 __all__ = ["reshard"]
@@ -43,6 +45,7 @@ def reshard(
     whole = LocalPlan(
         common=specs,
         own=(),
+        kind=_kinds(manifest),
         chunks=ChunkTable(
             tensor=np.arange(len(specs)),
             boxes=pad_boxes([((0,) * len(spec.shape), spec.shape) for spec in specs]),
@@ -59,15 +62,15 @@ def reshard(
         results = []
         before = 0
         for rank, writes in enumerate(plan.ranks):
-            chunks = WrittenShard(tensor=plan.tensor[rank], boxes=writes.boxes, header_bytes=0)
+            chunks = ChunkTable(tensor=plan.tensor[rank], boxes=writes.boxes)
             result = write_rank(
                 transaction,
                 rank=rank,
                 world_size=shards,
-                checkpoint_id=identity,
                 specs=specs,
                 chunks=chunks,
-                data=_parts(source, specs, chunks),
+                files=writes.files,
+                data=functools.partial(_parts, source, specs, chunks),
                 progress=lambda written, before=before: progress(before + written),  # type: ignore[misc]
             )
             before += result.size_bytes
@@ -86,11 +89,21 @@ def reshard(
         raise
 
 
+def _kinds(manifest: Manifest) -> Ints:
+    """The kind of each tensor: that of the file which holds its first chunk."""
+    kinds = [kind_in(shard.name) for shard in manifest.shards]
+    return np.array(
+        [kinds[e.chunks[0, 0]] if len(e.chunks) else MAIN for e in manifest.tensors.values()],
+        dtype=np.int64,
+    )
+
+
 def _parts(
-    source: Checkpoint, specs: tuple[TensorSpec, ...], chunks: WrittenShard
+    source: Checkpoint, specs: tuple[TensorSpec, ...], chunks: ChunkTable, part: slice
 ) -> Iterator[torch.Tensor]:
-    """The elements of the chunks, in order, a buffer's worth at a time."""
-    for index, box in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), strict=True):
+    """The elements of some of the chunks, in order, a buffer's worth at a time."""
+    tensor, boxes = chunks.tensor[part].tolist(), chunks.boxes[part].tolist()
+    for index, box in zip(tensor, boxes, strict=True):
         spec = specs[index]
         dims = len(spec.shape)
         entry = source.manifest.tensors[spec.name]

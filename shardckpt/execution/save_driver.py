@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,42 +20,28 @@ import xxhash
 
 from shardckpt._version import __version__
 from shardckpt.coordination.base import Coordinator, exchange
-from shardckpt.errors import StorageError
 from shardckpt.execution.buffers import contiguous_parts, view_at
-from shardckpt.execution.writer import write_shard
+from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format.digests import text_digest
 from shardckpt.format.manifest import FORMAT_VERSION, Manifest, ShardEntry, to_bytes
-from shardckpt.format.shard import build_header, chunk_name
-from shardckpt.planning.assembly import WrittenShard, chunk_bytes, shard_name, tensor_entries
+from shardckpt.planning.assembly import WrittenShard, tensor_entries
 from shardckpt.planning.chunks import box_slices
 from shardckpt.planning.differences import compare_replicas, explain_difference
 from shardckpt.planning.save_plan import GlobalPlan, RankWrites, global_plan
-from shardckpt.planning.table import Ints, LocalPlan, TensorSpec
+from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, TensorSpec
 from shardckpt.reports import SaveReport, Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
 __all__ = [
-    "ShardResult",
     "commit",
     "new_id",
     "planned_parts",
     "replica_digests",
     "run_save",
-    "write_rank",
 ]
 
 SMALL_BYTES = 64 << 10
 """Replicas up to this size are always compared; larger ones when asked for."""
-
-
-class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
-    """What a rank tells rank 0 of the shard that it has written."""
-
-    header_bytes: int
-    size_bytes: int
-    digests: bytes
-    replicas: bytes
-    own_trees: bytes
 
 
 @dataclass(slots=True)
@@ -183,17 +169,16 @@ class _Save:
             if self.transaction is None:
                 self.transaction = self.storage.join(self.path, token=self.token)
             local, writes = self.local, self.writes
+            parts = planned_parts(local, writes)
             result = write_rank(
                 self.transaction,
                 rank=self.coordinator.rank,
                 world_size=self.coordinator.world_size,
                 progress=self.coordinator.progress,
-                checkpoint_id=self.checkpoint_id,
                 specs=(*local.common, *local.own),
-                chunks=WrittenShard(
-                    tensor=local.chunks.tensor[writes.row], boxes=writes.boxes, header_bytes=0
-                ),
-                data=planned_parts(local, writes),
+                chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
+                files=writes.files,
+                data=lambda part: parts[part],
             )
             result.replicas = replica_digests(local, writes, everything=self.check_replicas)
             result.own_trees = local.own_trees
@@ -245,56 +230,6 @@ def planned_parts(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
     return parts
 
 
-def write_rank(
-    transaction: WriteTransaction,
-    *,
-    rank: int,
-    world_size: int,
-    checkpoint_id: str,
-    specs: Sequence[TensorSpec],
-    chunks: WrittenShard,
-    data: Iterable[torch.Tensor],
-    progress: Callable[[int], None] = lambda written_bytes: None,
-) -> ShardResult:
-    """Write a rank's shard, durably; `data` are the chunks' elements in order. Not collective."""
-    name = shard_name(rank=rank, world_size=world_size)
-    sizes = chunk_bytes(specs, chunks.tensor, chunks.boxes).tolist()
-    entries = []
-    for index, box, size in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), sizes, strict=True):
-        spec, dims = specs[index], len(specs[index].shape)
-        shape = tuple(box[1][:dims])
-        own = chunk_name(spec.name, spec.shape, tuple(box[0][:dims]), shape)
-        entries.append((own, spec.dtype, shape, size))
-    header = build_header(
-        entries,
-        {"checkpoint": checkpoint_id, "rank": str(rank), "format": "shardckpt"},
-    )
-    planned = len(header) + sum(sizes)
-    file = transaction.create(name, size_bytes=planned)
-    try:
-        size, digests = write_shard(file, header=header, tensors=data, progress=progress)
-        if size != planned:
-            raise StorageError(
-                "A shard has another size than was planned",
-                path=f"{transaction.path}/{name}",
-                rank=rank,
-                expected=f"{planned} bytes",
-                actual=f"{size} bytes",
-                remedy="don't resize tensors while they are being saved",
-            )
-        file.close(size_bytes=size)
-    except BaseException:
-        file.discard()
-        raise
-    return ShardResult(
-        header_bytes=len(header),
-        size_bytes=size,
-        digests=digests.astype("<u8").tobytes(),
-        replicas=b"",
-        own_trees=b"[]",
-    )
-
-
 def commit(
     transaction: WriteTransaction,
     *,
@@ -307,13 +242,24 @@ def commit(
 ) -> bytes:
     """Write the manifest and make the checkpoint visible; rank 0 alone. The facts of it, encoded.
 
-    `shards[r]` are the tensor indices and boxes of the chunks in rank r's shard. World size and
-    PerRank values are those of `saved_by`, if these shards hold again what it held.
+    `shards[r]` are the tensor indices and boxes of the chunks in rank r's files, in order. World
+    size and PerRank values are those of `saved_by`, if these shards hold again what it held.
     """
-    written = [
-        WrittenShard(tensor=tensor, boxes=boxes, header_bytes=result.header_bytes)
-        for (tensor, boxes), result in zip(shards, results, strict=True)
-    ]
+    files = [file for result in results for file in result.files]
+    written = []
+    for (tensor, boxes), result in zip(shards, results, strict=True):
+        begin = 0
+        for file in result.files:
+            end = begin + file.chunks
+            written.append(
+                WrittenShard(
+                    tensor=tensor[begin:end],
+                    boxes=boxes[begin:end],
+                    header_bytes=file.header_bytes,
+                )
+            )
+            begin = end
+        assert begin == len(tensor), "every chunk in one file"
     own_trees = tuple(msgspec.json.decode(result.own_trees) for result in results)
     manifest = to_bytes(
         Manifest(
@@ -323,11 +269,11 @@ def commit(
             world_size=saved_by.world_size if saved_by else len(results),
             shards=tuple(
                 ShardEntry(
-                    name=shard_name(rank=rank, world_size=len(results)),
-                    size_bytes=result.size_bytes,
-                    digests=np.frombuffer(result.digests, dtype="<u8"),
+                    name=file.name,
+                    size_bytes=file.size_bytes,
+                    digests=np.frombuffer(file.digests, dtype="<u8"),
                 )
-                for rank, result in enumerate(results)
+                for file in files
             ),
             tensors=tensor_entries(specs, written),
             state=msgspec.json.decode(tree),

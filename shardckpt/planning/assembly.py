@@ -9,6 +9,7 @@ import numpy as np
 
 from shardckpt.format.dtypes import itemsize
 from shardckpt.format.manifest import TensorEntry
+from shardckpt.planning.kinds import MAIN, file_suffix
 from shardckpt.planning.table import Ints, TensorSpec, widen_boxes
 
 __all__ = ["WrittenShard", "chunk_bytes", "shard_name", "tensor_entries"]
@@ -16,7 +17,7 @@ __all__ = ["WrittenShard", "chunk_bytes", "shard_name", "tensor_entries"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenShard:
-    """The chunks of one shard in file order: `tensor` [m] indexes the specs, `boxes` [m, 2, D];
+    """The chunks of one file in file order: `tensor` [m] indexes the specs, `boxes` [m, 2, D];
     data begin at byte `header_bytes` of the file."""
 
     tensor: Ints
@@ -24,9 +25,9 @@ class WrittenShard:
     header_bytes: int
 
 
-def shard_name(*, rank: int, world_size: int) -> str:
-    """The file name of a rank's shard."""
-    return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+def shard_name(*, rank: int, world_size: int, kind: int = MAIN) -> str:
+    """The name of the file that holds a rank's chunks of a kind."""
+    return f"shard-{rank:05d}-of-{world_size:05d}{file_suffix(kind)}.safetensors"
 
 
 def chunk_bytes(specs: Sequence[TensorSpec], tensor: Ints, boxes: Ints) -> Ints:

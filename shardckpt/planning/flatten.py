@@ -13,6 +13,7 @@ seen in the same way) is kept once; both places refer to it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from shardckpt.format import values
 from shardckpt.format.dtypes import dtype_name
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.chunks import is_distributed
+from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
 from shardckpt.planning.stateful import (
     has_state,
     module_state,
@@ -60,12 +62,14 @@ class FlatState:
     """A flattened state: what flatten returns.
 
     `tensors`: name -> tensor that every rank has (some may hold no part of it). `own`:
-    name -> tensor of this rank alone, from inside PerRank. `tree`: the typed JSON of the
+    name -> tensor of this rank alone, from inside PerRank. `kinds`: name -> kind of the
+    tensors whose kind (see planning/kinds) is not MAIN. `tree`: the typed JSON of the
     state, equal on every rank. `own_trees`: the typed JSON of the PerRank values.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
     tree: Any = None
     own_trees: list[Any] = field(default_factory=list)
 
@@ -95,6 +99,7 @@ class _Flattener:
         self.inside_per_rank = False
         self.memory: dict[tuple[Any, ...], str] = {}
         self.paths: dict[str, tuple[Any, ...]] = {}
+        self.frozen_modules = 0
         self._parameter_names: dict[int, str] | None = None
 
     def walk(self, value: Any, path: tuple[Any, ...]) -> Any:
@@ -113,14 +118,29 @@ class _Flattener:
         if isinstance(value, np.ndarray):
             return TensorRef(self.add(_from_numpy(value, path), path), "numpy")
         if isinstance(value, nn.Module):
-            return self.walk(module_state(value), path)
+            return self.module(value, path)
         if isinstance(value, Optimizer):
-            return self.walk(optimizer_state(value, self.parameter_names(), at=join(path)), path)
+            before = len(self.flat.tensors)
+            packed = optimizer_state(value, self.parameter_names(), at=join(path))
+            skeleton = self.walk(packed, path)
+            added = itertools.islice(self.flat.tensors, before, None)
+            self.flat.kinds.update(dict.fromkeys(added, OPTIMIZER))
+            return skeleton
         if isinstance(value, PerRank):
             return self.per_rank(value, path)
         if has_state(value):
             return self.walk(value.state_dict(), path)
         return value
+
+    def module(self, module: nn.Module, path: tuple[Any, ...]) -> Any:
+        before = len(self.flat.tensors)
+        skeleton = self.walk(module_state(module), path)
+        frozen = {join((*path, name)) for name in frozen_entries(module)}
+        added = [n for n in itertools.islice(self.flat.tensors, before, None) if n in frozen]
+        if added:
+            self.flat.kinds.update(dict.fromkeys(added, kind_of(self.frozen_modules)))
+            self.frozen_modules += 1
+        return skeleton
 
     def add(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> str:
         name = join(path) + (f"@rank{self.rank}" if self.inside_per_rank else "")

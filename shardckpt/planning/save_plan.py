@@ -3,7 +3,8 @@
 Chunks that one rank alone holds are written by it. Chunks with replicas are strung
 together, in order, into one long run of bytes for each set of replicas, and the run is
 cut where every rank has the same number of bytes to write in all: so a replicated state
-costs each rank 1/N of its bytes, few tensors are cut, and small ones never are.
+costs each rank 1/N of its bytes, few tensors are cut, and small ones never are. Frozen
+weights are divided by themselves, so that their files don't depend on what else is saved.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from shardckpt.errors import CoverageError
 from shardckpt.format.boxes import find_gap
 from shardckpt.format.dtypes import itemsize
+from shardckpt.planning.assembly import chunk_bytes
+from shardckpt.planning.kinds import FROZEN, MAIN, files_of
 from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, TensorSpec, widen_boxes
 
 __all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
@@ -33,25 +36,33 @@ class RankWrites:
     """What one rank writes, in the order of its shard.
 
     `row` [m]: which of the rank's local chunks; `boxes` [m, 2, D]: the part of the global
-    tensor to write of it. `compare`: local rows that other ranks hold as well.
+    tensor to write of it. `files`: the kind (see planning/kinds) of each file of the shard, and
+    how many of the chunks it holds. `compare`: local rows that other ranks hold as well.
     """
 
     row: Ints
     boxes: Ints
+    files: tuple[tuple[int, int], ...]
     compare: Ints
 
     def pack(self) -> bytes:
         """As bytes, for the way from rank 0."""
         writes = ChunkTable(tensor=self.row, boxes=self.boxes).pack()
-        return msgspec.msgpack.encode((writes, self.compare.astype("<i8").tobytes()))
+        compare = self.compare.astype("<i8").tobytes()
+        return msgspec.msgpack.encode((writes, self.files, compare))
 
     @classmethod
     def unpack(cls, data: bytes) -> RankWrites:
         """The writes that `pack` made these bytes of."""
-        packed, compare = msgspec.msgpack.decode(data, type=tuple[bytes, bytes])
+        packed, files, compare = msgspec.msgpack.decode(
+            data, type=tuple[bytes, tuple[tuple[int, int], ...], bytes]
+        )
         writes = ChunkTable.unpack(packed)
         return cls(
-            row=writes.tensor, boxes=writes.boxes, compare=np.frombuffer(compare, dtype="<i8")
+            row=writes.tensor,
+            boxes=writes.boxes,
+            files=files,
+            compare=np.frombuffer(compare, dtype="<i8"),
         )
 
 
@@ -111,10 +122,9 @@ def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
         np.concatenate([solo.tensor, distinct.tensor]),
         np.concatenate([solo.boxes, distinct.boxes]),
     )
-    loads: NDArray[np.float64] = np.bincount(
-        solo.rank, weights=solo.size_bytes, minlength=len(plans)
-    ).astype(np.float64)
-    divided = _divide(specs, replicated, group, loads)
+    common = len(plans[0].common)
+    kind = np.concatenate([plans[0].kind[:common], *(plan.kind[common:] for plan in plans)])
+    divided = _divide_by_kind(solo, replicated, group, kind >= FROZEN, world_size=len(plans))
     counts = np.bincount(group, minlength=len(first))
     several = counts[group] > 1
     ranks, tensors, groups = [], [], []
@@ -125,9 +135,19 @@ def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
         tensor = np.concatenate([solo.tensor[mine], divided.tensor[won]])
         boxes = np.concatenate([solo.boxes[mine], divided.boxes[won]])
         order = layout_order(specs, tensor, boxes)
+        file = files_of(kind[tensor], chunk_bytes(specs, tensor, boxes))[order]
+        order = order[np.argsort(file, kind="stable")]
+        counts_by_file = zip(
+            *(n.tolist() for n in np.unique(file, return_counts=True)), strict=True
+        )
         compare = several & (replicated.rank == rank)
         ranks.append(
-            RankWrites(row=row[order], boxes=boxes[order], compare=replicated.row[compare])
+            RankWrites(
+                row=row[order],
+                boxes=boxes[order],
+                files=tuple(counts_by_file) or ((MAIN, 0),),
+                compare=replicated.row[compare],
+            )
         )
         tensors.append(tensor[order])
         groups.append(group[compare])
@@ -205,9 +225,25 @@ def check_coverage(specs: Sequence[TensorSpec], tensor: Ints, boxes: Ints) -> No
             )
 
 
-def _divide(
-    specs: Sequence[TensorSpec], rows: _Rows, group: Ints, loads: NDArray[np.float64]
+def _divide_by_kind(
+    solo: _Rows, rows: _Rows, group: Ints, frozen: NDArray[np.bool_], *, world_size: int
 ) -> _Rows:
+    """_divide for the frozen tensors and for all others: each evens out its own bytes."""
+    divided = []
+    for these in (frozen, ~frozen):
+        mine, held = these[rows.tensor], these[solo.tensor]
+        loads: NDArray[np.float64] = np.bincount(
+            solo.rank[held], weights=solo.size_bytes[held], minlength=world_size
+        ).astype(np.float64)
+        divided.append(_divide(rows.take(mine), group[mine], loads))
+    return _joined(divided)
+
+
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    return _Rows(*(np.concatenate([getattr(p, n) for p in parts]) for n in _Rows.__slots__))
+
+
+def _divide(rows: _Rows, group: Ints, loads: NDArray[np.float64]) -> _Rows:
     """The rows of replicated chunks, each chunk or part of it left to one of its replicas."""
     order = np.lexsort((rows.rank, group))
     rows, group = rows.take(order), group[order]
@@ -245,7 +281,7 @@ def _divide(
         return out
     parts = rows.take(np.array([row for row, _ in cuts]))
     parts.boxes = np.stack([box for _, box in cuts])
-    return _Rows(*(np.concatenate([getattr(out, n), getattr(parts, n)]) for n in _Rows.__slots__))
+    return _joined([out, parts])
 
 
 def _fill(loads: NDArray[np.float64], amount: float) -> NDArray[np.float64]:

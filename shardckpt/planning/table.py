@@ -82,13 +82,15 @@ class LocalPlan:
     """What one rank holds.
 
     `common` are the tensors that every rank knows, `own` those of this rank alone (their
-    rows in `chunks` count on from len(common)). `chunks` are the boxes held here; row i of
-    it is `data[i]`, which never leaves the rank. `shared[i]` says whether other ranks may
-    hold the same box. `tree` and `own_trees` are typed JSON, encoded.
+    rows in `chunks` count on from len(common)); `kind` [len(common) + len(own)] says how they
+    change. `chunks` are the boxes held here; row i of it is `data[i]`, which never leaves the
+    rank. `shared[i]` says whether other ranks may hold the same box. `tree` and `own_trees`
+    are typed JSON, encoded.
     """
 
     common: tuple[TensorSpec, ...]
     own: tuple[TensorSpec, ...]
+    kind: Ints
     chunks: ChunkTable
     shared: NDArray[np.bool_]
     tree: bytes
@@ -98,7 +100,12 @@ class LocalPlan:
     def digests(self) -> tuple[str, str, str]:
         """Digests of the structure (names, dtypes, shapes), the values and the boxes held."""
         structure = text_digest(msgspec.msgpack.encode(self.common))
-        rows = [self.chunks.pack(), self.shared.tobytes(), msgspec.msgpack.encode(self.own)]
+        rows = [
+            self.chunks.pack(),
+            self.shared.tobytes(),
+            self.kind.tobytes(),
+            msgspec.msgpack.encode(self.own),
+        ]
         return structure, text_digest(self.tree), text_digest(b"".join(rows))
 
     def pack(self, *, whole: bool) -> bytes:
@@ -106,6 +113,7 @@ class LocalPlan:
         return msgspec.msgpack.encode(
             {
                 "own": self.own,
+                "kind": self.kind.astype("u1").tobytes(),
                 "chunks": self.chunks.pack(),
                 "shared": self.shared.tobytes(),
                 "common": self.common if whole else (),
@@ -126,6 +134,7 @@ class LocalPlan:
         return cls(
             common=packed.common,
             own=packed.own,
+            kind=np.frombuffer(packed.kind, dtype="u1").astype(np.int64),
             chunks=ChunkTable.unpack(packed.chunks),
             shared=np.frombuffer(packed.shared, dtype=np.bool_),
             tree=packed.tree,
@@ -135,6 +144,7 @@ class LocalPlan:
 
 class _Packed(msgspec.Struct):
     own: tuple[TensorSpec, ...]
+    kind: bytes
     chunks: bytes
     shared: bytes
     common: tuple[TensorSpec, ...]
@@ -161,6 +171,7 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     return LocalPlan(
         common=tuple(specs[:count]),
         own=tuple(specs[count:]),
+        kind=np.array([flat.kinds.get(spec.name, 0) for spec in specs], dtype=np.int64),
         chunks=ChunkTable(
             tensor=np.array([index for index, _, _ in rows], dtype=np.int64),
             boxes=pad_boxes([(chunk.offsets, chunk.sizes) for _, _, chunk in rows]),

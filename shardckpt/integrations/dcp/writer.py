@@ -21,19 +21,13 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
-from shardckpt.execution.save_driver import (
-    ShardResult,
-    commit,
-    new_id,
-    planned_parts,
-    replica_digests,
-    write_rank,
-)
+from shardckpt.execution.save_driver import commit, new_id, planned_parts, replica_digests
+from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format import values
 from shardckpt.format.dtypes import dtype_name
 from shardckpt.integrations.dcp.planners import ShardSavePlanner, ShardStorageMeta
-from shardckpt.planning.assembly import WrittenShard
 from shardckpt.planning.differences import compare_replicas
+from shardckpt.planning.kinds import MAIN
 from shardckpt.planning.save_plan import check_coverage, layout_order
 from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes, widen_boxes
 from shardckpt.storage.base import Storage, WriteTransaction
@@ -116,7 +110,7 @@ class ShardWriter(StorageWriter):
         self._transaction = transaction
         # DCP tells a writer nothing of a save that failed: what is left goes with the writer.
         weakref.finalize(self, transaction.abandon)
-        order = (identity, transaction.token, len(plans))
+        order = (transaction.token, len(plans))
         return [
             SavePlan(plan.items, storage_data=(rank, *order), planner_data=plan.planner_data)
             for rank, plan in enumerate(plans)
@@ -131,18 +125,13 @@ class ShardWriter(StorageWriter):
                 rank=self._rank,
                 remedy="enable_plan_caching=False, or ShardSavePlanner, which needs none",
             )
-        rank, identity, token, world_size = plan.storage_data
+        rank, token, world_size = plan.storage_data
         self._planner = planner
         if self._transaction is None:
             transaction = self.storage.join(self.checkpoint_id, token=token)
         else:
             transaction = self._transaction
-        where = {
-            "transaction": transaction,
-            "rank": rank,
-            "world_size": world_size,
-            "checkpoint_id": identity,
-        }
+        where = {"transaction": transaction, "rank": rank, "world_size": world_size}
         try:
             if isinstance(planner, ShardSavePlanner):
                 written = self._write_planned(planner, where)
@@ -159,13 +148,13 @@ class ShardWriter(StorageWriter):
 
     def _write_planned(self, planner: ShardSavePlanner, where: dict[str, Any]) -> bytes:
         local, writes = planner.local, planner.writes
+        parts = planned_parts(local, writes)
         result = write_rank(
             **where,
             specs=(*local.common, *local.own),
-            chunks=WrittenShard(
-                tensor=local.chunks.tensor[writes.row], boxes=writes.boxes, header_bytes=0
-            ),
-            data=planned_parts(local, writes),
+            chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
+            files=writes.files,
+            data=lambda part: parts[part],
         )
         result.replicas = replica_digests(local, writes, everything=self.check_replicas)
         result.own_trees = local.own_trees
@@ -235,14 +224,15 @@ def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) ->
     table, index = pad_boxes(boxes), np.array(rows, dtype=np.int64)
     names = tuple(specs.values())
     order = layout_order(names, index, table)
+    chunks = ChunkTable(tensor=index[order], boxes=table[order])
     result = write_rank(
         **where,
         specs=names,
-        chunks=WrittenShard(tensor=index[order], boxes=table[order], header_bytes=0),
-        data=[data[at] for at in order.tolist()],
+        chunks=chunks,
+        files=((MAIN, len(data)),),
+        data=lambda part: [data[at] for at in order[part].tolist()],
     )
-    packed = ChunkTable(tensor=index[order], boxes=table[order]).pack()
-    return msgspec.msgpack.encode(_Written(result, names, packed, encoded))
+    return msgspec.msgpack.encode(_Written(result, names, chunks.pack(), encoded))
 
 
 def _value(planner: SavePlanner, item: WriteItem) -> Any:

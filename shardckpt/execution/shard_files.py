@@ -1,0 +1,151 @@
+"""Write the files of a rank's shard, side by side."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import msgspec
+import torch
+
+from shardckpt.errors import StorageError
+from shardckpt.execution.writer import write_shard
+from shardckpt.format.shard import build_header, chunk_name
+from shardckpt.planning.assembly import chunk_bytes, shard_name
+from shardckpt.planning.table import ChunkTable, TensorSpec
+from shardckpt.storage.base import WriteTransaction
+
+__all__ = ["ShardFile", "ShardResult", "write_rank"]
+
+
+class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
+    """A file that a rank has written: its first `chunks` chunks that no file before it holds."""
+
+    name: str
+    chunks: int
+    header_bytes: int
+    size_bytes: int
+    digests: bytes
+
+
+class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
+    """What a rank tells rank 0 of the files that it has written."""
+
+    files: tuple[ShardFile, ...]
+    replicas: bytes = b""
+    own_trees: bytes = b"[]"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+def write_rank(
+    transaction: WriteTransaction,
+    *,
+    rank: int,
+    world_size: int,
+    specs: Sequence[TensorSpec],
+    chunks: ChunkTable,
+    files: Sequence[tuple[int, int]],
+    data: Callable[[slice], Iterable[torch.Tensor]],
+    progress: Callable[[int], None] = lambda written_bytes: None,
+) -> ShardResult:
+    """Write a rank's files, durably. Not collective.
+
+    `files`: the kind of each and how many of the chunks, in order, it holds. `data(part)` are
+    the elements of these chunks in order; it is called once for each file, from any thread.
+    `progress` is called with the bytes handed to the file system so far.
+    """
+    total = _Total(progress)
+    ends = list(itertools.accumulate(count for _, count in files))
+
+    def write(kind: int, begin: int, end: int) -> ShardFile:
+        part = slice(begin, end)
+        own = ChunkTable(tensor=chunks.tensor[part], boxes=chunks.boxes[part])
+        name = shard_name(rank=rank, world_size=world_size, kind=kind)
+        return _write_file(
+            transaction, name, rank=rank, specs=specs, chunks=own, data=data(part), progress=total
+        )
+
+    jobs = [(kind, end - count, end) for (kind, count), end in zip(files, ends, strict=True)]
+    # Side by side, so that one file's way to the disk (fsync) does not hold up another.
+    with ThreadPoolExecutor(len(jobs), "shardckpt-file") as pool:
+        written = [pool.submit(write, *job) for job in jobs[1:]]
+        try:
+            first = write(*jobs[0])
+        finally:
+            wait(written)
+        return ShardResult(files=(first, *(file.result() for file in written)))
+
+
+class _Total:
+    """The sum of what several files have come to."""
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._bytes: dict[str, int] = {}
+
+    def of(self, name: str) -> Callable[[int], None]:
+        """The progress of one file."""
+
+        def progress(written_bytes: int) -> None:
+            with self._lock:
+                self._bytes[name] = written_bytes
+                self._progress(sum(self._bytes.values()))
+
+        return progress
+
+
+def _write_file(
+    transaction: WriteTransaction,
+    name: str,
+    *,
+    rank: int,
+    specs: Sequence[TensorSpec],
+    chunks: ChunkTable,
+    data: Iterable[torch.Tensor],
+    progress: _Total,
+) -> ShardFile:
+    header, planned = _layout(specs, chunks)
+    file = transaction.create(name, size_bytes=planned)
+    try:
+        size, digests = write_shard(file, header=header, tensors=data, progress=progress.of(name))
+        if size != planned:
+            raise StorageError(
+                "A shard has another size than was planned",
+                path=f"{transaction.path}/{name}",
+                rank=rank,
+                expected=f"{planned} bytes",
+                actual=f"{size} bytes",
+                remedy="don't resize tensors while they are being saved",
+            )
+        file.close(size_bytes=size)
+    except BaseException:
+        file.discard()
+        raise
+    return ShardFile(
+        name=name,
+        chunks=len(chunks),
+        header_bytes=len(header),
+        size_bytes=size,
+        digests=digests.astype("<u8").tobytes(),
+    )
+
+
+def _layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]:
+    """The header of a file that holds the chunks, and the size of the file in bytes."""
+    sizes = chunk_bytes(specs, chunks.tensor, chunks.boxes).tolist()
+    entries = []
+    for index, box, size in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), sizes, strict=True):
+        spec, dims = specs[index], len(specs[index].shape)
+        shape = tuple(box[1][:dims])
+        own = chunk_name(spec.name, spec.shape, tuple(box[0][:dims]), shape)
+        entries.append((own, spec.dtype, shape, size))
+    # Nothing that differs from save to save: what did not change must be the same bytes.
+    header = build_header(entries, {"format": "shardckpt"})
+    return header, len(header) + sum(sizes)
