@@ -22,6 +22,7 @@ from shardckpt.planning.chunks import LocalChunk
 from shardckpt.planning.device_map import DeviceMap, resolve_device_map
 from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.reports import VerifyReport
 from shardckpt.storage.base import CheckpointFiles, Storage
 
 __all__ = ["Checkpoint", "SavedTensor"]
@@ -153,13 +154,28 @@ class Checkpoint(Mapping[str, Any]):
         """Close the files. Tensors on "disk" that were made from them stay usable."""
         self._files.close()
 
-    def verify(self, *, progress: Callable[[int], None] = lambda checked_bytes: None) -> None:
+    def verify(
+        self,
+        *,
+        subset: tuple[int, int] = (1, 1),
+        progress: Callable[[int], None] = lambda checked_bytes: None,
+    ) -> None:
         """Read every shard and check every block, and that shards and manifest agree.
 
-        `progress` is called with the bytes checked so far. Raises CorruptionError that names
-        every damaged file and the tensors hurt.
+        `subset` (n, t): the n-th of t parts; t such scrubs check everything. `progress` is called,
+        from several threads, with the bytes checked since its last call. Raises CorruptionError
+        that names every damaged file and the tensors hurt, and tells a single flipped bit.
         """
-        verify_shards(self._files, self.manifest, progress=progress)
+        self.survey(subset=subset, progress=progress).raise_damage()
+
+    def survey(
+        self,
+        *,
+        subset: tuple[int, int] = (1, 1),
+        progress: Callable[[int], None] = lambda checked_bytes: None,
+    ) -> VerifyReport:
+        """As verify, but damage is told in the report: which tensors are hurt, which whole."""
+        return verify_shards(self._files, self.manifest, subset=subset, progress=progress)
 
     def load_state(
         self, *, device_map: DeviceMap = "cpu", keys: Select = None, rename: Rename = None

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-__all__ = ["LoadReport", "SaveReport", "Stopwatch"]
+from shardckpt.errors import CorruptionError
+
+__all__ = ["LoadReport", "RescueReport", "SaveReport", "Stopwatch", "VerifyReport"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,51 @@ class LoadReport:
     wrong_dtype: tuple[tuple[str, object, object], ...] = ()
     cast: tuple[tuple[str, str, str], ...] = ()
     kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What a check of all bytes, or of a part of them, found.
+
+    `hurt` and `whole` are the names of the tensors with and without damage; `damage` has an
+    error for each shard that is damaged.
+    """
+
+    path: str
+    checked_bytes: int
+    hurt: tuple[str, ...]
+    whole: tuple[str, ...]
+    damage: tuple[CorruptionError, ...]
+
+    def raise_damage(self) -> None:
+        """Raise CorruptionError, one for all damage, if there is any."""
+        if len(self.damage) == 1:
+            raise self.damage[0]
+        if self.damage:
+            texts = [str(error) for error in self.damage]
+            raise CorruptionError(
+                "\n".join([f"{len(texts)} shards are damaged", *texts]),
+                path=self.path,
+                tensor=", ".join(self.hurt) or None,
+                remedy="load another checkpoint, or `shardckpt rescue` what is whole",
+                damage=tuple(f"{error.path}: {error.message}" for error in self.damage),
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RescueReport:
+    """What a rescue saved.
+
+    `saved`: the names of the tensors in the new checkpoint at `path`. `lost`: name (or file) and
+    why. `mended`: flipped bits that were turned back, in words. `rebuilt`: the manifest was lost
+    and was made anew from the shards' headers: values are lost, and bytes are unverified.
+    """
+
+    path: str
+    saved: tuple[str, ...]
+    lost: dict[str, str]
+    mended: tuple[str, ...]
+    rebuilt: bool
 
 
 @dataclass(slots=True)

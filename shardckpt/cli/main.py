@@ -1,4 +1,4 @@
-"""shardckpt inspect, verify and reshard."""
+"""shardckpt inspect, verify, rescue and reshard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from shardckpt._version import __version__
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint, SavedTensor
 from shardckpt.cli.progress import progress_bar, size_text
-from shardckpt.errors import ShardckptError
+from shardckpt.errors import CorruptionError, ShardckptError
+from shardckpt.execution.rescue import explain_manifest, rescue
 from shardckpt.execution.reshard import reshard
 from shardckpt.storage.local import LocalStorage
 
@@ -44,7 +45,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="check every byte of a checkpoint")
     verify.add_argument("path")
+    verify.add_argument(
+        "--subset",
+        type=_part,
+        default=(1, 1),
+        metavar="N/T",
+        help="the N-th of T parts: T scrubs check everything",
+    )
     verify.set_defaults(run=_verify)
+    save = commands.add_parser("rescue", help="write a new checkpoint of all that still verifies")
+    save.add_argument("source")
+    save.add_argument("target")
+    save.add_argument("--overwrite", action="store_true", help="replace what is at the target")
+    save.set_defaults(run=_rescue)
     change = commands.add_parser("reshard", help="write a checkpoint as another number of shards")
     change.add_argument("source")
     change.add_argument("target")
@@ -133,14 +146,53 @@ def _lines(checkpoint: Checkpoint) -> list[str]:
     return lines
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError("N/T with N from 1 to T is expected, as in 2/7")
+    return int(part), int(parts)
+
+
 def _verify(options: argparse.Namespace) -> None:
-    with open_checkpoint(options.path) as checkpoint:
+    try:
+        opened = open_checkpoint(options.path)
+    except CorruptionError as error:
+        explain_manifest(error, options.path, storage=LocalStorage())
+        raise
+    with opened as checkpoint:
         total = sum(shard.size_bytes for shard in checkpoint.manifest.shards)
-        with progress_bar("verify", total_bytes=total) as bar:
-            checkpoint.verify(progress=bar.advance)
+        with progress_bar("verify", total_bytes=total // options.subset[1]) as bar:
+            report = checkpoint.survey(subset=options.subset, progress=bar.advance)
+        for word, names in (("hurt", report.hurt), ("whole", report.whole)):
+            if report.damage:
+                print("\n".join(f"{word:6} {name}" for name in names))
+        report.raise_damage()
+        part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
         print(
             f"{options.path}: {len(checkpoint.manifest.shards)} shards, "
-            f"{len(checkpoint.manifest.tensors)} tensors, {size_text(total)}: whole"
+            f"{len(checkpoint.manifest.tensors)} tensors, {size_text(report.checked_bytes)}: "
+            f"whole{part}"
+        )
+
+
+def _rescue(options: argparse.Namespace) -> None:
+    with progress_bar("rescue", total_bytes=0) as bar:
+        report = rescue(
+            options.source,
+            options.target,
+            storage=LocalStorage(),
+            overwrite=options.overwrite,
+            progress=bar.reach,
+        )
+    for bit in report.mended:
+        print(f"mended {bit}")
+    for name, why in report.lost.items():
+        print(f"lost   {name}: {why}")
+    print(f"{options.target}: {len(report.saved)} tensors saved, {len(report.lost)} lost")
+    if report.rebuilt:
+        print(
+            "The manifest was rebuilt from the shards' headers: values are lost, and nothing could "
+            "be verified. Look at what you load."
         )
 
 

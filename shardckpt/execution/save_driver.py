@@ -243,7 +243,7 @@ def commit(
     """Write the manifest and make the checkpoint visible; rank 0 alone. The facts of it, encoded.
 
     `shards[r]` are the tensor indices and boxes of the chunks in rank r's files, in order. World
-    size and PerRank values are those of `saved_by`, if these shards hold again what it held.
+    size, PerRank values and notes are those of `saved_by`, if these shards hold again what it held.
     """
     files = [file for result in results for file in result.files]
     written = []
@@ -278,6 +278,7 @@ def commit(
             tensors=tensor_entries(specs, written),
             state=msgspec.json.decode(tree),
             per_rank=saved_by.per_rank if saved_by else own_trees if any(own_trees) else (),
+            notes=saved_by.notes if saved_by else {},
         )
     )
     transaction.commit(manifest)

@@ -2,109 +2,277 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 from shardckpt import knobs
-from shardckpt.errors import CorruptionError
+from shardckpt.errors import CorruptionError, ShardckptError, StateError, StorageError
 from shardckpt.execution.buffers import BUFFER_BYTES, lease
-from shardckpt.execution.reader import bad_blocks, check_size, damaged_blocks
-from shardckpt.format.manifest import Manifest
+from shardckpt.execution.reader import bad_blocks, tensors_in
+from shardckpt.format.bitflips import find_flipped_bit
+from shardckpt.format.digests import BLOCK_BYTES
+from shardckpt.format.manifest import Manifest, ShardEntry
 from shardckpt.format.shard import chunk_name, header_bytes, parse_header
+from shardckpt.reports import VerifyReport
 from shardckpt.storage.base import CheckpointFiles
 
-__all__ = ["verify_shards"]
+__all__ = ["ShardDamage", "read_header", "survey", "verify_shards"]
+
+_DIAGNOSED = 3
+"""More damaged blocks in a shard than this are no flipped bits; a search takes up to a minute."""
+
+Progress = Callable[[int], None]
+
+
+def _silent(checked_bytes: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardDamage:
+    """What is wrong with a shard: the blocks that don't verify, and for each its flipped bit, as
+    (byte of the file, bit), if each of them has a single one. No blocks: what was appended."""
+
+    shard: int
+    what: str
+    expected: str
+    actual: str
+    blocks: tuple[int, ...]
+    flips: tuple[tuple[int, int], ...] = ()
+
+    def hurt(self, manifest: Manifest) -> list[str]:
+        """Names of the tensors with bytes that are wrong, or may be."""
+        ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in self.blocks]
+        if self.flips:
+            ranges = [(byte, byte + 1) for byte, _ in self.flips]
+        return tensors_in(manifest, ranges, shard=self.shard)
+
+    def error(self, manifest: Manifest, path: str) -> CorruptionError:
+        """It as an error that names the file and the tensors."""
+        return CorruptionError(
+            self.what,
+            path=f"{path}/{manifest.shards[self.shard].name}",
+            tensor=", ".join(self.hurt(manifest)) or None,
+            expected=self.expected,
+            actual=self.actual,
+            remedy="load another checkpoint, or `shardckpt rescue` what is whole",
+        )
 
 
 def verify_shards(
     files: CheckpointFiles,
     manifest: Manifest,
     *,
-    progress: Callable[[int], None] = lambda checked_bytes: None,
-) -> None:
-    """Read all shards; one CorruptionError tells of everything that is wrong.
+    subset: tuple[int, int] = (1, 1),
+    progress: Progress = _silent,
+) -> VerifyReport:
+    """Read all shards, or the part (n, t) of them: the blocks that the n-th of t scrubs checks.
 
     `progress` is called, from several threads, with the bytes checked since its last call.
     """
-    damage: list[CorruptionError] = []
+    damage, checked_bytes = survey(files, manifest, subset=subset, progress=progress)
+    errors = [found.error(manifest, files.path) for found in damage]
+    hurt = {name for found in damage for name in found.hurt(manifest)}
+    broken = {found.shard for found in damage}
+    errors += _disagreements(files, manifest, [*{*range(len(manifest.shards))} - broken])
+    return VerifyReport(
+        path=files.path,
+        checked_bytes=checked_bytes,
+        hurt=tuple(name for name in manifest.tensors if name in hurt),
+        whole=tuple(name for name in manifest.tensors if name not in hurt),
+        damage=tuple(errors),
+    )
+
+
+def survey(
+    files: CheckpointFiles,
+    manifest: Manifest,
+    *,
+    subset: tuple[int, int] = (1, 1),
+    progress: Progress = _silent,
+) -> tuple[list[ShardDamage], int]:
+    """What is wrong with the shards, each at most once, and how many bytes were read."""
+    part, parts = subset
+    if not 1 <= part <= parts:
+        raise StateError(
+            "There is no such part",
+            expected="n/t with n from 1 to t",
+            actual=f"{part}/{parts}",
+            remedy="1/4, 2/4, 3/4 and 4/4 together check all",
+        )
+    sizes = [_size(files, shard) for shard in manifest.shards]
+    jobs = [
+        (index, low)
+        for index, shard in enumerate(manifest.shards)
+        for low in range(0, min(sizes[index] or 0, shard.size_bytes), BUFFER_BYTES)
+    ][part - 1 :: parts]
     bad: dict[int, list[int]] = {}
-    jobs: list[tuple[int, int]] = []
-    for index, shard in enumerate(manifest.shards):
-        try:
-            check_size(files, shard)
-            jobs += [(index, low) for low in range(0, shard.size_bytes, BUFFER_BYTES)]
-        except CorruptionError as error:
-            damage.append(error)
+    checked: list[int] = []
 
     def check(job: tuple[int, int]) -> None:
         index, low = job
         shard = manifest.shards[index]
-        with lease(1) as (buffer,):
-            view = buffer.view[: min(BUFFER_BYTES, shard.size_bytes - low)]
-            files.readinto(shard.name, [view], offset=low)
-            found = bad_blocks(shard, low, [view])
+        high = min(low + BUFFER_BYTES, shard.size_bytes, sizes[index] or 0)
+        if high < shard.size_bytes:
+            high -= high % BLOCK_BYTES  # what is left of a cut block can't be verified
+        if high <= low:
+            return
+        found = _bad_in(files, shard, low, high)
         if found:
             bad.setdefault(index, []).extend(found)
-        progress(len(view))
+        checked.append(high - low)
+        progress(high - low)
 
     with ThreadPoolExecutor(knobs.READ_THREADS, "shardckpt-verify") as pool:
-        for done in [pool.submit(check, job) for job in jobs]:
-            try:
-                done.result()
-            except CorruptionError as error:
-                damage.append(error)
-    for index, blocks in sorted(bad.items()):
-        damage.append(damaged_blocks(manifest, sorted(blocks), shard=index, path=files.path))
-    if not damage:
-        damage = _disagreements(files, manifest)
-    if damage:
-        raise _together(damage, files.path)
+        pending = {pool.submit(check, job) for job in jobs}
+        while pending:
+            done, pending = wait(pending, knobs.STALL_DEADLINE_S, FIRST_COMPLETED)
+            if not done:
+                raise StorageError(
+                    "Reading makes no progress",
+                    path=files.path,
+                    expected=f"data within {knobs.STALL_DEADLINE_S:g} s",
+                    remedy="look at the disk or the file server",
+                )
+            for future in done:
+                future.result()
+    damage = [
+        _damage(files, manifest, index, size, sorted(bad.get(index, [])))
+        for index, size in enumerate(sizes)
+    ]
+    return [found for found in damage if found], sum(checked)
 
 
-def _disagreements(files: CheckpointFiles, manifest: Manifest) -> list[CorruptionError]:
-    """Shards whose own header tells another story than the manifest."""
+def _size(files: CheckpointFiles, shard: ShardEntry) -> int | None:
+    """The size of a shard's file; None if there is no regular file."""
+    try:
+        return files.size_bytes(shard.name)
+    except CorruptionError:
+        return None
+
+
+def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> list[int]:
+    """Numbers of the blocks of [low, high) that don't verify, or that the disk can't read."""
+    with lease(1) as (buffer,):
+        view = buffer.view[: high - low]
+        try:
+            files.readinto(shard.name, [view], offset=low)
+            return bad_blocks(shard, low, [view])
+        except (StorageError, CorruptionError) as error:
+            if isinstance(error, StorageError) and error.errno != errno.EIO:
+                raise
+            if high - low <= BLOCK_BYTES:
+                return [low // BLOCK_BYTES]
+    blocks = range(low, high, BLOCK_BYTES)
+    return [n for at in blocks for n in _bad_in(files, shard, at, min(at + BLOCK_BYTES, high))]
+
+
+def _damage(
+    files: CheckpointFiles, manifest: Manifest, index: int, size: int | None, bad: list[int]
+) -> ShardDamage | None:
+    shard = manifest.shards[index]
+    last = len(shard.digests)
+    if size is None:
+        what = "A shard is missing, or no regular file"
+        facts = ("the file", "no such file")
+        return _shard_damage(index, what, facts, range(last))
+    if size != shard.size_bytes:
+        lost = range(size // BLOCK_BYTES, last) if size < shard.size_bytes else ()
+        what = "A shard is cut" if lost else "Something was appended to a shard"
+        facts = (f"{shard.size_bytes} bytes", f"{size} bytes")
+        return _shard_damage(index, what, facts, sorted({*bad, *lost}))
+    if not bad:
+        return None
+    names = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    flips = _flips(files, shard, bad) if len(bad) <= _DIAGNOSED else None
+    if flips:
+        places = ", ".join(f"bit {bit} of byte {byte}" for byte, bit in flips)
+        what = f"{'A single bit was' if len(flips) == 1 else 'Single bits were'} flipped in a shard"
+        facts = (f"the digests of the manifest for block {names}", f"{places} flipped")
+        return _shard_damage(index, what, facts, bad, flips)
+    facts = (f"the digests of the manifest for block {names}", "other bytes, or unreadable ones")
+    return _shard_damage(index, "A shard's bytes are not those that were saved", facts, bad)
+
+
+def _shard_damage(
+    index: int,
+    what: str,
+    facts: tuple[str, str],
+    blocks: range | list[int],
+    flips: tuple[tuple[int, int], ...] = (),
+) -> ShardDamage:
+    expected, actual = facts
+    return ShardDamage(
+        shard=index,
+        what=what,
+        expected=expected,
+        actual=actual,
+        blocks=tuple(blocks),
+        flips=flips,
+    )
+
+
+def _flips(
+    files: CheckpointFiles, shard: ShardEntry, blocks: list[int]
+) -> tuple[tuple[int, int], ...] | None:
+    """(byte of the file, bit) for each block, if each has a single flipped bit."""
+    found = []
+    for number in blocks:
+        low = number * BLOCK_BYTES
+        data = bytearray(min(BLOCK_BYTES, shard.size_bytes - low))
+        try:
+            files.readinto(shard.name, [memoryview(data)], offset=low)
+        except ShardckptError:
+            return None
+        flip = find_flipped_bit(data, int(shard.digests[number]))
+        if flip is None:
+            return None
+        found.append((low + flip[0], flip[1]))
+    return tuple(found)
+
+
+def read_header(files: CheckpointFiles, name: str, *, size_bytes: int) -> bytes:
+    """The bytes of a shard before its data."""
+    head = bytearray(8)
+    files.readinto(name, [memoryview(head)], offset=0)
+    path = f"{files.path}/{name}"
+    data = bytearray(header_bytes(bytes(head), file_size_bytes=size_bytes, path=path))
+    files.readinto(name, [memoryview(data)], offset=0)
+    return bytes(data)
+
+
+def _disagreements(
+    files: CheckpointFiles, manifest: Manifest, indices: list[int]
+) -> Iterator[CorruptionError]:
+    """For each of these shards the first place where its own header tells another story than the
+    manifest."""
     planned: list[dict[str, tuple[str, int, int]]] = [{} for _ in manifest.shards]
     for name, entry in manifest.tensors.items():
         dims = len(entry.shape)
         for index, begin, end, *box in entry.chunks.tolist():
             own = chunk_name(name, entry.shape, box[:dims], box[dims:])
             planned[index][own] = (entry.dtype, begin, end)
-    wrong = []
-    for shard, expected in zip(manifest.shards, planned, strict=True):
+    for index in indices:
+        shard = manifest.shards[index]
         path = f"{files.path}/{shard.name}"
-        head = bytearray(8)
-        files.readinto(shard.name, [memoryview(head)], offset=0)
-        data = bytearray(header_bytes(bytes(head), file_size_bytes=shard.size_bytes, path=path))
-        files.readinto(shard.name, [memoryview(data)], offset=0)
-        tensors, _ = parse_header(bytes(data), file_size_bytes=shard.size_bytes, path=path)
+        try:
+            data = read_header(files, shard.name, size_bytes=shard.size_bytes)
+            tensors, _ = parse_header(data, file_size_bytes=shard.size_bytes, path=path)
+        except CorruptionError as error:
+            yield error
+            continue
+        expected = planned[index]
         found = {tensor.name: (tensor.dtype, tensor.begin, tensor.end) for tensor in tensors}
-        for name in itertools.islice(
-            (n for n in {**expected, **found} if expected.get(n) != found.get(n)), 1
-        ):
-            wrong.append(
-                CorruptionError(
-                    "A shard and the manifest disagree",
-                    path=path,
-                    tensor=name,
-                    expected=expected.get(name, "no such chunk"),
-                    actual=found.get(name, "no such chunk"),
-                    remedy="load another checkpoint",
-                )
+        names = (n for n in {**expected, **found} if expected.get(n) != found.get(n))
+        for name in itertools.islice(names, 1):
+            yield CorruptionError(
+                "A shard and the manifest disagree",
+                path=path,
+                tensor=name,
+                expected=expected.get(name, "no such chunk"),
+                actual=found.get(name, "no such chunk"),
+                remedy="load another checkpoint",
             )
-    return wrong
-
-
-def _together(damage: list[CorruptionError], path: str) -> CorruptionError:
-    if len(damage) == 1:
-        return damage[0]
-    hurt = dict.fromkeys(
-        name for error in damage if error.tensor for name in error.tensor.split(", ")
-    )
-    return CorruptionError(
-        "\n".join([f"{len(damage)} shards are damaged", *(str(error) for error in damage)]),
-        path=path,
-        tensor=", ".join(hurt) or None,
-        remedy="load another checkpoint",
-        damage=tuple(f"{error.path}: {error.message}" for error in damage),
-    )

@@ -14,16 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardckpt.errors import CorruptionError, FormatVersionError, NotACheckpointError
+from shardckpt.format.bitflips import find_flipped_bit_of_text
 from shardckpt.format.boxes import find_gap
 from shardckpt.format.digests import BLOCK_BYTES, digests_from_hex, digests_to_hex, text_digest
 from shardckpt.format.dtypes import DTYPES, itemsize
 
-__all__ = ["FORMAT_VERSION", "Manifest", "ShardEntry", "TensorEntry", "from_bytes", "to_bytes"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Manifest",
+    "ShardEntry",
+    "TensorEntry",
+    "from_bytes",
+    "is_shard_name",
+    "mend",
+    "to_bytes",
+]
 
 FORMAT_VERSION = 1
 _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}(-[a-z0-9]+)?\.safetensors")
 _MAX_DIMS = 64  # as torch and numpy have it
 _REFERENCES = {"$tensor", "$ndarray", "$per_rank"}
+_MENDED_BYTES = 128 << 10
 _MAX_DEPTH = 300  # of typed JSON: a dict with odd keys has three levels
 
 
@@ -166,6 +177,29 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
         per_rank=tuple(document.per_rank),
         notes=document.notes,
     )
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file of this name is a shard."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
+def mend(data: bytes) -> tuple[bytes, int, int] | None:
+    """A manifest with its one flipped bit turned back, and the byte and bit that it was; None if
+    that is not what is wrong, or not to be told in some seconds (more than 128 KiB)."""
+    body, tail = data[: -len(_tail(b""))], data[-len(_tail(b"")) :]
+    if tail == _tail(body) or len(data) > _MENDED_BYTES:
+        return None
+    at = find_flipped_bit_of_text(body, tail[11:43].decode("ascii", "replace"))
+    right = _tail(body)
+    if at is None:  # the flipped bit may be one of the digest's
+        flips = [(i, a ^ b) for i, (a, b) in enumerate(zip(tail, right, strict=False)) if a != b]
+        if len(tail) != len(right) or len(flips) != 1 or flips[0][1].bit_count() != 1:
+            return None
+        return body + right, len(body) + flips[0][0], flips[0][1].bit_length() - 1
+    mended = bytearray(body)
+    mended[at[0]] ^= 1 << at[1]
+    return bytes(mended) + tail, *at
 
 
 def _check_head(data: bytes, path: str) -> None:

@@ -99,14 +99,14 @@ class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def parse_header(
-    data: bytes, *, file_size_bytes: int, path: str
+    data: bytes, *, file_size_bytes: int | None, path: str
 ) -> tuple[list[ShardTensor], dict[str, str]]:
     """The tensors of a safetensors file in file order, and its metadata.
 
     `data` are the bytes before the tensors' data. Every rule of safetensors is enforced;
-    CorruptionError names the path and the tensor.
+    CorruptionError names the path and the tensor. No `file_size_bytes`: the file may be cut.
     """
-    size = header_bytes(data[:8], file_size_bytes=file_size_bytes, path=path)
+    size = header_bytes(data[:8], file_size_bytes=file_size_bytes or len(data), path=path)
     text = data[8:size]
     if len(text) != size - 8 or text[:1] != b"{":
         raise _broken(path, 'a header that begins with "{"', repr(text[:16]))
@@ -131,7 +131,7 @@ def parse_header(
                 name=name, dtype=entry.dtype, shape=tuple(entry.shape), begin=begin, end=end
             )
         )
-    if at != file_size_bytes:
+    if file_size_bytes is not None and at != file_size_bytes:
         raise _broken(path, f"a file of {at} bytes", f"{file_size_bytes} bytes")
     return tensors, metadata
 

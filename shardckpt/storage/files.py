@@ -109,6 +109,11 @@ class LocalFiles:
             return "a checkpoint of torch.distributed.checkpoint"
         return f"{len(names)} files: {', '.join(names[:5])}" if names else "an empty directory"
 
+    def names(self) -> list[str]:
+        """The names of all files in the directory, for tools that mend."""
+        with translated(self.path):
+            return self._system.listdir(self._directory)
+
     def size_bytes(self, name: str) -> int:
         """See CheckpointFiles.size_bytes."""
         with translated(f"{self.path}/{name}"):

@@ -207,3 +207,11 @@ def histories(seed: int) -> Iterator[tuple[int, Disk]]:
     while True:
         yield seed, random_history(random.Random(seed))
         seed += 1
+
+
+def trial(seed: int) -> int:
+    """A random history and a thousand or so of its crash states."""
+    rng = random.Random(seed)
+    tried = check(random_history(rng), per_prefix=12, rng=rng)
+    assert not tried.failures, "\n".join(tried.failures[:5])
+    return tried.states

@@ -1,0 +1,100 @@
+"""The long run: every harness in turn, with random seeds, until the time is up.
+
+A trial is told by its harness and its seed alone, so that a failure can be replayed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Trial = Callable[[int], int]
+"""Tries something with a seed; returns how many units. Raises where something failed."""
+
+HARNESSES = {
+    "crash": ("tests.faults.crash", "crash states"),
+    "damage": ("tests.faults.damage", "flipped bits and cuts"),
+}
+"""name -> (module with a function `trial`, what it counts)."""
+
+
+@dataclass(slots=True)
+class Tally:
+    trials: int = 0
+    units: int = 0
+    seconds: float = 0.0
+    failures: int = 0
+
+
+def run_trial(name: str, seed: int) -> int:
+    """One trial of a harness; how many units it tried."""
+    trial: Trial = importlib.import_module(HARNESSES[name][0]).trial
+    return trial(seed)
+
+
+def torture(names: list[str], *, seed: int, seconds: float, units: int) -> dict[str, Tally]:
+    """Trials of each harness in turn until the time is up, or each has tried so many units."""
+    tallies = {name: Tally() for name in names}
+    give_up_at = time.monotonic() + seconds
+    shown = time.monotonic()
+    while time.monotonic() < give_up_at:
+        waiting = [name for name in names if tallies[name].units < units]
+        if not waiting:
+            break
+        # The one that has had the least time: long trials don't starve short ones.
+        name = min(waiting, key=lambda name: tallies[name].seconds)
+        tally = tallies[name]
+        begun = time.monotonic()
+        try:
+            tally.units += run_trial(name, seed + tally.trials)
+        except Exception:
+            tally.failures += 1
+            print(f"\nFAILED {name}\n{traceback.format_exc()}", flush=True)
+            again = f"scripts/torture --only {name} --seed {seed + tally.trials} --trials 1"
+            print(f"again: {again}", flush=True)
+        tally.trials += 1
+        tally.seconds += time.monotonic() - begun
+        if time.monotonic() - shown > 60:
+            shown = time.monotonic()
+            print(table(tallies), flush=True)
+    return tallies
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    lines = [f"{'harness':12} {'trials':>8} {'tried':>10} {'failed':>7} {'seconds':>8}"]
+    for name, tally in tallies.items():
+        lines.append(
+            f"{name:12} {tally.trials:8} {tally.units:10} {tally.failures:7} "
+            f"{tally.seconds:8.0f}  {HARNESSES[name][1]}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command; 1 if anything failed."""
+    parser = argparse.ArgumentParser("torture", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=sorted(HARNESSES), default=sorted(HARNESSES))
+    parser.add_argument("--units", type=int, default=sys.maxsize, help="stop after so many, each")
+    parser.add_argument("--trials", type=int, help="so many of each, with no limit of time")
+    options = parser.parse_args()
+    if options.trials is not None:
+        for name in options.only:
+            for number in range(options.trials):
+                print(f"{name} {options.seed + number}: {run_trial(name, options.seed + number)}")
+        return 0
+    tallies = torture(
+        options.only, seed=options.seed, seconds=60 * options.minutes, units=options.units
+    )
+    print(f"\nseed {options.seed}, {time.strftime('%Y-%m-%d')}\n{table(tallies)}")
+    return 1 if any(tally.failures for tally in tallies.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
