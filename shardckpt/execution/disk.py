@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only  # semi-public; tried with torch 2.13
 
-from shardckpt.execution.reader import read_all
+from shardckpt.execution.reader import check_size, read_all
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.planning.chunks import LocalChunk
@@ -34,7 +34,7 @@ class MappedFiles:
 
     def size_bytes(self, name: str) -> int:
         """See CheckpointFiles.size_bytes."""
-        return len(self.map(name))
+        return len(self._maps[name]) if name in self._maps else self._files.size_bytes(name)
 
     def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
         """See CheckpointFiles.readinto."""
@@ -61,6 +61,7 @@ def disk_tensor(
     if 0 in entry.shape:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     for shard in entry.chunks[:, 0].tolist():  # mapped now: the files may be closed later
+        check_size(files, manifest.shards[shard])
         files.map(manifest.shards[shard].name)
     if len(entry.chunks) > 1:
         return DiskTensor(files, manifest, name, entry)

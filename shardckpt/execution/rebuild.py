@@ -47,7 +47,7 @@ def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
                 lost[whole] = f"{name} is cut"
             pieces[whole].append((len(shards), tensor, box[0] if box else None))
         shards.append(shard)
-    complete = _all_ranks(names) and not lost
+    complete = _all_files(names) and not lost
     tensors_found: dict[str, TensorEntry] = {}
     for name, found in sorted(pieces.items()):
         if name in lost:
@@ -82,11 +82,13 @@ def _read_shard(files: LocalFiles, name: str) -> tuple[ShardEntry, list[ShardTen
     return entry, tensors
 
 
-def _all_ranks(names: list[str]) -> bool:
-    """Whether a shard of every rank is there, as far as the names tell."""
-    found = {tuple(map(int, name.split(".")[0].split("-")[1:4:2])) for name in names}
-    sizes = {size for _, size in found}
-    return len(sizes) == 1 and {rank for rank, _ in found} == set(range(*sizes))
+def _all_files(names: list[str]) -> bool:
+    """Whether no file can be missing: every rank has one, and all have the same kinds."""
+    parts = [name.removesuffix(".safetensors").split("-", 4) for name in names]
+    found = {(int(part[1]), *part[4:]) for part in parts}
+    kinds = {tuple(part[4:]) for part in parts}
+    sizes = {int(part[3]) for part in parts}
+    return len(sizes) == 1 and len(found) == len(kinds) * max(sizes)
 
 
 def _entry(pieces: list[_Piece], *, complete: bool) -> TensorEntry | str:
