@@ -23,7 +23,7 @@ import torch
 
 from shardckpt.errors import CheckpointError, CorruptionError, UnsupportedLeafError
 
-__all__ = ["TensorRef", "decode", "encode"]
+__all__ = ["TensorRef", "decode", "encode", "mapping", "reference"]
 
 _SAFE_INT = 1 << 53  # beyond it, readers of JSON that have only doubles round
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
@@ -50,9 +50,10 @@ def encode(value: Any, *, at: str) -> Any:
     if kind is list:
         return [encode(item, at=_below(at, i)) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
-        return _mapping(value, at)
+        items = [(key, encode(item, at=_below(at, key))) for key, item in value.items()]
+        return mapping(items, at=at)
     if isinstance(value, TensorRef):
-        return {_REFS[value.kind]: value.name}
+        return reference(value.kind, value.name)
     node = _tagged(value, at)
     if node is None:
         raise UnsupportedLeafError(
@@ -82,9 +83,14 @@ def _scalar(value: str | int | float) -> Any:
     return {"$float": struct.pack(">d", value).hex()}
 
 
-def _mapping(value: Mapping[Any, Any], at: str) -> Any:
-    items = [(key, encode(item, at=_below(at, key))) for key, item in value.items()]
-    if all(type(key) is str and not key.startswith("$") and _plain(key) for key, _ in items):
+def reference(kind: Literal["tensor", "numpy", "per_rank"], name: str) -> Any:
+    """What stands for a tensor, an array or a value per rank; see TensorRef."""
+    return {_REFS[kind]: name}
+
+
+def mapping(items: list[tuple[Any, Any]], *, at: str) -> Any:
+    """The JSON-able form of a dict with these keys and encoded values."""
+    if all(type(key) is str and key[:1] != "$" and _plain(key) for key, _ in items):
         return dict(items)
     return {"$dict": [[encode(key, at=_below(at, key)), item] for key, item in items]}
 

@@ -25,9 +25,7 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import values
-from shardckpt.format.dtypes import dtype_name
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.chunks import is_distributed
+from shardckpt.planning.chunks import local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
 from shardckpt.planning.stateful import (
     has_state,
@@ -37,7 +35,7 @@ from shardckpt.planning.stateful import (
     parameter_names,
 )
 
-__all__ = ["FlatState", "PerRank", "flatten", "join"]
+__all__ = ["FlatState", "PerRank", "Ties", "flatten"]
 
 _DEPTH_LIMIT = 100
 
@@ -74,20 +72,15 @@ class FlatState:
     own_trees: list[Any] = field(default_factory=list)
 
 
-def join(path: tuple[Any, ...]) -> str:
-    """The name of the entry at a path of keys."""
-    return ".".join(map(str, path))
-
-
 def flatten(state: Any, *, rank: int) -> FlatState:
     """Flatten a nested state; modules, optimizers and objects with state_dict are asked for theirs.
 
     Not collective, changes nothing. Raises UnsupportedLeafError naming the path of a leaf
-    that can't be saved, StateError where two paths have the same name.
+    that can't be saved, StateError where two entries have the same name.
     """
     flattener = _Flattener(state, rank=rank)
-    skeleton = flattener.walk(state, ())
-    flattener.flat.tree = values.encode(skeleton, at="")
+    with torch.no_grad():  # to_local() is free then
+        flattener.flat.tree = flattener.walk(state, "", 0)
     return flattener.flat
 
 
@@ -97,58 +90,76 @@ class _Flattener:
         self.rank = rank
         self.state = state
         self.inside_per_rank = False
-        self.memory: dict[tuple[Any, ...], str] = {}
-        self.paths: dict[str, tuple[Any, ...]] = {}
+        self.ties, self.own_ties = Ties(), Ties()
+        self.names: set[str] = set()
         self.frozen_modules = 0
         self._parameter_names: dict[int, str] | None = None
 
-    def walk(self, value: Any, path: tuple[Any, ...]) -> Any:
-        """The skeleton of `value`: its containers, with references where tensors were."""
+    def walk(self, value: Any, name: str, depth: int) -> Any:
+        """The typed JSON of the value at `name`, with references where tensors stand."""
         if isinstance(value, torch.Tensor):
-            return TensorRef(self.add(value, path), "tensor")
+            return values.reference("tensor", self.add(value, name))
         if isinstance(value, Mapping):
-            self.check_depth(path)
-            return {key: self.walk(item, (*path, key)) for key, item in value.items()}
+            self.check_depth(name, depth)
+            items = [
+                (key, self.walk(item, f"{name}.{key}" if name else str(key), depth + 1))
+                for key, item in value.items()
+            ]
+            return values.mapping(items, at=name)
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            self.check_depth(path)
-            items = [self.walk(item, (*path, index)) for index, item in enumerate(value)]
-            return items if isinstance(value, list) else tuple(items)
-        if value is None or isinstance(value, (str, int, float)):
-            return value
+            self.check_depth(name, depth)
+            nodes = [
+                self.walk(item, f"{name}.{index}" if name else str(index), depth + 1)
+                for index, item in enumerate(value)
+            ]
+            return nodes if isinstance(value, list) else {"$tuple": nodes}
         if isinstance(value, np.ndarray):
-            return TensorRef(self.add(_from_numpy(value, path), path), "numpy")
+            return values.reference("numpy", self.add(_from_numpy(value, name), name))
         if isinstance(value, nn.Module):
-            return self.module(value, path)
+            return self.module(value, name, depth)
         if isinstance(value, Optimizer):
             before = len(self.flat.tensors)
-            packed = optimizer_state(value, self.parameter_names(), at=join(path))
-            skeleton = self.walk(packed, path)
+            packed = optimizer_state(value, self.parameter_names(), at=name)
+            node = self.walk(packed, name, depth)
             added = itertools.islice(self.flat.tensors, before, None)
             self.flat.kinds.update(dict.fromkeys(added, OPTIMIZER))
-            return skeleton
+            return node
         if isinstance(value, PerRank):
-            return self.per_rank(value, path)
+            return self.per_rank(value, name, depth)
         if has_state(value):
-            return self.walk(value.state_dict(), path)
-        return value
+            return self.walk(value.state_dict(), name, depth)
+        self.take(name)
+        return values.encode(value, at=name)
 
-    def module(self, module: nn.Module, path: tuple[Any, ...]) -> Any:
+    def module(self, module: nn.Module, name: str, depth: int) -> Any:
         before = len(self.flat.tensors)
-        skeleton = self.walk(module_state(module), path)
-        frozen = {join((*path, name)) for name in frozen_entries(module)}
+        node = self.walk(module_state(module), name, depth)
+        frozen = {f"{name}.{own}" if name else own for own in frozen_entries(module)}
         added = [n for n in itertools.islice(self.flat.tensors, before, None) if n in frozen]
         if added:
             self.flat.kinds.update(dict.fromkeys(added, kind_of(self.frozen_modules)))
             self.frozen_modules += 1
-        return skeleton
+        return node
 
-    def add(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> str:
-        name = join(path) + (f"@rank{self.rank}" if self.inside_per_rank else "")
-        if not path:
+    def take(self, name: str) -> None:
+        """Note the name of a leaf, which no other has."""
+        if name in self.names:
+            raise StateError(
+                "Two entries of the state have the same name",
+                tensor=name,
+                expected="different names: the keys of the path, joined with dots",
+                actual="the same name on two paths",
+                remedy="rename a key",
+            )
+        self.names.add(name)
+
+    def add(self, tensor: torch.Tensor, name: str) -> str:
+        """Take a tensor; the name that it is saved under, another one if it is tied."""
+        if not name:
             raise StateError(
                 "A tensor by itself has no name", remedy='put it into a dict: {"name": tensor}'
             )
-        dtype_name(tensor.dtype, tensor=name)
+        self.take(name)
         if tensor.is_meta:
             raise UnsupportedLeafError(
                 "A tensor on the meta device holds no data",
@@ -157,64 +168,72 @@ class _Flattener:
                 actual="device meta",
                 remedy="materialise it first: to_empty(), or load a checkpoint into it",
             )
-        if self.paths.setdefault(name, path) != path:
-            raise StateError(
-                "Two entries of the state have the same name",
-                tensor=name,
-                expected="different names",
-                actual=f"{self.paths[name]!r} and {path!r}",
-                remedy="rename a key",
-            )
-        key = (self.inside_per_rank, *memory_key(tensor))
-        first = self.memory.setdefault(key, name)
+        ties, tensors = self.ties, self.flat.tensors
+        if self.inside_per_rank:
+            name, ties, tensors = f"{name}@rank{self.rank}", self.own_ties, self.flat.own
+        first = ties.first(tensor, name)
         if first == name:
-            (self.flat.own if self.inside_per_rank else self.flat.tensors)[name] = tensor
+            tensors[name] = tensor
         return first
 
-    def per_rank(self, value: PerRank, path: tuple[Any, ...]) -> TensorRef:
+    def per_rank(self, value: PerRank, name: str, depth: int) -> Any:
         if self.inside_per_rank:
-            raise StateError("PerRank inside PerRank", tensor=join(path), remedy="mark it once")
+            raise StateError("PerRank inside PerRank", tensor=name, remedy="mark it once")
         self.inside_per_rank = True
-        skeleton = self.walk(value.value, path)
+        self.flat.own_trees.append(self.walk(value.value, name, depth))
         self.inside_per_rank = False
-        self.flat.own_trees.append(values.encode(skeleton, at=join(path)))
-        return TensorRef(str(len(self.flat.own_trees) - 1), "per_rank")
+        return values.reference("per_rank", str(len(self.flat.own_trees) - 1))
 
     def parameter_names(self) -> dict[int, str]:
         if self._parameter_names is None:
             self._parameter_names = parameter_names(modules_in(self.state))
         return self._parameter_names
 
-    def check_depth(self, path: tuple[Any, ...]) -> None:
-        if len(path) > _DEPTH_LIMIT:
+    def check_depth(self, name: str, depth: int) -> None:
+        if depth > _DEPTH_LIMIT:
             raise UnsupportedLeafError(
                 "The state is nested too deeply, or contains itself",
-                tensor=join(path[:8]) + "...",
+                tensor=f"{name[:80]}...",
                 expected=f"at most {_DEPTH_LIMIT} levels",
                 remedy="flatten it, or break the cycle",
             )
 
 
-def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+class Ties:
+    """Tells which tensors are the same memory seen in the same way."""
+
+    def __init__(self) -> None:
+        # Most tensors begin where no other does: all else about them is looked at only if not.
+        self._at: dict[int, tuple[torch.Tensor, str]] = {}
+        self._same: dict[tuple[Any, ...], str] = {}
+
+    def first(self, tensor: torch.Tensor, name: str) -> str:
+        """The name under which this tensor came first: `name`, if it is new."""
+        local = local_tensor(tensor)
+        if local is not None and local.numel():
+            other, known = self._at.setdefault(local.data_ptr(), (tensor, name))
+            if other is tensor:
+                return known
+            self._same.setdefault(_memory_key(other), known)
+        return self._same.setdefault(_memory_key(tensor), name)
+
+
+def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for two tensors that are the same memory seen in the same way.
 
     The storage is known by its address as an object, which even empty local shards have.
     """
-    with torch.no_grad():
-        local = tensor
-        layout: tuple[Any, ...] = ()
-        if is_distributed(tensor):
-            if not hasattr(tensor, "to_local"):
-                return (id(tensor),)
-            local = tensor.to_local()
-            layout = (tensor.shape, tensor.placements, tensor.device_mesh)  # type: ignore[attr-defined]
-        if local.layout is not torch.strided or hasattr(local, "__tensor_flatten__"):
-            return (id(tensor),)
-        storage = local.untyped_storage()._cdata
-    return (storage, local.storage_offset(), local.dtype, local.shape, local.stride(), layout)
+    local = local_tensor(tensor)
+    if local is None:
+        return (id(tensor),)
+    layout: tuple[Any, ...] = ()
+    if local is not tensor:
+        layout = (tensor.shape, tensor.placements, tensor.device_mesh)  # type: ignore[attr-defined]
+    view = (local.storage_offset(), local.dtype, local.shape, local.stride())
+    return (local.untyped_storage()._cdata, *view, local.is_conj(), local.is_neg(), layout)
 
 
-def _from_numpy(array: np.ndarray[Any, Any], path: tuple[Any, ...]) -> torch.Tensor:
+def _from_numpy(array: np.ndarray[Any, Any], name: str) -> torch.Tensor:
     """A tensor over the array's memory where torch allows it, else over a copy."""
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     if any(stride < 0 for stride in native.strides) or not native.flags.writeable:
@@ -224,7 +243,7 @@ def _from_numpy(array: np.ndarray[Any, Any], path: tuple[Any, ...]) -> torch.Ten
     except TypeError as error:
         raise UnsupportedLeafError(
             "A numpy array of this dtype can't be saved",
-            tensor=join(path),
+            tensor=name,
             expected="a numeric or bool dtype of up to 64 bits (complex64 for complex numbers)",
             actual=str(array.dtype),
             remedy="convert it with astype(), or save it as a list",

@@ -22,7 +22,7 @@ from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.build import Builder
 from shardckpt.planning.chunks import LocalChunk, is_distributed, local_chunks
-from shardckpt.planning.flatten import PerRank, join, memory_key
+from shardckpt.planning.flatten import PerRank, Ties
 from shardckpt.planning.modules import match_module, match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
 from shardckpt.planning.stateful import has_state, modules_in, parameter_names
@@ -82,30 +82,29 @@ class Matcher:
         self.kept: list[str] = []
         self.used: set[str] = set()
         self.owned: list[str] = []  # names of modules and optimizers, which take all below them
-        self._filled: dict[tuple[Any, ...], str] = {}
+        self._filled = Ties()
         self._parameter_names: dict[int, str] | None = None
 
-    def match(self, template: Any, path: tuple[Any, ...] = ()) -> Finish:
+    def match(self, template: Any, name: str = "") -> Finish:
         """Match one value of the caller's state; see the module's docstring."""
-        name = join(path)
-        if _is_per_rank(self.saved.nodes.get(name)) and not isinstance(template, PerRank):
-            marked = self.per_rank(PerRank(template), path)
-            return lambda: marked().value
-        if isinstance(template, torch.Tensor):
+        if isinstance(template, torch.Tensor) and not _is_per_rank(self.saved.nodes.get(name)):
             tensor = self.tensor(template, name)
             return lambda: tensor
+        if _is_per_rank(self.saved.nodes.get(name)) and not isinstance(template, PerRank):
+            marked = self.per_rank(PerRank(template), name)
+            return lambda: marked().value
         if isinstance(template, nn.Module):
-            return match_module(self, template, path)
+            return match_module(self, template, name)
         if isinstance(template, Optimizer):
-            return match_optimizer(self, template, path)
+            return match_optimizer(self, template, name)
         if isinstance(template, PerRank):
-            return self.per_rank(template, path)
+            return self.per_rank(template, name)
         if isinstance(template, np.ndarray):
             return self.array(template, name)
         if isinstance(template, Mapping) and template:
-            return self.mapping(template, path)
+            return self.mapping(template, name)
         if isinstance(template, (list, tuple)) and any(map(_takes_tensors, template)):
-            return self.sequence(template, path)
+            return self.sequence(template, name)
         if has_state(template):
             return self.stateful(template, name)
         return self.value(template, name)
@@ -166,7 +165,7 @@ class Matcher:
     def fill(self, entry: TensorEntry, tensor: torch.Tensor, name: str) -> None:
         """Note the reads that fill a tensor, once for tied ones."""
         source = self.saved.nodes[name].name
-        first = self._filled.setdefault(memory_key(tensor), source)
+        first = self._filled.first(tensor, source)
         if first != source:
             raise StateError(
                 "Two saved tensors would be loaded into the same memory",
@@ -187,9 +186,9 @@ class Matcher:
         self.tensor(tensor, name)
         return lambda: template
 
-    def mapping(self, template: Any, path: tuple[Any, ...]) -> Finish:
+    def mapping(self, template: Any, name: str) -> Finish:
         """Match each item of a dict; what is saved beside them stays unused."""
-        parts = {key: self.match(value, (*path, key)) for key, value in template.items()}
+        parts = {key: self.match(value, below(name, key)) for key, value in template.items()}
 
         def finish() -> Any:
             for key, part in parts.items():
@@ -199,9 +198,9 @@ class Matcher:
 
         return finish
 
-    def sequence(self, template: Any, path: tuple[Any, ...]) -> Finish:
+    def sequence(self, template: Any, name: str) -> Finish:
         """Match each item of a list or tuple that holds tensors."""
-        parts = [self.match(value, (*path, index)) for index, value in enumerate(template)]
+        parts = [self.match(value, below(name, index)) for index, value in enumerate(template)]
 
         def finish() -> Any:
             values = [part() for part in parts]
@@ -255,12 +254,11 @@ class Matcher:
         self.used.update(builder.built)
         return value
 
-    def per_rank(self, template: PerRank, path: tuple[Any, ...]) -> Finish:
+    def per_rank(self, template: PerRank, name: str) -> Finish:
         """Match this rank's own value, or what on_resize says if the number of ranks differs."""
-        name = join(path)
         node = self.saved.nodes.get(name)
         if not _is_per_rank(node):
-            inner = self.match(template.value, path)
+            inner = self.match(template.value, name)
             return lambda: PerRank(inner(), template.on_resize)
         if not self.saved.selected(name):
             return lambda: template
@@ -286,7 +284,7 @@ class Matcher:
         outer = self.saved
         self.saved = outer.with_node(outer.per_rank(node, rank=rank), name)
         try:
-            inner = self.match(template.value, path)
+            inner = self.match(template.value, name)
         finally:
             self.saved = outer
         return lambda: PerRank(inner(), template.on_resize)

@@ -13,7 +13,6 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.chunks import is_distributed
-from shardckpt.planning.flatten import join
 from shardckpt.planning.saved import below
 from shardckpt.planning.stateful import canonical_names, optimizer_state
 
@@ -23,14 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["match_module", "match_optimizer"]
 
 
-def match_module(matcher: Matcher, module: nn.Module, path: tuple[Any, ...]) -> Finish:
+def match_module(matcher: Matcher, module: nn.Module, name: str) -> Finish:
     """Fill a module's own tensors; what is not its own memory goes through load_state_dict."""
-    name = join(path)
     matcher.owned.append(name)
     matcher.used.add(name)
     names = canonical_names(module)
     state = module.state_dict()
-    parts = {key: matcher.match(value, (*path, names[key])) for key, value in state.items()}
+    parts = {key: matcher.match(value, below(name, names[key])) for key, value in state.items()}
     own = {storage_of(t) for t in (*module.parameters(), *module.buffers())}
 
     def finish() -> nn.Module:
@@ -71,13 +69,12 @@ def storage_of(tensor: torch.Tensor) -> int:
         return int(local.untyped_storage()._cdata)
 
 
-def match_optimizer(matcher: Matcher, optimizer: Optimizer, path: tuple[Any, ...]) -> Finish:
+def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish:
     """Fill an optimizer's state by parameter name, whatever state it has had so far.
 
     Afterwards its state is what was saved: state that a parameter had not yet is made like
     the parameter, state that was not saved is dropped.
     """
-    name = join(path)
     if name not in matcher.saved.nodes:
         if matcher.saved.selected(name):
             matcher.mismatches.missing.append(name)

@@ -8,6 +8,7 @@ volumes and comparisons need no special cases.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
-from shardckpt.planning.chunks import LocalChunk, local_chunks, may_have_replicas
+from shardckpt.planning.chunks import Box, local_chunks, may_have_replicas
 from shardckpt.planning.flatten import FlatState
 
 __all__ = ["ChunkTable", "LocalPlan", "TensorSpec", "local_plan", "pad_boxes", "widen_boxes"]
@@ -62,11 +63,18 @@ class ChunkTable:
 def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
     """(offsets, sizes) pairs of any number of dimensions as one array [n, 2, D]."""
     dims = max((len(offsets) for offsets, _ in boxes), default=0)
-    zeros, ones = (0,) * dims, (1,) * dims
-    rows = [
-        (*offsets, *zeros[len(offsets) :], *sizes, *ones[len(sizes) :]) for offsets, sizes in boxes
-    ]
-    return np.array(rows, dtype=np.int64).reshape(len(boxes), 2, dims)
+    table = np.empty((len(boxes), 2, dims), dtype=np.int64)
+    table[:, 0], table[:, 1] = 0, 1
+    ndim = np.array([len(offsets) for offsets, _ in boxes], dtype=np.int64)
+    for n in np.unique(ndim).tolist():
+        rows = np.flatnonzero(ndim == n)
+        numbers = itertools.chain.from_iterable(
+            itertools.chain.from_iterable(boxes[row] for row in rows.tolist())
+        )
+        table[rows, :, :n] = np.fromiter(numbers, np.int64, 2 * n * len(rows)).reshape(
+            len(rows), 2, n
+        )
+    return table
 
 
 def widen_boxes(boxes: Ints, *, dims: int) -> Ints:
@@ -154,30 +162,35 @@ class _Packed(msgspec.Struct):
 
 def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     """The plan of one of `world_size` ranks from its flattened state. Not collective."""
-    rows: list[tuple[int, bool, LocalChunk]] = []
     specs: list[TensorSpec] = []
+    owner: list[int] = []
+    shared: list[bool] = []
+    boxes: list[Box] = []
+    data: list[torch.Tensor] = []
     groups: tuple[tuple[Mapping[str, torch.Tensor], bool], ...] = (
         (flat.tensors, True),
         (flat.own, False),
     )
-    for tensors, may_be_shared in groups:
-        for name, tensor in tensors.items():
-            shared = may_be_shared and may_have_replicas(tensor, world_size=world_size)
-            rows.extend((len(specs), shared, chunk) for chunk in local_chunks(tensor, name=name))
-            specs.append(
-                TensorSpec(name, dtype_name(tensor.dtype, tensor=name), tuple(tensor.shape))
-            )
+    with torch.no_grad():  # to_local() and detach() are free then
+        for tensors, common in groups:
+            for name, tensor in tensors.items():
+                chunks = local_chunks(tensor, name=name)
+                replicated = common and may_have_replicas(tensor, world_size=world_size)
+                for chunk in chunks:
+                    owner.append(len(specs))
+                    shared.append(replicated)
+                    boxes.append((chunk.offsets, chunk.sizes))
+                    data.append(chunk.data)
+                dtype = dtype_name(tensor.dtype, tensor=name)
+                specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
     count = len(flat.tensors)
     return LocalPlan(
         common=tuple(specs[:count]),
         own=tuple(specs[count:]),
         kind=np.array([flat.kinds.get(spec.name, 0) for spec in specs], dtype=np.int64),
-        chunks=ChunkTable(
-            tensor=np.array([index for index, _, _ in rows], dtype=np.int64),
-            boxes=pad_boxes([(chunk.offsets, chunk.sizes) for _, _, chunk in rows]),
-        ),
-        shared=np.array([shared for _, shared, _ in rows], dtype=np.bool_),
+        chunks=ChunkTable(tensor=np.array(owner, dtype=np.int64), boxes=pad_boxes(boxes)),
+        shared=np.array(shared, dtype=np.bool_),
         tree=msgspec.json.encode(flat.tree),
         own_trees=msgspec.json.encode(flat.own_trees),
-        data=tuple(chunk.data for _, _, chunk in rows),
+        data=tuple(data),
     )
