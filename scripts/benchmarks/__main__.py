@@ -1,0 +1,60 @@
+"""The command line: which cases, how large, how often."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import warnings
+
+from benchmarks.cases import CASES, Bench
+from benchmarks.peers import present
+from benchmarks.table import Row, as_markdown, as_text
+
+
+def main() -> None:
+    """Run cases and print their rows as they come."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="shardckpt beside its peers and the limit of this machine.",
+        epilog="cases: " + "; ".join(f"{name}: {run.__doc__}" for name, run in CASES.items()),
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all", default=[])
+    parser.add_argument("--size-mb", type=float, default=1000, help="of a state; default 1000")
+    parser.add_argument("--rounds", type=int, default=5, help="that are measured; default 5")
+    parser.add_argument("--small", type=int, default=20_000, help="number of small tensors")
+    parser.add_argument("--dir", help="on the disk to be measured; default: the temporary one")
+    parser.add_argument("--json", help="write every sample to this file")
+    parser.add_argument("--markdown", help="write the rows as a table to this file")
+    options = parser.parse_args()
+    for name in options.cases:
+        if name not in CASES:
+            parser.error(f"no case {name!r}; there are {', '.join(CASES)}")
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name, reason in present()[1].items():
+        print(f"not compared: {name}: {reason}", flush=True)
+    root = tempfile.mkdtemp(prefix="shardckpt-bench-", dir=options.dir)
+    bench = Bench(
+        root=root, size_bytes=options.size_mb * 1e6, rounds=options.rounds, small=options.small
+    )
+    rows: list[Row] = []
+    try:
+        for name in options.cases or CASES:
+            for row in CASES[name](bench):
+                print(as_text(row), flush=True)
+                rows.append(row)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(bench.raw_results, file, indent=1)
+    if options.markdown:
+        with open(options.markdown, "w") as file:
+            file.write(as_markdown(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The benchmark: it runs, its table says what was found, and wrong values are seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return __import__("benchmarks.table", fromlist=["table"])
+
+
+def test_a_case_runs(tmp_path):
+    options = f"small --small 20 --rounds 1 --dir {tmp_path} --json {tmp_path}/out.json"
+    options += f" --markdown {tmp_path}/out.md"
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *options.split()],
+        env={**os.environ, "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert found.returncode == 0, found.stderr
+    assert " is out:" not in found.stdout, found.stdout
+    assert "20 small tensors, load, warm" in (tmp_path / "out.md").read_text()
+    samples = json.loads((tmp_path / "out.json").read_text())["small, save"]["samples"]
+    assert {"shardckpt", "DCP", "torch.save", "raw, O_DIRECT, 1 threads a rank"} <= set(samples)
+    assert not list(tmp_path.glob("shardckpt-bench-*")), "it cleans up"
+
+
+def test_ratios_and_verdicts(benchmarks):
+    targets = [
+        benchmarks.Target(against="DCP", factor=2),
+        benchmarks.Target(against="raw", factor=1.2),
+        benchmarks.Target(against="limit", factor=0.5),
+    ]
+    row = benchmarks.Row(
+        title="save",
+        unit="s",
+        figures={"shardckpt": 0.4, "DCP": 0.9, "torch.save": 0.3, "raw": 0.3},
+        targets=targets,
+    )
+    assert row.ratios() == pytest.approx({"vs DCP": 2.25, "vs best other": 0.75, "of raw": 4 / 3})
+    assert [line.endswith(" reached") for line in row.verdicts()] == [True, False, True, False]
+    assert "| save (s) | 0.4 | 0.9 | 0.3 | 0.3 |" in benchmarks.as_markdown([row])
+
+
+def test_a_wrong_value_is_seen(benchmarks):
+    from benchmarks.states import Check
+
+    state = {"model": {"a": torch.arange(6.0), "b": torch.ones(2)}}
+    check = Check(state)
+    check.verify(state)
+    state["model"]["b"][1] = 2
+    with pytest.raises(AssertionError, match="tensor 1"):
+        check.verify(state)
