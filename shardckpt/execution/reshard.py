@@ -13,11 +13,12 @@ import torch
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.errors import StateError
 from shardckpt.execution.buffers import BUFFER_BYTES
-from shardckpt.execution.save_driver import commit, new_id
+from shardckpt.execution.save_driver import commit, file_table, new_id
 from shardckpt.execution.shard_files import write_rank
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.planning.kinds import MAIN, kind_in
-from shardckpt.planning.save_plan import global_plan
+from shardckpt.planning.plan_cache import KnownPlan
+from shardckpt.planning.save_plan import RankWrites, global_plan
 from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, TensorSpec, pad_boxes
 from shardckpt.storage.base import Storage
 
@@ -61,8 +62,9 @@ def reshard(
     try:
         results = []
         before = 0
-        for rank, writes in enumerate(plan.ranks):
-            chunks = ChunkTable(tensor=plan.tensor[rank], boxes=writes.boxes)
+        for rank in range(shards):
+            writes = RankWrites.of(whole, plan.shares[rank])
+            chunks = ChunkTable(tensor=whole.chunks.tensor[writes.row], boxes=writes.boxes)
             result = write_rank(
                 transaction,
                 rank=rank,
@@ -78,8 +80,7 @@ def reshard(
         commit(
             transaction,
             checkpoint_id=identity,
-            specs=specs,
-            shards=[(plan.tensor[rank], writes.boxes) for rank, writes in enumerate(plan.ranks)],
+            tensors=KnownPlan(plan).encoded_tensors(file_table(results)),
             results=results,
             tree=msgspec.json.encode(manifest.state),
             saved_by=manifest,

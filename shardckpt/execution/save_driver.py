@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import datetime
 import uuid
-from collections import OrderedDict
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -24,16 +23,17 @@ from shardckpt.execution.buffers import contiguous_parts, view_at
 from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format.digests import text_digest
 from shardckpt.format.manifest import FORMAT_VERSION, Manifest, ShardEntry, to_bytes
-from shardckpt.planning.assembly import WrittenShard, tensor_entries
 from shardckpt.planning.chunks import box_slices
 from shardckpt.planning.differences import compare_replicas, explain_difference
-from shardckpt.planning.save_plan import GlobalPlan, RankWrites, global_plan
-from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, TensorSpec
+from shardckpt.planning.plan_cache import KnownPlan, PlanCache
+from shardckpt.planning.save_plan import RankWrites, global_plan
+from shardckpt.planning.table import ChunkTable, Ints, LocalPlan
 from shardckpt.reports import SaveReport, Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
 __all__ = [
     "commit",
+    "file_table",
     "new_id",
     "planned_parts",
     "replica_digests",
@@ -44,23 +44,7 @@ SMALL_BYTES = 64 << 10
 """Replicas up to this size are always compared; larger ones when asked for."""
 
 
-@dataclass(slots=True)
-class _Cache:
-    """Plans of earlier saves by the digest of all ranks' local plans, so they can't be stale."""
-
-    plans: OrderedDict[str, GlobalPlan]
-    writes: OrderedDict[str, RankWrites]
-    of_local: OrderedDict[tuple[str, ...], str]
-
-
-_cache = _Cache(OrderedDict(), OrderedDict(), OrderedDict())
-_CACHED = 8
-
-
-def _remember(cache: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    cache[key] = value
-    while len(cache) > _CACHED:
-        cache.popitem(last=False)
+_cache = PlanCache()
 
 
 def new_id() -> str:
@@ -111,16 +95,18 @@ class _Save:
         self.transaction: WriteTransaction | None = None
         self.token = ""
         self.checkpoint_id = ""
+        self.writes: RankWrites | None = None
+        self.known: KnownPlan | None = None  # on rank 0
 
     def plan(self, plan_locally: Callable[[], LocalPlan]) -> None:
         """Agree on who writes what, and begin the checkpoint."""
 
         def summary() -> bytes:
             self.local = plan_locally()
-            self.digests = self.local.digests()
-            structure, _, rows = self.digests
-            known = _cache.of_local.get((structure, rows, str(self.coordinator.world_size)), "")
-            return msgspec.msgpack.encode((*self.digests, known))
+            structure, values, rows = self.local.digests()
+            self.key = structure, rows, str(self.coordinator.world_size)
+            known, self.writes = _cache.writes(self.key) or ("", None)
+            return msgspec.msgpack.encode((structure, values, rows, known))
 
         answer = exchange(self.coordinator, "plan", summary, self.answer_summaries)
         verdict, self.plan_id, self.token, self.checkpoint_id = msgspec.msgpack.decode(
@@ -131,17 +117,13 @@ class _Save:
             exchange(self.coordinator, "compare", lambda: whole, explain_difference)
         if verdict == "send":
             packed = self.local.pack(whole=self.coordinator.rank == 0)
-            writes = exchange(self.coordinator, "divide", lambda: packed, self.divide)
-            _remember(_cache.writes, self.plan_id, RankWrites.unpack(writes))
-            structure, _, rows = self.digests
-            key = (structure, rows, str(self.coordinator.world_size))
-            _remember(_cache.of_local, key, self.plan_id)
-        self.writes = _cache.writes[self.plan_id]
+            share = exchange(self.coordinator, "divide", lambda: packed, self.divide)
+            self.writes = RankWrites.of(self.local, share)
+            _cache.add_writes(self.key, self.plan_id, self.writes)
 
     def answer_summaries(self, payloads: list[bytes]) -> bytes:
-        summaries = [
-            msgspec.msgpack.decode(payload, type=tuple[str, str, str, str]) for payload in payloads
-        ]
+        decode = msgspec.msgpack.Decoder(tuple[str, str, str, str]).decode
+        summaries = [decode(payload) for payload in payloads]
         alike = len({(structure, values) for structure, values, _, _ in summaries}) == 1
         if not alike:
             return msgspec.msgpack.encode(("explain", "", "", ""))
@@ -152,23 +134,24 @@ class _Save:
         self.plan_id = text_digest(
             msgspec.msgpack.encode((FORMAT_VERSION, [(a, rows) for a, _, rows, _ in summaries]))
         )
-        cached = self.plan_id in _cache.plans and {known for *_, known in summaries} == {
-            self.plan_id
-        }
-        verdict = "same" if cached else "send"
+        self.known = _cache.plan(self.plan_id)
+        all_know = {known for *_, known in summaries} == {self.plan_id}
+        verdict = "same" if self.known is not None and all_know else "send"
         token = self.transaction.token
         return msgspec.msgpack.encode((verdict, self.plan_id, token, self.checkpoint_id))
 
     def divide(self, payloads: list[bytes]) -> list[bytes]:
         plan = global_plan([LocalPlan.unpack(payload) for payload in payloads])
-        _remember(_cache.plans, self.plan_id, plan)
-        return [writes.pack() for writes in plan.ranks]
+        self.known = KnownPlan(plan)
+        _cache.add_plan(self.plan_id, self.known)
+        return list(plan.shares)
 
     def write_and_commit(self) -> dict[str, Any]:
         def write() -> bytes:
             if self.transaction is None:
                 self.transaction = self.storage.join(self.path, token=self.token)
             local, writes = self.local, self.writes
+            assert writes is not None
             parts = planned_parts(local, writes)
             result = write_rank(
                 self.transaction,
@@ -186,18 +169,21 @@ class _Save:
 
         answer = exchange(self.coordinator, "write", write, self.commit)
         report: dict[str, Any] = msgspec.msgpack.decode(answer)
-        return {**report, "bytes_by_rank": tuple(report["bytes_by_rank"])}
+        sizes = np.frombuffer(zlib.decompress(report["bytes_by_rank"]), dtype="<i8")
+        return {**report, "bytes_by_rank": tuple(sizes.tolist())}
 
     def commit(self, payloads: list[bytes]) -> bytes:
-        plan = _cache.plans[self.plan_id]
-        results = [msgspec.msgpack.decode(payload, type=ShardResult) for payload in payloads]
-        compare_replicas(plan, [np.frombuffer(result.replicas, dtype="<u8") for result in results])
+        decode = msgspec.msgpack.Decoder(ShardResult).decode
+        results = [decode(payload) for payload in payloads]
+        assert self.known is not None
         assert self.transaction is not None
+        compare_replicas(
+            self.known.plan, [np.frombuffer(result.replicas, dtype="<u8") for result in results]
+        )
         return commit(
             self.transaction,
             checkpoint_id=self.checkpoint_id,
-            specs=plan.specs,
-            shards=[(plan.tensor[rank], writes.boxes) for rank, writes in enumerate(plan.ranks)],
+            tensors=self.known.encoded_tensors(file_table(results)),
             results=results,
             tree=self.local.tree,
         )
@@ -234,32 +220,16 @@ def commit(
     transaction: WriteTransaction,
     *,
     checkpoint_id: str,
-    specs: Sequence[TensorSpec],
-    shards: Sequence[tuple[Ints, Ints]],
+    tensors: bytes,
     results: Sequence[ShardResult],
     tree: bytes,
     saved_by: Manifest | None = None,
 ) -> bytes:
     """Write the manifest and make the checkpoint visible; rank 0 alone. The facts of it, encoded.
 
-    `shards[r]` are the tensor indices and boxes of the chunks in rank r's files, in order. World
-    size, PerRank values and notes are those of `saved_by`, if these shards hold again what it held.
+    `tensors` are the manifest's, encoded. World size, PerRank values and notes are those of
+    `saved_by`, if these shards hold again what it held.
     """
-    files = [file for result in results for file in result.files]
-    written = []
-    for (tensor, boxes), result in zip(shards, results, strict=True):
-        begin = 0
-        for file in result.files:
-            end = begin + file.chunks
-            written.append(
-                WrittenShard(
-                    tensor=tensor[begin:end],
-                    boxes=boxes[begin:end],
-                    header_bytes=file.header_bytes,
-                )
-            )
-            begin = end
-        assert begin == len(tensor), "every chunk in one file"
     own_trees = tuple(msgspec.json.decode(result.own_trees) for result in results)
     manifest = to_bytes(
         Manifest(
@@ -273,22 +243,33 @@ def commit(
                     size_bytes=file.size_bytes,
                     digests=np.frombuffer(file.digests, dtype="<u8"),
                 )
-                for file in files
+                for result in results
+                for file in result.files
             ),
-            tensors=tensor_entries(specs, written),
+            tensors={},
             state=msgspec.json.decode(tree),
             per_rank=saved_by.per_rank if saved_by else own_trees if any(own_trees) else (),
             notes=saved_by.notes if saved_by else {},
-        )
+        ),
+        tensors=tensors,
     )
     transaction.commit(manifest)
     return msgspec.msgpack.encode(
         {
             "checkpoint_id": checkpoint_id,
-            "bytes_by_rank": [result.size_bytes for result in results],
+            # Every rank gets this: as deflated columns, for thousands of them.
+            "bytes_by_rank": zlib.compress(
+                np.array([result.size_bytes for result in results], dtype="<i8").tobytes()
+            ),
             "manifest_bytes": len(manifest),
         }
     )
+
+
+def file_table(results: Sequence[ShardResult]) -> Ints:
+    """Of each file that was written, in order, [number of chunks, size of the header in bytes]."""
+    rows = [(file.chunks, file.header_bytes) for result in results for file in result.files]
+    return np.array(rows, dtype=np.int64)
 
 
 def replica_digests(local: LocalPlan, writes: RankWrites, *, everything: bool) -> bytes:

@@ -139,7 +139,7 @@ def _write_file(
 
 def _layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]:
     """The header of a file that holds the chunks, and the size of the file in bytes."""
-    sizes = chunk_bytes(specs, chunks.tensor, chunks.boxes).tolist()
+    sizes = chunk_bytes(specs, chunks).tolist()
     entries = []
     for index, box, size in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), sizes, strict=True):
         spec, dims = specs[index], len(specs[index].shape)

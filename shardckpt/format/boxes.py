@@ -1,4 +1,8 @@
-"""Do boxes tile a tensor exactly? Vectorised, and exact for every arrangement."""
+"""Do boxes tile a tensor exactly? Vectorised, and exact for every arrangement.
+
+`first_gap` takes the boxes of many tensors at once: those that are the cells of a grid, as nearly
+all are, pass together; `find_gap` looks at the others one by one.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,89 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Gap", "find_gap"]
+__all__ = ["Gap", "find_gap", "first_gap", "stable_order"]
+
+Ints = NDArray[np.int64]
 
 Gap = tuple[str, tuple[int, ...], tuple[int, ...]]
 """("overlap" | "hole" | "out of bounds", offsets, sizes) of an offending box."""
 
 _GRID_CELLS = 1 << 22  # a grid larger than this is taken slab by slab
+
+
+def stable_order(keys: Ints, *, below: int) -> Ints:
+    """The stable order of keys from 0 to `below`, all but the last; linear where they fit 16 bits,
+    for which numpy has a radix sort."""
+    narrow = keys.astype(np.uint16) if below <= 1 << 16 else keys
+    return np.argsort(narrow, kind="stable")
+
+
+def first_gap(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> tuple[int, Gap] | None:
+    """The first tensor that its boxes don't tile, and where; None if there is none.
+
+    `shapes` [t, d]; tensor i has the boxes in rows bounds[i] to bounds[i + 1] of `offsets` and
+    `sizes`, each [n, d]. Dimensions that a tensor does not have are of size 1.
+    """
+    for index in np.flatnonzero(~_are_grids(shapes, bounds, offsets, sizes)).tolist():
+        rows = slice(bounds[index], bounds[index + 1])
+        gap = find_gap(shapes[index].tolist(), offsets[rows], sizes[rows])
+        if gap is not None:
+            return index, gap
+    return None
+
+
+def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArray[np.bool_]:
+    """For each tensor whether its boxes are the cells of a grid over it, each once: so it is where
+    along each dimension the distinct intervals follow each other from end to end, and where there
+    are as many boxes, all different, as cells."""
+    counts = np.diff(bounds)
+    of = np.repeat(np.arange(len(shapes)), counts)
+    good = (counts > 0) & (shapes > 0).all(axis=1)
+    cells = np.ones(len(shapes))
+    cut_dims = np.zeros(len(shapes), dtype=np.int64)
+    for dim in range(shapes.shape[1]):
+        low, size, whole = offsets[:, dim], sizes[:, dim], shapes[of, dim]
+        good[of[(low < 0) | (size <= 0) | (size > whole - low)]] = False
+        cut = np.zeros(len(shapes), dtype=bool)
+        cut[of[(low != 0) | (size != whole)]] = True
+        cut &= good
+        if cut.any():
+            rows = np.flatnonzero(cut[of])
+            chained, distinct = _intervals(of[rows], low[rows], size[rows], shapes[:, dim])
+            good &= chained | ~cut
+            cells[cut] *= distinct[cut]
+            cut_dims += cut
+    good &= cells == counts
+    rows = np.flatnonzero((good & (cut_dims > 1))[of])
+    if len(rows):  # along one dimension, as many intervals as boxes are different boxes already
+        keys = [offsets[rows, dim] for dim in range(shapes.shape[1])]
+        order = np.lexsort((*keys, of[rows]))
+        again = _repeats(of[rows][order])
+        for key in keys:
+            again &= _repeats(key[order])
+        good[of[rows][order][again]] = False
+    return good
+
+
+def _intervals(of: Ints, low: Ints, size: Ints, whole: Ints) -> tuple[NDArray[np.bool_], Ints]:
+    """For each tensor (`whole` [t]) whether its distinct intervals follow each other from 0 to
+    `whole`, and how many they are; `of` [n] are the tensors of the intervals."""
+    order = np.lexsort((size, low, of))
+    of, low, high = of[order], low[order], (low + size)[order]
+    new = ~_repeats(of)
+    distinct = new | ~_repeats(low) | ~_repeats(high)
+    before = np.where(new, 0, np.roll(high, 1))
+    last = np.roll(new, -1)
+    good = np.ones(len(whole), dtype=bool)
+    good[of[(distinct & (low != before)) | (last & (high != whole[of]))]] = False
+    return good, np.bincount(of[distinct], minlength=len(whole))
+
+
+def _repeats(column: Ints) -> NDArray[np.bool_]:
+    """For each row whether it has the value of the row before."""
+    same = np.zeros(len(column), dtype=bool)
+    np.equal(column[1:], column[:-1], out=same[1:])
+    return same
 
 
 def find_gap(

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from shardckpt.format.boxes import stable_order
 from shardckpt.format.dtypes import itemsize
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.planning.kinds import MAIN, file_suffix
-from shardckpt.planning.table import Ints, TensorSpec, widen_boxes
+from shardckpt.planning.table import ChunkTable, Ints, TensorSpec, widen_boxes
 
-__all__ = ["WrittenShard", "chunk_bytes", "shard_name", "tensor_entries"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenShard:
-    """The chunks of one file in file order: `tensor` [m] indexes the specs, `boxes` [m, 2, D];
-    data begin at byte `header_bytes` of the file."""
-
-    tensor: Ints
-    boxes: Ints
-    header_bytes: int
+__all__ = ["chunk_bytes", "shard_name", "tensor_entries"]
 
 
 def shard_name(*, rank: int, world_size: int, kind: int = MAIN) -> str:
@@ -30,39 +20,53 @@ def shard_name(*, rank: int, world_size: int, kind: int = MAIN) -> str:
     return f"shard-{rank:05d}-of-{world_size:05d}{file_suffix(kind)}.safetensors"
 
 
-def chunk_bytes(specs: Sequence[TensorSpec], tensor: Ints, boxes: Ints) -> Ints:
-    """The size in bytes of each chunk [m]."""
+def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:
+    """The size in bytes of each chunk [n]."""
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
-    size_bytes: Ints = boxes[:, 1].prod(axis=1) * items[tensor]
+    size_bytes: Ints = chunks.boxes[:, 1].prod(axis=1) * items[chunks.tensor]
     return size_bytes
 
 
 def tensor_entries(
-    specs: Sequence[TensorSpec], shards: Sequence[WrittenShard]
+    specs: Sequence[TensorSpec], chunks: ChunkTable, *, bounds: Ints, header_bytes: Ints
 ) -> dict[str, TensorEntry]:
-    """The manifest's tensors: where each chunk of each lies. Chunks are sorted by their offsets."""
-    ends = [
-        shard.header_bytes + np.cumsum(chunk_bytes(specs, shard.tensor, shard.boxes))
-        for shard in shards
-    ]
-    dims = max((shard.boxes.shape[2] for shard in shards), default=0)
-    tensor = np.concatenate([shard.tensor for shard in shards])
-    end = np.concatenate(ends)
-    boxes = np.concatenate([widen_boxes(shard.boxes, dims=dims) for shard in shards])
-    begin = end - chunk_bytes(specs, tensor, boxes)
-    index = np.repeat(np.arange(len(shards)), [len(shard.tensor) for shard in shards])
-    order = np.lexsort((*(boxes[:, 0, dim] for dim in reversed(range(dims))), tensor))
-    flat = np.column_stack([index, begin, end, boxes[:, 0], boxes[:, 1]])[order]
-    bounds = np.searchsorted(tensor[order], np.arange(len(specs) + 1)).tolist()
-    columns = [
-        np.array([*range(3 + n), *range(3 + dims, 3 + dims + n)], dtype=np.intp)
-        for n in range(dims + 1)
-    ]
+    """The manifest's tensors: where each chunk of each lies. Chunks are sorted by their offsets.
+
+    Rows bounds[s] to bounds[s + 1] of `chunks` are those of shard s, in file order, after its
+    header of header_bytes[s] bytes.
+    """
+    dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
+    tensor, boxes = chunks.tensor, widen_boxes(chunks.boxes, dims=dims)
+    sizes = chunk_bytes(specs, chunks)
+    shard = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    end = total[1:] + (header_bytes - total[bounds[:-1]])[shard]
+    order = _by_offsets(tensor, boxes, len(specs))
+    flat = np.empty((len(tensor), 3 + 2 * dims), dtype=np.int64)
+    columns = [shard, end - sizes, end, *boxes[:, 0].T, *boxes[:, 1].T]
+    for index, column in enumerate(columns):
+        flat[:, index] = column[order]
+    rows = np.searchsorted(tensor[order], np.arange(len(specs) + 1)).tolist()
+    used = [np.array([*range(3 + n), *range(3 + dims, 3 + dims + n)]) for n in range(dims)]
     return {
         spec.name: TensorEntry(
             dtype=spec.dtype,
             shape=tuple(spec.shape),
-            chunks=flat[low:high][:, columns[len(spec.shape)]],
+            chunks=flat[low:high]
+            if len(spec.shape) == dims
+            else flat[low:high][:, used[len(spec.shape)]],
         )
-        for spec, low, high in zip(specs, bounds[:-1], bounds[1:], strict=True)
+        for spec, low, high in zip(specs, rows[:-1], rows[1:], strict=True)
     }
+
+
+def _by_offsets(tensor: Ints, boxes: Ints, count: int) -> Ints:
+    """The order of chunks by tensor, then by their offsets; mostly ranks hold them so."""
+    order = stable_order(tensor, below=count)
+    sorted_so_far = tensor[order][1:] > tensor[order][:-1]
+    for offsets in boxes[:, 0].T:
+        low, high = offsets[order][:-1], offsets[order][1:]
+        if not (sorted_so_far | (low <= high)).all():
+            return np.lexsort((*boxes[:, 0, ::-1].T, tensor)).astype(np.int64)
+        sorted_so_far |= low < high
+    return order

@@ -17,9 +17,9 @@ __all__ = ["compare_replicas", "explain_difference"]
 
 
 def compare_replicas(plan: GlobalPlan, digests: Sequence[NDArray[np.uint64]]) -> None:
-    """Raise ReplicaMismatchError where replicas differ: `digests[r]` are those of the rows in
-    `plan.ranks[r].compare`, 0 for one that was not compared."""
-    every, group = np.concatenate(digests), np.concatenate(plan.group)
+    """Raise ReplicaMismatchError where replicas differ: `digests[r]` are those of the local chunks
+    that rank r compares, 0 for one that was not compared."""
+    every, group = np.concatenate(digests), plan.group
     if len(every) == 0:
         return
     rank = np.repeat(np.arange(len(digests)), [len(own) for own in digests])

@@ -17,6 +17,7 @@ Ints = NDArray[np.int64]
 
 __all__ = [
     "FROZEN",
+    "KINDS",
     "MAIN",
     "OPTIMIZER",
     "file_suffix",
@@ -32,6 +33,7 @@ from FROZEN on the frozen weights of one module each, as one may thaw (or be an 
 is updated by hand) while another stays."""
 
 _LAST = FROZEN + 7  # the kind of any more modules: a rank has ten files at the most
+KINDS = _LAST + 1
 
 FROZEN_FILE_BYTES = 4 << 20
 """Less than this of a frozen module on a rank is no file of its own: one more file costs as
@@ -64,14 +66,17 @@ def kind_of(module_number: int) -> int:
     return min(FROZEN + module_number, _LAST)
 
 
-def files_of(kind: Ints, size_bytes: Ints) -> Ints:
-    """The file, named by its kind, that each of a rank's chunks goes into [m]. Pure."""
-    total = np.bincount(kind, weights=size_bytes, minlength=FROZEN)
-    least = np.full(len(total), FROZEN_FILE_BYTES)
+def files_of(kind: Ints, size_bytes: Ints, rank: Ints | None = None) -> Ints:
+    """The file, named by its kind, that each of a rank's chunks goes into [m], or each of many
+    ranks' if `rank` says whose they are. Pure."""
+    at = kind if rank is None else rank * KINDS + kind
+    ranks = 1 if len(kind) == 0 else int(at.max()) // KINDS + 1
+    total = np.bincount(at, weights=size_bytes, minlength=ranks * KINDS).reshape(ranks, KINDS)
+    least = np.full(KINDS, FROZEN_FILE_BYTES)
     least[[MAIN, OPTIMIZER]] = OPTIMIZER_FILE_BYTES
     merged = total < least
-    merged[OPTIMIZER] |= merged[MAIN]
-    files: Ints = np.where(merged[kind], MAIN, kind)
+    merged[:, OPTIMIZER] |= merged[:, MAIN]
+    files: Ints = np.where(merged.ravel()[at], MAIN, kind)
     return files
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +24,18 @@ from shardckpt.format.dtypes import dtype_name
 from shardckpt.planning.chunks import Box, local_chunks, may_have_replicas
 from shardckpt.planning.flatten import FlatState
 
-__all__ = ["ChunkTable", "LocalPlan", "TensorSpec", "local_plan", "pad_boxes", "widen_boxes"]
+__all__ = [
+    "ChunkTable",
+    "LocalPlan",
+    "TensorSpec",
+    "flat_boxes",
+    "local_plan",
+    "pack_columns",
+    "pad_boxes",
+    "pad_shapes",
+    "unpack_columns",
+    "widen_boxes",
+]
 
 Ints = NDArray[np.int64]
 
@@ -46,18 +59,43 @@ class ChunkTable:
         return len(self.tensor)
 
     def pack(self) -> bytes:
-        """As bytes; D and n come first."""
-        head = np.array([self.boxes.shape[2], len(self)], dtype="<i8")
-        return b"".join(part.astype("<i8").tobytes() for part in (head, self.tensor, self.boxes))
+        """As bytes."""
+        return pack_columns(np.column_stack([self.tensor, flat_boxes(self.boxes)]))
 
     @classmethod
     def unpack(cls, data: bytes) -> ChunkTable:
         """The table that `pack` made these bytes of."""
-        numbers = np.frombuffer(data, dtype="<i8")
-        dims, count = int(numbers[0]), int(numbers[1])
-        return cls(
-            tensor=numbers[2 : 2 + count], boxes=numbers[2 + count :].reshape(count, 2, dims)
-        )
+        columns = unpack_columns(data)
+        count, width = columns.shape
+        return cls(tensor=columns[:, 0], boxes=columns[:, 1:].reshape(count, 2, (width - 1) // 2))
+
+
+_TYPES = {1: "u1", 2: "<u2", 4: "<u4", 8: "<i8"}
+
+
+def pack_columns(columns: Ints) -> bytes:
+    """Columns [n, k] as few bytes: each in the narrowest type that holds it, then deflated. The
+    boxes of a rank are alike, and all ranks send theirs to one."""
+    parts = []
+    for column in columns.T:
+        low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
+        width = next((w for w in (1, 2, 4) if low >= 0 and high >> 8 * w == 0), 8)
+        parts.append((width, column.astype(_TYPES[width]).tobytes()))
+    head = struct.pack("<Q", len(columns)) + bytes(width for width, _ in parts)
+    body = zlib.compress(b"".join(data for _, data in parts), 1)
+    return struct.pack("<I", len(parts)) + head + body
+
+
+def unpack_columns(data: bytes) -> Ints:
+    """The columns [n, k] that `pack_columns` made these bytes of."""
+    count, length = struct.unpack_from("<IQ", data)
+    widths, body = data[12 : 12 + count], zlib.decompress(data[12 + count :])
+    columns = np.empty((length, count), dtype=np.int64)
+    at = 0
+    for index, width in enumerate(widths):
+        columns[:, index] = np.frombuffer(body, _TYPES[width], length, at)
+        at += width * length
+    return columns
 
 
 def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
@@ -77,8 +115,22 @@ def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
     return table
 
 
+def pad_shapes(shapes: Sequence[Sequence[int]], *, dims: int) -> Ints:
+    """Shapes as one array [n, dims]; unused dimensions are of size 1."""
+    ones = (1,) * dims
+    rows = [(*shape, *ones[len(shape) :]) for shape in shapes]
+    return np.array(rows, dtype=np.int64).reshape(len(rows), dims)
+
+
+def flat_boxes(boxes: Ints) -> Ints:
+    """Boxes [n, 2, D] as rows [n, 2 * D]."""
+    return boxes.reshape(len(boxes), 2 * boxes.shape[2])
+
+
 def widen_boxes(boxes: Ints, *, dims: int) -> Ints:
     """Boxes [n, 2, d] with unused dimensions added, [n, 2, dims]."""
+    if boxes.shape[2] == dims:
+        return boxes
     wide = np.empty((len(boxes), 2, dims), dtype=np.int64)
     wide[:, 0], wide[:, 1] = 0, 1
     wide[:, :, : boxes.shape[2]] = boxes
@@ -108,12 +160,10 @@ class LocalPlan:
     def digests(self) -> tuple[str, str, str]:
         """Digests of the structure (names, dtypes, shapes), the values and the boxes held."""
         structure = text_digest(msgspec.msgpack.encode(self.common))
-        rows = [
-            self.chunks.pack(),
-            self.shared.tobytes(),
-            self.kind.tobytes(),
-            msgspec.msgpack.encode(self.own),
-        ]
+        tensor, boxes = self.chunks.tensor, self.chunks.boxes
+        own = msgspec.msgpack.encode((boxes.shape, self.own))
+        held = (tensor, boxes, self.shared, self.kind)
+        rows = [own, *(column.tobytes() for column in held)]
         return structure, text_digest(self.tree), text_digest(b"".join(rows))
 
     def pack(self, *, whole: bool) -> bytes:
@@ -121,9 +171,9 @@ class LocalPlan:
         return msgspec.msgpack.encode(
             {
                 "own": self.own,
-                "kind": self.kind.astype("u1").tobytes(),
+                "kind": pack_columns(self.kind.reshape(-1, 1)),
                 "chunks": self.chunks.pack(),
-                "shared": self.shared.tobytes(),
+                "shared": np.packbits(self.shared).tobytes(),
                 "common": self.common if whole else (),
                 "tree": self.tree if whole else b"",
                 "own_trees": self.own_trees,
@@ -138,13 +188,15 @@ class LocalPlan:
     @classmethod
     def unpack(cls, data: bytes) -> LocalPlan:
         """The plan, without its data, that `pack` made these bytes of."""
-        packed = msgspec.msgpack.decode(data, type=_Packed)
+        packed = _decode(data)
+        chunks = ChunkTable.unpack(packed.chunks)
+        shared = np.unpackbits(np.frombuffer(packed.shared, dtype=np.uint8), count=len(chunks))
         return cls(
             common=packed.common,
             own=packed.own,
-            kind=np.frombuffer(packed.kind, dtype="u1").astype(np.int64),
-            chunks=ChunkTable.unpack(packed.chunks),
-            shared=np.frombuffer(packed.shared, dtype=np.bool_),
+            kind=unpack_columns(packed.kind)[:, 0],
+            chunks=chunks,
+            shared=shared.astype(np.bool_),
             tree=packed.tree,
             own_trees=packed.own_trees,
         )
@@ -158,6 +210,9 @@ class _Packed(msgspec.Struct):
     common: tuple[TensorSpec, ...]
     tree: bytes
     own_trees: bytes
+
+
+_decode = msgspec.msgpack.Decoder(_Packed).decode
 
 
 def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:

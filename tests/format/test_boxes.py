@@ -1,6 +1,8 @@
-"""find_gap against counting every element."""
+"""find_gap and first_gap against counting every element."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt.format import boxes
-from shardckpt.format.boxes import find_gap
+from shardckpt.format.boxes import find_gap, first_gap, stable_order
 
 
 @st.composite
@@ -87,3 +89,70 @@ def test_many_boxes_are_quick_enough_to_check():
 def test_offsets_near_the_limit_do_not_wrap():
     far = np.array([[2**63 - 1]])
     assert find_gap([4], far, np.array([[2]])) == ("out of bounds", (2**63 - 1,), (2,))
+
+
+def as_one(cases):
+    """Many tensors and their boxes as first_gap takes them."""
+    dims = max(len(shape) for shape, _ in cases)
+    shapes = np.array([[*shape, *[1] * (dims - len(shape))] for shape, _ in cases], dtype=np.int64)
+    offsets, sizes = [], []
+    for shape, tiles in cases:
+        low, size = as_arrays(shape, tiles)
+        blank = np.zeros((len(tiles), dims - len(shape)), dtype=np.int64)
+        offsets.append(np.hstack([low, blank]))
+        sizes.append(np.hstack([size, blank + 1]))
+    bounds = np.cumsum([0, *(len(tiles) for _, tiles in cases)])
+    return shapes.reshape(len(cases), dims), bounds, np.vstack(offsets), np.vstack(sizes)
+
+
+def grid(shape, cuts):
+    """The cells of a grid, in any order."""
+    parts = [
+        list(itertools.pairwise(sorted({0, whole, *(c % whole for c in own)})))
+        for whole, own in zip(shape, cuts, strict=False)
+    ]
+    cells = itertools.product(*parts)
+    return [([a for a, _ in cell], [b - a for a, b in cell]) for cell in cells]
+
+
+@st.composite
+def grids(draw):
+    shape = draw(st.lists(st.integers(1, 5), max_size=3))
+    cuts = [draw(st.lists(st.integers(0, 4), max_size=3)) for _ in shape]
+    tiles = draw(st.permutations(grid(shape, cuts)))
+    harm = draw(st.sampled_from(["none", "none", "drop", "double", "swap"]))
+    if harm == "drop":
+        tiles = tiles[1:]
+    elif harm == "double":
+        tiles = [*tiles, tiles[0]]
+    elif harm == "swap":  # as many boxes as cells, one of them twice
+        tiles = [tiles[-1], *tiles[1:]]
+    return shape, tiles
+
+
+@given(st.lists(st.one_of(grids(), shapes_and_boxes()), min_size=1, max_size=5))
+def test_many_tensors_at_once(cases):
+    wrong = [i for i, (shape, tiles) in enumerate(cases) if not truly_tiles(shape, tiles)]
+    found = first_gap(*as_one(cases))
+    assert (found[0] if found else None) == (wrong[0] if wrong else None)
+
+
+@given(st.lists(grids(), min_size=1, max_size=5))
+def test_grids_pass_without_a_closer_look(cases):
+    good = boxes._are_grids(*as_one(cases))
+    assert good.tolist() == [truly_tiles(shape, tiles) for shape, tiles in cases]
+
+
+def test_numbers_that_wrap():
+    """Offsets and sizes that overflow when they are added."""
+    for low, size in ((2**63 - 1, 2), (2, 2**63 - 1), (-(2**63), 2**63 - 1)):
+        offsets, sizes = as_arrays([4], [([0], [2]), ([low], [size])])
+        found = first_gap(np.array([[4]]), np.array([0, 2]), offsets, sizes)
+        assert found is not None
+        assert found[1][0] == "out of bounds"
+
+
+@given(st.lists(st.integers(0, 1 << 17), max_size=20), st.sampled_from([1 << 16, 1 << 20]))
+def test_stable_order(keys, below):
+    keys = np.array([key % below for key in keys], dtype=np.int64)
+    assert stable_order(keys, below=below).tolist() == np.argsort(keys, kind="stable").tolist()

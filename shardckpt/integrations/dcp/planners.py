@@ -77,12 +77,12 @@ class ShardSavePlanner(DefaultSavePlanner):
         payloads = [plan.planner_data for plan in all_plans]
         explain_difference(payloads)
         self.global_writes = global_plan([LocalPlan.unpack(payload) for payload in payloads])
-        plans = [SavePlan([], planner_data=writes.pack()) for writes in self.global_writes.ranks]
+        plans = [SavePlan([], planner_data=share) for share in self.global_writes.shares]
         return plans, Metadata(state_dict_metadata={})
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Take what this rank writes."""
-        self.writes = RankWrites.unpack(new_plan.planner_data)
+        self.writes = RankWrites.of(self.local, new_plan.planner_data)
         return new_plan
 
 

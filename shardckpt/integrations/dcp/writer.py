@@ -21,13 +21,22 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
-from shardckpt.execution.save_driver import commit, new_id, planned_parts, replica_digests
+from shardckpt.execution.save_driver import (
+    commit,
+    file_table,
+    new_id,
+    planned_parts,
+    replica_digests,
+)
 from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format import values
 from shardckpt.format.dtypes import dtype_name
+from shardckpt.format.manifest import encode_tensors
 from shardckpt.integrations.dcp.planners import ShardSavePlanner, ShardStorageMeta
+from shardckpt.planning.assembly import tensor_entries
 from shardckpt.planning.differences import compare_replicas
 from shardckpt.planning.kinds import MAIN
+from shardckpt.planning.plan_cache import KnownPlan
 from shardckpt.planning.save_plan import check_coverage, layout_order
 from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes, widen_boxes
 from shardckpt.storage.base import Storage, WriteTransaction
@@ -170,10 +179,7 @@ class ShardWriter(StorageWriter):
             plan = planner.global_writes
             compare_replicas(plan, [np.frombuffer(s.replicas, dtype="<u8") for s in shards])
             facts: dict[str, Any] = {
-                "specs": plan.specs,
-                "shards": [
-                    (plan.tensor[rank], writes.boxes) for rank, writes in enumerate(plan.ranks)
-                ],
+                "tensors": KnownPlan(plan).encoded_tensors(file_table(shards)),
                 "results": shards,
                 "tree": planner.local.tree,
             }
@@ -223,7 +229,7 @@ def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) ->
         data.append(tensor.detach())
     table, index = pad_boxes(boxes), np.array(rows, dtype=np.int64)
     names = tuple(specs.values())
-    order = layout_order(names, index, table)
+    order = layout_order(names, ChunkTable(tensor=index, boxes=table))
     chunks = ChunkTable(tensor=index[order], boxes=table[order])
     result = write_rank(
         **where,
@@ -261,7 +267,7 @@ def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) ->
     """What commit needs, from what each rank wrote of a planner that is not shardckpt's."""
     numbers: dict[str, int] = {}
     specs: list[TensorSpec] = []
-    shards = []
+    shards: list[ChunkTable] = []
     for rank, own in enumerate(written):
         for spec in own.specs:
             number = numbers.setdefault(spec.name, len(specs))
@@ -278,20 +284,23 @@ def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) ->
                 )
         table = ChunkTable.unpack(own.chunks)
         renumber = np.array([numbers[spec.name] for spec in own.specs], dtype=np.int64)
-        shards.append((renumber[table.tensor], table.boxes))
-    dims = max((boxes.shape[2] for _, boxes in shards), default=0)
-    check_coverage(
-        specs,
-        np.concatenate([tensor for tensor, _ in shards]),
-        np.concatenate([widen_boxes(boxes, dims=dims) for _, boxes in shards]),
+        shards.append(ChunkTable(tensor=renumber[table.tensor], boxes=table.boxes))
+    dims = max((table.boxes.shape[2] for table in shards), default=0)
+    chunks = ChunkTable(
+        tensor=np.concatenate([table.tensor for table in shards]),
+        boxes=np.concatenate([widen_boxes(table.boxes, dims=dims) for table in shards]),
     )
+    check_coverage(specs, chunks.tensor, chunks.boxes)
     leaves = {name: {"$tensor": name} for name in numbers}
     for own in written:
         leaves.update(own.values)
+    results = [own.result for own in written]
+    files = file_table(results)
+    bounds = np.cumsum(np.append(0, files[:, 0]))
+    entries = tensor_entries(specs, chunks, bounds=bounds, header_bytes=files[:, 1])
     return {
-        "specs": specs,
-        "shards": shards,
-        "results": [own.result for own in written],
+        "tensors": encode_tensors(entries),
+        "results": results,
         "tree": msgspec.json.encode(_nest(leaves, paths or {})),
     }
 
