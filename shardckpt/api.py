@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any, Literal
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.select import operation
 from shardckpt.errors import StateError
+from shardckpt.execution import background
+from shardckpt.execution.background import SaveHandle
 from shardckpt.execution.load_driver import run_load
 from shardckpt.execution.save_driver import run_save
-from shardckpt.execution.stager import SaveHandle, start
 from shardckpt.planning.device_map import DeviceMap
 from shardckpt.planning.flatten import flatten
 from shardckpt.planning.saved import Rename, Select
@@ -97,35 +98,35 @@ def async_save(
     check_replicas: bool = False,
     storage: Storage | None = None,
 ) -> SaveHandle:
-    """Save in the background: returns once the state has been copied to CPU memory.
+    """Save in the background: returns at once, and training goes on.
 
-    Collective, as save is, and with the same arguments. Saves run one after another, in the
-    order of the calls, in a thread that uses neither the training's process group nor its
-    streams. `handle.result()` waits and returns the SaveReport, or raises what the save did.
+    Collective, as save is, and with the same arguments. Parameters, optimizer state and large
+    tensors are copied to CPU memory while forward and backward run; the next step of any torch
+    optimizer waits for that by itself, and who changes the state otherwise calls
+    `handle.staged()` first. All else is copied before this returns. Saves are written one after
+    another, in the order of the calls, by a thread that uses neither the training's process
+    group nor its streams; see docs/async.md.
+
+    `handle.result()` waits and returns the SaveReport, or raises what the save did. An error
+    that nobody has asked for is raised by the next async_save, which begins its own save first.
     """
     target = _path(path)
-    scope = operation(f"async_save {target}", process_group, channel="async")
-    coordinator = scope.__enter__()
-    staged: Future[LocalPlan] = Future()
-    try:
-        staged.set_result(_plan(state, coordinator).copied())
-    except Exception as error:  # told to all ranks by the save itself
-        staged.set_exception(error)
+    ranks = operation(f"async_save {target}", process_group, channel="async")
 
-    def run() -> SaveReport:
-        try:
+    def save_staged(staged: Callable[[], LocalPlan]) -> SaveReport:
+        with ranks as coordinator:
             return run_save(
-                staged.result,
+                staged,
                 target,
                 coordinator=coordinator,
                 storage=storage or LocalStorage(),
                 overwrite=overwrite,
                 check_replicas=check_replicas,
             )
-        finally:
-            scope.__exit__(None, None, None)
 
-    return start(run)
+    return background.start(
+        state, target, rank=ranks.rank, world_size=ranks.world_size, save=save_staged
+    )
 
 
 def load(
@@ -160,6 +161,7 @@ def load(
             "Unknown value for dtype", expected='"strict" or "cast"', actual=repr(dtype)
         )
     target = _path(path)
+    background.wait_until_staged()
     with operation(f"load {target}", process_group) as coordinator:
         return run_load(
             state,

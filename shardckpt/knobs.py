@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["ARRIVAL_DEADLINE_S", "DEADLINE_S", "READ_THREADS", "STALL_DEADLINE_S"]
+__all__ = [
+    "ARRIVAL_DEADLINE_S",
+    "BACKGROUND_NICE",
+    "COPY_AT_ONCE_BYTES",
+    "DEADLINE_S",
+    "READ_THREADS",
+    "STAGING_BYTES",
+    "STALL_DEADLINE_S",
+]
 
 
 def _number(name: str, default: float, *, least: float) -> float:
@@ -31,3 +39,14 @@ STALL_DEADLINE_S = _number("SHARDCKPT_STALL_DEADLINE_S", 600.0, least=0.1)
 
 READ_THREADS = int(_number("SHARDCKPT_READ_THREADS", min(8, os.cpu_count() or 1), least=1))
 """Reads in flight, each from a thread of its own."""
+
+STAGING_BYTES = int(_number("SHARDCKPT_STAGING_BYTES", 0, least=0))
+"""How much staged state a process may hold; a save beyond it is staged once earlier ones are
+written. One save is always let in. 0: room for two."""
+
+COPY_AT_ONCE_BYTES = int(_number("SHARDCKPT_COPY_AT_ONCE_BYTES", 64 << 10, least=0))
+"""async_save copies tensors of up to this size that stand in the state by themselves, neither
+parameter nor optimizer state, before it returns."""
+
+BACKGROUND_NICE = int(_number("SHARDCKPT_BACKGROUND_NICE", 10, least=0))
+"""By how much the threads that write in the background give way to others (see nice(1))."""

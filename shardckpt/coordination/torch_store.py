@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -44,23 +44,36 @@ _LONGEST_WAIT_S = 0.02
 _traces: dict[tuple[str, str], list[str]] = {}
 
 
-@contextmanager
-def store_coordinator(group: Any, *, channel: str, subject: str) -> Iterator[StoreCoordinator]:
-    """The ranks of a process group for one operation; collective.
+def store_coordinator(
+    group: Any, *, channel: str, subject: str
+) -> AbstractContextManager[StoreCoordinator]:
+    """The ranks of a process group for one operation. Entering it is collective, and needs the
+    group no more.
 
     `subject` says what it is about, alike on all ranks. Operations of different channels may
     run at once; those of one channel follow each other.
     """
-    prefix = f"shardckpt/{group.group_name}/{channel}"
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    store = PrefixStore(prefix, group.get_group_store().clone())
+    return _operation(
+        group.get_group_store(),
+        f"shardckpt/{group.group_name}/{channel}",
+        subject,
+        rank=dist.get_rank(group),
+        world_size=dist.get_world_size(group),
+    )
+
+
+@contextmanager
+def _operation(
+    of_group: Any, prefix: str, subject: str, *, rank: int, world_size: int
+) -> Iterator[StoreCoordinator]:
+    store = PrefixStore(prefix, of_group.clone())
     with _network("begin"):
         if rank:
             identity = _ask(store, subject, rank=rank)
         else:
             identity = _let_in(store, subject, world_size=world_size)
     coordinator = StoreCoordinator(
-        lambda: PrefixStore(f"{prefix}/{identity}", group.get_group_store().clone()),
+        lambda: PrefixStore(f"{prefix}/{identity}", of_group.clone()),
         rank=rank,
         world_size=world_size,
     )

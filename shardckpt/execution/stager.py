@@ -1,38 +1,141 @@
-"""Saves in the background: one thread, which runs them in the order of the calls."""
+"""Staging: a local plan's data copied into one piece of CPU memory, reused from save to save."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import dataclasses
+import mmap
+import threading
+from typing import Any
 
-from shardckpt.reports import SaveReport
+import torch
 
-__all__ = ["SaveHandle", "start"]
+from shardckpt import knobs
+from shardckpt.errors import StateError
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.planning.save_plan import layout_order
+from shardckpt.planning.table import LocalPlan
 
-_saver = ThreadPoolExecutor(1, "shardckpt-save")  # the interpreter's exit waits for it
+__all__ = ["Image", "ImagePool", "current_events", "stage"]
+
+_GRANULE_BYTES = 2 << 20  # a huge page
 
 
-class SaveHandle:
-    """A save under way."""
+def _rounded(size_bytes: int) -> int:
+    """To whole huge pages."""
+    return max(_GRANULE_BYTES, size_bytes + -size_bytes % _GRANULE_BYTES)
 
-    def __init__(self, future: Future[SaveReport]) -> None:
-        self._future = future
 
-    def staged(self, timeout_s: float | None = None) -> None:
-        """Return once the state may change again: at once, as async_save has copied it."""
+class Image:
+    """CPU memory for one staged state; page-locked where accelerators copy into it."""
 
-    def result(self, timeout_s: float | None = None) -> SaveReport:
-        """Wait for the save and return its report, or raise what it raised.
+    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
+        self.size_bytes = size_bytes
+        self.pinned = pinned
+        self._views: tuple[Any, list[torch.Tensor]] = (None, [])
+        if pinned:
+            self._bytes = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=True)
+            return
+        memory = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # loaders that fork must not share it
+            if hasattr(mmap, advice):
+                try:
+                    memory.madvise(getattr(mmap, advice))
+                except OSError:  # a kernel built without it
+                    pass
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
 
-        TimeoutError past `timeout_s` seconds; the save goes on.
+    def views(self, plan: LocalPlan) -> list[torch.Tensor]:
+        """Where each row of the plan goes: contiguous, in the order of a shard that holds all."""
+        specs = (*plan.common, *plan.own)
+        rows = plan.chunks.tensor
+        dtypes = [specs[index].dtype for index in rows.tolist()]
+        shape = (dtypes, plan.chunks.pack())
+        if self._views[0] != shape:
+            views: list[torch.Tensor] = [self._bytes] * len(rows)
+            begin = 0
+            for row in layout_order(specs, rows, plan.chunks.boxes).tolist():
+                data = plan.data[row]
+                end = begin + data.numel() * data.element_size()
+                views[row] = self._bytes[begin:end].view(DTYPES[dtypes[row]]).view(data.shape)
+                begin = end
+            self._views = shape, views
+        return self._views[1]
+
+
+class ImagePool:
+    """Images in use, up to a budget, and one kept for the next save."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._used_bytes = 0
+        self._spare: Image | None = None
+
+    def take(self, size_bytes: int, *, pinned: bool) -> Image:
+        """An image of that size; waits while those in use fill the budget.
+
+        Raises StateError when none comes free within STALL_DEADLINE_S.
         """
-        return self._future.result(timeout_s)
+        size_bytes = _rounded(size_bytes)
+        budget_bytes = knobs.STAGING_BYTES or 2 * size_bytes
+        with self._changed:
+            free = self._changed.wait_for(
+                lambda: not self._used_bytes or self._used_bytes + size_bytes <= budget_bytes,
+                timeout=knobs.STALL_DEADLINE_S,
+            )
+            if not free:
+                raise StateError(
+                    "No memory to stage the state in came free",
+                    expected=f"an earlier save to end within {knobs.STALL_DEADLINE_S:g} s",
+                    actual=f"{self._used_bytes} bytes in use, {size_bytes} needed",
+                    remedy="save less often, or raise SHARDCKPT_STAGING_BYTES",
+                )
+            image, self._spare = self._spare, None
+            if image is None or image.size_bytes < size_bytes or image.pinned != pinned:
+                image = Image(size_bytes, pinned=pinned)
+            self._used_bytes += image.size_bytes
+            return image
 
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._future.done()
+    def give_back(self, image: Image) -> None:
+        """Take it back; nothing may look into it any more."""
+        with self._changed:
+            self._used_bytes -= image.size_bytes
+            if self._spare is None or self._spare.size_bytes < image.size_bytes:
+                self._spare = image
+            self._changed.notify_all()
 
 
-def start(run: Callable[[], SaveReport]) -> SaveHandle:
-    """Queue a save."""
-    return SaveHandle(_saver.submit(run))
+def current_events() -> dict[torch.device, Any]:
+    """An event on the current stream of each CUDA device in use: what is there by now has been
+    computed once it has come to pass."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    return {
+        torch.device("cuda", index): torch.cuda.current_stream(index).record_event()
+        for index in range(torch.cuda.device_count())
+        if torch.cuda.memory_allocated(index)
+    }
+
+
+def stage(plan: LocalPlan, image: Image, events: dict[torch.device, Any]) -> LocalPlan:
+    """Copy the plan's data into the image; the same plan over the copies. Done when it returns.
+
+    `events` are those of the moment that the plan is of.
+    """
+    views = image.views(plan)
+    devices: dict[torch.device, list[int]] = {}
+    for row, data in enumerate(plan.data):
+        devices.setdefault(data.device, []).append(row)
+    with torch.no_grad():
+        for device, rows in devices.items():
+            to, of = [views[row] for row in rows], [plan.data[row] for row in rows]
+            if device.type != "cuda":
+                # One call, which leaves the interpreter lock alone; semi-public, torch 2.13.
+                torch._foreach_copy_(to, of)
+                continue
+            stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if device in events:
+                stream.wait_event(events[device])
+            with torch.cuda.stream(stream):
+                torch._foreach_copy_(to, of, non_blocking=True)
+            stream.synchronize()
+    return dataclasses.replace(plan, data=tuple(views))

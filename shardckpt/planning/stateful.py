@@ -9,8 +9,9 @@ optimizer, which leaves its step count at one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim import Optimizer
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
+
+# What the walks over a module found, with all that it depends on: most of the time a save takes.
+_canonical: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = WeakKeyDictionary()
+_by_identity: WeakKeyDictionary[nn.Module, tuple[Any, dict[int, str]]] = WeakKeyDictionary()
 
 
 def has_state(value: Any) -> bool:
@@ -63,6 +68,25 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
 
     Raises UnsupportedLeafError for FSDP1, whose flat parameters have no names of their own.
     """
+    keys = dict.fromkeys(module.state_dict(keep_vars=True))
+    keys.update(dict.fromkeys(name for name, _ in module.named_parameters()))
+    return _canonical_names(module, keys)
+
+
+def _canonical_names(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    depends_on = (list(keys), _kinds(module))
+    known = _canonical.get(module)
+    if known is None or known[0] != depends_on:
+        canonical = _canonicaliser(module)
+        known = _canonical[module] = depends_on, {key: canonical(key) for key in keys}
+    return known[1]
+
+
+def _kinds(module: nn.Module) -> list[type]:
+    return [type(part) for part in module.modules()]
+
+
+def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
     prefixes: dict[str, str] = {}
 
     def walk(owner: nn.Module, raw: str, canonical: str) -> None:
@@ -99,15 +123,15 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
             parent, _, last = raw.rpartition(".")
             above = prefixes[f"{parent}." if parent else ""]
             prefixes[f"{raw}."] = above if last in _WRAPPED else f"{above}{last}."
-    names = dict.fromkeys(module.state_dict(keep_vars=True))
-    names.update(dict.fromkeys(name for name, _ in module.named_parameters()))
-    return {key: canonical(key) for key in names}
+    return canonical
 
 
-def module_state(module: nn.Module) -> dict[str, Any]:
-    """The module's state dict under canonical names; tensors alias the module's own."""
-    names = canonical_names(module)
-    return {names[key]: value for key, value in module.state_dict().items()}
+def module_state(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
+    """The module's state dict under canonical names; tensors alias the module's own, or with
+    `keep_vars` are its own."""
+    state = module.state_dict(keep_vars=keep_vars)
+    names = _canonical_names(module, state)
+    return {names[key]: value for key, value in state.items()}
 
 
 def parameter_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
@@ -118,10 +142,22 @@ def parameter_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
     found = list(modules)
     names: dict[int, str] = {}
     for prefix, module in found:
-        canonical = canonical_names(module)
-        for raw, parameter in module.named_parameters():
-            name = canonical[raw]
-            names.setdefault(id(parameter), f"{prefix}.{name}" if len(found) > 1 else name)
+        for identity, name in _names_by_identity(module).items():
+            names.setdefault(identity, f"{prefix}.{name}" if len(found) > 1 else name)
+    return names
+
+
+def _names_by_identity(module: nn.Module) -> dict[int, str]:
+    state = module.state_dict(keep_vars=True)
+    own = {key: id(value) for key, value in state.items() if isinstance(value, nn.Parameter)}
+    depends_on = (own, _kinds(module))
+    known = _by_identity.get(module)
+    if known is not None and known[0] == depends_on:
+        return known[1]
+    canonical = canonical_names(module)
+    names = {id(parameter): canonical[raw] for raw, parameter in module.named_parameters()}
+    if names.keys() <= set(own.values()):  # else it depends on more
+        _by_identity[module] = depends_on, names
     return names
 
 

@@ -7,7 +7,6 @@ volumes and comparisons need no special cases.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import struct
 import zlib
@@ -179,11 +178,6 @@ class LocalPlan:
                 "own_trees": self.own_trees,
             }
         )
-
-    def copied(self) -> LocalPlan:
-        """The same plan over copies of its data in CPU memory."""
-        data = tuple(part.detach().to("cpu", copy=True) for part in self.data)
-        return dataclasses.replace(self, data=data)
 
     @classmethod
     def unpack(cls, data: bytes) -> LocalPlan:

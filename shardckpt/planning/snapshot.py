@@ -1,0 +1,160 @@
+"""A state as it is at one moment, taken in a millisecond or two, to be copied a little later.
+
+Values and containers are copied, and so are the tensors that may change before the next
+optimizer step: buffers of modules, which forward changes, arrays, and small tensors that
+stand in the state by themselves. Parameters, optimizer state and large tensors are held as
+they are, with their version: whoever copies them later can tell whether they were changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shardckpt.planning.flatten import FlatState, PerRank
+from shardckpt.planning.stateful import (
+    has_state,
+    module_state,
+    modules_in,
+    optimizer_state,
+    parameter_names,
+)
+
+__all__ = ["Snapshot", "take_snapshot"]
+
+_DEPTH_LIMIT = 120  # beyond what can be saved: flatten says so
+_COPYABLE = (torch.Tensor, nn.Parameter, DTensor)
+_NEVER = -1.0
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """`state`: nested containers of values and tensors, without modules and optimizers.
+    `held`: id of a tensor that was not copied -> its version and address at that moment."""
+
+    state: Any = None
+    held: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def changed(self, flat: FlatState) -> str | None:
+        """The name of a tensor that was held and has been changed since, if any.
+
+        Seen is what torch itself does; not what goes through `.data`, numpy or other libraries.
+        """
+        for name, tensor in (*flat.tensors.items(), *flat.own.items()):
+            mark = self.held.get(id(tensor))
+            if mark is not None and mark != _mark(tensor):
+                return name
+        return None
+
+
+def take_snapshot(state: Any, *, small_bytes: int) -> Snapshot:
+    """Take a snapshot; tensors by themselves of up to `small_bytes` are copied.
+
+    Not collective, changes nothing. Raises what asking modules, optimizers and objects for
+    their state raises.
+    """
+    with torch.no_grad():
+        taker = _Taker(state)
+        taker.snapshot.state = taker.walk(state, "", copy_up_to=small_bytes)
+    return taker.snapshot
+
+
+class _Taker:
+    def __init__(self, state: Any) -> None:
+        self.snapshot = Snapshot()
+        self.modules = list(modules_in(state))
+        self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.arrays: dict[int, np.ndarray[Any, Any]] = {}
+
+    @cached_property
+    def parameters(self) -> set[tuple[Any, ...]]:
+        return {_memory(p) for _, module in self.modules for p in module.parameters()}
+
+    def walk(self, value: Any, at: str, *, copy_up_to: float, depth: int = 0) -> Any:
+        """The value without its modules and optimizers, containers copied, tensors taken."""
+        if isinstance(value, torch.Tensor):
+            return self.take(value, copy_up_to)
+        if value is None or isinstance(value, (str, int, float, torch.Size)):
+            return value
+        if depth > _DEPTH_LIMIT:
+            return value
+        if isinstance(value, Mapping):
+            return {
+                key: self.walk(item, f"{at}.{key}", copy_up_to=copy_up_to, depth=depth + 1)
+                for key, item in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            items = [
+                self.walk(item, f"{at}.{i}", copy_up_to=copy_up_to, depth=depth + 1)
+                for i, item in enumerate(value)
+            ]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, np.ndarray):
+            return self.arrays.setdefault(id(value), value.copy())
+        if isinstance(value, (set, bytearray)):
+            return value.copy()
+        if isinstance(value, nn.Module):
+            # What is no parameter may change in forward, as running statistics do.
+            return {
+                key: self.hold(item)
+                if isinstance(item, nn.Parameter)
+                else self.walk(item, f"{at}.{key}", copy_up_to=math.inf)
+                for key, item in module_state(value, keep_vars=True).items()
+            }
+        if isinstance(value, Optimizer):
+            names = parameter_names(self.modules)
+            found = optimizer_state(value, names, at=at.removeprefix("."))
+            state = self.walk(found.pop("state"), at, copy_up_to=_NEVER)
+            return {"state": state, **self.walk(found, at, copy_up_to=math.inf)}
+        if isinstance(value, PerRank):
+            inner = self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth)
+            return PerRank(inner, value.on_resize)
+        if has_state(value):
+            return self.walk(value.state_dict(), at, copy_up_to=copy_up_to, depth=depth)
+        return value
+
+    def take(self, tensor: torch.Tensor, copy_up_to: float) -> torch.Tensor:
+        """A copy of a tensor of up to so many bytes that is no parameter; else itself."""
+        if copy_up_to < 0 or type(tensor) not in _COPYABLE:
+            return self.hold(tensor)
+        if tensor.numel() * tensor.element_size() > copy_up_to:
+            return self.hold(tensor)
+        memory = _memory(tensor)
+        if memory in self.parameters:
+            return self.hold(tensor)
+        if memory not in self.copies:  # tied ones stay tied
+            self.copies[memory] = tensor.detach().clone()
+        return self.copies[memory]
+
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) not in _COPYABLE:
+            return tensor  # one that can't be saved, or whose parts are other tensors
+        if tensor.is_inference():  # which has no version
+            return tensor.clone()
+        if type(tensor) is not DTensor:  # whose detach() is slow
+            tensor = tensor.detach()  # stays what it is after `parameter.data = ...`
+        self.snapshot.held[id(tensor)] = _mark(tensor)
+        return tensor
+
+
+def _mark(tensor: torch.Tensor) -> tuple[int, int]:
+    if type(tensor) is DTensor:  # the attribute is private in torch 2.13, to_local() is slow
+        return tensor._version, tensor._local_tensor.data_ptr()
+    return tensor._version, 0
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory seen in the same way; within torch.no_grad()."""
+    local = tensor.to_local() if type(tensor) is DTensor else tensor
+    if local.layout is not torch.strided or not local.numel():
+        return (id(tensor),)
+    return (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape)
