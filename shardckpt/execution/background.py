@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardckpt import knobs
 from shardckpt.errors import StateError
-from shardckpt.execution.stager import Image, ImagePool, current_events, stage
+from shardckpt.execution.stager import Image, ImagePool, current_events, stage, staged_bytes
 from shardckpt.planning.flatten import flatten
 from shardckpt.planning.snapshot import Snapshot, take_snapshot
 from shardckpt.planning.table import LocalPlan, local_plan
@@ -126,8 +126,8 @@ class _Job:
     def _stage(self, images: ImagePool) -> None:
         flat = flatten(self.snapshot.state, rank=self.rank)
         plan = local_plan(flat, world_size=self.world_size)
-        size_bytes = sum(data.numel() * data.element_size() for data in plan.data)
-        self.image = images.take(size_bytes, pinned=any(data.is_cuda for data in plan.data))
+        on_gpu = any(data.is_cuda for data in plan.data)
+        self.image = images.take(staged_bytes(plan), pinned=on_gpu)
         self.plan = stage(plan, self.image, self.events)
         changed = self.snapshot.changed(flat)
         if changed is not None:

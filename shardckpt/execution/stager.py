@@ -7,16 +7,20 @@ import mmap
 import threading
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardckpt import knobs
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES
+from shardckpt.planning.assembly import chunk_bytes
+from shardckpt.planning.kinds import files_of
 from shardckpt.planning.save_plan import layout_order
 from shardckpt.planning.table import LocalPlan
 
-__all__ = ["Image", "ImagePool", "current_events", "stage"]
+__all__ = ["Image", "ImagePool", "current_events", "stage", "staged_bytes"]
 
+_PAGE_BYTES = 4096
 _GRANULE_BYTES = 2 << 20  # a huge page
 
 
@@ -45,20 +49,20 @@ class Image:
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
 
     def views(self, plan: LocalPlan) -> list[torch.Tensor]:
-        """Where each row of the plan goes: contiguous, in the order of a shard that holds all."""
-        specs = (*plan.common, *plan.own)
-        rows = plan.chunks.tensor
-        dtypes = [specs[index].dtype for index in rows.tolist()]
-        shape = (dtypes, plan.chunks.pack())
-        if self._views[0] != shape:
-            views: list[torch.Tensor] = [self._bytes] * len(rows)
-            begin = 0
-            for row in layout_order(specs, rows, plan.chunks.boxes).tolist():
-                data = plan.data[row]
-                end = begin + data.numel() * data.element_size()
-                views[row] = self._bytes[begin:end].view(DTYPES[dtypes[row]]).view(data.shape)
-                begin = end
-            self._views = shape, views
+        """Where each row of the plan goes: in the order of the files, each from a page's start."""
+        specs, chunks = (*plan.common, *plan.own), plan.chunks
+        dtypes = [specs[index].dtype for index in chunks.tensor.tolist()]
+        layout = (dtypes, chunks.pack(), plan.kind.tobytes())
+        if self._views[0] != layout:
+            file = files_of(plan.kind[chunks.tensor], chunk_bytes(specs, chunks))
+            views: list[torch.Tensor] = [self._bytes] * len(chunks)
+            end, last = 0, -1
+            for row in layout_order(specs, chunks, file).tolist():
+                data, dtype = plan.data[row], DTYPES[dtypes[row]]
+                begin, last = end if file[row] == last else end + -end % _PAGE_BYTES, file[row]
+                end = begin + data.numel() * dtype.itemsize
+                views[row] = self._bytes[begin:end].view(dtype).view(data.shape)
+            self._views = layout, views
         return self._views[1]
 
 
@@ -102,6 +106,12 @@ class ImagePool:
             if self._spare is None or self._spare.size_bytes < image.size_bytes:
                 self._spare = image
             self._changed.notify_all()
+
+
+def staged_bytes(plan: LocalPlan) -> int:
+    """The size of an image that holds the plan's data."""
+    size_bytes = sum(data.numel() * data.element_size() for data in plan.data)
+    return size_bytes + _PAGE_BYTES * len(np.unique(plan.kind))
 
 
 def current_events() -> dict[torch.device, Any]:

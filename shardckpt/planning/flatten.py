@@ -28,6 +28,8 @@ from shardckpt.format import values
 from shardckpt.planning.chunks import local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
 from shardckpt.planning.stateful import (
+    ModuleState,
+    OptimizerState,
     has_state,
     module_state,
     modules_in,
@@ -116,11 +118,14 @@ class _Flattener:
         if isinstance(value, np.ndarray):
             return values.reference("numpy", self.add(_from_numpy(value, name), name))
         if isinstance(value, nn.Module):
+            value = ModuleState(module_state(value), frozen_entries(value))
+        if isinstance(value, ModuleState):
             return self.module(value, name, depth)
         if isinstance(value, Optimizer):
+            value = OptimizerState(optimizer_state(value, self.parameter_names(), at=name))
+        if isinstance(value, OptimizerState):
             before = len(self.flat.tensors)
-            packed = optimizer_state(value, self.parameter_names(), at=name)
-            node = self.walk(packed, name, depth)
+            node = self.walk(value.entries, name, depth)
             added = itertools.islice(self.flat.tensors, before, None)
             self.flat.kinds.update(dict.fromkeys(added, OPTIMIZER))
             return node
@@ -131,10 +136,10 @@ class _Flattener:
         self.take(name)
         return values.encode(value, at=name)
 
-    def module(self, module: nn.Module, name: str, depth: int) -> Any:
+    def module(self, module: ModuleState, name: str, depth: int) -> Any:
         before = len(self.flat.tensors)
-        node = self.walk(module_state(module), name, depth)
-        frozen = {f"{name}.{own}" if name else own for own in frozen_entries(module)}
+        node = self.walk(module.entries, name, depth)
+        frozen = {f"{name}.{own}" if name else own for own in module.frozen}
         added = [n for n in itertools.islice(self.flat.tensors, before, None) if n in frozen]
         if added:
             self.flat.kinds.update(dict.fromkeys(added, kind_of(self.frozen_modules)))

@@ -21,7 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardckpt.planning.flatten import FlatState, PerRank
+from shardckpt.planning.kinds import frozen_entries
 from shardckpt.planning.stateful import (
+    ModuleState,
+    OptimizerState,
     has_state,
     module_state,
     modules_in,
@@ -38,7 +41,7 @@ _NEVER = -1.0
 
 @dataclass(slots=True)
 class Snapshot:
-    """`state`: nested containers of values and tensors, without modules and optimizers.
+    """`state`: nested containers of values and tensors, modules and optimizers read out.
     `held`: id of a tensor that was not copied -> its version and address at that moment."""
 
     state: Any = None
@@ -74,6 +77,8 @@ class _Taker:
         self.modules = list(modules_in(state))
         self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
+        # First of all: what is copied of a module must be found wherever else it stands.
+        self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
 
     @cached_property
     def parameters(self) -> set[tuple[Any, ...]]:
@@ -103,18 +108,13 @@ class _Taker:
         if isinstance(value, (set, bytearray)):
             return value.copy()
         if isinstance(value, nn.Module):
-            # What is no parameter may change in forward, as running statistics do.
-            return {
-                key: self.hold(item)
-                if isinstance(item, nn.Parameter)
-                else self.walk(item, f"{at}.{key}", copy_up_to=math.inf)
-                for key, item in module_state(value, keep_vars=True).items()
-            }
+            return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
             names = parameter_names(self.modules)
             found = optimizer_state(value, names, at=at.removeprefix("."))
             state = self.walk(found.pop("state"), at, copy_up_to=_NEVER)
-            return {"state": state, **self.walk(found, at, copy_up_to=math.inf)}
+            rest = self.walk(found, at, copy_up_to=math.inf)
+            return OptimizerState({"state": state, **rest})
         if isinstance(value, PerRank):
             inner = self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth)
             return PerRank(inner, value.on_resize)
@@ -122,16 +122,27 @@ class _Taker:
             return self.walk(value.state_dict(), at, copy_up_to=copy_up_to, depth=depth)
         return value
 
+    def module(self, module: nn.Module, at: str) -> ModuleState:
+        entries = module_state(module, keep_vars=True)
+        trained = True
+        for key, item in entries.items():
+            if isinstance(item, nn.Parameter):
+                trained = trained and item.requires_grad
+                entries[key] = self.hold(item)
+            else:  # it may change in forward, as running statistics do
+                trained = False
+                entries[key] = self.walk(item, f"{at}.{key}", copy_up_to=math.inf)
+        return ModuleState(entries, frozenset() if trained else frozen_entries(module))
+
     def take(self, tensor: torch.Tensor, copy_up_to: float) -> torch.Tensor:
         """A copy of a tensor of up to so many bytes that is no parameter; else itself."""
         if copy_up_to < 0 or type(tensor) not in _COPYABLE:
             return self.hold(tensor)
-        if tensor.numel() * tensor.element_size() > copy_up_to:
-            return self.hold(tensor)
         memory = _memory(tensor)
-        if memory in self.parameters:
-            return self.hold(tensor)
         if memory not in self.copies:  # tied ones stay tied
+            large = tensor.numel() * tensor.element_size() > copy_up_to
+            if large or memory in self.parameters:
+                return self.hold(tensor)
             self.copies[memory] = tensor.detach().clone()
         return self.copies[memory]
 

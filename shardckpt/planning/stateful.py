@@ -9,7 +9,8 @@ optimizer, which leaves its step count at one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,8 @@ from torch.optim import Optimizer
 from shardckpt.errors import OptimizerModuleError, UnsupportedLeafError
 
 __all__ = [
+    "ModuleState",
+    "OptimizerState",
     "canonical_names",
     "has_state",
     "module_state",
@@ -33,6 +36,22 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 # What the walks over a module found, with all that it depends on: most of the time a save takes.
 _canonical: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = WeakKeyDictionary()
 _by_identity: WeakKeyDictionary[nn.Module, tuple[Any, dict[int, str]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleState:
+    """A module read out: its entries by canonical name, and which may be taken to stay as they
+    are (see planning/kinds)."""
+
+    entries: dict[str, Any]
+    frozen: Set[str]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """An optimizer read out; see optimizer_state."""
+
+    entries: dict[str, Any]
 
 
 def has_state(value: Any) -> bool:
