@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,6 @@ from shardckpt.execution.disk import MappedFiles, disk_tensor
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.execution.reader import read_all
 from shardckpt.execution.verify import verify_shards
-from shardckpt.format import values
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
@@ -98,7 +98,10 @@ class Checkpoint(Mapping[str, Any]):
 
     def __init__(self, path: str, *, storage: Storage) -> None:
         self._files, self.manifest = open_manifest(storage, path)
-        self._saved = SavedState(self.manifest)
+
+    @functools.cached_property
+    def _saved(self) -> SavedState:
+        return SavedState(self.manifest)
 
     @property
     def path(self) -> str:
@@ -125,13 +128,6 @@ class Checkpoint(Mapping[str, Any]):
     def tensors(self) -> dict[str, SavedTensor]:
         """All tensors and arrays by name, none of them read."""
         return {name: self[name] for name, node in self._saved.leaves.items() if _is_array(node)}
-
-    def encoded(self, name: str) -> Any:
-        """The typed JSON of a value (docs/format.md); every rank's, in a list, for a PerRank."""
-        node = self._saved.leaves[name]
-        if isinstance(node, TensorRef) and node.kind == "per_rank":
-            return [own[int(node.name)] for own in self.manifest.per_rank]
-        return values.encode(node, at=name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._saved.leaves)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from shardckpt._version import __version__
 from shardckpt.api import open_checkpoint
-from shardckpt.checkpoint import Checkpoint, SavedTensor
+from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.progress import progress_bar, size_text
-from shardckpt.errors import CorruptionError, ShardckptError
+from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
 from shardckpt.execution.rescue import explain_manifest, rescue
 from shardckpt.execution.reshard import reshard
+from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
 
 __all__ = ["main"]
@@ -25,12 +26,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except ShardckptError as error:
         print(f"shardckpt {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        if isinstance(error, NotACheckpointError):
+            print(_checkpoints_below(error.path), end="", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def _checkpoints_below(path: str | None) -> str:
+    """A hint for who gave the folder of a run: the checkpoints in it."""
+    try:
+        names = sorted(os.listdir(path or "."))
+    except OSError:
+        return ""
+    found = [n for n in names if os.path.isfile(os.path.join(path or ".", n, MANIFEST_NAME))]
+    return f"  checkpoints in it: {', '.join(found[:20])}\n" if found else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what is in a checkpoint")
     inspect.add_argument("path")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+    inspect.add_argument("--all", action="store_true", help="a line for each tensor")
+    inspect.add_argument(
+        "--keys", nargs="+", metavar="NAME", help="these alone: prefixes of names, or patterns"
+    )
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="check every byte of a checkpoint")
     verify.add_argument("path")
@@ -70,80 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 def _inspect(options: argparse.Namespace) -> None:
     with open_checkpoint(options.path) as checkpoint:
         if options.json:
-            print(json.dumps(_facts(checkpoint), indent=2))
+            print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
         else:
-            print("\n".join(_lines(checkpoint)))
-
-
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    manifest = checkpoint.manifest
-    tensors, other = _entries(checkpoint)
-    return {
-        "path": checkpoint.path,
-        "id": manifest.checkpoint_id,
-        "created": manifest.created,
-        "library": manifest.library,
-        "format_version": manifest.format_version,
-        "world_size": manifest.world_size,
-        "shards": [{"name": s.name, "size_bytes": s.size_bytes} for s in manifest.shards],
-        "tensors": {
-            name: {
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "shape": list(tensor.shape),
-                "size_bytes": tensor.size_bytes,
-                "shards": sorted(tensor.shards),
-            }
-            for name, tensor in tensors.items()
-        },
-        "values": other,
-        "notes": manifest.notes,
-    }
-
-
-def _entries(checkpoint: Checkpoint) -> tuple[dict[str, SavedTensor], dict[str, Any]]:
-    """Tensors by name, and values as typed JSON."""
-    tensors = checkpoint.tensors()
-    return tensors, {name: checkpoint.encoded(name) for name in checkpoint if name not in tensors}
-
-
-def _lines(checkpoint: Checkpoint) -> list[str]:
-    facts = _facts(checkpoint)
-    total = sum(shard["size_bytes"] for shard in facts["shards"])
-    lines = [
-        f"{facts['path']}",
-        f"  id {facts['id']}, {facts['created']}, by {facts['library']}, "
-        f"format {facts['format_version']}",
-        f"  {facts['world_size']} ranks, {len(facts['shards'])} shards, {size_text(total)}",
-        "",
-        "tensors",
-    ]
-    rows = [
-        (
-            name,
-            tensor["dtype"],
-            str(tensor["shape"]),
-            size_text(tensor["size_bytes"]),
-            "shard " + ",".join(map(str, tensor["shards"])) if tensor["shards"] else "",
-        )
-        for name, tensor in facts["tensors"].items()
-    ]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
-    for name, dtype, shape, size, shards in rows:
-        lines.append(
-            f"  {name:{widths[0]}}  {dtype:{widths[1]}}  {shape:{widths[2]}}  "
-            f"{size:>{widths[3]}}  {shards}".rstrip()
-        )
-    lines += ["", "values"]
-    width = max(map(len, facts["values"]), default=0)
-    for name, value in facts["values"].items():
-        text = json.dumps(value)
-        lines.append(f"  {name:{width}}  {text if len(text) <= 80 else text[:77] + '...'}")
-    lines += [
-        "",
-        "shards",
-        *(f"  {s['name']}  {size_text(s['size_bytes'])}" for s in facts["shards"]),
-    ]
-    return lines
+            for line in page(checkpoint, keys=options.keys, everything=options.all):
+                print(line)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -209,7 +159,3 @@ def _reshard(options: argparse.Namespace) -> None:
                 progress=bar.reach,
             )
     print(f"{options.target}: {options.world_size} shards, {size_text(total)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,6 +8,7 @@ key that begins with "$": docs/format.md lists them.
 from __future__ import annotations
 
 import base64
+import collections
 import enum
 import math
 import pathlib
@@ -49,7 +50,7 @@ def encode(value: Any, *, at: str) -> Any:
         return _scalar(value)
     if kind is list:
         return [encode(item, at=_below(at, i)) for i, item in enumerate(value)]
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not isinstance(value, collections.Counter):
         items = [(key, encode(item, at=_below(at, key))) for key, item in value.items()]
         return mapping(items, at=at)
     if isinstance(value, TensorRef):
@@ -102,8 +103,7 @@ def _plain(key: str) -> bool:
 def _tagged(value: Any, at: str) -> Any:
     """The object with a "$" key for a value of a type that JSON lacks; None for one unknown."""
     if isinstance(value, enum.Enum):
-        kind = type(value)
-        return {"$enum": [kind.__module__, kind.__qualname__, value.name]}
+        return _enum_node(value)
     if isinstance(value, np.generic):
         if value.dtype.hasobject or value.dtype.kind == "V":
             return None
@@ -121,6 +121,10 @@ def _tagged(value: Any, at: str) -> Any:
     if isinstance(value, (tuple, list)):
         items = [encode(item, at=_below(at, i)) for i, item in enumerate(value)]
         return {"$tuple": items} if isinstance(value, tuple) else items
+    if isinstance(value, collections.deque):
+        return {"$deque": [value.maxlen, [encode(item, at=at) for item in value]]}
+    if isinstance(value, collections.Counter):
+        return {"$counter": [[encode(k, at=at), encode(n, at=at)] for k, n in value.items()]}
     if isinstance(value, (set, frozenset)):
         tag = "$set" if isinstance(value, set) else "$frozenset"
         return {tag: sorted((encode(item, at=at) for item in value), key=msgspec.json.encode)}
@@ -138,6 +142,23 @@ def _tagged(value: Any, at: str) -> Any:
     if isinstance(value, pathlib.PurePath):
         return {"$path": _scalar(str(value))}
     return None
+
+
+def _enum_node(value: enum.Enum) -> Any:
+    """None for an enum that could not be found again by its name, as one made in a function."""
+    kind = type(value)
+    if _class_at(kind.__module__, kind.__qualname__) is not kind:
+        return None
+    single = kind.__members__.get(value.name or "") is value  # a combination of flags is none
+    return {"$enum": [kind.__module__, kind.__qualname__, value.name if single else value.value]}
+
+
+def _class_at(module: str, qualname: str) -> Any:
+    """What is at this name in a module that has been imported; None if nothing is."""
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _base64(raw: bytes) -> str:
@@ -210,9 +231,7 @@ def _integer(text: str) -> int:
 
 def _enum(body: Any, item: Any, tensor: Any) -> Any:
     module, qualname, name = _checked(body, list)
-    found: Any = sys.modules.get(_checked(module, str))
-    for part in _checked(qualname, str).split("."):
-        found = getattr(found, part, None)
+    found = _class_at(_checked(module, str), _checked(qualname, str))
     if not (isinstance(found, type) and issubclass(found, enum.Enum)):
         raise CheckpointError(
             "An enum was saved whose class is not there",
@@ -220,6 +239,8 @@ def _enum(body: Any, item: Any, tensor: Any) -> Any:
             actual="no such class among the imported modules",
             remedy=f"import {module} first, or leave this entry out with keys=",
         )
+    if type(name) is int and issubclass(found, enum.Flag):
+        return found(name)
     return found[_checked(name, str)]
 
 
@@ -229,6 +250,13 @@ def _dict(body: Any, item: Any, tensor: Any) -> Any:
     if len(result) != len(pairs):
         raise ValueError("a key stands twice")
     return result
+
+
+def _deque(body: Any, item: Any, tensor: Any) -> Any:
+    limit, items = _checked(body, list)
+    if limit is not None:
+        _checked(limit, int)
+    return collections.deque((item(part) for part in _checked(items, list)), limit)
 
 
 def _numpy(body: Any, item: Any, tensor: Any) -> Any:
@@ -290,7 +318,9 @@ _DECODERS: dict[str, _Decoder] = {
     "$size": _ints(torch.Size, spread=False),
     "$slice": _ints(slice, spread=True),
     "$range": _ints(range, spread=True),
-    "$path": lambda body, item, tensor: pathlib.PurePath(_checked(item(body), str)),
+    "$path": lambda body, item, tensor: pathlib.Path(_checked(item(body), str)),
+    "$counter": lambda body, item, tensor: collections.Counter(_dict(body, item, tensor)),
+    "$deque": _deque,
     "$enum": _enum,
     "$numpy": _numpy,
 }

@@ -11,9 +11,13 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.chunks import LocalChunk, local_chunks
+from shardckpt.planning.flatten import Ties
 from shardckpt.planning.saved import SavedState, below, children
 
-__all__ = ["Allocate", "Builder", "allocate"]
+__all__ = ["NOTHING", "Allocate", "Builder", "allocate"]
+
+NOTHING = object()
+"""Stands for what was not saved."""
 
 Allocate = Callable[[str, str, TensorEntry], tuple[torch.Tensor, bool]]
 """(name in the state, name in the manifest, what was saved) -> the tensor that stands for it,
@@ -29,7 +33,8 @@ class Builder:
     """Builds saved nodes; the reads that fill their tensors are appended to `reads`.
 
     Tensors are those of `like` where one of that name has the same shape and dtype, else
-    they come from `new`. Tied tensors are one tensor. `built` are the names of all leaves.
+    they come from `new`. `filled`: memory -> the saved tensor that it is filled with, so that
+    no memory is filled twice. Tied tensors are one tensor. `built` are the names of all leaves.
     """
 
     def __init__(
@@ -38,11 +43,13 @@ class Builder:
         reads: list[tuple[TensorEntry, LocalChunk]],
         *,
         like: Mapping[str, torch.Tensor] | None = None,
+        filled: Ties | None = None,
         new: Allocate = allocate,
     ) -> None:
         self.saved = saved
         self.reads = reads
         self.like = like or {}
+        self.filled = filled or Ties()
         self.new = new
         self.built: list[str] = []
         self._tied: dict[TensorRef, Any] = {}
@@ -72,6 +79,8 @@ class Builder:
             or tensor.dtype != DTYPES[entry.dtype]
         ):
             tensor, to_read = self.new(name, ref.name, entry)
+        elif self.filled.first(tensor, ref.name) != ref.name:
+            tensor = torch.empty_like(tensor)  # tied where it is, but not as it was saved
         if to_read:
             for chunk in local_chunks(tensor, name=name):
                 self.reads.append(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
 
@@ -22,6 +23,7 @@ __all__ = [
     "Box",
     "LocalChunk",
     "box_slices",
+    "check_dense",
     "is_distributed",
     "local_chunks",
     "local_tensor",
@@ -89,7 +91,7 @@ def local_chunks(tensor: torch.Tensor, *, name: str) -> list[LocalChunk]:
 
     Not collective. Boxes without elements are left out, except that a global tensor
     without elements is one empty box. Raises PartialPlacementError for a DTensor of
-    partial sums and UnsupportedLeafError for layouts that are not dense.
+    partial sums. See check_dense for what else is refused.
     """
     if type(tensor) in _PLAIN:
         chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
@@ -103,17 +105,8 @@ def local_chunks(tensor: torch.Tensor, *, name: str) -> list[LocalChunk]:
             for shard in tensor.local_shards()  # type: ignore[attr-defined]
         ]
     else:
-        _refuse_wrapper_subclass(tensor, name=name)
-        chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
-    for chunk in chunks:
-        if chunk.data.layout is not torch.strided or chunk.data.is_quantized:
-            raise UnsupportedLeafError(
-                "A tensor of this layout can't be saved",
-                tensor=name,
-                expected="a dense (strided) tensor",
-                actual=f"{chunk.data.layout}{', quantized' if chunk.data.is_quantized else ''}",
-                remedy="convert it first, with to_dense() or dequantize()",
-            )
+        # An operation on a tensor that lies on the disk makes it a plain one; see DiskTensor.
+        chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor.detach())]
     if 0 in tensor.shape:
         return chunks
     return [chunk for chunk in chunks if 0 not in chunk.sizes]
@@ -125,16 +118,35 @@ def _is_sharded_tensor(tensor: torch.Tensor) -> bool:
     return type(tensor).__name__ == "ShardedTensor" and hasattr(tensor, "local_shards")
 
 
-def _refuse_wrapper_subclass(tensor: torch.Tensor, *, name: str) -> None:
-    # Semi-public in torch 2.13: tensor subclasses that wrap other tensors announce themselves so.
-    if hasattr(tensor, "__tensor_flatten__"):
-        raise UnsupportedLeafError(
-            "A tensor subclass that wraps other tensors can't be saved",
-            tensor=name,
-            expected="a tensor, DTensor or ShardedTensor",
-            actual=f"{type(tensor).__module__}.{type(tensor).__qualname__}",
-            remedy="save the tensors it wraps, or convert it to a plain tensor first",
-        )
+def check_dense(tensor: torch.Tensor, *, name: str) -> None:
+    """Raise UnsupportedLeafError, naming the tensor, for one whose elements don't lie in memory
+    as strides say: sparse, quantized, nested, not initialised, or of a class that wraps others."""
+    kind = type(tensor)
+    if kind in _PLAIN:
+        if tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested):
+            return
+        also = ", quantized" if tensor.is_quantized else ", nested" if tensor.is_nested else ""
+        actual, remedy = f"{tensor.layout}{also}", "convert it first: to_dense(), dequantize() ..."
+    elif isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        actual, remedy = "a lazy parameter", "run the module once, which gives it its shape"
+    elif is_distributed(tensor) or not _may_wrap(tensor):
+        return
+    else:
+        actual = f"{kind.__module__}.{kind.__qualname__}, which wraps other tensors or has none"
+        remedy = "save what it wraps, or convert it to a plain tensor first"
+    raise UnsupportedLeafError(
+        "A tensor of this kind can't be saved or loaded",
+        tensor=name,
+        expected="a dense tensor, DTensor or ShardedTensor",
+        actual=actual,
+        remedy=remedy,
+    )
+
+
+def _may_wrap(tensor: torch.Tensor) -> bool:
+    # Tensor subclasses that wrap others announce themselves by __tensor_flatten__, semi-public in
+    # torch 2.13. Fake ones don't: asked for the address of their memory, they crash the process.
+    return hasattr(tensor, "__tensor_flatten__") or type(tensor).__name__ == "FakeTensor"
 
 
 def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:

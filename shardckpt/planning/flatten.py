@@ -14,6 +14,7 @@ seen in the same way) is kept once; both places refer to it.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,11 +26,12 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import values
-from shardckpt.planning.chunks import local_tensor
+from shardckpt.planning.chunks import check_dense, local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
 from shardckpt.planning.stateful import (
     ModuleState,
     OptimizerState,
+    foreign_buffers,
     has_state,
     module_state,
     modules_in,
@@ -62,13 +64,15 @@ class FlatState:
     """A flattened state: what flatten returns.
 
     `tensors`: name -> tensor that every rank has (some may hold no part of it). `own`:
-    name -> tensor of this rank alone, from inside PerRank. `kinds`: name -> kind of the
-    tensors whose kind (see planning/kinds) is not MAIN. `tree`: the typed JSON of the
-    state, equal on every rank. `own_trees`: the typed JSON of the PerRank values.
+    name -> tensor of this rank alone, from inside PerRank. `foreign`: names among `tensors`
+    whose values are those of another rank. `kinds`: name -> kind of the tensors whose kind
+    (see planning/kinds) is not MAIN. `tree`: the typed JSON of the state, equal on every
+    rank. `own_trees`: the typed JSON of the PerRank values.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
+    foreign: set[str] = field(default_factory=set)
     kinds: dict[str, int] = field(default_factory=dict)
     tree: Any = None
     own_trees: list[Any] = field(default_factory=list)
@@ -81,8 +85,11 @@ def flatten(state: Any, *, rank: int) -> FlatState:
     that can't be saved, StateError where two entries have the same name.
     """
     flattener = _Flattener(state, rank=rank)
-    with torch.no_grad():  # to_local() is free then
-        flattener.flat.tree = flattener.walk(state, "", 0)
+    try:
+        with torch.no_grad():  # to_local() is free then
+            flattener.flat.tree = flattener.walk(state, "", 0)
+    except RecursionError as error:  # sets in sets: all else is counted on the way
+        raise _too_deep("") from error
     return flattener.flat
 
 
@@ -101,7 +108,8 @@ class _Flattener:
         """The typed JSON of the value at `name`, with references where tensors stand."""
         if isinstance(value, torch.Tensor):
             return values.reference("tensor", self.add(value, name))
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not isinstance(value, Counter):
+            self.take(name)
             self.check_depth(name, depth)
             items = [
                 (key, self.walk(item, f"{name}.{key}" if name else str(key), depth + 1))
@@ -109,6 +117,7 @@ class _Flattener:
             ]
             return values.mapping(items, at=name)
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            self.take(name)
             self.check_depth(name, depth)
             nodes = [
                 self.walk(item, f"{name}.{index}" if name else str(index), depth + 1)
@@ -118,7 +127,7 @@ class _Flattener:
         if isinstance(value, np.ndarray):
             return values.reference("numpy", self.add(_from_numpy(value, name), name))
         if isinstance(value, nn.Module):
-            value = ModuleState(module_state(value), frozen_entries(value))
+            value = ModuleState(module_state(value), frozen_entries(value), foreign_buffers(value))
         if isinstance(value, ModuleState):
             return self.module(value, name, depth)
         if isinstance(value, Optimizer):
@@ -139,7 +148,9 @@ class _Flattener:
     def module(self, module: ModuleState, name: str, depth: int) -> Any:
         before = len(self.flat.tensors)
         node = self.walk(module.entries, name, depth)
-        frozen = {f"{name}.{own}" if name else own for own in module.frozen}
+        below = f"{name}." if name else ""
+        frozen = {f"{below}{own}" for own in module.frozen}
+        self.flat.foreign.update(f"{below}{own}" for own in module.foreign)
         added = [n for n in itertools.islice(self.flat.tensors, before, None) if n in frozen]
         if added:
             self.flat.kinds.update(dict.fromkeys(added, kind_of(self.frozen_modules)))
@@ -147,7 +158,9 @@ class _Flattener:
         return node
 
     def take(self, name: str) -> None:
-        """Note the name of a leaf, which no other has."""
+        """Note the name of an entry, which no other has: loads go by names."""
+        if self.inside_per_rank:
+            name = f"{name}@rank{self.rank}"
         if name in self.names:
             raise StateError(
                 "Two entries of the state have the same name",
@@ -165,6 +178,14 @@ class _Flattener:
                 "A tensor by itself has no name", remedy='put it into a dict: {"name": tensor}'
             )
         self.take(name)
+        if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
+            raise StateError(
+                "The name of a tensor is no valid text",
+                tensor=ascii(name),
+                expected="Unicode without lone surrogates",
+                remedy="rename the key",
+            )
+        check_dense(tensor, name=name)
         if tensor.is_meta:
             raise UnsupportedLeafError(
                 "A tensor on the meta device holds no data",
@@ -196,12 +217,16 @@ class _Flattener:
 
     def check_depth(self, name: str, depth: int) -> None:
         if depth > _DEPTH_LIMIT:
-            raise UnsupportedLeafError(
-                "The state is nested too deeply, or contains itself",
-                tensor=f"{name[:80]}...",
-                expected=f"at most {_DEPTH_LIMIT} levels",
-                remedy="flatten it, or break the cycle",
-            )
+            raise _too_deep(f"{name[:80]}...")
+
+
+def _too_deep(name: str) -> UnsupportedLeafError:
+    return UnsupportedLeafError(
+        "The state is nested too deeply, or contains itself",
+        tensor=name,
+        expected=f"at most {_DEPTH_LIMIT} levels",
+        remedy="flatten it, or break the cycle",
+    )
 
 
 class Ties:
@@ -240,6 +265,14 @@ def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _from_numpy(array: np.ndarray[Any, Any], name: str) -> torch.Tensor:
     """A tensor over the array's memory where torch allows it, else over a copy."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise UnsupportedLeafError(
+            "A masked array can't be saved: its mask would be lost",
+            tensor=name,
+            expected="a plain numpy array",
+            actual="numpy.ma.MaskedArray",
+            remedy="save its data and its mask as two arrays",
+        )
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     if any(stride < 0 for stride in native.strides) or not native.flags.writeable:
         native = native.copy()

@@ -20,16 +20,14 @@ from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
-from shardckpt.planning.build import Builder
-from shardckpt.planning.chunks import LocalChunk, is_distributed, local_chunks
+from shardckpt.planning.build import NOTHING, Builder
+from shardckpt.planning.chunks import LocalChunk, check_dense, is_distributed, local_chunks
 from shardckpt.planning.flatten import PerRank, Ties
 from shardckpt.planning.modules import match_module, match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
 from shardckpt.planning.stateful import has_state, modules_in, parameter_names
 
 __all__ = ["Finish", "Matcher", "Mismatches"]
-
-_NOTHING = object()
 
 Finish = Callable[[], Any]
 """Puts a matched value in place, after the reads, and returns it."""
@@ -141,6 +139,7 @@ class Matcher:
         """Fill a tensor in place (one on the meta device: a new one like it); returns it."""
         if not self.saved.selected(name):
             return template
+        check_dense(template, name=name)
         entry = self.find(name)
         if entry is None or not self.agrees(entry, template, name):
             return template
@@ -176,6 +175,15 @@ class Matcher:
             )
         for chunk in local_chunks(tensor, name=name):
             data = chunk.data.detach()
+            steps = zip(data.stride(), data.shape, strict=True)
+            if any(step == 0 and size > 1 for step, size in steps):
+                raise StateError(
+                    "A tensor whose elements share memory can't be filled",
+                    tensor=name,
+                    expected="memory of its own for each element",
+                    actual=f"strides {data.stride()}",
+                    remedy="clone() it first: it was made by expand() or broadcasting",
+                )
             self.reads.append((entry, LocalChunk(chunk.offsets, chunk.sizes, data)))
 
     def array(self, template: np.ndarray[Any, Any], name: str) -> Finish:
@@ -214,7 +222,7 @@ class Matcher:
     def value(self, template: Any, name: str) -> Finish:
         """Replace a value by what was saved; an empty dict or list takes all below its name."""
         value = self.build(name)
-        if value is _NOTHING:
+        if value is NOTHING:
             return lambda: template
 
         def finish() -> Any:
@@ -233,8 +241,8 @@ class Matcher:
     def stateful(self, template: Any, name: str) -> Finish:
         """An object that restores itself: its tensors are filled where they have their match, and
         load_state_dict gets what was saved."""
-        value = self.build(name, like=dict(_tensors(template.state_dict(), name)))
-        if value is _NOTHING:
+        value = self.build(name, like=template.state_dict())
+        if value is NOTHING:
             return lambda: template
 
         def finish() -> Any:
@@ -243,13 +251,15 @@ class Matcher:
 
         return finish
 
-    def build(self, name: str, like: Mapping[str, torch.Tensor] | None = None) -> Any:
-        """What was saved at a name, anew; _NOTHING, noted as missing, where nothing was."""
+    def build(self, name: str, like: Any = None) -> Any:
+        """What was saved at a name, anew; NOTHING, noted as missing, where nothing was. Tensors in
+        `like`, a nested value, are filled where they agree."""
         if name not in self.saved.nodes:
             if self.saved.selected(name):
                 self.mismatches.missing.append(name)
-            return _NOTHING
-        builder = Builder(self.saved, self.reads, like=like)
+            return NOTHING
+        tensors = dict(_tensors(like, name))
+        builder = Builder(self.saved, self.reads, like=tensors, filled=self._filled)
         value = builder.build(self.saved.nodes[name], name)
         self.used.update(builder.built)
         return value

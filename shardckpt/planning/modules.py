@@ -12,6 +12,7 @@ from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
+from shardckpt.planning.build import NOTHING
 from shardckpt.planning.chunks import is_distributed
 from shardckpt.planning.saved import below
 from shardckpt.planning.stateful import canonical_names, optimizer_state
@@ -28,8 +29,17 @@ def match_module(matcher: Matcher, module: nn.Module, name: str) -> Finish:
     matcher.used.add(name)
     names = canonical_names(module)
     state = module.state_dict()
-    parts = {key: matcher.match(value, below(name, names[key])) for key, value in state.items()}
+    parts = {
+        key: _extra(matcher, value, below(name, names[key]))
+        if key.endswith("_extra_state")
+        else matcher.match(value, below(name, names[key]))
+        for key, value in state.items()
+    }
     own = {storage_of(t) for t in (*module.parameters(), *module.buffers())}
+    # Buffers that a module does not save, on the meta device: no load can fill them.
+    matcher.mismatches.missing += [
+        below(name, key) for key, t in module.named_buffers() if t.is_meta and key not in state
+    ]
 
     def finish() -> nn.Module:
         assign: dict[str, Any] = {}
@@ -48,6 +58,12 @@ def match_module(matcher: Matcher, module: nn.Module, name: str) -> Finish:
         return module
 
     return finish
+
+
+def _extra(matcher: Matcher, value: Any, name: str) -> Finish:
+    """What a module's set_extra_state takes: as saved, whatever get_extra_state returns now."""
+    found = matcher.build(name, like=value)
+    return lambda: value if found is NOTHING else found
 
 
 def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:

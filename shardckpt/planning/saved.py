@@ -6,8 +6,6 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-
 from shardckpt.errors import StateError
 from shardckpt.format import values
 from shardckpt.format.manifest import Manifest
@@ -103,9 +101,9 @@ class SavedState:
 
 def children(node: Any) -> list[tuple[Any, Any]]:
     """(key, item) of a saved node's items; none for a leaf, an empty container being one."""
-    if isinstance(node, dict):
+    if type(node) is dict:  # a Counter is one value
         return list(node.items())
-    if isinstance(node, (list, tuple)) and not isinstance(node, torch.Size):
+    if type(node) in (list, tuple):
         return list(enumerate(node))
     return []
 

@@ -25,6 +25,7 @@ from shardckpt.planning.kinds import frozen_entries
 from shardckpt.planning.stateful import (
     ModuleState,
     OptimizerState,
+    foreign_buffers,
     has_state,
     module_state,
     modules_in,
@@ -132,7 +133,8 @@ class _Taker:
             else:  # it may change in forward, as running statistics do
                 trained = False
                 entries[key] = self.walk(item, f"{at}.{key}", copy_up_to=math.inf)
-        return ModuleState(entries, frozenset() if trained else frozen_entries(module))
+        frozen = frozenset() if trained else frozen_entries(module)
+        return ModuleState(entries, frozen, foreign_buffers(module))
 
     def take(self, tensor: torch.Tensor, copy_up_to: float) -> torch.Tensor:
         """A copy of a tensor of up to so many bytes that is no parameter; else itself."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ __all__ = [
     "ModuleState",
     "OptimizerState",
     "canonical_names",
+    "foreign_buffers",
     "has_state",
     "module_state",
     "modules_in",
@@ -40,11 +42,12 @@ _by_identity: WeakKeyDictionary[nn.Module, tuple[Any, dict[int, str]]] = WeakKey
 
 @dataclass(frozen=True, slots=True)
 class ModuleState:
-    """A module read out: its entries by canonical name, and which may be taken to stay as they
-    are (see planning/kinds)."""
+    """A module read out: its entries by canonical name, which of them may be taken to stay as
+    they are (see planning/kinds), and those that are another rank's (see foreign_buffers)."""
 
     entries: dict[str, Any]
     frozen: Set[str]
+    foreign: Set[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,23 @@ def module_state(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Any
     state = module.state_dict(keep_vars=keep_vars)
     names = _canonical_names(module, state)
     return {names[key]: value for key, value in state.items()}
+
+
+def foreign_buffers(module: nn.Module) -> set[str]:
+    """Canonical names of the buffers of which this rank's values count for nothing: DDP replaces
+    them by those of its rank 0 before each forward, and until then batch norms let them drift."""
+    names: dict[str, str] | None = None
+    found: set[str] = set()
+    for prefix, part in module.named_modules():
+        if (
+            isinstance(part, nn.parallel.DistributedDataParallel)
+            and part.broadcast_buffers
+            and dist.get_rank(part.process_group) > 0
+        ):
+            names = names or canonical_names(module)
+            raw = (key for key, _ in part.named_buffers(prefix=prefix))
+            found.update(names[key] for key in raw if key in names)
+    return found
 
 
 def parameter_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:

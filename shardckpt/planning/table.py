@@ -223,7 +223,7 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     with torch.no_grad():  # to_local() and detach() are free then
         for tensors, common in groups:
             for name, tensor in tensors.items():
-                chunks = local_chunks(tensor, name=name)
+                chunks = [] if name in flat.foreign else local_chunks(tensor, name=name)
                 replicated = common and may_have_replicas(tensor, world_size=world_size)
                 for chunk in chunks:
                     owner.append(len(specs))

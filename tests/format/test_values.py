@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import enum
 import json
 import math
 import pathlib
@@ -17,16 +19,24 @@ from shardckpt import errors
 from shardckpt.format import values
 from shardckpt.format.values import TensorRef
 
+
+class Mode(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
 SCALARS = (
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False)
     | st.text(st.characters(codec=None))
+    | st.sampled_from([Mode.READ, Mode.READ | Mode.WRITE, Mode(0), collections.Counter("aab")])
+    | st.sampled_from([collections.deque([1, (2,)], 3), collections.deque()])
     | st.binary()
     | st.complex_numbers(allow_nan=False)
     | st.sampled_from([torch.bfloat16, torch.Size([2, 3]), slice(1, None, 2), range(3), -0.0])
-    | st.sampled_from([pathlib.PurePath("a/b"), torch.device("cpu"), np.float32(1.5), bytearray(2)])
+    | st.sampled_from([pathlib.Path("a/b"), torch.device("cpu"), np.float32(1.5), bytearray(2)])
 )
 KEYS = st.text() | st.integers() | st.booleans() | st.none() | st.tuples(st.integers(), st.text())
 TREES = st.recursive(
@@ -110,6 +120,9 @@ def test_a_set_is_written_the_same_way_each_time():
         {"$tensor": 3},
         {"$enum": ["os", "system"]},
         {"$str": "ff"},
+        {"$counter": [["a"]]},
+        {"$deque": [-1, []]},
+        {"$deque": ["3", []]},
     ],
     ids=json.dumps,
 )
@@ -122,6 +135,19 @@ def test_an_enum_that_is_no_enum_is_not_called():
     for target in (["os", "system", "x"], ["builtins", "print", "x"], ["nowhere", "E", "A"]):
         with pytest.raises(errors.CheckpointError):
             values.decode({"$enum": target}, tensor=lambda ref: ref)
+
+
+def test_an_enum_that_could_not_be_found_again():
+    class Local(enum.Enum):
+        A = 1
+
+    with pytest.raises(errors.UnsupportedLeafError) as caught:
+        values.encode({"e": Local.A}, at="")
+    assert caught.value.tensor == "e"
+
+
+def test_a_deque_keeps_its_length():
+    assert there_and_back(collections.deque([1, 2], 2)).maxlen == 2
 
 
 def test_an_unknown_type_is_named_with_its_path():

@@ -1,0 +1,8 @@
+"""`python -m shardckpt` is the shardckpt command."""
+
+import sys
+
+from shardckpt.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""What `shardckpt inspect` shows: a page for people, or JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from shardckpt.checkpoint import Checkpoint
+from shardckpt.cli.progress import size_text
+from shardckpt.format import values
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.values import TensorRef
+from shardckpt.planning.saved import SavedState, Select
+
+__all__ = ["facts", "page"]
+
+_VALUE_WIDTH = 80
+_MANY = 40  # tensors; from here on, those alike in numbered layers share a line
+
+
+def facts(checkpoint: Checkpoint, *, keys: Select = None) -> dict[str, Any]:
+    """All that a checkpoint says of itself, JSON-able; values in the format's typed JSON."""
+    manifest = checkpoint.manifest
+    saved = _saved(manifest, keys)
+    return {
+        "path": checkpoint.path,
+        "id": manifest.checkpoint_id,
+        "created": manifest.created,
+        "library": manifest.library,
+        "format_version": manifest.format_version,
+        "world_size": manifest.world_size,
+        "shards": [{"name": s.name, "size_bytes": s.size_bytes} for s in manifest.shards],
+        "tensors": {
+            name: {
+                "dtype": _dtype(entry),
+                "shape": list(entry.shape),
+                "size_bytes": entry.size_bytes,
+                "shards": _shards(entry),
+                "tied_to": source if source != name else None,
+            }
+            for name, source, entry in _tensors(saved)
+        },
+        "values": {name: values.encode(value, at=name) for name, value in _values(saved, manifest)},
+        "notes": manifest.notes,
+    }
+
+
+def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = False) -> Iterator[str]:
+    """The lines of a page about a checkpoint.
+
+    Many tensors that differ in the numbers of their layers alone share a line, unless they
+    were asked for by `keys` or with `everything`.
+    """
+    manifest = checkpoint.manifest
+    saved = _saved(manifest, keys)
+    tensors = list(_tensors(saved))
+    total = sum(shard.size_bytes for shard in manifest.shards)
+    yield checkpoint.path
+    ranks = _count(manifest.world_size, "rank")
+    yield f"  saved {manifest.created} by {manifest.library} on {ranks}"
+    yield (
+        f"  {_count(len(manifest.tensors), 'tensor')}, {size_text(total)} "
+        f"in {_count(len(manifest.shards), 'shard')}"
+    )
+    yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
+    yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
+    parts = _parts(tensors)
+    if len(parts) > 1:
+        yield from ("", "parts", *_table(parts, right=(1, 2)))
+    if tensors:
+        fold = len(tensors) >= _MANY and not everything and keys is None
+        rows = _folded(tensors) if fold else [_row(*tensor) for tensor in tensors]
+        yield from ("", "tensors", *_table(rows, right=(3,)))
+        if len(rows) < len(tensors):
+            yield f"  ({_count(len(tensors), 'tensor')} on {_count(len(rows), 'line')}: --all)"
+    texts = [(name, _cut(_text(value))) for name, value in _values(saved, manifest)]
+    if texts:
+        yield from ("", "values", *_table(texts))
+    if keys is None:
+        shards = [(shard.name, size_text(shard.size_bytes)) for shard in manifest.shards]
+        yield from ("", "shards", *_table(shards, right=(1,)))
+
+
+def _saved(manifest: Manifest, keys: Select) -> SavedState:
+    """The saved names. An enum is a text here: its class need not be importable."""
+
+    def texts(node: Any) -> Any:
+        if isinstance(node, list):
+            return [texts(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if list(node) == ["$enum"]:
+            return ".".join(map(str, node["$enum"]))
+        return {key: texts(item) for key, item in node.items()}
+
+    plain = dataclasses.replace(
+        manifest, state=texts(manifest.state), per_rank=tuple(map(texts, manifest.per_rank))
+    )
+    return SavedState(plain, keys=keys)
+
+
+def _tensors(saved: SavedState) -> Iterator[tuple[str, str, TensorEntry]]:
+    """(name, name of what it is tied to or its own, entry) of each tensor and array."""
+    for name, node in saved.leaves.items():
+        if isinstance(node, TensorRef) and node.kind != "per_rank":
+            yield name, node.name, saved.manifest.tensors[node.name]
+
+
+def _values(saved: SavedState, manifest: Manifest) -> Iterator[tuple[str, Any]]:
+    """(name, value); a list with every rank's for a PerRank."""
+    for name, node in saved.leaves.items():
+        if not isinstance(node, TensorRef):
+            yield name, node
+        elif node.kind == "per_rank":
+            yield name, [saved.per_rank(node, rank=rank) for rank in range(manifest.world_size)]
+
+
+def _text(value: Any) -> str:
+    """As Python would print it, with tensors by name."""
+    if isinstance(value, TensorRef):
+        return f"<tensor {value.name}>"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_text(item)}" for key, item in value.items()) + "}"
+    if type(value) in (list, tuple):
+        text = ", ".join(map(_text, value))
+        return f"[{text}]" if isinstance(value, list) else f"({text})"
+    return repr(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _VALUE_WIDTH else f"{text[: _VALUE_WIDTH - 3]}..."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _shards(entry: TensorEntry) -> list[int]:
+    return sorted(set(entry.chunks[:, 0].tolist()))
+
+
+def _dtype(entry: TensorEntry) -> str:
+    return str(DTYPES[entry.dtype]).removeprefix("torch.")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as 0-3,7."""
+    runs = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        first, *rest = [number for _, number in run]
+        runs.append(f"{first}-{rest[-1]}" if rest else str(first))
+    return ",".join(runs)
+
+
+def _row(name: str, source: str, entry: TensorEntry) -> tuple[str, ...]:
+    place = f"shard {_ranges(_shards(entry))}" if len(entry.chunks) else ""
+    where = place if source == name else f"tied to {source}"
+    return name, _dtype(entry), str(list(entry.shape)), size_text(entry.size_bytes), where
+
+
+def _parts(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, ...]]:
+    """For each key of the state at the top: how many tensors, how many bytes, ties once."""
+    found: dict[str, dict[str, int]] = {}
+    for name, source, entry in tensors:
+        found.setdefault(name.split(".", 1)[0], {})[source] = entry.size_bytes
+    return [
+        (name, _count(len(sizes), "tensor"), size_text(sum(sizes.values())))
+        for name, sizes in found.items()
+    ]
+
+
+def _folded(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, ...]]:
+    """Rows, one for all tensors whose names differ in whole numbers alone, if they are alike."""
+    groups: dict[tuple[Any, ...], list[tuple[str, str, TensorEntry]]] = {}
+    for name, source, entry in tensors:
+        form = re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+        key = (form, entry.dtype, entry.shape, source == name)
+        groups.setdefault(key, []).append((name, source, entry))
+    rows = []
+    for (form, _, shape, _), members in groups.items():
+        indices = [tuple(map(int, re.findall(r"(?<![^.])\d+(?![^.])", m[0]))) for m in members]
+        columns = [sorted(set(column)) for column in zip(*indices, strict=True)]
+        if len(members) < 2 or math.prod(map(len, columns)) != len(members):
+            rows += [_row(*member) for member in members]
+            continue
+        texts = iter(_ranges(column) for column in columns)
+        shown = re.sub("#", lambda _, texts=texts: _braced(next(texts)), form)  # type: ignore[misc]
+        place = _ranges(sorted({shard for member in members for shard in _shards(member[2])}))
+        size = f"{len(members)} x {size_text(members[0][2].size_bytes)}"
+        rows.append(
+            (
+                shown,
+                _dtype(members[0][2]),
+                str(list(shape)),
+                size,
+                f"shard {place}" if place else "",
+            )
+        )
+    return rows
+
+
+def _braced(text: str) -> str:
+    return text if text.isdigit() else f"{{{text}}}"
+
+
+def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
+    """Rows as aligned lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield f"  {'  '.join(cells)}".rstrip()
