@@ -9,6 +9,7 @@ they are, with their version: whoever copies them later can tell whether they we
 from __future__ import annotations
 
 import math
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,6 +94,8 @@ class _Taker:
             return value
         if depth > _DEPTH_LIMIT:
             return value
+        if isinstance(value, (set, bytearray, Counter, deque)):
+            return value.copy()
         if isinstance(value, Mapping):
             return {
                 key: self.walk(item, f"{at}.{key}", copy_up_to=copy_up_to, depth=depth + 1)
@@ -106,8 +109,6 @@ class _Taker:
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, np.ndarray):
             return self.arrays.setdefault(id(value), value.copy())
-        if isinstance(value, (set, bytearray)):
-            return value.copy()
         if isinstance(value, nn.Module):
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
@@ -168,6 +169,6 @@ def _mark(tensor: torch.Tensor) -> tuple[int, int]:
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same memory seen in the same way; within torch.no_grad()."""
     local = tensor.to_local() if type(tensor) is DTensor else tensor
-    if local.layout is not torch.strided or not local.numel():
+    if local.layout is not torch.strided or local.is_nested or not local.numel():
         return (id(tensor),)
     return (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape)

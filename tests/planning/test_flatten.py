@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import shardckpt
 from shardckpt import PerRank, errors
 from shardckpt.planning.flatten import Ties, flatten
 from shardckpt.planning.table import local_plan
@@ -141,3 +142,18 @@ def test_containers_by_their_kind():
     assert list(tree["ordered"]) == ["b", "a"]
     assert tree["default"] == {"x": 1}
     assert tree["counter"] == {"$counter": [["a", 2], ["b", 1]]}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_saves_in_the_background_take_and_refuse_the_same(tmp_path):
+    counts = collections.Counter("aab")
+    last = collections.deque([1, 2], 2)
+    handle = shardckpt.async_save({"c": counts, "d": last}, tmp_path / "c")
+    counts["a"], last[0] = 9, 9
+    handle.result(60)
+    state = shardckpt.load_state(tmp_path / "c")
+    assert state["c"] == collections.Counter("aab")
+    assert state["d"] == collections.deque([1, 2], 2)
+    for name in ("without memory", "nested", "sparse"):
+        with pytest.raises(errors.UnsupportedLeafError):
+            shardckpt.async_save({"t": REFUSED[name]()}, tmp_path / "d").result(60)
