@@ -17,12 +17,24 @@ if TYPE_CHECKING:
         ShardSavePlanner,
         ShardWriter,
     )
+    from shardckpt.manager import (
+        CheckpointManager,
+        KeepBest,
+        KeepEveryHours,
+        KeepEverySteps,
+        KeepLast,
+    )
     from shardckpt.nn_handler import NNHandler
     from shardckpt.planning.flatten import PerRank
     from shardckpt.reports import LoadReport, SaveReport
 
 __all__ = [
     "Checkpoint",
+    "CheckpointManager",
+    "KeepBest",
+    "KeepEveryHours",
+    "KeepEverySteps",
+    "KeepLast",
     "LoadReport",
     "NNHandler",
     "PerRank",
@@ -43,6 +55,11 @@ __all__ = [
 # Imported when first used: DTensor alone costs half a second.
 _HOMES = {
     "Checkpoint": "checkpoint",
+    "CheckpointManager": "manager",
+    "KeepBest": "manager",
+    "KeepEveryHours": "manager",
+    "KeepEverySteps": "manager",
+    "KeepLast": "manager",
     "LoadReport": "reports",
     "NNHandler": "nn_handler",
     "PerRank": "planning.flatten",

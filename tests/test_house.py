@@ -21,7 +21,8 @@ LAYERS = [
     {"planning"},
     {"storage", "coordination"},
     {"execution", "checkpoint"},
-    {"api", "integrations", "testing"},
+    {"api", "integrations", "convert", "testing"},
+    {"manager"},
     {"nn_handler", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

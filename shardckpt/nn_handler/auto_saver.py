@@ -1,102 +1,175 @@
-"""When a training run saves itself, under which name, and what becomes of the save before."""
+"""AutoSaver: a training run that saves itself, and resumes from what it saved."""
 
 from __future__ import annotations
 
 import os
-import string
+import time
+import uuid
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
 
+from shardckpt.coordination.base import exchange
+from shardckpt.coordination.select import operation
 from shardckpt.errors import StateError
+from shardckpt.manager import CheckpointManager, SavedCheckpoint
+from shardckpt.nn_handler.saving import OneFile, is_one_file
+from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 
-__all__ = ["AutoSaver", "checkpoint_name"]
+if TYPE_CHECKING:
+    from shardckpt.nn_handler.handler import NNHandler
 
-
-def checkpoint_name(template: str, metrics: Mapping[str, Any]) -> str:
-    """The template with metrics filled in, such as `epoch{epoch}_loss{val_loss:.4f}`.
-
-    Raises StateError for a metric that is not there, and where the name would leave its folder.
-    """
-    try:
-        fields = [
-            field for _, field, _, _ in string.Formatter().parse(template) if field is not None
-        ]
-    except ValueError as error:
-        raise _bad_template(template, error) from error
-    for field in fields:
-        if field not in metrics:
-            raise StateError(
-                "The name of a checkpoint asks for a metric that is not there",
-                expected=f"one of {', '.join(sorted(metrics))}",
-                actual=f"{{{field}}} in {template!r}",
-                remedy="correct the name, or add the metric; val_ ones need a validation loader",
-            )
-    clean = {
-        key: value.replace("/", "_") if isinstance(value, str) else value
-        for key, value in metrics.items()
-    }
-    try:
-        name = template.format(**clean)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise _bad_template(template, error) from error
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise StateError(
-            "This is no name for a checkpoint", actual=repr(name), remedy="leave out / and NUL"
-        )
-    return name
-
-
-def _bad_template(template: str, error: Exception) -> StateError:
-    return StateError(
-        "The template for names of checkpoints is malformed",
-        expected="text with fields as in {val_loss:.4f}",
-        actual=f"{template!r}: {error}",
-    )
+__all__ = ["AutoSaver"]
 
 
 class AutoSaver:
-    """Saves every `interval` epochs (-1: the last one alone; 0 or None: never).
+    """Saves a handler while it trains, as a SavePlan says, through a CheckpointManager.
 
-    `overwrite` keeps only the newest of its own saves: the one before is removed once the new
-    one is whole.
+    `save_last`: after every epoch also `last`, which replaces the one before. `on_exception` and
+    `on_signal` (SIGTERM, SIGINT): save before training ends so. `asynchronous`: training goes on
+    while a save is written; those on exceptions and signals are waited for. `resume="auto"`:
+    train begins with the newest checkpoint in the folder that loads. It removes only
+    checkpoints that this very run, or the one that it resumed, has saved.
     """
 
     def __init__(
-        self, *, interval: int | None, save_path: str | os.PathLike[str], name: str, overwrite: bool
+        self,
+        *,
+        save_path: str | os.PathLike[str],
+        save_last: bool = False,
+        on_exception: bool = True,
+        on_signal: bool = True,
+        asynchronous: bool = False,
+        resume: Literal["auto"] | None = None,
+        label: str = "auto_save",
+        **plan: Any,
     ) -> None:
-        if interval is not None and (not isinstance(interval, int) or interval < -1):
+        if resume not in (None, "auto"):
             raise StateError(
-                "This is no interval for saving",
-                expected="a number of epochs, -1 for the last one, 0 or None for never",
-                actual=repr(interval),
+                "Unknown value for resume", expected='"auto" or None', actual=repr(resume)
             )
-        self.interval = interval or 0
-        self.save_path = os.fspath(save_path)
-        self.name = name
-        self.overwrite = overwrite
-        self.last: str | None = None
+        self.plan = SavePlan(**plan)
+        self.one_file = is_one_file(self.plan.name)
+        if self.one_file and asynchronous:
+            raise StateError(
+                "A single file is not saved in the background",
+                actual=self.plan.name,
+                remedy="leave .pth, .pt or .safetensors out of the name, or asynchronous=True",
+            )
+        self.options = {
+            "save_path": os.fspath(save_path),
+            "save_last": save_last,
+            "on_exception": on_exception,
+            "on_signal": on_signal,
+            "asynchronous": asynchronous,
+            "resume": resume,
+        }
+        self.label = label
+        self._suffix = os.path.splitext(self.plan.name)[1] if self.one_file else ""
+        self._manager: CheckpointManager | None = None
+        self._last: CheckpointManager | None = None
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
 
-    def due(self, *, epoch: int, last: bool) -> bool:
-        """Whether to save after an epoch (counted from 1)."""
-        return last if self.interval < 0 else bool(self.interval) and epoch % self.interval == 0
+    @property
+    def folder(self) -> str:
+        """The directory of the checkpoints."""
+        return str(self.options["save_path"])
 
-    def target(self, metrics: Mapping[str, Any]) -> str:
-        """The path of a save with these metrics."""
-        return os.path.join(self.save_path, checkpoint_name(self.name, metrics))
+    @property
+    def on_exception(self) -> bool:
+        """Whether to save before an exception ends training."""
+        return bool(self.options["on_exception"])
 
-    def saved(self, path: str) -> str | None:
-        """Note a save that is whole; the path of the one to remove, if any."""
-        before, self.last = self.last, path
-        return before if self.overwrite and before not in (None, path) else None
+    @property
+    def on_signal(self) -> bool:
+        """Whether to save on SIGTERM and SIGINT."""
+        return bool(self.options["on_signal"])
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        return dict(vars(self))
+    def description(self) -> dict[str, Any]:
+        """What makes it anew, as plain data."""
+        return {**self.options, **asdict(self.plan)}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> AutoSaver:
-        """The saver that a state_dict is of."""
-        last = state.pop("last")
-        saver = cls(**state)
-        saver.last = last
-        return saver
+    def begin(self, handler: NNHandler) -> bool:
+        """Before training; collective. Whether the handler was resumed from a checkpoint."""
+        self.plan.check_names(handler.metric_names())
+        resumed = False
+        if self.options["resume"] and handler.step == 0 and handler.epoch == 0:
+            every = CheckpointManager(self.folder, label=None, format=self._format())
+            found = every.first_that_loads(handler.restore, _newest_first)
+            resumed = found is not None
+        if handler.run_id is None:
+            with operation("NNHandler: the id of this run") as coordinator:
+                fresh = uuid.uuid4().hex.encode()
+                handler.run_id = exchange(
+                    coordinator, "id", lambda: b"", lambda payloads: fresh
+                ).decode()
+        self._manager = CheckpointManager(
+            self.folder,
+            keep=self.plan.policies(),
+            asynchronous=bool(self.options["asynchronous"]),
+            label=f"{self.label} {handler.run_id}",
+            format=self._format(),
+        )
+        if self.options["save_last"]:
+            label = f"{self.label} last {handler.run_id}"
+            self._last = CheckpointManager(self.folder, label=label, format=self._format())
+        self._saved_step, self._saved_at = handler.step, time.monotonic()
+        return resumed
+
+    def _format(self) -> OneFile | None:
+        return OneFile() if self.one_file else None
+
+    def minutes_due(self) -> bool:
+        """Whether it is time to save, by this process's clock."""
+        return self.plan.due_by_time((time.monotonic() - self._saved_at) / 60)
+
+    def within_epoch(self, handler: NNHandler, *, now: bool) -> None:
+        """Between two steps; collective. `now`: the time has come."""
+        if now or self.plan.due_at_step(handler.step, saved_at=self._saved_step):
+            self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
+
+    def after_epoch(
+        self, handler: NNHandler, results: Mapping[str, float], *, last: bool, save_last: bool
+    ) -> None:
+        """After an epoch, with its metrics; collective."""
+        if self.plan.due_after_epoch(handler.epoch, last=last, save_last=save_last):
+            metrics = {"epoch": handler.epoch, "step": handler.step, **results}
+            self.save(handler, results, name=checkpoint_name(self.plan.name, metrics))
+        if self._last is not None:
+            self._last.save(
+                handler.step,
+                handler.state(),
+                metrics=results,
+                name="last" + self._suffix,
+                if_exists="replace",
+            )
+
+    def save(
+        self, handler: NNHandler, metrics: Mapping[str, float], *, name: str
+    ) -> SavedCheckpoint:
+        """Save now; collective."""
+        assert self._manager is not None, "begin comes first"
+        saved = self._manager.save(
+            handler.step,
+            handler.state(),
+            metrics=metrics,
+            name=name,
+            if_exists="replace" if self.plan.overwrite else "number",
+        )
+        self._saved_step, self._saved_at = handler.step, time.monotonic()
+        return saved
+
+    def emergency(self, handler: NNHandler) -> None:
+        """Save because training ends; collective. Waits until the checkpoint is there."""
+        self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
+        self.close()
+
+    def close(self) -> None:
+        """Wait for a save in the background; collective."""
+        if self._manager is not None:
+            self._manager.close()
+
+
+def _newest_first(found: list[SavedCheckpoint]) -> list[SavedCheckpoint]:
+    return sorted(found, key=lambda checkpoint: checkpoint.saved_at, reverse=True)

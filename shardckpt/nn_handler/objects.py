@@ -1,84 +1,136 @@
-"""Classes, functions and objects by name: what a checkpoint holds in place of pickles."""
+"""Classes, functions and objects by name: what a checkpoint holds in place of pickles.
+
+Whatever has no importable name is noted as absent: saving warns of it, and loading asks for it.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from shardckpt.errors import CheckpointError, UnsupportedLeafError
-from shardckpt.format import values
+from shardckpt.errors import CheckpointError
+from shardckpt.planning.stateful import has_state
 
-__all__ = ["build", "describe", "find", "name_of"]
+__all__ = ["Described", "build", "describe", "find", "import_name", "warn_of_absent"]
+
+Described = Any
+"""Plain data in which these stand for classes, functions and objects."""
+
+_IMPORT, _ARGUMENTS, _ABSENT = "shardckpt.import", "arguments", "shardckpt.absent"
 
 
-def name_of(value: Any, *, at: str) -> str:
-    """`module:qualname` of a class or function; UnsupportedLeafError if it can't be found so."""
+def import_name(value: Any) -> str | None:
+    """`module:qualname` of a class or function; None if it can't be found so."""
     module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     found: Any = sys.modules.get(module or "")
     for part in qualname.split("."):
         found = getattr(found, part, None)
-    if found is not value:
-        raise UnsupportedLeafError(
-            "Something without an importable name can't be saved",
-            tensor=at,
-            expected="a class or function at the top level of a module",
-            actual=repr(value),
-            remedy="define it at the top level of a module, not as a lambda or inside a function",
-        )
-    return f"{module}:{qualname}"
+    return f"{module}:{qualname}" if found is value else None
 
 
-def find(name: str, *, at: str, kind: type[Any] | None = None) -> Any:
-    """The class or function of a name that name_of made; of the given kind, or CheckpointError."""
+def find(name: str, *, at: str) -> Any:
+    """The class or function of a name that import_name made, or CheckpointError."""
     module, _, qualname = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise _not_found(name, at, str(error)) from error
-    if kind is not None and not (isinstance(found, type) and issubclass(found, kind)):
-        raise _not_found(name, at, repr(found))
+        raise CheckpointError(
+            "The checkpoint names something that can't be imported",
+            tensor=at,
+            expected=name,
+            actual=str(error),
+            remedy=f"put its module on the path, or give it to load: objects={{{at!r}: ...}}",
+        ) from error
     return found
 
 
-def _not_found(name: str, at: str, actual: str) -> CheckpointError:
-    return CheckpointError(
-        "The checkpoint names something that can't be imported",
-        tensor=at,
-        expected=name,
-        actual=actual,
-        remedy=f"put its module on the path, or pass {at}= to load",
-    )
-
-
-def describe(value: Any, *, at: str) -> dict[str, Any]:
-    """A function by its name; an object by its class and the arguments it was made of.
-
-    Arguments are read from attributes of the same name, as torch's losses have them.
-    """
+def describe(value: Any) -> Described:
+    """Plain data for a value: functions and classes by name, losses and the like by class and
+    arguments, which are read from attributes of the same name as torch's classes have them."""
+    if isinstance(value, dict):
+        return {key: describe(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(describe(item) for item in value)
     if inspect.isroutine(value) or isinstance(value, type):
-        return {"name": name_of(value, at=at)}
-    kind = type(value)
+        name = import_name(value)
+        return {_ABSENT: repr(value)} if name is None else {_IMPORT: name}
+    if isinstance(value, nn.Module) or (callable(value) and not has_state(value)):
+        kind = type(value)
+        name, arguments = import_name(kind), _arguments(value)
+        if name is None or arguments is None:
+            return {_ABSENT: repr(value)}
+        return {_IMPORT: name, _ARGUMENTS: describe(arguments)}
+    return value
+
+
+def _arguments(value: Any) -> dict[str, Any] | None:
+    """What an object was made of; None if that is not to be seen on it."""
     arguments: dict[str, Any] = {}
-    for parameter in inspect.signature(kind).parameters.values():
+    try:
+        parameters = inspect.signature(type(value)).parameters
+    except ValueError:
+        return None
+    for parameter in parameters.values():
         if hasattr(value, parameter.name):
-            found = getattr(value, parameter.name)
-            values.encode(None if hasattr(found, "shape") else found, at=f"{at}.{parameter.name}")
-            arguments[parameter.name] = found
-    return {"name": name_of(kind, at=at), "arguments": arguments}
+            arguments[parameter.name] = getattr(value, parameter.name)
+        elif not type(value).__module__.startswith("torch."):
+            return None
+    return arguments
 
 
-def build(description: dict[str, Any], *, at: str) -> Callable[..., Any]:
-    """What describe described."""
-    found = find(description["name"], at=at)
-    if "arguments" not in description:
-        return found  # type: ignore[no-any-return]
-    if not (isinstance(found, type) and (issubclass(found, nn.Module) or callable(found))):
-        raise _not_found(description["name"], at, repr(found))
-    return found(**description["arguments"])  # type: ignore[no-any-return]
+def absent(described: Described, at: str) -> dict[str, str]:
+    """Name -> text of everything absent in a description."""
+    if isinstance(described, Mapping):
+        if _ABSENT in described:
+            return {at: described[_ABSENT]}
+        items: Any = described.items()
+    elif isinstance(described, (list, tuple)):
+        items = enumerate(described)
+    else:
+        return {}
+    return {n: t for key, item in items for n, t in absent(item, f"{at}.{key}".lstrip(".")).items()}
+
+
+def warn_of_absent(described: Described, known: set[str]) -> None:
+    """One warning for each thing absent that is not in `known`, which then knows it."""
+    for name, text in absent(described, "").items():
+        if name not in known:
+            known.add(name)
+            warnings.warn(
+                f"{name}, which is {text}, has no importable name: it is not in the checkpoint, "
+                f"and load will ask for it, as objects={{{name!r}: ...}}. Define it at the top "
+                "level of a module to have it saved by name",
+                stacklevel=2,
+            )
+
+
+def build(described: Described, *, at: str, given: Mapping[str, Any]) -> Any:
+    """What describe described; `given` stands in, by name, for what can't be imported."""
+    if at in given:
+        return given[at]
+    if isinstance(described, Mapping):
+        if _ABSENT in described:
+            raise CheckpointError(
+                "The checkpoint does not hold something that has no importable name",
+                tensor=at,
+                expected=described[_ABSENT],
+                remedy=f"give it to load: objects={{{at!r}: ...}}",
+            )
+        if _IMPORT in described:
+            found = find(described[_IMPORT], at=at)
+            if _ARGUMENTS not in described:
+                return found
+            return found(**build(described[_ARGUMENTS], at=f"{at}.arguments", given=given))
+        return {k: build(item, at=f"{at}.{k}", given=given) for k, item in described.items()}
+    if type(described) in (list, tuple):
+        items = [build(item, at=f"{at}.{i}", given=given) for i, item in enumerate(described)]
+        return type(described)(items)
+    return described

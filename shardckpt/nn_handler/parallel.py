@@ -1,31 +1,75 @@
-"""One script for one process and for many: devices, wrapping, and which samples a rank sees."""
+"""One script for one process and for many: process group, devices, wrapping, sums over ranks."""
 
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import time
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from shardckpt.errors import StateError
 
-__all__ = ["Parallel", "mean_over_ranks", "start", "train_loader", "val_loader", "wrap"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "Layout",
+    "Parallel",
+    "clip_gradients",
+    "largest",
+    "mean_over_ranks",
+    "start",
+    "synchronise_gradients",
+    "wrap",
+]
 
 Parallel = Literal["auto", "none", "ddp", "fsdp"]
 
 
-def start(parallel: Parallel, device: str | torch.device) -> tuple[Parallel, torch.device]:
-    """Join the process group of the launcher, if there is one; the resolved mode and device.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a job is spread: `mode` as resolved, and this process's place among those that see
+    different data (with tensor parallelism, several ranks see the same)."""
 
-    "auto" is "ddp" where torchrun (or another launcher that sets WORLD_SIZE) started several
-    processes, else "none".
+    mode: Parallel
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    tp_plan: Mapping[str, Any] | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def data(self) -> tuple[int, int]:
+        """(place, number of places) in the division of the data."""
+        if self.mode == "none" or not dist.is_initialized():
+            return 0, 1
+        if self.mesh is None:
+            return dist.get_rank(), dist.get_world_size()
+        if "dp" not in (self.mesh.mesh_dim_names or ()):
+            return 0, 1
+        return self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
+
+
+def start(
+    parallel: Parallel,
+    device: str | torch.device | None,
+    mesh: DeviceMesh | None = None,
+    tp_plan: Mapping[str, Any] | None = None,
+) -> Layout:
+    """Join the process group of the launcher, if there is one.
+
+    "auto" is "fsdp" with a device mesh; else "ddp" where torchrun (or another launcher that sets
+    WORLD_SIZE) started several processes, else "none". A mesh has the dimension "dp", "tp" or
+    both; `tp_plan` is that of torch's parallelize_module.
     """
     if str(parallel) not in get_args(Parallel):
         raise StateError(
@@ -33,6 +77,8 @@ def start(parallel: Parallel, device: str | torch.device) -> tuple[Parallel, tor
             expected='"auto", "none", "ddp" or "fsdp"',
             actual=repr(parallel),
         )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # type: ignore[unreachable]
@@ -42,8 +88,16 @@ def start(parallel: Parallel, device: str | torch.device) -> tuple[Parallel, tor
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(_leave)
     if not dist.is_initialized():
-        return "none", device
-    return ("ddp" if parallel == "auto" else parallel), device
+        return Layout(mode="none", device=device)
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is not None and (not names or not set(names) <= {"dp", "tp"} or parallel == "ddp"):
+        raise StateError(
+            "This device mesh does not fit",
+            expected='the dimensions "dp", "tp" or both, and parallel="fsdp"',
+            actual=f"dimensions {names}, parallel={parallel!r}",
+        )
+    mode: Parallel = parallel if parallel != "auto" else ("ddp" if mesh is None else "fsdp")
+    return Layout(mode=mode, device=device, mesh=mesh, tp_plan=tp_plan)
 
 
 def _leave() -> None:
@@ -55,107 +109,67 @@ def _leave() -> None:
     time.sleep(0.1)
 
 
-def world() -> tuple[int, int]:
-    """(rank, world size)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def wrap(model: nn.Module, parallel: Parallel, device: torch.device) -> nn.Module:
-    """The model on its device, the same on all ranks, under DDP or FSDP2."""
-    model = model.to(device)
-    if parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    if parallel == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
+def wrap(model: nn.Module, layout: Layout) -> nn.Module:
+    """The model on its device, the same on all ranks, under DDP, FSDP2 or tensor parallelism."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    model = model.to(layout.device)
+    if layout.mode == "ddp":
+        trained = any(parameter.requires_grad for parameter in model.parameters())
+        return nn.parallel.DistributedDataParallel(model) if trained else model
+    if layout.mode == "fsdp":
         # fully_shard takes every rank's own values: they start from rank 0's
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.data, 0)
-        for module in model.modules():
-            if isinstance(module, (nn.ModuleList, nn.Sequential)):
-                for block in module:
-                    if any(p.requires_grad for p in block.parameters()):
-                        fully_shard(block)
-        fully_shard(model)
+        _shard(model, layout)
     return model
 
 
-def train_loader(
-    data: Dataset[Any] | DataLoader[Any], options: dict[str, Any], *, seed: int
-) -> DataLoader[Any]:
-    """A loader whose order follows from seed and epoch alone, each rank seeing its own part."""
-    dataset, options = _take_apart(data, options)
-    if not hasattr(dataset, "__getitem__") or "sampler" in options or "batch_sampler" in options:
-        return DataLoader(dataset, **options)
-    rank, size = world()
-    shuffle = options.pop("shuffle", False)
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        dataset, num_replicas=size, rank=rank, shuffle=bool(shuffle), seed=seed
-    )
-    return DataLoader(dataset, sampler=sampler, **options)
+def _shard(model: nn.Module, layout: Layout) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    names = () if layout.mesh is None else layout.mesh.mesh_dim_names or ()
+    if layout.mesh is not None and "tp" in names:
+        parallelize_module(model, layout.mesh["tp"], dict(layout.tp_plan or {}))
+    if layout.mesh is not None and "dp" not in names:
+        return
+    options: dict[str, Any] = {} if layout.mesh is None else {"mesh": layout.mesh["dp"]}
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            for block in module:
+                if any(p.requires_grad for p in block.parameters()):
+                    fully_shard(block, **options)
+    fully_shard(model, **options)
 
 
-def _take_apart(
-    data: Dataset[Any] | DataLoader[Any], options: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    if not isinstance(data, DataLoader):
-        return data, dict(options)
-    if options:
-        raise StateError(
-            "A DataLoader was given together with options for one",
-            actual=", ".join(options),
-            remedy="give a Dataset with options, or a DataLoader without",
-        )
-    shuffle = isinstance(data.sampler, torch.utils.data.RandomSampler)
-    own = isinstance(
-        data.sampler, (torch.utils.data.RandomSampler, torch.utils.data.SequentialSampler)
-    )
-    options = {
-        name: getattr(data, name)
-        for name in ("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last")
-    }
-    return data.dataset, options | ({"shuffle": shuffle} if own else {"sampler": data.sampler})
+def synchronise_gradients(model: nn.Module, *, now: bool) -> None:
+    """Whether the next backward adds gradients up over ranks, or leaves that to a later one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = now
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
 
 
-class _EveryNth:
-    """Batches of the samples rank, rank + world size, ...: each sample once over all ranks.
-
-    Ranks that have a batch less than others get one more, of sample 0, which is not counted:
-    a sharded model's forward needs every rank.
-    """
-
-    def __init__(self, length: int, batch_size: int) -> None:
-        rank, size = world()
-        own = range(rank, length, size)
-        self.batches = [list(own[at : at + batch_size]) for at in range(0, len(own), batch_size)]
-        self.counted = len(self.batches)
-        most = math.ceil(math.ceil(length / size) / batch_size)
-        self.batches += [[0]] * (most - self.counted)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def val_loader(
-    data: Dataset[Any] | DataLoader[Any], options: dict[str, Any]
-) -> tuple[DataLoader[Any], int]:
-    """A loader that shows every sample to exactly one rank, and how many batches count."""
-    dataset, options = _take_apart(data, options)
-    batch_size = options.pop("batch_size", 1)
-    options.pop("shuffle", None)
-    options.pop("drop_last", None)
-    if options.pop("sampler", None) is not None or not hasattr(dataset, "__getitem__"):
-        raise StateError(
-            "A validation set needs a length and an order",
-            expected="a Dataset with __getitem__ and __len__",
-            actual=type(dataset).__name__,
-            remedy="give the Dataset itself",
-        )
-    batches = _EveryNth(len(dataset), batch_size)
-    return DataLoader(dataset, batch_sampler=batches, **options), batches.counted
+def clip_gradients(model: nn.Module, norm: float) -> None:
+    """Scale all gradients so that their norm, over all of them and all ranks, is at most `norm`."""
+    by_mesh: dict[Any, list[torch.Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            mesh = getattr(parameter.grad, "device_mesh", None)
+            by_mesh.setdefault(mesh, []).append(parameter)
+    if not by_mesh:
+        return
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        for group in by_mesh.values()
+    ]
+    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+    total = whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+    for group in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(group, norm, total)
 
 
 def mean_over_ranks(sums: dict[str, float], count: int, device: torch.device) -> dict[str, float]:
@@ -165,3 +179,14 @@ def mean_over_ranks(sums: dict[str, float], count: int, device: torch.device) ->
         dist.all_reduce(totals)
     *means, total = totals.tolist()
     return {name: value / max(total, 1) for name, value in zip(sums, means, strict=True)}
+
+
+def largest(flags: list[int], device: torch.device) -> list[int]:
+    """The largest of every rank's numbers, place by place; collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flags
+    here = torch.device("cpu") if "gloo" in str(dist.get_backend_config()) else device
+    tensor = torch.tensor(flags, dtype=torch.int64, device=here)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    found: list[int] = tensor.tolist()
+    return found

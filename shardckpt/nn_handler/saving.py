@@ -1,108 +1,175 @@
-"""Saving a handler: a sharded checkpoint, or one torch file."""
+"""Saving a handler: a sharded checkpoint by all ranks, or files for interchange by rank 0."""
 
 from __future__ import annotations
 
+import io
 import os
-import shutil
+import zipfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import shardckpt
 from shardckpt.coordination.base import exchange
 from shardckpt.coordination.select import operation
-from shardckpt.errors import StateError, UnsupportedLeafError
+from shardckpt.errors import CorruptionError, StateError
+from shardckpt.execution.memory import MemoryStorage
+from shardckpt.execution.stager import SaveHandle
+from shardckpt.manager.formats import RECORD
+from shardckpt.nn_handler.whole_files import (
+    FileFormat,
+    is_one_file,
+    read_many,
+    read_one,
+    write_many,
+    write_one,
+)
+from shardckpt.planning.flatten import memory_key
 from shardckpt.planning.stateful import has_state, plain_state
-from shardckpt.storage.local import remove_tree, sync_directory
-from shardckpt.storage.system import System, translated
+from shardckpt.reports import LoadReport
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
 
-__all__ = ["is_torch_file", "remove", "save"]
-
-
-def is_torch_file(path: str) -> bool:
-    """Whether a path means one torch file."""
-    return path.endswith((".pth", ".pt"))
+__all__ = [
+    "OneFile",
+    "is_one_file",
+    "save",
+    "save_multi_files",
+    "save_multi_from_single",
+    "save_single_file",
+    "save_single_from_multi",
+]
 
 
 def save(handler: NNHandler, path: str, *, overwrite: bool) -> None:
     """Save a handler; collective. See NNHandler.save."""
-    if is_torch_file(path):
-        _save_torch_file(_whole(plain_state(handler.state()), ()), path, overwrite=overwrite)
+    if is_one_file(path):
+        save_single_file(handler, path, overwrite=overwrite)
     else:
         shardckpt.save(handler.state(), path, overwrite=overwrite)
 
 
-def _whole(value: Any, path: tuple[Any, ...]) -> Any:
-    """The state with whole CPU tensors in place of sharded ones; collective. What differs by rank
-    is rank 0's."""
-    if isinstance(value, shardckpt.PerRank):
-        return _whole(value.value, path)
-    if isinstance(value, DTensor):
-        whole: torch.Tensor = value.full_tensor()
-        return whole.detach().cpu()
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: _whole(item, (*path, key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return type(value)(_whole(item, (*path, index)) for index, item in enumerate(value))
-    return _whole(value.state_dict(), path) if has_state(value) else value
+def save_single_file(handler: NNHandler, path: str, *, overwrite: bool) -> None:
+    """Save a handler as one file; collective. See NNHandler.save_single_file."""
+    if not is_one_file(path):
+        raise StateError(
+            "This path does not say which kind of file to write",
+            path=path,
+            expected="a path that ends in .pth, .pt or .safetensors",
+        )
+    _save_whole(handler.state(), path, lambda s: write_one(s, path, overwrite=overwrite))
 
 
-def _save_torch_file(state: Any, path: str, *, overwrite: bool) -> None:
-    def write() -> bytes:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            _write(state, path, overwrite=overwrite)
+def save_multi_files(
+    handler: NNHandler, folder: str, file_format: FileFormat, *, overwrite: bool
+) -> None:
+    """Save a handler as one file a component; collective. See NNHandler.save_multi_files."""
+    _check_format(file_format)
+    _save_whole(
+        handler.state(), folder, lambda s: write_many(s, folder, file_format, overwrite=overwrite)
+    )
+
+
+def save_multi_from_single(
+    path: str, folder: str, file_format: FileFormat, *, overwrite: bool
+) -> None:
+    """Turn a single file into several. Not collective."""
+    _check_format(file_format)
+    write_many(read_one(path), folder, file_format, overwrite=overwrite)
+
+
+def save_single_from_multi(folder: str, path: str, *, overwrite: bool) -> None:
+    """Turn several files into a single one. Not collective."""
+    write_one(read_many(folder), path, overwrite=overwrite)
+
+
+def _check_format(file_format: str) -> None:
+    if file_format not in ("torch", "safetensors"):
+        raise StateError(
+            "Unknown value for file_format",
+            expected='"torch" or "safetensors"',
+            actual=repr(file_format),
+        )
+
+
+def _save_whole(state: dict[str, Any], path: str, write: Callable[[dict[str, Any]], None]) -> None:
+    """Gather a handler's state and have rank 0 write it; collective."""
+    ranks = state.pop("ranks")
+    whole = _whole(plain_state(state), {})
+
+    def send() -> bytes:
+        buffer = io.BytesIO()
+        torch.save(ranks.value, buffer)
+        return buffer.getvalue()
+
+    def decide(payloads: list[bytes]) -> bytes:
+        every = [torch.load(io.BytesIO(payload), weights_only=True) for payload in payloads]
+        write({**whole, "ranks": every})
         return b""
 
     with operation(f"save {path}") as coordinator:
-        exchange(coordinator, "write", write, lambda payloads: b"")
+        exchange(coordinator, "write", send, decide)
 
 
-def _write(state: Any, path: str, *, overwrite: bool) -> None:
-    if not overwrite and os.path.lexists(path):
-        raise StateError(
-            "There is something at this path already", path=path, remedy="pass overwrite=True"
+def _whole(value: Any, seen: dict[Any, torch.Tensor]) -> Any:
+    """The state with whole CPU copies of its tensors, tied ones still tied; collective."""
+    if isinstance(value, torch.Tensor):
+        key = memory_key(value)
+        if key not in seen:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            seen[key] = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return seen[key]
+    if isinstance(value, dict):
+        return {key: _whole(item, seen) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_whole(item, seen) for item in value)
+    return _whole(value.state_dict(), seen) if has_state(value) else value
+
+
+class OneFile:
+    """Single files as a CheckpointManager's checkpoints; see shardckpt.manager.formats.Format."""
+
+    def save(
+        self, state: Any, path: str, *, overwrite: bool, asynchronous: bool, process_group: Any
+    ) -> SaveHandle | None:
+        """See Format.save."""
+        _save_whole(dict(state), path, lambda s: write_one(s, path, overwrite=overwrite))
+        return None
+
+    def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
+        """See Format.load."""
+        storage = MemoryStorage(read_one(path))
+        return shardckpt.load(
+            state, path, strict=strict, process_group=process_group, storage=storage
         )
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}")
-    with translated(path):
-        os.makedirs(folder, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            _check_loads(temporary, path)
-            os.replace(temporary, path)
-            sync_directory(System(), folder)
-        finally:
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
 
+    def signature(self, path: str) -> Any:
+        """See Format.signature."""
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
-def _check_loads(temporary: str, path: str) -> None:
-    """What torch.load would refuse must be known now, not when it is needed."""
-    try:
-        torch.load(temporary, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        raise UnsupportedLeafError(
-            "The state holds a value that torch.load(weights_only=True) refuses",
-            path=path,
-            actual=str(error).splitlines()[0],
-            remedy="save to a path without .pth or .pt, or leave the value out",
-        ) from error
+    def record(self, path: str) -> Any:
+        """See Format.record."""
+        found = read_one(path) if is_one_file(path) else None
+        return found.get(RECORD) if isinstance(found, dict) else None
 
+    def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
+        """See Format.verify. Torch files have a checksum, safetensors files a header."""
+        read_one(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (hurt := archive.testzip()) is not None:
+                    raise CorruptionError(
+                        "A torch file is damaged",
+                        path=path,
+                        expected="records that agree with their checksums",
+                        actual=hurt,
+                        remedy="load another checkpoint",
+                    )
 
-def remove(path: str) -> None:
-    """Remove a checkpoint, a directory or a file; what is not there is no error."""
-    if os.path.isdir(path):
-        remove_tree(System(), path)
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
+    def remove(self, path: str) -> None:
+        """See Format.remove."""
         os.unlink(path)

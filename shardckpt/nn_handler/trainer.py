@@ -1,57 +1,328 @@
-"""The training loop."""
+"""The training loop.
+
+Between two steps of the optimizer lies a boundary. What a checkpoint holds is the state at the
+last boundary: weights change after it in the optimizer's step alone, and the loader's position,
+the random numbers and the running sums are noted at it. There the ranks agree on what happens
+next, so that they save, stop and fail together.
+"""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DistributedSampler
 
-from shardckpt.errors import StateError
-from shardckpt.nn_handler.parallel import mean_over_ranks
-from shardckpt.nn_handler.saving import remove
+from shardckpt.errors import CoordinationError, RankFailedError, StateError
+from shardckpt.nn_handler.callbacks import Callback, ModelCheckpoint, ProgressBar
+from shardckpt.nn_handler.data import Position
+from shardckpt.nn_handler.ema import EMA, check_decay
+from shardckpt.nn_handler.emergency import meet
+from shardckpt.nn_handler.parallel import (
+    clip_gradients,
+    largest,
+    mean_over_ranks,
+    synchronise_gradients,
+)
+from shardckpt.nn_handler.random_state import random_state, set_random_state
+from shardckpt.nn_handler.signals import StopRequests, leave
+from shardckpt.planning.flatten import flatten
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
 
-__all__ = ["run_training"]
+__all__ = ["TrainOptions", "Trainer"]
 
 
-def run_training(
-    handler: NNHandler,
-    *,
-    epochs: int,
-    validate_every: int,
-    accumulate: int,
-    clip_norm: float | None,
-    progress_bar: bool,
-) -> dict[str, list[float]]:
-    """Train for `epochs` more epochs; collective. See NNHandler.train."""
-    _check(handler, epochs, validate_every, accumulate)
-    end = handler.epoch + epochs
-    while handler.epoch < end:
-        handler.epoch += 1
-        results = _train_epoch(handler, accumulate, clip_norm)
-        if handler.val_data is not None and validate_every and not handler.epoch % validate_every:
-            results |= {f"val_{name}": value for name, value in _validate(handler).items()}
-        if isinstance(handler.scheduler, ReduceLROnPlateau):
-            handler.scheduler.step(results.get("val_loss", results["loss"]))
-        elif handler.scheduler is not None:
-            handler.scheduler.step()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """The arguments of NNHandler.train."""
+
+    epochs: int
+    validate_every: int = 1
+    gradient_accumulation_steps: int = 1
+    use_amp: bool = False
+    gradient_clipping_norm: float | None = None
+    ema_decay: float = 0.0
+    progress_bar: bool = True
+    save_on_last_epoch: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 0),
+            ("validate_every", 0),
+            ("gradient_accumulation_steps", 1),
+        ):
+            number = getattr(self, name)
+            if type(number) is not int or number < least:
+                raise StateError(
+                    f"train was given a bad {name}",
+                    expected=f"an int from {least}",
+                    actual=repr(number),
+                )
+        norm = self.gradient_clipping_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+            raise StateError(
+                "train was given a bad gradient_clipping_norm",
+                expected="None, or a number above 0",
+                actual=repr(norm),
+            )
+        check_decay(self.ema_decay)
+
+
+class Trainer:
+    """One call of NNHandler.train."""
+
+    def __init__(self, handler: NNHandler, options: TrainOptions) -> None:
+        self.handler = handler
+        self.options = options
+        self.failure: BaseException | None = None  # of this rank, to be told to the others
+        self.told = False  # all ranks know that training fails
+        self.alone = False  # the ranks can't talk any more
+        self.torn = False  # the optimizer may have stepped for some parameters only
+        _check_ready(handler)
+
+    def run(self) -> None:
+        """Train; collective."""
+        handler, saver = self.handler, self.handler.auto_saver
+        if self.options.ema_decay and handler.ema is None:
+            handler.ema = EMA(handler.model, self.options.ema_decay)
+        if self.options.use_amp and handler.device.type == "cuda" and handler.scaler is None:
+            handler.set_grad_scaler()
+        resumed = saver is not None and saver.begin(handler)
+        if self.options.ema_decay and handler.ema is not None:
+            handler.ema.decay = self.options.ema_decay
+        end = handler.begin_run(self.options.epochs, resumed=resumed)
+        self.bar = [ProgressBar()] if self.options.progress_bar else []
+        with StopRequests(enabled=saver is not None and saver.on_signal) as self.requests:
+            try:
+                self._hooks(lambda callback: callback.on_train_start(handler))
+                self._agree()
+                while handler.epoch < end and not handler.stop_training:
+                    self._epoch(end)
+                self._hooks(lambda callback: callback.on_train_end(handler))
+                self._agree()
+            except BaseException as error:
+                self._emergency(error)
+                raise
+            if saver is not None:
+                saver.close()
+
+    def _epoch(self, end: int) -> None:
+        handler, position = self.handler, self.handler.position
+        assert handler.train_data is not None
+        self.sums = _Sums(handler)
+        if position.batches == 0:
+            handler.position = position = Position(seed=handler.seed_value, random=random_state())
+            self._hooks(lambda callback: callback.on_epoch_start(handler))
+        elif handler.boundary is not None:
+            self.sums.load(handler.boundary["sums"])
+        batches = handler.train_data.batches(handler.epoch, position)
+        if handler.boundary is not None and position.batches:
+            set_random_state(handler.boundary["random"])
+        handler.train_mode()
+        self._mark()
+        while self._step(batches):
+            pass
+        self._finish_epoch(end)
+
+    def _mark(self) -> None:
+        """Note a boundary."""
+        self.handler.boundary = {"random": random_state(), "sums": self.sums.state()}
+        self.torn = False
+
+    def _step(self, batches: Iterator[Any]) -> bool:
+        """One step of the optimizer; False where the epoch has no more batches."""
+        handler = self.handler
+        assert handler.train_data is not None
+        group: list[Any] = []
+        if self.failure is None:
+            self._guard(
+                lambda: group.extend(
+                    itertools.islice(batches, self.options.gradient_accumulation_steps)
+                )
+            )
+        group = group[: self._agree(len(group))]
+        if not group or handler.stop_training:
+            return False
+        loss = self._optimise(group)
+        handler.step += 1
+        handler.train_data.advance(handler.position, len(group))
+        self._mark()
+        self._hooks(lambda callback: callback.on_step_end(handler, loss))
+        return True
+
+    def _agree(self, batches: int | None = None) -> int:
+        """The ranks tell each other what they know, and all act on it alike; collective.
+
+        Saves, stops and raises; returns how many batches every rank has. `batches` is None
+        outside of an epoch.
+        """
+        handler, saver = self.handler, self.handler.auto_saver
+        signal, failed, stop, minutes, fewest = largest(
+            [
+                self.requests.received,
+                handler.rank + 1 if self.failure is not None else 0,
+                int(handler.stop_training),
+                int(saver is not None and handler.rank == 0 and saver.minutes_due()),
+                -(batches or 0),
+            ],
+            handler.device,
+        )
+        handler.stop_training = bool(stop)
+        if failed:
+            self.told = True
+            raise self.failure or RankFailedError(
+                "Training fails on another rank",
+                rank=failed - 1,
+                remedy="look at that rank's own error",
+            )
+        if signal:
+            self.told = True
+            if saver is not None:
+                saver.emergency(handler)
+            leave(signal)
+        if saver is not None and batches is not None:
+            with self._saving():
+                saver.within_epoch(handler, now=bool(minutes))
+        return -fewest
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """A save that fails does so on all ranks."""
+        self.told = True
+        try:
+            yield
+        except CoordinationError:
+            self.alone = True
+            raise
+        self.told = False
+
+    def _guard(self, act: Callable[[], Any]) -> None:
+        """Do what may fail on this rank alone; the next boundary tells the others."""
+        try:
+            act()
+        except BaseException as error:
+            self.failure = self.failure or error
+
+    def _hooks(self, call: Callable[[Callback], None]) -> None:
+        callbacks = [*self.bar, *self.handler.callbacks]
+        callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
+        for callback in callbacks:
+            if self.failure is None:
+                self._guard(lambda callback=callback: call(callback))  # type: ignore[misc]
+
+    def _optimise(self, group: list[Any]) -> float:
+        handler, clip = self.handler, self.options.gradient_clipping_norm
+        assert handler.optimizer is not None
+        scaler = handler.scaler if self.options.use_amp else None
+        handler.optimizer.zero_grad()
+        for number, batch in enumerate(group, 1):
+            synchronise_gradients(handler.model, now=number == len(group))
+            loss, outputs, targets = _forward(handler, batch, use_amp=self.options.use_amp)
+            part = loss / len(group)
+            torch.autograd.backward(part if scaler is None else scaler.scale(part))
+            self._guard(lambda a=loss, b=outputs, c=targets: self.sums.add(a, b, c))  # type: ignore[misc]
+        if clip is not None:
+            if scaler is not None:
+                scaler.unscale_(handler.optimizer)
+            clip_gradients(handler.model, clip)
+        handler.rate = float(handler.optimizer.param_groups[0]["lr"])
+        self.torn = True
+        skipped = False
+        if scaler is None:
+            handler.optimizer.step()
+        else:
+            before = scaler.get_scale()
+            scaler.step(handler.optimizer)
+            scaler.update()
+            skipped = scaler.get_scale() < before
+        if handler.scheduler is not None and not skipped:
+            handler.scheduler.after_step()
+        if handler.ema is not None:
+            handler.ema.update(handler.model)
+        return float(loss.detach())
+
+    def _finish_epoch(self, end: int) -> None:
+        handler, saver = self.handler, self.handler.auto_saver
+        if handler.stop_training and self._unfinished():
+            if saver is not None:
+                with self._saving():
+                    saver.within_epoch(handler, now=True)
+            return
+        epoch = handler.epoch + 1
+        results = {**self.sums.means(), "lr": handler.rate}
+        if handler.val_data is not None and self._validates(epoch, end):
+            results |= {f"val_{name}": value for name, value in self._validate().items()}
+        self.torn = True
+        if handler.scheduler is not None:
+            handler.scheduler.after_epoch(results)
+        handler.epoch = epoch
+        handler.position = Position()
         for name, value in results.items():
             handler.history.setdefault(name, []).append(value)
-        if progress_bar and handler.rank == 0:
-            print(_line(handler.epoch, end, results), file=sys.stderr)
-        _auto_save(handler, results, last=handler.epoch == end)
-    return handler.history
+        handler.boundary = None
+        self.torn = False
+        self._hooks(lambda callback: callback.on_epoch_end(handler, results))
+        self._agree()
+        if saver is not None:
+            with self._saving():
+                saver.after_epoch(
+                    handler,
+                    results,
+                    last=epoch == end or handler.stop_training,
+                    save_last=self.options.save_on_last_epoch,
+                )
+
+    def _unfinished(self) -> bool:
+        """Whether a callback has ended training within the epoch."""
+        data, position = self.handler.train_data, self.handler.position
+        return data is not None and data.even and position.samples < len(data.loader.dataset)  # type: ignore[arg-type]
+
+    def _validates(self, epoch: int, end: int) -> bool:
+        every, saver = self.options.validate_every, self.handler.auto_saver
+        if not every:
+            return False
+        saves = saver is not None and saver.plan.due_after_epoch(
+            epoch, last=epoch == end, save_last=self.options.save_on_last_epoch
+        )
+        return epoch % every == 0 or (saves and saver is not None and saver.plan.needs_validation())
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        handler = self.handler
+        assert handler.val_data is not None
+        handler.model.eval()
+        sums = _Sums(handler)
+        try:
+            for number, batch in enumerate(handler.val_data.loader):
+                loss, outputs, targets = _forward(handler, batch, use_amp=self.options.use_amp)
+                if number < handler.val_data.counted:
+                    self._guard(lambda a=loss, b=outputs, c=targets: sums.add(a, b, c))  # type: ignore[misc]
+        finally:
+            handler.train_mode()
+        return sums.means()
+
+    def _emergency(self, error: BaseException) -> None:
+        """Save before an error ends training, if the ranks are all at one boundary."""
+        handler, saver = self.handler, self.handler.auto_saver
+        exits = isinstance(error, (KeyboardInterrupt, SystemExit)) and error is not self.failure
+        if saver is None or not saver.on_exception or exits or self.alone:
+            return
+        try:
+            if self.told or meet(f"{handler.step} {handler.epoch} {self.torn}"):
+                if self.torn:
+                    raise StateError("A step of the optimizer was cut short")
+                saver.emergency(handler)
+        except Exception as second:
+            if hasattr(error, "add_note"):
+                error.add_note(f"and nothing was saved before the end: {second}")
 
 
-def _check(handler: NNHandler, epochs: int, validate_every: int, accumulate: int) -> None:
+def _check_ready(handler: NNHandler) -> None:
     missing = {
         "set_optimizer": handler.optimizer,
         "set_loss_fn": handler.loss_fn,
@@ -60,57 +331,12 @@ def _check(handler: NNHandler, epochs: int, validate_every: int, accumulate: int
     for setter, value in missing.items():
         if value is None:
             raise StateError("The handler can't train yet", remedy=f"call {setter} first")
-    for name, number, least in (
-        ("epochs", epochs, 0),
-        ("validate_every", validate_every, 0),
-        ("gradient_accumulation_steps", accumulate, 1),
-    ):
-        if not isinstance(number, int) or number < least:
-            raise StateError(
-                f"train was given a bad {name}",
-                expected=f"an int from {least}",
-                actual=repr(number),
-            )
+    flatten(
+        {"config": handler.config()}, rank=handler.rank
+    )  # what can't be saved is told now, not at the first save
 
 
-def _train_epoch(handler: NNHandler, accumulate: int, clip_norm: float | None) -> dict[str, float]:
-    assert handler.train_data is not None
-    assert handler.optimizer is not None
-    sampler = handler.train_data.sampler
-    if isinstance(sampler, DistributedSampler):
-        sampler.set_epoch(handler.epoch)
-    handler.model.train()
-    rate = handler.optimizer.param_groups[0]["lr"]
-    sums = _Sums(handler)
-    batches = iter(handler.train_data)
-    while group := list(itertools.islice(batches, accumulate)):
-        handler.optimizer.zero_grad()
-        for batch in group:
-            loss, outputs, targets = _forward(handler, batch)
-            torch.autograd.backward(loss / len(group))
-            sums.add(loss, outputs, targets)
-        if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(handler.model.parameters(), clip_norm)
-        handler.optimizer.step()
-        handler.step += 1
-    return {**sums.means(), "lr": float(rate)}
-
-
-@torch.no_grad()
-def _validate(handler: NNHandler) -> dict[str, float]:
-    assert handler.val_data is not None
-    loader, counted = handler.val_data
-    handler.model.eval()
-    sums = _Sums(handler)
-    for number, batch in enumerate(loader):
-        loss, outputs, targets = _forward(handler, batch)
-        if number < counted:
-            sums.add(loss, outputs, targets)
-    handler.model.train()
-    return sums.means()
-
-
-def _forward(handler: NNHandler, batch: Any) -> tuple[torch.Tensor, Any, Any]:
+def _forward(handler: NNHandler, batch: Any, *, use_amp: bool) -> tuple[torch.Tensor, Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise StateError(
             "A batch is not what training needs",
@@ -119,23 +345,27 @@ def _forward(handler: NNHandler, batch: Any) -> tuple[torch.Tensor, Any, Any]:
             remedy="give the loader a dataset of pairs, or a collate_fn that makes them",
         )
     assert handler.loss_fn is not None
-    inputs, targets = (_to(part, handler.device) for part in batch)
-    outputs = handler.model(inputs)
-    return handler.loss_fn(outputs, targets), outputs, targets
+    inputs, targets = (to_device(part, handler.device) for part in batch)
+    kind = handler.device.type
+    dtype = torch.float16 if kind == "cuda" else torch.bfloat16
+    with torch.autocast(kind, dtype=dtype) if use_amp else nullcontext():
+        outputs = handler.model(inputs)
+        return handler.loss_fn(outputs, targets), outputs, targets
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
+    """A nested value with its tensors on a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
+        return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_to(item, device) for item in value)
+        return type(value)(to_device(item, device) for item in value)
     return value
 
 
 class _Sums:
-    """Loss and metrics, summed over samples."""
+    """Loss and metrics, summed over this rank's samples of an epoch."""
 
     def __init__(self, handler: NNHandler) -> None:
         self.handler = handler
@@ -153,25 +383,9 @@ class _Sums:
     def means(self) -> dict[str, float]:
         return mean_over_ranks(self.sums, self.count, self.handler.device)
 
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count, "sums": dict(self.sums)}
 
-def _line(epoch: int, end: int, results: dict[str, float]) -> str:
-    return f"epoch {epoch}/{end}  " + "  ".join(f"{k} {v:.4g}" for k, v in results.items())
-
-
-def _auto_save(handler: NNHandler, results: dict[str, float], *, last: bool) -> None:
-    saver = handler.auto_saver
-    if saver is None or not saver.due(epoch=handler.epoch, last=last):
-        return
-    target = saver.target({"epoch": handler.epoch, "step": handler.step, **results})
-    # Noted before saving, so that the checkpoint itself knows it is the newest.
-    before = saver.last
-    old = saver.saved(target)
-    try:
-        handler.save(target)
-    except BaseException:
-        saver.last = before
-        raise
-    if old is not None and handler.rank == 0:
-        remove(old)
-    if dist.is_initialized():
-        dist.barrier()
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
+        self.sums.update({k: v for k, v in state["sums"].items() if k in self.sums})

@@ -14,12 +14,13 @@ from torch import nn
 
 import shardckpt
 from shardckpt import NNHandler, errors
-from shardckpt.nn_handler.auto_saver import checkpoint_name
+from shardckpt.nn_handler.trainer_saving import checkpoint_name
 from tests.nn_handler.models import Net, accuracy, data
 from tests.ranks import on_world_sizes, run_ranks
 
 
 def a_handler(parallel: str = "auto", **options) -> NNHandler:
+    torch.manual_seed(0)
     handler = NNHandler(Net, parallel=parallel, width=6, **options)
     handler.set_optimizer(torch.optim.Adam, lr=0.01)
     handler.set_scheduler(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
@@ -47,7 +48,7 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", ["c", "c.pth", "deep/er/c.pt"])
+@pytest.mark.parametrize("name", ["c", "c.pth", "deep/er/c.pt", "c.safetensors"])
 def test_resumed_training_equals_training_never_stopped(tmp_path, name):
     never_stopped = a_handler()
     never_stopped.train(epochs=5)
@@ -105,7 +106,11 @@ def test_auto_save_names_and_overwrite(tmp_path):
     handler.auto_save(interval=2, save_path=tmp_path / "all", name=name)
     handler.train(epochs=5)
     found = sorted(os.listdir(tmp_path / "all"))
-    assert [re.sub(r"[\d.]+$", "#", entry) for entry in found] == ["m2_valloss#", "m4_valloss#"]
+    assert [re.sub(r"[\d.]+$", "#", entry) for entry in found] == [
+        "m2_valloss#",
+        "m4_valloss#",
+        "m5_valloss#",  # the last epoch
+    ]
     handler.auto_save(interval=1, save_path=tmp_path / "one", name="e{epoch}", overwrite=True)
     handler.train(epochs=3)
     assert os.listdir(tmp_path / "one") == ["e8"]
@@ -152,14 +157,19 @@ def test_bad_intervals(interval):
         a_handler().auto_save(interval=interval)
 
 
-def test_what_has_no_importable_name_is_refused_before_anything_is_written(tmp_path):
+@pytest.mark.parametrize("name", ["c", "c.pth", "c.safetensors"])
+def test_what_has_no_importable_name_is_reported_and_asked_for_again(tmp_path, name):
     handler = a_handler()
-    handler.add_metric("mine", lambda outputs, targets: 0.0)
-    for name in ("c", "c.pth"):
-        with pytest.raises(errors.UnsupportedLeafError) as caught:
-            handler.save(tmp_path / name)
-        assert caught.value.tensor == "metrics.mine"
-    assert os.listdir(tmp_path) == []
+    handler.add_metric("mine", lambda outputs, targets: 0.5)
+    with pytest.warns(UserWarning, match="metrics.mine"):
+        handler.save(tmp_path / name)
+    handler.save(tmp_path / name)  # warned of once
+    with pytest.raises(errors.CheckpointError) as caught:
+        NNHandler.load(tmp_path / name)
+    assert caught.value.tensor == "metrics.mine"
+    given = {"mine": lambda outputs, targets: 0.25}
+    loaded = with_data(NNHandler.load(tmp_path / name, metrics=given))
+    assert loaded.train(epochs=1)["mine"] == [0.25]
 
 
 @pytest.mark.parametrize("name", ["c", "c.pth"])

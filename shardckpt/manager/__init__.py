@@ -1,0 +1,22 @@
+"""Many checkpoints of one job: saved by step, pruned by policy, the newest or best restored."""
+
+from shardckpt.manager.manager import CheckpointManager, Restored
+from shardckpt.manager.retention import (
+    KeepBest,
+    KeepEveryHours,
+    KeepEverySteps,
+    KeepLast,
+    Retention,
+    SavedCheckpoint,
+)
+
+__all__ = [
+    "CheckpointManager",
+    "KeepBest",
+    "KeepEveryHours",
+    "KeepEverySteps",
+    "KeepLast",
+    "Restored",
+    "Retention",
+    "SavedCheckpoint",
+]

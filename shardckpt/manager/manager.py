@@ -1,0 +1,371 @@
+"""CheckpointManager: the checkpoints of one job in one directory."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.select import operation
+from shardckpt.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    FormatVersionError,
+    NotACheckpointError,
+    ShardckptError,
+    StateError,
+    StorageError,
+)
+from shardckpt.execution.stager import SaveHandle
+from shardckpt.manager.formats import RECORD, Format, Sharded
+from shardckpt.manager.retention import (
+    KeepBest,
+    Retention,
+    SavedCheckpoint,
+    ranked,
+    to_remove,
+)
+from shardckpt.reports import LoadReport
+
+__all__ = ["CheckpointManager", "Restored"]
+
+T = TypeVar("T")
+BROKEN = (CheckpointNotFoundError, CorruptionError, NotACheckpointError, StorageError)
+"""What makes a restore turn to another checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What was restored: a checkpoint, the report of its load, and the paths of those that were
+    tried before and are broken."""
+
+    checkpoint: SavedCheckpoint
+    report: LoadReport
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """The step that was given to save."""
+        return self.checkpoint.step
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics that were given to save."""
+        return self.checkpoint.metrics
+
+
+class CheckpointManager:
+    """Saves a job's state by step into a directory, keeps what its policies say, and restores.
+
+    `keep`: policies (KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your own function);
+    a checkpoint stays if any of them keeps it; without policies all stay. `name` makes the
+    names, by `step`. Nothing is removed before the newest checkpoint that stays, and every
+    other that a policy counts, has been verified: each once, by reading it whole, or with
+    check="quick" by its manifest and the sizes of its shards. Checkpoints that are broken are
+    neither counted nor removed. With `asynchronous` save returns once the state has been
+    copied; the next save, `wait` or `close` raises what went wrong. Managers with different
+    `label` share a directory and leave each other's checkpoints alone; one with label None sees
+    all of them.
+
+    What says so is collective over `process_group`, as shardckpt.save is.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: Sequence[Retention] = (),
+        name: str = "step-{step}",
+        asynchronous: bool = False,
+        check: Literal["full", "quick"] = "full",
+        label: str | None = "",
+        process_group: Any = None,
+        format: Format | None = None,
+    ) -> None:
+        if check not in ("full", "quick"):
+            raise StateError(
+                "Unknown value for check", expected='"full" or "quick"', actual=repr(check)
+            )
+        self.folder = os.fspath(folder)
+        self.keep = tuple(keep)
+        self.label = label
+        self._name = name
+        self._asynchronous = asynchronous
+        self._check = check
+        self._group = process_group
+        self._format: Format = format or Sharded()
+        self._pending: SaveHandle | None = None
+        self._records: dict[str, tuple[Any, tuple[str | None, SavedCheckpoint | None]]] = {}
+        self._verified: dict[str, bool] = {}
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        name: str | None = None,
+        if_exists: Literal["error", "replace", "number"] = "error",
+    ) -> SavedCheckpoint:
+        """Save a state under a step; collective. Then removes what no policy keeps.
+
+        `state` as for shardckpt.save, a dict. `name` stands in for the manager's own template.
+        Where its path is taken: "error" raises CheckpointExistsError, "replace" replaces the
+        checkpoint there, "number" appends `-v1`, `-v2` and so on. Names, metrics and time are
+        those of rank 0.
+        """
+        if not isinstance(step, int) or step < 0:
+            raise StateError("This is no step", expected="an int from 0", actual=repr(step))
+        if not isinstance(state, Mapping) or RECORD in state:
+            raise StateError(
+                "This is no state for a CheckpointManager",
+                expected=f"a dict without the key {RECORD!r}",
+                actual=type(state).__name__,
+            )
+        self.wait()
+        found = {key: float(value) for key, value in (metrics or {}).items()}
+        checkpoint = self._agree(f"save step {step} in {self.folder}", step, found, name, if_exists)
+        record = {
+            "label": self.label,
+            "step": step,
+            "metrics": dict(checkpoint.metrics),
+            "saved_at": checkpoint.saved_at,
+        }
+        self._pending = self._format.save(
+            {**state, RECORD: record},
+            checkpoint.path,
+            overwrite=if_exists == "replace",
+            asynchronous=self._asynchronous,
+            process_group=self._group,
+        )
+        if not self._asynchronous:
+            self._prune()
+        return checkpoint
+
+    def _agree(
+        self, subject: str, step: int, metrics: dict[str, float], name: str | None, if_exists: str
+    ) -> SavedCheckpoint:
+        def decide(payloads: list[bytes]) -> bytes:
+            base = os.path.join(self.folder, name or self._name.format(step=step))
+            path, number = base, 0
+            stem, suffix = os.path.splitext(base)
+            if suffix not in (".pth", ".pt", ".safetensors"):
+                stem, suffix = base, ""
+            while if_exists == "number" and os.path.lexists(path):
+                number += 1
+                path = f"{stem}-v{number}{suffix}"
+            if if_exists == "error" and os.path.lexists(path):
+                raise CheckpointExistsError(
+                    "There is something at this path already",
+                    path=path,
+                    remedy='give another step or name, or if_exists="replace"',
+                )
+            return msgspec.msgpack.encode([path, step, metrics, time.time()])
+
+        with operation(f"CheckpointManager: {subject}", self._group) as coordinator:
+            answer = exchange(coordinator, "name", lambda: b"", decide)
+        path, step, metrics, saved_at = msgspec.msgpack.decode(answer)
+        return SavedCheckpoint(path=path, step=step, metrics=metrics, saved_at=saved_at)
+
+    def wait(self) -> None:
+        """Wait for the save in the background, if there is one, and prune; collective."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+            self._prune()
+
+    def close(self) -> None:
+        """As wait."""
+        self.wait()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.wait()
+
+    def checkpoints(self) -> list[SavedCheckpoint]:
+        """The checkpoints of this manager that look whole, oldest first. Not collective: reads
+        the directory."""
+        return self._scan()[0]
+
+    def _scan(self) -> tuple[list[SavedCheckpoint], list[tuple[str, str]]]:
+        """The checkpoints that look whole, oldest first; (path, what is wrong) of the others."""
+        found, broken = [], []
+        names = sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []
+        for name in names:
+            path = os.path.join(self.folder, name)
+            try:
+                checkpoint = None if name.startswith(".") else self._look(path)
+            except (CorruptionError, FormatVersionError) as error:
+                broken.append((path, error.message))
+            else:
+                found += [checkpoint] if checkpoint else []
+        return sorted(found, key=lambda c: (c.step, c.saved_at)), broken
+
+    def all_steps(self) -> list[int]:
+        """The steps of the checkpoints that look whole, ascending. Not collective."""
+        return sorted({checkpoint.step for checkpoint in self.checkpoints()})
+
+    def restore_latest(self, state: Any, *, strict: bool = True) -> Restored | None:
+        """Load the newest checkpoint into a state, in place; collective. None if there is none.
+
+        One that turns out to be broken is passed over for the one before, with a warning.
+        """
+        return self._restore(state, lambda found: found[::-1], strict=strict)
+
+    def restore_best(
+        self,
+        state: Any,
+        metric: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        *,
+        strict: bool = True,
+    ) -> Restored | None:
+        """As restore_latest, the best by a metric first: by default that of the KeepBest policy."""
+        best = next((policy for policy in self.keep if isinstance(policy, KeepBest)), None)
+        if best is None and metric is None:
+            raise StateError("Best by which metric?", remedy="give metric=, or a KeepBest policy")
+        by = metric or (best.metric if best else "")
+        better = mode or (best.mode if best and metric in (None, best.metric) else "min")
+        return self._restore(state, lambda found: ranked(found, by, better), strict=strict)
+
+    def _restore(
+        self,
+        state: Any,
+        order: Callable[[list[SavedCheckpoint]], list[SavedCheckpoint]],
+        *,
+        strict: bool,
+    ) -> Restored | None:
+        found = self.first_that_loads(
+            lambda path: self._format.load(state, path, strict=strict, process_group=self._group),
+            order,
+        )
+        if found is None:
+            return None
+        checkpoint, report, skipped = found
+        return Restored(checkpoint=checkpoint, report=report, skipped=skipped)
+
+    def first_that_loads(
+        self,
+        load: Callable[[str], T],
+        order: Callable[[list[SavedCheckpoint]], list[SavedCheckpoint]] = lambda found: found[::-1],
+    ) -> tuple[SavedCheckpoint, T, tuple[str, ...]] | None:
+        """The first checkpoint, in an order, that a collective function loads; what that returned;
+        and the paths of the broken ones before it. Collective."""
+        self.wait()
+
+        def listed(payloads: list[bytes]) -> bytes:
+            found, broken = self._scan()
+            for path, message in broken:
+                _pass_over(path, message)
+            facts = [[c.path, c.step, dict(c.metrics), c.saved_at] for c in order(found)]
+            return msgspec.msgpack.encode([facts, [path for path, _ in broken]])
+
+        with operation(f"CheckpointManager: restore from {self.folder}", self._group) as ranks:
+            rank = ranks.rank
+            answer = exchange(ranks, "list", lambda: b"", listed)
+        candidates, skipped = msgspec.msgpack.decode(answer)
+        last: ShardckptError | None = None
+        for path, step, metrics, saved_at in candidates:
+            try:
+                loaded = load(path)
+            except BROKEN as error:
+                if rank == 0:
+                    _pass_over(path, error.message)
+                skipped.append(path)
+                last = error
+                continue
+            checkpoint = SavedCheckpoint(path=path, step=step, metrics=metrics, saved_at=saved_at)
+            return checkpoint, loaded, tuple(skipped)
+        if last is not None:
+            raise CorruptionError(
+                "None of the checkpoints can be loaded",
+                path=self.folder,
+                actual=", ".join(skipped),
+                remedy="the state may be partly overwritten: make it anew before going on",
+            ) from last
+        return None
+
+    def _prune(self) -> None:
+        """Remove what no policy keeps; collective, rank 0 does it."""
+        if not self.keep:
+            return
+        with operation(f"CheckpointManager: prune {self.folder}", self._group) as coordinator:
+
+            def remove() -> bytes:
+                if coordinator.rank == 0:
+                    for checkpoint in self._condemned(coordinator):
+                        self._format.remove(checkpoint.path)
+                return b""
+
+            exchange(coordinator, "prune", remove, lambda payloads: b"")
+
+    def _condemned(self, coordinator: Coordinator) -> list[SavedCheckpoint]:
+        saved = self.checkpoints()
+        while condemned := to_remove(saved, self.keep):
+            paths = {checkpoint.path for checkpoint in condemned}
+            broken = next(
+                (
+                    c
+                    for c in reversed(saved)
+                    if c.path not in paths and not self._intact(c, coordinator)
+                ),
+                None,
+            )
+            if broken is None:
+                return condemned
+            saved.remove(broken)
+        return []
+
+    def _intact(self, checkpoint: SavedCheckpoint, coordinator: Coordinator) -> bool:
+        key = f"{checkpoint.path} {checkpoint.saved_at}"
+        if key not in self._verified:
+            try:
+                self._format.verify(
+                    checkpoint.path, quick=self._check == "quick", progress=coordinator.progress
+                )
+                self._verified[key] = True
+            except BROKEN as error:
+                warnings.warn(
+                    f"{checkpoint.path} is broken, and does not count: {error.message}",
+                    stacklevel=7,
+                )
+                self._verified[key] = False
+        return self._verified[key]
+
+    def _look(self, path: str) -> SavedCheckpoint | None:
+        """The checkpoint at a path, if it is one of this manager's; raises if it is broken."""
+        try:
+            signature = self._format.signature(path)
+            if self._records.get(path, (None, None))[0] != signature:
+                self._records[path] = signature, _checkpoint(path, self._format.record(path))
+        except (NotACheckpointError, CheckpointNotFoundError, OSError):
+            return None
+        label, checkpoint = self._records[path][1]
+        return checkpoint if self.label is None or label == self.label else None
+
+
+def _pass_over(path: str, message: str) -> None:
+    warnings.warn(f"{path} is broken and passed over: {message}", stacklevel=2)
+
+
+def _checkpoint(path: str, record: Any) -> tuple[str | None, SavedCheckpoint | None]:
+    """The label and the facts of a record under RECORD."""
+    if not isinstance(record, Mapping):
+        return None, None
+    facts = {name: record[name] for name in ("step", "metrics", "saved_at")}
+    return record["label"], SavedCheckpoint(path=path, **facts)

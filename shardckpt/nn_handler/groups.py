@@ -1,0 +1,72 @@
+"""Parameter groups by name, so that a checkpoint can say which parameter is in which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardckpt.errors import StateError
+from shardckpt.planning.stateful import parameter_names
+
+__all__ = ["Groups", "grouped"]
+
+Groups = Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]]
+
+
+def grouped(
+    module: nn.Module, groups: Groups | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups for an optimizer, and the same with names in place of parameters.
+
+    Parameters that need gradients and are in no group make the first one; groups that name
+    theirs one by one, as a checkpoint does, take also those that need none.
+    """
+    if isinstance(groups, Mapping):
+        groups = [{"params": [prefix], **options} for prefix, options in groups.items()]
+    by_id = parameter_names([("", module)])
+    parameters = {by_id[id(p)]: p for p in module.parameters()}
+    taken: dict[str, None] = {}
+    chosen, named = [], []
+    for group in groups or ():
+        names = [
+            name
+            for wanted in _listed(group.get("params"))
+            for name in _matching(wanted, by_id, parameters)
+            if name not in taken
+        ]
+        if not names:
+            raise StateError(
+                "A parameter group holds no parameter",
+                expected="parameters of the model, their names, or prefixes of them",
+                actual=repr(group.get("params")),
+                remedy="choose among " + ", ".join(sorted(dict(module.named_children()))),
+            )
+        taken.update(dict.fromkeys(names))
+        options = {key: value for key, value in group.items() if key != "params"}
+        chosen.append({"params": [parameters[name] for name in names], **options})
+        named.append({"params": names, **options})
+    rest = [name for name, p in parameters.items() if name not in taken and p.requires_grad]
+    if rest:
+        chosen.insert(0, {"params": [parameters[name] for name in rest]})
+        named.insert(0, {"params": rest})
+    return chosen, named
+
+
+def _listed(wanted: Any) -> Iterable[Any]:
+    if isinstance(wanted, (str, torch.Tensor)):
+        return [wanted]
+    return list(wanted or ())
+
+
+def _matching(wanted: Any, by_id: Mapping[int, str], parameters: Mapping[str, Any]) -> list[str]:
+    if isinstance(wanted, torch.Tensor):
+        return [by_id[id(wanted)]] if id(wanted) in by_id else []
+    prefix = str(wanted).rstrip(".")
+    return [
+        name
+        for name, parameter in parameters.items()
+        if name == prefix or (f"{name}.".startswith(f"{prefix}.") and parameter.requires_grad)
+    ]

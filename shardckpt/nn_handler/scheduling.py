@@ -1,0 +1,113 @@
+"""A learning-rate scheduler, described so that it can be made anew, stepped when it is due."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CyclicLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+from shardckpt.errors import StateError
+from shardckpt.nn_handler.objects import describe
+
+__all__ = ["Scheduler"]
+
+Interval = Literal["epoch", "step"]
+
+
+class Scheduler:
+    """Makes scheduler_class(optimizer, **options); `torch` is what that made.
+
+    An option `schedulers` (SequentialLR, ChainedScheduler) is a list of pairs of a class and its
+    options. `interval` None is "step" for OneCycleLR and CyclicLR, "epoch" for all others.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler_class: Callable[..., Any],
+        options: Mapping[str, Any],
+        *,
+        interval: Interval | None = None,
+        monitor: str = "val_loss",
+    ) -> None:
+        if interval not in (None, "epoch", "step"):
+            raise StateError(
+                "Unknown value for interval", expected='"epoch" or "step"', actual=repr(interval)
+            )
+        self.torch = _make(optimizer, scheduler_class, options)
+        by_step = isinstance(self.torch, (OneCycleLR, CyclicLR))
+        self.interval: Interval = interval or ("step" if by_step else "epoch")
+        self.monitor = monitor
+        self._class, self._options = scheduler_class, dict(options)
+
+    def after_step(self) -> None:
+        """To be called after each step of the optimizer."""
+        if self.interval == "step":
+            self.torch.step()
+
+    def after_epoch(self, results: Mapping[str, float]) -> None:
+        """To be called after each epoch, with its metrics."""
+        if isinstance(self.torch, ReduceLROnPlateau):
+            if self.monitor in results:
+                self.torch.step(results[self.monitor])
+        elif self.interval == "epoch":
+            self.torch.step()
+
+    def description(self) -> dict[str, Any]:
+        """What makes it anew, as plain data."""
+        return {
+            "class": describe(self._class),
+            "options": describe(self._options),
+            "interval": self.interval,
+            "monitor": self.monitor,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the torch scheduler, which holds functions by nothing but their presence."""
+        state: dict[str, Any] = _without_functions(self.torch.state_dict())
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state; counters come back as such."""
+        _load(self.torch, dict(state))
+
+
+def _make(
+    optimizer: torch.optim.Optimizer, kind: Callable[..., Any], options: Mapping[str, Any]
+) -> Any:
+    options = dict(options)
+    if kind in (SequentialLR, ChainedScheduler) and "schedulers" in options:
+        options["schedulers"] = [_make(optimizer, k, o) for k, o in options["schedulers"]]
+    return kind(optimizer=optimizer, **options)
+
+
+def _without_functions(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_functions(item) for key, item in value.items() if not callable(item)}
+    if type(value) in (list, tuple):
+        return type(value)(_without_functions(item) for item in value)
+    return value
+
+
+def _load(scheduler: Any, state: dict[str, Any]) -> None:
+    _restore_counters(scheduler, state)
+    for part, own in zip(
+        getattr(scheduler, "_schedulers", ()), state.get("_schedulers", ()), strict=True
+    ):
+        _restore_counters(part, own)
+    scheduler.load_state_dict(state)
+
+
+def _restore_counters(scheduler: Any, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        if isinstance(getattr(scheduler, name, None), Counter):
+            state[name] = Counter(value)

@@ -1,0 +1,162 @@
+"""The logic of saving while training, apart: when to save, under which name, and what becomes of
+the saves before. Pure: nothing here knows a file system, a clock or other ranks."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shardckpt.errors import StateError
+from shardckpt.manager.retention import KeepBest, KeepLast, Retention
+
+__all__ = ["SavePlan", "checkpoint_name", "name_fields"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavePlan:
+    """When to save, and what to keep; raises StateError for what makes no sense.
+
+    `interval`: every so many epochs (-1: the last one alone; 0 or None: never). `every_steps`,
+    `every_minutes`: within epochs too. `keep_last`, `keep_best` (by `monitor`; `mode` "min" or
+    "max" is better): how many stay; without either all do. `overwrite`: the newest alone stays.
+    """
+
+    interval: int | None = 1
+    name: str = "epoch{epoch}"
+    overwrite: bool = False
+    every_steps: int | None = None
+    every_minutes: float | None = None
+    keep_last: int | None = None
+    keep_best: int | None = None
+    monitor: str | None = None
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        if self.interval is not None and (type(self.interval) is not int or self.interval < -1):
+            raise StateError(
+                "This is no interval for saving",
+                expected="a number of epochs, -1 for the last one, 0 or None for never",
+                actual=repr(self.interval),
+            )
+        for what, kinds in (
+            ("every_steps", (int,)),
+            ("every_minutes", (int, float)),
+            ("keep_last", (int,)),
+            ("keep_best", (int,)),
+        ):
+            value = getattr(self, what)
+            if value is not None and (type(value) not in kinds or not value > 0):
+                raise StateError(
+                    f"This is no {what} for saving",
+                    expected="None, or a number above 0",
+                    actual=repr(value),
+                )
+        if self.keep_best is not None and self.monitor is None:
+            raise StateError("Best by which metric?", remedy='give monitor=, such as "val_loss"')
+        if self.mode not in ("min", "max"):
+            raise StateError(
+                "Unknown value for mode", expected='"min" or "max"', actual=repr(self.mode)
+            )
+        if self.overwrite and (self.keep_last or self.keep_best):
+            raise StateError(
+                "overwrite=True keeps the newest save alone",
+                actual="keep_last or keep_best beside it",
+                remedy="leave one of them out",
+            )
+        name_fields(self.name)
+
+    def due_after_epoch(self, epoch: int, *, last: bool, save_last: bool = True) -> bool:
+        """Whether to save after an epoch (counted from 1); `last`: training ends with it, be it
+        by an early stop."""
+        if not self.interval:
+            return False
+        return (last and (save_last or self.interval < 0)) or (
+            self.interval > 0 and epoch % self.interval == 0
+        )
+
+    def due_at_step(self, step: int, *, saved_at: int) -> bool:
+        """Whether to save after a step of the optimizer (counted from 1)."""
+        return bool(self.every_steps) and step != saved_at and step % (self.every_steps or 1) == 0
+
+    def due_by_time(self, minutes: float) -> bool:
+        """Whether to save so many minutes after the last save."""
+        return self.every_minutes is not None and minutes >= self.every_minutes
+
+    def policies(self) -> list[Retention]:
+        """What to keep, for a CheckpointManager."""
+        kept: list[Retention] = []
+        if self.overwrite or self.keep_last:
+            kept.append(KeepLast(self.keep_last or 1))
+        if self.keep_best:
+            kept.append(KeepBest(self.keep_best, self.monitor or "", self.mode))
+        return kept
+
+    def check_names(self, known: set[str]) -> None:
+        """Raise StateError for a field of the name, or a monitor, that no epoch will bring."""
+        for field in name_fields(self.name):
+            if field not in known:
+                raise _unknown(field, self.name, known)
+        if self.monitor is not None and self.monitor not in known:
+            raise StateError(
+                "The monitored metric never appears",
+                expected=f"one of {', '.join(sorted(known))}",
+                actual=self.monitor,
+                remedy="correct monitor, or add the metric; val_ ones need a validation loader",
+            )
+
+    def needs_validation(self) -> bool:
+        """Whether a save after an epoch needs the metrics of validation."""
+        names = {*name_fields(self.name), self.monitor or ""}
+        return any(name.startswith("val_") for name in names)
+
+
+def name_fields(template: str) -> list[str]:
+    """The metrics that a template for names asks for; StateError for one that is malformed."""
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except (ValueError, TypeError) as error:
+        raise _malformed(template, error) from error
+
+
+def checkpoint_name(template: str, metrics: Mapping[str, Any]) -> str:
+    """The template with metrics filled in, such as `epoch{epoch}_loss{val_loss:.4f}`.
+
+    Raises StateError for a metric that is not there, and where the name would leave its folder.
+    """
+    for field in name_fields(template):
+        if field not in metrics:
+            raise _unknown(field, template, set(metrics))
+    clean = {
+        key: value.replace("/", "_") if isinstance(value, str) else value
+        for key, value in metrics.items()
+    }
+    try:
+        name = template.format(**clean)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _malformed(template, error) from error
+    if name.startswith(".") or not name or "/" in name or "\0" in name:
+        raise StateError(
+            "This is no name for a checkpoint",
+            actual=repr(name),
+            remedy="leave out / and NUL, and don't begin with a dot",
+        )
+    return name
+
+
+def _unknown(field: str, template: str, known: set[str]) -> StateError:
+    return StateError(
+        "The name of a checkpoint asks for a metric that is not there",
+        expected=f"one of {', '.join(sorted(known))}",
+        actual=f"{{{field}}} in {template!r}",
+        remedy="correct the name, or add the metric; val_ ones need a validation loader",
+    )
+
+
+def _malformed(template: str, error: Exception) -> StateError:
+    return StateError(
+        "The template for names of checkpoints is malformed",
+        expected="text with fields as in {val_loss:.4f}",
+        actual=f"{template!r}: {error}",
+    )

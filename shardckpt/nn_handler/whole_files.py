@@ -1,0 +1,226 @@
+"""A whole state in files for interchange: one torch or safetensors file, or one for each component.
+
+Torch files open with torch.load(weights_only=True), safetensors files with the safetensors library:
+tensors by name, all else as typed JSON in the metadata. Files appear under their name at once,
+when they are durable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+import msgspec
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from shardckpt.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    NotACheckpointError,
+    ShardckptError,
+    UnsupportedLeafError,
+)
+from shardckpt.format import values
+from shardckpt.planning.flatten import flatten
+from shardckpt.storage.local import sync_directory
+from shardckpt.storage.system import System, translated
+
+__all__ = ["INDEX", "FileFormat", "is_one_file", "read_many", "read_one", "write_many", "write_one"]
+
+FileFormat = Literal["torch", "safetensors"]
+INDEX = "components.json"
+_SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
+_TREE = "shardckpt.state"
+
+
+def is_one_file(path: str) -> bool:
+    """Whether a path means one file."""
+    return path.endswith((".pth", ".pt", ".safetensors"))
+
+
+def write_one(state: Mapping[str, Any], path: str, *, overwrite: bool) -> None:
+    """Write a nested state of plain CPU tensors as one file; its suffix says of which format."""
+    with _appearing(path, overwrite=overwrite) as temporary:
+        _write(state, temporary, path)
+
+
+def read_one(path: str) -> Any:
+    """The state in one file, on the CPU; of a file that others wrote, its content."""
+    with _errors_of(path, "load another checkpoint; pickled objects are never loaded"):
+        if path.endswith(".safetensors"):
+            return _read_safetensors(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def write_many(
+    state: Mapping[str, Any], folder: str, file_format: FileFormat, *, overwrite: bool
+) -> None:
+    """Write a directory with a file for each item of the state, and an index with their digests."""
+    with _appearing(folder, overwrite=overwrite) as temporary:
+        os.mkdir(temporary)
+        files = {}
+        for key, item in state.items():
+            name = f"{key}{_SUFFIXES[file_format]}"
+            path = os.path.join(temporary, name)
+            _write({key: item}, path, os.path.join(folder, name))
+            files[key] = {"name": name, "xxh3_128": _digest(path)}
+        with open(os.path.join(temporary, INDEX), "x") as index:
+            json.dump({"format": file_format, "files": files}, index, indent=1)
+            index.flush()
+            os.fsync(index.fileno())
+        sync_directory(System(), temporary)
+
+
+def read_many(folder: str) -> dict[str, Any]:
+    """The state that write_many wrote; every file is checked against its digest."""
+    state: dict[str, Any] = {}
+    with _errors_of(folder, "load another checkpoint"), open(os.path.join(folder, INDEX)) as file:
+        index = json.load(file)
+        for key, entry in index["files"].items():
+            path = os.path.join(folder, os.path.basename(entry["name"]))
+            found = _digest(path)
+            if found != entry["xxh3_128"]:
+                raise CorruptionError(
+                    "A file of the checkpoint is not what was written",
+                    path=path,
+                    expected=f"digest {entry['xxh3_128']}",
+                    actual=f"digest {found}",
+                    remedy="load another checkpoint",
+                )
+            state[key] = read_one(path)[key]
+    return state
+
+
+def _write(state: Mapping[str, Any], path: str, target: str) -> None:
+    if target.endswith(".safetensors"):
+        flat = flatten(state, rank=0)
+        tree = msgspec.json.encode(flat.tree).decode()
+        tensors = {name: tensor.contiguous() for name, tensor in flat.tensors.items()}
+        save_file(tensors, path, {"format": "pt", _TREE: tree})
+    else:
+        torch.save(dict(state), path)
+        _check_loads(path, target)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _check_loads(temporary: str, path: str) -> None:
+    """What torch.load would refuse must be known now, not when it is needed."""
+    try:
+        torch.load(temporary, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise UnsupportedLeafError(
+            "The state holds a value that torch.load(weights_only=True) refuses",
+            path=path,
+            actual=str(error).splitlines()[0],
+            remedy="save to a path without .pth or .pt, or leave the value out",
+        ) from error
+
+
+def _read_safetensors(path: str) -> Any:
+    with safe_open(path, "pt") as file:
+        tree = (file.metadata() or {}).get(_TREE)
+    tensors = load_file(path)
+    if tree is None:
+        return tensors
+    return values.decode(
+        msgspec.json.decode(tree),
+        tensor=lambda ref: tensors[ref.name].numpy() if ref.kind == "numpy" else tensors[ref.name],
+    )
+
+
+def _digest(path: str) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _errors_of(path: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except ShardckptError:
+        raise
+    except FileNotFoundError as error:
+        if os.path.isdir(path):
+            raise NotACheckpointError(
+                "A file of the checkpoint is missing", path=path, actual=str(error), remedy=remedy
+            ) from error
+        raise CheckpointNotFoundError(
+            "There is nothing at this path", path=path, remedy="check the path"
+        ) from error
+    except IsADirectoryError as error:
+        raise NotACheckpointError(
+            "This is a directory, where a file was expected", path=path, remedy="check the path"
+        ) from error
+    except PermissionError:
+        with translated(path):
+            raise
+    except (Exception, SafetensorError) as error:
+        raise CorruptionError(
+            "This file can't be read",
+            path=path,
+            actual=f"{type(error).__name__}: {error}".splitlines()[0],
+            remedy=remedy,
+        ) from error
+
+
+@contextmanager
+def _appearing(path: str, *, overwrite: bool) -> Iterator[str]:
+    """A temporary path beside one, that takes its name at the end of the with block."""
+    path = os.path.abspath(path)
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.tmp-{uuid.uuid4().hex}")
+    with translated(path):
+        _check_target(path, overwrite=overwrite)
+        os.makedirs(folder, exist_ok=True)
+        try:
+            yield temporary
+            _publish(temporary, path)
+            sync_directory(System(), folder)
+        finally:
+            _remove(temporary)
+
+
+def _check_target(path: str, *, overwrite: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise CheckpointExistsError(
+            "There is something at this path already", path=path, remedy="pass overwrite=True"
+        )
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, INDEX)):
+        raise NotACheckpointError(
+            "overwrite=True replaces a checkpoint of the same kind, and nothing else",
+            path=path,
+            expected=f"a file, or a directory with {INDEX}",
+            actual="another directory",
+            remedy="move it out of the way, or save to another path",
+        )
+
+
+def _publish(temporary: str, path: str) -> None:
+    if os.path.isdir(path):
+        System().exchange(temporary, path)  # what is left under the temporary name is removed
+    else:
+        os.replace(temporary, path)
+
+
+def _remove(path: str) -> None:
+    remove: Callable[[str], None] = shutil.rmtree if os.path.isdir(path) else os.unlink
+    with suppress(FileNotFoundError):
+        remove(path)

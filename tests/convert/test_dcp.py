@@ -1,0 +1,77 @@
+"""Checkpoints of torch.distributed.checkpoint, read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from shardckpt import NNHandler, errors
+from shardckpt.convert.dcp import DcpCheckpoint
+from tests.nn_handler.models import Net
+
+
+def write(state: dict, path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=path)
+
+
+def test_tensors_come_back(tmp_path):
+    model = nn.Linear(3, 2)
+    state = {"model": model.state_dict(), "half": torch.ones(3, dtype=torch.bfloat16), "step": 7}
+    write(state, tmp_path / "c")
+    found = DcpCheckpoint(str(tmp_path / "c"))
+    assert found.tensors == {"model.weight": (2, 3), "model.bias": (2,), "half": (3,)}
+    read = found.read(found.tensors)
+    assert torch.equal(read["model.weight"], model.weight)
+    assert read["half"].dtype == torch.bfloat16
+
+
+def test_a_handler_begins_with_its_weights(tmp_path):
+    model = Net(width=5)
+    write({"app": {"model": model.state_dict(), "epoch": 3}}, tmp_path / "c")
+    handler = NNHandler.initialize_from_checkpoint(tmp_path / "c", Net, width=5)
+    assert torch.equal(handler.module.head.weight, model.head.weight)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["ATTACK"],)
+
+
+def test_metadata_runs_no_code(tmp_path, monkeypatch):
+    write({"w": torch.ones(2)}, tmp_path / "c")
+    monkeypatch.setenv("ATTACK", str(tmp_path / "owned"))
+    (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(errors.CorruptionError, match="metadata"):
+        DcpCheckpoint(str(tmp_path / "c"))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_tensor_files_run_no_code(tmp_path, monkeypatch):
+    write({"w": torch.ones(2)}, tmp_path / "c")
+    monkeypatch.setenv("ATTACK", str(tmp_path / "owned"))
+    (file,) = (tmp_path / "c").glob("*.distcp")
+    with open(file, "wb") as opened:
+        torch.save(Attack(), opened)
+    with pytest.raises(errors.CorruptionError):
+        DcpCheckpoint(str(tmp_path / "c")).read(["w"])
+    assert not (tmp_path / "owned").exists()
+
+
+def test_errors(tmp_path):
+    with pytest.raises(errors.CheckpointNotFoundError):
+        DcpCheckpoint(str(tmp_path / "absent"))
+    with pytest.raises(errors.NotACheckpointError):
+        DcpCheckpoint(str(tmp_path))
+    write({"w": torch.ones(2)}, tmp_path / "c")
+    metadata = tmp_path / "c" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:50])
+    with pytest.raises(errors.CorruptionError):
+        DcpCheckpoint(str(tmp_path / "c"))

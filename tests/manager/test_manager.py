@@ -1,0 +1,245 @@
+"""CheckpointManager: what it keeps, never loses, and restores."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import shardckpt
+from shardckpt import (
+    CheckpointManager,
+    KeepBest,
+    KeepEveryHours,
+    KeepEverySteps,
+    KeepLast,
+    errors,
+)
+from shardckpt.manager.retention import SavedCheckpoint, to_remove
+from tests.ranks import run_ranks
+
+
+def saved(*steps: int, **metrics: list[float]) -> list[SavedCheckpoint]:
+    return [
+        SavedCheckpoint(
+            path=f"c{step}",
+            step=step,
+            metrics={name: values[i] for name, values in metrics.items()},
+            saved_at=step * 3600.0,
+        )
+        for i, step in enumerate(steps)
+    ]
+
+
+def kept(found: list[SavedCheckpoint], *policies) -> list[int]:
+    gone = {c.path for c in to_remove(found, policies)}
+    return [c.step for c in found if c.path not in gone]
+
+
+def test_policies():
+    four = saved(1, 2, 3, 4, loss=[0.3, 0.1, float("nan"), 0.2])
+    assert kept(four) == [1, 2, 3, 4]
+    assert kept(four, KeepLast(2)) == [3, 4]
+    assert kept(four, KeepBest(1, "loss")) == [2, 4]  # the newest always stays
+    assert kept(four, KeepBest(1, "loss", "max")) == [1, 4]
+    assert kept(four, KeepBest(1, "nothing")) == [4]
+    assert kept(four, KeepEverySteps(3)) == [3, 4]
+    assert kept(four, KeepEveryHours(2)) == [1, 3, 4]
+    assert kept(four, KeepLast(1), KeepBest(2, "loss")) == [2, 4]
+    assert kept(four, lambda found: found[:1]) == [1, 4]
+    assert kept([], KeepLast(1)) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KeepLast(0),
+        lambda: KeepLast("2"),
+        lambda: KeepBest(1, "loss", "least"),
+        lambda: KeepEverySteps(-1),
+        lambda: KeepEveryHours(True),
+        lambda: CheckpointManager("c", check="half"),
+        lambda: CheckpointManager("c").save(-1, {}),
+        lambda: CheckpointManager("c").save(1, [torch.ones(1)]),
+        lambda: CheckpointManager("c").save(1, {"checkpoint_manager": 1}),
+        lambda: CheckpointManager("c").restore_best({}),
+    ],
+)
+def test_bad_arguments(make):
+    with pytest.raises(errors.StateError):
+        make()
+
+
+def state(value: float = 0.0) -> dict:
+    return {"w": torch.full((4,), float(value)), "step": int(value)}
+
+
+def test_a_loop_of_ones_own(tmp_path):
+    keep = [KeepLast(2), KeepBest(1, "loss")]
+    manager = CheckpointManager(tmp_path / "c", keep=keep)
+    assert manager.all_steps() == []
+    assert manager.restore_latest(state()) is None
+    for step, loss in enumerate([0.5, 0.1, 0.3, 0.4], 1):
+        manager.save(step, state(step), metrics={"loss": loss})
+    assert manager.all_steps() == [2, 3, 4]
+    assert sorted(os.listdir(tmp_path / "c")) == ["step-2", "step-3", "step-4"]
+    target = state()
+    restored = CheckpointManager(tmp_path / "c").restore_latest(target)
+    assert (restored.step, restored.metrics, restored.skipped) == (4, {"loss": 0.4}, ())
+    assert target["step"] == 4
+    assert torch.equal(target["w"], torch.full((4,), 4.0))
+    assert manager.restore_best(target).step == 2
+    assert manager.restore_best(target, "loss", "max").step == 4
+    with pytest.raises(errors.CheckpointExistsError):
+        manager.save(4, state())
+    manager.save(4, state(44), if_exists="replace")
+    manager.save(4, state(45), if_exists="number")
+    assert manager.restore_latest(target)
+    assert target["step"] == 45
+    assert "step-4-v1" in os.listdir(tmp_path / "c")
+
+
+def damage(path, *, cut: bool = False) -> None:
+    (shard,) = [path / name for name in os.listdir(path) if name.startswith("shard")]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data[:-1] if cut else data)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "no manifest", "manifest cut"])
+def test_a_broken_newest_is_passed_over_aloud(tmp_path, how):
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, state(1))
+    newest = tmp_path / "step-2"
+    manager.save(2, state(2))
+    if how in ("flipped", "cut"):
+        damage(newest, cut=how == "cut")
+    elif how == "manifest cut":
+        text = (newest / "manifest.json").read_bytes()
+        (newest / "manifest.json").write_bytes(text[: len(text) // 2])
+    target = state()
+    if how == "no manifest":  # no checkpoint at all
+        (newest / "manifest.json").unlink()
+        restored = CheckpointManager(tmp_path).restore_latest(target)
+    else:
+        with pytest.warns(UserWarning, match=r"step-2 is broken"):
+            restored = CheckpointManager(tmp_path).restore_latest(target)
+        assert restored.skipped == (str(newest),)
+    assert restored.step == 1
+    assert target["step"] == 1
+
+
+def test_where_all_are_broken(tmp_path):
+    CheckpointManager(tmp_path).save(1, state(1))
+    damage(tmp_path / "step-1")
+    with (
+        pytest.warns(UserWarning, match="broken"),
+        pytest.raises(errors.CorruptionError, match="None of the checkpoints"),
+    ):
+        CheckpointManager(tmp_path).restore_latest(state())
+
+
+def test_another_state_is_no_reason_to_fall_back(tmp_path):
+    CheckpointManager(tmp_path).save(1, {"other": torch.ones(1)})
+    with pytest.raises(errors.LoadMismatchError):
+        CheckpointManager(tmp_path).restore_latest(state())
+
+
+def test_broken_ones_are_not_counted_nor_removed(tmp_path):
+    manager = CheckpointManager(tmp_path, keep=[KeepLast(2)])
+    manager.save(1, state(1))
+    manager.save(2, state(2))
+    damage(tmp_path / "step-2")
+    fresh = CheckpointManager(tmp_path, keep=[KeepLast(2)])
+    with pytest.warns(UserWarning, match=r"step-2 is broken, and does not count"):
+        fresh.save(3, state(3))
+    assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2", "step-3"]
+    fresh.save(4, state(4))
+    assert sorted(os.listdir(tmp_path)) == ["step-2", "step-3", "step-4"]
+
+
+def test_the_newest_that_verifies_is_never_removed(tmp_path, monkeypatch):
+    """What was just saved turns out broken: the one before stays, whatever the policy says."""
+    manager = CheckpointManager(tmp_path, keep=[KeepLast(1)])
+    manager.save(1, state(1))
+    save = shardckpt.save
+
+    def bad_disk(*arguments, **options):
+        save(*arguments, **options)
+        damage(tmp_path / "step-2")
+
+    monkeypatch.setattr(shardckpt, "save", bad_disk)
+    with pytest.warns(UserWarning, match="step-2 is broken"):
+        manager.save(2, state(2))
+    assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2"]
+
+
+def test_a_quick_check_reads_no_shard(tmp_path, monkeypatch):
+    manager = CheckpointManager(tmp_path, keep=[KeepLast(1)], check="quick")
+    monkeypatch.setattr(shardckpt.Checkpoint, "verify", None)
+    manager.save(1, state(1))
+    manager.save(2, state(2))
+    assert manager.all_steps() == [2]
+
+
+def test_labels_and_strangers_are_left_alone(tmp_path):
+    shardckpt.save(state(0), tmp_path / "mine")
+    (tmp_path / "notes.txt").write_text("hello")
+    one = CheckpointManager(tmp_path, keep=[KeepLast(1)], label="one", name="one-{step}")
+    other = CheckpointManager(tmp_path, keep=[KeepLast(1)], label="other", name="other-{step}")
+    for step in (1, 2):
+        one.save(step, state(step))
+        other.save(step, state(step))
+    assert sorted(os.listdir(tmp_path)) == ["mine", "notes.txt", "one-2", "other-2"]
+    assert len(CheckpointManager(tmp_path, label=None).checkpoints()) == 2
+
+
+def test_in_the_background(tmp_path):
+    with CheckpointManager(tmp_path, keep=[KeepLast(1)], asynchronous=True) as manager:
+        tensors = state(1)
+        for step in (1, 2, 3):
+            tensors["w"].fill_(step)
+            manager.save(step, tensors)
+            tensors["w"].fill_(-1)
+    assert manager.all_steps() == [3]
+    target = state()
+    assert manager.restore_latest(target).step == 3
+    assert torch.equal(target["w"], torch.full((4,), 3.0))
+
+
+def test_a_failure_in_the_background_is_raised(tmp_path):
+    manager = CheckpointManager(tmp_path, asynchronous=True)
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / "file").write_text("in the way")
+    manager.save(1, state(1), if_exists="replace")
+    with pytest.raises(errors.NotACheckpointError):
+        manager.wait()
+    manager.wait()
+
+
+def on_ranks(folder: str) -> list[int]:
+    manager = CheckpointManager(folder, keep=[KeepLast(2)])
+    for step in range(1, 5):
+        # metrics that differ by rank are rank 0's
+        manager.save(step, state(step), metrics={"loss": step + 10.0 * dist.get_rank()})
+    if dist.get_rank() == 1:
+        for name in os.listdir(f"{folder}/step-4"):
+            if name.startswith("shard"):
+                os.truncate(f"{folder}/step-4/{name}", 8)
+    dist.barrier()
+    target = state()
+    if dist.get_rank() == 0:
+        with pytest.warns(UserWarning, match="step-4"):
+            restored = manager.restore_latest(target)
+    else:
+        restored = manager.restore_latest(target)
+    assert restored.metrics == {"loss": 3.0}
+    return [restored.step, target["step"]]
+
+
+@pytest.mark.ranks
+def test_several_ranks(tmp_path):
+    assert run_ranks(2, on_ranks, str(tmp_path)) == [[3, 3], [3, 3]]
+    assert sorted(os.listdir(tmp_path)) == ["step-3", "step-4"]
