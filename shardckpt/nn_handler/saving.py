@@ -26,7 +26,7 @@ from shardckpt.nn_handler.whole_files import (
     write_many,
     write_one,
 )
-from shardckpt.planning.flatten import memory_key
+from shardckpt.planning.flatten import Ties
 from shardckpt.planning.stateful import has_state, plain_state
 from shardckpt.reports import LoadReport
 
@@ -98,7 +98,7 @@ def _check_format(file_format: str) -> None:
 def _save_whole(state: dict[str, Any], path: str, write: Callable[[dict[str, Any]], None]) -> None:
     """Gather a handler's state and have rank 0 write it; collective."""
     ranks = state.pop("ranks")
-    whole = _whole(plain_state(state), {})
+    whole = _Whole().of(plain_state(state))
 
     def send() -> bytes:
         buffer = io.BytesIO()
@@ -114,19 +114,27 @@ def _save_whole(state: dict[str, Any], path: str, write: Callable[[dict[str, Any
         exchange(coordinator, "write", send, decide)
 
 
-def _whole(value: Any, seen: dict[Any, torch.Tensor]) -> Any:
-    """The state with whole CPU copies of its tensors, tied ones still tied; collective."""
-    if isinstance(value, torch.Tensor):
-        key = memory_key(value)
-        if key not in seen:
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            seen[key] = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return seen[key]
-    if isinstance(value, dict):
-        return {key: _whole(item, seen) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_whole(item, seen) for item in value)
-    return _whole(value.state_dict(), seen) if has_state(value) else value
+class _Whole:
+    """Makes whole CPU copies of tensors, tied ones still tied."""
+
+    def __init__(self) -> None:
+        self.ties = Ties()
+        self.copies: dict[str, torch.Tensor] = {}
+
+    def of(self, value: Any, name: str = "") -> Any:
+        """A nested state with copies in place of its tensors; collective."""
+        if isinstance(value, torch.Tensor):
+            first = self.ties.first(value, name)
+            if first not in self.copies:
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                copy = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+                self.copies[first] = copy
+            return self.copies[first]
+        if isinstance(value, dict):
+            return {key: self.of(item, f"{name}.{key}") for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self.of(item, f"{name}.{i}") for i, item in enumerate(value))
+        return self.of(value.state_dict(), name) if has_state(value) else value
 
 
 class OneFile:
