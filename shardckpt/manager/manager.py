@@ -69,8 +69,8 @@ class CheckpointManager:
     a checkpoint stays if any of them keeps it; without policies all stay. `name` makes the
     names, by `step`. Nothing is removed before the newest checkpoint that stays, and every
     other that a policy counts, has been verified: each once, by reading it whole, or with
-    check="quick" by its manifest and the sizes of its shards. Checkpoints that are broken are
-    neither counted nor removed. With `asynchronous` save returns once the state has been
+    check="quick" by its manifest and the sizes of its shards. Checkpoints that are found to
+    be broken are neither counted nor removed. With `asynchronous` save returns once the state has been
     copied; the next save, `wait` or `close` raises what went wrong. Managers with different
     `label` share a directory and leave each other's checkpoints alone; one with label None sees
     all of them.
@@ -315,7 +315,7 @@ class CheckpointManager:
             exchange(coordinator, "prune", remove, lambda payloads: b"")
 
     def _condemned(self, coordinator: Coordinator) -> list[SavedCheckpoint]:
-        saved = self.checkpoints()
+        saved = [c for c in self.checkpoints() if self._verified.get(_key(c), True)]
         while condemned := to_remove(saved, self.keep):
             paths = {checkpoint.path for checkpoint in condemned}
             broken = next(
@@ -332,7 +332,7 @@ class CheckpointManager:
         return []
 
     def _intact(self, checkpoint: SavedCheckpoint, coordinator: Coordinator) -> bool:
-        key = f"{checkpoint.path} {checkpoint.saved_at}"
+        key = _key(checkpoint)
         if key not in self._verified:
             try:
                 self._format.verify(
@@ -357,6 +357,10 @@ class CheckpointManager:
             return None
         label, checkpoint = self._records[path][1]
         return checkpoint if self.label is None or label == self.label else None
+
+
+def _key(checkpoint: SavedCheckpoint) -> str:
+    return f"{checkpoint.path} {checkpoint.saved_at}"
 
 
 def _pass_over(path: str, message: str) -> None:
