@@ -69,11 +69,11 @@ class CheckpointManager:
     a checkpoint stays if any of them keeps it; without policies all stay. `name` makes the
     names, by `step`. Nothing is removed before the newest checkpoint that stays, and every
     other that a policy counts, has been verified: each once, by reading it whole, or with
-    check="quick" by its manifest and the sizes of its shards. Checkpoints that are found to
-    be broken are neither counted nor removed. With `asynchronous` save returns once the state has been
-    copied; the next save, `wait` or `close` raises what went wrong. Managers with different
-    `label` share a directory and leave each other's checkpoints alone; one with label None sees
-    all of them.
+    check="quick" by its manifest and the sizes of its shards. Checkpoints that are found to be
+    broken are neither counted nor removed. With `asynchronous` save returns once the state has
+    been copied; the next save, `wait` or `close` raises what went wrong. Managers with
+    different `label` share a directory and leave each other's checkpoints alone; one with label
+    None sees all of them.
 
     What says so is collective over `process_group`, as shardckpt.save is.
     """
