@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import shardckpt
+from shardckpt.execution.background import SaveHandle
 from shardckpt.execution.reader import check_size
-from shardckpt.execution.stager import SaveHandle
 from shardckpt.reports import LoadReport
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import remove_tree

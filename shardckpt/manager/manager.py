@@ -24,7 +24,7 @@ from shardckpt.errors import (
     StateError,
     StorageError,
 )
-from shardckpt.execution.stager import SaveHandle
+from shardckpt.execution.background import SaveHandle
 from shardckpt.manager.formats import RECORD, Format, Sharded
 from shardckpt.manager.retention import (
     KeepBest,

@@ -15,8 +15,8 @@ import shardckpt
 from shardckpt.coordination.base import exchange
 from shardckpt.coordination.select import operation
 from shardckpt.errors import CorruptionError, StateError
+from shardckpt.execution.background import SaveHandle
 from shardckpt.execution.memory import MemoryStorage
-from shardckpt.execution.stager import SaveHandle
 from shardckpt.manager.formats import RECORD
 from shardckpt.nn_handler.whole_files import (
     FileFormat,
