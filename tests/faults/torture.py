@@ -17,10 +17,12 @@ Trial = Callable[[int], int]
 """Tries something with a seed; returns how many units. Raises where something failed."""
 
 HARNESSES = {
-    "crash": ("tests.faults.crash", "crash states"),
-    "damage": ("tests.faults.damage", "flipped bits and cuts"),
+    "crash": ("tests.faults.crash:trial", "crash states"),
+    "damage": ("tests.faults.damage:trial", "flipped bits and cuts"),
+    "manifest": ("tests.faults.fuzz:manifest_trial", "inputs for the parser of manifests"),
+    "header": ("tests.faults.fuzz:header_trial", "inputs for the parser of shard headers"),
 }
-"""name -> (module with a function `trial`, what it counts)."""
+"""name -> (module:function of a trial, what it counts)."""
 
 
 @dataclass(slots=True)
@@ -33,7 +35,8 @@ class Tally:
 
 def run_trial(name: str, seed: int) -> int:
     """One trial of a harness; how many units it tried."""
-    trial: Trial = importlib.import_module(HARNESSES[name][0]).trial
+    module, _, function = HARNESSES[name][0].partition(":")
+    trial: Trial = getattr(importlib.import_module(module), function)
     return trial(seed)
 
 

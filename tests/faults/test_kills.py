@@ -1,0 +1,37 @@
+"""Saves killed at random moments, and at each of their system calls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults import syscalls
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=110
+    )
+
+
+def test_random_kills(tmp_path):
+    done = run("tests.faults.kills", str(tmp_path), "--seed", "9", "--count", "15")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_save_that_is_lost_is_seen(tmp_path):
+    """A planted fault: saves that are acknowledged and published nowhere."""
+    done = run("tests.faults.kills", str(tmp_path), "--seed", "9", "--count", "15", "--forget")
+    assert "was acknowledged" in done.stderr
+
+
+@pytest.mark.skipif(not syscalls.available(), reason="strace is not installed")
+@pytest.mark.parametrize("first", [7, 60])
+def test_faults_by_strace(first):
+    done = run("tests.faults.syscalls", str(first), "110")
+    if "Operation not permitted" in done.stderr or "does not attach" in done.stderr:
+        pytest.skip("no right to trace")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[2]) > 2
