@@ -12,6 +12,7 @@ import collections
 import enum
 import math
 import pathlib
+import re
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from shardckpt.errors import CheckpointError, CorruptionError, UnsupportedLeafEr
 __all__ = ["TensorRef", "decode", "encode", "mapping", "reference"]
 
 _SAFE_INT = 1 << 53  # beyond it, readers of JSON that have only doubles round
+_NUMPY_DTYPE = re.compile(r"[<|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
 
 
@@ -261,7 +263,9 @@ def _deque(body: Any, item: Any, tensor: Any) -> Any:
 
 def _numpy(body: Any, item: Any, tensor: Any) -> Any:
     code, raw = _checked(body, list)
-    dtype = np.dtype(_checked(code, str))
+    if not _NUMPY_DTYPE.fullmatch(_checked(code, str)):  # numpy would parse it as Python
+        raise ValueError("a dtype of numbers, text or time")
+    dtype = np.dtype(code)
     if dtype.hasobject or dtype.kind == "V":
         raise ValueError("a dtype of objects")
     (value,) = np.frombuffer(_unbase64(_checked(raw, str)), dtype=dtype)

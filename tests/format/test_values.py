@@ -155,3 +155,9 @@ def test_an_unknown_type_is_named_with_its_path():
         values.encode({"a": [1, {"b": object()}]}, at="state")
     assert caught.value.tensor == "state.a.1.b"
     assert caught.value.actual == "builtins.object"
+
+
+@pytest.mark.parametrize("code", ["9" * 5000, "007", "<f4,<i4", "(2,)f4", "float32", "|V8", "|O8"])
+def test_a_dtype_that_numpy_would_parse_as_python(code):
+    with pytest.raises(errors.CorruptionError):
+        values.decode({"$numpy": [code, "AACAPw=="]}, tensor=lambda ref: ref)
