@@ -18,7 +18,8 @@
     │   ├── CheckpointExistsError(FileExistsError)
     │   ├── CheckpointBusyError(BlockingIOError)   another save to this path is under way
     │   ├── StoragePermissionError(PermissionError)
-    │   └── NoSpaceError
+    │   ├── NoSpaceError
+    │   └── StalledError(TimeoutError)         a read or write that does not come back
     ├── CoordinationError(RuntimeError)    other ranks
     │   ├── RankFailedError                    ranks that raised, died or fell silent
     │   └── DirectoryNotSharedError            ranks that see another directory
@@ -51,6 +52,7 @@ __all__ = [
     "RankMismatchError",
     "ReplicaMismatchError",
     "ShardckptError",
+    "StalledError",
     "StateError",
     "StorageError",
     "StoragePermissionError",
@@ -211,6 +213,10 @@ class StoragePermissionError(StorageError, PermissionError):
 
 class NoSpaceError(StorageError):
     """The disk or the quota is full."""
+
+
+class StalledError(StorageError, TimeoutError):
+    """A read or write has not come back within its deadline (SHARDCKPT_STALL_DEADLINE_S)."""
 
 
 class CoordinationError(ShardckptError, RuntimeError):

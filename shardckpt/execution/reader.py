@@ -14,14 +14,15 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 
 import torch
 import xxhash
 
 from shardckpt import knobs
-from shardckpt.errors import CorruptionError, StorageError
-from shardckpt.execution.buffers import Buffer, lease, view_at
+from shardckpt.errors import CorruptionError
+from shardckpt.execution.buffers import Buffer, view_at
+from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.manifest import Manifest, ShardEntry
 from shardckpt.planning.reads import WINDOW_BYTES, CopyRead, DirectRead, Read
@@ -61,7 +62,7 @@ def read_all(
                 return
             read_bytes[worker] += _read_window(files, manifest, window, windows[window], buffer)
 
-    with lease(threads) as buffers, ThreadPoolExecutor(threads, "shardckpt-read") as pool:
+    with workers(threads, "shardckpt-read", buffers=threads) as (pool, buffers):
         pending = {pool.submit(work, *job) for job in enumerate(buffers)}
         try:
             last, since = 0, time.monotonic()
@@ -73,12 +74,7 @@ def read_all(
                     last, since = sum(read_bytes), time.monotonic()
                     progress(last)
                 elif pending and time.monotonic() - since > knobs.STALL_DEADLINE_S:
-                    raise StorageError(
-                        "Reading makes no progress",
-                        path=files.path,
-                        expected=f"data within {knobs.STALL_DEADLINE_S} s",
-                        remedy="look at the disk or the file server",
-                    )
+                    raise stalled("Reading", files.path)
         finally:
             stop.set()
     return sum(read_bytes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 
 from shardckpt import knobs
 from shardckpt.errors import CorruptionError, ShardckptError, StateError, StorageError
 from shardckpt.execution.buffers import BUFFER_BYTES, lease
 from shardckpt.execution.reader import bad_blocks, tensors_in
+from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.bitflips import find_flipped_bit
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.manifest import Manifest, ShardEntry
@@ -126,17 +127,12 @@ def survey(
         checked.append(high - low)
         progress(high - low)
 
-    with ThreadPoolExecutor(knobs.READ_THREADS, "shardckpt-verify") as pool:
+    with workers(knobs.READ_THREADS, "shardckpt-verify", buffers=0) as (pool, _):
         pending = {pool.submit(check, job) for job in jobs}
         while pending:
             done, pending = wait(pending, knobs.STALL_DEADLINE_S, FIRST_COMPLETED)
             if not done:
-                raise StorageError(
-                    "Reading makes no progress",
-                    path=files.path,
-                    expected=f"data within {knobs.STALL_DEADLINE_S:g} s",
-                    remedy="look at the disk or the file server",
-                )
+                raise stalled("Reading", files.path)
             for future in done:
                 future.result()
     damage = [

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from shardckpt import knobs
-from shardckpt.errors import StorageError
-from shardckpt.execution.buffers import BUFFER_BYTES, Buffer, contiguous_parts, lease
+from shardckpt.execution.buffers import BUFFER_BYTES, Buffer, contiguous_parts
+from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.shard import HEADER_ALIGN
 from shardckpt.storage.base import WritableFile
@@ -42,7 +42,7 @@ def write_shard(
     file system refuses; nothing is being written any more when it does. `progress` is
     called with the bytes handed to the file so far.
     """
-    with lease(_BUFFERS) as buffers, ThreadPoolExecutor(_THREADS, "shardckpt-write") as pool:
+    with workers(_THREADS, "shardckpt-write", buffers=_BUFFERS) as (pool, buffers):
         stream = _Stream(file, buffers, pool, progress)
         head = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         for tensor in itertools.chain([head], tensors):
@@ -112,11 +112,7 @@ class _Stream:
         if pending is None:
             return
         if not wait([pending], timeout=knobs.STALL_DEADLINE_S).done:
-            raise StorageError(
-                "A write makes no progress",
-                expected=f"an answer within {knobs.STALL_DEADLINE_S} s",
-                remedy="look at the disk or the file server",
-            )
+            raise stalled("A write")
         pending.result()
 
     def finish(self) -> tuple[int, NDArray[np.uint64]]:

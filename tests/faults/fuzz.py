@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import re
 import struct
 import sys
 import time
@@ -194,9 +195,35 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
+TOKENS = re.compile(rb'"(?:[^"\\\\]|\\\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null|[][{},:]')
+FRAGMENTS = [
+    json.dumps(node(random.Random(number)), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    for number in range(800)
+]
+MANIFEST_BODY = VALID_MANIFEST.rpartition(b',"digest"')[0]
+MANIFEST_TOKENS = [match.span() for match in TOKENS.finditer(MANIFEST_BODY)]
+HEADER_TEXT = VALID_HEADER[8:].rstrip()
+HEADER_TOKENS = [match.span() for match in TOKENS.finditer(HEADER_TEXT)]
+
+
+def mutate_tokens(text: bytes, tokens: list[tuple[int, int]], rng: random.Random) -> bytes:
+    """Other JSON in place of some tokens: much faster than change(), and less wild."""
+    for begin, end in sorted(rng.sample(tokens, rng.choice([1, 1, 1, 2, 3])), reverse=True):
+        other = rng.choice(FRAGMENTS)
+        if rng.random() < 0.3:
+            begin_of, end_of = rng.choice(tokens)
+            other = text[begin_of:end_of]
+        text = text[:begin] + other + text[end:]
+    return text
+
+
 def manifest_input(rng: random.Random) -> bytes:
-    if rng.random() < 0.15:
+    kind = rng.random()
+    if kind < 0.1:
         return mutate_bytes(VALID_MANIFEST, rng)
+    if kind < 0.8:
+        data = mutate_tokens(MANIFEST_BODY, MANIFEST_TOKENS, rng)
+        return data + f',"digest":"{text_digest(data)}"}}\n'.encode()
     document = json.loads(VALID_MANIFEST)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 6])):
         document = change(document, rng)
@@ -204,8 +231,12 @@ def manifest_input(rng: random.Random) -> bytes:
 
 
 def header_input(rng: random.Random) -> bytes:
-    if rng.random() < 0.3:
+    kind = rng.random()
+    if kind < 0.2:
         return mutate_bytes(VALID_HEADER, rng)
+    if kind < 0.7:
+        text = mutate_tokens(HEADER_TEXT, HEADER_TOKENS, rng).ljust(len(VALID_HEADER) - 8)
+        return struct.pack("<Q", len(text)) + text
     document = json.loads(VALID_HEADER[8:])
     for _ in range(rng.choice([1, 1, 2, 4])):
         document = change(document, rng)

@@ -1,0 +1,160 @@
+"""A rank that raises, exits, is killed, stops, is slow or is stuck, in each phase of save, load
+and async save: the others raise an error that names it and the phase, nothing appears, and the
+next save works. A rank that is only slow is waited for."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+import shardckpt
+from shardckpt import errors, knobs
+from shardckpt.execution import load_driver, save_driver
+from tests.ranks import start_ranks
+
+DEADLINE_S = 5.0
+MOST_S = 10.0
+SLOW_S = 7.0  # longer than a rank may be silent
+
+
+class Odd(Exception):
+    """An exception that no pickle takes."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("not me")
+
+
+def _raise() -> None:
+    raise Odd("planted")
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "raise": _raise,
+    "exit": lambda: os._exit(3),
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "slow": lambda: time.sleep(SLOW_S),
+    "stuck": lambda: time.sleep(600),
+}
+PHASES = {
+    "save": ("begin", "plan", "divide", "write"),
+    "async": ("begin", "plan", "divide", "write"),
+    "load": ("begin", "open", "read"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    world_size: int
+    operation: str
+    phase: str
+    rank: int
+    fault: str
+
+
+CASES = [
+    Case(world_size, operation, phase, rank, fault)
+    for world_size in (2, 4)
+    for operation, phases in PHASES.items()
+    for phase in phases
+    for rank in range(world_size)
+    for fault in FAULTS
+    if not (phase == "begin" and fault in ("slow", "stuck"))  # a late call: see ARRIVAL_DEADLINE_S
+]
+
+
+def state_of() -> dict[str, object]:
+    return {"w": torch.arange(1000.0), "step": 2}
+
+
+def fail(case: Case) -> None:
+    FAULTS.get(case.fault, lambda: None)()
+
+
+def plant(case: Case) -> None:
+    """Let this rank fail where it does its part of a phase."""
+    module = load_driver if case.operation == "load" else save_driver
+    exchange = module.exchange
+
+    def faulty(coordinator, name, local, decide):  # type: ignore[no-untyped-def]
+        def part() -> bytes:
+            if name == case.phase:
+                fail(case)
+            found: bytes = local()
+            return found
+
+        return exchange(coordinator, name, part, decide)
+
+    module.exchange = faulty
+
+
+def operate(folder: str, case: Case) -> tuple[str, object, object, float]:
+    """What a rank does: ("saved" | "own" | "other", rank named, phase named, seconds)."""
+    knobs.DEADLINE_S = DEADLINE_S
+    knobs.ARRIVAL_DEADLINE_S = DEADLINE_S if case.phase == "begin" else 60.0
+    knobs.STALL_DEADLINE_S = DEADLINE_S if case.fault == "stuck" else 60.0
+    dist.barrier()
+    begun = time.monotonic()
+    try:
+        if dist.get_rank() == case.rank:
+            plant(case)
+            if case.phase == "begin":
+                fail(case)
+        if case.operation == "save":
+            shardckpt.save(state_of(), f"{folder}/c")
+        elif case.operation == "async":
+            shardckpt.async_save(state_of(), f"{folder}/c").result(60)
+        else:
+            shardckpt.load({"w": torch.zeros(1000), "step": 0}, f"{folder}/before")
+        return "done", None, None, time.monotonic() - begun
+    except Odd:
+        return "own", None, None, time.monotonic() - begun
+    except errors.RankFailedError as error:
+        return "other", error.rank, error.facts.get("phase"), time.monotonic() - begun
+
+
+def attempt(case: Case, folder: str, *, most_s: float = MOST_S) -> float:
+    """Run a case and check what the survivors say; the seconds that the slowest of them took."""
+    shardckpt.save(state_of(), f"{folder}/before")
+    ranks = start_ranks(case.world_size, operate, folder, case)
+    alive = case.fault in ("raise", "slow")
+    results = ranks.wait(90, ending=case.world_size if alive else case.world_size - 1)
+    slowest = 0.0
+    for rank, (ok, value) in enumerate(results):
+        if rank == case.rank:
+            if case.fault == "raise":
+                assert ok, f"{case}: {value}"
+                assert value[0] == "own", f"{case}: {value}"
+            continue
+        assert ok, f"{case}, rank {rank}: {value}"
+        kind, who, when, seconds = value
+        slowest = max(slowest, seconds)
+        if case.fault == "slow":
+            assert kind == "done", f"{case}, rank {rank}: {value}"
+            continue
+        named = kind == "other" and case.rank in who and when == case.phase
+        assert named, f"{case}, rank {rank}: {value}"
+        assert seconds < most_s, f"{case}, rank {rank}: after {seconds:.1f} s"
+    path = f"{folder}/c"
+    assert os.path.exists(path) == (case.fault == "slow" and case.operation != "load"), case
+    shardckpt.save(state_of(), path, overwrite=True)
+    assert shardckpt.load_state(path)["step"] == 2
+    left = [name for name in os.listdir(folder) if name.startswith(".")]
+    assert not left, f"{case}: leftovers {left}"
+    return slowest
+
+
+def trial(seed: int) -> int:
+    """One case: successive seeds try every one of them."""
+    order = random.Random(0).sample(CASES, len(CASES))
+    with tempfile.TemporaryDirectory() as folder:
+        attempt(order[seed % len(order)], folder)
+    return 1

@@ -1,0 +1,29 @@
+"""A sample of the grid of ranks that fail; scripts/torture runs all of it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.faults import rank_faults
+from tests.faults.rank_faults import Case
+
+pytestmark = pytest.mark.ranks
+
+SAMPLE = random.Random(7).sample(rank_faults.CASES, 6)
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=lambda case: "-".join(map(str, vars_of(case))))
+def test_a_rank_fails(tmp_path, case):
+    rank_faults.attempt(case, str(tmp_path), most_s=40)
+
+
+def vars_of(case: Case) -> tuple[object, ...]:
+    return case.world_size, case.operation, case.phase, case.rank, case.fault
+
+
+def test_a_fault_that_nobody_notices_would_be_seen(tmp_path):
+    """A planted fault: a rank that does not fail, where the others should say that it did."""
+    with pytest.raises(AssertionError, match="done"):
+        rank_faults.attempt(Case(2, "save", "plan", 1, "nothing"), str(tmp_path))
