@@ -16,7 +16,7 @@ import shardckpt
 from tests.faults.crash import state_of
 from tests.faults.disk import System
 
-KILLS_A_TRIAL = 20
+KILLS_A_TRIAL = 100
 
 
 def newest(folder: str) -> int:
@@ -97,7 +97,7 @@ def kill_many(folder: str, rng: random.Random, count: int) -> int:
 
 
 def trial(seed: int) -> int:
-    """Twenty kills, in a process of its own: only one without threads may fork."""
+    """A hundred kills, in a process of its own: only one without threads may fork."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.faults.kills", folder]
         arguments = ["--seed", str(seed), "--count", str(KILLS_A_TRIAL)]

@@ -1,0 +1,114 @@
+"""The exceptions: their tree, their facts in words, their way through pickle, their exit codes."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+
+from shardckpt import errors
+
+EXIT_CODES = {
+    "ShardckptError": 1,
+    "StateError": 3,
+    "LoadMismatchError": 4,
+    "CheckpointError": 5,
+    "CorruptionError": 6,
+    "StorageError": 7,
+    "CoordinationError": 8,
+    "DependencyError": 9,
+}
+BUILTINS = {
+    "StateError": ValueError,
+    "UnsupportedLeafError": TypeError,
+    "LoadMismatchError": ValueError,
+    "CheckpointError": ValueError,
+    "CheckpointNotFoundError": FileNotFoundError,
+    "StorageError": OSError,
+    "CheckpointExistsError": FileExistsError,
+    "CheckpointBusyError": BlockingIOError,
+    "StoragePermissionError": PermissionError,
+    "StalledError": TimeoutError,
+    "CoordinationError": RuntimeError,
+    "DependencyError": ImportError,
+}
+CLASSES = [getattr(errors, name) for name in errors.__all__]
+
+
+def test_all_are_listed():
+    defined = [
+        name
+        for name, found in vars(errors).items()
+        if isinstance(found, type) and issubclass(found, Exception)
+    ]
+    assert sorted(defined) == errors.__all__
+
+
+def test_the_tree_is_as_drawn():
+    """The drawing at the top of the module names each class below its parent."""
+    above: list[str] = []
+    drawn = {}
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"[ │├└─]*?(\w+Error)(?:\((\w+)\))?", line)
+        if found and line.startswith("    "):
+            depth = (found.start(1) - 4) // 4
+            above = [*above[:depth], found[1]]
+            drawn[found[1]] = above[-2] if depth else "Exception"
+            if found[2] and depth:
+                builtins = {base.__name__ for base in getattr(errors, found[1]).__mro__}
+                assert found[2] in builtins, line
+    assert drawn == {cls.__name__: cls.__mro__[1].__name__ for cls in CLASSES}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_facts_in_words_and_through_pickle(cls):
+    error = cls(
+        "It broke", path="/p", rank=3, tensor="w", expected=1, actual=2, remedy="mend it", phase="x"
+    )
+    lines = str(error).splitlines()
+    assert lines == [
+        "It broke",
+        "  path: /p",
+        "  rank: 3",
+        "  tensor: w",
+        "  expected: 1",
+        "  found: 2",
+        "  phase: x",
+        "  remedy: mend it",
+    ]
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is cls
+    assert str(again) == str(error)
+    assert (again.path, again.rank, again.tensor) == ("/p", 3, "w")
+    assert (again.expected, again.actual, again.remedy) == (1, 2, "mend it")
+    assert again.facts == {"phase": "x"}
+    assert again.args == ("It broke",)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_absent_facts_are_not_told(cls):
+    error = cls("It broke")
+    assert str(error) == "It broke"
+    assert (error.path, error.rank, error.tensor, error.expected) == (None,) * 4
+    assert (error.actual, error.remedy, error.facts) == (None, None, {})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_exit_codes_and_builtins(cls):
+    family = next(base for base in cls.__mro__ if base.__name__ in EXIT_CODES)
+    assert cls.exit_code == EXIT_CODES[family.__name__]
+    for base in cls.__mro__:
+        if base.__name__ in BUILTINS:
+            assert issubclass(cls, BUILTINS[base.__name__])
+    assert issubclass(cls, Exception)
+
+
+def test_errno_of_storage_errors():
+    error = errors.NoSpaceError("full", errno=28, path="/p")
+    assert error.errno == 28
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.errno, again.path) == (28, "/p")
+    assert errors.StorageError("odd").errno is None
+    error.errno = 5  # attributes that were changed later travel as well
+    assert pickle.loads(pickle.dumps(error)).errno == 5
