@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="that are measured; default 5")
     parser.add_argument("--small", type=int, default=20_000, help="number of small tensors")
     parser.add_argument("--dir", help="on the disk to be measured; default: the temporary one")
+    parser.add_argument("--peers", help="only these, as in 'shardckpt;DCP'; default: all installed")
     parser.add_argument("--json", help="write every sample to this file")
     parser.add_argument("--markdown", help="write the rows as a table to this file")
     options = parser.parse_args()
@@ -34,6 +35,9 @@ def main() -> None:
             parser.error(f"no case {name!r}; there are {', '.join(CASES)}")
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # for the processes that peers start
+    if options.peers:
+        os.environ["BENCH_PEERS"] = options.peers
     for name, reason in present()[1].items():
         print(f"not compared: {name}: {reason}", flush=True)
     root = tempfile.mkdtemp(prefix="shardckpt-bench-", dir=options.dir)
@@ -50,7 +54,7 @@ def main() -> None:
         shutil.rmtree(root, ignore_errors=True)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(bench.raw_results, file, indent=1)
+            json.dump(bench.found, file, indent=1)
     if options.markdown:
         with open(options.markdown, "w") as file:
             file.write(as_markdown(rows) + "\n")

@@ -57,6 +57,11 @@ def bytes_read() -> int:
     return _kernel_figure("/proc/self/io", "rchar:")
 
 
+def bytes_written() -> int:
+    """Bytes that this process has handed to write calls."""
+    return _kernel_figure("/proc/self/io", "wchar:")
+
+
 @dataclass
 class Peak:
     """Bytes of memory that a with block added at its highest."""

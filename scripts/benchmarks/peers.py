@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,15 +38,24 @@ class Peer:
     package: str | None = None  # the distribution that must be there
     version: str | None = None
 
-    def __init__(self, place: Place, state: dict[str, Any], *, replicated: bool = False) -> None:
+    def __init__(
+        self,
+        place: Place,
+        state: dict[str, Any],
+        *,
+        replicated: bool = False,
+        in_background: bool = False,
+    ) -> None:
         self.place = place
         self.state = state
         self.replicated = replicated
+        self.in_background = in_background
 
     save: Callable[[str], object]
     load: Callable[[str], object]
     async_save: Callable[[str], Pending]
     reshards = True
+    steps_wait = False  # whether an optimizer's step waits by itself until staging is over
 
     def close(self) -> None:
         """End what runs in the background."""
@@ -74,6 +84,7 @@ class Shardckpt(Peer):
     """This library."""
 
     name = "shardckpt"
+    steps_wait = True
 
     def save(self, path: str) -> None:
         """See Peer."""
@@ -101,8 +112,8 @@ class Dcp(Peer):
     name = "DCP"
     threads = 1
 
-    def __init__(self, place: Place, state: dict[str, Any], *, replicated: bool = False) -> None:
-        super().__init__(place, state, replicated=replicated)
+    def __init__(self, place: Place, state: dict[str, Any], **options: bool) -> None:
+        super().__init__(place, state, **options)
         self.group = dist.new_group(backend="gloo") if place.world_size > 1 else None
 
     def writer(self, path: str) -> Any:
@@ -134,10 +145,39 @@ class Dcp(Peer):
 
 
 class DcpThreads(Dcp):
-    """DCP with two threads that write, each a file of its own."""
+    """DCP with two threads that write, each a file of its own; it keeps its staging buffers."""
 
     name = "DCP, 2 threads"
     threads = 2
+
+    def __init__(self, place: Place, state: dict[str, Any], **options: bool) -> None:
+        super().__init__(place, state, **options)
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=False,
+                use_async_staging=True,
+                use_non_blocking_copy=False,
+            )
+        )
+
+    def async_save(self, path: str) -> Pending:
+        """See Peer."""
+        import torch.distributed.checkpoint as dcp
+
+        response = dcp.async_save(
+            self.state,
+            storage_writer=self.writer(path),
+            process_group=self.group,
+            async_stager=self.stager,
+        )
+        return Pending(response.staging_completion.result, response.upload_completion.result)
+
+    def close(self) -> None:
+        """See Peer."""
+        self.stager.close()
 
 
 class TorchCheckpointing(Peer):
@@ -147,46 +187,46 @@ class TorchCheckpointing(Peer):
     package = "torch_checkpointing"
     version = "0.1.1"
 
-    def __init__(self, place: Place, state: dict[str, Any], *, replicated: bool = False) -> None:
-        super().__init__(place, state, replicated=replicated)
-        self._managers: dict[bool, Any] = {}
-
-    def manager(self, *, in_background: bool) -> Any:
-        """Its CheckpointManager, made on first use."""
+    def __init__(self, place: Place, state: dict[str, Any], **options: bool) -> None:
+        super().__init__(place, state, **options)
         from torch_checkpointing import CheckpointManager, ItemSpec
+        from torch_checkpointing.checkpoint_process import CheckpointProcessConfig
         from torch_checkpointing.config import AsyncCheckpointSaverConfig, SyncCheckpointSaverConfig
         from torch_checkpointing.default_resharder import DefaultResharder
         from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
-        if in_background not in self._managers:
-            saver = AsyncCheckpointSaverConfig if in_background else SyncCheckpointSaverConfig
-            manager = CheckpointManager.Config(
-                save=saver(),
-                # O_DIRECT is its default, and fails on ext4: it writes unaligned buffers.
-                storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
-                items={key: ItemSpec(resharder=DefaultResharder()) for key in self.state},
-            ).build()
-            # Its own gather of metadata goes through CUDA tensors; ranks without one need another.
-            manager._metadata_manager._all_gather_pickled_data = lambda data, process_group: dict(
-                enumerate(self.place.gather(data))
-            )
-            self._managers[in_background] = manager
-        return self._managers[in_background]
+        saver: Any = SyncCheckpointSaverConfig()
+        if self.in_background:
+            process = CheckpointProcessConfig(subprocess_init_timeout_secs=120)
+            saver = AsyncCheckpointSaverConfig(process_config=process)
+        self.manager = CheckpointManager.Config(
+            save=saver,
+            # O_DIRECT is its default, and fails on ext4: it writes unaligned buffers.
+            storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
+            items={key: ItemSpec(resharder=DefaultResharder()) for key in self.state},
+            subprocess_init_fn=logging.disable,
+            subprocess_init_args=(logging.WARNING,),
+        ).build()
+        # Its own gather of metadata goes through CUDA tensors; ranks without one need another.
+        self.manager._metadata_manager._all_gather_pickled_data = lambda data, process_group: dict(
+            enumerate(self.place.gather(data))
+        )
+        if self.in_background:
+            self.manager._saver._checkpoint_process._creation_future.result()
 
     def save(self, path: str) -> None:
         """See Peer."""
-        self.manager(in_background=False).save(path, self.state)
+        self.manager.save(path, self.state)
         self.sync(path)
 
     def load(self, path: str) -> None:
         """See Peer."""
-        self.manager(in_background=False).load(path, into=self.state, strict=True)
+        self.manager.load(path, into=self.state, strict=True)
 
     def async_save(self, path: str) -> Pending:
         """See Peer."""
-        manager = self.manager(in_background=True)
-        written = manager.save(path, self.state)
-        staged = manager._staging_future
+        written = self.manager.save(path, self.state)
+        staged = self.manager._staging_future
 
         def result() -> None:
             written.result()
@@ -196,8 +236,7 @@ class TorchCheckpointing(Peer):
 
     def close(self) -> None:
         """See Peer."""
-        for manager in self._managers.values():
-            manager.close()
+        self.manager.close()
 
 
 class TorchSnapshot(Peer):
@@ -206,8 +245,8 @@ class TorchSnapshot(Peer):
     name = "torchsnapshot"
     package = "torchsnapshot"
 
-    def __init__(self, place: Place, state: dict[str, Any], *, replicated: bool = False) -> None:
-        super().__init__(place, state, replicated=replicated)
+    def __init__(self, place: Place, state: dict[str, Any], **options: bool) -> None:
+        super().__init__(place, state, **options)
         from torchsnapshot import StateDict
 
         flat = flat_tensors(tree_map(_as_sharded_tensor, state))
@@ -260,8 +299,8 @@ class _RankFiles(Peer):
     write: Callable[[dict[str, Any], str], object]
     read: Callable[[str], dict[str, Any]]
 
-    def __init__(self, place: Place, state: dict[str, Any], *, replicated: bool = False) -> None:
-        super().__init__(place, state, replicated=replicated)
+    def __init__(self, place: Place, state: dict[str, Any], **options: bool) -> None:
+        super().__init__(place, state, **options)
         self.flat = flat_tensors(local_state(state))
 
     def file(self, path: str) -> str:
@@ -328,8 +367,15 @@ PEERS: list[type[Peer]] = [
 
 
 def present() -> tuple[list[type[Peer]], dict[str, str]]:
-    """The peers that are installed, and why each of the others is not compared."""
-    reasons = {peer.name: peer.missing() for peer in PEERS}
+    """The peers that are installed, and why each of the others is not compared.
+
+    BENCH_PEERS in the environment narrows them down, for rank processes too.
+    """
+    asked = os.environ.get("BENCH_PEERS", "").split(";")
+    reasons = {
+        peer.name: peer.missing() if asked == [""] or peer.name in asked else "not asked for"
+        for peer in PEERS
+    }
     return [peer for peer in PEERS if not reasons[peer.name]], {
         name: reason for name, reason in reasons.items() if reason
     }

@@ -25,7 +25,7 @@ def _nothing() -> None:
 class Contestant:
     """Something to be measured: `run`, between `before` and `after`, which are not.
 
-    What `run` returns are further figures by name, summed over the ranks.
+    What `run` returns are further figures by name.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One run: wall-clock seconds of the slowest rank; all else is summed over the ranks."""
+    """One run: seconds are those of the slowest rank; all else is summed over the ranks."""
 
     seconds: float
     cpu_seconds: float
@@ -49,6 +49,7 @@ class Results:
     """Samples by contestant, and why some have none."""
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
+    warm_up: dict[str, list[Sample]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     disk_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -59,6 +60,19 @@ class Results:
             for sample in self.samples[name]
         )
 
+    def peak_bytes(self) -> dict[str, float]:
+        """The memory added in any round, the first included: buffers may be kept from then on."""
+        return {
+            name: max(s.peak_bytes for s in samples + self.warm_up.get(name, []))
+            for name, samples in self.samples.items()
+        }
+
+    def extend(self, later: Results) -> None:
+        """Add the samples of another run of the same contestants."""
+        self.failures |= later.failures
+        for name, samples in later.samples.items():
+            self.samples.setdefault(name, []).extend(samples)
+
     def as_json(self) -> dict[str, Any]:
         """Everything, for --json."""
         return {"samples": {k: [asdict(s) for s in v] for k, v in self.samples.items()}} | {
@@ -66,26 +80,27 @@ class Results:
         }
 
 
-def compete(place: Place, contestants: Sequence[Contestant], *, rounds: int) -> Results:
-    """Run all contestants once unmeasured, then `rounds` times; the same result on every rank.
-
-    One that raises on any rank is out.
+def compete(
+    place: Place, contestants: Sequence[Contestant], *, rounds: int, warm_up: int = 1
+) -> Results:
+    """Run all contestants `warm_up` times unmeasured, then `rounds` times; the same result on
+    every rank. One that raises on any rank is out.
     """
-    results = Results()
+    results = Results({contestant.name: [] for contestant in contestants})
     running = list(contestants)
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
         for contestant in _rotated(running, number):
             sample, failure = _run(contestant, place)
             failures = [text for text in place.gather(failure) if text]
             if failures:
                 results.failures[contestant.name] = failures[0]
-                results.samples.pop(contestant.name, None)
+                del results.samples[contestant.name]
                 running.remove(contestant)
                 continue
             assert sample is not None
             samples = place.gather(sample)
-            if number:
-                results.samples.setdefault(contestant.name, []).append(_together(samples))
+            kept = results.samples if number >= warm_up else results.warm_up
+            kept.setdefault(contestant.name, []).append(_together(samples))
     return results
 
 

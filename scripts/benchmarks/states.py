@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
-def trained(size_bytes: float, *, sharded: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+def trained(size_bytes: float, *, sharded: bool) -> tuple[Decoder, torch.optim.Optimizer]:
     """A model and its AdamW after a step; under FSDP2 over all ranks, or the same on each."""
     with torch.device("meta"):
         model = Decoder(size_bytes)
@@ -66,15 +66,42 @@ def trained(size_bytes: float, *, sharded: bool) -> tuple[nn.Module, torch.optim
         for layer in model.layers:
             fully_shard(layer)
         fully_shard(model)
+    return model, _first_step(model, seed=torch.distributed.get_rank() if sharded else 0)
+
+
+def with_frozen_base(size_bytes: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model under FSDP2 of whose state 90% is frozen weights, and AdamW over the rest."""
+    sizes = {"base": 0.9 * size_bytes / 4, "adapter": 0.1 * size_bytes / 12}
+    with torch.device("meta"):
+        layers = {name: _linears(round(size / 8192)) for name, size in sizes.items()}
+    layers["base"].requires_grad_(False)
+    for part in layers.values():
+        fully_shard(part)
+    model = nn.ModuleDict(layers)
+    return model, _first_step(model, seed=torch.distributed.get_rank())
+
+
+def _linears(rows: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(1024, max(4, rows), bias=False) for _ in range(8)))
+
+
+def _first_step(model: nn.Module, *, seed: int) -> torch.optim.Optimizer:
     model.to_empty(device="cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    torch.manual_seed(torch.distributed.get_rank() if sharded else 0)
+    torch.manual_seed(seed)
     for parameter in model.parameters():
         local(parameter.data).normal_(std=0.02)
-        parameter.grad = parameter.data * 0.1
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    step(optimizer)
+    return optimizer
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """Change all that is trained."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = parameter.data * 0.1
     optimizer.step()
     optimizer.zero_grad()
-    return model, optimizer
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

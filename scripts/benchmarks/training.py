@@ -1,0 +1,170 @@
+"""Cases that save in the background: how long training is blocked, and how much it is slowed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from benchmarks import raw
+from benchmarks.bench import Bench, peers, remove, slug
+from benchmarks.peers import Peer, Pending, Shardckpt
+from benchmarks.ranks import Place
+from benchmarks.rounds import Contestant, Results, compete
+from benchmarks.states import Check, local_bytes, state_of, trained
+from benchmarks.table import Row, Target, row
+
+_NO_SAVE = "no save"
+_STEPS = 6
+_TOKENS = 16
+
+
+def _in_background(place: Place, state: dict[str, Any]) -> list[Peer]:
+    return [
+        peer
+        for peer in peers(place, state, in_background=True)
+        if getattr(peer, "async_save", None)
+    ]
+
+
+def _blocked_job(place: Place, bench: Bench, rounds: int, warm_up: int) -> Results:
+    """The call, and staged() awaited at once; the rest of the save is not measured."""
+    state = state_of(*trained(bench.size_bytes, sharded=True))
+    contestants, found = [], _in_background(place, state)
+    for peer in found:
+        path, pending = f"{bench.root}/{slug(peer.name)}", list[Pending]()
+
+        def run(peer: Peer = peer, path: str = path, pending: Any = pending) -> dict[str, float]:
+            start = time.perf_counter()
+            pending.append(peer.async_save(path))
+            call = time.perf_counter() - start
+            pending[0].staged()
+            return {"call_seconds": call}
+
+        contestants.append(
+            Contestant(
+                name=peer.name,
+                before=lambda path=path: remove(place, path),
+                run=run,
+                after=lambda pending=pending: pending.pop().result(),
+            )
+        )
+    size = local_bytes(state)
+    source, held = raw.Memory(size), list[raw.Memory]()
+
+    def copy() -> None:
+        if not held:
+            held.append(raw.Memory(size, touched=False))
+        raw.copy(size, source, held[0], threads=1)
+
+    contestants.append(Contestant(name="raw, memcpy", run=copy))
+    results = compete(place, contestants, rounds=rounds, warm_up=warm_up)
+    for peer in found:
+        peer.close()
+    return results
+
+
+def blocked(bench: Bench) -> list[Row]:
+    """async_save on 4 ranks: the call, and blocked until staged, first in a process and later."""
+    first = Results()
+    for _ in range(3):
+        first.extend(bench.run("async, first", 4, _blocked_job, 1, 0))
+    bench.found["async, first"] = first.as_json()
+    steady = bench.run("async, steady", 4, _blocked_job, bench.rounds, 1)
+    returns = Target(against="limit", factor=5)
+    goals = (Target(against="DCP", factor=1.3), Target(against="raw", factor=1.15))
+    return [
+        row("async_save: the call, first", "ms", first, returns, of="call_seconds", raw=False),
+        row("async_save: the call, steady", "ms", steady, returns, of="call_seconds", raw=False),
+        row("async_save: blocked until staged, first", "s", first, *goals),
+        row("async_save: blocked until staged, steady", "s", steady, *goals),
+    ]
+
+
+class _Loop:
+    """Training under FSDP2; `run` takes some steps, with a save that begins before the first."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.model, self.optimizer = trained(bench.size_bytes, sharded=True)
+        self.tokens = torch.randint(
+            self.model.vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(0)
+        )
+
+    def run(self, peer: Peer | None, path: str) -> None:
+        """Return once the steps are done and the save is durable."""
+        pending = peer.async_save(path) if peer else None
+        for step in range(_STEPS):
+            logits = self.model(self.tokens)
+            loss = torch.nn.functional.cross_entropy(logits[0], self.tokens[0])
+            loss.backward()
+            if pending and peer and step == 0 and not peer.steps_wait:
+                pending.staged()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if pending:
+            pending.result()
+
+
+def _train_job(place: Place, bench: Bench) -> Results:
+    loop = _Loop(bench)
+    state = state_of(loop.model, loop.optimizer)  # its tensors are those that the steps change
+    found: list[Peer] = []
+    for peer in _in_background(place, state):
+        # Whole objects, so that the step knows of the save.
+        own = {"model": loop.model, "optimizer": loop.optimizer}
+        found.append(Shardckpt(place, own) if isinstance(peer, Shardckpt) else peer)
+
+    check: list[Check] = []
+
+    def before(path: str) -> None:
+        remove(place, path)
+        check[:] = [Check(state)]
+
+    def after(peer: Peer, path: str) -> None:
+        """What was saved is the state as it was at the call, whatever the steps did since."""
+        check[0].wipe(state)
+        peer.load(path)
+        check[0].verify(state)
+
+    contestants = [Contestant(name=_NO_SAVE, run=lambda: loop.run(None, ""))]
+    for peer in found:
+        path = f"{bench.root}/{slug(peer.name)}"
+        contestants.append(
+            Contestant(
+                name=peer.name,
+                before=lambda path=path: before(path),
+                run=lambda peer=peer, path=path: loop.run(peer, path),
+                after=lambda peer=peer, path=path: after(peer, path),
+            )
+        )
+    results = compete(place, contestants, rounds=bench.rounds)
+    for peer in found:
+        peer.close()
+    return results
+
+
+def train(bench: Bench) -> list[Row]:
+    """Training on 4 ranks with a save under way: the time that each save costs the steps."""
+    results = bench.run("train", 4, _train_job)
+    plain = [sample.seconds for sample in results.samples[_NO_SAVE]]
+    lost = {
+        name: max(  # what is less than a millisecond can't be told from nothing
+            1e-3,
+            statistics.median(
+                sample.seconds - base for sample, base in zip(samples, plain, strict=True)
+            ),
+        )
+        for name, samples in results.samples.items()
+        if name != _NO_SAVE
+    }
+    step = statistics.median(plain) / _STEPS
+    return [
+        Row(
+            title=f"training: time lost for each save (a step takes {step:.2f} s)",
+            unit="s",
+            figures=lost,
+            targets=[Target(against="DCP", factor=5)],
+        )
+    ]
