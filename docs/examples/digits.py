@@ -3,6 +3,8 @@
     torchrun --nproc-per-node 4 digits.py train  OUT   # FSDP2, saves itself after each epoch
     torchrun --nproc-per-node 2 digits.py resume OUT   # the same job on two ranks
     python digits.py predict OUT                       # no process group
+
+OUT is a folder; checkpoints are the folders in it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     targets = torch.tensor(labels)
-    return TensorDataset(pixels[:1500], targets[:1500]), TensorDataset(pixels[1500:], targets[1500:])
+    return TensorDataset(pixels[:1500], targets[:1500]), TensorDataset(
+        pixels[1500:], targets[1500:]
+    )
 
 
 def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -80,8 +84,11 @@ def main(task: str, out: Path) -> None:
     if task == "predict":
         say(handler, f"accuracy {accuracy(handler.predict(images), targets):.4f}")
         with open_checkpoint(newest(out)) as checkpoint:
-            say(handler, f"first row of the last layer, read alone: "
-                         f"{checkpoint['model.head.2.weight'][0, :4].tolist()}")
+            say(
+                handler,
+                f"first row of the last layer, read alone: "
+                f"{checkpoint['model.head.2.weight'][0, :4].tolist()}",
+            )
         return
     handler.set_train_loader(train_set, batch_size=16, shuffle=True)
     handler.set_val_loader(test_set, batch_size=64)
