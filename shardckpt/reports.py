@@ -16,9 +16,11 @@ __all__ = ["LoadReport", "RescueReport", "SaveReport", "Stopwatch", "VerifyRepor
 class SaveReport:
     """What a save wrote.
 
-    `path` and `checkpoint_id` name it; `bytes_by_rank` is the size of each rank's shard,
-    `manifest_bytes` that of the manifest; `seconds` the time this rank spent in each phase,
-    waiting for others included.
+    `path` and `checkpoint_id` name it; `bytes_by_rank` is the size of each rank's files,
+    `linked_by_rank` how much of that the base has given (nothing is known of it after a save
+    with a `planner`), `manifest_bytes` the size of the manifest; `base_problems` says why
+    something unchanged was written all the same; `seconds` is the time this rank spent in
+    each phase, waiting for others included.
     """
 
     path: str
@@ -27,11 +29,18 @@ class SaveReport:
     bytes_by_rank: tuple[int, ...]
     manifest_bytes: int
     seconds: dict[str, float]
+    linked_by_rank: tuple[int, ...] = ()
+    base_problems: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all shards and the manifest."""
         return sum(self.bytes_by_rank) + self.manifest_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """Of these, the bytes that were written."""
+        return self.total_bytes - sum(self.linked_by_rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

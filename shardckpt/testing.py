@@ -137,6 +137,30 @@ class StorageTests:
         assert files.size_bytes(_NAMES[0]) == len(_DATA)
         files.close()
 
+    def test_a_file_taken_over(self, storage: Storage, path: str) -> None:
+        """It stays whole when its source goes; where nothing was taken the name is free."""
+        save(storage, path, b"first")
+        source = storage.open(path)
+        transaction = storage.begin(path + "-new", checkpoint_id="a" * 32, overwrite=False)
+        assert not transaction.link("shard-00007-of-00008.safetensors", source)
+        other = storage.join(path + "-new", token=transaction.token)
+        for each, name in zip((transaction, other), _NAMES, strict=True):
+            if not each.link(name, source):
+                write(each.create(name, size_bytes=len(_DATA)))
+            with pytest.raises(StorageError):
+                write(each.create(name, size_bytes=len(_DATA)))
+        other.close()
+        source.close()
+        transaction.commit(b"new")
+        save(storage, path, b"second", overwrite=True, data=bytes(len(_DATA)))
+        files = storage.open(path + "-new")
+        for name in _NAMES:
+            into = bytearray(len(_DATA))
+            files.readinto(name, [memoryview(into)], offset=0)
+            assert files.size_bytes(name) == len(_DATA)
+            assert into == _DATA
+        files.close()
+
     def test_joining_what_was_not_begun(self, storage: Storage, path: str) -> None:
         """A rank that does not see what rank 0 made says so."""
         with pytest.raises(DirectoryNotSharedError):

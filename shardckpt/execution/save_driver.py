@@ -7,9 +7,11 @@ sent and answers. An error on any rank ends the save on all of them, and nothing
 from __future__ import annotations
 
 import datetime
+import itertools
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -18,7 +20,9 @@ import torch
 import xxhash
 
 from shardckpt._version import __version__
+from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.execution.base import Base, open_base
 from shardckpt.execution.buffers import contiguous_parts, view_at
 from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format.digests import text_digest
@@ -60,10 +64,19 @@ def run_save(
     storage: Storage,
     overwrite: bool,
     check_replicas: bool,
+    base: str | Checkpoint | None = None,
+    verify_base: bool = False,
 ) -> SaveReport:
     """Save what this rank's local plan holds; collective. See shardckpt.save."""
     watch = Stopwatch()
-    save = _Save(coordinator, storage, path, overwrite=overwrite, check_replicas=check_replicas)
+    save = _Save(
+        coordinator,
+        storage,
+        path,
+        overwrite=overwrite,
+        check_replicas=check_replicas,
+        base=open_base(base, storage, verify=verify_base),
+    )
     try:
         with watch.phase("plan"):
             save.plan(plan_locally)
@@ -86,7 +99,9 @@ class _Save:
         *,
         overwrite: bool,
         check_replicas: bool,
+        base: AbstractContextManager[Base | None],
     ) -> None:
+        self.base = base
         self.coordinator = coordinator
         self.storage = storage
         self.path = path
@@ -153,24 +168,28 @@ class _Save:
             local, writes = self.local, self.writes
             assert writes is not None
             parts = planned_parts(local, writes)
-            result = write_rank(
-                self.transaction,
-                rank=self.coordinator.rank,
-                world_size=self.coordinator.world_size,
-                progress=self.coordinator.progress,
-                specs=(*local.common, *local.own),
-                chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
-                files=writes.files,
-                data=lambda part: parts[part],
-            )
+            with self.base as base:
+                result = write_rank(
+                    self.transaction,
+                    rank=self.coordinator.rank,
+                    world_size=self.coordinator.world_size,
+                    progress=self.coordinator.progress,
+                    specs=(*local.common, *local.own),
+                    chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
+                    files=writes.files,
+                    data=lambda part: parts[part],
+                    base=base,
+                )
             result.replicas = replica_digests(local, writes, everything=self.check_replicas)
             result.own_trees = local.own_trees
             return msgspec.msgpack.encode(result)
 
         answer = exchange(self.coordinator, "write", write, self.commit)
         report: dict[str, Any] = msgspec.msgpack.decode(answer)
-        sizes = np.frombuffer(zlib.decompress(report["bytes_by_rank"]), dtype="<i8")
-        return {**report, "bytes_by_rank": tuple(sizes.tolist())}
+        sizes = np.frombuffer(zlib.decompress(report.pop("sizes")), dtype="<i8").reshape(2, -1)
+        of_ranks = {"bytes_by_rank": sizes[0], "linked_by_rank": sizes[1]}
+        report["base_problems"] = tuple(report["base_problems"])
+        return {**report, **{name: tuple(column.tolist()) for name, column in of_ranks.items()}}
 
     def commit(self, payloads: list[bytes]) -> bytes:
         decode = msgspec.msgpack.Decoder(ShardResult).decode
@@ -258,11 +277,30 @@ def commit(
         {
             "checkpoint_id": checkpoint_id,
             # Every rank gets this: as deflated columns, for thousands of them.
-            "bytes_by_rank": zlib.compress(
-                np.array([result.size_bytes for result in results], dtype="<i8").tobytes()
+            "sizes": zlib.compress(
+                np.array(
+                    [
+                        [result.size_bytes for result in results],
+                        [result.linked_bytes for result in results],
+                    ],
+                    dtype="<i8",
+                ).tobytes()
             ),
+            "base_problems": _told_once([result.problems for result in results]),
             "manifest_bytes": len(manifest),
         }
+    )
+
+
+def _told_once(problems: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The problems of all ranks with their bases, each once and a few at most."""
+    ranks: dict[str, list[int]] = {}
+    for rank, own in enumerate(problems):
+        for problem in own:
+            ranks.setdefault(problem, []).append(rank)
+    return tuple(
+        f"rank {having[0]}{f' and {len(having) - 1} more' if having[1:] else ''}: {problem}"
+        for problem, having in itertools.islice(ranks.items(), 8)
     )
 
 

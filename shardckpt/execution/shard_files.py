@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shardckpt.errors import StorageError
+from shardckpt.execution.base import Base
 from shardckpt.execution.writer import write_shard
 from shardckpt.format.shard import build_header, chunk_name
 from shardckpt.planning.assembly import chunk_bytes, shard_name
@@ -28,12 +31,14 @@ class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
     header_bytes: int
     size_bytes: int
     digests: bytes
+    linked: bool = False
 
 
 class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
     """What a rank tells rank 0 of the files that it has written."""
 
     files: tuple[ShardFile, ...]
+    problems: tuple[str, ...] = ()
     replicas: bytes = b""
     own_trees: bytes = b"[]"
 
@@ -41,6 +46,11 @@ class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
     def size_bytes(self) -> int:
         """Bytes of all files."""
         return sum(file.size_bytes for file in self.files)
+
+    @property
+    def linked_bytes(self) -> int:
+        """Of these, bytes of files that the base has given."""
+        return sum(file.size_bytes for file in self.files if file.linked)
 
 
 def write_rank(
@@ -52,13 +62,15 @@ def write_rank(
     chunks: ChunkTable,
     files: Sequence[tuple[int, int]],
     data: Callable[[slice], Iterable[torch.Tensor]],
+    base: Base | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> ShardResult:
     """Write a rank's files, durably. Not collective.
 
     `files`: the kind of each and how many of the chunks, in order, it holds. `data(part)` are
     the elements of these chunks in order; it is called once for each file, from any thread.
-    `progress` is called with the bytes handed to the file system so far.
+    `progress` is called with the bytes handed to the file system so far. What `base` holds
+    already is linked instead of written.
     """
     total = _Total(progress)
     ends = list(itertools.accumulate(count for _, count in files))
@@ -67,8 +79,35 @@ def write_rank(
         part = slice(begin, end)
         own = ChunkTable(tensor=chunks.tensor[part], boxes=chunks.boxes[part])
         name = shard_name(rank=rank, world_size=world_size, kind=kind)
-        return _write_file(
-            transaction, name, rank=rank, specs=specs, chunks=own, data=data(part), progress=total
+        header, size_bytes = _layout(specs, own)
+        shard = base and base.take_over(
+            transaction,
+            name,
+            size_bytes=size_bytes,
+            header=header,
+            data=data(part),
+            progress=total.of(name),
+        )
+        digests = (
+            shard.digests
+            if shard
+            else _write_file(
+                transaction,
+                name,
+                rank=rank,
+                header=header,
+                size_bytes=size_bytes,
+                data=data(part),
+                progress=total.of(name),
+            )
+        )
+        return ShardFile(
+            name=name,
+            chunks=len(own),
+            header_bytes=len(header),
+            size_bytes=size_bytes,
+            digests=digests.astype("<u8").tobytes(),
+            linked=shard is not None,
         )
 
     jobs = [(kind, end - count, end) for (kind, count), end in zip(files, ends, strict=True)]
@@ -79,7 +118,10 @@ def write_rank(
             first = write(*jobs[0])
         finally:
             wait(written)
-        return ShardResult(files=(first, *(file.result() for file in written)))
+        return ShardResult(
+            files=(first, *(file.result() for file in written)),
+            problems=tuple(base.problems) if base else (),
+        )
 
 
 class _Total:
@@ -106,21 +148,20 @@ def _write_file(
     name: str,
     *,
     rank: int,
-    specs: Sequence[TensorSpec],
-    chunks: ChunkTable,
+    header: bytes,
+    size_bytes: int,
     data: Iterable[torch.Tensor],
-    progress: _Total,
-) -> ShardFile:
-    header, planned = _layout(specs, chunks)
-    file = transaction.create(name, size_bytes=planned)
+    progress: Callable[[int], None],
+) -> NDArray[np.uint64]:
+    file = transaction.create(name, size_bytes=size_bytes)
     try:
-        size, digests = write_shard(file, header=header, tensors=data, progress=progress.of(name))
-        if size != planned:
+        size, digests = write_shard(file, header=header, tensors=data, progress=progress)
+        if size != size_bytes:
             raise StorageError(
                 "A shard has another size than was planned",
                 path=f"{transaction.path}/{name}",
                 rank=rank,
-                expected=f"{planned} bytes",
+                expected=f"{size_bytes} bytes",
                 actual=f"{size} bytes",
                 remedy="don't resize tensors while they are being saved",
             )
@@ -128,13 +169,7 @@ def _write_file(
     except BaseException:
         file.discard()
         raise
-    return ShardFile(
-        name=name,
-        chunks=len(chunks),
-        header_bytes=len(header),
-        size_bytes=size,
-        digests=digests.astype("<u8").tobytes(),
-    )
+    return digests
 
 
 def _layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]:

@@ -28,6 +28,7 @@ __all__ = [
     "from_bytes",
     "is_shard_name",
     "mend",
+    "shards_from_bytes",
     "to_bytes",
 ]
 
@@ -107,6 +108,10 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
     digest: str
 
 
+class _Shards(msgspec.Struct):
+    shards: list[_Shard]
+
+
 class _Head(msgspec.Struct):
     format: str = ""
     version: int = 0
@@ -172,9 +177,7 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
         canonical = canonical and _encode(entries) == bytes(document.tensors)
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
         refuse(path, "the members of format version 1", str(error)[:200])
-    body = memoryview(data)[: -len(_tail(b""))]
-    if data[len(body) :] != _tail(body):
-        refuse(path, "the digest at its end", "other bytes than were saved")
+    _check_digest(data, path)
     if not canonical:
         refuse(path, *_NOT_CANONICAL)
     shards = tuple(_shards(document.shards, path))
@@ -219,6 +222,26 @@ def mend(data: bytes) -> tuple[bytes, int, int] | None:
     mended = bytearray(body)
     mended[at[0]] ^= 1 << at[1]
     return bytes(mended) + tail, *at
+
+
+def shards_from_bytes(data: bytes, *, path: str) -> tuple[ShardEntry, ...]:
+    """The shards of a manifest alone; its digest is checked, its tensors are passed over.
+
+    Takes a fraction of from_bytes' time. Raises what that does.
+    """
+    _check_head(data, path)
+    _check_digest(data, path)
+    try:
+        document = msgspec.json.decode(data, type=_Shards)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        refuse(path, "the members of format version 1", str(error)[:200])
+    return tuple(_shards(document.shards, path))
+
+
+def _check_digest(data: bytes, path: str) -> None:
+    body = memoryview(data)[: -len(_tail(b""))]
+    if data[len(body) :] != _tail(body):
+        refuse(path, "the digest at its end", "other bytes than were saved")
 
 
 def _check_head(data: bytes, path: str) -> None:

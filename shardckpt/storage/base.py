@@ -43,6 +43,14 @@ class WriteTransaction(Protocol):
     def create(self, name: str, *, size_bytes: int) -> WritableFile:
         """A new file in it; it must not exist. Space for `size_bytes` is set aside if possible."""
 
+    def link(self, name: str, source: CheckpointFiles) -> bool:
+        """Take the file of this name over from an open checkpoint, durably and without writing it
+        anew; on any rank. The file stays whole whatever becomes of the source.
+
+        False where that is not possible, for any reason; nothing has been made then, and the
+        name can be created. A storage may always say so.
+        """
+
     def commit(self, manifest: bytes) -> None:
         """Write the manifest and make all visible at once; durable on return. Rank 0 alone."""
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from shardckpt.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptionError,
     NotACheckpointError,
@@ -150,6 +151,46 @@ class LocalFiles:
         with translated(f"{self.path}/{name}"):
             fd = self._descriptor(name)
             return memoryview(self._system.map(fd, size_bytes=self._system.fstat(fd).st_size))
+
+    def share(self, name: str, path: str) -> bool:
+        """Make `path` a hard link to a shard, or a clone of it where there can be none (too many
+        links, another owner, no such thing here); whether it is one. Durable once the directory
+        that holds `path` is."""
+        try:
+            fd = self._descriptor(name)
+        except (OSError, CheckpointError):
+            return False
+        return self._link(name, fd, path) or self._clone(fd, path)
+
+    def _link(self, name: str, fd: int, path: str) -> bool:
+        try:
+            self._system.link(name, path, dir_fd=self._directory)
+        except OSError:
+            return False
+        with suppress(OSError):  # the name may lead to another file than the one opened
+            made, held = self._system.stat(path), self._system.fstat(fd)
+            if (made.st_dev, made.st_ino) == (held.st_dev, held.st_ino):
+                return True
+        with suppress(OSError):
+            self._system.unlink(path)
+        return False
+
+    def _clone(self, fd: int, path: str) -> bool:
+        try:
+            target = self._system.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except OSError:
+            return False
+        try:
+            self._system.clone(fd, target)
+            self._system.fsync(target)
+            return True
+        except OSError:
+            with suppress(OSError):
+                self._system.unlink(path)
+            return False
+        finally:
+            with suppress(OSError):
+                self._system.close(target)
 
     def _descriptor(self, name: str) -> int:
         with self._lock:

@@ -20,7 +20,7 @@ from shardckpt.errors import (
     DirectoryNotSharedError,
     NotACheckpointError,
 )
-from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles
 from shardckpt.storage.files import LocalFiles
 from shardckpt.storage.system import System, translated
 
@@ -245,6 +245,11 @@ class LocalTransaction:
         path = os.path.join(self._temporary, name)
         with translated(path):
             return LocalFile(self._system, path, size_bytes=size_bytes)
+
+    def link(self, name: str, source: CheckpointFiles) -> bool:
+        """See WriteTransaction.link. The fsync of the directory, in commit, makes it durable."""
+        path = os.path.join(self._temporary, name)
+        return isinstance(source, LocalFiles) and source.share(name, path)
 
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit."""

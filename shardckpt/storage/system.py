@@ -18,6 +18,7 @@ __all__ = ["System", "translated"]
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_FICLONE = 0x40049409  # linux/fs.h
 
 
 class System:
@@ -90,6 +91,15 @@ class System:
         if _libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), one, None, other)
+
+    def link(self, name: str, target: str, *, dir_fd: int) -> None:
+        """Make `target` another name of the file `name` in an open directory; a symlink is
+        itself."""
+        os.link(name, target, src_dir_fd=dir_fd, follow_symlinks=False)
+
+    def clone(self, source_fd: int, target_fd: int) -> None:
+        """Give a file the blocks of another one, each its own when written to (FICLONE)."""
+        fcntl.ioctl(target_fd, _FICLONE, source_fd)
 
     def unlink(self, path: str) -> None:
         """Remove a file."""

@@ -6,17 +6,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
+from torch import nn
 
 import shardckpt
 from shardckpt.errors import CheckpointNotFoundError, ShardckptError, StorageError
 from shardckpt.execution.reshard import reshard
-from shardckpt.storage.local import LocalStorage
+from shardckpt.planning import kinds
+from shardckpt.storage.local import LocalStorage, remove_tree
 from tests.faults.disk import Content, Disk, Mark, ProcessDied, crash_states
 
 FOLDER = "/no-such-folder/runs"
 PATH = f"{FOLDER}/c"
+FROZEN = nn.Linear(20, 20).requires_grad_(False)
 
 
 def state_of(version: int, *, elements: int = 300) -> dict[str, object]:
@@ -63,6 +67,20 @@ class Run:
         state = self.next_state()
         shardckpt.async_save(state, PATH, overwrite=True, storage=self.storage).result(60)
         self.acknowledge()
+
+    def based_save(self, base: str = PATH, path: str = PATH) -> None:
+        """A save that takes its frozen weights over from a base, if that has them."""
+        state = self.next_state() if path == PATH else state_of(0, elements=self.elements)
+        with mock.patch.object(kinds, "FROZEN_FILE_BYTES", 1):
+            shardckpt.save(
+                {**state, "frozen": FROZEN},
+                path,
+                overwrite=True,
+                base=base,
+                storage=self.storage,
+            )
+        if path == PATH:
+            self.acknowledge()
 
     def reshard(self, shards: int = 3) -> None:
         source = f"{FOLDER}-of-sources/{self.version}"
@@ -143,12 +161,29 @@ def _replaced(run: Run) -> None:
     run.save()
 
 
+def _based_on_itself(run: Run) -> None:
+    run.based_save()
+    run.disk.settle()
+    run.based_save()
+    run.based_save()
+
+
+def _base_removed(run: Run) -> None:
+    base = f"{FOLDER}-of-bases/c"
+    run.based_save(path=base)
+    run.based_save(base)
+    remove_tree(run.disk, base)
+    run.based_save()
+
+
 HISTORIES: dict[str, tuple[History, bool]] = {
     "save": (lambda run: run.save(), True),
     "replace": (_replaced, True),
     "replace by two renames": (_replaced, False),
     "async": (lambda run: (run.async_save(), run.async_save()), True),
     "reshard": (lambda run: (run.save(), run.reshard()), True),
+    "based on what it replaces": (_based_on_itself, True),
+    "base removed": (_base_removed, True),
 }
 """name -> (what happens, whether the disk can exchange names)."""
 
@@ -191,6 +226,7 @@ def random_history(rng: random.Random, *, disk: type[Disk] = Disk) -> Disk:
             [
                 run.save,
                 run.async_save,
+                run.based_save,
                 lambda: run.reshard(rng.randint(1, 4)),
                 lambda at=at: run.killed(at),
                 lambda at=at: run.killed(at),

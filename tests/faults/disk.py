@@ -282,6 +282,19 @@ class Disk(System):
             swapped = (first, self._inode(other)), (second, self._inode(one))
             self._change(Names(directory, swapped))
 
+    def link(self, name: str, target: str, *, dir_fd: int) -> None:
+        with self.lock_:
+            self._call()
+            inode = self._inode(name, self.descriptors[dir_fd])
+            directory, new = self._free(target)
+            self._change(Names(directory, ((new, inode),)))
+
+    def clone(self, source_fd: int, target_fd: int) -> None:
+        with self.lock_:
+            self._call()
+            data = self.content.files[self.descriptors[source_fd]]
+            self._change(Data(self.descriptors[target_fd], 0, data))
+
     def unlink(self, path: str) -> None:
         with self.lock_:
             self._call()

@@ -12,7 +12,7 @@ import shardckpt
 from shardckpt.storage.local import LocalStorage, LocalTransaction
 from shardckpt.storage.system import System
 from tests.faults import crash
-from tests.faults.disk import Disk
+from tests.faults.disk import Data, Disk, Names
 
 SEED = 1
 
@@ -122,6 +122,43 @@ def test_planted_bugs_are_seen(name, bug):
         crash.record(name, disk=disk, storage=storage), per_prefix=32, rng=random.Random(SEED)
     )
     assert tried.failures, f"{tried.states} states, and none shows it"
+
+
+class Moves(Disk):
+    """A disk whose links take the name from where it was."""
+
+    def link(self, name: str, target: str, *, dir_fd: int) -> None:
+        super().link(name, target, dir_fd=dir_fd)
+        self._change(Names(self.descriptors[dir_fd], ((name, None),)))
+
+
+class Forgets(Disk):
+    """A disk whose links are no more than a promise: the file's data stay with the first name."""
+
+    def link(self, name: str, target: str, *, dir_fd: int) -> None:
+        super().link(name, target, dir_fd=dir_fd)
+        inode = self._inode(target)
+        self.base.files.pop(inode, None)
+        self.log = [e for e in self.log if not (isinstance(e, Data) and e.inode == inode)]
+
+
+@pytest.mark.parametrize("name", ["based on what it replaces", "base removed"])
+@pytest.mark.parametrize("disk", [Moves, Forgets])
+def test_links_that_lose_something_are_seen(name, disk):
+    tried = crash.check(crash.record(name, disk=disk), per_prefix=4, rng=random.Random(SEED))
+    assert tried.failures, f"{tried.states} states, and none shows it"
+
+
+def test_the_histories_with_a_base_link():
+    for name in ("based on what it replaces", "base removed"):
+        linked = [
+            inode
+            for entry in crash.record(name).log
+            if isinstance(entry, Names)
+            for name, inode in entry.changes
+            if "-frozen" in name and inode is not None
+        ]
+        assert len(linked) > len(set(linked)) > 0
 
 
 def test_a_mixture_is_seen():

@@ -38,6 +38,10 @@ def in_background(run: crash.Run) -> None:
     run.async_save()
 
 
+def with_a_base(run: crash.Run) -> None:
+    run.based_save()
+
+
 def resharding(run: crash.Run) -> None:
     run.reshard(2)
 
@@ -53,14 +57,23 @@ def verifying(run: crash.Run) -> None:
         opened.verify()
 
 
-OPERATIONS = [replacing, two_renames, fresh, in_background, resharding, loading, verifying]
+OPERATIONS = [
+    replacing,
+    two_renames,
+    fresh,
+    in_background,
+    with_a_base,
+    resharding,
+    loading,
+    verifying,
+]
 
 
 def outcome(operation, at: int, code: int, *, for_ever: bool) -> bool:
     """Whether the fault came to pass: the operation makes so many calls."""
     disk = Disk()
     run = crash.Run(disk)
-    run.save()
+    run.based_save()
     disk.settle()
     faulty = LocalStorage(disk)
     run.storage = faulty

@@ -52,6 +52,28 @@ class TestPlain(StorageTests):
         return LocalStorage(Plain())
 
 
+class Unlinked(System):
+    """A file system without hard links; `clones` says whether it shares blocks."""
+
+    clones = False
+
+    def link(self, name, target, *, dir_fd):
+        raise OSError(errno.EPERM, "no links here")
+
+    def clone(self, source_fd, target_fd):
+        if not self.clones:
+            raise OSError(errno.EOPNOTSUPP, "no clones here")
+        os.copy_file_range(source_fd, target_fd, 1 << 30, 0, 0)
+
+
+class TestUnlinked(StorageTests):
+    @pytest.fixture(params=[False, True], ids=["plain", "clones"])
+    def storage(self, request):
+        system = Unlinked()
+        system.clones = request.param
+        return LocalStorage(system)
+
+
 class Dribbling(System):
     """Writes and reads that take a part of what they are given, as they may."""
 

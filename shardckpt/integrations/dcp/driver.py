@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
+from shardckpt.checkpoint import Checkpoint
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.integrations.dcp.writer import ShardWriter
@@ -21,11 +23,18 @@ __all__ = ["save_with_planner"]
 
 
 def save_with_planner(
-    state: Any, path: str, *, planner: Any, overwrite: bool, process_group: Any
+    state: Any,
+    path: str,
+    *,
+    planner: Any,
+    overwrite: bool,
+    process_group: Any,
+    base: str | Checkpoint | None,
+    verify_base: bool,
 ) -> SaveReport:
     """Save a state as a DCP SavePlanner plans it; collective, over DCP's collectives."""
     start = time.perf_counter()
-    writer = ShardWriter(path, overwrite=overwrite)
+    writer = ShardWriter(path, overwrite=overwrite, base=base, verify_base=verify_base)
     try:
         state_dict_saver.save(
             plain_state(state),
@@ -46,7 +55,12 @@ def save_with_planner(
         path=path,
         checkpoint_id=manifest.checkpoint_id,
         world_size=manifest.world_size,
-        bytes_by_rank=tuple(shard.size_bytes for shard in manifest.shards),
+        bytes_by_rank=tuple(
+            sum(shard.size_bytes for shard in shards)
+            for _, shards in itertools.groupby(
+                manifest.shards, lambda shard: shard.name.partition("-of-")[0]
+            )
+        ),
         manifest_bytes=os.path.getsize(os.path.join(path, "manifest.json")),
         seconds={"save": time.perf_counter() - start},
     )

@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from shardckpt.checkpoint import Checkpoint
 from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
+from shardckpt.execution.base import open_base
 from shardckpt.execution.save_driver import (
     commit,
     file_table,
@@ -58,8 +60,9 @@ class ShardWriter(StorageWriter):
     """Writes a dcp.save or dcp.async_save as a shardckpt checkpoint, atomically.
 
     `path` may be left out where dcp gets a checkpoint_id. `overwrite` replaces a checkpoint
-    there. With ShardSavePlanner all that shardckpt.save promises holds; with another planner
-    its items are written as they come, and that they cover every tensor exactly once is
+    there. `base` is an earlier checkpoint, whose unchanged files are linked; `verify_base` reads
+    all of them back. With ShardSavePlanner all that shardckpt.save promises holds; with another
+    planner its items are written as they come, and that they cover every tensor exactly once is
     checked before anything appears.
     """
 
@@ -69,11 +72,15 @@ class ShardWriter(StorageWriter):
         *,
         overwrite: bool = False,
         check_replicas: bool = False,
+        base: str | os.PathLike[str] | Checkpoint | None = None,
+        verify_base: bool = False,
         storage: Storage | None = None,
     ) -> None:
         self.checkpoint_id = None if path is None else os.fspath(path)
         self.overwrite = overwrite
         self.check_replicas = check_replicas
+        self.base = os.fspath(base) if isinstance(base, (str, os.PathLike)) else base
+        self.verify_base = verify_base
         self.storage = storage or LocalStorage()
         self._transaction: WriteTransaction | None = None
         self._planner: SavePlanner | None = None
@@ -140,12 +147,17 @@ class ShardWriter(StorageWriter):
             transaction = self.storage.join(self.checkpoint_id, token=token)
         else:
             transaction = self._transaction
-        where = {"transaction": transaction, "rank": rank, "world_size": world_size}
+        where: dict[str, Any] = {
+            "transaction": transaction,
+            "rank": rank,
+            "world_size": world_size,
+        }
         try:
-            if isinstance(planner, ShardSavePlanner):
-                written = self._write_planned(planner, where)
-            else:
-                written = _write_items(plan, planner, where)
+            with open_base(self.base, self.storage, verify=self.verify_base) as where["base"]:
+                if isinstance(planner, ShardSavePlanner):
+                    written = self._write_planned(planner, where)
+                else:
+                    written = _write_items(plan, planner, where)
         except BaseException:
             transaction.abandon()
             raise
