@@ -146,6 +146,7 @@ def async_save(
                 check_replicas=check_replicas,
                 base=earlier,
                 verify_base=verify_base,
+                staged=True,
             )
 
     return background.start(

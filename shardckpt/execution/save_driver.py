@@ -66,8 +66,12 @@ def run_save(
     check_replicas: bool,
     base: str | Checkpoint | None = None,
     verify_base: bool = False,
+    staged: bool = False,
 ) -> SaveReport:
-    """Save what this rank's local plan holds; collective. See shardckpt.save."""
+    """Save what this rank's local plan holds; collective. See shardckpt.save.
+
+    `staged`: nobody changes the plan's data meanwhile.
+    """
     watch = Stopwatch()
     save = _Save(
         coordinator,
@@ -76,6 +80,7 @@ def run_save(
         overwrite=overwrite,
         check_replicas=check_replicas,
         base=open_base(base, storage, verify=verify_base),
+        staged=staged,
     )
     try:
         with watch.phase("plan"):
@@ -100,6 +105,7 @@ class _Save:
         overwrite: bool,
         check_replicas: bool,
         base: AbstractContextManager[Base | None],
+        staged: bool,
     ) -> None:
         self.base = base
         self.coordinator = coordinator
@@ -107,6 +113,7 @@ class _Save:
         self.path = path
         self.overwrite = overwrite
         self.check_replicas = check_replicas
+        self.staged = staged
         self.transaction: WriteTransaction | None = None
         self.token = ""
         self.checkpoint_id = ""
@@ -179,6 +186,7 @@ class _Save:
                     files=writes.files,
                     data=lambda part: parts[part],
                     base=base,
+                    staged=self.staged,
                 )
             result.replicas = replica_digests(local, writes, everything=self.check_replicas)
             result.own_trees = local.own_trees

@@ -63,6 +63,7 @@ def write_rank(
     files: Sequence[tuple[int, int]],
     data: Callable[[slice], Iterable[torch.Tensor]],
     base: Base | None = None,
+    staged: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> ShardResult:
     """Write a rank's files, durably. Not collective.
@@ -70,7 +71,7 @@ def write_rank(
     `files`: the kind of each and how many of the chunks, in order, it holds. `data(part)` are
     the elements of these chunks in order; it is called once for each file, from any thread.
     `progress` is called with the bytes handed to the file system so far. What `base` holds
-    already is linked instead of written.
+    already is linked instead of written. `staged`: nobody changes the data meanwhile.
     """
     total = _Total(progress)
     ends = list(itertools.accumulate(count for _, count in files))
@@ -98,6 +99,7 @@ def write_rank(
                 header=header,
                 size_bytes=size_bytes,
                 data=data(part),
+                staged=staged,
                 progress=total.of(name),
             )
         )
@@ -151,11 +153,14 @@ def _write_file(
     header: bytes,
     size_bytes: int,
     data: Iterable[torch.Tensor],
+    staged: bool,
     progress: Callable[[int], None],
 ) -> NDArray[np.uint64]:
     file = transaction.create(name, size_bytes=size_bytes)
     try:
-        size, digests = write_shard(file, header=header, tensors=data, progress=progress)
+        size, digests = write_shard(
+            file, header=header, tensors=data, staged=staged, progress=progress
+        )
         if size != size_bytes:
             raise StorageError(
                 "A shard has another size than was planned",

@@ -2,14 +2,15 @@
 
 The calling thread copies tensors into a page-aligned buffer and hashes each block while
 it is in the cache; threads write full buffers past the page cache where the file takes
-it. All three give up the interpreter lock.
+it. All three give up the interpreter lock. What has been staged in the file's own order
+is written from where it lies.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardckpt import knobs
-from shardckpt.execution.buffers import BUFFER_BYTES, Buffer, contiguous_parts
+from shardckpt.execution.buffers import BUFFER_BYTES, Buffer, contiguous_parts, view_at
 from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.shard import HEADER_ALIGN
@@ -34,10 +35,12 @@ def write_shard(
     *,
     header: bytes,
     tensors: Iterable[torch.Tensor],
+    staged: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> tuple[int, NDArray[np.uint64]]:
     """Write a shard's header and its tensors, in order; the file is left open.
 
+    `staged` says that nobody changes them meanwhile, so that what was hashed is what is written.
     Returns its size in bytes and the digest of each block. Raises StorageError where the
     file system refuses; nothing is being written any more when it does. `progress` is
     called with the bytes handed to the file so far.
@@ -45,10 +48,36 @@ def write_shard(
     with workers(_THREADS, "shardckpt-write", buffers=_BUFFERS) as (pool, buffers):
         stream = _Stream(file, buffers, pool, progress)
         head = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        for tensor in itertools.chain([head], tensors):
+        whole = list(_runs(tensors)) if staged else tensors
+        for tensor in itertools.chain([head], whole):
             for part in contiguous_parts(tensor):
-                stream.put(part.data_ptr(), part.numel() * part.element_size())
+                stream.put(part.data_ptr(), part.numel() * part.element_size(), staged=staged)
         return stream.finish()
+
+
+def _runs(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors' bytes, with neighbours in one storage joined."""
+    begin = end = 0
+    storage: torch.UntypedStorage | None = None
+    for tensor in tensors:
+        own = tensor.untyped_storage()
+        at = tensor.storage_offset() * tensor.element_size()
+        joins = storage is not None and own._cdata == storage._cdata and at == end
+        if not tensor.is_cpu or not tensor.is_contiguous() or not joins:
+            if storage is not None:
+                yield _bytes_of(storage, begin, end)
+            storage = None
+            if not tensor.is_cpu or not tensor.is_contiguous():
+                yield tensor
+                continue
+            storage, begin = own, at
+        end = at + tensor.numel() * tensor.element_size()
+    if storage is not None:
+        yield _bytes_of(storage, begin, end)
+
+
+def _bytes_of(storage: torch.UntypedStorage, begin: int, end: int) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,), (1,))
 
 
 class _Stream:
@@ -72,9 +101,17 @@ class _Stream:
         self.submitted = 0  # bytes of the file handed to the threads
         self.digests: list[int] = []
 
-    def put(self, address: int, size_bytes: int) -> None:
+    def put(self, address: int, size_bytes: int, *, staged: bool) -> None:
         """Append the bytes at an address."""
         while size_bytes:
+            whole_block = self.filled % BLOCK_BYTES == 0  # `submitted` always is
+            if staged and whole_block and not address % HEADER_ALIGN and size_bytes >= BUFFER_BYTES:
+                if self.filled:
+                    self.flush()
+                self.write_from(address)
+                address += BUFFER_BYTES
+                size_bytes -= BUFFER_BYTES
+                continue
             if self.filled == BUFFER_BYTES:
                 self.flush()
             take = min(size_bytes, self.hashed + BLOCK_BYTES - self.filled)
@@ -84,6 +121,13 @@ class _Stream:
             self.filled += take
             if self.filled == self.hashed + BLOCK_BYTES:
                 self.hash_block()
+
+    def write_from(self, address: int) -> None:
+        """Append BUFFER_BYTES at an address, without a copy."""
+        view = view_at(address, BUFFER_BYTES)
+        self.submit(view, BUFFER_BYTES)
+        for begin in range(0, BUFFER_BYTES, BLOCK_BYTES):
+            self.digests.append(block_digest(view[begin : begin + BLOCK_BYTES]))
 
     def hash_block(self) -> None:
         view = self.buffers[self.current].view
@@ -98,10 +142,11 @@ class _Stream:
             padded = size + -size % HEADER_ALIGN
             view[size:padded] = bytes(padded - size)
             size = padded
-        self.pending[self.current] = self.pool.submit(
-            self.file.write, view[:size], offset=self.submitted
-        )
-        self.submitted += self.filled
+        self.submit(view[:size], self.filled)
+
+    def submit(self, view: memoryview, size_bytes: int) -> None:
+        self.pending[self.current] = self.pool.submit(self.file.write, view, offset=self.submitted)
+        self.submitted += size_bytes
         self.progress(self.submitted)
         self.current = (self.current + 1) % len(self.buffers)
         self.filled = self.hashed = 0
