@@ -61,7 +61,7 @@ def _runs(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     storage: torch.UntypedStorage | None = None
     for tensor in tensors:
         own = tensor.untyped_storage()
-        at = tensor.storage_offset() * tensor.element_size()
+        at = int(tensor.storage_offset()) * tensor.element_size()
         joins = storage is not None and own._cdata == storage._cdata and at == end
         if not tensor.is_cpu or not tensor.is_contiguous() or not joins:
             if storage is not None:
