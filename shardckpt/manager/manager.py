@@ -70,10 +70,10 @@ class CheckpointManager:
     names, by `step`. Nothing is removed before the newest checkpoint that stays, and every
     other that a policy counts, has been verified: each once, by reading it whole, or with
     check="quick" by its manifest and the sizes of its shards. Checkpoints that are found to be
-    broken are neither counted nor removed. With `asynchronous` save returns once the state has
-    been copied; the next save, `wait` or `close` raises what went wrong. Managers with
-    different `label` share a directory and leave each other's checkpoints alone; one with label
-    None sees all of them.
+    broken are neither counted nor removed. With `asynchronous` a save goes on in the
+    background, see async_save; the next save, `wait` or `close` raises what went wrong.
+    Managers with different `label` share a directory and leave each other's checkpoints alone;
+    one with label None sees all of them.
 
     What says so is collective over `process_group`, as shardckpt.save is.
     """
@@ -181,6 +181,11 @@ class CheckpointManager:
         if pending is not None:
             pending.result()
             self._prune()
+
+    def staged(self) -> None:
+        """Wait until the state of a save in the background may change; see SaveHandle.staged."""
+        if self._pending is not None:
+            self._pending.staged()
 
     def close(self) -> None:
         """As wait."""

@@ -13,7 +13,7 @@ from shardckpt.coordination.base import exchange
 from shardckpt.coordination.select import operation
 from shardckpt.errors import StateError
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
-from shardckpt.nn_handler.saving import OneFile, is_one_file
+from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class AutoSaver:
     def begin(self, handler: NNHandler) -> bool:
         """Before training; collective. Whether the handler was resumed from a checkpoint."""
         self.plan.check_names(handler.metric_names())
+        if self.one_file:
+            check_config(handler, self.plan.name)  # else the first save would tell, too late
         resumed = False
         if self.options["resume"] and handler.step == 0 and handler.epoch == 0:
             every = CheckpointManager(self.folder, label=None, format=self._format())
@@ -164,6 +166,11 @@ class AutoSaver:
         """Save because training ends; collective. Waits until the checkpoint is there."""
         self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
         self.close()
+
+    def staged(self) -> None:
+        """Wait until what is being saved in the background may change."""
+        if self._manager is not None:
+            self._manager.staged()
 
     def close(self) -> None:
         """Wait for a save in the background; collective."""

@@ -99,7 +99,10 @@ class TrainData:
             self.loader.sampler.set_epoch(epoch)
         if position.batches and position.random is not None:
             set_random_state(position.random)
-        return itertools.islice(iter(self.loader), position.batches, None)
+        found = iter(self.loader)
+        for _ in itertools.islice(found, position.batches):
+            pass
+        return found
 
     def advance(self, position: Position, batches: int) -> None:
         """Note batches that this rank has seen, and each other one too."""

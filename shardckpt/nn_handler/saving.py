@@ -20,6 +20,7 @@ from shardckpt.execution.memory import MemoryStorage
 from shardckpt.manager.formats import RECORD
 from shardckpt.nn_handler.whole_files import (
     FileFormat,
+    check_loads,
     is_one_file,
     read_many,
     read_one,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OneFile",
+    "check_config",
     "is_one_file",
     "save",
     "save_multi_files",
@@ -93,6 +95,15 @@ def _check_format(file_format: str) -> None:
             expected='"torch" or "safetensors"',
             actual=repr(file_format),
         )
+
+
+def check_config(handler: NNHandler, path: str) -> None:
+    """Raise UnsupportedLeafError if an argument of a part can't stand in a file of this kind."""
+    if not path.endswith(".safetensors"):
+        buffer = io.BytesIO()
+        torch.save(handler.config(), buffer)
+        buffer.seek(0)
+        check_loads(buffer, path)
 
 
 def _save_whole(state: dict[str, Any], path: str, write: Callable[[dict[str, Any]], None]) -> None:

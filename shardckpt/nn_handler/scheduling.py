@@ -44,6 +44,8 @@ class Scheduler:
                 "Unknown value for interval", expected='"epoch" or "step"', actual=repr(interval)
             )
         self.torch = _make(optimizer, scheduler_class, options)
+        if interval == "step" and isinstance(self.torch, ReduceLROnPlateau):
+            raise StateError("ReduceLROnPlateau needs the metrics of an epoch", actual="by step")
         by_step = isinstance(self.torch, (OneCycleLR, CyclicLR))
         self.interval: Interval = interval or ("step" if by_step else "epoch")
         self.monitor = monitor

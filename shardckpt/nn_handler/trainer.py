@@ -231,6 +231,8 @@ class Trainer:
                 scaler.unscale_(handler.optimizer)
             clip_gradients(handler.model, clip)
         handler.rate = float(handler.optimizer.param_groups[0]["lr"])
+        if handler.auto_saver is not None:
+            handler.auto_saver.staged()
         self.torn = True
         skipped = False
         if scaler is None:

@@ -34,7 +34,16 @@ from shardckpt.planning.flatten import flatten
 from shardckpt.storage.local import sync_directory
 from shardckpt.storage.system import System, translated
 
-__all__ = ["INDEX", "FileFormat", "is_one_file", "read_many", "read_one", "write_many", "write_one"]
+__all__ = [
+    "INDEX",
+    "FileFormat",
+    "check_loads",
+    "is_one_file",
+    "read_many",
+    "read_one",
+    "write_many",
+    "write_one",
+]
 
 FileFormat = Literal["torch", "safetensors"]
 INDEX = "components.json"
@@ -108,7 +117,7 @@ def _write(state: Mapping[str, Any], path: str, target: str) -> None:
         save_file(tensors, path, {"format": "pt", _TREE: tree})
     else:
         torch.save(dict(state), path)
-        _check_loads(path, target)
+        check_loads(path, target)
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -116,10 +125,10 @@ def _write(state: Mapping[str, Any], path: str, target: str) -> None:
         os.close(fd)
 
 
-def _check_loads(temporary: str, path: str) -> None:
+def check_loads(file: Any, path: str) -> None:
     """What torch.load would refuse must be known now, not when it is needed."""
     try:
-        torch.load(temporary, weights_only=True, map_location="cpu", mmap=True)
+        torch.load(file, weights_only=True, map_location="cpu", mmap=isinstance(file, str))
     except Exception as error:
         raise UnsupportedLeafError(
             "The state holds a value that torch.load(weights_only=True) refuses",

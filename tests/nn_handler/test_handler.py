@@ -15,37 +15,8 @@ from torch import nn
 import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.nn_handler.trainer_saving import checkpoint_name
-from tests.nn_handler.models import Net, accuracy, data
+from tests.nn_handler.models import Net, a_handler, accuracy, data, same, weights, with_data
 from tests.ranks import on_world_sizes, run_ranks
-
-
-def a_handler(parallel: str = "auto", **options) -> NNHandler:
-    torch.manual_seed(0)
-    handler = NNHandler(Net, parallel=parallel, width=6, **options)
-    handler.set_optimizer(torch.optim.Adam, lr=0.01)
-    handler.set_scheduler(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
-    handler.set_loss_fn(nn.CrossEntropyLoss(label_smoothing=0.1))
-    handler.add_metric("accuracy", accuracy)
-    with_data(handler)
-    return handler
-
-
-def with_data(handler: NNHandler) -> NNHandler:
-    handler.set_train_loader(data(), batch_size=8, shuffle=True)
-    handler.set_val_loader(data(15), batch_size=4)
-    return handler
-
-
-def weights(handler: NNHandler) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, tensor in handler.module.state_dict().items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        found[name] = whole.detach().clone()
-    return found
-
-
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("name", ["c", "c.pth", "deep/er/c.pt", "c.safetensors"])

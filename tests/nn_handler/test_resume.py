@@ -1,0 +1,259 @@
+"""The proof of resume: stopped and resumed, training gives the bits of training never stopped."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from shardckpt import NNHandler, errors
+from shardckpt.nn_handler import Callback
+from tests.nn_handler.models import Net, Noisy, accuracy, data, decay, same, schedule, weights
+
+SCHEDULERS = {
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [1, 3]},
+    "ConstantLR": {"factor": 0.5, "total_iters": 3},
+    "LinearLR": {"start_factor": 0.1, "total_iters": 4},
+    "ExponentialLR": {"gamma": 0.8},
+    "PolynomialLR": {"total_iters": 5, "power": 2.0},
+    "CosineAnnealingLR": {"T_max": 3},
+    "CosineAnnealingWarmRestarts": {"T_0": 2, "T_mult": 2},
+    "CyclicLR": {"base_lr": 0.001, "max_lr": 0.1, "step_size_up": 5},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 40},
+    "LambdaLR": {"lr_lambda": decay},
+    "MultiplicativeLR": {"lr_lambda": decay},
+    "ReduceLROnPlateau": {"patience": 0, "threshold": 0.5},
+    "SequentialLR": {
+        "schedulers": [
+            (lr_scheduler.LinearLR, {"start_factor": 0.5, "total_iters": 2}),
+            (lr_scheduler.MultiStepLR, {"milestones": [1, 2]}),
+        ],
+        "milestones": [2],
+    },
+    "ChainedScheduler": {
+        "schedulers": [
+            (lr_scheduler.ConstantLR, {"factor": 0.5, "total_iters": 3}),
+            (lr_scheduler.ExponentialLR, {"gamma": 0.9}),
+        ]
+    },
+}
+
+
+def test_every_scheduler_of_torch_is_here():
+    kinds = {
+        name
+        for name, kind in vars(lr_scheduler).items()
+        if inspect.isclass(kind)
+        and issubclass(kind, lr_scheduler.LRScheduler)
+        and not name.startswith("_")
+    }
+    assert kinds - {"LRScheduler"} == set(SCHEDULERS)
+
+
+def with_scheduler(name: str | None, **options) -> NNHandler:
+    torch.manual_seed(0)
+    handler = NNHandler(Net)
+    handler.set_optimizer(torch.optim.SGD, lr=0.05, momentum=0.9)
+    if name == "function":
+        handler.set_scheduler(schedule)
+    elif name is not None:
+        handler.set_scheduler(getattr(lr_scheduler, name), **SCHEDULERS[name], **options)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    return with_loaders(handler)
+
+
+def with_loaders(handler: NNHandler) -> NNHandler:
+    handler.set_train_loader(data(), batch_size=16, shuffle=True)
+    handler.set_val_loader(data(15), batch_size=15)
+    return handler
+
+
+def end_state(handler: NNHandler) -> tuple:
+    return handler.history, [dict(g, params=None) for g in handler.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize("name", [*SCHEDULERS, "function"])
+def test_every_scheduler(tmp_path, name, interval):
+    options = {} if name == "function" else {"interval": interval}
+    if (name, interval) == ("ReduceLROnPlateau", "step"):
+        with pytest.raises(errors.StateError, match="epoch"):
+            with_scheduler(name, **options)
+        return
+    never = with_scheduler(name, **options)
+    never.train(5, progress_bar=False)
+    first = with_scheduler(name, **options)
+    first.train(2, progress_bar=False)
+    first.save(tmp_path / "c")
+    resumed = with_loaders(NNHandler.load(tmp_path / "c"))
+    resumed.train(3, progress_bar=False)
+    assert end_state(resumed) == end_state(never)
+    assert same(weights(resumed), weights(never))
+    assert len(set(never.history["lr"])) > 1
+
+
+class StopAt(Callback):
+    """Sends this process a signal after a step, once."""
+
+    def __init__(self, step: int, number: int = 15) -> None:
+        self.step, self.number = step, number
+
+    def on_step_end(self, handler, loss):
+        if handler.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+STEPS_PER_EPOCH = 3  # 48 samples, batches of 8, two to a step
+
+
+def everything(folder, *, stop_at: int = 0, number: int = 15, **saving) -> NNHandler:
+    """Dropout, noise, accumulation, EMA, clipping, bfloat16, a gradient scaler, a scheduler."""
+    torch.manual_seed(0)
+    handler = NNHandler(Net, dropout=0.3)
+    handler.set_optimizer(torch.optim.AdamW, lr=0.01, groups={"head": {"lr": 0.02}})
+    handler.set_scheduler(lr_scheduler.OneCycleLR, max_lr=0.05, total_steps=20)
+    handler.set_grad_scaler(init_scale=64.0, growth_interval=2)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    handler.add_metric("accuracy", accuracy)
+    handler.set_train_loader(Noisy(), batch_size=8, shuffle=True)
+    handler.set_val_loader(data(15), batch_size=4)
+    handler.add_callback(StopAt(stop_at, number))
+    if folder is not None:
+        handler.auto_save(save_path=folder, resume="auto", **{"interval": -1, **saving})
+    return handler
+
+
+def go(handler: NNHandler) -> NNHandler:
+    handler.train(
+        3,
+        gradient_accumulation_steps=2,
+        use_amp=True,
+        gradient_clipping_norm=1.0,
+        ema_decay=0.9,
+        seed=3,
+        progress_bar=False,
+    )
+    return handler
+
+
+@pytest.fixture(scope="module")
+def never_stopped():
+    return go(everything(None))
+
+
+def assert_equal(resumed: NNHandler, never: NNHandler) -> None:
+    assert same(weights(resumed), weights(never))
+    assert same(resumed.ema.weights, never.ema.weights)
+    assert resumed.history == never.history
+    assert resumed.scaler.state_dict() == never.scaler.state_dict()
+    assert resumed.scaler.get_scale() > 64.0
+    assert resumed.optimizer.param_groups[1]["lr"] == never.optimizer.param_groups[1]["lr"]
+
+
+@pytest.mark.parametrize("step", range(1, 3 * STEPS_PER_EPOCH + 1))
+def test_stopped_by_sigterm_at_any_step(tmp_path, never_stopped, step):
+    with pytest.raises(SystemExit) as caught:
+        go(everything(tmp_path, stop_at=step))
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path)
+    resumed = everything(tmp_path, stop_at=0)
+    go(resumed)
+    assert_equal(resumed, never_stopped)
+    again = go(everything(tmp_path, stop_at=0))  # the script once more: nothing is left to do
+    assert again.epoch == 3
+    assert_equal(again, never_stopped)
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth", ".safetensors"])
+def test_stopped_by_ctrl_c(tmp_path, never_stopped, suffix):
+    saving = {"name": f"e{{epoch}}{suffix}"}
+    with pytest.raises(KeyboardInterrupt):
+        go(everything(tmp_path, stop_at=4, number=int(signal.SIGINT), **saving))
+    assert os.listdir(tmp_path) == [f"step4{suffix}"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_equal(go(everything(tmp_path, stop_at=0, **saving)), never_stopped)
+
+
+def test_saves_within_epochs_and_in_the_background(tmp_path, never_stopped):
+    saving = {"every_steps": 2, "keep_last": 2, "asynchronous": True}
+    handler = go(everything(tmp_path, **saving))
+    assert sorted(os.listdir(tmp_path)) == ["epoch3", "step8"]
+    assert_equal(handler, never_stopped)
+    (tmp_path / "epoch3").rename(tmp_path / ".gone")
+    assert_equal(go(everything(tmp_path, **saving)), never_stopped)
+
+
+def test_no_sample_is_repeated_or_skipped(tmp_path):
+    with pytest.raises(SystemExit):
+        go(first := everything(tmp_path, stop_at=2))
+    resumed = everything(tmp_path)
+    go(resumed)
+    epoch = first.train_data.loader.dataset.seen[:32]
+    rest = resumed.train_data.loader.dataset.seen[:16]
+    assert sorted(epoch + rest) == list(range(48))
+
+
+class Weighted(torch.utils.data.WeightedRandomSampler):
+    """A sampler that draws from the global generator."""
+
+
+def with_own_loader(folder, *, stop_at: int = 0) -> NNHandler:
+    handler = everything(folder, stop_at=stop_at)
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=8, sampler=Weighted([1.0] * 48, 48))
+    handler.set_train_loader(loader)
+    return handler
+
+
+def test_a_loader_with_a_sampler_of_its_own(tmp_path):
+    never = go(with_own_loader(None))
+    with pytest.raises(SystemExit):
+        go(with_own_loader(tmp_path, stop_at=4))
+    assert_equal(go(with_own_loader(tmp_path)), never)
+
+
+SCRIPT = """
+import sys
+from tests.nn_handler.test_resume import everything, go
+from tests.nn_handler.models import weights
+import torch
+torch.set_num_threads(int(sys.argv[3]))
+handler = everything(sys.argv[1], stop_at=int(sys.argv[2]))
+go(handler)
+torch.save(weights(handler), sys.argv[4])
+"""
+
+
+def test_in_a_new_process(tmp_path, never_stopped):
+    out = tmp_path / "w.pt"
+    for stop_at, code in ((5, 128 + signal.SIGTERM), (0, 0)):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                SCRIPT,
+                tmp_path / "c",
+                str(stop_at),
+                str(torch.get_num_threads()),
+                out,
+            ],
+            timeout=100,
+        )
+        assert done.returncode == code
+    assert same(torch.load(out, weights_only=True), weights(never_stopped))
+
+
+def test_a_call_after_the_resumed_one_is_new(tmp_path):
+    go(everything(tmp_path))
+    handler = go(everything(tmp_path))
+    assert handler.epoch == 3
+    handler.scheduler = None
+    handler.train(1, progress_bar=False)
+    assert handler.epoch == 4
