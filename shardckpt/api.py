@@ -55,6 +55,7 @@ def save(
     overwrite: bool = False,
     planner: Any = None,
     process_group: Any = None,
+    comm: Any = None,
     check_replicas: bool = False,
     base: Path | Checkpoint | None = None,
     verify_base: bool = False,
@@ -62,8 +63,9 @@ def save(
 ) -> SaveReport:
     """Save a state; every rank writes its shard, and all of it appears at once.
 
-    Collective over `process_group` (by default torch.distributed's default group; without
-    one, this process alone): every rank gives the same path and the same keys. When it
+    Collective over `process_group` (by default torch.distributed's default group) or over
+    `comm`, an mpi4py communicator (by default MPI.COMM_WORLD, under mpirun without a process
+    group); else this process alone: every rank gives the same path and the same keys. When it
     returns, the checkpoint is whole and durable; when it raises, nothing has appeared, and
     what was at `path` is still there.
 
@@ -96,7 +98,7 @@ def save(
             base=_base(base),
             verify_base=verify_base,
         )
-    with operation(f"save {target}", process_group) as coordinator:
+    with operation(f"save {target}", process_group, comm=comm) as coordinator:
         return run_save(
             lambda: _plan(state, coordinator),
             target,
@@ -115,6 +117,7 @@ def async_save(
     *,
     overwrite: bool = False,
     process_group: Any = None,
+    comm: Any = None,
     check_replicas: bool = False,
     base: Path | Checkpoint | None = None,
     verify_base: bool = False,
@@ -133,7 +136,7 @@ def async_save(
     that nobody has asked for is raised by the next async_save, which begins its own save first.
     """
     target, earlier = _path(path), _base(base)
-    ranks = operation(f"async_save {target}", process_group, channel="async")
+    ranks = operation(f"async_save {target}", process_group, comm=comm, channel="async")
 
     def save_staged(staged: Callable[[], LocalPlan]) -> SaveReport:
         with ranks as coordinator:
@@ -163,14 +166,15 @@ def load(
     keys: Select = None,
     rename: Rename = None,
     process_group: Any = None,
+    comm: Any = None,
     storage: Storage | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a state, in place; onto any world size and any layout.
 
-    Collective over `process_group`, as save is. Tensors are filled where they are, on their
-    devices, each rank reading its own part; other leaves are replaced in the dicts and lists
-    that hold them; modules and optimizers take what was saved under their name. Modules on
-    the meta device get memory. Every block that is read is verified.
+    Collective over `process_group` or `comm`, as save is. Tensors are filled where they are,
+    on their devices, each rank reading its own part; other leaves are replaced in the dicts and
+    lists that hold them; modules and optimizers take what was saved under their name. Modules
+    on the meta device get memory. Every block that is read is verified.
 
     `strict`: everything asked for must be there with its shape and dtype, and a module or
     optimizer must take all that was saved under its name; else one LoadMismatchError lists
@@ -187,7 +191,7 @@ def load(
         )
     target = _path(path)
     background.wait_until_staged()
-    with operation(f"load {target}", process_group) as coordinator:
+    with operation(f"load {target}", process_group, comm=comm) as coordinator:
         return run_load(
             state,
             target,

@@ -1,7 +1,8 @@
-"""The coordinator for an operation: one process, or the ranks of a process group."""
+"""The coordinator for an operation: one process, the ranks of a process group, or MPI's."""
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.mpi.launch import mpi_launch
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import CoordinationError
 
@@ -31,20 +33,41 @@ class Operation:
         self.scope.__exit__(*error)
 
 
-def operation(subject: str, process_group: Any = None, *, channel: str = "main") -> Operation:
+def operation(
+    subject: str, process_group: Any = None, *, comm: Any = None, channel: str = "main"
+) -> Operation:
     """An operation of the ranks that take part in it, to be entered.
 
-    `subject` says what it is about, alike on all ranks. They are those of `process_group`, by
-    default of torch.distributed's default group; where there is none, this process alone.
+    `subject` says what it is about, alike on all ranks. They are those of `comm`, an mpi4py
+    communicator, or of `process_group`; by default of torch.distributed's default group, where
+    there is none of MPI.COMM_WORLD if mpirun started this process, else this process alone.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        if process_group is not None:
-            raise CoordinationError(
-                "A process group was given, but torch.distributed is not initialised",
-                remedy="call torch.distributed.init_process_group() first",
-            )
-        return Operation(0, 1, nullcontext(SingleCoordinator()))
-    group = process_group if process_group is not None else dist.group.WORLD
+    if comm is not None and process_group is not None:
+        raise CoordinationError(
+            "Both a communicator and a process group were given",
+            remedy="give comm= or process_group=, whichever holds the ranks that call this",
+        )
+    initialised = dist.is_available() and dist.is_initialized()
+    if comm is None and process_group is None and not initialised:
+        comm = _world()
+    if comm is not None:
+        return _of_communicator(comm, subject, channel)
+    if initialised:
+        group = process_group if process_group is not None else dist.group.WORLD
+        return _of_group(group, subject, channel)
+    if process_group is not None:
+        raise CoordinationError(
+            "A process group was given, but torch.distributed is not initialised",
+            remedy="call torch.distributed.init_process_group() first",
+        )
+    return _alone()
+
+
+def _alone() -> Operation:
+    return Operation(0, 1, nullcontext(SingleCoordinator()))
+
+
+def _of_group(group: Any, subject: str, channel: str) -> Operation:
     if dist.get_rank(group) < 0:
         raise CoordinationError(
             "This rank is no member of the process group",
@@ -52,8 +75,40 @@ def operation(subject: str, process_group: Any = None, *, channel: str = "main")
             remedy="call this on the members of the group alone",
         )
     if dist.get_world_size(group) == 1:
-        return Operation(0, 1, nullcontext(SingleCoordinator()))
+        return _alone()
     from shardckpt.coordination.torch_store import store_coordinator
 
     scope = store_coordinator(group, channel=channel, subject=subject)
     return Operation(dist.get_rank(group), dist.get_world_size(group), scope)
+
+
+def _of_communicator(comm: Any, subject: str, channel: str) -> Operation:
+    from shardckpt.coordination.mpi.coordinator import check_communicator, mpi_coordinator
+    from shardckpt.coordination.mpi.link import link_of
+
+    if check_communicator(comm, channel=channel) == 1:
+        return _alone()
+    link = link_of(comm)  # here, in the program's thread: in the order of its own collectives
+    scope = mpi_coordinator(link, channel=channel, subject=subject)
+    return Operation(link.rank, link.world_size, scope)
+
+
+def _world() -> Any:
+    """MPI.COMM_WORLD where mpirun started several ranks, or the program has started MPI."""
+    launch = mpi_launch()
+    several = launch is not None and launch.world_size > 1
+    loaded = sys.modules.get("mpi4py.MPI")
+    if not several and (loaded is None or not loaded.Is_initialized() or loaded.Is_finalized()):
+        return None
+    from shardckpt.coordination.mpi.link import load_mpi
+
+    mpi = load_mpi()
+    if launch is not None and launch.world_size != mpi.COMM_WORLD.Get_size():
+        raise CoordinationError(
+            f"{launch.launcher} and mpi4py don't belong to the same MPI",
+            expected=f"{launch.world_size} ranks, as {launch.launcher} has started",
+            actual=f"{mpi.COMM_WORLD.Get_size()} in MPI.COMM_WORLD",
+            remedy="use the mpirun of the MPI that mpi4py has loaded: "
+            + str(mpi.Get_library_version()).split(",")[0].splitlines()[0],
+        )
+    return mpi.COMM_WORLD

@@ -32,13 +32,18 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt import knobs
-from shardckpt.errors import RankFailedError, RankMismatchError
+from shardckpt.coordination.waiting import (
+    SHORTEST_WAIT_S,
+    next_wait,
+    poll,
+    rank_failed,
+    ranks_disagree,
+)
+from shardckpt.errors import RankFailedError
 
 __all__ = ["StoreCoordinator", "store_coordinator"]
 
 _PIECE_BYTES = 4 << 20  # TCPStore refuses values of more than 8 MiB
-_SHORTEST_WAIT_S = 0.0002
-_LONGEST_WAIT_S = 0.02
 
 # Keys of the last operation that other ranks may still look at when this one has ended it.
 _traces: dict[tuple[str, str], list[str]] = {}
@@ -94,23 +99,23 @@ def _ask(store: Any, subject: str, *, rank: int) -> str:
         missed = store.get(late).decode()
         store.delete_key(late)
         if missed == subject:
-            raise _failed([rank], "begin", "this rank came too late: the others have given up")
+            raise rank_failed([rank], "begin", "this rank came too late: the others have given up")
     nonce = uuid.uuid4().hex
     store.set(f"join/{rank}", f"{nonce} {subject}")
     answer = f"answer/{nonce}"
     try:
-        if not _poll(lambda: bool(store.check([answer])), knobs.ARRIVAL_DEADLINE_S):
-            raise _failed([0], "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
+        if not poll(lambda: bool(store.check([answer])), knobs.ARRIVAL_DEADLINE_S):
+            raise rank_failed([0], "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
         verdict, _, text = store.get(answer).decode().partition(" ")
     except BaseException:
         store.delete_key(f"join/{rank}")
         raise
     store.delete_key(answer)
     if verdict == "late":
-        raise _failed(list(map(int, text.split(","))), "begin", "did not call in time")
+        raise rank_failed(list(map(int, text.split(","))), "begin", "did not call in time")
     if verdict == "other":
         odd, _, theirs = text.partition(" ")
-        raise _disagree(int(odd), theirs, subject if int(odd) != rank else None)
+        raise ranks_disagree(int(odd), theirs, subject if int(odd) != rank else None)
     return str(text)
 
 
@@ -118,7 +123,7 @@ def _let_in(store: Any, subject: str, *, world_size: int) -> str:
     """Wait for all ranks to call with this subject; the id of the operation."""
     ranks = range(1, world_size)
     keys = [f"join/{rank}" for rank in ranks]
-    arrived = _poll(lambda: bool(store.check(keys)), knobs.ARRIVAL_DEADLINE_S)
+    arrived = poll(lambda: bool(store.check(keys)), knobs.ARRIVAL_DEADLINE_S)
     late = [] if arrived else [rank for rank in ranks if not store.check([f"join/{rank}"])]
     calls = {
         rank: store.get(f"join/{rank}").decode().partition(" ")
@@ -138,42 +143,10 @@ def _let_in(store: Any, subject: str, *, world_size: int) -> str:
     for rank in late:
         store.set(f"late/{rank}", subject)
     if late:
-        raise _failed(late, "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
+        raise rank_failed(late, "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
     if odd is not None:
-        raise _disagree(odd, calls[odd][2], subject)
+        raise ranks_disagree(odd, calls[odd][2], subject)
     return identity
-
-
-def _poll(ready: Callable[[], bool], deadline_s: float) -> bool:
-    """Wait until ready, or past the deadline; whether it is."""
-    pause, give_up_at = _SHORTEST_WAIT_S, time.monotonic() + deadline_s
-    while not ready():
-        if time.monotonic() > give_up_at:
-            return False
-        time.sleep(pause)
-        pause = min(pause * 1.5, _LONGEST_WAIT_S)
-    return True
-
-
-def _failed(ranks: list[int], phase: str, what: str) -> RankFailedError:
-    return RankFailedError(
-        f"Rank {', '.join(map(str, ranks))} failed in phase {phase!r}",
-        rank=tuple(ranks),
-        phase=phase,
-        expected="every rank to call this, and to stay alive",
-        actual=what,
-        remedy="look at that rank's log; nothing was committed, and the next call may work",
-    )
-
-
-def _disagree(rank: int, theirs: str, subject: str | None) -> RankMismatchError:
-    return RankMismatchError(
-        "The ranks call different things, or with different paths",
-        rank=rank,
-        expected=f"{subject}, as on rank 0" if subject else "what rank 0 calls",
-        actual=theirs,
-        remedy="call the same function with the same path on every rank",
-    )
 
 
 @contextmanager
@@ -270,7 +243,7 @@ class StoreCoordinator:
 
     def _wait(self, phase: str, ready: Callable[[], bool]) -> None:
         """Until ready; meanwhile look after the ranks that this one waits for."""
-        pause = _SHORTEST_WAIT_S
+        pause = SHORTEST_WAIT_S
         look_at = time.monotonic() + self._interval()
         begun = time.monotonic()
         while not ready():
@@ -279,12 +252,12 @@ class StoreCoordinator:
                 self._look_after_others(phase, begun)
                 look_at = time.monotonic() + self._interval()
             time.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_WAIT_S)
+            pause = next_wait(pause)
 
     def _look_after_others(self, phase: str, begun: float) -> None:
         if self.rank and self._store.check(["given-up"]):
             given_up = self._store.get("given-up").decode().split(",")
-            raise _failed(list(map(int, given_up)), phase, "rank 0 has given them up")
+            raise rank_failed(list(map(int, given_up)), phase, "rank 0 has given them up")
         if not self.rank:
             sent = [f"{self._phase}/s/{rank}" for rank in range(self.world_size)]
             ranks = [r for r in range(1, self.world_size) if not self._store.check([sent[r]])]
@@ -313,7 +286,7 @@ class StoreCoordinator:
             if ranks:
                 if not self.rank:
                     self._store.set("given-up", ",".join(map(str, ranks)))
-                raise _failed(ranks, phase, what)
+                raise rank_failed(ranks, phase, what)
 
     def _interval(self) -> float:
         return min(knobs.DEADLINE_S / 5, 1.0)

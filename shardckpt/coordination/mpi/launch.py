@@ -1,0 +1,74 @@
+"""What the environment tells of the launcher: mpirun (Open MPI, MPICH and its kin) or srun."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+__all__ = ["Launch", "mpi_launch", "slurm_launch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """This process among those that a launcher started; `host` is rank 0's, where known."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int | None = None
+    host: str | None = None
+
+
+# launcher, world size, rank, rank on this host; the first that fits
+_MPI = (
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("mpiexec", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "PMIX_RANK", "SLURM_LOCALID"),
+)
+
+
+def mpi_launch() -> Launch | None:
+    """The MPI job that this process is a rank of, by mpirun, mpiexec or srun --mpi=...; else None.
+
+    None under torchrun too, whatever started torchrun itself.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    for launcher, size, rank, local_rank in _MPI:
+        if _number(size) is not None and _number(rank) is not None:
+            return Launch(
+                launcher=launcher,
+                rank=_number(rank) or 0,
+                world_size=_number(size) or 1,
+                local_rank=_number(local_rank),
+            )
+    return None
+
+
+def slurm_launch() -> Launch | None:
+    """The job step that this process is a task of, by srun, with MPI or without; else None.
+
+    Outside a step, as in the batch script itself, SLURM_STEP_NUM_TASKS is not set.
+    """
+    size, rank = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_PROCID")
+    if size is None or rank is None or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    return Launch(
+        launcher="srun",
+        rank=rank,
+        world_size=size,
+        local_rank=_number("SLURM_LOCALID"),
+        host=first_host(os.environ.get("SLURM_STEP_NODELIST", "")),
+    )
+
+
+def first_host(hosts: str) -> str | None:
+    """The first host of SLURM's compressed list: "gpu[07-09,12],login" is gpu07."""
+    found = re.match(r"([^,\[\]]+)(?:\[(\w+)[^\]]*\]([^,\[\]]*))?", hosts)
+    return "".join(part or "" for part in found.groups()) if found else None
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else None

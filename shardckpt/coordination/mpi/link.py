@@ -1,0 +1,252 @@
+"""Messages between the ranks of one MPI communicator, none of which can block.
+
+They travel over a duplicate of the communicator, so that no receive of the program's own can
+take them. It is made without waiting (MPI_Comm_idup) by the first operation, and kept with the
+communicator. Until all ranks have come for it, the few messages that find out who is missing
+go over the communicator itself, with a tag of their own.
+
+Every call into MPI returns at once, and one lock lets a single thread of ours in at a time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from shardckpt.coordination.waiting import poll
+from shardckpt.errors import CoordinationError, DependencyError, RankFailedError
+
+__all__ = ["Inbox", "Link", "Message", "link_of", "load_mpi", "mpi_errors"]
+
+_TAG = 32_712  # MPI lets tags go up to 32,767 at least
+
+_lock = threading.RLock()
+_keyval: int | None = None
+_lost: set[int] = set()
+
+
+class Message(msgspec.Struct, array_like=True):
+    """What one rank tells another.
+
+    kind        from, to    about           number    text             payload
+    call        r, 0        channel                   nonce subject
+    withdraw    r, 0        channel                   nonce
+    verdict     0, r        nonce                     see coordinator
+    late        0, r        channel                   subject
+    summons     0, r
+    part        r, 0        operation       phase                      what the rank sends
+    answer      0, r        operation       phase                      rank 0's answer
+    beat        both        operation       progress
+    given-up    0, r        operation                 ranks
+    """
+
+    kind: str
+    about: str = ""
+    number: int = 0
+    text: str = ""
+    payload: bytes = b""
+
+
+@dataclass(slots=True)
+class Inbox:
+    """What has come for one operation: payloads by (kind, phase, rank), and signs of life."""
+
+    received: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
+    heard: dict[int, float] = field(default_factory=dict)
+    progress: dict[int, tuple[int, float]] = field(default_factory=dict)
+    given_up: str = ""
+
+    def take(self, source: int, message: Message) -> None:
+        """Put a message where the waiting thread looks for it."""
+        now = time.monotonic()
+        self.heard[source] = now
+        if message.kind == "given-up":
+            self.given_up = message.text
+        elif message.kind != "beat":
+            self.received[message.kind, message.number, source] = message.payload
+        elif self.progress.get(source, (-1, now))[0] != message.number:
+            self.progress[source] = (message.number, now)
+
+
+def load_mpi() -> Any:
+    """mpi4py.MPI, which starts MPI; DependencyError where it, or an MPI library, is missing."""
+    try:
+        return importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        raise DependencyError(
+            "This process is a rank of an MPI job, but mpi4py can't be used",
+            expected="mpi4py, and the MPI library that belongs to mpirun",
+            actual=str(error).splitlines()[0],
+            remedy='pip install "shardckpt[mpi]"; or start a process group of torch.distributed',
+        ) from error
+
+
+@contextmanager
+def mpi_errors(phase: str) -> Iterator[None]:
+    """Errors of MPI itself as RankFailedError."""
+    mpi = load_mpi()
+    try:
+        yield
+    except mpi.Exception as error:
+        raise RankFailedError(
+            "MPI reports an error",
+            phase=phase,
+            expected="a communicator whose ranks all live",
+            actual=str(error),
+            remedy="look at the logs of the other ranks and of mpirun; nothing was committed",
+        ) from error
+
+
+def link_of(comm: Any) -> Link:
+    """The link over a communicator, made when first asked for. Not collective by itself."""
+    global _keyval
+    mpi = load_mpi()
+    with _lock:
+        if _keyval is None:
+            _keyval = mpi.Comm.Create_keyval(delete_fn=_forget)
+            atexit.register(_leave)
+        link: Link | None = comm.Get_attr(_keyval)
+        if link is None:
+            link = Link(comm)
+            comm.Set_attr(_keyval, link)
+        return link
+
+
+def _forget(comm: Any, keyval: int, link: Link) -> None:
+    link.free()
+
+
+def _leave() -> None:
+    """MPI ends a process only when all have come to its end: without those that were given up,
+    that would be never. So the job is aborted instead, which mpirun then reports."""
+    if _lost and not (mpi := load_mpi()).Is_finalized():
+        sys.stdout.flush()
+        print(
+            f"shardckpt: rank {', '.join(map(str, sorted(_lost)))} does not answer; MPI_Abort",
+            file=sys.stderr,
+            flush=True,
+        )
+        mpi.COMM_WORLD.Abort(CoordinationError.exit_code)
+
+
+class Link:
+    """See the module. Fields are changed by `pump` alone, which any thread may call."""
+
+    def __init__(self, comm: Any) -> None:
+        self._mpi = load_mpi()
+        self.rank: int = comm.Get_rank()
+        self.world_size: int = comm.Get_size()
+        self.summoned = False
+        self.calls: dict[str, dict[int, tuple[str, str]]] = {}
+        self.asked: set[str] = set()
+        self.verdicts: dict[str, str] = {}
+        self.late: dict[str, str] = {}
+        self.inboxes: dict[str, Inbox] = {}
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Message).decode
+        self._raw = comm
+        self._own, self._request = comm.Idup()
+        self._sending: list[tuple[Any, bytes, str]] = []
+        self._arriving: list[tuple[int, Any, bytearray]] = []
+
+    def ready(self) -> bool:
+        """Whether all ranks have come for the duplicate; takes in messages as `pump` does."""
+        with _lock:
+            if self._request is not None and self._request.Test():
+                self._request = None
+        self.pump()
+        return self._request is None
+
+    def free(self) -> None:
+        """The communicator is being freed, on all its ranks."""
+        if self._request is None and self._raw != self._mpi.COMM_WORLD:
+            self._own.Free()
+
+    def send(self, rank: int, message: Message, *, until_taken: bool = False) -> None:
+        """Send, without waiting; `until_taken`: not done (see flush) before it is received."""
+        data = self._encode(message)
+        with _lock:
+            comm = self._own if self._request is None else self._raw
+            start = comm.Issend if until_taken else comm.Isend
+            request = start([data, self._mpi.BYTE], rank, _TAG)
+            self._sending.append((request, data, message.about))
+
+    def flush(self, about: str, deadline_s: float) -> None:
+        """Wait until all messages about something are on their way, or past the deadline."""
+
+        def done() -> bool:
+            self.pump()
+            return all(of != about for _, _, of in self._sending)
+
+        poll(done, deadline_s)
+
+    def pump(self) -> None:
+        """Take in every message that has come, and let those under way get on."""
+        with _lock:
+            self._sending = [sent for sent in self._sending if not sent[0].Test()]
+            for comm in (self._raw, self._own) if self._request is None else (self._raw,):
+                self._receive(comm)
+            blocked: set[int] = set()  # messages of one rank are taken in order
+            waiting = []
+            for source, request, data in self._arriving:
+                if source not in blocked and request.Test():
+                    self._deliver(source, self._decode(data))
+                else:
+                    blocked.add(source)
+                    waiting.append((source, request, data))
+            self._arriving = waiting
+
+    def _receive(self, comm: Any) -> None:
+        status = self._mpi.Status()
+        while (found := comm.Improbe(self._mpi.ANY_SOURCE, _TAG, status)) is not None:
+            data = bytearray(status.Get_count(self._mpi.BYTE))
+            request = found.Irecv([data, self._mpi.BYTE])
+            self._arriving.append((status.Get_source(), request, data))
+
+    def _deliver(self, source: int, message: Message) -> None:
+        if message.kind == "call":
+            nonce, _, subject = message.text.partition(" ")
+            self.calls.setdefault(message.about, {})[source] = (nonce, subject)
+        elif message.kind == "withdraw":
+            calls = self.calls.setdefault(message.about, {})
+            if calls.get(source, ("", ""))[0] == message.text:
+                del calls[source]
+        elif message.kind == "verdict":
+            if message.about in self.asked:
+                verdict, _, identity = message.text.partition(" ")
+                if verdict == "go":  # before anything else of the operation can come
+                    self.inboxes[identity] = Inbox()
+                self.verdicts[message.about] = message.text
+        elif message.kind == "late":
+            self.late[message.about] = message.text
+        elif message.kind == "summons":
+            self.summoned = True
+        elif message.about in self.inboxes:
+            self.inboxes[message.about].take(source, message)
+
+    def take_calls(self, channel: str) -> dict[int, tuple[str, str]]:
+        """Every rank's (nonce, subject) that has called; they are taken away."""
+        with _lock:
+            return self.calls.pop(channel, {})
+
+    def all_here(self) -> None:
+        """All ranks take part in an operation: none of them is lost any more."""
+        if _lost:
+            _lost.difference_update(self._in_world(list(range(self.world_size))))
+
+    def give_up(self, ranks: list[int]) -> None:
+        """Remember ranks that don't answer, so that this process can end without them."""
+        _lost.update(self._in_world(ranks))
+
+    def _in_world(self, ranks: list[int]) -> list[int]:
+        world = self._mpi.COMM_WORLD.Get_group()
+        return list(self._mpi.Group.Translate_ranks(self._raw.Get_group(), ranks, world))

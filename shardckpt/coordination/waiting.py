@@ -1,0 +1,53 @@
+"""Waiting with a deadline, and the errors for ranks that don't come or don't go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from shardckpt.errors import RankFailedError, RankMismatchError
+
+__all__ = ["SHORTEST_WAIT_S", "next_wait", "poll", "rank_failed", "ranks_disagree"]
+
+SHORTEST_WAIT_S = 0.0002
+_LONGEST_WAIT_S = 0.02
+
+
+def next_wait(pause_s: float) -> float:
+    """How long to sleep after a sleep of `pause_s` that was too short."""
+    return min(pause_s * 1.5, _LONGEST_WAIT_S)
+
+
+def poll(ready: Callable[[], bool], deadline_s: float) -> bool:
+    """Wait until ready, or past the deadline; whether it is."""
+    pause, give_up_at = SHORTEST_WAIT_S, time.monotonic() + deadline_s
+    while not ready():
+        if time.monotonic() > give_up_at:
+            return False
+        time.sleep(pause)
+        pause = next_wait(pause)
+    return True
+
+
+def rank_failed(ranks: Iterable[int], phase: str, what: str) -> RankFailedError:
+    """The error for ranks that are dead, silent or late."""
+    found = tuple(ranks)
+    return RankFailedError(
+        f"Rank {', '.join(map(str, found))} failed in phase {phase!r}",
+        rank=found,
+        phase=phase,
+        expected="every rank to call this, and to stay alive",
+        actual=what,
+        remedy="look at that rank's log; nothing was committed, and the next call may work",
+    )
+
+
+def ranks_disagree(rank: int, theirs: str, subject: str | None) -> RankMismatchError:
+    """The error for a rank that calls something else than rank 0 (`subject`, where known)."""
+    return RankMismatchError(
+        "The ranks call different things, or with different paths",
+        rank=rank,
+        expected=f"{subject}, as on rank 0" if subject else "what rank 0 calls",
+        actual=theirs,
+        remedy="call the same function with the same path on every rank",
+    )
