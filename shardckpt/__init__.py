@@ -10,6 +10,7 @@ from shardckpt._version import __version__
 if TYPE_CHECKING:
     from shardckpt.api import async_save, load, load_state, open_checkpoint, save
     from shardckpt.checkpoint import Checkpoint
+    from shardckpt.coordination.mpi.group import init_from_mpi
     from shardckpt.errors import ShardckptError
     from shardckpt.integrations.dcp import (
         ReshardLoadPlanner,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         KeepLast,
     )
     from shardckpt.nn_handler import NNHandler
+    from shardckpt.planning.arrays import ShardedArray
     from shardckpt.planning.flatten import PerRank
     from shardckpt.reports import LoadReport, SaveReport
 
@@ -44,8 +46,10 @@ __all__ = [
     "ShardSavePlanner",
     "ShardWriter",
     "ShardckptError",
+    "ShardedArray",
     "__version__",
     "async_save",
+    "init_from_mpi",
     "load",
     "load_state",
     "open_checkpoint",
@@ -69,7 +73,9 @@ _HOMES = {
     "ShardSavePlanner": "integrations.dcp",
     "ShardWriter": "integrations.dcp",
     "ShardckptError": "errors",
+    "ShardedArray": "planning.arrays",
     "async_save": "api",
+    "init_from_mpi": "coordination.mpi.group",
     "load": "api",
     "load_state": "api",
     "open_checkpoint": "api",

@@ -95,6 +95,7 @@ def save(
             planner=planner,
             overwrite=overwrite,
             process_group=process_group,
+            comm=comm,
             base=_base(base),
             verify_base=verify_base,
         )

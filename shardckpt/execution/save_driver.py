@@ -137,9 +137,10 @@ class _Save:
         if verdict == "explain":
             whole = self.local.pack(whole=True)
             exchange(self.coordinator, "compare", lambda: whole, explain_difference)
+        if verdict == "same":
+            exchange(self.coordinator, "join", self.join, lambda payloads: b"")
         if verdict == "send":
-            packed = self.local.pack(whole=self.coordinator.rank == 0)
-            share = exchange(self.coordinator, "divide", lambda: packed, self.divide)
+            share = exchange(self.coordinator, "divide", self.join_and_pack, self.divide)
             self.writes = RankWrites.of(self.local, share)
             _cache.add_writes(self.key, self.plan_id, self.writes)
 
@@ -162,6 +163,16 @@ class _Save:
         token = self.transaction.token
         return msgspec.msgpack.encode((verdict, self.plan_id, token, self.checkpoint_id))
 
+    def join(self) -> bytes:
+        """See what rank 0 has begun: before anyone writes, as a directory may not be shared."""
+        if self.transaction is None:
+            self.transaction = self.storage.join(self.path, token=self.token)
+        return b""
+
+    def join_and_pack(self) -> bytes:
+        self.join()
+        return self.local.pack(whole=self.coordinator.rank == 0)
+
     def divide(self, payloads: list[bytes]) -> list[bytes]:
         plan = global_plan([LocalPlan.unpack(payload) for payload in payloads])
         self.known = KnownPlan(plan)
@@ -170,8 +181,7 @@ class _Save:
 
     def write_and_commit(self) -> dict[str, Any]:
         def write() -> bytes:
-            if self.transaction is None:
-                self.transaction = self.storage.join(self.path, token=self.token)
+            assert self.transaction is not None
             local, writes = self.local, self.writes
             assert writes is not None
             parts = planned_parts(local, writes)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shardckpt.coordination.mpi.group import init_from_mpi
+from shardckpt.coordination.mpi.launch import mpi_launch, slurm_launch
 from shardckpt.errors import StateError
 
 if TYPE_CHECKING:
@@ -67,9 +69,9 @@ def start(
 ) -> Layout:
     """Join the process group of the launcher, if there is one.
 
-    "auto" is "fsdp" with a device mesh; else "ddp" where torchrun (or another launcher that sets
-    WORLD_SIZE) started several processes, else "none". A mesh has the dimension "dp", "tp" or
-    both; `tp_plan` is that of torch's parallelize_module.
+    "auto" is "fsdp" with a device mesh; else "ddp" where torchrun, mpirun, srun (or another
+    launcher that sets WORLD_SIZE) started several processes, else "none". A mesh has the
+    dimension "dp", "tp" or both; `tp_plan` is that of torch's parallelize_module.
     """
     if str(parallel) not in get_args(Parallel):
         raise StateError(
@@ -80,13 +82,11 @@ def start(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    if parallel != "none" and not dist.is_initialized():
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # type: ignore[unreachable]
         torch.cuda.set_device(device)
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if launched and parallel != "none" and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(_leave)
     if not dist.is_initialized():
         return Layout(mode="none", device=device)
     names = () if mesh is None else mesh.mesh_dim_names or ()
@@ -98,6 +98,18 @@ def start(
         )
     mode: Parallel = parallel if parallel != "auto" else ("ddp" if mesh is None else "fsdp")
     return Layout(mode=mode, device=device, mesh=mesh, tp_plan=tp_plan)
+
+
+def _join(backend: str) -> None:
+    """The group of torchrun's ranks, or of those of mpirun or srun."""
+    launch = mpi_launch() or slurm_launch()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backend)
+    elif launch is not None and launch.world_size > 1:
+        init_from_mpi(backend)
+    else:
+        return
+    atexit.register(_leave)
 
 
 def _leave() -> None:

@@ -27,9 +27,11 @@ from shardckpt.errors import (
     CorruptionError,
     NotACheckpointError,
     ShardckptError,
+    StateError,
     UnsupportedLeafError,
 )
 from shardckpt.format import values
+from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.flatten import flatten
 from shardckpt.storage.local import sync_directory
 from shardckpt.storage.system import System, translated
@@ -109,11 +111,23 @@ def read_many(folder: str) -> dict[str, Any]:
     return state
 
 
+def _contiguous(tensor: torch.Tensor | ShardedArray, name: str) -> torch.Tensor:
+    if isinstance(tensor, torch.Tensor):
+        return tensor.contiguous()
+    raise StateError(
+        "A single file can't hold a part of an array",
+        tensor=name,
+        expected="whole tensors",
+        actual=repr(tensor),
+        remedy="save to a path without .safetensors: every rank then writes its part",
+    )
+
+
 def _write(state: Mapping[str, Any], path: str, target: str) -> None:
     if target.endswith(".safetensors"):
         flat = flatten(state, rank=0)
         tree = msgspec.json.encode(flat.tree).decode()
-        tensors = {name: tensor.contiguous() for name, tensor in flat.tensors.items()}
+        tensors = {name: _contiguous(tensor, name) for name, tensor in flat.tensors.items()}
         save_file(tensors, path, {"format": "pt", _TREE: tree})
     else:
         torch.save(dict(state), path)

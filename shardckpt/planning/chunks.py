@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
+from shardckpt.planning.arrays import ShardedArray
 
 __all__ = [
     "Box",
@@ -61,9 +62,12 @@ def is_distributed(tensor: torch.Tensor) -> bool:
     )
 
 
-def may_have_replicas(tensor: torch.Tensor, *, world_size: int) -> bool:
-    """Whether other ranks may hold the same box: all but DTensors whose mesh is the whole world
-    and shards along each of its dimensions. (A smaller mesh may have siblings.)"""
+def may_have_replicas(tensor: torch.Tensor | ShardedArray, *, world_size: int) -> bool:
+    """Whether other ranks may hold the same box: all but ShardedArrays, and DTensors whose mesh
+    is the whole world and shards along each of its dimensions. (A smaller mesh may have siblings.)
+    """
+    if isinstance(tensor, ShardedArray):
+        return False
     if not isinstance(tensor, DTensor):
         return True
     layout = _layout_of(tensor)
@@ -85,14 +89,17 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor if tensor.layout is torch.strided else None
 
 
-def local_chunks(tensor: torch.Tensor, *, name: str) -> list[LocalChunk]:
+def local_chunks(tensor: torch.Tensor | ShardedArray, *, name: str) -> list[LocalChunk]:
     """The boxes of `tensor` that this rank holds; none where its mesh does not hold this rank.
 
     Not collective. Boxes without elements are left out, except that a global tensor
     without elements is one empty box. Raises PartialPlacementError for a DTensor of
     partial sums. See check_dense for what else is refused.
     """
-    if type(tensor) in _PLAIN:
+    if isinstance(tensor, ShardedArray):
+        local = tensor.tensor
+        chunks = [LocalChunk(tensor.offsets, tuple(local.shape), local)]
+    elif type(tensor) in _PLAIN:
         chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
     elif isinstance(tensor, DTensor):
         chunks = _dtensor_chunks(tensor, name=name)

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import values
+from shardckpt.planning.arrays import ShardedArray, from_numpy
 from shardckpt.planning.chunks import check_dense, local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
 from shardckpt.planning.stateful import (
@@ -70,8 +71,8 @@ class FlatState:
     rank. `own_trees`: the typed JSON of the PerRank values.
     """
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor | ShardedArray] = field(default_factory=dict)
+    own: dict[str, torch.Tensor | ShardedArray] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
     kinds: dict[str, int] = field(default_factory=dict)
     tree: Any = None
@@ -125,7 +126,9 @@ class _Flattener:
             ]
             return nodes if isinstance(value, list) else {"$tuple": nodes}
         if isinstance(value, np.ndarray):
-            return values.reference("numpy", self.add(_from_numpy(value, name), name))
+            return values.reference("numpy", self.add(from_numpy(value, name=name), name))
+        if isinstance(value, ShardedArray):
+            return values.reference(value.kind, self.add(self.sharded(value, name), name))
         if isinstance(value, nn.Module):
             value = ModuleState(module_state(value), frozen_entries(value), foreign_buffers(value))
         if isinstance(value, ModuleState):
@@ -171,7 +174,7 @@ class _Flattener:
             )
         self.names.add(name)
 
-    def add(self, tensor: torch.Tensor, name: str) -> str:
+    def add(self, tensor: torch.Tensor | ShardedArray, name: str) -> str:
         """Take a tensor; the name that it is saved under, another one if it is tied."""
         if not name:
             raise StateError(
@@ -185,7 +188,7 @@ class _Flattener:
                 expected="Unicode without lone surrogates",
                 remedy="rename the key",
             )
-        check_dense(tensor, name=name)
+        check_dense(tensor.tensor if isinstance(tensor, ShardedArray) else tensor, name=name)
         if tensor.is_meta:
             raise UnsupportedLeafError(
                 "A tensor on the meta device holds no data",
@@ -201,6 +204,15 @@ class _Flattener:
         if first == name:
             tensors[name] = tensor
         return first
+
+    def sharded(self, value: ShardedArray, name: str) -> ShardedArray:
+        if self.inside_per_rank:
+            raise StateError(
+                "A ShardedArray inside PerRank",
+                tensor=name,
+                remedy="put it beside: it knows that the ranks hold different parts",
+            )
+        return value.check(name)
 
     def per_rank(self, value: PerRank, name: str, depth: int) -> Any:
         if self.inside_per_rank:
@@ -237,8 +249,10 @@ class Ties:
         self._at: dict[int, tuple[torch.Tensor, str]] = {}
         self._same: dict[tuple[Any, ...], str] = {}
 
-    def first(self, tensor: torch.Tensor, name: str) -> str:
+    def first(self, tensor: torch.Tensor | ShardedArray, name: str) -> str:
         """The name under which this tensor came first: `name`, if it is new."""
+        if isinstance(tensor, ShardedArray):  # ranks may have no part of it, or any
+            return self._same.setdefault((id(tensor),), name)
         local = local_tensor(tensor)
         if local is not None and local.numel():
             other, known = self._at.setdefault(local.data_ptr(), (tensor, name))
@@ -261,28 +275,3 @@ def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
         layout = (tensor.shape, tensor.placements, tensor.device_mesh)  # type: ignore[attr-defined]
     view = (local.storage_offset(), local.dtype, local.shape, local.stride())
     return (local.untyped_storage()._cdata, *view, local.is_conj(), local.is_neg(), layout)
-
-
-def _from_numpy(array: np.ndarray[Any, Any], name: str) -> torch.Tensor:
-    """A tensor over the array's memory where torch allows it, else over a copy."""
-    if isinstance(array, np.ma.MaskedArray):
-        raise UnsupportedLeafError(
-            "A masked array can't be saved: its mask would be lost",
-            tensor=name,
-            expected="a plain numpy array",
-            actual="numpy.ma.MaskedArray",
-            remedy="save its data and its mask as two arrays",
-        )
-    native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if any(stride < 0 for stride in native.strides) or not native.flags.writeable:
-        native = native.copy()
-    try:
-        return torch.from_numpy(native)
-    except TypeError as error:
-        raise UnsupportedLeafError(
-            "A numpy array of this dtype can't be saved",
-            tensor=name,
-            expected="a numeric or bool dtype of up to 64 bits (complex64 for complex numbers)",
-            actual=str(array.dtype),
-            remedy="convert it with astype(), or save it as a list",
-        ) from error

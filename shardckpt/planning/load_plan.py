@@ -20,6 +20,7 @@ from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
+from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.build import NOTHING, Builder
 from shardckpt.planning.chunks import LocalChunk, check_dense, is_distributed, local_chunks
 from shardckpt.planning.flatten import PerRank, Ties
@@ -99,6 +100,8 @@ class Matcher:
             return self.per_rank(template, name)
         if isinstance(template, np.ndarray):
             return self.array(template, name)
+        if isinstance(template, ShardedArray):
+            return self.sharded(template, name)
         if isinstance(template, Mapping) and template:
             return self.mapping(template, name)
         if isinstance(template, (list, tuple)) and any(map(_takes_tensors, template)):
@@ -148,7 +151,7 @@ class Matcher:
         self.fill(entry, template, name)
         return template
 
-    def agrees(self, entry: TensorEntry, template: torch.Tensor, name: str) -> bool:
+    def agrees(self, entry: TensorEntry, template: torch.Tensor | ShardedArray, name: str) -> bool:
         """Whether a saved tensor can fill the template; notes the mismatch, or the cast."""
         if tuple(template.shape) != entry.shape:
             self.mismatches.wrong_shape.append((name, list(template.shape), list(entry.shape)))
@@ -161,7 +164,7 @@ class Matcher:
             self.cast.append((name, str(saved), str(template.dtype)))
         return True
 
-    def fill(self, entry: TensorEntry, tensor: torch.Tensor, name: str) -> None:
+    def fill(self, entry: TensorEntry, tensor: torch.Tensor | ShardedArray, name: str) -> None:
         """Note the reads that fill a tensor, once for tied ones."""
         source = self.saved.nodes[name].name
         first = self._filled.first(tensor, source)
@@ -193,6 +196,20 @@ class Matcher:
         tensor = torch.from_numpy(template)
         self.tensor(tensor, name)
         return lambda: template
+
+    def sharded(self, template: ShardedArray, name: str) -> Finish:
+        """Fill this rank's part of an array in place."""
+        entry = self.find(name) if self.saved.selected(name) else None
+        if entry is None or not self.agrees(entry, template.check(name), name):
+            return lambda: template
+        template.check_writeable(name)
+        self.fill(entry, template, name)
+
+        def finish() -> Any:
+            template.loaded()
+            return template
+
+        return finish
 
     def mapping(self, template: Any, name: str) -> Finish:
         """Match each item of a dict; what is saved beside them stays unused."""
@@ -321,7 +338,7 @@ def _takes_tensors(value: Any) -> bool:
     if isinstance(value, (Mapping, list, tuple)):
         items = value.values() if isinstance(value, Mapping) else value
         return any(map(_takes_tensors, items))
-    return isinstance(value, (torch.Tensor, np.ndarray, PerRank)) or has_state(value)
+    return isinstance(value, (torch.Tensor, np.ndarray, ShardedArray, PerRank)) or has_state(value)
 
 
 def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.flatten import FlatState, PerRank
 from shardckpt.planning.kinds import frozen_entries
 from shardckpt.planning.stateful import (
@@ -56,7 +57,7 @@ class Snapshot:
         """
         for name, tensor in (*flat.tensors.items(), *flat.own.items()):
             mark = self.held.get(id(tensor))
-            if mark is not None and mark != _mark(tensor):
+            if mark is not None and isinstance(tensor, torch.Tensor) and mark != _mark(tensor):
                 return name
         return None
 
@@ -79,6 +80,7 @@ class _Taker:
         self.modules = list(modules_in(state))
         self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
+        self.parts: dict[int, ShardedArray] = {}
         # First of all: what is copied of a module must be found wherever else it stands.
         self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
 
@@ -109,6 +111,8 @@ class _Taker:
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, np.ndarray):
             return self.arrays.setdefault(id(value), value.copy())
+        if isinstance(value, ShardedArray):
+            return self.parts.setdefault(id(value), value.copy())
         if isinstance(value, nn.Module):
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
+from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.chunks import Box, local_chunks, may_have_replicas
 from shardckpt.planning.flatten import FlatState
 
@@ -216,7 +217,7 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     shared: list[bool] = []
     boxes: list[Box] = []
     data: list[torch.Tensor] = []
-    groups: tuple[tuple[Mapping[str, torch.Tensor], bool], ...] = (
+    groups: tuple[tuple[Mapping[str, torch.Tensor | ShardedArray], bool], ...] = (
         (flat.tensors, True),
         (flat.own, False),
     )

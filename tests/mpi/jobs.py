@@ -1,0 +1,238 @@
+"""What the ranks of the tests under mpirun do; each returns what the test compares."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from mpi4py import MPI
+
+import shardckpt
+from shardckpt import NNHandler, ShardedArray, errors, knobs
+from shardckpt.cli.main import main
+from shardckpt.execution import save_driver
+from tests.distributed.jobs import build, everything, step
+
+comm = MPI.COMM_WORLD
+WHOLE = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
+
+
+def rows(rank: int, size: int) -> tuple[int, int]:
+    return 7 * rank // size, 7 * (rank + 1) // size
+
+
+def caught(call: Any) -> Any:
+    """(type, rank, tensor) of the shardckpt error that a call raises."""
+    try:
+        call()
+    except shardckpt.ShardckptError as error:
+        return [type(error).__name__, error.rank, error.tensor]
+    return None
+
+
+def plain(folder: str) -> dict[str, Any]:
+    """Save, load, async_save and states with ShardedArrays; other launchers' checkpoints."""
+    begin, end = rows(comm.rank, comm.size)
+    local = WHOLE[begin:end].copy()
+    state = {
+        "u": ShardedArray(local, WHOLE.shape, (begin, 0)),
+        "t": ShardedArray(torch.from_numpy(WHOLE[:, begin:end].copy()).T, (7, 7), (begin, 0)),
+        "w": torch.arange(10.0),
+        "rank": shardckpt.PerRank(comm.rank),
+        "step": 7,
+    }
+    report = shardckpt.save(state, f"{folder}/mpi")
+    repeated = shardckpt.save(state, f"{folder}/mpi", overwrite=True)
+    busy: Any = shardckpt.async_save(state, f"{folder}/async-0")
+    busy = [busy, shardckpt.async_save(state, f"{folder}/async-1")]
+    traffic = 0
+    while not all(handle.done() for handle in busy):  # the program's own messages meanwhile
+        comm.send(comm.rank, (comm.rank + 1) % comm.size)
+        traffic += comm.recv()  # from anyone, with any tag
+        comm.barrier()
+        if comm.allreduce(int(all(handle.done() for handle in busy)), MPI.MIN):
+            break
+    local[:] = 0
+    w = torch.zeros(10)
+    back = {"u": state["u"], "w": w, "rank": shardckpt.PerRank(-1), "step": 0}
+    loaded = shardckpt.load(back, f"{folder}/async-1")
+    torch_w = {
+        "w": torch.zeros(10),
+        "u": ShardedArray(np.zeros((end - begin, 9)), (7, 9), [begin, 0]),
+    }
+    shardckpt.load(torch_w, f"{folder}/torch")
+    return {
+        "ranks": [report.world_size, repeated.world_size, len(report.bytes_by_rank)],
+        "async": [handle.result().world_size for handle in busy],
+        "loaded": [np.array_equal(local, WHOLE[begin:end]), w.tolist(), back["rank"].value],
+        "step": [back["step"], loaded.saved_world_size],
+        "torch": [
+            torch_w["w"].tolist() == list(range(10)),
+            np.array_equal(torch_w["u"].local, WHOLE[begin:end]),
+        ],
+    }
+
+
+def wrong(folder: str) -> dict[str, Any]:
+    """Everything that a user may do wrong; each an error on every rank, and then all is well."""
+    last = comm.rank == comm.size - 1
+    begin, end = rows(comm.rank, comm.size)
+
+    def part(low: int, high: int, offset: int, shape: Any = (7, 9)) -> Any:
+        return ShardedArray(WHOLE[low:high], shape, (offset, 0))
+
+    def save(state: Any, name: str = "never", **options: Any) -> Any:
+        return caught(lambda: shardckpt.save(state, f"{folder}/{name}", **options))
+
+    freed = comm.Dup()
+    save({"step": 1}, "freed-later", comm=freed)
+    freed.Free()
+    half = comm.Split(comm.rank % 2)
+    found = {
+        "path": save({"step": 1}, str(comm.rank // 2)),
+        "keys": save({"a": 1, **({"b": torch.ones(1)} if last else {})}),
+        "values": save({"a": comm.rank}),
+        "overlap": save({"u": part(max(begin - 1, 0), end, max(begin - 1, 0))}),
+        "hole": save({"u": part(begin + 1, end, begin + 1)}),
+        "beyond": save({"u": part(begin, end, begin + (3 if last else 0))}),
+        "dims": save({"u": part(begin, end, begin, (7, 9, 1))}),
+        "fraction": save({"u": part(begin, end, begin, (7.5, 9))}),
+        "shapes": save({"u": part(begin, end, begin, (7 + last, 9))}),
+        "kind": save({"u": ShardedArray([1, 2], (2,), (0,))}),
+        "per rank": save({"u": shardckpt.PerRank(part(begin, end, begin))}),
+        "freed": save({"step": 1}, comm=freed),
+        "no communicator": save({"step": 1}, comm="MPI.COMM_WORLD"),
+        "null": save({"step": 1}, comm=MPI.COMM_NULL),
+        "both": save({"step": 1}, comm=comm, process_group="group"),
+        "planner": save({"step": 1}, planner=shardckpt.ShardSavePlanner()),
+        "half": save({"step": 1}, f"half-{comm.rank % 2}", comm=half),
+        "self": save({"step": 1}, f"self-{comm.rank}", comm=MPI.COMM_SELF),
+        "fine": save({"u": part(begin, end, begin)}, "fine"),
+        "nothing there": caught(lambda: shardckpt.load({"step": 0}, f"{folder}/nothing")),
+    }
+    readonly = WHOLE[begin:end].copy()
+    readonly.flags.writeable = False
+    template = {"u": ShardedArray(readonly, (7, 9), (begin, 0))}
+    found["read-only"] = caught(lambda: shardckpt.load(template, f"{folder}/fine"))
+    backwards = np.zeros((9, end - begin), dtype=">f8").T[::-1]
+    shardckpt.load({"u": ShardedArray(backwards, (7, 9), (begin, 0))}, f"{folder}/fine")
+    found["strides"] = bool((backwards == WHOLE[begin:end]).all())
+    return found
+
+
+def failing(folder: str) -> list[Any]:
+    """A rank raises in each phase; one comes late, to a fresh communicator and to a used one."""
+    knobs.DEADLINE_S, knobs.ARRIVAL_DEADLINE_S = 20.0, 60.0
+    state, exchange, found = {"w": torch.arange(10.0)}, save_driver.exchange, []
+    for phase in ("plan", "divide", "write"):
+
+        def faulty(coordinator: Any, name: str, local: Any, decide: Any, phase: str = phase) -> Any:
+            def part() -> bytes:
+                if name == phase and coordinator.rank == 1:
+                    raise ValueError("planted")
+                return local()
+
+            return exchange(coordinator, name, part, decide)
+
+        save_driver.exchange = faulty
+        try:
+            shardckpt.save({**state, phase: 1}, f"{folder}/raised")
+        except ValueError:
+            found.append("own")
+        except errors.RankFailedError as error:
+            found.append([error.rank, error.facts["phase"]])
+    save_driver.exchange = exchange
+    knobs.ARRIVAL_DEADLINE_S = 2.0
+    fresh = comm.Dup()
+    for used in (False, True):
+        for number in range(2):
+            if comm.rank == 1 and number == 0:
+                time.sleep(4.0 if used else 8.0)  # the roll call takes its time, too
+            name = f"late-{used}-{number}"
+            try:
+                shardckpt.save(state, f"{folder}/{name}", comm=fresh)
+                found.append("saved")
+            except errors.RankFailedError as error:
+                found.append([error.rank, error.facts["phase"]])
+            comm.barrier()
+    return found
+
+
+def stopped(folder: str, fault: str) -> Any:
+    """Rank 1 stops, or is killed, while it writes; what the others raise."""
+    knobs.DEADLINE_S = 4.0
+    shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/before")
+    if comm.rank == 1:
+        number = signal.SIGSTOP if fault == "stop" else signal.SIGKILL
+        save_driver.write_rank = lambda *_, **__: os.kill(os.getpid(), number)
+    begun = time.monotonic()
+    try:
+        shardckpt.save({"w": torch.zeros(10)}, f"{folder}/faulty")
+    except errors.RankFailedError as error:
+        return [error.rank, error.facts["phase"], time.monotonic() - begun]
+    return "saved"
+
+
+def torch_group(folder: str) -> dict[str, Any]:
+    """FSDP2, DCP's classes and NNHandler over a group that MPI started."""
+    shardckpt.init_from_mpi()
+    model, optimizer = build("fsdp", seed=1)
+    shardckpt.load({"model": model, "optimizer": optimizer}, f"{folder}/trained")
+    digest = {
+        name: tensor.double().sum().item() for name, tensor in everything(model, optimizer).items()
+    }
+    step(model, optimizer)
+    shardckpt.save({"model": model, "optimizer": optimizer}, f"{folder}/trained-on")
+    state = {"w": torch.arange(5.0), "model": model.state_dict()}
+    dcp.save(
+        state,
+        storage_writer=shardckpt.ShardWriter(f"{folder}/dcp"),
+        planner=shardckpt.ShardSavePlanner(),
+    )
+    state["w"] = torch.zeros(5)
+    dcp.load(state, storage_reader=shardckpt.ShardReader(f"{folder}/dcp"))
+    shardckpt.save({"w": state["w"]}, f"{folder}/planner", planner=shardckpt.ShardSavePlanner())
+    handler = NNHandler(torch.nn.Linear, in_features=3, out_features=2)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.save(f"{folder}/handler")
+    handler.save(f"{folder}/handler.pth")
+    again = NNHandler.load(f"{folder}/handler", parallel="fsdp")
+    return {
+        "world": [dist.get_world_size(), os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]],
+        "digest": digest,
+        "dcp": state["w"].tolist(),
+        "handler": [handler.parallel, again.parallel],
+    }
+
+
+def tools(folder: str) -> list[int]:
+    """The commands, by all ranks together."""
+    stream, sys.stdout = sys.stdout, open(os.devnull, "w")
+    codes = [
+        main(["verify", f"{folder}/mpi"]),
+        main(["reshard", f"{folder}/mpi", f"{folder}/resharded", "--world-size", "5"]),
+        main(["verify", f"{folder}/damaged"]),
+        main(["verify", f"{folder}/nothing"]),
+        main(["reshard", f"{folder}/damaged", f"{folder}/never", "--world-size", "2"]),
+    ]
+    sys.stdout.close()
+    sys.stdout = stream
+    return codes
+
+
+def all_of_it(folder: str) -> dict[str, Any]:
+    """One job, since starting one costs seconds."""
+    return {
+        "plain": plain(folder),
+        "wrong": wrong(folder),
+        "failing": failing(folder),
+        "tools": tools(folder),
+        "torch": torch_group(folder),
+    }

@@ -1,0 +1,138 @@
+"""Under mpirun, with Open MPI and with MPICH: what works under torchrun works there."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import shardckpt
+from tests.mpi.launch import flavours, needs, run_job
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.ranks, needs("openmpi")]
+jobs = pytest.importorskip("tests.mpi.jobs") if not needs("openmpi").args[0] else None
+
+
+def save_with_torch(folder: str) -> None:
+    """On 4 ranks of torch.distributed: an FSDP2 job, and arrays in parts."""
+    from tests.distributed.jobs import build, step
+
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    whole = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
+    begin, end = 9 * rank // size, 9 * (rank + 1) // size
+    part = shardckpt.ShardedArray(whole[:, begin:end], (7, 9), (0, begin))
+    shardckpt.save({"u": part, "w": torch.arange(10.0)}, f"{folder}/torch")
+    model, optimizer = build("fsdp", seed=0)
+    step(model, optimizer)
+    shardckpt.save({"model": model, "optimizer": optimizer}, f"{folder}/trained")
+
+
+def load_with_torch(folder: str) -> list[object]:
+    """And back, on 4 ranks: what MPI's ranks saved."""
+    from tests.distributed.jobs import build
+
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    begin, end = 9 * rank // size, 9 * (rank + 1) // size
+    part = np.zeros((7, end - begin))
+    state = {"u": shardckpt.ShardedArray(part, (7, 9), (0, begin)), "w": torch.zeros(10)}
+    shardckpt.load(state, f"{folder}/mpi")
+    model, optimizer = build("fsdp", seed=2)
+    shardckpt.load({"model": model, "optimizer": optimizer}, f"{folder}/trained-on")
+    whole = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
+    return [np.array_equal(part, whole[:, begin:end]), state["w"].tolist()]
+
+
+@flavours()
+def test_all_that_works(tmp_path, flavour):
+    folder = str(tmp_path)
+    run_ranks(4, save_with_torch, folder)
+    damage(tmp_path)
+    values = run_job(flavour, 3, jobs.all_of_it, folder, folder=tmp_path / "out").checked()
+    for rank, value in enumerate(values):
+        check_plain(value["plain"], rank)
+        check_wrong(value["wrong"])
+        assert value["tools"] == [0, 0, 6, 5, 6]
+        assert value["torch"]["world"] == [3, "3", str(rank)]
+        assert value["torch"]["dcp"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert value["torch"]["handler"] == ["ddp", "fsdp"]
+    others = [[[1], "plan"], [[1], "divide"], [[1], "write"]]
+    late = [[[1], "begin"], "saved"] * 2
+    assert values[0]["failing"] == others + late
+    assert values[1]["failing"] == ["own"] * 3 + late
+    assert values[2]["failing"] == others + late
+    check_files(tmp_path, values[0])
+    assert run_ranks(4, load_with_torch, folder) == [[True, list(map(float, range(10)))]] * 4
+
+
+def damage(tmp_path) -> None:
+    state = {"w": torch.arange(3_000_000.0), "v": torch.arange(10.0)}
+    shardckpt.save(state, tmp_path / "damaged")
+    (shard,) = (tmp_path / "damaged").glob("*.safetensors")
+    with open(shard, "r+b") as file:
+        file.seek(9_000_000)
+        file.write(b"\xff")
+
+
+def check_plain(found, rank: int) -> None:
+    assert found["ranks"] == [3, 3, 3]
+    assert found["async"] == [3, 3]
+    assert found["loaded"] == [True, list(map(float, range(10))), rank]
+    assert found["step"] == [7, 3]
+    assert found["torch"] == [True, True]
+
+
+def check_wrong(found) -> None:
+    assert found["path"] == ["RankMismatchError", 2, None]
+    assert found["keys"] == ["RankMismatchError", 2, "b"]
+    assert found["values"] == ["ReplicaMismatchError", 1, "a"]
+    assert [found[name][::2] for name in ("overlap", "hole")] == [["CoverageError", "u"]] * 2
+    assert found["beyond"] == ["StateError", [2], "u"]
+    for name in ("dims", "fraction", "per rank"):
+        assert found[name] == ["StateError", [0, 1, 2], "u"], name
+    assert found["shapes"] == ["RankMismatchError", 2, "u"]
+    assert found["kind"] == ["UnsupportedLeafError", [0, 1, 2], "u"]
+    for name in ("freed", "no communicator", "null", "both", "planner"):
+        assert found[name][0] == "CoordinationError", name
+    assert [found[name] for name in ("half", "self", "fine")] == [None] * 3
+    assert found["nothing there"] == ["CheckpointNotFoundError", [0, 1, 2], None]
+    assert found["read-only"] == ["StateError", [0, 1, 2], "u"]
+    assert found["strides"]
+
+
+def check_files(tmp_path, value) -> None:
+    """What one process without any launcher sees of it."""
+    for name in ("mpi", "async-0", "async-1", "resharded"):
+        state = shardckpt.load_state(tmp_path / name)
+        assert np.array_equal(state["u"], jobs.WHOLE), name
+        assert torch.equal(state["t"], torch.from_numpy(jobs.WHOLE.T[:7, :7].copy())), name
+        assert torch.equal(state["w"], torch.arange(10.0)), name
+        assert (state["rank"], state["step"]) == ([0, 1, 2], 7), name
+    with shardckpt.open_checkpoint(tmp_path / "resharded") as checkpoint:
+        assert len(checkpoint.manifest.shards) == 5
+        checkpoint.verify()
+    there = {"late-False-1", "late-True-1", "fine", "half-0", "half-1", "handler", "handler.pth"}
+    gone = {"never", "raised", "late-False-0", "late-True-0", "0", "1"}
+    assert there <= set(os.listdir(tmp_path))
+    assert not gone & set(os.listdir(tmp_path))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    trained = shardckpt.load_state(tmp_path / "trained")
+    weights = {name: tensor.double().sum().item() for name, tensor in trained["model"].items()}
+    assert weights == {name: value["torch"]["digest"][name] for name in weights}
+
+
+@flavours()
+@pytest.mark.parametrize("fault", ["stop", "kill"])
+def test_a_rank_that_stops_or_dies(tmp_path, flavour, fault):
+    """The others raise an error that names it, and the job ends: MPI alone would wait for ever."""
+    job = run_job(flavour, 2, jobs.stopped, str(tmp_path), fault, folder=tmp_path / "out")
+    if fault == "stop":
+        (ranks, phase, took_s), _ = job.values
+        assert (ranks, phase) == ([1], "write")
+        assert took_s < 15
+        assert "rank 1 does not answer" in job.output
+    assert job.code != 0
+    assert not (tmp_path / "faulty").exists()
+    assert shardckpt.load_state(tmp_path / "before")["w"].tolist() == list(range(10))
