@@ -43,6 +43,7 @@ from shardckpt.errors import RankFailedError
 
 __all__ = ["StoreCoordinator", "store_coordinator"]
 
+_ANSWER_S = 2.0
 _PIECE_BYTES = 4 << 20  # TCPStore refuses values of more than 8 MiB
 
 # Keys of the last operation that other ranks may still look at when this one has ended it.
@@ -104,7 +105,8 @@ def _ask(store: Any, subject: str, *, rank: int) -> str:
     store.set(f"join/{rank}", f"{nonce} {subject}")
     answer = f"answer/{nonce}"
     try:
-        if not poll(lambda: bool(store.check([answer])), knobs.ARRIVAL_DEADLINE_S):
+        # Rank 0, if it is there, knows who is missing: it gets a little longer to tell.
+        if not poll(lambda: bool(store.check([answer])), knobs.ARRIVAL_DEADLINE_S + _ANSWER_S):
             raise rank_failed([0], "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
         verdict, _, text = store.get(answer).decode().partition(" ")
     except BaseException:

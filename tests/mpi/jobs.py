@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from mpi4py import MPI
 
 import shardckpt
-from shardckpt import NNHandler, ShardedArray, errors, knobs
-from shardckpt.cli.main import main
+from shardckpt import ShardedArray, errors, knobs
 from shardckpt.execution import save_driver
-from tests.distributed.jobs import build, everything, step
+from tests.mpi.launch import WHOLE
 
 comm = MPI.COMM_WORLD
-WHOLE = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
 
 
 def rows(rank: int, size: int) -> tuple[int, int]:
@@ -52,13 +48,11 @@ def plain(folder: str) -> dict[str, Any]:
     repeated = shardckpt.save(state, f"{folder}/mpi", overwrite=True)
     busy: Any = shardckpt.async_save(state, f"{folder}/async-0")
     busy = [busy, shardckpt.async_save(state, f"{folder}/async-1")]
-    traffic = 0
-    while not all(handle.done() for handle in busy):  # the program's own messages meanwhile
-        comm.send(comm.rank, (comm.rank + 1) % comm.size)
-        traffic += comm.recv()  # from anyone, with any tag
-        comm.barrier()
-        if comm.allreduce(int(all(handle.done() for handle in busy)), MPI.MIN):
-            break
+    saving = True
+    while saving:  # the program's own messages meanwhile: from anyone, with any tag
+        comm.send("own", (comm.rank + 1) % comm.size)
+        assert comm.recv() == "own"
+        saving = comm.allreduce(not all(handle.done() for handle in busy), MPI.MAX)
     local[:] = 0
     w = torch.zeros(10)
     back = {"u": state["u"], "w": w, "rank": shardckpt.PerRank(-1), "step": 0}
@@ -154,7 +148,7 @@ def failing(folder: str) -> list[Any]:
     for used in (False, True):
         for number in range(2):
             if comm.rank == 1 and number == 0:
-                time.sleep(4.0 if used else 8.0)  # the roll call takes its time, too
+                time.sleep(5.0 if used else 8.0)  # the roll call takes its time, too
             name = f"late-{used}-{number}"
             try:
                 shardckpt.save(state, f"{folder}/{name}", comm=fresh)
@@ -182,6 +176,11 @@ def stopped(folder: str, fault: str) -> Any:
 
 def torch_group(folder: str) -> dict[str, Any]:
     """FSDP2, DCP's classes and NNHandler over a group that MPI started."""
+    import torch.distributed.checkpoint as dcp  # these take seconds, which other jobs save
+
+    from shardckpt import NNHandler
+    from tests.distributed.jobs import build, everything, step
+
     shardckpt.init_from_mpi()
     model, optimizer = build("fsdp", seed=1)
     shardckpt.load({"model": model, "optimizer": optimizer}, f"{folder}/trained")
@@ -212,27 +211,51 @@ def torch_group(folder: str) -> dict[str, Any]:
     }
 
 
-def tools(folder: str) -> list[int]:
-    """The commands, by all ranks together."""
-    stream, sys.stdout = sys.stdout, open(os.devnull, "w")
-    codes = [
-        main(["verify", f"{folder}/mpi"]),
-        main(["reshard", f"{folder}/mpi", f"{folder}/resharded", "--world-size", "5"]),
-        main(["verify", f"{folder}/damaged"]),
-        main(["verify", f"{folder}/nothing"]),
-        main(["reshard", f"{folder}/damaged", f"{folder}/never", "--world-size", "2"]),
-    ]
-    sys.stdout.close()
-    sys.stdout = stream
-    return codes
-
-
 def all_of_it(folder: str) -> dict[str, Any]:
     """One job, since starting one costs seconds."""
     return {
         "plain": plain(folder),
         "wrong": wrong(folder),
         "failing": failing(folder),
-        "tools": tools(folder),
         "torch": torch_group(folder),
     }
+
+
+def over_two_hosts(folder: str, private: str) -> dict[str, Any]:
+    """One rank on each of two hosts, a folder that they share, and one that they do not."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("gloo")
+    save = lambda: shardckpt.save({"w": torch.arange(10.0)}, f"{private}/c")  # noqa: E731
+    report = shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/shared", overwrite=True)
+    found = {
+        "host": os.uname().nodename,
+        "ranks": report.world_size,
+        "private": [caught(save), caught(save)],  # with a new plan, and with a known one
+        "left": os.listdir(private),
+        "missing": caught(lambda: shardckpt.load({"w": torch.zeros(10)}, f"{private}/c")),
+    }
+    shardckpt.init_from_mpi()
+    total = torch.ones(3)
+    dist.all_reduce(total)
+    return {**found, "reduced": total.tolist(), "local rank": os.environ["LOCAL_RANK"]}
+
+
+def cut_off(folder: str) -> Any:
+    """The cable is pulled while rank 1 writes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("gloo")
+    knobs.DEADLINE_S = 4.0
+    write = save_driver.write_rank
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        open(f"{folder}/writing", "w").close()
+        time.sleep(3.0)
+        return write(*arguments, **options)
+
+    save_driver.write_rank = slow
+    begun = time.monotonic()
+    try:
+        shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/cut")
+    except errors.RankFailedError as error:
+        return [error.rank, error.facts["phase"], time.monotonic() - begun]
+    return "saved"

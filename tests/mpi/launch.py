@@ -6,6 +6,7 @@ virtual environment: pip install --prefix .venv/mpich mpich, as scripts/test doe
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import importlib.util
 import json
@@ -14,13 +15,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 PREFIX = Path(sys.prefix)
+WHOLE = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
 FLAVOURS = ("openmpi", "mpich")
 
 
@@ -60,7 +63,7 @@ def command(flavour: str, ranks: int, *program: str) -> list[str]:
 
 
 def run_program(
-    flavour: str, ranks: int, *program: str, timeout_s: float = 100.0, **more: str
+    flavour: str, ranks: int, *program: str, timeout_s: float = 280.0, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """mpirun -n RANKS python PROGRAM, to its end."""
     return subprocess.run(
@@ -98,21 +101,21 @@ class Outcome:
 def run_job(
     flavour: str,
     ranks: int,
-    function: Callable[..., Any],
+    function: str,
     *arguments: Any,
     folder: Path,
-    timeout_s: float = 100.0,
-    launch: Sequence[str] = (),
+    timeout_s: float = 280.0,
+    launch: Callable[[list[str]], list[str]] | None = None,
     **more: str,
 ) -> Outcome:
-    """function(*arguments) on every rank; it returns what JSON can hold. `launch` replaces
-    mpirun's command line up to the program."""
+    """jobs.FUNCTION(*arguments) on every rank; it returns what JSON can hold. `launch` makes
+    the command line of a program. (Importing jobs here would start MPI here.)"""
     folder.mkdir(exist_ok=True)
-    program = [sys.executable, "-m", "tests.mpi.launch", function.__module__, function.__qualname__]
-    program += [json.dumps(arguments), str(folder)]
+    program = [sys.executable, "-m", "tests.mpi.launch", function, json.dumps(arguments)]
+    program += [str(folder), str(timeout_s - 5)]
     begun = time.monotonic()
     done = subprocess.run(
-        [*launch, *program] if launch else command(flavour, ranks, *program),
+        launch(program) if launch else command(flavour, ranks, *program),
         env=environment(flavour, **more),
         capture_output=True,
         text=True,
@@ -122,11 +125,12 @@ def run_job(
     return Outcome(folder, ranks, done, time.monotonic() - begun)
 
 
-def _main(module: str, name: str, arguments: str, folder: str) -> None:
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+def _main(name: str, arguments: str, folder: str, timeout_s: str) -> None:
+    faulthandler.dump_traceback_later(float(timeout_s), exit=True)
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "RANK")
     rank = next((os.environ[name] for name in names if name in os.environ), "0")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module("tests.mpi.jobs"), name)
         result: tuple[bool, Any] = (True, function(*json.loads(arguments)))
     except BaseException:
         result = (False, traceback.format_exc())

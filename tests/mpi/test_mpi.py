@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import shardckpt
-from tests.mpi.launch import flavours, needs, run_job
+from tests.mpi.launch import WHOLE, flavours, run_job
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.ranks, needs("openmpi")]
-jobs = pytest.importorskip("tests.mpi.jobs") if not needs("openmpi").args[0] else None
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]
 
 
 def save_with_torch(folder: str) -> None:
@@ -21,9 +20,8 @@ def save_with_torch(folder: str) -> None:
     from tests.distributed.jobs import build, step
 
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    whole = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
     begin, end = 9 * rank // size, 9 * (rank + 1) // size
-    part = shardckpt.ShardedArray(whole[:, begin:end], (7, 9), (0, begin))
+    part = shardckpt.ShardedArray(WHOLE[:, begin:end], (7, 9), (0, begin))
     shardckpt.save({"u": part, "w": torch.arange(10.0)}, f"{folder}/torch")
     model, optimizer = build("fsdp", seed=0)
     step(model, optimizer)
@@ -41,8 +39,7 @@ def load_with_torch(folder: str) -> list[object]:
     shardckpt.load(state, f"{folder}/mpi")
     model, optimizer = build("fsdp", seed=2)
     shardckpt.load({"model": model, "optimizer": optimizer}, f"{folder}/trained-on")
-    whole = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
-    return [np.array_equal(part, whole[:, begin:end]), state["w"].tolist()]
+    return [np.array_equal(part, WHOLE[:, begin:end]), state["w"].tolist()]
 
 
 @flavours()
@@ -50,11 +47,10 @@ def test_all_that_works(tmp_path, flavour):
     folder = str(tmp_path)
     run_ranks(4, save_with_torch, folder)
     damage(tmp_path)
-    values = run_job(flavour, 3, jobs.all_of_it, folder, folder=tmp_path / "out").checked()
+    values = run_job(flavour, 3, "all_of_it", folder, folder=tmp_path / "out").checked()
     for rank, value in enumerate(values):
         check_plain(value["plain"], rank)
         check_wrong(value["wrong"])
-        assert value["tools"] == [0, 0, 6, 5, 6]
         assert value["torch"]["world"] == [3, "3", str(rank)]
         assert value["torch"]["dcp"] == [0.0, 1.0, 2.0, 3.0, 4.0]
         assert value["torch"]["handler"] == ["ddp", "fsdp"]
@@ -104,15 +100,12 @@ def check_wrong(found) -> None:
 
 def check_files(tmp_path, value) -> None:
     """What one process without any launcher sees of it."""
-    for name in ("mpi", "async-0", "async-1", "resharded"):
+    for name in ("mpi", "async-0", "async-1"):
         state = shardckpt.load_state(tmp_path / name)
-        assert np.array_equal(state["u"], jobs.WHOLE), name
-        assert torch.equal(state["t"], torch.from_numpy(jobs.WHOLE.T[:7, :7].copy())), name
+        assert np.array_equal(state["u"], WHOLE), name
+        assert torch.equal(state["t"], torch.from_numpy(WHOLE.T[:7, :7].copy())), name
         assert torch.equal(state["w"], torch.arange(10.0)), name
         assert (state["rank"], state["step"]) == ([0, 1, 2], 7), name
-    with shardckpt.open_checkpoint(tmp_path / "resharded") as checkpoint:
-        assert len(checkpoint.manifest.shards) == 5
-        checkpoint.verify()
     there = {"late-False-1", "late-True-1", "fine", "half-0", "half-1", "handler", "handler.pth"}
     gone = {"never", "raised", "late-False-0", "late-True-0", "0", "1"}
     assert there <= set(os.listdir(tmp_path))
@@ -127,7 +120,7 @@ def check_files(tmp_path, value) -> None:
 @pytest.mark.parametrize("fault", ["stop", "kill"])
 def test_a_rank_that_stops_or_dies(tmp_path, flavour, fault):
     """The others raise an error that names it, and the job ends: MPI alone would wait for ever."""
-    job = run_job(flavour, 2, jobs.stopped, str(tmp_path), fault, folder=tmp_path / "out")
+    job = run_job(flavour, 2, "stopped", str(tmp_path), fault, folder=tmp_path / "out")
     if fault == "stop":
         (ranks, phase, took_s), _ = job.values
         assert (ranks, phase) == ([1], "write")

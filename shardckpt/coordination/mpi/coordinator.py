@@ -32,7 +32,7 @@ from shardckpt.errors import CoordinationError
 
 __all__ = ["MpiCoordinator", "check_communicator", "mpi_coordinator"]
 
-_ROLL_CALL_S = 5.0
+_ROLL_CALL_S = 5.0  # rank 0 knows who is missing: it gets so much longer to tell the others
 _LAST_WORDS_S = 0.5
 
 
@@ -79,22 +79,28 @@ def mpi_coordinator(link: Link, *, channel: str, subject: str) -> Iterator[MpiCo
     run at once; those of one channel begin one after another.
     """
     with mpi_errors("begin"):
-        patience_s = knobs.ARRIVAL_DEADLINE_S
-        if not poll(lambda: link.ready() or link.summoned, patience_s):
-            patience_s = min(patience_s, _ROLL_CALL_S)
-            if not link.rank:
-                _send(link, range(1, link.world_size), Message("summons"))
-        if link.rank:
-            identity = _ask(link, channel, subject, patience_s)
-        else:
-            identity = _let_in(link, channel, subject, patience_s)
-        link.summoned = False
+        identity = _begin(link, channel, subject)
         link.all_here()
     coordinator = MpiCoordinator(link, identity)
     try:
         yield coordinator
     finally:
         coordinator.close()
+
+
+def _begin(link: Link, channel: str, subject: str) -> str:
+    """Meet the other ranks; the id of the operation."""
+    patience_s = knobs.ARRIVAL_DEADLINE_S
+    if not poll(lambda: link.ready() or link.summoned, patience_s):
+        patience_s = min(patience_s, _ROLL_CALL_S)
+        if not link.rank:
+            _send(link, range(1, link.world_size), Message("summons"))
+    try:
+        if link.rank:
+            return _ask(link, channel, subject, patience_s + _ROLL_CALL_S)
+        return _let_in(link, channel, subject, patience_s)
+    finally:
+        link.summoned = False
 
 
 def _send(link: Link, ranks: Iterable[int], message: Message) -> None:

@@ -160,9 +160,6 @@ class Link:
 
     def ready(self) -> bool:
         """Whether all ranks have come for the duplicate; takes in messages as `pump` does."""
-        with _lock:
-            if self._request is not None and self._request.Test():
-                self._request = None
         self.pump()
         return self._request is None
 
@@ -192,6 +189,8 @@ class Link:
     def pump(self) -> None:
         """Take in every message that has come, and let those under way get on."""
         with _lock:
+            if self._request is not None and self._request.Test():
+                self._request = None
             self._sending = [sent for sent in self._sending if not sent[0].Test()]
             for comm in (self._raw, self._own) if self._request is None else (self._raw,):
                 self._receive(comm)
