@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 from shardckpt._version import __version__
 from shardckpt.api import open_checkpoint
+from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.progress import progress_bar, size_text
+from shardckpt.cli.team import say, shared
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
 from shardckpt.execution.rescue import explain_manifest, rescue
 from shardckpt.execution.reshard import reshard
+from shardckpt.execution.verify import verify_shards
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
 
@@ -24,6 +27,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for a wrong call, else that of the error's family."""
     options = _parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options.run(options)
         sys.stdout.flush()
@@ -84,7 +88,17 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--world-size", type=int, required=True, help="how many shards")
     change.add_argument("--overwrite", action="store_true", help="replace what is at the target")
     change.set_defaults(run=_reshard)
+    for command in (verify, change):
+        command.add_argument(
+            "--jobs", type=_positive, help="processes; by default one for each GiB, up to the cores"
+        )
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a number of at least 1 is expected")
+    return int(text)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -104,24 +118,34 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    try:
-        opened = open_checkpoint(options.path)
-    except CorruptionError as error:
-        explain_manifest(error, options.path, storage=LocalStorage())
-        raise
-    with opened as checkpoint:
+    def opened() -> Checkpoint:
+        try:
+            return open_checkpoint(options.path)
+        except CorruptionError as error:
+            explain_manifest(error, options.path, storage=LocalStorage())
+            raise
+
+    with shared(options, options.path, opened) as (coordinator, checkpoint):
         total = sum(shard.size_bytes for shard in checkpoint.manifest.shards)
-        with progress_bar("verify", total_bytes=total // options.subset[1]) as bar:
-            report = checkpoint.survey(subset=options.subset, progress=bar.advance)
+        parts = options.subset[1] * coordinator.world_size
+        with progress_bar("verify", total_bytes=total // parts) as bar:
+            report = verify_shards(
+                checkpoint.files,
+                checkpoint.manifest,
+                subset=options.subset,
+                progress=bar.advance,
+                coordinator=coordinator,
+            )
         for word, names in (("hurt", report.hurt), ("whole", report.whole)):
             if report.damage:
-                print("\n".join(f"{word:6} {name}" for name in names))
+                say(coordinator, "\n".join(f"{word:6} {name}" for name in names))
         report.raise_damage()
         part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
-        print(
+        say(
+            coordinator,
             f"{options.path}: {len(checkpoint.manifest.shards)} shards, "
             f"{len(checkpoint.manifest.tensors)} tensors, {size_text(report.checked_bytes)}: "
-            f"whole{part}"
+            f"whole{part}",
         )
 
 
@@ -147,15 +171,19 @@ def _rescue(options: argparse.Namespace) -> None:
 
 
 def _reshard(options: argparse.Namespace) -> None:
-    with open_checkpoint(options.source) as checkpoint:
+    def opened() -> Checkpoint:
+        return open_checkpoint(options.source)
+
+    with shared(options, options.source, opened) as (coordinator, checkpoint):
         total = sum(entry.size_bytes for entry in checkpoint.manifest.tensors.values())
-        with progress_bar("reshard", total_bytes=total) as bar:
+        with progress_bar("reshard", total_bytes=total // coordinator.world_size) as bar:
             reshard(
                 checkpoint,
                 options.target,
                 shards=options.world_size,
                 storage=LocalStorage(),
+                coordinator=coordinator,
                 overwrite=options.overwrite,
                 progress=bar.reach,
             )
-    print(f"{options.target}: {options.world_size} shards, {size_text(total)}")
+        say(coordinator, f"{options.target}: {options.world_size} shards, {size_text(total)}")

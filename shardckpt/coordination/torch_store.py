@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt import knobs
+from shardckpt.coordination.line import Line
 from shardckpt.coordination.waiting import (
     SHORTEST_WAIT_S,
     next_wait,
@@ -72,8 +73,8 @@ def store_coordinator(
 def _operation(
     of_group: Any, prefix: str, subject: str, *, rank: int, world_size: int
 ) -> Iterator[StoreCoordinator]:
-    store = PrefixStore(prefix, of_group.clone())
     with _network("begin"):
+        store = Line(lambda: PrefixStore(prefix, of_group.clone()))
         if rank:
             identity = _ask(store, subject, rank=rank)
         else:
@@ -90,6 +91,7 @@ def _operation(
         with suppress(Exception):
             for old in _traces.pop((prefix, str(rank)), ()):  # all ranks are through with that
                 store.delete_key(old)
+        store.close()
         _traces[prefix, str(rank)] = [f"{identity}/{key}" for key in coordinator.traces()]
 
 
@@ -155,6 +157,9 @@ def _let_in(store: Any, subject: str, *, world_size: int) -> str:
 def _network(phase: str) -> Iterator[None]:
     try:
         yield
+    except RankFailedError as error:
+        error.facts.setdefault("phase", phase)
+        raise
     except dist.DistError as error:
         raise RankFailedError(
             "The store of the process group does not answer",
@@ -173,7 +178,7 @@ class StoreCoordinator:
         self.rank = rank
         self.world_size = world_size
         self._connect = connect
-        self._store = connect()
+        self._store = Line(connect)
         self._progress = 0
         self._keys: list[str] = []
         self._phases = itertools.count()
@@ -216,10 +221,11 @@ class StoreCoordinator:
         """Stop the pulse, and remove from the store what nobody reads any more."""
         self._stopped.set()
         # A thread inside the store's C++ code when the interpreter ends would abort the process.
-        self._pulse.join(timeout=knobs.DEADLINE_S)
+        self._pulse.join(timeout=0 if self._store.broken else knobs.DEADLINE_S)
         with suppress(Exception):
             for key in self._keys:
                 self._store.delete_key(key)
+        self._store.close()
 
     def traces(self) -> list[str]:
         """Keys to remove once every rank has ended this operation."""

@@ -15,7 +15,7 @@ from shardckpt.planning.saved import Rename, SavedState, Select
 from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.storage.base import CheckpointFiles, Storage
 
-__all__ = ["open_manifest", "run_load"]
+__all__ = ["open_manifest", "run_load", "same_checkpoint"]
 
 
 def open_manifest(storage: Storage, path: str) -> tuple[CheckpointFiles, Manifest]:
@@ -74,7 +74,7 @@ def run_load(
 
     try:
         with watch.phase("plan"):
-            exchange(coordinator, "open", plan, _same_checkpoint(path))
+            exchange(coordinator, "open", plan, same_checkpoint(path))
         with watch.phase("read"):
             exchange(coordinator, "read", read, lambda payloads: b"")
     finally:
@@ -96,7 +96,9 @@ def run_load(
     )
 
 
-def _same_checkpoint(path: str) -> Callable[[list[bytes]], bytes]:
+def same_checkpoint(path: str) -> Callable[[list[bytes]], bytes]:
+    """The decision of an exchange of checkpoint ids: DirectoryNotSharedError where they differ."""
+
     def decide(payloads: list[bytes]) -> bytes:
         others = tuple(rank for rank, found in enumerate(payloads) if found != payloads[0])
         if others:

@@ -42,7 +42,7 @@ def rescue(
     try:
         manifest, lost, mended, rebuilt = _manifest(files)
         flips: dict[str, list[tuple[int, int]]] = {}
-        for damage in survey(files, manifest)[0]:
+        for damage in survey(files, manifest):
             name = manifest.shards[damage.shard].name
             if damage.flips:
                 flips[name] = list(damage.flips)

@@ -11,16 +11,18 @@ import numpy as np
 import torch
 
 from shardckpt.checkpoint import Checkpoint
+from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
 from shardckpt.execution.buffers import BUFFER_BYTES
 from shardckpt.execution.save_driver import commit, file_table, new_id
-from shardckpt.execution.shard_files import write_rank
+from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.planning.kinds import MAIN, kind_in
 from shardckpt.planning.plan_cache import KnownPlan
 from shardckpt.planning.save_plan import RankWrites, global_plan
 from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, TensorSpec, pad_boxes
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import Storage, WriteTransaction
 
 __all__ = ["reshard"]
 
@@ -32,62 +34,117 @@ def reshard(
     shards: int,
     storage: Storage,
     overwrite: bool = False,
+    coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> None:
-    """Write all of `source` to `path` as `shards` shards of even size; one process.
+    """Write all of `source` to `path` as `shards` shards of even size.
 
-    What was saved stays the same, PerRank values and the world size of the save included.
-    Takes a few buffers of memory. `progress` is called with the bytes written so far.
+    Collective over the coordinator's ranks, by default this process alone: each writes whole
+    shards. What was saved stays the same,
+    PerRank values and the world size of the save included. Takes a few buffers of memory.
+    `progress` is called with the bytes that this rank has written so far.
     """
     if shards < 1:
         raise StateError("A checkpoint has one shard or more", actual=shards)
-    manifest = source.manifest
-    specs = tuple(TensorSpec(n, entry.dtype, entry.shape) for n, entry in manifest.tensors.items())
-    whole = LocalPlan(
-        common=specs,
-        own=(),
-        kind=_kinds(manifest),
-        chunks=ChunkTable(
-            tensor=np.arange(len(specs)),
-            boxes=pad_boxes([((0,) * len(spec.shape), spec.shape) for spec in specs]),
-        ),
-        shared=np.ones(len(specs), dtype=np.bool_),
-        tree=b"",
-        own_trees=b"",
-    )
-    # As if every rank held everything: the planner divides replicas by bytes.
-    plan = global_plan([whole] * shards)
-    identity = new_id()
-    transaction = storage.begin(path, checkpoint_id=identity, overwrite=overwrite)
+    ranks = coordinator or SingleCoordinator()
+    work = _Reshard(source, path, shards=shards, storage=storage, overwrite=overwrite)
     try:
-        results = []
-        before = 0
-        for rank in range(shards):
-            writes = RankWrites.of(whole, plan.shares[rank])
-            chunks = ChunkTable(tensor=whole.chunks.tensor[writes.row], boxes=writes.boxes)
+        token = exchange(ranks, "begin", lambda: b"", work.begin).decode()
+        exchange(ranks, "join", lambda: work.join(token), lambda payloads: b"")
+        exchange(ranks, "write", lambda: work.write(ranks, progress), work.commit)
+    except BaseException:
+        work.abandon()
+        raise
+    finally:
+        work.close()
+
+
+class _Reshard:
+    """One rank's part of a reshard."""
+
+    def __init__(
+        self, source: Checkpoint, path: str, *, shards: int, storage: Storage, overwrite: bool
+    ) -> None:
+        self.source, self.path, self.shards = source, path, shards
+        self.storage, self.overwrite = storage, overwrite
+        self.identity = new_id()
+        self.transaction: WriteTransaction | None = None
+        tensors = source.manifest.tensors
+        specs = tuple(TensorSpec(n, entry.dtype, entry.shape) for n, entry in tensors.items())
+        self.whole = LocalPlan(
+            common=specs,
+            own=(),
+            kind=_kinds(source.manifest),
+            chunks=ChunkTable(
+                tensor=np.arange(len(specs)),
+                boxes=pad_boxes([((0,) * len(spec.shape), spec.shape) for spec in specs]),
+            ),
+            shared=np.ones(len(specs), dtype=np.bool_),
+            tree=b"",
+            own_trees=b"",
+        )
+        # As if every rank held everything: the planner divides replicas by bytes.
+        self.plan = global_plan([self.whole] * shards)
+
+    def begin(self, payloads: list[bytes]) -> bytes:
+        self.transaction = self.storage.begin(
+            self.path, checkpoint_id=self.identity, overwrite=self.overwrite
+        )
+        return self.transaction.token.encode()
+
+    def join(self, token: str) -> bytes:
+        if self.transaction is None:
+            self.transaction = self.storage.join(self.path, token=token)
+        return b""
+
+    def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
+        """The shards of this rank, in turn with the others: all are of even size."""
+        assert self.transaction is not None
+        results: list[ShardResult] = []
+        for shard in range(ranks.rank, self.shards, ranks.world_size):
+            writes = RankWrites.of(self.whole, self.plan.shares[shard])
+            tensor = self.whole.chunks.tensor[writes.row]
+            chunks = ChunkTable(tensor=tensor, boxes=writes.boxes)
+            before = sum(result.size_bytes for result in results)
+
+            def written(size_bytes: int, before: int = before) -> None:
+                ranks.progress(size_bytes)
+                progress(before + size_bytes)
+
             result = write_rank(
-                transaction,
-                rank=rank,
-                world_size=shards,
-                specs=specs,
+                self.transaction,
+                rank=shard,
+                world_size=self.shards,
+                specs=self.whole.common,
                 chunks=chunks,
                 files=writes.files,
-                data=functools.partial(_parts, source, specs, chunks),
-                progress=lambda written, before=before: progress(before + written),  # type: ignore[misc]
+                data=functools.partial(_parts, self.source, self.whole.common, chunks),
+                progress=written,
             )
-            before += result.size_bytes
             results.append(result)
-        commit(
-            transaction,
-            checkpoint_id=identity,
-            tensors=KnownPlan(plan).encoded_tensors(file_table(results)),
+        return msgspec.msgpack.encode(results)
+
+    def commit(self, payloads: list[bytes]) -> bytes:
+        assert self.transaction is not None
+        by_rank = [msgspec.msgpack.decode(own, type=list[ShardResult]) for own in payloads]
+        count = len(by_rank)
+        results = [by_rank[shard % count][shard // count] for shard in range(self.shards)]
+        return commit(
+            self.transaction,
+            checkpoint_id=self.identity,
+            tensors=KnownPlan(self.plan).encoded_tensors(file_table(results)),
             results=results,
-            tree=msgspec.json.encode(manifest.state),
-            saved_by=manifest,
+            tree=msgspec.json.encode(self.source.manifest.state),
+            saved_by=self.source.manifest,
         )
-    except BaseException:
-        transaction.abandon()
-        raise
+
+    def abandon(self) -> None:
+        if self.transaction is not None:
+            self.transaction.abandon()
+
+    def close(self) -> None:
+        if self.transaction is not None:
+            self.transaction.close()
 
 
 def _kinds(manifest: Manifest) -> Ints:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 
+import msgspec
+
 from shardckpt import knobs
+from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import CorruptionError, ShardckptError, StateError, StorageError
 from shardckpt.execution.buffers import BUFFER_BYTES, lease
 from shardckpt.execution.reader import bad_blocks, tensors_in
@@ -69,33 +73,94 @@ def verify_shards(
     *,
     subset: tuple[int, int] = (1, 1),
     progress: Progress = _silent,
+    coordinator: Coordinator | None = None,
 ) -> VerifyReport:
     """Read all shards, or the part (n, t) of them: the blocks that the n-th of t scrubs checks.
 
-    `progress` is called, from several threads, with the bytes checked since its last call.
+    Collective over the coordinator's ranks, by default this process alone; they divide the
+    bytes, and all get the whole report. `progress` is called, from several threads, with the
+    bytes that this rank has checked since its last call.
     """
-    damage, checked_bytes = survey(files, manifest, subset=subset, progress=progress)
-    errors = [found.error(manifest, files.path) for found in damage]
+    ranks = coordinator or SingleCoordinator()
+    (part, parts), count = subset, len(manifest.shards)
+
+    def advance(checked_bytes: int) -> None:
+        ranks.progress(checked_bytes)
+        progress(checked_bytes)
+
+    def check() -> bytes:
+        _check_subset(subset)
+        own = (part + parts * ranks.rank, parts * ranks.world_size)
+        return _encode(_check_blocks(files, manifest, subset=own, progress=advance))
+
+    def merge(payloads: list[bytes]) -> bytes:
+        found = [msgspec.msgpack.decode(payload, type=_Checked) for payload in payloads]
+        bad = {shard: [n for own, _ in found for n in own.get(shard, ())] for shard in range(count)}
+        return _encode(({shard: n for shard, n in bad.items() if n}, sum(n for _, n in found)))
+
+    bad, checked_bytes = msgspec.msgpack.decode(
+        exchange(ranks, "verify", check, merge), type=_Checked
+    )
+
+    def diagnose() -> bytes:
+        own = range(ranks.rank, count, ranks.world_size)
+        damage = _diagnose(files, manifest, bad, own)
+        broken = {found.shard for found in damage}
+        others = _disagreements(files, manifest, [shard for shard in own if shard not in broken])
+        return _encode((damage, [_Told.of(error) for error in others]))
+
+    def gather(payloads: list[bytes]) -> bytes:
+        found = [msgspec.msgpack.decode(payload, type=_Found) for payload in payloads]
+        damage = sorted((one for own, _ in found for one in own), key=lambda one: one.shard)
+        return _encode((damage, [one for _, own in found for one in own]))
+
+    answer = exchange(ranks, "diagnose", diagnose, gather)
+    damage, told = msgspec.msgpack.decode(answer, type=_Found)
     hurt = {name for found in damage for name in found.hurt(manifest)}
-    broken = {found.shard for found in damage}
-    errors += _disagreements(files, manifest, [*{*range(len(manifest.shards))} - broken])
     return VerifyReport(
         path=files.path,
         checked_bytes=checked_bytes,
         hurt=tuple(name for name in manifest.tensors if name in hurt),
         whole=tuple(name for name in manifest.tensors if name not in hurt),
-        damage=tuple(errors),
+        damage=(
+            *(found.error(manifest, files.path) for found in damage),
+            *(t.error() for t in told),
+        ),
     )
 
 
-def survey(
-    files: CheckpointFiles,
-    manifest: Manifest,
-    *,
-    subset: tuple[int, int] = (1, 1),
-    progress: Progress = _silent,
-) -> tuple[list[ShardDamage], int]:
-    """What is wrong with the shards, each at most once, and how many bytes were read."""
+class _Told(msgspec.Struct, array_like=True):
+    """A CorruptionError in words, for the way between ranks."""
+
+    message: str
+    path: str | None
+    tensor: str | None
+    expected: str
+    actual: str
+    remedy: str | None
+
+    @classmethod
+    def of(cls, error: CorruptionError) -> _Told:
+        facts = (error.path, error.tensor, str(error.expected), str(error.actual), error.remedy)
+        return cls(error.message, *facts)
+
+    def error(self) -> CorruptionError:
+        facts = {name: getattr(self, name) for name in self.__struct_fields__[1:]}
+        return CorruptionError(self.message, **facts)
+
+
+_Checked = tuple[dict[int, list[int]], int]
+_Found = tuple[list[ShardDamage], list[_Told]]
+_encode = msgspec.msgpack.encode
+
+
+def survey(files: CheckpointFiles, manifest: Manifest) -> list[ShardDamage]:
+    """What is wrong with the shards, each at most once. Not collective."""
+    bad, _ = _check_blocks(files, manifest, subset=(1, 1), progress=_silent)
+    return _diagnose(files, manifest, bad, range(len(manifest.shards)))
+
+
+def _check_subset(subset: tuple[int, int]) -> None:
     part, parts = subset
     if not 1 <= part <= parts:
         raise StateError(
@@ -104,6 +169,13 @@ def survey(
             actual=f"{part}/{parts}",
             remedy="1/4, 2/4, 3/4 and 4/4 together check all",
         )
+
+
+def _check_blocks(
+    files: CheckpointFiles, manifest: Manifest, *, subset: tuple[int, int], progress: Progress
+) -> _Checked:
+    """By shard, the numbers of the blocks that don't verify; and how many bytes were read."""
+    part, parts = subset
     sizes = [_size(files, shard) for shard in manifest.shards]
     jobs = [
         (index, low)
@@ -135,11 +207,19 @@ def survey(
                 raise stalled("Reading", files.path)
             for future in done:
                 future.result()
-    damage = [
-        _damage(files, manifest, index, size, sorted(bad.get(index, [])))
-        for index, size in enumerate(sizes)
-    ]
-    return [found for found in damage if found], sum(checked)
+    return bad, sum(checked)
+
+
+def _diagnose(
+    files: CheckpointFiles, manifest: Manifest, bad: dict[int, list[int]], shards: Iterable[int]
+) -> list[ShardDamage]:
+    found = (
+        _damage(
+            files, manifest, index, _size(files, manifest.shards[index]), sorted(bad.get(index, ()))
+        )
+        for index in shards
+    )
+    return [damage for damage in found if damage]
 
 
 def _size(files: CheckpointFiles, shard: ShardEntry) -> int | None:

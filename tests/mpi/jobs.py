@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,12 +213,27 @@ def torch_group(folder: str) -> dict[str, Any]:
     }
 
 
+def tools(folder: str) -> list[int]:
+    """The commands, by all ranks together."""
+    from shardckpt.cli.main import main
+
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return [
+            main(["verify", f"{folder}/mpi"]),
+            main(["reshard", f"{folder}/mpi", f"{folder}/resharded", "--world-size", "5"]),
+            main(["verify", f"{folder}/damaged"]),
+            main(["verify", f"{folder}/nothing"]),
+            main(["reshard", f"{folder}/damaged", f"{folder}/never", "--world-size", "2"]),
+        ]
+
+
 def all_of_it(folder: str) -> dict[str, Any]:
     """One job, since starting one costs seconds."""
     return {
         "plain": plain(folder),
         "wrong": wrong(folder),
         "failing": failing(folder),
+        "tools": tools(folder),
         "torch": torch_group(folder),
     }
 
@@ -259,3 +276,31 @@ def cut_off(folder: str) -> Any:
     except errors.RankFailedError as error:
         return [error.rank, error.facts["phase"], time.monotonic() - begun]
     return "saved"
+
+
+def elastic(folder: str) -> Any:
+    """A job that saves at every step and, started again, resumes from the newest whole one."""
+    dist.init_process_group("gloo")
+    knobs.DEADLINE_S = 5.0
+    rank, size = dist.get_rank(), dist.get_world_size()
+    begin, end = 12 * rank // size, 12 * (rank + 1) // size
+    u = np.zeros(end - begin)
+    state: dict[str, Any] = {"u": ShardedArray(u, (12,), (begin,)), "step": 0}
+    for path in sorted(Path(folder).glob("step-*"), reverse=True):
+        try:
+            shardckpt.load(state, path)
+            break
+        except errors.CorruptionError:
+            continue
+    if size == 1 and not state["step"]:
+        time.sleep(3600)  # until the other node comes, and torchrun starts both again
+    if rank == 0:
+        with open(f"{folder}/starts", "a") as file:
+            file.write(f"{size} {state['step']}\n")
+    for step in range(state["step"] + 1, 9):
+        u += np.arange(begin, end) * step
+        if step == 5 and "LOST" in os.environ:  # dies while it writes
+            save_driver.write_rank = lambda *_, **__: time.sleep(3600)
+        state["step"] = step
+        shardckpt.save(state, f"{folder}/step-{step}", overwrite=True)
+    return [size, state["step"]]

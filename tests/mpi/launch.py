@@ -63,7 +63,7 @@ def command(flavour: str, ranks: int, *program: str) -> list[str]:
 
 
 def run_program(
-    flavour: str, ranks: int, *program: str, timeout_s: float = 280.0, **more: str
+    flavour: str, ranks: int, *program: str, timeout_s: float = 200.0, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """mpirun -n RANKS python PROGRAM, to its end."""
     return subprocess.run(
@@ -104,7 +104,7 @@ def run_job(
     function: str,
     *arguments: Any,
     folder: Path,
-    timeout_s: float = 280.0,
+    timeout_s: float = 200.0,
     launch: Callable[[list[str]], list[str]] | None = None,
     **more: str,
 ) -> Outcome:
@@ -134,7 +134,9 @@ def _main(name: str, arguments: str, folder: str, timeout_s: str) -> None:
         result: tuple[bool, Any] = (True, function(*json.loads(arguments)))
     except BaseException:
         result = (False, traceback.format_exc())
-    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    partial = Path(folder, f".{rank}.json")
+    partial.write_text(json.dumps(result))
+    partial.rename(Path(folder, f"{rank}.json"))
     if not result[0]:
         print(result[1], file=sys.stderr, flush=True)
         if "mpi4py.MPI" in sys.modules:  # the others may wait for this rank

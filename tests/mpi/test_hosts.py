@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,16 +27,23 @@ def hosts(tmp_path):
 
 def start_torchrun(hosts, *program, **options):
     """torchrun on both hosts."""
-    return [
-        subprocess.Popen(
-            hosts.command(host, *torchrun(host, *program, **options)),
-            env=environment("openmpi", GLOO_SOCKET_IFNAME=INTERFACE),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for host in range(2)
-    ]
+    return [start(hosts.command(host, *torchrun(host, *program, **options))) for host in range(2)]
+
+
+def start(command):
+    return subprocess.Popen(
+        command,
+        env=environment("openmpi", GLOO_SOCKET_IFNAME=INTERFACE),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def mpirun(hosts, program):
+    """The command line of Open MPI's mpirun: a rank on each host, started through `enter`."""
+    options = ["--allow-run-as-root", "--prtemca", "plm_ssh_agent", str(hosts.enter), "-n", "2"]
+    options += ["--host", ",".join(f"{address}:1" for address in ADDRESSES)]
+    return hosts.command(0, f"{sys.prefix}/bin/mpirun", *options, *program)
 
 
 def job(name, *arguments, folder):
@@ -46,7 +56,7 @@ def check_both(values, hosts):
         assert value["host"] == hosts.names[rank]
         assert value["ranks"] == 2
         kind, ranks, _ = value["private"][0]
-        assert (kind, ranks) == ("DirectoryNotSharedError", [1] if rank == 0 else 1)
+        assert (kind, ranks) == ("DirectoryNotSharedError", [1])
         assert value["private"][1] == value["private"][0]
         assert value["left"] == []
         assert value["missing"][0] == "CheckpointNotFoundError"
@@ -57,8 +67,7 @@ def test_torchrun_on_two_nodes(tmp_path, hosts):
     out = tmp_path / "out"
     program = job("over_two_hosts", str(tmp_path), str(hosts.private), folder=out)
     nodes = start_torchrun(hosts, *program)
-    texts = [node.communicate(timeout=280)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(texts)
+    assert [node.wait(timeout=250) for node in nodes] == [0, 0]
     values = [json.loads((out / f"{rank}.json").read_text())[1] for rank in range(2)]
     check_both(values, hosts)
     assert len(shardckpt.load_state(tmp_path / "shared")["w"]) == 10
@@ -66,8 +75,6 @@ def test_torchrun_on_two_nodes(tmp_path, hosts):
 
 @needs("openmpi")
 def test_mpirun_on_two_hosts(tmp_path, hosts):
-    options = ["--allow-run-as-root", "--prtemca", "plm_ssh_agent", str(hosts.enter), "-n", "2"]
-    options += ["--host", ",".join(f"{address}:1" for address in ADDRESSES)]
     done = run_job(
         "openmpi",
         2,
@@ -75,6 +82,41 @@ def test_mpirun_on_two_hosts(tmp_path, hosts):
         str(tmp_path),
         str(hosts.private),
         folder=tmp_path / "out",
-        launch=lambda program: hosts.command(0, f"{sys.prefix}/bin/mpirun", *options, *program),
+        launch=lambda program: mpirun(hosts, program),
     )
     check_both(done.checked(), hosts)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=needs("openmpi"))])
+def test_the_cable_is_pulled(tmp_path, hosts, launcher):
+    """Both sides raise an error that names the other, and nothing is committed."""
+    out = tmp_path / "out"
+    program = job("cut_off", str(tmp_path), folder=out)
+    if launcher == "torchrun":
+        nodes = start_torchrun(hosts, *program)
+    else:
+        nodes = [start(mpirun(hosts, [sys.executable, *program]))]
+    try:
+        wait_for([tmp_path / "writing"], nodes)
+        time.sleep(0.5)
+        hosts.cut()
+        wait_for([out / "0.json", out / "1.json"], nodes)
+    finally:
+        for node in nodes:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait(timeout=20)
+    for rank in range(2):
+        well, (ranks, phase, took_s) = json.loads((out / f"{rank}.json").read_text())
+        assert well
+        assert ranks in ([1 - rank], 1 - rank)
+        assert phase == "write"
+        assert took_s < 60
+    assert not (tmp_path / "cut").exists()
+
+
+def wait_for(files, nodes):
+    give_up_at = time.monotonic() + 200
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < give_up_at
+        assert any(node.poll() is None for node in nodes)
+        time.sleep(0.1)

@@ -51,6 +51,7 @@ def test_all_that_works(tmp_path, flavour):
     for rank, value in enumerate(values):
         check_plain(value["plain"], rank)
         check_wrong(value["wrong"])
+        assert value["tools"] == [0, 0, 6, 5, 6]
         assert value["torch"]["world"] == [3, "3", str(rank)]
         assert value["torch"]["dcp"] == [0.0, 1.0, 2.0, 3.0, 4.0]
         assert value["torch"]["handler"] == ["ddp", "fsdp"]
@@ -100,12 +101,15 @@ def check_wrong(found) -> None:
 
 def check_files(tmp_path, value) -> None:
     """What one process without any launcher sees of it."""
-    for name in ("mpi", "async-0", "async-1"):
+    for name in ("mpi", "async-0", "async-1", "resharded"):
         state = shardckpt.load_state(tmp_path / name)
         assert np.array_equal(state["u"], WHOLE), name
         assert torch.equal(state["t"], torch.from_numpy(WHOLE.T[:7, :7].copy())), name
         assert torch.equal(state["w"], torch.arange(10.0)), name
         assert (state["rank"], state["step"]) == ([0, 1, 2], 7), name
+    with shardckpt.open_checkpoint(tmp_path / "resharded") as checkpoint:
+        assert len(checkpoint.manifest.shards) == 5
+        checkpoint.verify()
     there = {"late-False-1", "late-True-1", "fine", "half-0", "half-1", "handler", "handler.pth"}
     gone = {"never", "raised", "late-False-0", "late-True-0", "0", "1"}
     assert there <= set(os.listdir(tmp_path))
