@@ -179,7 +179,7 @@ class Matcher:
         for chunk in local_chunks(tensor, name=name):
             data = chunk.data.detach()
             steps = zip(data.stride(), data.shape, strict=True)
-            if any(step == 0 and size > 1 for step, size in steps):
+            if data.numel() and any(step == 0 and size > 1 for step, size in steps):
                 raise StateError(
                     "A tensor whose elements share memory can't be filled",
                     tensor=name,

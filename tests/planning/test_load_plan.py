@@ -101,6 +101,8 @@ def test_targets_that_cannot_be_filled(tmp_path):
     shardckpt.save({"t": torch.ones(4)}, tmp_path / "c")
     with pytest.raises(errors.StateError, match="share memory"):
         shardckpt.load({"t": torch.zeros(1).expand(4)}, tmp_path / "c")
+    shardckpt.save({"none": torch.empty(0, 2)}, tmp_path / "none")
+    shardckpt.load({"none": torch.empty(1, 1).expand(1, 2)[:0]}, tmp_path / "none")
     for target in (torch.zeros(4).to_sparse(), nn.LazyLinear(2).weight):
         with pytest.raises(errors.UnsupportedLeafError):
             shardckpt.load({"t": target}, tmp_path / "c")
