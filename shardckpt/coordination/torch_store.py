@@ -14,7 +14,8 @@ and below the id of an operation, which no other one has:
     beat/RANK       "beats:progress", renewed while the rank takes part
     PHASE/n         how many ranks have sent
     PHASE/s/RANK    what a rank sent
-    PHASE/a/RANK    rank 0's answer to it
+    PHASE/a         rank 0's answer to all, or nothing where each has its own:
+    PHASE/a/RANK    rank 0's answer to this rank
     given-up        the ranks that rank 0 has given up
 """
 
@@ -33,6 +34,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt import knobs
 from shardckpt.coordination.line import Line
+from shardckpt.coordination.many_keys import all_there, batches, get_many, set_many
 from shardckpt.coordination.waiting import (
     SHORTEST_WAIT_S,
     next_wait,
@@ -127,13 +129,11 @@ def _let_in(store: Any, subject: str, *, world_size: int) -> str:
     """Wait for all ranks to call with this subject; the id of the operation."""
     ranks = range(1, world_size)
     keys = [f"join/{rank}" for rank in ranks]
-    arrived = poll(lambda: bool(store.check(keys)), knobs.ARRIVAL_DEADLINE_S)
+    arrived = poll(lambda: all_there(store, keys), knobs.ARRIVAL_DEADLINE_S)
     late = [] if arrived else [rank for rank in ranks if not store.check([f"join/{rank}"])]
-    calls = {
-        rank: store.get(f"join/{rank}").decode().partition(" ")
-        for rank in ranks
-        if rank not in late
-    }
+    here = [rank for rank in ranks if rank not in set(late)]
+    joined = get_many(store, [f"join/{rank}" for rank in here])
+    calls = {rank: call.decode().partition(" ") for rank, call in zip(here, joined, strict=True)}
     odd = next((rank for rank, (_, _, theirs) in calls.items() if theirs != subject), None)
     identity = uuid.uuid4().hex
     answer = f"go {identity}"
@@ -141,9 +141,9 @@ def _let_in(store: Any, subject: str, *, world_size: int) -> str:
         answer = f"late {','.join(map(str, late))}"
     elif odd is not None:
         answer = f"other {odd} {calls[odd][2]}"
-    for rank, (nonce, _, _) in calls.items():
+    for rank in calls:
         store.delete_key(f"join/{rank}")
-        store.set(f"answer/{nonce}", answer)
+    set_many(store, {f"answer/{nonce}": answer.encode() for nonce, _, _ in calls.values()})
     for rank in late:
         store.set(f"late/{rank}", subject)
     if late:
@@ -171,6 +171,14 @@ def _network(phase: str) -> Iterator[None]:
         ) from error
 
 
+def _pieces(key: str, payload: bytes) -> dict[str, bytes]:
+    """A payload as values that the store takes: the first one says how many there are."""
+    cuts = range(0, max(len(payload), 1), _PIECE_BYTES)
+    pieces = [payload[at : at + _PIECE_BYTES] for at in cuts]
+    pieces[0] = len(pieces).to_bytes(4, "little") + pieces[0]
+    return {f"{key}/{at}" if at else key: piece for at, piece in enumerate(pieces)}
+
+
 class StoreCoordinator:
     """See Coordinator. `connect` makes a connection to the store of this operation."""
 
@@ -181,6 +189,7 @@ class StoreCoordinator:
         self._store = Line(connect)
         self._progress = 0
         self._keys: list[str] = []
+        self._later: list[str] = []
         self._phases = itertools.count()
         self._seen: dict[int, tuple[str, float, int, float]] = {}
         self._stopped = threading.Event()
@@ -198,24 +207,34 @@ class StoreCoordinator:
         self._phase = f"{next(self._phases)}-{phase}"
         with _network(phase):
             if self.rank:
-                self._put(f"{self._phase}/s/{self.rank}", payload)
+                self._later += self._put(f"{self._phase}/s/{self.rank}", payload)
                 self._store.add(f"{self._phase}/n", 1)
                 return None
             others = range(1, self.world_size)
             self._keys.append(f"{self._phase}/n")
             self._wait(phase, lambda: self._count(f"{self._phase}/n") == len(others))
-            return [payload, *(self._get(f"{self._phase}/s/{rank}") for rank in others)]
+            return [payload, *self._get([f"{self._phase}/s/{rank}" for rank in others])]
 
     def scatter(self, payloads: Sequence[bytes] | None, *, phase: str) -> bytes:
         """See Coordinator.scatter."""
         with _network(phase):
+            shared = f"{self._phase}/a"
             if payloads is not None:
-                for rank in range(1, self.world_size):
-                    self._put(f"{self._phase}/a/{rank}", payloads[rank])
+                alike = all(payload is payloads[0] for payload in payloads)
+                if not alike:
+                    ranks = range(1, self.world_size)
+                    answers = [_pieces(f"{shared}/{r}", payloads[r]).items() for r in ranks]
+                    set_many(self._store, dict(itertools.chain.from_iterable(answers)))
+                self._later += self._put(shared, b"+" + payloads[0] if alike else b"")
                 return payloads[0]
-            key = f"{self._phase}/a/{self.rank}"
-            self._wait(phase, lambda: bool(self._store.check([key])))
-            return self._get(key)
+            self._wait(phase, lambda: bool(self._store.check([shared])))
+            (answer,) = self._get([shared])
+            if answer:
+                return answer[1:]
+            own = f"{shared}/{self.rank}"
+            (answer,) = self._get([own])
+            self._keys += _pieces(own, answer)
+            return answer
 
     def close(self) -> None:
         """Stop the pulse, and remove from the store what nobody reads any more."""
@@ -229,22 +248,23 @@ class StoreCoordinator:
 
     def traces(self) -> list[str]:
         """Keys to remove once every rank has ended this operation."""
-        return [f"beat/{self.rank}", *([] if self.rank else ["given-up"])]
+        return [f"beat/{self.rank}", *self._later, *([] if self.rank else ["given-up"])]
 
-    def _put(self, key: str, payload: bytes) -> None:
-        pieces = [
-            payload[at : at + _PIECE_BYTES] for at in range(0, max(len(payload), 1), _PIECE_BYTES)
-        ]
-        for index, piece in enumerate(pieces[1:], start=1):
-            self._store.set(f"{key}/{index}", piece)
-        self._store.set(key, len(pieces).to_bytes(4, "little") + pieces[0])
+    def _put(self, key: str, payload: bytes) -> list[str]:
+        """Set a key, and those of further pieces, which come first; all of them."""
+        pieces = _pieces(key, payload)
+        for own, piece in reversed(pieces.items()):
+            self._store.set(own, piece)
+        return list(pieces)
 
-    def _get(self, key: str) -> bytes:
-        """What was put; the reader removes it."""
-        first = self._store.get(key)
-        keys = [f"{key}/{index}" for index in range(1, int.from_bytes(first[:4], "little"))]
-        self._keys += [key, *keys]
-        return b"".join([first[4:], *(self._store.get(key) for key in keys)])
+    def _get(self, keys: list[str]) -> list[bytes]:
+        """What was put at each of the keys."""
+        values = []
+        for key, first in zip(keys, get_many(self._store, keys), strict=True):
+            more = range(1, int.from_bytes(first[:4], "little"))
+            rest = [self._store.get(f"{key}/{index}") for index in more]
+            values.append(b"".join([first[4:], *rest]))
+        return values
 
     def _count(self, key: str) -> int:
         return int(self._store.add(key, 0))
@@ -260,24 +280,18 @@ class StoreCoordinator:
                 self._look_after_others(phase, begun)
                 look_at = time.monotonic() + self._interval()
             time.sleep(pause)
-            pause = next_wait(pause)
+            pause = next_wait(pause, ranks=self.world_size)
 
     def _look_after_others(self, phase: str, begun: float) -> None:
         if self.rank and self._store.check(["given-up"]):
             given_up = self._store.get("given-up").decode().split(",")
             raise rank_failed(list(map(int, given_up)), phase, "rank 0 has given them up")
-        if not self.rank:
-            sent = [f"{self._phase}/s/{rank}" for rank in range(self.world_size)]
-            ranks = [r for r in range(1, self.world_size) if not self._store.check([sent[r]])]
-        else:
-            ranks = [0]
+        ranks = [0] if self.rank else self._missing()
         now = time.monotonic()
+        beats = self._beats(ranks)
         silent: list[int] = []
         stalled: list[int] = []
-        for rank in ranks:
-            pulse = (
-                self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b":0"
-            )
+        for rank, pulse in zip(ranks, beats, strict=True):
             beat, _, progress = pulse.decode().partition(":")
             last, since, got, moved = self._seen.get(rank, ("", begun, 0, begun))
             since, moved = (
@@ -295,6 +309,25 @@ class StoreCoordinator:
                 if not self.rank:
                     self._store.set("given-up", ",".join(map(str, ranks)))
                 raise rank_failed(ranks, phase, what)
+
+    def _missing(self) -> list[int]:
+        """The ranks that have not sent yet."""
+        sent = [f"{self._phase}/s/{rank}" for rank in range(1, self.world_size)]
+        missing = [
+            key
+            for some in batches(sent)
+            if not self._store.check(list(some))
+            for key in some
+            if not self._store.check([key])
+        ]
+        return [int(key.rpartition("/")[2]) for key in missing]
+
+    def _beats(self, ranks: list[int]) -> list[bytes]:
+        """The pulses of ranks; of one that has none yet, nothing."""
+        keys = [f"beat/{rank}" for rank in ranks]
+        if all_there(self._store, keys):
+            return get_many(self._store, keys)
+        return [self._store.get(key) if self._store.check([key]) else b":0" for key in keys]
 
     def _interval(self) -> float:
         return min(knobs.DEADLINE_S / 5, 1.0)

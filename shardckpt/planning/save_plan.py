@@ -146,21 +146,11 @@ def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
     chunks = ChunkTable(tensor=written.tensor, boxes=written.boxes)
     file = files_of(kind[written.tensor], written.size_bytes, written.rank)
     order = layout_order(specs, chunks, written.rank * KINDS + file)
-    kinds = pack_columns(plans[0].kind[:common].reshape(-1, 1))
     return GlobalPlan(
         specs=specs,
         chunks=ChunkTable(tensor=chunks.tensor[order], boxes=chunks.boxes[order]),
         bounds=np.searchsorted(written.rank[order], ranks),
-        shares=tuple(
-            _share(
-                ChunkTable(tensor=won.row[a:b], boxes=won.boxes[a:b]),
-                compare[c:d],
-                b"" if np.array_equal(plan.kind[:common], plans[0].kind[:common]) else kinds,
-            )
-            for plan, a, b, c, d in zip(
-                plans, won_bounds[:-1], won_bounds[1:], compared[:-1], compared[1:], strict=True
-            )
-        ),
+        shares=_shares(plans, won, compare, won_bounds, compared),
         compared=np.diff(compared),
         group=group[several],
         replicated=replicated.tensor[first],
@@ -182,8 +172,29 @@ def _divide(
     return joined(divided)
 
 
-def _share(won: ChunkTable, compare: Ints, kinds: bytes) -> bytes:
-    return msgspec.msgpack.encode((won.pack(), pack_columns(compare.reshape(-1, 1)), kinds))
+def _shares(
+    plans: Sequence[LocalPlan], won: Rows, compare: Ints, won_bounds: Ints, compared: Ints
+) -> tuple[bytes, ...]:
+    """What each rank is told: the replicated chunks that it writes, those that it compares, and the
+    kinds of the tensors in common where it does not see them as rank 0 does."""
+    common = len(plans[0].common)
+    kinds = plans[0].kind[:common]
+    packed = pack_columns(kinds.reshape(-1, 1))
+
+    def share(part: slice, rows: Ints, other: bool) -> bytes:
+        table = ChunkTable(tensor=won.row[part], boxes=won.boxes[part])
+        columns = pack_columns(rows.reshape(-1, 1))
+        return msgspec.msgpack.encode((table.pack(), columns, packed if other else b""))
+
+    nothing = share(slice(0, 0), compare[:0], False)
+    shares = []
+    for rank, plan in enumerate(plans):
+        part = slice(won_bounds[rank], won_bounds[rank + 1])
+        rows = compare[compared[rank] : compared[rank + 1]]
+        other = not np.array_equal(plan.kind[:common], kinds)
+        empty = part.start == part.stop and not len(rows) and not other
+        shares.append(nothing if empty else share(part, rows, other))
+    return tuple(shares)
 
 
 def _gather_rows(

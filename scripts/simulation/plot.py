@@ -1,0 +1,61 @@
+"""The growth of planning with the number of ranks, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the results of 300 tensors: seconds, bytes, manifest."""
+    results = [result for result in results if result["world"]["tensors"] == 300]
+    ranks = [result["world"]["ranks"] for result in results]
+    matplotlib.rcParams.update({"svg.hashsalt": "shardckpt", "font.size": 9})
+    figure, (seconds, volume) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lines = {
+        "first save: divide": [decided(r, "first save", "divide") for r in results],
+        "first save: manifest": [decided(r, "first save", "write") for r in results],
+        "repeated save: all": [
+            decided(r, "repeated save", "plan") + decided(r, "repeated save", "write")
+            for r in results
+        ],
+        "load: manifest (every rank)": [result["load_s"]["manifest"] for result in results],
+        "load: match and reads (every rank)": [
+            result["load_s"]["match"] + result["load_s"]["reads"] for result in results
+        ],
+    }
+    for name, values in lines.items():
+        seconds.plot(ranks, values, marker="o", markersize=3, label=name)
+    seconds.set_ylabel("seconds of processor time")
+    bytes_of = {
+        "first save: to rank 0": [moved(r, "first save", "received_bytes") for r in results],
+        "first save: from rank 0": [moved(r, "first save", "sent_bytes") for r in results],
+        "repeated save: to rank 0": [moved(r, "repeated save", "received_bytes") for r in results],
+        "manifest": [result["manifest_bytes"] for result in results],
+    }
+    for name, values in bytes_of.items():
+        volume.plot(ranks, values, marker="o", markersize=3, label=name)
+    volume.set_ylabel("bytes")
+    for axes in (seconds, volume):
+        axes.set(xscale="log", yscale="log", xlabel="ranks (300 tensors, each on all ranks)")
+        axes.set_xticks(ranks, [str(number) for number in ranks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def decided(result: dict[str, Any], save: str, phase: str) -> float:
+    """Seconds of rank 0 in a phase."""
+    phases = result["saves"][save]["rank 0"]
+    return sum(found["decide_s"] for found in phases if found["name"] == phase)
+
+
+def moved(result: dict[str, Any], save: str, way: str) -> int:
+    """Bytes of rank 0 in all phases."""
+    return sum(found[way] for found in result["saves"][save]["rank 0"])

