@@ -20,7 +20,10 @@ class SaveReport:
     `linked_by_rank` how much of that the base has given (nothing is known of it after a save
     with a `planner`), `manifest_bytes` the size of the manifest; `base_problems` says why
     something unchanged was written all the same; `seconds` is the time this rank spent in
-    each phase, waiting for others included.
+    each phase, waiting for others included. `profile`: by rank, the seconds of its own work,
+    waiting excluded: "plan", "write" (copy, hash, write), "sync" (fsync), "compare" (digests of
+    replicas); and "divide" and "commit", which are rank 0's. Rank 0 has every rank's profile,
+    any other its own.
     """
 
     path: str
@@ -31,6 +34,7 @@ class SaveReport:
     seconds: dict[str, float]
     linked_by_rank: tuple[int, ...] = ()
     base_problems: tuple[str, ...] = ()
+    profile: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -50,7 +54,9 @@ class LoadReport:
     `missing`: asked for, not saved (strict=False only). `unexpected`: saved, not asked for.
     `wrong_shape` and `wrong_dtype`: left as they were (strict=False only), as (name,
     expected, found). `cast`: (name, saved dtype, own dtype). `kept`: PerRank entries left
-    as they were because the number of ranks differs.
+    as they were because the number of ranks differs. `seconds` and `profile` are as in
+    SaveReport; own work is "open" (the manifest), "match" (with the state), "read" (and verify)
+    and "place" (values, modules, optimizers).
     """
 
     path: str
@@ -58,6 +64,7 @@ class LoadReport:
     saved_world_size: int
     bytes_read: int
     seconds: dict[str, float]
+    profile: dict[int, dict[str, float]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     wrong_shape: tuple[tuple[str, object, object], ...] = ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.errors import DirectoryNotSharedError
 from shardckpt.execution.reader import read_all
@@ -40,23 +42,26 @@ def run_load(
     rename: Rename,
 ) -> LoadReport:
     """Load into a state, in place; collective over the coordinator's ranks. See shardckpt.load."""
-    watch = Stopwatch()
+    watch, own = Stopwatch(), Stopwatch()
     opened: list[CheckpointFiles] = []
     matched: list[tuple[Manifest, Matcher, Finish]] = []
+    profile: dict[int, dict[str, float]] = {}  # on rank 0
     read_bytes = 0
 
     def plan() -> bytes:
-        files, manifest = open_manifest(storage, path)
-        opened.append(files)
-        matcher = Matcher(
-            state,
-            SavedState(manifest, keys=keys, rename=rename),
-            rank=coordinator.rank,
-            world_size=coordinator.world_size,
-            cast=cast,
-        )
-        finish = matcher.match(state)
-        matcher.settle()
+        with own.phase("open"):
+            files, manifest = open_manifest(storage, path)
+            opened.append(files)
+        with own.phase("match"):
+            matcher = Matcher(
+                state,
+                SavedState(manifest, keys=keys, rename=rename),
+                rank=coordinator.rank,
+                world_size=coordinator.world_size,
+                cast=cast,
+            )
+            finish = matcher.match(state)
+            matcher.settle()
         error = matcher.strict_part().error(path) if strict else None
         if error is not None:
             raise error
@@ -66,17 +71,23 @@ def run_load(
     def read() -> bytes:
         nonlocal read_bytes
         manifest, matcher, finish = matched[0]
-        reads = (read for entry, target in matcher.reads for read in plan_reads(entry, target))
-        read_bytes = read_all(opened[0], manifest, reads, progress=coordinator.progress)
-        with watch.phase("place"):
+        with own.phase("read"):
+            reads = (read for entry, target in matcher.reads for read in plan_reads(entry, target))
+            read_bytes = read_all(opened[0], manifest, reads, progress=coordinator.progress)
+        with own.phase("place"):
             finish()
+        return msgspec.msgpack.encode(own.seconds)
+
+    def gather(payloads: list[bytes]) -> bytes:
+        decode = msgspec.msgpack.Decoder(dict[str, float]).decode
+        profile.update({rank: decode(seconds) for rank, seconds in enumerate(payloads)})
         return b""
 
     try:
         with watch.phase("plan"):
             exchange(coordinator, "open", plan, same_checkpoint(path))
         with watch.phase("read"):
-            exchange(coordinator, "read", read, lambda payloads: b"")
+            exchange(coordinator, "read", read, gather)
     finally:
         for files in opened:
             files.close()
@@ -87,13 +98,22 @@ def run_load(
         saved_world_size=manifest.world_size,
         bytes_read=read_bytes,
         seconds=watch.seconds,
-        missing=tuple(matcher.mismatches.missing),
-        unexpected=tuple(matcher.mismatches.unexpected),
-        wrong_shape=tuple(matcher.mismatches.wrong_shape),
-        wrong_dtype=tuple(matcher.mismatches.wrong_dtype),
-        cast=tuple(matcher.cast),
-        kept=tuple(matcher.kept),
+        profile=profile or {coordinator.rank: own.seconds},
+        **_differences(matcher),
     )
+
+
+def _differences(matcher: Matcher) -> dict[str, Any]:
+    """Where state and checkpoint differ, as a LoadReport has it."""
+    found = matcher.mismatches
+    return {
+        "missing": tuple(found.missing),
+        "unexpected": tuple(found.unexpected),
+        "wrong_shape": tuple(found.wrong_shape),
+        "wrong_dtype": tuple(found.wrong_dtype),
+        "cast": tuple(matcher.cast),
+        "kept": tuple(matcher.kept),
+    }
 
 
 def same_checkpoint(path: str) -> Callable[[list[bytes]], bytes]:

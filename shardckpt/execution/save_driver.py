@@ -92,7 +92,13 @@ def run_save(
         raise
     finally:
         save.close()
-    return SaveReport(path=path, world_size=coordinator.world_size, seconds=watch.seconds, **report)
+    return SaveReport(
+        path=path,
+        world_size=coordinator.world_size,
+        seconds=watch.seconds,
+        profile=save.profile or {coordinator.rank: save.own.seconds},
+        **report,
+    )
 
 
 class _Save:
@@ -119,13 +125,16 @@ class _Save:
         self.checkpoint_id = ""
         self.writes: RankWrites | None = None
         self.known: KnownPlan | None = None  # on rank 0
+        self.own = Stopwatch()  # this rank's work, without waiting
+        self.profile: dict[int, dict[str, float]] = {}  # on rank 0
 
     def plan(self, plan_locally: Callable[[], LocalPlan]) -> None:
         """Agree on who writes what, and begin the checkpoint."""
 
         def summary() -> bytes:
-            self.local = plan_locally()
-            structure, values, rows = self.local.digests()
+            with self.own.phase("plan"):
+                self.local = plan_locally()
+                structure, values, rows = self.local.digests()
             self.key = structure, rows, str(self.coordinator.world_size)
             known, self.writes = _cache.writes(self.key) or ("", None)
             return msgspec.msgpack.encode((structure, values, rows, known))
@@ -174,8 +183,9 @@ class _Save:
         return self.local.pack(whole=self.coordinator.rank == 0)
 
     def divide(self, payloads: list[bytes]) -> list[bytes]:
-        plan = global_plan([LocalPlan.unpack(payload) for payload in payloads])
-        self.known = KnownPlan(plan)
+        with self.own.phase("divide"):
+            plan = global_plan([LocalPlan.unpack(payload) for payload in payloads])
+            self.known = KnownPlan(plan)
         _cache.add_plan(self.plan_id, self.known)
         return list(plan.shares)
 
@@ -184,8 +194,8 @@ class _Save:
             assert self.transaction is not None
             local, writes = self.local, self.writes
             assert writes is not None
-            parts = planned_parts(local, writes)
-            with self.base as base:
+            with self.own.phase("write"), self.base as base:
+                parts = planned_parts(local, writes)
                 result = write_rank(
                     self.transaction,
                     rank=self.coordinator.rank,
@@ -198,8 +208,11 @@ class _Save:
                     base=base,
                     staged=self.staged,
                 )
-            result.replicas = replica_digests(local, writes, everything=self.check_replicas)
+            self.own.seconds["write"] -= result.seconds["sync"]
+            with self.own.phase("compare"):
+                result.replicas = replica_digests(local, writes, everything=self.check_replicas)
             result.own_trees = local.own_trees
+            result.seconds = self.own.seconds = {**self.own.seconds, **result.seconds}
             return msgspec.msgpack.encode(result)
 
         answer = exchange(self.coordinator, "write", write, self.commit)
@@ -214,16 +227,20 @@ class _Save:
         results = [decode(payload) for payload in payloads]
         assert self.known is not None
         assert self.transaction is not None
-        compare_replicas(
-            self.known.plan, [np.frombuffer(result.replicas, dtype="<u8") for result in results]
-        )
-        return commit(
-            self.transaction,
-            checkpoint_id=self.checkpoint_id,
-            tensors=self.known.encoded_tensors(file_table(results)),
-            results=results,
-            tree=self.local.tree,
-        )
+        self.profile = {rank: result.seconds for rank, result in enumerate(results)}
+        with self.own.phase("commit"):
+            compare_replicas(
+                self.known.plan, [np.frombuffer(result.replicas, dtype="<u8") for result in results]
+            )
+            answer = commit(
+                self.transaction,
+                checkpoint_id=self.checkpoint_id,
+                tensors=self.known.encoded_tensors(file_table(results)),
+                results=results,
+                tree=self.local.tree,
+            )
+        self.profile[0] = self.own.seconds
+        return answer
 
     def abandon(self) -> None:
         if self.transaction is not None:

@@ -18,6 +18,7 @@ from shardckpt.execution.writer import write_shard
 from shardckpt.format.shard import build_header, chunk_name
 from shardckpt.planning.assembly import chunk_bytes, shard_name
 from shardckpt.planning.table import ChunkTable, TensorSpec
+from shardckpt.reports import Stopwatch
 from shardckpt.storage.base import WriteTransaction
 
 __all__ = ["ShardFile", "ShardResult", "write_rank"]
@@ -41,6 +42,7 @@ class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
     problems: tuple[str, ...] = ()
     replicas: bytes = b""
     own_trees: bytes = b"[]"
+    seconds: dict[str, float] = {}
 
     @property
     def size_bytes(self) -> int:
@@ -74,6 +76,7 @@ def write_rank(
     already is linked instead of written. `staged`: nobody changes the data meanwhile.
     """
     total = _Total(progress)
+    watches = {kind: Stopwatch() for kind, _ in files}
     ends = list(itertools.accumulate(count for _, count in files))
 
     def write(kind: int, begin: int, end: int) -> ShardFile:
@@ -101,6 +104,7 @@ def write_rank(
                 data=data(part),
                 staged=staged,
                 progress=total.of(name),
+                watch=watches[kind],
             )
         )
         return ShardFile(
@@ -123,6 +127,7 @@ def write_rank(
         return ShardResult(
             files=(first, *(file.result() for file in written)),
             problems=tuple(base.problems) if base else (),
+            seconds={"sync": max(watch.seconds.get("sync", 0.0) for watch in watches.values())},
         )
 
 
@@ -155,6 +160,7 @@ def _write_file(
     data: Iterable[torch.Tensor],
     staged: bool,
     progress: Callable[[int], None],
+    watch: Stopwatch,
 ) -> NDArray[np.uint64]:
     file = transaction.create(name, size_bytes=size_bytes)
     try:
@@ -170,7 +176,8 @@ def _write_file(
                 actual=f"{size} bytes",
                 remedy="don't resize tensors while they are being saved",
             )
-        file.close(size_bytes=size)
+        with watch.phase("sync"):
+            file.close(size_bytes=size)
     except BaseException:
         file.discard()
         raise
