@@ -7,6 +7,7 @@ been read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -102,7 +103,7 @@ class Matcher:
             return self.array(template, name)
         if isinstance(template, ShardedArray):
             return self.sharded(template, name)
-        if isinstance(template, Mapping) and template:
+        if isinstance(template, Mapping) and template and not isinstance(template, Counter):
             return self.mapping(template, name)
         if isinstance(template, (list, tuple)) and any(map(_takes_tensors, template)):
             return self.sequence(template, name)
@@ -243,7 +244,7 @@ class Matcher:
             return lambda: template
 
         def finish() -> Any:
-            if isinstance(template, dict) and isinstance(value, dict):
+            if isinstance(template, dict) and type(value) is dict:  # a Counter would add
                 template.update(value)
                 return template
             if isinstance(template, list) and isinstance(value, list):

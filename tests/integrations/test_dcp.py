@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -242,3 +243,17 @@ def no_collectives(folder: str) -> str:
 def test_saving_without_collectives_is_refused(tmp_path):
     assert run_ranks(2, no_collectives, str(tmp_path)) == [True, True]
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["dcp planner", "own planner"])
+def test_counters_and_int_keys_through_dcp(tmp_path, own):
+    """DCP's planner takes a Counter apart, which is one value to shardckpt."""
+    shardckpt.save({"s": {"milestones": Counter([2, 2, 4]), "d": {1: 5}}}, tmp_path / "c")
+    state = {"s": {"milestones": Counter([2, 4]), "d": {1: 0}}}
+    planner = ReshardLoadPlanner() if own else None
+    dcp.load(state, storage_reader=ShardReader(tmp_path / "c"), planner=planner)
+    if own:
+        assert state == {"s": {"milestones": Counter([2, 2, 4]), "d": {1: 5}}}
+    else:  # whose planner makes texts of int keys
+        assert state["s"]["milestones"]["2"] == 2
+        assert state["s"]["d"]["1"] == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,13 @@ def test_tensors_of_objects_are_filled_in_place(tmp_path):
     shardckpt.load({"h": target}, tmp_path / "c")
     assert target.tensors["a"] is place
     assert place.tolist() == [1, 1]
+
+
+def test_a_counter_is_one_value(tmp_path):
+    shardckpt.save({"c": Counter("aab"), "none": Counter()}, tmp_path / "c")
+    state = {"c": Counter("xyy"), "none": Counter("z")}
+    shardckpt.load(state, tmp_path / "c")
+    assert state == {"c": Counter("aab"), "none": Counter()}
 
 
 def test_buffers_on_meta_that_no_checkpoint_holds(tmp_path):

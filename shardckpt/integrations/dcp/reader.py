@@ -57,6 +57,7 @@ class ShardReader(StorageReader):
         self.storage = storage or LocalStorage()
         self._opened: tuple[CheckpointFiles, Manifest] | None = None
         self._saved: SavedState | None = None
+        self._nodes: dict[str, Any] = {}  # the leaves, as DCP's planners see them
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, at the path that dcp was called with, if any."""
@@ -76,8 +77,10 @@ class ShardReader(StorageReader):
         saved = self._saved = SavedState(manifest)
         described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         paths: dict[str, tuple[Any, ...]] = {}
+        self._nodes = {}
         for path, node in _entries(saved.tree, ()):
             name = ".".join(map(str, path))
+            self._nodes[name] = node
             paths[name] = path
             if isinstance(node, TensorRef) and node.kind == "tensor":
                 described[name] = _describe(manifest.tensors[node.name])
@@ -125,7 +128,7 @@ class ShardReader(StorageReader):
         mismatches = Mismatches()
         builder = Builder(self._saved, wanted)
         for item in plan.items:
-            node = self._saved.nodes[item.storage_index.fqn]
+            node = self._nodes[item.storage_index.fqn]
             if item.type == LoadItemType.BYTE_IO:
                 loaded.append((item, builder.build(node, item.storage_index.fqn)))
                 continue
