@@ -28,10 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for a wrong call, else that of the error's family."""
     options = _parser().parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else arguments
+    options.rank = 0
     try:
         options.run(options)
         sys.stdout.flush()
     except ShardckptError as error:
+        if options.rank:  # rank 0 has the same error, and tells it
+            return error.exit_code
         print(f"shardckpt {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         if isinstance(error, NotACheckpointError):
             print(_checkpoints_below(error.path), end="", file=sys.stderr)
@@ -128,7 +131,7 @@ def _verify(options: argparse.Namespace) -> None:
     with shared(options, options.path, opened) as (coordinator, checkpoint):
         total = sum(shard.size_bytes for shard in checkpoint.manifest.shards)
         parts = options.subset[1] * coordinator.world_size
-        with progress_bar("verify", total_bytes=total // parts) as bar:
+        with progress_bar("verify", total_bytes=total // parts, shown=options.rank == 0) as bar:
             report = verify_shards(
                 checkpoint.files,
                 checkpoint.manifest,
@@ -176,7 +179,8 @@ def _reshard(options: argparse.Namespace) -> None:
 
     with shared(options, options.source, opened) as (coordinator, checkpoint):
         total = sum(entry.size_bytes for entry in checkpoint.manifest.tensors.values())
-        with progress_bar("reshard", total_bytes=total // coordinator.world_size) as bar:
+        own = total // coordinator.world_size
+        with progress_bar("reshard", total_bytes=own, shown=options.rank == 0) as bar:
             reshard(
                 checkpoint,
                 options.target,

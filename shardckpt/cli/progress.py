@@ -46,8 +46,11 @@ class Progress:
 
 
 @contextmanager
-def progress_bar(title: str, *, total_bytes: int) -> Iterator[Progress]:
+def progress_bar(title: str, *, total_bytes: int, shown: bool = True) -> Iterator[Progress]:
     """A bar for the length of a with block; nothing is shown for work of half a second."""
+    if not shown:
+        yield Progress(lambda done: None)
+        return
     try:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn

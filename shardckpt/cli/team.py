@@ -46,6 +46,7 @@ def shared(
         return opened[0].manifest.checkpoint_id.encode()
 
     with _team(subject, jobs=jobs, arguments=options.arguments) as coordinator:
+        options.rank = coordinator.rank
         try:
             exchange(coordinator, "open", identity, same_checkpoint(path))
             yield coordinator, opened[0]

@@ -145,12 +145,12 @@ def failing(folder: str) -> list[Any]:
         except errors.RankFailedError as error:
             found.append([error.rank, error.facts["phase"]])
     save_driver.exchange = exchange
-    knobs.ARRIVAL_DEADLINE_S = 2.0
     fresh = comm.Dup()
     for used in (False, True):
         for number in range(2):
+            knobs.ARRIVAL_DEADLINE_S = 60.0 if number else 3.0
             if comm.rank == 1 and number == 0:
-                time.sleep(5.0 if used else 8.0)  # the roll call takes its time, too
+                time.sleep(7.0 if used else 11.0)  # the roll call takes its time, too
             name = f"late-{used}-{number}"
             try:
                 shardckpt.save(state, f"{folder}/{name}", comm=fresh)

@@ -63,7 +63,7 @@ def command(flavour: str, ranks: int, *program: str) -> list[str]:
 
 
 def run_program(
-    flavour: str, ranks: int, *program: str, timeout_s: float = 200.0, **more: str
+    flavour: str, ranks: int, *program: str, timeout_s: float = 400.0, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """mpirun -n RANKS python PROGRAM, to its end."""
     return subprocess.run(
@@ -104,7 +104,7 @@ def run_job(
     function: str,
     *arguments: Any,
     folder: Path,
-    timeout_s: float = 200.0,
+    timeout_s: float = 400.0,
     launch: Callable[[list[str]], list[str]] | None = None,
     **more: str,
 ) -> Outcome:

@@ -11,7 +11,7 @@ import pytest
 import shardckpt
 from tests.mpi.launch import needs, run_program
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300), needs("openmpi")]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(500), needs("openmpi")]
 HEAT = str(Path(__file__).parents[2] / "docs/examples/heat.py")
 
 

@@ -15,7 +15,7 @@ import shardckpt
 from tests.mpi.hosts import ADDRESSES, INTERFACE, needs_hosts, torchrun, two_hosts
 from tests.mpi.launch import environment, needs, run_job
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(500)]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import shardckpt
 from tests.mpi.launch import WHOLE, flavours, run_job
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(500)]
 
 
 def save_with_torch(folder: str) -> None:
@@ -128,7 +128,7 @@ def test_a_rank_that_stops_or_dies(tmp_path, flavour, fault):
     if fault == "stop":
         (ranks, phase, took_s), _ = job.values
         assert (ranks, phase) == ([1], "write")
-        assert took_s < 15
+        assert took_s < 60
         assert "rank 1 does not answer" in job.output
     assert job.code != 0
     assert not (tmp_path / "faulty").exists()
