@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -13,27 +12,31 @@ __all__ = ["meet"]
 
 
 def meet(where: str) -> bool:
-    """Wait for all ranks to fail too, and whether they do so at the same point; collective.
+    """Wait for all ranks to fail too; True if they do so at the same point. Collective.
 
-    A rank that fails within a collective leaves the others waiting in it: its connections are
-    cut, so that they fail as well. All then talk through the store of the process group. Those
-    that have not come within the deadline (knobs.DEADLINE_S) are not waited for.
+    The ranks talk through the store of the process group. One that fails alone, within a step,
+    leaves the others waiting in a collective that nothing but its end can cut short (torch
+    2.13: neither abort nor shutdown does with gloo). So it waits for them for a while, in which
+    they come if they fail as well, tells them that it has given up, and ends; then they fail.
+
+    Raises TimeoutError where ranks have not come, RuntimeError where they are at other points.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     group = dist.group.WORLD
     assert group is not None
-    with suppress(Exception):  # not every backend knows how
-        group.abort()
-    store, size = group.get_group_store(), dist.get_world_size()
+    store, ranks = group.get_group_store(), range(dist.get_world_size())
     store.set(f"shardckpt/emergency/{dist.get_rank()}", where)
-    keys = [f"shardckpt/emergency/{rank}" for rank in range(size)]
-    give_up_at = time.monotonic() + knobs.DEADLINE_S
+    keys = [f"shardckpt/emergency/{rank}" for rank in ranks]
+    give_up_at = time.monotonic() + knobs.DEADLINE_S / 3
     while not store.check(keys):
-        if time.monotonic() > give_up_at:
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise TimeoutError(f"ranks {missing} did not stop as well")
+        if time.monotonic() > give_up_at or store.check(["shardckpt/emergency/over"]):
+            store.set("shardckpt/emergency/over", "")
+            missing = [rank for rank in ranks if not store.check([keys[rank]])]
+            raise TimeoutError(f"ranks {missing} have not failed at the same step")
         time.sleep(0.05)
+    if store.check(["shardckpt/emergency/over"]):
+        raise TimeoutError("another rank has given up")
     places = {store.get(key).decode() for key in keys}
     if len(places) > 1:
         raise RuntimeError(f"the ranks stopped at different points: {sorted(places)}")

@@ -29,12 +29,11 @@ def collect_code(model_class: Any) -> dict[str, str]:
     waiting = [model_class.__module__]
     while waiting:
         name = waiting.pop()
-        module = sys.modules.get(name)
-        if name in found or module is None or not _is_users(module, model_class.__module__):
+        if name in found or not _is_users(name, model_class.__module__):
             continue
         try:
-            source = inspect.getsource(module)
-        except (OSError, TypeError) as error:
+            source = inspect.getsource(sys.modules[name])
+        except (KeyError, OSError, TypeError) as error:
             if name == model_class.__module__:
                 raise StateError(
                     "The source of the model's class is not to be found",
@@ -42,19 +41,20 @@ def collect_code(model_class: Any) -> dict[str, str]:
                     actual=f"{name}:{model_class.__qualname__}",
                     remedy="define it in a file, or leave out save_model_code=True",
                 ) from error
-            source = ""
+            if name not in sys.modules:
+                continue
+            source = ""  # getsource says that of an empty file too
         found[name] = _definitions(source) if name == "__main__" else source
-        waiting += _imports(source, name, is_package=hasattr(module, "__path__"))
+        waiting += _imports(source, name, is_package=hasattr(sys.modules[name], "__path__"))
         waiting += [name.rpartition(".")[0]] if "." in name else []
     return dict(sorted(found.items()))
 
 
-def _is_users(module: types.ModuleType, own: str) -> bool:
+def _is_users(name: str, own: str) -> bool:
     """Whether a module belongs to the code that the model's module belongs to."""
-    name = module.__name__
     if name == own or name.partition(".")[0] == own.partition(".")[0]:
         return True
-    file, own_file = getattr(module, "__file__", None), getattr(sys.modules[own], "__file__", None)
+    file, own_file = (getattr(sys.modules.get(n), "__file__", None) for n in (name, own))
     beside = "." not in own and bool(file) and bool(own_file)
     return beside and str(file).rpartition("/")[0] == str(own_file).rpartition("/")[0]
 

@@ -1,0 +1,189 @@
+"""NNHandler on several ranks: they save, stop and fail together; checkpoints fit any number."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+from shardckpt import NNHandler, knobs
+from shardckpt.nn_handler import Callback
+from tests.nn_handler.models import Net, Noisy, a_handler, data, same, weights, with_data
+from tests.ranks import on_world_sizes, run_ranks
+
+
+class SignalOnOneRank(Callback):
+    """One rank alone gets the signal."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_step_end(self, handler, loss):
+        if (handler.step, handler.rank) == (self.step, self.rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def job(parallel: str, folder: str, *, stop_at: int = 0) -> NNHandler:
+    handler = a_handler(parallel, dropout=0.2)
+    handler.seed(handler.seed_value)  # each rank its own dropout
+    handler.set_train_loader(Noisy(), batch_size=4, shuffle=True)
+    handler.add_callback(SignalOnOneRank(stop_at, 1))
+    handler.auto_save(interval=-1, save_path=folder, resume="auto")
+    return handler
+
+
+def run(handler: NNHandler) -> NNHandler:
+    handler.train(2, gradient_accumulation_steps=2, ema_decay=0.9, progress_bar=False)
+    return handler
+
+
+def stop_and_resume(folder: str, parallel: str) -> list[str]:
+    never = run(job(parallel, f"{folder}/never"))
+    with pytest.raises(SystemExit):
+        run(job(parallel, f"{folder}/c", stop_at=2))
+    dist.barrier()
+    found = os.listdir(f"{folder}/c")
+    resumed = run(job(parallel, f"{folder}/c"))
+    assert same(weights(resumed), weights(never))
+    assert resumed.history == never.history
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, parallel):
+    assert run_ranks(2, stop_and_resume, str(tmp_path), parallel, timeout_s=110) == [["step2"]] * 2
+
+
+class FailsOnOneRank(Callback):
+    def on_step_end(self, handler, loss):
+        if (handler.step, handler.rank) == (2, 1):
+            raise ValueError("planted")
+
+
+def loss_that_fails_on_one_rank(outputs, targets):
+    if len(targets) == 5 and dist.get_rank() == 1:
+        raise ValueError("planted")
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def fails_on_one_rank(folder: str, where: str) -> str:
+    knobs.DEADLINE_S = 6.0
+    handler = a_handler("ddp")
+    handler.auto_save(interval=-1, save_path=folder)
+    if where == "callback":
+        handler.add_callback(FailsOnOneRank())
+    else:
+        handler.set_train_loader(data(26), batch_size=8)  # the second batch has 5 samples
+        handler.set_loss_fn(loss_that_fails_on_one_rank)
+    try:
+        handler.train(2, progress_bar=False)
+    except Exception as error:
+        return f"{type(error).__name__} {getattr(error, 'rank', '')}"
+    return "no error"
+
+
+@pytest.mark.ranks
+def test_an_exception_on_one_rank_ends_all_with_a_checkpoint(tmp_path):
+    found = run_ranks(2, fails_on_one_rank, str(tmp_path), "callback", timeout_s=100)
+    assert found == ["RankFailedError 1", "ValueError "]
+    assert os.listdir(tmp_path) == ["step2"]
+
+
+@pytest.mark.ranks
+def test_an_exception_within_a_step_of_one_rank_hangs_no_other(tmp_path):
+    found = run_ranks(2, fails_on_one_rank, str(tmp_path), "loss", timeout_s=100)
+    assert found == ["RuntimeError ", "ValueError "]
+    assert os.listdir(tmp_path) == []
+
+
+def mid_epoch(size: int, folder: str, parallel: str) -> None:
+    """Stopped within an epoch on 4 ranks; the samples left are seen once on any number."""
+    handler = a_handler(parallel)
+    handler.set_train_loader(Noisy(), batch_size=2, shuffle=True)
+    handler.set_val_loader(data(15), batch_size=4)
+    if size == 4:
+        handler.add_callback(SignalOnOneRank(4, 2))
+        handler.auto_save(interval=-1, save_path=f"{folder}/c")
+        with pytest.raises(SystemExit):
+            handler.train(1, progress_bar=False)
+        expected = weights(handler)
+        if dist.get_rank() == 0:
+            torch.save([expected, handler.train_data.loader.dataset.seen], f"{folder}/expected.pt")
+        return
+    expected, _ = torch.load(f"{folder}/expected.pt", weights_only=True)
+    for kind in ("ddp", "fsdp"):
+        resumed = NNHandler.load(f"{folder}/c/step4", parallel=kind, skip_callbacks=True)
+        assert same(weights(resumed), expected)
+        assert resumed.position.samples == 32
+        noisy = Noisy()
+        resumed.set_train_loader(noisy, batch_size=2, shuffle=True)
+        resumed.auto_save(interval=None)
+        resumed.train(1, progress_bar=False)
+        seen: list = [None] * size
+        dist.all_gather_object(seen, noisy.seen)
+        counts = torch.tensor([index for own in seen for index in own]).bincount(minlength=48)
+        generator = torch.Generator().manual_seed(0)
+        left = torch.randperm(48, generator=generator)[32:]
+        assert counts[left].min() >= 1
+        assert counts.sum() <= 16 + size - 1
+        assert (counts > 0).sum() == 16
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_stop_on_4_ranks_resumes_on_2_and_3(tmp_path, parallel):
+    run_ranks(4, on_world_sizes, (4, 2, 3), mid_epoch, str(tmp_path), parallel, timeout_s=110)
+
+
+def tensor_parallel(folder: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
+
+    def make() -> NNHandler:
+        torch.manual_seed(0)
+        handler = NNHandler(Net, device_mesh=mesh, tp_plan=plan)
+        handler.set_optimizer(torch.optim.AdamW, lr=0.01)
+        handler.set_loss_fn(nn.CrossEntropyLoss())
+        return with_data(handler)
+
+    handler = make()
+    handler.train(1, gradient_clipping_norm=0.5, progress_bar=False)
+    handler.save(f"{folder}/c")
+    handler.save(f"{folder}/c.pth")
+    expected = weights(handler)
+    handler.train(1, gradient_clipping_norm=0.5, progress_bar=False)
+    for name in ("c", "c.pth"):
+        resumed = NNHandler.load(f"{folder}/{name}", device_mesh=mesh, tp_plan=plan)
+        assert same(weights(resumed), expected)
+        with_data(resumed).train(1, gradient_clipping_norm=0.5, progress_bar=False)
+        assert same(weights(resumed), weights(handler))
+    if dist.get_rank() == 0:
+        torch.save(expected, f"{folder}/expected.pt")
+
+
+@pytest.mark.ranks
+def test_tensor_parallel(tmp_path):
+    run_ranks(4, tensor_parallel, str(tmp_path), timeout_s=110)
+    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
+    assert same(weights(NNHandler.load(tmp_path / "c")), expected)
+
+
+def different_metrics(folder: str) -> list[str]:
+    handler = a_handler("ddp")
+    handler.auto_save(interval=1, save_path=folder, name="e{epoch}_{loss:.6f}", asynchronous=True)
+    handler.train(2, progress_bar=False)
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.ranks
+def test_names_are_the_same_on_all_ranks(tmp_path):
+    one, other = run_ranks(2, different_metrics, str(tmp_path))
+    assert one == other
+    assert len(one) == 2
