@@ -24,9 +24,17 @@ class Format(Protocol):
     """How a manager's checkpoints are stored. Broken ones raise CheckpointError or StorageError."""
 
     def save(
-        self, state: Any, path: str, *, overwrite: bool, asynchronous: bool, process_group: Any
+        self,
+        state: Any,
+        path: str,
+        *,
+        overwrite: bool,
+        asynchronous: bool,
+        process_group: Any,
+        base: str | None,
     ) -> SaveHandle | None:
-        """Save a state; collective. The handle of a save that goes on in the background."""
+        """Save a state; collective. The handle of a save that goes on in the background. `base` is
+        an earlier checkpoint, from which it may take what has not changed."""
 
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """Load into a state; collective."""
@@ -48,10 +56,17 @@ class Sharded:
     """Directories of shards; see Format."""
 
     def save(
-        self, state: Any, path: str, *, overwrite: bool, asynchronous: bool, process_group: Any
+        self,
+        state: Any,
+        path: str,
+        *,
+        overwrite: bool,
+        asynchronous: bool,
+        process_group: Any,
+        base: str | None,
     ) -> SaveHandle | None:
         """See Format.save."""
-        options: Any = {"overwrite": overwrite, "process_group": process_group}
+        options: Any = {"overwrite": overwrite, "process_group": process_group, "base": base}
         if asynchronous:
             return shardckpt.async_save(state, path, **options)
         shardckpt.save(state, path, **options)

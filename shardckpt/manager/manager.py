@@ -72,6 +72,7 @@ class CheckpointManager:
     check="quick" by its manifest and the sizes of its shards. Checkpoints that are found to be
     broken are neither counted nor removed. With `asynchronous` a save goes on in the
     background, see async_save; the next save, `wait` or `close` raises what went wrong.
+    Files that have not changed since the newest checkpoint are linked, not written.
     Managers with different `label` share a directory and leave each other's checkpoints alone;
     one with label None sees all of them.
 
@@ -132,7 +133,9 @@ class CheckpointManager:
             )
         self.wait()
         found = {key: float(value) for key, value in (metrics or {}).items()}
-        checkpoint = self._agree(f"save step {step} in {self.folder}", step, found, name, if_exists)
+        checkpoint, base = self._agree(
+            f"save step {step} in {self.folder}", step, found, name, if_exists
+        )
         record = {
             "label": self.label,
             "step": step,
@@ -145,6 +148,7 @@ class CheckpointManager:
             overwrite=if_exists == "replace",
             asynchronous=self._asynchronous,
             process_group=self._group,
+            base=base,
         )
         if not self._asynchronous:
             self._prune()
@@ -152,13 +156,15 @@ class CheckpointManager:
 
     def _agree(
         self, subject: str, step: int, metrics: dict[str, float], name: str | None, if_exists: str
-    ) -> SavedCheckpoint:
+    ) -> tuple[SavedCheckpoint, str | None]:
+        """Where the checkpoint goes, and the one that its unchanged files are taken from."""
+
         def decide(payloads: list[bytes]) -> bytes:
-            base = os.path.join(self.folder, name or self._name.format(step=step))
-            path, number = base, 0
-            stem, suffix = os.path.splitext(base)
+            wanted = os.path.join(self.folder, name or self._name.format(step=step))
+            path, number = wanted, 0
+            stem, suffix = os.path.splitext(wanted)
             if suffix not in (".pth", ".pt", ".safetensors"):
-                stem, suffix = base, ""
+                stem, suffix = wanted, ""
             while if_exists == "number" and os.path.lexists(path):
                 number += 1
                 path = f"{stem}-v{number}{suffix}"
@@ -168,12 +174,15 @@ class CheckpointManager:
                     path=path,
                     remedy='give another step or name, or if_exists="replace"',
                 )
-            return msgspec.msgpack.encode([path, step, metrics, time.time()])
+            # Files of one that is broken may be those of older ones: then all is written anew.
+            newest = self.checkpoints()[-1:]
+            base = next((c.path for c in newest if self._verified.get(_key(c), True)), None)
+            return msgspec.msgpack.encode([path, step, metrics, time.time(), base])
 
         with operation(f"CheckpointManager: {subject}", self._group) as coordinator:
             answer = exchange(coordinator, "name", lambda: b"", decide)
-        path, step, metrics, saved_at = msgspec.msgpack.decode(answer)
-        return SavedCheckpoint(path=path, step=step, metrics=metrics, saved_at=saved_at)
+        path, step, metrics, saved_at, base = msgspec.msgpack.decode(answer)
+        return SavedCheckpoint(path=path, step=step, metrics=metrics, saved_at=saved_at), base
 
     def wait(self) -> None:
         """Wait for the save in the background, if there is one, and prune; collective."""

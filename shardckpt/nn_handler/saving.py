@@ -152,9 +152,16 @@ class OneFile:
     """Single files as a CheckpointManager's checkpoints; see shardckpt.manager.formats.Format."""
 
     def save(
-        self, state: Any, path: str, *, overwrite: bool, asynchronous: bool, process_group: Any
+        self,
+        state: Any,
+        path: str,
+        *,
+        overwrite: bool,
+        asynchronous: bool,
+        process_group: Any,
+        base: str | None,
     ) -> SaveHandle | None:
-        """See Format.save."""
+        """See Format.save. Files are written whole."""
         _save_whole(dict(state), path, lambda s: write_one(s, path, overwrite=overwrite))
         return None
 

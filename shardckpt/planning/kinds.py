@@ -39,7 +39,7 @@ FROZEN_FILE_BYTES = 4 << 20
 """Less than this of a frozen module on a rank is no file of its own: one more file costs as
 much time as some MiB written."""
 
-OPTIMIZER_FILE_BYTES = 64 << 20
+OPTIMIZER_FILE_BYTES = 256 << 20
 """Optimizer state changes with the weights. A file of its own, which a copy for inference can
 leave out, must cost next to nothing: so both it and the main file have at least this."""
 

@@ -17,7 +17,9 @@ from shardckpt import (
     KeepLast,
     errors,
 )
+from shardckpt.execution import base
 from shardckpt.manager.retention import SavedCheckpoint, to_remove
+from shardckpt.planning import kinds
 from tests.ranks import run_ranks
 
 
@@ -182,6 +184,34 @@ def test_a_quick_check_reads_no_shard(tmp_path, monkeypatch):
     manager.save(1, state(1))
     manager.save(2, state(2))
     assert manager.all_steps() == [2]
+
+
+def frozen_files(folder) -> list[os.stat_result]:
+    return [
+        os.stat(folder / name / "shard-00000-of-00001-frozen.safetensors")
+        for name in sorted(os.listdir(folder))
+    ]
+
+
+def test_frozen_weights_are_linked_and_mended(tmp_path, monkeypatch):
+    monkeypatch.setattr(kinds, "FROZEN_FILE_BYTES", 1)
+    monkeypatch.setattr(base.secrets, "randbelow", lambda step: 0)  # the first block alone
+    model = torch.nn.Linear(1024, 512).requires_grad_(False)
+    manager = CheckpointManager(tmp_path, keep=[KeepLast(2)])
+    for step in range(3):
+        manager.save(step, {"model": model, **state(step)})
+    assert [found.st_nlink for found in frozen_files(tmp_path)] == [2, 2]
+    with open(tmp_path / "step-2" / "shard-00000-of-00001-frozen.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.warns(UserWarning, match=r"step-3 is broken, and does not count"):
+        manager.save(3, {"model": model, **state(3)})  # takes it over, and finds it broken
+    manager.save(4, {"model": model, **state(4)})
+    target = {"model": torch.nn.Linear(1024, 512), **state()}
+    assert manager.restore_latest(target).step == 4
+    assert torch.equal(target["model"].weight, model.weight)
 
 
 def test_labels_and_strangers_are_left_alone(tmp_path):

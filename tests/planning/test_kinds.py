@@ -76,9 +76,9 @@ def test_kinds_in_a_state():
     [
         ({MAIN: 1, OPTIMIZER: 2, FROZEN: 3}, {MAIN}),
         ({MAIN: 1, OPTIMIZER: 2, FROZEN: 4}, {MAIN, FROZEN}),
-        ({MAIN: 64, OPTIMIZER: 63}, {MAIN}),
-        ({MAIN: 63, OPTIMIZER: 640}, {MAIN}),
-        ({MAIN: 64, OPTIMIZER: 64}, {MAIN, OPTIMIZER}),
+        ({MAIN: 256, OPTIMIZER: 255}, {MAIN}),
+        ({MAIN: 255, OPTIMIZER: 1000}, {MAIN}),
+        ({MAIN: 256, OPTIMIZER: 256}, {MAIN, OPTIMIZER}),
         ({FROZEN + 1: 4}, {FROZEN + 1}),
         ({FROZEN: 2, FROZEN + 1: 3, FROZEN + 2: 9}, {MAIN, FROZEN + 2}),
         ({}, set()),
