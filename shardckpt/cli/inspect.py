@@ -15,7 +15,7 @@ from shardckpt.format import values
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.format.values import TensorRef
-from shardckpt.planning.saved import SavedState, Select
+from shardckpt.planning.saved import SavedState, Select, below, children
 
 __all__ = ["facts", "page"]
 
@@ -112,12 +112,27 @@ def _tensors(saved: SavedState) -> Iterator[tuple[str, str, TensorEntry]]:
 
 
 def _values(saved: SavedState, manifest: Manifest) -> Iterator[tuple[str, Any]]:
-    """(name, value); a list with every rank's for a PerRank."""
-    for name, node in saved.leaves.items():
-        if not isinstance(node, TensorRef):
+    """(name, value), a list or tuple without tensors or dicts being one value; a list with every
+    rank's for a PerRank."""
+    stack = [("", saved.tree)]
+    while stack:
+        name, node = stack.pop()
+        items = children(node)
+        if isinstance(node, TensorRef):
+            if node.kind == "per_rank":
+                every = [saved.per_rank(node, rank=rank) for rank in range(manifest.world_size)]
+                yield name, every
+        elif not items or not (isinstance(node, dict) or any(map(_holds_more, node))):
             yield name, node
-        elif node.kind == "per_rank":
-            yield name, [saved.per_rank(node, rank=rank) for rank in range(manifest.world_size)]
+        else:
+            stack.extend((below(name, key), item) for key, item in reversed(items))
+
+
+def _holds_more(node: Any) -> bool:
+    """Whether a node is a tensor or dict, or a list or tuple with one in it."""
+    if isinstance(node, (list, tuple)):
+        return any(map(_holds_more, node))
+    return isinstance(node, (dict, TensorRef))
 
 
 def _text(value: Any) -> str:
