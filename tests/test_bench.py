@@ -33,7 +33,7 @@ def test_a_case_runs(tmp_path):
     assert found.returncode == 0, found.stderr
     assert " is out:" not in found.stdout, found.stdout
     assert "20 small tensors, load, warm" in (tmp_path / "out.md").read_text()
-    samples = json.loads((tmp_path / "out.json").read_text())["small, save"]["samples"]
+    samples = json.loads((tmp_path / "out.json").read_text())["samples"]["small, save"]["samples"]
     assert {"shardckpt", "DCP", "torch.save", "raw, O_DIRECT, 1 threads a rank"} <= set(samples)
     assert not list(tmp_path.glob("shardckpt-bench-*")), "it cleans up"
 
@@ -64,3 +64,17 @@ def test_a_wrong_value_is_seen(benchmarks):
     state["model"]["b"][1] = 2
     with pytest.raises(AssertionError, match="tensor 1"):
         check.verify(state)
+
+
+def test_a_later_run_replaces_a_row(benchmarks):
+    import dataclasses
+
+    target = benchmarks.Target(against="DCP", factor=2)
+    rows = [
+        benchmarks.Row(title=title, unit="s", figures={"shardckpt": seconds}, targets=[target])
+        for title, seconds in (("save", 2.0), ("load", 1.0), ("save", 3.0))
+    ]
+    again = benchmarks.from_json(json.loads(json.dumps([dataclasses.asdict(r) for r in rows[:2]])))
+    assert again == rows[:2]
+    found = benchmarks.merged(again, rows[2:])
+    assert [(row.title, row.figures["shardckpt"]) for row in found] == [("save", 3), ("load", 1)]

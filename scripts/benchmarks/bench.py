@@ -26,6 +26,7 @@ class Bench:
     size_bytes: float
     rounds: int
     small: int
+    planning: tuple[int, int]  # ranks, tensors
     found: dict[str, Any] = field(default_factory=dict)  # every sample, by measurement
     saved: bool = False
 

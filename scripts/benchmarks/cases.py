@@ -7,6 +7,7 @@ from collections.abc import Callable
 from benchmarks.bench import Bench
 from benchmarks.loading import load, process, reshard
 from benchmarks.partial import disk, slices
+from benchmarks.planning import planning
 from benchmarks.repeated import frozen
 from benchmarks.saving import save, save_replicated
 from benchmarks.small import small
@@ -25,5 +26,6 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "async": blocked,
     "train": train,
     "frozen": frozen,
+    "planning": planning,
 }
 """What the command line takes; a case gives rows for the table."""

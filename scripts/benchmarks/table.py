@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.rounds import RAW, Results
 
@@ -104,6 +105,17 @@ def as_text(found: Row) -> str:
     if ratios:
         lines.append("   = " + ", ".join(ratios))
     return "\n".join([*lines, *(f"   {line}" for line in found.verdicts())])
+
+
+def merged(earlier: Sequence[Row], later: Sequence[Row]) -> list[Row]:
+    """Rows of several runs: a later one of the same title takes the place of an earlier."""
+    rows = {found.title: found for found in [*earlier, *later]}
+    return list(rows.values())
+
+
+def from_json(rows: Sequence[dict[str, Any]]) -> list[Row]:
+    """Rows as dataclasses.asdict made them."""
+    return [Row(**{**row, "targets": [Target(**t) for t in row["targets"]]}) for row in rows]
 
 
 def _short(value: float) -> str:
