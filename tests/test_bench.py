@@ -20,21 +20,23 @@ def benchmarks(monkeypatch):
     return __import__("benchmarks.table", fromlist=["table"])
 
 
+@pytest.mark.timeout(400)
 def test_a_case_runs(tmp_path):
     options = f"small --small 20 --rounds 1 --dir {tmp_path} --json {tmp_path}/out.json"
+    options += " --peers shardckpt;torch.save"  # the others take seconds to import
     options += f" --markdown {tmp_path}/out.md"
     found = subprocess.run(
         [sys.executable, "-m", "benchmarks", *options.split()],
         env={**os.environ, "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=380,
     )
     assert found.returncode == 0, found.stderr
     assert " is out:" not in found.stdout, found.stdout
     assert "20 small tensors, load, warm" in (tmp_path / "out.md").read_text()
     samples = json.loads((tmp_path / "out.json").read_text())["samples"]["small, save"]["samples"]
-    assert {"shardckpt", "DCP", "torch.save", "raw, O_DIRECT, 1 threads a rank"} <= set(samples)
+    assert {"shardckpt", "torch.save", "raw, O_DIRECT, 1 threads a rank"} <= set(samples)
     assert not list(tmp_path.glob("shardckpt-bench-*")), "it cleans up"
 
 
