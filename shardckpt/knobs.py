@@ -10,6 +10,7 @@ __all__ = [
     "COPY_AT_ONCE_BYTES",
     "DEADLINE_S",
     "READ_THREADS",
+    "SHARED_DEADLINE_S",
     "STAGING_BYTES",
     "STALL_DEADLINE_S",
 ]
@@ -36,6 +37,9 @@ DEADLINE_S = _number("SHARDCKPT_DEADLINE_S", 30.0, least=0.1)
 
 STALL_DEADLINE_S = _number("SHARDCKPT_STALL_DEADLINE_S", 600.0, least=0.1)
 """How long a rank that is alive may take for one read or write, or one copy of it."""
+
+SHARED_DEADLINE_S = _number("SHARDCKPT_SHARED_DEADLINE_S", 0.8, least=0.1)
+"""How long a rank waits to see the directory that rank 0 made: network file systems may be late."""
 
 READ_THREADS = int(_number("SHARDCKPT_READ_THREADS", min(8, os.cpu_count() or 1), least=1))
 """Reads in flight, each from a thread of its own."""

@@ -153,3 +153,10 @@ assert main(["verify", {str(tmp_path / "c")!r}]) == 0
 import shardckpt.nn_handler, shardckpt.integrations.dcp
 """
     assert run(code).startswith("[1.0, 1.0, 1.0]")
+
+
+def test_every_knob_is_documented():
+    """Each environment variable of knobs.py stands in the troubleshooting page, and no other."""
+    named = set(re.findall(r"SHARDCKPT_[A-Z_]+", (PACKAGE / "knobs.py").read_text()))
+    page = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
+    assert set(re.findall(r"`(SHARDCKPT_[A-Z_]+)`", page)) == named

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from shardckpt import knobs
 from shardckpt.errors import (
     CheckpointBusyError,
     CheckpointExistsError,
@@ -28,7 +29,6 @@ __all__ = ["LocalStorage"]
 
 _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
-_SEEN_WITHIN_S = 0.8  # network file systems may be late to show a new directory
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
 
 
@@ -58,7 +58,7 @@ class LocalStorage:
         """See Storage.join."""
         target = os.path.realpath(path)
         temporary = _beside(target, f"tmp-{token}")
-        give_up_at = time.monotonic() + _SEEN_WITHIN_S
+        give_up_at = time.monotonic() + knobs.SHARED_DEADLINE_S
         while True:
             try:
                 self.system.stat(temporary)

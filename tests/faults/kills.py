@@ -12,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import torch
+
 import shardckpt
 from tests.faults.crash import state_of
 from tests.faults.disk import System
@@ -115,6 +117,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--forget", action="store_true", help="a planted fault")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # torch's own threads don't survive a fork
     if options.forget:  # acknowledges what it has not published
         System.rename = lambda self, source, target: None  # type: ignore[method-assign]
         System.exchange = lambda self, one, other: None  # type: ignore[method-assign]

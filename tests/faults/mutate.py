@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis  # noqa: F401  (imported once, before the forks)
 import pytest
 import torch  # noqa: F401
 
@@ -154,6 +153,7 @@ def killed(module: str, number: int | None) -> bool:
         if number is not None:
             tree = mutant(path.read_text(), number)
             sys.meta_path.insert(0, _Finder(module, path, tree))
+        told = os.fdopen(os.dup(2), "w")
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -161,6 +161,8 @@ def killed(module: str, number: int | None) -> bool:
         code = 1
         try:
             code = int(pytest.main([*arguments, *TARGETS[module]]))
+        except BaseException as error:
+            print(f"{module}, mutant {number}: {error!r}", file=told, flush=True)
         finally:
             os._exit(code)
     give_up_at = time.monotonic() + HANGS_S

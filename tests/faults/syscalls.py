@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 import shardckpt
 from shardckpt import errors
 from tests.faults.crash import state_of
@@ -116,6 +118,7 @@ def variants() -> list[tuple[str, str]]:
 
 def main() -> int:
     """Some of the variants: from which one on, and how far apart they are."""
+    torch.set_num_threads(1)
     first, step = map(int, sys.argv[1:3])
     shardckpt.save(state_of(1), f"{tempfile.mkdtemp()}/c")  # imports all that a save needs
     tried = [attempt(*variant) for variant in variants()[first::step]]

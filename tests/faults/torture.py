@@ -21,6 +21,7 @@ HARNESSES = {
     "damage": ("tests.faults.damage:trial", "flipped bits and cuts"),
     "manifest": ("tests.faults.fuzz:manifest_trial", "inputs for the parser of manifests"),
     "header": ("tests.faults.fuzz:header_trial", "inputs for the parser of shard headers"),
+    "meshes": ("tests.faults.test_meshes:trial", "states saved on one mesh, loaded on another"),
     "ranks": ("tests.faults.rank_faults:trial", "ranks that fail"),
     "kills": ("tests.faults.kills:trial", "processes killed at random"),
     "syscalls": ("tests.faults.syscalls:trial", "system calls killed or failed by strace"),

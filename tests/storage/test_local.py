@@ -253,7 +253,7 @@ class Dies(System):
         os.kill(os.getpid(), signal.SIGKILL)
 shardckpt.save({{"w": torch.ones(9)}}, {str(tmp_path / "c")!r}, storage=LocalStorage(Dies()))
 """
-    ended = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", code], timeout=110, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert [name[:7] for name in os.listdir(tmp_path) if ".tmp-" in name] == [".c.tmp-"]
     with pytest.raises(errors.CheckpointNotFoundError):
