@@ -209,7 +209,7 @@ def torch_group(folder: str) -> dict[str, Any]:
         "world": [dist.get_world_size(), os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]],
         "digest": digest,
         "dcp": state["w"].tolist(),
-        "handler": [handler.parallel, again.parallel],
+        "handler": [handler.layout.mode, again.layout.mode],
     }
 
 
