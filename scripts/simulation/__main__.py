@@ -4,6 +4,7 @@ scripts/simulate 1024x1000                     one save, one more, and a load
 scripts/simulate 1024x1000 --layout hsdp
 scripts/simulate --growth docs/scale.json      the sizes of docs/scale.md, each in a process
 scripts/simulate --plot docs/scale.json docs/scale.svg
+scripts/simulate --table docs/scale.json       the table of docs/scale.md
 scripts/simulate --dcp 64x1000 128x1000        rank 0 of default DCP, beside shardckpt
 """
 
@@ -33,11 +34,14 @@ def main() -> None:
     parser.add_argument("--dcp", action="store_true", help="compare with default DCP")
     parser.add_argument("--growth", type=Path, metavar="JSON", help="run the usual sizes")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "SVG"))
+    parser.add_argument("--table", type=Path, metavar="JSON")
     asked = parser.parse_args()
     if asked.plot:
         from simulation.plot import plot
 
         plot(json.loads(asked.plot[0].read_text()), asked.plot[1])
+    elif asked.table:
+        table(json.loads(asked.table.read_text()))
     elif asked.growth:
         asked.growth.write_text(json.dumps([alone(*world) for world in GROWTH], indent=1) + "\n")
     elif asked.json:
@@ -100,6 +104,33 @@ def show(found: dict[str, Any]) -> None:
         f"{found['manifest_bytes'] / chunks:.1f} bytes each; "
         f"peak memory {found['peak_bytes'] >> 20:,} MiB, all ranks' plans included"
     )
+
+
+def table(results: list[dict[str, Any]]) -> None:
+    """Worlds as a table in Markdown."""
+    print(
+        "| ranks x tensors | first save: divide, s | manifest, s | bytes to rank 0 / from it "
+        "| repeated save, s | bytes to rank 0 | manifest, bytes a chunk | load: manifest, s "
+        "| match and reads, s |\n|" + "---|" * 9
+    )
+    for found in results:
+        first, again = (save["rank 0"] for save in found["saves"].values())
+        divide, write = (
+            sum(phase["decide_s"] for phase in first if (phase["name"] == "write") is last)
+            for last in (False, True)
+        )
+        load = found["load_s"]
+        received, sent = (
+            sum(phase[way] for phase in first) for way in ("received_bytes", "sent_bytes")
+        )
+        print(
+            f"| {found['world']['ranks']:,} x {found['world']['tensors']:,} "
+            f"| {divide:.2f} | {write:.2f} | {received:,} / {sent:,} "
+            f"| {sum(phase['decide_s'] for phase in again):.3f} "
+            f"| {sum(phase['received_bytes'] for phase in again):,} "
+            f"| {found['manifest_bytes'] / found['chunks']:.1f} "
+            f"| {load['manifest']:.2f} | {load['match'] + load['reads']:.2f} |"
+        )
 
 
 def compare(ranks: int, tensors: int) -> None:

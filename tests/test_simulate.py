@@ -1,0 +1,55 @@
+"""scripts/simulate, at a size of a few ranks. Each run is a process: it plays all ranks in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def simulated(*arguments: str) -> subprocess.CompletedProcess[str]:
+    where = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": where},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize("layout", ["hsdp", "tp"])
+def test_a_small_world(layout):
+    done = simulated("-m", "simulation", "--json", "--layout", layout, "16x6")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    chunks = {"hsdp": 8, "tp": 16}[layout] * 6
+    assert found["chunks"] == chunks
+    first, again = found["saves"]["first save"], found["saves"]["repeated save"]
+    for who in ("rank 0", "ordinary rank"):
+        assert [phase["name"] for phase in first[who]] == ["plan", "divide", "write"]
+        assert [phase["name"] for phase in again[who]] == ["plan", "join", "write"]
+    assert found["load_s"].keys() == {"manifest", "match", "reads"}
+
+
+def test_plans_that_are_not_the_library_s_are_seen():
+    """The made-up plans are compared with real ones."""
+    done = simulated(
+        "-c",
+        "import simulation.world as world, simulation.run as run\n"
+        "world.World.plans = lambda self, first: [first] * self.ranks\n"
+        "run.simulate(world.World(ranks=4, tensors=2))",
+    )
+    assert "is not what the library makes" in done.stderr
+
+
+def test_a_size_that_is_none():
+    done = simulated("-m", "simulation", "12y3")
+    assert done.returncode == 2
+    assert "1024x1000 is expected" in done.stderr
