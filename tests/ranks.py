@@ -30,7 +30,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
 ) -> list[Any]:
     """function(*arguments) on each rank of a fresh gloo group; what each returned, in order."""
     results = start_ranks(world_size, function, *arguments).wait(timeout_s)
