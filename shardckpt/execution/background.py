@@ -29,6 +29,9 @@ from shardckpt.reports import SaveReport
 
 __all__ = ["SaveHandle", "start", "wait_until_staged"]
 
+_HEAD_START_S = 0.001
+"""async_save returns first: a thread that starts takes the interpreter lock for up to 5 ms."""
+
 Save = Callable[[Callable[[], LocalPlan]], SaveReport]
 
 
@@ -114,6 +117,7 @@ class _Job:
 
     def stage(self, images: ImagePool) -> None:
         """Copy the state; what goes wrong is kept for the save."""
+        time.sleep(_HEAD_START_S)
         start = time.perf_counter()
         try:
             if self.error is None:
@@ -149,11 +153,11 @@ class _Job:
             assert self.plan is not None
             return self.plan
 
+        wait([staging])
         try:
             report = self.save_plan(staged)
             return dataclasses.replace(report, seconds={**self.seconds, **report.seconds})
         finally:
-            wait([staging])
             self.plan = None
             if self.image is not None:
                 images.give_back(self.image)

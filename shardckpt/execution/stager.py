@@ -33,7 +33,7 @@ class Image:
     """CPU memory for one staged state; page-locked where accelerators copy into it."""
 
     def __init__(self, size_bytes: int, *, pinned: bool) -> None:
-        self.size_bytes = size_bytes
+        self.size_bytes = self.used_bytes = size_bytes
         self.pinned = pinned
         self._views: tuple[Any, list[torch.Tensor]] = (None, [])
         if pinned:
@@ -96,13 +96,14 @@ class ImagePool:
             image, self._spare = self._spare, None
             if image is None or image.size_bytes < size_bytes or image.pinned != pinned:
                 image = Image(size_bytes, pinned=pinned)
-            self._used_bytes += image.size_bytes
+            image.used_bytes = size_bytes  # a larger one that is at hand counts for what it holds
+            self._used_bytes += size_bytes
             return image
 
     def give_back(self, image: Image) -> None:
         """Take it back; nothing may look into it any more."""
         with self._changed:
-            self._used_bytes -= image.size_bytes
+            self._used_bytes -= image.used_bytes
             if self._spare is None or self._spare.size_bytes < image.size_bytes:
                 self._spare = image
             self._changed.notify_all()

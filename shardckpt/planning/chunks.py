@@ -209,8 +209,10 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
         )
     if layout.boxes is None:
         return []
-    with torch.no_grad():
-        local = local_tensor(tensor)
+    local: Any = tensor._local_tensor  # to_local() is slow; private in torch 2.13
+    if type(local) is not torch.Tensor:
+        with torch.no_grad():
+            local = local_tensor(tensor)
     assert local is not None, "DTensors are dense"
     boxes = layout.boxes
     if len(boxes) == 1:

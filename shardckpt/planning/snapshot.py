@@ -29,9 +29,10 @@ from shardckpt.planning.stateful import (
     OptimizerState,
     foreign_buffers,
     has_state,
-    module_state,
+    is_parameter,
     modules_in,
     optimizer_state,
+    own_state,
     parameter_names,
 )
 
@@ -82,6 +83,7 @@ class _Taker:
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
         self.parts: dict[int, ShardedArray] = {}
         # First of all: what is copied of a module must be found wherever else it stands.
+        self.own = {id(module): own_state(module) for _, module in self.modules}
         self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
 
     @cached_property
@@ -116,9 +118,9 @@ class _Taker:
         if isinstance(value, nn.Module):
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
-            names = parameter_names(self.modules)
+            names = parameter_names(self.modules, read=self.own)
             found = optimizer_state(value, names, at=at.removeprefix("."))
-            state = self.walk(found.pop("state"), at, copy_up_to=_NEVER)
+            state = self.held_state(found.pop("state"), at)
             rest = self.walk(found, at, copy_up_to=math.inf)
             return OptimizerState({"state": state, **rest})
         if isinstance(value, PerRank):
@@ -129,17 +131,32 @@ class _Taker:
         return value
 
     def module(self, module: nn.Module, at: str) -> ModuleState:
-        entries = module_state(module, keep_vars=True)
-        trained = True
+        entries = (self.own.get(id(module)) or own_state(module)).by_name()
+        plain = True  # trained weights alone
         for key, item in entries.items():
-            if isinstance(item, nn.Parameter):
-                trained = trained and item.requires_grad
+            if is_parameter(item):
+                plain = plain and item.requires_grad
                 entries[key] = self.hold(item)
             else:  # it may change in forward, as running statistics do
-                trained = False
+                plain = False
                 entries[key] = self.walk(item, f"{at}.{key}", copy_up_to=math.inf)
-        frozen = frozenset() if trained else frozen_entries(module)
-        return ModuleState(entries, frozen, foreign_buffers(module))
+        if plain:
+            return ModuleState(entries, frozenset(), frozenset())
+        return ModuleState(entries, frozen_entries(module), foreign_buffers(module))
+
+    def held_state(self, state: dict[Any, Any], at: str) -> dict[Any, Any]:
+        """An optimizer's state by parameter; what only a step changes."""
+        return {
+            name: {
+                key: self.hold(item)
+                if type(item) in _COPYABLE
+                else self.walk(item, at, copy_up_to=_NEVER)
+                for key, item in own.items()
+            }
+            if type(own) is dict
+            else self.walk(own, at, copy_up_to=_NEVER)
+            for name, own in state.items()
+        }
 
     def take(self, tensor: torch.Tensor, copy_up_to: float) -> torch.Tensor:
         """A copy of a tensor of up to so many bytes that is no parameter; else itself."""
@@ -154,11 +171,12 @@ class _Taker:
         return self.copies[memory]
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
-        if type(tensor) not in _COPYABLE:
-            return tensor  # one that can't be saved, or whose parts are other tensors
+        kind = type(tensor)
         if tensor.is_inference():  # which has no version
             return tensor.clone()
-        if type(tensor) is not DTensor:  # whose detach() is slow
+        if kind is not DTensor:  # whose detach() is slow
+            if kind not in _COPYABLE:
+                return tensor  # one that can't be saved, or whose parts are other tensors
             tensor = tensor.detach()  # stays what it is after `parameter.data = ...`
         self.snapshot.held[id(tensor)] = _mark(tensor)
         return tensor

@@ -23,12 +23,15 @@ from shardckpt.errors import OptimizerModuleError, UnsupportedLeafError
 __all__ = [
     "ModuleState",
     "OptimizerState",
+    "OwnState",
     "canonical_names",
     "foreign_buffers",
     "has_state",
+    "is_parameter",
     "module_state",
     "modules_in",
     "optimizer_state",
+    "own_state",
     "parameter_names",
     "plain_state",
 ]
@@ -37,7 +40,7 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 # What the walks over a module found, with all that it depends on: most of the time a save takes.
 _canonical: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = WeakKeyDictionary()
-_by_identity: WeakKeyDictionary[nn.Module, tuple[Any, dict[int, str]]] = WeakKeyDictionary()
+_by_identity: WeakKeyDictionary[nn.Module, tuple[Any, Any, dict[int, str]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +151,27 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
     return canonical
 
 
-def module_state(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
-    """The module's state dict under canonical names; tensors alias the module's own, or with
-    `keep_vars` are its own."""
+@dataclass(frozen=True, slots=True)
+class OwnState:
+    """A module's state dict of its own tensors, and the canonical name of each key."""
+
+    tensors: dict[str, Any]
+    names: dict[str, str]
+
+    def by_name(self) -> dict[str, Any]:
+        """The state dict under canonical names."""
+        return {self.names[key]: value for key, value in self.tensors.items()}
+
+
+def own_state(module: nn.Module, *, keep_vars: bool = True) -> OwnState:
+    """Read a module; its tensors, or without `keep_vars` aliases of them."""
     state = module.state_dict(keep_vars=keep_vars)
-    names = _canonical_names(module, state)
-    return {names[key]: value for key, value in state.items()}
+    return OwnState(state, _canonical_names(module, state))
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """The module's state dict under canonical names; tensors alias the module's own."""
+    return own_state(module, keep_vars=False).by_name()
 
 
 def foreign_buffers(module: nn.Module) -> set[str]:
@@ -173,31 +191,39 @@ def foreign_buffers(module: nn.Module) -> set[str]:
     return found
 
 
-def parameter_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
+def parameter_names(
+    modules: Iterable[tuple[str, nn.Module]], *, read: Mapping[int, OwnState] | None = None
+) -> dict[int, str]:
     """id of a parameter -> its canonical name in its module.
 
-    With several modules, names begin with the module's own, so that they stay apart.
+    With several modules, names begin with the module's own, so that they stay apart. `read`
+    holds, by id, modules that have just been read.
     """
     found = list(modules)
     names: dict[int, str] = {}
     for prefix, module in found:
-        for identity, name in _names_by_identity(module).items():
+        state = (read or {}).get(id(module)) or own_state(module)
+        for identity, name in _names_by_identity(module, state).items():
             names.setdefault(identity, f"{prefix}.{name}" if len(found) > 1 else name)
     return names
 
 
-def _names_by_identity(module: nn.Module) -> dict[int, str]:
-    state = module.state_dict(keep_vars=True)
-    own = {key: id(value) for key, value in state.items() if isinstance(value, nn.Parameter)}
-    depends_on = (own, _kinds(module))
+def _names_by_identity(module: nn.Module, state: OwnState) -> dict[int, str]:
+    own = {key: id(value) for key, value in state.tensors.items() if is_parameter(value)}
     known = _by_identity.get(module)
-    if known is not None and known[0] == depends_on:
-        return known[1]
+    if known is not None and known[0] == own and known[1] is state.names:
+        return known[2]
     canonical = canonical_names(module)
     names = {id(parameter): canonical[raw] for raw, parameter in module.named_parameters()}
     if names.keys() <= set(own.values()):  # else it depends on more
-        _by_identity[module] = depends_on, names
+        _by_identity[module] = own, state.names, names
     return names
+
+
+def is_parameter(value: Any) -> bool:
+    """isinstance(value, nn.Parameter), which is slow for DTensors; by the mark, private in torch
+    2.13, that it looks at."""
+    return type(value) is nn.Parameter or getattr(value, "_is_param", False)
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[int, str], *, at: str) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def test_saves_are_written_in_the_order_of_the_calls(tmp_path):
         handles[0].result(0.01)
     gate.open_it.set()
     for handle in reversed(handles):
-        handle.result(30)
+        handle.result(60)
     assert gate.order == ["0", "1", "2", "3"]
 
 
@@ -255,6 +255,14 @@ def test_staging_memory_is_used_again(monkeypatch):
     pool.give_back(other)
     pool.give_back(again)
     assert pool.take(1, pinned=False) is first
+
+
+def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
+    monkeypatch.setattr(knobs, "STALL_DEADLINE_S", 0.1)
+    pool = ImagePool()
+    pool.give_back(pool.take(9 << 20, pinned=False))
+    pool.take(1, pinned=False)
+    pool.take(1, pinned=False)  # there is room for two like this
 
 
 def test_staging_memory_that_never_comes_free_is_an_error(monkeypatch):
