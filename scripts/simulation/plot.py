@@ -1,4 +1,4 @@
-"""The growth of planning with the number of ranks, as a picture."""
+"""The growth of planning with ranks and tensors, as a picture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from matplotlib import pyplot
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw the results of 300 tensors: seconds, bytes, manifest."""
-    results = [result for result in results if result["world"]["tensors"] == 300]
-    ranks = [result["world"]["ranks"] for result in results]
+    """Draw seconds and bytes over the number of chunks."""
+    results = sorted(results, key=lambda result: result["chunks"])
+    chunks = [result["chunks"] for result in results]
+    names = [f"{r['world']['ranks']:,} x {r['world']['tensors']:,}" for r in results]
     matplotlib.rcParams.update({"svg.hashsalt": "shardckpt", "font.size": 9})
     figure, (seconds, volume) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lines = {
@@ -30,7 +31,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         ],
     }
     for name, values in lines.items():
-        seconds.plot(ranks, values, marker="o", markersize=3, label=name)
+        seconds.plot(chunks, values, marker="o", markersize=3, label=name)
     seconds.set_ylabel("seconds of processor time")
     bytes_of = {
         "first save: to rank 0": [moved(r, "first save", "received_bytes") for r in results],
@@ -39,11 +40,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         "manifest": [result["manifest_bytes"] for result in results],
     }
     for name, values in bytes_of.items():
-        volume.plot(ranks, values, marker="o", markersize=3, label=name)
+        volume.plot(chunks, values, marker="o", markersize=3, label=name)
     volume.set_ylabel("bytes")
     for axes in (seconds, volume):
-        axes.set(xscale="log", yscale="log", xlabel="ranks (300 tensors, each on all ranks)")
-        axes.set_xticks(ranks, [str(number) for number in ranks])
+        axes.set(xscale="log", yscale="log", xlabel="chunks: ranks x tensors")
+        axes.set_xticks(chunks, names, rotation=20)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
