@@ -22,12 +22,12 @@ from tests.faults.kills import forked, newest
 
 CALLS = (
     "openat,pwrite64,fsync,rename,renameat2,mkdir,fallocate,ftruncate,unlink,rmdir,flock,fstat,"
-    "newfstatat,getdents64,fcntl,close"
+    "newfstatat,getdents64,fcntl"  # no close: a close that strace fails has closed nothing
 )
 CODES = ["EIO", "ENOSPC", "EDQUOT", "EINTR", "EMFILE", "EROFS"]
 FAULTS = ["signal=SIGKILL", "retval=1"] + [f"error={code}" for code in CODES]
 SAVED, REFUSED, UNTYPED = 0, 3, 4
-MOST_CALLS = 60
+MOST_CALLS = 16  # strace counts the calls of each thread and kind by themselves
 
 
 def available() -> bool:
