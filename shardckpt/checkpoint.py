@@ -210,8 +210,7 @@ class Checkpoint(Mapping[str, Any]):
         pending: list[tuple[TensorEntry, LocalChunk]] = []
         builder = Builder(saved or self._saved, pending, **({"new": new} if new else {}))
         value = build(builder)
-        reads = (read for entry, target in pending for read in plan_reads(entry, target))
-        read_all(self._files, self.manifest, reads)
+        read_all(self._files, self.manifest, plan_reads(pending))
         return value
 
     def read_box(
@@ -219,5 +218,7 @@ class Checkpoint(Mapping[str, Any]):
     ) -> torch.Tensor:
         """The box (offsets, sizes) of a saved tensor, as a new CPU tensor."""
         part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
-        read_all(self._files, self.manifest, plan_reads(entry, LocalChunk(offsets, sizes, part)))
+        read_all(
+            self._files, self.manifest, plan_reads([(entry, LocalChunk(offsets, sizes, part))])
+        )
         return part

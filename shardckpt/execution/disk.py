@@ -101,7 +101,7 @@ class DiskTensor(torch.Tensor):
             files, manifest, _, entry = self._source
             tensor = torch.empty(entry.shape, dtype=self.dtype)
             whole = LocalChunk((0,) * tensor.dim(), entry.shape, tensor)
-            read_all(files, manifest, plan_reads(entry, whole))
+            read_all(files, manifest, plan_reads([(entry, whole)]))
             self._tensor = tensor
         return self._tensor
 

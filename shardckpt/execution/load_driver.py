@@ -72,7 +72,8 @@ def run_load(
         nonlocal read_bytes
         manifest, matcher, finish = matched[0]
         with own.phase("read"):
-            reads = (read for entry, target in matcher.reads for read in plan_reads(entry, target))
+            with collector_paused():
+                reads = plan_reads(matcher.reads)
             read_bytes = read_all(opened[0], manifest, reads, progress=coordinator.progress)
         with own.phase("place"):
             finish()

@@ -12,10 +12,11 @@ import ctypes
 import itertools
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import xxhash
 
@@ -25,7 +26,7 @@ from shardckpt.execution.buffers import Buffer, view_at
 from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.manifest import Manifest, ShardEntry
-from shardckpt.planning.reads import WINDOW_BYTES, CopyRead, DirectRead, Read
+from shardckpt.planning.reads import WINDOW_BYTES, CopyRead, Reads
 from shardckpt.storage.base import CheckpointFiles
 
 __all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "tensors_in"]
@@ -39,7 +40,7 @@ _POLL_S = 0.2
 def read_all(
     files: CheckpointFiles,
     manifest: Manifest,
-    reads: Iterable[Read],
+    reads: Reads,
     *,
     progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> int:
@@ -48,11 +49,11 @@ def read_all(
     Destinations are complete only if this returns. Raises CorruptionError for a shard that
     is missing, cut or changed, naming the file, the block and the tensors hurt.
     """
-    windows = _by_window(reads)
-    for shard in {shard for shard, _ in windows}:
+    windows = _windows(reads)
+    for shard in {window.shard for window in windows}:
         check_size(files, manifest.shards[shard])
     threads = max(1, min(knobs.READ_THREADS, len(windows)))
-    queue = iter(sorted(windows))  # next() on it is atomic: the workers share it
+    queue = iter(windows)  # next() on it is atomic: the workers share it
     stop = threading.Event()
     read_bytes = [0] * threads
 
@@ -60,7 +61,7 @@ def read_all(
         for window in queue:
             if stop.is_set():
                 return
-            read_bytes[worker] += _read_window(files, manifest, window, windows[window], buffer)
+            read_bytes[worker] += _read_window(files, manifest, window, buffer)
 
     with workers(threads, "shardckpt-read", buffers=threads) as (pool, buffers):
         pending = {pool.submit(work, *job) for job in enumerate(buffers)}
@@ -93,46 +94,64 @@ def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:
         )
 
 
-def _by_window(reads: Iterable[Read]) -> dict[tuple[int, int], list[Read]]:
-    """Reads by (shard, number of the window); direct ones are cut at the borders."""
-    windows: dict[tuple[int, int], list[Read]] = defaultdict(list)
-    for read in reads:
-        first, last = read.begin // WINDOW_BYTES, (read.end - 1) // WINDOW_BYTES
-        if first == last or isinstance(read, CopyRead):
-            windows[read.shard, first].append(read)
-            continue
-        for number in range(first, last + 1):
-            begin = max(read.begin, number * WINDOW_BYTES)
-            end = min(read.end, (number + 1) * WINDOW_BYTES)
-            address = read.address + begin - read.begin
-            windows[read.shard, number].append(DirectRead(read.shard, begin, end, address))
-    return windows
+_Read = tuple[int, int, "int | CopyRead"]
+"""(begin, end, address or copy) of a read in its shard's file."""
+
+
+@dataclass(slots=True)
+class _Window:
+    """The reads of one window of a shard, by their begin; `base` is where it begins."""
+
+    shard: int
+    base: int
+    reads: list[_Read]
+
+
+def _windows(reads: Reads) -> list[_Window]:
+    """All windows that hold reads, in the order of the files; direct reads are cut at borders."""
+    shard, begin, end, address = reads.direct.T
+    first, parts = begin // WINDOW_BYTES, (end - 1) // WINDOW_BYTES - begin // WINDOW_BYTES + 1
+    row = np.repeat(np.arange(len(begin)), parts)
+    number = first[row] + np.arange(len(row)) - (np.cumsum(parts) - parts)[row]
+    low = np.maximum(begin[row], number * WINDOW_BYTES)
+    high = np.minimum(end[row], (number + 1) * WINDOW_BYTES)
+    into = address[row] + low - begin[row]
+    order = np.lexsort((high, low, shard[row]))
+    found: dict[tuple[int, int], _Window] = {}
+    rows = np.column_stack([shard[row], number, low, high, into])[order].tolist()
+    for (index, place), part in itertools.groupby(rows, key=lambda row: (row[0], row[1])):
+        cut: list[_Read] = [(low, high, into) for _, _, low, high, into in part]
+        found[index, place] = _Window(index, place * WINDOW_BYTES, cut)
+    for copy in reads.copies:
+        key = copy.shard, copy.begin // WINDOW_BYTES
+        window = found.setdefault(key, _Window(copy.shard, key[1] * WINDOW_BYTES, []))
+        window.reads.append((copy.begin, copy.end, copy))
+    if reads.copies:
+        for window in found.values():
+            window.reads.sort(key=lambda read: read[:2])
+    return [found[key] for key in sorted(found)]
 
 
 def _read_window(
-    files: CheckpointFiles,
-    manifest: Manifest,
-    window: tuple[int, int],
-    reads: list[Read],
-    buffer: Buffer,
+    files: CheckpointFiles, manifest: Manifest, window: _Window, buffer: Buffer
 ) -> int:
     """Read, verify and place all reads of one window; the bytes read."""
-    shard = manifest.shards[window[0]]
-    reads.sort(key=lambda read: (read.begin, read.end))
+    size_bytes = manifest.shards[window.shard].size_bytes
     total = 0
-    start = 0
-    while start < len(reads):
-        low = _floor(reads[start].begin)
-        high = 0
-        stop = start
-        while stop < len(reads) and (stop == start or _floor(reads[stop].begin) <= high):
-            border = -(-reads[stop].end // BLOCK_BYTES) * BLOCK_BYTES
-            high = max(high, min(border, shard.size_bytes))
-            stop += 1
-        _read_run(files, manifest, window, (low, high), reads[start:stop], buffer)
-        total += high - low
-        start = stop
-    return total
+    run: list[_Read] = []
+    low = high = 0
+    for read in window.reads:
+        if run and _floor(read[0]) > high:
+            _read_run(files, manifest, window, (low, high), run, buffer)
+            total += high - low
+            run = []
+        if not run:
+            low, high = _floor(read[0]), 0
+        if read[1] > high:
+            high = min(-(-read[1] // BLOCK_BYTES) * BLOCK_BYTES, size_bytes)
+        run.append(read)
+    _read_run(files, manifest, window, (low, high), run, buffer)
+    return total + high - low
 
 
 def _floor(offset: int) -> int:
@@ -142,42 +161,42 @@ def _floor(offset: int) -> int:
 def _read_run(
     files: CheckpointFiles,
     manifest: Manifest,
-    window: tuple[int, int],
+    window: _Window,
     span: tuple[int, int],
-    reads: list[Read],
+    reads: list[_Read],
     buffer: Buffer,
 ) -> None:
     """Read the bytes of a span, which are whole blocks, and serve `reads` from them."""
-    shard, base = manifest.shards[window[0]], window[1] * WINDOW_BYTES
+    shard, base = manifest.shards[window.shard], window.base
     low, high = span
     pieces: list[memoryview] = []
-    later: list[Read] = []
+    later: list[_Read] = []
     at = low
     # Bytes that two reads want can land in one place only: then all go through the buffer.
-    apart = all(a.end <= b.begin for a, b in itertools.pairwise(reads))
+    apart = all(a[1] <= b[0] for a, b in itertools.pairwise(reads))
     for read in reads:
-        size = read.end - read.begin
-        if not apart or size < DIRECT_BYTES or isinstance(read, CopyRead):
+        begin, end, place = read
+        if end - begin < DIRECT_BYTES or not apart or isinstance(place, CopyRead):
             later.append(read)
             continue
-        if read.begin > at:
-            pieces.append(buffer.view[at - base : read.begin - base])
-        pieces.append(view_at(read.address, size))
-        at = read.end
+        if begin > at:
+            pieces.append(buffer.view[at - base : begin - base])
+        pieces.append(view_at(place, end - begin))
+        at = end
     if at < high:
         pieces.append(buffer.view[at - base : high - base])
     files.readinto(shard.name, pieces, offset=low)
     bad = bad_blocks(shard, low, pieces)
     if bad:
-        raise damaged_blocks(manifest, bad, shard=window[0], path=files.path)
-    for read in later:
-        offset = read.begin - base
-        if isinstance(read, DirectRead):
-            ctypes.memmove(read.address, buffer.address + offset, read.end - read.begin)
+        raise damaged_blocks(manifest, bad, shard=window.shard, path=files.path)
+    held_at = buffer.address - base
+    for begin, end, place in later:
+        if isinstance(place, int):
+            ctypes.memmove(place, held_at + begin, end - begin)
             continue
-        count = (read.end - read.begin) // read.dtype.itemsize
-        held = torch.frombuffer(buffer.view, dtype=read.dtype, count=count, offset=offset)
-        read.into.copy_(held.as_strided(read.sizes, read.strides))
+        count = (end - begin) // place.dtype.itemsize
+        held = torch.frombuffer(buffer.view, dtype=place.dtype, count=count, offset=begin - base)
+        place.into.copy_(held.as_strided(place.sizes, place.strides))
 
 
 def bad_blocks(shard: ShardEntry, low: int, pieces: Sequence[memoryview]) -> list[int]:

@@ -6,32 +6,26 @@ is, or a tensor view that it is copied into (strided, of another dtype, or on a 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shardckpt.format.dtypes import DTYPES, itemsize
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.planning.chunks import LocalChunk, box_slices
 
-__all__ = ["WINDOW_BYTES", "CopyRead", "DirectRead", "Read", "plan_reads"]
+__all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]
+
+Ints = NDArray[np.int64]
 
 WINDOW_BYTES = 4 << 20
 """Shards are read in windows of this size, at multiples of it; no read crosses one unless its
 bytes land as they are."""
-
-
-@dataclass(frozen=True, slots=True)
-class DirectRead:
-    """Bytes [begin, end) of the file of shard number `shard` go to `address` as they are."""
-
-    shard: int
-    begin: int
-    end: int
-    address: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,79 +42,108 @@ class CopyRead:
     into: torch.Tensor
 
 
-Read = DirectRead | CopyRead
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """What to read. `direct` [n, 4], a row for each run of bytes that lands as it is: number of
+    the shard, begin and end in its file, address in memory. `copies` are all others. Whoever
+    carries them out keeps the tensors alive."""
+
+    direct: Ints
+    copies: list[CopyRead]
 
 
-def plan_reads(entry: TensorEntry, target: LocalChunk) -> Iterator[Read]:
-    """The reads that fill a box of a saved tensor. Pure.
+def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
+    """The reads that fill boxes of saved tensors. Pure.
 
-    `target.data` has the sizes of the box; its dtype and device may differ from what was
-    saved (copying casts).
+    The data of a chunk have the sizes of its box; their dtype and device may differ from what
+    was saved (copying casts).
     """
-    if 0 in target.sizes:
-        return
-    data = target.data
-    as_is = data.is_cpu and data.dtype == DTYPES[entry.dtype]
-    chunks = entry.chunks
-    dims = len(entry.shape)
-    if len(chunks) == 1 and target.sizes == entry.shape:
-        shard, begin, end = chunks[0, :3].tolist()
-        if as_is and data.is_contiguous():
-            yield DirectRead(shard, begin, end, data.data_ptr())
-        else:
-            yield from _cut_reads(shard, begin, entry.dtype, entry.shape, data)
-        return
-    offsets, sizes = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
-    want = np.array([target.offsets, target.sizes], dtype=np.int64).reshape(2, dims)
-    low = np.maximum(offsets, want[0])
-    high = np.minimum(offsets + sizes, want[0] + want[1])
-    for index in np.flatnonzero((high > low).all(axis=1)).tolist():
-        start, size = low[index].tolist(), (high[index] - low[index]).tolist()
-        place = data[box_slices(target.offsets, start, size)]
-        held = sizes[index].tolist()
-        strides = _row_major(held)
-        first = sum(
-            (a - b) * s for a, b, s in zip(start, offsets[index].tolist(), strides, strict=True)
-        )
-        shard = int(chunks[index, 0])
-        begin = int(chunks[index, 1]) + first * itemsize(entry.dtype)
-        if as_is and place.is_contiguous() and _is_run(size, held):
-            length = math.prod(size) * itemsize(entry.dtype)
-            yield DirectRead(shard, begin, begin + length, place.data_ptr())
-        else:
-            yield from _cut_reads(shard, begin, entry.dtype, size, place, held)
+    by_dims: dict[int, list[tuple[TensorEntry, LocalChunk]]] = {}
+    for entry, target in wanted:
+        if 0 not in target.sizes:
+            by_dims.setdefault(len(entry.shape), []).append((entry, target))
+    found = [_reads_of(dims, pairs) for dims, pairs in by_dims.items()]
+    return Reads(
+        direct=np.concatenate([np.empty((0, 4), np.int64), *(part.direct for part in found)]),
+        copies=[copy for part in found for copy in part.copies],
+    )
 
 
-def _row_major(sizes: list[int] | tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1] * len(sizes)
-    for dim in range(len(sizes) - 2, -1, -1):
-        strides[dim] = strides[dim + 1] * sizes[dim + 1]
-    return tuple(strides)
+def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
+    """As plan_reads for tensors of `dims` dimensions."""
+    chunks = np.concatenate([entry.chunks for entry, _ in pairs])
+    owner = np.repeat(np.arange(len(pairs)), [len(entry.chunks) for entry, _ in pairs])
+    numbers = itertools.chain.from_iterable((*t.offsets, *t.sizes) for _, t in pairs)
+    want = np.fromiter(numbers, np.int64, len(pairs) * 2 * dims).reshape(len(pairs), 2, dims)[owner]
+    held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
+    low = np.maximum(held_at, want[:, 0])
+    size = np.minimum(held_at + held, want[:, 0] + want[:, 1]) - low
+    hit = np.flatnonzero((size > 0).all(axis=1))
+    chunks, owner, want, low, size = chunks[hit], owner[hit], want[hit], low[hit], size[hit]
+    held_at, held = held_at[hit], held[hit]
+
+    width = np.array([itemsize(entry.dtype) for entry, _ in pairs], dtype=np.int64)[owner]
+    begin = chunks[:, 1] + ((low - held_at) * _strides(held)).sum(axis=1) * width
+    end = begin + size.prod(axis=1) * width
+    into = np.array([t.data.data_ptr() for _, t in pairs], dtype=np.int64)[owner]
+    into += ((low - want[:, 0]) * _strides(want[:, 1])).sum(axis=1) * width
+    as_is = np.array([_is_plain(t.data, entry.dtype) for entry, t in pairs], dtype=np.bool_)[owner]
+    as_is &= _are_runs(size, held) & _are_runs(size, want[:, 1])
+
+    copies: list[CopyRead] = []
+    for row in np.flatnonzero(~as_is).tolist():
+        entry, target = pairs[owner[row]]
+        sizes = size[row].tolist()
+        place = target.data[box_slices(target.offsets, low[row].tolist(), sizes)]
+        shard, at = int(chunks[row, 0]), int(begin[row])
+        copies += _cut_reads(shard, at, entry.dtype, sizes, place, held[row].tolist())
+    direct = np.column_stack([chunks[:, 0], begin, end, into])[as_is]
+    return Reads(direct=direct, copies=copies)
 
 
-def _is_run(part: list[int], whole: list[int]) -> bool:
-    """Whether a box of sizes `part` in a row-major array of sizes `whole` is one run of bytes."""
-    dim = 0
-    while dim < len(part) and part[dim] == 1:
-        dim += 1
-    return all(a == b for a, b in zip(part[dim + 1 :], whole[dim + 1 :], strict=True))
+def _is_plain(data: torch.Tensor, dtype: str) -> bool:
+    return (
+        data.is_cpu
+        and data.dtype == DTYPES[dtype]
+        and data.is_contiguous()
+        and not (data.is_conj() or data.is_neg())
+    )
+
+
+def _strides(sizes: Ints) -> Ints:
+    """The row-major strides of boxes of these sizes, both [n, d]."""
+    strides = np.ones_like(sizes)
+    for dim in range(sizes.shape[1] - 2, -1, -1):
+        strides[:, dim] = strides[:, dim + 1] * sizes[:, dim + 1]
+    return strides
+
+
+def _are_runs(part: Ints, whole: Ints) -> NDArray[np.bool_]:
+    """Whether boxes of sizes `part` in row-major arrays of sizes `whole` are one run of bytes."""
+    run = np.ones(len(part), dtype=np.bool_)
+    inside = np.zeros(len(part), dtype=np.bool_)  # a dimension of more than one has come
+    for dim in range(part.shape[1]):
+        run &= ~inside | (part[:, dim] == whole[:, dim])
+        inside |= part[:, dim] > 1
+    return run
 
 
 def _cut_reads(
     shard: int,
     begin: int,
     dtype: str,
-    sizes: list[int] | tuple[int, ...],
+    sizes: list[int],
     into: torch.Tensor,
-    whole: list[int] | tuple[int, ...] | None = None,
+    whole: list[int],
 ) -> Iterator[CopyRead]:
-    """CopyReads for a box, none of which crosses the border of a window.
+    """CopyReads for a box of a row-major array of sizes `whole`; none crosses a window's border.
 
     A box that does is cut along its first dimension: what comes before the border, the row
     that lies across it (cut in turn), and the rest.
     """
     width = itemsize(dtype)
-    strides = _row_major(whole if whole is not None else sizes)
+    products = itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1)
+    strides = tuple(products)[::-1] if whole else ()
 
     def cut(
         begin: int, sizes: tuple[int, ...], strides: tuple[int, ...], into: torch.Tensor

@@ -108,9 +108,7 @@ class ShardReader(StorageReader):
         assert self._opened is not None, "read_metadata comes first"
         files, manifest = self._opened
         if isinstance(planner, ReshardLoadPlanner):
-            matched = planner.matcher.reads
-            reads = (read for entry, target in matched for read in plan_reads(entry, target))
-            read_all(files, manifest, reads)
+            read_all(files, manifest, plan_reads(planner.matcher.reads))
             planner.finish_load()
         else:
             self._read_items(plan, planner)
@@ -144,7 +142,7 @@ class ShardReader(StorageReader):
         error = mismatches.error(files.path)
         if error is not None:
             raise error
-        read_all(files, manifest, (r for entry, chunk in wanted for r in plan_reads(entry, chunk)))
+        read_all(files, manifest, plan_reads(wanted))
         for item, target in tensors:
             planner.commit_tensor(item, target)
         for item, value in loaded:
