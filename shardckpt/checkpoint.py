@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.devices import free_memory
 from shardckpt.execution.disk import MappedFiles, disk_tensor
 from shardckpt.execution.load_driver import open_manifest
@@ -97,11 +98,13 @@ class Checkpoint(Mapping[str, Any]):
     """
 
     def __init__(self, path: str, *, storage: Storage) -> None:
-        self._files, self.manifest = open_manifest(storage, path)
+        with collector_paused():
+            self._files, self.manifest = open_manifest(storage, path)
 
     @functools.cached_property
     def _saved(self) -> SavedState:
-        return SavedState(self.manifest)
+        with collector_paused():
+            return SavedState(self.manifest)
 
     @property
     def path(self) -> str:
@@ -177,11 +180,12 @@ class Checkpoint(Mapping[str, Any]):
         self, *, device_map: DeviceMap = "cpu", keys: Select = None, rename: Rename = None
     ) -> Any:
         """Build the saved state anew; see shardckpt.load_state."""
-        saved = SavedState(self.manifest, keys=keys, rename=rename)
+        saved = self._saved
+        if keys is not None or rename is not None:
+            saved = SavedState(self.manifest, keys=keys, rename=rename)
         mapped = MappedFiles(self._files)
-        sources: dict[
-            str, str
-        ] = {}  # saved tensor -> the first of its names: tied ones go together
+        # Saved tensor -> the first of its names: tied ones go to one device.
+        sources: dict[str, str] = {}
         for name, node in saved.leaves.items():
             if _is_array(node):
                 sources.setdefault(node.name, name)
@@ -209,8 +213,10 @@ class Checkpoint(Mapping[str, Any]):
         """What `build` makes with a Builder, its tensors read."""
         pending: list[tuple[TensorEntry, LocalChunk]] = []
         builder = Builder(saved or self._saved, pending, **({"new": new} if new else {}))
-        value = build(builder)
-        read_all(self._files, self.manifest, plan_reads(pending))
+        with collector_paused():
+            value = build(builder)
+            reads = plan_reads(pending)
+        read_all(self._files, self.manifest, reads)
         return value
 
     def read_box(

@@ -56,7 +56,7 @@ def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         yield tensor
         return
-    size_bytes = tensor.numel() * tensor.element_size()
+    tensor, size_bytes = tensor.detach(), tensor.nbytes
     if size_bytes <= BUFFER_BYTES or tensor.dim() == 0:
         yield tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
         return

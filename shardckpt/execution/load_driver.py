@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import torch
 
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.errors import DirectoryNotSharedError
+from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.reader import read_all
 from shardckpt.format.manifest import Manifest, from_bytes
 from shardckpt.planning.load_plan import Finish, Matcher
@@ -49,10 +51,11 @@ def run_load(
     read_bytes = 0
 
     def plan() -> bytes:
-        with own.phase("open"):
+        with own.phase("open"), collector_paused():
             files, manifest = open_manifest(storage, path)
             opened.append(files)
-        with own.phase("match"):
+        # to_local() is free without gradients
+        with own.phase("match"), collector_paused(), torch.no_grad():
             matcher = Matcher(
                 state,
                 SavedState(manifest, keys=keys, rename=rename),

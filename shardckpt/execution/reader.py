@@ -23,6 +23,7 @@ import xxhash
 from shardckpt import knobs
 from shardckpt.errors import CorruptionError
 from shardckpt.execution.buffers import Buffer, view_at
+from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.manifest import Manifest, ShardEntry
@@ -49,7 +50,8 @@ def read_all(
     Destinations are complete only if this returns. Raises CorruptionError for a shard that
     is missing, cut or changed, naming the file, the block and the tensors hurt.
     """
-    windows = _windows(reads)
+    with collector_paused():
+        windows = _windows(reads)
     for shard in {window.shard for window in windows}:
         check_size(files, manifest.shards[shard])
     threads = max(1, min(knobs.READ_THREADS, len(windows)))

@@ -24,6 +24,7 @@ from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.execution.base import Base, open_base
 from shardckpt.execution.buffers import contiguous_parts, view_at
+from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format.digests import text_digest
 from shardckpt.format.manifest import FORMAT_VERSION, Manifest, ShardEntry, to_bytes
@@ -132,7 +133,7 @@ class _Save:
         """Agree on who writes what, and begin the checkpoint."""
 
         def summary() -> bytes:
-            with self.own.phase("plan"):
+            with self.own.phase("plan"), collector_paused():
                 self.local = plan_locally()
                 structure, values, rows = self.local.digests()
             self.key = structure, rows, str(self.coordinator.world_size)
@@ -183,7 +184,7 @@ class _Save:
         return self.local.pack(whole=self.coordinator.rank == 0)
 
     def divide(self, payloads: list[bytes]) -> list[bytes]:
-        with self.own.phase("divide"):
+        with self.own.phase("divide"), collector_paused():
             plan = global_plan([LocalPlan.unpack(payload) for payload in payloads])
             self.known = KnownPlan(plan)
         _cache.add_plan(self.plan_id, self.known)
@@ -195,7 +196,8 @@ class _Save:
             local, writes = self.local, self.writes
             assert writes is not None
             with self.own.phase("write"), self.base as base:
-                parts = planned_parts(local, writes)
+                with collector_paused(), torch.no_grad():
+                    parts = planned_parts(local, writes)
                 result = write_rank(
                     self.transaction,
                     rank=self.coordinator.rank,
@@ -232,10 +234,12 @@ class _Save:
             compare_replicas(
                 self.known.plan, [np.frombuffer(result.replicas, dtype="<u8") for result in results]
             )
+            with collector_paused():
+                tensors = self.known.encoded_tensors(file_table(results))
             answer = commit(
                 self.transaction,
                 checkpoint_id=self.checkpoint_id,
-                tensors=self.known.encoded_tensors(file_table(results)),
+                tensors=tensors,
                 results=results,
                 tree=self.local.tree,
             )
@@ -261,7 +265,7 @@ def planned_parts(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
         writes.boxes,
         strict=True,
     ):
-        data = local.data[row].detach()
+        data = local.data[row]
         if not whole:
             dims = data.dim()
             offsets, sizes = box[:, :dims].tolist()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shardckpt.errors import StorageError
 from shardckpt.execution.base import Base
+from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.writer import write_shard
 from shardckpt.format.shard import build_header, chunk_name
 from shardckpt.planning.assembly import chunk_bytes, shard_name
@@ -83,7 +84,8 @@ def write_rank(
         part = slice(begin, end)
         own = ChunkTable(tensor=chunks.tensor[part], boxes=chunks.boxes[part])
         name = shard_name(rank=rank, world_size=world_size, kind=kind)
-        header, size_bytes = _layout(specs, own)
+        with collector_paused():
+            header, size_bytes = _layout(specs, own)
         shard = base and base.take_over(
             transaction,
             name,

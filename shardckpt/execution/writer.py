@@ -51,7 +51,7 @@ def write_shard(
         whole = list(_runs(tensors)) if staged else tensors
         for tensor in itertools.chain([head], whole):
             for part in contiguous_parts(tensor):
-                stream.put(part.data_ptr(), part.numel() * part.element_size(), staged=staged)
+                stream.put(part.data_ptr(), part.nbytes, staged=staged)
         return stream.finish()
 
 

@@ -16,7 +16,6 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -32,8 +31,7 @@ _NUMPY_DTYPE = re.compile(r"[<|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(msgspec.Struct, frozen=True):
     """Stands where a tensor, an array or a value per rank stood; `name` says which.
 
     For "per_rank" the name is the index into each rank's list of values.

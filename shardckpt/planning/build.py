@@ -82,9 +82,6 @@ class Builder:
         elif self.filled.first(tensor, ref.name) != ref.name:
             tensor = torch.empty_like(tensor)  # tied where it is, but not as it was saved
         if to_read:
-            for chunk in local_chunks(tensor, name=name):
-                self.reads.append(
-                    (entry, LocalChunk(chunk.offsets, chunk.sizes, chunk.data.detach()))
-                )
+            self.reads += [(entry, chunk) for chunk in local_chunks(tensor, name=name)]
         self._tied[ref] = tensor.numpy() if ref.kind == "numpy" and tensor.is_cpu else tensor
         return self._tied[ref]

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -38,8 +38,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes) of a part of a global tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class LocalChunk:
+class LocalChunk(NamedTuple):
     """A box of a global tensor, and the local tensor (of the box's sizes) that holds it."""
 
     offsets: tuple[int, ...]

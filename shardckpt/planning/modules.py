@@ -13,7 +13,7 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.build import NOTHING
-from shardckpt.planning.chunks import is_distributed
+from shardckpt.planning.chunks import is_distributed, local_tensor
 from shardckpt.planning.saved import below
 from shardckpt.planning.stateful import canonical_names, optimizer_state
 
@@ -80,9 +80,8 @@ def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """What the local memory of a tensor is known by; equal for views of one storage."""
-    with torch.no_grad():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        return int(local.untyped_storage()._cdata)
+    local = local_tensor(tensor)
+    return id(tensor) if local is None else local.untyped_storage()._cdata
 
 
 def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish:

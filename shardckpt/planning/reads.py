@@ -94,7 +94,7 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     for row in np.flatnonzero(~as_is).tolist():
         entry, target = pairs[owner[row]]
         sizes = size[row].tolist()
-        place = target.data[box_slices(target.offsets, low[row].tolist(), sizes)]
+        place = target.data.detach()[box_slices(target.offsets, low[row].tolist(), sizes)]
         shard, at = int(chunks[row, 0]), int(begin[row])
         copies += _cut_reads(shard, at, entry.dtype, sizes, place, held[row].tolist())
     direct = np.column_stack([chunks[:, 0], begin, end, into])[as_is]

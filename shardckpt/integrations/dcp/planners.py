@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -119,7 +120,8 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         """Match the state against the saved one; the reads stay with this planner."""
-        self.finish_load = self.matcher.match(self.original_state_dict)
+        with torch.no_grad():
+            self.finish_load = self.matcher.match(self.original_state_dict)
         self.matcher.settle()
         error = None if self.allow_partial_load else self.matcher.strict_part().error("")
         if error is not None:
