@@ -178,9 +178,10 @@ class Matcher:
                 remedy="leave one of them out with keys=, or untie the tensors first",
             )
         for chunk in local_chunks(tensor, name=name):
-            data = chunk.data.detach()
-            steps = zip(data.stride(), data.shape, strict=True)
-            if data.numel() and any(step == 0 and size > 1 for step, size in steps):
+            data = chunk.data
+            if not data.is_contiguous() and any(
+                step == 0 and size > 1 for step, size in zip(data.stride(), data.shape, strict=True)
+            ):
                 raise StateError(
                     "A tensor whose elements share memory can't be filled",
                     tensor=name,
@@ -188,7 +189,7 @@ class Matcher:
                     actual=f"strides {data.stride()}",
                     remedy="clone() it first: it was made by expand() or broadcasting",
                 )
-            self.reads.append((entry, LocalChunk(chunk.offsets, chunk.sizes, data)))
+            self.reads.append((entry, chunk))
 
     def array(self, template: np.ndarray[Any, Any], name: str) -> Finish:
         """Fill an array in place where its memory allows that, else replace it."""
