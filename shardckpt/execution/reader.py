@@ -198,7 +198,8 @@ def _read_run(
             continue
         count = (end - begin) // place.dtype.itemsize
         held = torch.frombuffer(buffer.view, dtype=place.dtype, count=count, offset=begin - base)
-        place.into.copy_(held.as_strided(place.sizes, place.strides))
+        with torch.inference_mode():  # tensors made in it take nothing outside it
+            place.into.copy_(held.as_strided(place.sizes, place.strides))
 
 
 def bad_blocks(shard: ShardEntry, low: int, pieces: Sequence[memoryview]) -> list[int]:
