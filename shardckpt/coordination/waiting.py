@@ -10,7 +10,7 @@ from shardckpt.errors import RankFailedError, RankMismatchError
 __all__ = ["SHORTEST_WAIT_S", "next_wait", "poll", "rank_failed", "ranks_disagree"]
 
 SHORTEST_WAIT_S = 0.0002
-_LONGEST_WAIT_S = 0.02
+_LONGEST_WAIT_S = 0.002
 _LONGEST_WAIT_PER_RANK_S = 20e-6  # a torch store answers about 100,000 requests a second
 
 
