@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
+import torch
 
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.execution.save_driver import replica_digests, run_save
@@ -137,12 +138,12 @@ def load(world: World, storage: Nowhere, result: Result) -> dict[str, float]:
     state = loading_state(ranks, shape=world.shape, tensors=world.tensors)
     since = time.process_time()
     matcher = Matcher(state, SavedState(manifest), rank=ranks // 2, world_size=ranks, cast=False)
-    matcher.match(state)
+    with torch.no_grad():
+        matcher.match(state)
     matcher.settle()
     assert matcher.strict_part().error("nowhere") is None
     seconds["match"] = time.process_time() - since
     since = time.process_time()
-    for entry, target in matcher.reads:
-        list(plan_reads(entry, target))
+    plan_reads(matcher.reads)
     seconds["reads"] = time.process_time() - since
     return seconds
