@@ -74,6 +74,9 @@ class LocalFiles:
         try:
             fd = self._system.open(MANIFEST_NAME, _READ, dir_fd=self._directory)
         except FileNotFoundError as error:
+            now = self._at_path()
+            if now != self._system.fstat(self._directory).st_ino:
+                raise self._replaced(MANIFEST_NAME, now) from error
             raise NotACheckpointError(
                 "This directory is no shardckpt checkpoint",
                 path=self.path,
@@ -216,17 +219,9 @@ class LocalFiles:
         return fd
 
     def _missing(self, name: str, error: OSError) -> NoReturn:
-        now: int | None = None
-        with suppress(OSError):
-            now = self._system.stat(os.path.realpath(self.path)).st_ino
+        now = self._at_path()
         if now != self._system.fstat(self._directory).st_ino:
-            raise CheckpointNotFoundError(
-                "The checkpoint was replaced or removed while it was being read",
-                path=self.path,
-                expected=name,
-                actual="another checkpoint" if now else "nothing",
-                remedy="load again",
-            ) from error
+            raise self._replaced(name, now) from error
         raise CorruptionError(
             "A shard is missing",
             path=f"{self.path}/{name}",
@@ -234,6 +229,21 @@ class LocalFiles:
             actual="no such file",
             remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
         ) from error
+
+    def _at_path(self) -> int | None:
+        """What stands at the path now, by its inode."""
+        with suppress(OSError):
+            return self._system.stat(os.path.realpath(self.path)).st_ino
+        return None
+
+    def _replaced(self, name: str, now: int | None) -> CheckpointNotFoundError:
+        return CheckpointNotFoundError(
+            "The checkpoint was replaced or removed while it was being read",
+            path=self.path,
+            expected=name,
+            actual="another checkpoint" if now else "nothing",
+            remedy="load again",
+        )
 
     def _no_regular_file(self, name: str) -> NoReturn:
         raise CorruptionError(

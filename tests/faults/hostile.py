@@ -224,7 +224,7 @@ ATTACKS: dict[str, Attack] = {
     "pickle as manifest": raw(pickle.dumps(Evil())),
     "torch file as shard": lambda folder: torch.save(Evil(), folder / SHARD),
 }
-"""What load_state and verify must both refuse."""
+"""What load_state and verify must both refuse; verify not an enum of a class that is not there."""
 
 HEADERS: dict[str, Attack] = {
     "pickle as shard": lambda folder: reseal_shard(folder, pickle.dumps(Evil()).ljust(4200)),

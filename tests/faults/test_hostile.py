@@ -41,6 +41,8 @@ def wrong(attempt) -> str | None:
         return what + f"{attempt['seconds']:.1f} s, {attempt['peak_bytes'] >> 20} MiB"
     if attempt["case"] == "good":
         return what + attempt["text"] if attempt["error"] else None
+    if attempt["call"] == "verify" and attempt["case"].startswith("an enum "):
+        return what + attempt["text"] if attempt["error"] else None
     if not attempt["typed"]:
         return what + f"{attempt['error']}: {attempt['text']}"
     if not attempt["remedy"]:
