@@ -13,10 +13,17 @@ import msgspec
 from shardckpt import knobs
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
-from shardckpt.errors import CorruptionError, ShardckptError, StateError, StorageError
+from shardckpt.errors import (
+    CheckpointError,
+    CorruptionError,
+    ShardckptError,
+    StateError,
+    StorageError,
+)
 from shardckpt.execution.buffers import BUFFER_BYTES, lease
 from shardckpt.execution.reader import bad_blocks, tensors_in
 from shardckpt.execution.workers import stalled, workers
+from shardckpt.format import values
 from shardckpt.format.bitflips import find_flipped_bit
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.manifest import Manifest, ShardEntry
@@ -67,6 +74,16 @@ class ShardDamage:
         )
 
 
+def _check_values(manifest: Manifest) -> None:
+    for node in (manifest.state, *manifest.per_rank):
+        try:
+            values.decode(node, tensor=lambda ref: ref)
+        except CorruptionError:
+            raise
+        except CheckpointError:  # an enum whose class is not imported here: no damage
+            continue
+
+
 def verify_shards(
     files: CheckpointFiles,
     manifest: Manifest,
@@ -90,6 +107,7 @@ def verify_shards(
 
     def check() -> bytes:
         _check_subset(subset)
+        _check_values(manifest)
         own = (part + parts * ranks.rank, parts * ranks.world_size)
         return _encode(_check_blocks(files, manifest, subset=own, progress=advance))
 
