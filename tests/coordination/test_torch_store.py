@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -86,10 +87,13 @@ def test_nothing_stays_in_the_store(connect):
 
 def test_ranks_that_are_not_there_are_named(connect, monkeypatch):
     monkeypatch.setattr(many_keys, "_KEYS_AT_ONCE", 2)
-    monkeypatch.setattr(torch_store.knobs, "DEADLINE_S", 5.0)
     absent = {2, 5}
+    all_there = threading.Barrier(
+        RANKS, lambda: monkeypatch.setattr(torch_store.knobs, "DEADLINE_S", 5.0)
+    )
 
     def work(coordinator):
+        all_there.wait(60)
         if coordinator.rank in absent:
             coordinator.close()
             return None

