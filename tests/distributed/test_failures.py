@@ -77,7 +77,7 @@ def test_a_rank_fails_while_saving(tmp_path, phase, rank, fault):
     (kind, who, when), took_s = value
     assert (kind, who) == ("other", (rank,))
     assert when == phase
-    assert took_s < 20  # on a busy machine; in half of that on one that is not
+    assert took_s < 10
     assert not (tmp_path / "faulty").exists()
     assert shardckpt.load_state(tmp_path / "before")["w"].tolist() == list(range(10))
     if fault == "raise":
