@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shardckpt.coordination.leaving import leave_at_exit
 from shardckpt.coordination.mpi.group import init_from_mpi
 from shardckpt.coordination.mpi.launch import mpi_launch, slurm_launch
 from shardckpt.errors import StateError
@@ -105,20 +104,9 @@ def _join(backend: str) -> None:
     launch = mpi_launch() or slurm_launch()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend)
+        leave_at_exit()
     elif launch is not None and launch.world_size > 1:
         init_from_mpi(backend)
-    else:
-        return
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # gloo's threads drop their last tensors after the collective that the main thread has waited
-    # for, and need the interpreter lock for it; one that still waits for the lock when the
-    # interpreter ends aborts the process (torch 2.13). So the lock is left to them for a moment.
-    time.sleep(0.1)
 
 
 def wrap(model: nn.Module, layout: Layout) -> nn.Module:

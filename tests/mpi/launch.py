@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shardckpt.coordination.leaving import leave
+
 PREFIX = Path(sys.prefix)
 WHOLE = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
 FLAVOURS = ("openmpi", "mpich")
@@ -142,6 +144,8 @@ def _main(name: str, arguments: str, folder: str, timeout_s: str) -> None:
         if "mpi4py.MPI" in sys.modules:  # the others may wait for this rank
             sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
         sys.exit(1)
+    if name not in ("stopped", "cut_off"):  # with a rank lost, a group may hang in its destructor
+        leave()
 
 
 if __name__ == "__main__":

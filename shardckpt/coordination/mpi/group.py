@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt import knobs
 from shardckpt.coordination.base import exchange
+from shardckpt.coordination.leaving import leave_at_exit
 from shardckpt.coordination.mpi.launch import Launch, mpi_launch, slurm_launch
 from shardckpt.coordination.select import operation
 from shardckpt.coordination.waiting import rank_failed
@@ -47,7 +48,8 @@ def init_from_mpi(
     variables. Rank 0 opens torch's store on a free port and tells the others by MPI.
     `backend` is by default gloo, with nccl for CUDA where there is a GPU; `timeout_s` is that
     of the group's collectives. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
-    set as torchrun sets them. No-op if there is a default group already.
+    set as torchrun sets them. The group is destroyed when the process ends, if it still is there.
+    No-op if there is a default group already.
 
     Raises CoordinationError outside mpirun and srun, or if a rank fails or can't connect.
     """
@@ -76,6 +78,7 @@ def init_from_mpi(
             remedy="look at the other ranks' logs; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
             "name the network to use",
         ) from error
+    leave_at_exit()
 
 
 def _mpi_store(comm: Any) -> tuple[int, int, Any]:

@@ -113,7 +113,6 @@ def link_of(comm: Any) -> Link:
     with _lock:
         if _keyval is None:
             _keyval = mpi.Comm.Create_keyval(delete_fn=_forget)
-            atexit.register(_leave)
         link: Link | None = comm.Get_attr(_keyval)
         if link is None:
             link = Link(comm)
@@ -245,6 +244,8 @@ class Link:
     def give_up(self, ranks: list[int]) -> None:
         """Remember ranks that don't answer, so that this process can end without them."""
         _lost.update(self._in_world(ranks))
+        atexit.unregister(_leave)  # the last one registered is called first: a process group may
+        atexit.register(_leave)  # wait for the lost rank when it is destroyed
 
     def _in_world(self, ranks: list[int]) -> list[int]:
         world = self._mpi.COMM_WORLD.Get_group()
