@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
 
+from shardckpt.closing import Closing
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.devices import free_memory
 from shardckpt.execution.disk import MappedFiles, disk_tensor
@@ -90,7 +90,7 @@ def _is_array(node: Any) -> bool:
     return isinstance(node, TensorRef) and node.kind != "per_rank"
 
 
-class Checkpoint(Mapping[str, Any]):
+class Checkpoint(Closing, Mapping[str, Any]):
     """An open checkpoint, as a mapping of names; a context manager that closes its files.
 
     `checkpoint[name]` is a SavedTensor (nothing is read), or the value. Names join the keys
@@ -137,17 +137,6 @@ class Checkpoint(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._saved.leaves)
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files. Tensors on "disk" that were made from them stay usable."""

@@ -16,7 +16,7 @@ import shardckpt
 PACKAGE = Path(shardckpt.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "_version", "knobs", "reports"},
+    {"errors", "_version", "closing", "knobs", "reports"},
     {"format"},
     {"planning"},
     {"storage", "coordination"},

@@ -39,8 +39,8 @@ class Format(Protocol):
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """Load into a state; collective."""
 
-    def signature(self, path: str) -> Any:
-        """Something cheap that changes when the checkpoint does."""
+    def marker(self, path: str) -> str:
+        """The file that is another one, or has another time, when the checkpoint is another."""
 
     def record(self, path: str) -> Any:
         """What was saved under RECORD, of a checkpoint that looks whole; None without one."""
@@ -76,10 +76,9 @@ class Sharded:
         """See Format.load."""
         return shardckpt.load(state, path, strict=strict, process_group=process_group)
 
-    def signature(self, path: str) -> Any:
-        """See Format.signature."""
-        found = os.stat(os.path.join(path, MANIFEST_NAME))
-        return found.st_ino, found.st_mtime_ns, found.st_size
+    def marker(self, path: str) -> str:
+        """See Format.marker."""
+        return os.path.join(path, MANIFEST_NAME)
 
     def record(self, path: str) -> Any:
         """See Format.record."""

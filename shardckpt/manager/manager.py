@@ -7,11 +7,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from shardckpt.closing import Closing
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.select import operation
 from shardckpt.errors import (
@@ -62,7 +62,7 @@ class Restored:
         return self.checkpoint.metrics
 
 
-class CheckpointManager:
+class CheckpointManager(Closing):
     """Saves a job's state by step into a directory, keeps what its policies say, and restores.
 
     `keep`: policies (KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your own function);
@@ -198,17 +198,6 @@ class CheckpointManager:
 
     def close(self) -> None:
         """As wait."""
-        self.wait()
-
-    def __enter__(self) -> CheckpointManager:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
         self.wait()
 
     def checkpoints(self) -> list[SavedCheckpoint]:
@@ -364,7 +353,8 @@ class CheckpointManager:
     def _look(self, path: str) -> SavedCheckpoint | None:
         """The checkpoint at a path, if it is one of this manager's; raises if it is broken."""
         try:
-            signature = self._format.signature(path)
+            found = os.stat(self._format.marker(path))
+            signature = found.st_ino, found.st_mtime_ns, found.st_size
             if self._records.get(path, (None, None))[0] != signature:
                 self._records[path] = signature, _checkpoint(path, self._format.record(path))
         except (NotACheckpointError, CheckpointNotFoundError, OSError):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shardckpt.errors import DependencyError, StateError
 from shardckpt.nn_handler.auto_saver import AutoSaver
+from shardckpt.storage.appearing import appearing
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
@@ -225,14 +226,13 @@ class CSVLogger(Callback):
         if handler.rank:
             return
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        folder = os.path.dirname(os.path.abspath(self.path))
-        os.makedirs(folder, exist_ok=True)
-        temporary = f"{self.path}.tmp"
-        with open(temporary, "w", newline="") as file:
+        with (
+            appearing(self.path, overwrite=True) as temporary,
+            open(temporary, "w", newline="") as file,
+        ):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(temporary, self.path)
 
     def state_dict(self) -> dict[str, Any]:
         """All rows."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import shardckpt
+from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
 from shardckpt.errors import NotACheckpointError
 from shardckpt.execution.memory import MemoryStorage
 from shardckpt.nn_handler.callbacks import Callback
@@ -21,7 +22,6 @@ from shardckpt.nn_handler.objects import build
 from shardckpt.nn_handler.parallel import Parallel
 from shardckpt.nn_handler.placing import place
 from shardckpt.nn_handler.random_state import seed_generators, set_random_state
-from shardckpt.nn_handler.whole_files import INDEX, is_one_file, read_many, read_one
 from shardckpt.planning.device_map import DeviceMap
 from shardckpt.planning.load_plan import Mismatches
 from shardckpt.planning.stateful import canonical_names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import zipfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import shardckpt
-from shardckpt.coordination.base import exchange
-from shardckpt.coordination.select import operation
-from shardckpt.errors import CorruptionError, StateError
-from shardckpt.execution.background import SaveHandle
-from shardckpt.execution.memory import MemoryStorage
-from shardckpt.manager.formats import RECORD
-from shardckpt.nn_handler.whole_files import (
+from shardckpt.convert.whole_files import (
     FileFormat,
     check_loads,
     is_one_file,
@@ -27,6 +20,12 @@ from shardckpt.nn_handler.whole_files import (
     write_many,
     write_one,
 )
+from shardckpt.coordination.base import exchange
+from shardckpt.coordination.select import operation
+from shardckpt.errors import StateError
+from shardckpt.execution.background import SaveHandle
+from shardckpt.execution.memory import MemoryStorage
+from shardckpt.manager.formats import RECORD
 from shardckpt.planning.flatten import Ties
 from shardckpt.planning.stateful import has_state, plain_state
 from shardckpt.reports import LoadReport
@@ -172,29 +171,18 @@ class OneFile:
             state, path, strict=strict, process_group=process_group, storage=storage
         )
 
-    def signature(self, path: str) -> Any:
-        """See Format.signature."""
-        found = os.stat(path)
-        return found.st_ino, found.st_mtime_ns, found.st_size
+    def marker(self, path: str) -> str:
+        """See Format.marker."""
+        return path
 
     def record(self, path: str) -> Any:
         """See Format.record."""
-        found = read_one(path) if is_one_file(path) else None
+        found = read_one(path, check=False) if is_one_file(path) else None
         return found.get(RECORD) if isinstance(found, dict) else None
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
-        """See Format.verify. Torch files have a checksum, safetensors files a header."""
+        """See Format.verify."""
         read_one(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (hurt := archive.testzip()) is not None:
-                    raise CorruptionError(
-                        "A torch file is damaged",
-                        path=path,
-                        expected="records that agree with their checksums",
-                        actual=hurt,
-                        remedy="load another checkpoint",
-                    )
 
     def remove(self, path: str) -> None:
         """See Format.remove."""

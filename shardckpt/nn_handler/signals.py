@@ -4,41 +4,41 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-__all__ = ["StopRequests", "leave"]
+__all__ = ["StopRequests", "leave", "stop_requests"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequests:
-    """Inside a with block the first SIGTERM or SIGINT is noted in `received`; a second SIGINT
-    raises KeyboardInterrupt at once. In threads other than the main one nothing is heard."""
+    """`received`: the first signal, 0 before it. A second SIGINT raises KeyboardInterrupt."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self) -> None:
         self.received = 0
-        self._enabled = enabled and threading.current_thread() is threading.main_thread()
-        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequests:
-        if self._enabled:
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """To be called with a signal."""
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number
+
+
+@contextmanager
+def stop_requests(*, enabled: bool) -> Iterator[StopRequests]:
+    """Inside the with block SIGTERM and SIGINT are noted; in threads other than the main one,
+    where Python allows no handlers, nothing is heard."""
+    requests = StopRequests()
+    heard = enabled and threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, requests.note) for n in _SIGNALS} if heard else {}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            # None stands for one that was not set from Python, and can't be from here
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def leave(number: int) -> None:

@@ -28,7 +28,7 @@ from shardckpt.nn_handler.parallel import (
     synchronise_gradients,
 )
 from shardckpt.nn_handler.random_state import random_state, set_random_state
-from shardckpt.nn_handler.signals import StopRequests, leave
+from shardckpt.nn_handler.signals import leave, stop_requests
 from shardckpt.planning.flatten import flatten
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Trainer:
             handler.ema.decay = self.options.ema_decay
         end = handler.begin_run(self.options.epochs, resumed=resumed)
         self.bar = [ProgressBar()] if self.options.progress_bar else []
-        with StopRequests(enabled=saver is not None and saver.on_signal) as self.requests:
+        with stop_requests(enabled=saver is not None and saver.on_signal) as self.requests:
             try:
                 self._hooks(lambda callback: callback.on_train_start(handler))
                 self._agree()

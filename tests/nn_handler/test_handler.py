@@ -272,3 +272,35 @@ def ddp_twice(folder: str) -> list[float]:
 def test_resuming_on_as_many_ranks_is_exact(tmp_path):
     first, second = run_ranks(2, ddp_twice, str(tmp_path))
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["c.pth", "c.safetensors"])
+def test_a_single_file_that_is_damaged_is_not_loaded(tmp_path, name):
+    handler = a_handler()
+    handler.save(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    values = whole.index(handler.module.head.weight.detach().numpy().tobytes())
+    for at in (values, values + 5, *range(7, len(whole), len(whole) // 10)):
+        hurt = bytearray(whole)
+        hurt[at] ^= 4
+        (tmp_path / name).write_bytes(hurt)
+        try:
+            loaded = NNHandler.load(tmp_path / name)
+        except errors.CheckpointError:
+            continue
+        assert at not in (values, values + 5)  # a zip archive has bytes that mean nothing
+        assert same(weights(loaded), weights(handler))
+
+
+def test_torch_files_of_others(tmp_path):
+    model = Net(width=5)
+    old = tmp_path / "old.pth"
+    torch.save(model.state_dict(), old, _use_new_zipfile_serialization=False)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model.state_dict(), tmp_path / "no_checksums.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name in ("old.pth", "no_checksums.pth"):
+        fresh = NNHandler.initialize_from_checkpoint(tmp_path / name, Net, width=5)
+        assert torch.equal(fresh.module.head.bias, model.head.bias)

@@ -2,17 +2,17 @@
 
 Torch files open with torch.load(weights_only=True), safetensors files with the safetensors library:
 tensors by name, all else as typed JSON in the metadata. Files appear under their name at once,
-when they are durable.
+when they are durable. Both are verified when they are read: torch files by the CRC-32 of each of
+their records, safetensors files by a digest that the metadata holds.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import msgspec
@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from shardckpt.errors import (
-    CheckpointExistsError,
     CheckpointNotFoundError,
     CorruptionError,
     NotACheckpointError,
@@ -33,8 +32,8 @@ from shardckpt.errors import (
 from shardckpt.format import values
 from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.flatten import flatten
-from shardckpt.storage.local import sync_directory
-from shardckpt.storage.system import System, translated
+from shardckpt.storage.appearing import appearing
+from shardckpt.storage.system import translated
 
 __all__ = [
     "INDEX",
@@ -50,7 +49,7 @@ __all__ = [
 FileFormat = Literal["torch", "safetensors"]
 INDEX = "components.json"
 _SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
-_TREE = "shardckpt.state"
+_TREE, _DIGEST = "shardckpt.state", "shardckpt.xxh3_128"
 
 
 def is_one_file(path: str) -> bool:
@@ -60,23 +59,29 @@ def is_one_file(path: str) -> bool:
 
 def write_one(state: Mapping[str, Any], path: str, *, overwrite: bool) -> None:
     """Write a nested state of plain CPU tensors as one file; its suffix says of which format."""
-    with _appearing(path, overwrite=overwrite) as temporary:
+    with appearing(path, overwrite=overwrite) as temporary:
         _write(state, temporary, path)
 
 
-def read_one(path: str) -> Any:
-    """The state in one file, on the CPU; of a file that others wrote, its content."""
+def read_one(path: str, *, check: bool = True) -> Any:
+    """The state in one file, on the CPU; of a file that others wrote, its content.
+
+    With `check` every byte is read now, and verified; else when it is used.
+    """
     with _errors_of(path, "load another checkpoint; pickled objects are never loaded"):
         if path.endswith(".safetensors"):
-            return _read_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return _read_safetensors(path, check=check)
+        archive = zipfile.is_zipfile(path)  # as all torch files are but those of before torch 1.6
+        if archive and check:
+            _check_records(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
 
 
 def write_many(
     state: Mapping[str, Any], folder: str, file_format: FileFormat, *, overwrite: bool
 ) -> None:
     """Write a directory with a file for each item of the state, and an index with their digests."""
-    with _appearing(folder, overwrite=overwrite) as temporary:
+    with appearing(folder, overwrite=overwrite, index=INDEX) as temporary:
         os.mkdir(temporary)
         files = {}
         for key, item in state.items():
@@ -86,9 +91,6 @@ def write_many(
             files[key] = {"name": name, "xxh3_128": _digest(path)}
         with open(os.path.join(temporary, INDEX), "x") as index:
             json.dump({"format": file_format, "files": files}, index, indent=1)
-            index.flush()
-            os.fsync(index.fileno())
-        sync_directory(System(), temporary)
 
 
 def read_many(folder: str) -> dict[str, Any]:
@@ -100,13 +102,7 @@ def read_many(folder: str) -> dict[str, Any]:
             path = os.path.join(folder, os.path.basename(entry["name"]))
             found = _digest(path)
             if found != entry["xxh3_128"]:
-                raise CorruptionError(
-                    "A file of the checkpoint is not what was written",
-                    path=path,
-                    expected=f"digest {entry['xxh3_128']}",
-                    actual=f"digest {found}",
-                    remedy="load another checkpoint",
-                )
+                raise _damaged(path, f"digest {entry['xxh3_128']}", f"digest {found}")
             state[key] = read_one(path)[key]
     return state
 
@@ -128,15 +124,11 @@ def _write(state: Mapping[str, Any], path: str, target: str) -> None:
         flat = flatten(state, rank=0)
         tree = msgspec.json.encode(flat.tree).decode()
         tensors = {name: _contiguous(tensor, name) for name, tensor in flat.tensors.items()}
-        save_file(tensors, path, {"format": "pt", _TREE: tree})
+        digest = _digest_of(tensors, tree)
+        save_file(tensors, path, {"format": "pt", _TREE: tree, _DIGEST: digest})
     else:
         torch.save(dict(state), path)
         check_loads(path, target)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def check_loads(file: Any, path: str) -> None:
@@ -152,16 +144,47 @@ def check_loads(file: Any, path: str) -> None:
         ) from error
 
 
-def _read_safetensors(path: str) -> Any:
+def _check_records(path: str) -> None:
+    """Raise if the records of a torch file don't agree with their checksums, at which torch.load
+    does not look. Without checksums (torch.serialization.set_crc32_options) all of them are 0."""
+    with zipfile.ZipFile(path) as archive:
+        if any(record.CRC for record in archive.infolist()):
+            hurt = archive.testzip()
+            if hurt is not None:
+                raise _damaged(path, "records that agree with their checksums", hurt)
+
+
+def _read_safetensors(path: str, *, check: bool) -> Any:
     with safe_open(path, "pt") as file:
-        tree = (file.metadata() or {}).get(_TREE)
-    tensors = load_file(path)
+        metadata = file.metadata() or {}
+    tree, tensors = metadata.get(_TREE), load_file(path)
     if tree is None:
         return tensors
+    if check and (found := _digest_of(tensors, tree)) != metadata.get(_DIGEST):
+        raise _damaged(path, f"digest {metadata.get(_DIGEST)}", f"digest {found}")
     return values.decode(
         msgspec.json.decode(tree),
         tensor=lambda ref: tensors[ref.name].numpy() if ref.kind == "numpy" else tensors[ref.name],
     )
+
+
+def _damaged(path: str, expected: str, actual: str) -> CorruptionError:
+    return CorruptionError(
+        "A file of the checkpoint is not what was written",
+        path=path,
+        expected=expected,
+        actual=actual,
+        remedy="load another checkpoint",
+    )
+
+
+def _digest_of(tensors: Mapping[str, torch.Tensor], tree: str) -> str:
+    digest = xxhash.xxh3_128(tree.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _digest(path: str) -> str:
@@ -200,50 +223,3 @@ def _errors_of(path: str, remedy: str) -> Iterator[None]:
             actual=f"{type(error).__name__}: {error}".splitlines()[0],
             remedy=remedy,
         ) from error
-
-
-@contextmanager
-def _appearing(path: str, *, overwrite: bool) -> Iterator[str]:
-    """A temporary path beside one, that takes its name at the end of the with block."""
-    path = os.path.abspath(path)
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.tmp-{uuid.uuid4().hex}")
-    with translated(path):
-        _check_target(path, overwrite=overwrite)
-        os.makedirs(folder, exist_ok=True)
-        try:
-            yield temporary
-            _publish(temporary, path)
-            sync_directory(System(), folder)
-        finally:
-            _remove(temporary)
-
-
-def _check_target(path: str, *, overwrite: bool) -> None:
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise CheckpointExistsError(
-            "There is something at this path already", path=path, remedy="pass overwrite=True"
-        )
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, INDEX)):
-        raise NotACheckpointError(
-            "overwrite=True replaces a checkpoint of the same kind, and nothing else",
-            path=path,
-            expected=f"a file, or a directory with {INDEX}",
-            actual="another directory",
-            remedy="move it out of the way, or save to another path",
-        )
-
-
-def _publish(temporary: str, path: str) -> None:
-    if os.path.isdir(path):
-        System().exchange(temporary, path)  # what is left under the temporary name is removed
-    else:
-        os.replace(temporary, path)
-
-
-def _remove(path: str) -> None:
-    remove: Callable[[str], None] = shutil.rmtree if os.path.isdir(path) else os.unlink
-    with suppress(FileNotFoundError):
-        remove(path)
