@@ -37,14 +37,15 @@ class SavedTensor:
     the blocks that hold the asked for part; those are verified. Slices have step 1.
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str, entry: TensorEntry) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, source: str) -> None:
+        entry = checkpoint.manifest.tensors[source]
         self.name = name
         self.shape = torch.Size(entry.shape)
         self.dtype = DTYPES[entry.dtype]
         self.size_bytes = entry.size_bytes
         self.shards = frozenset(entry.chunks[:, 0].tolist())
         self._checkpoint = checkpoint
-        self._entry = entry
+        self._source = source
 
     def __repr__(self) -> str:
         return f"SavedTensor({self.name!r}, {self.dtype}, shape={list(self.shape)})"
@@ -61,7 +62,7 @@ class SavedTensor:
                 f"found {index!r}; read the whole with [...] and index that"
             )
         offsets, sizes = box
-        return self._checkpoint.read_box(self._entry, offsets, sizes).reshape(shape)
+        return self._checkpoint.read_box(self._source, offsets, sizes).reshape(shape)
 
 
 def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -125,7 +126,7 @@ class Checkpoint(Closing, Mapping[str, Any]):
             raise KeyError(name)
         node = self._saved.leaves[name]
         if _is_array(node):
-            return SavedTensor(self, name, self.manifest.tensors[node.name])
+            return SavedTensor(self, name, node.name)
         return self.read(lambda builder: builder.build(node, name))
 
     def tensors(self) -> dict[str, SavedTensor]:
@@ -208,10 +209,9 @@ class Checkpoint(Closing, Mapping[str, Any]):
         read_all(self._files, self.manifest, reads)
         return value
 
-    def read_box(
-        self, entry: TensorEntry, offsets: tuple[int, ...], sizes: tuple[int, ...]
-    ) -> torch.Tensor:
-        """The box (offsets, sizes) of a saved tensor, as a new CPU tensor."""
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """The box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
+        entry = self.manifest.tensors[name]
         part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
         read_all(
             self._files, self.manifest, plan_reads([(entry, LocalChunk(offsets, sizes, part))])
