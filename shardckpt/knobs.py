@@ -30,7 +30,8 @@ def _number(name: str, default: float, *, least: float) -> float:
 
 
 ARRIVAL_DEADLINE_S = _number("SHARDCKPT_ARRIVAL_DEADLINE_S", 600.0, least=0.1)
-"""How long ranks wait for one that has not called save or load yet."""
+"""How long ranks wait for one that has not called save or load yet, or, in a group that NNHandler
+started, in a collective of training."""
 
 DEADLINE_S = _number("SHARDCKPT_DEADLINE_S", 30.0, least=0.1)
 """How long a rank that takes part may give no sign of life."""

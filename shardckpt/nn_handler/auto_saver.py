@@ -110,7 +110,7 @@ class AutoSaver:
             self.folder,
             keep=self.plan.policies(),
             asynchronous=bool(self.options["asynchronous"]),
-            label=f"{self.label} {handler.run_id}",
+            label=self._label(handler),
             format=self._format(),
         )
         if self.options["save_last"]:
@@ -118,6 +118,9 @@ class AutoSaver:
             self._last = CheckpointManager(self.folder, label=label, format=self._format())
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return resumed
+
+    def _label(self, handler: NNHandler) -> str:
+        return f"{self.label} {handler.run_id}"
 
     def _format(self) -> OneFile | None:
         return OneFile() if self.one_file else None
@@ -162,10 +165,23 @@ class AutoSaver:
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return saved
 
-    def emergency(self, handler: NNHandler) -> None:
-        """Save because training ends; collective. Waits until the checkpoint is there."""
-        self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
-        self.close()
+    def emergency(self, handler: NNHandler, *, process_group: Any = None) -> None:
+        """Save because training ends; collective, or over a group of one. Waits until the
+        checkpoint is there."""
+        name = f"step{handler.step}{self._suffix}"
+        if process_group is None:
+            self.save(handler, {}, name=name)
+            self.close()
+        else:
+            manager = CheckpointManager(
+                self.folder,
+                label=self._label(handler),
+                format=self._format(),
+                process_group=process_group,
+            )
+            # the module itself: of DDP's buffers only rank 0's would count
+            state = {**handler.state(), "model": handler.module}
+            manager.save(handler.step, state, name=name, if_exists="number")
 
     def staged(self) -> None:
         """Wait until what is being saved in the background may change."""

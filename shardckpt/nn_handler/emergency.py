@@ -1,43 +1,131 @@
-"""Whether all ranks have come to the same point when training fails on some."""
+"""When training fails: which ranks fail, whether they stand at one point, and what to put back."""
 
 from __future__ import annotations
 
+import itertools
 import time
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from shardckpt import knobs
+from shardckpt.errors import RankFailedError
 
-__all__ = ["meet"]
+__all__ = ["BufferCopies", "Failure", "group_of_one", "is_echo", "meet"]
+
+_meetings = itertools.count()
 
 
-def meet(where: str) -> bool:
-    """Wait for all ranks to fail too; True if they do so at the same point. Collective.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What ranks know of each other when training fails. `together`: all have failed, at one
+    point. `culprits`: those that failed by themselves, or fell silent. `problem`: why they are not
+    together. `elected`: if they are not, this rank is the one that may act for all."""
+
+    together: bool = True
+    culprits: tuple[int, ...] = ()
+    problem: str = ""
+    elected: bool = False
+
+    def error(self) -> RankFailedError:
+        """What to raise on a rank that hears of it."""
+        return RankFailedError(
+            "Training fails on another rank",
+            rank=self.culprits,
+            actual=self.problem or None,
+            remedy="look at that rank's own error",
+        )
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error says that a collective broke: it is another rank that has failed."""
+    by_gloo = any(text in str(error) for text in ("gloo/", "Application timeout caused"))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and by_gloo)
+
+
+def meet(where: str, *, echo: bool, patient: bool) -> Failure:
+    """Tell the other ranks that this one has failed at a point, and hear what they tell.
 
     The ranks talk through the store of the process group. One that fails alone, within a step,
-    leaves the others waiting in a collective that nothing but its end can cut short (torch
-    2.13: neither abort nor shutdown does with gloo). So it waits for them for a while, in which
-    they come if they fail as well, tells them that it has given up, and ends; then they fail.
+    leaves the others in a collective that nothing but its own end, or the group's timeout, can
+    cut short (torch 2.13: neither abort nor shutdown does with gloo). So a `patient` one waits
+    for a while, in which they come if they fail as well, then tells that it has given up. They
+    find that once their collective breaks. `echo`: this rank's error is such a break.
 
-    Raises TimeoutError where ranks have not come, RuntimeError where they are at other points.
+    Raises RankFailedError where the store itself does not answer any more.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return True
+        return Failure()
+    try:
+        return _meet(where, echo=echo, patient=patient)
+    except (RuntimeError, dist.DistError) as error:
+        raise RankFailedError(
+            "Training fails, and the other ranks can't be asked any more",
+            actual=str(error).splitlines()[0],
+            remedy="look at the end of rank 0, or of the launcher: one of them held the store",
+        ) from error
+
+
+def _meet(where: str, *, echo: bool, patient: bool) -> Failure:
     group = dist.group.WORLD
     assert group is not None
-    store, ranks = group.get_group_store(), range(dist.get_world_size())
-    store.set(f"shardckpt/emergency/{dist.get_rank()}", where)
-    keys = [f"shardckpt/emergency/{rank}" for rank in ranks]
-    give_up_at = time.monotonic() + knobs.DEADLINE_S / 3
-    while not store.check(keys):
-        if time.monotonic() > give_up_at or store.check(["shardckpt/emergency/over"]):
-            store.set("shardckpt/emergency/over", "")
-            missing = [rank for rank in ranks if not store.check([keys[rank]])]
-            raise TimeoutError(f"ranks {missing} have not failed at the same step")
+    store, own = group.get_group_store(), dist.get_rank()
+    begin = f"shardckpt/emergency/{next(_meetings)}"
+    keys = {rank: f"{begin}/{rank}" for rank in range(dist.get_world_size())}
+    store.set(keys[own], f"{where}\n{'echo' if echo else ''}")
+    give_up_at = time.monotonic() + (knobs.DEADLINE_S / 3 if patient or echo else 0.0)
+    while not (here := store.check(list(keys.values()))):
+        if store.check([f"{begin}/over"]) or time.monotonic() > give_up_at:
+            break
         time.sleep(0.05)
-    if store.check(["shardckpt/emergency/over"]):
-        raise TimeoutError("another rank has given up")
-    places = {store.get(key).decode() for key in keys}
-    if len(places) > 1:
-        raise RuntimeError(f"the ranks stopped at different points: {sorted(places)}")
-    return True
+    over = store.check([f"{begin}/over"])
+    if not here and not over:
+        store.set(f"{begin}/over", "")
+    told = {r: store.get(key).decode().split("\n") for r, key in keys.items() if store.check([key])}
+    missing = tuple(rank for rank in keys if rank not in told)
+    culprits = tuple(rank for rank, (_, heard) in told.items() if not heard) or missing
+    places = sorted({place for place, _ in told.values()})
+    if here and not over and len(places) == 1:
+        return Failure(culprits=culprits)
+    problem = f"ranks {list(missing)} have not failed at the same step"
+    if not missing:
+        problem = "another rank has given up" if over else f"the ranks stopped at {places}"
+    chosen = store.compare_set(f"{begin}/elected", "", str(own)).decode() if missing or over else ""
+    return Failure(together=False, culprits=culprits, problem=problem, elected=chosen == str(own))
+
+
+def group_of_one() -> Any:
+    """A process group of this rank alone, for a save without the others. Not collective."""
+    return dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+
+
+class BufferCopies:
+    """A model's buffers as they were at a boundary: a forward that fails may have changed some,
+    running means for one. A module's are copied when one of them has changed since."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [m for m in model.modules() if list(m.buffers(recurse=False))]
+        self.copies: dict[int, dict[str, torch.Tensor]] = {}
+        self.versions: dict[int, list[tuple[int, int]]] = {}
+
+    def note(self) -> None:
+        """Copy what has changed; at a boundary."""
+        for number, module in enumerate(self.modules):
+            # batch norms count in `num_batches_tracked`, their means change without a sign
+            versions = [(id(b), b._version) for b in module.buffers(recurse=False)]
+            if self.versions.get(number) != versions:
+                self.versions[number] = versions
+                named = module.named_buffers(recurse=False)
+                self.copies[number] = {n: b.detach().clone() for n, b in named}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make the buffers what they were at the last boundary."""
+        for number, copies in self.copies.items():
+            for name, copy in copies.items():
+                buffer = getattr(self.modules[number], name)
+                if buffer.shape == copy.shape:
+                    buffer.copy_(copy)

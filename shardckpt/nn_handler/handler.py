@@ -13,11 +13,12 @@ from torch import nn
 from shardckpt.convert.whole_files import FileFormat
 from shardckpt.nn_handler import saving
 from shardckpt.nn_handler.auto_saver import AutoSaver
+from shardckpt.nn_handler.batch import to_device
 from shardckpt.nn_handler.initializing import fill_weights
 from shardckpt.nn_handler.loading import LoadOptions, load, open_source, restore
 from shardckpt.nn_handler.parallel import Parallel
 from shardckpt.nn_handler.parts import Parts
-from shardckpt.nn_handler.trainer import Trainer, TrainOptions, to_device
+from shardckpt.nn_handler.trainer import Trainer, TrainOptions
 from shardckpt.planning.device_map import DeviceMap
 
 __all__ = ["NNHandler"]

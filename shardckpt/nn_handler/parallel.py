@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shardckpt import knobs
 from shardckpt.coordination.leaving import leave_at_exit
 from shardckpt.coordination.mpi.group import init_from_mpi
 from shardckpt.coordination.mpi.launch import mpi_launch, slurm_launch
@@ -103,10 +105,11 @@ def _join(backend: str) -> None:
     """The group of torchrun's ranks, or of those of mpirun or srun."""
     launch = mpi_launch() or slurm_launch()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend)
+        timeout = datetime.timedelta(seconds=knobs.ARRIVAL_DEADLINE_S)
+        dist.init_process_group(backend, timeout=timeout)
         leave_at_exit()
     elif launch is not None and launch.world_size > 1:
-        init_from_mpi(backend)
+        init_from_mpi(backend, timeout_s=knobs.ARRIVAL_DEADLINE_S)
 
 
 def wrap(model: nn.Module, layout: Layout) -> nn.Module:

@@ -105,7 +105,13 @@ def check_config(handler: NNHandler, path: str) -> None:
         check_loads(buffer, path)
 
 
-def _save_whole(state: dict[str, Any], path: str, write: Callable[[dict[str, Any]], None]) -> None:
+def _save_whole(
+    state: dict[str, Any],
+    path: str,
+    write: Callable[[dict[str, Any]], None],
+    *,
+    process_group: Any = None,
+) -> None:
     """Gather a handler's state and have rank 0 write it; collective."""
     ranks = state.pop("ranks")
     whole = _Whole().of(plain_state(state))
@@ -120,7 +126,7 @@ def _save_whole(state: dict[str, Any], path: str, write: Callable[[dict[str, Any
         write({**whole, "ranks": every})
         return b""
 
-    with operation(f"save {path}") as coordinator:
+    with operation(f"save {path}", process_group) as coordinator:
         exchange(coordinator, "write", send, decide)
 
 
@@ -161,7 +167,12 @@ class OneFile:
         base: str | None,
     ) -> SaveHandle | None:
         """See Format.save. Files are written whole."""
-        _save_whole(dict(state), path, lambda s: write_one(s, path, overwrite=overwrite))
+        _save_whole(
+            dict(state),
+            path,
+            lambda s: write_one(s, path, overwrite=overwrite),
+            process_group=process_group,
+        )
         return None
 
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:

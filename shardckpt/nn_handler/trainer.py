@@ -9,26 +9,25 @@ next, so that they save, stop and fail together.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from shardckpt.errors import CoordinationError, RankFailedError, StateError
+from shardckpt.nn_handler.auto_saver import AutoSaver
+from shardckpt.nn_handler.batch import forward
 from shardckpt.nn_handler.callbacks import Callback, ModelCheckpoint, ProgressBar
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA, check_decay
-from shardckpt.nn_handler.emergency import meet
-from shardckpt.nn_handler.parallel import (
-    clip_gradients,
-    largest,
-    mean_over_ranks,
-    synchronise_gradients,
-)
+from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_echo, meet
+from shardckpt.nn_handler.parallel import clip_gradients, largest, synchronise_gradients
 from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.nn_handler.signals import leave, stop_requests
+from shardckpt.nn_handler.sums import EpochSums
 from shardckpt.planning.flatten import flatten
 
 if TYPE_CHECKING:
@@ -82,7 +81,8 @@ class Trainer:
         self.failure: BaseException | None = None  # of this rank, to be told to the others
         self.told = False  # all ranks know that training fails
         self.alone = False  # the ranks can't talk any more
-        self.torn = False  # the optimizer may have stepped for some parameters only
+        self.at: Literal["boundary", "forward", "update"] = "boundary"
+        self.buffers: BufferCopies | None = None
         _check_ready(handler)
 
     def run(self) -> None:
@@ -97,6 +97,8 @@ class Trainer:
             handler.ema.decay = self.options.ema_decay
         end = handler.begin_run(self.options.epochs, resumed=resumed)
         self.bar = [ProgressBar()] if self.options.progress_bar else []
+        if saver is not None and saver.on_exception:
+            self.buffers = BufferCopies(handler.module)
         with stop_requests(enabled=saver is not None and saver.on_signal) as self.requests:
             try:
                 self._hooks(lambda callback: callback.on_train_start(handler))
@@ -106,7 +108,8 @@ class Trainer:
                 self._hooks(lambda callback: callback.on_train_end(handler))
                 self._agree()
             except BaseException as error:
-                self._emergency(error)
+                if (raised := self._emergency(error)) is not error:
+                    raise raised from error
                 raise
             if saver is not None:
                 saver.close()
@@ -114,7 +117,7 @@ class Trainer:
     def _epoch(self, end: int) -> None:
         handler, position = self.handler, self.handler.position
         assert handler.train_data is not None
-        self.sums = _Sums(handler)
+        self.sums = EpochSums(handler)
         if position.batches == 0:
             handler.position = position = Position(seed=handler.seed_value, random=random_state())
             self._hooks(lambda callback: callback.on_epoch_start(handler))
@@ -132,7 +135,7 @@ class Trainer:
     def _mark(self) -> None:
         """Note a boundary."""
         self.handler.boundary = {"random": random_state(), "sums": self.sums.state()}
-        self.torn = False
+        self.at = "boundary"
 
     def _step(self, batches: Iterator[Any]) -> bool:
         """One step of the optimizer; False where the epoch has no more batches."""
@@ -219,10 +222,13 @@ class Trainer:
         handler, clip = self.handler, self.options.gradient_clipping_norm
         assert handler.optimizer is not None
         scaler = handler.scaler if self.options.use_amp else None
+        if self.buffers is not None:
+            self.buffers.note()
+        self.at = "forward"
         handler.optimizer.zero_grad()
         for number, batch in enumerate(group, 1):
             synchronise_gradients(handler.model, now=number == len(group))
-            loss, outputs, targets = _forward(handler, batch, use_amp=self.options.use_amp)
+            loss, outputs, targets = forward(handler, batch, use_amp=self.options.use_amp)
             part = loss / len(group)
             torch.autograd.backward(part if scaler is None else scaler.scale(part))
             self._guard(lambda a=loss, b=outputs, c=targets: self.sums.add(a, b, c))  # type: ignore[misc]
@@ -233,7 +239,7 @@ class Trainer:
         handler.rate = float(handler.optimizer.param_groups[0]["lr"])
         if handler.auto_saver is not None:
             handler.auto_saver.staged()
-        self.torn = True
+        self.at = "update"
         skipped = False
         if scaler is None:
             handler.optimizer.step()
@@ -259,7 +265,7 @@ class Trainer:
         results = {**self.sums.means(), "lr": handler.rate}
         if handler.val_data is not None and self._validates(epoch, end):
             results |= {f"val_{name}": value for name, value in self._validate().items()}
-        self.torn = True
+        self.at = "update"
         if handler.scheduler is not None:
             handler.scheduler.after_epoch(results)
         handler.epoch = epoch
@@ -267,7 +273,7 @@ class Trainer:
         for name, value in results.items():
             handler.history.setdefault(name, []).append(value)
         handler.boundary = None
-        self.torn = False
+        self.at = "boundary"
         self._hooks(lambda callback: callback.on_epoch_end(handler, results))
         self._agree()
         if saver is not None:
@@ -298,30 +304,56 @@ class Trainer:
         handler = self.handler
         assert handler.val_data is not None
         handler.model.eval()
-        sums = _Sums(handler)
+        sums = EpochSums(handler)
         try:
             for number, batch in enumerate(handler.val_data.loader):
-                loss, outputs, targets = _forward(handler, batch, use_amp=self.options.use_amp)
+                loss, outputs, targets = forward(handler, batch, use_amp=self.options.use_amp)
                 if number < handler.val_data.counted:
                     self._guard(lambda a=loss, b=outputs, c=targets: sums.add(a, b, c))  # type: ignore[misc]
         finally:
             handler.train_mode()
         return sums.means()
 
-    def _emergency(self, error: BaseException) -> None:
-        """Save before an error ends training, if the ranks are all at one boundary."""
+    def _emergency(self, error: BaseException) -> BaseException:
+        """Save before an error ends training, if the state of the last boundary can be had whole.
+
+        Returns what to raise: the error, or of one that is but the echo of another rank's, this.
+        """
         handler, saver = self.handler, self.handler.auto_saver
         exits = isinstance(error, (KeyboardInterrupt, SystemExit)) and error is not self.failure
-        if saver is None or not saver.on_exception or exits or self.alone:
-            return
+        if exits or self.alone:
+            return error
+        echo, saves = is_echo(error), saver is not None and saver.on_exception
         try:
-            if self.told or meet(f"{handler.step} {handler.epoch} {self.torn}"):
-                if self.torn:
-                    raise StateError("A step of the optimizer was cut short")
-                saver.emergency(handler)
+            where = f"step {handler.step}, epoch {handler.epoch}, updating: {self.at == 'update'}"
+            failure = Failure() if self.told else meet(where, echo=echo, patient=saves)
+        except RankFailedError as unknown:
+            return unknown if echo else error
+        raised = failure.error() if echo else error
+        try:
+            if saver is not None and saves:
+                self._save_emergency(saver, failure)
         except Exception as second:
-            if hasattr(error, "add_note"):
-                error.add_note(f"and nothing was saved before the end: {second}")
+            text = f"and nothing was saved before the end: {second}"
+            if hasattr(raised, "add_note"):
+                raised.add_note(text)
+            else:  # Python 3.10
+                warnings.warn(text, stacklevel=3)
+        return raised
+
+    def _save_emergency(self, saver: AutoSaver, failure: Failure) -> None:
+        """Under DDP every rank has the whole state, so that one can save alone."""
+        handler = self.handler
+        if self.at == "update":
+            raise StateError("A step of the optimizer was cut short")
+        if self.at == "forward" and self.buffers is not None:
+            self.buffers.put_back()
+        if failure.together:
+            saver.emergency(handler)
+        elif handler.parallel != "ddp":
+            raise StateError(f"The ranks hold the state together, and {failure.problem}")
+        elif failure.elected:
+            saver.emergency(handler, process_group=group_of_one())
 
 
 def _check_ready(handler: NNHandler) -> None:
@@ -336,58 +368,3 @@ def _check_ready(handler: NNHandler) -> None:
     flatten(
         {"config": handler.config()}, rank=handler.rank
     )  # what can't be saved is told now, not at the first save
-
-
-def _forward(handler: NNHandler, batch: Any, *, use_amp: bool) -> tuple[torch.Tensor, Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise StateError(
-            "A batch is not what training needs",
-            expected="(inputs, targets)",
-            actual=type(batch).__name__,
-            remedy="give the loader a dataset of pairs, or a collate_fn that makes them",
-        )
-    assert handler.loss_fn is not None
-    inputs, targets = (to_device(part, handler.device) for part in batch)
-    kind = handler.device.type
-    dtype = torch.float16 if kind == "cuda" else torch.bfloat16
-    with torch.autocast(kind, dtype=dtype) if use_amp else nullcontext():
-        outputs = handler.model(inputs)
-        return handler.loss_fn(outputs, targets), outputs, targets
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """A nested value with its tensors on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_device(item, device) for item in value)
-    return value
-
-
-class _Sums:
-    """Loss and metrics, summed over this rank's samples of an epoch."""
-
-    def __init__(self, handler: NNHandler) -> None:
-        self.handler = handler
-        self.sums = dict.fromkeys(["loss", *handler.metrics], 0.0)
-        self.count = 0
-
-    def add(self, loss: torch.Tensor, outputs: Any, targets: Any) -> None:
-        size = len(targets)
-        self.count += size
-        self.sums["loss"] += float(loss.detach()) * size
-        with torch.no_grad():
-            for name, metric in self.handler.metrics.items():
-                self.sums[name] += float(metric(outputs, targets)) * size
-
-    def means(self) -> dict[str, float]:
-        return mean_over_ranks(self.sums, self.count, self.handler.device)
-
-    def state(self) -> dict[str, Any]:
-        return {"count": self.count, "sums": dict(self.sums)}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.count = state["count"]
-        self.sums.update({k: v for k, v in state["sums"].items() if k in self.sums})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 
@@ -14,8 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from shardckpt import NNHandler, knobs
 from shardckpt.nn_handler import Callback
-from tests.nn_handler.models import Net, Noisy, a_handler, data, same, weights, with_data
-from tests.ranks import on_world_sizes, run_ranks
+from tests.nn_handler.models import Net, Noisy, NormNet, a_handler, data, same, weights, with_data
+from tests.ranks import join_group, on_world_sizes, run_ranks
 
 
 class SignalOnOneRank(Callback):
@@ -68,39 +69,73 @@ class FailsOnOneRank(Callback):
 
 
 def loss_that_fails_on_one_rank(outputs, targets):
-    if len(targets) == 5 and dist.get_rank() == 1:
-        raise ValueError("planted")
+    if len(targets) == 5:
+        dist.group.WORLD.set_timeout(datetime.timedelta(seconds=4))
+        if dist.get_rank() == 1:
+            raise ValueError("planted")
     return nn.functional.cross_entropy(outputs, targets)
 
 
-def fails_on_one_rank(folder: str, where: str) -> str:
-    knobs.DEADLINE_S = 6.0
-    handler = a_handler("ddp")
-    handler.auto_save(interval=-1, save_path=folder)
-    if where == "callback":
-        handler.add_callback(FailsOnOneRank())
-    else:
-        handler.set_train_loader(data(26), batch_size=8)  # the second batch has 5 samples
-        handler.set_loss_fn(loss_that_fails_on_one_rank)
+def outcome(handler: NNHandler) -> tuple[str, object, bool]:
+    """Which error training ends with, the rank it names, and whether it says "not saved"."""
     try:
         handler.train(2, progress_bar=False)
     except Exception as error:
-        return f"{type(error).__name__} {getattr(error, 'rank', '')}"
-    return "no error"
+        not_saved = "nothing was saved" in str(getattr(error, "__notes__", ""))
+        return type(error).__name__, getattr(error, "rank", None), not_saved
+    return "no error", None, False
+
+
+def fails_in_a_callback(folder: str) -> tuple[str, object, bool]:
+    handler = a_handler("ddp")
+    handler.auto_save(interval=-1, save_path=folder)
+    handler.add_callback(FailsOnOneRank())
+    return outcome(handler)
 
 
 @pytest.mark.ranks
 def test_an_exception_on_one_rank_ends_all_with_a_checkpoint(tmp_path):
-    found = run_ranks(2, fails_on_one_rank, str(tmp_path), "callback", timeout_s=100)
-    assert found == ["RankFailedError 1", "ValueError "]
+    found = run_ranks(2, fails_in_a_callback, str(tmp_path), timeout_s=100)
+    assert found == [("RankFailedError", 1, False), ("ValueError", None, False)]
     assert os.listdir(tmp_path) == ["step2"]
 
 
+def fails_within_a_step(parallel: str, folder: str | None) -> tuple[str, object, bool]:
+    """The second batch fails on rank 1, after a forward that has changed running means; the rank
+    lives on, so that the others' collective ends by the group's timeout alone."""
+    torch.manual_seed(0)
+    handler = NNHandler(NormNet, parallel=parallel)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_train_loader(data(39), batch_size=8)  # the second batch of each rank has 5
+    handler.set_loss_fn(loss_that_fails_on_one_rank)
+    if folder is not None:
+        handler.auto_save(interval=-1, save_path=f"{folder}/{parallel}")
+    return outcome(handler)
+
+
+def fails_in_several_ways(folder: str) -> list[tuple[str, object, bool]]:
+    knobs.DEADLINE_S = 6.0
+    rank, port = dist.get_rank(), int(os.environ["TEST_STORE_PORT"])
+    found = []
+    for number, job in enumerate((("ddp", folder), ("fsdp", folder), ("ddp", None))):
+        dist.destroy_process_group()
+        join_group(rank, 3, port, name=f"group{number}")
+        found.append(fails_within_a_step(*job))
+    return found
+
+
 @pytest.mark.ranks
-def test_an_exception_within_a_step_of_one_rank_hangs_no_other(tmp_path):
-    found = run_ranks(2, fails_on_one_rank, str(tmp_path), "loss", timeout_s=100)
-    assert found == ["RuntimeError ", "ValueError "]
-    assert os.listdir(tmp_path) == []
+def test_an_exception_within_a_step_of_one_rank_ends_all(tmp_path):
+    """Others wait in a collective; under DDP the rank that fails can save alone."""
+    first, failed, last = run_ranks(3, fails_in_several_ways, str(tmp_path), timeout_s=100)
+    heard = [("RankFailedError", (1,), not_saved) for not_saved in (False, True, False)]
+    assert failed == [("ValueError", None, not_saved) for not_saved in (False, True, False)]
+    assert first == last == heard
+    assert os.listdir(tmp_path) == ["ddp"]
+    assert os.listdir(tmp_path / "ddp") == ["step1"]
+    loaded = NNHandler.load(tmp_path / "ddp" / "step1")
+    assert loaded.position.samples == 24
+    assert loaded.module.body[1].num_batches_tracked == 1  # the failed forward left no trace
 
 
 def mid_epoch(size: int, folder: str, parallel: str) -> None:
