@@ -12,6 +12,7 @@ ORDER = [
     "nn_handler.md",
     "async.md",
     "launchers.md",
+    "convert.md",
     "troubleshooting.md",
     "performance.md",
     "scale.md",

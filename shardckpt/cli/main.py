@@ -1,4 +1,4 @@
-"""shardckpt inspect, verify, rescue and reshard."""
+"""shardckpt inspect, verify, rescue, reshard and convert."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from shardckpt._version import __version__
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
+from shardckpt.cli.convert import add_convert
 from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.progress import progress_bar, size_text
 from shardckpt.cli.team import say, shared
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--world-size", type=int, required=True, help="how many shards")
     change.add_argument("--overwrite", action="store_true", help="replace what is at the target")
     change.set_defaults(run=_reshard)
-    for command in (verify, change):
+    for command in (verify, change, add_convert(commands)):
         command.add_argument(
             "--jobs", type=_positive, help="processes; by default one for each GiB, up to the cores"
         )

@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from shardckpt import knobs
-from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.mpi.launch import mpi_launch
 from shardckpt.coordination.select import operation
@@ -20,6 +19,7 @@ from shardckpt.coordination.torch_store import StoreCoordinator
 from shardckpt.coordination.waiting import poll
 from shardckpt.errors import CoordinationError
 from shardckpt.execution.load_driver import same_checkpoint
+from shardckpt.execution.reshard import Source
 
 __all__ = ["say", "shared"]
 
@@ -27,10 +27,13 @@ _JOB = "SHARDCKPT_JOB"  # rank/number/port, in the environment of the processes 
 _BYTES_PER_JOB = 1 << 30
 
 
+Opened = TypeVar("Opened", bound=Source)
+
+
 @contextmanager
 def shared(
-    options: Any, path: str, open_it: Callable[[], Checkpoint]
-) -> Iterator[tuple[Coordinator, Checkpoint]]:
+    options: Any, path: str, open_it: Callable[[], Opened]
+) -> Iterator[tuple[Coordinator, Opened]]:
     """The processes that share a command about the checkpoint at `path`, which each opens.
 
     Under mpirun they are its ranks; else this one and `options.jobs` - 1 that it starts.
@@ -39,7 +42,7 @@ def shared(
     if jobs is None:
         jobs = 1 if _under_mpi() or os.environ.get(_JOB) else _jobs_for(open_it)
     subject = f"{options.command} {path}"
-    opened: list[Checkpoint] = []
+    opened: list[Opened] = []
 
     def identity() -> bytes:
         opened.append(open_it())
@@ -61,10 +64,10 @@ def say(coordinator: Coordinator, text: str) -> None:
         print(text)
 
 
-def _jobs_for(open_it: Callable[[], Checkpoint]) -> int:
+def _jobs_for(open_it: Callable[[], Source]) -> int:
     """One process for each GiB, at most one a processor."""
-    with open_it() as checkpoint:
-        size_bytes = sum(shard.size_bytes for shard in checkpoint.manifest.shards)
+    with closing(open_it()) as source:
+        size_bytes = sum(entry.size_bytes for entry in source.manifest.tensors.values())
     return max(1, min(os.cpu_count() or 1, size_bytes // _BYTES_PER_JOB))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -36,12 +36,17 @@ from shardckpt.storage.appearing import appearing
 from shardckpt.storage.system import translated
 
 __all__ = [
+    "DIGEST",
     "INDEX",
+    "TREE",
     "FileFormat",
     "check_loads",
+    "damaged",
+    "errors_of",
     "is_one_file",
     "read_many",
     "read_one",
+    "state_digest",
     "write_many",
     "write_one",
 ]
@@ -49,7 +54,8 @@ __all__ = [
 FileFormat = Literal["torch", "safetensors"]
 INDEX = "components.json"
 _SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
-_TREE, _DIGEST = "shardckpt.state", "shardckpt.xxh3_128"
+TREE, DIGEST = "shardckpt.state", "shardckpt.xxh3_128"
+"""What the metadata of a safetensors file holds: all but the tensors, and state_digest."""
 
 
 def is_one_file(path: str) -> bool:
@@ -68,7 +74,7 @@ def read_one(path: str, *, check: bool = True) -> Any:
 
     With `check` every byte is read now, and verified; else when it is used.
     """
-    with _errors_of(path, "load another checkpoint; pickled objects are never loaded"):
+    with errors_of(path, "load another checkpoint; pickled objects are never loaded"):
         if path.endswith(".safetensors"):
             return _read_safetensors(path, check=check)
         archive = zipfile.is_zipfile(path)  # as all torch files are but those of before torch 1.6
@@ -96,13 +102,13 @@ def write_many(
 def read_many(folder: str) -> dict[str, Any]:
     """The state that write_many wrote; every file is checked against its digest."""
     state: dict[str, Any] = {}
-    with _errors_of(folder, "load another checkpoint"), open(os.path.join(folder, INDEX)) as file:
+    with errors_of(folder, "load another checkpoint"), open(os.path.join(folder, INDEX)) as file:
         index = json.load(file)
         for key, entry in index["files"].items():
             path = os.path.join(folder, os.path.basename(entry["name"]))
             found = _digest(path)
             if found != entry["xxh3_128"]:
-                raise _damaged(path, f"digest {entry['xxh3_128']}", f"digest {found}")
+                raise damaged(path, f"digest {entry['xxh3_128']}", f"digest {found}")
             state[key] = read_one(path)[key]
     return state
 
@@ -125,7 +131,7 @@ def _write(state: Mapping[str, Any], path: str, target: str) -> None:
         tree = msgspec.json.encode(flat.tree).decode()
         tensors = {name: _contiguous(tensor, name) for name, tensor in flat.tensors.items()}
         digest = _digest_of(tensors, tree)
-        save_file(tensors, path, {"format": "pt", _TREE: tree, _DIGEST: digest})
+        save_file(tensors, path, {"format": "pt", TREE: tree, DIGEST: digest})
     else:
         torch.save(dict(state), path)
         check_loads(path, target)
@@ -151,24 +157,25 @@ def _check_records(path: str) -> None:
         if any(record.CRC for record in archive.infolist()):
             hurt = archive.testzip()
             if hurt is not None:
-                raise _damaged(path, "records that agree with their checksums", hurt)
+                raise damaged(path, "records that agree with their checksums", hurt)
 
 
 def _read_safetensors(path: str, *, check: bool) -> Any:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    tree, tensors = metadata.get(_TREE), load_file(path)
+    tree, tensors = metadata.get(TREE), load_file(path)
     if tree is None:
         return tensors
-    if check and (found := _digest_of(tensors, tree)) != metadata.get(_DIGEST):
-        raise _damaged(path, f"digest {metadata.get(_DIGEST)}", f"digest {found}")
+    if check and (found := _digest_of(tensors, tree)) != metadata.get(DIGEST):
+        raise damaged(path, f"digest {metadata.get(DIGEST)}", f"digest {found}")
     return values.decode(
         msgspec.json.decode(tree),
         tensor=lambda ref: tensors[ref.name].numpy() if ref.kind == "numpy" else tensors[ref.name],
     )
 
 
-def _damaged(path: str, expected: str, actual: str) -> CorruptionError:
+def damaged(path: str, expected: str, actual: str) -> CorruptionError:
+    """The error for a file whose digest is another one."""
     return CorruptionError(
         "A file of the checkpoint is not what was written",
         path=path,
@@ -179,11 +186,20 @@ def _damaged(path: str, expected: str, actual: str) -> CorruptionError:
 
 
 def _digest_of(tensors: Mapping[str, torch.Tensor], tree: str) -> str:
+    return state_digest(tree, ((n, t.dtype, t.shape, [t]) for n, t in sorted(tensors.items())))
+
+
+def state_digest(
+    tree: str,
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Iterable[torch.Tensor]]],
+) -> str:
+    """The digest of a state: of its tree, then of name, dtype, shape and elements of each tensor,
+    sorted by name. Elements come in order, in contiguous parts."""
     digest = xxhash.xxh3_128(tree.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name, dtype, shape, parts in tensors:
+        digest.update(f"{name} {dtype} {list(shape)}".encode())
+        for part in parts:
+            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -196,7 +212,8 @@ def _digest(path: str) -> str:
 
 
 @contextmanager
-def _errors_of(path: str, remedy: str) -> Iterator[None]:
+def errors_of(path: str, remedy: str) -> Iterator[None]:
+    """Errors of torch, safetensors and the file system as typed ones, that name a path."""
     try:
         yield
     except ShardckptError:

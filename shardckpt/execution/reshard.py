@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -82,50 +81,26 @@ def rewrite(work: Rewriting, ranks: Coordinator, progress: Callable[[int], None]
         work.close()
 
 
-class Rewriting(ABC):
+class Rewriting(Protocol):
     """One rank's part in writing a directory anew. Every rank writes; rank 0 begins and commits."""
 
-    def __init__(self, path: str, *, storage: Storage, overwrite: bool) -> None:
-        self.path, self.storage, self.overwrite = path, storage, overwrite
-        self.identity = new_id()
-        self._transaction: WriteTransaction | None = None
-
-    @property
-    def transaction(self) -> WriteTransaction:
-        """The directory being written, once it was begun."""
-        assert self._transaction is not None
-        return self._transaction
-
     def begin(self, payloads: list[bytes]) -> bytes:
-        """On rank 0: make the directory; what the others need to find it."""
-        self._transaction = self.storage.begin(
-            self.path, checkpoint_id=self.identity, overwrite=self.overwrite
-        )
-        return self._transaction.token.encode()
+        """On rank 0: make a directory; what the others need to find it."""
 
     def join(self, token: str) -> bytes:
         """On the others: find it."""
-        if self._transaction is None:
-            self._transaction = self.storage.join(self.path, token=token)
-        return b""
 
-    @abstractmethod
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """Write this rank's files; what rank 0 needs to know of them."""
 
-    @abstractmethod
     def commit(self, payloads: list[bytes]) -> bytes:
         """On rank 0: write what tells of all files, and make all visible."""
 
     def abandon(self) -> None:
-        """Remove what was written."""
-        if self._transaction is not None:
-            self._transaction.abandon()
+        """Remove what was written; called while the error that ends the work is handled."""
 
     def close(self) -> None:
         """Release what is held."""
-        if self._transaction is not None:
-            self._transaction.close()
 
 
 def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
@@ -150,16 +125,32 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
     return whole, global_plan([whole] * shards)
 
 
-class _Reshard(Rewriting):
+class _Reshard:
+    """See Rewriting."""
+
     def __init__(
         self, source: Source, path: str, *, shards: int, storage: Storage, overwrite: bool
     ) -> None:
-        super().__init__(path, storage=storage, overwrite=overwrite)
-        self.source, self.shards = source, shards
+        self.source, self.path, self.shards = source, path, shards
+        self.storage, self.overwrite = storage, overwrite
+        self.identity = new_id()
+        self.transaction: WriteTransaction | None = None
         self.whole, self.plan = even_plan(source, shards)
+
+    def begin(self, payloads: list[bytes]) -> bytes:
+        self.transaction = self.storage.begin(
+            self.path, checkpoint_id=self.identity, overwrite=self.overwrite
+        )
+        return self.transaction.token.encode()
+
+    def join(self, token: str) -> bytes:
+        if self.transaction is None:
+            self.transaction = self.storage.join(self.path, token=token)
+        return b""
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """The shards of this rank, in turn with the others: all are of even size."""
+        assert self.transaction is not None
         results: list[ShardResult] = []
         for shard in range(ranks.rank, self.shards, ranks.world_size):
             writes = RankWrites.of(self.whole, self.plan.shares[shard])
@@ -185,6 +176,7 @@ class _Reshard(Rewriting):
         return msgspec.msgpack.encode(results)
 
     def commit(self, payloads: list[bytes]) -> bytes:
+        assert self.transaction is not None
         by_rank = [msgspec.msgpack.decode(own, type=list[ShardResult]) for own in payloads]
         count = len(by_rank)
         results = [by_rank[shard % count][shard // count] for shard in range(self.shards)]
@@ -196,6 +188,14 @@ class _Reshard(Rewriting):
             tree=msgspec.json.encode(self.source.manifest.state),
             saved_by=self.source.manifest,
         )
+
+    def abandon(self) -> None:
+        if self.transaction is not None:
+            self.transaction.abandon()
+
+    def close(self) -> None:
+        if self.transaction is not None:
+            self.transaction.close()
 
 
 def _kinds(manifest: Manifest) -> Ints:

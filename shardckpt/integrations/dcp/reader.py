@@ -34,7 +34,7 @@ from shardckpt.planning.saved import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.storage.local import LocalStorage
 
-__all__ = ["ShardReader"]
+__all__ = ["ShardReader", "dcp_entries"]
 
 
 class ShardReader(StorageReader):
@@ -78,7 +78,7 @@ class ShardReader(StorageReader):
         described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         paths: dict[str, tuple[Any, ...]] = {}
         self._nodes = {}
-        for path, node in _entries(saved.tree, ()):
+        for path, node in dcp_entries(saved.tree, ()):
             name = ".".join(map(str, path))
             self._nodes[name] = node
             paths[name] = path
@@ -174,7 +174,7 @@ def _describe(entry: TensorEntry) -> TensorStorageMetadata:
     )
 
 
-def _entries(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def dcp_entries(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """The leaves of a saved tree as DCP's planners see them: a list or tuple without tensors or
     dicts is one value, and so is an empty dict."""
     if isinstance(node, dict) and node:
@@ -185,7 +185,7 @@ def _entries(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
         yield path, node
         return
     for key, value in items:
-        yield from _entries(value, (*path, key if isinstance(node, list) else str(key)))
+        yield from dcp_entries(value, (*path, key if isinstance(node, list) else str(key)))
 
 
 def _is_inner(node: Any) -> bool:

@@ -1,0 +1,100 @@
+"""shardckpt convert: from and to the formats of others."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from shardckpt.cli.progress import progress_bar, size_text
+from shardckpt.cli.team import say, shared
+from shardckpt.convert.convert import FORMATS, convert_source, open_source
+
+__all__ = ["add_convert"]
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
+
+
+def add_convert(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the others."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "convert",
+        help="write a checkpoint in another format",
+        description="SOURCE: a checkpoint of shardckpt or of torch.distributed.checkpoint (dcp), a "
+        "torch file (.pt, .pth), a safetensors file, or a directory of Hugging Face (hf).",
+    )
+    parser.add_argument("source")
+    parser.add_argument("target")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="of the target; by default as its suffix says"
+    )
+    parser.add_argument("--world-size", type=int, help="how many shards, or files of dcp")
+    parser.add_argument(
+        "--max-file-size",
+        type=_size,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="of hf: 5GB, 500MB ...",
+    )
+    parser.add_argument(
+        "--keys", nargs="+", metavar="NAME", help="these alone: prefixes of names, or patterns"
+    )
+    parser.add_argument(
+        "--rename",
+        nargs="+",
+        type=_rename,
+        metavar="OLD=NEW",
+        help="prefixes of names: model= takes it away, =model puts it before all",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
+    parser.set_defaults(run=_convert)
+    return parser
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.upper())
+    if found is None or found[2] not in _UNITS or not float(found[1]):
+        raise argparse.ArgumentTypeError("a size is expected, as 5GB, 500MB or 2GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _rename(text: str) -> tuple[str, str]:
+    old, sign, new = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError("OLD=NEW is expected")
+    return old, new
+
+
+def _convert(options: argparse.Namespace) -> None:
+    def opened() -> Any:
+        return open_source(
+            options.source,
+            keys=options.keys,
+            rename=dict(options.rename) if options.rename else None,
+            check=options.rank == 0,  # once is enough
+        )
+
+    with shared(options, options.source, opened) as (coordinator, source):
+        total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
+        own = total // coordinator.world_size
+        with progress_bar("convert", total_bytes=own, shown=options.rank == 0) as bar:
+            convert_source(
+                source,
+                options.target,
+                to=options.format,
+                shards=options.world_size,
+                file_bytes=options.max_file_size,
+                overwrite=options.overwrite,
+                coordinator=coordinator,
+                progress=bar.reach,
+            )
+        tensors = len(source.manifest.tensors)
+        say(coordinator, f"{options.target}: {tensors} tensors, {size_text(total)}")

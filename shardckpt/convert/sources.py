@@ -1,0 +1,190 @@
+"""Checkpoints of other libraries, seen as reshard sees a checkpoint; and parts of any of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from shardckpt.closing import Closing
+from shardckpt.errors import LoadMismatchError
+from shardckpt.execution.reshard import Source
+from shardckpt.format import values
+from shardckpt.format.digests import text_digest
+from shardckpt.format.dtypes import dtype_name
+from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.rules import check_references
+from shardckpt.format.values import TensorRef
+from shardckpt.planning.chunks import box_slices
+from shardckpt.planning.flatten import flatten
+from shardckpt.planning.saved import Rename, SavedState, Select
+
+__all__ = ["Foreign", "LazyTensor", "Selected", "foreign", "plain_tree", "state_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is read when it is needed: `read` takes the offsets and sizes of a box."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
+
+
+class Foreign(Closing):
+    """A checkpoint of another library, as reshard's Source. Not collective.
+
+    `tree` is the typed JSON of its state, as a manifest has it. `identity` tells it from others.
+    Raises CorruptionError where the tree names what is not there, UnsupportedLeafError for a dtype
+    that no shard can hold.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        tree: Any,
+        tensors: Mapping[str, LazyTensor],
+        *,
+        identity: object = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        check_references(tree, [], tensors, path)
+        self.path, self._tensors, self._close = path, tensors, close
+        entries = {
+            name: TensorEntry(
+                dtype=dtype_name(lazy.dtype, tensor=name),
+                shape=lazy.shape,
+                chunks=np.empty((0, 3 + 2 * len(lazy.shape)), dtype=np.int64),
+            )
+            for name, lazy in tensors.items()
+        }
+        facts = [tree, [(name, e.dtype, e.shape) for name, e in entries.items()], str(identity)]
+        self.manifest = Manifest(
+            checkpoint_id=text_digest(msgspec.json.encode(facts)),
+            created="",
+            library=kind,
+            world_size=1,
+            shards=(),
+            tensors=entries,
+            state=tree,
+            notes={"converted": f"from {kind}"},
+        )
+
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """See Source.read_box."""
+        return self._tensors[name].read(offsets, sizes).contiguous()
+
+    def close(self) -> None:
+        """See Source.close."""
+        self._close()
+
+
+def foreign(
+    path: str,
+    kind: str,
+    state: Any,
+    *,
+    reads: Mapping[int, Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]] | None = None,
+    identity: object = None,
+) -> Foreign:
+    """A nested state of CPU tensors as a source. `reads`: id of a tensor -> how boxes of what it
+    stands for are read."""
+    flat = flatten(state, rank=0)
+    lazy = {}
+    for name, tensor in flat.tensors.items():
+        assert isinstance(tensor, torch.Tensor)
+        read = (reads or {}).get(id(tensor)) or functools.partial(_cut, tensor.detach())
+        lazy[name] = LazyTensor(tensor.dtype, tuple(tensor.shape), read)
+    return Foreign(path, kind, flat.tree, lazy, identity=identity)
+
+
+def _cut(whole: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    part: torch.Tensor = whole[box_slices((0,) * len(sizes), offsets, sizes)]
+    return part
+
+
+class Selected(Closing):
+    """What `keys` select of a source, under the names that `rename` gives; both as in load_state.
+
+    Raises LoadMismatchError if nothing is selected, StateError if two names become the same.
+    """
+
+    def __init__(self, source: Source, *, keys: Select = None, rename: Rename = None) -> None:
+        saved = SavedState(source.manifest, keys=keys, rename=rename)
+        refs = {name: node for name, node in saved.leaves.items() if isinstance(node, TensorRef)}
+        if not saved.leaves:
+            raise LoadMismatchError(
+                "Nothing in this checkpoint has such a name",
+                path=source.path,
+                expected=f"an entry that {keys!r} selects",
+                actual=", ".join(list(SavedState(source.manifest).leaves)[:8]),
+                remedy="`shardckpt inspect` shows all names",
+            )
+        self.path, self._source = source.path, source
+        self._names: dict[str, str] = {}  # in the source -> here
+        for name, node in refs.items():
+            if node.kind != "per_rank":
+                self._names.setdefault(node.name, name)
+        kept = {int(node.name) for node in refs.values() if node.kind == "per_rank"}
+        per_rank = tuple(
+            [item if index in kept else None for index, item in enumerate(own)]
+            for own in source.manifest.per_rank
+        )
+        for own in per_rank:
+            values.decode(own, tensor=lambda ref: self._names.setdefault(ref.name, ref.name))
+        self._sources = {name: source for source, name in self._names.items()}
+        tensors = source.manifest.tensors
+        self.manifest = replace(
+            source.manifest,
+            tensors={name: tensors[source] for source, name in self._names.items()},
+            state=values.encode(self._renamed(saved.tree), at=""),
+            per_rank=per_rank if kept else (),
+        )
+
+    def _renamed(self, node: Any) -> Any:
+        if isinstance(node, TensorRef) and node.kind != "per_rank":
+            return TensorRef(self._names[node.name], node.kind)
+        if type(node) is dict:
+            return {key: self._renamed(item) for key, item in node.items()}
+        if type(node) in (list, tuple):
+            return type(node)(self._renamed(item) for item in node)
+        return node
+
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """See Source.read_box."""
+        return self._source.read_box(self._sources[name], offsets, sizes)
+
+    def close(self) -> None:
+        """See Source.close."""
+        self._source.close()
+
+
+def plain_tree(manifest: Manifest, node: Any) -> Any:
+    """Typed JSON of a manifest with lists of every rank's values where PerRank values stood."""
+    if isinstance(node, list):
+        return [plain_tree(manifest, item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.keys() == {"$per_rank"}:
+        return [plain_tree(manifest, own[int(node["$per_rank"])]) for own in manifest.per_rank]
+    return {key: plain_tree(manifest, item) for key, item in node.items()}
+
+
+def state_of(source: Source, node: Any) -> Any:
+    """What typed JSON of the manifest stands for, in memory; PerRank values as in plain_tree."""
+    made: dict[TensorRef, Any] = {}
+
+    def tensor(ref: TensorRef) -> Any:
+        if ref not in made:
+            shape = source.manifest.tensors[ref.name].shape
+            whole = source.read_box(ref.name, (0,) * len(shape), shape)
+            made[ref] = whole.numpy() if ref.kind == "numpy" else whole
+        return made[ref]
+
+    return values.decode(plain_tree(source.manifest, node), tensor=tensor)
