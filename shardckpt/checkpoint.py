@@ -206,7 +206,7 @@ class Checkpoint(Closing, Mapping[str, Any]):
         with collector_paused():
             value = build(builder)
             reads = plan_reads(pending)
-        read_all(self._files, self.manifest, reads)
+        read_all(self._files, self.manifest, reads, alone=True)
         return value
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:

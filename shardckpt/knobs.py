@@ -9,6 +9,7 @@ __all__ = [
     "BACKGROUND_NICE",
     "COPY_AT_ONCE_BYTES",
     "DEADLINE_S",
+    "READ_PAST_CACHE",
     "READ_THREADS",
     "SHARED_DEADLINE_S",
     "STAGING_BYTES",
@@ -44,6 +45,10 @@ SHARED_DEADLINE_S = _number("SHARDCKPT_SHARED_DEADLINE_S", 0.8, least=0.1)
 
 READ_THREADS = int(_number("SHARDCKPT_READ_THREADS", min(8, os.cpu_count() or 1), least=1))
 """Reads in flight, each from a thread of its own."""
+
+READ_PAST_CACHE = bool(_number("SHARDCKPT_READ_PAST_CACHE", 1, least=0))
+"""Whether what is not in the page cache may be read past it, where no other rank of the machine
+reads the same. 0 where processes that know nothing of each other do."""
 
 STAGING_BYTES = int(_number("SHARDCKPT_STAGING_BYTES", 0, least=0))
 """How much staged state a process may hold; a save beyond it is staged once earlier ones are

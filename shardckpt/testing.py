@@ -161,6 +161,23 @@ class StorageTests:
             assert into == _DATA
         files.close()
 
+    def test_reading_past_the_cache(self, storage: Storage, path: str) -> None:
+        """Either the very bytes, also at the end of a file, or nothing; never bytes beyond it."""
+        save(storage, path, b"first")
+        files = storage.open(path)
+        with mmap.mmap(-1, 12288) as memory, memoryview(memory) as buffer:
+            for offset in (0, 4096, 8192):
+                size = min(8192, len(_DATA) - offset)
+                if files.read_past_cache(_NAMES[0], buffer, offset=offset, size_bytes=size):
+                    assert buffer[:size] == _DATA[offset : offset + size]
+            try:
+                assert not files.read_past_cache(
+                    _NAMES[0], buffer, offset=8192, size_bytes=len(_DATA) - 8192 + 1
+                )
+            except CorruptionError:
+                pass
+        files.close()
+
     def test_joining_what_was_not_begun(self, storage: Storage, path: str) -> None:
         """A rank that does not see what rank 0 made says so."""
         with pytest.raises(DirectoryNotSharedError):

@@ -94,7 +94,7 @@ def _save_once(place: Place, bench: Bench) -> None:
 
 def raw_writers(place: Place, path: str, size_bytes: int) -> list[Contestant]:
     """The same number of bytes, written past the page cache and synced."""
-    source = raw.Memory(raw.PIECE_BYTES)
+    source = raw.Memory(raw.PIECE_BYTES, huge=True)
     return [
         Contestant(
             name=f"raw, O_DIRECT, {threads} threads a rank",
@@ -138,7 +138,7 @@ def raw_loaders(
     place: Place, shards: list[str], size_bytes: int, *, cold: bool
 ) -> list[Contestant]:
     """The same bytes copied in memory, or read from the disk in every way."""
-    target = raw.Memory(size_bytes)
+    target = raw.Memory(size_bytes, huge=True)
     if cold:
         spans = raw.share(shards, rank=place.rank, world_size=place.world_size)
         return [

@@ -42,6 +42,12 @@ class MappedFiles:
             buffer[:] = self.map(name)[offset : offset + len(buffer)]
             offset += len(buffer)
 
+    def read_past_cache(
+        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
+    ) -> bool:
+        """See CheckpointFiles.read_past_cache: pages that were touched are there."""
+        return False
+
     def manifest(self) -> bytes:
         """See CheckpointFiles.manifest."""
         return self._files.manifest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from shardckpt.errors import DirectoryNotSharedError
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.reader import read_all
 from shardckpt.format.manifest import Manifest, from_bytes
-from shardckpt.planning.load_plan import Finish, Matcher
+from shardckpt.planning.load_plan import Matcher
 from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.planning.sharing import Share, alone, share_of
 from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.storage.base import CheckpointFiles, Storage
 
@@ -44,67 +46,94 @@ def run_load(
     rename: Rename,
 ) -> LoadReport:
     """Load into a state, in place; collective over the coordinator's ranks. See shardckpt.load."""
-    watch, own = Stopwatch(), Stopwatch()
-    opened: list[CheckpointFiles] = []
-    matched: list[tuple[Manifest, Matcher, Finish]] = []
-    profile: dict[int, dict[str, float]] = {}  # on rank 0
-    read_bytes = 0
-
-    def plan() -> bytes:
-        with own.phase("open"), collector_paused():
-            files, manifest = open_manifest(storage, path)
-            opened.append(files)
-        # to_local() is free without gradients
-        with own.phase("match"), collector_paused(), torch.no_grad():
-            matcher = Matcher(
-                state,
-                SavedState(manifest, keys=keys, rename=rename),
-                rank=coordinator.rank,
-                world_size=coordinator.world_size,
-                cast=cast,
-            )
-            finish = matcher.match(state)
-            matcher.settle()
-        error = matcher.strict_part().error(path) if strict else None
-        if error is not None:
-            raise error
-        matched.append((manifest, matcher, finish))
-        return manifest.checkpoint_id.encode()
-
-    def read() -> bytes:
-        nonlocal read_bytes
-        manifest, matcher, finish = matched[0]
-        with own.phase("read"):
-            with collector_paused():
-                reads = plan_reads(matcher.reads)
-            read_bytes = read_all(opened[0], manifest, reads, progress=coordinator.progress)
-        with own.phase("place"):
-            finish()
-        return msgspec.msgpack.encode(own.seconds)
-
-    def gather(payloads: list[bytes]) -> bytes:
-        decode = msgspec.msgpack.Decoder(dict[str, float]).decode
-        profile.update({rank: decode(seconds) for rank, seconds in enumerate(payloads)})
-        return b""
-
+    watch = Stopwatch()
+    load = _Load(state, path, coordinator=coordinator, storage=storage)
     try:
         with watch.phase("plan"):
-            exchange(coordinator, "open", plan, same_checkpoint(path))
+            load.plan(strict=strict, cast=cast, keys=keys, rename=rename)
         with watch.phase("read"):
-            exchange(coordinator, "read", read, gather)
+            load.read()
     finally:
-        for files in opened:
-            files.close()
-    manifest, matcher, _ = matched[0]
+        load.close()
     return LoadReport(
         path=path,
-        checkpoint_id=manifest.checkpoint_id,
-        saved_world_size=manifest.world_size,
-        bytes_read=read_bytes,
+        checkpoint_id=load.manifest.checkpoint_id,
+        saved_world_size=load.manifest.world_size,
+        bytes_read=load.read_bytes,
         seconds=watch.seconds,
-        profile=profile or {coordinator.rank: own.seconds},
-        **_differences(matcher),
+        profile=load.profile or {coordinator.rank: load.own.seconds},
+        **_differences(load.matcher),
     )
+
+
+class _Load:
+    def __init__(
+        self, state: Any, path: str, *, coordinator: Coordinator, storage: Storage
+    ) -> None:
+        self.state = state
+        self.path = path
+        self.coordinator = coordinator
+        self.storage = storage
+        self.files: CheckpointFiles | None = None
+        self.own = Stopwatch()  # this rank's work, without waiting
+        self.profile: dict[int, dict[str, float]] = {}  # on rank 0
+        self.read_bytes = 0
+
+    def plan(self, *, strict: bool, cast: bool, keys: Select, rename: Rename) -> None:
+        """Agree on what is read; see that it fits the state."""
+
+        def plan() -> bytes:
+            with self.own.phase("open"), collector_paused():
+                self.files, self.manifest = open_manifest(self.storage, self.path)
+            # to_local() is free without gradients
+            with self.own.phase("match"), collector_paused(), torch.no_grad():
+                self.matcher = Matcher(
+                    self.state,
+                    SavedState(self.manifest, keys=keys, rename=rename),
+                    rank=self.coordinator.rank,
+                    world_size=self.coordinator.world_size,
+                    cast=cast,
+                )
+                self.finish = self.matcher.match(self.state)
+                self.matcher.settle()
+            error = self.matcher.strict_part().error(self.path) if strict else None
+            if error is not None:
+                raise error
+            share = share_of(self.matcher.reads, machine=platform.node())
+            return msgspec.msgpack.encode((self.manifest.checkpoint_id, share))
+
+        answer = exchange(self.coordinator, "open", plan, _agree(self.path))
+        self.alone = msgspec.msgpack.decode(answer, type=bool)
+
+    def read(self) -> None:
+        """Fill the tensors, then put everything else in place."""
+
+        def read() -> bytes:
+            assert self.files is not None
+            with self.own.phase("read"):
+                with collector_paused():
+                    reads = plan_reads(self.matcher.reads)
+                self.read_bytes = read_all(
+                    self.files,
+                    self.manifest,
+                    reads,
+                    alone=self.alone,
+                    progress=self.coordinator.progress,
+                )
+            with self.own.phase("place"):
+                self.finish()
+            return msgspec.msgpack.encode(self.own.seconds)
+
+        def gather(payloads: list[bytes]) -> bytes:
+            decode = msgspec.msgpack.Decoder(dict[str, float]).decode
+            self.profile = {rank: decode(seconds) for rank, seconds in enumerate(payloads)}
+            return b""
+
+        exchange(self.coordinator, "read", read, gather)
+
+    def close(self) -> None:
+        if self.files is not None:
+            self.files.close()
 
 
 def _differences(matcher: Matcher) -> dict[str, Any]:
@@ -118,6 +147,19 @@ def _differences(matcher: Matcher) -> dict[str, Any]:
         "cast": tuple(matcher.cast),
         "kept": tuple(matcher.kept),
     }
+
+
+def _agree(path: str) -> Callable[[list[bytes]], list[bytes]]:
+    """The decision on what the ranks have opened: same_checkpoint; each is told whether it reads
+    alone."""
+
+    def decide(payloads: list[bytes]) -> list[bytes]:
+        decode = msgspec.msgpack.Decoder(tuple[str, Share]).decode
+        ids, shares = zip(*map(decode, payloads), strict=True)
+        same_checkpoint(path)([found.encode() for found in ids])
+        return [msgspec.msgpack.encode(apart) for apart in alone(shares)]
+
+    return decide
 
 
 def same_checkpoint(path: str) -> Callable[[list[bytes]], bytes]:

@@ -105,6 +105,12 @@ class _MemoryFiles:
             buffer[head:] = view[start : start + len(buffer) - head]
             offset += len(buffer)
 
+    def read_past_cache(
+        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
+    ) -> bool:
+        """See CheckpointFiles.read_past_cache: it is memory."""
+        return False
+
     def map(self, name: str) -> memoryview:
         """See CheckpointFiles.map."""
         return memoryview(bytearray(_HEAD) + self._shards[name][0])

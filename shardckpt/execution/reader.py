@@ -22,7 +22,7 @@ import xxhash
 
 from shardckpt import knobs
 from shardckpt.errors import CorruptionError
-from shardckpt.execution.buffers import Buffer, view_at
+from shardckpt.execution.buffers import Buffer, have_huge_pages, view_at
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES
@@ -43,13 +43,17 @@ def read_all(
     manifest: Manifest,
     reads: Reads,
     *,
+    alone: bool = False,
     progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> int:
     """Carry out reads; every block touched is verified. Returns the bytes read.
 
-    Destinations are complete only if this returns. Raises CorruptionError for a shard that
-    is missing, cut or changed, naming the file, the block and the tensors hurt.
+    `alone` says that nobody else on this machine is about to read the same: what is not in the
+    page cache then need not get there, and comes faster. Destinations are complete only if this
+    returns. Raises CorruptionError for a shard that is missing, cut or changed, naming the file,
+    the block and the tensors hurt.
     """
+    past_cache = alone and knobs.READ_PAST_CACHE and have_huge_pages()
     with collector_paused():
         windows = _windows(reads)
     for shard in {window.shard for window in windows}:
@@ -63,7 +67,7 @@ def read_all(
         for window in queue:
             if stop.is_set():
                 return
-            read_bytes[worker] += _read_window(files, manifest, window, buffer)
+            read_bytes[worker] += _read_window(files, manifest, window, buffer, past_cache)
 
     with workers(threads, "shardckpt-read", buffers=threads) as (pool, buffers):
         pending = {pool.submit(work, *job) for job in enumerate(buffers)}
@@ -135,7 +139,11 @@ def _windows(reads: Reads) -> list[_Window]:
 
 
 def _read_window(
-    files: CheckpointFiles, manifest: Manifest, window: _Window, buffer: Buffer
+    files: CheckpointFiles,
+    manifest: Manifest,
+    window: _Window,
+    buffer: Buffer,
+    past_cache: bool,
 ) -> int:
     """Read, verify and place all reads of one window; the bytes read."""
     size_bytes = manifest.shards[window.shard].size_bytes
@@ -144,7 +152,7 @@ def _read_window(
     low = high = 0
     for read in window.reads:
         if run and _floor(read[0]) > high:
-            _read_run(files, manifest, window, (low, high), run, buffer)
+            _read_run(files, manifest, window, (low, high), run, buffer, past_cache)
             total += high - low
             run = []
         if not run:
@@ -152,7 +160,7 @@ def _read_window(
         if read[1] > high:
             high = min(-(-read[1] // BLOCK_BYTES) * BLOCK_BYTES, size_bytes)
         run.append(read)
-    _read_run(files, manifest, window, (low, high), run, buffer)
+    _read_run(files, manifest, window, (low, high), run, buffer, past_cache)
     return total + high - low
 
 
@@ -167,9 +175,36 @@ def _read_run(
     span: tuple[int, int],
     reads: list[_Read],
     buffer: Buffer,
+    past_cache: bool,
 ) -> None:
     """Read the bytes of a span, which are whole blocks, and serve `reads` from them."""
     shard, base = manifest.shards[window.shard], window.base
+    low, high = span
+    pieces, later = [buffer.view[low - base : high - base]], reads
+    if not past_cache or not files.read_past_cache(
+        shard.name, buffer.view[low - base :], offset=low, size_bytes=high - low
+    ):
+        pieces, later = _scattered(base, span, reads, buffer)
+        files.readinto(shard.name, pieces, offset=low)
+    bad = bad_blocks(shard, low, pieces)
+    if bad:
+        raise damaged_blocks(manifest, bad, shard=window.shard, path=files.path)
+    held_at = buffer.address - base
+    for begin, end, place in later:
+        if isinstance(place, int):
+            ctypes.memmove(place, held_at + begin, end - begin)
+            continue
+        count = (end - begin) // place.dtype.itemsize
+        held = torch.frombuffer(buffer.view, dtype=place.dtype, count=count, offset=begin - base)
+        with torch.inference_mode():  # tensors made in it take nothing outside it
+            place.into.copy_(held.as_strided(place.sizes, place.strides))
+
+
+def _scattered(
+    base: int, span: tuple[int, int], reads: list[_Read], buffer: Buffer
+) -> tuple[list[memoryview], list[_Read]]:
+    """Where the bytes of a span go: large runs to their place, all others into the buffer; and the
+    reads that are served from there."""
     low, high = span
     pieces: list[memoryview] = []
     later: list[_Read] = []
@@ -187,19 +222,7 @@ def _read_run(
         at = end
     if at < high:
         pieces.append(buffer.view[at - base : high - base])
-    files.readinto(shard.name, pieces, offset=low)
-    bad = bad_blocks(shard, low, pieces)
-    if bad:
-        raise damaged_blocks(manifest, bad, shard=window.shard, path=files.path)
-    held_at = buffer.address - base
-    for begin, end, place in later:
-        if isinstance(place, int):
-            ctypes.memmove(place, held_at + begin, end - begin)
-            continue
-        count = (end - begin) // place.dtype.itemsize
-        held = torch.frombuffer(buffer.view, dtype=place.dtype, count=count, offset=begin - base)
-        with torch.inference_mode():  # tensors made in it take nothing outside it
-            place.into.copy_(held.as_strided(place.sizes, place.strides))
+    return pieces, later
 
 
 def bad_blocks(shard: ShardEntry, low: int, pieces: Sequence[memoryview]) -> list[int]:

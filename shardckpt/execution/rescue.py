@@ -153,6 +153,12 @@ class _MendedFiles:
                     buffer[byte - offset] ^= 1 << bit
             offset += len(buffer)
 
+    def read_past_cache(
+        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
+    ) -> bool:
+        """See CheckpointFiles.read_past_cache: flipped bits would stay."""
+        return False
+
     def map(self, name: str) -> memoryview:
         """See CheckpointFiles.map."""
         data = memoryview(bytearray(self._sizes[name]))

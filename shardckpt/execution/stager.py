@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import threading
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from shardckpt import knobs
 from shardckpt.errors import StateError
+from shardckpt.execution.buffers import HUGE_PAGE_BYTES, huge_pages
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.planning.assembly import chunk_bytes
 from shardckpt.planning.kinds import files_of
@@ -21,12 +21,11 @@ from shardckpt.planning.table import LocalPlan
 __all__ = ["Image", "ImagePool", "current_events", "stage", "staged_bytes"]
 
 _PAGE_BYTES = 4096
-_GRANULE_BYTES = 2 << 20  # a huge page
 
 
 def _rounded(size_bytes: int) -> int:
     """To whole huge pages."""
-    return max(_GRANULE_BYTES, size_bytes + -size_bytes % _GRANULE_BYTES)
+    return max(HUGE_PAGE_BYTES, size_bytes + -size_bytes % HUGE_PAGE_BYTES)
 
 
 class Image:
@@ -39,14 +38,7 @@ class Image:
         if pinned:
             self._bytes = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=True)
             return
-        memory = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # loaders that fork must not share it
-            if hasattr(mmap, advice):
-                try:
-                    memory.madvise(getattr(mmap, advice))
-                except OSError:  # a kernel built without it
-                    pass
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self._bytes = torch.frombuffer(huge_pages(size_bytes), dtype=torch.uint8)
 
     def views(self, plan: LocalPlan) -> list[torch.Tensor]:
         """Where each row of the plan goes: in the order of the files, each from a page's start."""

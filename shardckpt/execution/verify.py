@@ -253,7 +253,10 @@ def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> l
     with lease(1) as (buffer,):
         view = buffer.view[: high - low]
         try:
-            files.readinto(shard.name, [view], offset=low)
+            if not files.read_past_cache(
+                shard.name, buffer.view, offset=low, size_bytes=high - low
+            ):
+                files.readinto(shard.name, [view], offset=low)
             return bad_blocks(shard, low, [view])
         except (StorageError, CorruptionError) as error:
             if isinstance(error, StorageError) and error.errno != errno.EIO:

@@ -93,6 +93,17 @@ class CheckpointFiles(Protocol):
         CorruptionError where the shard is missing or ends before they are full.
         """
 
+    def read_past_cache(
+        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
+    ) -> bool:
+        """Read `size_bytes` from `offset` on into the beginning of a buffer, and leave them out of
+        the page cache; from any thread. Raises as readinto.
+
+        False, and nothing read, where the page cache has them already or can't be passed by:
+        `readinto` is the way then. A storage may always say so. Buffer and offset are multiples of
+        4096, and the buffer has room for as many bytes, rounded up to such a multiple.
+        """
+
     def map(self, name: str) -> memoryview:
         """A shard mapped into memory, copied on write; stays valid after close."""
 

@@ -23,6 +23,7 @@ __all__ = ["LocalFiles"]
 
 _READ = os.O_RDONLY | os.O_NONBLOCK  # a FIFO in a shard's place must not block
 _IOV_MAX = 1024
+_PAGE_BYTES = 4096
 _MANIFEST_LIMIT_BYTES = 2 << 30
 
 
@@ -38,6 +39,7 @@ class LocalFiles:
         self._system = system
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
+        self._direct: dict[str, int | None] = {}
         self._directory = self._find(os.path.realpath(path))
 
     def _find(self, path: str) -> int:
@@ -137,17 +139,41 @@ class LocalFiles:
             count = self._system.read(fd, buffers, offset=offset)
             offset += count
             if count == 0 and any(map(len, buffers)):
-                raise CorruptionError(
-                    "A file ends before its time",
-                    path=f"{self.path}/{name}",
-                    expected=f"{sum(map(len, buffers))} more bytes",
-                    actual=f"its end at byte {offset}",
-                    remedy="load another checkpoint; `shardckpt verify` lists all damage",
-                )
+                raise self._cut(name, offset, sum(map(len, buffers)))
             while buffers and count >= len(buffers[0]):
                 count -= len(buffers.pop(0))
             if count:
                 buffers[0] = buffers[0][count:]
+
+    def read_past_cache(
+        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
+    ) -> bool:
+        """See CheckpointFiles.read_past_cache."""
+        with translated(f"{self.path}/{name}"):
+            fd = self._direct_descriptor(name)
+            if fd is None or self._system.cached(fd, offset=offset, size_bytes=size_bytes):
+                return False
+            room, done = size_bytes + -size_bytes % _PAGE_BYTES, 0
+            while done < size_bytes:
+                try:
+                    count = self._system.read(fd, [buffer[done:room]], offset=offset + done)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    return False  # no O_DIRECT here after all, or not from where the last one ended
+                if count == 0:
+                    raise self._cut(name, offset + done, size_bytes - done)
+                done += count
+            return True
+
+    def _cut(self, name: str, end: int, missing_bytes: int) -> CorruptionError:
+        return CorruptionError(
+            "A file ends before its time",
+            path=f"{self.path}/{name}",
+            expected=f"{missing_bytes} more bytes",
+            actual=f"its end at byte {end}",
+            remedy="load another checkpoint; `shardckpt verify` lists all damage",
+        )
 
     def map(self, name: str) -> memoryview:
         """See CheckpointFiles.map."""
@@ -201,9 +227,32 @@ class LocalFiles:
                 self._open[name] = self._open_shard(name)
             return self._open[name]
 
-    def _open_shard(self, name: str) -> int:
+    def _direct_descriptor(self, name: str) -> int | None:
+        """One that leaves the page cache alone; None where there is none."""
+        held = self._descriptor(name)
+        with self._lock:
+            if name not in self._direct:
+                self._direct[name] = self._open_direct(name, held)
+            return self._direct[name]
+
+    def _open_direct(self, name: str, held: int) -> int | None:
+        if not hasattr(os, "O_DIRECT"):
+            return None
         try:
-            fd = self._system.open(name, _READ, dir_fd=self._directory)
+            fd = self._open_shard(name, os.O_DIRECT)
+        except (OSError, CheckpointError):
+            return None
+        with suppress(OSError):
+            opened, other = self._system.fstat(fd), self._system.fstat(held)
+            if (opened.st_dev, opened.st_ino) == (other.st_dev, other.st_ino):
+                return fd
+        with suppress(OSError):
+            self._system.close(fd)
+        return None
+
+    def _open_shard(self, name: str, flags: int = 0) -> int:
+        try:
+            fd = self._system.open(name, _READ | flags, dir_fd=self._directory)
         except FileNotFoundError as error:
             self._missing(name, error)
         except OSError as error:
@@ -257,9 +306,9 @@ class LocalFiles:
     def close(self) -> None:
         """See CheckpointFiles.close."""
         with self._lock:
-            descriptors, self._open = [*self._open.values(), self._directory], {}
-            self._directory = -1
+            descriptors = [*self._open.values(), *self._direct.values(), self._directory]
+            self._open, self._direct, self._directory = {}, {}, -1
         for fd in descriptors:
-            if fd >= 0:
+            if fd is not None and fd >= 0:
                 with suppress(OSError):
                     self._system.close(fd)

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from shardckpt.errors import NoSpaceError, ShardckptError, StorageError, StoragePermissionError
 
 __all__ = ["System", "translated"]
@@ -39,6 +41,25 @@ class System:
     def read(self, fd: int, buffers: Sequence[memoryview], *, offset: int) -> int:
         """Read into buffers from an offset; how many bytes, 0 at the end of the file."""
         return os.preadv(fd, buffers, offset)
+
+    def cached(self, fd: int, *, offset: int, size_bytes: int) -> bool:
+        """Whether all pages of a part of a file are in the page cache; `offset` begins a page.
+
+        Also where it can't be told: some systems tell only those who may write to the file.
+        """
+        if not hasattr(_libc, "mincore"):
+            return True
+        try:
+            pages = mmap.mmap(
+                fd, size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=offset
+            )
+        except (OSError, ValueError):  # a file system that maps none; a file that is shorter
+            return True
+        mapped = np.frombuffer(pages, np.uint8)
+        held = np.zeros(-(-size_bytes // mmap.PAGESIZE), np.uint8)
+        at, into = (ctypes.c_void_p(array.ctypes.data) for array in (mapped, held))
+        failed = _libc.mincore(at, ctypes.c_size_t(size_bytes), into)
+        return bool(failed) or bool((held & 1).all())
 
     def allocate(self, fd: int, *, size_bytes: int) -> None:
         """Set space aside, as fallocate(2) does: no emulation where the file system can't."""

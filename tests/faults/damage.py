@@ -48,6 +48,11 @@ class Shelf:
             buffer[:] = part
             offset += len(part)
 
+    def read_past_cache(
+        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
+    ) -> bool:
+        return False
+
     def map(self, name: str) -> memoryview:
         return memoryview(bytearray(self.files[name]))
 

@@ -230,6 +230,10 @@ class Disk(System):
             self._call()
             self._change(Size(self.descriptors[fd], size_bytes, False))
 
+    def cached(self, fd: int, *, offset: int, size_bytes: int) -> bool:
+        self._call()
+        return False
+
     def direct(self, fd: int, *, on: bool) -> None:
         self._call()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,95 @@ class TestPlain(StorageTests):
     @pytest.fixture
     def storage(self):
         return LocalStorage(Plain())
+
+
+class Cold(System):
+    """Nothing is ever in the page cache; `past` counts the reads past it, which may fail."""
+
+    def __init__(self, error=None):
+        self.error, self.past = error, 0
+
+    def cached(self, fd, *, offset, size_bytes):
+        return False
+
+    def read(self, fd, buffers, *, offset):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            self.past += 1
+            if self.error:
+                raise OSError(self.error, "planted")
+        return super().read(fd, buffers, offset=offset)
+
+
+class Undirected(Cold):
+    """A file system that does not open files for reading past the cache."""
+
+    def open(self, path, flags, *, dir_fd=None):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "planted")
+        return super().open(path, flags, dir_fd=dir_fd)
+
+
+class TestCold(StorageTests):
+    @pytest.fixture
+    def storage(self):
+        return LocalStorage(Cold())
+
+
+def load_cold(path, system):
+    with shardckpt.open_checkpoint(path, storage=LocalStorage(system)) as checkpoint:
+        checkpoint.verify()
+        return checkpoint.load_state()
+
+
+def a_state():
+    """Blocks that end within a tensor, small tensors, one that is copied, and an odd end."""
+    state = {"a": torch.arange(1_000_003), "b": torch.randn(700, 900).t()}
+    return {**state, "c": {str(n): torch.full((n,), float(n)) for n in range(50)}, "d": b"x" * 7}
+
+
+@pytest.mark.parametrize("error", [None, errno.EINVAL])
+def test_a_load_past_the_cache_takes_the_same_bytes(tmp_path, error):
+    state, system = a_state(), Cold(error)
+    shardckpt.save(state, tmp_path / "c")
+    found = load_cold(tmp_path / "c", system)
+    assert system.past
+    expected = load_cold(tmp_path / "c", undirected := Undirected())
+    assert not undirected.past
+    for loaded in (found, expected):
+        assert torch.equal(loaded["a"], state["a"])
+        assert torch.equal(loaded["b"], state["b"])
+        assert all(torch.equal(loaded["c"][name], state["c"][name]) for name in state["c"])
+
+
+def test_damage_and_errors_past_the_cache(tmp_path):
+    shardckpt.save(a_state(), tmp_path / "c")
+    with pytest.raises(errors.StorageError, match="planted"):
+        shardckpt.load_state(tmp_path / "c", storage=LocalStorage(Cold(errno.EIO)))
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    with open(shard, "r+b") as file:
+        file.seek(5_000_000)
+        file.write(b"damaged!")
+    with pytest.raises(errors.CorruptionError, match="block 4"):
+        shardckpt.load_state(tmp_path / "c")
+
+
+def test_what_is_in_the_cache_is_read_from_there(tmp_path):
+    shardckpt.save({"a": torch.arange(1_000_003)}, tmp_path / "c")
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    size = len(shard.read_bytes())
+    with open(shard, "rb") as file:
+        assert System().cached(file.fileno(), offset=0, size_bytes=size)
+        assert System().cached(file.fileno(), offset=4096, size_bytes=size)  # beyond its end
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        in_memory = _is_memory(shard)
+        assert System().cached(file.fileno(), offset=0, size_bytes=size) == in_memory
+
+
+def _is_memory(path):
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
+    kinds = {line.split()[1]: line.split()[2] for line in mounts}
+    parents = [str(parent) for parent in path.resolve().parents if str(parent) in kinds]
+    return kinds[max(parents, key=len)] == "tmpfs"
 
 
 class Unlinked(System):
