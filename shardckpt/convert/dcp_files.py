@@ -55,7 +55,8 @@ class _Written(msgspec.Struct, array_like=True):
 
 class DcpFolder(Folder):
     """Writes a source as a directory that dcp.load reads: `files` .distcp files of even size. Names
-    and nesting are those that DCP gives such a state; values are what it pickles."""
+    and nesting are those that DCP gives such a state, values are what it pickles; numpy arrays are
+    tensors, which need no unpickling."""
 
     index = ".metadata"
     names = r"\.metadata|__\d+_\d+\.distcp"
@@ -70,7 +71,7 @@ class DcpFolder(Folder):
         for entry_path, node in dcp_entries(SavedState(source.manifest).tree, ()):
             name = ".".join(map(str, entry_path))
             self.paths[name] = entry_path
-            if isinstance(node, TensorRef) and node.kind == "tensor":
+            if isinstance(node, TensorRef) and node.kind != "per_rank":
                 self.tied.setdefault(node.name, []).append(name)
             else:
                 self.values[name] = node

@@ -177,14 +177,14 @@ def plain_tree(manifest: Manifest, node: Any) -> Any:
 
 
 def state_of(source: Source, node: Any) -> Any:
-    """What typed JSON of the manifest stands for, in memory; PerRank values as in plain_tree."""
-    made: dict[TensorRef, Any] = {}
+    """What typed JSON of the manifest stands for, in memory: PerRank values as in plain_tree,
+    numpy arrays as tensors, since torch reads those without unpickling."""
+    made: dict[str, torch.Tensor] = {}
 
-    def tensor(ref: TensorRef) -> Any:
-        if ref not in made:
+    def tensor(ref: TensorRef) -> torch.Tensor:
+        if ref.name not in made:
             shape = source.manifest.tensors[ref.name].shape
-            whole = source.read_box(ref.name, (0,) * len(shape), shape)
-            made[ref] = whole.numpy() if ref.kind == "numpy" else whole
-        return made[ref]
+            made[ref.name] = source.read_box(ref.name, (0,) * len(shape), shape)
+        return made[ref.name]
 
     return values.decode(plain_tree(source.manifest, node), tensor=tensor)

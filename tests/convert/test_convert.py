@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
@@ -137,6 +138,19 @@ def test_files_that_others_wrote(tmp_path):
     for name, state in want.items():
         convert(str(tmp_path / name), str(tmp_path / f"{name}-converted"))
         assert plain(shardckpt.load_state(tmp_path / f"{name}-converted")) == plain(state)
+
+
+@pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "dcp"])
+def test_numpy_arrays(tmp_path, target):
+    """They stay arrays where no unpickling is needed for it, else they are tensors."""
+    shardckpt.save({"a": np.arange(3.0), "t": (np.arange(2), 1)}, tmp_path / "c")
+    convert(str(tmp_path / "c"), str(tmp_path / target), to="dcp" if target == "dcp" else None)
+    convert(str(tmp_path / target), str(tmp_path / "back"))
+    back = shardckpt.load_state(tmp_path / "back")
+    kind = np.ndarray if target == "x.safetensors" else torch.Tensor
+    assert isinstance(back["a"], kind)
+    assert isinstance(back["t"][0], kind)
+    assert (back["a"].tolist(), back["t"][0].tolist()) == ([0.0, 1.0, 2.0], [0, 1])
 
 
 def test_what_ranks_had_of_their_own(tmp_path):
@@ -279,7 +293,7 @@ def test_what_a_target_can_not_hold(tmp_path, saved, capsys):
         convert(saved, target, shards=0)
     with pytest.raises(errors.LoadMismatchError, match="such a name"):
         convert(saved, target, keys="modell")
-    shardckpt.save({"a": np.arange(3)}, tmp_path / "c")
+    shardckpt.save({"kind": inspect.Parameter.KEYWORD_ONLY}, tmp_path / "c")
     with pytest.raises(errors.UnsupportedLeafError, match=r"x\.pt"):
         convert(str(tmp_path / "c"), str(tmp_path / "x.pt"))
     assert os.listdir(tmp_path) == ["c"]

@@ -148,17 +148,24 @@ def failing(folder: str) -> list[Any]:
     fresh = comm.Dup()
     for used in (False, True):
         for number in range(2):
-            knobs.ARRIVAL_DEADLINE_S = 60.0 if number else 3.0
+            knobs.ARRIVAL_DEADLINE_S = 60.0 if number else 1.5
             if comm.rank == 1 and number == 0:
-                time.sleep(7.0 if used else 11.0)  # the roll call takes its time, too
+                time.sleep(4.0 if used else 6.0)  # the roll call takes its time, too
             name = f"late-{used}-{number}"
             try:
                 shardckpt.save(state, f"{folder}/{name}", comm=fresh)
                 found.append("saved")
             except errors.RankFailedError as error:
                 found.append([error.rank, error.facts["phase"]])
-            comm.barrier()
+            meet()
     return found
+
+
+def meet() -> None:
+    """A barrier that leaves the processor to others."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(0.01)
 
 
 def stopped(folder: str, fault: str) -> Any:
@@ -224,6 +231,9 @@ def tools(folder: str) -> list[int]:
             main(["verify", f"{folder}/damaged"]),
             main(["verify", f"{folder}/nothing"]),
             main(["reshard", f"{folder}/damaged", f"{folder}/never", "--world-size", "2"]),
+            main(["convert", f"{folder}/mpi", f"{folder}/as-dcp", "--format", "dcp"]),
+            main(["convert", f"{folder}/as-dcp", f"{folder}/converted"]),
+            main(["convert", f"{folder}/mpi", f"{folder}/x.safetensors"]),
         ]
 
 
@@ -238,8 +248,9 @@ def all_of_it(folder: str) -> dict[str, Any]:
     }
 
 
-def over_two_hosts(folder: str, private: str) -> dict[str, Any]:
-    """One rank on each of two hosts, a folder that they share, and one that they do not."""
+def over_two_hosts(folder: str, private: str) -> list[Any]:
+    """One rank on each of two hosts, a folder that they share, and one that they do not; then the
+    cable between them is pulled while rank 1 writes."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         dist.init_process_group("gloo")
     save = lambda: shardckpt.save({"w": torch.arange(10.0)}, f"{private}/c")  # noqa: E731
@@ -251,16 +262,16 @@ def over_two_hosts(folder: str, private: str) -> dict[str, Any]:
         "left": os.listdir(private),
         "missing": caught(lambda: shardckpt.load({"w": torch.zeros(10)}, f"{private}/c")),
     }
+    over = None if dist.is_initialized() else comm
     shardckpt.init_from_mpi()
     total = torch.ones(3)
     dist.all_reduce(total)
-    return {**found, "reduced": total.tolist(), "local rank": os.environ["LOCAL_RANK"]}
+    found["reduced"] = total.tolist()
+    return [found, cut_off(folder, over)]
 
 
-def cut_off(folder: str) -> Any:
-    """The cable is pulled while rank 1 writes."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group("gloo")
+def cut_off(folder: str, over: Any) -> Any:
+    """What this rank raises where the other one is cut off while it writes."""
     knobs.DEADLINE_S = 4.0
     write = save_driver.write_rank
 
@@ -272,7 +283,7 @@ def cut_off(folder: str) -> Any:
     save_driver.write_rank = slow
     begun = time.monotonic()
     try:
-        shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/cut")
+        shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/cut", comm=over)
     except errors.RankFailedError as error:
         return [error.rank, error.facts["phase"], time.monotonic() - begun]
     return "saved"

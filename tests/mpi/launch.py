@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +106,16 @@ def run_job(
     *arguments: Any,
     folder: Path,
     timeout_s: float = 400.0,
-    launch: Callable[[list[str]], list[str]] | None = None,
     **more: str,
 ) -> Outcome:
-    """jobs.FUNCTION(*arguments) on every rank; it returns what JSON can hold. `launch` makes
-    the command line of a program. (Importing jobs here would start MPI here.)"""
+    """jobs.FUNCTION(*arguments) on every rank; it returns what JSON can hold. (Importing jobs
+    here would start MPI here.)"""
     folder.mkdir(exist_ok=True)
     program = [sys.executable, "-m", "tests.mpi.launch", function, json.dumps(arguments)]
     program += [str(folder), str(timeout_s - 5)]
     begun = time.monotonic()
     done = subprocess.run(
-        launch(program) if launch else command(flavour, ranks, *program),
+        command(flavour, ranks, *program),
         env=environment(flavour, **more),
         capture_output=True,
         text=True,
@@ -144,7 +142,10 @@ def _main(name: str, arguments: str, folder: str, timeout_s: str) -> None:
         if "mpi4py.MPI" in sys.modules:  # the others may wait for this rank
             sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
         sys.exit(1)
-    if name not in ("stopped", "cut_off"):  # with a rank lost, a group may hang in its destructor
+    if name not in (
+        "stopped",
+        "over_two_hosts",
+    ):  # with a rank lost, a group may hang in its destructor
         leave()
 
 

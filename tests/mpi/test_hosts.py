@@ -13,7 +13,7 @@ import pytest
 
 import shardckpt
 from tests.mpi.hosts import ADDRESSES, INTERFACE, needs_hosts, torchrun, two_hosts
-from tests.mpi.launch import environment, needs, run_job
+from tests.mpi.launch import environment, needs
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(500)]
 
@@ -23,11 +23,6 @@ def hosts(tmp_path):
     needs_hosts()
     with two_hosts(tmp_path) as found:
         yield found
-
-
-def start_torchrun(hosts, *program, **options):
-    """torchrun on both hosts."""
-    return [start(hosts.command(host, *torchrun(host, *program, **options))) for host in range(2)]
 
 
 def start(command):
@@ -51,49 +46,14 @@ def job(name, *arguments, folder):
     return ("-m", "tests.mpi.launch", name, json.dumps(arguments), str(folder), "280")
 
 
-def check_both(values, hosts):
-    for rank, value in enumerate(values):
-        assert value["host"] == hosts.names[rank]
-        assert value["ranks"] == 2
-        kind, ranks, _ = value["private"][0]
-        assert (kind, ranks) == ("DirectoryNotSharedError", [1])
-        assert value["private"][1] == value["private"][0]
-        assert value["left"] == []
-        assert value["missing"][0] == "CheckpointNotFoundError"
-        assert value["reduced"] == [2.0, 2.0, 2.0]
-
-
-def test_torchrun_on_two_nodes(tmp_path, hosts):
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=needs("openmpi"))])
+def test_two_hosts(tmp_path, hosts, launcher):
+    """All works between them; then the cable is pulled: both sides raise an error that names the
+    other, and nothing is committed."""
     out = tmp_path / "out"
     program = job("over_two_hosts", str(tmp_path), str(hosts.private), folder=out)
-    nodes = start_torchrun(hosts, *program)
-    assert [node.wait(timeout=250) for node in nodes] == [0, 0]
-    values = [json.loads((out / f"{rank}.json").read_text())[1] for rank in range(2)]
-    check_both(values, hosts)
-    assert len(shardckpt.load_state(tmp_path / "shared")["w"]) == 10
-
-
-@needs("openmpi")
-def test_mpirun_on_two_hosts(tmp_path, hosts):
-    done = run_job(
-        "openmpi",
-        2,
-        "over_two_hosts",
-        str(tmp_path),
-        str(hosts.private),
-        folder=tmp_path / "out",
-        launch=lambda program: mpirun(hosts, program),
-    )
-    check_both(done.checked(), hosts)
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=needs("openmpi"))])
-def test_the_cable_is_pulled(tmp_path, hosts, launcher):
-    """Both sides raise an error that names the other, and nothing is committed."""
-    out = tmp_path / "out"
-    program = job("cut_off", str(tmp_path), folder=out)
     if launcher == "torchrun":
-        nodes = start_torchrun(hosts, *program)
+        nodes = [start(hosts.command(host, *torchrun(host, *program))) for host in range(2)]
     else:
         nodes = [start(mpirun(hosts, [sys.executable, *program]))]
     try:
@@ -106,12 +66,30 @@ def test_the_cable_is_pulled(tmp_path, hosts, launcher):
             os.killpg(node.pid, signal.SIGKILL)
             node.wait(timeout=20)
     for rank in range(2):
-        well, (ranks, phase, took_s) = json.loads((out / f"{rank}.json").read_text())
-        assert well
-        assert ranks in ([1 - rank], 1 - rank)
-        assert phase == "write"
-        assert took_s < 60
+        well, found = json.loads((out / f"{rank}.json").read_text())
+        assert well, found
+        check_together(found[0], hosts, rank)
+        check_cut_off(found[1], rank)
+    assert len(shardckpt.load_state(tmp_path / "shared")["w"]) == 10
     assert not (tmp_path / "cut").exists()
+
+
+def check_together(value, hosts, rank):
+    assert value["host"] == hosts.names[rank]
+    assert value["ranks"] == 2
+    kind, ranks, _ = value["private"][0]
+    assert (kind, ranks) == ("DirectoryNotSharedError", [1])
+    assert value["private"][1] == value["private"][0]
+    assert value["left"] == []
+    assert value["missing"][0] == "CheckpointNotFoundError"
+    assert value["reduced"] == [2.0, 2.0, 2.0]
+
+
+def check_cut_off(found, rank):
+    ranks, phase, took_s = found
+    assert ranks in ([1 - rank], 1 - rank)
+    assert phase == "write"
+    assert took_s < 60
 
 
 def wait_for(files, nodes):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import shardckpt
+from shardckpt.convert.whole_files import read_one
 from tests.mpi.launch import WHOLE, flavours, run_job
 from tests.ranks import run_ranks
 
@@ -51,7 +52,7 @@ def test_all_that_works(tmp_path, flavour):
     for rank, value in enumerate(values):
         check_plain(value["plain"], rank)
         check_wrong(value["wrong"])
-        assert value["tools"] == [0, 0, 6, 5, 6]
+        assert value["tools"] == [0, 0, 6, 5, 6, 0, 0, 0]
         assert value["torch"]["world"][:2] == [3, "3"]
         assert value["torch"]["dcp"] == [0.0, 1.0, 2.0, 3.0, 4.0]
         assert value["torch"]["handler"] == ["ddp", "fsdp"]
@@ -70,8 +71,8 @@ def damage(tmp_path) -> None:
     state = {"w": torch.arange(3_000_000.0), "v": torch.arange(10.0)}
     shardckpt.save(state, tmp_path / "damaged")
     (shard,) = (tmp_path / "damaged").glob("*.safetensors")
-    with open(shard, "r+b") as file:
-        file.seek(9_000_000)
+    with open(shard, "r+b") as file:  # in the last block, a short one: flipped bits are looked for
+        file.seek(-4, os.SEEK_END)
         file.write(b"\xff")
 
 
@@ -103,15 +104,16 @@ def check_wrong(found) -> None:
 
 def check_files(tmp_path, value) -> None:
     """What one process without any launcher sees of it."""
-    for name in ("mpi", "async-0", "async-1", "resharded"):
+    for name in ("mpi", "async-0", "async-1", "resharded", "converted"):
         state = shardckpt.load_state(tmp_path / name)
-        assert np.array_equal(state["u"], WHOLE), name
+        assert np.array_equal(np.asarray(state["u"]), WHOLE), name
         assert torch.equal(state["t"], torch.from_numpy(WHOLE.T[:7, :7].copy())), name
         assert torch.equal(state["w"], torch.arange(10.0)), name
         assert (state["rank"], state["step"]) == ([0, 1, 2], 7), name
     with shardckpt.open_checkpoint(tmp_path / "resharded") as checkpoint:
         assert len(checkpoint.manifest.shards) == 5
         checkpoint.verify()
+    assert torch.equal(read_one(f"{tmp_path}/x.safetensors")["w"], torch.arange(10.0))
     there = {"late-False-1", "late-True-1", "fine", "half-0", "half-1", "handler", "handler.pth"}
     gone = {"never", "raised", "late-False-0", "late-True-0", "0", "1"}
     assert there <= set(os.listdir(tmp_path))
