@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -145,9 +146,15 @@ def check_loads(file: Any, path: str) -> None:
         raise UnsupportedLeafError(
             "The state holds a value that torch.load(weights_only=True) refuses",
             path=path,
-            actual=str(error).splitlines()[0],
+            actual=_refused(error),
             remedy="save to a path without .pth or .pt, or leave the value out",
         ) from error
+
+
+def _refused(error: Exception) -> str:
+    """The class that torch.load would not make, out of a page of advice."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found[1] if found else str(error).splitlines()[0]
 
 
 def _check_records(path: str) -> None:

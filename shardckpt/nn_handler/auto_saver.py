@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
@@ -15,6 +16,7 @@ from shardckpt.errors import StateError
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
+from shardckpt.storage.system import translated
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
@@ -93,6 +95,8 @@ class AutoSaver:
     def begin(self, handler: NNHandler) -> bool:
         """Before training; collective. Whether the handler was resumed from a checkpoint."""
         self.plan.check_names(handler.metric_names())
+        if self.plan.saves() or self.options["save_last"]:
+            self._make_folder()
         if self.one_file:
             check_config(handler, self.plan.name)  # else the first save would tell, too late
         resumed = False
@@ -118,6 +122,19 @@ class AutoSaver:
             self._last = CheckpointManager(self.folder, label=label, format=self._format())
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return resumed
+
+    def _make_folder(self) -> None:
+        """A path that can't be written to is told before training; collective, on rank 0."""
+
+        def make(payloads: list[bytes]) -> bytes:
+            with translated(self.folder):
+                os.makedirs(self.folder, exist_ok=True)
+                if not os.access(self.folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "No permission to write", self.folder)
+            return b""
+
+        with operation(f"NNHandler: the folder {self.folder}") as coordinator:
+            exchange(coordinator, "make", lambda: b"", make)
 
     def _label(self, handler: NNHandler) -> str:
         return f"{self.label} {handler.run_id}"

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from shardckpt.errors import StateError
 from shardckpt.nn_handler.parallel import Layout
@@ -21,11 +28,12 @@ __all__ = ["Position", "TrainData", "ValData"]
 @dataclass(slots=True, kw_only=True)
 class Position:
     """Where in an epoch training is: so many samples of the epoch's order seen by all ranks
-    together, so many batches by this one. `seed` makes the order; `random` are the generators as
-    the epoch began."""
+    together, so many batches by this one, of a dataset of `length` (0: not known). `seed` makes the
+    order; `random` are the generators as the epoch began."""
 
     samples: int = 0
     batches: int = 0
+    length: int = 0
     seed: int = 0
     random: dict[str, Any] | None = None
 
@@ -75,7 +83,7 @@ class TrainData:
         self.sampler: EpochSampler | None = None
         self.layout = layout
         own = "sampler" in options or options.get("batch_sampler") is not None
-        if own or not hasattr(dataset, "__getitem__"):
+        if own or not _has_order(dataset):
             self.loader = data if isinstance(data, DataLoader) else DataLoader(dataset, **options)
             return
         if options.get("batch_size", 1) is None:
@@ -87,6 +95,16 @@ class TrainData:
         self.loader = DataLoader(
             dataset, sampler=self.sampler, generator=torch.Generator(), **options
         )
+        if len(self.loader) == 0:
+            raise StateError(
+                "A train loader has no batch",
+                actual=f"{len(dataset)} samples, {self.sampler.places} ranks, {options}",
+                remedy="give more samples, a smaller batch_size, or leave out drop_last",
+            )
+
+    def fits(self, position: Position) -> bool:
+        """Whether an epoch that was begun can be gone on with: not on other data."""
+        return self.sampler is None or position.length in (0, self.sampler.length)
 
     def batches(self, epoch: int, position: Position) -> Iterator[Any]:
         """The batches of an epoch (counted from 0) from a position on."""
@@ -111,11 +129,18 @@ class TrainData:
             size = cast(int, self.loader.batch_size)
             seen = position.samples + batches * size * self.layout.data[1]
             position.samples = min(seen, self.sampler.length)
+            position.length = self.sampler.length
 
     @property
     def even(self) -> bool:
         """Whether all ranks are known to have as many batches."""
         return self.sampler is not None
+
+
+def _has_order(dataset: Any) -> bool:
+    # every Dataset has a __getitem__, if only one that raises
+    indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+    return indexed and isinstance(dataset, Sized)
 
 
 _KEPT = (
@@ -188,10 +213,10 @@ class ValData:
         for name in ("shuffle", "drop_last"):
             options.pop(name, None)
         own = options.pop("sampler", None) or options.pop("batch_sampler", None)
-        if own is not None or not hasattr(dataset, "__getitem__") or not isinstance(dataset, Sized):
+        if own is not None or not _has_order(dataset) or len(dataset) == 0:
             raise StateError(
-                "A validation set needs a length and an order",
-                expected="a Dataset with __getitem__ and __len__",
+                "A validation set needs samples, a length and an order",
+                expected="a Dataset with __getitem__ and __len__, which is not 0",
                 actual=type(dataset).__name__,
                 remedy="give the Dataset itself",
             )

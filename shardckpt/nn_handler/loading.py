@@ -12,7 +12,7 @@ from torch import nn
 
 import shardckpt
 from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
-from shardckpt.errors import NotACheckpointError
+from shardckpt.errors import LoadMismatchError, NotACheckpointError
 from shardckpt.execution.memory import MemoryStorage
 from shardckpt.nn_handler.callbacks import Callback
 from shardckpt.nn_handler.data import Position
@@ -206,7 +206,9 @@ def restore(
     placed: bool = False,
 ) -> None:
     """Fill a handler, whose parts are set, with what a checkpoint holds; collective."""
-    saved = saved or source.values()
+    if saved is None:  # the handler was not made of the checkpoint
+        saved = source.values()
+        _check_parts(handler.config(), saved["config"], source.path)
     state = {} if placed else handler.tensor_state()
     if placed or "optimizer" in skip or not saved["config"]["optimizer"]:
         state.pop("optimizer", None)
@@ -236,6 +238,22 @@ def restore(
     _own(handler, own)
 
 
+def _check_parts(own: dict[str, Any], saved: dict[str, Any], path: str) -> None:
+    """An optimizer or a scheduler that is missing, or is of another class, is no detail."""
+    for part in ("optimizer", "scheduler"):
+        kinds = [config[part]["class"] if config[part] else None for config in (own, saved)]
+        if kinds[0] == kinds[1] or all(kind and "shardckpt.absent" in kind for kind in kinds):
+            continue
+        raise LoadMismatchError(
+            f"The handler has another {part} than the checkpoint",
+            path=path,
+            expected=next(iter((kinds[0] or {"": "none"}).values())),
+            actual=next(iter((kinds[1] or {"": "none"}).values())),
+            remedy=f"set_{part} as it was when this was saved; to change it, NNHandler.load with "
+            f"skip_{part}=True, and then set_{part}",
+        )
+
+
 def _ema(handler: NNHandler, saved: dict[str, Any], *, skip: bool) -> EMA | None:
     if skip or "ema" not in saved:
         return None
@@ -258,7 +276,7 @@ def _callbacks(callbacks: list[Callback], saved: dict[str, Any], path: str) -> N
         if number >= len(callbacks) or type(callbacks[number]).__name__ != (found := state["kind"])
     }
     if kinds or len(callbacks) != len(saved):
-        raise NotACheckpointError(
+        raise LoadMismatchError(
             "The handler has other callbacks than the checkpoint",
             path=path,
             expected=[type(callback).__name__ for callback in callbacks],

@@ -10,6 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from torch import nn
@@ -59,6 +60,8 @@ def describe(value: Any) -> Described:
         return {key: describe(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(describe(item) for item in value)
+    if isinstance(value, PurePath):
+        return {_IMPORT: "pathlib:Path", _ARGUMENTS: [str(value)]}
     if inspect.isroutine(value) or isinstance(value, type):
         name = import_name(value)
         return {_ABSENT: repr(value)} if name is None else {_IMPORT: name}
@@ -128,7 +131,8 @@ def build(described: Described, *, at: str, given: Mapping[str, Any]) -> Any:
             found = find(described[_IMPORT], at=at)
             if _ARGUMENTS not in described:
                 return found
-            return found(**build(described[_ARGUMENTS], at=f"{at}.arguments", given=given))
+            arguments = build(described[_ARGUMENTS], at=f"{at}.arguments", given=given)
+            return found(*arguments) if isinstance(arguments, list) else found(**arguments)
         return {k: build(item, at=f"{at}.{k}", given=given) for k, item in described.items()}
     if type(described) in (list, tuple):
         items = [build(item, at=f"{at}.{i}", given=given) for i, item in enumerate(described)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ def mean_over_ranks(sums: dict[str, float], count: int, device: torch.device) ->
     if dist.is_initialized():
         dist.all_reduce(totals)
     *means, total = totals.tolist()
-    return {name: value / max(total, 1) for name, value in zip(sums, means, strict=True)}
+    return {n: value / total if total else math.nan for n, value in zip(sums, means, strict=True)}
 
 
 def largest(flags: list[int], device: torch.device) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ class Parts:
         self.step = 0
         self.history: dict[str, list[float]] = {}
         self.stop_training = False
+        self.validates = True  # whether the call of train does so at all
         self.model_code: dict[str, str] | None = None
         # What the trainer goes on from; see Trainer, and begin_run.
         self.position = Position()
@@ -109,6 +111,13 @@ class Parts:
                 "The optimizer holds the parameters of the model so far",
                 remedy="call set_model before set_optimizer",
             )
+        if isinstance(model_class, nn.Module):
+            raise StateError(
+                "A model was given, where its class was expected",
+                actual=type(model_class).__name__,
+                remedy="give the class and its arguments, as in NNHandler(Net, width=32): "
+                "a checkpoint holds them, and load makes the model anew",
+            )
         self.model_class, self.model_kwargs = model_class, model_kwargs
         self.model = wrap(model_class(**model_kwargs), self.layout)
         self.ema = None
@@ -128,7 +137,15 @@ class Parts:
         list of dicts as torch has it, whose "params" are parameters, names or prefixes.
         """
         chosen, named = grouped(self.module, groups)
-        self.optimizer = optimizer_class(chosen, **options)
+        optimizer = optimizer_class(chosen, **options)
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise StateError(
+                "This optimizer computes the loss several times a step, which train does not",
+                expected="an optimizer whose step needs no closure",
+                actual=type(optimizer).__name__,
+            )
+        self.optimizer = optimizer
         self.rate = float(self.optimizer.param_groups[0]["lr"])
         self._optimizer = {"class": optimizer_class, "groups": named, "options": options}
 
@@ -222,7 +239,7 @@ class Parts:
     def metric_names(self) -> set[str]:
         """The names that epochs bring metrics under."""
         names = {"loss", *self.metrics}
-        if self.val_data is not None:
+        if self.val_data is not None and self.validates:
             names |= {f"val_{name}" for name in names}
         return names | {"epoch", "step", "lr"}
 
@@ -267,6 +284,13 @@ class Parts:
             config["model"]["class"] = self._class_name
         return config
 
+    def callback_states(self) -> dict[str, Any]:
+        """The kind and state of each callback, as plain data."""
+        return {
+            str(number): {"kind": type(callback).__name__, "state": callback.state_dict()}
+            for number, callback in enumerate(self.callbacks)
+        }
+
     def adopt_code(self, code: dict[str, str] | None, class_name: Any) -> None:
         """Keep the source that came with a checkpoint, and the name of a class made by it."""
         self.model_code, self._class_name = code, class_name
@@ -310,6 +334,7 @@ class Parts:
                 "position": {
                     "samples": position.samples,
                     "batches": position.batches,
+                    "length": position.length,
                     "seed": position.seed,
                 },
                 "runs": self.runs,
@@ -319,10 +344,7 @@ class Parts:
                 "seed": self.seed_value,
                 "stopped": self.stop_training,
             },
-            "callbacks": {
-                str(number): {"kind": type(callback).__name__, "state": callback.state_dict()}
-                for number, callback in enumerate(self.callbacks)
-            },
+            "callbacks": self.callback_states(),
             "ranks": shardckpt.PerRank({**boundary, "epoch_random": position.random}),
             "config": config,
         }

@@ -44,12 +44,17 @@ class Scheduler:
                 "Unknown value for interval", expected='"epoch" or "step"', actual=repr(interval)
             )
         self.torch = _make(optimizer, scheduler_class, options)
-        if interval == "step" and isinstance(self.torch, ReduceLROnPlateau):
+        if interval == "step" and self.needs_metric:
             raise StateError("ReduceLROnPlateau needs the metrics of an epoch", actual="by step")
         by_step = isinstance(self.torch, (OneCycleLR, CyclicLR))
         self.interval: Interval = interval or ("step" if by_step else "epoch")
         self.monitor = monitor
         self._class, self._options = scheduler_class, dict(options)
+
+    @property
+    def needs_metric(self) -> bool:
+        """Whether it looks at the metric `monitor`."""
+        return isinstance(self.torch, ReduceLROnPlateau)
 
     def after_step(self) -> None:
         """To be called after each step of the optimizer."""
@@ -58,7 +63,7 @@ class Scheduler:
 
     def after_epoch(self, results: Mapping[str, float]) -> None:
         """To be called after each epoch, with its metrics."""
-        if isinstance(self.torch, ReduceLROnPlateau):
+        if self.needs_metric:
             if self.monitor in results:
                 self.torch.step(results[self.monitor])
         elif self.interval == "epoch":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shardckpt.errors import StateError
 from shardckpt.nn_handler.parallel import mean_over_ranks
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ class EpochSums:
 
     def add(self, loss: torch.Tensor, outputs: Any, targets: Any) -> None:
         """Take in a batch."""
-        size = len(targets)
+        size = _batch_size(targets)
         self.count += size
         self.sums["loss"] += float(loss.detach()) * size
         with torch.no_grad():
             for name, metric in self.handler.metrics.items():
-                self.sums[name] += float(metric(outputs, targets)) * size
+                self.sums[name] += _number(metric(outputs, targets), name) * size
 
     def means(self) -> dict[str, float]:
         """Over all ranks' samples; collective."""
@@ -44,3 +45,23 @@ class EpochSums:
         """Go on from what state returned."""
         self.count = state["count"]
         self.sums.update({k: v for k, v in state["sums"].items() if k in self.sums})
+
+
+def _batch_size(targets: Any) -> int:
+    """Of a tensor, of collated containers of tensors, or of a list with an item a sample."""
+    if isinstance(targets, torch.Tensor):
+        return len(targets) if targets.dim() else 1
+    items = list(targets.values()) if isinstance(targets, Mapping) else targets
+    sizes = {len(i) for i in items if isinstance(i, torch.Tensor) and i.dim()}
+    return sizes.pop() if len(sizes) == 1 else len(items)
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StateError(
+            f"The metric {name!r} gave no number",
+            expected="a number, or a tensor with one element",
+            actual=f"{type(value).__name__}: {error}",
+        ) from error

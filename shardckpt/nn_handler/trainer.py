@@ -20,7 +20,7 @@ import torch
 from shardckpt.errors import CoordinationError, RankFailedError, StateError
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.batch import forward
-from shardckpt.nn_handler.callbacks import Callback, ModelCheckpoint, ProgressBar
+from shardckpt.nn_handler.callbacks import Callback, ModelCheckpoint, ProgressBar, check_monitor
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA, check_decay
 from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_echo, meet
@@ -83,6 +83,7 @@ class Trainer:
         self.alone = False  # the ranks can't talk any more
         self.at: Literal["boundary", "forward", "update"] = "boundary"
         self.buffers: BufferCopies | None = None
+        handler.validates = options.validate_every > 0
         _check_ready(handler)
 
     def run(self) -> None:
@@ -118,6 +119,13 @@ class Trainer:
         handler, position = self.handler, self.handler.position
         assert handler.train_data is not None
         self.sums = EpochSums(handler)
+        if not handler.train_data.fits(position):
+            warnings.warn(
+                f"The train loader has not the {position.length} samples of when the epoch was "
+                "begun: the epoch begins anew",
+                stacklevel=4,
+            )
+            handler.position = position = Position()
         if position.batches == 0:
             handler.position = position = Position(seed=handler.seed_value, random=random_state())
             self._hooks(lambda callback: callback.on_epoch_start(handler))
@@ -365,6 +373,8 @@ def _check_ready(handler: NNHandler) -> None:
     for setter, value in missing.items():
         if value is None:
             raise StateError("The handler can't train yet", remedy=f"call {setter} first")
-    flatten(
-        {"config": handler.config()}, rank=handler.rank
-    )  # what can't be saved is told now, not at the first save
+    scheduler = handler.scheduler
+    if scheduler is not None and scheduler.needs_metric:
+        check_monitor(scheduler.monitor, handler)
+    # what can't be saved is told now, not at the first save
+    flatten({"config": handler.config(), "callbacks": handler.callback_states()}, rank=handler.rank)

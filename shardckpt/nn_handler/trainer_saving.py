@@ -67,6 +67,10 @@ class SavePlan:
             )
         name_fields(self.name)
 
+    def saves(self) -> bool:
+        """Whether there are saves at all, but for those on exceptions and signals."""
+        return bool(self.interval or self.every_steps or self.every_minutes)
+
     def due_after_epoch(self, epoch: int, *, last: bool, save_last: bool = True) -> bool:
         """Whether to save after an epoch (counted from 1); `last`: training ends with it, be it
         by an early stop."""
