@@ -56,9 +56,11 @@ def read_all(
     past_cache = alone and knobs.READ_PAST_CACHE and have_huge_pages()
     with collector_paused():
         windows = _windows(reads)
+    if not windows:  # values alone were asked for: no thread, no buffer
+        return 0
     for shard in {window.shard for window in windows}:
         check_size(files, manifest.shards[shard])
-    threads = max(1, min(knobs.READ_THREADS, len(windows)))
+    threads = min(knobs.READ_THREADS, len(windows))
     queue = iter(windows)  # next() on it is atomic: the workers share it
     stop = threading.Event()
     read_bytes = [0] * threads

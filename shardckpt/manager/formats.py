@@ -10,18 +10,36 @@ import shardckpt
 from shardckpt.execution.background import SaveHandle
 from shardckpt.execution.reader import check_size
 from shardckpt.reports import LoadReport
+from shardckpt.storage import removal
 from shardckpt.storage.base import MANIFEST_NAME
-from shardckpt.storage.local import remove_tree
-from shardckpt.storage.system import System
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.system import System, translated
 
-__all__ = ["RECORD", "Format", "Sharded"]
+__all__ = ["RECORD", "Format", "Sharded", "Signature", "signature_of"]
 
 RECORD = "checkpoint_manager"
 """The key under which a managed checkpoint says its label, step, metrics and time."""
 
 
+Signature = tuple[int, int, int]
+
+
+def signature_of(found: os.stat_result) -> Signature:
+    """Of a file that is another one, or has another time, when the checkpoint is another."""
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 class Format(Protocol):
     """How a manager's checkpoints are stored. Broken ones raise CheckpointError or StorageError."""
+
+    def names(self, folder: str) -> list[str]:
+        """The names in a folder that may be checkpoints, sorted; none without the folder."""
+
+    def sweep(self, folder: str) -> None:
+        """Remove what dead saves and removals left in a folder, as far as that works."""
+
+    def exists(self, path: str) -> bool:
+        """Whether there is anything at a path."""
 
     def save(
         self,
@@ -39,8 +57,8 @@ class Format(Protocol):
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """Load into a state; collective."""
 
-    def marker(self, path: str) -> str:
-        """The file that is another one, or has another time, when the checkpoint is another."""
+    def signature(self, path: str) -> Signature:
+        """Something cheap that changes when the checkpoint does."""
 
     def record(self, path: str) -> Any:
         """What was saved under RECORD, of a checkpoint that looks whole; None without one."""
@@ -49,11 +67,33 @@ class Format(Protocol):
         """Raise if the checkpoint is broken."""
 
     def remove(self, path: str) -> None:
-        """Remove the checkpoint, as far as that works."""
+        """Remove the checkpoint; raises StorageError."""
 
 
 class Sharded:
-    """Directories of shards; see Format."""
+    """Directories of shards; see Format. `system` makes the system calls."""
+
+    def __init__(self, system: System | None = None) -> None:
+        self._system = system or System()
+        self._storage = LocalStorage(self._system)
+
+    def names(self, folder: str) -> list[str]:
+        """See Format.names. A checkpoint that a replacing save left aside counts."""
+        with translated(folder):
+            try:
+                found = self._system.listdir(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        aside = {name for name in map(removal.old_name, found) if name}
+        return sorted({name for name in found if not name.startswith(".")} | aside)
+
+    def sweep(self, folder: str) -> None:
+        """See Format.sweep."""
+        removal.sweep(self._system, folder)
+
+    def exists(self, path: str) -> bool:
+        """See Format.exists."""
+        return removal.exists(self._system, path)
 
     def save(
         self,
@@ -66,7 +106,12 @@ class Sharded:
         base: str | None,
     ) -> SaveHandle | None:
         """See Format.save."""
-        options: Any = {"overwrite": overwrite, "process_group": process_group, "base": base}
+        options: Any = {
+            "overwrite": overwrite,
+            "process_group": process_group,
+            "base": base,
+            "storage": self._storage,
+        }
         if asynchronous:
             return shardckpt.async_save(state, path, **options)
         shardckpt.save(state, path, **options)
@@ -74,15 +119,20 @@ class Sharded:
 
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """See Format.load."""
-        return shardckpt.load(state, path, strict=strict, process_group=process_group)
+        options: Any = {"process_group": process_group, "storage": self._storage}
+        return shardckpt.load(state, path, strict=strict, **options)
 
-    def marker(self, path: str) -> str:
-        """See Format.marker."""
-        return os.path.join(path, MANIFEST_NAME)
+    def signature(self, path: str) -> Signature:
+        """See Format.signature."""
+        try:
+            found = self._system.stat(os.path.join(path, MANIFEST_NAME))
+        except FileNotFoundError:
+            found = self._system.stat(os.path.join(removal.beside(path, "old"), MANIFEST_NAME))
+        return signature_of(found)
 
     def record(self, path: str) -> Any:
         """See Format.record."""
-        with shardckpt.open_checkpoint(path) as checkpoint:
+        with shardckpt.open_checkpoint(path, storage=self._storage) as checkpoint:
             for shard in checkpoint.manifest.shards:
                 check_size(checkpoint.files, shard)
             if f"{RECORD}.step" not in checkpoint:
@@ -91,7 +141,7 @@ class Sharded:
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
         """See Format.verify."""
-        with shardckpt.open_checkpoint(path) as checkpoint:
+        with shardckpt.open_checkpoint(path, storage=self._storage) as checkpoint:
             if quick:
                 for shard in checkpoint.manifest.shards:
                     check_size(checkpoint.files, shard)
@@ -100,4 +150,4 @@ class Sharded:
 
     def remove(self, path: str) -> None:
         """See Format.remove."""
-        remove_tree(System(), path)
+        removal.remove(self._system, path)

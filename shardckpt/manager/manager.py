@@ -160,15 +160,16 @@ class CheckpointManager(Closing):
         """Where the checkpoint goes, and the one that its unchanged files are taken from."""
 
         def decide(payloads: list[bytes]) -> bytes:
+            self._format.sweep(self.folder)
             wanted = os.path.join(self.folder, name or self._name.format(step=step))
             path, number = wanted, 0
             stem, suffix = os.path.splitext(wanted)
             if suffix not in (".pth", ".pt", ".safetensors"):
                 stem, suffix = wanted, ""
-            while if_exists == "number" and os.path.lexists(path):
+            while if_exists == "number" and self._format.exists(path):
                 number += 1
                 path = f"{stem}-v{number}{suffix}"
-            if if_exists == "error" and os.path.lexists(path):
+            if if_exists == "error" and self._format.exists(path):
                 raise CheckpointExistsError(
                     "There is something at this path already",
                     path=path,
@@ -208,11 +209,10 @@ class CheckpointManager(Closing):
     def _scan(self) -> tuple[list[SavedCheckpoint], list[tuple[str, str]]]:
         """The checkpoints that look whole, oldest first; (path, what is wrong) of the others."""
         found, broken = [], []
-        names = sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []
-        for name in names:
+        for name in self._format.names(self.folder):
             path = os.path.join(self.folder, name)
             try:
-                checkpoint = None if name.startswith(".") else self._look(path)
+                checkpoint = self._look(path)
             except (CorruptionError, FormatVersionError) as error:
                 broken.append((path, error.message))
             else:
@@ -312,10 +312,17 @@ class CheckpointManager(Closing):
             def remove() -> bytes:
                 if coordinator.rank == 0:
                     for checkpoint in self._condemned(coordinator):
-                        self._format.remove(checkpoint.path)
+                        self._remove(checkpoint)
                 return b""
 
             exchange(coordinator, "prune", remove, lambda payloads: b"")
+
+    def _remove(self, checkpoint: SavedCheckpoint) -> None:
+        try:
+            self._format.remove(checkpoint.path)
+        except StorageError as error:
+            # The save is done. The next one tries again.
+            warnings.warn(f"{checkpoint.path} can't be removed: {error.message}", stacklevel=6)
 
     def _condemned(self, coordinator: Coordinator) -> list[SavedCheckpoint]:
         saved = [c for c in self.checkpoints() if self._verified.get(_key(c), True)]
@@ -353,8 +360,7 @@ class CheckpointManager(Closing):
     def _look(self, path: str) -> SavedCheckpoint | None:
         """The checkpoint at a path, if it is one of this manager's; raises if it is broken."""
         try:
-            found = os.stat(self._format.marker(path))
-            signature = found.st_ino, found.st_mtime_ns, found.st_size
+            signature = self._format.signature(path)
             if self._records.get(path, (None, None))[0] != signature:
                 self._records[path] = signature, _checkpoint(path, self._format.record(path))
         except (NotACheckpointError, CheckpointNotFoundError, OSError):

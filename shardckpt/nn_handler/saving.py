@@ -25,10 +25,11 @@ from shardckpt.coordination.select import operation
 from shardckpt.errors import StateError
 from shardckpt.execution.background import SaveHandle
 from shardckpt.execution.memory import MemoryStorage
-from shardckpt.manager.formats import RECORD
+from shardckpt.manager.formats import RECORD, Signature, signature_of
 from shardckpt.planning.flatten import Ties
 from shardckpt.planning.stateful import has_state, plain_state
 from shardckpt.reports import LoadReport
+from shardckpt.storage.system import translated
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
@@ -156,6 +157,18 @@ class _Whole:
 class OneFile:
     """Single files as a CheckpointManager's checkpoints; see shardckpt.manager.formats.Format."""
 
+    def names(self, folder: str) -> list[str]:
+        """See Format.names."""
+        found = os.listdir(folder) if os.path.isdir(folder) else []
+        return sorted(name for name in found if not name.startswith("."))
+
+    def sweep(self, folder: str) -> None:
+        """See Format.sweep. Files being written have no lock: nobody knows which are dead."""
+
+    def exists(self, path: str) -> bool:
+        """See Format.exists."""
+        return os.path.lexists(path)
+
     def save(
         self,
         state: Any,
@@ -182,9 +195,9 @@ class OneFile:
             state, path, strict=strict, process_group=process_group, storage=storage
         )
 
-    def marker(self, path: str) -> str:
-        """See Format.marker."""
-        return path
+    def signature(self, path: str) -> Signature:
+        """See Format.signature."""
+        return signature_of(os.stat(path))
 
     def record(self, path: str) -> Any:
         """See Format.record."""
@@ -197,4 +210,5 @@ class OneFile:
 
     def remove(self, path: str) -> None:
         """See Format.remove."""
-        os.unlink(path)
+        with translated(path):
+            os.unlink(path)

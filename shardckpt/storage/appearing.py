@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from shardckpt.errors import CheckpointExistsError, NotACheckpointError
-from shardckpt.storage.local import sync_directory
+from shardckpt.storage.removal import sync_directory
 from shardckpt.storage.system import System, translated
 
 __all__ = ["appearing"]
@@ -25,7 +25,7 @@ def appearing(path: str, *, overwrite: bool, index: str = "") -> Iterator[str]:
     """
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.tmp-{uuid.uuid4().hex}")
+    temporary = os.path.join(folder, f".{name}.part-{uuid.uuid4().hex}")
     with translated(path):
         _check_target(path, overwrite=overwrite, index=index)
         os.makedirs(folder, exist_ok=True)

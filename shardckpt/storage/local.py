@@ -2,7 +2,8 @@
 
 A save writes into `.NAME.tmp-ID` beside its target, and renames that to NAME once every file
 and the directory are durable; docs/durability.md tells each step. `.NAME.lock` is held
-meanwhile. A save that finds leftovers of a dead one under these names removes them.
+meanwhile. A save that finds leftovers of a dead one under these names removes them, as does
+storage/removal, which removes checkpoints.
 """
 
 from __future__ import annotations
@@ -16,20 +17,19 @@ from contextlib import suppress
 
 from shardckpt import knobs
 from shardckpt.errors import (
-    CheckpointBusyError,
     CheckpointExistsError,
     DirectoryNotSharedError,
     NotACheckpointError,
 )
 from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles
 from shardckpt.storage.files import LocalFiles
-from shardckpt.storage.system import System, translated
+from shardckpt.storage.lock import Lock
+from shardckpt.storage.removal import beside, collect_leftovers, remove_tree, sync_directory
+from shardckpt.storage.system import UNSUPPORTED, System, translated
 
 __all__ = ["LocalStorage"]
 
 _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
-_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
 
 
 class LocalStorage:
@@ -43,11 +43,11 @@ class LocalStorage:
         target = os.path.realpath(path)
         with translated(target):
             self._make_directories(os.path.dirname(target))
-            lock = _Lock(self.system, _beside(target, "lock"))
+            lock = Lock(self.system, beside(target, "lock"))
             try:
-                self._collect_leftovers(target)
+                collect_leftovers(self.system, target)
                 self._check_target(target, overwrite=overwrite)
-                temporary = _beside(target, f"tmp-{checkpoint_id}")
+                temporary = beside(target, f"tmp-{checkpoint_id}")
                 self.system.mkdir(temporary)
             except BaseException:
                 lock.release()
@@ -57,7 +57,7 @@ class LocalStorage:
     def join(self, path: str, *, token: str) -> LocalTransaction:
         """See Storage.join."""
         target = os.path.realpath(path)
-        temporary = _beside(target, f"tmp-{token}")
+        temporary = beside(target, f"tmp-{token}")
         give_up_at = time.monotonic() + knobs.SHARED_DEADLINE_S
         while True:
             try:
@@ -126,117 +126,22 @@ class LocalStorage:
                 remedy="move it out of the way, or save to another path",
             )
 
-    def _collect_leftovers(self, target: str) -> None:
-        """Remove what dead saves to this target left; the lock is held, so none is alive."""
-        parent = os.path.dirname(target)
-        mark, old = os.path.basename(_beside(target, "tmp-")), _beside(target, "old")
-        leftovers = [
-            os.path.join(parent, name)
-            for name in self.system.listdir(parent)
-            if name.startswith(mark) or name == os.path.basename(old)
-        ]
-        if old in leftovers and not self._exists(target):
-            # A replacing save died between its two renames: the old checkpoint comes back.
-            self.system.rename(old, target)
-            leftovers.remove(old)
-        if leftovers:
-            # What a dead save has published may not be durable yet. It must be before the
-            # checkpoint that it replaced, perhaps one of these, goes.
-            sync_directory(self.system, parent)
-        for leftover in leftovers:
-            remove_tree(self.system, leftover)
-
-    def _exists(self, path: str) -> bool:
-        try:
-            self.system.stat(path)
-        except FileNotFoundError:
-            return False
-        return True
-
 
 def _describe(found: os.stat_result) -> str:
     return "a directory" if stat.S_ISDIR(found.st_mode) else "a file of another kind"
-
-
-def _beside(target: str, kind: str) -> str:
-    parent, name = os.path.split(target)
-    return os.path.join(parent, f".{name}.{kind}")
-
-
-def sync_directory(system: System, path: str) -> None:
-    """Make the names in a directory durable."""
-    fd = system.open(path, _DIRECTORY)
-    try:
-        system.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that have no such thing say EINVAL
-            raise
-    finally:
-        system.close(fd)
-
-
-def remove_tree(system: System, path: str) -> None:
-    """Remove a checkpoint's directory, as far as that works; never raises OSError.
-
-    Its manifest goes first, so that half of it is no checkpoint.
-    """
-    with suppress(OSError):
-        for name in sorted(system.listdir(path), key=lambda name: name != MANIFEST_NAME):
-            system.unlink(os.path.join(path, name))
-    with suppress(OSError):
-        system.rmdir(path)
-
-
-class _Lock:
-    """A lock file, held until released; works without where the file system has no locks."""
-
-    def __init__(self, system: System, path: str) -> None:
-        self.system = system
-        self.path = path
-        while True:
-            self.fd = system.open(path, os.O_CREAT | os.O_RDWR)
-            try:
-                system.lock(self.fd)
-                if system.fstat(self.fd).st_ino == system.stat(path).st_ino:
-                    return
-            except BlockingIOError as error:
-                system.close(self.fd)
-                raise CheckpointBusyError(
-                    "Another save to this path is under way",
-                    errno=errno.EAGAIN,
-                    path=path,
-                    remedy="wait for it, or save to another path",
-                ) from error
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                if error.errno in (*_UNSUPPORTED, errno.ENOLCK):
-                    return
-                system.close(self.fd)
-                raise
-            system.close(self.fd)  # its holder removed it in the meantime: once more
-
-    def release(self) -> None:
-        """Remove and unlock it; never raises OSError."""
-        with suppress(OSError):
-            self.system.unlink(self.path)
-        with suppress(OSError):
-            self.system.unlock(self.fd)
-        with suppress(OSError):
-            self.system.close(self.fd)
 
 
 class LocalTransaction:
     """A checkpoint being written; see WriteTransaction."""
 
     def __init__(
-        self, system: System, path: str, target: str, token: str, lock: _Lock | None
+        self, system: System, path: str, target: str, token: str, lock: Lock | None
     ) -> None:
         self.path = path
         self.token = token
         self._system = system
         self._target = target
-        self._temporary = _beside(target, f"tmp-{token}")
+        self._temporary = beside(target, f"tmp-{token}")
         self._lock = lock
         self._published = False
 
@@ -285,10 +190,10 @@ class LocalTransaction:
             self._system.exchange(self._temporary, self._target)
             return self._temporary
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 raise
         # One name: were there several, nobody could tell which of them is the newest.
-        old = _beside(self._target, "old")
+        old = beside(self._target, "old")
         self._system.rename(self._target, old)
         self._system.rename(self._temporary, self._target)
         return old
@@ -328,7 +233,7 @@ class LocalFile:
         try:
             call()
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 raise
             return False
         return True

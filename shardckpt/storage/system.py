@@ -15,7 +15,10 @@ import numpy as np
 
 from shardckpt.errors import NoSpaceError, ShardckptError, StorageError, StoragePermissionError
 
-__all__ = ["System", "translated"]
+__all__ = ["UNSUPPORTED", "System", "translated"]
+
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
+"""What file systems say of calls that they don't know."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD = -100

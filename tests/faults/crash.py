@@ -4,7 +4,8 @@ leaves: a whole version, none older than the newest that was acknowledged."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -15,7 +16,8 @@ import shardckpt
 from shardckpt.errors import CheckpointNotFoundError, ShardckptError, StorageError
 from shardckpt.execution.reshard import reshard
 from shardckpt.planning import kinds
-from shardckpt.storage.local import LocalStorage, remove_tree
+from shardckpt.storage import removal
+from shardckpt.storage.local import LocalStorage
 from tests.faults.disk import Content, Disk, Mark, ProcessDied, crash_states
 
 FOLDER = "/no-such-folder/runs"
@@ -121,19 +123,8 @@ class Tried:
     failures: list[str]
 
 
-def check(disk: Disk, *, per_prefix: int, rng: random.Random, since: int = 0) -> Tried:
-    """Load crash states of a recorded history, and save again over a few of them."""
-    tried, failures = 0, []
-    for marks, content in crash_states(disk, per_prefix=per_prefix, rng=rng, since=since):
-        tried += 1
-        try:
-            _check_state(marks, content, again=tried % 16 == 0, can_exchange=disk.can_exchange)
-        except (AssertionError, ShardckptError, OSError) as error:
-            failures.append(f"{_story(marks)}: {type(error).__name__}: {error}")
-    return Tried(tried, failures)
-
-
-def _check_state(marks: list[Mark], content: Content, *, again: bool, can_exchange: bool) -> None:
+def check_state(marks: list[Mark], content: Content, *, again: bool, can_exchange: bool) -> None:
+    """The oracle for one path; with `again` the next save too."""
     begun = max((mark.version for mark in marks if mark.kind == "begun"), default=0)
     acknowledged = max((mark.version for mark in marks if mark.kind == "acknowledged"), default=0)
     disk = Disk(content, can_exchange=can_exchange)
@@ -146,6 +137,29 @@ def _check_state(marks: list[Mark], content: Content, *, again: bool, can_exchan
         assert version_at(disk) == begun + 1, "the next save does not load"
         left = [name for name in disk.listdir(FOLDER) if name.startswith(".")]
         assert not left, f"leftovers: {left}"
+
+
+def check(
+    disk: Disk,
+    *,
+    per_prefix: int,
+    rng: random.Random,
+    since: int = 0,
+    oracle: Callable[..., None] = check_state,
+    enough: int = sys.maxsize,
+) -> Tried:
+    """Load crash states of a recorded history, and save again over a few of them; until `enough`
+    have failed."""
+    tried, failures = 0, []
+    for marks, content in crash_states(disk, per_prefix=per_prefix, rng=rng, since=since):
+        tried += 1
+        try:
+            oracle(marks, content, again=tried % 16 == 0, can_exchange=disk.can_exchange)
+        except (AssertionError, ShardckptError, OSError) as error:
+            failures.append(f"{_story(marks)}: {type(error).__name__}: {error}")
+            if len(failures) >= enough:
+                break
+    return Tried(tried, failures)
 
 
 def _story(marks: list[Mark]) -> str:
@@ -172,7 +186,7 @@ def _base_removed(run: Run) -> None:
     base = f"{FOLDER}-of-bases/c"
     run.based_save(path=base)
     run.based_save(base)
-    remove_tree(run.disk, base)
+    removal.remove(run.disk, base)
     run.based_save()
 
 
@@ -236,18 +250,3 @@ def random_history(rng: random.Random, *, disk: type[Disk] = Disk) -> Disk:
         action()
     run.save()
     return made
-
-
-def histories(seed: int) -> Iterator[tuple[int, Disk]]:
-    """Random histories without end, each with the seed that gives it again."""
-    while True:
-        yield seed, random_history(random.Random(seed))
-        seed += 1
-
-
-def trial(seed: int) -> int:
-    """A random history and a thousand or so of its crash states."""
-    rng = random.Random(seed)
-    tried = check(random_history(rng), per_prefix=12, rng=rng)
-    assert not tried.failures, "\n".join(tried.failures[:5])
-    return tried.states

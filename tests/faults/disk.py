@@ -108,6 +108,7 @@ class Disk(System):
         self.kinds = dict.fromkeys(self.content.directories, stat.S_IFDIR)
         self.base = self.content.copy()
         self.log: list[Entry] = []
+        self.settled = 0  # up to which entry of the log all has reached the disk
         self.inodes = itertools.count(1 + max([*self.content.directories, *self.content.files]))
         self.descriptors: dict[int, int] = {}
         self.numbers = itertools.count(1000)
@@ -128,6 +129,7 @@ class Disk(System):
         """All reaches the disk."""
         self.base = self.content.copy()
         self.log = [entry for entry in self.log if isinstance(entry, Mark)]
+        self.settled = len(self.log)
 
     def restart(self) -> None:
         """The process has died and another one goes on; the machine has not crashed."""
@@ -337,8 +339,8 @@ class Disk(System):
 def crash_states(
     disk: Disk, *, per_prefix: int, rng: random.Random, since: int = 0
 ) -> Iterator[tuple[list[Mark], Content]]:
-    """For every prefix of the log, from entry `since` on: the marks in it, and contents that a
-    crash then may leave.
+    """For every prefix of the log, from entry `since` on and from where the disk was settled: the
+    marks in it, and contents that a crash then may leave.
 
     All of them where they are few; else `per_prefix` of them, nothing lost and all lost among
     them.
@@ -346,6 +348,7 @@ def crash_states(
     forced = disk.base.copy()
     pending: list[Change] = []
     marks: list[Mark] = []
+    since = max(since, disk.settled)
     for number, entry in enumerate(disk.log):
         if isinstance(entry, Mark):
             marks.append(entry)

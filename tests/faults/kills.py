@@ -1,5 +1,6 @@
-"""Processes killed at random moments of saves, replacing saves, async saves and the collection of
-what the killed ones left. The oracle is a pipe: what was acknowledged on it must load."""
+"""Processes killed at random moments of saves, replacing saves, async saves, retention, and the
+collection of what the killed ones left. The oracle is a pipe: what was acknowledged on it must
+load."""
 
 from __future__ import annotations
 
@@ -15,10 +16,13 @@ from collections.abc import Callable
 import torch
 
 import shardckpt
+from shardckpt.storage import removal
+from shardckpt.storage.system import System
+from tests.faults import retention
 from tests.faults.crash import state_of
-from tests.faults.disk import System
 
 KILLS_A_TRIAL = 100
+KEEP_EVERY = 50
 
 
 def newest(folder: str) -> int:
@@ -60,42 +64,112 @@ def saver(folder: str, oracle: int, first: int, elements: int) -> None:
         version += 1
 
 
-def kill_once(folder: str, rng: random.Random, first: int) -> tuple[int, int]:
-    """Kill a saver at a random moment; the newest version acknowledged, and begun."""
+class Teller(System):
+    """The system, for a retention.Job that tells over a pipe what it does."""
+
+    def __init__(self, oracle: int) -> None:
+        self.oracle = oracle
+
+    def mark(self, kind: str, version: int) -> None:
+        os.write(self.oracle, f"{kind[0]}{version} ".encode())
+
+
+def keeper(folder: str, oracle: int, first: int, elements: int) -> None:
+    """Save step after step, and remove what need not stay."""
+    job = retention.Job(
+        Teller(oracle),
+        folder=f"{folder}/kept",
+        elements=elements,
+        asynchronous=first % 2 == 0,
+        keep=retention.policies(KEEP_EVERY),
+    )
+    job.version = (first - 1) * retention.STEP
+    while True:
+        job.save()
+
+
+def kill_once(
+    work: Callable[[str, int, int, int], None], folder: str, rng: random.Random, first: int
+) -> tuple[list[int], list[int]]:
+    """Kill a saver or keeper at a random moment; the versions acknowledged, and begun."""
     read, write = os.pipe()
     elements = rng.choice([10, 1000, 300_000])
-    child = forked(lambda: saver(folder, write, first, elements))
+    child = forked(lambda: work(folder, write, first, elements))
     os.close(write)
-    began = os.read(read, 1)  # its first save has begun
-    time.sleep(rng.random() ** 2 * 0.3)
+    told, saves = os.read(read, 1), rng.choice([0, 0, 1, 2, 4])  # its first save has begun
+    while told.count(b"a") < saves and (chunk := os.read(read, 1 << 16)):
+        told += chunk
+    time.sleep(rng.random() ** 2 * 0.1)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    told = began
     while chunk := os.read(read, 1 << 16):
         told += chunk
     os.close(read)
     assert os.WIFSIGNALED(status), f"the saver ended by itself: {status}"
     words = told.decode().split()
-    done = [int(word[1:]) for word in words if word[0] == "a"]
-    begun = [int(word[1:]) for word in words if word[0] == "b"]
-    return max(done, default=0), max(begun)
+    return [int(word[1:]) for word in words if word[0] == "a"], [
+        int(word[1:]) for word in words if word[0] == "b"
+    ]
 
 
-def kill_many(folder: str, rng: random.Random, count: int) -> int:
-    """Kill so many savers in turn, in one folder, and load after each."""
-    acknowledged = begun = newest(folder)
-    for _ in range(count):
-        done, last = kill_once(folder, rng, begun + 1)
-        acknowledged, begun = max(acknowledged, done), max(begun, last)
-        found = newest(folder)
-        assert acknowledged <= found <= begun, (
-            f"version {found} loads; {acknowledged} was acknowledged, {begun} begun"
+class Replacing:
+    """One path, saved over and over."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.acknowledged = self.begun = 0
+
+    def kill(self, rng: random.Random) -> None:
+        done, begun = kill_once(saver, self.folder, rng, self.begun + 1)
+        acknowledged, self.begun = max([self.acknowledged, *done]), max(begun)
+        self.acknowledged = newest(self.folder)  # what has been seen must not go away again
+        assert acknowledged <= self.acknowledged <= self.begun, (
+            f"version {self.acknowledged} loads; {acknowledged} was acknowledged, "
+            f"{self.begun} begun"
         )
-        acknowledged = found  # what has been seen must not go away again
-    shardckpt.save(state_of(begun + 1), f"{folder}/c", overwrite=True)
-    left = os.listdir(folder)
-    assert left == ["c"], f"leftovers: {left}"
-    return count
+
+    def end(self) -> None:
+        shardckpt.save(state_of(self.begun + 1), f"{self.folder}/c", overwrite=True)
+        left = [name for name in os.listdir(self.folder) if name not in ("c", "kept")]
+        assert not left, f"leftovers: {left}"
+
+
+class Retaining:
+    """A folder of steps, of which some are kept."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.acknowledged: set[int] = set()
+        self.begun = 0
+
+    def kill(self, rng: random.Random) -> None:
+        done, begun = kill_once(keeper, self.folder, rng, self.begun + 1)
+        self.acknowledged |= {version // retention.STEP for version in done}
+        self.begun = max(begun) // retention.STEP
+        found = set(retention.versions_at(System(), f"{self.folder}/kept"))
+        retention.assert_kept(found, self.acknowledged, every=KEEP_EVERY)
+        assert max(found, default=0) <= self.begun
+        self.acknowledged |= found
+
+    def end(self) -> None:
+        found = set(retention.versions_at(System(), f"{self.folder}/kept"))
+        null = os.open(os.devnull, os.O_WRONLY)
+        keep = retention.policies(KEEP_EVERY)
+        job = retention.Job(Teller(null), folder=f"{self.folder}/kept", keep=keep)
+        job.version = self.begun * retention.STEP
+        job.save()
+        os.close(null)
+        steps = {*found, self.begun + 1}
+        retention.assert_swept(System(), steps, folder=f"{self.folder}/kept", every=KEEP_EVERY)
+
+
+def kill_many(folder: str, rng: random.Random, count: int) -> None:
+    """Kill so many savers and keepers, and load after each."""
+    jobs = Replacing(folder), Retaining(folder)
+    for _ in range(count):
+        rng.choice(jobs).kill(rng)
+    for job in jobs:
+        job.end()
 
 
 def trial(seed: int) -> int:
@@ -109,18 +183,41 @@ def trial(seed: int) -> int:
     return KILLS_A_TRIAL
 
 
+def _forget() -> None:
+    """What is acknowledged has not been published."""
+    System.rename = lambda self, source, target: None  # type: ignore[method-assign]
+    System.exchange = lambda self, one, other: None  # type: ignore[method-assign]
+
+
+def _remove_too_much() -> None:
+    """Removal takes the newest as well."""
+    remove = removal.remove
+
+    def both(system: System, path: str) -> None:
+        folder = os.path.dirname(path)
+        steps = [int(name[5:]) for name in os.listdir(folder) if name.startswith("step-")]
+        remove(system, path)
+        remove(system, os.path.join(folder, f"step-{max(steps)}"))
+
+    removal.remove = both
+
+
+PLANTED: dict[str, Callable[[], None]] = {"forget": _forget, "remove": _remove_too_much}
+
+
 def main() -> int:
     """Kill savers in a folder."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--forget", action="store_true", help="a planted fault")
+    parser.add_argument("--plant", choices=PLANTED, help="a fault that is to be found")
     options = parser.parse_args()
     torch.set_num_threads(1)  # torch's own threads don't survive a fork
-    if options.forget:  # acknowledges what it has not published
-        System.rename = lambda self, source, target: None  # type: ignore[method-assign]
-        System.exchange = lambda self, one, other: None  # type: ignore[method-assign]
+    if options.plant:
+        PLANTED[options.plant]()
+    with tempfile.TemporaryDirectory() as folder:  # imports all that a save needs
+        shardckpt.save(state_of(1), f"{folder}/c")
     kill_many(options.folder, random.Random(options.seed), options.count)
     return 0
 

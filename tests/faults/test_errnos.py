@@ -1,5 +1,4 @@
-"""Every system call of every operation failing, once and for ever, with every error: typed, the
-previous checkpoint loads, no descriptor stays open, and the next save leaves nothing behind."""
+"""System calls that fail and writes that lie, by the seam and for real."""
 
 from __future__ import annotations
 
@@ -15,98 +14,16 @@ import torch
 import shardckpt
 from shardckpt import errors
 from shardckpt.storage.local import LocalStorage
-from tests.faults import crash
+from tests.faults import crash, errnos
 from tests.faults.disk import Disk
 
-CODES = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EMFILE, errno.EROFS]
 
-
-def replacing(run: crash.Run) -> None:
-    run.save()
-
-
-def two_renames(run: crash.Run) -> None:
-    run.disk.can_exchange = False
-    run.save()
-
-
-def fresh(run: crash.Run) -> None:
-    shardckpt.save(run.next_state(), f"{crash.FOLDER}/new", storage=run.storage)
-
-
-def in_background(run: crash.Run) -> None:
-    run.async_save()
-
-
-def with_a_base(run: crash.Run) -> None:
-    run.based_save()
-
-
-def resharding(run: crash.Run) -> None:
-    run.reshard(2)
-
-
-def loading(run: crash.Run) -> None:
-    state = {"w": torch.zeros(300), "b": torch.zeros(3, dtype=torch.int64)}
-    shardckpt.load(state, crash.PATH, storage=run.storage)
-    assert torch.equal(state["w"], crash.state_of(run.version)["w"])
-
-
-def verifying(run: crash.Run) -> None:
-    with shardckpt.open_checkpoint(crash.PATH, storage=run.storage) as opened:
-        opened.verify()
-
-
-OPERATIONS = [
-    replacing,
-    two_renames,
-    fresh,
-    in_background,
-    with_a_base,
-    resharding,
-    loading,
-    verifying,
-]
-
-
-def outcome(operation, at: int, code: int, *, for_ever: bool) -> bool:
-    """Whether the fault came to pass: the operation makes so many calls."""
-    disk = Disk()
-    run = crash.Run(disk)
-    run.based_save()
-    disk.settle()
-    faulty = LocalStorage(disk)
-    run.storage = faulty
-    before, calls = run.version, disk.calls
-    disk.fail_at, disk.fail_for_ever = (calls + at, code), for_ever
-    acknowledged = False
-    try:
-        operation(run)
-        acknowledged = True
-    except errors.StorageError as error:
-        assert error.errno == code
-        assert error.path
-        assert error.remedy
-    except errors.CorruptionError:
-        assert operation is verifying  # what can't be read is damage to it
-    reached = disk.calls >= calls + at
-    assert not disk.descriptors, f"{len(disk.descriptors)} descriptors stay open"
-    disk.fail_at = None
-    writes = operation not in (loading, verifying)
-    least = run.version if acknowledged and writes and operation is not fresh else before
-    assert least <= (crash.version_at(disk) or 0) <= run.version
-    run.save()
-    assert crash.version_at(disk) == run.version
-    assert not [name for name in disk.listdir(crash.FOLDER) if name.startswith(".c.")]
-    return reached
-
-
-@pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for_ever"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_call_failing(operation, for_ever):
-    for at in itertools.count(1):
-        reached = [outcome(operation, at, code, for_ever=for_ever) for code in CODES]
-        if not any(reached):
+@pytest.mark.parametrize("name", errnos.OPERATIONS)
+def test_every_call_failing(name):
+    """Once or for ever and with one error each, in turn; scripts/torture tries all of them."""
+    turns = itertools.cycle(itertools.product((False, True), errnos.CODES))
+    for at, (for_ever, code) in enumerate(turns, 1):
+        if not errnos.OPERATIONS[name](at, code, for_ever=for_ever):
             break
     assert at > 8
 
@@ -143,7 +60,7 @@ def test_a_leak_is_seen(monkeypatch):
     monkeypatch.setattr(LocalFile, "discard", lambda self: None)
     with pytest.raises(AssertionError, match="stay open"):
         for at in range(1, 40):
-            outcome(replacing, at, errno.EIO, for_ever=False)
+            errnos.OPERATIONS["replacing"](at, errno.EIO, for_ever=False)
 
 
 def test_an_interrupted_fallocate_is_made_again(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -21,10 +22,15 @@ def test_random_kills(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_save_that_is_lost_is_seen(tmp_path):
-    """A planted fault: saves that are acknowledged and published nowhere."""
-    done = run("tests.faults.kills", str(tmp_path), "--seed", "9", "--count", "15", "--forget")
-    assert "was acknowledged" in done.stderr or "leftovers" in done.stderr
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("forget", "was acknowledged|were acknowledged|leftovers"), ("remove", "were acknowledged")],
+)
+def test_planted_faults_are_seen(tmp_path, fault, said):
+    """Saves that are acknowledged and published nowhere; removal of one too many."""
+    command = ["tests.faults.kills", str(tmp_path), "--seed", "9", "--count", "15"]
+    done = run(*command, "--plant", fault)
+    assert re.search(said, done.stderr), done.stderr
 
 
 @pytest.mark.skipif(not syscalls.available(), reason="strace is not installed")

@@ -1,12 +1,14 @@
 """The long run: every harness in turn, with random seeds, until the time is up.
 
-A trial is told by its harness and its seed alone, so that a failure can be replayed.
+A trial is told by its harness and its seed alone, so that a failure can be replayed, and so that
+a run can go on where another one ended: with --seed as the table's last column says.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 import time
 import traceback
@@ -17,8 +19,9 @@ Trial = Callable[[int], int]
 """Tries something with a seed; returns how many units. Raises where something failed."""
 
 HARNESSES = {
-    "crash": ("tests.faults.crash:trial", "crash states"),
+    "crash": ("tests.faults.retention:trial", "crash states"),
     "damage": ("tests.faults.damage:trial", "flipped bits and cuts"),
+    "errnos": ("tests.faults.errnos:trial", "system calls failed by the seam"),
     "manifest": ("tests.faults.fuzz:manifest_trial", "inputs for the parser of manifests"),
     "header": ("tests.faults.fuzz:header_trial", "inputs for the parser of shard headers"),
     "meshes": ("tests.faults.test_meshes:trial", "states saved on one mesh, loaded on another"),
@@ -44,13 +47,16 @@ def run_trial(name: str, seed: int) -> int:
     return trial(seed)
 
 
-def torture(names: list[str], *, seed: int, seconds: float, units: int) -> dict[str, Tally]:
-    """Trials of each harness in turn until the time is up, or each has tried so many units."""
+def torture(
+    names: list[str], *, seed: int, seconds: float, units: int, trials: int
+) -> dict[str, Tally]:
+    """Trials of each harness in turn, with seeds from `seed` on, until the time is up, or each has
+    tried so many units or made so many trials."""
     tallies = {name: Tally() for name in names}
     give_up_at = time.monotonic() + seconds
     shown = time.monotonic()
     while time.monotonic() < give_up_at:
-        waiting = [name for name in names if tallies[name].units < units]
+        waiting = [n for n in names if tallies[n].units < units and tallies[n].trials < trials]
         if not waiting:
             break
         # The one that has had the least time: long trials don't starve short ones.
@@ -68,16 +74,17 @@ def torture(names: list[str], *, seed: int, seconds: float, units: int) -> dict[
         tally.seconds += time.monotonic() - begun
         if time.monotonic() - shown > 60:
             shown = time.monotonic()
-            print(table(tallies), flush=True)
+            print(table(tallies, seed=seed), flush=True)
     return tallies
 
 
-def table(tallies: dict[str, Tally]) -> str:
-    lines = [f"{'harness':12} {'trials':>8} {'tried':>10} {'failed':>7} {'seconds':>8}"]
+def table(tallies: dict[str, Tally], *, seed: int) -> str:
+    """What was tried; `next` is the --seed that goes on from there."""
+    lines = [f"{'harness':12} {'trials':>8} {'tried':>10} {'failed':>7} {'seconds':>8} {'next':>6}"]
     for name, tally in tallies.items():
         lines.append(
             f"{name:12} {tally.trials:8} {tally.units:10} {tally.failures:7} "
-            f"{tally.seconds:8.0f}  {HARNESSES[name][1]}"
+            f"{tally.seconds:8.0f} {seed + tally.trials:6}  {HARNESSES[name][1]}"
         )
     return "\n".join(lines)
 
@@ -85,21 +92,23 @@ def table(tallies: dict[str, Tally]) -> str:
 def main() -> int:
     """The command; 1 if anything failed."""
     parser = argparse.ArgumentParser("torture", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, help="60, if nothing else ends it")
+    parser.add_argument("--seed", type=int, default=1, help="of the first trial of each harness")
     parser.add_argument("--only", nargs="+", choices=sorted(HARNESSES), default=sorted(HARNESSES))
-    parser.add_argument("--units", type=int, default=sys.maxsize, help="stop after so many, each")
-    parser.add_argument("--trials", type=int, help="so many of each, with no limit of time")
+    parser.add_argument("--units", type=int, help="stop after so many, each")
+    parser.add_argument("--trials", type=int, help="stop after so many trials, each")
     options = parser.parse_args()
-    if options.trials is not None:
-        for name in options.only:
-            for number in range(options.trials):
-                print(f"{name} {options.seed + number}: {run_trial(name, options.seed + number)}")
-        return 0
+    endless = options.units is None and options.trials is None
     tallies = torture(
-        options.only, seed=options.seed, seconds=60 * options.minutes, units=options.units
+        options.only,
+        seed=options.seed,
+        seconds=60 * (options.minutes or (60 if endless else math.inf)),
+        units=options.units or sys.maxsize,
+        trials=options.trials or sys.maxsize,
     )
-    print(f"\nseed {options.seed}, {time.strftime('%Y-%m-%d')}\n{table(tallies)}")
+    print(
+        f"\nseed {options.seed}, {time.strftime('%Y-%m-%d')}\n{table(tallies, seed=options.seed)}"
+    )
     return 1 if any(tally.failures for tally in tallies.values()) else 0
 
 
