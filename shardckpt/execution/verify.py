@@ -194,23 +194,19 @@ def _check_blocks(
 ) -> _Checked:
     """By shard, the numbers of the blocks that don't verify; and how many bytes were read."""
     part, parts = subset
-    sizes = [_size(files, shard) for shard in manifest.shards]
-    jobs = [
-        (index, low)
-        for index, shard in enumerate(manifest.shards)
-        for low in range(0, min(sizes[index] or 0, shard.size_bytes), BUFFER_BYTES)
-    ][part - 1 :: parts]
+    ends = [min(_size(files, shard) or 0, shard.size_bytes) for shard in manifest.shards]
+    jobs = [(index, low) for index, end in enumerate(ends) for low in range(0, end, BUFFER_BYTES)][
+        part - 1 :: parts
+    ]
     bad: dict[int, list[int]] = {}
     checked: list[int] = []
 
     def check(job: tuple[int, int]) -> None:
         index, low = job
         shard = manifest.shards[index]
-        high = min(low + BUFFER_BYTES, shard.size_bytes, sizes[index] or 0)
+        high = min(low + BUFFER_BYTES, ends[index])
         if high < shard.size_bytes:
             high -= high % BLOCK_BYTES  # what is left of a cut block can't be verified
-        if high <= low:
-            return
         found = _bad_in(files, shard, low, high)
         if found:
             bad.setdefault(index, []).extend(found)
