@@ -18,7 +18,8 @@ from shardckpt.execution.reshard import reshard
 from shardckpt.planning import kinds
 from shardckpt.storage import removal
 from shardckpt.storage.local import LocalStorage
-from tests.faults.disk import Content, Disk, Mark, ProcessDied, crash_states
+from tests.faults.crash_states import crash_states
+from tests.faults.disk import Content, Disk, Mark, ProcessDied
 
 FOLDER = "/no-such-folder/runs"
 PATH = f"{FOLDER}/c"
