@@ -52,13 +52,14 @@ def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArra
     cells = np.ones(len(shapes))
     cut_dims = np.zeros(len(shapes), dtype=np.int64)
     for dim in range(shapes.shape[1]):
-        low, size, whole = offsets[:, dim], sizes[:, dim], shapes[of, dim]
+        low, size = (np.ascontiguousarray(column[:, dim]) for column in (offsets, sizes))
+        whole = np.repeat(shapes[:, dim], counts)
         good[of[(low < 0) | (size <= 0) | (size > whole - low)]] = False
         cut = np.zeros(len(shapes), dtype=bool)
         cut[of[(low != 0) | (size != whole)]] = True
         cut &= good
         if cut.any():
-            rows = np.flatnonzero(cut[of])
+            rows = slice(None) if cut.all() else np.flatnonzero(cut[of])
             chained, distinct = _intervals(of[rows], low[rows], size[rows], shapes[:, dim])
             good &= chained | ~cut
             cells[cut] *= distinct[cut]
@@ -78,15 +79,24 @@ def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArra
 def _intervals(of: Ints, low: Ints, size: Ints, whole: Ints) -> tuple[NDArray[np.bool_], Ints]:
     """For each tensor (`whole` [t]) whether its distinct intervals follow each other from 0 to
     `whole`, and how many they are; `of` [n] are the tensors of the intervals."""
-    order = np.lexsort((size, low, of))
-    of, low, high = of[order], low[order], (low + size)[order]
+    high = low + size
     new = ~_repeats(of)
+    if not _ascends(new, low, size):  # mostly ranks hold them in order
+        order = np.lexsort((size, low, of))
+        low, high = low[order], high[order]
     distinct = new | ~_repeats(low) | ~_repeats(high)
     before = np.where(new, 0, np.roll(high, 1))
     last = np.roll(new, -1)
     good = np.ones(len(whole), dtype=bool)
     good[of[(distinct & (low != before)) | (last & (high != whole[of]))]] = False
     return good, np.bincount(of[distinct], minlength=len(whole))
+
+
+def _ascends(new: NDArray[np.bool_], low: Ints, size: Ints) -> bool:
+    """Whether intervals are in order, by their begin, then by their size, from each `new` on."""
+    step = np.diff(low)
+    in_order = new[1:] | (step > 0) | ((step == 0) & (np.diff(size) >= 0))
+    return bool(in_order.all())
 
 
 def _repeats(column: Ints) -> NDArray[np.bool_]:

@@ -23,7 +23,9 @@ def shard_name(*, rank: int, world_size: int, kind: int = MAIN) -> str:
 def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:
     """The size in bytes of each chunk [n]."""
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
-    size_bytes: Ints = chunks.boxes[:, 1].prod(axis=1) * items[chunks.tensor]
+    size_bytes: Ints = items[chunks.tensor]
+    for sizes in chunks.boxes[:, 1].T:  # many times as fast as prod(axis=1)
+        size_bytes *= sizes
     return size_bytes
 
 
@@ -45,7 +47,8 @@ def tensor_entries(
     flat = np.empty((len(tensor), 3 + 2 * dims), dtype=np.int64)
     columns = [shard, end - sizes, end, *boxes[:, 0].T, *boxes[:, 1].T]
     for index, column in enumerate(columns):
-        flat[:, index] = column[order]
+        flat[:, index] = column
+    flat = flat[order]
     rows = np.searchsorted(tensor[order], np.arange(len(specs) + 1)).tolist()
     used = [np.array([*range(3 + n), *range(3 + dims, 3 + dims + n)]) for n in range(dims)]
     return {
@@ -63,10 +66,10 @@ def tensor_entries(
 def _by_offsets(tensor: Ints, boxes: Ints, count: int) -> Ints:
     """The order of chunks by tensor, then by their offsets; mostly ranks hold them so."""
     order = stable_order(tensor, below=count)
-    sorted_so_far = tensor[order][1:] > tensor[order][:-1]
+    sorted_so_far = np.diff(tensor[order]) > 0
     for offsets in boxes[:, 0].T:
-        low, high = offsets[order][:-1], offsets[order][1:]
-        if not (sorted_so_far | (low <= high)).all():
+        step = np.diff(offsets[order])
+        if not (sorted_so_far | (step >= 0)).all():
             return np.lexsort((*boxes[:, 0, ::-1].T, tensor)).astype(np.int64)
-        sorted_so_far |= low < high
+        sorted_so_far |= step > 0
     return order

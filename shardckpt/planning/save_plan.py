@@ -128,11 +128,9 @@ def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
     replicated = rows.take(shared)
     keys = np.column_stack([replicated.tensor, flat_boxes(replicated.boxes)])
     first, group = group_equal(keys)
-    check_coverage(
-        specs,
-        np.concatenate([solo.tensor, replicated.tensor[first]]),
-        np.concatenate([solo.boxes, replicated.boxes[first]]),
-    )
+    each_once = joined([solo, replicated.take(first)])
+    table = ChunkTable(tensor=each_once.tensor, boxes=each_once.boxes)
+    check_coverage(specs, table, each_once.rank)
     ranks = np.arange(len(plans) + 1)
     common = len(plans[0].common)
     kind = np.concatenate([plans[0].kind[:common], *(plan.kind[common:] for plan in plans)])
@@ -211,33 +209,42 @@ def _gather_rows(
         tensor = np.where(
             tensor < len(plans[0].common), tensor, tensor + (np.cumsum(own) - own)[rank]
         )
-    items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
     rows = Rows(
         rank=rank,
-        row=np.concatenate([np.arange(count) for count in counts]),
+        row=np.arange(len(rank)) - np.repeat(np.cumsum(counts) - counts, counts),
         tensor=tensor,
         boxes=boxes,
-        size_bytes=boxes[:, 1].prod(axis=1) * items[tensor],
+        size_bytes=chunk_bytes(specs, ChunkTable(tensor=tensor, boxes=boxes)),
     )
     return rows, np.concatenate([plan.shared for plan in plans])
 
 
-def check_coverage(specs: Sequence[TensorSpec], tensor: Ints, boxes: Ints) -> None:
-    """Raise CoverageError unless the chunks (`tensor` [n], `boxes` [n, 2, D]) tile each tensor."""
-    dims = max([boxes.shape[2], *(len(spec.shape) for spec in specs)])
+def check_coverage(specs: Sequence[TensorSpec], chunks: ChunkTable, rank: Ints) -> None:
+    """Raise CoverageError unless the chunks tile each tensor; `rank` [n] says whose they are."""
+    dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
     shapes = pad_shapes([spec.shape for spec in specs], dims=dims)
-    order = stable_order(tensor, below=len(specs))
-    boxes = widen_boxes(boxes[order], dims=dims)
-    bounds = np.searchsorted(tensor[order], np.arange(len(specs) + 1))
+    order = stable_order(chunks.tensor, below=len(specs))
+    boxes = widen_boxes(chunks.boxes[order], dims=dims)
+    bounds = np.searchsorted(chunks.tensor[order], np.arange(len(specs) + 1))
     found = first_gap(shapes, bounds, boxes[:, 0], boxes[:, 1])
     if found is None:
         return
     index, (kind, offsets, sizes) = found
+    rows = slice(bounds[index], bounds[index + 1])
+    (low, high), (begin, end) = (
+        (at, at + size)
+        for at, size in ((boxes[rows, 0], boxes[rows, 1]), (np.array(offsets), np.array(sizes)))
+    )
+    if kind == "overlap":
+        holding = ((low < end) & (high > begin)).all(axis=1)
+    else:  # nobody holds what is in a hole
+        holding = ((low == begin) & (high == end)).all(axis=1)
     spec = specs[index]
     offsets, sizes = offsets[: len(spec.shape)], sizes[: len(spec.shape)]
     raise CoverageError(
         f"The chunks that the ranks hold don't make up the tensor: {kind}",
         tensor=spec.name,
+        rank=tuple(np.unique(rank[order][rows][holding]).tolist()) or None,
         expected=f"every element of shape {list(spec.shape)} exactly once",
         actual=f"{kind} at offsets {list(offsets)}, sizes {list(sizes)}",
         remedy="save the state of all ranks of the mesh, each with its own part",

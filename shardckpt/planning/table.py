@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 import numpy as np
@@ -189,7 +190,7 @@ class LocalPlan:
         return cls(
             common=packed.common,
             own=packed.own,
-            kind=unpack_columns(packed.kind)[:, 0],
+            kind=_kinds(packed.kind),
             chunks=chunks,
             shared=shared.astype(np.bool_),
             tree=packed.tree,
@@ -208,6 +209,12 @@ class _Packed(msgspec.Struct):
 
 
 _decode = msgspec.msgpack.Decoder(_Packed).decode
+
+
+@lru_cache(maxsize=16)
+def _kinds(data: bytes) -> Ints:
+    """Mostly the same of all ranks. Not to be written to."""
+    return unpack_columns(data)[:, 0]
 
 
 def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:

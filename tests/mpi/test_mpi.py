@@ -88,7 +88,8 @@ def check_wrong(found) -> None:
     assert found["path"] == ["RankMismatchError", 2, None]
     assert found["keys"] == ["RankMismatchError", 2, "b"]
     assert found["values"] == ["ReplicaMismatchError", 1, "a"]
-    assert [found[name][::2] for name in ("overlap", "hole")] == [["CoverageError", "u"]] * 2
+    assert found["overlap"] == ["CoverageError", [0, 1], "u"]
+    assert found["hole"] == ["CoverageError", None, "u"]
     assert found["beyond"] == ["StateError", [2], "u"]
     for name in ("dims", "fraction", "per rank"):
         assert found[name] == ["StateError", [0, 1, 2], "u"], name

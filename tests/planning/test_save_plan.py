@@ -254,7 +254,9 @@ def test_what_does_not_tile_is_refused(harm):
     with pytest.raises(CoverageError) as caught:
         global_plan(plans)
     assert caught.value.tensor == "w"
-    assert ("hole" if harm == "nobody" else harm) in str(caught.value)
+    box = {"hole": "[2, 0], sizes [1, 3]", "overlap": "[1, 0], sizes [1, 3]"}.get(harm, "")
+    assert f"{'hole' if harm == 'nobody' else harm} at offsets {box}" in str(caught.value)
+    assert caught.value.rank == {"overlap": (0, 1), "out of bounds": (1,)}.get(harm)
 
 
 @given(worlds())

@@ -302,7 +302,7 @@ def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) ->
         tensor=np.concatenate([table.tensor for table in shards]),
         boxes=np.concatenate([widen_boxes(table.boxes, dims=dims) for table in shards]),
     )
-    check_coverage(specs, chunks.tensor, chunks.boxes)
+    check_coverage(specs, chunks, np.repeat(np.arange(len(shards)), list(map(len, shards))))
     leaves = {name: {"$tensor": name} for name in numbers}
     for own in written:
         leaves.update(own.values)
