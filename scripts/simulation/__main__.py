@@ -21,7 +21,8 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
-GROWTH = [(10, 300), (64, 300), (256, 300), (1024, 300), (1024, 1000), (4096, 300), (16384, 300)]
+GROWTH = [(ranks, 300) for ranks in (10, 30, 100, 300, 1000, 3000, 10_000, 16_384)]
+GROWTH.insert(5, (1024, 1000))
 
 
 def main() -> None:
