@@ -49,7 +49,7 @@ TARGETS = {
 EQUIVALENT: dict[str, str] = {}
 """What a mutant changes, without its line -> why nobody could tell the difference."""
 
-HANGS_S = 100
+HANGS_S = 300
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,
     ast.GtE: ast.Gt, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
