@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from shardckpt.errors import ShardckptError
-from shardckpt.format import boxes, manifest, shard, values
+from shardckpt.format import boxes, manifest, rules, shard, values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, to_bytes
 from shardckpt.format.shard import build_header
@@ -284,20 +284,39 @@ def header_trial(seed: int) -> int:
     return trial_of("header", seed)
 
 
+class Drawn(random.Random):
+    """Random numbers that are bytes of an input, and others after it: an input with a byte changed
+    is a document with a change changed."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(0)
+        self.data = data
+
+    def getrandbits(self, bits: int) -> int:
+        count = -(-bits // 8)
+        if len(self.data) < count:
+            return super().getrandbits(bits)
+        taken, self.data = self.data[:count], self.data[count:]
+        return int.from_bytes(taken, "little") & ((1 << bits) - 1)
+
+    def random(self) -> float:
+        return self.getrandbits(16) / (1 << 16)
+
+
 def main() -> None:
     """Let atheris choose the inputs, by what they make the parsers do."""
     import atheris
 
     target, runs, seed = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     parse, make, _ = TARGETS[target]
-    for module in (manifest, shard, values, boxes):
+    for module in (manifest, shard, values, boxes, rules):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 setattr(module, name, atheris.instrument_func(function))
 
     def one(data: bytes) -> None:
         # Most bytes are no JSON: let them choose the changes to a valid document instead.
-        attempt(parse, data[1:] if data[:1] < b"\x20" else make(random.Random(data)))
+        attempt(parse, data[1:] if data[:1] < b"\x20" else make(Drawn(data)))
 
     options = [f"-runs={runs}", f"-seed={seed}", "-max_len=4096", "-rss_limit_mb=2000"]
     atheris.Setup([sys.argv[0], *options], one)
