@@ -118,7 +118,8 @@ def operate(folder: str, case: Case) -> tuple[str, object, object, float]:
     except Odd:
         return "own", None, None, time.monotonic() - begun
     except errors.RankFailedError as error:
-        return "other", error.rank, error.facts.get("phase"), time.monotonic() - begun
+        named = error.rank if isinstance(error.rank, tuple) else (error.rank,)
+        return "other", named, error.facts.get("phase"), time.monotonic() - begun
 
 
 def attempt(case: Case, folder: str, *, most_s: float = MOST_S) -> float:
