@@ -72,7 +72,8 @@ class CheckpointManager(Closing):
     check="quick" by its manifest and the sizes of its shards. Checkpoints that are found to be
     broken are neither counted nor removed. With `asynchronous` a save goes on in the
     background, see async_save; the next save, `wait` or `close` raises what went wrong.
-    Files that have not changed since the newest checkpoint are linked, not written.
+    Files that have not changed since the newest checkpoint are linked, not written. Each save
+    begins with the removal of what dead ones have left in the folder.
     Managers with different `label` share a directory and leave each other's checkpoints alone;
     one with label None sees all of them.
 
