@@ -138,3 +138,9 @@ def refusing(rename):
         rename(self, source, target)
 
     return refused
+
+
+def test_only_a_directory_is_synced(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        removal.sync_directory(System(), str(tmp_path / "file"))
