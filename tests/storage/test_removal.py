@@ -144,3 +144,9 @@ def test_only_a_directory_is_synced(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         removal.sync_directory(System(), str(tmp_path / "file"))
+
+
+def test_which_hidden_name_holds_a_checkpoint():
+    assert removal.old_name(".c.old") == "c"
+    for name in (f".c.tmp-{TOKEN}", ".c.lock", "c.old", ".old"):
+        assert removal.old_name(name) is None
