@@ -14,7 +14,7 @@ from shardckpt.coordination.mpi.launch import mpi_launch
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import CoordinationError
 
-__all__ = ["Operation", "operation"]
+__all__ = ["Operation", "check_group", "operation"]
 
 
 @dataclass(slots=True)
@@ -61,6 +61,21 @@ def operation(
             remedy="call torch.distributed.init_process_group() first",
         )
     return _alone()
+
+
+def check_group(path: str | None, *, comm: Any = None) -> None:
+    """Raise CoordinationError where DCP, which knows process groups alone, would take each of
+    several ranks of MPI for the only one."""
+    launch = mpi_launch()
+    several = launch is not None and launch.world_size > 1 and not dist.is_initialized()
+    if comm is not None or several:
+        raise CoordinationError(
+            "torch.distributed.checkpoint and its planners know no MPI",
+            path=path,
+            expected="a process group of torch.distributed",
+            actual="comm=" if comm is not None else "ranks of MPI without one",
+            remedy="call shardckpt.init_from_mpi() first, and leave out comm=",
+        )
 
 
 def _alone() -> Operation:

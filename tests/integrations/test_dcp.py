@@ -257,3 +257,13 @@ def test_counters_and_int_keys_through_dcp(tmp_path, own):
     else:  # whose planner makes texts of int keys
         assert state["s"]["milestones"]["2"] == 2
         assert state["s"]["d"]["1"] == 5
+
+
+def test_ranks_of_mpi_need_a_group(tmp_path, monkeypatch):
+    """Each would take itself for the only rank, and save what it has as if that were all."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    with pytest.raises(errors.CoordinationError, match="init_from_mpi"):
+        dcp.save({"w": torch.ones(2)}, storage_writer=ShardWriter(tmp_path / "c"))
+    assert os.listdir(tmp_path) == []

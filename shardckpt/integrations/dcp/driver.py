@@ -12,8 +12,8 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.coordination.mpi.launch import mpi_launch
-from shardckpt.errors import CoordinationError, RankFailedError, ShardckptError
+from shardckpt.coordination.select import check_group
+from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.integrations.dcp.writer import ShardWriter
 from shardckpt.planning.stateful import plain_state
@@ -35,16 +35,7 @@ def save_with_planner(
     verify_base: bool,
 ) -> SaveReport:
     """Save a state as a DCP SavePlanner plans it; collective, over DCP's collectives."""
-    launch = mpi_launch()
-    several = launch is not None and launch.world_size > 1 and not dist.is_initialized()
-    if comm is not None or several:
-        raise CoordinationError(
-            "DCP's planners talk through torch.distributed alone",
-            path=path,
-            expected="a process group",
-            actual="comm=" if comm is not None else "ranks of MPI without one",
-            remedy="call shardckpt.init_from_mpi() first, and leave out comm=",
-        )
+    check_group(path, comm=comm)
     start = time.perf_counter()
     writer = ShardWriter(path, overwrite=overwrite, base=base, verify_base=verify_base)
     try:
