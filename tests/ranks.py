@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import multiprocessing
 import os
 import queue
+import runpy
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -135,3 +139,40 @@ def on_world_sizes(sizes: Sequence[int], function: Callable[..., Any], *argument
             function(size, *arguments)
             dist.barrier()
             dist.destroy_process_group()
+
+
+def like_torchrun(world_size: int) -> None:
+    """Within a rank: no process group, and the environment that torchrun gives a script."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": os.environ["TEST_STORE_PORT"],
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
+    os.environ.update({name: str(value) for name, value in environment.items()})
+
+
+def run_script(path: Any, *argument_lists: Sequence[Any], ranks: int = 0) -> list[str]:
+    """What a script prints on rank 0, run in new processes, in the script's own directory: as by
+    python, or on ranks as by torchrun. With several lists of arguments once for each."""
+    lists = [list(map(str, arguments)) for arguments in argument_lists] or [[]]
+    return run_ranks(max(ranks, 1), _script, str(path), lists, ranks)[0]  # type: ignore[no-any-return]
+
+
+def _script(path: str, argument_lists: list[list[str]], ranks: int) -> list[str]:
+    if ranks:
+        like_torchrun(ranks)
+    else:
+        dist.destroy_process_group()
+    os.chdir(os.path.dirname(path))
+    printed = []
+    for arguments in argument_lists:
+        sys.argv = [path, *arguments]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            runpy.run_path(path, run_name="__main__")
+        printed.append(out.getvalue())
+    return printed

@@ -9,27 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_script
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "nn_handler.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
+@pytest.mark.ranks
 def test_every_block_of_the_page_runs(tmp_path):
     python = [code for kind, code in BLOCKS if kind == "python"]
     assert len(python) == 13
     (tmp_path / "page.py").write_text("\n".join(python))
-    assert "class Classifier" in run([sys.executable, "page.py"], tmp_path)
-
-
-def torchrun(ranks: int, script: str, folder: Path) -> str:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return run([*launch, str(ranks), script], folder)
+    (printed,) = run_script(tmp_path / "page.py")
+    assert "class Classifier" in printed
 
 
 @pytest.mark.ranks
@@ -40,7 +33,7 @@ def test_the_script_for_several_ranks(tmp_path):
     setup = python[0].rpartition("\n\nhandler = ")[0]
     (tmp_path / "train.py").write_text(f"{setup}\n\n{main}")
     assert console == "torchrun --nproc-per-node 2 train.py\n"
-    torchrun(2, "train.py", tmp_path)
+    run_script(tmp_path / "train.py", ranks=2)
     assert [p.name for p in (tmp_path / "runs" / "c").iterdir()] == ["epoch2"]
 
 
@@ -60,7 +53,7 @@ class YourModel(nn.Module):
         return self.layer(inputs)
 
 
-inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
 train_dataset = TensorDataset(inputs, inputs[:, :3].argmax(1))
 val_dataset = train_dataset
 
@@ -84,13 +77,23 @@ assert loaded_handler.world_size == int(os.environ.get("WORLD_SIZE", "1"))
 """
 
 
+def by_torchrun(ranks: int, script: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [*launch, str(ranks), script]
+    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [0, 1, 2, 4])
 def test_the_example_as_written(tmp_path, ranks):
-    (tmp_path / "script.py").write_text(EXAMPLE)
-    if ranks:
-        torchrun(ranks, "script.py", tmp_path)
+    """torchrun itself starts 2; the others are forked, with its environment: importing torch
+    takes longer than the training."""
+    script = tmp_path / "script.py"
+    script.write_text(EXAMPLE)
+    if ranks == 2:
+        by_torchrun(2, script)
     else:
-        run([sys.executable, "script.py"], tmp_path)
+        run_script(script, ranks=ranks)
     saved = sorted(p.name.partition("_valloss")[0] for p in (tmp_path / "checkpoints").iterdir())
     assert saved == sorted(f"model_epoch{epoch}" for epoch in range(5, 31, 5))

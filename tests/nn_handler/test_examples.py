@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_script
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "char_lm.py"
 
 
+@pytest.mark.ranks
 def test_the_character_model(tmp_path):
-    def run(*arguments: object) -> str:
-        command = [sys.executable, EXAMPLE, *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=110, check=True
-        ).stdout
-
-    run("train", tmp_path / "lm", 3000)
-    assert [path.name for path in (tmp_path / "lm").iterdir()]
-    run("train", tmp_path / "lm", 3000)  # nothing is left to do
-    assert len(run("write", tmp_path / "lm")) > 150
+    out = tmp_path / "lm"
+    train = ["train", out, 3000]
+    *_, text = run_script(EXAMPLE, train, train, ["write", out])  # the second has nothing to do
+    assert [path.name for path in out.iterdir()]
+    assert len(text) > 150

@@ -215,12 +215,12 @@ def test_an_unknown_parallel():
         NNHandler(Net, parallel="magic")
 
 
-def train_on_ranks(size: int, folder: str, parallel: str, kinds: tuple[str, ...]) -> None:
+def train_on_ranks(size: int, folder: str, parallel: str) -> None:
     rank = dist.get_rank()
     if size == 4:
         handler = a_handler(parallel)
         handler.auto_save(interval=1, save_path=f"{folder}/auto", name="e{epoch}", overwrite=True)
-        handler.train(epochs=2)
+        handler.train(epochs=2, progress_bar=False)
         handler.save(f"{folder}/c")
         handler.save(f"{folder}/c.pth")
         found = weights(handler)
@@ -228,13 +228,14 @@ def train_on_ranks(size: int, folder: str, parallel: str, kinds: tuple[str, ...]
             torch.save([found, handler.history], f"{folder}/expected.pt")
         return
     expected, history = torch.load(f"{folder}/expected.pt", weights_only=True)
-    for name in ("c", "c.pth", "auto/e2"):
-        for kind in kinds:
-            resumed = with_data(NNHandler.load(f"{folder}/{name}", parallel=kind))
-            assert same(weights(resumed), expected), (name, kind)
-            assert resumed.history == history
+    other = {"ddp": "fsdp", "fsdp": "ddp"}[parallel]
+    for name, kind in (("c", "ddp"), ("c", "fsdp"), ("c.pth", other), ("auto/e2", parallel)):
+        resumed = with_data(NNHandler.load(f"{folder}/{name}", parallel=kind))
+        assert same(weights(resumed), expected), (name, kind)
+        assert resumed.history == history
+        if name == "c" and size > 1:
             resumed.auto_save(interval=None)  # the other world sizes want to find what is there
-            resumed.train(epochs=1)
+            resumed.train(epochs=1, progress_bar=False)
             assert resumed.epoch == 3
 
 
@@ -249,7 +250,6 @@ def test_any_number_of_ranks_resumes(tmp_path, parallel):
         train_on_ranks,
         str(tmp_path),
         parallel,
-        ("ddp", "fsdp"),
         timeout_s=110,
     )
     assert os.listdir(tmp_path / "auto") == ["e2"]

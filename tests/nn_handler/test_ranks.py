@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from shardckpt import NNHandler, knobs
+from shardckpt.errors import RankFailedError
 from shardckpt.nn_handler import Callback
 from tests.nn_handler.models import Net, Noisy, NormNet, a_handler, data, same, weights, with_data
-from tests.ranks import join_group, on_world_sizes, run_ranks
+from tests.ranks import join_group, like_torchrun, on_world_sizes, run_ranks
 
 
 class SignalOnOneRank(Callback):
@@ -136,6 +137,36 @@ def test_an_exception_within_a_step_of_one_rank_ends_all(tmp_path):
     loaded = NNHandler.load(tmp_path / "ddp" / "step1")
     assert loaded.position.samples == 24
     assert loaded.module.body[1].num_batches_tracked == 1  # the failed forward left no trace
+
+
+def first_call_is_load(folder: str) -> tuple[float, str]:
+    rank = dist.get_rank()
+    like_torchrun(2)
+    handler = with_data(NNHandler.load(f"{folder}/c"))
+    assert (handler.rank, handler.world_size, handler.parallel) == (rank, 2, "ddp")
+    handler.train(1, progress_bar=False)
+    assert handler.step == 3  # of 48 samples, 8 a step and rank
+    means = [torch.zeros(1) for _ in range(2)]
+    dist.all_gather(means, handler.module.head.weight.mean().reshape(1))
+    assert means[0] == means[1]
+    found = ""
+    if rank == 0:  # a save by one rank alone is told, and does not hang
+        knobs.ARRIVAL_DEADLINE_S = 2.0
+        for name in ("alone", "alone.pth"):
+            with pytest.raises(RankFailedError) as caught:
+                handler.save(f"{folder}/{name}")
+            found += str(caught.value.rank)
+    knobs.ARRIVAL_DEADLINE_S = 60.0
+    return handler.history["loss"][-1], found
+
+
+@pytest.mark.ranks
+def test_load_as_the_first_call_and_a_save_by_one_rank_alone(tmp_path):
+    a_handler().save(tmp_path / "c")
+    first, second = run_ranks(2, first_call_is_load, str(tmp_path), timeout_s=100)
+    assert first[0] == second[0]
+    assert first[1] == "(1,)(1,)"
+    assert os.listdir(tmp_path) == ["c"]
 
 
 def mid_epoch(size: int, folder: str, parallel: str) -> None:

@@ -1,0 +1,29 @@
+"""Every fault of a facade is planted somewhere, and the planting still fits the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+from tests.nn_handler.plant import PLANTS, ROOT
+
+
+def test_the_plants_fit():
+    assert {plant.fault for plant in PLANTS} == set(range(1, 23))
+    for plant in PLANTS:
+        for file, text, other in plant.changes:
+            source = (ROOT / file).read_text()
+            assert source.count(text) == 1, (plant, text)
+            ast.parse(source.replace(text, other))
+        file, _, test = plant.test.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(), plant
+
+
+def test_planted_faults_are_seen():
+    """Some that are quick; python -m tests.nn_handler.plant for all."""
+    command = [sys.executable, "-m", "tests.nn_handler.plant", "10", "18"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line[:6] for line in lines] == ["ok   0", "ok  10", "ok  18"]
