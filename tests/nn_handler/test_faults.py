@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from shardckpt.nn_handler import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
+    TensorBoardLogger,
 )
 from tests.nn_handler.models import (
     Net,
@@ -442,11 +444,26 @@ def test_amp_on_the_cpu_is_bfloat16():
     assert math.isfinite(handler.history["loss"][0])
 
 
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    handler = a_handler()
+    handler.add_callback(TensorBoardLogger(tmp_path / "log"))
+    quiet(handler, 2)
+    handler.save(tmp_path / "c")
+    quiet(handler, 1)  # is trained again, by a resume
+    resumed = with_data(NNHandler.load(tmp_path / "c"))
+    quiet(resumed, 2)
+    log = EventAccumulator(str(tmp_path / "log"))
+    log.Reload()
+    assert set(log.Tags()["scalars"]) == set(resumed.history)
+    for name, values in resumed.history.items():
+        found = [(event.step, event.value) for event in log.Scalars(name)]
+        assert found == [(epoch, pytest.approx(v)) for epoch, v in enumerate(values, 1)]
+
+
 def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
-    import sys
-
-    from shardckpt.nn_handler import TensorBoardLogger
-
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     handler = a_handler()
     handler.add_callback(TensorBoardLogger(tmp_path))

@@ -21,9 +21,9 @@ def test_the_plants_fit():
 
 
 def test_planted_faults_are_seen():
-    """Some that are quick; python -m tests.nn_handler.plant for all."""
-    command = [sys.executable, "-m", "tests.nn_handler.plant", "10", "18"]
+    """One that is quick; python -m tests.nn_handler.plant for all."""
+    command = [sys.executable, "-m", "tests.nn_handler.plant", "18"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line[:6] for line in lines] == ["ok   0", "ok  10", "ok  18"]
+    assert [line[:6] for line in lines] == ["ok   0", "ok  18"]

@@ -169,6 +169,32 @@ def test_load_as_the_first_call_and_a_save_by_one_rank_alone(tmp_path):
     assert os.listdir(tmp_path) == ["c"]
 
 
+def amp_with_fsdp(folder: str) -> list[str]:
+    kinds = []
+
+    def loss(outputs, targets):
+        kinds.append(str(outputs.dtype))
+        return nn.functional.cross_entropy(outputs, targets)
+
+    handler = a_handler("fsdp")
+    options = {"use_amp": True, "ema_decay": 0.9, "gradient_accumulation_steps": 2}
+    handler.train(1, gradient_clipping_norm=0.5, progress_bar=False, **options)
+    handler.save(f"{folder}/c")
+    resumed = with_data(NNHandler.load(f"{folder}/c", parallel="fsdp"))
+    for each in (handler, resumed):
+        each.set_loss_fn(loss)
+        each.train(1, gradient_clipping_norm=0.5, progress_bar=False, **options)
+    assert same(weights(resumed), weights(handler))
+    assert resumed.history == handler.history
+    return kinds
+
+
+@pytest.mark.ranks
+def test_bfloat16_with_fsdp_resumes_to_the_same_bits(tmp_path):
+    found = run_ranks(2, amp_with_fsdp, str(tmp_path))
+    assert set(found[0]) == set(found[1]) == {"torch.bfloat16"}
+
+
 def mid_epoch(size: int, folder: str, parallel: str) -> None:
     """Stopped within an epoch on 4 ranks; the samples left are seen once on any number."""
     handler = a_handler(parallel)

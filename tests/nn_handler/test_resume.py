@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from shardckpt import NNHandler, errors
-from shardckpt.nn_handler import Callback
+from shardckpt.nn_handler import Callback, auto_saver
 from tests.nn_handler.models import Net, Noisy, accuracy, data, decay, same, schedule, weights
 from tests.ranks import run_ranks, start_ranks
 
@@ -190,6 +191,27 @@ def test_saves_within_epochs_and_in_the_background(tmp_path, never_stopped):
     assert_equal(handler, never_stopped)
     (tmp_path / "epoch3").rename(tmp_path / ".gone")
     assert_equal(go(everything(tmp_path, **saving)), never_stopped)
+
+
+class TakesAMinute(Callback):
+    now_s = 0.0
+
+    def on_step_end(self, handler, loss):
+        TakesAMinute.now_s += 60.0
+
+
+def by_minutes(folder) -> NNHandler:
+    handler = everything(folder, every_minutes=1.5, interval=None)
+    handler.add_callback(TakesAMinute())
+    return handler
+
+
+def test_saves_every_so_many_minutes(tmp_path, monkeypatch, never_stopped):
+    clock = SimpleNamespace(monotonic=lambda: TakesAMinute.now_s)
+    monkeypatch.setattr(auto_saver, "time", clock)
+    go(by_minutes(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["step2", "step4", "step6", "step8"]
+    assert_equal(go(by_minutes(tmp_path)), never_stopped)
 
 
 def test_no_sample_is_repeated_or_skipped(tmp_path):
