@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from matplotlib import pyplot
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw seconds and bytes over the number of chunks."""
-    results = sorted(results, key=lambda result: result["chunks"])
-    chunks = [result["chunks"] for result in results]
-    names = [f"{r['world']['ranks']:,} x {r['world']['tensors']:,}" for r in results]
+    """Draw seconds and bytes over the number of ranks, for the number of tensors that most have."""
+    tensors = statistics.mode(result["world"]["tensors"] for result in results)
+    results = [result for result in results if result["world"]["tensors"] == tensors]
+    results.sort(key=lambda result: result["world"]["ranks"])
+    ranks = [result["world"]["ranks"] for result in results]
     matplotlib.rcParams.update({"svg.hashsalt": "shardckpt", "font.size": 9})
     figure, (seconds, volume) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lines = {
@@ -31,7 +33,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         ],
     }
     for name, values in lines.items():
-        seconds.plot(chunks, values, marker="o", markersize=3, label=name)
+        seconds.plot(ranks, values, marker="o", markersize=3, label=name)
     seconds.set_ylabel("seconds of processor time")
     bytes_of = {
         "first save: to rank 0": [moved(r, "first save", "received_bytes") for r in results],
@@ -40,11 +42,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         "manifest": [result["manifest_bytes"] for result in results],
     }
     for name, values in bytes_of.items():
-        volume.plot(chunks, values, marker="o", markersize=3, label=name)
+        volume.plot(ranks, values, marker="o", markersize=3, label=name)
     volume.set_ylabel("bytes")
     for axes in (seconds, volume):
-        axes.set(xscale="log", yscale="log", xlabel="chunks: ranks x tensors")
-        axes.set_xticks(chunks, names, rotation=20)
+        axes.set(xscale="log", yscale="log", xlabel=f"ranks, with {tensors:,} tensors")
+        axes.set_xticks(ranks, [f"{number:,}" for number in ranks], rotation=30)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
