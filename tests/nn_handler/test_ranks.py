@@ -132,8 +132,8 @@ def test_an_exception_within_a_step_of_one_rank_ends_all(tmp_path):
     heard = [("RankFailedError", (1,), not_saved) for not_saved in (False, True, False)]
     assert failed == [("ValueError", None, not_saved) for not_saved in (False, True, False)]
     assert first == last == heard
-    assert os.listdir(tmp_path) == ["ddp"]
     assert os.listdir(tmp_path / "ddp") == ["step1"]
+    assert os.listdir(tmp_path / "fsdp") == []
     loaded = NNHandler.load(tmp_path / "ddp" / "step1")
     assert loaded.position.samples == 24
     assert loaded.module.body[1].num_batches_tracked == 1  # the failed forward left no trace
