@@ -245,10 +245,12 @@ def main() -> int:
         numbers = numbers[part - 1 :: parts]
         assert not killed(module, None), f"the tests of {module} fail as it is"
         survivors = 0
-        for number in numbers:
+        for tried, number in enumerate(numbers, 1):
             if not killed(module, number):
                 survivors += 1
                 print(f"  alive: {module}, {found[number]}", flush=True)
+            if tried % 10 == 0:
+                print(f"  {tried} of {len(numbers)} tried", flush=True)
         print(
             f"{module}: {len(numbers)} of {len(found)} mutants tried, {survivors} alive", flush=True
         )
