@@ -26,6 +26,7 @@ import pytest
 import torch  # noqa: F401
 
 COMMIT = [
+    "tests/storage/test_lock.py",
     "tests/storage/test_removal.py",
     "tests/storage/test_local.py",
     "tests/faults/test_crash_states.py::test_crash_states",

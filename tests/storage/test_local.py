@@ -395,22 +395,3 @@ def test_the_suite_sees_a_storage_that_publishes_early(path):
 
     with pytest.raises(AssertionError):
         StorageTests().test_nothing_is_visible_before_commit(Early(), path)
-
-
-def test_a_directory_that_is_seen_late_is_waited_for(tmp_path):
-    """A network file system may take a moment to show what another node has made."""
-    transaction = LocalStorage().begin(str(tmp_path / "c"), checkpoint_id="0" * 32, overwrite=False)
-
-    class Late(System):
-        asked = 0
-
-        def stat(self, path):
-            self.asked += 1
-            if self.asked < 3:
-                raise FileNotFoundError(errno.ENOENT, "not yet", path)
-            return super().stat(path)
-
-    system = Late()
-    joined = LocalStorage(system).join(str(tmp_path / "c"), token=transaction.token)
-    assert (joined.token, system.asked) == (transaction.token, 3)
-    transaction.abandon()

@@ -1,0 +1,90 @@
+"""The lock beside a checkpoint, and what ranks see of a save that has begun."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from shardckpt.errors import CheckpointBusyError
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.lock import Lock
+from shardckpt.storage.system import System
+
+
+def test_one_holder_at_a_time(tmp_path):
+    path = str(tmp_path / ".c.lock")
+    lock = Lock(System(), path)
+    assert lock.held
+    with pytest.raises(CheckpointBusyError) as caught:
+        Lock(System(), path)
+    assert (caught.value.errno, caught.value.path) == (errno.EAGAIN, path)
+    lock.release()
+    assert os.listdir(tmp_path) == []
+    Lock(System(), path).release()
+
+
+def test_a_lock_file_that_its_holder_removed_is_not_taken(tmp_path):
+    """Between open and flock the holder let go, and removed it: another one has another file."""
+
+    class Removed(System):
+        opened = 0
+
+        def lock(self, fd):
+            super().lock(fd)
+            if self.opened == 0:
+                os.unlink(tmp_path / ".c.lock")
+            elif self.opened == 1:
+                os.rename(tmp_path / "other", tmp_path / ".c.lock")
+            self.opened += 1
+
+    (tmp_path / "other").touch()
+    before = len(os.listdir("/proc/self/fd"))
+    system = Removed()
+    lock = Lock(system, str(tmp_path / ".c.lock"))
+    assert (system.opened, lock.held) == (3, True)
+    assert os.fstat(lock.fd).st_ino == os.stat(tmp_path / ".c.lock").st_ino
+    lock.release()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EINVAL, errno.ENOSYS])
+def test_without_locks(tmp_path, code):
+    lock = Lock(refusing(code), str(tmp_path / ".c.lock"))
+    assert not lock.held
+    lock.release()
+
+
+def test_an_error_is_no_lock(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="refused"):
+        Lock(refusing(errno.EIO), str(tmp_path / ".c.lock"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def refusing(code):
+    class Refusing(System):
+        def lock(self, fd):
+            raise OSError(code, "refused")
+
+    return Refusing()
+
+
+def test_a_directory_that_is_seen_late_is_waited_for(tmp_path):
+    """A network file system may take a moment to show what another node has made."""
+    transaction = LocalStorage().begin(str(tmp_path / "c"), checkpoint_id="0" * 32, overwrite=False)
+
+    class Late(System):
+        asked = 0
+
+        def stat(self, path):
+            self.asked += 1
+            if self.asked < 3:
+                raise FileNotFoundError(errno.ENOENT, "not yet", path)
+            return super().stat(path)
+
+    system = Late()
+    joined = LocalStorage(system).join(str(tmp_path / "c"), token=transaction.token)
+    assert (joined.token, system.asked) == (transaction.token, 3)
+    transaction.abandon()
