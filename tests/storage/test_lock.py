@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from shardckpt.errors import CheckpointBusyError
+from shardckpt.errors import CheckpointBusyError, StoragePermissionError
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.lock import Lock
 from shardckpt.storage.system import System
@@ -88,3 +88,12 @@ def test_a_directory_that_is_seen_late_is_waited_for(tmp_path):
     joined = LocalStorage(system).join(str(tmp_path / "c"), token=transaction.token)
     assert (joined.token, system.asked) == (transaction.token, 3)
     transaction.abandon()
+
+
+def test_an_error_is_not_waited_out(tmp_path):
+    class Refusing(System):
+        def stat(self, path):
+            raise PermissionError(errno.EACCES, "no", path)
+
+    with pytest.raises(StoragePermissionError):
+        LocalStorage(Refusing()).join(str(tmp_path / "c"), token="0" * 32)
