@@ -60,6 +60,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "lost = range(size // BLOCK_BYTES, last) if size < shard.size_bytes else ()",
         "comparison: size < shard.size_bytes",
     ): "the sizes differ here",
+    ("if time.monotonic() > give_up_at:", "comparison: time.monotonic() > give_up_at"): (
+        "no clock says exactly that"
+    ),
     ("leftovers.remove(old)", "statement gone: leftovers.remove(old)"): (
         "it has another name now: nothing is there to be removed"
     ),
