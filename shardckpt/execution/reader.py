@@ -12,7 +12,7 @@ import ctypes
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 
@@ -182,13 +182,15 @@ def _read_run(
     """Read the bytes of a span, which are whole blocks, and serve `reads` from them."""
     shard, base = manifest.shards[window.shard], window.base
     low, high = span
-    pieces, later = [buffer.view[low - base : high - base]], reads
-    if not past_cache or not files.read_past_cache(
+    if past_cache and files.read_past_cache(
         shard.name, buffer.view[low - base :], offset=low, size_bytes=high - low
     ):
-        pieces, later = _scattered(base, span, reads, buffer)
-        files.readinto(shard.name, pieces, offset=low)
-    bad = bad_blocks(shard, low, pieces)
+        bad, later = bad_blocks(shard, low, [buffer.view[low - base : high - base]]), reads
+    else:
+        bad, pieces, later = [], *_scattered(base, span, reads, buffer)
+        for at, block in zip(range(low, high, BLOCK_BYTES), _blocks(pieces), strict=True):
+            files.readinto(shard.name, block, offset=at)
+            bad += bad_blocks(shard, at, block)  # while it is in the processor's cache
     if bad:
         raise damaged_blocks(manifest, bad, shard=window.shard, path=files.path)
     held_at = buffer.address - base
@@ -225,6 +227,21 @@ def _scattered(
     if at < high:
         pieces.append(buffer.view[at - base : high - base])
     return pieces, later
+
+
+def _blocks(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
+    """The pieces, cut into those of BLOCK_BYTES together; the last may be shorter."""
+    block: list[memoryview] = []
+    room = BLOCK_BYTES
+    for piece in pieces:
+        while len(piece) >= room:
+            yield [*block, piece[:room]]
+            piece, block, room = piece[room:], [], BLOCK_BYTES
+        if len(piece):
+            block.append(piece)
+            room -= len(piece)
+    if block:
+        yield block
 
 
 def bad_blocks(shard: ShardEntry, low: int, pieces: Sequence[memoryview]) -> list[int]:
