@@ -167,7 +167,7 @@ class _Taker:
             large = tensor.numel() * tensor.element_size() > copy_up_to
             if large or memory in self.parameters:
                 return self.hold(tensor)
-            self.copies[memory] = tensor.detach().clone()
+            self.copies[memory] = _copy(tensor)
         return self.copies[memory]
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -180,6 +180,14 @@ class _Taker:
             tensor = tensor.detach()  # stays what it is after `parameter.data = ...`
         self.snapshot.held[id(tensor)] = _mark(tensor)
         return tensor
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is not DTensor:
+        return tensor.detach().clone()
+    # Its clone() asks what becomes of the placements. The constructor is private in torch 2.13.
+    copied = tensor._local_tensor.clone()
+    return DTensor(copied, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _mark(tensor: torch.Tensor) -> tuple[int, int]:
