@@ -78,23 +78,27 @@ def _meet(where: str, *, echo: bool, patient: bool) -> Failure:
     store.set(keys[own], f"{where}\n{'echo' if echo else ''}")
     give_up_at = time.monotonic() + (knobs.DEADLINE_S / 3 if patient or echo else 0.0)
     while not (here := store.check(list(keys.values()))):
-        if store.check([f"{begin}/over"]) or time.monotonic() > give_up_at:
+        if store.check([f"{begin}/verdict"]) or time.monotonic() > give_up_at:
             break
         time.sleep(0.05)
-    over = store.check([f"{begin}/over"])
-    if not here and not over:
-        store.set(f"{begin}/over", "")
+    # The first to know decides for all: else one could give up as the last one comes.
+    verdict = store.compare_set(f"{begin}/verdict", "", "met" if here else "given up").decode()
     told = {r: store.get(key).decode().split("\n") for r, key in keys.items() if store.check([key])}
     missing = tuple(rank for rank in keys if rank not in told)
     culprits = tuple(rank for rank, (_, heard) in told.items() if not heard) or missing
     places = sorted({place for place, _ in told.values()})
-    if here and not over and len(places) == 1:
+    if verdict == "met" and len(places) == 1:
         return Failure(culprits=culprits)
+    if verdict == "met":
+        return Failure(together=False, culprits=culprits, problem=f"the ranks stopped at {places}")
     problem = f"ranks {list(missing)} have not failed at the same step"
-    if not missing:
-        problem = "another rank has given up" if over else f"the ranks stopped at {places}"
-    chosen = store.compare_set(f"{begin}/elected", "", str(own)).decode() if missing or over else ""
-    return Failure(together=False, culprits=culprits, problem=problem, elected=chosen == str(own))
+    chosen = store.compare_set(f"{begin}/elected", "", str(own)).decode()
+    return Failure(
+        together=False,
+        culprits=culprits,
+        problem=problem if missing else "a rank has given up waiting for the others",
+        elected=chosen == str(own),
+    )
 
 
 def group_of_one() -> Any:

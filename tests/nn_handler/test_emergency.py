@@ -1,0 +1,81 @@
+"""What ranks that fail learn of each other: threads over one store in place of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from shardckpt import knobs
+from shardckpt.nn_handler import emergency
+
+HERE = threading.local()
+
+
+@pytest.fixture
+def meet(monkeypatch):
+    """meet(delay of each rank, their places, whether each heard it from others) -> Failures."""
+    monkeypatch.setattr(knobs, "DEADLINE_S", 0.6)
+    monkeypatch.setattr(emergency, "_meetings", itertools.repeat(0))
+
+    def run(delays_s, places=None, echoes=None):
+        store, size = dist.HashStore(), len(delays_s)
+        world = SimpleNamespace(get_group_store=lambda: store)
+        ranks = SimpleNamespace(
+            group=SimpleNamespace(WORLD=world),
+            get_rank=lambda: HERE.rank,
+            get_world_size=lambda: size,
+            is_initialized=lambda: True,
+            DistError=dist.DistError,
+        )
+        monkeypatch.setattr(emergency, "dist", ranks)
+
+        def rank(number):
+            HERE.rank = number
+            if delays_s[number] is None:
+                return None
+            time.sleep(delays_s[number])
+            place, echo = (places or "a" * size)[number], (echoes or [False] * size)[number]
+            return emergency.meet(place, echo=echo, patient=True)
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(rank, range(size)))
+
+    return run
+
+
+def test_all_fail_at_one_step(meet):
+    assert {f.together for f in meet([0, 0.02, 0])} == {True}
+
+
+def test_they_fail_at_different_steps(meet):
+    found = meet([0, 0, 0], places="aab")
+    assert not any(f.together or f.elected for f in found)
+    assert "['a', 'b']" in found[0].problem
+
+
+def test_one_fails_and_the_others_hear_of_it(meet):
+    found = meet([0.4, 0, 0.4], echoes=[True, False, True])
+    assert [f.culprits for f in found] == [(1,)] * 3
+    assert [f.elected for f in found] == [False, True, False]
+    assert not any(f.together for f in found)
+
+
+def test_one_dies_without_a_word(meet):
+    first, _, last = meet([0, None, 0], echoes=[True] * 3)
+    assert first.culprits == last.culprits == (1,)
+    assert first.elected != last.elected
+    assert isinstance(first.error(), emergency.RankFailedError)
+    assert first.error().rank == (1,)
+
+
+@pytest.mark.parametrize("delay_s", [0.15, 0.19, 0.2, 0.21, 0.25])
+def test_one_that_comes_as_another_gives_up(meet, delay_s):
+    one, other = meet([0, delay_s])
+    assert one.together == other.together
+    assert one.together or one.elected != other.elected
