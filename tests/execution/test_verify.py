@@ -89,6 +89,19 @@ def test_all_is_well(files):
     assert size // BLOCK_BYTES == BLOCKS - 1
 
 
+def test_no_more_is_read_than_is_checked(files):
+    class Counting(Shelf):
+        most = 0
+
+        def readinto(self, name, buffers, *, offset):
+            self.most = max(self.most, sum(map(len, buffers)))
+            super().readinto(name, buffers, offset=offset)
+
+    shelf = Counting(files)
+    assert not check(files, shelf).damage
+    assert shelf.most == 2 * BLOCK_BYTES
+
+
 def test_ranks_hear_that_it_gets_on(files):
     class Spy(SingleCoordinator):
         told = 0
