@@ -169,15 +169,17 @@ def meet() -> None:
 
 
 def stopped(folder: str, fault: str) -> Any:
-    """Rank 1 stops, or is killed, while it writes; what the others raise."""
+    """Rank 1 stops, or is killed, while it writes; what the others raise. There is a group of
+    torch.distributed as well, which must not keep them from ending."""
+    shardckpt.init_from_mpi()
     knobs.DEADLINE_S = 4.0
-    shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/before")
+    shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/before", comm=comm)
     if comm.rank == 1:
         number = signal.SIGSTOP if fault == "stop" else signal.SIGKILL
         save_driver.write_rank = lambda *_, **__: os.kill(os.getpid(), number)
     begun = time.monotonic()
     try:
-        shardckpt.save({"w": torch.zeros(10)}, f"{folder}/faulty")
+        shardckpt.save({"w": torch.zeros(10)}, f"{folder}/faulty", comm=comm)
     except errors.RankFailedError as error:
         return [error.rank, error.facts["phase"], time.monotonic() - begun]
     return "saved"
