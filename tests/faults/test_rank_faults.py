@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 
 import pytest
 
@@ -15,17 +15,9 @@ pytestmark = pytest.mark.ranks
 SAMPLE = random.Random(7).sample(rank_faults.CASES, 3)
 
 
-def test_ranks_fail(tmp_path):
-    """Side by side: most of the time they wait for deadlines."""
-
-    def attempt(number: int) -> None:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        rank_faults.attempt(SAMPLE[number], str(folder), most_s=40)
-
-    with ThreadPoolExecutor(len(SAMPLE)) as pool:
-        for done in [pool.submit(attempt, number) for number in range(len(SAMPLE))]:
-            done.result()
+@pytest.mark.parametrize("case", SAMPLE, ids=lambda case: "-".join(map(str, astuple(case))))
+def test_ranks_fail(tmp_path, case):
+    rank_faults.attempt(case, str(tmp_path), most_s=40)
 
 
 def test_a_fault_that_nobody_notices_would_be_seen(tmp_path):
