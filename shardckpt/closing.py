@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TypeVar
 
 __all__ = ["Closing"]
@@ -9,12 +10,12 @@ __all__ = ["Closing"]
 Self = TypeVar("Self", bound="Closing")
 
 
-class Closing:
+class Closing(ABC):
     """Base of what has a `close`: a context manager that calls it at the end of its block."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what it holds."""
-        raise NotImplementedError
 
     def __enter__(self: Self) -> Self:
         return self

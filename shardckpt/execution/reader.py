@@ -1,9 +1,10 @@
 """Read from shards: whole blocks, verified as they come, several windows at a time.
 
 A shard is read in windows at fixed places. Within a window, neighbouring blocks that are
-needed are one read, which scatters large runs straight into their destination and the
-rest into a buffer; each block's digest is checked over where its bytes have landed, and
-what lies in the buffer is copied from there.
+needed and not in the page cache are one read past it, into a buffer. Else each block is a
+read, which scatters large runs straight into their destination and the rest into a buffer.
+Each block's digest is checked over where its bytes have landed, and what lies in the buffer
+is copied from there.
 """
 
 from __future__ import annotations
