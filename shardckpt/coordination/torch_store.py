@@ -51,6 +51,8 @@ _PIECE_BYTES = 4 << 20  # TCPStore refuses values of more than 8 MiB
 
 # Keys of the last operation that other ranks may still look at when this one has ended it.
 _traces: dict[tuple[str, str], list[str]] = {}
+# The ranks that may not have read yet that rank 0 has given them up, by prefix.
+_unread: dict[str, set[int]] = {}
 
 
 def store_coordinator(
@@ -80,7 +82,8 @@ def _operation(
         if rank:
             identity = _ask(store, subject, rank=rank)
         else:
-            identity = _let_in(store, subject, world_size=world_size)
+            unread = _unread.setdefault(prefix, set())
+            identity = _let_in(store, subject, unread, world_size=world_size)
     coordinator = StoreCoordinator(
         lambda: PrefixStore(f"{prefix}/{identity}", of_group.clone()),
         rank=rank,
@@ -125,11 +128,17 @@ def _ask(store: Any, subject: str, *, rank: int) -> str:
     return str(text)
 
 
-def _let_in(store: Any, subject: str, *, world_size: int) -> str:
+def _let_in(store: Any, subject: str, unread: set[int], *, world_size: int) -> str:
     """Wait for all ranks to call with this subject; the id of the operation."""
     ranks = range(1, world_size)
     keys = [f"join/{rank}" for rank in ranks]
-    arrived = poll(lambda: all_there(store, keys), knobs.ARRIVAL_DEADLINE_S)
+
+    def all_called() -> bool:
+        return all_there(store, keys) and not any(
+            _gave_up_on_this_call(store, rank, unread) for rank in tuple(unread)
+        )
+
+    arrived = poll(all_called, knobs.ARRIVAL_DEADLINE_S)
     late = [] if arrived else [rank for rank in ranks if not store.check([f"join/{rank}"])]
     here = [rank for rank in ranks if rank not in set(late)]
     joined = get_many(store, [f"join/{rank}" for rank in here])
@@ -146,11 +155,27 @@ def _let_in(store: Any, subject: str, *, world_size: int) -> str:
     set_many(store, {f"answer/{nonce}": answer.encode() for nonce, _, _ in calls.values()})
     for rank in late:
         store.set(f"late/{rank}", subject)
+    unread.update(late)
     if late:
         raise rank_failed(late, "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
     if odd is not None:
         raise ranks_disagree(odd, calls[odd][2], subject)
     return identity
+
+
+def _gave_up_on_this_call(store: Any, rank: int, unread: set[int]) -> bool:
+    """Whether a rank came just as rank 0 had given it up, too late to read so: it is told now."""
+    unread.discard(rank)
+    if not store.check([f"late/{rank}"]):
+        return False
+    missed = store.get(f"late/{rank}").decode()
+    store.delete_key(f"late/{rank}")
+    nonce, _, subject = store.get(f"join/{rank}").decode().partition(" ")
+    if subject != missed:
+        return False
+    store.delete_key(f"join/{rank}")
+    store.set(f"answer/{nonce}", f"late {rank}")
+    return True
 
 
 @contextmanager

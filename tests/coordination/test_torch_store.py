@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -104,6 +106,45 @@ def test_ranks_that_are_not_there_are_named(connect, monkeypatch):
         assert (result is None) == (rank in absent)
         assert rank in absent or isinstance(result, RankFailedError)
     assert set(results[0].rank) == absent
+
+
+@pytest.mark.parametrize("next_call", ["save b", "save a"])
+def test_a_rank_that_comes_just_as_it_is_given_up(connect, monkeypatch, next_call):
+    """It has looked whether it is late, and calls once rank 0 has given up and calls again."""
+    given_up, asking = threading.Event(), threading.Event()
+
+    class Group:
+        clone = staticmethod(connect)
+
+    def uuid4():  # what a rank calls after it has looked
+        if threading.current_thread() is late_rank and not given_up.is_set():
+            asking.set()
+            given_up.wait(60)
+        return uuid.uuid4()
+
+    def call(rank, subject):
+        with torch_store._operation(Group, "p", subject, rank=rank, world_size=2):
+            return subject
+
+    def come_late():
+        with pytest.raises(RankFailedError) as caught:
+            call(1, "save a")
+        found.append(caught.value.rank)
+        found.append(call(1, next_call))
+
+    found: list[object] = []
+    late_rank = threading.Thread(target=come_late)
+    monkeypatch.setattr(torch_store, "uuid", SimpleNamespace(uuid4=uuid4))
+    monkeypatch.setattr(torch_store.knobs, "ARRIVAL_DEADLINE_S", 0.2)
+    late_rank.start()
+    asking.wait(60)
+    with pytest.raises(RankFailedError):
+        call(0, "save a")
+    monkeypatch.setattr(torch_store.knobs, "ARRIVAL_DEADLINE_S", 60.0)
+    given_up.set()
+    assert call(0, next_call) == next_call
+    late_rank.join(60)
+    assert found == [(1,), next_call]
 
 
 def test_a_message_is_bounded(monkeypatch):

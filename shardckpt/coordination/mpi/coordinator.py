@@ -114,7 +114,7 @@ def _ask(link: Link, channel: str, subject: str, patience_s: float) -> str:
     if link.late.pop(channel, None) == subject:
         raise _too_late(link)
     nonce = uuid.uuid4().hex
-    link.asked.add(nonce)
+    link.asked[nonce] = channel
     link.send(0, Message("call", channel, text=f"{nonce} {subject}"))
 
     def answered() -> bool:
@@ -124,7 +124,7 @@ def _ask(link: Link, channel: str, subject: str, patience_s: float) -> str:
     try:
         came = poll(answered, patience_s)
     finally:
-        link.asked.discard(nonce)
+        link.asked.pop(nonce)
         if nonce not in link.verdicts:
             link.send(0, Message("withdraw", channel, text=nonce))
     if nonce not in link.verdicts:
@@ -170,8 +170,8 @@ def _let_in(link: Link, channel: str, subject: str, patience_s: float) -> str:
         link.inboxes[identity] = Inbox()
     for rank, (nonce, _) in calls.items():
         link.send(rank, Message("verdict", nonce, text=answer))
-    _send(link, late, Message("late", channel, text=subject))
     if late:
+        link.tell_late(late, channel, subject)
         link.give_up(late)
         raise rank_failed(late, "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
     if odd is not None:

@@ -42,6 +42,7 @@ class Message(msgspec.Struct, array_like=True):
     withdraw    r, 0        channel                   nonce
     verdict     0, r        nonce                     see coordinator
     late        0, r        channel                   subject
+    noted       r, 0        channel
     summons     0, r
     part        r, 0        operation       phase                      what the rank sends
     answer      0, r        operation       phase                      rank 0's answer
@@ -146,9 +147,10 @@ class Link:
         self.world_size: int = comm.Get_size()
         self.summoned = False
         self.calls: dict[str, dict[int, tuple[str, str]]] = {}
-        self.asked: set[str] = set()
+        self.asked: dict[str, str] = {}
         self.verdicts: dict[str, str] = {}
         self.late: dict[str, str] = {}
+        self._not_noted: dict[tuple[str, int], str] = {}
         self.inboxes: dict[str, Inbox] = {}
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Message).decode
@@ -213,7 +215,8 @@ class Link:
     def _deliver(self, source: int, message: Message) -> None:
         if message.kind == "call":
             nonce, _, subject = message.text.partition(" ")
-            self.calls.setdefault(message.about, {})[source] = (nonce, subject)
+            if self._not_noted.get((message.about, source)) != subject:  # else it is told already
+                self.calls.setdefault(message.about, {})[source] = (nonce, subject)
         elif message.kind == "withdraw":
             calls = self.calls.setdefault(message.about, {})
             if calls.get(source, ("", ""))[0] == message.text:
@@ -223,9 +226,13 @@ class Link:
                 verdict, _, identity = message.text.partition(" ")
                 if verdict == "go":  # before anything else of the operation can come
                     self.inboxes[identity] = Inbox()
+                    self.late.pop(self.asked[message.about], None)
                 self.verdicts[message.about] = message.text
         elif message.kind == "late":
             self.late[message.about] = message.text
+            self.send(source, Message("noted", message.about))
+        elif message.kind == "noted":
+            self._not_noted.pop((message.about, source), None)
         elif message.kind == "summons":
             self.summoned = True
         elif message.about in self.inboxes:
@@ -235,6 +242,15 @@ class Link:
         """Every rank's (nonce, subject) that has called; they are taken away."""
         with _lock:
             return self.calls.pop(channel, {})
+
+    def tell_late(self, ranks: list[int], channel: str, subject: str) -> None:
+        """Tell ranks that rank 0 has given up their call, which may be on its way."""
+        with _lock:
+            for rank in ranks:
+                self._not_noted[channel, rank] = subject
+                if self.calls.get(channel, {}).get(rank, ("", ""))[1] == subject:
+                    del self.calls[channel][rank]
+                self.send(rank, Message("late", channel, text=subject))
 
     def all_here(self) -> None:
         """All ranks take part in an operation: none of them is lost any more."""
