@@ -169,6 +169,7 @@ def _script(path: str, argument_lists: list[list[str]], ranks: int) -> list[str]
     else:
         dist.destroy_process_group()
     os.chdir(os.path.dirname(path))
+    sys.path.insert(0, os.path.dirname(path))
     printed = []
     for arguments in argument_lists:
         sys.argv = [path, *arguments]

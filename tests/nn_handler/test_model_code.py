@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 
@@ -12,6 +11,9 @@ import torch
 from shardckpt import NNHandler, errors
 from shardckpt.nn_handler.model_code import collect_code
 from tests.nn_handler.models import Net, same, weights
+from tests.ranks import run_script
+
+pytestmark = pytest.mark.ranks
 
 FILES = {
     "mine/__init__.py": "",
@@ -31,11 +33,10 @@ FILES = {
                 return self.linear(inputs)
         """,
     "mine/model.py": """
-        import os
         from torch import nn
         from mine.parts import Block
 
-        with open(os.environ["RAN"], "a") as file:
+        with open("RAN", "a") as file:
             file.write("x")
 
         class Model(nn.Module):
@@ -57,14 +58,13 @@ handler.save(sys.argv[1])
 
 
 @pytest.fixture
-def saved(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAN", str(tmp_path / "ran"))
+def saved(tmp_path):
     for name, source in FILES.items():
         path = tmp_path / "src" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(source))
+        path.write_text(textwrap.dedent(source).replace("RAN", str(tmp_path / "ran")))
     (tmp_path / "src" / "save.py").write_text(SAVE)
-    subprocess.run([sys.executable, tmp_path / "src" / "save.py", tmp_path / "c"], check=True)
+    run_script(tmp_path / "src" / "save.py", [tmp_path / "c"])
     (tmp_path / "ran").unlink()
     return tmp_path
 
@@ -113,7 +113,7 @@ def test_of_a_script_the_definitions_alone(tmp_path):
             """
         )
     )
-    subprocess.run([sys.executable, script], check=True)
+    assert run_script(script) == ["running\n"]
     loaded = NNHandler.load(tmp_path / "c.pth", trust_code=True)
     assert loaded.module.linear.out_features == 3
     assert "running" not in loaded.model_code["__main__"]
