@@ -157,10 +157,10 @@ class LocalFiles:
             while done < size_bytes:
                 try:
                     count = self._system.read(fd, [buffer[done:room]], offset=offset + done)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    return False  # no O_DIRECT here after all, or not from where the last one ended
+                except OSError:
+                    # No O_DIRECT here after all, or not from where the last read ended; of an error
+                    # of the disk, readinto will tell.
+                    return False
                 if count == 0:
                     raise self._cut(name, offset + done, size_bytes - done)
                 done += count

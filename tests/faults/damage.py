@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 import shardckpt
 from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
+from shardckpt.execution import reader
 from shardckpt.execution.reshard import reshard
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
+from tests.faults.disk import ROOT, Content, Disk
 
 Files = dict[str, bytes]
 
@@ -78,19 +82,34 @@ def a_checkpoint(*, step: int = 3) -> Files:
         return {path.name: path.read_bytes() for path in Path(folder, "two").iterdir()}
 
 
-def load(files: Files) -> object:
-    return shardckpt.load_state("shelf", storage=Shelf(files))
+def load(files: Files, *, in_cache: bool = True) -> object:
+    """Load the files from a disk in memory, from its page cache or past it."""
+    inodes = dict(zip(files, itertools.count(3)))
+    held = {inodes[name]: data for name, data in files.items()}
+    disk = Disk(Content({ROOT: {"shelf": 2}, 2: inodes}, held), in_cache=in_cache)
+    with mock.patch.object(reader, "have_huge_pages", return_value=True):
+        found = shardckpt.load_state("/shelf", storage=LocalStorage(disk))
+    assert bool(disk.past_cache) != in_cache, f"{disk.past_cache} reads went past the page cache"
+    return found
+
+
+def refusals(files: Files, what: str) -> Iterator[CheckpointError]:
+    """The errors in which a load from the page cache and one past it refuse; AssertionError if one
+    does not."""
+    for in_cache in (True, False):
+        try:
+            load(files, in_cache=in_cache)
+        except CheckpointError as error:
+            assert error.path, error
+            yield error
+            continue
+        raise AssertionError(f"{what} was loaded, {'from' if in_cache else 'past'} the page cache")
 
 
 def assert_detected(files: Files, name: str) -> None:
-    """A load refuses, in an error that names the file; AssertionError if not."""
-    try:
-        load(files)
-    except CheckpointError as error:
-        assert error.path, error
+    """Loads refuse, in errors that name the file; AssertionError if not."""
+    for error in refusals(files, f"damage to {name}"):
         assert name in error.path or name == MANIFEST_NAME, f"{name} is damaged: {error}"
-        return
-    raise AssertionError(f"damage to {name} was loaded")
 
 
 def flip(files: Files, name: str, byte: int, bit: int) -> Files:
@@ -113,7 +132,8 @@ def all_cuts(files: Files) -> list[tuple[str, int]]:
 
 
 def try_flips(files: Files, bits: Sequence[tuple[str, int, int]]) -> int:
-    """Flip each of these bits; the tensor that it lies in is named."""
+    """Flip each of these bits, and load from the page cache and past it; the tensor that it lies in
+    is named."""
     with shardckpt.open_checkpoint("shelf", storage=Shelf(files)) as opened:
         manifest = opened.manifest
     places = {
@@ -124,16 +144,11 @@ def try_flips(files: Files, bits: Sequence[tuple[str, int, int]]) -> int:
     }
     for name, byte, bit in bits:
         damaged = flip(files, name, byte, bit)
-        try:
-            load(damaged)
-        except CheckpointError as error:
-            assert error.path, error
-            hurt = places.get((name, byte))
+        hurt = places.get((name, byte))
+        for error in refusals(damaged, f"bit {bit} of byte {byte} of {name}"):
             if hurt is not None:
                 assert name in error.path, error
                 assert hurt in (error.tensor or "").split(", "), error
-            continue
-        raise AssertionError(f"bit {bit} of byte {byte} of {name} was loaded")
     return len(bits)
 
 

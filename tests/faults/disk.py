@@ -99,10 +99,20 @@ class Content:
 
 
 class Disk(System):
-    """A System over memory, which logs what it does. `exchange` says whether it can swap names."""
+    """A System over memory, which logs what it does. `can_exchange`: whether it can swap names;
+    `in_cache`: whether all files are in the page cache. `past_cache` counts the reads past it."""
 
-    def __init__(self, content: Content | None = None, *, can_exchange: bool = True) -> None:
+    def __init__(
+        self,
+        content: Content | None = None,
+        *,
+        can_exchange: bool = True,
+        in_cache: bool = False,
+    ) -> None:
         self.can_exchange = can_exchange
+        self.in_cache = in_cache
+        self.past_cache = 0
+        self.direct_ones: set[int] = set()
         self.content = content or Content({ROOT: {}}, {})
         self.kinds = dict.fromkeys(self.content.directories, stat.S_IFDIR)
         self.base = self.content.copy()
@@ -175,6 +185,10 @@ class Disk(System):
             raise FileExistsError(errno.EEXIST, "File exists", path)
         return directory, name
 
+    def _check_aligned(self, fd: int, offset: int, buffers: Sequence[memoryview]) -> None:
+        if fd in self.direct_ones and any(n % 4096 for n in (offset, *map(len, buffers))):
+            raise OSError(errno.EINVAL, "O_DIRECT takes multiples of 4096")
+
     # The calls.
 
     def open(self, path: str, flags: int, *, dir_fd: int | None = None) -> int:
@@ -196,23 +210,29 @@ class Disk(System):
                 raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
             number = next(self.numbers)
             self.descriptors[number] = inode
+            if flags & os.O_DIRECT:
+                self.direct_ones.add(number)
             return number
 
     def close(self, fd: int) -> None:
         with self.lock_:
             self.locked = {k: v for k, v in self.locked.items() if v != fd}
             del self.descriptors[fd]
+            self.direct_ones.discard(fd)
             self._call()  # Linux closes a descriptor even where it reports an error
 
     def write(self, fd: int, data: memoryview, *, offset: int) -> int:
         with self.lock_:
             self._call()
+            self._check_aligned(fd, offset, [data])
             self._change(Data(self.descriptors[fd], offset, bytes(data)))
             return len(data)
 
     def read(self, fd: int, buffers: Sequence[memoryview], *, offset: int) -> int:
         with self.lock_:
             self._call()
+            self._check_aligned(fd, offset, buffers)
+            self.past_cache += fd in self.direct_ones
             data = self.content.files[self.descriptors[fd]]
         start = offset
         for buffer in buffers:
@@ -233,10 +253,11 @@ class Disk(System):
 
     def cached(self, fd: int, *, offset: int, size_bytes: int) -> bool:
         self._call()
-        return False
+        return self.in_cache
 
     def direct(self, fd: int, *, on: bool) -> None:
         self._call()
+        (self.direct_ones.add if on else self.direct_ones.discard)(fd)
 
     def fsync(self, fd: int) -> None:
         with self.lock_:

@@ -56,6 +56,20 @@ def verifying(run: crash.Run) -> None:
         opened.verify()
 
 
+def loading_from_cache(run: crash.Run) -> None:
+    run.disk.in_cache = True
+    loading(run)
+
+
+def verifying_from_cache(run: crash.Run) -> None:
+    run.disk.in_cache = True
+    verifying(run)
+
+
+LOADS = (loading, loading_from_cache)
+VERIFIES = (verifying, verifying_from_cache)
+
+
 def outcome(operation: Callable[[crash.Run], None], at: int, code: int, *, for_ever: bool) -> bool:
     """An operation whose system call number `at` fails; whether it makes so many."""
     disk = Disk()
@@ -75,11 +89,11 @@ def outcome(operation: Callable[[crash.Run], None], at: int, code: int, *, for_e
         assert error.path
         assert error.remedy
     except errors.CorruptionError:
-        assert operation is verifying  # what can't be read is damage to it
+        assert operation in VERIFIES  # what can't be read is damage to it
     reached = disk.calls >= calls + at
     assert not disk.descriptors, f"{len(disk.descriptors)} descriptors stay open"
     disk.fail_at = None
-    writes = operation not in (loading, verifying)
+    writes = operation not in LOADS + VERIFIES
     least = run.version if acknowledged and writes and operation is not fresh else before
     assert least <= (crash.version_at(disk) or 0) <= run.version
     run.save()
@@ -123,7 +137,8 @@ OPERATIONS: dict[str, Outcome] = {
         operation.__name__: functools.partial(outcome, operation)
         for operation in (
             *(replacing, two_renames, fresh, in_background, with_a_base, resharding),
-            *(loading, verifying),
+            *LOADS,
+            *VERIFIES,
         )
     },
     "retaining": retaining,

@@ -11,6 +11,7 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.execution import reader, verify
 from tests.faults import damage
+from tests.faults.disk import Disk
 
 SEED = 4
 
@@ -72,6 +73,31 @@ def test_a_reader_that_does_not_verify_would_be_seen(monkeypatch):
     files = damage.a_checkpoint()
     data = [bit for bit in damage.all_bits(files) if "shard" in bit[0] and bit[1] > 4096]
     with pytest.raises(AssertionError, match="was loaded"):
+        damage.try_flips(files, data[:1])
+
+
+def test_both_ways_of_reading_are_taken(monkeypatch):
+    files = damage.a_checkpoint()
+    for in_cache in (True, False):
+        assert damage.load(files, in_cache=in_cache)["step"] == 3
+    monkeypatch.setattr(Disk, "cached", lambda *_, **__: True)
+    with pytest.raises(AssertionError, match="0 reads went past"):
+        damage.load(files, in_cache=False)
+
+
+def test_a_reader_that_does_not_verify_past_the_cache_would_be_seen(monkeypatch):
+    """A planted fault."""
+    read, checked, past = Disk.read, reader.bad_blocks, [False]
+
+    def noting(self, fd, buffers, *, offset):
+        past[0] = fd in self.direct_ones
+        return read(self, fd, buffers, offset=offset)
+
+    monkeypatch.setattr(Disk, "read", noting)
+    monkeypatch.setattr(reader, "bad_blocks", lambda *block: [] if past[0] else checked(*block))
+    files = damage.a_checkpoint()
+    data = [bit for bit in damage.all_bits(files) if "shard" in bit[0] and bit[1] > 4096]
+    with pytest.raises(AssertionError, match="was loaded, past the page cache"):
         damage.try_flips(files, data[:1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.execution import verify
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.system import System
 from shardckpt.testing import StorageTests, save
@@ -55,20 +57,24 @@ class TestPlain(StorageTests):
 
 
 class Cold(System):
-    """Nothing is ever in the page cache; `past` counts the reads past it, which may fail."""
+    """Nothing is ever in the page cache; `past` counts the reads past it. From number `at` on they
+    fail with `error`; none gives more than `most_bytes`."""
 
-    def __init__(self, error=None):
-        self.error, self.past = error, 0
+    def __init__(self, error=None, *, at=1, most_bytes=1 << 30):
+        self.error, self.at, self.most_bytes, self.past = error, at, most_bytes, 0
 
     def cached(self, fd, *, offset, size_bytes):
         return False
 
     def read(self, fd, buffers, *, offset):
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            self.past += 1
-            if self.error:
-                raise OSError(self.error, "planted")
-        return super().read(fd, buffers, offset=offset)
+        if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            return super().read(fd, buffers, offset=offset)
+        self.past += 1
+        if offset % 4096:
+            raise OSError(errno.EINVAL, "as disks with sectors of 4096 bytes say")
+        if self.error and self.past >= self.at:
+            raise OSError(self.error, "planted")
+        return min(super().read(fd, buffers, offset=offset), self.most_bytes)
 
 
 class Undirected(Cold):
@@ -92,36 +98,84 @@ def load_cold(path, system):
         return checkpoint.load_state()
 
 
-def a_state():
+COLD = [
+    {},
+    *({"most_bytes": most} for most in (1 << 20, 512, 65000)),
+    *(
+        {"error": code, "at": at}
+        for code in (errno.EINVAL, errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EIO)
+        for at in (1, 3)
+    ),
+]
+"""Reads past the cache that go well, that are torn, or that fail."""
+
+
+@pytest.fixture(scope="module")
+def a_large_one(tmp_path_factory):
     """Blocks that end within a tensor, small tensors, one that is copied, and an odd end."""
     state = {"a": torch.arange(1_000_003), "b": torch.randn(700, 900).t()}
-    return {**state, "c": {str(n): torch.full((n,), float(n)) for n in range(50)}, "d": b"x" * 7}
+    state |= {"c": {str(n): torch.full((n,), float(n)) for n in range(50)}, "d": b"x" * 7}
+    path = tmp_path_factory.mktemp("cold") / "c"
+    shardckpt.save(state, path)
+    return state, path
 
 
-@pytest.mark.parametrize("error", [None, errno.EINVAL])
-def test_a_load_past_the_cache_takes_the_same_bytes(tmp_path, error):
-    state, system = a_state(), Cold(error)
-    shardckpt.save(state, tmp_path / "c")
-    found = load_cold(tmp_path / "c", system)
+@pytest.mark.parametrize("faults", COLD, ids=str)
+def test_a_load_past_the_cache_takes_the_same_bytes(a_large_one, faults):
+    (state, path), system = a_large_one, Cold(**faults)
+    found = load_cold(path, system)
     assert system.past
-    expected = load_cold(tmp_path / "c", undirected := Undirected())
-    assert not undirected.past
-    for loaded in (found, expected):
-        assert torch.equal(loaded["a"], state["a"])
-        assert torch.equal(loaded["b"], state["b"])
-        assert all(torch.equal(loaded["c"][name], state["c"][name]) for name in state["c"])
+    assert torch.equal(found["a"], state["a"])
+    assert torch.equal(found["b"], state["b"])
+    assert all(torch.equal(found["c"][name], state["c"][name]) for name in state["c"])
 
 
-def test_damage_and_errors_past_the_cache(tmp_path):
-    shardckpt.save(a_state(), tmp_path / "c")
-    with pytest.raises(errors.StorageError, match="planted"):
-        shardckpt.load_state(tmp_path / "c", storage=LocalStorage(Cold(errno.EIO)))
-    (shard,) = (tmp_path / "c").glob("*.safetensors")
+def test_a_load_without_reads_past_the_cache(a_large_one):
+    (state, path), system = a_large_one, Undirected()
+    assert torch.equal(load_cold(path, system)["a"], state["a"])
+    assert not system.past
+
+
+@pytest.mark.parametrize("faults", COLD, ids=str)
+def test_damage_is_found_past_the_cache_and_in_it(a_large_one, tmp_path, monkeypatch, faults):
+    monkeypatch.setattr(verify, "find_flipped_bit", lambda data, digest: None)  # takes too long
+    path = shutil.copytree(a_large_one[1], tmp_path / "c")
+    (shard,) = path.glob("*.safetensors")
     with open(shard, "r+b") as file:
         file.seek(5_000_000)
         file.write(b"damaged!")
-    with pytest.raises(errors.CorruptionError, match="block 4"):
-        shardckpt.load_state(tmp_path / "c")
+    cold = LocalStorage(Cold(**faults))
+    for storage in (cold, LocalStorage(Undirected())):
+        with pytest.raises(errors.CorruptionError, match="block 4"):
+            shardckpt.load_state(path, storage=storage)
+        with shardckpt.open_checkpoint(path, storage=storage) as checkpoint:
+            assert checkpoint.survey().hurt == ("a",)
+
+
+@pytest.mark.parametrize("end", [3_000_000, 4096 * 1000])
+def test_a_file_that_is_cut_while_it_is_read(a_large_one, tmp_path, end):
+    """Its size was looked at, then it is cut: past the cache too, that is no short load."""
+    path = shutil.copytree(a_large_one[1], tmp_path / "c")
+    (shard,) = path.glob("*.safetensors")
+
+    class Cut(Cold):
+        def cached(self, fd, *, offset, size_bytes):
+            os.truncate(shard, end)
+            return False
+
+    with pytest.raises(errors.CorruptionError, match="ends before its time"):
+        shardckpt.load_state(path, storage=LocalStorage(Cut()))
+
+
+def test_an_error_of_the_disk_is_told(a_large_one):
+    class Broken(Cold):
+        def read(self, fd, buffers, *, offset):
+            if offset:
+                raise OSError(errno.EIO, "planted")
+            return super().read(fd, buffers, offset=offset)
+
+    with pytest.raises(errors.StorageError, match="planted"):
+        shardckpt.load_state(a_large_one[1], storage=LocalStorage(Broken()))
 
 
 def test_what_is_in_the_cache_is_read_from_there(tmp_path):

@@ -17,12 +17,28 @@ def test_one_holder_at_a_time(tmp_path):
     path = str(tmp_path / ".c.lock")
     lock = Lock(System(), path)
     assert lock.held
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointBusyError) as caught:
         Lock(System(), path)
+    assert len(os.listdir("/proc/self/fd")) == before
     assert (caught.value.errno, caught.value.path) == (errno.EAGAIN, path)
     lock.release()
     assert os.listdir(tmp_path) == []
     Lock(System(), path).release()
+
+
+def test_a_child_does_not_keep_it(tmp_path):
+    """A process that was forked meanwhile holds the same open file."""
+
+    class Kept(System):
+        def unlink(self, path):
+            raise PermissionError(errno.EPERM, "planted", path)
+
+    lock = Lock(Kept(), str(tmp_path / ".c.lock"))
+    childs = os.dup(lock.fd)
+    lock.release()
+    Lock(System(), str(tmp_path / ".c.lock")).release()
+    os.close(childs)
 
 
 def test_a_lock_file_that_its_holder_removed_is_not_taken(tmp_path):
