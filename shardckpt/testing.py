@@ -79,6 +79,24 @@ class StorageTests:
             write(transaction.create(_NAMES[0], size_bytes=len(_DATA)))
         transaction.abandon()
 
+    def test_a_file_of_two_ranks(self, storage: Storage, path: str) -> None:
+        """Each opens it, writes its part and closes, in whatever order."""
+        data = bytes(range(256)) * 4096 + _DATA
+        transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
+        other = storage.join(path, token=transaction.token)
+        files = [
+            each.create(_NAMES[0], size_bytes=len(data), shared=True)
+            for each in (transaction, other)
+        ]
+        for file, begin, end in zip(files[::-1], (1 << 20, 0), (None, 1 << 20), strict=True):
+            write(file, data[begin:end], begin=begin, size_bytes=len(data))
+        other.close()
+        transaction.commit(b"first")
+        found = storage.open(path)
+        assert found.size_bytes(_NAMES[0]) == len(data)
+        assert bytes(found.map(_NAMES[0])) == data
+        found.close()
+
     def test_a_discarded_file_can_be_discarded_again(self, storage: Storage, path: str) -> None:
         """Cleaning up never raises."""
         transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
@@ -210,15 +228,17 @@ def save(
     transaction.close()
 
 
-def write(file: WritableFile, data: bytes = _DATA) -> None:
-    """Write in two pieces, the second one first, from memory that begins on a page."""
-    size_bytes = len(data)
-    memory = mmap.mmap(-1, -(-size_bytes // 4096) * 4096)
-    memory[:size_bytes] = data
-    view = memoryview(memory)[: len(memory) if file.direct else size_bytes]
-    file.write(view[4096:], offset=4096)
-    file.write(view[:4096], offset=0)
-    file.close(size_bytes=size_bytes)
+def write(
+    file: WritableFile, data: bytes = _DATA, *, begin: int = 0, size_bytes: int | None = None
+) -> None:
+    """Write in two pieces, the second one first, from memory that begins on a page; from `begin` on
+    in a file of `size_bytes`."""
+    memory = mmap.mmap(-1, -(-len(data) // 4096) * 4096)
+    memory[: len(data)] = data
+    view = memoryview(memory)[: len(memory) if file.direct else len(data)]
+    file.write(view[4096:], offset=begin + 4096)
+    file.write(view[:4096], offset=begin)
+    file.close(size_bytes=size_bytes or len(data))
 
 
 def assert_absent(storage: Storage, path: str) -> None:

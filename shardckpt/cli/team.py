@@ -19,7 +19,7 @@ from shardckpt.coordination.torch_store import StoreCoordinator
 from shardckpt.coordination.waiting import poll
 from shardckpt.errors import CoordinationError
 from shardckpt.execution.load_driver import same_checkpoint
-from shardckpt.execution.reshard import Source
+from shardckpt.execution.source import Source
 
 __all__ = ["say", "shared"]
 

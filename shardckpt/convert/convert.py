@@ -11,17 +11,18 @@ from shardckpt.convert.dcp import DcpCheckpoint, is_dcp
 from shardckpt.convert.dcp_files import DcpFolder
 from shardckpt.convert.safetensors_files import (
     HuggingFace,
+    SafetensorsFile,
     is_hugging_face,
     open_hugging_face,
     open_safetensors,
-    write_safetensors,
 )
 from shardckpt.convert.sources import Foreign, Selected, foreign, state_of
 from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one, write_one
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import NotACheckpointError, StateError
-from shardckpt.execution.reshard import Source, reshard, rewrite
+from shardckpt.execution.reshard import reshard, rewrite
+from shardckpt.execution.source import Source
 from shardckpt.planning.saved import Rename, Select
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
@@ -118,8 +119,8 @@ def convert_source(
     coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> None:
-    """See convert; collective over the coordinator's ranks, which divide the files of a directory.
-    `progress` is called with the bytes that this rank has written."""
+    """See convert; collective over the coordinator's ranks, which divide the bytes, or the files of
+    DCP. `progress` is called with the bytes that this rank has written."""
     ranks = coordinator or SingleCoordinator()
     kind = _format_of(target, to)
     if shards is None:
@@ -140,16 +141,12 @@ def convert_source(
     elif kind == "hf":
         folder = HuggingFace(source, target, file_bytes=file_bytes, overwrite=overwrite)
         rewrite(folder, ranks, progress)
+    elif kind == "safetensors":
+        rewrite(SafetensorsFile(source, target, overwrite=overwrite), ranks, progress)
     else:
 
-        def written(size_bytes: int) -> None:
-            ranks.progress(size_bytes)
-            progress(size_bytes)
-
         def alone() -> bytes:
-            if ranks.rank == 0 and kind == "safetensors":
-                write_safetensors(source, target, overwrite=overwrite, progress=written)
-            elif ranks.rank == 0:
+            if ranks.rank == 0:
                 write_one(state_of(source, source.manifest.state), target, overwrite=overwrite)
             return b""
 

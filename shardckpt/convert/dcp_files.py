@@ -30,10 +30,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from shardckpt.convert.folders import Folder
 from shardckpt.convert.sources import state_of
+from shardckpt.convert.targets import Folder
 from shardckpt.coordination.base import Coordinator
-from shardckpt.execution.reshard import Source, even_plan
+from shardckpt.execution.reshard import even_plan
+from shardckpt.execution.source import Source
 from shardckpt.format import values
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.values import TensorRef
@@ -118,8 +119,8 @@ class DcpFolder(Folder):
             items += [WriteItem(MetadataIndex(n), WriteItemType.BYTE_IO) for n in self.values]
         return items
 
-    def write_index(self, payloads: list[bytes]) -> None:
-        """See Folder.write_index."""
+    def finish(self, payloads: list[bytes]) -> None:
+        """See Target.finish."""
         described: dict[str, Any] = {}
         for spec in self.plan.specs:
             for name in self.tied.get(spec.name, ()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from shardckpt.convert.folders import Folder
 from shardckpt.convert.sources import Foreign, LazyTensor, plain_tree
-from shardckpt.convert.whole_files import DIGEST, TREE, damaged, errors_of, state_digest
+from shardckpt.convert.targets import Folder, Target
+from shardckpt.convert.whole_files import DIGEST, TREE, UNSEALED, check_sealed, errors_of, seal
 from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
-from shardckpt.execution.reshard import Source, read_chunks
-from shardckpt.execution.writer import write_shard
+from shardckpt.execution.source import Source
+from shardckpt.execution.together import NewFile, joined_parts, write_together
 from shardckpt.format import values
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.shard import build_header
@@ -33,16 +33,15 @@ from shardckpt.planning.chunks import box_slices
 from shardckpt.planning.save_plan import layout_order
 from shardckpt.planning.saved import SavedState
 from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes
-from shardckpt.storage.appearing import appearing
 from shardckpt.storage.local import LocalFile
 from shardckpt.storage.system import System
 
 __all__ = [
     "HuggingFace",
+    "SafetensorsFile",
     "is_hugging_face",
     "open_hugging_face",
     "open_safetensors",
-    "write_safetensors",
 ]
 
 _INDEX = "model.safetensors.index.json"
@@ -64,9 +63,7 @@ def open_safetensors(path: str, *, check: bool) -> Foreign:
             tree = msgspec.json.decode(metadata[TREE])
         source = Foreign(path, kind, tree, tensors, identity=os.path.getsize(path))
         if check and TREE in metadata:
-            found = _digest(source, metadata[TREE])
-            if found != metadata.get(DIGEST):
-                raise damaged(path, f"digest {metadata.get(DIGEST)}", f"digest {found}")
+            check_sealed(path)
         return source
 
 
@@ -142,64 +139,54 @@ def _flat_tree(tensors: dict[str, LazyTensor], metadata: dict[str, str]) -> Any:
     )
 
 
-def _whole(source: Source, name: str) -> Iterator[torch.Tensor]:
-    """The elements of a tensor in order, a buffer's worth at a time."""
-    entry = source.manifest.tensors[name]
-    table = ChunkTable(
-        tensor=np.zeros(1, dtype=np.int64),
-        boxes=pad_boxes([((0,) * len(entry.shape), entry.shape)]),
-    )
-    return read_chunks(source, (TensorSpec(name, entry.dtype, entry.shape),), table, slice(None))
+class SafetensorsFile(Target):
+    """Writes a source as one file, which read_one reads; each rank a part of it."""
+
+    def __init__(self, source: Source, path: str, *, overwrite: bool) -> None:
+        super().__init__(path, overwrite=overwrite)
+        self.source = source
+
+    def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
+        """See Rewriting.write."""
+        tensors, tree = self.source.manifest.tensors, self.source.manifest.state
+        text = msgspec.json.encode(plain_tree(self.source.manifest, tree)).decode()
+        metadata = {"format": "pt", TREE: text, DIGEST: UNSEALED}
+        return write_together(
+            self.source,
+            [sum(entry.size_bytes for entry in tensors.values())],
+            lambda number: _new_file(self.source, list(tensors), metadata, self.temporary),
+            ranks,
+            progress,
+        )
+
+    def finish(self, payloads: list[bytes]) -> None:
+        """See Target.finish."""
+        (written,) = joined_parts(payloads)
+        seal(self.temporary, written.of_blocks())
 
 
-def _digest(source: Source, tree: str) -> str:
-    tensors = sorted(source.manifest.tensors.items())
-    return state_digest(
-        tree, ((n, DTYPES[e.dtype], e.shape, _whole(source, n)) for n, e in tensors)
-    )
-
-
-def write_safetensors(
-    source: Source, path: str, *, overwrite: bool, progress: Callable[[int], None]
-) -> None:
-    """Write a source as one file, which read_one reads; it is read twice, first for the digest.
-    Not collective."""
-    with appearing(path, overwrite=overwrite) as temporary:
-        tree = msgspec.json.encode(plain_tree(source.manifest, source.manifest.state)).decode()
-        metadata = {"format": "pt", TREE: tree, DIGEST: _digest(source, tree)}
-        _write_file(source, list(source.manifest.tensors), metadata, temporary, progress)
-
-
-def _write_file(
-    source: Source,
-    names: list[str],
-    metadata: dict[str, str],
-    path: str,
-    progress: Callable[[int], None],
-) -> None:
+def _new_file(source: Source, names: list[str], metadata: dict[str, str], path: str) -> NewFile:
     entries = {name: source.manifest.tensors[name] for name in names}
     specs = tuple(TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items())
     boxes = pad_boxes([((0,) * len(spec.shape), spec.shape) for spec in specs])
     order = layout_order(specs, ChunkTable(tensor=np.arange(len(specs)), boxes=boxes))
-    chunks = ChunkTable(tensor=order, boxes=boxes[order])
     ordered = [names[index] for index in order.tolist()]
     header = build_header(
         [(n, entries[n].dtype, entries[n].shape, entries[n].size_bytes) for n in ordered], metadata
     )
     size_bytes = len(header) + sum(entry.size_bytes for entry in entries.values())
-    file = LocalFile(System(), path, size_bytes=size_bytes)
-    try:
-        tensors = read_chunks(source, specs, chunks, slice(None))
-        written_bytes, _ = write_shard(file, header=header, tensors=tensors, progress=progress)
-        file.close(size_bytes=written_bytes)
-    except BaseException:
-        file.discard()
-        raise
+    return NewFile(
+        header=header,
+        size_bytes=size_bytes,
+        specs=specs,
+        chunks=ChunkTable(tensor=order, boxes=boxes[order]),
+        create=functools.partial(LocalFile, System(), path, size_bytes=size_bytes, shared=True),
+    )
 
 
 class HuggingFace(Folder):
     """Writes a source in Hugging Face's layout: flat names, safetensors files of at most
-    `file_bytes`, an index. Each rank writes whole files. Anything but tensors is a StateError."""
+    `file_bytes`, an index. Anything but tensors is a StateError."""
 
     index = _INDEX
     names = r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
@@ -234,22 +221,18 @@ class HuggingFace(Folder):
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """See Rewriting.write."""
-        before = 0
-        for number in range(ranks.rank, len(self.files), ranks.world_size):
+        tensors = self.source.manifest.tensors
+        sizes = [sum(tensors[name].size_bytes for name in names) for names in self.files]
+        return write_together(self.source, sizes, self._new_file, ranks, progress)
 
-            def written(size_bytes: int, before: int = before) -> None:
-                ranks.progress(size_bytes)
-                progress(before + size_bytes)
+    def _new_file(self, number: int) -> NewFile:
+        names = self.files[number]
+        tied = {alias: name for name in names for alias in self.tied[name]}
+        path = os.path.join(self.temporary, self._name(number))
+        return _new_file(self.source, names, {"format": "pt", **tied}, path)
 
-            names = self.files[number]
-            tied = {alias: name for name in names for alias in self.tied[name]}
-            path = os.path.join(self.temporary, self._name(number))
-            _write_file(self.source, names, {"format": "pt", **tied}, path, written)
-            before += sum(self.source.manifest.tensors[name].size_bytes for name in names)
-        return b""
-
-    def write_index(self, payloads: list[bytes]) -> None:
-        """See Folder.write_index."""
+    def finish(self, payloads: list[bytes]) -> None:
+        """See Target.finish."""
         total = sum(entry.size_bytes for entry in self.source.manifest.tensors.values())
         places = {n: self._name(number) for number, names in enumerate(self.files) for n in names}
         index = {"metadata": {"total_size": total}, "weight_map": places}

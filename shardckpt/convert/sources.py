@@ -13,7 +13,7 @@ import torch
 
 from shardckpt.closing import Closing
 from shardckpt.errors import LoadMismatchError
-from shardckpt.execution.reshard import Source
+from shardckpt.execution.source import Source
 from shardckpt.format import values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name

@@ -9,16 +9,20 @@ their records, safetensors files by a digest that the metadata holds.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
+import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -31,6 +35,7 @@ from shardckpt.errors import (
     UnsupportedLeafError,
 )
 from shardckpt.format import values
+from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.flatten import flatten
 from shardckpt.storage.appearing import appearing
@@ -40,14 +45,16 @@ __all__ = [
     "DIGEST",
     "INDEX",
     "TREE",
+    "UNSEALED",
     "FileFormat",
     "check_loads",
     "damaged",
+    "check_sealed",
     "errors_of",
     "is_one_file",
     "read_many",
     "read_one",
-    "state_digest",
+    "seal",
     "write_many",
     "write_one",
 ]
@@ -55,8 +62,11 @@ __all__ = [
 FileFormat = Literal["torch", "safetensors"]
 INDEX = "components.json"
 _SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
-TREE, DIGEST = "shardckpt.state", "shardckpt.xxh3_128"
-"""What the metadata of a safetensors file holds: all but the tensors, and state_digest."""
+TREE, DIGEST = "shardckpt.state", "shardckpt.digest"
+"""What the metadata of a safetensors file holds: all but the tensors, and the file's digest: the
+xxh3-128 of the xxh3-64 digests (8 bytes, little-endian) of each MiB of the file, in which the
+digest itself stands as UNSEALED."""
+UNSEALED = "0" * 32
 
 
 def is_one_file(path: str) -> bool:
@@ -131,8 +141,8 @@ def _write(state: Mapping[str, Any], path: str, target: str) -> None:
         flat = flatten(state, rank=0)
         tree = msgspec.json.encode(flat.tree).decode()
         tensors = {name: _contiguous(tensor, name) for name, tensor in flat.tensors.items()}
-        digest = _digest_of(tensors, tree)
-        save_file(tensors, path, {"format": "pt", TREE: tree, DIGEST: digest})
+        save_file(tensors, path, {"format": "pt", TREE: tree, DIGEST: UNSEALED})
+        seal(path)
     else:
         torch.save(dict(state), path)
         check_loads(path, target)
@@ -173,8 +183,8 @@ def _read_safetensors(path: str, *, check: bool) -> Any:
     tree, tensors = metadata.get(TREE), load_file(path)
     if tree is None:
         return tensors
-    if check and (found := _digest_of(tensors, tree)) != metadata.get(DIGEST):
-        raise damaged(path, f"digest {metadata.get(DIGEST)}", f"digest {found}")
+    if check:
+        check_sealed(path)
     return values.decode(
         msgspec.json.decode(tree),
         tensor=lambda ref: tensors[ref.name].numpy() if ref.kind == "numpy" else tensors[ref.name],
@@ -192,22 +202,48 @@ def damaged(path: str, expected: str, actual: str) -> CorruptionError:
     )
 
 
-def _digest_of(tensors: Mapping[str, torch.Tensor], tree: str) -> str:
-    return state_digest(tree, ((n, t.dtype, t.shape, [t]) for n, t in sorted(tensors.items())))
+def seal(path: str, digests: NDArray[np.uint64] | None = None) -> None:
+    """Put its digest into a safetensors file that holds UNSEALED in its place. `digests`: those of
+    its blocks, where they are known."""
+    place = _place_of_digest(path)
+    digest = _file_digest(path, place) if digests is None else _digest_of(digests)
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(digest.encode())
 
 
-def state_digest(
-    tree: str,
-    tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Iterable[torch.Tensor]]],
-) -> str:
-    """The digest of a state: of its tree, then of name, dtype, shape and elements of each tensor,
-    sorted by name. Elements come in order, in contiguous parts."""
-    digest = xxhash.xxh3_128(tree.encode())
-    for name, dtype, shape, parts in tensors:
-        digest.update(f"{name} {dtype} {list(shape)}".encode())
-        for part in parts:
-            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def check_sealed(path: str) -> None:
+    """Read a safetensors file of ours whole; CorruptionError if it is not what was written."""
+    place = _place_of_digest(path)
+    with open(path, "rb") as file:
+        file.seek(place)
+        told = file.read(len(UNSEALED)).decode("latin-1")
+    found = _file_digest(path, place)
+    if told != found:
+        raise damaged(path, f"digest {told}", f"digest {found}")
+
+
+def _place_of_digest(path: str) -> int:
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        mark = f'"{DIGEST}":"'.encode()  # once at most: within JSON's strings quotes are escaped
+        found = file.read(length).find(mark)
+    if found < 0:
+        raise damaged(path, f"its digest, {DIGEST}", "none")
+    return 8 + found + len(mark)
+
+
+def _file_digest(path: str, place: int) -> str:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        mapped[place : place + len(UNSEALED)] = UNSEALED.encode()
+        with memoryview(mapped) as view:
+            blocks = range(0, len(view), BLOCK_BYTES)
+            digests = [block_digest(view[at : at + BLOCK_BYTES]) for at in blocks]
+    return _digest_of(np.array(digests, dtype=np.uint64))
+
+
+def _digest_of(digests: NDArray[np.uint64]) -> str:
+    return text_digest(digests.astype("<u8").tobytes())
 
 
 def _digest(path: str) -> str:

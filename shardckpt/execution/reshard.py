@@ -4,47 +4,28 @@ of shards here, in other formats by the converters."""
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
-import torch
 
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
-from shardckpt.execution.buffers import BUFFER_BYTES
 from shardckpt.execution.save_driver import commit, file_table, new_id
-from shardckpt.execution.shard_files import ShardResult, write_rank
-from shardckpt.format.dtypes import itemsize
+from shardckpt.execution.shard_files import ShardFile, ShardResult, layout
+from shardckpt.execution.source import Source
+from shardckpt.execution.together import NewFile, joined_parts, write_together
 from shardckpt.format.manifest import Manifest
+from shardckpt.planning.assembly import chunk_bytes, shard_name
 from shardckpt.planning.kinds import MAIN, kind_in
 from shardckpt.planning.plan_cache import KnownPlan
 from shardckpt.planning.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, TensorSpec, pad_boxes
 from shardckpt.storage.base import Storage, WriteTransaction
 
-__all__ = ["Rewriting", "Source", "even_plan", "read_chunks", "reshard", "rewrite"]
-
-
-class Source(Protocol):
-    """What can be written anew: a checkpoint, of whatever kind."""
-
-    @property
-    def path(self) -> str:
-        """Where it lies."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What is in it. Shards, and the chunks of tensors, may be left out."""
-
-    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """A box of a tensor of the manifest, as a contiguous CPU tensor."""
-
-    def close(self) -> None:
-        """Close its files."""
+__all__ = ["Rewriting", "even_plan", "reshard", "rewrite"]
 
 
 def reshard(
@@ -59,10 +40,10 @@ def reshard(
 ) -> None:
     """Write all of `source` to `path` as `shards` shards of even size.
 
-    Collective over the coordinator's ranks, by default this process alone: each writes whole
-    shards. What was saved stays the same, PerRank values and the world size of the save included.
-    Takes a few buffers of memory.
-    `progress` is called with the bytes that this rank has written so far.
+    Collective over the coordinator's ranks, by default this process alone: each writes as many
+    bytes, of one shard or of several. What was saved stays the same, PerRank values and the world
+    size of the save included. Takes a few buffers of memory. `progress` is called with the bytes
+    that this rank has written so far.
     """
     work = _Reshard(source, path, shards=shards, storage=storage, overwrite=overwrite)
     rewrite(work, coordinator or SingleCoordinator(), progress)
@@ -91,7 +72,7 @@ class Rewriting(Protocol):
         """On the others: find it."""
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
-        """Write this rank's files; what rank 0 needs to know of them."""
+        """Write this rank's part; what rank 0 needs to know of it."""
 
     def commit(self, payloads: list[bytes]) -> bytes:
         """On rank 0: write what tells of all files, and make all visible."""
@@ -125,6 +106,14 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
     return whole, global_plan([whole] * shards)
 
 
+class _File(NamedTuple):
+    """A file of a shard, and which of the plan's chunks are in it."""
+
+    shard: int
+    name: str
+    rows: slice
+
+
 class _Reshard:
     """See Rewriting."""
 
@@ -136,6 +125,17 @@ class _Reshard:
         self.identity = new_id()
         self.transaction: WriteTransaction | None = None
         self.whole, self.plan = even_plan(source, shards)
+        self.files = self._files()
+
+    def _files(self) -> list[_File]:
+        """All files, shard by shard; their chunks are rows of the plan's, in order."""
+        files, begin = [], 0
+        for shard in range(self.shards):
+            for kind, count in RankWrites.of(self.whole, self.plan.shares[shard]).files:
+                name = shard_name(rank=shard, world_size=self.shards, kind=kind)
+                files.append(_File(shard, name, slice(begin, begin + count)))
+                begin += count
+        return files
 
     def begin(self, payloads: list[bytes]) -> bytes:
         self.transaction = self.storage.begin(
@@ -149,37 +149,39 @@ class _Reshard:
         return b""
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
-        """The shards of this rank, in turn with the others: all are of even size."""
+        ends = np.append(0, np.cumsum(chunk_bytes(self.plan.specs, self.plan.chunks)))
+        sizes = [int(ends[file.rows.stop] - ends[file.rows.start]) for file in self.files]
+        return write_together(self.source, sizes, self._new_file, ranks, progress)
+
+    def _new_file(self, number: int) -> NewFile:
         assert self.transaction is not None
-        results: list[ShardResult] = []
-        for shard in range(ranks.rank, self.shards, ranks.world_size):
-            writes = RankWrites.of(self.whole, self.plan.shares[shard])
-            tensor = self.whole.chunks.tensor[writes.row]
-            chunks = ChunkTable(tensor=tensor, boxes=writes.boxes)
-            before = sum(result.size_bytes for result in results)
-
-            def written(size_bytes: int, before: int = before) -> None:
-                ranks.progress(size_bytes)
-                progress(before + size_bytes)
-
-            result = write_rank(
-                self.transaction,
-                rank=shard,
-                world_size=self.shards,
-                specs=self.whole.common,
-                chunks=chunks,
-                files=writes.files,
-                data=functools.partial(read_chunks, self.source, self.whole.common, chunks),
-                progress=written,
-            )
-            results.append(result)
-        return msgspec.msgpack.encode(results)
+        file, held = self.files[number], self.plan.chunks
+        chunks = ChunkTable(tensor=held.tensor[file.rows], boxes=held.boxes[file.rows])
+        header, size_bytes = layout(self.plan.specs, chunks)
+        return NewFile(
+            header=header,
+            size_bytes=size_bytes,
+            specs=self.plan.specs,
+            chunks=chunks,
+            create=functools.partial(
+                self.transaction.create, file.name, size_bytes=size_bytes, shared=True
+            ),
+        )
 
     def commit(self, payloads: list[bytes]) -> bytes:
         assert self.transaction is not None
-        by_rank = [msgspec.msgpack.decode(own, type=list[ShardResult]) for own in payloads]
-        count = len(by_rank)
-        results = [by_rank[shard % count][shard // count] for shard in range(self.shards)]
+        by_shard: list[list[ShardFile]] = [[] for _ in range(self.shards)]
+        for file, written in zip(self.files, joined_parts(payloads), strict=True):
+            by_shard[file.shard].append(
+                ShardFile(
+                    name=file.name,
+                    chunks=file.rows.stop - file.rows.start,
+                    header_bytes=written.header_bytes,
+                    size_bytes=written.size_bytes,
+                    digests=written.digests,
+                )
+            )
+        results = [ShardResult(files=tuple(files)) for files in by_shard]
         return commit(
             self.transaction,
             checkpoint_id=self.identity,
@@ -205,32 +207,3 @@ def _kinds(manifest: Manifest) -> Ints:
         [kinds[e.chunks[0, 0]] if len(e.chunks) else MAIN for e in manifest.tensors.values()],
         dtype=np.int64,
     )
-
-
-def read_chunks(
-    source: Source, specs: tuple[TensorSpec, ...], chunks: ChunkTable, part: slice
-) -> Iterator[torch.Tensor]:
-    """The elements of some of the chunks, in order, a buffer's worth at a time."""
-    tensor, boxes = chunks.tensor[part].tolist(), chunks.boxes[part].tolist()
-    for index, box in zip(tensor, boxes, strict=True):
-        spec = specs[index]
-        dims = len(spec.shape)
-        for offsets, sizes in _cut(
-            box[0][:dims], box[1][:dims], BUFFER_BYTES // itemsize(spec.dtype)
-        ):
-            yield source.read_box(spec.name, offsets, sizes)
-
-
-def _cut(
-    offsets: list[int], sizes: list[int], most: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """A box in row-major pieces of at most `most` elements."""
-    if math.prod(sizes) <= most:
-        yield tuple(offsets), tuple(sizes)
-        return
-    dim = next(index for index, size in enumerate(sizes) if size > 1)
-    step = max(1, most // math.prod(sizes[dim + 1 :]))
-    for at in range(0, sizes[dim], step):
-        low, size = offsets.copy(), sizes.copy()
-        low[dim], size[dim] = offsets[dim] + at, min(step, sizes[dim] - at)
-        yield from _cut(low, size, most)

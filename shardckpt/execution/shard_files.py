@@ -22,7 +22,7 @@ from shardckpt.planning.table import ChunkTable, TensorSpec
 from shardckpt.reports import Stopwatch
 from shardckpt.storage.base import WriteTransaction
 
-__all__ = ["ShardFile", "ShardResult", "write_rank"]
+__all__ = ["ShardFile", "ShardResult", "layout", "write_rank"]
 
 
 class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
@@ -85,7 +85,7 @@ def write_rank(
         own = ChunkTable(tensor=chunks.tensor[part], boxes=chunks.boxes[part])
         name = shard_name(rank=rank, world_size=world_size, kind=kind)
         with collector_paused():
-            header, size_bytes = _layout(specs, own)
+            header, size_bytes = layout(specs, own)
         shard = base and base.take_over(
             transaction,
             name,
@@ -186,7 +186,7 @@ def _write_file(
     return digests
 
 
-def _layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]:
+def layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]:
     """The header of a file that holds the chunks, and the size of the file in bytes."""
     sizes = chunk_bytes(specs, chunks).tolist()
     entries = []

@@ -35,21 +35,23 @@ def write_shard(
     *,
     header: bytes,
     tensors: Iterable[torch.Tensor],
+    begin: int = 0,
     staged: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> tuple[int, NDArray[np.uint64]]:
     """Write a shard's header and its tensors, in order; the file is left open.
 
-    `staged` says that nobody changes them meanwhile, so that what was hashed is what is written.
-    Returns its size in bytes and the digest of each block. Raises StorageError where the
-    file system refuses; nothing is being written any more when it does. `progress` is
-    called with the bytes handed to the file so far.
+    Or a part of it, which begins at the first byte of a block, `begin`: of the header and the
+    tensors what follows that. `staged` says that nobody changes the tensors meanwhile, so that
+    what was hashed is what is written. Returns where that ends, in bytes, and the digest of each
+    block. Raises StorageError where the file system refuses; nothing is being written any more
+    when it does. `progress` is called with the bytes handed to the file so far.
     """
     with workers(_THREADS, "shardckpt-write", buffers=_BUFFERS) as (pool, buffers):
-        stream = _Stream(file, buffers, pool, progress)
-        head = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        stream = _Stream(file, buffers, pool, progress, begin)
+        head = [torch.frombuffer(bytearray(header), dtype=torch.uint8)] if header else []
         whole = list(_runs(tensors)) if staged else tensors
-        for tensor in itertools.chain([head], whole):
+        for tensor in itertools.chain(head, whole):
             for part in contiguous_parts(tensor):
                 stream.put(part.data_ptr(), part.nbytes, staged=staged)
         return stream.finish()
@@ -89,8 +91,10 @@ class _Stream:
         buffers: list[Buffer],
         pool: ThreadPoolExecutor,
         progress: Callable[[int], None],
+        begin: int,
     ) -> None:
         self.file = file
+        self.begin = begin
         self.buffers = buffers
         self.pool = pool
         self.progress = progress
@@ -98,7 +102,7 @@ class _Stream:
         self.current = 0
         self.filled = 0  # bytes in the current buffer
         self.hashed = 0  # of these, bytes in blocks that have their digest
-        self.submitted = 0  # bytes of the file handed to the threads
+        self.submitted = begin  # bytes of the file up to here are handed to the threads
         self.digests: list[int] = []
 
     def put(self, address: int, size_bytes: int, *, staged: bool) -> None:
@@ -147,7 +151,7 @@ class _Stream:
     def submit(self, view: memoryview, size_bytes: int) -> None:
         self.pending[self.current] = self.pool.submit(self.file.write, view, offset=self.submitted)
         self.submitted += size_bytes
-        self.progress(self.submitted)
+        self.progress(self.submitted - self.begin)
         self.current = (self.current + 1) % len(self.buffers)
         self.filled = self.hashed = 0
         self.settle(self.current)

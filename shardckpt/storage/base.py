@@ -40,8 +40,12 @@ class WriteTransaction(Protocol):
     path: str
     token: str
 
-    def create(self, name: str, *, size_bytes: int) -> WritableFile:
-        """A new file in it; it must not exist. Space for `size_bytes` is set aside if possible."""
+    def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
+        """A new file in it; it must not exist. Space for `size_bytes` is set aside if possible.
+
+        `shared`: several ranks call this, and each writes a part of the file, from one multiple of
+        1 MiB to another or the end. Each makes what it has written durable when it closes.
+        """
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
         """Take the file of this name over from an open checkpoint, durably and without writing it

@@ -29,7 +29,7 @@ from shardckpt.storage.system import UNSUPPORTED, System, translated
 
 __all__ = ["LocalStorage"]
 
-_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+_WRITE = os.O_CREAT | os.O_WRONLY
 
 
 class LocalStorage:
@@ -145,11 +145,11 @@ class LocalTransaction:
         self._lock = lock
         self._published = False
 
-    def create(self, name: str, *, size_bytes: int) -> LocalFile:
+    def create(self, name: str, *, size_bytes: int, shared: bool = False) -> LocalFile:
         """See WriteTransaction.create."""
         path = os.path.join(self._temporary, name)
         with translated(path):
-            return LocalFile(self._system, path, size_bytes=size_bytes)
+            return LocalFile(self._system, path, size_bytes=size_bytes, shared=shared)
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
         """See WriteTransaction.link. The fsync of the directory, in commit, makes it durable."""
@@ -214,11 +214,19 @@ class LocalTransaction:
 class LocalFile:
     """A file being written; see WritableFile. O_DIRECT where the file system takes it."""
 
-    def __init__(self, system: System, path: str, *, size_bytes: int, direct: bool = True) -> None:
+    def __init__(
+        self,
+        system: System,
+        path: str,
+        *,
+        size_bytes: int,
+        direct: bool = True,
+        shared: bool = False,
+    ) -> None:
         self._system = system
         self._path = path
         self.direct = direct and hasattr(os, "O_DIRECT")
-        self._fd = system.open(path, _NEW_FILE)
+        self._fd = system.open(path, _WRITE if shared else _WRITE | os.O_EXCL)
         self._open = True
         try:
             if self.direct:
