@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]
 
 def start_node(number, port, folder, out):
     """torchrun for one of one or two nodes."""
-    conf = f"is_host={str(number == 0).lower()},last_call_timeout=1,keep_alive_interval=1"
+    # A busy machine must not take a node for dead that has missed three signs of life.
+    conf = f"is_host={str(number == 0).lower()},last_call_timeout=5,keep_alive_interval=3"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--max-restarts", "2"),
         *("--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "elastic"),
