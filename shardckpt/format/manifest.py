@@ -17,7 +17,7 @@ from shardckpt.errors import FormatVersionError, NotACheckpointError
 from shardckpt.format.bitflips import find_flipped_bit_of_text
 from shardckpt.format.digests import BLOCK_BYTES, digests_from_hex, digests_to_hex, text_digest
 from shardckpt.format.dtypes import DTYPES, itemsize
-from shardckpt.format.rules import check_chunks, check_references, refuse
+from shardckpt.format.rules import Columns, check_chunks, check_references, refuse
 
 __all__ = [
     "FORMAT_VERSION",
@@ -37,7 +37,7 @@ _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}(-[a-z0-9]+)?\.safetensors")
 _MAX_DIMS = 64  # as torch and numpy have it
 _MENDED_BYTES = 128 << 10
 _NOT_CANONICAL = ("canonical JSON, each key once", "another spelling of it")
-_BATCH_NUMBERS = 1 << 20  # of chunks: as Python's ints they take several times the memory
+_BATCH_BYTES = 4 << 20  # of chunks: as Python's ints they take many times the memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,7 @@ class ShardEntry:
     digests: NDArray[np.uint64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorEntry:
+class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """A saved tensor. `chunks` [n, 3 + 2 * ndim], int64: number of the shard, begin and end of the
     bytes in its file (header counted), offsets [ndim], sizes [ndim]; row-major data."""
 
@@ -87,9 +86,9 @@ class _Shard(msgspec.Struct, forbid_unknown_fields=True):
     digests: str
 
 
-class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
+class _Tensor(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     dtype: str
-    shape: list[int]
+    shape: tuple[int, ...]
     chunks: msgspec.Raw  # a list of ints; millions of them are decoded a few tensors at a time
 
 
@@ -148,7 +147,7 @@ def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
     return _encode(
         {
             name: _Tensor(
-                entry.dtype, list(entry.shape), msgspec.Raw(_encode(entry.chunks.ravel().tolist()))
+                entry.dtype, entry.shape, msgspec.Raw(_encode(entry.chunks.ravel().tolist()))
             )
             for name, entry in tensors.items()
         }
@@ -168,7 +167,6 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
     Raises NotACheckpointError for what is no manifest at all, FormatVersionError for a newer
     format, CorruptionError for one that is damaged or breaks any rule of docs/format.md.
     """
-    _check_head(data, path)
     try:
         document = msgspec.json.decode(data, type=_Document)
         entries = msgspec.json.decode(document.tensors, type=dict[str, _Tensor])
@@ -176,13 +174,16 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
         canonical = _encode(document) + b"\n" == data
         canonical = canonical and _encode(entries) == bytes(document.tensors)
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
+        _check_head(data, path)
         refuse(path, "the members of format version 1", str(error)[:200])
+    _check_version(document, data, path)
     _check_digest(data, path)
     if not canonical:
         refuse(path, *_NOT_CANONICAL)
     shards = tuple(_shards(document.shards, path))
-    tensors = _tensors(entries, path)
-    check_chunks(tensors, shards, path)
+    columns = list(_columns(entries, path))
+    check_chunks(columns, shards, path)
+    tensors = _tensors(entries, columns)
     if document.world_size < 1:
         refuse(path, "a world size of 1 or more", document.world_size)
     if document.per_rank and len(document.per_rank) != document.world_size:
@@ -251,6 +252,10 @@ def _check_head(data: bytes, path: str) -> None:
         if data.startswith(b'{"format":"shardckpt"'):
             refuse(path, "a whole JSON document", str(error)[:200])
         head = _Head()
+    _check_version(head, data, path)
+
+
+def _check_version(head: _Head | _Document, data: bytes, path: str) -> None:
     if head.format != "shardckpt":
         raise NotACheckpointError(
             "The manifest is not one of shardckpt's",
@@ -290,60 +295,60 @@ def _shards(entries: list[_Shard], path: str) -> Iterator[ShardEntry]:
         yield ShardEntry(name=entry.name, size_bytes=entry.size, digests=digests)
 
 
-def _tensors(entries: dict[str, _Tensor], path: str) -> dict[str, TensorEntry]:
-    """Entries with their chunks as arrays: one for many tensors of equal ndim."""
+def _columns(entries: dict[str, _Tensor], path: str) -> Iterator[Columns]:
+    """The tensors in columns, those of equal ndim together."""
     by_dims: dict[int, list[str]] = {}
     for name, entry in entries.items():
-        dims = len(entry.shape)
-        if dims > _MAX_DIMS or entry.dtype not in DTYPES:
-            refuse(path, "a known dtype and at most 64 dimensions", entry.dtype, name)
-        if any(size < 0 for size in entry.shape) or math.prod(entry.shape) >= 1 << 60:
-            refuse(path, "a shape of fewer than 2**60 elements", entry.shape, name)
-        by_dims.setdefault(dims, []).append(name)
-    tensors: dict[str, TensorEntry] = {}
+        by_dims.setdefault(len(entry.shape), []).append(name)
     for dims, names in by_dims.items():
-        for batch, lists in _decoded(names, entries, path):
-            ends = list(itertools.accumulate(map(len, lists)))
-            wrong = next(
-                (n for n, own in zip(batch, lists, strict=True) if len(own) % (3 + 2 * dims)), None
-            )
-            if wrong is not None:
-                refuse(path, f"{3 + 2 * dims} numbers a chunk", "more or fewer", wrong)
-            try:
-                flat = np.fromiter(itertools.chain.from_iterable(lists), np.int64, ends[-1])
-            except OverflowError:
-                refuse(path, "numbers of 64 bits", "a larger one")
-            rows = flat.reshape(-1, 3 + 2 * dims)
-            for name, begin, end in zip(batch, [0, *ends[:-1]], ends, strict=True):
-                tensors[name] = TensorEntry(
-                    dtype=entries[name].dtype,
-                    shape=tuple(entries[name].shape),
-                    chunks=rows[begin // (3 + 2 * dims) : end // (3 + 2 * dims)],
-                )
-    return {name: tensors[name] for name in entries}
-
-
-def _decoded(
-    names: list[str], entries: dict[str, _Tensor], path: str
-) -> Iterator[tuple[list[str], list[list[int]]]]:
-    """The tensors in batches, with the numbers of their chunks."""
-    decode = msgspec.json.Decoder(list[int]).decode
-    batch: list[str] = []
-    lists: list[list[int]] = []
-    pending = 0
-    for name in names:
-        raw = entries[name].chunks
+        own = [entries[name] for name in names]
+        unknown = {entry.dtype for entry in own} - DTYPES.keys()
+        if dims > _MAX_DIMS or unknown:
+            wrong = next(n for n in names if dims > _MAX_DIMS or entries[n].dtype in unknown)
+            refuse(path, "a known dtype and at most 64 dimensions", entries[wrong].dtype, wrong)
         try:
-            numbers = decode(raw)
+            shapes = np.array([entry.shape for entry in own], np.int64).reshape(len(own), dims)
+            counts, chunks = _decoded([entry.chunks for entry in own], path)
+        except OverflowError:
+            refuse(path, "numbers of 64 bits", "a larger one")
+        odd = (shapes < 0).any(axis=1) | (shapes.astype(np.float64).prod(axis=1) >= 1 << 59)
+        for index in np.flatnonzero(odd).tolist():
+            if min(own[index].shape) < 0 or math.prod(own[index].shape) >= 1 << 60:
+                expected = "a shape of fewer than 2**60 elements"
+                refuse(path, expected, list(own[index].shape), names[index])
+        width = 3 + 2 * dims
+        if (counts % width).any():
+            wrong = names[int((counts % width).argmax())]
+            refuse(path, f"{width} numbers a chunk", "more or fewer", wrong)
+        items = np.array([itemsize(entry.dtype) for entry in own], np.int64)
+        yield Columns(names, items, shapes, counts // width, chunks.reshape(-1, width))
+
+
+def _decoded(raws: list[msgspec.Raw], path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many numbers each list in JSON has, and all numbers; OverflowError for larger ones."""
+    number = np.cumsum([len(memoryview(raw)) for raw in raws]) // _BATCH_BYTES
+    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(raws)]
+    counts, numbers = [], []
+    for begin, end in itertools.pairwise(cuts):
+        text = b"[" + b",".join(raws[begin:end]) + b"]"
+        try:
+            lists = msgspec.json.decode(text, type=list[list[int]])
         except (msgspec.MsgspecError, UnicodeError) as error:
-            refuse(path, "a list of integers as chunks", str(error)[:200], name)
-        if _encode(numbers) != bytes(raw):
-            refuse(path, *_NOT_CANONICAL, name)
-        batch.append(name)
-        lists.append(numbers)
-        pending += len(numbers)
-        if pending > _BATCH_NUMBERS:
-            yield batch, lists
-            batch, lists, pending = [], [], 0
-    if batch:
-        yield batch, lists
+            refuse(path, "lists of integers as chunks", str(error)[:200])
+        if _encode(lists) != text:
+            refuse(path, *_NOT_CANONICAL)
+        counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
+        total = int(counts[-1].sum())
+        numbers.append(np.fromiter(itertools.chain.from_iterable(lists), np.int64, total))
+    return np.concatenate(counts), np.concatenate(numbers)
+
+
+def _tensors(entries: dict[str, _Tensor], columns: list[Columns]) -> dict[str, TensorEntry]:
+    found: dict[str, TensorEntry] = {}
+    for own in columns:
+        ends = np.cumsum(own.counts).tolist()
+        for name, begin, end in zip(own.names, [0, *ends], ends, strict=False):
+            entry = entries[name]
+            chunks = own.chunks[begin:end]
+            found[name] = TensorEntry(dtype=entry.dtype, shape=entry.shape, chunks=chunks)
+    return {name: found[name] for name in entries} if len(columns) > 1 else found

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardckpt.errors import CorruptionError
 from shardckpt.format.boxes import first_gap, stable_order
-from shardckpt.format.dtypes import itemsize
 
 if TYPE_CHECKING:
-    from shardckpt.format.manifest import ShardEntry, TensorEntry
+    from shardckpt.format.manifest import ShardEntry
 
-__all__ = ["check_chunks", "check_references", "refuse"]
+__all__ = ["Columns", "check_chunks", "check_references", "refuse"]
 
 Ints = NDArray[np.int64]
 _REFERENCES = {"$tensor", "$ndarray", "$per_rank"}
+_NESTED = {dict, list}
 _MAX_DEPTH = 300  # of typed JSON: a dict with odd keys has three levels
 
 
@@ -34,35 +34,39 @@ def refuse(path: str, expected: object, actual: object, tensor: str | None = Non
     )
 
 
-def check_chunks(
-    tensors: dict[str, TensorEntry], shards: tuple[ShardEntry, ...], path: str
-) -> None:
+class Columns(NamedTuple):
+    """Tensors of equal ndim d: their names, the bytes of an element of each [t], shapes [t, d],
+    how many chunks each has [t], and all of these in turn [n, 3 + 2 * d], as in a TensorEntry."""
+
+    names: list[str]
+    items: Ints
+    shapes: Ints
+    counts: Ints
+    chunks: Ints
+
+
+def check_chunks(columns: Sequence[Columns], shards: tuple[ShardEntry, ...], path: str) -> None:
     """Every chunk in its shard, of the size that its box has, over no other; boxes tile tensors."""
-    names = list(tensors)
-    counts = [len(entry.chunks) for entry in tensors.values()]
-    owner = np.repeat(np.arange(len(names)), counts)
-    places = [entry.chunks[:, :3] for entry in tensors.values()]
-    place = np.concatenate(places) if places else np.empty((0, 3), np.int64)
-    size_bytes = np.array([shard.size_bytes for shard in shards], dtype=np.int64)
+    names = [name for own in columns for name in own.names]
+    counts = [own.counts for own in columns]
+    owner = np.repeat(np.arange(len(names)), np.concatenate([np.empty(0, np.int64), *counts]))
+    places = [np.empty((0, 3), np.int64), *(own.chunks[:, :3] for own in columns)]
+    shard, begin, end = np.ascontiguousarray(np.concatenate(places).T)
 
     def forbid(wrong: NDArray[np.bool_], expected: str) -> None:
         if wrong.any():
             index = int(wrong.argmax())
-            shard, begin, end = place[index].tolist()
-            actual = f"shard {shard}, bytes {begin} to {end}"
+            actual = f"shard {shard[index]}, bytes {begin[index]} to {end[index]}"
             refuse(path, expected, actual, names[int(owner[index])])
 
-    shard, begin, end = np.ascontiguousarray(place.T)
+    size_bytes = np.array([shard.size_bytes for shard in shards], dtype=np.int64)
     forbid((shard < 0) | (shard >= len(shards)), f"a shard from 0 to {len(shards) - 1}")
     forbid((begin < 8) | (end < begin) | (end > size_bytes[shard]), "bytes within the shard")
-    items = np.array([itemsize(entry.dtype) for entry in tensors.values()], dtype=np.int64)
+    items = np.concatenate([np.empty(0, np.int64), *(own.items for own in columns)])
     forbid(begin % items[owner] != 0, "a chunk aligned to its element size")
     forbid(_overlaps(shard, begin, end, len(shards)), "chunks that don't overlap in the file")
-    by_dims: dict[int, list[str]] = {}
-    for name, entry in tensors.items():
-        by_dims.setdefault(len(entry.shape), []).append(name)
-    for own in by_dims.values():
-        _check_boxes({name: tensors[name] for name in own}, path)
+    for own in columns:
+        _check_boxes(own, path)
 
 
 def _overlaps(shard: Ints, begin: Ints, end: Ints, shards: int) -> NDArray[np.bool_]:
@@ -77,24 +81,19 @@ def _overlaps(shard: Ints, begin: Ints, end: Ints, shards: int) -> NDArray[np.bo
     return over
 
 
-def _check_boxes(tensors: dict[str, TensorEntry], path: str) -> None:
-    """The boxes of tensors of equal ndim tile them, and have the sizes of their bytes."""
-    names, entries = list(tensors), list(tensors.values())
-    dims = len(entries[0].shape)
-    shapes = np.array([entry.shape for entry in entries], dtype=np.int64)
-    shapes = shapes.reshape(len(entries), dims)
-    counts = [len(entry.chunks) for entry in entries]
-    chunks = np.concatenate([entry.chunks for entry in entries])
-    found = first_gap(
-        shapes, np.cumsum([0, *counts]), chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
-    )
+def _check_boxes(own: Columns, path: str) -> None:
+    """The boxes of tensors tile them, and have the sizes of their bytes."""
+    names, items, shapes, counts, chunks = own
+    offsets, sizes = chunks[:, 3 : 3 + shapes.shape[1]], chunks[:, 3 + shapes.shape[1] :]
+    found = first_gap(shapes, np.cumsum(np.append(0, counts)), offsets, sizes)
     if found is not None:
         index, (kind, at, extent) = found
         actual = f"{kind} at offsets {list(at)}, sizes {list(extent)}"
         expected = f"chunks that make up shape {shapes[index].tolist()}"
         refuse(path, expected, actual, names[index])
-    items = np.repeat([itemsize(entry.dtype) for entry in entries], counts)
-    volumes = chunks[:, 3 + dims :].prod(axis=1) * items
+    volumes = np.repeat(items, counts)
+    for column in sizes.T:  # many times as fast as prod(axis=1)
+        volumes *= column
     wrong = chunks[:, 2] - chunks[:, 1] != volumes
     if wrong.any():
         index = int(wrong.argmax())
@@ -105,22 +104,33 @@ def _check_boxes(tensors: dict[str, TensorEntry], path: str) -> None:
 
 def check_references(state: Any, per_rank: list[Any], tensors: Collection[str], path: str) -> None:
     """Every reference in the typed JSON has its target, and nothing is nested too deeply."""
-    level: list[Any] = [state, per_rank]
+    level = [node for node in (state, per_rank) if type(node) in _NESTED]
     depth = 0
     while level:
-        nodes = [node for node in level if isinstance(node, dict)]
-        for tag, body in ((tag, node[tag]) for node in nodes for tag in node.keys() & _REFERENCES):
-            if not isinstance(body, str) or not (
-                _in_each_rank(per_rank, body) if tag == "$per_rank" else body in tensors
-            ):
-                found = f"{tag} {body!r}"[:200]
-                refuse(path, "values that refer to tensors of the manifest", found)
+        inner: list[Any] = []
+        for node in level:
+            if type(node) is dict:
+                for tag in node.keys() & _REFERENCES if len(node) > 1 else node:
+                    if tag in _REFERENCES:
+                        _check_reference(tag, node[tag], per_rank, tensors, path)
+                inner += [item for item in node.values() if type(item) in _NESTED]
+            else:
+                inner += [item for item in node if type(item) in _NESTED]
         depth += 1
         if depth > _MAX_DEPTH:
             refuse(path, f"at most {_MAX_DEPTH} levels of nesting", "more")
-        inner = [item for node in nodes for item in node.values()]
-        inner += [item for node in level if isinstance(node, list) for item in node]
-        level = [item for item in inner if isinstance(item, (dict, list))]
+        level = inner
+
+
+def _check_reference(
+    tag: str, body: Any, per_rank: list[Any], tensors: Collection[str], path: str
+) -> None:
+    known = isinstance(body, str) and (
+        _in_each_rank(per_rank, body) if tag == "$per_rank" else body in tensors
+    )
+    if not known:
+        found = f"{tag} {body!r}"[:200]
+        refuse(path, "values that refer to tensors of the manifest", found)
 
 
 def _in_each_rank(per_rank: list[Any], index: str) -> bool:
