@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -309,7 +310,7 @@ def _columns(entries: dict[str, _Tensor], path: str) -> Iterator[Columns]:
         try:
             shapes = np.array([entry.shape for entry in own], np.int64).reshape(len(own), dims)
             counts, chunks = _decoded([entry.chunks for entry in own], path)
-        except OverflowError:
+        except (OverflowError, struct.error):
             refuse(path, "numbers of 64 bits", "a larger one")
         odd = (shapes < 0).any(axis=1) | (shapes.astype(np.float64).prod(axis=1) >= 1 << 59)
         for index in np.flatnonzero(odd).tolist():
@@ -325,7 +326,7 @@ def _columns(entries: dict[str, _Tensor], path: str) -> Iterator[Columns]:
 
 
 def _decoded(raws: list[msgspec.Raw], path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many numbers each list in JSON has, and all numbers; OverflowError for larger ones."""
+    """How many numbers each list in JSON has, and all numbers; struct.error for larger ones."""
     number = np.cumsum([len(memoryview(raw)) for raw in raws]) // _BATCH_BYTES
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(raws)]
     counts, numbers = [], []
@@ -338,8 +339,9 @@ def _decoded(raws: list[msgspec.Raw], path: str) -> tuple[NDArray[np.int64], NDA
         if _encode(lists) != text:
             refuse(path, *_NOT_CANONICAL)
         counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
-        total = int(counts[-1].sum())
-        numbers.append(np.fromiter(itertools.chain.from_iterable(lists), np.int64, total))
+        # Four times as fast as numpy takes a list.
+        packed = struct.pack(f"={counts[-1].sum()}q", *itertools.chain.from_iterable(lists))
+        numbers.append(np.frombuffer(packed, np.int64))
     return np.concatenate(counts), np.concatenate(numbers)
 
 

@@ -104,33 +104,28 @@ def _check_boxes(own: Columns, path: str) -> None:
 
 def check_references(state: Any, per_rank: list[Any], tensors: Collection[str], path: str) -> None:
     """Every reference in the typed JSON has its target, and nothing is nested too deeply."""
-    level = [node for node in (state, per_rank) if type(node) in _NESTED]
+    level: list[Any] = [node for node in (state, per_rank) if type(node) in _NESTED]
     depth = 0
     while level:
         inner: list[Any] = []
         for node in level:
-            if type(node) is dict:
-                for tag in node.keys() & _REFERENCES if len(node) > 1 else node:
-                    if tag in _REFERENCES:
-                        _check_reference(tag, node[tag], per_rank, tensors, path)
-                inner += [item for item in node.values() if type(item) in _NESTED]
-            else:
+            if type(node) is list:
                 inner += [item for item in node if type(item) in _NESTED]
+                continue
+            for key, item in node.items():
+                if key in _REFERENCES:
+                    in_rank = key == "$per_rank"
+                    if type(item) is not str or not (
+                        _in_each_rank(per_rank, item) if in_rank else item in tensors
+                    ):
+                        found = f"{key} {item!r}"[:200]
+                        refuse(path, "values that refer to tensors of the manifest", found)
+                elif type(item) in _NESTED:
+                    inner.append(item)
         depth += 1
         if depth > _MAX_DEPTH:
             refuse(path, f"at most {_MAX_DEPTH} levels of nesting", "more")
         level = inner
-
-
-def _check_reference(
-    tag: str, body: Any, per_rank: list[Any], tensors: Collection[str], path: str
-) -> None:
-    known = isinstance(body, str) and (
-        _in_each_rank(per_rank, body) if tag == "$per_rank" else body in tensors
-    )
-    if not known:
-        found = f"{tag} {body!r}"[:200]
-        refuse(path, "values that refer to tensors of the manifest", found)
 
 
 def _in_each_rank(per_rank: list[Any], index: str) -> bool:

@@ -26,6 +26,7 @@ from shardckpt.errors import CheckpointError, CorruptionError, UnsupportedLeafEr
 
 __all__ = ["TensorRef", "decode", "encode", "mapping", "reference"]
 
+_NESTED = {dict, list}
 _SAFE_INT = 1 << 53  # beyond it, readers of JSON that have only doubles round
 _NUMPY_DTYPE = re.compile(r"[<|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
@@ -171,22 +172,28 @@ def decode(node: Any, *, tensor: Callable[[TensorRef], Any]) -> Any:
     Raises CorruptionError for a node that encode never makes, and CheckpointError for an enum
     whose module has not been imported: nothing is imported for the sake of a checkpoint.
     """
-    if isinstance(node, list):
-        return [decode(item, tensor=tensor) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if len(node) == 1:
-        ((tag, body),) = node.items()
-        if tag.startswith("$"):
-            try:
-                return _DECODERS[tag](body, lambda item: decode(item, tensor=tensor), tensor)
-            except CheckpointError:
-                raise
-            except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
-                raise _malformed(node) from error
-    if any(key.startswith("$") for key in node):
-        raise _malformed(node)
-    return {key: decode(item, tensor=tensor) for key, item in node.items()}
+
+    def item(node: Any) -> Any:
+        kind = type(node)
+        if kind is dict:
+            if len(node) == 1:
+                ((tag, body),) = node.items()
+                if tag[:1] == "$":
+                    try:
+                        return _DECODERS[tag](body, item, tensor)
+                    except CheckpointError:
+                        raise
+                    except (KeyError, TypeError, ValueError, AttributeError, struct.error) as e:
+                        raise _malformed(node) from e
+            found = {}
+            for key, inner in node.items():
+                if key[:1] == "$":
+                    raise _malformed(node)
+                found[key] = item(inner) if type(inner) in _NESTED else inner
+            return found
+        return [item(inner) for inner in node] if kind is list else node
+
+    return item(node)
 
 
 def _malformed(node: Any) -> CorruptionError:

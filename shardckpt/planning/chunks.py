@@ -95,11 +95,12 @@ def local_chunks(tensor: torch.Tensor | ShardedArray, *, name: str) -> list[Loca
     without elements is one empty box. Raises PartialPlacementError for a DTensor of
     partial sums. See check_dense for what else is refused.
     """
+    if type(tensor) in _PLAIN:
+        shape = tuple(tensor.shape)
+        return [LocalChunk((0,) * len(shape), shape, tensor)]  # type: ignore[arg-type]
     if isinstance(tensor, ShardedArray):
         local = tensor.tensor
         chunks = [LocalChunk(tensor.offsets, tuple(local.shape), local)]
-    elif type(tensor) in _PLAIN:
-        chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
     elif isinstance(tensor, DTensor):
         chunks = _dtensor_chunks(tensor, name=name)
     elif _is_sharded_tensor(tensor):

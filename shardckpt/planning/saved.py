@@ -89,23 +89,27 @@ class SavedState:
         return other
 
     def _index(self, node: Any, name: str) -> None:
-        stack = [(name, node)]
-        while stack:
-            name, node = stack.pop()
-            self.nodes[name] = node
-            items = children(node)
-            if not items and self.selected(name):
-                self.leaves[name] = node
-            stack.extend((below(name, key), item) for key, item in reversed(items))
+        self.nodes[name] = node
+        items = children(node)
+        if not items and self.selected(name):
+            self.leaves[name] = node
+        prefix = f"{name}." if name else ""
+        for key, item in items:
+            if type(item) is TensorRef:  # as most are
+                own = f"{prefix}{key}"
+                self.nodes[own] = item
+                if self.selected(own):
+                    self.leaves[own] = item
+            else:
+                self._index(item, f"{prefix}{key}")
 
 
 def children(node: Any) -> list[tuple[Any, Any]]:
     """(key, item) of a saved node's items; none for a leaf, an empty container being one."""
-    if type(node) is dict:  # a Counter is one value
+    kind = type(node)
+    if kind is dict:  # a Counter is one value
         return list(node.items())
-    if type(node) in (list, tuple):
-        return list(enumerate(node))
-    return []
+    return list(enumerate(node)) if kind is list or kind is tuple else []
 
 
 def below(name: str, key: Any) -> str:
