@@ -215,10 +215,16 @@ class CheckpointManager(Closing):
             try:
                 checkpoint = self._look(path)
             except (CorruptionError, FormatVersionError) as error:
-                broken.append((path, error.message))
+                broken += [] if self._is_alias(path) else [(path, error.message)]
             else:
-                found += [checkpoint] if checkpoint else []
+                found += [checkpoint] if checkpoint and not self._is_alias(path) else []
         return sorted(found, key=lambda c: (c.step, c.saved_at)), broken
+
+    def _is_alias(self, path: str) -> bool:
+        """Whether it is a symlink to another name in the folder, such as `latest` to `step-7`:
+        that would count twice, and be removed under a name that was not to stay."""
+        real, folder = os.path.realpath(path), os.path.realpath(self.folder)
+        return os.path.dirname(real) == folder and os.path.basename(real) != os.path.basename(path)
 
     def all_steps(self) -> list[int]:
         """The steps of the checkpoints that look whole, ascending. Not collective."""

@@ -40,8 +40,8 @@ class LocalStorage:
 
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> LocalTransaction:
         """See Storage.begin. Directories above the path are made."""
-        target = os.path.realpath(path)
-        with translated(target):
+        with translated(path):
+            target = os.path.realpath(path)
             self._make_directories(os.path.dirname(target))
             lock = Lock(self.system, beside(target, "lock"))
             try:
@@ -56,7 +56,8 @@ class LocalStorage:
 
     def join(self, path: str, *, token: str) -> LocalTransaction:
         """See Storage.join."""
-        target = os.path.realpath(path)
+        with translated(path):
+            target = os.path.realpath(path)
         temporary = beside(target, f"tmp-{token}")
         give_up_at = time.monotonic() + knobs.SHARED_DEADLINE_S
         while True:

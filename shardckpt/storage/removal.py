@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import uuid
 from contextlib import suppress
 
@@ -50,14 +51,21 @@ def sync_directory(system: System, path: str) -> None:
 
 
 def remove_tree(system: System, path: str) -> None:
-    """Remove a directory of files, as far as that works; never raises OSError.
+    """Remove a directory and all in it, as far as that works; never raises OSError.
 
-    A manifest goes first, so that half of it is no checkpoint.
+    A manifest goes first, so that half of it is no checkpoint. Of a symlink the link goes, not what
+    it leads to.
     """
-    with suppress(OSError):
+    with suppress(OSError, RecursionError):  # some 1,000 directories in each other
+        _remove_all(system, path)
+
+
+def _remove_all(system: System, path: str) -> None:
+    try:
+        system.unlink(path)
+    except (IsADirectoryError, PermissionError):  # POSIX says EPERM of directories, Linux EISDIR
         for name in sorted(system.listdir(path), key=lambda name: name != MANIFEST_NAME):
-            system.unlink(os.path.join(path, name))
-    with suppress(OSError):
+            _remove_all(system, os.path.join(path, name))
         system.rmdir(path)
 
 
@@ -71,7 +79,7 @@ def collect_leftovers(system: System, target: str) -> bool:
         for name in system.listdir(parent)
         if name.startswith(mark) or name == os.path.basename(old)
     ]
-    if old in leftovers and not exists(system, target):
+    if old in leftovers and not exists(system, target) and _is_directory(system, old):
         # A replacing save died between its two renames: the old checkpoint comes back.
         system.rename(old, target)
         leftovers.remove(old)
@@ -89,9 +97,9 @@ def remove(system: System, path: str) -> None:
 
     Raises CheckpointBusyError while a save to this path is under way.
     """
-    target = os.path.realpath(path)
-    parent = os.path.dirname(target)
-    with translated(target):
+    with translated(path):
+        target = os.path.realpath(path)
+        parent = os.path.dirname(target)
         lock = Lock(system, beside(target, "lock"))
         try:
             if collect_leftovers(system, target):
@@ -107,8 +115,8 @@ def remove(system: System, path: str) -> None:
 def sweep(system: System, folder: str) -> None:
     """Remove what dead saves and removals left in a folder, of all checkpoints; never raises
     OSError. What is alive holds its lock; where there are no locks, nothing is removed."""
-    folder = os.path.realpath(folder)
     with suppress(OSError):
+        folder = os.path.realpath(folder)
         found = [match for name in system.listdir(folder) if (match := _HIDDEN.fullmatch(name))]
         # Other programs call their files `.x.old` and `.x.lock` too.
         sure = {match[1] for match in found if not match[2]}
@@ -139,6 +147,10 @@ def _is_checkpoint(system: System, target: str) -> bool:
         exists(system, os.path.join(path, MANIFEST_NAME))
         for path in (target, beside(target, "old"))
     )
+
+
+def _is_directory(system: System, path: str) -> bool:
+    return stat.S_ISDIR(system.stat(path).st_mode)
 
 
 def exists(system: System, path: str) -> bool:

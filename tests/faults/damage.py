@@ -82,12 +82,16 @@ def a_checkpoint(*, step: int = 3) -> Files:
         return {path.name: path.read_bytes() for path in Path(folder, "two").iterdir()}
 
 
+def _yes() -> bool:
+    return True
+
+
 def load(files: Files, *, in_cache: bool = True) -> object:
     """Load the files from a disk in memory, from its page cache or past it."""
     inodes = dict(zip(files, itertools.count(3)))
     held = {inodes[name]: data for name, data in files.items()}
     disk = Disk(Content({ROOT: {"shelf": 2}, 2: inodes}, held), in_cache=in_cache)
-    with mock.patch.object(reader, "have_huge_pages", return_value=True):
+    with mock.patch.object(reader, "have_huge_pages", _yes):
         found = shardckpt.load_state("/shelf", storage=LocalStorage(disk))
     assert bool(disk.past_cache) != in_cache, f"{disk.past_cache} reads went past the page cache"
     return found

@@ -226,6 +226,18 @@ def test_labels_and_strangers_are_left_alone(tmp_path):
     assert len(CheckpointManager(tmp_path, label=None).checkpoints()) == 2
 
 
+def test_a_symlink_to_the_newest_counts_for_nothing(tmp_path):
+    """Or it would take a place among the newest, and what it leads to would be removed."""
+    manager = CheckpointManager(tmp_path, keep=[KeepLast(2)])
+    for step in range(1, 6):
+        manager.save(step, {"w": torch.full((3,), float(step))})
+        (tmp_path / "latest").unlink(missing_ok=True)
+        (tmp_path / "latest").symlink_to(f"step-{step}")
+        assert manager.all_steps() == list(range(max(1, step - 1), step + 1))
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-4", "step-5"]
+    assert len(manager.checkpoints()) == 2
+
+
 def test_in_the_background(tmp_path):
     with CheckpointManager(tmp_path, keep=[KeepLast(1)], asynchronous=True) as manager:
         tensors = state(1)

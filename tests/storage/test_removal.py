@@ -43,8 +43,8 @@ def test_the_name_goes_first_and_for_good(tmp_path):
             super().fsync(fd)
 
         def unlink(self, path):
-            calls.append(os.path.basename(path))
             super().unlink(path)
+            calls.append(os.path.basename(path))
 
     removal.remove(Watched(), saved(tmp_path / "c"))
     assert calls[:3] == ["rename", "fsync", "manifest.json"]
@@ -138,6 +138,66 @@ def refusing(rename):
         rename(self, source, target)
 
     return refused
+
+
+@pytest.mark.parametrize("name", [f".c.tmp-{TOKEN}", ".c.old"])
+def test_what_a_symlink_leads_to_stays(tmp_path, name):
+    path = saved(tmp_path / "c")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    (tmp_path / name).symlink_to(tmp_path / "precious")
+    removal.sweep(System(), str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["c", "precious"]
+    (tmp_path / "c" / "more").symlink_to(tmp_path / "precious")
+    removal.remove(System(), path)
+    assert os.listdir(tmp_path) == ["precious"]
+    assert os.listdir(tmp_path / "precious") == ["file"]
+
+
+def test_an_old_one_that_is_a_symlink_does_not_come_back(tmp_path):
+    path = saved(tmp_path / "other")
+    (tmp_path / ".c.old").symlink_to(path)
+    shardckpt.save({"w": torch.zeros(3)}, tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == ["c", "other"]
+    assert shardckpt.load_state(path)["w"].tolist() == [1.0] * 3
+
+
+def test_what_others_put_into_a_checkpoint_goes_with_it(tmp_path):
+    """Or it, and all shards, would stay under a hidden name for ever."""
+    path = saved(tmp_path / "c")
+    (tmp_path / "c" / "logs" / "more").mkdir(parents=True)
+    (tmp_path / "c" / "logs" / "more" / "log").touch()
+    shardckpt.save({"w": torch.zeros(3)}, path, overwrite=True)
+    assert os.listdir(tmp_path) == ["c"]
+    (tmp_path / "c" / "logs").mkdir()
+    removal.remove(System(), path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tree_that_is_too_deep_is_left(tmp_path):
+    folders = [f"{tmp_path}/.c.tmp-{TOKEN}{'/d' * depth}" for depth in range(1000)]
+    for folder in folders:
+        os.mkdir(folder)
+    saved(tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == [f".c.tmp-{TOKEN}", "c"]
+    for folder in reversed(folders):  # pytest's own removal is recursive too
+        os.rmdir(folder)
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch):
+    """A relative path from a directory that somebody has removed."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    os.rmdir(tmp_path / "gone")
+    removal.sweep(System(), ".")
+    for call in (
+        lambda: shardckpt.save({"w": torch.ones(3)}, "c"),
+        lambda: shardckpt.load_state("c"),
+        lambda: removal.remove(System(), "c"),
+        lambda: LocalStorage().join("c", token=TOKEN),
+    ):
+        with pytest.raises(StorageError):
+            call()
 
 
 def test_only_a_directory_is_synced(tmp_path):
