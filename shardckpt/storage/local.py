@@ -24,7 +24,13 @@ from shardckpt.errors import (
 from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles
 from shardckpt.storage.files import LocalFiles
 from shardckpt.storage.lock import Lock
-from shardckpt.storage.removal import beside, collect_leftovers, remove_tree, sync_directory
+from shardckpt.storage.removal import (
+    beside,
+    collect_leftovers,
+    directories_in,
+    remove_tree,
+    sync_directory,
+)
 from shardckpt.storage.system import UNSUPPORTED, System, translated
 
 __all__ = ["LocalStorage"]
@@ -125,6 +131,15 @@ class LocalStorage:
                 expected=f"a directory with a {MANIFEST_NAME}",
                 actual=_describe(found),
                 remedy="move it out of the way, or save to another path",
+            )
+        inside = directories_in(self.system, target, names)
+        if inside:
+            raise NotACheckpointError(
+                "overwrite=True replaces a checkpoint, and nothing else",
+                path=target,
+                expected="files of a checkpoint",
+                actual=f"directories as well: {', '.join(inside[:5])}",
+                remedy="move them to another place, or save to another path",
             )
 
 

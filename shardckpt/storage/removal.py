@@ -13,7 +13,7 @@ import stat
 import uuid
 from contextlib import suppress
 
-from shardckpt.errors import CheckpointBusyError
+from shardckpt.errors import CheckpointBusyError, StorageError
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.lock import Lock
 from shardckpt.storage.system import System, translated
@@ -21,6 +21,7 @@ from shardckpt.storage.system import System, translated
 __all__ = [
     "beside",
     "collect_leftovers",
+    "directories_in",
     "exists",
     "old_name",
     "remove",
@@ -29,6 +30,7 @@ __all__ = [
     "sync_directory",
 ]
 
+_SHARD = ".safetensors"
 _HIDDEN = re.compile(r"\.(.+)\.(?:tmp-[0-9a-f]{32}|(old|lock))")
 
 
@@ -51,22 +53,26 @@ def sync_directory(system: System, path: str) -> None:
 
 
 def remove_tree(system: System, path: str) -> None:
-    """Remove a directory and all in it, as far as that works; never raises OSError.
+    """Remove a directory and the files in it, as far as that works; never raises OSError.
 
     A manifest goes first, so that half of it is no checkpoint. Of a symlink the link goes, not what
-    it leads to.
+    it leads to. A directory inside stays, and with it its parent: it is nobody's leftover.
     """
-    with suppress(OSError, RecursionError):  # some 1,000 directories in each other
-        _remove_all(system, path)
-
-
-def _remove_all(system: System, path: str) -> None:
-    try:
-        system.unlink(path)
-    except (IsADirectoryError, PermissionError):  # POSIX says EPERM of directories, Linux EISDIR
+    with suppress(OSError):
+        if not _is_directory(system, path):
+            system.unlink(path)
+            return
         for name in sorted(system.listdir(path), key=lambda name: name != MANIFEST_NAME):
-            _remove_all(system, os.path.join(path, name))
+            with suppress(IsADirectoryError):
+                system.unlink(os.path.join(path, name))
         system.rmdir(path)
+
+
+def directories_in(system: System, path: str, names: list[str]) -> list[str]:
+    """Which names in a checkpoint's directory are directories: others made them, perhaps to keep
+    checkpoints there."""
+    strange = [name for name in names if name != MANIFEST_NAME and not name.endswith(_SHARD)]
+    return [name for name in strange if _is_directory(system, os.path.join(path, name))]
 
 
 def collect_leftovers(system: System, target: str) -> bool:
@@ -95,7 +101,8 @@ def collect_leftovers(system: System, target: str) -> bool:
 def remove(system: System, path: str) -> None:
     """Remove a checkpoint: its name first and for good, then its files as far as that works.
 
-    Raises CheckpointBusyError while a save to this path is under way.
+    Raises CheckpointBusyError while a save to this path is under way, StorageError where there is
+    a directory in it.
     """
     with translated(path):
         target = os.path.realpath(path)
@@ -104,6 +111,15 @@ def remove(system: System, path: str) -> None:
         try:
             if collect_leftovers(system, target):
                 sync_directory(system, parent)  # or an old checkpoint could come back in part
+            inside = directories_in(system, target, system.listdir(target))
+            if inside:
+                raise StorageError(
+                    "A checkpoint is not removed while there is a directory in it",
+                    errno=errno.ENOTEMPTY,
+                    path=target,
+                    actual=", ".join(inside[:5]),
+                    remedy="move it to another place",
+                )
             hidden = beside(target, f"tmp-{uuid.uuid4().hex}")
             system.rename(target, hidden)
             sync_directory(system, parent)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt.errors import CheckpointBusyError, StorageError
+from shardckpt.errors import CheckpointBusyError, NotACheckpointError, StorageError
 from shardckpt.storage import removal
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.system import System
@@ -162,26 +162,29 @@ def test_an_old_one_that_is_a_symlink_does_not_come_back(tmp_path):
     assert shardckpt.load_state(path)["w"].tolist() == [1.0] * 3
 
 
-def test_what_others_put_into_a_checkpoint_goes_with_it(tmp_path):
-    """Or it, and all shards, would stay under a hidden name for ever."""
-    path = saved(tmp_path / "c")
-    (tmp_path / "c" / "logs" / "more").mkdir(parents=True)
-    (tmp_path / "c" / "logs" / "more" / "log").touch()
-    shardckpt.save({"w": torch.zeros(3)}, path, overwrite=True)
+def test_what_others_keep_in_a_checkpoint_stays(tmp_path):
+    """A checkpoint that was saved into another one does not go with it."""
+    path, inner = saved(tmp_path / "c"), saved(tmp_path / "c" / "best" / "d")
+    with pytest.raises(NotACheckpointError, match="directories as well: best"):
+        shardckpt.save({"w": torch.zeros(3)}, path, overwrite=True)
+    with pytest.raises(StorageError, match="a directory in it") as caught:
+        removal.remove(System(), path)
+    assert caught.value.actual == "best"
+    for kept in (path, inner):
+        assert shardckpt.load_state(kept)["w"].tolist() == [1.0] * 3
     assert os.listdir(tmp_path) == ["c"]
-    (tmp_path / "c" / "logs").mkdir()
+    (tmp_path / "c" / "best").rename(tmp_path / "best")
+    (tmp_path / "c" / "notes.txt").touch()
+    shardckpt.save({"w": torch.zeros(3)}, path, overwrite=True)
     removal.remove(System(), path)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["best"]
 
 
-def test_a_tree_that_is_too_deep_is_left(tmp_path):
-    folders = [f"{tmp_path}/.c.tmp-{TOKEN}{'/d' * depth}" for depth in range(1000)]
-    for folder in folders:
-        os.mkdir(folder)
+def test_a_directory_in_a_leftover_stays_but_no_shard(tmp_path):
+    leftover(tmp_path, f".c.tmp-{TOKEN}")
+    (tmp_path / f".c.tmp-{TOKEN}" / "a").mkdir()
     saved(tmp_path / "c")
-    assert sorted(os.listdir(tmp_path)) == [f".c.tmp-{TOKEN}", "c"]
-    for folder in reversed(folders):  # pytest's own removal is recursive too
-        os.rmdir(folder)
+    assert os.listdir(tmp_path / f".c.tmp-{TOKEN}") == ["a"]
 
 
 def test_a_folder_that_is_gone(tmp_path, monkeypatch):
