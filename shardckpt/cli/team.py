@@ -1,4 +1,4 @@
-"""Commands that several processes share: the ranks of mpirun, or --jobs processes here."""
+"""Commands that several processes share: the ranks of mpirun or srun, or --jobs processes here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from shardckpt import knobs
 from shardckpt.coordination.base import Coordinator, exchange
-from shardckpt.coordination.mpi.launch import mpi_launch
+from shardckpt.coordination.mpi.group import init_from_mpi
+from shardckpt.coordination.mpi.launch import mpi_launch, several_ranks
 from shardckpt.coordination.select import operation
 from shardckpt.coordination.torch_store import StoreCoordinator
 from shardckpt.coordination.waiting import poll
@@ -36,11 +37,11 @@ def shared(
 ) -> Iterator[tuple[Coordinator, Opened]]:
     """The processes that share a command about the checkpoint at `path`, which each opens.
 
-    Under mpirun they are its ranks; else this one and `options.jobs` - 1 that it starts.
+    Under mpirun or srun they are its ranks; else this one and `options.jobs` - 1 that it starts.
     """
     jobs = options.jobs
     if jobs is None:
-        jobs = 1 if _under_mpi() or os.environ.get(_JOB) else _jobs_for(open_it)
+        jobs = 1 if several_ranks() or os.environ.get(_JOB) else _jobs_for(open_it)
     subject = f"{options.command} {path}"
     opened: list[Opened] = []
 
@@ -71,11 +72,6 @@ def _jobs_for(open_it: Callable[[], Source]) -> int:
     return max(1, min(os.cpu_count() or 1, size_bytes // _BYTES_PER_JOB))
 
 
-def _under_mpi() -> bool:
-    launch = mpi_launch()
-    return launch is not None and launch.world_size > 1
-
-
 @contextmanager
 def _team(subject: str, *, jobs: int, arguments: Sequence[str]) -> Iterator[Coordinator]:
     if job := os.environ.get(_JOB):
@@ -83,7 +79,9 @@ def _team(subject: str, *, jobs: int, arguments: Sequence[str]) -> Iterator[Coor
         _connect(port).set(f"up/{rank}", "")
         with _joined(port, rank=rank, number=number) as coordinator:
             yield coordinator
-    elif jobs == 1 or _under_mpi():
+    elif jobs == 1 or several_ranks():
+        if several_ranks() and not mpi_launch():
+            init_from_mpi()
         with operation(subject) as coordinator:
             yield coordinator
     else:

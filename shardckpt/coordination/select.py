@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from shardckpt.coordination.base import Coordinator
-from shardckpt.coordination.mpi.launch import mpi_launch
+from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import CoordinationError
 
-__all__ = ["Operation", "check_group", "operation"]
+__all__ = ["Operation", "operation"]
 
 
 @dataclass(slots=True)
@@ -63,21 +63,6 @@ def operation(
     return _alone()
 
 
-def check_group(path: str | None, *, comm: Any = None) -> None:
-    """Raise CoordinationError where DCP, which knows process groups alone, would take each of
-    several ranks of MPI for the only one."""
-    launch = mpi_launch()
-    several = launch is not None and launch.world_size > 1 and not dist.is_initialized()
-    if comm is not None or several:
-        raise CoordinationError(
-            "torch.distributed.checkpoint and its planners know no MPI",
-            path=path,
-            expected="a process group of torch.distributed",
-            actual="comm=" if comm is not None else "ranks of MPI without one",
-            remedy="call shardckpt.init_from_mpi() first, and leave out comm=",
-        )
-
-
 def _alone() -> Operation:
     return Operation(0, 1, nullcontext(SingleCoordinator()))
 
@@ -110,20 +95,36 @@ def _of_communicator(comm: Any, subject: str, channel: str) -> Operation:
 
 def _world() -> Any:
     """MPI.COMM_WORLD where mpirun started several ranks, or the program has started MPI."""
-    launch = mpi_launch()
-    several = launch is not None and launch.world_size > 1
+    launch = several_ranks()
     loaded = sys.modules.get("mpi4py.MPI")
-    if not several and (loaded is None or not loaded.Is_initialized() or loaded.Is_finalized()):
+    started = loaded is not None and loaded.Is_initialized() and not loaded.Is_finalized()
+    if launch is None and not started:
         return None
+    if not started and mpi_launch() is None:
+        raise _strangers(launch)
     from shardckpt.coordination.mpi.link import load_mpi
 
     mpi = load_mpi()
-    if launch is not None and launch.world_size != mpi.COMM_WORLD.Get_size():
-        raise CoordinationError(
-            f"{launch.launcher} and mpi4py don't belong to the same MPI",
-            expected=f"{launch.world_size} ranks, as {launch.launcher} has started",
-            actual=f"{mpi.COMM_WORLD.Get_size()} in MPI.COMM_WORLD",
-            remedy="use the mpirun of the MPI that mpi4py has loaded: "
-            + str(mpi.Get_library_version()).split(",")[0].splitlines()[0],
-        )
-    return mpi.COMM_WORLD
+    size = mpi.COMM_WORLD.Get_size()
+    if launch is None or launch.world_size == size:
+        return mpi.COMM_WORLD
+    if size == 1 and mpi_launch() is None:
+        raise _strangers(launch)
+    raise CoordinationError(
+        f"{launch.launcher} and mpi4py don't belong to the same MPI",
+        expected=f"{launch.world_size} ranks, as {launch.launcher} has started",
+        actual=f"{size} in MPI.COMM_WORLD",
+        remedy="use the mpirun of the MPI that mpi4py has loaded: "
+        + str(mpi.Get_library_version()).split(",")[0].splitlines()[0],
+    )
+
+
+def _strangers(launch: Launch | None) -> CoordinationError:
+    """The error for srun's tasks, each of which would take itself for the only one."""
+    return CoordinationError(
+        "srun has started several tasks, and nothing connects them",
+        expected="MPI (srun --mpi=pmix), or a process group of torch.distributed",
+        actual=f"{launch.world_size if launch else 1} tasks, without either",
+        remedy="call shardckpt.init_from_mpi() first, which needs no MPI here; tasks that have "
+        "nothing to do with each other: srun env -u SLURM_STEP_NUM_TASKS python SCRIPT",
+    )

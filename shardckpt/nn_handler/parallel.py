@@ -16,7 +16,7 @@ from torch import nn
 from shardckpt import knobs
 from shardckpt.coordination.leaving import leave_at_exit
 from shardckpt.coordination.mpi.group import init_from_mpi
-from shardckpt.coordination.mpi.launch import mpi_launch, slurm_launch
+from shardckpt.coordination.mpi.launch import several_ranks
 from shardckpt.errors import StateError
 
 if TYPE_CHECKING:
@@ -104,12 +104,11 @@ def start(
 
 def _join(backend: str) -> None:
     """The group of torchrun's ranks, or of those of mpirun or srun."""
-    launch = mpi_launch() or slurm_launch()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         timeout = datetime.timedelta(seconds=knobs.ARRIVAL_DEADLINE_S)
         dist.init_process_group(backend, timeout=timeout)
         leave_at_exit()
-    elif launch is not None and launch.world_size > 1:
+    elif several_ranks():
         init_from_mpi(backend, timeout_s=knobs.ARRIVAL_DEADLINE_S)
 
 

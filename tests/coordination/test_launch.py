@@ -65,11 +65,35 @@ def test_srun_without_mpi(launched_by):
     assert (found.rank, found.world_size, found.local_rank, found.host) == (3, 4, 1, "gpu07")
 
 
+@pytest.mark.parametrize("mpi", [None, "alone"])
+def test_tasks_of_srun_without_mpi(tmp_path, launched_by, monkeypatch, mpi):
+    """Each would be alone, and the last one to save would replace what the others had saved."""
+    launched_by(SRUN)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", fake_mpi(size=1) if mpi else None)
+    for call in (shardckpt.save, shardckpt.async_save, shardckpt.load):
+        with pytest.raises(errors.CoordinationError, match=r"4 tasks(.|\n)*init_from_mpi"):
+            call({"step": 1}, tmp_path / "c")
+    assert os.listdir(tmp_path) == []
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")  # what the error advises, where they are strangers
+    assert shardckpt.save({"step": 1}, tmp_path / "c").world_size == 1
+
+
+def test_a_shell_of_srun(tmp_path, launched_by):
+    launched_by({**SRUN, "SLURM_PROCID": "0", "SLURM_PTY_PORT": "44361"})
+    assert slurm_launch() is None
+    assert shardckpt.save({"step": 1}, tmp_path / "c").world_size == 1
+
+
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [
         ("login", "login"),
         ("a-1,b[2-3]", "a-1"),
+        ("node[001-003,7]", "node001"),
+        ("node[3]", "node3"),
+        ("r1.rack,r2.rack", "r1.rack"),
+        ("10.0.0.[5-6]", "10.0.0.5"),
+        ("rack[0-1]node[03-04]", "rack0node03"),
         ("gpu[07-09,12],login", "gpu07"),
         ("n[1,5]-ib,m", "n1-ib"),
         ("", None),

@@ -107,7 +107,7 @@ def wrong(folder: str) -> dict[str, Any]:
         "no communicator": save({"step": 1}, comm="MPI.COMM_WORLD"),
         "null": save({"step": 1}, comm=MPI.COMM_NULL),
         "both": save({"step": 1}, comm=comm, process_group="group"),
-        "planner": save({"step": 1}, planner=shardckpt.ShardSavePlanner()),
+        "planner": save({"step": 1}, planner=shardckpt.ShardSavePlanner(), comm=comm),
         "half": save({"step": 1}, f"half-{comm.rank % 2}", comm=half),
         "self": save({"step": 1}, f"self-{comm.rank}", comm=MPI.COMM_SELF),
         "fine": save({"u": part(begin, end, begin)}, "fine"),
@@ -192,7 +192,10 @@ def torch_group(folder: str) -> dict[str, Any]:
     from shardckpt import NNHandler
     from tests.distributed.jobs import build, everything, step
 
-    shardckpt.init_from_mpi()
+    before = dist.is_initialized()
+    first = {"rows": torch.arange(6.0)}  # the first thing that needs a group: it gets one
+    dcp.save(first, storage_writer=shardckpt.ShardWriter(f"{folder}/dcp-first"))
+    shardckpt.init_from_mpi()  # no harm
     model, optimizer = build("fsdp", seed=1)
     shardckpt.load({"model": model, "optimizer": optimizer}, f"{folder}/trained")
     digest = {
@@ -215,6 +218,7 @@ def torch_group(folder: str) -> dict[str, Any]:
     handler.save(f"{folder}/handler.pth")
     again = NNHandler.load(f"{folder}/handler", parallel="fsdp")
     return {
+        "before": before,
         "world": [dist.get_world_size(), os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]],
         "digest": digest,
         "dcp": state["w"].tolist(),

@@ -54,6 +54,7 @@ def test_all_that_works(tmp_path, flavour):
         check_wrong(value["wrong"])
         assert value["tools"] == [0, 0, 6, 5, 6, 0, 0, 0]
         assert value["torch"]["world"][:2] == [3, "3"]
+        assert not value["torch"]["before"]
         assert value["torch"]["dcp"] == [0.0, 1.0, 2.0, 3.0, 4.0]
         assert value["torch"]["handler"] == ["ddp", "fsdp"]
     # Which rank of a node has which local rank is up to MPI.
@@ -115,6 +116,8 @@ def check_files(tmp_path, value) -> None:
         assert len(checkpoint.manifest.shards) == 5
         checkpoint.verify()
     assert torch.equal(read_one(f"{tmp_path}/x.safetensors")["w"], torch.arange(10.0))
+    with shardckpt.open_checkpoint(tmp_path / "dcp-first") as checkpoint:
+        assert checkpoint.manifest.world_size == 3
     there = {"late-False-1", "late-True-1", "fine", "half-0", "half-1", "handler", "handler.pth"}
     gone = {"never", "raised", "late-False-0", "late-True-0", "0", "1"}
     assert there <= set(os.listdir(tmp_path))

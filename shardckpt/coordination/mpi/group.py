@@ -18,12 +18,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 from shardckpt import knobs
 from shardckpt.coordination.base import exchange
 from shardckpt.coordination.leaving import leave_at_exit
-from shardckpt.coordination.mpi.launch import Launch, mpi_launch, slurm_launch
+from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
 from shardckpt.coordination.select import operation
 from shardckpt.coordination.waiting import rank_failed
 from shardckpt.errors import CoordinationError
 
-__all__ = ["init_from_mpi"]
+__all__ = ["group_for_dcp", "init_from_mpi"]
 
 _CONNECT_S = 3.0
 _store: Any = dist.TCPStore  # type: ignore[attr-defined]
@@ -79,6 +79,24 @@ def init_from_mpi(
             "name the network to use",
         ) from error
     leave_at_exit()
+
+
+def group_for_dcp(path: str | None, *, comm: Any = None) -> None:
+    """Start a process group where mpirun or srun has started several ranks that have none: without,
+    torch.distributed.checkpoint would take each of them for the only one. Collective.
+
+    Raises CoordinationError where `comm` is given, which DCP can't use.
+    """
+    if comm is not None:
+        raise CoordinationError(
+            "torch.distributed.checkpoint and its planners know no MPI",
+            path=path,
+            expected="a process group of torch.distributed",
+            actual="comm=",
+            remedy="leave out comm=; shardckpt.init_from_mpi(comm=...) makes a process group of it",
+        )
+    if several_ranks() is not None:
+        init_from_mpi()
 
 
 def _mpi_store(comm: Any) -> tuple[int, int, Any]:

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-__all__ = ["Launch", "mpi_launch", "slurm_launch"]
+__all__ = ["Launch", "mpi_launch", "several_ranks", "slurm_launch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +49,12 @@ def mpi_launch() -> Launch | None:
 def slurm_launch() -> Launch | None:
     """The job step that this process is a task of, by srun, with MPI or without; else None.
 
-    Outside a step, as in the batch script itself, SLURM_STEP_NUM_TASKS is not set.
+    Outside a step, as in the batch script itself, SLURM_STEP_NUM_TASKS is not set. In a shell that
+    srun --pty has opened it is, though nothing but the shell runs.
     """
     size, rank = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_PROCID")
-    if size is None or rank is None or "TORCHELASTIC_RUN_ID" in os.environ:
+    other = {"TORCHELASTIC_RUN_ID", "SLURM_PTY_PORT"} & os.environ.keys()
+    if size is None or rank is None or other:
         return None
     return Launch(
         launcher="srun",
@@ -63,10 +65,16 @@ def slurm_launch() -> Launch | None:
     )
 
 
+def several_ranks() -> Launch | None:
+    """The job of several ranks that this process is one of, by mpirun or srun; else None."""
+    launch = mpi_launch() or slurm_launch()
+    return launch if launch is not None and launch.world_size > 1 else None
+
+
 def first_host(hosts: str) -> str | None:
     """The first host of SLURM's compressed list: "gpu[07-09,12],login" is gpu07."""
-    found = re.match(r"([^,\[\]]+)(?:\[(\w+)[^\]]*\]([^,\[\]]*))?", hosts)
-    return "".join(part or "" for part in found.groups()) if found else None
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0]) if found else None
 
 
 def _number(name: str) -> int | None:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.coordination.select import check_group
+from shardckpt.coordination.mpi.group import group_for_dcp
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.integrations.dcp.writer import ShardWriter
@@ -35,7 +35,7 @@ def save_with_planner(
     verify_base: bool,
 ) -> SaveReport:
     """Save a state as a DCP SavePlanner plans it; collective, over DCP's collectives."""
-    check_group(path, comm=comm)
+    group_for_dcp(path, comm=comm)
     start = time.perf_counter()
     writer = ShardWriter(path, overwrite=overwrite, base=base, verify_base=verify_base)
     try:

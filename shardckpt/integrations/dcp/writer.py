@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.coordination.select import check_group
+from shardckpt.coordination.mpi.group import group_for_dcp
 from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
 from shardckpt.execution.base import open_base
 from shardckpt.execution.save_driver import (
@@ -64,7 +64,8 @@ class ShardWriter(StorageWriter):
     there. `base` is an earlier checkpoint, whose unchanged files are linked; `verify_base` reads
     all of them back. With ShardSavePlanner all that shardckpt.save promises holds; with another
     planner its items are written as they come, and that they cover every tensor exactly once is
-    checked before anything appears. Under mpirun call init_from_mpi() first: CoordinationError.
+    checked before anything appears. Under mpirun and srun it is made on every rank, and calls
+    init_from_mpi() where there is no process group.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class ShardWriter(StorageWriter):
         storage: Storage | None = None,
     ) -> None:
         self.checkpoint_id = None if path is None else os.fspath(path)
-        check_group(self.checkpoint_id)
+        group_for_dcp(self.checkpoint_id)
         self.overwrite = overwrite
         self.check_replicas = check_replicas
         self.base = os.fspath(base) if isinstance(base, (str, os.PathLike)) else base
