@@ -69,7 +69,7 @@ def resume(plate: Plate, out: Path) -> int:
     for path in sorted(out.glob("step-*"), reverse=True):
         state = plate.state(0)
         try:
-            shardckpt.load(state, path)
+            shardckpt.load(state, path, comm=plate.grid)
         except shardckpt.ShardckptError as error:  # the same on every rank
             if plate.grid.rank == 0:
                 print(f"  {path.name} is passed over: {error}")
@@ -78,20 +78,21 @@ def resume(plate: Plate, out: Path) -> int:
     return 0
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None, comm: MPI.Comm = MPI.COMM_WORLD) -> None:
     """Run to a step, saving on the way."""
     parser = argparse.ArgumentParser(description="Heat in a plate")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=40)
     parser.add_argument("--size", type=int, default=101)
-    options = parser.parse_args()
-    plate = Plate(options.size, MPI.COMM_WORLD)
+    options = parser.parse_args(arguments)
+    plate = Plate(options.size, comm)
     begun = resume(plate, options.out)
     for step in range(begun + 1, options.steps + 1):
         plate.advance()
         if step % options.save_every == 0 or step == options.steps:
-            shardckpt.save(plate.state(step), options.out / f"step-{step:06d}", overwrite=True)
+            path = options.out / f"step-{step:06d}"
+            shardckpt.save(plate.state(step), path, comm=plate.grid, overwrite=True)
     warmth = plate.grid.allreduce(float(plate.inner.sum())) / options.size**2
     if plate.grid.rank == 0:
         print(f"  {plate.grid.size} ranks, steps {begun} to {options.steps}: mean {warmth:.4f}")

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -53,8 +53,10 @@ def layouts(world_size: int, seed: int) -> dict[str, tuple]:
     return found
 
 
-def build(world_size: int, seed: int, *, blank: bool) -> dict[str, torch.Tensor]:
-    meshes = {}
+def build(
+    world_size: int, seed: int, meshes: dict[tuple[int, ...], DeviceMesh], *, blank: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors in the layouts of a seed. `meshes` are used again: making one takes long."""
     state = {}
     for (name, whole), layout in zip(
         tensors().items(), layouts(world_size, seed).values(), strict=True
@@ -71,12 +73,13 @@ def build(world_size: int, seed: int, *, blank: bool) -> dict[str, torch.Tensor]
 
 
 def save_and_load(world_size: int, folder: str) -> None:
+    meshes: dict[tuple[int, ...], DeviceMesh] = {}
     for seed in (1, 2):
         if world_size == 4:
-            saved = build(4, seed, blank=False)
+            saved = build(4, seed, meshes, blank=False)
             shardckpt.save(saved, f"{folder}/{seed}", check_replicas=True)
-        target = build(world_size, seed + 10 * world_size, blank=True)
-        expected = build(world_size, seed + 10 * world_size, blank=False)
+        target = build(world_size, seed + 10 * world_size, meshes, blank=True)
+        expected = build(world_size, seed + 10 * world_size, meshes, blank=False)
         shardckpt.load(target, f"{folder}/{seed}")
         for name, tensor in expected.items():
             mine, theirs = target[name], tensor

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,22 @@ exec ip netns exec $name unshare --uts --mount sh -c "$inside" -- "$@"
         """Unplug the cable."""
         _ip("-n", self.names[0], "link", "set", INTERFACE, "down")
 
+    def power_off(self) -> None:
+        """Kill whatever still runs on them, the daemons that mpirun leaves included."""
+        for name in self.names:
+            while pids := self.processes(name):
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.05)
+
+    def processes(self, name: str) -> list[int]:
+        """What runs on a host."""
+        found = subprocess.run(
+            ["ip", "netns", "pids", name], capture_output=True, text=True, check=False
+        )
+        return [int(pid) for pid in found.stdout.split()]
+
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
@@ -94,6 +112,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
             _ip("-n", name, "link", "set", INTERFACE, "up")
         yield hosts
     finally:
+        hosts.power_off()
         for name in hosts.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 

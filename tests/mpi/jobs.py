@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import shutil
 import signal
 import time
 from contextlib import redirect_stdout
@@ -148,15 +150,17 @@ def failing(folder: str) -> list[Any]:
     fresh = comm.Dup()
     for used in (False, True):
         for number in range(2):
-            knobs.ARRIVAL_DEADLINE_S = 60.0 if number else 1.5
-            if comm.rank == 1 and number == 0:
-                time.sleep(4.0 if used else 6.0)  # the roll call takes its time, too
+            knobs.ARRIVAL_DEADLINE_S = 60.0 if number else 2.0
             name = f"late-{used}-{number}"
+            if comm.rank == 1 and number == 0:
+                while len(list(Path(folder).glob(f"{name}-gone-*"))) < 2:
+                    time.sleep(0.01)
             try:
                 shardckpt.save(state, f"{folder}/{name}", comm=fresh)
                 found.append("saved")
             except errors.RankFailedError as error:
                 found.append([error.rank, error.facts["phase"]])
+                Path(folder, f"{name}-gone-{comm.rank}").touch()
             meet()
     return found
 
@@ -293,6 +297,23 @@ def cut_off(folder: str, over: Any) -> Any:
     except errors.RankFailedError as error:
         return [error.rank, error.facts["phase"], time.monotonic() - begun]
     return "saved"
+
+
+def heat(folder: str) -> None:
+    """The example on 4 ranks, then from there on 2 and on 6; its communicators are parts of one
+    job's, since starting a job costs seconds."""
+    program = runpy.run_path(str(Path(__file__).parents[2] / "docs/examples/heat.py"))
+    for ranks, out, steps in ((4, "two", 60), (2, "two", 90), (6, "six", 90)):
+        if ranks == 2 and comm.rank == 0:
+            shutil.copytree(f"{folder}/two", f"{folder}/six")
+            # Its newest one is damaged: it resumes from step 40.
+            shard = sorted(Path(folder, "six/step-000060").glob("*.safetensors"))[0]
+            shard.write_bytes(shard.read_bytes()[:-1])
+        meet()
+        part = comm.Split(0 if comm.rank < ranks else MPI.UNDEFINED)
+        if part != MPI.COMM_NULL:
+            program["main"]([f"{folder}/{out}", "--steps", str(steps), "--size", "45"], part)
+        meet()
 
 
 def elastic(folder: str) -> Any:

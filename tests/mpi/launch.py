@@ -34,11 +34,15 @@ def flavours() -> Any:
     return pytest.mark.parametrize("flavour", marks)
 
 
+def is_there(flavour: str) -> bool:
+    """Whether an MPI is installed."""
+    return importlib.util.find_spec("mpi4py") is not None and Path(_mpirun(flavour)).exists()
+
+
 def needs(flavour: str) -> Any:
     """Skips a test where an MPI is not installed."""
-    there = importlib.util.find_spec("mpi4py") is not None and Path(_mpirun(flavour)).exists()
     remedy = "scripts/test installs it"
-    return pytest.mark.skipif(not there, reason=f"{flavour} is not installed; {remedy}")
+    return pytest.mark.skipif(not is_there(flavour), reason=f"{flavour} is not installed; {remedy}")
 
 
 def _mpirun(flavour: str) -> str:
@@ -61,20 +65,6 @@ def command(flavour: str, ranks: int, *program: str) -> list[str]:
     """mpirun's command line."""
     options = ["--allow-run-as-root", "--oversubscribe"] if flavour == "openmpi" else []
     return [_mpirun(flavour), *options, "-n", str(ranks), *program]
-
-
-def run_program(
-    flavour: str, ranks: int, *program: str, timeout_s: float = 400.0, **more: str
-) -> subprocess.CompletedProcess[str]:
-    """mpirun -n RANKS python PROGRAM, to its end."""
-    return subprocess.run(
-        command(flavour, ranks, sys.executable, *program),
-        env=environment(flavour, **more),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
 
 
 class Outcome:

@@ -65,6 +65,8 @@ def test_two_hosts(tmp_path, hosts, launcher):
         for node in nodes:
             os.killpg(node.pid, signal.SIGKILL)
             node.wait(timeout=20)
+    hosts.power_off()
+    assert not [pid for name in hosts.names for pid in hosts.processes(name)]
     for rank in range(2):
         well, found = json.loads((out / f"{rank}.json").read_text())
         assert well, found
