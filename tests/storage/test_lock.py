@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 import pytest
 
@@ -87,12 +88,20 @@ def refusing(code):
     return Refusing()
 
 
-def test_a_directory_that_is_seen_late_is_waited_for(tmp_path):
-    """A network file system may take a moment to show what another node has made."""
+def test_a_directory_that_is_seen_late_is_waited_for(tmp_path, monkeypatch):
+    """A network file system may take a moment to show what another node has made, and looks again
+    where the directory above is listed."""
     transaction = LocalStorage().begin(str(tmp_path / "c"), checkpoint_id="0" * 32, overwrite=False)
+
+    pauses, listed = [], []
+    monkeypatch.setattr(time, "sleep", pauses.append)
 
     class Late(System):
         asked = 0
+
+        def listdir(self, path):
+            listed.append(path)
+            raise OSError(errno.ESTALE, "planted")
 
         def stat(self, path):
             self.asked += 1
@@ -103,6 +112,8 @@ def test_a_directory_that_is_seen_late_is_waited_for(tmp_path):
     system = Late()
     joined = LocalStorage(system).join(str(tmp_path / "c"), token=transaction.token)
     assert (joined.token, system.asked) == (transaction.token, 3)
+    assert listed == [str(tmp_path)] * 2
+    assert pauses == [0.05] * 2
     transaction.abandon()
 
 
