@@ -95,8 +95,7 @@ class LocalStorage:
     def _make_directories(self, path: str) -> None:
         above = os.path.dirname(path)
         try:
-            if not stat.S_ISDIR(self.system.stat(path).st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
+            self.system.stat(path)
             # A process that died may have made it, and not got so far as to sync its name.
             with suppress(PermissionError):
                 sync_directory(self.system, above)
