@@ -89,6 +89,7 @@ def _of_communicator(comm: Any, subject: str, channel: str) -> Operation:
     if check_communicator(comm, channel=channel) == 1:
         return _alone()
     link = link_of(comm)  # here, in the program's thread: in the order of its own collectives
+    link.claim()
     scope = mpi_coordinator(link, channel=channel, subject=subject)
     return Operation(link.rank, link.world_size, scope)
 

@@ -57,6 +57,11 @@ def plain(folder: str) -> dict[str, Any]:
         comm.send("own", (comm.rank + 1) % comm.size)
         assert comm.recv() == "own"
         saving = comm.allreduce(not all(handle.done() for handle in busy), MPI.MAX)
+    passing = comm.Dup()
+    freed: Any = shardckpt.async_save(state, f"{folder}/async-2", comm=passing)
+    passing.Free()
+    busy.append(freed)
+    freed.result()
     local[:] = 0
     w = torch.zeros(10)
     back = {"u": state["u"], "w": w, "rank": shardckpt.PerRank(-1), "step": 0}

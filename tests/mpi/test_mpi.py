@@ -94,7 +94,7 @@ def damage(folder) -> None:
 
 def check_plain(found, rank: int) -> None:
     assert found["ranks"] == [3, 3, 3]
-    assert found["async"] == [3, 3]
+    assert found["async"] == [3, 3, 3]
     assert found["loaded"] == [True, list(map(float, range(10))), rank]
     assert found["step"] == [7, 3]
     assert found["torch"] == [True, True]
@@ -121,7 +121,7 @@ def check_wrong(found) -> None:
 
 def check_files(folder, value) -> None:
     """What one process without any launcher sees of it."""
-    for name in ("mpi", "async-0", "async-1", "resharded", "converted"):
+    for name in ("mpi", "async-0", "async-1", "async-2", "resharded", "converted"):
         state = shardckpt.load_state(folder / name)
         assert np.array_equal(np.asarray(state["u"]), WHOLE), name
         assert torch.equal(state["t"], torch.from_numpy(WHOLE.T[:7, :7].copy())), name

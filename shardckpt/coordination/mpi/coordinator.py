@@ -75,17 +75,21 @@ def _unusable(expected: str, actual: str) -> CoordinationError:
 def mpi_coordinator(link: Link, *, channel: str, subject: str) -> Iterator[MpiCoordinator]:
     """The ranks of a link for one operation; collective.
 
+    The link is claimed for it, and released at its end.
     `subject` says what it is about, alike on all ranks. Operations of different channels may
     run at once; those of one channel begin one after another.
     """
-    with mpi_errors("begin"):
-        identity = _begin(link, channel, subject)
-        link.all_here()
-    coordinator = MpiCoordinator(link, identity)
     try:
-        yield coordinator
+        with mpi_errors("begin"):
+            identity = _begin(link, channel, subject)
+            link.all_here()
+        coordinator = MpiCoordinator(link, identity)
+        try:
+            yield coordinator
+        finally:
+            coordinator.close()
     finally:
-        coordinator.close()
+        link.release()
 
 
 def _begin(link: Link, channel: str, subject: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from shardckpt import knobs
 from shardckpt.coordination.waiting import poll
 from shardckpt.errors import CoordinationError, DependencyError, RankFailedError
 
@@ -154,7 +155,9 @@ class Link:
         self.inboxes: dict[str, Inbox] = {}
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Message).decode
-        self._raw = comm
+        self._raw: Any = comm  # None once the program has freed it
+        self._group = comm.Get_group()
+        self._claims = 0
         self._own, self._request = comm.Idup()
         self._sending: list[tuple[Any, bytes, str]] = []
         self._arriving: list[tuple[int, Any, bytearray]] = []
@@ -164,9 +167,28 @@ class Link:
         self.pump()
         return self._request is None
 
+    def claim(self) -> None:
+        """An operation will use this link, until `release`."""
+        self._claims += 1
+
+    def release(self) -> None:
+        """An operation has ended."""
+        with _lock:
+            self._claims -= 1
+            self._free_unused()
+
     def free(self) -> None:
-        """The communicator is being freed, on all its ranks."""
-        if self._request is None and self._raw != self._mpi.COMM_WORLD:
+        """The communicator is being freed, on all its ranks; operations under way go on."""
+        gone = self._raw in (None, self._mpi.COMM_NULL)  # MPICH tells of it when all use has ended
+        if self._claims and self._request is not None and not gone:
+            poll(self.ready, knobs.DEADLINE_S)  # Open MPI crashes if it goes while duplicated
+        with _lock:
+            if self._raw != self._mpi.COMM_WORLD:
+                self._raw = None
+                self._free_unused()
+
+    def _free_unused(self) -> None:
+        if self._raw is None and self._request is None and not self._claims:
             self._own.Free()
 
     def send(self, rank: int, message: Message, *, until_taken: bool = False) -> None:
@@ -174,6 +196,11 @@ class Link:
         data = self._encode(message)
         with _lock:
             comm = self._own if self._request is None else self._raw
+            if comm is None:
+                raise CoordinationError(
+                    "The communicator was freed before all ranks had come for this",
+                    remedy="free it after result() of its saves",
+                )
             start = comm.Issend if until_taken else comm.Isend
             request = start([data, self._mpi.BYTE], rank, _TAG)
             self._sending.append((request, data, message.about))
@@ -192,9 +219,12 @@ class Link:
         with _lock:
             if self._request is not None and self._request.Test():
                 self._request = None
+            if self._raw == self._mpi.COMM_NULL:
+                self._raw = None
             self._sending = [sent for sent in self._sending if not sent[0].Test()]
             for comm in (self._raw, self._own) if self._request is None else (self._raw,):
-                self._receive(comm)
+                if comm is not None:
+                    self._receive(comm)
             blocked: set[int] = set()  # messages of one rank are taken in order
             waiting = []
             for source, request, data in self._arriving:
@@ -265,4 +295,4 @@ class Link:
 
     def _in_world(self, ranks: list[int]) -> list[int]:
         world = self._mpi.COMM_WORLD.Get_group()
-        return list(self._mpi.Group.Translate_ranks(self._raw.Get_group(), ranks, world))
+        return list(self._mpi.Group.Translate_ranks(self._group, ranks, world))
