@@ -17,6 +17,9 @@ class Comm:
     def Get_size(self):
         return 2
 
+    def Get_group(self):
+        return None
+
     def Idup(self):
         return self, SimpleNamespace(Test=lambda: True)
 
