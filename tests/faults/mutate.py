@@ -68,6 +68,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "it has another name now: nothing is there to be removed"
     ),
     (
+        "file = LocalFile(self._system, path, size_bytes=len(manifest), direct=False)",
+        "constant: False",
+    ): "the disk refuses to take it past the cache, and it goes through it: the same bytes",
+    (
         "class _Told(msgspec.Struct, array_like=True):",
         "constant: True",
     ): "what travels between ranks has names then, and says the same",

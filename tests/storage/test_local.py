@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import signal
@@ -275,18 +276,21 @@ def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_every_call_of_a_save_failing_once(tmp_path, overwrite, code):
-    """The save raises a typed error, or was none the worse; what was there stays; no leftovers
-    after the next save; no descriptor leaks."""
+def test_every_call_of_a_save_failing_once(tmp_path, overwrite):
+    """With one error each, in turn (tests/faults/errnos has all of them): the save raises a typed
+    error, or was none the worse; what was there stays; no leftovers after the next save; no
+    descriptor leaks."""
     if overwrite:
         shardckpt.save(OLD, tmp_path / "count")
     count = Failing()
     shardckpt.save(STATE, tmp_path / "count", overwrite=overwrite, storage=LocalStorage(count))
     assert {"fsync", "rename", "write", "mkdir", "allocate"} <= set(count.calls)
     before = descriptors()
-    for at, name in enumerate(count.calls):
+    codes = itertools.cycle(
+        [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS],
+    )
+    for (at, name), code in zip(enumerate(count.calls), codes, strict=False):
         path = tmp_path / f"{at}"
         if overwrite:
             shardckpt.save(OLD, path)
@@ -449,3 +453,55 @@ def test_the_suite_sees_a_storage_that_publishes_early(path):
 
     with pytest.raises(AssertionError):
         StorageTests().test_nothing_is_visible_before_commit(Early(), path)
+
+
+def test_directories_above_are_made_and_durable(tmp_path):
+    synced = []
+
+    class Watched(System):
+        def open(self, path, flags, *, dir_fd=None):
+            fd = super().open(path, flags, dir_fd=dir_fd)
+            self.paths = {**getattr(self, "paths", {}), fd: path}
+            return fd
+
+        def fsync(self, fd):
+            synced.append(self.paths[fd])
+            super().fsync(fd)
+
+    path = tmp_path / "a" / "b" / "c"
+    LocalStorage(Watched()).begin(str(path), checkpoint_id="0" * 32, overwrite=False).abandon()
+    assert synced == [str(tmp_path.parent), str(tmp_path), str(tmp_path / "a")]
+    assert os.listdir(path.parent) == []
+
+
+def test_what_stands_at_the_path_is_told(tmp_path):
+    shardckpt.save(OLD, tmp_path / "checkpoint")
+    (tmp_path / "directory" / "of").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name, found in (
+        ("checkpoint", "a checkpoint"),
+        ("directory", "a directory"),
+        ("file", "a file of another kind"),
+    ):
+        with pytest.raises(errors.CheckpointExistsError) as exists:
+            shardckpt.save(STATE, tmp_path / name)
+        assert exists.value.actual == found
+        if name != "checkpoint":
+            with pytest.raises(errors.NotACheckpointError) as other:
+                shardckpt.save(STATE, tmp_path / name, overwrite=True)
+            assert (other.value.actual, other.value.expected) == (
+                found,
+                "a directory with a manifest.json",
+            )
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "directory", "file"]
+
+
+def test_a_file_that_is_linked_is_said_to_be(tmp_path):
+    shardckpt.save(OLD, tmp_path / "c")
+    (name,) = (path.name for path in (tmp_path / "c").glob("*.safetensors"))
+    storage = LocalStorage()
+    with shardckpt.open_checkpoint(tmp_path / "c") as base:
+        begun = storage.begin(str(tmp_path / "d"), checkpoint_id="0" * 32, overwrite=False)
+        assert begun.link(name, base.files) is True
+        assert begun.link("shard-00009-of-00010.safetensors", base.files) is False
+        begun.abandon()
