@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,8 +104,8 @@ def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:
         )
 
 
-_Read = tuple[int, int, "int | CopyRead"]
-"""(begin, end, address or copy) of a read in its shard's file."""
+_Read = Sequence[Any]
+"""(begin, end, address or CopyRead) of a read in its shard's file."""
 
 
 @dataclass(slots=True)
@@ -127,17 +128,19 @@ def _windows(reads: Reads) -> list[_Window]:
     into = address[row] + low - begin[row]
     order = np.lexsort((high, low, shard[row]))
     found: dict[tuple[int, int], _Window] = {}
-    rows = np.column_stack([shard[row], number, low, high, into])[order].tolist()
-    for (index, place), part in itertools.groupby(rows, key=lambda row: (row[0], row[1])):
-        cut: list[_Read] = [(low, high, into) for _, _, low, high, into in part]
-        found[index, place] = _Window(index, place * WINDOW_BYTES, cut)
+    places = np.column_stack([shard[row], number])[order]
+    cuts = np.flatnonzero((places[1:] != places[:-1]).any(axis=1)) + 1
+    rows = np.column_stack([low, high, into])[order].tolist()
+    for at, to in itertools.pairwise([0, *cuts.tolist(), len(rows)] if rows else []):
+        index, place = places[at].tolist()
+        found[index, place] = _Window(index, place * WINDOW_BYTES, rows[at:to])
     for copy in reads.copies:
         key = copy.shard, copy.begin // WINDOW_BYTES
         window = found.setdefault(key, _Window(copy.shard, key[1] * WINDOW_BYTES, []))
         window.reads.append((copy.begin, copy.end, copy))
     if reads.copies:
         for window in found.values():
-            window.reads.sort(key=lambda read: read[:2])
+            window.reads.sort(key=lambda read: (read[0], read[1]))
     return [found[key] for key in sorted(found)]
 
 
@@ -194,10 +197,10 @@ def _read_run(
             bad += bad_blocks(shard, at, block)  # while it is in the processor's cache
     if bad:
         raise damaged_blocks(manifest, bad, shard=window.shard, path=files.path)
-    held_at = buffer.address - base
+    held_at, move = buffer.address - base, ctypes.memmove
     for begin, end, place in later:
-        if isinstance(place, int):
-            ctypes.memmove(place, held_at + begin, end - begin)
+        if type(place) is int:
+            move(place, held_at + begin, end - begin)
             continue
         count = (end - begin) // place.dtype.itemsize
         held = torch.frombuffer(buffer.view, dtype=place.dtype, count=count, offset=begin - base)

@@ -101,7 +101,7 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
     library: str
     world_size: int
     shards: list[_Shard]
-    tensors: msgspec.Raw  # name to _Tensor
+    tensors: dict[str, _Tensor]
     state: Any
     per_rank: list[Any]
     notes: dict[str, str]
@@ -122,6 +122,7 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
 
     `tensors` stands for those of the manifest, if they are encoded already.
     """
+    encoded: Any = msgspec.Raw(encode_tensors(manifest.tensors) if tensors is None else tensors)
     document = _Document(
         format="shardckpt",
         version=manifest.format_version,
@@ -133,7 +134,7 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
             _Shard(shard.name, shard.size_bytes, digests_to_hex(shard.digests))
             for shard in manifest.shards
         ],
-        tensors=msgspec.Raw(encode_tensors(manifest.tensors) if tensors is None else tensors),
+        tensors=encoded,
         state=manifest.state,
         per_rank=list(manifest.per_rank),
         notes=manifest.notes,
@@ -170,10 +171,8 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
     """
     try:
         document = msgspec.json.decode(data, type=_Document)
-        entries = msgspec.json.decode(document.tensors, type=dict[str, _Tensor])
         # Canonical if what was understood would be written so again.
         canonical = _encode(document) + b"\n" == data
-        canonical = canonical and _encode(entries) == bytes(document.tensors)
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
         _check_head(data, path)
         refuse(path, "the members of format version 1", str(error)[:200])
@@ -182,9 +181,9 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
     if not canonical:
         refuse(path, *_NOT_CANONICAL)
     shards = tuple(_shards(document.shards, path))
-    columns = list(_columns(entries, path))
+    columns = list(_columns(document.tensors, path))
     check_chunks(columns, shards, path)
-    tensors = _tensors(entries, columns)
+    tensors = _tensors(document.tensors, columns)
     if document.world_size < 1:
         refuse(path, "a world size of 1 or more", document.world_size)
     if document.per_rank and len(document.per_rank) != document.world_size:

@@ -87,10 +87,11 @@ class Matcher:
 
     def match(self, template: Any, name: str = "") -> Finish:
         """Match one value of the caller's state; see the module's docstring."""
-        if isinstance(template, torch.Tensor) and not _is_per_rank(self.saved.nodes.get(name)):
+        per_rank = _is_per_rank(self.saved.nodes.get(name))
+        if isinstance(template, torch.Tensor) and not per_rank:
             tensor = self.tensor(template, name)
             return lambda: tensor
-        if _is_per_rank(self.saved.nodes.get(name)) and not isinstance(template, PerRank):
+        if per_rank and not isinstance(template, PerRank):
             marked = self.per_rank(PerRank(template), name)
             return lambda: marked().value
         if isinstance(template, nn.Module):
@@ -154,7 +155,7 @@ class Matcher:
 
     def agrees(self, entry: TensorEntry, template: torch.Tensor | ShardedArray, name: str) -> bool:
         """Whether a saved tensor can fill the template; notes the mismatch, or the cast."""
-        if tuple(template.shape) != entry.shape:
+        if template.shape != entry.shape:
             self.mismatches.wrong_shape.append((name, list(template.shape), list(entry.shape)))
             return False
         saved = DTYPES[entry.dtype]
@@ -215,7 +216,8 @@ class Matcher:
 
     def mapping(self, template: Any, name: str) -> Finish:
         """Match each item of a dict; what is saved beside them stays unused."""
-        parts = {key: self.match(value, below(name, key)) for key, value in template.items()}
+        prefix = f"{name}." if name else ""
+        parts = {key: self.match(value, f"{prefix}{key}") for key, value in template.items()}
 
         def finish() -> Any:
             for key, part in parts.items():

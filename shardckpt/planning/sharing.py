@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 import xxhash
 
 from shardckpt.format.manifest import TensorEntry
@@ -26,11 +25,10 @@ class Share(msgspec.Struct, array_like=True, frozen=True):
 
 def share_of(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> Share:
     """The share of a rank with these reads. Pure."""
-    first = [entry.chunks[0, :2] for entry, _ in reads if len(entry.chunks)]
     return Share(
         machine,
-        xxhash.xxh3_64_intdigest(np.concatenate(first).tobytes() if first else b""),
-        sum(chunk.data.numel() * chunk.data.element_size() for _, chunk in reads),
+        xxhash.xxh3_64_intdigest(b"".join(entry.chunks.data for entry, _ in reads)),
+        sum(chunk.data.nbytes for _, chunk in reads),
         sum(entry.size_bytes for entry, _ in reads),
     )
 
