@@ -54,9 +54,12 @@ def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArra
     for dim in range(shapes.shape[1]):
         low, size = (np.ascontiguousarray(column[:, dim]) for column in (offsets, sizes))
         whole = np.repeat(shapes[:, dim], counts)
-        good[of[(low < 0) | (size <= 0) | (size > whole - low)]] = False
+        parts = (low != 0) | (size != whole)
+        if not parts.any():
+            continue
+        good[of[parts & ((low < 0) | (size <= 0) | (size > whole - low))]] = False
         cut = np.zeros(len(shapes), dtype=bool)
-        cut[of[(low != 0) | (size != whole)]] = True
+        cut[of[parts]] = True
         cut &= good
         if cut.any():
             rows = slice(None) if cut.all() else np.flatnonzero(cut[of])
@@ -85,8 +88,9 @@ def _intervals(of: Ints, low: Ints, size: Ints, whole: Ints) -> tuple[NDArray[np
         order = np.lexsort((size, low, of))
         low, high = low[order], high[order]
     distinct = new | ~_repeats(low) | ~_repeats(high)
-    before = np.where(new, 0, np.roll(high, 1))
-    last = np.roll(new, -1)
+    before, last = np.zeros_like(high), np.ones_like(new)
+    before[1:], last[:-1] = high[:-1], new[1:]
+    before[new] = 0
     good = np.ones(len(whole), dtype=bool)
     good[of[(distinct & (low != before)) | (last & (high != whole[of]))]] = False
     return good, np.bincount(of[distinct], minlength=len(whole))
