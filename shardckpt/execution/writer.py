@@ -108,8 +108,8 @@ class _Stream:
     def put(self, address: int, size_bytes: int, *, staged: bool) -> None:
         """Append the bytes at an address."""
         while size_bytes:
-            whole_block = self.filled % BLOCK_BYTES == 0  # `submitted` always is
-            if staged and whole_block and not address % HEADER_ALIGN and size_bytes >= BUFFER_BYTES:
+            whole_block = staged and self.filled % BLOCK_BYTES == 0  # `submitted` always is
+            if whole_block and not address % HEADER_ALIGN and size_bytes >= BUFFER_BYTES:
                 if self.filled:
                     self.flush()
                 self.write_from(address)

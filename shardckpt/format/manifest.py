@@ -117,6 +117,13 @@ class _Head(msgspec.Struct):
     version: int = 0
 
 
+# Made here, so that no first use of a type compiles anything once a checkpoint is at hand.
+_decode_document = msgspec.json.Decoder(_Document).decode
+_decode_shards = msgspec.json.Decoder(_Shards).decode
+_decode_head = msgspec.json.Decoder(_Head).decode
+_decode_lists = msgspec.json.Decoder(list[list[int]]).decode
+
+
 def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
     """The manifest as canonical JSON: no white space, members in this order, its digest last.
 
@@ -170,7 +177,7 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
     format, CorruptionError for one that is damaged or breaks any rule of docs/format.md.
     """
     try:
-        document = msgspec.json.decode(data, type=_Document)
+        document = _decode_document(data)
         # Canonical if what was understood would be written so again.
         canonical = _encode(document) + b"\n" == data
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
@@ -233,7 +240,7 @@ def shards_from_bytes(data: bytes, *, path: str) -> tuple[ShardEntry, ...]:
     _check_head(data, path)
     _check_digest(data, path)
     try:
-        document = msgspec.json.decode(data, type=_Shards)
+        document = _decode_shards(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         refuse(path, "the members of format version 1", str(error)[:200])
     return tuple(_shards(document.shards, path))
@@ -247,7 +254,7 @@ def _check_digest(data: bytes, path: str) -> None:
 
 def _check_head(data: bytes, path: str) -> None:
     try:
-        head = msgspec.json.decode(data, type=_Head)
+        head = _decode_head(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         if data.startswith(b'{"format":"shardckpt"'):
             refuse(path, "a whole JSON document", str(error)[:200])
@@ -332,7 +339,7 @@ def _decoded(raws: list[msgspec.Raw], path: str) -> tuple[NDArray[np.int64], NDA
     for begin, end in itertools.pairwise(cuts):
         text = b"[" + b",".join(raws[begin:end]) + b"]"
         try:
-            lists = msgspec.json.decode(text, type=list[list[int]])
+            lists = _decode_lists(text)
         except (msgspec.MsgspecError, UnicodeError) as error:
             refuse(path, "lists of integers as chunks", str(error)[:200])
         if _encode(lists) != text:

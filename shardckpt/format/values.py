@@ -92,13 +92,13 @@ def reference(kind: Literal["tensor", "numpy", "per_rank"], name: str) -> Any:
 
 def mapping(items: list[tuple[Any, Any]], *, at: str) -> Any:
     """The JSON-able form of a dict with these keys and encoded values."""
-    if all(type(key) is str and key[:1] != "$" and _plain(key) for key, _ in items):
+    if all(type(k) is str and k[:1] != "$" and (k.isascii() or _plain(k)) for k, _ in items):
         return dict(items)
     return {"$dict": [[encode(key, at=_below(at, key)), item] for key, item in items]}
 
 
 def _plain(key: str) -> bool:
-    return key.isascii() or isinstance(_scalar(key), str)
+    return isinstance(_scalar(key), str)
 
 
 def _tagged(value: Any, at: str) -> Any:

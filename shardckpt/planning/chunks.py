@@ -65,6 +65,8 @@ def may_have_replicas(tensor: torch.Tensor | ShardedArray, *, world_size: int) -
     """Whether other ranks may hold the same box: all but ShardedArrays, and DTensors whose mesh
     is the whole world and shards along each of its dimensions. (A smaller mesh may have siblings.)
     """
+    if type(tensor) in _PLAIN:
+        return True
     if isinstance(tensor, ShardedArray):
         return False
     if not isinstance(tensor, DTensor):

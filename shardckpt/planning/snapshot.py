@@ -162,9 +162,11 @@ class _Taker:
         """A copy of a tensor of up to so many bytes that is no parameter; else itself."""
         if copy_up_to < 0 or type(tensor) not in _COPYABLE:
             return self.hold(tensor)
+        large = tensor.numel() * tensor.element_size() > copy_up_to
+        if large and not self.modules:  # whose large buffers are copied
+            return self.hold(tensor)
         memory = _memory(tensor)
         if memory not in self.copies:  # tied ones stay tied
-            large = tensor.numel() * tensor.element_size() > copy_up_to
             if large or memory in self.parameters:
                 return self.hold(tensor)
             self.copies[memory] = _copy(tensor)
@@ -197,8 +199,8 @@ def _mark(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory seen in the same way; within torch.no_grad()."""
-    local = tensor.to_local() if type(tensor) is DTensor else tensor
+    """Equal for tensors that are the same memory seen in the same way."""
+    local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
     if local.layout is not torch.strided or local.is_nested or not local.numel():
         return (id(tensor),)
     return (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -36,6 +37,7 @@ __all__ = [
     "plain_state",
 ]
 
+_LEAVES = (torch.Tensor, str, int, float, type(None))
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 # What the walks over a module found, with all that it depends on: most of the time a save takes.
@@ -85,7 +87,11 @@ def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
             items = enumerate(value)
         if items and id(value) not in seen:
             seen.add(id(value))
-            stack.extend(((*path, str(key)), item) for key, item in reversed(list(items)))
+            stack.extend(
+                ((*path, str(key)), item)
+                for key, item in reversed(list(items))
+                if not isinstance(item, _LEAVES)  # as most are
+            )
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:

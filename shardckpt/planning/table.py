@@ -101,18 +101,16 @@ def unpack_columns(data: bytes) -> Ints:
 
 def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
     """(offsets, sizes) pairs of any number of dimensions as one array [n, 2, D]."""
-    dims = max((len(offsets) for offsets, _ in boxes), default=0)
+    ndim = np.array([len(offsets) for offsets, _ in boxes], dtype=np.int64)
+    dims = int(ndim.max(initial=0))
     table = np.empty((len(boxes), 2, dims), dtype=np.int64)
     table[:, 0], table[:, 1] = 0, 1
-    ndim = np.array([len(offsets) for offsets, _ in boxes], dtype=np.int64)
     for n in np.unique(ndim).tolist():
         rows = np.flatnonzero(ndim == n)
-        numbers = itertools.chain.from_iterable(
-            itertools.chain.from_iterable(boxes[row] for row in rows.tolist())
-        )
-        table[rows, :, :n] = np.fromiter(numbers, np.int64, 2 * n * len(rows)).reshape(
-            len(rows), 2, n
-        )
+        these = map(boxes.__getitem__, rows.tolist())
+        numbers = itertools.chain.from_iterable(itertools.chain.from_iterable(these))
+        columns = np.fromiter(numbers, np.int64, 2 * n * len(rows))
+        table[rows, :, :n] = columns.reshape(len(rows), 2, n)
     return table
 
 
@@ -233,11 +231,11 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
             for name, tensor in tensors.items():
                 chunks = [] if name in flat.foreign else local_chunks(tensor, name=name)
                 replicated = common and may_have_replicas(tensor, world_size=world_size)
-                for chunk in chunks:
+                for offsets, sizes, local in chunks:
                     owner.append(len(specs))
                     shared.append(replicated)
-                    boxes.append((chunk.offsets, chunk.sizes))
-                    data.append(chunk.data)
+                    boxes.append((offsets, sizes))
+                    data.append(local)
                 dtype = dtype_name(tensor.dtype, tensor=name)
                 specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
     count = len(flat.tensors)
