@@ -89,10 +89,11 @@ def row(
 ) -> Row:
     """A row of medians; the fastest of the raw contestants stands for the machine."""
     scale = _SCALE[unit]
-    medians = {name: results.median(name, of) * scale for name in results.samples}
+    names = [name for name in results.samples if raw or not name.startswith(RAW)]
+    medians = {name: results.median(name, of) * scale for name in names}
     figures = {name: value for name, value in medians.items() if not name.startswith(RAW)}
     limits = [value for name, value in medians.items() if name.startswith(RAW)]
-    if raw and limits:
+    if limits:
         figures[RAW] = min(limits)
     return Row(title=title, unit=unit, figures=figures, targets=targets)
 
