@@ -211,7 +211,6 @@ class StoreCoordinator:
         self.rank = rank
         self.world_size = world_size
         self._connect = connect
-        self._store = Line(connect)
         self._progress = 0
         self._keys: list[str] = []
         self._later: list[str] = []
@@ -219,6 +218,7 @@ class StoreCoordinator:
         self._seen: dict[int, tuple[str, float, int, float]] = {}
         self._stopped = threading.Event()
         with _network("begin"):
+            self._store = Line(connect)
             self._beat(0, self._store)
         self._pulse = threading.Thread(target=self._keep_beating, daemon=True)
         self._pulse.start()

@@ -147,6 +147,15 @@ def test_a_rank_that_comes_just_as_it_is_given_up(connect, monkeypatch, next_cal
     assert found == [(1,), next_call]
 
 
+def test_a_store_that_takes_no_connection(monkeypatch):
+    monkeypatch.setattr(torch_store.knobs, "DEADLINE_S", 0.2)
+    done = threading.Event()
+    with pytest.raises(RankFailedError, match="does not answer") as caught:
+        StoreCoordinator(lambda: done.wait(60), rank=1, world_size=2)
+    done.set()
+    assert caught.value.facts["phase"] == "begin"
+
+
 def test_a_message_is_bounded(monkeypatch):
     """The server needs time that grows with the square of a message's length."""
     sent = []
