@@ -216,8 +216,7 @@ class Matcher:
 
     def mapping(self, template: Any, name: str) -> Finish:
         """Match each item of a dict; what is saved beside them stays unused."""
-        prefix = f"{name}." if name else ""
-        parts = {key: self.match(value, f"{prefix}{key}") for key, value in template.items()}
+        parts = {key: self.match(value, below(name, key)) for key, value in template.items()}
 
         def finish() -> Any:
             for key, part in parts.items():

@@ -93,15 +93,8 @@ class SavedState:
         items = children(node)
         if not items and self.selected(name):
             self.leaves[name] = node
-        prefix = f"{name}." if name else ""
         for key, item in items:
-            if type(item) is TensorRef:  # as most are
-                own = f"{prefix}{key}"
-                self.nodes[own] = item
-                if self.selected(own):
-                    self.leaves[own] = item
-            else:
-                self._index(item, f"{prefix}{key}")
+            self._index(item, below(name, key))
 
 
 def children(node: Any) -> list[tuple[Any, Any]]:

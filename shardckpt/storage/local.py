@@ -71,7 +71,7 @@ class LocalStorage:
                 self.system.stat(temporary)
                 return LocalTransaction(self.system, path, target, token, None)
             except FileNotFoundError:
-                pass
+                pass  # a network file system may show it later
             except OSError:
                 with translated(temporary):
                     raise

@@ -34,7 +34,7 @@ class Lock:
                     remedy="wait for it, or save to another path",
                 ) from error
             except FileNotFoundError:
-                pass
+                pass  # removed by its holder, as below
             except OSError as error:
                 if error.errno in (*UNSUPPORTED, errno.ENOLCK):
                     self.held = False
