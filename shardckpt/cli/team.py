@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from shardckpt import knobs
 from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.line import Lines
 from shardckpt.coordination.mpi.group import init_from_mpi
 from shardckpt.coordination.mpi.launch import mpi_launch, several_ranks
 from shardckpt.coordination.select import operation
@@ -129,11 +130,13 @@ def _ended(processes: list[subprocess.Popen[bytes]]) -> bool:
 
 @contextmanager
 def _joined(port: int, *, rank: int, number: int) -> Iterator[Coordinator]:
-    coordinator = StoreCoordinator(lambda: _connect(port), rank=rank, world_size=number)
+    lines = Lines(lambda: _connect(port))
+    coordinator = StoreCoordinator(lines, "", rank=rank, world_size=number)
     try:
         yield coordinator
     finally:
         coordinator.close()
+        lines.close()
 
 
 def _connect(port: int) -> Any:

@@ -22,18 +22,19 @@ and below the id of an operation, which no other one has:
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt import knobs
-from shardckpt.coordination.line import Line
+from shardckpt.coordination.line import Lines
 from shardckpt.coordination.many_keys import all_there, batches, get_many, set_many
 from shardckpt.coordination.waiting import (
     SHORTEST_WAIT_S,
@@ -53,6 +54,9 @@ _PIECE_BYTES = 4 << 20  # TCPStore refuses values of more than 8 MiB
 _traces: dict[tuple[str, str], list[str]] = {}
 # The ranks that may not have read yet that rank 0 has given them up, by prefix.
 _unread: dict[str, set[int]] = {}
+# By process group.
+_lines: weakref.WeakKeyDictionary[Any, Lines] = weakref.WeakKeyDictionary()
+os.register_at_fork(after_in_child=_lines.clear)  # whose threads are not there
 
 
 def store_coordinator(
@@ -64,8 +68,11 @@ def store_coordinator(
     `subject` says what it is about, alike on all ranks. Operations of different channels may
     run at once; those of one channel follow each other.
     """
+    if group not in _lines:
+        _lines[group] = Lines(group.get_group_store().clone)
+        weakref.finalize(group, _lines[group].close)
     return _operation(
-        group.get_group_store(),
+        _lines[group],
         f"shardckpt/{group.group_name}/{channel}",
         subject,
         rank=dist.get_rank(group),
@@ -75,28 +82,24 @@ def store_coordinator(
 
 @contextmanager
 def _operation(
-    of_group: Any, prefix: str, subject: str, *, rank: int, world_size: int
+    lines: Lines, prefix: str, subject: str, *, rank: int, world_size: int
 ) -> Iterator[StoreCoordinator]:
-    with _network("begin"):
-        store = Line(lambda: PrefixStore(prefix, of_group.clone()))
+    with _network("begin"), lines.line() as line:
+        store = line.below(prefix)
         if rank:
             identity = _ask(store, subject, rank=rank)
         else:
             unread = _unread.setdefault(prefix, set())
             identity = _let_in(store, subject, unread, world_size=world_size)
-    coordinator = StoreCoordinator(
-        lambda: PrefixStore(f"{prefix}/{identity}", of_group.clone()),
-        rank=rank,
-        world_size=world_size,
-    )
+    coordinator = StoreCoordinator(lines, f"{prefix}/{identity}", rank=rank, world_size=world_size)
     try:
         yield coordinator
     finally:
-        coordinator.close()
         with suppress(Exception):
+            store = coordinator.line.below(prefix)
             for old in _traces.pop((prefix, str(rank)), ()):  # all ranks are through with that
                 store.delete_key(old)
-        store.close()
+        coordinator.close()
         _traces[prefix, str(rank)] = [f"{identity}/{key}" for key in coordinator.traces()]
 
 
@@ -205,12 +208,13 @@ def _pieces(key: str, payload: bytes) -> dict[str, bytes]:
 
 
 class StoreCoordinator:
-    """See Coordinator. `connect` makes a connection to the store of this operation."""
+    """See Coordinator. The keys of this operation lie below `prefix`, which no other one has."""
 
-    def __init__(self, connect: Callable[[], Any], *, rank: int, world_size: int) -> None:
+    def __init__(self, lines: Lines, prefix: str, *, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._connect = connect
+        self._lines = lines
+        self._prefix = prefix
         self._progress = 0
         self._keys: list[str] = []
         self._later: list[str] = []
@@ -218,7 +222,8 @@ class StoreCoordinator:
         self._seen: dict[int, tuple[str, float, int, float]] = {}
         self._stopped = threading.Event()
         with _network("begin"):
-            self._store = Line(connect)
+            self.line = lines.take()
+            self._store = self.line.below(prefix)
             self._beat(0, self._store)
         self._pulse = threading.Thread(target=self._keep_beating, daemon=True)
         self._pulse.start()
@@ -265,11 +270,11 @@ class StoreCoordinator:
         """Stop the pulse, and remove from the store what nobody reads any more."""
         self._stopped.set()
         # A thread inside the store's C++ code when the interpreter ends would abort the process.
-        self._pulse.join(timeout=0 if self._store.broken else knobs.DEADLINE_S)
+        self._pulse.join(timeout=0 if self.line.hangs else knobs.DEADLINE_S)
         with suppress(Exception):
             for key in self._keys:
                 self._store.delete_key(key)
-        self._store.close()
+        self._lines.give_back(self.line)
 
     def traces(self) -> list[str]:
         """Keys to remove once every rank has ended this operation."""
@@ -363,8 +368,9 @@ class StoreCoordinator:
     def _keep_beating(self) -> None:
         if self._stopped.wait(self._interval()):
             return
-        with suppress(Exception):  # the working thread finds out by itself that the store is gone
-            store = self._connect()
+        # The working thread finds out by itself that the store is gone.
+        with suppress(Exception), self._lines.line() as line:
+            store = line.below(self._prefix)
             for number in itertools.count(1):
                 self._beat(number, store)
                 if self._stopped.wait(self._interval()):

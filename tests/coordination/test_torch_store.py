@@ -12,8 +12,10 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from shardckpt.coordination import line as line_module
 from shardckpt.coordination import many_keys, torch_store
 from shardckpt.coordination.base import exchange
+from shardckpt.coordination.line import Lines
 from shardckpt.coordination.torch_store import StoreCoordinator
 from shardckpt.errors import RankFailedError
 
@@ -24,19 +26,17 @@ RANKS = 7
 def connect(request, tmp_path):
     """What makes a connection to a store; the one in a file has no requests for many keys."""
     if request.param == "file":
-        return lambda: PrefixStore("op", dist.FileStore(str(tmp_path / "store"), RANKS))
+        return lambda: dist.FileStore(str(tmp_path / "store"), RANKS)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     timeout = datetime.timedelta(seconds=60)
-    return lambda: PrefixStore(
-        "op", dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timeout)
-    )
+    return lambda: dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timeout)
 
 
 def together(connect, work, ranks=RANKS):
     """What `work` returns or raises on each rank, and the keys that are left."""
 
     def run(rank):
-        coordinator = StoreCoordinator(connect, rank=rank, world_size=ranks)
+        coordinator = StoreCoordinator(Lines(connect), "op", rank=rank, world_size=ranks)
         try:
             return work(coordinator), coordinator
         except Exception as error:
@@ -76,7 +76,7 @@ def test_nothing_stays_in_the_store(connect):
 
     results, coordinators = together(connect, work)
     assert results == [b"b"] * RANKS
-    store = connect()
+    store = PrefixStore("op", connect())
     for coordinator in coordinators:
         for key in coordinator.traces():  # what the next operation removes
             store.delete_key(key)
@@ -113,9 +113,6 @@ def test_a_rank_that_comes_just_as_it_is_given_up(connect, monkeypatch, next_cal
     """It has looked whether it is late, and calls once rank 0 has given up and calls again."""
     given_up, asking = threading.Event(), threading.Event()
 
-    class Group:
-        clone = staticmethod(connect)
-
     def uuid4():  # what a rank calls after it has looked
         if threading.current_thread() is late_rank and not given_up.is_set():
             asking.set()
@@ -123,7 +120,7 @@ def test_a_rank_that_comes_just_as_it_is_given_up(connect, monkeypatch, next_cal
         return uuid.uuid4()
 
     def call(rank, subject):
-        with torch_store._operation(Group, "p", subject, rank=rank, world_size=2):
+        with torch_store._operation(Lines(connect), "p", subject, rank=rank, world_size=2):
             return subject
 
     def come_late():
@@ -151,9 +148,35 @@ def test_a_store_that_takes_no_connection(monkeypatch):
     monkeypatch.setattr(torch_store.knobs, "DEADLINE_S", 0.2)
     done = threading.Event()
     with pytest.raises(RankFailedError, match="does not answer") as caught:
-        StoreCoordinator(lambda: done.wait(60), rank=1, world_size=2)
+        StoreCoordinator(Lines(lambda: done.wait(60)), "op", rank=1, world_size=2)
     done.set()
     assert caught.value.facts["phase"] == "begin"
+
+
+def test_connections_are_kept(connect, monkeypatch):
+    made = []
+
+    def counted():
+        made.append(connect())
+        return made[-1]
+
+    lines = Lines(counted)
+    for _ in range(3):
+        with lines.line() as line, lines.line() as other:
+            line.below("a").set("key", "value")
+            assert other.below("a").check(["key"])
+    assert len(made) == 2
+    with pytest.raises(ZeroDivisionError), lines.line() as line:
+        line.ask(lambda: 1 / 0)
+    for _ in range(2):  # the one that has failed is gone
+        with lines.line(), lines.line():
+            pass
+    assert len(made) == 3
+    monkeypatch.setattr(line_module, "_FORGOTTEN_S", 0.0)
+    with lines.line():
+        pass
+    assert len(made) == 4
+    lines.close()
 
 
 def test_a_message_is_bounded(monkeypatch):

@@ -175,7 +175,9 @@ def test_stopped_by_sigterm_at_any_step(tmp_path, never_stopped, step):
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth", ".safetensors"])
-def test_stopped_by_ctrl_c(tmp_path, never_stopped, suffix):
+def test_stopped_by_ctrl_c(tmp_path, never_stopped, suffix, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     saving = {"name": f"e{{epoch}}{suffix}"}
     with pytest.raises(KeyboardInterrupt):
         go(everything(tmp_path, stop_at=4, number=int(signal.SIGINT), **saving))
