@@ -44,7 +44,7 @@ SHARED_DEADLINE_S = _number("SHARDCKPT_SHARED_DEADLINE_S", 0.8, least=0.1)
 """How long a rank waits to see the directory that rank 0 made: network file systems may be late."""
 
 READ_THREADS = int(_number("SHARDCKPT_READ_THREADS", min(8, os.cpu_count() or 1), least=1))
-"""Reads in flight, each from a thread of its own."""
+"""Reads in flight, each from a thread of its own; twice as many past the page cache."""
 
 READ_PAST_CACHE = bool(_number("SHARDCKPT_READ_PAST_CACHE", 1, least=0))
 """Whether what is not in the page cache may be read past it, where no other rank of the machine

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_DEADLINE_S = 300
+_DEADLINE_S = 1800
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from benchmarks.states import Check, local_bytes, state_of, trained
 from benchmarks.table import Row, Target, row
 
 _NO_SAVE = "no save"
-_STEPS = 6
+_STEPS = 3
 _TOKENS = 16
 
 
