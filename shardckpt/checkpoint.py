@@ -173,7 +173,7 @@ class Checkpoint(Closing, Mapping[str, Any]):
         saved = self._saved
         if keys is not None or rename is not None:
             saved = SavedState(self.manifest, keys=keys, rename=rename)
-        mapped = MappedFiles(self._files)
+        mapped = functools.cache(lambda: MappedFiles(self._files))
         # Saved tensor -> the first of its names: tied ones go to one device.
         sources: dict[str, str] = {}
         for name, node in saved.leaves.items():
@@ -187,7 +187,7 @@ class Checkpoint(Closing, Mapping[str, Any]):
             device = where(name) if name in tensors else torch.device("cpu")
             dtype = DTYPES[entry.dtype]
             if device == "disk":
-                return disk_tensor(mapped, self.manifest, name, entry), False
+                return disk_tensor(mapped(), self.manifest, name, entry), False
             device = torch.device(device)
             return torch.empty(entry.shape, dtype=dtype, device=device), device.type != "meta"
 

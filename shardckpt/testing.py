@@ -61,6 +61,18 @@ class StorageTests:
         assert bytes(files.map(_NAMES[0])) == _DATA
         files.close()
 
+    def test_duplicates_are_closed_by_themselves(self, storage: Storage, path: str) -> None:
+        """Either can be read once the other is closed."""
+        save(storage, path, b"first")
+        files = storage.open(path)
+        other, third = files.duplicate(), files.duplicate()
+        third.close()
+        files.close()
+        found = bytearray(len(_DATA))
+        other.readinto(_NAMES[0], [memoryview(found)], offset=0)
+        assert (found, other.manifest()) == (_DATA, b"first")
+        other.close()
+
     def test_nothing_is_visible_before_commit(self, storage: Storage, path: str) -> None:
         """A save under way can't be opened, and one abandoned leaves the path free."""
         transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only  # semi-public; tried with torch 2.13
 
+from shardckpt.errors import CheckpointError
 from shardckpt.execution.reader import check_size, read_all
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import Manifest, TensorEntry
@@ -19,12 +21,14 @@ __all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
 
 
 class MappedFiles:
-    """Shards read through memory maps, which outlive the open checkpoint; see CheckpointFiles."""
+    """Shards in memory maps, which outlive the open checkpoint and its removal; what is in no map's
+    pages yet is read past the page cache, while the files are there. See CheckpointFiles."""
 
     def __init__(self, files: CheckpointFiles) -> None:
         self.path = files.path
-        self._files = files
+        self._files = files.duplicate()
         self._maps: dict[str, memoryview] = {}
+        weakref.finalize(self, self._files.close)
 
     def map(self, name: str) -> memoryview:
         """See CheckpointFiles.map."""
@@ -45,15 +49,23 @@ class MappedFiles:
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
     ) -> bool:
-        """See CheckpointFiles.read_past_cache: pages that were touched are there."""
-        return False
+        """See CheckpointFiles.read_past_cache."""
+        try:
+            return self._files.read_past_cache(name, buffer, offset=offset, size_bytes=size_bytes)
+        except CheckpointError:  # removed or replaced: the map still has what was there
+            return False
 
     def manifest(self) -> bytes:
         """See CheckpointFiles.manifest."""
         return self._files.manifest()
 
+    def duplicate(self) -> MappedFiles:
+        """See CheckpointFiles.duplicate."""
+        return MappedFiles(self._files)
+
     def close(self) -> None:
         """See CheckpointFiles.close; the maps stay."""
+        self._files.close()
 
 
 def disk_tensor(
@@ -107,7 +119,7 @@ class DiskTensor(torch.Tensor):
             files, manifest, _, entry = self._source
             tensor = torch.empty(entry.shape, dtype=self.dtype)
             whole = LocalChunk((0,) * tensor.dim(), entry.shape, tensor)
-            read_all(files, manifest, plan_reads([(entry, whole)]))
+            read_all(files, manifest, plan_reads([(entry, whole)]), alone=True)
             self._tensor = tensor
         return self._tensor
 

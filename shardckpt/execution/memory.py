@@ -115,5 +115,9 @@ class _MemoryFiles:
         """See CheckpointFiles.map."""
         return memoryview(bytearray(_HEAD) + self._shards[name][0])
 
+    def duplicate(self) -> _MemoryFiles:
+        """See CheckpointFiles.duplicate: there is nothing to close."""
+        return self
+
     def close(self) -> None:
         """See CheckpointFiles.close."""

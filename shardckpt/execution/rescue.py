@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -164,6 +165,12 @@ class _MendedFiles:
         data = memoryview(bytearray(self._sizes[name]))
         self.readinto(name, [data], offset=0)
         return data
+
+    def duplicate(self) -> _MendedFiles:
+        """See CheckpointFiles.duplicate."""
+        other = copy.copy(self)
+        other._files = self._files.duplicate()
+        return other
 
     def close(self) -> None:
         """See CheckpointFiles.close."""

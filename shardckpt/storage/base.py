@@ -111,5 +111,8 @@ class CheckpointFiles(Protocol):
     def map(self, name: str) -> memoryview:
         """A shard mapped into memory, copied on write; stays valid after close."""
 
+    def duplicate(self) -> CheckpointFiles:
+        """The same files, to be closed by themselves. Raises StorageError."""
+
     def close(self) -> None:
         """Release what is held; never raises."""

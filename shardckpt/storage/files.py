@@ -6,8 +6,9 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import NoReturn
 
 from shardckpt.errors import (
@@ -23,8 +24,19 @@ __all__ = ["LocalFiles"]
 
 _READ = os.O_RDONLY | os.O_NONBLOCK  # a FIFO in a shard's place must not block
 _IOV_MAX = 1024
+_MOST_OPEN = 64  # shards, with two descriptors each; a process may have 1024, mostly
 _PAGE_BYTES = 4096
 _MANIFEST_LIMIT_BYTES = 2 << 30
+
+
+@dataclass(slots=True)
+class _Shard:
+    """An open shard, for how many that use it; `direct` is its descriptor past the page cache."""
+
+    fd: int
+    direct: int | None = None
+    tried: bool = False  # to open `direct`
+    users: int = 0
 
 
 class LocalFiles:
@@ -34,13 +46,12 @@ class LocalFiles:
     place meanwhile is never mixed in.
     """
 
-    def __init__(self, system: System, path: str) -> None:
+    def __init__(self, system: System, path: str, *, directory: int | None = None) -> None:
         self.path = path
         self._system = system
         self._lock = threading.Lock()
-        self._open: dict[str, int] = {}
-        self._direct: dict[str, int | None] = {}
-        self._directory = self._find(os.path.realpath(path))
+        self._open: dict[str, _Shard] = {}  # the one used last comes last
+        self._directory = self._find(os.path.realpath(path)) if directory is None else directory
 
     def _find(self, path: str) -> int:
         try:
@@ -122,16 +133,15 @@ class LocalFiles:
 
     def size_bytes(self, name: str) -> int:
         """See CheckpointFiles.size_bytes."""
-        with translated(f"{self.path}/{name}"):
-            return self._system.fstat(self._descriptor(name)).st_size
+        with translated(f"{self.path}/{name}"), self._using(name) as shard:
+            return self._system.fstat(shard.fd).st_size
 
     def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
         """See CheckpointFiles.readinto."""
-        with translated(f"{self.path}/{name}"):
-            fd = self._descriptor(name)
+        with translated(f"{self.path}/{name}"), self._using(name) as shard:
             for start in range(0, len(buffers), _IOV_MAX):
                 part = list(buffers[start : start + _IOV_MAX])
-                self._fill(fd, name, part, offset)
+                self._fill(shard.fd, name, part, offset)
                 offset += sum(map(len, part))
 
     def _fill(self, fd: int, name: str, buffers: list[memoryview], offset: int) -> None:
@@ -149,8 +159,8 @@ class LocalFiles:
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
     ) -> bool:
         """See CheckpointFiles.read_past_cache."""
-        with translated(f"{self.path}/{name}"):
-            fd = self._direct_descriptor(name)
+        with translated(f"{self.path}/{name}"), self._using(name) as shard:
+            fd = self._past_cache(name, shard)
             if fd is None or self._system.cached(fd, offset=offset, size_bytes=size_bytes):
                 return False
             room, done = size_bytes + -size_bytes % _PAGE_BYTES, 0
@@ -177,19 +187,25 @@ class LocalFiles:
 
     def map(self, name: str) -> memoryview:
         """See CheckpointFiles.map."""
-        with translated(f"{self.path}/{name}"):
-            fd = self._descriptor(name)
-            return memoryview(self._system.map(fd, size_bytes=self._system.fstat(fd).st_size))
+        with translated(f"{self.path}/{name}"), self._using(name) as shard:
+            size_bytes = self._system.fstat(shard.fd).st_size
+            return self._system.map(shard.fd, size_bytes=size_bytes)
+
+    def duplicate(self) -> LocalFiles:
+        """See CheckpointFiles.duplicate."""
+        with translated(self.path):
+            directory = self._system.dup(self._directory)
+        return LocalFiles(self._system, self.path, directory=directory)
 
     def share(self, name: str, path: str) -> bool:
         """Make `path` a hard link to a shard, or a clone of it where there can be none (too many
         links, another owner, no such thing here); whether it is one. Durable once the directory
         that holds `path` is."""
         try:
-            fd = self._descriptor(name)
+            with self._using(name) as shard:
+                return self._link(name, shard.fd, path) or self._clone(shard.fd, path)
         except (OSError, CheckpointError):
             return False
-        return self._link(name, fd, path) or self._clone(fd, path)
 
     def _link(self, name: str, fd: int, path: str) -> bool:
         try:
@@ -221,19 +237,29 @@ class LocalFiles:
             with suppress(OSError):
                 self._system.close(target)
 
-    def _descriptor(self, name: str) -> int:
+    @contextmanager
+    def _using(self, name: str) -> Iterator[_Shard]:
+        """A shard's file; beyond a number of files those that nobody uses are closed."""
         with self._lock:
-            if name not in self._open:
-                self._open[name] = self._open_shard(name)
-            return self._open[name]
+            shard = self._open.pop(name, None) or _Shard(self._open_shard(name))
+            self._open[name] = shard
+            shard.users += 1
+            if (surplus := len(self._open) - _MOST_OPEN) > 0:
+                idle = [other for other, one in self._open.items() if not one.users]
+                for other in idle[:surplus]:
+                    self._close_shard(self._open.pop(other))
+        try:
+            yield shard
+        finally:
+            with self._lock:
+                shard.users -= 1
 
-    def _direct_descriptor(self, name: str) -> int | None:
-        """One that leaves the page cache alone; None where there is none."""
-        held = self._descriptor(name)
+    def _past_cache(self, name: str, shard: _Shard) -> int | None:
+        """A descriptor that leaves the page cache alone; None where there is none."""
         with self._lock:
-            if name not in self._direct:
-                self._direct[name] = self._open_direct(name, held)
-            return self._direct[name]
+            if not shard.tried:
+                shard.tried, shard.direct = True, self._open_direct(name, shard.fd)
+            return shard.direct
 
     def _open_direct(self, name: str, held: int) -> int | None:
         if not hasattr(os, "O_DIRECT"):
@@ -306,9 +332,16 @@ class LocalFiles:
     def close(self) -> None:
         """See CheckpointFiles.close."""
         with self._lock:
-            descriptors = [*self._open.values(), *self._direct.values(), self._directory]
-            self._open, self._direct, self._directory = {}, {}, -1
-        for fd in descriptors:
-            if fd is not None and fd >= 0:
+            shards, self._open = self._open, {}
+            directory, self._directory = self._directory, -1
+        for shard in shards.values():
+            self._close_shard(shard)
+        if directory >= 0:
+            with suppress(OSError):
+                self._system.close(directory)
+
+    def _close_shard(self, shard: _Shard) -> None:
+        for fd in (shard.fd, shard.direct):
+            if fd is not None:
                 with suppress(OSError):
                     self._system.close(fd)

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +22,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
 """What file systems say of calls that they don't know."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _FICLONE = 0x40049409  # linux/fs.h
@@ -93,11 +95,21 @@ class System:
         """Unlock it, for children that inherited the descriptor as well."""
         fcntl.flock(fd, fcntl.LOCK_UN)
 
-    def map(self, fd: int, *, size_bytes: int) -> mmap.mmap:
-        """The file in memory; writes to it stay private."""
-        return mmap.mmap(
-            fd, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
+    def map(self, fd: int, *, size_bytes: int) -> memoryview:
+        """The file in memory; writes to it stay private. Python's own maps keep a descriptor."""
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        size = ctypes.c_size_t(size_bytes)
+        address = _libc.mmap(None, size, access, mmap.MAP_PRIVATE, fd, ctypes.c_int64(0))
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        pages = (ctypes.c_char * size_bytes).from_address(address)
+        unmap = weakref.finalize(pages, _libc.munmap, ctypes.c_void_p(address), size)
+        unmap.atexit = False  # others may look into it until the end
+        return memoryview(pages).cast("B")
+
+    def dup(self, fd: int) -> int:
+        """Another descriptor for the same."""
+        return os.dup(fd)
 
     def mkdir(self, path: str) -> None:
         """Make a directory."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import mmap
 import os
 import stat
 import threading
@@ -275,10 +274,17 @@ class Disk(System):
         with self.lock_:
             self.locked.pop(self.descriptors[fd], None)
 
-    def map(self, fd: int, *, size_bytes: int) -> mmap.mmap:
-        memory = mmap.mmap(-1, size_bytes)
-        self.read(fd, [memoryview(memory)], offset=0)
+    def map(self, fd: int, *, size_bytes: int) -> memoryview:
+        memory = memoryview(bytearray(size_bytes))
+        self.read(fd, [memory], offset=0)
         return memory
+
+    def dup(self, fd: int) -> int:
+        with self.lock_:
+            self._call()
+            other = next(self.numbers)
+            self.descriptors[other] = self.descriptors[fd]
+            return other
 
     def mkdir(self, path: str) -> None:
         with self.lock_:

@@ -6,11 +6,13 @@ import errno
 import fcntl
 import itertools
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,10 @@ import torch
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.cli.main import main
 from shardckpt.execution import verify
+from shardckpt.format.digests import block_digest
+from shardckpt.storage import files as files_module
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.system import System
 from shardckpt.testing import StorageTests, save
@@ -505,3 +510,67 @@ def test_a_file_that_is_linked_is_said_to_be(tmp_path):
         assert begun.link(name, base.files) is True
         assert begun.link("shard-00009-of-00010.safetensors", base.files) is False
         begun.abandon()
+
+
+@pytest.fixture
+def many_shards(tmp_path):
+    """A checkpoint of more shards than may be open at once, and what is in it."""
+    state = {"w": torch.arange(4800 * 1024.0).reshape(-1, 1024), "n": torch.ones(7)}
+    one, many = tmp_path / "one", tmp_path / "many"
+    shardckpt.save(state, one)
+    assert main(["reshard", str(one), str(many), "--world-size", "300"]) == 0
+    with shardckpt.open_checkpoint(many) as opened:
+        assert len(opened["w"].shards) == 300
+    return many, state
+
+
+FEW_DESCRIPTORS = """
+import resource, sys, torch, shardckpt
+from shardckpt.cli.main import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+path, other = sys.argv[1:]
+for device_map in ("cpu", "disk"):
+    state = shardckpt.load_state(path, device_map=device_map)
+    assert torch.equal(state["w"] + 0, torch.arange(4800 * 1024.0).reshape(-1, 1024))
+assert main(["verify", path]) == 0
+assert main(["reshard", path, other, "--world-size", "200"]) == 0
+"""
+
+
+def test_more_shards_than_descriptors(many_shards, tmp_path):
+    """Files that nobody reads are closed, and maps keep none open."""
+    command = [sys.executable, "-c", FEW_DESCRIPTORS, many_shards[0], tmp_path / "other"]
+    subprocess.run(
+        command, check=True, timeout=120, env={**os.environ, "SHARDCKPT_READ_THREADS": "8"}
+    )
+
+
+def test_files_in_use_stay_open(many_shards, monkeypatch):
+    """Eight threads read all shards at once, and at most two may be open that nobody reads."""
+    monkeypatch.setattr(files_module, "_MOST_OPEN", 2)
+    path, _ = many_shards
+    with shardckpt.open_checkpoint(path) as opened, ThreadPoolExecutor(8) as pool:
+        shards = opened.manifest.shards * 5
+        random.Random(0).shuffle(shards := list(shards))
+
+        def read(shard):
+            found = bytearray(shard.size_bytes)
+            opened.files.readinto(shard.name, [memoryview(found)], offset=0)
+            return block_digest(found) == shard.digests[0]
+
+        assert all(pool.map(read, shards))
+        assert len(opened.files._open) <= 2 + 8
+
+
+def test_tensors_on_disk_outlive_their_checkpoint(tmp_path, many_shards):
+    """Also where others have put another checkpoint at the path, and it would be read past the
+    page cache."""
+    path, state = many_shards
+    cold = Cold()
+    there = shardckpt.load_state(path, device_map="disk", storage=LocalStorage(cold))
+    gone = shardckpt.load_state(path, device_map="disk", storage=LocalStorage(Cold()))
+    assert torch.equal(there["w"] + 0, state["w"])
+    assert cold.past
+    shutil.rmtree(path)
+    shardckpt.save({"w": torch.zeros(3)}, path)
+    assert torch.equal(gone["w"] + 0, state["w"])
