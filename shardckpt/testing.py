@@ -70,7 +70,7 @@ class StorageTests:
         files.close()
         found = bytearray(len(_DATA))
         other.readinto(_NAMES[0], [memoryview(found)], offset=0)
-        assert (found, other.manifest()) == (_DATA, b"first")
+        assert (bytes(found), other.manifest()) == (_DATA, b"first")
         other.close()
 
     def test_nothing_is_visible_before_commit(self, storage: Storage, path: str) -> None:
