@@ -191,7 +191,6 @@ class LocalTransaction:
             sync_directory(self._system, os.path.dirname(self._target))
         if replaced is not None:
             remove_tree(self._system, replaced)
-        self.close()
 
     def _publish(self) -> str | None:
         """Give the new checkpoint its name; where the old one has gone, if there was one."""

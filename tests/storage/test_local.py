@@ -317,6 +317,52 @@ def test_every_call_of_a_save_failing_once(tmp_path, overwrite):
         assert not [left for left in os.listdir(tmp_path) if left.startswith(f".{at}.")], name
 
 
+class FailingAt(System):
+    """The last call of this name that a replacing save makes fails; `seen` are all calls' names."""
+
+    def __init__(self, name, *, number):
+        self.seen = []
+        call = getattr(self, name)
+
+        def fails(*arguments, **named):
+            self.seen.append(name)
+            if self.seen.count(name) == number:
+                raise OSError(errno.EIO, "planted")
+            return call(*arguments, **named)
+
+        setattr(self, name, fails)
+
+    def exchange(self, one, other):
+        self.seen.append("exchange")
+        super().exchange(one, other)
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_durable(tmp_path):
+    """The fsync of the folder fails once the names were exchanged."""
+    path = tmp_path / "c"
+    shardckpt.save(OLD, path)
+    count = FailingAt("fsync", number=0)
+    shardckpt.save(OLD, path, overwrite=True, storage=LocalStorage(count))
+    assert count.seen[-2:] == ["exchange", "fsync"]
+    faulty = FailingAt("fsync", number=count.seen.count("fsync"))
+    with pytest.raises(errors.StorageError):
+        shardckpt.save(STATE, path, overwrite=True, storage=LocalStorage(faulty))
+    assert loadable(path) == (2, True)
+    (old,) = tmp_path.glob(".c.tmp-*")
+    assert loadable(old) == (1, True)
+
+
+def test_a_rename_that_fails_is_not_made_in_another_way(tmp_path):
+    path = tmp_path / "c"
+    shardckpt.save(OLD, path)
+    faulty = FailingAt("rename", number=1)
+    with pytest.raises(errors.StorageError) as caught:
+        shardckpt.save(STATE, path, overwrite=True, storage=LocalStorage(faulty))
+    assert caught.value.errno == errno.EIO
+    assert faulty.seen == ["rename"]
+    assert loadable(path) == (1, True)
+
+
 def test_a_full_disk_is_called_so(tmp_path):
     with pytest.raises(errors.NoSpaceError) as caught:
         faulty = Failing()

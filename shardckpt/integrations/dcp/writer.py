@@ -203,6 +203,7 @@ class ShardWriter(StorageWriter):
             facts = _union(written, metadata.planner_data)
         identity = self._transaction.token
         commit(self._transaction, checkpoint_id=identity, **facts)
+        self._transaction.close()
         self._transaction = None
 
     def abandon(self) -> None:
