@@ -99,7 +99,8 @@ class _Load:
             error = self.matcher.strict_part().error(self.path) if strict else None
             if error is not None:
                 raise error
-            share = share_of(self.matcher.reads, machine=platform.node())
+            shared = self.matcher.reads if self.coordinator.world_size > 1 else ()
+            share = share_of(shared, machine=platform.node())
             return msgspec.msgpack.encode((self.manifest.checkpoint_id, share))
 
         answer = exchange(self.coordinator, "open", plan, _agree(self.path))
