@@ -317,6 +317,22 @@ def test_every_call_of_a_save_failing_once(tmp_path, overwrite):
         assert not [left for left in os.listdir(tmp_path) if left.startswith(f".{at}.")], name
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_shards_are_written_past_the_cache(path, takes):
+    """Where the file system takes that."""
+
+    class Direct(Plain):
+        def direct(self, fd, *, on):
+            if not takes:
+                super().direct(fd, on=on)
+
+    transaction = LocalStorage(Direct()).begin(path, checkpoint_id="0", overwrite=False)
+    file = transaction.create("shard", size_bytes=5)
+    assert file.direct is takes
+    file.discard()
+    transaction.abandon()
+
+
 class FailingAt(System):
     """The last call of this name that a replacing save makes fails; `seen` are all calls' names."""
 
