@@ -72,6 +72,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "constant: False",
     ): "the disk refuses to take it past the cache, and it goes through it: the same bytes",
     (
+        'self.direct = direct and hasattr(os, "O_DIRECT")',
+        "and/or: direct and hasattr(os, 'O_DIRECT')",
+    ): "the manifest then: the disk refuses to take it past the cache, as above",
+    (
         "class _Told(msgspec.Struct, array_like=True):",
         "constant: True",
     ): "what travels between ranks has names then, and says the same",

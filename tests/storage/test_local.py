@@ -333,6 +333,16 @@ def test_shards_are_written_past_the_cache(path, takes):
     transaction.abandon()
 
 
+def test_a_manifest_is_made_once(path):
+    transaction = LocalStorage().begin(path, checkpoint_id="0", overwrite=False)
+    transaction.create("manifest.json", size_bytes=1).close(size_bytes=1)
+    with pytest.raises(errors.StorageError) as caught:
+        transaction.commit(b"{}")
+    assert caught.value.errno == errno.EEXIST
+    transaction.abandon()
+    assert not os.path.exists(path)
+
+
 class FailingAt(System):
     """The last call of this name that a replacing save makes fails; `seen` are all calls' names."""
 
