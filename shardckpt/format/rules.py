@@ -104,6 +104,8 @@ def _check_boxes(own: Columns, path: str) -> None:
 
 def check_references(state: Any, per_rank: list[Any], tensors: Collection[str], path: str) -> None:
     """Every reference in the typed JSON has its target, and nothing is nested too deeply."""
+    lists = all(type(values) is list for values in per_rank)
+    in_each_rank = set(map(str, range(min(map(len, per_rank), default=0) if lists else 0)))
     level: list[Any] = [node for node in (state, per_rank) if type(node) in _NESTED]
     depth = 0
     while level:
@@ -114,10 +116,8 @@ def check_references(state: Any, per_rank: list[Any], tensors: Collection[str], 
                 continue
             for key, item in node.items():
                 if key in _REFERENCES:
-                    in_rank = key == "$per_rank"
-                    if type(item) is not str or not (
-                        _in_each_rank(per_rank, item) if in_rank else item in tensors
-                    ):
+                    targets = in_each_rank if key == "$per_rank" else tensors
+                    if type(item) is not str or item not in targets:
                         found = f"{key} {item!r}"[:200]
                         refuse(path, "values that refer to tensors of the manifest", found)
                 elif type(item) in _NESTED:
@@ -126,9 +126,3 @@ def check_references(state: Any, per_rank: list[Any], tensors: Collection[str], 
         if depth > _MAX_DEPTH:
             refuse(path, f"at most {_MAX_DEPTH} levels of nesting", "more")
         level = inner
-
-
-def _in_each_rank(per_rank: list[Any], index: str) -> bool:
-    return bool(per_rank) and all(
-        isinstance(values, list) and index in map(str, range(len(values))) for values in per_rank
-    )

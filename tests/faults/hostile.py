@@ -210,6 +210,18 @@ ATTACKS: dict[str, Attack] = {
     "a newer version": manifest(lambda d: d.update(version=99)),
     "version 0": manifest(lambda d: d.update(version=0)),
     # Values.
+    "100,000 values of each rank, and one more reference": manifest(
+        lambda d: d.update(
+            state={"n": [{"$per_rank": str(index)} for index in range(100_001)]},
+            per_rank=[[None] * 100_000],
+        )
+    ),
+    "a reference to no rank's value": manifest(
+        lambda d: d.update(state={"n": {"$per_rank": "01"}}, per_rank=[[1, 2]])
+    ),
+    "values of a rank that are no list": manifest(
+        lambda d: d.update(state={"n": {"$per_rank": "0"}}, per_rank=[{"0": 1}])
+    ),
     "a reference to nothing": value({"$tensor": "nothing"}),
     "an unknown tag": value({"$call": ["os", "system", "true"]}),
     "an enum of a module not imported": value({"$enum": ["antigravity", "Open", "UP"]}),
