@@ -245,7 +245,7 @@ class LocalFile:
         try:
             if self.direct:
                 self.direct = self._can(lambda: system.direct(self._fd, on=True))
-            self._can(lambda: system.allocate(self._fd, size_bytes=max(size_bytes, 1)))
+            self._can(lambda: system.allocate(self._fd, size_bytes=size_bytes))
         except BaseException:
             self.discard()
             raise
