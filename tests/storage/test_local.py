@@ -333,6 +333,31 @@ def test_shards_are_written_past_the_cache(path, takes):
     transaction.abandon()
 
 
+@pytest.mark.parametrize(("direct", "code"), [(True, errno.EIO), (False, errno.EINVAL)])
+def test_a_write_that_fails_is_not_made_again(path, direct, code):
+    """But where the disk does not take it past the cache, which is EINVAL."""
+    asked = []
+
+    class Fails(Plain):
+        def direct(self, fd, *, on):
+            if not direct:
+                super().direct(fd, on=on)
+
+        def write(self, fd, data, *, offset):
+            asked.append(offset)
+            if len(asked) > 1:
+                return len(data)
+            raise OSError(code, "planted")
+
+    transaction = LocalStorage(Fails()).begin(path, checkpoint_id="0", overwrite=False)
+    file = transaction.create("shard", size_bytes=4096)
+    with pytest.raises(errors.StorageError) as caught:
+        file.write(memoryview(bytes(4096)), offset=0)
+    assert (caught.value.errno, asked) == (code, [0])
+    file.discard()
+    transaction.abandon()
+
+
 def test_a_manifest_is_made_once(path):
     transaction = LocalStorage().begin(path, checkpoint_id="0", overwrite=False)
     transaction.create("manifest.json", size_bytes=1).close(size_bytes=1)
