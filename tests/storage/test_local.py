@@ -358,6 +358,19 @@ def test_a_write_that_fails_is_not_made_again(path, direct, code):
     transaction.abandon()
 
 
+def test_a_write_that_takes_nothing(path):
+    class Full(Plain):
+        def write(self, fd, data, *, offset):
+            return 0
+
+    transaction = LocalStorage(Full()).begin(path, checkpoint_id="0", overwrite=False)
+    file = transaction.create("shard", size_bytes=4096)
+    with pytest.raises(errors.StorageError, match="refused"):
+        file.write(memoryview(bytes(4096)), offset=0)
+    file.discard()
+    transaction.abandon()
+
+
 def test_a_manifest_is_made_once(path):
     transaction = LocalStorage().begin(path, checkpoint_id="0", overwrite=False)
     transaction.create("manifest.json", size_bytes=1).close(size_bytes=1)
