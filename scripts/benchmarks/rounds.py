@@ -36,7 +36,8 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One run: seconds are those of the slowest rank; all else is summed over the ranks."""
+    """One run: seconds, also those among the figures, are those of the slowest rank; all else,
+    processor time too, is summed over the ranks."""
 
     seconds: float
     cpu_seconds: float
@@ -133,5 +134,8 @@ def _together(samples: list[Sample]) -> Sample:
         seconds=max(sample.seconds for sample in samples),
         cpu_seconds=sum(sample.cpu_seconds for sample in samples),
         peak_bytes=sum(sample.peak_bytes for sample in samples),
-        figures={key: sum(sample.figures[key] for sample in samples) for key in samples[0].figures},
+        figures={
+            key: (max if key.endswith("seconds") else sum)(s.figures[key] for s in samples)
+            for key in samples[0].figures
+        },
     )

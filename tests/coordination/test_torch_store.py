@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import gc
+import os
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+import shardckpt
 from shardckpt.coordination import line as line_module
 from shardckpt.coordination import many_keys, torch_store
 from shardckpt.coordination.base import exchange
 from shardckpt.coordination.line import Lines
 from shardckpt.coordination.torch_store import StoreCoordinator
 from shardckpt.errors import RankFailedError
+from tests.ranks import run_ranks
 
 RANKS = 7
 
@@ -201,3 +207,25 @@ def test_a_message_is_bounded(monkeypatch):
     assert [pair for message in sent for pair in message] == [*small.items(), *large.items()]
     assert max(map(len, sent)) == 64
     assert all(len(message) == 1 for message in sent[-3:])
+
+
+def several_saves(folder: str) -> tuple[int, int, int]:
+    """Connections after one save and after five, and groups that are remembered at the end."""
+
+    def sockets() -> int:
+        files = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+        return sum("socket:" in str(file.readlink()) for file in files if file.is_symlink())
+
+    counts = []
+    for number in range(5):
+        shardckpt.save({"a": torch.ones(3)}, f"{folder}/{number}")
+        counts.append(sockets())
+    dist.destroy_process_group()
+    gc.collect()
+    return counts[0], counts[-1], len(torch_store._lines)
+
+
+@pytest.mark.ranks
+def test_saves_share_a_connection(tmp_path):
+    for first, last, groups in run_ranks(2, several_saves, str(tmp_path)):
+        assert (last, groups) == (first, 0)
