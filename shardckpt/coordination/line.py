@@ -79,7 +79,7 @@ class Line:
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.hangs = False  # a call has not returned
-        self.failed = False  # or has raised: better not to be used again
+        self.failed = False  # or has raised, or nobody has waited for it: not to be used again
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True, name="shardckpt-line").start()
@@ -96,15 +96,19 @@ class Line:
     def ask(self, call: _Call) -> Any:
         """What a call returns or raises."""
         if not self.hangs:
+            before, self.failed = (
+                self.failed,
+                True,
+            )  # a ctrl-c leaves the answer to whoever asks next
             self._calls.put(call)
             try:
                 well, value = self._answers.get(timeout=knobs.DEADLINE_S)
             except queue.Empty:
-                self.hangs = self.failed = True
+                self.hangs = True
             else:
                 if well:
+                    self.failed = before
                     return value
-                self.failed = True
                 raise value
         raise RankFailedError(
             "The store of the process group does not answer",

@@ -31,7 +31,7 @@ _MANIFEST_LIMIT_BYTES = 2 << 30
 
 @dataclass(slots=True)
 class _Shard:
-    """An open shard, for how many that use it; `direct` is its descriptor past the page cache."""
+    """An open shard, and how many are using it; `direct` is its descriptor past the page cache."""
 
     fd: int
     direct: int | None = None

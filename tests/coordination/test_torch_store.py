@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import datetime
 import gc
-import os
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +183,28 @@ def test_connections_are_kept(connect, monkeypatch):
     lines.close()
 
 
+def test_an_interrupted_call_takes_its_answer_along(connect):
+    """Ctrl-c while a call is under way: its answer must not be taken for that of the next one."""
+    lines = Lines(connect)
+    with lines.line() as first:
+        first.below("a").set("key", "value")
+
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lines.line() as line:
+        assert line is first
+        answers = line._answers
+        line._answers = SimpleNamespace(get=interrupted, put=answers.put)
+        try:
+            line.below("a").check(["key"])
+        finally:
+            line._answers = answers
+    with lines.line() as line:
+        assert line.below("a").get("key") == b"value"
+    lines.close()
+
+
 def test_a_message_is_bounded(monkeypatch):
     """The server needs time that grows with the square of a message's length."""
     sent = []
@@ -209,23 +229,25 @@ def test_a_message_is_bounded(monkeypatch):
     assert all(len(message) == 1 for message in sent[-3:])
 
 
-def several_saves(folder: str) -> tuple[int, int, int]:
-    """Connections after one save and after five, and groups that are remembered at the end."""
+def several_saves(folder: str) -> tuple[int, int]:
+    """Connections made for five saves, and groups that are remembered at the end."""
+    made = []
+    connect = line_module.Line.__init__
 
-    def sockets() -> int:
-        files = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
-        return sum("socket:" in str(file.readlink()) for file in files if file.is_symlink())
+    def counted(line, *arguments):
+        made.append(line)
+        connect(line, *arguments)
 
-    counts = []
+    line_module.Line.__init__ = counted
     for number in range(5):
         shardckpt.save({"a": torch.ones(3)}, f"{folder}/{number}")
-        counts.append(sockets())
     dist.destroy_process_group()
     gc.collect()
-    return counts[0], counts[-1], len(torch_store._lines)
+    return len(made), len(torch_store._lines)
 
 
 @pytest.mark.ranks
 def test_saves_share_a_connection(tmp_path):
-    for first, last, groups in run_ranks(2, several_saves, str(tmp_path)):
-        assert (last, groups) == (first, 0)
+    for connections, groups in run_ranks(2, several_saves, str(tmp_path)):
+        assert 1 <= connections <= 2  # a second one for signs of life, where a save takes long
+        assert groups == 0
