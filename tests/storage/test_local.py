@@ -321,14 +321,17 @@ def test_every_call_of_a_save_failing_once(tmp_path, overwrite):
 def test_shards_are_written_past_the_cache(path, takes):
     """Where the file system takes that."""
 
+    turned = []
+
     class Direct(Plain):
         def direct(self, fd, *, on):
+            turned.append(on)
             if not takes:
                 super().direct(fd, on=on)
 
     transaction = LocalStorage(Direct()).begin(path, checkpoint_id="0", overwrite=False)
     file = transaction.create("shard", size_bytes=5)
-    assert file.direct is takes
+    assert (file.direct, turned) == (takes, [True])
     file.discard()
     transaction.abandon()
 
