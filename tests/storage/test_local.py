@@ -361,6 +361,28 @@ def test_a_write_that_fails_is_not_made_again(path, direct, code):
     transaction.abandon()
 
 
+@pytest.mark.parametrize(("taken", "turned"), [(4096, [True]), (777, [True, False])])
+def test_a_short_write_goes_on(path, taken, turned):
+    """Past the cache only from where a page begins."""
+    found, written = [], []
+
+    class Short(Plain):
+        def direct(self, fd, *, on):
+            found.append(on)
+
+        def write(self, fd, data, *, offset):
+            written.append((offset, len(data)))
+            return min(taken, len(data)) if len(written) == 1 else len(data)
+
+    transaction = LocalStorage(Short()).begin(path, checkpoint_id="0", overwrite=False)
+    file = transaction.create("shard", size_bytes=8192)
+    file.write(memoryview(bytes(8192)), offset=0)
+    assert written == [(0, 8192), (taken, 8192 - taken)]
+    assert (found, file.direct) == (turned, turned[-1])
+    file.discard()
+    transaction.abandon()
+
+
 def test_a_write_that_takes_nothing(path):
     class Full(Plain):
         def write(self, fd, data, *, offset):
@@ -419,14 +441,15 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_durable(tmp_path):
     assert loadable(old) == (1, True)
 
 
-def test_a_rename_that_fails_is_not_made_in_another_way(tmp_path):
+@pytest.mark.parametrize("name", ["rename", "exchange"])
+def test_a_rename_that_fails_is_not_made_in_another_way(tmp_path, name):
     path = tmp_path / "c"
     shardckpt.save(OLD, path)
-    faulty = FailingAt("rename", number=1)
+    faulty = FailingAt(name, number=1)
     with pytest.raises(errors.StorageError) as caught:
         shardckpt.save(STATE, path, overwrite=True, storage=LocalStorage(faulty))
     assert caught.value.errno == errno.EIO
-    assert faulty.seen == ["rename"]
+    assert faulty.seen == [name]
     assert loadable(path) == (1, True)
 
 
