@@ -407,7 +407,7 @@ def test_a_manifest_is_made_once(path):
 
 
 class FailingAt(System):
-    """The last call of this name that a replacing save makes fails; `seen` are all calls' names."""
+    """Call `number` of this name fails; `seen` are these calls, and exchanges, in their order."""
 
     def __init__(self, name, *, number):
         self.seen = []
