@@ -320,7 +320,6 @@ def test_every_call_of_a_save_failing_once(tmp_path, overwrite):
 @pytest.mark.parametrize("takes", [True, False])
 def test_shards_are_written_past_the_cache(path, takes):
     """Where the file system takes that."""
-
     turned = []
 
     class Direct(Plain):
@@ -406,36 +405,22 @@ def test_a_manifest_is_made_once(path):
     assert not os.path.exists(path)
 
 
-class FailingAt(System):
-    """Call `number` of this name fails; `seen` are these calls, and exchanges, in their order."""
-
-    def __init__(self, name, *, number):
-        self.seen = []
-        call = getattr(self, name)
-
-        def fails(*arguments, **named):
-            self.seen.append(name)
-            if self.seen.count(name) == number:
-                raise OSError(errno.EIO, "planted")
-            return call(*arguments, **named)
-
-        setattr(self, name, fails)
-
-    def exchange(self, one, other):
-        self.seen.append("exchange")
-        super().exchange(one, other)
+def calls_of_a_replacing_save(path):
+    shardckpt.save(OLD, path)
+    count = Failing()
+    shardckpt.save(OLD, path, overwrite=True, storage=LocalStorage(count))
+    return count.calls
 
 
 def test_the_old_checkpoint_stays_until_the_new_one_is_durable(tmp_path):
     """The fsync of the folder fails once the names were exchanged."""
     path = tmp_path / "c"
-    shardckpt.save(OLD, path)
-    count = FailingAt("fsync", number=0)
-    shardckpt.save(OLD, path, overwrite=True, storage=LocalStorage(count))
-    assert count.seen[-2:] == ["exchange", "fsync"]
-    faulty = FailingAt("fsync", number=count.seen.count("fsync"))
+    calls = calls_of_a_replacing_save(path)
+    last = max(at for at, name in enumerate(calls) if name == "fsync")
+    assert calls.index("exchange") < last
     with pytest.raises(errors.StorageError):
-        shardckpt.save(STATE, path, overwrite=True, storage=LocalStorage(faulty))
+        faulty = LocalStorage(Failing(last, errno.EIO))
+        shardckpt.save(STATE, path, overwrite=True, storage=faulty)
     assert loadable(path) == (2, True)
     (old,) = tmp_path.glob(".c.tmp-*")
     assert loadable(old) == (1, True)
@@ -444,12 +429,13 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_durable(tmp_path):
 @pytest.mark.parametrize("name", ["rename", "exchange"])
 def test_a_rename_that_fails_is_not_made_in_another_way(tmp_path, name):
     path = tmp_path / "c"
-    shardckpt.save(OLD, path)
-    faulty = FailingAt(name, number=1)
+    at = calls_of_a_replacing_save(path).index(name)
+    faulty = Failing(at, errno.EIO)
     with pytest.raises(errors.StorageError) as caught:
         shardckpt.save(STATE, path, overwrite=True, storage=LocalStorage(faulty))
     assert caught.value.errno == errno.EIO
-    assert faulty.seen == [name]
+    assert faulty.calls[at] == name
+    assert not {"rename", "exchange"} & set(faulty.calls[at + 1 :])
     assert loadable(path) == (1, True)
 
 
