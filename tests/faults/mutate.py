@@ -71,6 +71,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "file = LocalFile(self._system, path, size_bytes=len(manifest), direct=False)",
         "constant: False",
     ): "the disk refuses to take it past the cache, and it goes through it: the same bytes",
+    ("return False", "returns None: return False"): "either says no",
     (
         'self.direct = direct and hasattr(os, "O_DIRECT")',
         "and/or: direct and hasattr(os, 'O_DIRECT')",

@@ -180,6 +180,28 @@ def test_what_others_keep_in_a_checkpoint_stays(tmp_path):
     assert os.listdir(tmp_path) == ["best"]
 
 
+def test_of_many_directories_in_a_checkpoint_five_are_named(tmp_path):
+    path = saved(tmp_path / "c")
+    for name in "abcdefg":
+        os.mkdir(os.path.join(path, name))
+    with pytest.raises(StorageError, match="a directory in it") as caught:
+        removal.remove(System(), path)
+    assert len(caught.value.actual.split(", ")) == 5
+
+
+def test_shards_are_not_looked_at_one_by_one(tmp_path):
+    """There may be thousands of them, on a file system where each look takes its time."""
+    path, looked = saved(tmp_path / "c"), []
+
+    class Watched(System):
+        def stat(self, path):
+            looked.append(os.path.basename(path))
+            return super().stat(path)
+
+    removal.remove(Watched(), path)
+    assert not [name for name in looked if name.endswith((".safetensors", ".json"))]
+
+
 def test_a_directory_in_a_leftover_stays_but_no_shard(tmp_path):
     leftover(tmp_path, f".c.tmp-{TOKEN}")
     (tmp_path / f".c.tmp-{TOKEN}" / "a").mkdir()
