@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardckpt import knobs
 from shardckpt.errors import StateError
+from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.stager import Image, ImagePool, current_events, stage, staged_bytes
 from shardckpt.planning.flatten import flatten
 from shardckpt.planning.snapshot import Snapshot, take_snapshot
@@ -107,7 +108,8 @@ class _Job:
         self.error: Exception | None = None
         self.snapshot = Snapshot()
         try:
-            self.snapshot = take_snapshot(state, small_bytes=knobs.COPY_AT_ONCE_BYTES)
+            with collector_paused():
+                self.snapshot = take_snapshot(state, small_bytes=knobs.COPY_AT_ONCE_BYTES)
         except Exception as error:  # told to all ranks by the save itself
             self.error = error
         self.events = current_events()

@@ -158,7 +158,7 @@ def _read_window(
     run: list[_Read] = []
     low = high = 0
     for read in window.reads:
-        if run and _floor(read[0]) > high:
+        if run and read[0] > high and _floor(read[0]) > high:
             _read_run(files, manifest, window, (low, high), run, buffer, past_cache)
             total += high - low
             run = []

@@ -207,6 +207,7 @@ class _Save:
                     chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
                     files=writes.files,
                     data=lambda part: parts[part],
+                    layouts=writes.layouts,
                     base=base,
                     staged=self.staged,
                 )
@@ -288,7 +289,8 @@ def commit(
     `tensors` are the manifest's, encoded. World size, PerRank values and notes are those of
     `saved_by`, if these shards hold again what it held.
     """
-    own_trees = tuple(msgspec.json.decode(result.own_trees) for result in results)
+    own_trees = tuple(msgspec.Raw(result.own_trees) for result in results)
+    has_own = any(result.own_trees != b"[]" for result in results)
     manifest = to_bytes(
         Manifest(
             checkpoint_id=checkpoint_id,
@@ -305,8 +307,8 @@ def commit(
                 for file in result.files
             ),
             tensors={},
-            state=msgspec.json.decode(tree),
-            per_rank=saved_by.per_rank if saved_by else own_trees if any(own_trees) else (),
+            state=msgspec.Raw(tree),
+            per_rank=saved_by.per_rank if saved_by else own_trees if has_own else (),
             notes=saved_by.notes if saved_by else {},
         ),
         tensors=tensors,

@@ -65,6 +65,7 @@ def write_rank(
     chunks: ChunkTable,
     files: Sequence[tuple[int, int]],
     data: Callable[[slice], Iterable[torch.Tensor]],
+    layouts: dict[int, tuple[bytes, int]] | None = None,
     base: Base | None = None,
     staged: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
@@ -73,10 +74,12 @@ def write_rank(
 
     `files`: the kind of each and how many of the chunks, in order, it holds. `data(part)` are
     the elements of these chunks in order; it is called once for each file, from any thread.
-    `progress` is called with the bytes handed to the file system so far. What `base` holds
-    already is linked instead of written. `staged`: nobody changes the data meanwhile.
+    `layouts` are RankWrites.layouts, which need no second look. `progress` is called with the
+    bytes handed to the file system so far. What `base` holds already is linked instead of
+    written. `staged`: nobody changes the data meanwhile.
     """
     total = _Total(progress)
+    known = {} if layouts is None else layouts
     watches = {kind: Stopwatch() for kind, _ in files}
     ends = list(itertools.accumulate(count for _, count in files))
 
@@ -84,8 +87,10 @@ def write_rank(
         part = slice(begin, end)
         own = ChunkTable(tensor=chunks.tensor[part], boxes=chunks.boxes[part])
         name = shard_name(rank=rank, world_size=world_size, kind=kind)
-        with collector_paused():
-            header, size_bytes = layout(specs, own)
+        if kind not in known:
+            with collector_paused():
+                known[kind] = layout(specs, own)
+        header, size_bytes = known[kind]
         shard = base and base.take_over(
             transaction,
             name,

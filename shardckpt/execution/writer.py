@@ -108,23 +108,29 @@ class _Stream:
     def put(self, address: int, size_bytes: int, *, staged: bool) -> None:
         """Append the bytes at an address."""
         while size_bytes:
-            whole_block = staged and self.filled % BLOCK_BYTES == 0  # `submitted` always is
-            if whole_block and not address % HEADER_ALIGN and size_bytes >= BUFFER_BYTES:
+            take = self.hashed + BLOCK_BYTES - self.filled
+            if size_bytes < take:
+                take = size_bytes
+            elif (
+                staged
+                and size_bytes >= BUFFER_BYTES
+                and take == BLOCK_BYTES  # `submitted` is at a block's begin always
+                and not address % HEADER_ALIGN
+            ):
                 if self.filled:
                     self.flush()
                 self.write_from(address)
                 address += BUFFER_BYTES
                 size_bytes -= BUFFER_BYTES
                 continue
-            if self.filled == BUFFER_BYTES:
-                self.flush()
-            take = min(size_bytes, self.hashed + BLOCK_BYTES - self.filled)
             ctypes.memmove(self.buffers[self.current].address + self.filled, address, take)
             address += take
             size_bytes -= take
             self.filled += take
             if self.filled == self.hashed + BLOCK_BYTES:
                 self.hash_block()
+                if self.filled == BUFFER_BYTES:
+                    self.flush()
 
     def write_from(self, address: int) -> None:
         """Append BUFFER_BYTES at an address, without a copy."""

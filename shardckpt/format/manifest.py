@@ -6,9 +6,9 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -87,13 +87,17 @@ class _Shard(msgspec.Struct, forbid_unknown_fields=True):
     digests: str
 
 
-class _Tensor(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+# A list of ints; of a large manifest, Raw: millions of them are decoded a few tensors at a time.
+_Chunks = TypeVar("_Chunks", list[int], msgspec.Raw)
+
+
+class _Tensor(msgspec.Struct, Generic[_Chunks], forbid_unknown_fields=True, gc=False):
     dtype: str
     shape: tuple[int, ...]
-    chunks: msgspec.Raw  # a list of ints; millions of them are decoded a few tensors at a time
+    chunks: _Chunks
 
 
-class _Document(msgspec.Struct, forbid_unknown_fields=True):
+class _Document(msgspec.Struct, Generic[_Chunks], forbid_unknown_fields=True):
     format: str
     version: int
     id: str
@@ -101,7 +105,7 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
     library: str
     world_size: int
     shards: list[_Shard]
-    tensors: dict[str, _Tensor]
+    tensors: dict[str, _Tensor[_Chunks]]
     state: Any
     per_rank: list[Any]
     notes: dict[str, str]
@@ -118,7 +122,10 @@ class _Head(msgspec.Struct):
 
 
 # Made here, so that no first use of a type compiles anything once a checkpoint is at hand.
-_decode_document = msgspec.json.Decoder(_Document).decode
+_decode_small: Callable[[bytes], _Document[Any]] = msgspec.json.Decoder(_Document[list[int]]).decode
+_decode_large: Callable[[bytes], _Document[Any]] = msgspec.json.Decoder(
+    _Document[msgspec.Raw]
+).decode
 _decode_shards = msgspec.json.Decoder(_Shards).decode
 _decode_head = msgspec.json.Decoder(_Head).decode
 _decode_lists = msgspec.json.Decoder(list[list[int]]).decode
@@ -177,7 +184,7 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
     format, CorruptionError for one that is damaged or breaks any rule of docs/format.md.
     """
     try:
-        document = _decode_document(data)
+        document = (_decode_small if len(data) <= _BATCH_BYTES else _decode_large)(data)
         # Canonical if what was understood would be written so again.
         canonical = _encode(document) + b"\n" == data
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
@@ -262,7 +269,7 @@ def _check_head(data: bytes, path: str) -> None:
     _check_version(head, data, path)
 
 
-def _check_version(head: _Head | _Document, data: bytes, path: str) -> None:
+def _check_version(head: _Head | _Document[Any], data: bytes, path: str) -> None:
     if head.format != "shardckpt":
         raise NotACheckpointError(
             "The manifest is not one of shardckpt's",
@@ -302,7 +309,7 @@ def _shards(entries: list[_Shard], path: str) -> Iterator[ShardEntry]:
         yield ShardEntry(name=entry.name, size_bytes=entry.size, digests=digests)
 
 
-def _columns(entries: dict[str, _Tensor], path: str) -> Iterator[Columns]:
+def _columns(entries: dict[str, _Tensor[Any]], path: str) -> Iterator[Columns]:
     """The tensors in columns, those of equal ndim together."""
     by_dims: dict[int, list[str]] = {}
     for name, entry in entries.items():
@@ -314,8 +321,9 @@ def _columns(entries: dict[str, _Tensor], path: str) -> Iterator[Columns]:
             wrong = next(n for n in names if dims > _MAX_DIMS or entries[n].dtype in unknown)
             refuse(path, "a known dtype and at most 64 dimensions", entries[wrong].dtype, wrong)
         try:
-            shapes = np.array([entry.shape for entry in own], np.int64).reshape(len(own), dims)
-            counts, chunks = _decoded([entry.chunks for entry in own], path)
+            sizes = itertools.chain.from_iterable(entry.shape for entry in own)
+            shapes = np.fromiter(sizes, np.int64, len(own) * dims).reshape(len(own), dims)
+            counts, chunks = _numbers([entry.chunks for entry in own], path)
         except (OverflowError, struct.error):
             refuse(path, "numbers of 64 bits", "a larger one")
         odd = (shapes < 0).any(axis=1) | (shapes.astype(np.float64).prod(axis=1) >= 1 << 59)
@@ -331,11 +339,22 @@ def _columns(entries: dict[str, _Tensor], path: str) -> Iterator[Columns]:
         yield Columns(names, items, shapes, counts // width, chunks.reshape(-1, width))
 
 
-def _decoded(raws: list[msgspec.Raw], path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many numbers each list in JSON has, and all numbers; struct.error for larger ones."""
+def _numbers(chunks: list[Any], path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many numbers each list of a _Tensor's chunks has, and all numbers; struct.error for those
+    of over 64 bits."""
+    counts, numbers = [], []
+    for lists in [chunks] if type(chunks[0]) is list else _decoded(chunks, path):
+        counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
+        # Four times as fast as numpy takes a list.
+        packed = struct.pack(f"={counts[-1].sum()}q", *itertools.chain.from_iterable(lists))
+        numbers.append(np.frombuffer(packed, np.int64))
+    return np.concatenate(counts), np.concatenate(numbers)
+
+
+def _decoded(raws: list[msgspec.Raw], path: str) -> Iterator[list[list[int]]]:
+    """Lists that are JSON still, a few at a time."""
     number = np.cumsum([len(memoryview(raw)) for raw in raws]) // _BATCH_BYTES
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(raws)]
-    counts, numbers = [], []
     for begin, end in itertools.pairwise(cuts):
         text = b"[" + b",".join(raws[begin:end]) + b"]"
         try:
@@ -344,14 +363,10 @@ def _decoded(raws: list[msgspec.Raw], path: str) -> tuple[NDArray[np.int64], NDA
             refuse(path, "lists of integers as chunks", str(error)[:200])
         if _encode(lists) != text:
             refuse(path, *_NOT_CANONICAL)
-        counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
-        # Four times as fast as numpy takes a list.
-        packed = struct.pack(f"={counts[-1].sum()}q", *itertools.chain.from_iterable(lists))
-        numbers.append(np.frombuffer(packed, np.int64))
-    return np.concatenate(counts), np.concatenate(numbers)
+        yield lists
 
 
-def _tensors(entries: dict[str, _Tensor], columns: list[Columns]) -> dict[str, TensorEntry]:
+def _tensors(entries: dict[str, _Tensor[Any]], columns: list[Columns]) -> dict[str, TensorEntry]:
     found: dict[str, TensorEntry] = {}
     for own in columns:
         ends = np.cumsum(own.counts).tolist()

@@ -178,6 +178,8 @@ def decode(node: Any, *, tensor: Callable[[TensorRef], Any]) -> Any:
         if kind is dict:
             if len(node) == 1:
                 ((tag, body),) = node.items()
+                if tag == "$tensor" and type(body) is str:  # as most are
+                    return tensor(TensorRef(body, "tensor"))
                 if tag[:1] == "$":
                     try:
                         return _DECODERS[tag](body, item, tensor)

@@ -11,39 +11,45 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
+from shardckpt.format.dtypes import DTYPES
 from shardckpt.planning.arrays import ShardedArray
 
 __all__ = [
+    "PLAIN",
     "Box",
     "LocalChunk",
     "box_slices",
     "check_dense",
     "is_distributed",
+    "lies_as_saved",
     "local_chunks",
     "local_tensor",
     "may_have_replicas",
 ]
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _REMEMBERED = 65_536  # layouts of DTensors
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes) of a part of a global tensor."""
 
 
-class LocalChunk(NamedTuple):
-    """A box of a global tensor, and the local tensor (of the box's sizes) that holds it."""
+class LocalChunk(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """A box of a global tensor, and the local tensor (of the box's sizes) that holds it; of one
+    that lies_as_saved, if that has been looked up, its `address`."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     data: torch.Tensor
+    address: int = 0
 
 
 def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Any:
@@ -65,7 +71,7 @@ def may_have_replicas(tensor: torch.Tensor | ShardedArray, *, world_size: int) -
     """Whether other ranks may hold the same box: all but ShardedArrays, and DTensors whose mesh
     is the whole world and shards along each of its dimensions. (A smaller mesh may have siblings.)
     """
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return True
     if isinstance(tensor, ShardedArray):
         return False
@@ -78,7 +84,7 @@ def may_have_replicas(tensor: torch.Tensor | ShardedArray, *, world_size: int) -
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
     """The memory that this rank holds: the tensor itself, or a DTensor's local part; None where
     it is not one dense tensor. Free inside torch.no_grad()."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return tensor if tensor.layout is torch.strided else None
     if isinstance(tensor, DTensor):
         local: Any = tensor.to_local()
@@ -97,7 +103,7 @@ def local_chunks(tensor: torch.Tensor | ShardedArray, *, name: str) -> list[Loca
     without elements is one empty box. Raises PartialPlacementError for a DTensor of
     partial sums. See check_dense for what else is refused.
     """
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         shape = tuple(tensor.shape)
         return [LocalChunk((0,) * len(shape), shape, tensor)]  # type: ignore[arg-type]
     if isinstance(tensor, ShardedArray):
@@ -120,6 +126,19 @@ def local_chunks(tensor: torch.Tensor | ShardedArray, *, name: str) -> list[Loca
     return [chunk for chunk in chunks if 0 not in chunk.sizes]
 
 
+def lies_as_saved(data: torch.Tensor, dtype: str) -> bool:
+    """Whether the elements lie in CPU memory as in a file: row-major, of this safetensors dtype."""
+    return (
+        data.layout is torch.strided
+        and not data.is_nested
+        and data.is_cpu
+        and data.dtype == DTYPES[dtype]
+        and data.is_contiguous()
+        and not data.is_neg()
+        and not (dtype == "C64" and data.is_conj())
+    )
+
+
 def _is_sharded_tensor(tensor: torch.Tensor) -> bool:
     # Imported late: the class lives in a private package (tried with torch 2.13), and a
     # state that has one has imported it already.
@@ -130,7 +149,7 @@ def check_dense(tensor: torch.Tensor, *, name: str) -> None:
     """Raise UnsupportedLeafError, naming the tensor, for one whose elements don't lie in memory
     as strides say: sparse, quantized, nested, not initialised, or of a class that wraps others."""
     kind = type(tensor)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         if tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested):
             return
         also = ", quantized" if tensor.is_quantized else ", nested" if tensor.is_nested else ""

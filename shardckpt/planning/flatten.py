@@ -254,11 +254,16 @@ class Ties:
         if isinstance(tensor, ShardedArray):  # ranks may have no part of it, or any
             return self._same.setdefault((id(tensor),), name)
         local = local_tensor(tensor)
-        if local is not None and local.numel():
-            other, known = self._at.setdefault(local.data_ptr(), (tensor, name))
-            if other is tensor:
-                return known
-            self._same.setdefault(_memory_key(other), known)
+        if local is not None and (address := local.data_ptr()):  # 0: it has no elements
+            return self.first_at(address, tensor, name)
+        return self._same.setdefault(_memory_key(tensor), name)
+
+    def first_at(self, address: int, tensor: torch.Tensor, name: str) -> str:
+        """As `first` for a tensor whose memory begins there."""
+        other, known = self._at.setdefault(address, (tensor, name))
+        if other is tensor:
+            return known
+        self._same.setdefault(_memory_key(other), known)
         return self._same.setdefault(_memory_key(tensor), name)
 
 

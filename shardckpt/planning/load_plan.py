@@ -23,7 +23,14 @@ from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.build import NOTHING, Builder
-from shardckpt.planning.chunks import LocalChunk, check_dense, is_distributed, local_chunks
+from shardckpt.planning.chunks import (
+    PLAIN,
+    LocalChunk,
+    check_dense,
+    is_distributed,
+    lies_as_saved,
+    local_chunks,
+)
 from shardckpt.planning.flatten import PerRank, Ties
 from shardckpt.planning.modules import match_module, match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
@@ -87,7 +94,8 @@ class Matcher:
 
     def match(self, template: Any, name: str = "") -> Finish:
         """Match one value of the caller's state; see the module's docstring."""
-        per_rank = _is_per_rank(self.saved.nodes.get(name))
+        node = self.saved.nodes.get(name)
+        per_rank = type(node) is TensorRef and node.kind == "per_rank"
         if isinstance(template, torch.Tensor) and not per_rank:
             tensor = self.tensor(template, name)
             return lambda: tensor
@@ -127,31 +135,51 @@ class Matcher:
         found = self.mismatches
         return Mismatches(found.missing, owned, found.wrong_shape, found.wrong_dtype)
 
-    def find(self, name: str) -> TensorEntry | None:
-        """The saved tensor for a name, noted as used; None, noted as missing, if there is none."""
-        node = self.saved.nodes.get(name)
-        if isinstance(node, TensorRef):
-            self.used.add(name)
-            return self.saved.manifest.tensors[node.name]
-        if name in self.saved.nodes:
-            self.used.add(name)
-            self.mismatches.wrong_dtype.append((name, "a tensor", type(node).__name__))
-        else:
+    def find(self, name: str) -> tuple[str, TensorEntry] | None:
+        """The saved tensor for a name, and its name in the manifest, noted as used; None, noted as
+        missing, if there is none."""
+        node = self.saved.nodes.get(name, NOTHING)
+        if node is NOTHING:
             self.mismatches.missing.append(name)
+            return None
+        self.used.add(name)
+        if isinstance(node, TensorRef):
+            return node.name, self.saved.manifest.tensors[node.name]
+        self.mismatches.wrong_dtype.append((name, "a tensor", type(node).__name__))
         return None
 
     def tensor(self, template: torch.Tensor, name: str) -> torch.Tensor:
         """Fill a tensor in place (one on the meta device: a new one like it); returns it."""
-        if not self.saved.selected(name):
+        if not self.saved.selected(name) or self.plain(template, name):
             return template
         check_dense(template, name=name)
-        entry = self.find(name)
-        if entry is None or not self.agrees(entry, template, name):
+        found = self.find(name)
+        if found is None or not self.agrees(found[1], template, name):
             return template
         if template.is_meta:
             template = materialised(template)
-        self.fill(entry, template, name)
+        self.fill(found, template, name)
         return template
+
+    def plain(self, template: torch.Tensor, name: str) -> bool:
+        """As `tensor` for one as most are: in CPU memory as the saved one lies in its file. False
+        for any other, of which nothing is noted then."""
+        ref = self.saved.nodes.get(name)
+        if type(template) not in PLAIN or type(ref) is not TensorRef:
+            return False
+        entry = self.saved.manifest.tensors[ref.name]
+        if (
+            not lies_as_saved(template, entry.dtype)
+            or template.shape != entry.shape
+            or not (address := template.data_ptr())
+            or self._filled.first_at(address, template, ref.name) != ref.name
+        ):
+            return False
+        self.used.add(name)
+        shape = template.shape
+        chunk = LocalChunk((0,) * len(shape), shape, template, address)
+        self.reads.append((entry, chunk))
+        return True
 
     def agrees(self, entry: TensorEntry, template: torch.Tensor | ShardedArray, name: str) -> bool:
         """Whether a saved tensor can fill the template; notes the mismatch, or the cast."""
@@ -166,9 +194,11 @@ class Matcher:
             self.cast.append((name, str(saved), str(template.dtype)))
         return True
 
-    def fill(self, entry: TensorEntry, tensor: torch.Tensor | ShardedArray, name: str) -> None:
+    def fill(
+        self, found: tuple[str, TensorEntry], tensor: torch.Tensor | ShardedArray, name: str
+    ) -> None:
         """Note the reads that fill a tensor, once for tied ones."""
-        source = self.saved.nodes[name].name
+        source, entry = found
         first = self._filled.first(tensor, source)
         if first != source:
             raise StateError(
@@ -202,11 +232,11 @@ class Matcher:
 
     def sharded(self, template: ShardedArray, name: str) -> Finish:
         """Fill this rank's part of an array in place."""
-        entry = self.find(name) if self.saved.selected(name) else None
-        if entry is None or not self.agrees(entry, template.check(name), name):
+        found = self.find(name) if self.saved.selected(name) else None
+        if found is None or not self.agrees(found[1], template.check(name), name):
             return lambda: template
         template.check_writeable(name)
-        self.fill(entry, template, name)
+        self.fill(found, template, name)
 
         def finish() -> Any:
             template.loaded()

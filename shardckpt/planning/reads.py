@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shardckpt.format.dtypes import DTYPES, itemsize
 from shardckpt.format.manifest import TensorEntry
-from shardckpt.planning.chunks import LocalChunk, box_slices
+from shardckpt.planning.chunks import LocalChunk, box_slices, lies_as_saved
 
 __all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]
 
@@ -59,9 +59,9 @@ def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
     was saved (copying casts).
     """
     by_dims: dict[int, list[tuple[TensorEntry, LocalChunk]]] = {}
-    for entry, target in wanted:
-        if 0 not in target.sizes:
-            by_dims.setdefault(len(entry.shape), []).append((entry, target))
+    for pair in wanted:
+        if 0 not in pair[1].sizes:
+            by_dims.setdefault(len(pair[0].shape), []).append(pair)
     found = [_reads_of(dims, pairs) for dims, pairs in by_dims.items()]
     return Reads(
         direct=np.concatenate([np.empty((0, 4), np.int64), *(part.direct for part in found)]),
@@ -73,22 +73,23 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     """As plan_reads for tensors of `dims` dimensions."""
     chunks = np.concatenate([entry.chunks for entry, _ in pairs])
     owner = np.repeat(np.arange(len(pairs)), [len(entry.chunks) for entry, _ in pairs])
-    numbers = itertools.chain.from_iterable((*t.offsets, *t.sizes) for _, t in pairs)
-    want = np.fromiter(numbers, np.int64, len(pairs) * 2 * dims).reshape(len(pairs), 2, dims)[owner]
     held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
-    low = np.maximum(held_at, want[:, 0])
-    size = np.minimum(held_at + held, want[:, 0] + want[:, 1]) - low
+    want_at = _rows([t.offsets for _, t in pairs], dims)[owner]
+    want = _rows([t.sizes for _, t in pairs], dims)[owner]
+    low = np.maximum(held_at, want_at)
+    size = np.minimum(held_at + held, want_at + want) - low
     hit = np.flatnonzero((size > 0).all(axis=1))
-    chunks, owner, want, low, size = chunks[hit], owner[hit], want[hit], low[hit], size[hit]
-    held_at, held = held_at[hit], held[hit]
+    chunks, owner, low, size = chunks[hit], owner[hit], low[hit], size[hit]
+    held_at, held, want_at, want = held_at[hit], held[hit], want_at[hit], want[hit]
 
     width = np.array([itemsize(entry.dtype) for entry, _ in pairs], dtype=np.int64)[owner]
     begin = chunks[:, 1] + ((low - held_at) * _strides(held)).sum(axis=1) * width
     end = begin + size.prod(axis=1) * width
-    into = np.array([t.data.data_ptr() for _, t in pairs], dtype=np.int64)[owner]
-    into += ((low - want[:, 0]) * _strides(want[:, 1])).sum(axis=1) * width
-    as_is = np.array([_is_plain(t.data, entry.dtype) for entry, t in pairs], dtype=np.bool_)[owner]
-    as_is &= _are_runs(size, held) & _are_runs(size, want[:, 1])
+    into = np.array([t.address or t.data.data_ptr() for _, t in pairs], dtype=np.int64)[owner]
+    into += ((low - want_at) * _strides(want)).sum(axis=1) * width
+    lies = [t.address != 0 or lies_as_saved(t.data, entry.dtype) for entry, t in pairs]
+    as_is = np.array(lies, dtype=np.bool_)[owner]
+    as_is &= _are_runs(size, held) & _are_runs(size, want)
 
     copies: list[CopyRead] = []
     for row in np.flatnonzero(~as_is).tolist():
@@ -101,13 +102,10 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     return Reads(direct=direct, copies=copies)
 
 
-def _is_plain(data: torch.Tensor, dtype: str) -> bool:
-    return (
-        data.is_cpu
-        and data.dtype == DTYPES[dtype]
-        and data.is_contiguous()
-        and not (data.is_conj() or data.is_neg())
-    )
+def _rows(numbers: list[tuple[int, ...]], dims: int) -> Ints:
+    """Tuples of `dims` numbers as an array [n, dims]."""
+    flat = itertools.chain.from_iterable(numbers)
+    return np.fromiter(flat, np.int64, len(numbers) * dims).reshape(len(numbers), dims)
 
 
 def _strides(sizes: Ints) -> Ints:

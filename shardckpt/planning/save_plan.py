@@ -8,7 +8,7 @@ weights are divided by themselves, so that their files don't depend on what else
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -42,12 +42,15 @@ class RankWrites:
     `row` [m]: which of the rank's local chunks; `boxes` [m, 2, D]: the part of the global
     tensor to write of it. `files`: the kind (see planning/kinds) of each file of the shard, and
     how many of the chunks it holds. `compare`: local rows that other ranks hold as well.
+    `layouts`: of each kind, once its file has been laid out, the header and the file's size in
+    bytes, which follow from the plan alone.
     """
 
     row: Ints
     boxes: Ints
     files: tuple[tuple[int, int], ...]
     compare: Ints
+    layouts: dict[int, tuple[bytes, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, local: LocalPlan, share: bytes) -> RankWrites:

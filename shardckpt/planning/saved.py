@@ -94,7 +94,11 @@ class SavedState:
         if not items and self.selected(name):
             self.leaves[name] = node
         for key, item in items:
-            self._index(item, below(name, key))
+            inner = below(name, key)
+            if type(item) is TensorRef and self.selected(inner):  # as most are
+                self.nodes[inner] = self.leaves[inner] = item
+            else:
+                self._index(item, inner)
 
 
 def children(node: Any) -> list[tuple[Any, Any]]:

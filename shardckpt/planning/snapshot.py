@@ -186,7 +186,7 @@ class _Taker:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) is not DTensor:
-        return tensor.detach().clone()
+        return tensor.clone()  # without gradients
     # Its clone() asks what becomes of the placements. The constructor is private in torch 2.13.
     copied = tensor._local_tensor.clone()
     return DTensor(copied, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]

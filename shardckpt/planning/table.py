@@ -231,11 +231,11 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
             for name, tensor in tensors.items():
                 chunks = [] if name in flat.foreign else local_chunks(tensor, name=name)
                 replicated = common and may_have_replicas(tensor, world_size=world_size)
-                for offsets, sizes, local in chunks:
+                for chunk in chunks:
                     owner.append(len(specs))
                     shared.append(replicated)
-                    boxes.append((offsets, sizes))
-                    data.append(local)
+                    boxes.append((chunk.offsets, chunk.sizes))
+                    data.append(chunk.data)
                 dtype = dtype_name(tensor.dtype, tensor=name)
                 specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
     count = len(flat.tensors)
