@@ -382,6 +382,24 @@ def test_a_short_write_goes_on(path, taken, turned):
     transaction.abandon()
 
 
+def test_a_file_is_discarded_once(path):
+    """Its descriptor is somebody else's by the second time."""
+    closed = []
+
+    class Watched(Plain):
+        def close(self, fd):
+            closed.append(fd)
+            super().close(fd)
+
+    transaction = LocalStorage(Watched()).begin(path, checkpoint_id="0", overwrite=False)
+    closed.clear()
+    file = transaction.create("shard", size_bytes=4096)
+    file.discard()
+    file.discard()
+    assert len(closed) == 1
+    transaction.abandon()
+
+
 def test_a_write_that_takes_nothing(path):
     class Full(Plain):
         def write(self, fd, data, *, offset):
