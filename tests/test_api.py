@@ -9,12 +9,13 @@ import os
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from torch import nn
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.execution import shard_files
 from shardckpt.format.dtypes import DTYPES
 
 
@@ -345,6 +346,32 @@ def test_async_save_raises_in_result(tmp_path):
     handle = shardckpt.async_save({"m": object()}, tmp_path / "c")
     with pytest.raises(errors.UnsupportedLeafError):
         handle.result(30)
+
+
+def test_a_header_is_made_once_for_a_plan(tmp_path, monkeypatch):
+    made = []
+    make = shard_files.build_header
+    monkeypatch.setattr(
+        shard_files, "build_header", lambda *given: made.append(given) or make(*given)
+    )
+    for number, state in enumerate(
+        (
+            {"header": torch.ones(3)},
+            {"header": torch.zeros(3)},
+            {"header": torch.zeros(4)},
+            {"header": torch.zeros(4, dtype=torch.int32)},
+            {"another": torch.zeros(4, dtype=torch.int32)},
+        )
+    ):
+        shardckpt.save(state, tmp_path / str(number))
+        loaded = shardckpt.load_state(tmp_path / str(number))
+        assert list(loaded) == list(state)
+        for name, tensor in state.items():
+            assert loaded[name].dtype == tensor.dtype
+            assert loaded[name].equal(tensor)
+            shard = tmp_path / str(number) / "shard-00000-of-00001.safetensors"
+            assert safetensors.torch.load_file(shard)[name].equal(tensor)
+    assert len(made) == 4
 
 
 def test_overwrite_replaces_only_checkpoints(tmp_path):

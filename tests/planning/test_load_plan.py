@@ -117,6 +117,42 @@ def test_targets_that_cannot_be_filled(tmp_path):
             shardckpt.load({"t": target}, tmp_path / "c")
 
 
+VIEWS = {
+    "as it is": lambda: torch.zeros(4),
+    "every other element": lambda: torch.zeros(8)[::2],
+    "negative": lambda: torch.zeros(4, dtype=torch.complex64).conj().imag,
+    "backwards": lambda: torch.zeros(2, 2).t().flatten(),
+    "of a matrix": lambda: torch.zeros(4, 3)[:, 1],
+    "a parameter": lambda: nn.Parameter(torch.zeros(4)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_is_filled_where_it_lies(tmp_path, view):
+    values = torch.arange(1.0, 5)
+    shardckpt.save({"t": values}, tmp_path / "c")
+    target = VIEWS[view]()
+    shardckpt.load({"t": target}, tmp_path / "c")
+    assert target.tolist() == values.tolist()
+
+
+def test_a_conjugate_view_is_filled_where_it_lies(tmp_path):
+    values = torch.complex(torch.arange(1.0, 4), torch.ones(3))
+    shardckpt.save({"t": values}, tmp_path / "c")
+    below = torch.zeros(3, dtype=torch.complex64)
+    shardckpt.load({"t": below.conj()}, tmp_path / "c")
+    assert below.tolist() == values.conj().resolve_conj().tolist()
+
+
+@pytest.mark.parametrize("part", [slice(0, 2), slice(1, 3)])
+def test_memory_is_not_filled_with_two_tensors(tmp_path, part):
+    """Of which one begins where the other does."""
+    shardckpt.save({"a": torch.ones(2), "b": torch.zeros(2)}, tmp_path / "c")
+    memory = torch.zeros(4)
+    with pytest.raises(errors.StateError, match="same memory"):
+        shardckpt.load({"a": memory[part], "b": memory[part]}, tmp_path / "c")
+
+
 def test_tensors_made_in_inference_mode(tmp_path):
     shardckpt.save({"a": torch.ones(4, 4), "b": torch.ones(4, 4).t()}, tmp_path / "c")
     with torch.inference_mode():
