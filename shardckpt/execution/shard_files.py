@@ -74,12 +74,10 @@ def write_rank(
 
     `files`: the kind of each and how many of the chunks, in order, it holds. `data(part)` are
     the elements of these chunks in order; it is called once for each file, from any thread.
-    `layouts` are RankWrites.layouts, which need no second look. `progress` is called with the
-    bytes handed to the file system so far. What `base` holds already is linked instead of
-    written. `staged`: nobody changes the data meanwhile.
+    `layouts`: see RankWrites. `progress` is called with the bytes handed to the file system so far.
+    What `base` holds already is linked, not written. `staged`: nobody changes the data meanwhile.
     """
     total = _Total(progress)
-    known = {} if layouts is None else layouts
     watches = {kind: Stopwatch() for kind, _ in files}
     ends = list(itertools.accumulate(count for _, count in files))
 
@@ -87,10 +85,7 @@ def write_rank(
         part = slice(begin, end)
         own = ChunkTable(tensor=chunks.tensor[part], boxes=chunks.boxes[part])
         name = shard_name(rank=rank, world_size=world_size, kind=kind)
-        if kind not in known:
-            with collector_paused():
-                known[kind] = layout(specs, own)
-        header, size_bytes = known[kind]
+        header, size_bytes = _layout_once(kind, {} if layouts is None else layouts, specs, own)
         shard = base and base.take_over(
             transaction,
             name,
@@ -189,6 +184,18 @@ def _write_file(
         file.discard()
         raise
     return digests
+
+
+def _layout_once(
+    kind: int,
+    known: dict[int, tuple[bytes, int]],
+    specs: Sequence[TensorSpec],
+    chunks: ChunkTable,
+) -> tuple[bytes, int]:
+    if kind not in known:
+        with collector_paused():
+            known[kind] = layout(specs, chunks)
+    return known[kind]
 
 
 def layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]:

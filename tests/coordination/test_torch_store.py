@@ -168,6 +168,7 @@ def test_connections_are_kept(connect, monkeypatch):
     for _ in range(3):
         with lines.line() as line, lines.line() as other:
             line.below("a").set("key", "value")
+            assert line.below("a").check(["key"])  # set() does not wait for the store
             assert other.below("a").check(["key"])
     assert len(made) == 2
     with pytest.raises(ZeroDivisionError), lines.line() as line:

@@ -58,6 +58,10 @@ def unhooked(kind: str, folder: str) -> str:
         return str(train_while_saving(kind, folder))
     except errors.ReplicaMismatchError:
         return "False"
+    except RuntimeError as error:  # gloo: the other rank has met that error, and has gone
+        if "Connection" not in str(error):
+            raise
+        return "left alone"
 
 
 def test_ranks_that_do_not_wait_would_be_seen(tmp_path):
