@@ -94,8 +94,7 @@ class Matcher:
 
     def match(self, template: Any, name: str = "") -> Finish:
         """Match one value of the caller's state; see the module's docstring."""
-        node = self.saved.nodes.get(name)
-        per_rank = type(node) is TensorRef and node.kind == "per_rank"
+        per_rank = _is_per_rank(self.saved.nodes.get(name))
         if isinstance(template, torch.Tensor) and not per_rank:
             tensor = self.tensor(template, name)
             return lambda: tensor
@@ -170,15 +169,13 @@ class Matcher:
         entry = self.saved.manifest.tensors[ref.name]
         if (
             not lies_as_saved(template, entry.dtype)
-            or template.shape != entry.shape
+            or (shape := template.shape) != entry.shape
             or not (address := template.data_ptr())
             or self._filled.first_at(address, template, ref.name) != ref.name
         ):
             return False
         self.used.add(name)
-        shape = template.shape
-        chunk = LocalChunk((0,) * len(shape), shape, template, address)
-        self.reads.append((entry, chunk))
+        self.reads.append((entry, LocalChunk((0,) * len(shape), shape, template, address)))
         return True
 
     def agrees(self, entry: TensorEntry, template: torch.Tensor | ShardedArray, name: str) -> bool:

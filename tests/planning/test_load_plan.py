@@ -121,7 +121,6 @@ VIEWS = {
     "as it is": lambda: torch.zeros(4),
     "every other element": lambda: torch.zeros(8)[::2],
     "negative": lambda: torch.zeros(4, dtype=torch.complex64).conj().imag,
-    "backwards": lambda: torch.zeros(2, 2).t().flatten(),
     "of a matrix": lambda: torch.zeros(4, 3)[:, 1],
     "a parameter": lambda: nn.Parameter(torch.zeros(4)),
 }
@@ -144,13 +143,11 @@ def test_a_conjugate_view_is_filled_where_it_lies(tmp_path):
     assert below.tolist() == values.conj().resolve_conj().tolist()
 
 
-@pytest.mark.parametrize("part", [slice(0, 2), slice(1, 3)])
-def test_memory_is_not_filled_with_two_tensors(tmp_path, part):
-    """Of which one begins where the other does."""
+def test_views_of_the_same_memory_are_not_filled_with_two_tensors(tmp_path):
     shardckpt.save({"a": torch.ones(2), "b": torch.zeros(2)}, tmp_path / "c")
     memory = torch.zeros(4)
     with pytest.raises(errors.StateError, match="same memory"):
-        shardckpt.load({"a": memory[part], "b": memory[part]}, tmp_path / "c")
+        shardckpt.load({"a": memory[1:3], "b": memory[1:3]}, tmp_path / "c")
 
 
 def test_tensors_made_in_inference_mode(tmp_path):
