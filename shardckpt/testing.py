@@ -46,6 +46,10 @@ class StorageTests:
             one, two = bytearray(1000), bytearray(5000)
             files.readinto(name, [memoryview(one), memoryview(two)], offset=77)
             assert one + two == _DATA[77:6077]
+            filled: list[memoryview] = []
+            again = [memoryview(bytearray(size)) for size in (1000, 0, 5000)]
+            files.readinto(name, again, offset=77, done=filled.append)
+            assert filled == [one, b"", two]
             assert bytes(files.map(name)) == _DATA
         files.close()
         files.close()

@@ -15,7 +15,7 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.planning.chunks import LocalChunk
 from shardckpt.planning.reads import plan_reads
-from shardckpt.storage.base import CheckpointFiles
+from shardckpt.storage.base import CheckpointFiles, Done
 
 __all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
 
@@ -40,11 +40,15 @@ class MappedFiles:
         """See CheckpointFiles.size_bytes."""
         return len(self._maps[name]) if name in self._maps else self._files.size_bytes(name)
 
-    def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
+    def readinto(
+        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+    ) -> None:
         """See CheckpointFiles.readinto."""
         for buffer in buffers:
             buffer[:] = self.map(name)[offset : offset + len(buffer)]
             offset += len(buffer)
+            if done is not None:
+                done(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

@@ -15,7 +15,7 @@ from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, to_byte
 from shardckpt.planning.assembly import shard_name
 from shardckpt.planning.flatten import flatten
 from shardckpt.planning.table import local_plan
-from shardckpt.storage.base import WriteTransaction
+from shardckpt.storage.base import Done, WriteTransaction
 
 __all__ = ["MemoryStorage"]
 
@@ -95,7 +95,9 @@ class _MemoryFiles:
         """See CheckpointFiles.size_bytes."""
         return len(_HEAD) + len(self._shards[name][0])
 
-    def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
+    def readinto(
+        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+    ) -> None:
         """See CheckpointFiles.readinto."""
         view, _ = self._shards[name]
         for buffer in buffers:
@@ -104,6 +106,8 @@ class _MemoryFiles:
             start = offset + head - len(_HEAD)
             buffer[head:] = view[start : start + len(buffer) - head]
             offset += len(buffer)
+            if done is not None:
+                done(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

@@ -13,7 +13,7 @@ import ctypes
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,10 @@ __all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "tensors_in
 
 DIRECT_BYTES = 128 << 10
 """A run shorter than this goes through the buffer: fewer, larger pieces for each system call."""
+
+STEP_BYTES = BLOCK_BYTES // 2
+"""As much is read from the page cache before the digest takes it up: where it came from and where
+it went are then still in the processor's own cache."""
 
 _POLL_S = 0.2
 
@@ -192,10 +196,8 @@ def _read_run(
     ):
         bad, later = bad_blocks(shard, low, [buffer.view[low - base : high - base]]), reads
     else:
-        bad, pieces, later = [], *_scattered(base, span, reads, buffer)
-        for at, block in zip(range(low, high, BLOCK_BYTES), _blocks(pieces), strict=True):
-            files.readinto(shard.name, block, offset=at)
-            bad += bad_blocks(shard, at, block)  # while it is in the processor's cache
+        pieces, later = _scattered(base, span, reads, buffer)
+        bad = _read_checked(files, shard, span, pieces)
     if bad:
         raise damaged_blocks(manifest, bad, shard=window.shard, path=files.path)
     held_at, move = buffer.address - base, ctypes.memmove
@@ -234,19 +236,32 @@ def _scattered(
     return pieces, later
 
 
-def _blocks(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
-    """The pieces, cut into those of BLOCK_BYTES together; the last may be shorter."""
-    block: list[memoryview] = []
-    room = BLOCK_BYTES
+def _read_checked(
+    files: CheckpointFiles, shard: ShardEntry, span: tuple[int, int], pieces: list[memoryview]
+) -> list[int]:
+    """Read a span, which is whole blocks, into pieces; numbers of the blocks whose digest
+    differs."""
+    at, high = span
+    steps: list[memoryview] = []
     for piece in pieces:
-        while len(piece) >= room:
-            yield [*block, piece[:room]]
-            piece, block, room = piece[room:], [], BLOCK_BYTES
-        if len(piece):
-            block.append(piece)
-            room -= len(piece)
-    if block:
-        yield block
+        while piece:
+            room = STEP_BYTES - at % STEP_BYTES
+            steps.append(piece[:room])
+            at, piece = at + len(steps[-1]), piece[room:]
+    at, bad, digest = span[0], [], xxhash.xxh3_64()
+
+    def check(step: memoryview) -> None:
+        nonlocal at
+        digest.update(step)
+        at += len(step)
+        if at % BLOCK_BYTES == 0 or at == high:
+            number = (at - 1) // BLOCK_BYTES
+            if digest.intdigest() != int(shard.digests[number]):
+                bad.append(number)
+            digest.reset()
+
+    files.readinto(shard.name, steps, offset=at, done=check)
+    return bad
 
 
 def bad_blocks(shard: ShardEntry, low: int, pieces: Sequence[memoryview]) -> list[int]:

@@ -14,7 +14,7 @@ from shardckpt.execution.verify import survey
 from shardckpt.format.manifest import Manifest, from_bytes, mend, to_bytes
 from shardckpt.planning.prune import without_tensors
 from shardckpt.reports import RescueReport
-from shardckpt.storage.base import CheckpointFiles, WriteTransaction
+from shardckpt.storage.base import CheckpointFiles, Done, WriteTransaction
 from shardckpt.storage.files import LocalFiles
 from shardckpt.storage.local import LocalStorage
 
@@ -145,7 +145,9 @@ class _MendedFiles:
         """See CheckpointFiles.size_bytes."""
         return self._sizes[name]
 
-    def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
+    def readinto(
+        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+    ) -> None:
         """See CheckpointFiles.readinto."""
         self._files.readinto(name, buffers, offset=offset)
         for buffer in buffers:
@@ -153,6 +155,8 @@ class _MendedFiles:
                 if offset <= byte < offset + len(buffer):
                     buffer[byte - offset] ^= 1 << bit
             offset += len(buffer)
+            if done is not None:
+                done(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

@@ -34,6 +34,9 @@ from shardckpt.planning.table import (
 
 __all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
 
+SMALL_BYTES = 16 << 10
+"""Chunks of less than this lie side by side in their file: counters, biases, norms."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWrites:
@@ -105,12 +108,15 @@ class GlobalPlan:
 
 def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | None = None) -> Ints:
     """The order of chunks on disk: file by file, if `file` [n] numbers them; by falling item size,
-    so that each lies aligned in its file without padding; then as in the state."""
+    so that each lies aligned in its file without padding; the small ones first, as whoever reads
+    one reads a block; then as in the state."""
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
     widths = np.unique(items)[::-1]
-    key = np.searchsorted(-widths, -items)[chunks.tensor] * len(specs) + chunks.tensor
+    large = chunk_bytes(specs, chunks) >= SMALL_BYTES
+    key = np.searchsorted(-widths, -items)[chunks.tensor] * 2 + large
     if file is not None:
-        key += file * (len(widths) * len(specs))
+        key += file * (len(widths) * 2)
+    key = key * len(specs) + chunks.tensor
     if (np.diff(key) > 0).all():
         return np.arange(len(key))
     order = np.argsort(key, kind="stable")

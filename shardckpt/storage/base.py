@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-__all__ = ["MANIFEST_NAME", "CheckpointFiles", "Storage", "WritableFile", "WriteTransaction"]
+__all__ = [
+    "MANIFEST_NAME",
+    "CheckpointFiles",
+    "Done",
+    "Storage",
+    "WritableFile",
+    "WriteTransaction",
+]
 
 MANIFEST_NAME = "manifest.json"
+
+Done = Callable[[memoryview], object]
+"""Called with a buffer once it is full."""
 
 
 class Storage(Protocol):
@@ -91,10 +101,13 @@ class CheckpointFiles(Protocol):
     def size_bytes(self, name: str) -> int:
         """The size of a shard; CorruptionError if it is missing or no regular file."""
 
-    def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
+    def readinto(
+        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+    ) -> None:
         """Fill the buffers, one after another, from `offset` on; from any thread.
 
-        CorruptionError where the shard is missing or ends before they are full.
+        `done` is called with each as soon as it is full: its bytes are still in the processor's
+        cache then. CorruptionError where the shard is missing or ends before they are full.
         """
 
     def read_past_cache(

@@ -6,8 +6,8 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from shardckpt.errors import (
     CorruptionError,
     NotACheckpointError,
 )
-from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.base import MANIFEST_NAME, Done
 from shardckpt.storage.system import System, translated
 
 __all__ = ["LocalFiles"]
@@ -31,12 +31,23 @@ _MANIFEST_LIMIT_BYTES = 2 << 30
 
 @dataclass(slots=True)
 class _Shard:
-    """An open shard, and how many are using it; `direct` is its descriptor past the page cache."""
+    """An open shard, and how many are using it; `direct` is its descriptor past the page cache.
+
+    The end of a with block is the end of one use.
+    """
 
     fd: int
+    lock: threading.Lock
     direct: int | None = None
     tried: bool = False  # to open `direct`
     users: int = 0
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        with self.lock:
+            self.users -= 1
 
 
 class LocalFiles:
@@ -136,9 +147,21 @@ class LocalFiles:
         with translated(f"{self.path}/{name}"), self._using(name) as shard:
             return self._system.fstat(shard.fd).st_size
 
-    def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
+    def readinto(
+        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+    ) -> None:
         """See CheckpointFiles.readinto."""
         with translated(f"{self.path}/{name}"), self._using(name) as shard:
+            if done is not None:
+                # Nothing but what it takes: a cache full of data has forgotten the code.
+                fd, read = shard.fd, self._system.read
+                for buffer in buffers:
+                    count = read(fd, [buffer], offset=offset)
+                    if count < len(buffer):
+                        self._fill(fd, name, [buffer[count:]], offset + count)
+                    offset += len(buffer)
+                    done(buffer)
+                return
             for start in range(0, len(buffers), _IOV_MAX):
                 part = list(buffers[start : start + _IOV_MAX])
                 self._fill(shard.fd, name, part, offset)
@@ -237,22 +260,17 @@ class LocalFiles:
             with suppress(OSError):
                 self._system.close(target)
 
-    @contextmanager
-    def _using(self, name: str) -> Iterator[_Shard]:
-        """A shard's file; beyond a number of files those that nobody uses are closed."""
+    def _using(self, name: str) -> _Shard:
+        """A shard's file, for a with block; beyond a number those that nobody uses are closed."""
         with self._lock:
-            shard = self._open.pop(name, None) or _Shard(self._open_shard(name))
+            shard = self._open.pop(name, None) or _Shard(self._open_shard(name), self._lock)
             self._open[name] = shard
             shard.users += 1
             if (surplus := len(self._open) - _MOST_OPEN) > 0:
                 idle = [other for other, one in self._open.items() if not one.users]
                 for other in idle[:surplus]:
                     self._close_shard(self._open.pop(other))
-        try:
-            yield shard
-        finally:
-            with self._lock:
-                shard.users -= 1
+        return shard
 
     def _past_cache(self, name: str, shard: _Shard) -> int | None:
         """A descriptor that leaves the page cache alone; None where there is none."""

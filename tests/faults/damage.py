@@ -15,7 +15,7 @@ import shardckpt
 from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
 from shardckpt.execution import reader
 from shardckpt.execution.reshard import reshard
-from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.base import MANIFEST_NAME, Done
 from shardckpt.storage.local import LocalStorage
 from tests.faults.disk import ROOT, Content, Disk
 
@@ -44,13 +44,17 @@ class Shelf:
             raise CorruptionError("missing", path=f"{self.path}/{name}")
         return len(self.files[name])
 
-    def readinto(self, name: str, buffers: Sequence[memoryview], *, offset: int) -> None:
+    def readinto(
+        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+    ) -> None:
         for buffer in buffers:
             part = self.files.get(name, b"")[offset : offset + len(buffer)]
             if len(part) < len(buffer):
                 raise CorruptionError("a file ends early", path=f"{self.path}/{name}")
             buffer[:] = part
             offset += len(part)
+            if done is not None:
+                done(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

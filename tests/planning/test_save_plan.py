@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardckpt.errors import CoverageError
 from shardckpt.format.dtypes import itemsize
 from shardckpt.format.manifest import encode_tensors
-from shardckpt.planning import kinds, replicas
+from shardckpt.planning import kinds, replicas, save_plan
 from shardckpt.planning.assembly import tensor_entries
 from shardckpt.planning.plan_cache import KnownPlan, PlanCache
 from shardckpt.planning.save_plan import RankWrites, global_plan
@@ -127,6 +127,7 @@ def test_rank_0_and_the_ranks_agree(plans, file_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kinds, "FROZEN_FILE_BYTES", file_bytes)
         patch.setattr(kinds, "OPTIMIZER_FILE_BYTES", file_bytes)
+        patch.setattr(save_plan, "SMALL_BYTES", 20)
         plan = global_plan(travelled(plans))
         writes_by_rank = writes_of(plans, plan)
     base = len(plans[0].common)
@@ -144,7 +145,12 @@ def test_rank_0_and_the_ranks_agree(plans, file_bytes):
         for kind, count in writes.files:
             part = whole.tensor[at : at + count].tolist()
             widths = [itemsize(plan.specs[i].dtype) for i in part]
-            assert widths == sorted(widths, reverse=True)
+            large = [
+                int(np.prod(box[1])) * width >= 20
+                for box, width in zip(whole.boxes[at : at + count], widths, strict=True)
+            ]
+            order = [(-width, each) for width, each in zip(widths, large, strict=True)]
+            assert order == sorted(order)  # aligned, and the small ones side by side
             if file_bytes == 0:  # nothing is too small for a file of its own
                 common = {i: int(k) for i, k in enumerate(plans[0].kind[: len(local.common)])}
                 assert {common[i] for i in part if i in common} <= {kind}
