@@ -22,6 +22,7 @@ __all__ = [
     "HUGE_PAGE_BYTES",
     "Buffer",
     "contiguous_parts",
+    "copy_bytes",
     "have_huge_pages",
     "huge_pages",
     "lease",
@@ -102,6 +103,17 @@ def view_at(address: int, size_bytes: int) -> memoryview:
     """The memory at an address; whoever owns it must outlive the view."""
     view: memoryview = _memory_at(address, size_bytes, _WRITABLE)
     return view
+
+
+_move_in_between = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+_SHORT_BYTES = 64 << 10  # copied before the interpreter's lock, once given up, is there again
+
+
+def copy_bytes(target: int, source: int, size_bytes: int) -> None:
+    """Copy from one address to another; without the interpreter's lock if that pays."""
+    (_move_in_between if size_bytes < _SHORT_BYTES else ctypes.memmove)(target, source, size_bytes)
 
 
 def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -9,7 +9,6 @@ is copied from there.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import threading
 import time
@@ -24,7 +23,7 @@ import xxhash
 
 from shardckpt import knobs
 from shardckpt.errors import CorruptionError
-from shardckpt.execution.buffers import Buffer, have_huge_pages, view_at
+from shardckpt.execution.buffers import Buffer, copy_bytes, have_huge_pages, view_at
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES
@@ -200,10 +199,10 @@ def _read_run(
         bad = _read_checked(files, shard, span, pieces)
     if bad:
         raise damaged_blocks(manifest, bad, shard=window.shard, path=files.path)
-    held_at, move = buffer.address - base, ctypes.memmove
+    held_at = buffer.address - base
     for begin, end, place in later:
         if type(place) is int:
-            move(place, held_at + begin, end - begin)
+            copy_bytes(place, held_at + begin, end - begin)
             continue
         count = (end - begin) // place.dtype.itemsize
         held = torch.frombuffer(buffer.view, dtype=place.dtype, count=count, offset=begin - base)
@@ -217,14 +216,16 @@ def _scattered(
     """Where the bytes of a span go: large runs to their place, all others into the buffer; and the
     reads that are served from there."""
     low, high = span
+    large = [read for read in reads if read[1] - read[0] >= DIRECT_BYTES]
+    # Bytes that two reads want can land in one place only: then all go through the buffer.
+    if not large or any(a[1] > b[0] for a, b in itertools.pairwise(reads)):
+        return [buffer.view[low - base : high - base]], reads
     pieces: list[memoryview] = []
     later: list[_Read] = []
     at = low
-    # Bytes that two reads want can land in one place only: then all go through the buffer.
-    apart = all(a[1] <= b[0] for a, b in itertools.pairwise(reads))
     for read in reads:
         begin, end, place = read
-        if end - begin < DIRECT_BYTES or not apart or isinstance(place, CopyRead):
+        if end - begin < DIRECT_BYTES or isinstance(place, CopyRead):
             later.append(read)
             continue
         if begin > at:

@@ -8,7 +8,6 @@ is written from where it lies.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardckpt import knobs
-from shardckpt.execution.buffers import BUFFER_BYTES, Buffer, contiguous_parts, view_at
+from shardckpt.execution.buffers import BUFFER_BYTES, Buffer, contiguous_parts, copy_bytes, view_at
 from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.shard import HEADER_ALIGN
@@ -123,7 +122,7 @@ class _Stream:
                 address += BUFFER_BYTES
                 size_bytes -= BUFFER_BYTES
                 continue
-            ctypes.memmove(self.buffers[self.current].address + self.filled, address, take)
+            copy_bytes(self.buffers[self.current].address + self.filled, address, take)
             address += take
             size_bytes -= take
             self.filled += take

@@ -369,9 +369,12 @@ def _decoded(raws: list[msgspec.Raw], path: str) -> Iterator[list[list[int]]]:
 def _tensors(entries: dict[str, _Tensor[Any]], columns: list[Columns]) -> dict[str, TensorEntry]:
     found: dict[str, TensorEntry] = {}
     for own in columns:
-        ends = np.cumsum(own.counts).tolist()
-        for name, begin, end in zip(own.names, [0, *ends], ends, strict=False):
-            entry = entries[name]
-            chunks = own.chunks[begin:end]
-            found[name] = TensorEntry(dtype=entry.dtype, shape=entry.shape, chunks=chunks)
+        parts = list(own.chunks[:, None])  # as most have one chunk each
+        if len(parts) != len(own.names) or (own.counts != 1).any():
+            ends = np.cumsum(own.counts).tolist()
+            parts = [own.chunks[begin:end] for begin, end in itertools.pairwise([0, *ends])]
+        found |= {
+            name: TensorEntry(dtype=(entry := entries[name]).dtype, shape=entry.shape, chunks=part)
+            for name, part in zip(own.names, parts, strict=True)
+        }
     return {name: found[name] for name in entries} if len(columns) > 1 else found

@@ -164,7 +164,7 @@ class Matcher:
         """As `tensor` for one as most are: in CPU memory as the saved one lies in its file. False
         for any other, of which nothing is noted then."""
         ref = self.saved.nodes.get(name)
-        if type(template) not in PLAIN or type(ref) is not TensorRef:
+        if type(template) not in PLAIN or type(ref) is not TensorRef or ref.kind == "per_rank":
             return False
         entry = self.saved.manifest.tensors[ref.name]
         if (
@@ -243,7 +243,12 @@ class Matcher:
 
     def mapping(self, template: Any, name: str) -> Finish:
         """Match each item of a dict; what is saved beside them stays unused."""
-        parts = {key: self.match(value, below(name, key)) for key, value in template.items()}
+        parts: dict[Any, Finish] = {}
+        for key, value in template.items():
+            inner = below(name, key)
+            if type(value) in PLAIN and self.saved.selected(inner) and self.plain(value, inner):
+                continue  # as most are: there is nothing left to do once it is read
+            parts[key] = self.match(value, inner)
 
         def finish() -> Any:
             for key, part in parts.items():

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
 from shardckpt.planning.arrays import ShardedArray
-from shardckpt.planning.chunks import Box, local_chunks, may_have_replicas
+from shardckpt.planning.chunks import PLAIN, Box, local_chunks, may_have_replicas
 from shardckpt.planning.flatten import FlatState
 
 __all__ = [
@@ -229,6 +229,14 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     with torch.no_grad():  # to_local() and detach() are free then
         for tensors, common in groups:
             for name, tensor in tensors.items():
+                if type(tensor) in PLAIN and name not in flat.foreign:  # as most are
+                    shape = tuple(tensor.shape)
+                    owner.append(len(specs))
+                    shared.append(common)
+                    boxes.append(((0,) * len(shape), shape))
+                    data.append(tensor)  # type: ignore[arg-type]
+                    specs.append(TensorSpec(name, dtype_name(tensor.dtype, tensor=name), shape))
+                    continue
                 chunks = [] if name in flat.foreign else local_chunks(tensor, name=name)
                 replicated = common and may_have_replicas(tensor, world_size=world_size)
                 for chunk in chunks:
