@@ -319,6 +319,14 @@ def test_per_rank_in_one_process(tmp_path):
     assert shardckpt.load_state(tmp_path / "c")["rng"][0]["n"] == 4
 
 
+def test_a_value_per_rank_is_no_tensor_of_that_number(tmp_path):
+    state = {"own": shardckpt.PerRank(torch.ones(3)), "0": torch.zeros(3)}
+    shardckpt.save(state, tmp_path / "c")
+    found = {"own": torch.empty(3), "0": torch.empty(3)}
+    shardckpt.load(found, tmp_path / "c")
+    assert (found["own"].tolist(), found["0"].tolist()) == ([1, 1, 1], [0, 0, 0])
+
+
 def test_shards_open_with_safetensors(tmp_path):
     tensor = torch.randn(5, 3)
     shardckpt.save({"a": {"t": tensor}, "half": tensor.half()}, tmp_path / "c")
