@@ -14,6 +14,9 @@ from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import CoordinationError
 
+if dist.is_available():  # not at the first call, which is to return at once
+    from shardckpt.coordination.torch_store import store_coordinator
+
 __all__ = ["Operation", "operation"]
 
 
@@ -76,8 +79,6 @@ def _of_group(group: Any, subject: str, channel: str) -> Operation:
         )
     if dist.get_world_size(group) == 1:
         return _alone()
-    from shardckpt.coordination.torch_store import store_coordinator
-
     scope = store_coordinator(group, channel=channel, subject=subject)
     return Operation(dist.get_rank(group), dist.get_world_size(group), scope)
 

@@ -108,12 +108,13 @@ class GlobalPlan:
 
 def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | None = None) -> Ints:
     """The order of chunks on disk: file by file, if `file` [n] numbers them; by falling item size,
-    so that each lies aligned in its file without padding; the small ones first, as whoever reads
-    one reads a block; then as in the state."""
+    so that each lies aligned in its file without padding; the small ones last, side by side as
+    whoever reads one reads a block, and behind all that is written from where it was staged, as
+    some of them are written by other ranks; then as in the state."""
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
     widths = np.unique(items)[::-1]
-    large = chunk_bytes(specs, chunks) >= SMALL_BYTES
-    key = np.searchsorted(-widths, -items)[chunks.tensor] * 2 + large
+    small = chunk_bytes(specs, chunks) < SMALL_BYTES
+    key = np.searchsorted(-widths, -items)[chunks.tensor] * 2 + small
     if file is not None:
         key += file * (len(widths) * 2)
     key = key * len(specs) + chunks.tensor

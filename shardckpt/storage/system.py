@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_CACHESTAT = 451  # linux/include/uapi/asm-generic/unistd.h; its structs in linux/mman.h
+_CACHESTAT = ctypes.c_long(451)  # asm-generic/unistd.h; its structs are in linux/mman.h
 _Cachestat, _CachestatRange = ctypes.c_uint64 * 5, ctypes.c_uint64 * 2
 _FICLONE = 0x40049409  # linux/fs.h
 

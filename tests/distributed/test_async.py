@@ -8,10 +8,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.execution import background
+from shardckpt.execution import background, writer
 from shardckpt.storage.local import LocalStorage
 from tests.distributed import jobs
 from tests.ranks import run_ranks
@@ -66,6 +68,27 @@ def unhooked(kind: str, folder: str) -> str:
 
 def test_ranks_that_do_not_wait_would_be_seen(tmp_path):
     assert "False" in run_ranks(2, unhooked, "fsdp", str(tmp_path))
+
+
+def copied_once(folder: str) -> tuple[int, int]:
+    """Bytes of a shard, and how many this rank copied again once they were staged."""
+    writer.BUFFER_BYTES, copied, copy = 1 << 20, [], writer.copy_bytes
+    writer.copy_bytes = lambda to, of, size: (copied.append(size), copy(to, of, size))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state = {}
+    for index in range(3):  # of the counters, which all ranks hold, each writes some
+        state[f"{index}"] = distribute_tensor(torch.randn(4096, 512), mesh, [Shard(0)])
+        state[f"{index}.step"] = torch.tensor(float(index))
+    report = shardckpt.async_save(state, f"{folder}/c").result(60)
+    found = {key: torch.zeros_like(value) for key, value in state.items()}
+    shardckpt.load(found, f"{folder}/c")
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    return report.bytes_by_rank[0], sum(copied)
+
+
+def test_what_is_staged_is_written_from_there(tmp_path):
+    for size_bytes, copied_bytes in run_ranks(2, copied_once, str(tmp_path)):
+        assert copied_bytes <= size_bytes / 4
 
 
 def group_is_gone(folder: str) -> int:

@@ -145,11 +145,11 @@ def test_rank_0_and_the_ranks_agree(plans, file_bytes):
         for kind, count in writes.files:
             part = whole.tensor[at : at + count].tolist()
             widths = [itemsize(plan.specs[i].dtype) for i in part]
-            large = [
-                int(np.prod(box[1])) * width >= 20
+            small = [
+                int(np.prod(box[1])) * width < 20
                 for box, width in zip(whole.boxes[at : at + count], widths, strict=True)
             ]
-            order = [(-width, each) for width, each in zip(widths, large, strict=True)]
+            order = [(-width, each) for width, each in zip(widths, small, strict=True)]
             assert order == sorted(order)  # aligned, and the small ones side by side
             if file_bytes == 0:  # nothing is too small for a file of its own
                 common = {i: int(k) for i, k in enumerate(plans[0].kind[: len(local.common)])}
