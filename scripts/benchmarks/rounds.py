@@ -82,15 +82,21 @@ class Results:
 
 
 def compete(
-    place: Place, contestants: Sequence[Contestant], *, rounds: int, warm_up: int = 1
+    place: Place,
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    turn: int = 0,
 ) -> Results:
     """Run all contestants `warm_up` times unmeasured, then `rounds` times; the same result on
-    every rank. One that raises on any rank is out.
+    every rank. The first round begins with contestant number `turn`. One that raises on any rank is
+    out.
     """
     results = Results({contestant.name: [] for contestant in contestants})
     running = list(contestants)
     for number in range(warm_up + rounds):
-        for contestant in _rotated(running, number):
+        for contestant in _rotated(running, turn + number):
             sample, failure = _run(contestant, place)
             failures = [text for text in place.gather(failure) if text]
             if failures:
