@@ -84,7 +84,7 @@ class Base:
             low = block * BLOCK_BYTES
             view = buffer[: min(BLOCK_BYTES, shard.size_bytes - low)]
             files.readinto(shard.name, [view], offset=low)
-            if bad_blocks(shard, low, [view]):
+            if bad_blocks(shard, low, view):
                 raise CorruptionError(
                     "A file of the base is damaged; it was written anew",
                     path=f"{files.path}/{shard.name}",

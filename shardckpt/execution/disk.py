@@ -41,14 +41,18 @@ class MappedFiles:
         return len(self._maps[name]) if name in self._maps else self._files.size_bytes(name)
 
     def readinto(
-        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+        self,
+        name: str,
+        buffers: Sequence[memoryview],
+        *,
+        offset: int,
+        done: Done = lambda buffer: None,
     ) -> None:
         """See CheckpointFiles.readinto."""
         for buffer in buffers:
             buffer[:] = self.map(name)[offset : offset + len(buffer)]
             offset += len(buffer)
-            if done is not None:
-                done(buffer)
+            done(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

@@ -96,7 +96,12 @@ class _MemoryFiles:
         return len(_HEAD) + len(self._shards[name][0])
 
     def readinto(
-        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+        self,
+        name: str,
+        buffers: Sequence[memoryview],
+        *,
+        offset: int,
+        done: Done = lambda buffer: None,
     ) -> None:
         """See CheckpointFiles.readinto."""
         view, _ = self._shards[name]
@@ -106,8 +111,7 @@ class _MemoryFiles:
             start = offset + head - len(_HEAD)
             buffer[head:] = view[start : start + len(buffer) - head]
             offset += len(buffer)
-            if done is not None:
-                done(buffer)
+            done(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

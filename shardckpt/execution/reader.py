@@ -26,7 +26,7 @@ from shardckpt.errors import CorruptionError
 from shardckpt.execution.buffers import Buffer, copy_bytes, have_huge_pages, view_at
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.workers import stalled, workers
-from shardckpt.format.digests import BLOCK_BYTES
+from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.manifest import Manifest, ShardEntry
 from shardckpt.planning.reads import WINDOW_BYTES, CopyRead, Reads
 from shardckpt.storage.base import CheckpointFiles
@@ -193,7 +193,7 @@ def _read_run(
     if past_cache and files.read_past_cache(
         shard.name, buffer.view[low - base :], offset=low, size_bytes=high - low
     ):
-        bad, later = bad_blocks(shard, low, [buffer.view[low - base : high - base]]), reads
+        bad, later = bad_blocks(shard, low, buffer.view[low - base : high - base]), reads
     else:
         pieces, later = _scattered(base, span, reads, buffer)
         bad = _read_checked(files, shard, span, pieces)
@@ -265,23 +265,13 @@ def _read_checked(
     return bad
 
 
-def bad_blocks(shard: ShardEntry, low: int, pieces: Sequence[memoryview]) -> list[int]:
-    """Numbers of the blocks whose digest differs; the pieces hold whole blocks from `low` on."""
-    bad: list[int] = []
-    digest = xxhash.xxh3_64()
-    number, room = low // BLOCK_BYTES, BLOCK_BYTES
-    for index, piece in enumerate(pieces):
-        at, last = 0, index == len(pieces) - 1
-        while at < len(piece):
-            take = min(room, len(piece) - at)
-            digest.update(piece[at : at + take])
-            at, room = at + take, room - take
-            if room == 0 or (last and at == len(piece)):
-                if digest.intdigest() != int(shard.digests[number]):
-                    bad.append(number)
-                digest.reset()
-                number, room = number + 1, BLOCK_BYTES
-    return bad
+def bad_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
+    """Numbers of the blocks whose digest differs, of whole blocks from byte `low` on."""
+    return [
+        number
+        for number, at in enumerate(range(0, len(blocks), BLOCK_BYTES), low // BLOCK_BYTES)
+        if block_digest(blocks[at : at + BLOCK_BYTES]) != int(shard.digests[number])
+    ]
 
 
 def damaged_blocks(

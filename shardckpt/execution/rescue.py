@@ -146,7 +146,12 @@ class _MendedFiles:
         return self._sizes[name]
 
     def readinto(
-        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+        self,
+        name: str,
+        buffers: Sequence[memoryview],
+        *,
+        offset: int,
+        done: Done = lambda buffer: None,
     ) -> None:
         """See CheckpointFiles.readinto."""
         self._files.readinto(name, buffers, offset=offset)
@@ -155,8 +160,7 @@ class _MendedFiles:
                 if offset <= byte < offset + len(buffer):
                     buffer[byte - offset] ^= 1 << bit
             offset += len(buffer)
-            if done is not None:
-                done(buffer)
+            done(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

@@ -128,16 +128,14 @@ def stage(plan: LocalPlan, image: Image, events: dict[torch.device, Any]) -> Loc
     """
     views = image.views(plan)
     devices: dict[torch.device, list[int]] = {}
-    large: list[tuple[int, int, int]] = []
     specs = (*plan.common, *plan.own)
     for row, (data, index) in enumerate(zip(plan.data, plan.chunks.tensor.tolist(), strict=True)):
         size_bytes = data.numel() * data.element_size()
         if size_bytes >= _LARGE_BYTES and lies_as_saved(data, specs[index].dtype):
-            large.append((views[row].data_ptr(), data.data_ptr(), size_bytes))
+            # A sixth faster than torch copies.
+            copy_bytes(views[row].data_ptr(), data.data_ptr(), size_bytes)
         else:
             devices.setdefault(data.device, []).append(row)
-    for copy in large:  # a sixth faster than torch copies
-        copy_bytes(*copy)
     with torch.no_grad():
         for device, rows in devices.items():
             to, of = [views[row] for row in rows], [plan.data[row] for row in rows]

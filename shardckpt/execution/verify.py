@@ -253,7 +253,7 @@ def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> l
                 shard.name, buffer.view, offset=low, size_bytes=high - low
             ):
                 files.readinto(shard.name, [view], offset=low)
-            return bad_blocks(shard, low, [view])
+            return bad_blocks(shard, low, view)
         except (StorageError, CorruptionError) as error:
             if isinstance(error, StorageError) and error.errno != errno.EIO:
                 raise

@@ -102,7 +102,12 @@ class CheckpointFiles(Protocol):
         """The size of a shard; CorruptionError if it is missing or no regular file."""
 
     def readinto(
-        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+        self,
+        name: str,
+        buffers: Sequence[memoryview],
+        *,
+        offset: int,
+        done: Done = lambda buffer: None,
     ) -> None:
         """Fill the buffers, one after another, from `offset` on; from any thread.
 

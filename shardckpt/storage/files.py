@@ -23,7 +23,6 @@ from shardckpt.storage.system import System, translated
 __all__ = ["LocalFiles"]
 
 _READ = os.O_RDONLY | os.O_NONBLOCK  # a FIFO in a shard's place must not block
-_IOV_MAX = 1024
 _MOST_OPEN = 64  # shards, with two descriptors each; a process may have 1024, mostly
 _PAGE_BYTES = 4096
 _MANIFEST_LIMIT_BYTES = 2 << 30
@@ -126,7 +125,7 @@ class LocalFiles:
                     remedy="load another checkpoint",
                 )
             data = bytearray(found.st_size)
-            self._fill(fd, MANIFEST_NAME, [memoryview(data)], 0)
+            self._fill(fd, MANIFEST_NAME, memoryview(data), 0)
             return bytes(data)
         finally:
             self._system.close(fd)
@@ -148,35 +147,27 @@ class LocalFiles:
             return self._system.fstat(shard.fd).st_size
 
     def readinto(
-        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+        self,
+        name: str,
+        buffers: Sequence[memoryview],
+        *,
+        offset: int,
+        done: Done = lambda buffer: None,
     ) -> None:
         """See CheckpointFiles.readinto."""
         with translated(f"{self.path}/{name}"), self._using(name) as shard:
-            if done is not None:
-                # Nothing but what it takes: a cache full of data has forgotten the code.
-                fd, read = shard.fd, self._system.read
-                for buffer in buffers:
-                    count = read(fd, [buffer], offset=offset)
-                    if count < len(buffer):
-                        self._fill(fd, name, [buffer[count:]], offset + count)
-                    offset += len(buffer)
-                    done(buffer)
-                return
-            for start in range(0, len(buffers), _IOV_MAX):
-                part = list(buffers[start : start + _IOV_MAX])
-                self._fill(shard.fd, name, part, offset)
-                offset += sum(map(len, part))
+            # Nothing but what it takes: a cache full of data has forgotten the code.
+            for buffer in buffers:
+                self._fill(shard.fd, name, buffer, offset)
+                offset += len(buffer)
+                done(buffer)
 
-    def _fill(self, fd: int, name: str, buffers: list[memoryview], offset: int) -> None:
-        while buffers:
-            count = self._system.read(fd, buffers, offset=offset)
-            offset += count
-            if count == 0 and any(map(len, buffers)):
-                raise self._cut(name, offset, sum(map(len, buffers)))
-            while buffers and count >= len(buffers[0]):
-                count -= len(buffers.pop(0))
-            if count:
-                buffers[0] = buffers[0][count:]
+    def _fill(self, fd: int, name: str, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            count = self._system.read(fd, [buffer], offset=offset)
+            if count == 0:
+                raise self._cut(name, offset, len(buffer))
+            buffer, offset = buffer[count:], offset + count
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

@@ -45,7 +45,12 @@ class Shelf:
         return len(self.files[name])
 
     def readinto(
-        self, name: str, buffers: Sequence[memoryview], *, offset: int, done: Done | None = None
+        self,
+        name: str,
+        buffers: Sequence[memoryview],
+        *,
+        offset: int,
+        done: Done = lambda buffer: None,
     ) -> None:
         for buffer in buffers:
             part = self.files.get(name, b"")[offset : offset + len(buffer)]
@@ -53,8 +58,7 @@ class Shelf:
                 raise CorruptionError("a file ends early", path=f"{self.path}/{name}")
             buffer[:] = part
             offset += len(part)
-            if done is not None:
-                done(buffer)
+            done(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
