@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from shardckpt.closing import Closing
+from shardckpt.errors import CorruptionError
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.devices import free_memory
 from shardckpt.execution.disk import MappedFiles, disk_tensor
-from shardckpt.execution.load_driver import open_manifest
 from shardckpt.execution.reader import read_all
 from shardckpt.execution.verify import verify_shards
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.manifest import Manifest, TensorEntry, check_text, from_bytes
+from shardckpt.format.outline import Outline
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.build import Builder
 from shardckpt.planning.chunks import LocalChunk
@@ -30,48 +31,54 @@ __all__ = ["Checkpoint", "SavedTensor"]
 
 
 class SavedTensor:
-    """A tensor in a checkpoint, not read yet: `shape`, `dtype`, `size_bytes`, the numbers of the
-    `shards` that hold it, and what indexing reads.
+    """A tensor in a checkpoint, not read yet: `shape`, `dtype`, `size_bytes`, and what indexing
+    reads.
 
     `tensor[...]`, `tensor[0:8]`, `tensor[3, :, 5:7]` return new CPU tensors, and read only
     the blocks that hold the asked for part; those are verified. Slices have step 1.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, source: str) -> None:
-        entry = checkpoint.manifest.tensors[source]
+        _, entry = checkpoint.described(source)
         self.name = name
         self.shape = torch.Size(entry.shape)
         self.dtype = DTYPES[entry.dtype]
         self.size_bytes = entry.size_bytes
-        self.shards = frozenset(entry.chunks[:, 0].tolist())
         self._checkpoint = checkpoint
         self._source = source
 
     def __repr__(self) -> str:
         return f"SavedTensor({self.name!r}, {self.dtype}, shape={list(self.shape)})"
 
+    @property
+    def shards(self) -> frozenset[int]:
+        """The numbers of the shards that hold it."""
+        return frozenset(self._checkpoint.described(self._source)[1].chunks[:, 0].tolist())
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Read a part, as a new CPU tensor of the shape that indexing a tensor would give."""
-        # A tensor without memory tells what the index means, errors included.
-        like = torch.empty(self.shape, device="meta")
-        shape = like[index].shape
         box = _box(index, tuple(self.shape))
         if box is None:
+            torch.empty(self.shape, device="meta")[index]  # an error of torch's own, if it is one
             raise IndexError(
                 f"{self.name}: an index of integers, slices of step 1 and ... is expected, "
                 f"found {index!r}; read the whole with [...] and index that"
             )
-        offsets, sizes = box
+        offsets, sizes, shape = box
         return self._checkpoint.read_box(self._source, offsets, sizes).reshape(shape)
 
 
-def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
+    """Offsets and sizes of the part that an index means, and the shape that it comes in; None for
+    an index that means none."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in parts:
         at = parts.index(Ellipsis)
         parts[at : at + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
     parts += [slice(None)] * (len(shape) - len(parts))
-    offsets, sizes = [], []
+    if len(parts) > len(shape):
+        return None
+    offsets, sizes, kept = [], [], []
     for part, size in zip(parts, shape, strict=True):
         if isinstance(part, slice):
             start, stop, step = part.indices(size)
@@ -79,12 +86,13 @@ def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int
                 return None
             offsets.append(start)
             sizes.append(max(0, stop - start))
-        elif isinstance(part, int) and not isinstance(part, bool):
+            kept.append(sizes[-1])
+        elif isinstance(part, int) and not isinstance(part, bool) and -size <= part < size:
             offsets.append(part % size)
             sizes.append(1)
         else:
             return None
-    return tuple(offsets), tuple(sizes)
+    return tuple(offsets), tuple(sizes), tuple(kept)
 
 
 def _is_array(node: Any) -> bool:
@@ -96,11 +104,29 @@ class Checkpoint(Closing, Mapping[str, Any]):
 
     `checkpoint[name]` is a SavedTensor (nothing is read), or the value. Names join the keys
     of the saved state with dots. Not collective. `manifest` tells everything else.
+
+    Opening checks the digest of the manifest. Tensors asked for by name are found in its text;
+    whatever needs more parses all of it, and checks every rule of the format.
     """
 
     def __init__(self, path: str, *, storage: Storage) -> None:
+        self._files = storage.open(path)
+        try:
+            self._text = self._files.manifest()
+            check_text(self._text, path=self._files.path)
+        except BaseException:
+            self._files.close()
+            raise
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        """All of the manifest. Raises CorruptionError if it breaks a rule of the format."""
         with collector_paused():
-            self._files, self.manifest = open_manifest(storage, path)
+            return from_bytes(self._text, path=self.path)
+
+    @functools.cached_property
+    def _outline(self) -> Outline:
+        return Outline(self._text, path=self.path)
 
     @functools.cached_property
     def _saved(self) -> SavedState:
@@ -122,6 +148,8 @@ class Checkpoint(Closing, Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """The tensor or value of a name; a list with every rank's for a PerRank entry."""
+        if "manifest" not in vars(self) and (source := self._outline.find(name)) is not None:
+            return SavedTensor(self, name, source)
         if name not in self._saved.leaves:
             raise KeyError(name)
         node = self._saved.leaves[name]
@@ -211,9 +239,20 @@ class Checkpoint(Closing, Mapping[str, Any]):
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """The box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
-        entry = self.manifest.tensors[name]
+        manifest, entry = self.described(name)
         part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
-        read_all(
-            self._files, self.manifest, plan_reads([(entry, LocalChunk(offsets, sizes, part))])
-        )
+        reads = plan_reads([(entry, LocalChunk(offsets, sizes, part))])
+        try:
+            read_all(self._files, manifest, reads)
+        except CorruptionError:
+            if manifest is self.manifest:
+                raise
+            read_all(self._files, self.manifest, reads)  # to name every tensor that is hurt
         return part
+
+    def described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
+        """A tensor of the manifest, and what describes it: all of the manifest, if that is parsed
+        or needs to be."""
+        if "manifest" not in vars(self) and (entry := self._outline.tensor(name)) is not None:
+            return self._outline, entry
+        return self.manifest, self.manifest.tensors[name]

@@ -13,6 +13,7 @@ class TestMine(StorageTests):
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import pytest
 
@@ -25,7 +26,13 @@ from shardckpt.errors import (
     ShardckptError,
     StorageError,
 )
-from shardckpt.storage.base import MANIFEST_NAME, Storage, WritableFile, WriteTransaction
+from shardckpt.storage.base import (
+    MANIFEST_NAME,
+    Storage,
+    WouldWait,
+    WritableFile,
+    WriteTransaction,
+)
 
 __all__ = ["StorageTests"]
 
@@ -50,6 +57,9 @@ class StorageTests:
             again = [memoryview(bytearray(size)) for size in (1000, 0, 5000)]
             files.readinto(name, again, offset=77, done=filled.append)
             assert filled == [one, b"", two]
+            with suppress(WouldWait):
+                files.readinto(name, [memoryview(one)], offset=5000, wait=False)
+                assert one == _DATA[5000:6000]
             assert bytes(files.map(name)) == _DATA
         files.close()
         files.close()

@@ -278,9 +278,9 @@ def test_slices_cost_their_blocks(tmp_path):
         read = []
         files, readinto = checkpoint.files, type(checkpoint.files).readinto
 
-        def counted(self, name, buffers, *, offset, done=None):
+        def counted(self, name, buffers, *, offset, done=None, wait=True):
+            readinto(self, name, buffers, offset=offset, done=done, wait=wait)
             read.append(sum(map(len, buffers)))
-            readinto(self, name, buffers, offset=offset, done=done)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(files), "readinto", counted)
@@ -288,12 +288,46 @@ def test_slices_cost_their_blocks(tmp_path):
             assert sum(read) == 1 << 20
         for index in (5, slice(None), (..., 3), (slice(2, 9), slice(100, 200)), -1, (7, -2)):
             assert torch.equal(handle[index], tensor[index])
-        with pytest.raises(IndexError):
-            handle[::2]
-        with pytest.raises(IndexError):
-            handle[10**6]
+        for index in (slice(None, None, 2), 10**6, -4097, (0, 0, 0), None, True, (..., ...), [1]):
+            with pytest.raises(IndexError):
+                handle[index]
+        with pytest.raises(ValueError, match="step"):
+            handle[::-1]
         with pytest.raises(KeyError):
             checkpoint["nothing"]
+
+
+def test_a_slice_parses_no_more_of_the_manifest_than_it_needs(tmp_path, monkeypatch):
+    state = {"m": {"layer.0": {"w": torch.arange(6.0).reshape(3, 2)}}, "n": 5}
+    shardckpt.save(state, tmp_path / "c")
+
+    def whole(data, *, path):
+        raise AssertionError("all of it")
+
+    with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
+        monkeypatch.setattr("shardckpt.checkpoint.from_bytes", whole)
+        tensor = checkpoint["m.layer.0.w"]
+        assert tensor[1].tolist() == [2, 3]
+        assert (tensor.size_bytes, tensor.shards) == (24, {0})
+        with pytest.raises(AssertionError, match="all of it"):
+            checkpoint["n"]
+        monkeypatch.undo()
+        assert checkpoint["n"] == 5
+        assert set(checkpoint) == {"m.layer.0.w", "n"}
+        assert checkpoint["m.layer.0.w"][1].tolist() == tensor[1].tolist() == [2, 3]
+
+
+def test_a_slice_of_a_damaged_block_names_all_that_is_hurt(tmp_path):
+    shardckpt.save({"a": torch.ones(9), "b": torch.ones(9)}, tmp_path / "c")
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
+        for name in ("a", "b", "a"):
+            with pytest.raises(errors.CorruptionError) as caught:
+                checkpoint[name][0:1]
+            assert set(caught.value.tensor.split(", ")) == {"a", "b"}
 
 
 def test_device_maps(tmp_path):

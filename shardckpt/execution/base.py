@@ -19,7 +19,8 @@ from shardckpt.errors import CorruptionError, ShardckptError
 from shardckpt.execution.buffers import contiguous_parts, view_at
 from shardckpt.execution.reader import bad_blocks, check_size
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
-from shardckpt.format.manifest import ShardEntry, shards_from_bytes
+from shardckpt.format.manifest import ShardEntry, check_text
+from shardckpt.format.outline import Outline
 from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
 
 __all__ = ["Base", "open_base"]
@@ -114,7 +115,8 @@ def open_base(
     try:
         try:
             files = storage.open(base)
-            shards = shards_from_bytes(files.manifest(), path=files.path)
+            check_text(data := files.manifest(), path=files.path)
+            shards = Outline(data, path=files.path).all_shards()
             found = Base(files, shards, verify=verify)
         except (ShardckptError, OSError) as error:
             found = Base(None, (), verify=verify)

@@ -15,7 +15,7 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.planning.chunks import LocalChunk
 from shardckpt.planning.reads import plan_reads
-from shardckpt.storage.base import CheckpointFiles, Done
+from shardckpt.storage.base import CheckpointFiles, Done, WouldWait
 
 __all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
 
@@ -47,8 +47,11 @@ class MappedFiles:
         *,
         offset: int,
         done: Done = lambda buffer: None,
+        wait: bool = True,
     ) -> None:
         """See CheckpointFiles.readinto."""
+        if not wait:  # nobody knows which pages of a map are in memory
+            raise WouldWait(name)
         for buffer in buffers:
             buffer[:] = self.map(name)[offset : offset + len(buffer)]
             offset += len(buffer)

@@ -102,6 +102,7 @@ class _MemoryFiles:
         *,
         offset: int,
         done: Done = lambda buffer: None,
+        wait: bool = True,
     ) -> None:
         """See CheckpointFiles.readinto."""
         view, _ = self._shards[name]

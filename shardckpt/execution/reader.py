@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,14 @@ import xxhash
 
 from shardckpt import knobs
 from shardckpt.errors import CorruptionError
-from shardckpt.execution.buffers import Buffer, copy_bytes, have_huge_pages, view_at
+from shardckpt.execution.buffers import Buffer, copy_bytes, have_huge_pages, lease, view_at
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.workers import stalled, workers
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.manifest import Manifest, ShardEntry
+from shardckpt.format.outline import Outline
 from shardckpt.planning.reads import WINDOW_BYTES, CopyRead, Reads
-from shardckpt.storage.base import CheckpointFiles
+from shardckpt.storage.base import CheckpointFiles, WouldWait
 
 __all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "tensors_in"]
 
@@ -45,7 +47,7 @@ _POLL_S = 0.2
 
 def read_all(
     files: CheckpointFiles,
-    manifest: Manifest,
+    manifest: Manifest | Outline,
     reads: Reads,
     *,
     alone: bool = False,
@@ -58,13 +60,17 @@ def read_all(
     returns. Raises CorruptionError for a shard that is missing, cut or changed, naming the file,
     the block and the tensors hurt.
     """
-    past_cache = alone and knobs.READ_PAST_CACHE and have_huge_pages()
     with collector_paused():
         windows = _windows(reads)
     if not windows:  # values alone were asked for: no thread, no buffer
         return 0
     for shard in {window.shard for window in windows}:
         check_size(files, manifest.shards[shard])
+    if len(windows) == 1:  # from the page cache it comes in less time than a thread starts
+        with suppress(WouldWait), lease(1) as (buffer,):
+            return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
+    past_cache = alone and knobs.READ_PAST_CACHE and have_huge_pages()
+    source = _Source(files, manifest, past_cache=past_cache)
     # What comes from the page cache keeps a processor busy; what comes from the disk does not.
     threads = min(knobs.READ_THREADS * (2 if past_cache else 1), len(windows))
     queue = iter(windows)  # next() on it is atomic: the workers share it
@@ -75,7 +81,7 @@ def read_all(
         for window in queue:
             if stop.is_set():
                 return
-            read_bytes[worker] += _read_window(files, manifest, window, buffer, past_cache)
+            read_bytes[worker] += _read_window(source, window, buffer)
 
     with workers(threads, "shardckpt-read", buffers=threads) as (pool, buffers):
         pending = {pool.submit(work, *job) for job in enumerate(buffers)}
@@ -106,6 +112,17 @@ def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:
             actual=f"{found} bytes",
             remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where to read from, and how: past the page cache if that lacks the bytes, or without waiting
+    (WouldWait)."""
+
+    files: CheckpointFiles
+    manifest: Manifest | Outline
+    past_cache: bool = False
+    wait: bool = True
 
 
 _Read = Sequence[Any]
@@ -148,21 +165,15 @@ def _windows(reads: Reads) -> list[_Window]:
     return [found[key] for key in sorted(found)]
 
 
-def _read_window(
-    files: CheckpointFiles,
-    manifest: Manifest,
-    window: _Window,
-    buffer: Buffer,
-    past_cache: bool,
-) -> int:
+def _read_window(source: _Source, window: _Window, buffer: Buffer) -> int:
     """Read, verify and place all reads of one window; the bytes read."""
-    size_bytes = manifest.shards[window.shard].size_bytes
+    size_bytes = source.manifest.shards[window.shard].size_bytes
     total = 0
     run: list[_Read] = []
     low = high = 0
     for read in window.reads:
         if run and read[0] > high and _floor(read[0]) > high:
-            _read_run(files, manifest, window, (low, high), run, buffer, past_cache)
+            _read_run(source, window, (low, high), run, buffer)
             total += high - low
             run = []
         if not run:
@@ -170,7 +181,7 @@ def _read_window(
         if read[1] > high:
             high = min(-(-read[1] // BLOCK_BYTES) * BLOCK_BYTES, size_bytes)
         run.append(read)
-    _read_run(files, manifest, window, (low, high), run, buffer, past_cache)
+    _read_run(source, window, (low, high), run, buffer)
     return total + high - low
 
 
@@ -179,26 +190,20 @@ def _floor(offset: int) -> int:
 
 
 def _read_run(
-    files: CheckpointFiles,
-    manifest: Manifest,
-    window: _Window,
-    span: tuple[int, int],
-    reads: list[_Read],
-    buffer: Buffer,
-    past_cache: bool,
+    source: _Source, window: _Window, span: tuple[int, int], reads: list[_Read], buffer: Buffer
 ) -> None:
     """Read the bytes of a span, which are whole blocks, and serve `reads` from them."""
-    shard, base = manifest.shards[window.shard], window.base
+    files, shard, base = source.files, source.manifest.shards[window.shard], window.base
     low, high = span
-    if past_cache and files.read_past_cache(
+    if source.past_cache and files.read_past_cache(
         shard.name, buffer.view[low - base :], offset=low, size_bytes=high - low
     ):
         bad, later = bad_blocks(shard, low, buffer.view[low - base : high - base]), reads
     else:
         pieces, later = _scattered(base, span, reads, buffer)
-        bad = _read_checked(files, shard, span, pieces)
+        bad = _read_checked(source, shard, span, pieces)
     if bad:
-        raise damaged_blocks(manifest, bad, shard=window.shard, path=files.path)
+        raise damaged_blocks(source.manifest, bad, shard=window.shard, path=files.path)
     held_at = buffer.address - base
     for begin, end, place in later:
         if type(place) is int:
@@ -238,7 +243,7 @@ def _scattered(
 
 
 def _read_checked(
-    files: CheckpointFiles, shard: ShardEntry, span: tuple[int, int], pieces: list[memoryview]
+    source: _Source, shard: ShardEntry, span: tuple[int, int], pieces: list[memoryview]
 ) -> list[int]:
     """Read a span, which is whole blocks, into pieces; numbers of the blocks whose digest
     differs."""
@@ -261,7 +266,7 @@ def _read_checked(
                 bad.append(number)
             digest.reset()
 
-    files.readinto(shard.name, steps, offset=at, done=check)
+    source.files.readinto(shard.name, steps, offset=at, done=check, wait=source.wait)
     return bad
 
 
@@ -275,7 +280,7 @@ def bad_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
 
 
 def damaged_blocks(
-    manifest: Manifest, blocks: Sequence[int], *, shard: int, path: str
+    manifest: Manifest | Outline, blocks: Sequence[int], *, shard: int, path: str
 ) -> CorruptionError:
     """The error for blocks whose bytes are not those that were saved."""
     ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in blocks]
@@ -290,7 +295,9 @@ def damaged_blocks(
     )
 
 
-def tensors_in(manifest: Manifest, ranges: Sequence[tuple[int, int]], *, shard: int) -> list[str]:
+def tensors_in(
+    manifest: Manifest | Outline, ranges: Sequence[tuple[int, int]], *, shard: int
+) -> list[str]:
     """Names of the tensors with bytes in any of the [begin, end) ranges of a shard's file."""
     return [
         name

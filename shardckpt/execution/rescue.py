@@ -152,9 +152,10 @@ class _MendedFiles:
         *,
         offset: int,
         done: Done = lambda buffer: None,
+        wait: bool = True,
     ) -> None:
         """See CheckpointFiles.readinto."""
-        self._files.readinto(name, buffers, offset=offset)
+        self._files.readinto(name, buffers, offset=offset, wait=wait)
         for buffer in buffers:
             for byte, bit in self._flips.get(name, ()):
                 if offset <= byte < offset + len(buffer):

@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointFiles",
     "Done",
     "Storage",
+    "WouldWait",
     "WritableFile",
     "WriteTransaction",
 ]
@@ -18,6 +19,10 @@ MANIFEST_NAME = "manifest.json"
 
 Done = Callable[[memoryview], object]
 """Called with a buffer once it is full."""
+
+
+class WouldWait(Exception):
+    """Raised by CheckpointFiles.readinto for bytes that are not at hand."""
 
 
 class Storage(Protocol):
@@ -108,11 +113,14 @@ class CheckpointFiles(Protocol):
         *,
         offset: int,
         done: Done = lambda buffer: None,
+        wait: bool = True,
     ) -> None:
         """Fill the buffers, one after another, from `offset` on; from any thread.
 
         `done` is called with each as soon as it is full: its bytes are still in the processor's
         cache then. CorruptionError where the shard is missing or ends before they are full.
+        If `wait` is false, WouldWait where a disk or another machine has to be asked, or may have
+        to be; a storage may always raise that.
         """
 
     def read_past_cache(

@@ -17,7 +17,7 @@ from shardckpt.errors import (
     CorruptionError,
     NotACheckpointError,
 )
-from shardckpt.storage.base import MANIFEST_NAME, Done
+from shardckpt.storage.base import MANIFEST_NAME, Done, WouldWait
 from shardckpt.storage.system import System, translated
 
 __all__ = ["LocalFiles"]
@@ -153,18 +153,24 @@ class LocalFiles:
         *,
         offset: int,
         done: Done = lambda buffer: None,
+        wait: bool = True,
     ) -> None:
         """See CheckpointFiles.readinto."""
         with translated(f"{self.path}/{name}"), self._using(name) as shard:
             # Nothing but what it takes: a cache full of data has forgotten the code.
             for buffer in buffers:
-                self._fill(shard.fd, name, buffer, offset)
+                self._fill(shard.fd, name, buffer, offset, wait)
                 offset += len(buffer)
                 done(buffer)
 
-    def _fill(self, fd: int, name: str, buffer: memoryview, offset: int) -> None:
+    def _fill(self, fd: int, name: str, buffer: memoryview, offset: int, wait: bool = True) -> None:
         while buffer:
-            count = self._system.read(fd, [buffer], offset=offset)
+            try:
+                count = self._system.read(fd, [buffer], offset=offset, wait=wait)
+            except OSError as error:
+                if wait:
+                    raise
+                raise WouldWait(name) from error
             if count == 0:
                 raise self._cut(name, offset, len(buffer))
             buffer, offset = buffer[count:], offset + count

@@ -45,9 +45,16 @@ class System:
         """Write some of `data` at an offset; how many bytes."""
         return os.pwrite(fd, data, offset)
 
-    def read(self, fd: int, buffers: Sequence[memoryview], *, offset: int) -> int:
-        """Read into buffers from an offset; how many bytes, 0 at the end of the file."""
-        return os.preadv(fd, buffers, offset)
+    def read(
+        self, fd: int, buffers: Sequence[memoryview], *, offset: int, wait: bool = True
+    ) -> int:
+        """Read into buffers from an offset; how many bytes, 0 at the end of the file. If `wait` is
+        false, from the page cache alone: an OSError where that has nothing, or can't be asked."""
+        if wait:
+            return os.preadv(fd, buffers, offset)
+        if not hasattr(os, "RWF_NOWAIT"):
+            raise OSError(errno.EOPNOTSUPP, "no RWF_NOWAIT on this system")
+        return os.preadv(fd, buffers, offset, os.RWF_NOWAIT)
 
     def cached(self, fd: int, *, offset: int, size_bytes: int) -> bool:
         """Whether a part of a file is in the page cache, but for an eighth of its pages at most;

@@ -19,7 +19,8 @@ from shardckpt import errors
 from shardckpt.execution import base as base_module
 from shardckpt.execution.base import _block_digests
 from shardckpt.execution.reshard import reshard
-from shardckpt.format.manifest import from_bytes, shards_from_bytes
+from shardckpt.format.manifest import check_text, from_bytes
+from shardckpt.format.outline import Outline
 from shardckpt.planning import kinds
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.system import System
@@ -361,13 +362,13 @@ def test_resharding_keeps_the_files_apart(tmp_path):
 def test_a_manifest_read_for_its_shards_alone(tmp_path):
     shardckpt.save({"a": torch.ones(5), "b": {1: (2, "x")}}, tmp_path / "c")
     data = (tmp_path / "c" / "manifest.json").read_bytes()
-    (mine,), (whole,) = shards_from_bytes(data, path="p"), from_bytes(data, path="p").shards
+    (mine,), (whole,) = Outline(data, path="p").all_shards(), from_bytes(data, path="p").shards
     assert (mine.name, mine.size_bytes) == (whole.name, whole.size_bytes)
     assert mine.digests.tolist() == whole.digests.tolist()
     for at in range(len(data)):
         damaged = bytearray(data)
         damaged[at] ^= 1
         with pytest.raises(errors.CheckpointError):
-            shards_from_bytes(bytes(damaged), path="p")
+            check_text(bytes(damaged), path="p")
         with pytest.raises(errors.CheckpointError):
-            shards_from_bytes(data[:at], path="p")
+            check_text(data[:at], path="p")

@@ -19,8 +19,8 @@ class Counting(System):
         self.read_bytes = 0
         self.mapped = 0
 
-    def read(self, fd, buffers, *, offset):
-        count = super().read(fd, buffers, offset=offset)
+    def read(self, fd, buffers, *, offset, wait=True):
+        count = super().read(fd, buffers, offset=offset, wait=wait)
         self.read_bytes += count
         return count
 

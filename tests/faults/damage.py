@@ -51,6 +51,7 @@ class Shelf:
         *,
         offset: int,
         done: Done = lambda buffer: None,
+        wait: bool = True,
     ) -> None:
         for buffer in buffers:
             part = self.files.get(name, b"")[offset : offset + len(buffer)]

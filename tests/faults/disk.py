@@ -227,9 +227,13 @@ class Disk(System):
             self._change(Data(self.descriptors[fd], offset, bytes(data)))
             return len(data)
 
-    def read(self, fd: int, buffers: Sequence[memoryview], *, offset: int) -> int:
+    def read(
+        self, fd: int, buffers: Sequence[memoryview], *, offset: int, wait: bool = True
+    ) -> int:
         with self.lock_:
             self._call()
+            if not (wait or self.in_cache):
+                raise OSError(errno.EAGAIN, "not in the page cache")
             self._check_aligned(fd, offset, buffers)
             self.past_cache += fd in self.direct_ones
             data = self.content.files[self.descriptors[fd]]

@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from shardckpt.errors import ShardckptError
 from shardckpt.format import boxes, manifest, rules, shard, values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, to_bytes
+from shardckpt.format.outline import Outline
 from shardckpt.format.shard import build_header
 from shardckpt.planning.saved import SavedState
 
@@ -84,7 +86,13 @@ FILE_BYTES = len(VALID_HEADER) + 13
 
 
 def parse_manifest(data: bytes) -> None:
-    """What a load does with the bytes of a manifest."""
+    """What a slice and a load do with the bytes of a manifest."""
+    with suppress(ShardckptError):
+        manifest.check_text(data, path="fuzz")
+        outline = Outline(data, path="fuzz")
+        for name in ("w", "s", "d.1", "t.0"):
+            outline.find(name)
+            outline.tensor(name)
     SavedState(manifest.from_bytes(data, path="fuzz"))
 
 

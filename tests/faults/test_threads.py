@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 
 import shardckpt
 from shardckpt import errors, knobs
-from shardckpt.execution import writer
+from shardckpt.execution import reader, writer
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.system import System
 
@@ -42,9 +43,9 @@ class Breaks(System):
         self.maybe("write")
         return super().write(fd, data, offset=offset)
 
-    def read(self, fd, buffers, *, offset):
+    def read(self, fd, buffers, *, offset, wait=True):
         self.maybe("read")
-        return super().read(fd, buffers, offset=offset)
+        return super().read(fd, buffers, offset=offset, wait=wait)
 
 
 def test_each_writing_thread_that_raises_fails_the_save(tmp_path):
@@ -108,6 +109,45 @@ def test_a_read_that_hangs_ends_the_load(tmp_path, call):
     with pytest.raises(errors.StorageError, match="no progress"):
         opened.load_state() if call == "load" else opened.verify()
     assert time.monotonic() - begun < 30
+
+
+class Elsewhere(Hangs):
+    """Nothing is in the page cache; what waits for the disk hangs from the `at`-th time on."""
+
+    def read(self, fd, buffers, *, offset, wait=True):
+        if not wait:
+            raise OSError(errno.EAGAIN, "not in the page cache")
+        return super().read(fd, buffers, offset=offset)
+
+
+@pytest.mark.usefixtures("hanging")
+def test_a_slice_that_hangs_ends(tmp_path):
+    shardckpt.save({"w": torch.arange(10)}, tmp_path / "c")
+    with shardckpt.open_checkpoint(tmp_path / "c", storage=LocalStorage(Elsewhere("read", 2))) as c:
+        begun = time.monotonic()
+        with pytest.raises(errors.StalledError, match="no progress"):
+            c["w"][:5]
+        assert time.monotonic() - begun < 30
+
+
+class AtHand(System):
+    """All is in the page cache."""
+
+    def read(self, fd, buffers, *, offset, wait=True):
+        return super().read(fd, buffers, offset=offset)
+
+
+def test_what_the_page_cache_has_takes_no_thread(tmp_path, monkeypatch):
+    shardckpt.save({"w": torch.arange(10), "large": torch.ones(3, 1 << 20)}, tmp_path / "c")
+
+    def none(*arguments, **named):
+        raise AssertionError("a thread")
+
+    with shardckpt.open_checkpoint(tmp_path / "c", storage=LocalStorage(AtHand())) as opened:
+        monkeypatch.setattr(reader, "workers", none)
+        assert opened["w"][2:5].tolist() == [2, 3, 4]
+        with pytest.raises(AssertionError, match="a thread"):
+            opened["large"][:]
 
 
 def test_bytes_that_were_planned_and_not_written_fail_the_save(tmp_path, monkeypatch):

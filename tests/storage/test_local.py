@@ -72,7 +72,9 @@ class Cold(System):
     def cached(self, fd, *, offset, size_bytes):
         return False
 
-    def read(self, fd, buffers, *, offset):
+    def read(self, fd, buffers, *, offset, wait=True):
+        if not wait:
+            raise OSError(errno.EAGAIN, "not in the page cache")
         if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             return super().read(fd, buffers, offset=offset)
         self.past += 1
@@ -86,8 +88,8 @@ class Cold(System):
 class Torn(System):
     """No read gives more than 1000 bytes."""
 
-    def read(self, fd, buffers, *, offset):
-        return super().read(fd, [buffers[0][:1000]], offset=offset)
+    def read(self, fd, buffers, *, offset, wait=True):
+        return super().read(fd, [buffers[0][:1000]], offset=offset, wait=wait)
 
 
 class TestTorn(StorageTests):
@@ -188,10 +190,10 @@ def test_a_file_that_is_cut_while_it_is_read(a_large_one, tmp_path, end):
 
 def test_an_error_of_the_disk_is_told(a_large_one):
     class Broken(Cold):
-        def read(self, fd, buffers, *, offset):
+        def read(self, fd, buffers, *, offset, wait=True):
             if offset:
                 raise OSError(errno.EIO, "planted")
-            return super().read(fd, buffers, offset=offset)
+            return super().read(fd, buffers, offset=offset, wait=wait)
 
     with pytest.raises(errors.StorageError, match="planted"):
         shardckpt.load_state(a_large_one[1], storage=LocalStorage(Broken()))
@@ -270,8 +272,8 @@ class Dribbling(System):
     def write(self, fd, data, *, offset):
         return super().write(fd, data[: max(1, len(data) // 3)], offset=offset)
 
-    def read(self, fd, buffers, *, offset):
-        return super().read(fd, [buffers[0][:777]], offset=offset)
+    def read(self, fd, buffers, *, offset, wait=True):
+        return super().read(fd, [buffers[0][:777]], offset=offset, wait=wait)
 
 
 class TestDribbling(StorageTests):
