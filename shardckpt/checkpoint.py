@@ -24,6 +24,7 @@ from shardckpt.planning.chunks import LocalChunk
 from shardckpt.planning.device_map import DeviceMap, resolve_device_map
 from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.planning.sharing import ALWAYS
 from shardckpt.reports import VerifyReport
 from shardckpt.storage.base import CheckpointFiles, Storage
 
@@ -234,7 +235,7 @@ class Checkpoint(Closing, Mapping[str, Any]):
         with collector_paused():
             value = build(builder)
             reads = plan_reads(pending)
-        read_all(self._files, self.manifest, reads, alone=True)
+        read_all(self._files, self.manifest, reads, past_cache=ALWAYS)
         return value
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:

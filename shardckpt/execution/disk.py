@@ -15,6 +15,7 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.planning.chunks import LocalChunk
 from shardckpt.planning.reads import plan_reads
+from shardckpt.planning.sharing import ALWAYS
 from shardckpt.storage.base import CheckpointFiles, Done, WouldWait
 
 __all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
@@ -130,7 +131,7 @@ class DiskTensor(torch.Tensor):
             files, manifest, _, entry = self._source
             tensor = torch.empty(entry.shape, dtype=self.dtype)
             whole = LocalChunk((0,) * tensor.dim(), entry.shape, tensor)
-            read_all(files, manifest, plan_reads([(entry, whole)]), alone=True)
+            read_all(files, manifest, plan_reads([(entry, whole)]), past_cache=ALWAYS)
             self._tensor = tensor
         return self._tensor
 

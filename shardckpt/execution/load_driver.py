@@ -17,7 +17,7 @@ from shardckpt.format.manifest import Manifest, from_bytes
 from shardckpt.planning.load_plan import Matcher
 from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.saved import Rename, SavedState, Select
-from shardckpt.planning.sharing import Share, alone, share_of
+from shardckpt.planning.sharing import Share, past_cache, share_of
 from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.storage.base import CheckpointFiles, Storage
 
@@ -104,7 +104,7 @@ class _Load:
             return msgspec.msgpack.encode((self.manifest.checkpoint_id, share))
 
         answer = exchange(self.coordinator, "open", plan, _agree(self.path))
-        self.alone = msgspec.msgpack.decode(answer, type=bool)
+        self.past_cache = msgspec.msgpack.decode(answer, type=float)
 
     def read(self) -> None:
         """Fill the tensors, then put everything else in place."""
@@ -118,7 +118,7 @@ class _Load:
                     self.files,
                     self.manifest,
                     reads,
-                    alone=self.alone,
+                    past_cache=self.past_cache,
                     progress=self.coordinator.progress,
                 )
             with self.own.phase("place"):
@@ -151,14 +151,14 @@ def _differences(matcher: Matcher) -> dict[str, Any]:
 
 
 def _agree(path: str) -> Callable[[list[bytes]], list[bytes]]:
-    """The decision on what the ranks have opened: same_checkpoint; each is told whether it reads
-    alone."""
+    """The decision on what the ranks have opened: same_checkpoint; each is told what it reads past
+    the page cache."""
 
     def decide(payloads: list[bytes]) -> list[bytes]:
         decode = msgspec.msgpack.Decoder(tuple[str, Share]).decode
         ids, shares = zip(*map(decode, payloads), strict=True)
         same_checkpoint(path)([found.encode() for found in ids])
-        return [msgspec.msgpack.encode(apart) for apart in alone(shares)]
+        return [msgspec.msgpack.encode(part) for part in past_cache(shares)]
 
     return decide
 

@@ -31,6 +31,7 @@ from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.manifest import Manifest, ShardEntry
 from shardckpt.format.outline import Outline
 from shardckpt.planning.reads import WINDOW_BYTES, CopyRead, Reads
+from shardckpt.planning.sharing import ALWAYS, NEVER
 from shardckpt.storage.base import CheckpointFiles, WouldWait
 
 __all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "tensors_in"]
@@ -50,15 +51,15 @@ def read_all(
     manifest: Manifest | Outline,
     reads: Reads,
     *,
-    alone: bool = False,
+    past_cache: float = NEVER,
     progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> int:
     """Carry out reads; every block touched is verified. Returns the bytes read.
 
-    `alone` says that nobody else on this machine is about to read the same: what is not in the
-    page cache then need not get there, and comes faster. Destinations are complete only if this
-    returns. Raises CorruptionError for a shard that is missing, cut or changed, naming the file,
-    the block and the tensors hurt.
+    `past_cache` (see planning/sharing): of blocks that are not in the page cache, the least part
+    that has to be wanted for them to be read past it, which is faster. Destinations are complete
+    only if this returns. Raises CorruptionError for a shard that is missing, cut or changed, naming
+    the file, the block and the tensors hurt.
     """
     with collector_paused():
         windows = _windows(reads)
@@ -69,10 +70,11 @@ def read_all(
     if len(windows) == 1:  # from the page cache it comes in less time than a thread starts
         with suppress(WouldWait), lease(1) as (buffer,):
             return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
-    past_cache = alone and knobs.READ_PAST_CACHE and have_huge_pages()
+    if not (knobs.READ_PAST_CACHE and have_huge_pages()):
+        past_cache = NEVER
     source = _Source(files, manifest, past_cache=past_cache)
     # What comes from the page cache keeps a processor busy; what comes from the disk does not.
-    threads = min(knobs.READ_THREADS * (2 if past_cache else 1), len(windows))
+    threads = min(knobs.READ_THREADS * (1 if past_cache == NEVER else 2), len(windows))
     queue = iter(windows)  # next() on it is atomic: the workers share it
     stop = threading.Event()
     read_bytes = [0] * threads
@@ -116,12 +118,12 @@ def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where to read from, and how: past the page cache if that lacks the bytes, or without waiting
-    (WouldWait)."""
+    """Where to read from, and how: what of it past the page cache (see read_all), and whether to
+    wait or raise WouldWait."""
 
     files: CheckpointFiles
     manifest: Manifest | Outline
-    past_cache: bool = False
+    past_cache: float = NEVER
     wait: bool = True
 
 
@@ -195,7 +197,7 @@ def _read_run(
     """Read the bytes of a span, which are whole blocks, and serve `reads` from them."""
     files, shard, base = source.files, source.manifest.shards[window.shard], window.base
     low, high = span
-    if source.past_cache and files.read_past_cache(
+    if _passes_cache(source, span, reads) and files.read_past_cache(
         shard.name, buffer.view[low - base :], offset=low, size_bytes=high - low
     ):
         bad, later = bad_blocks(shard, low, buffer.view[low - base : high - base]), reads
@@ -213,6 +215,13 @@ def _read_run(
         held = torch.frombuffer(buffer.view, dtype=place.dtype, count=count, offset=begin - base)
         with torch.inference_mode():  # tensors made in it take nothing outside it
             place.into.copy_(held.as_strided(place.sizes, place.strides))
+
+
+def _passes_cache(source: _Source, span: tuple[int, int], reads: list[_Read]) -> bool:
+    if source.past_cache in (ALWAYS, NEVER):
+        return source.past_cache == ALWAYS
+    wanted_bytes = sum(end - begin for begin, end, _ in reads)
+    return wanted_bytes >= source.past_cache * (span[1] - span[0])
 
 
 def _scattered(

@@ -1,7 +1,8 @@
-"""Which ranks read bytes that no other rank of their machine reads."""
+"""Which ranks read what other ranks of their machine read, and so leave it to the page cache."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -11,7 +12,10 @@ import xxhash
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.planning.chunks import LocalChunk
 
-__all__ = ["Share", "alone", "share_of"]
+__all__ = ["ALWAYS", "MOSTLY", "NEVER", "Share", "past_cache", "share_of"]
+
+ALWAYS, MOSTLY, NEVER = 0.0, 0.8, math.inf
+"""Neighbouring blocks are read past the page cache by whoever wants at least this part of them."""
 
 
 class Share(msgspec.Struct, array_like=True, frozen=True):
@@ -33,13 +37,18 @@ def share_of(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> S
     )
 
 
-def alone(shares: Sequence[Share]) -> list[bool]:
-    """Whether each rank reads by and large what no other rank of its machine does: those there
-    that read of the same tensors want, together, hardly more than these tensors are."""
-    wanted: dict[tuple[str, int], int] = defaultdict(int)
+def past_cache(shares: Sequence[Share]) -> list[float]:
+    """For each rank what it reads past the page cache: ALWAYS where no other rank of its machine
+    reads of the same tensors; NEVER where they want, together, much more than these tensors are;
+    else MOSTLY, as what a rank does not want of a block is what another one wants of it."""
+    wanted: dict[tuple[str, int], list[int]] = defaultdict(list)
     for share in shares:
-        wanted[share.machine, share.tensors] += share.wanted_bytes
-    return [
-        wanted[share.machine, share.tensors] <= share.whole_bytes + share.whole_bytes // 4
-        for share in shares
-    ]
+        wanted[share.machine, share.tensors].append(share.wanted_bytes)
+
+    def of(share: Share) -> float:
+        together = wanted[share.machine, share.tensors]
+        if len(together) == 1:
+            return ALWAYS
+        return MOSTLY if sum(together) <= share.whole_bytes + share.whole_bytes // 4 else NEVER
+
+    return [of(share) for share in shares]

@@ -1,4 +1,4 @@
-"""Who reads what nobody else of the machine reads."""
+"""What each rank reads past the page cache, which others of the machine may share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.planning.chunks import LocalChunk
-from shardckpt.planning.sharing import alone, share_of
+from shardckpt.planning.sharing import ALWAYS, MOSTLY, NEVER, past_cache, share_of
 
 
 def entry(number: int, rows: int = 8) -> TensorEntry:
@@ -28,28 +28,29 @@ HALVES = [[rows(0, 0, 4), rows(1, 0, 4)], [rows(0, 4, 8), rows(1, 4, 8)]]
 WHOLE = [rows(0, 0, 8), rows(1, 0, 8)]
 
 
-def test_parts_are_read_alone():
-    assert alone(shares(*HALVES)) == [True, True]
+def test_parts_of_tensors_are_mostly_a_ranks_own():
+    assert past_cache(shares(*HALVES)) == [MOSTLY] * 2
+    assert past_cache(shares(*HALVES, machines=["a", "b"])) == [ALWAYS] * 2
 
 
 def test_replicas_are_not_but_for_those_on_other_machines():
-    assert alone(shares(WHOLE, WHOLE)) == [False, False]
-    assert alone(shares(WHOLE, WHOLE, machines=["a", "b"])) == [True, True]
+    assert past_cache(shares(WHOLE, WHOLE)) == [NEVER] * 2
+    assert past_cache(shares(WHOLE, WHOLE, machines=["a", "b"])) == [ALWAYS] * 2
     hybrid = [HALVES[0], HALVES[1], HALVES[0], HALVES[1]]
-    assert alone(shares(*hybrid)) == [False] * 4
-    assert alone(shares(*hybrid, machines=["a", "a", "b", "b"])) == [True] * 4
+    assert past_cache(shares(*hybrid)) == [NEVER] * 4
+    assert past_cache(shares(*hybrid, machines=["a", "a", "b", "b"])) == [MOSTLY] * 4
 
 
 def test_a_small_replica_beside_parts_does_no_harm():
     small = (entry(7, 1), LocalChunk((0,), (1,), torch.zeros(1)))
-    assert alone(shares([*HALVES[0], small], [*HALVES[1], small])) == [True, True]
+    assert past_cache(shares([*HALVES[0], small], [*HALVES[1], small])) == [MOSTLY] * 2
 
 
 def test_stages_of_a_pipeline_read_tensors_of_their_own():
-    assert alone(shares([rows(0, 0, 8)], [rows(1, 0, 8)])) == [True, True]
-    assert alone(shares([rows(0, 0, 8)], [rows(1, 0, 8)], [rows(1, 0, 8)])) == [True, False, False]
+    one, other = [rows(0, 0, 8)], [rows(1, 0, 8)]
+    assert past_cache(shares(one, other)) == [ALWAYS] * 2
+    assert past_cache(shares(one, other, other)) == [ALWAYS, NEVER, NEVER]
 
 
 def test_one_rank_and_none_that_reads():
-    assert alone(shares(WHOLE)) == [True]
-    assert alone(shares([])) == [True]
+    assert past_cache(shares(WHOLE)) == past_cache(shares([])) == [ALWAYS]

@@ -22,7 +22,11 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
 from shardckpt.execution import verify
+from shardckpt.execution.reader import read_all
 from shardckpt.format.digests import block_digest
+from shardckpt.planning.chunks import LocalChunk
+from shardckpt.planning.reads import plan_reads
+from shardckpt.planning.sharing import ALWAYS, MOSTLY, NEVER
 from shardckpt.storage import files as files_module
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.system import System
@@ -155,6 +159,21 @@ def test_a_load_without_reads_past_the_cache(a_large_one):
     (state, path), system = a_large_one, Undirected()
     assert torch.equal(load_cold(path, system)["a"], state["a"])
     assert not system.past
+
+
+@pytest.mark.parametrize(
+    ("past_cache", "rows", "past"),
+    [(ALWAYS, 9, True), (MOSTLY, 9, False), (MOSTLY, 10**6, True), (NEVER, 10**6, False)],
+)
+def test_blocks_that_others_want_too_are_read_into_the_cache(a_large_one, past_cache, rows, past):
+    (state, path), system = a_large_one, Cold()
+    found = torch.empty(rows, dtype=torch.int64)
+    with shardckpt.open_checkpoint(path, storage=LocalStorage(system)) as opened:
+        part = LocalChunk((0,), (rows,), found)
+        reads = plan_reads([(opened.manifest.tensors["a"], part)])
+        read_all(opened.files, opened.manifest, reads, past_cache=past_cache)
+    assert torch.equal(found, state["a"][:rows])
+    assert bool(system.past) == past
 
 
 @pytest.mark.parametrize("faults", COLD, ids=str)
