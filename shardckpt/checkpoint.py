@@ -73,9 +73,9 @@ def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | No
     """Offsets and sizes of the part that an index means, and the shape that it comes in; None for
     an index that means none."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in parts:
-        at = parts.index(Ellipsis)
-        parts[at : at + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    dots = [at for at, part in enumerate(parts) if part is Ellipsis]
+    if dots:  # of a second one nothing below can be made
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
     parts += [slice(None)] * (len(shape) - len(parts))
     if len(parts) > len(shape):
         return None

@@ -288,7 +288,8 @@ def test_slices_cost_their_blocks(tmp_path):
             assert sum(read) == 1 << 20
         for index in (5, slice(None), (..., 3), (slice(2, 9), slice(100, 200)), -1, (7, -2)):
             assert torch.equal(handle[index], tensor[index])
-        for index in (slice(None, None, 2), 10**6, -4097, (0, 0, 0), None, True, (..., ...), [1]):
+        others = (None, True, (..., ...), [1], torch.tensor([1, 2]), np.arange(3))
+        for index in (slice(None, None, 2), 10**6, -4097, (0, 0, 0), *others):
             with pytest.raises(IndexError):
                 handle[index]
         with pytest.raises(ValueError, match="step"):

@@ -220,7 +220,7 @@ def _read_run(
 def _passes_cache(source: _Source, span: tuple[int, int], reads: list[_Read]) -> bool:
     if source.past_cache in (ALWAYS, NEVER):
         return source.past_cache == ALWAYS
-    wanted_bytes = sum(end - begin for begin, end, _ in reads)
+    wanted_bytes: int = sum(end - begin for begin, end, _ in reads)
     return wanted_bytes >= source.past_cache * (span[1] - span[0])
 
 
