@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -21,11 +22,13 @@ __all__ = [
     "BUFFER_BYTES",
     "HUGE_PAGE_BYTES",
     "Buffer",
+    "ask_for_huge_pages",
     "contiguous_parts",
     "copy_bytes",
     "have_huge_pages",
     "huge_pages",
     "lease",
+    "private_memory",
     "view_at",
 ]
 
@@ -33,17 +36,33 @@ BUFFER_BYTES = 8 << 20
 HUGE_PAGE_BYTES = 2 << 20
 
 
-def huge_pages(size_bytes: int) -> memoryview:
-    """Fresh private memory, on huge pages where the system has them; not there after a fork."""
+def private_memory(size_bytes: int) -> memoryview:
+    """Fresh private memory that begins where a huge page may; not there after a fork."""
     spare = HUGE_PAGE_BYTES - mmap.PAGESIZE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, size_bytes + spare, flags=flags)
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        if hasattr(mmap, advice):
-            with suppress(OSError):  # a kernel built without it
-                memory.madvise(getattr(mmap, advice))
+    _advise(memory, "MADV_DONTFORK")
     begin = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE_BYTES
     return memoryview(memory)[begin : begin + size_bytes]
+
+
+def ask_for_huge_pages(memory: memoryview) -> None:
+    """Let private_memory lie on huge pages where the system has them: what is touched from now on
+    at once, all else as the kernel comes to move it."""
+    _advise(memory.obj, "MADV_HUGEPAGE")
+
+
+def huge_pages(size_bytes: int) -> memoryview:
+    """Fresh private memory, on huge pages where the system has them."""
+    memory = private_memory(size_bytes)
+    ask_for_huge_pages(memory)
+    return memory
+
+
+def _advise(memory: Any, advice: str) -> None:
+    if hasattr(mmap, advice):
+        with suppress(OSError):  # a kernel built without it
+            memory.madvise(getattr(mmap, advice))
 
 
 @functools.cache

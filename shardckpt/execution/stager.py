@@ -11,7 +11,12 @@ import torch
 
 from shardckpt import knobs
 from shardckpt.errors import StateError
-from shardckpt.execution.buffers import HUGE_PAGE_BYTES, copy_bytes, huge_pages
+from shardckpt.execution.buffers import (
+    HUGE_PAGE_BYTES,
+    ask_for_huge_pages,
+    copy_bytes,
+    private_memory,
+)
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.planning.assembly import chunk_bytes
 from shardckpt.planning.chunks import lies_as_saved
@@ -31,7 +36,11 @@ def _rounded(size_bytes: int) -> int:
 
 
 class Image:
-    """CPU memory for one staged state; page-locked where accelerators copy into it."""
+    """CPU memory for one staged state; page-locked where accelerators copy into it.
+
+    Its first pages are ordinary ones: fresh huge pages may be memory that the host of a virtual
+    machine has yet to give, which makes a first staging take several times as long.
+    """
 
     def __init__(self, size_bytes: int, *, pinned: bool) -> None:
         self.size_bytes = self.used_bytes = size_bytes
@@ -40,7 +49,13 @@ class Image:
         if pinned:
             self._bytes = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=True)
             return
-        self._bytes = torch.frombuffer(huge_pages(size_bytes), dtype=torch.uint8)
+        self._memory = private_memory(size_bytes)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+
+    def settle(self) -> None:
+        """Once it has been filled: from huge pages the disk takes more at once."""
+        if not self.pinned:
+            ask_for_huge_pages(self._memory)
 
     def views(self, plan: LocalPlan) -> list[torch.Tensor]:
         """Where each row of the plan goes: in the order of the files, each from a page's start."""
@@ -96,6 +111,7 @@ class ImagePool:
 
     def give_back(self, image: Image) -> None:
         """Take it back; nothing may look into it any more."""
+        image.settle()
         with self._changed:
             self._used_bytes -= image.used_bytes
             if self._spare is None or self._spare.size_bytes < image.size_bytes:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 import shardckpt
 from shardckpt import errors, knobs
 from shardckpt.execution import background
+from shardckpt.execution.buffers import have_huge_pages
 from shardckpt.execution.stager import ImagePool
 from shardckpt.storage.local import LocalStorage
 
@@ -255,6 +257,29 @@ def test_staging_memory_is_used_again(monkeypatch):
     pool.give_back(other)
     pool.give_back(again)
     assert pool.take(1, pinned=False) is first
+
+
+def memory_flags(address):
+    """What the kernel notes of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            low, _, high = first.partition("-")
+            inside = int(low, 16) <= address < int(high, 16)
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(not have_huge_pages(), reason="no huge pages, or nothing that tells of them")
+def test_a_first_staging_takes_ordinary_pages():
+    pool = ImagePool()
+    image = pool.take(5 << 20, pinned=False)
+    address = image._bytes.data_ptr() + (4 << 20)
+    assert {"hg", "dc"} & set(memory_flags(address)) == {"dc"}
+    pool.give_back(image)
+    assert {"hg", "dc"} <= set(memory_flags(address))
 
 
 def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
