@@ -40,7 +40,7 @@ class SavedTensor:
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, source: str) -> None:
-        _, entry = checkpoint.described(source)
+        _, entry = checkpoint._described(source)
         self.name = name
         self.shape = torch.Size(entry.shape)
         self.dtype = DTYPES[entry.dtype]
@@ -54,7 +54,7 @@ class SavedTensor:
     @property
     def shards(self) -> frozenset[int]:
         """The numbers of the shards that hold it."""
-        return frozenset(self._checkpoint.described(self._source)[1].chunks[:, 0].tolist())
+        return frozenset(self._checkpoint._described(self._source)[1].chunks[:, 0].tolist())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Read a part, as a new CPU tensor of the shape that indexing a tensor would give."""
@@ -240,7 +240,7 @@ class Checkpoint(Closing, Mapping[str, Any]):
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """The box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
-        manifest, entry = self.described(name)
+        manifest, entry = self._described(name)
         part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
         reads = plan_reads([(entry, LocalChunk(offsets, sizes, part))])
         try:
@@ -251,7 +251,7 @@ class Checkpoint(Closing, Mapping[str, Any]):
             read_all(self._files, self.manifest, reads)  # to name every tensor that is hurt
         return part
 
-    def described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
+    def _described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
         """A tensor of the manifest, and what describes it: all of the manifest, if that is parsed
         or needs to be."""
         if "manifest" not in vars(self) and (entry := self._outline.tensor(name)) is not None:

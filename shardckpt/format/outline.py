@@ -80,7 +80,8 @@ class Outline:
         return self._levels[name]
 
     def tensor(self, name: str) -> TensorEntry | None:
-        """A saved tensor, kept in `tensors`; None if from_bytes has to tell."""
+        """A saved tensor, kept in `tensors`; None if from_bytes has to tell. CorruptionError if a
+        shard that holds it breaks a rule."""
         if name not in self.tensors:
             try:
                 found = _decode_tensor(self._document.tensors[name])
@@ -98,8 +99,7 @@ class Outline:
     def _are_slabs(self, tensor: _Tensor, rows: list[list[int]]) -> bool:
         """Whether the chunks cut the tensor along one dimension, in order, and each has a place of
         its own and of its size in its shard's file: what rules.check_chunks wants of them."""
-        shape, item = tensor.shape, itemsize(tensor.dtype)
-        dims, sizes = len(shape), [shard.size for shard in self._document.shards]
+        shape, item, dims = tensor.shape, itemsize(tensor.dtype), len(tensor.shape)
         if not rows or len(rows[-1]) != 3 + 2 * dims or not dims or min(shape) < 1:
             return False
         cut = next((d for d in range(dims) if rows[0][3 + dims + d] != shape[d]), 0)
@@ -108,9 +108,9 @@ class Outline:
             length = box[dims + cut]
             slab = [*([0] * dims), *shape]
             slab[cut], slab[dims + cut] = at, length
-            if box != slab or length < 1 or not 0 <= shard < len(sizes):
+            if box != slab or length < 1 or not 0 <= shard < len(self._document.shards):
                 return False
-            if begin < 8 or begin % item or end > sizes[shard]:
+            if begin < 8 or begin % item or end > self.shards[shard].size_bytes:
                 return False
             if end - begin != math.prod(box[dims:]) * item:
                 return False

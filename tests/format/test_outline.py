@@ -15,7 +15,7 @@ from shardckpt.format.manifest import ShardEntry, TensorEntry, from_bytes, to_by
 from shardckpt.format.outline import Outline
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.saved import SavedState
-from tests.format.test_manifest import SHARD, a_manifest
+from tests.format.test_manifest import SHARD, a_manifest, document, sealed
 
 NAMES = st.text(alphabet="ab.$", max_size=4)
 REFERENCES = st.sampled_from(
@@ -139,6 +139,18 @@ def test_numbers_that_fit_each_other_are_not_right_yet(shape, rows, dtype):
     assert Outline(text, path="p").tensor("w") is None
     with pytest.raises(errors.CorruptionError):
         from_bytes(text, path="p")
+
+
+@pytest.mark.parametrize("elements", [2**67, 2**42], ids=["no int64", "too large for memory"])
+def test_a_shard_is_no_larger_than_its_digests_say(elements):
+    changed, size = document(), 8 + 4 * elements
+    changed["shards"][0]["size"] = size
+    row = [0, 8, size, 0, elements]
+    changed["tensors"]["w"] = {"dtype": "F32", "shape": [elements], "chunks": row}
+    text = sealed(changed)
+    for parse in (from_bytes, lambda text, path: Outline(text, path=path).tensor("w")):
+        with pytest.raises(errors.CorruptionError, match="one digest for each block"):
+            parse(text, path="p")
 
 
 @pytest.mark.parametrize(
