@@ -22,7 +22,7 @@ from shardckpt.format.rules import check_references
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.chunks import box_slices
 from shardckpt.planning.flatten import flatten
-from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.planning.saved import Rename, SavedState, Select, children, rebuilt
 
 __all__ = ["Foreign", "LazyTensor", "Selected", "foreign", "plain_tree", "state_of"]
 
@@ -150,11 +150,8 @@ class Selected(Closing):
     def _renamed(self, node: Any) -> Any:
         if isinstance(node, TensorRef) and node.kind != "per_rank":
             return TensorRef(self._names[node.name], node.kind)
-        if type(node) is dict:
-            return {key: self._renamed(item) for key, item in node.items()}
-        if type(node) in (list, tuple):
-            return type(node)(self._renamed(item) for item in node)
-        return node
+        items = children(node)
+        return rebuilt(node, ((k, self._renamed(item)) for k, item in items)) if items else node
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """See Source.read_box."""
@@ -187,4 +184,5 @@ def state_of(source: Source, node: Any) -> Any:
             made[ref.name] = source.read_box(ref.name, (0,) * len(shape), shape)
         return made[ref.name]
 
-    return values.decode(plain_tree(source.manifest, node), tensor=tensor)
+    plain = plain_tree(source.manifest, node)
+    return values.decode(plain, tensor=tensor, record=lambda type_name, fields: fields)

@@ -2,34 +2,51 @@
 
 None, bool, str, finite floats and lists stand as in JSON, and so do ints of up to 53 bits and
 dicts whose keys are all strings that don't begin with "$". Whatever else is an object with one
-key that begins with "$": docs/format.md lists them.
+key that begins with "$", its tag: `FORMS` lists them, and docs/format.md describes them.
 """
 
 from __future__ import annotations
 
 import base64
 import collections
+import dataclasses
+import datetime
+import decimal
 import enum
+import fractions
+import functools
+import io
 import math
+import operator
 import pathlib
 import re
 import struct
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+import types
+import uuid
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 
-from shardckpt.errors import CheckpointError, CorruptionError, UnsupportedLeafError
+from shardckpt.errors import (
+    CheckpointError,
+    CorruptionError,
+    FormatVersionError,
+    UnsupportedLeafError,
+)
 
-__all__ = ["TensorRef", "decode", "encode", "mapping", "reference"]
+__all__ = ["FORMS", "Record", "TensorRef", "decode", "encode", "mapping", "record_of", "reference"]
 
 _NESTED = {dict, list}
 _SAFE_INT = 1 << 53  # beyond it, readers of JSON that have only doubles round
 _NUMPY_DTYPE = re.compile(r"[<|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
+_ARRAY_BYTES = 1 << 20
+"""An array of a dtype that no tensor has stands in the manifest, if it is not larger than this."""
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
+_KINDS: dict[str, Any] = {tag: kind for kind, tag in _REFS.items()}
 
 
 class TensorRef(msgspec.Struct, frozen=True):
@@ -42,6 +59,38 @@ class TensorRef(msgspec.Struct, frozen=True):
     kind: Literal["tensor", "numpy", "per_rank"]
 
 
+class Record(dict[str, Any]):
+    """The fields of an object that is made of named fields; `type_name` says of which class.
+
+    Nothing looks for that class: the object comes back as types.SimpleNamespace, or, where the
+    state holds an object to load into, as one of that object's class.
+    """
+
+    def __init__(self, type_name: str, fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self.type_name = type_name
+
+
+def record_of(value: Any) -> Record | None:
+    """The fields of a dataclass, an attrs class, types.SimpleNamespace or argparse.Namespace; None
+    for any other object."""
+    kind = type(value)
+    if isinstance(value, Record):
+        return value
+    if kind.__module__.partition(".")[0] == "shardckpt" or isinstance(value, type):
+        return None  # a marker that stands where it means nothing
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
+    elif hasattr(kind, "__attrs_attrs__"):
+        names = [field.name for field in kind.__attrs_attrs__]
+    elif isinstance(value, types.SimpleNamespace) or kind is _class_at("argparse", "Namespace"):
+        names = list(vars(value))
+    else:
+        return None
+    fields = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return Record(f"{kind.__module__}.{kind.__qualname__}", fields)
+
+
 def encode(value: Any, *, at: str) -> Any:
     """The JSON-able form of a value; raises UnsupportedLeafError naming the path below `at`."""
     if value is None or value is True or value is False:
@@ -50,27 +99,45 @@ def encode(value: Any, *, at: str) -> Any:
     if kind is str or kind is int or kind is float:
         return _scalar(value)
     if kind is list:
-        return [encode(item, at=_below(at, i)) for i, item in enumerate(value)]
-    if isinstance(value, Mapping) and not isinstance(value, collections.Counter):
+        return _items(value, at)
+    if kind is dict:
         items = [(key, encode(item, at=_below(at, key))) for key, item in value.items()]
         return mapping(items, at=at)
+    form = _BY_TYPE.get(kind) or _form_of(kind)
+    if form is not None:
+        return {form.tag: form.encode(value, at)}
+    if isinstance(value, (str, int, float)):
+        return _scalar(value)
+    if isinstance(value, list):
+        return _items(value, at)
+    if isinstance(value, Mapping) and not isinstance(value, Record):
+        return encode(dict(value.items()), at=at)
     if isinstance(value, TensorRef):
         return reference(value.kind, value.name)
-    node = _tagged(value, at)
-    if node is None:
-        raise UnsupportedLeafError(
-            "A value of this type can't be saved",
-            tensor=at or "(the state itself)",
-            expected="a tensor, array, number, string, bytes, enum, container of these, or an "
-            "object with state_dict and load_state_dict",
-            actual=f"{kind.__module__}.{kind.__qualname__}",
-            remedy="leave it out, convert it, or give its class state_dict and load_state_dict",
-        )
-    return node
+    record = record_of(value)
+    if record is not None:
+        return {"$record": [record.type_name, encode(dict(record), at=at)]}
+    raise _unsupported(value, at)
+
+
+def _unsupported(value: Any, at: str) -> UnsupportedLeafError:
+    kind = type(value)
+    return UnsupportedLeafError(
+        "A value of this type can't be saved",
+        tensor=at or "(the state itself)",
+        expected="a tensor, array, number, string, bytes, date, enum, dataclass, container of "
+        "these, or an object with state_dict and load_state_dict",
+        actual=f"{kind.__module__}.{kind.__qualname__}",
+        remedy="leave it out, convert it, or give its class state_dict and load_state_dict",
+    )
 
 
 def _below(at: str, key: Any) -> str:
     return f"{at}.{key}" if at else str(key)
+
+
+def _items(value: Any, at: str) -> list[Any]:
+    return [encode(item, at=_below(at, i)) for i, item in enumerate(value)]
 
 
 def _scalar(value: str | int | float) -> Any:
@@ -94,83 +161,33 @@ def mapping(items: list[tuple[Any, Any]], *, at: str) -> Any:
     """The JSON-able form of a dict with these keys and encoded values."""
     if all(type(k) is str and k[:1] != "$" and (k.isascii() or _plain(k)) for k, _ in items):
         return dict(items)
-    return {"$dict": [[encode(key, at=_below(at, key)), item] for key, item in items]}
+    return {"$dict": [[_hashable(key, _below(at, key)), item] for key, item in items]}
 
 
 def _plain(key: str) -> bool:
     return isinstance(_scalar(key), str)
 
 
-def _tagged(value: Any, at: str) -> Any:
-    """The object with a "$" key for a value of a type that JSON lacks; None for one unknown."""
-    if isinstance(value, enum.Enum):
-        return _enum_node(value)
-    if isinstance(value, np.generic):
-        if value.dtype.hasobject or value.dtype.kind == "V":
-            return None
-        little = value.dtype.newbyteorder("<")
-        raw = np.asarray(value).astype(little).tobytes()
-        return {"$numpy": [little.str, _base64(raw)]}
-    if isinstance(value, bool):
-        return bool(value)
-    if isinstance(value, (str, int, float)):
-        return _scalar(value)
-    if isinstance(value, complex):
-        return {"$complex": [_scalar(value.real), _scalar(value.imag)]}
-    if isinstance(value, torch.Size):
-        return {"$size": list(value)}
-    if isinstance(value, (tuple, list)):
-        items = [encode(item, at=_below(at, i)) for i, item in enumerate(value)]
-        return {"$tuple": items} if isinstance(value, tuple) else items
-    if isinstance(value, collections.deque):
-        return {"$deque": [value.maxlen, [encode(item, at=at) for item in value]]}
-    if isinstance(value, collections.Counter):
-        return {"$counter": [[encode(k, at=at), encode(n, at=at)] for k, n in value.items()]}
-    if isinstance(value, (set, frozenset)):
-        tag = "$set" if isinstance(value, set) else "$frozenset"
-        return {tag: sorted((encode(item, at=at) for item in value), key=msgspec.json.encode)}
-    if isinstance(value, (bytes, bytearray)):
-        tag = "$bytes" if isinstance(value, bytes) else "$bytearray"
-        return {tag: _base64(bytes(value))}
-    if isinstance(value, torch.dtype):
-        return {"$dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"$device": str(value)}
-    if isinstance(value, slice):
-        return {"$slice": [encode(part, at=at) for part in (value.start, value.stop, value.step)]}
-    if isinstance(value, range):
-        return {"$range": [_scalar(part) for part in (value.start, value.stop, value.step)]}
-    if isinstance(value, pathlib.PurePath):
-        return {"$path": _scalar(str(value))}
-    return None
+def _hashable(value: Any, at: str) -> Any:
+    """As encode, for a key of a dict or an item of a set. A record could not come back as one."""
+    node = encode(value, at=at)
+    if type(node) is dict and b'{"$record":' in msgspec.json.encode(node):
+        raise _unsupported(value, at)
+    return node
 
 
-def _enum_node(value: enum.Enum) -> Any:
-    """None for an enum that could not be found again by its name, as one made in a function."""
-    kind = type(value)
-    if _class_at(kind.__module__, kind.__qualname__) is not kind:
-        return None
-    single = kind.__members__.get(value.name or "") is value  # a combination of flags is none
-    return {"$enum": [kind.__module__, kind.__qualname__, value.name if single else value.value]}
+def decode(
+    node: Any,
+    *,
+    tensor: Callable[[TensorRef], Any],
+    record: Callable[[str, dict[str, Any]], Any] = Record,
+) -> Any:
+    """The value that `encode` made this of; `tensor` is asked for what a reference stands for, and
+    `record` for an object of named fields.
 
-
-def _class_at(module: str, qualname: str) -> Any:
-    """What is at this name in a module that has been imported; None if nothing is."""
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    return found
-
-
-def _base64(raw: bytes) -> str:
-    return base64.b64encode(raw).decode()
-
-
-def decode(node: Any, *, tensor: Callable[[TensorRef], Any]) -> Any:
-    """The value that `encode` made this of; `tensor` is asked for what a reference stands for.
-
-    Raises CorruptionError for a node that encode never makes, and CheckpointError for an enum
-    whose module has not been imported: nothing is imported for the sake of a checkpoint.
+    Raises CorruptionError for a node that encode never makes, FormatVersionError for a tag that
+    is not known, and CheckpointError for an enum whose module has not been imported: nothing is
+    imported for the sake of a checkpoint.
     """
 
     def item(node: Any) -> Any:
@@ -182,11 +199,11 @@ def decode(node: Any, *, tensor: Callable[[TensorRef], Any]) -> Any:
                     return tensor(TensorRef(body, "tensor"))
                 if tag[:1] == "$":
                     try:
-                        return _DECODERS[tag](body, item, tensor)
+                        return tagged(tag, body)
                     except CheckpointError:
                         raise
-                    except (KeyError, TypeError, ValueError, AttributeError, struct.error) as e:
-                        raise _malformed(node) from e
+                    except _ODD as error:
+                        raise _malformed(node) from error
             found = {}
             for key, inner in node.items():
                 if key[:1] == "$":
@@ -195,7 +212,26 @@ def decode(node: Any, *, tensor: Callable[[TensorRef], Any]) -> Any:
             return found
         return [item(inner) for inner in node] if kind is list else node
 
+    def tagged(tag: str, body: Any) -> Any:
+        decoder = _DECODERS.get(tag)
+        if decoder is not None:
+            return decoder(body, item)
+        if tag in _KINDS:
+            return tensor(TensorRef(_checked(body, str), _KINDS[tag]))
+        if tag == "$record":
+            type_name, fields = _checked(body, list)
+            return record(_checked(type_name, str), _checked(item(fields), dict))
+        raise FormatVersionError(
+            "A value in the checkpoint is in a form that this shardckpt does not know",
+            expected="a tag that docs/format.md lists",
+            actual=repr(tag[:80]),
+            remedy="upgrade shardckpt: a newer one has written it",
+        )
+
     return item(node)
+
+
+_ODD = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error)
 
 
 def _malformed(node: Any) -> CorruptionError:
@@ -207,7 +243,18 @@ def _malformed(node: Any) -> CorruptionError:
     )
 
 
-_Decoder = Callable[[Any, Callable[[Any], Any], Callable[[TensorRef], Any]], Any]
+class Form(NamedTuple):
+    """How values of a type stand in JSON: {tag: body}.
+
+    `encode(value, at)` makes the body, `decode(body, item)` the value; `item` decodes what is in
+    the body. `exact`: subclasses have more to them than this form keeps.
+    """
+
+    tag: str
+    type: Any
+    encode: Callable[[Any, str], Any]
+    decode: Callable[[Any, Callable[[Any], Any]], Any]
+    exact: bool = False
 
 
 def _checked(body: Any, kind: type[Any]) -> Any:
@@ -216,20 +263,36 @@ def _checked(body: Any, kind: type[Any]) -> Any:
     return body
 
 
-def _ref(kind: Literal["tensor", "numpy", "per_rank"]) -> _Decoder:
-    return lambda body, item, tensor: tensor(TensorRef(_checked(body, str), kind))
+def _sequence(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda body, item: make(map(item, _checked(body, list)))
 
 
-def _sequence(make: Callable[[Any], Any]) -> _Decoder:
-    return lambda body, item, tensor: make(item(part) for part in _checked(body, list))
+def _text(make: Callable[[str], Any]) -> Callable[[Any, Any], Any]:
+    return lambda body, item: make(_checked(body, str))
 
 
-def _text(make: Callable[[str], Any]) -> _Decoder:
-    return lambda body, item, tensor: make(_checked(body, str))
+def _ints(make: Callable[..., Any], count: int) -> Callable[[Any, Any], Any]:
+    def decoder(body: Any, item: Any) -> Any:
+        parts = [item(part) for part in _checked(body, list)]
+        if not all(type(part) is int or (part is None and make is slice) for part in parts):
+            raise TypeError("ints expected")
+        if len(parts) != count:
+            raise ValueError(f"{count} ints expected")
+        return make(*parts)
+
+    return decoder
+
+
+def _base64(raw: Any, at: str = "") -> str:
+    return base64.b64encode(raw).decode()
 
 
 def _unbase64(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
+
+
+def _size(parts: Any) -> torch.Size:
+    return torch.Size([_checked(part, int) for part in parts])
 
 
 def _integer(text: str) -> int:
@@ -238,22 +301,11 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _enum(body: Any, item: Any, tensor: Any) -> Any:
-    module, qualname, name = _checked(body, list)
-    found = _class_at(_checked(module, str), _checked(qualname, str))
-    if not (isinstance(found, type) and issubclass(found, enum.Enum)):
-        raise CheckpointError(
-            "An enum was saved whose class is not there",
-            expected=f"the enum {qualname} in the module {module}",
-            actual="no such class among the imported modules",
-            remedy=f"import {module} first, or leave this entry out with keys=",
-        )
-    if type(name) is int and issubclass(found, enum.Flag):
-        return found(name)
-    return found[_checked(name, str)]
+def _set_body(value: Any, at: str) -> Any:
+    return sorted((_hashable(item, at) for item in value), key=msgspec.json.encode)
 
 
-def _dict(body: Any, item: Any, tensor: Any) -> Any:
+def _pairs(body: Any, item: Any) -> Any:
     pairs = [(item(key), item(value)) for key, value in _checked(body, list)]
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -261,41 +313,102 @@ def _dict(body: Any, item: Any, tensor: Any) -> Any:
     return result
 
 
-def _deque(body: Any, item: Any, tensor: Any) -> Any:
+def _deque(body: Any, item: Any) -> Any:
     limit, items = _checked(body, list)
     if limit is not None:
         _checked(limit, int)
-    return collections.deque((item(part) for part in _checked(items, list)), limit)
+    return collections.deque(map(item, _checked(items, list)), limit)
 
 
-def _numpy(body: Any, item: Any, tensor: Any) -> Any:
-    code, raw = _checked(body, list)
-    if not _NUMPY_DTYPE.fullmatch(_checked(code, str)):  # numpy would parse it as Python
+def _class_at(module: str, qualname: str) -> Any:
+    """What is at this name in a module that has been imported; None if nothing is."""
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _enum_body(value: enum.Enum, at: str) -> Any:
+    """Refuses an enum that could not be found again by its name, as one made in a function."""
+    kind = type(value)
+    if _class_at(kind.__module__, kind.__qualname__) is not kind:
+        raise _unsupported(value, at)
+    single = kind.__members__.get(value.name or "") is value  # a combination of flags is none
+    return [kind.__module__, kind.__qualname__, value.name if single else value.value]
+
+
+def _enum(body: Any, item: Any) -> Any:
+    module, qualname, name = _checked(body, list)
+    found = _class_at(_checked(module, str), _checked(qualname, str))
+    if not (isinstance(found, type) and issubclass(found, enum.Enum)):
+        raise CheckpointError(
+            "An enum was saved whose class is not there",
+            expected=f"the enum {qualname} in the module {module}",
+            actual="no such class among the imported modules",
+            remedy=f"import {module} first",
+        )
+    if type(name) is int and issubclass(found, enum.Flag):
+        return found(name)
+    return found[_checked(name, str)]
+
+
+def _numpy_dtype(code: str) -> np.dtype[Any]:
+    if not _NUMPY_DTYPE.fullmatch(code):  # numpy would parse it as Python
         raise ValueError("a dtype of numbers, text or time")
     dtype = np.dtype(code)
     if dtype.hasobject or dtype.kind == "V":
         raise ValueError("a dtype of objects")
+    return dtype
+
+
+def _numpy_body(value: Any, at: str) -> Any:
+    little = value.dtype.newbyteorder("<")
+    if not _NUMPY_DTYPE.fullmatch(little.str):
+        raise _unsupported(value, at)
+    return [little.str, _base64(np.asarray(value).astype(little).tobytes())]
+
+
+def _numpy(body: Any, item: Any) -> Any:
+    code, raw = _checked(body, list)
+    dtype = _numpy_dtype(_checked(code, str))
     (value,) = np.frombuffer(_unbase64(_checked(raw, str)), dtype=dtype)
     return value
 
 
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
-        raise TypeError("a torch dtype expected")
-    return found
+def _array_body(value: Any, at: str) -> Any:
+    fits = _NUMPY_DTYPE.fullmatch(value.dtype.newbyteorder("<").str) and value.itemsize
+    fits = fits and value.dtype not in (np.longdouble, np.clongdouble)  # not portable
+    if not fits or isinstance(value, np.ma.MaskedArray) or value.nbytes > _ARRAY_BYTES:
+        raise UnsupportedLeafError(
+            "A numpy array of this kind can't be saved",
+            tensor=at,
+            expected="numbers of up to 64 bits, of any size; or text, bytes, times and longer "
+            f"numbers of up to {_ARRAY_BYTES} bytes in all",
+            actual=f"{type(value).__name__} of {value.dtype}, {value.nbytes} bytes",
+            remedy="convert it with astype(), or save it as a list",
+        )
+    code, raw = _numpy_body(value, at)
+    return [code, list(value.shape), raw]
 
 
-def _ints(make: Callable[..., Any], *, spread: bool) -> _Decoder:
-    def decoder(body: Any, item: Any, tensor: Any) -> Any:
-        parts = [item(part) for part in _checked(body, list)]
-        if not all(type(part) is int or (part is None and make is slice) for part in parts):
-            raise TypeError("ints expected")
-        if spread and len(parts) != 3:
-            raise ValueError("start, stop and step expected")
-        return make(*parts) if spread else make(parts)
+def _array(body: Any, item: Any) -> Any:
+    code, shape, raw = _checked(body, list)
+    dtype = _numpy_dtype(_checked(code, str))
+    if not all(type(size) is int and size >= 0 for size in _checked(shape, list)):
+        raise ValueError("sizes expected")
+    return np.frombuffer(_unbase64(_checked(raw, str)), dtype=dtype).reshape(shape).copy()
 
-    return decoder
+
+def _torch(kind: type) -> Form:
+    """The form of a constant that torch has by name."""
+
+    def found(name: str) -> Any:
+        if not isinstance(constant := getattr(torch, name), kind):
+            raise TypeError(f"a {kind} expected")
+        return constant
+
+    tag = f"${kind.__name__}"
+    return Form(tag, kind, lambda value, at: str(value).removeprefix("torch."), _text(found))
 
 
 def _device(name: str) -> torch.device:
@@ -305,33 +418,139 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"no device: {name}") from error
 
 
-def _complex(body: Any, item: Any, tensor: Any) -> complex:
+def _complex(body: Any, item: Any) -> complex:
     real, imag = (_checked(item(part), float) for part in _checked(body, list))
     return complex(real, imag)
 
 
-_DECODERS: dict[str, _Decoder] = {
-    "$tensor": _ref("tensor"),
-    "$ndarray": _ref("numpy"),
-    "$per_rank": _ref("per_rank"),
-    "$tuple": _sequence(tuple),
-    "$set": _sequence(set),
-    "$frozenset": _sequence(frozenset),
-    "$dict": _dict,
+def _moment_body(value: datetime.datetime | datetime.time, at: str) -> Any:
+    if value.tzinfo is not None and value.utcoffset() is None:
+        raise _unsupported(value, at)  # a time of day in a zone whose offset depends on the day
+    return [value.isoformat(), value.fold]
+
+
+def _moment(kind: Any) -> Callable[[Any, Any], Any]:
+    def decoder(body: Any, item: Any) -> Any:
+        text, fold = _checked(body, list)
+        return kind.fromisoformat(_checked(text, str)).replace(fold=_checked(fold, int))
+
+    return decoder
+
+
+def _slice_body(value: Any, at: str) -> Any:
+    parts = (value.start, value.stop, value.step)
+    try:
+        return [part if part is None else _scalar(operator.index(part)) for part in parts]
+    except TypeError:
+        raise _unsupported(value, at) from None
+
+
+FORMS: tuple[Form, ...] = (
+    Form("$enum", enum.Enum, _enum_body, _enum),  # before int and str, which some enums are too
+    Form("$numpy", np.generic, _numpy_body, _numpy),
+    Form("$tuple", tuple, _items, _sequence(tuple)),
+    Form("$size", torch.Size, lambda value, at: list(value), _sequence(_size)),
+    Form("$set", set, _set_body, _sequence(set)),
+    Form("$frozenset", frozenset, _set_body, _sequence(frozenset)),
+    Form(
+        "$deque",
+        collections.deque,
+        lambda value, at: [value.maxlen, _items(value, at)],
+        _deque,
+    ),
+    Form(
+        "$counter",
+        collections.Counter,
+        lambda value, at: [[_hashable(k, at), encode(n, at=at)] for k, n in value.items()],
+        lambda body, item: collections.Counter(_pairs(body, item)),
+    ),
+    Form(
+        "$complex",
+        complex,
+        lambda value, at: [_scalar(value.real), _scalar(value.imag)],
+        _complex,
+    ),
+    Form("$bytes", bytes, _base64, _text(_unbase64)),
+    Form("$bytes", memoryview, _base64, _text(_unbase64)),
+    Form("$bytearray", bytearray, _base64, _text(lambda text: bytearray(_unbase64(text)))),
+    Form(
+        "$bytesio",
+        io.BytesIO,
+        lambda value, at: _base64(value.getvalue()),
+        _text(lambda text: io.BytesIO(_unbase64(text))),
+    ),
+    Form(
+        "$stringio",
+        io.StringIO,
+        lambda value, at: _scalar(value.getvalue()),
+        lambda body, item: io.StringIO(_checked(item(body), str), newline=""),
+    ),
+    Form("$slice", slice, _slice_body, _ints(slice, 3)),
+    Form("$range", range, _slice_body, _ints(range, 3)),
+    Form(
+        "$path",
+        pathlib.PurePath,
+        lambda value, at: _scalar(str(value)),
+        lambda body, item: pathlib.Path(_checked(item(body), str)),
+    ),
+    Form("$datetime", datetime.datetime, _moment_body, _moment(datetime.datetime), exact=True),
+    Form(
+        "$date",
+        datetime.date,
+        lambda value, at: value.isoformat(),
+        _text(datetime.date.fromisoformat),
+        exact=True,
+    ),
+    Form("$time", datetime.time, _moment_body, _moment(datetime.time), exact=True),
+    Form(
+        "$timedelta",
+        datetime.timedelta,
+        lambda value, at: [value.days, value.seconds, value.microseconds],
+        _ints(datetime.timedelta, 3),
+        exact=True,
+    ),
+    Form("$decimal", decimal.Decimal, lambda value, at: str(value), _text(decimal.Decimal)),
+    Form(
+        "$fraction",
+        fractions.Fraction,
+        lambda value, at: [_scalar(value.numerator), _scalar(value.denominator)],
+        _ints(fractions.Fraction, 2),
+    ),
+    Form("$uuid", uuid.UUID, lambda value, at: value.hex, _text(uuid.UUID)),
+    Form("$ellipsis", type(Ellipsis), lambda value, at: None, lambda body, item: Ellipsis),
+    Form("$array", np.ndarray, _array_body, _array),
+    Form(
+        "$numpy_dtype",
+        np.dtype,
+        lambda value, at: _numpy_body(np.zeros((), value), at)[0],
+        _text(_numpy_dtype),
+    ),
+    _torch(torch.dtype),
+    _torch(torch.memory_format),
+    _torch(torch.layout),
+    _torch(torch.qscheme),
+    Form("$device", torch.device, lambda value, at: str(value), _text(_device)),
+)
+"""Every type with a form of its own. Where a value is of two of them, the first one counts."""
+
+_BY_TYPE: dict[type, Form] = {}
+for _form in FORMS:
+    _BY_TYPE.setdefault(_form.type, _form)
+
+
+@functools.lru_cache(maxsize=256)
+def _form_of(kind: Hashable) -> Form | None:
+    """The form of values of a type that has none of its own."""
+    assert isinstance(kind, type)
+    base = next((form for form in FORMS if issubclass(kind, form.type)), None)
+    return None if base is None or base.exact else base
+
+
+_DECODERS: dict[str, Callable[[Any, Callable[[Any], Any]], Any]] = {
+    **{form.tag: form.decode for form in FORMS},
+    # Of plain types, for the values that JSON can't hold: see _scalar and mapping.
+    "$dict": _pairs,
     "$int": _text(_integer),
     "$float": _text(lambda text: struct.unpack(">d", bytes.fromhex(text))[0]),
     "$str": _text(lambda text: bytes.fromhex(text).decode("utf-8", "surrogatepass")),
-    "$complex": _complex,
-    "$bytes": _text(_unbase64),
-    "$bytearray": _text(lambda text: bytearray(_unbase64(text))),
-    "$dtype": _text(_dtype),
-    "$device": _text(_device),
-    "$size": _ints(torch.Size, spread=False),
-    "$slice": _ints(slice, spread=True),
-    "$range": _ints(range, spread=True),
-    "$path": lambda body, item, tensor: pathlib.Path(_checked(item(body), str)),
-    "$counter": lambda body, item, tensor: collections.Counter(_dict(body, item, tensor)),
-    "$deque": _deque,
-    "$enum": _enum,
-    "$numpy": _numpy,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 
 from shardckpt.errors import StateError, UnsupportedLeafError
+from shardckpt.format.dtypes import DTYPES
 
-__all__ = ["ShardedArray", "from_numpy"]
+__all__ = ["ShardedArray", "fits_tensor", "from_numpy"]
 
 
 class ShardedArray:
@@ -121,6 +123,15 @@ class ShardedArray:
             read = self.tensor.numpy()
             if not np.may_share_memory(self.local, read):
                 self.local[...] = read
+
+
+@functools.lru_cache(maxsize=64)
+def fits_tensor(dtype: np.dtype[Any]) -> bool:
+    """Whether a tensor can hold an array of this dtype. Text and times are values, not tensors."""
+    try:
+        return torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype in DTYPES.values()
+    except TypeError:
+        return False
 
 
 def from_numpy(array: np.ndarray[Any, Any], *, name: str) -> torch.Tensor:

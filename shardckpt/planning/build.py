@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import types
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
-from shardckpt.format.values import TensorRef
+from shardckpt.format.values import Record, TensorRef
 from shardckpt.planning.chunks import LocalChunk, local_chunks
 from shardckpt.planning.flatten import Ties
-from shardckpt.planning.saved import SavedState, below, children
+from shardckpt.planning.saved import SavedState, below, children, rebuilt
 
 __all__ = ["NOTHING", "Allocate", "Builder", "allocate"]
+
+_MUTABLE = {dict, list, set, bytearray, Counter, deque, io.BytesIO, io.StringIO, np.ndarray}
 
 NOTHING = object()
 """Stands for what was not saved."""
@@ -59,9 +66,16 @@ class Builder:
         items = children(node)
         if not items:
             self.built.append(name)
-            return self._leaf(node, name) if isinstance(node, TensorRef) else node
-        values = ((key, self.build(item, below(name, key))) for key, item in items)
-        return dict(values) if isinstance(node, dict) else type(node)(value for _, value in values)
+            if isinstance(node, TensorRef):
+                return self._leaf(node, name)
+            if type(node) is Record:
+                return types.SimpleNamespace()
+            # What was decoded stays as it was, whatever is done to what is built of it.
+            return copy.copy(node) if type(node) in _MUTABLE else node
+        values = [(key, self.build(item, below(name, key))) for key, item in items]
+        if type(node) is Record:
+            return types.SimpleNamespace(**dict(values))
+        return rebuilt(node, values)
 
     def _leaf(self, ref: TensorRef, name: str) -> Any:
         if ref.kind == "per_rank":

@@ -14,8 +14,8 @@ seen in the same way) is kept once; both places refer to it.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import values
-from shardckpt.planning.arrays import ShardedArray, from_numpy
+from shardckpt.planning.arrays import ShardedArray, fits_tensor, from_numpy
 from shardckpt.planning.chunks import check_dense, local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
 from shardckpt.planning.stateful import (
@@ -43,6 +43,7 @@ from shardckpt.planning.stateful import (
 __all__ = ["FlatState", "PerRank", "Ties", "flatten"]
 
 _DEPTH_LIMIT = 100
+_NAMED = 20  # leaves that an error names
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,9 @@ def flatten(state: Any, *, rank: int) -> FlatState:
         with torch.no_grad():  # to_local() is free then
             flattener.flat.tree = flattener.walk(state, "", 0)
     except RecursionError as error:  # sets in sets: all else is counted on the way
-        raise _too_deep("") from error
+        raise _too_deep(error.name if isinstance(error, _TooDeepError) else "") from error
+    if flattener.refused:
+        raise _all_refused(flattener.refused)
     return flattener.flat
 
 
@@ -102,33 +105,35 @@ class _Flattener:
         self.inside_per_rank = False
         self.ties, self.own_ties = Ties(), Ties()
         self.names: set[str] = set()
+        self.refused: list[UnsupportedLeafError] = []
         self.frozen_modules = 0
         self._parameter_names: dict[int, str] | None = None
 
     def walk(self, value: Any, name: str, depth: int) -> Any:
         """The typed JSON of the value at `name`, with references where tensors stand."""
+        try:
+            return self.container(value, name, depth)
+        except UnsupportedLeafError as error:
+            self.refused.append(error)  # all of them are named, not the first alone
+            return None
+
+    def container(self, value: Any, name: str, depth: int) -> Any:
+        """As walk; raises what can't be saved."""
         if isinstance(value, torch.Tensor):
             return values.reference("tensor", self.add(value, name))
-        if isinstance(value, Mapping) and not isinstance(value, Counter):
-            self.take(name)
-            self.check_depth(name, depth)
-            items = [
-                (key, self.walk(item, f"{name}.{key}" if name else str(key), depth + 1))
-                for key, item in value.items()
-            ]
-            return values.mapping(items, at=name)
-        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            self.take(name)
-            self.check_depth(name, depth)
-            nodes = [
-                self.walk(item, f"{name}.{index}" if name else str(index), depth + 1)
-                for index, item in enumerate(value)
-            ]
+        if isinstance(value, Mapping) and not isinstance(value, (Counter, values.Record)):
+            return values.mapping(self.items(value.items(), name, depth), at=name)
+        if isinstance(value, (list, tuple, deque)) and not isinstance(value, torch.Size):
+            nodes = [node for _, node in self.items(enumerate(value), name, depth)]
+            if isinstance(value, deque):
+                return {"$deque": [value.maxlen, nodes]}
             return nodes if isinstance(value, list) else {"$tuple": nodes}
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and fits_tensor(value.dtype):
             return values.reference("numpy", self.add(from_numpy(value, name=name), name))
         if isinstance(value, ShardedArray):
             return values.reference(value.kind, self.add(self.sharded(value, name), name))
+        if isinstance(value, torch.Generator):
+            return values.reference("tensor", self.add(value.get_state(), name))
         if isinstance(value, nn.Module):
             value = ModuleState(module_state(value), frozen_entries(value), foreign_buffers(value))
         if isinstance(value, ModuleState):
@@ -145,8 +150,22 @@ class _Flattener:
             return self.per_rank(value, name, depth)
         if has_state(value):
             return self.walk(value.state_dict(), name, depth)
+        record = values.record_of(value)
+        if record is not None:
+            fields = self.items(record.items(), name, depth)
+            return {"$record": [record.type_name, values.mapping(fields, at=name)]}
         self.take(name)
         return values.encode(value, at=name)
+
+    def items(self, items: Iterable[tuple[Any, Any]], name: str, depth: int) -> Any:
+        """(key, typed JSON) of the items of the container at `name`."""
+        self.take(name)
+        if depth > _DEPTH_LIMIT:
+            raise _TooDeepError(name)
+        return [
+            (key, self.walk(item, f"{name}.{key}" if name else str(key), depth + 1))
+            for key, item in items
+        ]
 
     def module(self, module: ModuleState, name: str, depth: int) -> Any:
         before = len(self.flat.tensors)
@@ -227,9 +246,11 @@ class _Flattener:
             self._parameter_names = parameter_names(modules_in(self.state))
         return self._parameter_names
 
-    def check_depth(self, name: str, depth: int) -> None:
-        if depth > _DEPTH_LIMIT:
-            raise _too_deep(f"{name[:80]}...")
+
+class _TooDeepError(RecursionError):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = f"{name[:80]}..."
 
 
 def _too_deep(name: str) -> UnsupportedLeafError:
@@ -238,6 +259,21 @@ def _too_deep(name: str) -> UnsupportedLeafError:
         tensor=name,
         expected=f"at most {_DEPTH_LIMIT} levels",
         remedy="flatten it, or break the cycle",
+    )
+
+
+def _all_refused(errors: list[UnsupportedLeafError]) -> UnsupportedLeafError:
+    """One error for all leaves that can't be saved."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = [f"{error.tensor}: {error.actual}" for error in errors[:_NAMED]]
+    if len(errors) > _NAMED:
+        lines.append(f"and {len(errors) - _NAMED} more")
+    return UnsupportedLeafError(
+        "\n    ".join([f"{len(errors)} entries of the state can't be saved", *lines]),
+        tensor=", ".join(str(error.tensor) for error in errors[:_NAMED]),
+        expected="; ".join(dict.fromkeys(str(error.expected) for error in errors)),
+        remedy="; ".join(dict.fromkeys(str(error.remedy) for error in errors)),
     )
 
 

@@ -7,6 +7,7 @@ been read.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from torch.optim import Optimizer
 from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.arrays import ShardedArray
+from shardckpt.format.values import TensorRef, record_of
+from shardckpt.planning.arrays import ShardedArray, fits_tensor
 from shardckpt.planning.build import NOTHING, Builder
 from shardckpt.planning.chunks import (
     PLAIN,
@@ -117,6 +118,10 @@ class Matcher:
             return self.sequence(template, name)
         if has_state(template):
             return self.stateful(template, name)
+        if isinstance(template, torch.Generator):
+            return self.generator(template, name)
+        if record_of(template):
+            return self.record(template, name)
         return self.value(template, name)
 
     def settle(self) -> None:
@@ -221,7 +226,8 @@ class Matcher:
 
     def array(self, template: np.ndarray[Any, Any], name: str) -> Finish:
         """Fill an array in place where its memory allows that, else replace it."""
-        if not (template.flags.writeable and all(stride >= 0 for stride in template.strides)):
+        in_place = template.flags.writeable and all(stride >= 0 for stride in template.strides)
+        if not in_place or not fits_tensor(template.dtype):
             return self.value(template, name)
         tensor = torch.from_numpy(template)
         self.tensor(tensor, name)
@@ -238,6 +244,38 @@ class Matcher:
         def finish() -> Any:
             template.loaded()
             return template
+
+        return finish
+
+    def generator(self, template: torch.Generator, name: str) -> Finish:
+        """Set a random-number generator to the state that was saved."""
+        state, before = template.get_state(), len(self.reads)
+        self.tensor(state, name)
+        if len(self.reads) == before:
+            return lambda: template
+
+        def finish() -> Any:
+            template.set_state(state)
+            return template
+
+        return finish
+
+    def record(self, template: Any, name: str) -> Finish:
+        """Match each field of a dataclass or the like. A frozen one is replaced by a copy, as its
+        class makes it: nothing is called but copy.copy."""
+        fields = self.mapping(dict(record_of(template) or {}), name)
+
+        def finish() -> Any:
+            target, values = template, fields()
+            changed = {k: v for k, v in values.items() if v is not getattr(template, k, values)}
+            try:
+                for key, value in changed.items():
+                    setattr(target, key, value)
+            except AttributeError:  # frozen
+                target = copy.copy(template)
+                for key, value in changed.items():
+                    object.__setattr__(target, key, value)
+            return target
 
         return finish
 
@@ -267,7 +305,7 @@ class Matcher:
             if isinstance(template, list):
                 template[:] = values
                 return template
-            return type(template)(*values) if hasattr(template, "_fields") else tuple(values)
+            return template._make(values) if hasattr(template, "_fields") else tuple(values)
 
         return finish
 
@@ -275,6 +313,10 @@ class Matcher:
         """Replace a value by what was saved; an empty dict or list takes all below its name."""
         value = self.build(name)
         if value is NOTHING:
+            return lambda: template
+        named = getattr(template, "_fields", None) if isinstance(template, tuple) else None
+        if named is not None and isinstance(value, tuple) and len(value) != len(named):
+            self.mismatches.wrong_shape.append((name, list(named), f"{len(value)} items"))
             return lambda: template
 
         def finish() -> Any:
@@ -284,8 +326,8 @@ class Matcher:
             if isinstance(template, list) and isinstance(value, list):
                 template[:] = value
                 return template
-            if hasattr(template, "_fields") and isinstance(value, tuple):
-                return type(template)(*value)
+            if named is not None and isinstance(value, tuple):
+                return template._make(value)
             return value
 
         return finish
@@ -369,11 +411,16 @@ def materialised(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device=torch.get_default_device())
 
 
+_VALUES = {type(None), bool, int, float, str, bytes}
+
+
 def _takes_tensors(value: Any) -> bool:
     if isinstance(value, (Mapping, list, tuple)):
         items = value.values() if isinstance(value, Mapping) else value
         return any(map(_takes_tensors, items))
-    return isinstance(value, (torch.Tensor, np.ndarray, ShardedArray, PerRank)) or has_state(value)
+    if isinstance(value, (torch.Tensor, np.ndarray, ShardedArray, PerRank, torch.Generator)):
+        return True
+    return type(value) not in _VALUES and (has_state(value) or bool(record_of(value)))
 
 
 def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:

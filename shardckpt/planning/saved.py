@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from shardckpt.errors import StateError
 from shardckpt.format import values
 from shardckpt.format.manifest import Manifest
-from shardckpt.format.values import TensorRef
+from shardckpt.format.values import Record, TensorRef
 
-__all__ = ["Rename", "SavedState", "Select", "below", "children", "under"]
+__all__ = ["Rename", "SavedState", "Select", "below", "children", "rebuilt", "under"]
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 Select = str | Iterable[str] | None
+
+_SEQUENCES = {list, tuple, collections.deque}
 
 
 def under(name: str, prefix: str) -> bool:
@@ -104,9 +107,21 @@ class SavedState:
 def children(node: Any) -> list[tuple[Any, Any]]:
     """(key, item) of a saved node's items; none for a leaf, an empty container being one."""
     kind = type(node)
-    if kind is dict:  # a Counter is one value
+    if kind is dict or kind is Record:  # a Counter is one value
         return list(node.items())
-    return list(enumerate(node)) if kind is list or kind is tuple else []
+    return list(enumerate(node)) if kind in _SEQUENCES else []
+
+
+def rebuilt(node: Any, items: Iterable[tuple[Any, Any]]) -> Any:
+    """A node like this one, with other items."""
+    if isinstance(node, Record):
+        return Record(node.type_name, dict(items))
+    if isinstance(node, dict):
+        return dict(items)
+    values = (value for _, value in items)
+    if isinstance(node, collections.deque):
+        return collections.deque(values, node.maxlen)
+    return type(node)(values)
 
 
 def below(name: str, key: Any) -> str:
@@ -139,10 +154,10 @@ def _rewrite(tree: Any, selected: Callable[[str], bool], renamed: Callable[[str]
             chosen = [(key, value) for key, value in kept if value is not nothing]
             if len(dict(chosen)) < len(chosen):
                 raise _same_name(new)
-            return dict(chosen) if chosen else nothing
+            return rebuilt(node, chosen) if chosen else nothing
         if all(value is nothing for _, value in kept):
             return nothing
-        return type(node)(None if value is nothing else value for _, value in kept)
+        return rebuilt(node, ((key, None if v is nothing else v) for key, v in kept))
 
     result = rewrite(tree, "", "")
     if moved:

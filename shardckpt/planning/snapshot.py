@@ -8,6 +8,7 @@ they are, with their version: whoever copies them later can tell whether they we
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from shardckpt.format.values import Record, record_of
 from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.flatten import FlatState, PerRank
 from shardckpt.planning.kinds import frozen_entries
@@ -98,18 +100,20 @@ class _Taker:
             return value
         if depth > _DEPTH_LIMIT:
             return value
-        if isinstance(value, (set, bytearray, Counter, deque)):
+        if isinstance(value, (set, bytearray, Counter)):
             return value.copy()
         if isinstance(value, Mapping):
             return {
                 key: self.walk(item, f"{at}.{key}", copy_up_to=copy_up_to, depth=depth + 1)
                 for key, item in value.items()
             }
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple, deque)):
             items = [
                 self.walk(item, f"{at}.{i}", copy_up_to=copy_up_to, depth=depth + 1)
                 for i, item in enumerate(value)
             ]
+            if isinstance(value, deque):
+                return deque(items, value.maxlen)
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, np.ndarray):
             return self.arrays.setdefault(id(value), value.copy())
@@ -128,6 +132,18 @@ class _Taker:
             return PerRank(inner, value.on_resize)
         if has_state(value):
             return self.walk(value.state_dict(), at, copy_up_to=copy_up_to, depth=depth)
+        if isinstance(value, torch.Generator):
+            return value.get_state()
+        if isinstance(value, io.BytesIO):
+            return io.BytesIO(value.getvalue())
+        if isinstance(value, io.StringIO):
+            return io.StringIO(value.getvalue(), newline="")
+        if isinstance(value, memoryview):
+            return bytes(value)
+        record = record_of(value)
+        if record is not None:
+            fields = self.walk(dict(record), at, copy_up_to=copy_up_to, depth=depth)
+            return Record(record.type_name, fields)
         return value
 
     def module(self, module: nn.Module, at: str) -> ModuleState:

@@ -89,13 +89,10 @@ REFUSED = {
     "complex128": lambda: torch.ones(2, dtype=torch.complex128),
     "masked": lambda: np.ma.array([1, 2], mask=[0, 1]),
     "of objects": lambda: np.array([None]),
-    "of texts": lambda: np.array(["a"]),
-    "of dates": lambda: np.array(["2020-01-01"], dtype="datetime64[D]"),
     "of records": lambda: np.zeros(1, dtype=[("a", "i4")]),
     "of long doubles": lambda: np.zeros(1, dtype=np.longdouble),
     "a function": lambda: len,
     "a class": lambda: nn.Linear,
-    "a generator": lambda: torch.Generator(),
     "a tensor in a set": lambda: {torch.ones(1)},
 }
 
