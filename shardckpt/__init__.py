@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     )
     from shardckpt.nn_handler import NNHandler
     from shardckpt.planning.arrays import ShardedArray
-    from shardckpt.planning.flatten import PerRank
+    from shardckpt.planning.markers import FromRank0, PerRank, Union
     from shardckpt.reports import LoadReport, SaveReport
 
 __all__ = [
     "Checkpoint",
     "CheckpointManager",
+    "FromRank0",
     "KeepBest",
     "KeepEveryHours",
     "KeepEverySteps",
@@ -47,6 +48,7 @@ __all__ = [
     "ShardWriter",
     "ShardckptError",
     "ShardedArray",
+    "Union",
     "__version__",
     "async_save",
     "init_from_mpi",
@@ -60,13 +62,14 @@ __all__ = [
 _HOMES = {
     "Checkpoint": "checkpoint",
     "CheckpointManager": "manager",
+    "FromRank0": "planning.markers",
     "KeepBest": "manager",
     "KeepEveryHours": "manager",
     "KeepEverySteps": "manager",
     "KeepLast": "manager",
     "LoadReport": "reports",
     "NNHandler": "nn_handler",
-    "PerRank": "planning.flatten",
+    "PerRank": "planning.markers",
     "ReshardLoadPlanner": "integrations.dcp",
     "SaveReport": "reports",
     "ShardReader": "integrations.dcp",
@@ -74,6 +77,7 @@ _HOMES = {
     "ShardWriter": "integrations.dcp",
     "ShardckptError": "errors",
     "ShardedArray": "planning.arrays",
+    "Union": "planning.markers",
     "async_save": "api",
     "init_from_mpi": "coordination.mpi.group",
     "load": "api",

@@ -109,7 +109,9 @@ class _Job:
         self.snapshot = Snapshot()
         try:
             with collector_paused():
-                self.snapshot = take_snapshot(state, small_bytes=knobs.COPY_AT_ONCE_BYTES)
+                self.snapshot = take_snapshot(
+                    state, small_bytes=knobs.COPY_AT_ONCE_BYTES, rank=rank
+                )
         except Exception as error:  # told to all ranks by the save itself
             self.error = error
         self.events = current_events()

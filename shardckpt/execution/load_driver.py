@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from shardckpt.errors import DirectoryNotSharedError
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.reader import read_all
 from shardckpt.format.manifest import Manifest, from_bytes
-from shardckpt.planning.load_plan import Matcher
+from shardckpt.planning.load_plan import Matcher, Mismatches, check_untaken
 from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.saved import Rename, SavedState, Select
 from shardckpt.planning.sharing import Share, past_cache, share_of
@@ -96,12 +97,14 @@ class _Load:
                 )
                 self.finish = self.matcher.match(self.state)
                 self.matcher.settle()
-            error = self.matcher.strict_part().error(self.path) if strict else None
-            if error is not None:
+            several = self.coordinator.world_size > 1
+            found = self.matcher.strict_part() if strict else Mismatches()
+            error = found.error(self.path)
+            if error is not None and not (several and found.only_unexpected):
                 raise error
-            shared = self.matcher.reads if self.coordinator.world_size > 1 else ()
-            share = share_of(shared, machine=platform.node())
-            return msgspec.msgpack.encode((self.manifest.checkpoint_id, share))
+            share = share_of(self.matcher.reads if several else (), machine=platform.node())
+            untaken = zlib.compress(msgspec.msgpack.encode(found.unexpected), 1)
+            return msgspec.msgpack.encode((self.manifest.checkpoint_id, share, untaken))
 
         answer = exchange(self.coordinator, "open", plan, _agree(self.path))
         self.past_cache = msgspec.msgpack.decode(answer, type=float)
@@ -155,9 +158,10 @@ def _agree(path: str) -> Callable[[list[bytes]], list[bytes]]:
     the page cache."""
 
     def decide(payloads: list[bytes]) -> list[bytes]:
-        decode = msgspec.msgpack.Decoder(tuple[str, Share]).decode
-        ids, shares = zip(*map(decode, payloads), strict=True)
+        decode = msgspec.msgpack.Decoder(tuple[str, Share, bytes]).decode
+        ids, shares, untaken = zip(*map(decode, payloads), strict=True)
         same_checkpoint(path)([found.encode() for found in ids])
+        check_untaken([msgspec.msgpack.decode(zlib.decompress(u)) for u in untaken], path)
         return [msgspec.msgpack.encode(part) for part in past_cache(shares)]
 
     return decide

@@ -29,10 +29,11 @@ from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format.digests import text_digest
 from shardckpt.format.manifest import FORMAT_VERSION, Manifest, ShardEntry, to_bytes
 from shardckpt.planning.chunks import box_slices
-from shardckpt.planning.differences import compare_replicas, explain_difference
+from shardckpt.planning.differences import compare_replicas
+from shardckpt.planning.merge import merge
 from shardckpt.planning.plan_cache import KnownPlan, PlanCache
 from shardckpt.planning.save_plan import RankWrites, global_plan
-from shardckpt.planning.table import ChunkTable, Ints, LocalPlan
+from shardckpt.planning.table import ChunkTable, Ints, LocalPlan, Offer, TensorSpec, filled
 from shardckpt.reports import SaveReport, Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
@@ -125,7 +126,10 @@ class _Save:
         self.token = ""
         self.checkpoint_id = ""
         self.writes: RankWrites | None = None
+        self.merging = False  # the ranks don't hold the same
         self.known: KnownPlan | None = None  # on rank 0
+        self.tree = b""  # on rank 0
+        self.common: tuple[tuple[TensorSpec, ...], ...] | None = None  # on rank 0, of each rank
         self.own = Stopwatch()  # this rank's work, without waiting
         self.profile: dict[int, dict[str, float]] = {}  # on rank 0
 
@@ -140,13 +144,14 @@ class _Save:
             known, self.writes = _cache.writes(self.key) or ("", None)
             return msgspec.msgpack.encode((structure, values, rows, known))
 
+        decode = msgspec.msgpack.Decoder(tuple[str, str, str, str]).decode
         answer = exchange(self.coordinator, "plan", summary, self.answer_summaries)
-        verdict, self.plan_id, self.token, self.checkpoint_id = msgspec.msgpack.decode(
-            answer, type=tuple[str, str, str, str]
-        )
-        if verdict == "explain":
-            whole = self.local.pack(whole=True)
-            exchange(self.coordinator, "compare", lambda: whole, explain_difference)
+        verdict, self.plan_id, self.token, self.checkpoint_id = decode(answer)
+        if verdict in ("merge", "merge values"):
+            self.merging = True
+            offer = msgspec.msgpack.encode(self.local.offer(whole=verdict == "merge"))
+            answer = exchange(self.coordinator, "compare", lambda: offer, self.merge)
+            verdict, self.plan_id, self.token, self.checkpoint_id = decode(answer)
         if verdict == "same":
             exchange(self.coordinator, "join", self.join, lambda payloads: b"")
         if verdict == "send":
@@ -157,19 +162,34 @@ class _Save:
     def answer_summaries(self, payloads: list[bytes]) -> bytes:
         decode = msgspec.msgpack.Decoder(tuple[str, str, str, str]).decode
         summaries = [decode(payload) for payload in payloads]
-        alike = len({(structure, values) for structure, values, _, _ in summaries}) == 1
-        if not alike:
-            return msgspec.msgpack.encode(("explain", "", "", ""))
-        self.checkpoint_id = new_id()
-        self.transaction = self.storage.begin(
-            self.path, checkpoint_id=self.checkpoint_id, overwrite=self.overwrite
-        )
         self.plan_id = text_digest(
             msgspec.msgpack.encode((FORMAT_VERSION, [(a, rows) for a, _, rows, _ in summaries]))
         )
         self.known = _cache.plan(self.plan_id)
-        all_know = {known for *_, known in summaries} == {self.plan_id}
-        verdict = "same" if self.known is not None and all_know else "send"
+        if {known for *_, known in summaries} != {self.plan_id}:
+            self.known = None
+        if len({(structure, values) for structure, values, _, _ in summaries}) > 1:
+            verdict = "merge values" if self.known else "merge"
+            return msgspec.msgpack.encode((verdict, "", "", ""))
+        self.tree = self.local.tree
+        return self.begin()
+
+    def merge(self, payloads: list[bytes]) -> bytes:
+        """Make one state of those of all ranks."""
+        decode = msgspec.msgpack.Decoder(Offer).decode
+        with self.own.phase("plan"), collector_paused():
+            merged = merge([decode(payload) for payload in payloads])
+        self.tree, self.common = merged.tree, merged.common
+        return self.begin()
+
+    def begin(self) -> bytes:
+        """Begin the checkpoint, with values that all ranks agree on."""
+        self.tree = filled(self.tree, self.local.rank0_trees)
+        self.checkpoint_id = new_id()
+        self.transaction = self.storage.begin(
+            self.path, checkpoint_id=self.checkpoint_id, overwrite=self.overwrite
+        )
+        verdict = "same" if self.known is not None else "send"
         token = self.transaction.token
         return msgspec.msgpack.encode((verdict, self.plan_id, token, self.checkpoint_id))
 
@@ -185,7 +205,7 @@ class _Save:
 
     def divide(self, payloads: list[bytes]) -> list[bytes]:
         with self.own.phase("divide"), collector_paused():
-            plan = global_plan([LocalPlan.unpack(payload) for payload in payloads])
+            plan = global_plan([LocalPlan.unpack(payload) for payload in payloads], self.common)
             self.known = KnownPlan(plan)
         _cache.add_plan(self.plan_id, self.known)
         return list(plan.shares)
@@ -213,7 +233,9 @@ class _Save:
                 )
             self.own.seconds["write"] -= result.seconds["sync"]
             with self.own.phase("compare"):
-                result.replicas = replica_digests(local, writes, everything=self.check_replicas)
+                result.replicas = replica_digests(
+                    local, writes, everything=self.check_replicas, sampled=self.merging
+                )
             result.own_trees = local.own_trees
             result.seconds = self.own.seconds = {**self.own.seconds, **result.seconds}
             return msgspec.msgpack.encode(result)
@@ -242,7 +264,7 @@ class _Save:
                 checkpoint_id=self.checkpoint_id,
                 tensors=tensors,
                 results=results,
-                tree=self.local.tree,
+                tree=self.tree,
             )
         self.profile[0] = self.own.seconds
         return answer
@@ -351,12 +373,25 @@ def file_table(results: Sequence[ShardResult]) -> Ints:
     return np.array(rows, dtype=np.int64)
 
 
-def replica_digests(local: LocalPlan, writes: RankWrites, *, everything: bool) -> bytes:
-    """A digest for each local chunk that other ranks hold as well; 0 for those not compared."""
+def _beginning(data: torch.Tensor) -> torch.Tensor:
+    """The first elements of a large tensor, of up to SMALL_BYTES."""
+    while (size := data.numel() * data.element_size()) > SMALL_BYTES:
+        rows = len(data) * SMALL_BYTES // size
+        data = data[:rows] if rows else data[0]
+    return data
+
+
+def replica_digests(
+    local: LocalPlan, writes: RankWrites, *, everything: bool, sampled: bool = False
+) -> bytes:
+    """A digest for each local chunk that other ranks hold as well; 0 for those not compared. If
+    `sampled`, large ones are compared by their beginning."""
     digests = np.zeros(len(writes.compare), dtype="<u8")
     for index, row in enumerate(writes.compare.tolist()):
         data = local.data[row]
         size = data.numel() * data.element_size()
+        if sampled and not everything and size > SMALL_BYTES:
+            data, size = _beginning(data), SMALL_BYTES
         if size and (everything or size <= SMALL_BYTES):
             digest = xxhash.xxh3_64()
             for part in contiguous_parts(data.detach()):

@@ -24,7 +24,7 @@ import struct
 import sys
 import types
 import uuid
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -38,7 +38,17 @@ from shardckpt.errors import (
     UnsupportedLeafError,
 )
 
-__all__ = ["FORMS", "Record", "TensorRef", "decode", "encode", "mapping", "record_of", "reference"]
+__all__ = [
+    "FORMS",
+    "Record",
+    "TensorRef",
+    "decode",
+    "encode",
+    "mapping",
+    "record_of",
+    "reference",
+    "tag_of",
+]
 
 _NESTED = {dict, list}
 _SAFE_INT = 1 << 53  # beyond it, readers of JSON that have only doubles round
@@ -103,7 +113,7 @@ def encode(value: Any, *, at: str) -> Any:
     if kind is dict:
         items = [(key, encode(item, at=_below(at, key))) for key, item in value.items()]
         return mapping(items, at=at)
-    form = _BY_TYPE.get(kind) or _form_of(kind)
+    form = _BY_TYPE.get(kind) or _form_of(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
     if form is not None:
         return {form.tag: form.encode(value, at)}
     if isinstance(value, (str, int, float)):
@@ -174,6 +184,12 @@ def _hashable(value: Any, at: str) -> Any:
     if type(node) is dict and b'{"$record":' in msgspec.json.encode(node):
         raise _unsupported(value, at)
     return node
+
+
+def tag_of(node: dict[str, Any]) -> str | None:
+    """The tag of an object of typed JSON; None for a dict with plain keys."""
+    tag = next(iter(node), "") if len(node) == 1 else ""
+    return tag if tag[:1] == "$" else None
 
 
 def decode(
@@ -539,9 +555,8 @@ for _form in FORMS:
 
 
 @functools.lru_cache(maxsize=256)
-def _form_of(kind: Hashable) -> Form | None:
+def _form_of(kind: type) -> Form | None:
     """The form of values of a type that has none of its own."""
-    assert isinstance(kind, type)
     base = next((form for form in FORMS if issubclass(kind, form.type)), None)
     return None if base is None or base.exact else base
 

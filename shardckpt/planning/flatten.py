@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from shardckpt.format import values
 from shardckpt.planning.arrays import ShardedArray, fits_tensor, from_numpy
 from shardckpt.planning.chunks import check_dense, local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
+from shardckpt.planning.markers import FromRank0, PerRank, Union
 from shardckpt.planning.stateful import (
     ModuleState,
     OptimizerState,
@@ -40,25 +41,10 @@ from shardckpt.planning.stateful import (
     parameter_names,
 )
 
-__all__ = ["FlatState", "PerRank", "Ties", "flatten"]
+__all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder"]
 
 _DEPTH_LIMIT = 100
 _NAMED = 20  # leaves that an error names
-
-
-@dataclass(frozen=True, slots=True)
-class PerRank:
-    """Marks a part of the state that differs by rank: random-number state, loader position.
-
-    Every rank's own value is saved. On load by as many ranks as saved, each gets its own
-    back. On another number of ranks `on_resize` says what happens: "keep" leaves what the
-    state holds (and the report names it), "wrap" takes the value of rank % saved world
-    size, "error" raises, and a function is called with the list of all saved values, in
-    rank order, and returns this rank's.
-    """
-
-    value: Any
-    on_resize: Literal["keep", "wrap", "error"] | Callable[[list[Any]], Any] = "keep"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,10 +52,12 @@ class FlatState:
     """A flattened state: what flatten returns.
 
     `tensors`: name -> tensor that every rank has (some may hold no part of it). `own`:
-    name -> tensor of this rank alone, from inside PerRank. `foreign`: names among `tensors`
-    whose values are those of another rank. `kinds`: name -> kind of the tensors whose kind
+    name -> tensor of this rank alone, from inside PerRank or FromRank0. `foreign`: names among
+    `tensors` whose values are those of another rank. `kinds`: name -> kind of the tensors whose kind
     (see planning/kinds) is not MAIN. `tree`: the typed JSON of the state, equal on every
-    rank. `own_trees`: the typed JSON of the PerRank values.
+    rank, with a placeholder where a FromRank0 stands. `own_trees`: the typed JSON of the PerRank
+    values. `rank0_trees`: on rank 0, name -> the typed JSON of each FromRank0 value. `unions`: the
+    names of the dicts that are marked with Union.
     """
 
     tensors: dict[str, torch.Tensor | ShardedArray] = field(default_factory=dict)
@@ -78,6 +66,8 @@ class FlatState:
     kinds: dict[str, int] = field(default_factory=dict)
     tree: Any = None
     own_trees: list[Any] = field(default_factory=list)
+    rank0_trees: dict[str, Any] = field(default_factory=dict)
+    unions: list[str] = field(default_factory=list)
 
 
 def flatten(state: Any, *, rank: int) -> FlatState:
@@ -102,7 +92,7 @@ class _Flattener:
         self.flat = FlatState()
         self.rank = rank
         self.state = state
-        self.inside_per_rank = False
+        self.inside: type | None = None  # the marker that this part of the state stands in
         self.ties, self.own_ties = Ties(), Ties()
         self.names: set[str] = set()
         self.refused: list[UnsupportedLeafError] = []
@@ -148,6 +138,10 @@ class _Flattener:
             return node
         if isinstance(value, PerRank):
             return self.per_rank(value, name, depth)
+        if isinstance(value, FromRank0):
+            return self.from_rank0(value, name, depth)
+        if isinstance(value, Union):
+            return self.union(value, name, depth)
         if has_state(value):
             return self.walk(value.state_dict(), name, depth)
         record = values.record_of(value)
@@ -181,7 +175,7 @@ class _Flattener:
 
     def take(self, name: str) -> None:
         """Note the name of an entry, which no other has: loads go by names."""
-        if self.inside_per_rank:
+        if self.inside is PerRank:
             name = f"{name}@rank{self.rank}"
         if name in self.names:
             raise StateError(
@@ -217,29 +211,61 @@ class _Flattener:
                 remedy="materialise it first: to_empty(), or load a checkpoint into it",
             )
         ties, tensors = self.ties, self.flat.tensors
-        if self.inside_per_rank:
-            name, ties, tensors = f"{name}@rank{self.rank}", self.own_ties, self.flat.own
+        if self.inside is not None:
+            ties, tensors = self.own_ties, self.flat.own
+        if self.inside is PerRank:
+            name = f"{name}@rank{self.rank}"
         first = ties.first(tensor, name)
         if first == name:
             tensors[name] = tensor
         return first
 
     def sharded(self, value: ShardedArray, name: str) -> ShardedArray:
-        if self.inside_per_rank:
+        if self.inside is not None:
             raise StateError(
-                "A ShardedArray inside PerRank",
+                f"A ShardedArray inside {self.inside.__name__}",
                 tensor=name,
                 remedy="put it beside: it knows that the ranks hold different parts",
             )
         return value.check(name)
 
     def per_rank(self, value: PerRank, name: str, depth: int) -> Any:
-        if self.inside_per_rank:
-            raise StateError("PerRank inside PerRank", tensor=name, remedy="mark it once")
-        self.inside_per_rank = True
-        self.flat.own_trees.append(self.walk(value.value, name, depth))
-        self.inside_per_rank = False
+        self.flat.own_trees.append(self.marked(value, name, depth))
         return values.reference("per_rank", str(len(self.flat.own_trees) - 1))
+
+    def from_rank0(self, value: FromRank0, name: str, depth: int) -> Any:
+        if self.rank == 0:
+            self.flat.rank0_trees[name] = self.marked(value, name, depth)
+        else:
+            self.take(name)
+        return placeholder(name)
+
+    def marked(self, value: PerRank | FromRank0, name: str, depth: int) -> Any:
+        """The typed JSON of what is in a marker."""
+        if self.inside is not None:
+            raise StateError(
+                f"{type(value).__name__} inside {self.inside.__name__}",
+                tensor=name,
+                remedy="mark it once",
+            )
+        self.inside = type(value)
+        try:
+            return self.walk(value.value, name, depth)
+        finally:
+            self.inside = None
+
+    def union(self, value: Union, name: str, depth: int) -> Any:
+        node = self.walk(value.value, name, depth)
+        if node is not None and not (type(node) is dict and values.tag_of(node) in (None, "$dict")):
+            raise StateError(
+                "Union marks a dict",
+                tensor=name,
+                expected="a dict, or an object whose state_dict() returns one",
+                actual=type(value.value).__name__,
+                remedy="leave the mark away, or use PerRank for a value that differs by rank",
+            )
+        self.flat.unions.append(name)
+        return node
 
     def parameter_names(self) -> dict[int, str]:
         if self._parameter_names is None:
@@ -266,15 +292,24 @@ def _all_refused(errors: list[UnsupportedLeafError]) -> UnsupportedLeafError:
     """One error for all leaves that can't be saved."""
     if len(errors) == 1:
         return errors[0]
-    lines = [f"{error.tensor}: {error.actual}" for error in errors[:_NAMED]]
+    first = errors[0]
+    lines = [f"{error.tensor}: {error.actual}: {error.remedy}" for error in errors[:_NAMED]]
     if len(errors) > _NAMED:
         lines.append(f"and {len(errors) - _NAMED} more")
+    head = f"{first.message}; {len(errors)} entries of the state can't be saved:"
     return UnsupportedLeafError(
-        "\n    ".join([f"{len(errors)} entries of the state can't be saved", *lines]),
-        tensor=", ".join(str(error.tensor) for error in errors[:_NAMED]),
-        expected="; ".join(dict.fromkeys(str(error.expected) for error in errors)),
-        remedy="; ".join(dict.fromkeys(str(error.remedy) for error in errors)),
+        "\n    ".join([head, *lines]),
+        tensor=first.tensor,
+        expected=first.expected,
+        actual=first.actual,
+        remedy=first.remedy,
     )
+
+
+def placeholder(name: str) -> dict[str, str]:
+    """What stands on every rank for the FromRank0 of this name, until rank 0 puts its value there:
+    see planning/table."""
+    return {"$from_rank0": ascii(name)}
 
 
 class Ties:

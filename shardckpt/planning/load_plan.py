@@ -8,8 +8,9 @@ been read.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -32,12 +33,13 @@ from shardckpt.planning.chunks import (
     lies_as_saved,
     local_chunks,
 )
-from shardckpt.planning.flatten import PerRank, Ties
+from shardckpt.planning.flatten import Ties
+from shardckpt.planning.markers import FromRank0, PerRank, Union
 from shardckpt.planning.modules import match_module, match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
 from shardckpt.planning.stateful import has_state, modules_in, parameter_names
 
-__all__ = ["Finish", "Matcher", "Mismatches"]
+__all__ = ["Finish", "Matcher", "Mismatches", "check_untaken"]
 
 Finish = Callable[[], Any]
 """Puts a matched value in place, after the reads, and returns it."""
@@ -51,6 +53,11 @@ class Mismatches:
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: list[tuple[str, Any, Any]] = field(default_factory=list)
     wrong_dtype: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    @property
+    def only_unexpected(self) -> bool:
+        """Whether nothing is wrong but that something was left."""
+        return not (self.missing or self.wrong_shape or self.wrong_dtype)
 
     def error(self, path: str) -> LoadMismatchError | None:
         """One error that lists every entry, or None where there is nothing to say."""
@@ -71,6 +78,32 @@ class Mismatches:
             remedy="strict=False loads what agrees; dtype='cast' converts; rename= and keys= map "
             "and choose names",
         )
+
+
+def _left(names: list[str], path: str) -> LoadMismatchError:
+    error = Mismatches(unexpected=names).error(path)
+    assert error is not None
+    return error
+
+
+def check_untaken(untaken: Sequence[Sequence[str]], path: str) -> None:
+    """Raise LoadMismatchError for what modules and optimizers should have taken; from what each
+    rank's left, in rank order.
+
+    Ranks of different pipeline stages leave what others take. What no rank takes is an error, and
+    so is a rank that takes a part of what another one does and nothing else.
+    """
+    names = [frozenset(own) for own in untaken]
+    nobody = frozenset.intersection(*names)
+    if nobody:
+        left = [name for name in untaken[0] if name in nobody]
+        raise _left(left, path)
+    sets = {own: rank for rank, own in reversed(list(enumerate(names)))}
+    for (mine, a), (theirs, b) in itertools.permutations(sets.items(), 2):
+        if mine > theirs:
+            error = _left(sorted(mine - theirs), path)
+            error.rank, error.facts["taken_by_rank"] = a, b
+            raise error
 
 
 class Matcher:
@@ -108,6 +141,8 @@ class Matcher:
             return match_optimizer(self, template, name)
         if isinstance(template, PerRank):
             return self.per_rank(template, name)
+        if isinstance(template, (FromRank0, Union)):
+            return self.marked(template, name)
         if isinstance(template, np.ndarray):
             return self.array(template, name)
         if isinstance(template, ShardedArray):
@@ -246,6 +281,15 @@ class Matcher:
             return template
 
         return finish
+
+    def marked(self, template: FromRank0 | Union, name: str) -> Finish:
+        """Match what is in a marker. Without tensors, rank 0's value is taken as it was saved."""
+        mark, value = type(template), template.value
+        if mark is FromRank0 and not _takes_tensors(value):
+            found = self.build(name)
+            return lambda: template if found is NOTHING else mark(found)
+        inner = self.match(value, name)
+        return lambda: mark(inner())
 
     def generator(self, template: torch.Generator, name: str) -> Finish:
         """Set a random-number generator to the state that was saved."""
@@ -418,7 +462,9 @@ def _takes_tensors(value: Any) -> bool:
     if isinstance(value, (Mapping, list, tuple)):
         items = value.values() if isinstance(value, Mapping) else value
         return any(map(_takes_tensors, items))
-    if isinstance(value, (torch.Tensor, np.ndarray, ShardedArray, PerRank, torch.Generator)):
+    if isinstance(value, (torch.Tensor, np.ndarray, ShardedArray, torch.Generator)):
+        return True
+    if isinstance(value, (PerRank, FromRank0, Union)):
         return True
     return type(value) not in _VALUES and (has_state(value) or bool(record_of(value)))
 

@@ -126,14 +126,69 @@ def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | N
     return np.lexsort((*chunks.boxes[:, 0, ::-1].T, key)).astype(np.int64)
 
 
-def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """The tensors of all ranks, numbered. `kind` [n] is what the first rank that has a tensor says
+    of it; `of_common[r]` are the numbers of rank r's tensors in common, all of its own follow."""
+
+    specs: tuple[TensorSpec, ...]
+    kind: Ints
+    of_common: Sequence[Ints]
+    own_offset: Ints
+
+    @classmethod
+    def of(
+        cls, plans: Sequence[LocalPlan], common: Sequence[tuple[TensorSpec, ...]] | None
+    ) -> _Numbers:
+        number: dict[str, int] = {}
+        first = plans[0].common if common is None else ()
+        every = list(first)
+        if common is None:
+            of_common: Sequence[Ints] = [np.arange(len(first))] * len(plans)
+        else:
+            for specs in common:
+                for spec in specs:
+                    if number.setdefault(spec.name, len(every)) == len(every):
+                        every.append(spec)
+            of_common = [np.array([number[s.name] for s in specs], np.int64) for specs in common]
+        counts = np.array([len(plan.own) for plan in plans])
+        kind = np.concatenate(
+            [np.zeros(len(every), np.int64)]
+            + [plan.kind[len(at) :] for plan, at in zip(plans, of_common, strict=True)]
+        )
+        said = range(len(plans)) if common is not None else (0,)
+        for rank in reversed(said):
+            kind[of_common[rank]] = plans[rank].kind[: len(of_common[rank])]
+        own_offset = len(every) + np.cumsum(counts) - counts
+        every += [spec for plan in plans for spec in plan.own]
+        return cls(tuple(every), kind, of_common, own_offset)
+
+    def of_chunks(self, plans: Sequence[LocalPlan]) -> Ints:
+        """The tensor of each chunk, of all ranks in turn."""
+        columns = []
+        for rank, plan in enumerate(plans):
+            tensor, at = plan.chunks.tensor, self.of_common[rank]
+            if len(plan.own):
+                own = np.arange(len(plan.own)) + self.own_offset[rank]
+                tensor = np.concatenate([at, own])[tensor]
+            elif at is not self.of_common[0]:  # which are numbered from 0
+                tensor = at[tensor]
+            columns.append(tensor)
+        return np.concatenate(columns)
+
+
+def global_plan(
+    plans: Sequence[LocalPlan], common: Sequence[tuple[TensorSpec, ...]] | None = None
+) -> GlobalPlan:
     """Plan a save from the local plans of all ranks, in rank order. Pure.
 
-    The tensors in common are taken from the first plan. Raises CoverageError where the
-    chunks of a tensor overlap, leave a hole or reach beyond it.
+    The tensors in common are taken from the first plan; `common` gives those of each rank, if
+    they are not the same. Raises CoverageError where the chunks of a tensor overlap, leave a hole
+    or reach beyond it.
     """
-    specs = (*plans[0].common, *(spec for plan in plans for spec in plan.own))
-    rows, shared = _gather_rows(plans, specs)
+    numbers = _Numbers.of(plans, common)
+    specs, kind = numbers.specs, numbers.kind
+    rows, shared = _gather_rows(plans, numbers)
     solo = rows.take(~shared) if shared.any() else rows
     replicated = rows.take(shared)
     keys = np.column_stack([replicated.tensor, flat_boxes(replicated.boxes)])
@@ -142,8 +197,6 @@ def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
     table = ChunkTable(tensor=each_once.tensor, boxes=each_once.boxes)
     check_coverage(specs, table, each_once.rank)
     ranks = np.arange(len(plans) + 1)
-    common = len(plans[0].common)
-    kind = np.concatenate([plans[0].kind[:common], *(plan.kind[common:] for plan in plans)])
     won = _divide(solo, replicated, group, kind >= FROZEN, world_size=len(plans))
     won = won.take(stable_order(won.rank, below=len(plans)))
     several = np.bincount(group, minlength=len(first))[group] > 1
@@ -158,7 +211,7 @@ def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
         specs=specs,
         chunks=ChunkTable(tensor=chunks.tensor[order], boxes=chunks.boxes[order]),
         bounds=np.searchsorted(written.rank[order], ranks),
-        shares=_shares(plans, won, compare, won_bounds, compared),
+        shares=_shares(plans, numbers, won, compare, won_bounds, compared),
         compared=np.diff(compared),
         group=group[several],
         replicated=replicated.tensor[first],
@@ -181,50 +234,48 @@ def _divide(
 
 
 def _shares(
-    plans: Sequence[LocalPlan], won: Rows, compare: Ints, won_bounds: Ints, compared: Ints
+    plans: Sequence[LocalPlan],
+    numbers: _Numbers,
+    won: Rows,
+    compare: Ints,
+    won_bounds: Ints,
+    compared: Ints,
 ) -> tuple[bytes, ...]:
     """What each rank is told: the replicated chunks that it writes, those that it compares, and the
-    kinds of the tensors in common where it does not see them as rank 0 does."""
-    common = len(plans[0].common)
-    kinds = plans[0].kind[:common]
-    packed = pack_columns(kinds.reshape(-1, 1))
+    kinds of the tensors in common where it does not see them as the first rank that has them."""
 
-    def share(part: slice, rows: Ints, other: bool) -> bytes:
+    def share(part: slice, rows: Ints, kinds: Ints | None) -> bytes:
         table = ChunkTable(tensor=won.row[part], boxes=won.boxes[part])
         columns = pack_columns(rows.reshape(-1, 1))
-        return msgspec.msgpack.encode((table.pack(), columns, packed if other else b""))
+        packed = b"" if kinds is None else pack_columns(kinds.reshape(-1, 1))
+        return msgspec.msgpack.encode((table.pack(), columns, packed))
 
-    nothing = share(slice(0, 0), compare[:0], False)
+    nothing = share(slice(0, 0), compare[:0], None)
     shares = []
     for rank, plan in enumerate(plans):
         part = slice(won_bounds[rank], won_bounds[rank + 1])
         rows = compare[compared[rank] : compared[rank + 1]]
-        other = not np.array_equal(plan.kind[:common], kinds)
-        empty = part.start == part.stop and not len(rows) and not other
+        at = numbers.of_common[rank]
+        kinds = numbers.kind[at]
+        other = None if np.array_equal(plan.kind[: len(at)], kinds) else kinds
+        empty = part.start == part.stop and not len(rows) and other is None
         shares.append(nothing if empty else share(part, rows, other))
     return tuple(shares)
 
 
-def _gather_rows(
-    plans: Sequence[LocalPlan], specs: Sequence[TensorSpec]
-) -> tuple[Rows, NDArray[np.bool_]]:
+def _gather_rows(plans: Sequence[LocalPlan], numbers: _Numbers) -> tuple[Rows, NDArray[np.bool_]]:
     """The chunks of all ranks, and for each whether it may have replicas."""
     dims = max((plan.chunks.boxes.shape[2] for plan in plans), default=0)
     counts = [len(plan.chunks) for plan in plans]
     rank = np.repeat(np.arange(len(plans)), counts)
-    tensor = np.concatenate([plan.chunks.tensor for plan in plans])
+    tensor = numbers.of_chunks(plans)
     boxes = np.concatenate([widen_boxes(plan.chunks.boxes, dims=dims) for plan in plans])
-    own = np.array([len(plan.own) for plan in plans])
-    if own.any():  # a rank's own tensors follow those in common, and those of the ranks before it
-        tensor = np.where(
-            tensor < len(plans[0].common), tensor, tensor + (np.cumsum(own) - own)[rank]
-        )
     rows = Rows(
         rank=rank,
         row=np.arange(len(rank)) - np.repeat(np.cumsum(counts) - counts, counts),
         tensor=tensor,
         boxes=boxes,
-        size_bytes=chunk_bytes(specs, ChunkTable(tensor=tensor, boxes=boxes)),
+        size_bytes=chunk_bytes(numbers.specs, ChunkTable(tensor=tensor, boxes=boxes)),
     )
     return rows, np.concatenate([plan.shared for plan in plans])
 

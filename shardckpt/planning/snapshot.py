@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from shardckpt.format.values import Record, record_of
 from shardckpt.planning.arrays import ShardedArray
-from shardckpt.planning.flatten import FlatState, PerRank
+from shardckpt.planning.flatten import FlatState
 from shardckpt.planning.kinds import frozen_entries
+from shardckpt.planning.markers import FromRank0, PerRank, Union
 from shardckpt.planning.stateful import (
     ModuleState,
     OptimizerState,
@@ -65,20 +66,21 @@ class Snapshot:
         return None
 
 
-def take_snapshot(state: Any, *, small_bytes: int) -> Snapshot:
-    """Take a snapshot; tensors by themselves of up to `small_bytes` are copied.
+def take_snapshot(state: Any, *, small_bytes: int, rank: int = 0) -> Snapshot:
+    """Take a snapshot of a rank's state; tensors by themselves of up to `small_bytes` are copied.
 
     Not collective, changes nothing. Raises what asking modules, optimizers and objects for
     their state raises.
     """
     with torch.no_grad():
-        taker = _Taker(state)
+        taker = _Taker(state, rank)
         taker.snapshot.state = taker.walk(state, "", copy_up_to=small_bytes)
     return taker.snapshot
 
 
 class _Taker:
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, rank: int) -> None:
+        self.rank = rank
         self.snapshot = Snapshot()
         self.modules = list(modules_in(state))
         self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -130,6 +132,12 @@ class _Taker:
         if isinstance(value, PerRank):
             inner = self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth)
             return PerRank(inner, value.on_resize)
+        if isinstance(value, FromRank0):
+            if self.rank:
+                return FromRank0(None)
+            return FromRank0(self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth))
+        if isinstance(value, Union):
+            return Union(self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth))
         if has_state(value):
             return self.walk(value.state_dict(), at, copy_up_to=copy_up_to, depth=depth)
         if isinstance(value, torch.Generator):

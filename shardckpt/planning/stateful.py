@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardckpt.errors import OptimizerModuleError, UnsupportedLeafError
+from shardckpt.planning.markers import Union
 
 __all__ = [
     "ModuleState",
@@ -77,6 +78,8 @@ def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     while stack:
         path, value = stack.pop()
+        if isinstance(value, Union):
+            value = value.value
         if isinstance(value, nn.Module):
             yield ".".join(path), value
             continue
@@ -269,6 +272,8 @@ def plain_state(state: Any) -> Any:
     names = parameter_names(modules_in(state))
 
     def plain(value: Any, at: str) -> Any:
+        if isinstance(value, Union):
+            value = value.value
         if isinstance(value, nn.Module):
             return module_state(value)
         if isinstance(value, Optimizer):

@@ -11,7 +11,7 @@ import itertools
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import msgspec
@@ -19,16 +19,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardckpt.errors import RankMismatchError
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
 from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.chunks import PLAIN, Box, local_chunks, may_have_replicas
-from shardckpt.planning.flatten import FlatState
+from shardckpt.planning.flatten import FlatState, placeholder
 
 __all__ = [
     "ChunkTable",
     "LocalPlan",
+    "Offer",
     "TensorSpec",
+    "filled",
     "flat_boxes",
     "local_plan",
     "pack_columns",
@@ -136,6 +139,14 @@ def widen_boxes(boxes: Ints, *, dims: int) -> Ints:
     return wide
 
 
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """What of a rank's state others may have as well; see LocalPlan, which has these fields."""
+
+    common: tuple[TensorSpec, ...]
+    tree: bytes
+    unions: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPlan:
     """What one rank holds.
@@ -144,7 +155,8 @@ class LocalPlan:
     rows in `chunks` count on from len(common)); `kind` [len(common) + len(own)] says how they
     change. `chunks` are the boxes held here; row i of it is `data[i]`, which never leaves the
     rank. `shared[i]` says whether other ranks may hold the same box. `tree` and `own_trees`
-    are typed JSON, encoded.
+    are typed JSON, encoded; `rank0_trees` too, by name, which rank 0 has of what is marked with
+    FromRank0. `unions` are the names of the dicts that are marked with Union.
     """
 
     common: tuple[TensorSpec, ...]
@@ -155,6 +167,12 @@ class LocalPlan:
     tree: bytes
     own_trees: bytes
     data: tuple[torch.Tensor, ...] = ()
+    rank0_trees: Mapping[str, bytes] = field(default_factory=dict)
+    unions: tuple[str, ...] = ()
+
+    def offer(self, *, whole: bool) -> Offer:
+        """What all ranks should have in common; without `whole` the values alone."""
+        return Offer(self.common if whole else (), self.tree, self.unions)
 
     def digests(self) -> tuple[str, str, str]:
         """Digests of the structure (names, dtypes, shapes), the values and the boxes held."""
@@ -176,6 +194,7 @@ class LocalPlan:
                 "common": self.common if whole else (),
                 "tree": self.tree if whole else b"",
                 "own_trees": self.own_trees,
+                "unions": self.unions if whole else (),
             }
         )
 
@@ -193,6 +212,7 @@ class LocalPlan:
             shared=shared.astype(np.bool_),
             tree=packed.tree,
             own_trees=packed.own_trees,
+            unions=packed.unions,
         )
 
 
@@ -204,6 +224,7 @@ class _Packed(msgspec.Struct):
     common: tuple[TensorSpec, ...]
     tree: bytes
     own_trees: bytes
+    unions: tuple[str, ...] = ()
 
 
 _decode = msgspec.msgpack.Decoder(_Packed).decode
@@ -256,4 +277,23 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
         tree=msgspec.json.encode(flat.tree),
         own_trees=msgspec.json.encode(flat.own_trees),
         data=tuple(data),
+        rank0_trees={name: msgspec.json.encode(own) for name, own in flat.rank0_trees.items()},
+        unions=tuple(flat.unions),
     )
+
+
+def filled(tree: bytes, rank0_trees: Mapping[str, bytes]) -> bytes:
+    """The tree with rank 0's values where FromRank0 stood. Raises RankMismatchError where rank 0
+    has none."""
+    for name, own in rank0_trees.items():
+        # Nowhere else are these the bytes: a text has its quotation marks escaped.
+        tree = tree.replace(msgspec.json.encode(placeholder(name)), own)
+    if b'{"$from_rank0":' in tree:
+        missing = tree.partition(b'{"$from_rank0":')[2].partition(b"}")[0]
+        raise RankMismatchError(
+            "An entry that is marked with FromRank0 is not there on rank 0",
+            rank=0,
+            tensor=msgspec.json.decode(missing),
+            remedy="hand over FromRank0(...) under the same name on every rank",
+        )
+    return tree

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shardckpt.planning.flatten import PerRank, flatten
+from shardckpt.planning.flatten import flatten
+from shardckpt.planning.markers import PerRank
 from shardckpt.planning.snapshot import take_snapshot
 from shardckpt.planning.stateful import canonical_names, module_state, parameter_names
 

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 
 from shardckpt.errors import ShardckptError, StateError
-from shardckpt.planning.differences import explain_difference
 from shardckpt.planning.flatten import flatten
-from shardckpt.planning.load_plan import Matcher
+from shardckpt.planning.load_plan import Matcher, Mismatches, check_untaken
+from shardckpt.planning.merge import merge
 from shardckpt.planning.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.planning.saved import SavedState
-from shardckpt.planning.table import LocalPlan, local_plan
+from shardckpt.planning.table import LocalPlan, filled, local_plan
 
 __all__ = ["ReshardLoadPlanner", "ShardMetadata", "ShardSavePlanner", "ShardStorageMeta"]
 
@@ -52,6 +52,8 @@ class ShardSavePlanner(DefaultSavePlanner):
     local: LocalPlan
     writes: RankWrites
     global_writes: GlobalPlan
+    tree: bytes
+    merging: bool  # the ranks don't hold the same
 
     def set_up_planner(
         self,
@@ -75,15 +77,18 @@ class ShardSavePlanner(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Who writes what, on the coordinator."""
-        payloads = [plan.planner_data for plan in all_plans]
-        explain_difference(payloads)
-        self.global_writes = global_plan([LocalPlan.unpack(payload) for payload in payloads])
-        plans = [SavePlan([], planner_data=share) for share in self.global_writes.shares]
+        locals_ = [LocalPlan.unpack(plan.planner_data) for plan in all_plans]
+        merged = merge([local.offer(whole=True) for local in locals_])
+        self.tree = filled(merged.tree, self.local.rank0_trees)
+        self.global_writes = global_plan(locals_, merged.common)
+        merging = len(set(merged.common)) > 1
+        plans = [SavePlan([], planner_data=(s, merging)) for s in self.global_writes.shares]
         return plans, Metadata(state_dict_metadata={})
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Take what this rank writes."""
-        self.writes = RankWrites.of(self.local, new_plan.planner_data)
+        share, self.merging = new_plan.planner_data
+        self.writes = RankWrites.of(self.local, share)
         return new_plan
 
 
@@ -123,13 +128,15 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         with torch.no_grad():
             self.finish_load = self.matcher.match(self.original_state_dict)
         self.matcher.settle()
-        error = None if self.allow_partial_load else self.matcher.strict_part().error("")
-        if error is not None:
+        found = Mismatches() if self.allow_partial_load else self.matcher.strict_part()
+        error = found.error("")
+        if error is not None and not found.only_unexpected:
             raise error
-        return LoadPlan([])
+        return LoadPlan([], planner_data=found.unexpected)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to agree on."""
+        """See that all was taken that modules and optimizers should take, by one rank or another."""
+        check_untaken([plan.planner_data for plan in global_plan], "")
         return global_plan
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:

@@ -180,7 +180,9 @@ class ShardWriter(StorageWriter):
             files=writes.files,
             data=lambda part: parts[part],
         )
-        result.replicas = replica_digests(local, writes, everything=self.check_replicas)
+        result.replicas = replica_digests(
+            local, writes, everything=self.check_replicas, sampled=planner.merging
+        )
         result.own_trees = local.own_trees
         return msgspec.msgpack.encode(result)
 
@@ -196,7 +198,7 @@ class ShardWriter(StorageWriter):
             facts: dict[str, Any] = {
                 "tensors": KnownPlan(plan).encoded_tensors(file_table(shards)),
                 "results": shards,
-                "tree": planner.local.tree,
+                "tree": planner.tree,
             }
         else:
             written = [msgspec.msgpack.decode(payload, type=_Written) for payload in payloads]
