@@ -53,8 +53,8 @@ class FlatState:
 
     `tensors`: name -> tensor that every rank has (some may hold no part of it). `own`:
     name -> tensor of this rank alone, from inside PerRank or FromRank0. `foreign`: names among
-    `tensors` whose values are those of another rank. `kinds`: name -> kind of the tensors whose kind
-    (see planning/kinds) is not MAIN. `tree`: the typed JSON of the state, equal on every
+    `tensors` whose values are those of another rank. `kinds`: name -> kind of the tensors whose
+    kind (see planning/kinds) is not MAIN. `tree`: the typed JSON of the state, equal on every
     rank, with a placeholder where a FromRank0 stands. `own_trees`: the typed JSON of the PerRank
     values. `rank0_trees`: on rank 0, name -> the typed JSON of each FromRank0 value. `unions`: the
     names of the dicts that are marked with Union.
@@ -309,7 +309,7 @@ def _all_refused(errors: list[UnsupportedLeafError]) -> UnsupportedLeafError:
 def placeholder(name: str) -> dict[str, str]:
     """What stands on every rank for the FromRank0 of this name, until rank 0 puts its value there:
     see planning/table."""
-    return {"$from_rank0": ascii(name)}
+    return {"$from_rank0": ascii(name)[1:-1]}
 
 
 class Ties:

@@ -135,7 +135,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         return LoadPlan([], planner_data=found.unexpected)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """See that all was taken that modules and optimizers should take, by one rank or another."""
+        """See that some rank takes whatever modules and optimizers should take."""
         check_untaken([plan.planner_data for plan in global_plan], "")
         return global_plan
 
