@@ -26,9 +26,11 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import values
+from shardckpt.format.dtypes import dtype_name
 from shardckpt.planning.arrays import ShardedArray, from_numpy
-from shardckpt.planning.chunks import check_dense, local_tensor
+from shardckpt.planning.chunks import AnyTensor, Shards, check_dense, local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
+from shardckpt.planning.refusals import all_refused
 from shardckpt.planning.stateful import (
     ModuleState,
     OptimizerState,
@@ -39,6 +41,7 @@ from shardckpt.planning.stateful import (
     optimizer_state,
     parameter_names,
 )
+from shardckpt.planning.wrapper_tensors import Wrapped, read_out
 
 __all__ = ["FlatState", "PerRank", "Ties", "flatten"]
 
@@ -71,8 +74,8 @@ class FlatState:
     rank. `own_trees`: the typed JSON of the PerRank values.
     """
 
-    tensors: dict[str, torch.Tensor | ShardedArray] = field(default_factory=dict)
-    own: dict[str, torch.Tensor | ShardedArray] = field(default_factory=dict)
+    tensors: dict[str, AnyTensor] = field(default_factory=dict)
+    own: dict[str, AnyTensor] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
     kinds: dict[str, int] = field(default_factory=dict)
     tree: Any = None
@@ -91,6 +94,8 @@ def flatten(state: Any, *, rank: int) -> FlatState:
             flattener.flat.tree = flattener.walk(state, "", 0)
     except RecursionError as error:  # sets in sets: all else is counted on the way
         raise _too_deep("") from error
+    if flattener.refused:
+        raise all_refused(flattener.refused)
     return flattener.flat
 
 
@@ -102,13 +107,14 @@ class _Flattener:
         self.inside_per_rank = False
         self.ties, self.own_ties = Ties(), Ties()
         self.names: set[str] = set()
+        self.refused: list[StateError] = []  # told all at once
         self.frozen_modules = 0
         self._parameter_names: dict[int, str] | None = None
 
     def walk(self, value: Any, name: str, depth: int) -> Any:
         """The typed JSON of the value at `name`, with references where tensors stand."""
-        if isinstance(value, torch.Tensor):
-            return values.reference("tensor", self.add(value, name))
+        if isinstance(value, (torch.Tensor, Shards, Wrapped)):
+            return self.tensor(value, name, depth)
         if isinstance(value, Mapping) and not isinstance(value, Counter):
             self.take(name)
             self.check_depth(name, depth)
@@ -148,6 +154,16 @@ class _Flattener:
         self.take(name)
         return values.encode(value, at=name)
 
+    def tensor(self, tensor: Any, name: str, depth: int) -> Any:
+        try:
+            tensor = read_out(tensor, name=name)
+        except StateError as error:
+            self.refused.append(error)
+            return None
+        if isinstance(tensor, Wrapped):
+            return self.walk(tensor.entries, name, depth)
+        return values.reference("tensor", self.add(tensor, name))
+
     def module(self, module: ModuleState, name: str, depth: int) -> Any:
         before = len(self.flat.tensors)
         node = self.walk(module.entries, name, depth)
@@ -174,7 +190,7 @@ class _Flattener:
             )
         self.names.add(name)
 
-    def add(self, tensor: torch.Tensor | ShardedArray, name: str) -> str:
+    def add(self, tensor: AnyTensor, name: str) -> str:
         """Take a tensor; the name that it is saved under, another one if it is tied."""
         if not name:
             raise StateError(
@@ -188,15 +204,11 @@ class _Flattener:
                 expected="Unicode without lone surrogates",
                 remedy="rename the key",
             )
-        check_dense(tensor.tensor if isinstance(tensor, ShardedArray) else tensor, name=name)
-        if tensor.is_meta:
-            raise UnsupportedLeafError(
-                "A tensor on the meta device holds no data",
-                tensor=name,
-                expected="a tensor with data",
-                actual="device meta",
-                remedy="materialise it first: to_empty(), or load a checkpoint into it",
-            )
+        try:
+            _check_leaf(tensor, name)
+        except UnsupportedLeafError as error:
+            self.refused.append(error)
+            return name
         ties, tensors = self.ties, self.flat.tensors
         if self.inside_per_rank:
             name, ties, tensors = f"{name}@rank{self.rank}", self.own_ties, self.flat.own
@@ -232,6 +244,20 @@ class _Flattener:
             raise _too_deep(f"{name[:80]}...")
 
 
+def _check_leaf(tensor: AnyTensor, name: str) -> None:
+    """Raise UnsupportedLeafError for a tensor that can't be saved."""
+    check_dense(tensor, name=name)
+    dtype_name(tensor.dtype, tensor=name)
+    if tensor.is_meta:
+        raise UnsupportedLeafError(
+            "A tensor on the meta device holds no data",
+            tensor=name,
+            expected="a tensor with data",
+            actual="device meta",
+            remedy="materialise it first: to_empty(), or load a checkpoint into it",
+        )
+
+
 def _too_deep(name: str) -> UnsupportedLeafError:
     return UnsupportedLeafError(
         "The state is nested too deeply, or contains itself",
@@ -249,10 +275,10 @@ class Ties:
         self._at: dict[int, tuple[torch.Tensor, str]] = {}
         self._same: dict[tuple[Any, ...], str] = {}
 
-    def first(self, tensor: torch.Tensor | ShardedArray, name: str) -> str:
+    def first(self, tensor: AnyTensor, name: str) -> str:
         """The name under which this tensor came first: `name`, if it is new."""
-        if isinstance(tensor, ShardedArray):  # ranks may have no part of it, or any
-            return self._same.setdefault((id(tensor),), name)
+        if isinstance(tensor, (ShardedArray, Shards)):  # ranks may have no part of it, or any
+            return self._same.setdefault(_described_key(tensor), name)
         local = local_tensor(tensor)
         if local is not None and (address := local.data_ptr()):  # 0: it has no elements
             return self.first_at(address, tensor, name)
@@ -265,6 +291,15 @@ class Ties:
             return known
         self._same.setdefault(_memory_key(other), known)
         return self._same.setdefault(_memory_key(tensor), name)
+
+
+def _described_key(tensor: ShardedArray | Shards) -> tuple[Any, ...]:
+    """As _memory_key for what says itself which parts of a global tensor it is."""
+    source: Any = tensor.source if isinstance(tensor, Shards) else tensor
+    if not hasattr(source, "global_shape"):
+        return (id(source),)
+    boxes = tuple((chunk.offsets, chunk.sizes) for chunk in tensor.chunks)  # type: ignore[union-attr]
+    return (*_memory_key(source), tensor.shape, boxes)
 
 
 def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:

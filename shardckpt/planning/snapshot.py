@@ -8,6 +8,7 @@ they are, with their version: whoever copies them later can tell whether they we
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from shardckpt.errors import StateError
 from shardckpt.planning.arrays import ShardedArray
+from shardckpt.planning.chunks import LocalChunk, Shards
 from shardckpt.planning.flatten import FlatState, PerRank
 from shardckpt.planning.kinds import frozen_entries
 from shardckpt.planning.stateful import (
@@ -35,6 +38,7 @@ from shardckpt.planning.stateful import (
     own_state,
     parameter_names,
 )
+from shardckpt.planning.wrapper_tensors import Wrapped, read_out
 
 __all__ = ["Snapshot", "take_snapshot"]
 
@@ -57,9 +61,11 @@ class Snapshot:
         Seen is what torch itself does; not what goes through `.data`, numpy or other libraries.
         """
         for name, tensor in (*flat.tensors.items(), *flat.own.items()):
-            mark = self.held.get(id(tensor))
-            if mark is not None and isinstance(tensor, torch.Tensor) and mark != _mark(tensor):
-                return name
+            data = [c.data for c in tensor.chunks] if isinstance(tensor, Shards) else [tensor]
+            for held in data:
+                mark = self.held.get(id(held))
+                if mark is not None and isinstance(held, torch.Tensor) and mark != _mark(held):
+                    return name
         return None
 
 
@@ -158,10 +164,12 @@ class _Taker:
             for name, own in state.items()
         }
 
-    def take(self, tensor: torch.Tensor, copy_up_to: float) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, copy_up_to: float) -> Any:
         """A copy of a tensor of up to so many bytes that is no parameter; else itself."""
-        if copy_up_to < 0 or type(tensor) not in _COPYABLE:
-            return self.hold(tensor)
+        if copy_up_to < 0 or type(tensor) not in _COPYABLE or hasattr(tensor, "global_shape"):
+            return self.hold(tensor, copy_up_to)
+        if type(tensor) is DTensor and type(tensor._local_tensor) is not torch.Tensor:
+            return self.hold(tensor, copy_up_to)
         large = tensor.numel() * tensor.element_size() > copy_up_to
         if large and not self.modules:  # whose large buffers are copied
             return self.hold(tensor)
@@ -172,7 +180,17 @@ class _Taker:
             self.copies[memory] = _copy(tensor)
         return self.copies[memory]
 
-    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+    def hold(self, tensor: torch.Tensor, copy_up_to: float = _NEVER) -> Any:
+        """The tensor with its version; one that consists of others with theirs, or copies."""
+        try:
+            found = read_out(tensor, name="")
+        except StateError:
+            return tensor  # flatten tells why, with the name
+        if isinstance(found, Wrapped):
+            parts = {key: self.part(part, copy_up_to) for key, part in found.parts.items()}
+            return dataclasses.replace(found, parts=parts)
+        if isinstance(found, Shards):
+            return self.part(found, copy_up_to)
         kind = type(tensor)
         if tensor.is_inference():  # which has no version
             return tensor.clone()
@@ -182,6 +200,16 @@ class _Taker:
             tensor = tensor.detach()  # stays what it is after `parameter.data = ...`
         self.snapshot.held[id(tensor)] = _mark(tensor)
         return tensor
+
+    def part(self, part: Any, copy_up_to: float) -> Any:
+        """As `take` for one of the tensors that another one consists of."""
+        if not isinstance(part, Shards):
+            return self.take(part, copy_up_to)
+        chunks = [
+            LocalChunk(chunk.offsets, chunk.sizes, self.take(chunk.data, copy_up_to))
+            for chunk in part.chunks
+        ]
+        return dataclasses.replace(part, chunks=chunks)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
