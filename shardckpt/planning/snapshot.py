@@ -23,10 +23,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
+from shardckpt.format.dtypes import memory_view
 from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.chunks import LocalChunk, Shards
 from shardckpt.planning.flatten import FlatState, PerRank
 from shardckpt.planning.kinds import frozen_entries
+from shardckpt.planning.memory import owns_memory
 from shardckpt.planning.stateful import (
     ModuleState,
     OptimizerState,
@@ -193,7 +195,7 @@ class _Taker:
             return self.part(found, copy_up_to)
         kind = type(tensor)
         if tensor.is_inference():  # which has no version
-            return tensor.clone()
+            return _copy(tensor)
         if kind is not DTensor:  # whose detach() is slow
             if kind not in _COPYABLE:
                 return tensor  # one that can't be saved, or whose parts are other tensors
@@ -213,10 +215,14 @@ class _Taker:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy without gradients; itself if it has no memory to copy, as flatten tells by name."""
+    local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
+    if local.is_meta or (local.layout is torch.strided and not owns_memory(local)):
+        return tensor
+    copied = memory_view(local).clone().view(local.dtype)
     if type(tensor) is not DTensor:
-        return tensor.clone()  # without gradients
+        return copied
     # Its clone() asks what becomes of the placements. The constructor is private in torch 2.13.
-    copied = tensor._local_tensor.clone()
     return DTensor(copied, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
@@ -231,4 +237,5 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
     if local.layout is not torch.strided or local.is_nested or not local.numel():
         return (id(tensor),)
-    return (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape)
+    view = (local.dtype, local.shape, local.stride(), local.is_conj(), local.is_neg())
+    return (local.data_ptr(), *view, tensor.shape)

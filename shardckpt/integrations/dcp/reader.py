@@ -137,9 +137,8 @@ class ShardReader(StorageReader):
             entry = manifest.tensors[node.name]
             chunk = item.storage_index.offset or (0,) * len(entry.shape)
             offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
-            wanted.append(
-                (entry, LocalChunk(offsets, tuple(item.lengths), memory_view(target.detach())))
-            )
+            data = memory_view(target.detach())
+            wanted.append((entry, LocalChunk(offsets, tuple(item.lengths), data)))
             tensors.append((item, target))
             if target.dtype != DTYPES[entry.dtype] and not self.cast:
                 dtypes = str(target.dtype), str(DTYPES[entry.dtype])
