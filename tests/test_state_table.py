@@ -40,9 +40,11 @@ WAYS_TO_LOAD = ("load", "load_state", "dcp.load")
 
 def plain(value: Any) -> Any:
     """What two equal states have in common: bytes, numbers, names."""
-    if isinstance(value, DTensor) and not hasattr(value.to_local(), "__tensor_flatten__"):
-        return plain(value.full_tensor())
-    if hasattr(value, "local_shards") and not isinstance(value, type):
+    if isinstance(value, DTensor):
+        local = value.to_local()
+        wraps = hasattr(local, "local_shards") or hasattr(local, "__tensor_flatten__")
+        return plain(local if wraps else value.full_tensor())
+    if hasattr(value, "local_shards"):
         return [plain(getattr(shard, "tensor", shard)) for shard in value.local_shards()]
     if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
         names = value.__tensor_flatten__()[0]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardckpt.errors import LoadMismatchError, StateError
@@ -130,7 +131,8 @@ class Matcher:
         """Tell autograd, once the reads are done, that tensors were written to: a backward pass
         that needs their old values is an error then, as after any change in place."""
         tensors = [*self.filled, *(chunk.data for _, chunk in self.reads)]
-        increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+        with torch._C.DisableTorchFunctionSubclass():  # private in torch 2.13
+            increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
     def settle(self) -> None:
         """Once all is matched: what was saved and nothing took."""
@@ -175,7 +177,7 @@ class Matcher:
             template = materialised(template, name)
             target = read_out(template, name=name)
         self.fill(found, target, name)
-        if type(template) not in PLAIN and isinstance(template, torch.Tensor):
+        if type(template) is DTensor:
             self.filled.append(template)
         return template
 

@@ -15,7 +15,8 @@ from shardckpt.format.values import TensorRef
 from shardckpt.planning.build import NOTHING
 from shardckpt.planning.chunks import Shards, is_distributed, local_tensor
 from shardckpt.planning.saved import below
-from shardckpt.planning.stateful import canonical_names, optimizer_state
+from shardckpt.planning.sharded_tensors import carry_layout, describes_itself, shards_of
+from shardckpt.planning.stateful import aliases, canonical_names, optimizer_state
 from shardckpt.planning.wrapper_tensors import WRAPPER, Wrapped, read_out
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def match_module(matcher: Matcher, module: nn.Module, name: str) -> Finish:
     matcher.owned.append(name)
     matcher.used.add(name)
     names = canonical_names(module)
-    state = module.state_dict()
+    state = aliases(module)
     parts = {
         key: _extra(matcher, value, below(name, names[key]))
         if key.endswith("_extra_state")
@@ -176,8 +177,8 @@ def _state(
         place, tensor = below(name, key), current.get(key)
         if isinstance(item, TensorRef) and item.kind == "tensor":
             entry = matcher.saved.manifest.tensors[item.name]
-            if not (isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == entry.shape):
-                tensor = _like(parameter, entry)
+            if not (isinstance(tensor, torch.Tensor) and _shape(tensor, place) == entry.shape):
+                tensor = _like(parameter, entry, place)
             filled[key] = matcher.tensor(tensor, place)
         elif isinstance(item, dict) and WRAPPER in item:
             if not isinstance(tensor, torch.Tensor):
@@ -199,11 +200,17 @@ def _no_class(name: str, node: dict[str, Any]) -> StateError:
     )
 
 
-def _like(parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+def _shape(tensor: torch.Tensor, name: str) -> tuple[int, ...]:
+    """The global shape."""
+    return tuple(shards_of(tensor, name=name).shape if describes_itself(tensor) else tensor.shape)
+
+
+def _like(parameter: torch.Tensor, entry: TensorEntry, name: str) -> torch.Tensor:
     """An empty tensor for saved optimizer state: sharded as the parameter if of its shape."""
     dtype = DTYPES[entry.dtype]
-    if tuple(parameter.shape) == entry.shape:
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    if _shape(parameter, name) == entry.shape:
+        new = torch.zeros_like if hasattr(parameter, "global_shape") else torch.empty_like
+        return carry_layout(parameter, new(parameter, dtype=dtype, requires_grad=False))
     device: Any = "cpu" if not entry.shape or is_distributed(parameter) else parameter.device
     return torch.empty(entry.shape, dtype=dtype, device=device)
 

@@ -194,11 +194,11 @@ class _Taker:
         if isinstance(found, Shards):
             return self.part(found, copy_up_to)
         kind = type(tensor)
+        if kind not in _COPYABLE:
+            return tensor  # one that can't be saved, or is known by its class alone
         if tensor.is_inference():  # which has no version
             return _copy(tensor)
         if kind is not DTensor:  # whose detach() is slow
-            if kind not in _COPYABLE:
-                return tensor  # one that can't be saved, or whose parts are other tensors
             tensor = tensor.detach()  # stays what it is after `parameter.data = ...`
         self.snapshot.held[id(tensor)] = _mark(tensor)
         return tensor
@@ -219,7 +219,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
     if local.is_meta or (local.layout is torch.strided and not owns_memory(local)):
         return tensor
-    copied = memory_view(local).clone().view(local.dtype)
+    plain = memory_view(local)
+    copied = plain.clone() if plain is local else plain.clone().view(local.dtype)
     if type(tensor) is not DTensor:
         return copied
     # Its clone() asks what becomes of the placements. The constructor is private in torch 2.13.
@@ -235,7 +236,7 @@ def _mark(tensor: torch.Tensor) -> tuple[int, int]:
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same memory seen in the same way."""
     local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
-    if local.layout is not torch.strided or local.is_nested or not local.numel():
+    if not owns_memory(local) or not local.numel():
         return (id(tensor),)
     view = (local.dtype, local.shape, local.stride(), local.is_conj(), local.is_neg())
     return (local.data_ptr(), *view, tensor.shape)
