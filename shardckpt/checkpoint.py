@@ -15,7 +15,7 @@ from shardckpt.execution.devices import free_memory
 from shardckpt.execution.disk import MappedFiles, disk_tensor
 from shardckpt.execution.reader import read_all
 from shardckpt.execution.verify import verify_shards
-from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.manifest import Manifest, TensorEntry, check_text, from_bytes
 from shardckpt.format.outline import Outline
 from shardckpt.format.values import TensorRef
@@ -242,7 +242,7 @@ class Checkpoint(Closing, Mapping[str, Any]):
         """The box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
         manifest, entry = self._described(name)
         part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
-        reads = plan_reads([(entry, LocalChunk(offsets, sizes, part))])
+        reads = plan_reads([(entry, LocalChunk(offsets, sizes, memory_view(part)))])
         try:
             read_all(self._files, manifest, reads)
         except CorruptionError:

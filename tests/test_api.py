@@ -15,6 +15,7 @@ from torch import nn
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.cli.main import main
 from shardckpt.execution import shard_files
 from shardckpt.format.dtypes import DTYPES
 
@@ -125,7 +126,7 @@ def test_values_survive(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_every_dtype_of_safetensors(dtype, tmp_path):
+def test_every_dtype(dtype, tmp_path):
     raw = torch.arange(240, dtype=torch.uint8)
     tensor = (raw % 2).bool() if dtype is torch.bool else raw.view(dtype)
     shardckpt.save(
@@ -138,11 +139,25 @@ def test_every_dtype_of_safetensors(dtype, tmp_path):
     assert torch.equal(loaded["t"].view(torch.uint8), tensor.view(torch.uint8))
 
 
-def test_a_dtype_that_safetensors_lacks(tmp_path):
-    with pytest.raises(errors.UnsupportedLeafError) as caught:
-        shardckpt.save({"a": {"b": torch.zeros(2, dtype=torch.complex128)}}, tmp_path / "c")
+def test_dtypes_that_can_not_be_saved_are_all_named(tmp_path):
+    quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    state = {"a": {"b": quantized}, "c": torch.eye(2).to_sparse(), "fine": torch.ones(1)}
+    with pytest.raises(errors.UnsupportedLeafError, match=r"c: torch\.sparse_coo") as caught:
+        shardckpt.save(state, tmp_path / "c")
     assert caught.value.tensor == "a.b"
     assert os.listdir(tmp_path) == []
+
+
+def test_a_dtype_that_safetensors_lacks_is_in_its_files_as_another(tmp_path):
+    tensor = torch.complex(torch.arange(3.0), torch.ones(3)).to(torch.complex128)
+    shardckpt.save({"t": tensor, "u": tensor[1:].conj()}, tmp_path / "c")
+    held = safetensors.torch.load_file(tmp_path / "c" / "shard-00000-of-00001.safetensors")
+    assert torch.equal(torch.view_as_complex(held["t"]), tensor)
+    (tmp_path / "c" / "manifest.json").unlink()
+    main(["rescue", str(tmp_path / "c"), str(tmp_path / "d")])
+    found = shardckpt.load_state(tmp_path / "d")
+    assert torch.equal(found["t"], tensor)
+    assert torch.equal(found["u"], tensor[1:].conj())
 
 
 def test_a_view_costs_what_it_shows(tmp_path):

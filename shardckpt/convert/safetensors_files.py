@@ -26,7 +26,7 @@ from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
 from shardckpt.execution.source import Source
 from shardckpt.execution.together import NewFile, joined_parts, write_together
 from shardckpt.format import values
-from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.dtypes import DTYPES, plain_dtype
 from shardckpt.format.shard import build_header
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.chunks import box_slices
@@ -172,7 +172,11 @@ def _new_file(source: Source, names: list[str], metadata: dict[str, str], path: 
     order = layout_order(specs, ChunkTable(tensor=np.arange(len(specs)), boxes=boxes))
     ordered = [names[index] for index in order.tolist()]
     header = build_header(
-        [(n, entries[n].dtype, entries[n].shape, entries[n].size_bytes) for n in ordered], metadata
+        [
+            (n, plain_dtype(entries[n].dtype, tensor=n), entries[n].shape, entries[n].size_bytes)
+            for n in ordered
+        ],
+        metadata,
     )
     size_bytes = len(header) + sum(entry.size_bytes for entry in entries.values())
     return NewFile(

@@ -36,7 +36,8 @@ from shardckpt.errors import (
 )
 from shardckpt.format import values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
-from shardckpt.planning.arrays import ShardedArray
+from shardckpt.format.dtypes import dtype_name, plain_dtype
+from shardckpt.planning.chunks import AnyTensor
 from shardckpt.planning.flatten import flatten
 from shardckpt.storage.appearing import appearing
 from shardckpt.storage.system import translated
@@ -124,8 +125,9 @@ def read_many(folder: str) -> dict[str, Any]:
     return state
 
 
-def _contiguous(tensor: torch.Tensor | ShardedArray, name: str) -> torch.Tensor:
+def _contiguous(tensor: AnyTensor, name: str) -> torch.Tensor:
     if isinstance(tensor, torch.Tensor):
+        plain_dtype(dtype_name(tensor.dtype, tensor=name), tensor=name)
         return tensor.contiguous()
     raise StateError(
         "A single file can't hold a part of an array",

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from shardckpt.planning.memory import check_memory
+
 __all__ = [
     "BUFFER_BYTES",
     "HUGE_PAGE_BYTES",
@@ -139,8 +141,10 @@ def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor's elements in row-major order, as contiguous CPU tensors.
 
     A contiguous CPU tensor comes back as it is. Any other is copied in parts of at most
-    BUFFER_BYTES, so that a view costs a buffer and never its whole storage.
+    BUFFER_BYTES, so that a view costs a buffer and never its whole storage. Raises
+    UnsupportedLeafError for a tensor that has no memory of its own.
     """
+    check_memory(tensor)
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         yield tensor
         return

@@ -125,6 +125,7 @@ class _Load:
                     progress=self.coordinator.progress,
                 )
             with self.own.phase("place"):
+                self.matcher.mark_changed()
                 self.finish()
             return msgspec.msgpack.encode(self.own.seconds)
 

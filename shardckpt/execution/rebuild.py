@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,7 @@ from shardckpt.execution.verify import read_header
 from shardckpt.format import values
 from shardckpt.format.boxes import find_gap
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
+from shardckpt.format.dtypes import DTYPES, shard_form
 from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, is_shard_name
 from shardckpt.format.shard import ShardTensor, parse_chunk_name, parse_header
 from shardckpt.format.values import TensorRef
@@ -72,7 +75,8 @@ def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
 def _read_shard(files: LocalFiles, name: str) -> tuple[ShardEntry, list[ShardTensor]]:
     size_bytes = files.size_bytes(name)
     header = read_header(files, name, size_bytes=size_bytes)
-    tensors, _ = parse_header(header, file_size_bytes=None, path=f"{files.path}/{name}")
+    tensors, facts = parse_header(header, file_size_bytes=None, path=f"{files.path}/{name}")
+    tensors = [_as_saved(tensor, _dtypes(facts)) for tensor in tensors]
     digests = []
     for low in range(0, size_bytes, BLOCK_BYTES):
         block = bytearray(min(BLOCK_BYTES, size_bytes - low))
@@ -80,6 +84,22 @@ def _read_shard(files: LocalFiles, name: str) -> tuple[ShardEntry, list[ShardTen
         digests.append(block_digest(block))
     entry = ShardEntry(name=name, size_bytes=size_bytes, digests=np.array(digests, np.uint64))
     return entry, tensors
+
+
+def _dtypes(facts: dict[str, str]) -> dict[str, str]:
+    """Name -> dtype of the tensors that lie in a shard as another dtype than theirs."""
+    try:
+        return msgspec.json.decode(facts.get("dtypes", "{}"), type=dict[str, str])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return {}
+
+
+def _as_saved(tensor: ShardTensor, dtypes: dict[str, str]) -> ShardTensor:
+    dtype = dtypes.get(parse_chunk_name(tensor.name)[0], tensor.dtype)
+    for shape in (tensor.shape, tensor.shape[:-1]):
+        if dtype in DTYPES and shard_form(dtype, shape) == (tensor.dtype, tensor.shape):
+            return dataclasses.replace(tensor, dtype=dtype, shape=shape)
+    return tensor
 
 
 def _all_files(names: list[str]) -> bool:

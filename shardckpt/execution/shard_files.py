@@ -16,6 +16,7 @@ from shardckpt.errors import StorageError
 from shardckpt.execution.base import Base
 from shardckpt.execution.collector import collector_paused
 from shardckpt.execution.writer import write_shard
+from shardckpt.format.dtypes import shard_form
 from shardckpt.format.shard import build_header, chunk_name
 from shardckpt.planning.assembly import chunk_bytes, shard_name
 from shardckpt.planning.table import ChunkTable, TensorSpec
@@ -202,11 +203,15 @@ def layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]
     """The header of a file that holds the chunks, and the size of the file in bytes."""
     sizes = chunk_bytes(specs, chunks).tolist()
     entries = []
+    dtypes: dict[str, str] = {}
     for index, box, size in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), sizes, strict=True):
         spec, dims = specs[index], len(specs[index].shape)
         shape = tuple(box[1][:dims])
         own = chunk_name(spec.name, spec.shape, tuple(box[0][:dims]), shape)
-        entries.append((own, spec.dtype, shape, size))
+        entries.append((own, *shard_form(spec.dtype, shape), size))
+        if entries[-1][1] != spec.dtype:
+            dtypes[spec.name] = spec.dtype
     # Nothing that differs from save to save: what did not change must be the same bytes.
-    header = build_header(entries, {"format": "shardckpt"})
+    told = {"dtypes": msgspec.json.encode(dtypes).decode()} if dtypes else {}
+    header = build_header(entries, {"format": "shardckpt", **told})
     return header, len(header) + sum(sizes)

@@ -17,10 +17,11 @@ from shardckpt.execution.buffers import (
     copy_bytes,
     private_memory,
 )
-from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.dtypes import memory_dtype
 from shardckpt.planning.assembly import chunk_bytes
 from shardckpt.planning.chunks import lies_as_saved
 from shardckpt.planning.kinds import files_of
+from shardckpt.planning.memory import check_memory
 from shardckpt.planning.save_plan import layout_order
 from shardckpt.planning.table import LocalPlan
 
@@ -67,7 +68,7 @@ class Image:
             views: list[torch.Tensor] = [self._bytes] * len(chunks)
             end, last = 0, -1
             for row in layout_order(specs, chunks, file).tolist():
-                data, dtype = plan.data[row], DTYPES[dtypes[row]]
+                data, dtype = plan.data[row], memory_dtype(dtypes[row])
                 begin, last = end if file[row] == last else end + -end % _PAGE_BYTES, file[row]
                 end = begin + data.numel() * dtype.itemsize
                 views[row] = self._bytes[begin:end].view(dtype).view(data.shape)
@@ -146,6 +147,7 @@ def stage(plan: LocalPlan, image: Image, events: dict[torch.device, Any]) -> Loc
     devices: dict[torch.device, list[int]] = {}
     specs = (*plan.common, *plan.own)
     for row, (data, index) in enumerate(zip(plan.data, plan.chunks.tensor.tolist(), strict=True)):
+        check_memory(data, name=specs[index].name)  # it may have been freed since it was planned
         size_bytes = data.numel() * data.element_size()
         if size_bytes >= _LARGE_BYTES and lies_as_saved(data, specs[index].dtype):
             # A sixth faster than torch copies.

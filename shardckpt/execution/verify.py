@@ -26,6 +26,7 @@ from shardckpt.execution.workers import stalled, workers
 from shardckpt.format import values
 from shardckpt.format.bitflips import find_flipped_bit
 from shardckpt.format.digests import BLOCK_BYTES
+from shardckpt.format.dtypes import shard_form
 from shardckpt.format.manifest import Manifest, ShardEntry
 from shardckpt.format.shard import chunk_name, header_bytes, parse_header
 from shardckpt.reports import VerifyReport
@@ -347,7 +348,7 @@ def _disagreements(
         dims = len(entry.shape)
         for index, begin, end, *box in entry.chunks.tolist():
             own = chunk_name(name, entry.shape, box[:dims], box[dims:])
-            planned[index][own] = (entry.dtype, begin, end)
+            planned[index][own] = (shard_form(entry.dtype, ())[0], begin, end)
     for index in indices:
         shard = manifest.shards[index]
         path = f"{files.path}/{shard.name}"

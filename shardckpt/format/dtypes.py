@@ -1,4 +1,5 @@
-"""The dtypes of the format: those of safetensors, by the names that it gives them.
+"""The dtypes of the format: those of safetensors by the names that it gives them, and some that
+it lacks, which lie in shards as another dtype.
 
 Source: https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
 """
@@ -9,7 +10,16 @@ import torch
 
 from shardckpt.errors import UnsupportedLeafError
 
-__all__ = ["DTYPES", "dtype_name", "itemsize"]
+__all__ = [
+    "DTYPES",
+    "OPAQUE",
+    "dtype_name",
+    "itemsize",
+    "memory_dtype",
+    "memory_view",
+    "plain_dtype",
+    "shard_form",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -31,8 +41,23 @@ DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
     "C64": torch.complex64,
+    "C32": torch.complex32,
+    "C128": torch.complex128,
+    "F4X2": torch.float4_e2m1fn_x2,
+    "BITS8": torch.bits8,
+    "BITS16": torch.bits16,
+    "BITS1X8": torch.bits1x8,
+    "BITS2X4": torch.bits2x4,
+    "BITS4X2": torch.bits4x2,
+    **{f"UINT{bits}": getattr(torch, f"uint{bits}") for bits in range(1, 8)},
+    **{f"INT{bits}": getattr(torch, f"int{bits}") for bits in range(1, 8)},
 }
-"""safetensors name -> torch dtype."""
+"""Name -> torch dtype; the name of safetensors, where it has one."""
+
+_PAIRS = {"C32": "F16", "C128": "F64"}  # real part, imaginary part
+_SHELLS = {name for name in DTYPES if name.startswith(("UINT", "INT"))}  # torch moves none of them
+OPAQUE = {DTYPES[name] for name in DTYPES if name.startswith(("F4X2", "BITS", "UINT", "INT"))}
+"""Torch dtypes whose elements are bits to torch: they are never converted."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ITEMSIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -47,7 +72,7 @@ def dtype_name(dtype: torch.dtype, *, tensor: str) -> str:
             tensor=tensor,
             expected="one of " + ", ".join(str(known).removeprefix("torch.") for known in _NAMES),
             actual=str(dtype).removeprefix("torch."),
-            remedy="save view(torch.uint8), or for complex128 torch.view_as_real(tensor)",
+            remedy="save view(torch.uint8), or dequantize() it first",
         )
     return name
 
@@ -55,3 +80,37 @@ def dtype_name(dtype: torch.dtype, *, tensor: str) -> str:
 def itemsize(name: str) -> int:
     """Bytes of one element."""
     return _ITEMSIZES[name]
+
+
+def shard_form(name: str, sizes: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The safetensors dtype and shape under which a chunk of these sizes lies in a shard."""
+    if name in _PAIRS:
+        return _PAIRS[name], (*sizes, 2)
+    if DTYPES[name] in OPAQUE:
+        return "U16" if name == "BITS16" else "U8", sizes
+    return name, sizes
+
+
+def plain_dtype(name: str, *, tensor: str) -> str:
+    """The name, if safetensors has this dtype; else UnsupportedLeafError, naming the tensor."""
+    if shard_form(name, ()) != (name, ()):
+        raise UnsupportedLeafError(
+            "A safetensors file can't hold a tensor of this dtype",
+            tensor=tensor,
+            expected="a dtype of safetensors",
+            actual=str(DTYPES[name]).removeprefix("torch."),
+            remedy="write a folder of shards or a .pth file, or convert the tensor first",
+        )
+    return name
+
+
+def memory_dtype(name: str) -> torch.dtype:
+    """The torch dtype under which elements are copied: torch copies no integers of 1 to 7 bits."""
+    return torch.uint8 if name in _SHELLS else DTYPES[name]
+
+
+def memory_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as its memory_dtype, over the same memory."""
+    if tensor.dtype in OPAQUE and _NAMES[tensor.dtype] in _SHELLS:
+        return tensor.view(torch.uint8)
+    return tensor

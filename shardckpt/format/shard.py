@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from shardckpt.errors import CorruptionError
-from shardckpt.format.dtypes import DTYPES, itemsize
+from shardckpt.format.dtypes import DTYPES, itemsize, shard_form
 
 __all__ = [
     "HEADER_ALIGN",
@@ -120,7 +120,7 @@ def parse_header(
     tensors = []
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = (offset + size for offset in entry.data_offsets)
-        if entry.dtype not in DTYPES or any(n < 0 for n in entry.shape) or len(entry.shape) > 64:
+        if not _known(entry.dtype) or any(n < 0 for n in entry.shape) or len(entry.shape) > 64:
             raise _broken(path, "a known dtype and a shape", f"{entry.dtype} {entry.shape}", name)
         volume = math.prod(entry.shape) * itemsize(entry.dtype)
         if begin != at or end - begin != volume:
@@ -134,6 +134,10 @@ def parse_header(
     if file_size_bytes is not None and at != file_size_bytes:
         raise _broken(path, f"a file of {at} bytes", f"{file_size_bytes} bytes")
     return tensors, metadata
+
+
+def _known(dtype: str) -> bool:
+    return dtype in DTYPES and shard_form(dtype, ()) == (dtype, ())
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

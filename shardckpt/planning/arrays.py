@@ -12,6 +12,7 @@ import torch
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format.dtypes import DTYPES
+from shardckpt.planning.memory import owns_memory
 
 __all__ = ["ShardedArray", "fits_tensor", "from_numpy"]
 
@@ -68,8 +69,11 @@ class ShardedArray:
 
     def copy(self) -> ShardedArray:
         """The same part, with its data copied."""
-        local = self.local.clone() if isinstance(self.local, torch.Tensor) else self.local.copy()
-        return ShardedArray(local, self.shape, self.offsets)
+        if isinstance(self.local, torch.Tensor):
+            if not owns_memory(self.local):
+                return self  # check() refuses it by name
+            return ShardedArray(self.local.clone(), self.shape, self.offsets)
+        return ShardedArray(self.local.copy(), self.shape, self.offsets)
 
     def check(self, name: str) -> ShardedArray:
         """Itself, if its facts fit together; else StateError or UnsupportedLeafError."""

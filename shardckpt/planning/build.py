@@ -18,6 +18,7 @@ from shardckpt.format.values import Record, TensorRef
 from shardckpt.planning.chunks import LocalChunk, local_chunks
 from shardckpt.planning.flatten import Ties
 from shardckpt.planning.saved import SavedState, below, children, rebuilt
+from shardckpt.planning.wrapper_tensors import read_out
 
 __all__ = ["NOTHING", "Allocate", "Builder", "allocate"]
 
@@ -84,10 +85,11 @@ class Builder:
         if ref in self._tied:
             return self._tied[ref]
         entry = self.saved.manifest.tensors[ref.name]
-        tensor = self.like.get(name)
+        tensor: Any = read_out(self.like.get(name), name=name)
         to_read = True
         if (
             tensor is None
+            or not isinstance(tensor, torch.Tensor)
             or tensor.is_meta
             or tuple(tensor.shape) != entry.shape
             or tensor.dtype != DTYPES[entry.dtype]

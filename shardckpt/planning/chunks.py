@@ -19,18 +19,23 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
-from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
 from shardckpt.planning.arrays import ShardedArray
+from shardckpt.planning.memory import check_memory, owns_memory
 
 __all__ = [
     "PLAIN",
+    "AnyTensor",
     "Box",
     "LocalChunk",
+    "Shards",
     "box_slices",
     "check_dense",
     "is_distributed",
+    "is_sharded_tensor",
     "lies_as_saved",
     "local_chunks",
+    "local_layout",
     "local_tensor",
     "may_have_replicas",
 ]
@@ -52,6 +57,25 @@ class LocalChunk(msgspec.Struct, frozen=True, eq=False, gc=False):
     address: int = 0
 
 
+@dataclass(eq=False, slots=True)
+class Shards:
+    """The boxes of a global tensor that this rank holds, as a tensor says itself (`source`)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[LocalChunk]
+    source: torch.Tensor
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether it has no data."""
+        return any(chunk.data.is_meta for chunk in self.chunks)
+
+
+AnyTensor = torch.Tensor | ShardedArray | Shards
+"""What a flattened state holds of a tensor."""
+
+
 def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Any:
     """The index that cuts the box (offsets, sizes) out of a tensor that begins at `outer`."""
     return tuple(
@@ -63,11 +87,11 @@ def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether the tensor knows its own part of a global tensor."""
     return type(tensor) is not torch.Tensor and (
-        isinstance(tensor, DTensor) or _is_sharded_tensor(tensor)
+        isinstance(tensor, DTensor) or is_sharded_tensor(tensor)
     )
 
 
-def may_have_replicas(tensor: torch.Tensor | ShardedArray, *, world_size: int) -> bool:
+def may_have_replicas(tensor: AnyTensor, *, world_size: int) -> bool:
     """Whether other ranks may hold the same box: all but ShardedArrays, and DTensors whose mesh
     is the whole world and shards along each of its dimensions. (A smaller mesh may have siblings.)
     """
@@ -96,28 +120,30 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor if tensor.layout is torch.strided else None
 
 
-def local_chunks(tensor: torch.Tensor | ShardedArray, *, name: str) -> list[LocalChunk]:
+def local_chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
     """The boxes of `tensor` that this rank holds; none where its mesh does not hold this rank.
 
     Not collective. Boxes without elements are left out, except that a global tensor
     without elements is one empty box. Raises PartialPlacementError for a DTensor of
     partial sums. See check_dense for what else is refused.
     """
+    chunks = _chunks(tensor, name=name)
+    if tensor.dtype in OPAQUE:
+        return [LocalChunk(c.offsets, c.sizes, memory_view(c.data)) for c in chunks]
+    return chunks
+
+
+def _chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
     if type(tensor) in PLAIN:
         shape = tuple(tensor.shape)
         return [LocalChunk((0,) * len(shape), shape, tensor)]  # type: ignore[arg-type]
+    if isinstance(tensor, Shards):
+        return tensor.chunks
     if isinstance(tensor, ShardedArray):
         local = tensor.tensor
         chunks = [LocalChunk(tensor.offsets, tuple(local.shape), local)]
     elif isinstance(tensor, DTensor):
         chunks = _dtensor_chunks(tensor, name=name)
-    elif _is_sharded_tensor(tensor):
-        chunks = [
-            LocalChunk(
-                tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes), shard.tensor
-            )
-            for shard in tensor.local_shards()  # type: ignore[attr-defined]
-        ]
     else:
         # An operation on a tensor that lies on the disk makes it a plain one; see DiskTensor.
         chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor.detach())]
@@ -132,31 +158,46 @@ def lies_as_saved(data: torch.Tensor, dtype: str) -> bool:
         data.layout is torch.strided
         and not data.is_nested
         and data.is_cpu
-        and data.dtype == DTYPES[dtype]
+        and data.dtype == memory_dtype(dtype)
         and data.is_contiguous()
         and not data.is_neg()
-        and not (dtype == "C64" and data.is_conj())
+        and not data.is_conj()
     )
 
 
-def _is_sharded_tensor(tensor: torch.Tensor) -> bool:
+def is_sharded_tensor(tensor: torch.Tensor) -> bool:
+    """Whether this is torch's ShardedTensor."""
     # Imported late: the class lives in a private package (tried with torch 2.13), and a
     # state that has one has imported it already.
     return type(tensor).__name__ == "ShardedTensor" and hasattr(tensor, "local_shards")
 
 
-def check_dense(tensor: torch.Tensor, *, name: str) -> None:
+def check_dense(tensor: AnyTensor, *, name: str) -> None:
     """Raise UnsupportedLeafError, naming the tensor, for one whose elements don't lie in memory
-    as strides say: sparse, quantized, nested, not initialised, or of a class that wraps others."""
+    as strides say: sparse, quantized, nested, not initialised, freed, or of a class that wraps
+    others."""
+    if isinstance(tensor, ShardedArray):
+        tensor = tensor.tensor
     kind = type(tensor)
+    if isinstance(tensor, Shards):
+        for chunk in tensor.chunks:
+            check_dense(chunk.data, name=name)
+        return
     if kind in PLAIN:
         if tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested):
+            if not tensor.is_meta:
+                check_memory(tensor, name=name)
             return
         also = ", quantized" if tensor.is_quantized else ", nested" if tensor.is_nested else ""
         actual, remedy = f"{tensor.layout}{also}", "convert it first: to_dense(), dequantize() ..."
     elif isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         actual, remedy = "a lazy parameter", "run the module once, which gives it its shape"
-    elif is_distributed(tensor) or not _may_wrap(tensor):
+    elif isinstance(tensor, DTensor):
+        local: Any = tensor._local_tensor  # private in torch 2.13
+        if not hasattr(local, "wait"):  # of one that does, memory is there once it is finished
+            check_dense(local, name=name)
+        return
+    elif tensor.is_meta or _has_data(tensor):
         return
     else:
         actual = f"{kind.__module__}.{kind.__qualname__}, which wraps other tensors or has none"
@@ -170,10 +211,18 @@ def check_dense(tensor: torch.Tensor, *, name: str) -> None:
     )
 
 
-def _may_wrap(tensor: torch.Tensor) -> bool:
-    # Tensor subclasses that wrap others announce themselves by __tensor_flatten__, semi-public in
-    # torch 2.13. Fake ones don't: asked for the address of their memory, they crash the process.
-    return hasattr(tensor, "__tensor_flatten__") or type(tensor).__name__ == "FakeTensor"
+def _has_data(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of some subclass is its own data, or detach() makes it a plain tensor, as
+    one that lies on the disk. Those that wrap others announce it, semi-public in torch 2.13."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return False
+    if owns_memory(tensor):
+        return True
+    try:
+        plain = tensor.detach()
+    except Exception:  # of the subclass
+        return False
+    return type(plain) in PLAIN and owns_memory(plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +265,11 @@ def _layout_of(tensor: DTensor) -> _Layout:
         _layouts.clear()
     _layouts[id(spec)] = layout
     return layout
+
+
+def local_layout(tensor: DTensor) -> list[Box]:
+    """The boxes of a DTensor that this rank holds; none where its mesh does not hold this rank."""
+    return _layout_of(tensor).boxes or []
 
 
 def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:

@@ -26,10 +26,12 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import values
+from shardckpt.format.dtypes import dtype_name
 from shardckpt.planning.arrays import ShardedArray, fits_tensor, from_numpy
-from shardckpt.planning.chunks import check_dense, local_tensor
+from shardckpt.planning.chunks import AnyTensor, Shards, check_dense, local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
 from shardckpt.planning.markers import FromRank0, PerRank, Union
+from shardckpt.planning.refusals import all_refused
 from shardckpt.planning.stateful import (
     ModuleState,
     OptimizerState,
@@ -40,11 +42,11 @@ from shardckpt.planning.stateful import (
     optimizer_state,
     parameter_names,
 )
+from shardckpt.planning.wrapper_tensors import Wrapped, read_out
 
 __all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder"]
 
 _DEPTH_LIMIT = 100
-_NAMED = 20  # leaves that an error names
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,8 +62,8 @@ class FlatState:
     names of the dicts that are marked with Union.
     """
 
-    tensors: dict[str, torch.Tensor | ShardedArray] = field(default_factory=dict)
-    own: dict[str, torch.Tensor | ShardedArray] = field(default_factory=dict)
+    tensors: dict[str, AnyTensor] = field(default_factory=dict)
+    own: dict[str, AnyTensor] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
     kinds: dict[str, int] = field(default_factory=dict)
     tree: Any = None
@@ -83,7 +85,7 @@ def flatten(state: Any, *, rank: int) -> FlatState:
     except RecursionError as error:  # sets in sets: all else is counted on the way
         raise _too_deep(error.name if isinstance(error, _TooDeepError) else "") from error
     if flattener.refused:
-        raise _all_refused(flattener.refused)
+        raise all_refused(flattener.refused)
     return flattener.flat
 
 
@@ -95,7 +97,7 @@ class _Flattener:
         self.inside: type | None = None  # the marker that this part of the state stands in
         self.ties, self.own_ties = Ties(), Ties()
         self.names: set[str] = set()
-        self.refused: list[UnsupportedLeafError] = []
+        self.refused: list[StateError] = []  # all of them are named, not the first alone
         self.frozen_modules = 0
         self._parameter_names: dict[int, str] | None = None
 
@@ -104,13 +106,13 @@ class _Flattener:
         try:
             return self.container(value, name, depth)
         except UnsupportedLeafError as error:
-            self.refused.append(error)  # all of them are named, not the first alone
+            self.refused.append(error)
             return None
 
     def container(self, value: Any, name: str, depth: int) -> Any:
         """As walk; raises what can't be saved."""
-        if isinstance(value, torch.Tensor):
-            return values.reference("tensor", self.add(value, name))
+        if isinstance(value, (torch.Tensor, Shards, Wrapped)):
+            return self.tensor(value, name, depth)
         if isinstance(value, Mapping) and not isinstance(value, (Counter, values.Record)):
             return values.mapping(self.items(value.items(), name, depth), at=name)
         if isinstance(value, (list, tuple, deque)) and not isinstance(value, torch.Size):
@@ -161,6 +163,16 @@ class _Flattener:
             for key, item in items
         ]
 
+    def tensor(self, tensor: Any, name: str, depth: int) -> Any:
+        try:
+            tensor = read_out(tensor, name=name)
+        except StateError as error:
+            self.refused.append(error)
+            return None
+        if isinstance(tensor, Wrapped):
+            return self.walk(tensor.entries, name, depth)
+        return values.reference("tensor", self.add(tensor, name))
+
     def module(self, module: ModuleState, name: str, depth: int) -> Any:
         before = len(self.flat.tensors)
         node = self.walk(module.entries, name, depth)
@@ -187,7 +199,7 @@ class _Flattener:
             )
         self.names.add(name)
 
-    def add(self, tensor: torch.Tensor | ShardedArray, name: str) -> str:
+    def add(self, tensor: AnyTensor, name: str) -> str:
         """Take a tensor; the name that it is saved under, another one if it is tied."""
         if not name:
             raise StateError(
@@ -201,15 +213,7 @@ class _Flattener:
                 expected="Unicode without lone surrogates",
                 remedy="rename the key",
             )
-        check_dense(tensor.tensor if isinstance(tensor, ShardedArray) else tensor, name=name)
-        if tensor.is_meta:
-            raise UnsupportedLeafError(
-                "A tensor on the meta device holds no data",
-                tensor=name,
-                expected="a tensor with data",
-                actual="device meta",
-                remedy="materialise it first: to_empty(), or load a checkpoint into it",
-            )
+        _check_leaf(tensor, name)
         ties, tensors = self.ties, self.flat.tensors
         if self.inside is not None:
             ties, tensors = self.own_ties, self.flat.own
@@ -279,30 +283,26 @@ class _TooDeepError(RecursionError):
         self.name = f"{name[:80]}..."
 
 
+def _check_leaf(tensor: AnyTensor, name: str) -> None:
+    """Raise UnsupportedLeafError for a tensor that can't be saved."""
+    check_dense(tensor, name=name)
+    dtype_name(tensor.dtype, tensor=name)
+    if tensor.is_meta:
+        raise UnsupportedLeafError(
+            "A tensor on the meta device holds no data",
+            tensor=name,
+            expected="a tensor with data",
+            actual="device meta",
+            remedy="materialise it first: to_empty(), or load a checkpoint into it",
+        )
+
+
 def _too_deep(name: str) -> UnsupportedLeafError:
     return UnsupportedLeafError(
         "The state is nested too deeply, or contains itself",
         tensor=name,
         expected=f"at most {_DEPTH_LIMIT} levels",
         remedy="flatten it, or break the cycle",
-    )
-
-
-def _all_refused(errors: list[UnsupportedLeafError]) -> UnsupportedLeafError:
-    """One error for all leaves that can't be saved."""
-    if len(errors) == 1:
-        return errors[0]
-    first = errors[0]
-    lines = [f"{error.tensor}: {error.actual}: {error.remedy}" for error in errors[:_NAMED]]
-    if len(errors) > _NAMED:
-        lines.append(f"and {len(errors) - _NAMED} more")
-    head = f"{first.message}; {len(errors)} entries of the state can't be saved:"
-    return UnsupportedLeafError(
-        "\n    ".join([head, *lines]),
-        tensor=first.tensor,
-        expected=first.expected,
-        actual=first.actual,
-        remedy=first.remedy,
     )
 
 
@@ -320,10 +320,10 @@ class Ties:
         self._at: dict[int, tuple[torch.Tensor, str]] = {}
         self._same: dict[tuple[Any, ...], str] = {}
 
-    def first(self, tensor: torch.Tensor | ShardedArray, name: str) -> str:
+    def first(self, tensor: AnyTensor, name: str) -> str:
         """The name under which this tensor came first: `name`, if it is new."""
-        if isinstance(tensor, ShardedArray):  # ranks may have no part of it, or any
-            return self._same.setdefault((id(tensor),), name)
+        if isinstance(tensor, (ShardedArray, Shards)):  # ranks may have no part of it, or any
+            return self._same.setdefault(_described_key(tensor), name)
         local = local_tensor(tensor)
         if local is not None and (address := local.data_ptr()):  # 0: it has no elements
             return self.first_at(address, tensor, name)
@@ -336,6 +336,15 @@ class Ties:
             return known
         self._same.setdefault(_memory_key(other), known)
         return self._same.setdefault(_memory_key(tensor), name)
+
+
+def _described_key(tensor: ShardedArray | Shards) -> tuple[Any, ...]:
+    """As _memory_key for what says itself which parts of a global tensor it is."""
+    source: Any = tensor.source if isinstance(tensor, Shards) else tensor
+    if not hasattr(source, "global_shape"):
+        return (id(source),)
+    boxes = tuple((chunk.offsets, chunk.sizes) for chunk in tensor.chunks)  # type: ignore[union-attr]
+    return (*_memory_key(source), tensor.shape, boxes)
 
 
 def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:

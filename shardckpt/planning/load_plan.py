@@ -17,17 +17,21 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardckpt.errors import LoadMismatchError, StateError
-from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef, record_of
 from shardckpt.planning.arrays import ShardedArray, fits_tensor
 from shardckpt.planning.build import NOTHING, Builder
 from shardckpt.planning.chunks import (
     PLAIN,
+    AnyTensor,
     LocalChunk,
+    Shards,
     check_dense,
     is_distributed,
     lies_as_saved,
@@ -35,9 +39,12 @@ from shardckpt.planning.chunks import (
 )
 from shardckpt.planning.flatten import Ties
 from shardckpt.planning.markers import FromRank0, PerRank, Union
+from shardckpt.planning.memory import owns_memory
 from shardckpt.planning.modules import match_module, match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
+from shardckpt.planning.sharded_tensors import carry_layout, describes_itself
 from shardckpt.planning.stateful import has_state, modules_in, parameter_names
+from shardckpt.planning.wrapper_tensors import WRAPPER, Wrapped, read_out, rebuilt
 
 __all__ = ["Finish", "Matcher", "Mismatches", "check_untaken"]
 
@@ -122,6 +129,7 @@ class Matcher:
         self.cast: list[tuple[str, str, str]] = []
         self.kept: list[str] = []
         self.used: set[str] = set()
+        self.filled: list[torch.Tensor] = []  # those whose memory is that of other tensors
         self.owned: list[str] = []  # names of modules and optimizers, which take all below them
         self._filled = Ties()
         self._parameter_names: dict[int, str] | None = None
@@ -159,6 +167,13 @@ class Matcher:
             return self.record(template, name)
         return self.value(template, name)
 
+    def mark_changed(self) -> None:
+        """Tell autograd, once the reads are done, that tensors were written to: a backward pass
+        that needs their old values is an error then, as after any change in place."""
+        tensors = [*self.filled, *(chunk.data for _, chunk in self.reads)]
+        with torch._C.DisableTorchFunctionSubclass():  # private in torch 2.13
+            increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
     def settle(self) -> None:
         """Once all is matched: what was saved and nothing took."""
         self.mismatches.unexpected += [n for n in self.saved.leaves if n not in self.used]
@@ -187,18 +202,55 @@ class Matcher:
         self.mismatches.wrong_dtype.append((name, "a tensor", type(node).__name__))
         return None
 
-    def tensor(self, template: torch.Tensor, name: str) -> torch.Tensor:
+    def tensor(self, template: Any, name: str) -> Any:
         """Fill a tensor in place (one on the meta device: a new one like it); returns it."""
+        target = read_out(template, name=name)
+        if isinstance(target, Wrapped):
+            return self.wrapped(target, name)
         if not self.saved.selected(name) or self.plain(template, name):
             return template
-        check_dense(template, name=name)
+        check_dense(target, name=name)
         found = self.find(name)
-        if found is None or not self.agrees(found[1], template, name):
+        if found is None or not self.agrees(found[1], target, name):
             return template
-        if template.is_meta:
-            template = materialised(template)
-        self.fill(found, template, name)
+        if target.is_meta:
+            template = materialised(template, name)
+            target = read_out(template, name=name)
+        self.fill(found, target, name)
+        if type(template) is DTensor:
+            self.filled.append(template)
         return template
+
+    def wrapped(self, target: Wrapped, name: str) -> torch.Tensor:
+        """Fill the inner tensors of one that wraps others, if the saved one was alike."""
+        node, tensor = self.saved.nodes.get(name, NOTHING), target.source
+        if node is NOTHING:
+            if self.saved.selected(name):
+                self.mismatches.missing.append(name)
+            return tensor
+        if not (isinstance(node, dict) and WRAPPER in node):
+            self.used.add(name)
+            kind = "a tensor" if isinstance(node, TensorRef) else type(node).__name__
+            self.mismatches.wrong_dtype.append((name, f"a {target.facts['class']}", kind))
+            return tensor
+        saved = self.build(below(name, WRAPPER))
+        mine = {**target.facts, "inner": sorted(target.parts)}
+        theirs = {**saved, "inner": sorted(key for key in node if key != WRAPPER)}
+        if mine != theirs:
+            self.used.update(leaf for leaf in self.saved.leaves if under(leaf, name))
+            differing = [key for key in mine if mine[key] != theirs.get(key)]
+            expected, found = ({key: of.get(key) for key in differing} for of in (mine, theirs))
+            noted = self.mismatches.wrong_dtype
+            if differing == ["shape"]:
+                noted, expected, found = self.mismatches.wrong_shape, mine["shape"], theirs["shape"]
+            noted.append((name, expected, found))
+            return tensor
+        parts = {key: self.tensor(part, below(name, key)) for key, part in target.parts.items()}
+        self.filled.append(tensor)
+        if all(parts[key] is part for key, part in target.parts.items()):
+            return tensor
+        made: torch.Tensor = rebuilt(tensor, parts)
+        return made
 
     def plain(self, template: torch.Tensor, name: str) -> bool:
         """As `tensor` for one as most are: in CPU memory as the saved one lies in its file. False
@@ -210,6 +262,8 @@ class Matcher:
         if (
             not lies_as_saved(template, entry.dtype)
             or (shape := template.shape) != entry.shape
+            or hasattr(template, "global_shape")  # of a part
+            or not owns_memory(template)
             or not (address := template.data_ptr())
             or self._filled.first_at(address, template, ref.name) != ref.name
         ):
@@ -218,22 +272,21 @@ class Matcher:
         self.reads.append((entry, LocalChunk((0,) * len(shape), shape, template, address)))
         return True
 
-    def agrees(self, entry: TensorEntry, template: torch.Tensor | ShardedArray, name: str) -> bool:
+    def agrees(self, entry: TensorEntry, template: AnyTensor, name: str) -> bool:
         """Whether a saved tensor can fill the template; notes the mismatch, or the cast."""
         if template.shape != entry.shape:
             self.mismatches.wrong_shape.append((name, list(template.shape), list(entry.shape)))
             return False
         saved = DTYPES[entry.dtype]
         if template.dtype != saved:
-            if not self.may_cast or (saved.is_complex and not template.dtype.is_complex):
+            opaque = saved in OPAQUE or template.dtype in OPAQUE
+            if not self.may_cast or opaque or (saved.is_complex and not template.dtype.is_complex):
                 self.mismatches.wrong_dtype.append((name, str(template.dtype), str(saved)))
                 return False
             self.cast.append((name, str(saved), str(template.dtype)))
         return True
 
-    def fill(
-        self, found: tuple[str, TensorEntry], tensor: torch.Tensor | ShardedArray, name: str
-    ) -> None:
+    def fill(self, found: tuple[str, TensorEntry], tensor: AnyTensor, name: str) -> None:
         """Note the reads that fill a tensor, once for tied ones."""
         source, entry = found
         first = self._filled.first(tensor, source)
@@ -448,11 +501,20 @@ def _is_per_rank(node: Any) -> TypeGuard[TensorRef]:
     return isinstance(node, TensorRef) and node.kind == "per_rank"
 
 
-def materialised(tensor: torch.Tensor) -> torch.Tensor:
+def materialised(tensor: Any, name: str) -> Any:
     """A tensor like one on the meta device, with memory: on its mesh's device, or the default."""
+    if isinstance(tensor, Shards) or (describes_itself(tensor) and type(tensor) not in PLAIN):
+        raise StateError(
+            "A tensor on the meta device that says itself how it is sharded can't be given memory",
+            tensor=name,
+            expected="shards with memory",
+            actual="device meta",
+            remedy="materialise it first, with to_empty() or as the library that it is of does",
+        )
+    device: Any = torch.get_default_device()
     if is_distributed(tensor):
-        return torch.empty_like(tensor, device=tensor.device_mesh.device_type)  # type: ignore[attr-defined]
-    return torch.empty_like(tensor, device=torch.get_default_device())
+        device = tensor.device_mesh.device_type
+    return carry_layout(tensor, torch.empty_like(tensor, device=device))
 
 
 _VALUES = {type(None), bool, int, float, str, bytes}

@@ -13,9 +13,11 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.build import NOTHING
-from shardckpt.planning.chunks import is_distributed, local_tensor
+from shardckpt.planning.chunks import Shards, is_distributed, local_tensor
 from shardckpt.planning.saved import below
-from shardckpt.planning.stateful import canonical_names, optimizer_state
+from shardckpt.planning.sharded_tensors import carry_layout, describes_itself, shards_of
+from shardckpt.planning.stateful import aliases, canonical_names, optimizer_state
+from shardckpt.planning.wrapper_tensors import WRAPPER, Wrapped, read_out
 
 if TYPE_CHECKING:
     from shardckpt.planning.load_plan import Finish, Matcher
@@ -28,14 +30,14 @@ def match_module(matcher: Matcher, module: nn.Module, name: str) -> Finish:
     matcher.owned.append(name)
     matcher.used.add(name)
     names = canonical_names(module)
-    state = module.state_dict()
+    state = aliases(module)
     parts = {
         key: _extra(matcher, value, below(name, names[key]))
         if key.endswith("_extra_state")
         else matcher.match(value, below(name, names[key]))
         for key, value in state.items()
     }
-    own = {storage_of(t) for t in (*module.parameters(), *module.buffers())}
+    own = {at for t in (*module.parameters(), *module.buffers()) for at in storages_of(t)}
     # Buffers that a module does not save, on the meta device: no load can fill them.
     matcher.mismatches.missing += [
         below(name, key) for key, t in module.named_buffers() if t.is_meta and key not in state
@@ -49,7 +51,7 @@ def match_module(matcher: Matcher, module: nn.Module, name: str) -> Finish:
             if isinstance(before, torch.Tensor) and before.is_meta:
                 if after is not before:
                     assign[key] = after
-            elif not (isinstance(before, torch.Tensor) and storage_of(before) in own):
+            elif not (isinstance(before, torch.Tensor) and storages_of(before) <= own):
                 hand_over[key] = after
         if hand_over:
             module.load_state_dict(hand_over, strict=False)
@@ -78,10 +80,19 @@ def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:
             setattr(module.get_submodule(owner), last, module.get_parameter(first))
 
 
-def storage_of(tensor: torch.Tensor) -> int:
+def storages_of(tensor: torch.Tensor) -> set[int]:
     """What the local memory of a tensor is known by; equal for views of one storage."""
+    found = read_out(tensor, name="")
+    if isinstance(found, Wrapped):
+        return {at for part in found.parts.values() for at in _storages(part)}
+    return _storages(found)
+
+
+def _storages(tensor: Any) -> set[int]:
+    if isinstance(tensor, Shards):
+        return {chunk.data.untyped_storage()._cdata for chunk in tensor.chunks}
     local = local_tensor(tensor)
-    return id(tensor) if local is None else local.untyped_storage()._cdata
+    return {id(tensor)} if local is None else {local.untyped_storage()._cdata}
 
 
 def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish:
@@ -166,19 +177,40 @@ def _state(
         place, tensor = below(name, key), current.get(key)
         if isinstance(item, TensorRef) and item.kind == "tensor":
             entry = matcher.saved.manifest.tensors[item.name]
-            if not (isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == entry.shape):
-                tensor = _like(parameter, entry)
+            if not (isinstance(tensor, torch.Tensor) and _shape(tensor, place) == entry.shape):
+                tensor = _like(parameter, entry, place)
+            filled[key] = matcher.tensor(tensor, place)
+        elif isinstance(item, dict) and WRAPPER in item:
+            if not isinstance(tensor, torch.Tensor):
+                raise _no_class(place, item)
             filled[key] = matcher.tensor(tensor, place)
         else:
             filled[key] = matcher.build(place)
     return filled
 
 
-def _like(parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+def _no_class(name: str, node: dict[str, Any]) -> StateError:
+    return StateError(
+        "Optimizer state of a tensor subclass has no tensor to be loaded into",
+        tensor=name,
+        expected=f"state that holds a {node[WRAPPER].get('class')}",
+        actual="an optimizer without state",
+        remedy="take one step first, which makes the state; all of it is replaced by what was "
+        "saved. Nothing that a checkpoint names is imported",
+    )
+
+
+def _shape(tensor: torch.Tensor, name: str) -> tuple[int, ...]:
+    """The global shape."""
+    return tuple(shards_of(tensor, name=name).shape if describes_itself(tensor) else tensor.shape)
+
+
+def _like(parameter: torch.Tensor, entry: TensorEntry, name: str) -> torch.Tensor:
     """An empty tensor for saved optimizer state: sharded as the parameter if of its shape."""
     dtype = DTYPES[entry.dtype]
-    if tuple(parameter.shape) == entry.shape:
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    if _shape(parameter, name) == entry.shape:
+        new = torch.zeros_like if hasattr(parameter, "global_shape") else torch.empty_like
+        return carry_layout(parameter, new(parameter, dtype=dtype, requires_grad=False))
     device: Any = "cpu" if not entry.shape or is_distributed(parameter) else parameter.device
     return torch.empty(entry.shape, dtype=dtype, device=device)
 

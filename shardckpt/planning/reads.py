@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardckpt.format.dtypes import DTYPES, itemsize
+from shardckpt.format.dtypes import itemsize, memory_dtype
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.planning.chunks import LocalChunk, box_slices, lies_as_saved
+from shardckpt.planning.memory import address_of
 
 __all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]
 
@@ -85,7 +86,7 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     width = np.array([itemsize(entry.dtype) for entry, _ in pairs], dtype=np.int64)[owner]
     begin = chunks[:, 1] + ((low - held_at) * _strides(held)).sum(axis=1) * width
     end = begin + size.prod(axis=1) * width
-    into = np.array([t.address or t.data.data_ptr() for _, t in pairs], dtype=np.int64)[owner]
+    into = np.array([t.address or address_of(t.data) for _, t in pairs], dtype=np.int64)[owner]
     into += ((low - want_at) * _strides(want)).sum(axis=1) * width
     lies = [t.address != 0 or lies_as_saved(t.data, entry.dtype) for entry, t in pairs]
     as_is = np.array(lies, dtype=np.bool_)[owner]
@@ -139,7 +140,7 @@ def _cut_reads(
     A box that does is cut along its first dimension: what comes before the border, the row
     that lies across it (cut in turn), and the rest.
     """
-    width = itemsize(dtype)
+    width, memory = itemsize(dtype), memory_dtype(dtype)
     products = itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1)
     strides = tuple(products)[::-1] if whole else ()
 
@@ -156,12 +157,12 @@ def _cut_reads(
             if begin + (count - 1) * row + inner <= border:
                 part = (count, *sizes[1:]) if sizes else ()
                 end = begin + (count - 1) * row + inner
-                yield CopyRead(shard, begin, end, DTYPES[dtype], part, strides, into)
+                yield CopyRead(shard, begin, end, memory, part, strides, into)
                 return
             before = max(0, (border - begin - inner) // row + 1)
             if before:
                 part, end = (before, *sizes[1:]), begin + (before - 1) * row + inner
-                yield CopyRead(shard, begin, end, DTYPES[dtype], part, strides, into[:before])
+                yield CopyRead(shard, begin, end, memory, part, strides, into[:before])
             across = -(-(border - begin) // row)
             if across > before:
                 yield from cut(begin + before * row, sizes[1:], strides[1:], into[before])

@@ -8,6 +8,7 @@ they are, with their version: whoever copies them later can tell whether they we
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections import Counter, deque
@@ -22,11 +23,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from shardckpt.errors import StateError
+from shardckpt.format.dtypes import memory_view
 from shardckpt.format.values import Record, record_of
 from shardckpt.planning.arrays import ShardedArray
+from shardckpt.planning.chunks import LocalChunk, Shards
 from shardckpt.planning.flatten import FlatState
 from shardckpt.planning.kinds import frozen_entries
 from shardckpt.planning.markers import FromRank0, PerRank, Union
+from shardckpt.planning.memory import owns_memory
 from shardckpt.planning.stateful import (
     ModuleState,
     OptimizerState,
@@ -38,6 +43,7 @@ from shardckpt.planning.stateful import (
     own_state,
     parameter_names,
 )
+from shardckpt.planning.wrapper_tensors import Wrapped, read_out
 
 __all__ = ["Snapshot", "take_snapshot"]
 
@@ -60,9 +66,11 @@ class Snapshot:
         Seen is what torch itself does; not what goes through `.data`, numpy or other libraries.
         """
         for name, tensor in (*flat.tensors.items(), *flat.own.items()):
-            mark = self.held.get(id(tensor))
-            if mark is not None and isinstance(tensor, torch.Tensor) and mark != _mark(tensor):
-                return name
+            data = [c.data for c in tensor.chunks] if isinstance(tensor, Shards) else [tensor]
+            for held in data:
+                mark = self.held.get(id(held))
+                if mark is not None and isinstance(held, torch.Tensor) and mark != _mark(held):
+                    return name
         return None
 
 
@@ -182,10 +190,12 @@ class _Taker:
             for name, own in state.items()
         }
 
-    def take(self, tensor: torch.Tensor, copy_up_to: float) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, copy_up_to: float) -> Any:
         """A copy of a tensor of up to so many bytes that is no parameter; else itself."""
-        if copy_up_to < 0 or type(tensor) not in _COPYABLE:
-            return self.hold(tensor)
+        if copy_up_to < 0 or type(tensor) not in _COPYABLE or hasattr(tensor, "global_shape"):
+            return self.hold(tensor, copy_up_to)
+        if type(tensor) is DTensor and type(tensor._local_tensor) is not torch.Tensor:
+            return self.hold(tensor, copy_up_to)
         large = tensor.numel() * tensor.element_size() > copy_up_to
         if large and not self.modules:  # whose large buffers are copied
             return self.hold(tensor)
@@ -196,23 +206,48 @@ class _Taker:
             self.copies[memory] = _copy(tensor)
         return self.copies[memory]
 
-    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+    def hold(self, tensor: torch.Tensor, copy_up_to: float = _NEVER) -> Any:
+        """The tensor with its version; one that consists of others with theirs, or copies."""
+        try:
+            found = read_out(tensor, name="")
+        except StateError:
+            return tensor  # flatten tells why, with the name
+        if isinstance(found, Wrapped):
+            parts = {key: self.part(part, copy_up_to) for key, part in found.parts.items()}
+            return dataclasses.replace(found, parts=parts)
+        if isinstance(found, Shards):
+            return self.part(found, copy_up_to)
         kind = type(tensor)
+        if kind not in _COPYABLE:
+            return tensor  # one that can't be saved, or is known by its class alone
         if tensor.is_inference():  # which has no version
-            return tensor.clone()
+            return _copy(tensor)
         if kind is not DTensor:  # whose detach() is slow
-            if kind not in _COPYABLE:
-                return tensor  # one that can't be saved, or whose parts are other tensors
             tensor = tensor.detach()  # stays what it is after `parameter.data = ...`
         self.snapshot.held[id(tensor)] = _mark(tensor)
         return tensor
 
+    def part(self, part: Any, copy_up_to: float) -> Any:
+        """As `take` for one of the tensors that another one consists of."""
+        if not isinstance(part, Shards):
+            return self.take(part, copy_up_to)
+        chunks = [
+            LocalChunk(chunk.offsets, chunk.sizes, self.take(chunk.data, copy_up_to))
+            for chunk in part.chunks
+        ]
+        return dataclasses.replace(part, chunks=chunks)
+
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy without gradients; itself if it has no memory to copy, as flatten tells by name."""
+    local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
+    if local.is_meta or (local.layout is torch.strided and not owns_memory(local)):
+        return tensor
+    plain = memory_view(local)
+    copied = plain.clone() if plain is local else plain.clone().view(local.dtype)
     if type(tensor) is not DTensor:
-        return tensor.clone()  # without gradients
+        return copied
     # Its clone() asks what becomes of the placements. The constructor is private in torch 2.13.
-    copied = tensor._local_tensor.clone()
     return DTensor(copied, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
@@ -225,6 +260,7 @@ def _mark(tensor: torch.Tensor) -> tuple[int, int]:
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same memory seen in the same way."""
     local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
-    if local.layout is not torch.strided or local.is_nested or not local.numel():
+    if not owns_memory(local) or not local.numel():
         return (id(tensor),)
-    return (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape)
+    view = (local.dtype, local.shape, local.stride(), local.is_conj(), local.is_neg())
+    return (local.data_ptr(), *view, tensor.shape)

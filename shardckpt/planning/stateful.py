@@ -21,11 +21,13 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import OptimizerModuleError, UnsupportedLeafError
 from shardckpt.planning.markers import Union
+from shardckpt.planning.sharded_tensors import carry_layout
 
 __all__ = [
     "ModuleState",
     "OptimizerState",
     "OwnState",
+    "aliases",
     "canonical_names",
     "foreign_buffers",
     "has_state",
@@ -174,8 +176,19 @@ class OwnState:
 
 def own_state(module: nn.Module, *, keep_vars: bool = True) -> OwnState:
     """Read a module; its tensors, or without `keep_vars` aliases of them."""
-    state = module.state_dict(keep_vars=keep_vars)
+    state = module.state_dict(keep_vars=True) if keep_vars else aliases(module)
     return OwnState(state, _canonical_names(module, state))
+
+
+def aliases(module: nn.Module) -> dict[str, Any]:
+    """The state dict of a module, of tensors without gradients that share its memory. Unlike
+    state_dict(), it keeps what parameters say of how they are sharded."""
+    return {
+        key: carry_layout(value, value.detach())
+        if isinstance(value, torch.Tensor) and (is_parameter(value) or value.requires_grad)
+        else value
+        for key, value in module.state_dict(keep_vars=True).items()
+    }
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
@@ -258,12 +271,29 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str], *, at: str) 
         for group, own in zip(packed["param_groups"], optimizer.param_groups, strict=True)
         for index, parameter in zip(group["params"], own["params"], strict=True)
     }
+    by_name = dict(zip((names[id(parameter)] for parameter in parameters), parameters, strict=True))
     return {
-        "state": {by_index.get(key, key): value for key, value in packed["state"].items()},
+        "state": {
+            (name := by_index.get(key, key)): _as_sharded(by_name.get(name), value)
+            for key, value in packed["state"].items()
+        },
         "param_groups": [
             {**group, "params": [by_index[index] for index in group["params"]]}
             for group in packed["param_groups"]
         ],
+    }
+
+
+def _as_sharded(parameter: torch.Tensor | None, state: Any) -> Any:
+    """The state of a parameter that says how it is sharded: tensors of its shape are cut as it
+    is."""
+    if parameter is None or not hasattr(parameter, "global_shape") or not isinstance(state, dict):
+        return state
+    return {
+        key: carry_layout(parameter, value.detach())
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        else value
+        for key, value in state.items()
     }
 
 

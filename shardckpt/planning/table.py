@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from shardckpt.errors import RankMismatchError
 from shardckpt.format.digests import text_digest
-from shardckpt.format.dtypes import dtype_name
-from shardckpt.planning.arrays import ShardedArray
-from shardckpt.planning.chunks import PLAIN, Box, local_chunks, may_have_replicas
+from shardckpt.format.dtypes import dtype_name, memory_view
+from shardckpt.planning.chunks import PLAIN, AnyTensor, Box, local_chunks, may_have_replicas
 from shardckpt.planning.flatten import FlatState, placeholder
 
 __all__ = [
@@ -243,7 +242,7 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     shared: list[bool] = []
     boxes: list[Box] = []
     data: list[torch.Tensor] = []
-    groups: tuple[tuple[Mapping[str, torch.Tensor | ShardedArray], bool], ...] = (
+    groups: tuple[tuple[Mapping[str, AnyTensor], bool], ...] = (
         (flat.tensors, True),
         (flat.own, False),
     )
@@ -255,7 +254,7 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
                     owner.append(len(specs))
                     shared.append(common)
                     boxes.append(((0,) * len(shape), shape))
-                    data.append(tensor)  # type: ignore[arg-type]
+                    data.append(memory_view(tensor))  # type: ignore[arg-type]
                     specs.append(TensorSpec(name, dtype_name(tensor.dtype, tensor=name), shape))
                     continue
                 chunks = [] if name in flat.foreign else local_chunks(tensor, name=name)

@@ -83,10 +83,8 @@ REFUSED = {
     "mkldnn": lambda: torch.eye(2).to_mkldnn(),
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
     "without memory": a_fake,  # asked for its address, it would end the process
     "meta": lambda: torch.ones(2, device="meta"),
-    "complex128": lambda: torch.ones(2, dtype=torch.complex128),
     "masked": lambda: np.ma.array([1, 2], mask=[0, 1]),
     "of objects": lambda: np.array([None]),
     "of records": lambda: np.zeros(1, dtype=[("a", "i4")]),

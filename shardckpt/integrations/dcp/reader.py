@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -22,12 +23,12 @@ from torch.futures import Future
 from shardckpt.errors import StateError
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.execution.reader import read_all
-from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
 from shardckpt.planning.build import Builder
-from shardckpt.planning.chunks import LocalChunk
+from shardckpt.planning.chunks import LocalChunk, check_dense
 from shardckpt.planning.load_plan import Mismatches
 from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.saved import SavedState
@@ -109,6 +110,7 @@ class ShardReader(StorageReader):
         files, manifest = self._opened
         if isinstance(planner, ReshardLoadPlanner):
             read_all(files, manifest, plan_reads(planner.matcher.reads))
+            planner.matcher.mark_changed()
             planner.finish_load()
         else:
             self._read_items(plan, planner)
@@ -131,10 +133,12 @@ class ShardReader(StorageReader):
                 loaded.append((item, builder.build(node, item.storage_index.fqn)))
                 continue
             target = planner.resolve_tensor(item)
+            check_dense(target, name=item.dest_index.fqn)
             entry = manifest.tensors[node.name]
             chunk = item.storage_index.offset or (0,) * len(entry.shape)
             offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
-            wanted.append((entry, LocalChunk(offsets, tuple(item.lengths), target.detach())))
+            data = memory_view(target.detach())
+            wanted.append((entry, LocalChunk(offsets, tuple(item.lengths), data)))
             tensors.append((item, target))
             if target.dtype != DTYPES[entry.dtype] and not self.cast:
                 dtypes = str(target.dtype), str(DTYPES[entry.dtype])
@@ -143,6 +147,7 @@ class ShardReader(StorageReader):
         if error is not None:
             raise error
         read_all(files, manifest, plan_reads(wanted))
+        increment_version([target for _, target in tensors if not target.is_inference()])
         for item, target in tensors:
             planner.commit_tensor(item, target)
         for item, value in loaded:

@@ -33,10 +33,11 @@ from shardckpt.execution.save_driver import (
 )
 from shardckpt.execution.shard_files import ShardResult, write_rank
 from shardckpt.format import values
-from shardckpt.format.dtypes import dtype_name
+from shardckpt.format.dtypes import dtype_name, memory_view
 from shardckpt.format.manifest import encode_tensors
 from shardckpt.integrations.dcp.planners import ShardSavePlanner, ShardStorageMeta
 from shardckpt.planning.assembly import tensor_entries
+from shardckpt.planning.chunks import check_dense
 from shardckpt.planning.differences import compare_replicas
 from shardckpt.planning.kinds import MAIN
 from shardckpt.planning.plan_cache import KnownPlan
@@ -237,6 +238,7 @@ def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) ->
             continue
         tensor = planner.resolve_data(item)
         assert isinstance(tensor, torch.Tensor)
+        check_dense(tensor, name=name)
         assert item.tensor_data is not None
         shape = tuple(item.tensor_data.size)
         spec = TensorSpec(name, dtype_name(tensor.dtype, tensor=name), shape)
@@ -244,7 +246,7 @@ def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) ->
         rows.append(list(specs).index(name) if specs[name] is not spec else len(specs) - 1)
         chunk = item.tensor_data.chunk
         boxes.append((tuple(chunk.offsets), tuple(chunk.sizes)))
-        data.append(tensor.detach())
+        data.append(memory_view(tensor.detach()))
     table, index = pad_boxes(boxes), np.array(rows, dtype=np.int64)
     names = tuple(specs.values())
     order = layout_order(names, ChunkTable(tensor=index, boxes=table))

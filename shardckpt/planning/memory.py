@@ -1,0 +1,58 @@
+"""Whose memory a tensor is: asked before anything reads or writes at an address."""
+
+from __future__ import annotations
+
+import torch
+
+from shardckpt.errors import UnsupportedLeafError
+
+__all__ = ["address_of", "check_memory", "owns_memory"]
+
+
+def owns_memory(tensor: torch.Tensor) -> bool:
+    """Whether all elements of a strided tensor lie in its own storage, which is allocated.
+
+    False for subclasses that wrap other tensors, fake and functional tensors, those inside
+    torch.func transforms, and tensors whose storage was freed or is too small: their addresses
+    mean nothing, and reading there ends the process.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    if not tensor.numel():
+        return True
+    try:
+        storage = tensor.untyped_storage()
+        size_bytes: int = storage.nbytes()
+        if not tensor.data_ptr() or not storage.data_ptr():
+            return False
+        if tensor.is_contiguous():
+            extent = tensor.numel()
+        else:
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            extent = 1 + sum((size - 1) * stride for size, stride in steps)
+        end = (int(tensor.storage_offset()) + extent) * tensor.element_size()
+    except (RuntimeError, NotImplementedError, TypeError):  # without a storage, or one to look at
+        return False
+    return end <= size_bytes
+
+
+def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:
+    """Raise UnsupportedLeafError, naming the tensor, unless owns_memory."""
+    if owns_memory(tensor):
+        return
+    kind = type(tensor)
+    raise UnsupportedLeafError(
+        "A tensor has no memory of its own for its elements",
+        tensor=name or None,
+        expected="a dense tensor whose storage holds all its elements",
+        actual=f"{kind.__module__}.{kind.__qualname__} of shape {tuple(tensor.shape)}, "
+        f"{tensor.layout}, whose storage is missing, freed or too small",
+        remedy="save the tensors that it wraps, or a copy made while its storage is allocated",
+    )
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """The address of the first element. UnsupportedLeafError for a tensor without memory of its
+    own."""
+    check_memory(tensor)
+    return tensor.data_ptr()

@@ -1,0 +1,208 @@
+"""The table of kinds of state: each is saved and loaded in every way, and comes back equal, or is
+refused by a typed error that names its entry. No cell crashes, and none differs.
+
+A row is a function of a seed, registered with @row. The state of seed 1 is saved, and loaded into
+the state of seed 0. A process of its own carries the rows out: if one ends the process, the next
+process goes on with the row after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os.path
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import shardckpt
+from shardckpt import PerRank, errors
+from shardckpt.execution.reshard import reshard as write_anew
+from shardckpt.storage.local import LocalStorage
+from tests.ranks import RankError, on_world_sizes, run_ranks
+from tests.state_kinds import tensors as _tensors  # noqa: F401  (registers its rows)
+from tests.state_kinds.registry import ROWS, Row
+
+WAYS_TO_SAVE = ("save", "async_save", "dcp.save")
+WAYS_TO_LOAD = ("load", "load_state", "dcp.load")
+
+
+def plain(value: Any) -> Any:
+    """What two equal states have in common: bytes, numbers, names."""
+    if isinstance(value, DTensor):
+        local = value.to_local()
+        wraps = hasattr(local, "local_shards") or hasattr(local, "__tensor_flatten__")
+        return plain(local if wraps else value.full_tensor())
+    if hasattr(value, "local_shards"):
+        return [plain(getattr(shard, "tensor", shard)) for shard in value.local_shards()]
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        names = value.__tensor_flatten__()[0]
+        return {name: plain(getattr(value, name)) for name in names}
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+        return str(value.dtype), list(value.shape), bytes(data.view(torch.uint8).tolist()).hex()
+    if isinstance(value, np.ndarray):
+        native = np.ascontiguousarray(value.astype(value.dtype.newbyteorder("=")))
+        return str(native.dtype), list(value.shape), native.tobytes().hex()
+    if isinstance(value, (nn.Module, torch.optim.Optimizer)):
+        return plain(value.state_dict())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(vars(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items() if key != "@wrapper"}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def _save(way: str, row: Row, path: str) -> None:
+    state = {"leaf": row.make(1)}
+    if way == "save":
+        shardckpt.save(state, path)
+    elif way == "async_save":
+        shardckpt.async_save(state, path).result(60)
+    else:
+        writer = shardckpt.ShardWriter(path)
+        dcp.save(state, storage_writer=writer, planner=shardckpt.ShardSavePlanner())
+
+
+def _load(way: str, row: Row, path: str) -> Any:
+    """What a way to load makes of a checkpoint."""
+    if way == "load_state":
+        return shardckpt.load_state(path)["leaf"]
+    state = {"leaf": row.make(0)}
+    if way == "dcp.load":
+        reader = shardckpt.ShardReader(path)
+        dcp.load(state, storage_reader=reader, planner=shardckpt.ReshardLoadPlanner())
+    else:
+        shardckpt.load(state, path)
+    return state["leaf"]
+
+
+def _attempt(row: Row, action: Callable[[], Any], expected: Callable[[], Any]) -> str:
+    """The verdict: equal, refused, or what is wrong."""
+    try:
+        value = action()
+    except dcp.CheckpointException as failure:
+        error: BaseException = next(iter(failure.failures.values()))[0]
+    except Exception as raised:
+        error = raised
+    else:
+        wanted = plain(expected())
+        found = plain(value)
+        return "equal" if found == wanted else f"differs: {found!r:.200} for {wanted!r:.200}"
+    if isinstance(error, errors.ShardckptError) and row.names(str(error)):
+        return "refused"
+    return f"raised {type(error).__name__}: {error!s:.300}"
+
+
+def _cells(row: Row, folder: str) -> dict[str, str]:
+    """The verdicts of one row, by cell."""
+    found: dict[str, str] = {}
+    saved: list[tuple[str, str]] = []
+    for way in WAYS_TO_SAVE:
+        path = f"{folder}/{way}"
+        state = partial(_save, way, row, path)
+        found[way] = _attempt(row, state, lambda: None)
+        if found[way] == "equal":
+            saved.append((way, path))
+    if row.refused:  # what can't be saved can't be loaded into either
+        path = f"{folder}/other"
+        shardckpt.save({"leaf": torch.ones(3)}, path)
+        for to in ("load", "dcp.load"):
+            found[f"other > {to}"] = _attempt(row, partial(_load, to, row, path), lambda: None)
+    for (way, path), to in itertools.product(saved, WAYS_TO_LOAD):
+        expected = row.whole if to == "load_state" else row.make
+        action = partial(_load, to, row, path)
+        found[f"{way} > {to}"] = _attempt(row, action, partial(expected, 1))
+
+    def reshard(world_size: int) -> None:
+        for way, path in saved:
+            anew = f"{path}-{world_size}-anew"
+            with shardckpt.open_checkpoint(path) as source:
+                write_anew(source, anew, shards=3, storage=LocalStorage())
+            for place in (anew, path):
+                cell = f"{way} > reshard {os.path.basename(place)}"
+                action = partial(_load, "load", row, place)
+                found[cell] = _attempt(row, action, partial(row.make, 1))
+
+    if row.ranks > 1:
+        on_world_sizes([1], reshard)
+    else:
+        reshard(1)
+    return found
+
+
+def _carry_out(names: list[str], folder: str) -> None:
+    """Within ranks: each row in turn; a file for each that is done."""
+    warnings.simplefilter("ignore")
+    rank = dist.get_rank()
+    for name in names:
+        place = f"{folder}/{ROWS[name].file_name}"
+        Path(f"{place}-rank{rank}.json").write_text(json.dumps(_cells(ROWS[name], place)))
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """Row -> cell -> verdict of all rows."""
+    folder = tmp_path_factory.mktemp("table")
+    for row in ROWS.values():
+        (folder / row.file_name).mkdir()
+    alone = [name for name, row in ROWS.items() if row.ranks == 1]
+    crashed: dict[str, str] = {}
+    while alone:
+        try:
+            run_ranks(1, _carry_out, alone, str(folder), timeout_s=240)
+        except RankError as error:
+            crashed[next(name for name in alone if not _done(name, folder))] = str(error)[-600:]
+        alone = [name for name in alone if name not in crashed and not _done(name, folder)]
+    for name, row in ROWS.items():
+        if row.ranks > 1:
+            try:
+                run_ranks(row.ranks, _carry_out, [name], str(folder), timeout_s=120)
+            except RankError as error:
+                crashed[name] = str(error)[-600:]
+    return {name: _verdicts(row, folder, crashed.get(name)) for name, row in ROWS.items()}
+
+
+def _done(name: str, folder: Path) -> bool:
+    return (folder / f"{ROWS[name].file_name}-rank0.json").exists()
+
+
+def _verdicts(row: Row, folder: Path, crashed: str | None) -> dict[str, str]:
+    if crashed is not None:
+        return {"all": f"the process ended: {crashed}"}
+    found = {}
+    for rank in range(row.ranks):
+        cells = json.loads((folder / f"{row.file_name}-rank{rank}.json").read_text())
+        found |= {f"{cell} (rank {rank})": verdict for cell, verdict in cells.items()}
+    return found
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_cell_is_equal_or_refused_by_name(name, verdicts):
+    wanted = "refused" if ROWS[name].refused else "equal"
+    wrong = {cell: verdict for cell, verdict in verdicts[name].items() if verdict != wanted}
+    assert not wrong
+
+
+def test_the_table_finds_planted_faults(tmp_path):
+    calls = itertools.count()
+    differs = Row("differs", lambda seed: torch.tensor([next(calls)]))
+    assert any(cell.startswith("differs") for cell in _cells(differs, str(tmp_path)).values())
+    untyped = Row("untyped", lambda seed: 1 // 0)
+    assert all(cell.startswith("raised") for cell in _cells(untyped, str(tmp_path)).values())
+    nameless = Row("nameless", lambda seed: PerRank(PerRank(1)))
+    nameless.names = lambda error: False  # type: ignore[method-assign]
+    assert all(cell.startswith("raised") for cell in _cells(nameless, str(tmp_path)).values())
