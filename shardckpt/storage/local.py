@@ -24,11 +24,11 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
-from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles
+from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles, Storage
 from shardckpt.storage.files import LocalFiles
 from shardckpt.storage.lock import Lock
 from shardckpt.storage.names import beside
-from shardckpt.storage.paths import local_path
+from shardckpt.storage.paths import absolute, local_path
 from shardckpt.storage.removal import (
     collect_leftovers,
     directories_in,
@@ -39,9 +39,24 @@ from shardckpt.storage.removal import (
 )
 from shardckpt.storage.system import UNSUPPORTED, System, translated
 
-__all__ = ["LocalStorage"]
+__all__ = ["LocalStorage", "checkpoint_path"]
 
 _WRITE = os.O_CREAT | os.O_WRONLY
+
+
+def checkpoint_path(path: object, storage: Storage | None, *, fixed: bool = False) -> str:
+    """The path of a checkpoint in a storage, by default the local file system; see local_path. For
+    another storage any non-empty text is a path.
+
+    Args:
+        fixed: Make the path absolute, for what is done after this call returns.
+
+    Raises:
+        StateError: It is not a path.
+    """
+    if storage is not None and not isinstance(storage, LocalStorage) and isinstance(path, str):
+        return path or local_path(path)
+    return absolute(local_path(path)) if fixed else local_path(path)
 
 
 class LocalStorage:

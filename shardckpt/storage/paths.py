@@ -7,8 +7,9 @@ import re
 from urllib.parse import unquote
 
 from shardckpt.errors import StateError
+from shardckpt.storage.system import translated
 
-__all__ = ["local_path"]
+__all__ = ["absolute", "local_path"]
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<second>/?)(?P<rest>.*)", re.DOTALL)
 
@@ -71,3 +72,13 @@ def _checked(text: str, path: str) -> str:
     if "\0" in path:
         raise StateError("Invalid path", path=text, expected="a path without %00")
     return path
+
+
+def absolute(path: str) -> str:
+    """The same path wherever the program changes its working directory to.
+
+    Raises:
+        StorageError: The working directory has been removed.
+    """
+    with translated(path):
+        return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
