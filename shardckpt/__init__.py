@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shardckpt.api import async_save, load, load_state, open_checkpoint, save
     from shardckpt.checkpoint import Checkpoint
     from shardckpt.coordination.mpi.group import init_from_mpi
+    from shardckpt.coordination.select import alone
     from shardckpt.errors import ShardckptError
     from shardckpt.integrations.dcp import (
         ReshardLoadPlanner,
@@ -48,6 +49,7 @@ __all__ = [
     "ShardckptError",
     "ShardedArray",
     "__version__",
+    "alone",
     "async_save",
     "init_from_mpi",
     "load",
@@ -74,6 +76,7 @@ _HOMES = {
     "ShardWriter": "integrations.dcp",
     "ShardckptError": "errors",
     "ShardedArray": "planning.arrays",
+    "alone": "coordination.select",
     "async_save": "api",
     "init_from_mpi": "coordination.mpi.group",
     "load": "api",

@@ -22,6 +22,7 @@ from torch.futures import Future
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.mpi.group import group_for_dcp
+from shardckpt.coordination.select import check_launcher
 from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
 from shardckpt.execution.base import open_base
 from shardckpt.execution.save_driver import (
@@ -103,6 +104,7 @@ class ShardWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Learn this rank. (DCP looks for a parameter that is named `kwargs`.)"""
+        check_launcher()
         self._rank = int(kwargs.get("rank", 0))
         if not self.checkpoint_id:
             raise StateError(
