@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shardckpt.api import async_save, load, load_state, open_checkpoint, save
     from shardckpt.checkpoint import Checkpoint
     from shardckpt.coordination.mpi.group import init_from_mpi
+    from shardckpt.coordination.select import alone
     from shardckpt.errors import ShardckptError
     from shardckpt.integrations.dcp import (
         ReshardLoadPlanner,
@@ -50,6 +51,7 @@ __all__ = [
     "ShardedArray",
     "Union",
     "__version__",
+    "alone",
     "async_save",
     "init_from_mpi",
     "load",
@@ -78,6 +80,7 @@ _HOMES = {
     "ShardckptError": "errors",
     "ShardedArray": "planning.arrays",
     "Union": "planning.markers",
+    "alone": "coordination.select",
     "async_save": "api",
     "init_from_mpi": "coordination.mpi.group",
     "load": "api",

@@ -20,27 +20,17 @@ from shardckpt.planning.saved import Rename, Select
 from shardckpt.planning.table import LocalPlan, local_plan
 from shardckpt.reports import LoadReport, SaveReport
 from shardckpt.storage.base import Storage
-from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.local import LocalStorage, checkpoint_path
 
 __all__ = ["async_save", "load", "load_state", "open_checkpoint", "save"]
 
 Path = str | os.PathLike[str]
 
 
-def _path(path: Path) -> str:
-    text = os.fspath(path)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise StateError(
-            "This is no path for a checkpoint",
-            expected="a non-empty str or os.PathLike[str]",
-            actual=repr(path),
-            remedy="give the path of a directory",
-        )
-    return text
-
-
-def _base(base: Path | Checkpoint | None) -> str | Checkpoint | None:
-    return base if base is None or isinstance(base, Checkpoint) else _path(base)
+def _base(base: Path | Checkpoint | None, storage: Storage | None) -> str | Checkpoint | None:
+    if base is None or isinstance(base, Checkpoint):
+        return base
+    return checkpoint_path(base, storage, fixed=True)
 
 
 def _plan(state: Any, coordinator: Coordinator) -> LocalPlan:
@@ -85,7 +75,7 @@ def save(
     Raises StateError for what can't be saved, StorageError where the file system refuses,
     CoordinationError for ranks that fail; each names path, rank and tensor.
     """
-    target = _path(path)
+    target = checkpoint_path(path, storage)
     if planner is not None:
         from shardckpt.integrations.dcp import save_with_planner
 
@@ -96,7 +86,7 @@ def save(
             overwrite=overwrite,
             process_group=process_group,
             comm=comm,
-            base=_base(base),
+            base=_base(base, storage),
             verify_base=verify_base,
         )
     with operation(f"save {target}", process_group, comm=comm) as coordinator:
@@ -107,7 +97,7 @@ def save(
             storage=storage or LocalStorage(),
             overwrite=overwrite,
             check_replicas=check_replicas,
-            base=_base(base),
+            base=_base(base, storage),
             verify_base=verify_base,
         )
 
@@ -136,8 +126,8 @@ def async_save(
     `handle.result()` waits and returns the SaveReport, or raises what the save did. An error
     that nobody has asked for is raised by the next async_save, which begins its own save first.
     """
-    target, earlier = _path(path), _base(base)
-    ranks = operation(f"async_save {target}", process_group, comm=comm, channel="async")
+    target, earlier = checkpoint_path(path, storage, fixed=True), _base(base, storage)
+    ranks = operation(f"async_save {path}", process_group, comm=comm, channel="async")
 
     def save_staged(staged: Callable[[], LocalPlan]) -> SaveReport:
         with ranks as coordinator:
@@ -190,7 +180,7 @@ def load(
         raise StateError(
             "Unknown value for dtype", expected='"strict" or "cast"', actual=repr(dtype)
         )
-    target = _path(path)
+    target = checkpoint_path(path, storage)
     background.wait_until_staged()
     with operation(f"load {target}", process_group, comm=comm) as coordinator:
         return run_load(
@@ -231,4 +221,4 @@ def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint
     Not collective. Reads the manifest alone. Raises CheckpointNotFoundError,
     NotACheckpointError, FormatVersionError or CorruptionError.
     """
-    return Checkpoint(_path(path), storage=storage or LocalStorage())
+    return Checkpoint(checkpoint_path(path, storage), storage=storage or LocalStorage())

@@ -17,6 +17,7 @@ from shardckpt.coordination.line import Lines
 from shardckpt.coordination.mpi.group import init_from_mpi
 from shardckpt.coordination.mpi.launch import mpi_launch, several_ranks
 from shardckpt.coordination.select import operation
+from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.coordination.torch_store import StoreCoordinator
 from shardckpt.coordination.waiting import poll
 from shardckpt.errors import CoordinationError
@@ -80,11 +81,13 @@ def _team(subject: str, *, jobs: int, arguments: Sequence[str]) -> Iterator[Coor
         _connect(port).set(f"up/{rank}", "")
         with _joined(port, rank=rank, number=number) as coordinator:
             yield coordinator
-    elif jobs == 1 or several_ranks():
-        if several_ranks() and not mpi_launch():
+    elif several_ranks():
+        if not mpi_launch():
             init_from_mpi()
         with operation(subject) as coordinator:
             yield coordinator
+    elif jobs == 1:
+        yield SingleCoordinator()
     else:
         with _started(jobs, arguments) as coordinator:
             yield coordinator

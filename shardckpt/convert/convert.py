@@ -26,6 +26,7 @@ from shardckpt.execution.source import Source
 from shardckpt.planning.saved import Rename, Select
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.paths import local_path
 
 __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 
@@ -37,8 +38,8 @@ _HUGGING_FACE_BYTES = 5_000_000_000  # as transformers has it
 
 
 def convert(
-    source: str,
-    target: str,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     to: Format | None = None,
     keys: Select = None,
@@ -62,6 +63,7 @@ def convert(
     "dcp". Nothing is at `target` before all is there. Raises CheckpointError for a source that
     can't be read, StateError for one that the target can't hold, StorageError.
     """
+    target = local_path(target)
     with open_source(source, keys=keys, rename=rename) as opened:
         convert_source(
             opened,
@@ -74,11 +76,15 @@ def convert(
 
 
 def open_source(
-    path: str, *, keys: Select = None, rename: Rename = None, check: bool = True
+    path: str | os.PathLike[str],
+    *,
+    keys: Select = None,
+    rename: Rename = None,
+    check: bool = True,
 ) -> Checkpoint | Foreign | Selected:
     """A checkpoint of any kind as a Source, to be closed. `check`: read single files whole, and
     verify them where they say what they should be. Raises CheckpointError."""
-    opened: Checkpoint | Foreign | Selected = _open(path, check=check)
+    opened: Checkpoint | Foreign | Selected = _open(local_path(path), check=check)
     try:
         if keys is not None:
             opened = Selected(opened, keys=keys)
@@ -122,6 +128,7 @@ def convert_source(
     """See convert; collective over the coordinator's ranks, which divide the bytes, or the files of
     DCP. `progress` is called with the bytes that this rank has written."""
     ranks = coordinator or SingleCoordinator()
+    target = local_path(target)
     kind = _format_of(target, to)
     if shards is None:
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())

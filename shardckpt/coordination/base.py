@@ -116,7 +116,7 @@ def _describe(error: BaseException) -> _Failure:
     if not isinstance(error, ShardckptError):
         kind = type(error)
         try:
-            text = str(error)
+            text = _encodable(str(error))
         except Exception:
             text = "(an exception that can't say what it is)"
         return _Failure("", f"{kind.__module__}.{kind.__qualname__}: {text}"[:4000], {})
@@ -125,7 +125,13 @@ def _describe(error: BaseException) -> _Failure:
         for name in ("path", "rank", "tensor", "expected", "actual", "remedy", "errno")
         if getattr(error, name, None) is not None
     }
-    return _Failure(type(error).__name__, error.message, {**facts, **error.facts})
+    facts = {name: _encodable(fact) for name, fact in {**facts, **error.facts}.items()}
+    return _Failure(type(error).__name__, _encodable(error.message), facts)
+
+
+def _encodable(fact: Any) -> Any:
+    """A text without surrogates, which stand for the bytes of a file name that is not UTF-8."""
+    return fact.encode(errors="backslashreplace").decode() if isinstance(fact, str) else fact
 
 
 def _rebuild(failure: _Failure, phase: str) -> ShardckptError:

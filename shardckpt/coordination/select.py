@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from shardckpt.coordination.base import Coordinator
-from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks
+from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, torch_launch
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import CoordinationError
 
 if dist.is_available():  # not at the first call, which is to return at once
     from shardckpt.coordination.torch_store import store_coordinator
 
-__all__ = ["Operation", "operation"]
+__all__ = ["Operation", "alone", "check_launcher", "is_alone", "operation"]
+
+_alone_here: ContextVar[bool] = ContextVar("shardckpt.alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the with block this process saves, loads and removes checkpoints by itself.
+
+    For a rank that has a checkpoint of its own, at a path that no other rank uses, and for
+    processes that a launcher started but that have nothing to do with each other. A call with
+    `process_group=` or `comm=` still means the ranks of that. Not collective.
+
+    Example:
+        >>> import shardckpt, tempfile
+        >>> with shardckpt.alone():
+        ...     report = shardckpt.save({"step": 7}, f"{tempfile.mkdtemp()}/rank-0")
+        >>> report.world_size
+        1
+    """
+    before = _alone_here.set(True)
+    try:
+        yield
+    finally:
+        _alone_here.reset(before)
+
+
+def is_alone() -> bool:
+    """Whether this is inside a with block of `alone`."""
+    return _alone_here.get()
 
 
 @dataclass(slots=True)
@@ -43,7 +74,10 @@ def operation(
 
     `subject` says what it is about, alike on all ranks. They are those of `comm`, an mpi4py
     communicator, or of `process_group`; by default of torch.distributed's default group, where
-    there is none of MPI.COMM_WORLD if mpirun started this process, else this process alone.
+    there is none of MPI.COMM_WORLD if mpirun started this process, else this process alone. Within
+    `alone` it is by default this process alone.
+
+    Raises CoordinationError where a launcher started several ranks and nothing connects them.
     """
     if comm is not None and process_group is not None:
         raise CoordinationError(
@@ -51,8 +85,12 @@ def operation(
             remedy="give comm= or process_group=, whichever holds the ranks that call this",
         )
     initialised = dist.is_available() and dist.is_initialized()
-    if comm is None and process_group is None and not initialised:
-        comm = _world()
+    if comm is None and process_group is None:
+        if is_alone():
+            return _alone()
+        if not initialised:
+            comm = _world()
+            check_launcher(comm)
     if comm is not None:
         return _of_communicator(comm, subject, channel)
     if initialised:
@@ -64,6 +102,24 @@ def operation(
             remedy="call torch.distributed.init_process_group() first",
         )
     return _alone()
+
+
+def check_launcher(comm: Any = None) -> None:
+    """Raise CoordinationError where torchrun has started several ranks that neither a process group
+    nor a communicator connects: each would take itself for the only one."""
+    launch = torch_launch()
+    connected = dist.is_available() and dist.is_initialized()
+    if launch is None or launch.world_size == 1 or connected or is_alone():
+        return
+    if comm is None or comm.Get_size() == 1:
+        raise CoordinationError(
+            "This is one of several ranks, but no process group connects them",
+            rank=launch.rank,
+            expected="a process group of torch.distributed, as torchrun's ranks make one",
+            actual=f"RANK={launch.rank} and WORLD_SIZE={launch.world_size}, without a group",
+            remedy="call torch.distributed.init_process_group() first; if this rank means a "
+            "checkpoint of its own, make this call inside `with shardckpt.alone():`",
+        )
 
 
 def _alone() -> Operation:
@@ -127,6 +183,6 @@ def _strangers(launch: Launch | None) -> CoordinationError:
         "srun has started several tasks, and nothing connects them",
         expected="MPI (srun --mpi=pmix), or a process group of torch.distributed",
         actual=f"{launch.world_size if launch else 1} tasks, without either",
-        remedy="call shardckpt.init_from_mpi() first, which needs no MPI here; tasks that have "
-        "nothing to do with each other: srun env -u SLURM_STEP_NUM_TASKS python SCRIPT",
+        remedy="call shardckpt.init_from_mpi() first, which needs no MPI here; if this task means "
+        "a checkpoint of its own, make this call inside `with shardckpt.alone():`",
     )

@@ -17,6 +17,7 @@ from shardckpt.reports import RescueReport
 from shardckpt.storage.base import CheckpointFiles, Done, WriteTransaction
 from shardckpt.storage.files import LocalFiles
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.paths import local_path
 
 __all__ = ["explain_manifest", "rescue"]
 
@@ -39,6 +40,7 @@ def rescue(
 
     Raises CorruptionError if nothing can be saved.
     """
+    source, target = local_path(source), local_path(target)
     files = storage.open(source)
     try:
         manifest, lost, mended, rebuilt = _manifest(files)

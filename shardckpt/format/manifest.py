@@ -21,6 +21,7 @@ from shardckpt.format.dtypes import DTYPES, itemsize
 from shardckpt.format.rules import Columns, check_chunks, check_references, refuse
 
 __all__ = [
+    "MANIFEST_HEAD",
     "FORMAT_VERSION",
     "Manifest",
     "ShardEntry",
@@ -39,6 +40,9 @@ FORMAT_VERSION = 1
 _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}(-[a-z0-9]+)?\.safetensors")
 _MAX_DIMS = 64  # as torch and numpy have it
 _MENDED_BYTES = 128 << 10
+MANIFEST_HEAD = b'{"format":"shardckpt"'
+"""How every manifest begins."""
+
 _HEAD = f'{{"format":"shardckpt","version":{FORMAT_VERSION},'.encode()
 _NOT_CANONICAL = ("canonical JSON, each key once", "another spelling of it")
 _BATCH_BYTES = 4 << 20  # of chunks: as Python's ints they take many times the memory
@@ -257,7 +261,7 @@ def _check_head(data: bytes, path: str) -> None:
     try:
         head = _decode_head(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        if data.startswith(b'{"format":"shardckpt"'):
+        if data.startswith(MANIFEST_HEAD):
             refuse(path, "a whole JSON document", str(error)[:200])
         head = _Head()
     _check_version(head, data, path)

@@ -13,6 +13,7 @@ from shardckpt.reports import LoadReport
 from shardckpt.storage import removal
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.names import beside
 from shardckpt.storage.system import System, translated
 
 __all__ = ["RECORD", "Format", "Sharded", "Signature", "signature_of"]
@@ -127,7 +128,7 @@ class Sharded:
         try:
             found = self._system.stat(os.path.join(path, MANIFEST_NAME))
         except FileNotFoundError:
-            found = self._system.stat(os.path.join(removal.beside(path, "old"), MANIFEST_NAME))
+            found = self._system.stat(os.path.join(beside(path, "old"), MANIFEST_NAME))
         return signature_of(found)
 
     def record(self, path: str) -> Any:

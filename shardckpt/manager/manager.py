@@ -34,6 +34,7 @@ from shardckpt.manager.retention import (
     to_remove,
 )
 from shardckpt.reports import LoadReport
+from shardckpt.storage.paths import absolute, local_path
 
 __all__ = ["CheckpointManager", "Restored"]
 
@@ -96,7 +97,7 @@ class CheckpointManager(Closing):
             raise StateError(
                 "Unknown value for check", expected='"full" or "quick"', actual=repr(check)
             )
-        self.folder = os.fspath(folder)
+        self.folder = absolute(local_path(folder))
         self.keep = tuple(keep)
         self.label = label
         self._name = name

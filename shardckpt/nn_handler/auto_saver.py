@@ -16,6 +16,7 @@ from shardckpt.errors import StateError
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
+from shardckpt.storage.paths import local_path
 from shardckpt.storage.system import translated
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class AutoSaver:
                 actual=self.plan.name,
                 remedy="leave .pth, .pt or .safetensors out of the name, or asynchronous=True",
             )
+        local_path(save_path)  # a path that can't be one is told here, not by the first save
         self.options = {
             "save_path": os.fspath(save_path),
             "save_last": save_last,
@@ -76,7 +78,7 @@ class AutoSaver:
     @property
     def folder(self) -> str:
         """The directory of the checkpoints."""
-        return str(self.options["save_path"])
+        return local_path(self.options["save_path"])
 
     @property
     def on_exception(self) -> bool:

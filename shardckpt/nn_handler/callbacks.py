@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from shardckpt.errors import DependencyError, StateError
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.storage.appearing import appearing
+from shardckpt.storage.paths import local_path
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
@@ -217,7 +218,7 @@ class CSVLogger(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = local_path(path)
         self.rows: list[dict[str, Any]] = []
 
     def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
@@ -247,7 +248,7 @@ class TensorBoardLogger(Callback):
     """Writes the metrics of each epoch for TensorBoard, on rank 0; needs shardckpt[tensorboard]."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = os.fspath(folder)
+        self.folder = local_path(folder)
         self._writer: Any = None
 
     def on_train_start(self, handler: NNHandler) -> None:

@@ -20,6 +20,7 @@ from shardckpt.nn_handler.parallel import Parallel
 from shardckpt.nn_handler.parts import Parts
 from shardckpt.nn_handler.trainer import Trainer, TrainOptions
 from shardckpt.planning.device_map import DeviceMap
+from shardckpt.storage.paths import local_path
 
 __all__ = ["NNHandler"]
 
@@ -119,17 +120,17 @@ class NNHandler(Parts):
     def save(self, path: Path, *, overwrite: bool = True) -> None:
         """Save everything; collective. A path that ends in .pth, .pt or .safetensors is one file,
         written by rank 0; any other is a sharded checkpoint, written by all ranks."""
-        saving.save(self, os.fspath(path), overwrite=overwrite)
+        saving.save(self, local_path(path), overwrite=overwrite)
 
     def save_single_file(self, path: Path, *, overwrite: bool = True) -> None:
         """Save everything in one torch (.pth, .pt) or safetensors file; collective."""
-        saving.save_single_file(self, os.fspath(path), overwrite=overwrite)
+        saving.save_single_file(self, local_path(path), overwrite=overwrite)
 
     def save_multi_files(
         self, folder: Path, file_format: FileFormat = "torch", *, overwrite: bool = True
     ) -> None:
         """Save the components in files of their own, in a directory; collective."""
-        saving.save_multi_files(self, os.fspath(folder), file_format, overwrite=overwrite)
+        saving.save_multi_files(self, local_path(folder), file_format, overwrite=overwrite)
 
     @staticmethod
     def save_multi_from_single(
@@ -137,13 +138,13 @@ class NNHandler(Parts):
     ) -> None:
         """Turn a single file into a directory of several. Not collective."""
         saving.save_multi_from_single(
-            os.fspath(path), os.fspath(folder), file_format, overwrite=overwrite
+            local_path(path), local_path(folder), file_format, overwrite=overwrite
         )
 
     @staticmethod
     def save_single_from_multi(folder: Path, path: Path, *, overwrite: bool = False) -> None:
         """Turn a directory of several files into a single one. Not collective."""
-        saving.save_single_from_multi(os.fspath(folder), os.fspath(path), overwrite=overwrite)
+        saving.save_single_from_multi(local_path(folder), local_path(path), overwrite=overwrite)
 
     @classmethod
     def load(
@@ -199,7 +200,7 @@ class NNHandler(Parts):
             objects=given,
             trust_code=trust_code,
         )
-        return load(cls, os.fspath(path), options)
+        return load(cls, local_path(path), options)
 
     @classmethod
     def initialize_from_checkpoint(
@@ -221,9 +222,9 @@ class NNHandler(Parts):
         lose what DDP and torch.compile put into them. `ema`: a handler's averaged weights.
         """
         handler = cls(model_class, device, parallel=parallel, **model_kwargs)
-        fill_weights(handler, os.fspath(path), strict=strict, prefix=prefix, ema=ema)
+        fill_weights(handler, local_path(path), strict=strict, prefix=prefix, ema=ema)
         return handler
 
     def restore(self, path: Path) -> None:
         """Fill this handler, whose parts are set, with everything in a checkpoint; collective."""
-        restore(self, open_source(os.fspath(path)))
+        restore(self, open_source(local_path(path)))

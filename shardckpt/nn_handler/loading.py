@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import shardckpt
 from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
+from shardckpt.coordination.select import alone
 from shardckpt.errors import LoadMismatchError, NotACheckpointError
 from shardckpt.execution.memory import MemoryStorage
 from shardckpt.nn_handler.callbacks import Callback
@@ -91,6 +93,11 @@ class LoadOptions:
 
 def load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNHandler:
     """Rebuild a handler; collective, but with a device map. See NNHandler.load."""
+    with alone() if options.device_map is not None else nullcontext():
+        return _load(handler_class, path, options)
+
+
+def _load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNHandler:
     source = open_source(path)
     saved = source.values()
     config, given = saved["config"], options.objects

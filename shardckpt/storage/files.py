@@ -18,6 +18,7 @@ from shardckpt.errors import (
     NotACheckpointError,
 )
 from shardckpt.storage.base import MANIFEST_NAME, Done, WouldWait
+from shardckpt.storage.names import beside
 from shardckpt.storage.system import System, translated
 
 __all__ = ["LocalFiles"]
@@ -76,10 +77,8 @@ class LocalFiles:
             ) from error
         except FileNotFoundError as error:
             # A replacing save that died between its two renames left the old one aside.
-            parent, name = os.path.split(path)
             with suppress(OSError):
-                old = os.path.join(parent, f".{name}.old")
-                return self._system.open(old, os.O_RDONLY | os.O_DIRECTORY)
+                return self._system.open(beside(path, "old"), os.O_RDONLY | os.O_DIRECTORY)
             raise CheckpointNotFoundError(
                 "There is nothing at this path",
                 path=self.path,

@@ -1,9 +1,10 @@
 """Checkpoints as directories of a file system that all ranks share.
 
 A save writes into `.NAME.tmp-ID` beside its target, and renames that to NAME once every file
-and the directory are durable; docs/durability.md tells each step. `.NAME.lock` is held
-meanwhile. A save that finds leftovers of a dead one under these names removes them, as does
-storage/removal, which removes checkpoints.
+and the directory are durable; docs/durability.md tells each step. A lock is held meanwhile
+(storage/names has all hidden names). A save that finds leftovers of a dead one under these names
+removes them, as does storage/removal, which removes checkpoints. Files that others have laid into
+a checkpoint are carried over to the one that replaces it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,42 @@ from shardckpt.errors import (
     CheckpointExistsError,
     DirectoryNotSharedError,
     NotACheckpointError,
+    StorageError,
 )
-from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles
+from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
+from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles, Storage
 from shardckpt.storage.files import LocalFiles
 from shardckpt.storage.lock import Lock
+from shardckpt.storage.names import beside
+from shardckpt.storage.paths import absolute, local_path
 from shardckpt.storage.removal import (
-    beside,
     collect_leftovers,
     directories_in,
+    exists,
+    not_ours,
     remove_tree,
     sync_directory,
 )
 from shardckpt.storage.system import UNSUPPORTED, System, translated
 
-__all__ = ["LocalStorage"]
+__all__ = ["LocalStorage", "checkpoint_path"]
 
 _WRITE = os.O_CREAT | os.O_WRONLY
+
+
+def checkpoint_path(path: object, storage: Storage | None, *, fixed: bool = False) -> str:
+    """The path of a checkpoint in a storage, by default the local file system; see local_path. For
+    another storage any non-empty text is a path.
+
+    Args:
+        fixed: Make the path absolute, for what is done after this call returns.
+
+    Raises:
+        StateError: It is not a path.
+    """
+    if storage is not None and not isinstance(storage, LocalStorage) and isinstance(path, str):
+        return path or local_path(path)
+    return absolute(local_path(path)) if fixed else local_path(path)
 
 
 class LocalStorage:
@@ -46,22 +67,26 @@ class LocalStorage:
 
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> LocalTransaction:
         """See Storage.begin. Directories above the path are made."""
+        path = local_path(path)
         with translated(path):
             target = os.path.realpath(path)
             self._make_directories(os.path.dirname(target))
             lock = Lock(self.system, beside(target, "lock"))
             try:
                 collect_leftovers(self.system, target)
-                self._check_target(target, overwrite=overwrite)
+                _check_target(self.system, target, overwrite=overwrite)
                 temporary = beside(target, f"tmp-{checkpoint_id}")
                 self.system.mkdir(temporary)
             except BaseException:
                 lock.release()
                 raise
-        return LocalTransaction(self.system, path, target, checkpoint_id, lock)
+        return LocalTransaction(
+            self.system, path, target, checkpoint_id, lock=lock, overwrite=overwrite
+        )
 
     def join(self, path: str, *, token: str) -> LocalTransaction:
         """See Storage.join."""
+        path = local_path(path)
         with translated(path):
             target = os.path.realpath(path)
         temporary = beside(target, f"tmp-{token}")
@@ -69,7 +94,7 @@ class LocalStorage:
         while True:
             try:
                 self.system.stat(temporary)
-                return LocalTransaction(self.system, path, target, token, None)
+                return LocalTransaction(self.system, path, target, token)
             except FileNotFoundError:
                 pass  # a network file system may show it later
             except OSError:
@@ -89,6 +114,7 @@ class LocalStorage:
 
     def open(self, path: str) -> LocalFiles:
         """See Storage.open."""
+        path = local_path(path)
         with translated(path):
             return LocalFiles(self.system, path)
 
@@ -105,41 +131,56 @@ class LocalStorage:
                 self.system.mkdir(path)
             sync_directory(self.system, above)
 
-    def _check_target(self, target: str, *, overwrite: bool) -> None:
-        try:
-            found = self.system.stat(target)
-        except FileNotFoundError:
-            return
-        directory = stat.S_ISDIR(found.st_mode)
-        names = self.system.listdir(target) if directory else []
-        if directory and not names:
-            return
-        if not overwrite:
-            raise CheckpointExistsError(
-                "There is something at this path already",
-                errno=errno.EEXIST,
-                path=target,
-                expected="nothing, or an empty directory",
-                actual="a checkpoint" if MANIFEST_NAME in names else _describe(found),
-                remedy="save to another path, or pass overwrite=True to replace a checkpoint",
-            )
-        if MANIFEST_NAME not in names:
-            raise NotACheckpointError(
-                "overwrite=True replaces a checkpoint, and nothing else",
-                path=target,
-                expected=f"a directory with a {MANIFEST_NAME}",
-                actual=_describe(found),
-                remedy="move it out of the way, or save to another path",
-            )
-        inside = directories_in(self.system, target, names)
-        if inside:
-            raise NotACheckpointError(
-                "overwrite=True replaces a checkpoint, and nothing else",
-                path=target,
-                expected="files of a checkpoint",
-                actual=f"directories as well: {', '.join(inside[:5])}",
-                remedy="move them to another place, or save to another path",
-            )
+
+def _check_target(system: System, target: str, *, overwrite: bool) -> None:
+    """Raise unless a checkpoint may take the place of what stands at a path."""
+    try:
+        found = system.stat(target)
+    except FileNotFoundError:
+        return
+    directory = stat.S_ISDIR(found.st_mode)
+    names = system.listdir(target) if directory else []
+    if directory and not names:
+        return
+    if not overwrite:
+        raise CheckpointExistsError(
+            "There is something at this path already",
+            errno=errno.EEXIST,
+            path=target,
+            expected="nothing, or an empty directory",
+            actual="a checkpoint" if MANIFEST_NAME in names else _describe(found),
+            remedy="save to another path, or pass overwrite=True to replace a checkpoint",
+        )
+    if not _is_checkpoint(system, target, names):
+        raise NotACheckpointError(
+            "overwrite=True replaces a checkpoint, and nothing else",
+            path=target,
+            expected=f"a directory with a {MANIFEST_NAME} of shardckpt",
+            actual=_describe(found),
+            remedy="move it out of the way, or save to another path",
+        )
+    inside = directories_in(system, target, names)
+    if inside:
+        raise NotACheckpointError(
+            "overwrite=True replaces a checkpoint, and nothing else",
+            path=target,
+            expected="files of a checkpoint",
+            actual=f"directories as well: {', '.join(inside[:5])}",
+            remedy="move them to another place, or save to another path",
+        )
+
+
+def _is_checkpoint(system: System, target: str, names: list[str]) -> bool:
+    """Whether shardckpt wrote a directory: a damaged manifest counts beside a shard."""
+    if MANIFEST_NAME not in names or any(map(is_shard_name, names)):
+        return MANIFEST_NAME in names
+    head = memoryview(bytearray(len(MANIFEST_HEAD)))
+    fd = system.open(os.path.join(target, MANIFEST_NAME), os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        system.read(fd, [head], offset=0)
+    finally:
+        system.close(fd)
+    return bytes(head) == MANIFEST_HEAD
 
 
 def _describe(found: os.stat_result) -> str:
@@ -150,7 +191,14 @@ class LocalTransaction:
     """A checkpoint being written; see WriteTransaction."""
 
     def __init__(
-        self, system: System, path: str, target: str, token: str, lock: Lock | None
+        self,
+        system: System,
+        path: str,
+        target: str,
+        token: str,
+        *,
+        lock: Lock | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.path = path
         self.token = token
@@ -158,6 +206,7 @@ class LocalTransaction:
         self._target = target
         self._temporary = beside(target, f"tmp-{token}")
         self._lock = lock
+        self._overwrite = overwrite
         self._published = False
 
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> LocalFile:
@@ -183,6 +232,9 @@ class LocalTransaction:
             except BaseException:
                 file.discard()
                 raise
+            # Others may have put something there in the meantime.
+            _check_target(self._system, self._target, overwrite=self._overwrite)
+            self._carry_over()
             sync_directory(self._system, self._temporary)
             # From here on the temporary name may be that of the old checkpoint: it must not be
             # removed before the new one is known to be durable.
@@ -190,7 +242,29 @@ class LocalTransaction:
             replaced = self._publish()
             sync_directory(self._system, os.path.dirname(self._target))
         if replaced is not None:
-            remove_tree(self._system, replaced)
+            remove_tree(self._system, replaced, beside_target=self._target)
+
+    def _carry_over(self) -> None:
+        """Link the files that others have laid into the checkpoint that is to be replaced."""
+        if not exists(self._system, self._target):
+            return
+        directory = self._system.open(self._target, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            names = self._system.listdir(directory)
+            for name in not_ours(self._system, self._target, names):
+                path = os.path.join(self._temporary, name)
+                self._system.link(name, path, dir_fd=directory)
+        except OSError as error:
+            raise StorageError(
+                "A file that shardckpt has not made can't be kept in the checkpoint",
+                errno=error.errno,
+                path=self._target,
+                expected="a file system with hard links",
+                actual=str(error),
+                remedy="move it to another place and save again, or save to another path",
+            ) from error
+        finally:
+            self._system.close(directory)
 
     def _publish(self) -> str | None:
         """Give the new checkpoint its name; where the old one has gone, if there was one."""
@@ -215,7 +289,7 @@ class LocalTransaction:
     def abandon(self) -> None:
         """See WriteTransaction.abandon."""
         if self._lock is not None and not self._published:
-            remove_tree(self._system, self._temporary)
+            remove_tree(self._system, self._temporary, beside_target=self._target)
         self.close()
 
     def close(self) -> None:

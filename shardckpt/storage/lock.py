@@ -1,4 +1,7 @@
-"""A lock beside a checkpoint: one process at a time saves there, or removes it."""
+"""A lock beside a checkpoint: one process at a time saves there, or removes it.
+
+A lock is an empty file. A file with content is not ours, and is neither changed nor removed.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ class Lock:
     def release(self) -> None:
         """Remove and unlock it; never raises OSError."""
         with suppress(OSError):
-            self.system.unlink(self.path)
+            if self.system.fstat(self.fd).st_size == 0:
+                self.system.unlink(self.path)
         with suppress(OSError):
             self.system.unlock(self.fd)
         with suppress(OSError):

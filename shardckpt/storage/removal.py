@@ -1,14 +1,14 @@
 """Removal of checkpoints, and of what dead saves and removals have left beside them.
 
-All that is not wanted any more gets a hidden name `.NAME.tmp-ID` before anything in it goes, so
-that no crash leaves a part of a checkpoint under its name.
+A checkpoint gets a hidden name `.NAME.tmp-ID` before anything in it is removed, so that no crash
+leaves a part of a checkpoint under its name. Under such a name a directory is removed only if each
+file in it has a name that shardckpt gives: what others have made stays.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 import uuid
 from contextlib import suppress
@@ -16,28 +16,20 @@ from contextlib import suppress
 from shardckpt.errors import CheckpointBusyError, StorageError
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.lock import Lock
+from shardckpt.storage.names import beside, is_cut, is_ours, parse
 from shardckpt.storage.system import System, translated
 
 __all__ = [
-    "beside",
     "collect_leftovers",
     "directories_in",
     "exists",
+    "not_ours",
     "old_name",
     "remove",
     "remove_tree",
     "sweep",
     "sync_directory",
 ]
-
-_SHARD = ".safetensors"
-_HIDDEN = re.compile(r"\.(.+)\.(?:tmp-[0-9a-f]{32}|(old|lock))")
-
-
-def beside(target: str, kind: str) -> str:
-    """The hidden name beside a checkpoint for something of a kind."""
-    parent, name = os.path.split(target)
-    return os.path.join(parent, f".{name}.{kind}")
 
 
 def sync_directory(system: System, path: str) -> None:
@@ -52,57 +44,78 @@ def sync_directory(system: System, path: str) -> None:
         system.close(fd)
 
 
-def remove_tree(system: System, path: str) -> None:
-    """Remove a directory and the files in it, as far as that works; never raises OSError.
+def remove_tree(system: System, path: str, *, beside_target: str = "") -> None:
+    """Remove a directory and the files in it that are ours, as far as that works; never raises
+    OSError.
 
-    A manifest goes first, so that half of it is no checkpoint. Of a symlink the link goes, not what
-    it leads to. A directory inside stays, and with it its parent: it is nobody's leftover.
+    The manifest is removed first, so that what a crash leaves is not a checkpoint. See `not_ours`
+    for what stays, and with it the directory.
     """
     with suppress(OSError):
-        if not _is_directory(system, path):
-            system.unlink(path)
-            return
-        for name in sorted(system.listdir(path), key=lambda name: name != MANIFEST_NAME):
+        names = system.listdir(path)
+        stay = not_ours(system, path, names, target=beside_target)
+        for name in sorted(set(names).difference(stay), key=lambda name: name != MANIFEST_NAME):
             with suppress(IsADirectoryError):
                 system.unlink(os.path.join(path, name))
         system.rmdir(path)
 
 
+def not_ours(system: System, path: str, names: list[str], *, target: str = "") -> list[str]:
+    """Which names in a checkpoint's directory shardckpt has not made, without those of files that
+    `target`, another directory, has under the same name."""
+    return [
+        name
+        for name in names
+        if not is_ours(name)
+        and not (target and _same(system, os.path.join(path, name), os.path.join(target, name)))
+    ]
+
+
 def directories_in(system: System, path: str, names: list[str]) -> list[str]:
     """Which names in a checkpoint's directory are directories: others made them, perhaps to keep
     checkpoints there."""
-    strange = [name for name in names if name != MANIFEST_NAME and not name.endswith(_SHARD)]
+    strange = not_ours(system, path, names)
     return [name for name in strange if _is_directory(system, os.path.join(path, name))]
 
 
 def collect_leftovers(system: System, target: str) -> bool:
-    """Remove what dead saves to this target left, under its lock: none is alive; whether there
-    was anything."""
-    parent = os.path.dirname(target)
-    mark, old = os.path.basename(beside(target, "tmp-")), beside(target, "old")
-    leftovers = [
-        os.path.join(parent, name)
-        for name in system.listdir(parent)
-        if name.startswith(mark) or name == os.path.basename(old)
-    ]
-    if old in leftovers and not exists(system, target) and _is_directory(system, old):
+    """Remove what dead saves to this target left, under its lock, so that none is alive; whether
+    there was anything."""
+    parent, old = os.path.split(beside(target, "old"))
+    hidden = parse(old)
+    assert hidden is not None
+    found = [n for n in system.listdir(parent) if n == old or parse(n) == (hidden[0], "tmp")]
+    aside = os.path.join(parent, old)
+    if old in found and not exists(system, target) and exists(system, f"{aside}/{MANIFEST_NAME}"):
         # A replacing save died between its two renames: the old checkpoint comes back.
-        system.rename(old, target)
-        leftovers.remove(old)
+        found.remove(old)
+        if not is_cut(os.path.basename(target)):  # else the next save to the real name does it
+            system.rename(aside, target)
+    paths = [os.path.join(parent, name) for name in found]
+    leftovers = [path for path in paths if _is_leftover(system, path, target)]
     if leftovers:
         # What a dead save has published may not be durable yet. It must be before the
         # checkpoint that it replaced, perhaps one of these, goes.
         sync_directory(system, parent)
     for leftover in leftovers:
-        remove_tree(system, leftover)
+        remove_tree(system, leftover, beside_target=target)
     return bool(leftovers)
+
+
+def _is_leftover(system: System, path: str, target: str) -> bool:
+    """Whether a save made what stands under a hidden name: a directory that holds files of ours
+    alone, or of the user's that the checkpoint at `target` still has."""
+    if not _is_directory(system, path):
+        return False
+    names = system.listdir(path)
+    return not not_ours(system, path, names, target=target)
 
 
 def remove(system: System, path: str) -> None:
     """Remove a checkpoint: its name first and for good, then its files as far as that works.
 
     Raises CheckpointBusyError while a save to this path is under way, StorageError where there is
-    a directory in it.
+    anything in it that shardckpt has not made.
     """
     with translated(path):
         target = os.path.realpath(path)
@@ -111,14 +124,14 @@ def remove(system: System, path: str) -> None:
         try:
             if collect_leftovers(system, target):
                 sync_directory(system, parent)  # or an old checkpoint could come back in part
-            inside = directories_in(system, target, system.listdir(target))
+            inside = not_ours(system, target, system.listdir(target))
             if inside:
                 raise StorageError(
-                    "A checkpoint is not removed while there is a directory in it",
+                    "A checkpoint is not removed while it holds files that shardckpt has not made",
                     errno=errno.ENOTEMPTY,
                     path=target,
-                    actual=", ".join(inside[:5]),
-                    remedy="move it to another place",
+                    actual=", ".join(sorted(inside)[:5]),
+                    remedy="move them to another place",
                 )
             hidden = beside(target, f"tmp-{uuid.uuid4().hex}")
             system.rename(target, hidden)
@@ -133,13 +146,9 @@ def sweep(system: System, folder: str) -> None:
     OSError. What is alive holds its lock; where there are no locks, nothing is removed."""
     with suppress(OSError):
         folder = os.path.realpath(folder)
-        found = [match for name in system.listdir(folder) if (match := _HIDDEN.fullmatch(name))]
-        # Other programs call their files `.x.old` and `.x.lock` too.
-        sure = {match[1] for match in found if not match[2]}
-        for name in sorted({match[1] for match in found}):
-            target = os.path.join(folder, name)
-            if name in sure or _is_checkpoint(system, target):
-                _sweep_one(system, target)
+        found = [hidden for name in system.listdir(folder) if (hidden := parse(name))]
+        for stem in sorted({stem for stem, kind in found if kind != "part"}):
+            _sweep_one(system, os.path.join(folder, stem))
 
 
 def _sweep_one(system: System, target: str) -> None:
@@ -154,19 +163,20 @@ def _sweep_one(system: System, target: str) -> None:
 
 def old_name(name: str) -> str | None:
     """The checkpoint that a hidden name holds, set aside by a save that did not get on."""
-    match = _HIDDEN.fullmatch(name)
-    return match[1] if match and match[2] == "old" else None
-
-
-def _is_checkpoint(system: System, target: str) -> bool:
-    return any(
-        exists(system, os.path.join(path, MANIFEST_NAME))
-        for path in (target, beside(target, "old"))
-    )
+    hidden = parse(name)
+    return hidden[0] if hidden and hidden[1] == "old" else None
 
 
 def _is_directory(system: System, path: str) -> bool:
     return stat.S_ISDIR(system.stat(path).st_mode)
+
+
+def _same(system: System, one: str, other: str) -> bool:
+    """Whether two paths are names of the same file."""
+    with suppress(OSError):
+        found = [system.stat(path) for path in (one, other)]
+        return found[0].st_ino == found[1].st_ino and found[0].st_dev == found[1].st_dev
+    return False
 
 
 def exists(system: System, path: str) -> bool:

@@ -4,12 +4,15 @@ collection of what dead saves left: each loads as the old or the new checkpoint.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 
 import pytest
 
 import shardckpt
+from shardckpt.storage import local, removal
 from shardckpt.storage.local import LocalStorage, LocalTransaction
+from shardckpt.storage.names import beside
 from shardckpt.storage.system import System
 from tests.faults import crash
 from tests.faults.disk import Data, Disk, Names
@@ -47,6 +50,54 @@ def test_crash_states_after_a_dead_save(replacing, can_exchange):
         failures += crash.check(disk, per_prefix=3, rng=rng, since=since).failures
     assert not failures, "\n".join(failures[:5])
     assert at > 20
+
+
+def with_notes(*, can_exchange: bool) -> Disk:
+    """A disk on which a checkpoint is replaced beside whose shards the user has laid a file."""
+    disk = Disk(can_exchange=can_exchange)
+    run = crash.Run(disk)
+    run.save()
+    fd = disk.open(f"{crash.PATH}/notes.txt", os.O_CREAT | os.O_WRONLY)
+    disk.write(fd, memoryview(b"precious"), offset=0)
+    disk.settle()
+    run.save()
+    return disk
+
+
+def notes_kept(marks, content, *, again, can_exchange):
+    """The oracle: crash.check_state, and the file is there before and after the next save."""
+
+    def notes(disk: Disk) -> bytes:
+        try:
+            at = disk._inode(crash.PATH)
+        except FileNotFoundError:
+            at = disk._inode(beside(crash.PATH, "old"))
+        return disk.content.files[disk._inode("notes.txt", at)]
+
+    disk = Disk(content, can_exchange=can_exchange)
+    try:
+        assert notes(disk) == b"precious"
+        crash.check_state(marks, content, again=again, can_exchange=can_exchange)
+        assert notes(disk) == b"precious"
+    except FileNotFoundError as error:
+        raise AssertionError("the file is gone") from error
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_file_of_the_user_survives(can_exchange):
+    disk = with_notes(can_exchange=can_exchange)
+    tried = crash.check(disk, per_prefix=16, rng=random.Random(SEED), oracle=notes_kept)
+    assert not tried.failures, "\n".join(tried.failures[:5])
+    assert tried.states > 100
+
+
+def test_a_file_of_the_user_that_is_lost_is_seen(monkeypatch):
+    monkeypatch.setattr(local, "not_ours", lambda *args, **kwargs: [])
+    monkeypatch.setattr(removal, "not_ours", lambda *args, **kwargs: [])
+    tried = crash.check(
+        with_notes(can_exchange=True), per_prefix=2, rng=random.Random(SEED), oracle=notes_kept
+    )
+    assert tried.failures
 
 
 def test_every_system_call_is_simulated():

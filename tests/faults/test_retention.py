@@ -10,6 +10,7 @@ import pytest
 from shardckpt import KeepLast
 from shardckpt.manager.formats import Sharded
 from shardckpt.storage import removal
+from shardckpt.storage.names import beside
 from tests.faults import crash, retention
 from tests.faults.disk import Disk
 from tests.faults.test_crash_states import SEED, careless
@@ -54,7 +55,7 @@ def in_place(system, path):
 
 def at_ease(system, path):
     """The name goes, but not for good, before the files do."""
-    hidden = removal.beside(path, "tmp-" + "0" * 32)
+    hidden = beside(path, "tmp-" + "0" * 32)
     system.rename(path, hidden)
     removal.remove_tree(system, hidden)
 
@@ -94,7 +95,7 @@ def test_a_checkpoint_set_aside_is_found():
     disk = Disk(can_exchange=False)
     job = retention.Job(disk)
     job.save()
-    disk.rename(f"{crash.FOLDER}/step-1", f"{crash.FOLDER}/.step-1.old")
+    disk.rename(f"{crash.FOLDER}/step-1", beside(f"{crash.FOLDER}/step-1", "old"))
     assert retention.versions_at(disk) == {1: retention.STEP}
     job.start()
     job.save()

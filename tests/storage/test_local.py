@@ -29,6 +29,7 @@ from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.sharing import ALWAYS, MOSTLY, NEVER
 from shardckpt.storage import files as files_module
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.names import beside
 from shardckpt.storage.system import System
 from shardckpt.testing import StorageTests, save
 
@@ -600,6 +601,7 @@ def test_the_order_of_a_commit(tmp_path):
 def test_leftovers_of_a_dead_save_are_collected(tmp_path):
     code = f"""
 import os, signal, torch, shardckpt
+from shardckpt.storage.names import beside
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.system import System
 class Dies(System):
@@ -620,7 +622,7 @@ def test_a_replacing_save_that_died_between_its_renames(tmp_path):
     """Where names can't be exchanged the old one is aside for a moment: still loadable, and
     brought back by the next save."""
     shardckpt.save(OLD, tmp_path / "c")
-    os.rename(tmp_path / "c", tmp_path / ".c.old")
+    os.rename(tmp_path / "c", beside(str(tmp_path / "c"), "old"))
     assert loadable(tmp_path / "c") == (1, True)
     with pytest.raises(errors.CheckpointExistsError):
         shardckpt.save(STATE, tmp_path / "c")
@@ -696,7 +698,7 @@ def test_what_stands_at_the_path_is_told(tmp_path):
                 shardckpt.save(STATE, tmp_path / name, overwrite=True)
             assert (other.value.actual, other.value.expected) == (
                 found,
-                "a directory with a manifest.json",
+                "a directory with a manifest.json of shardckpt",
             )
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "directory", "file"]
 

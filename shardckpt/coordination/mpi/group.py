@@ -19,7 +19,7 @@ from shardckpt import knobs
 from shardckpt.coordination.base import exchange
 from shardckpt.coordination.leaving import leave_at_exit
 from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
-from shardckpt.coordination.select import operation
+from shardckpt.coordination.select import is_alone, operation
 from shardckpt.coordination.waiting import rank_failed
 from shardckpt.errors import CoordinationError
 
@@ -95,7 +95,7 @@ def group_for_dcp(path: str | None, *, comm: Any = None) -> None:
             actual="comm=",
             remedy="leave out comm=; shardckpt.init_from_mpi(comm=...) makes a process group of it",
         )
-    if several_ranks() is not None:
+    if several_ranks() is not None and not is_alone():
         init_from_mpi()
 
 

@@ -1,4 +1,4 @@
-"""What the environment tells of the launcher: mpirun (Open MPI, MPICH and its kin) or srun."""
+"""What the environment tells of the launcher: mpirun (Open MPI, MPICH), srun or torchrun."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-__all__ = ["Launch", "mpi_launch", "several_ranks", "slurm_launch"]
+__all__ = ["Launch", "mpi_launch", "several_ranks", "slurm_launch", "torch_launch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,16 @@ def slurm_launch() -> Launch | None:
         local_rank=_number("SLURM_LOCALID"),
         host=first_host(os.environ.get("SLURM_STEP_NODELIST", "")),
     )
+
+
+def torch_launch() -> Launch | None:
+    """The job that this process is a rank of, by torchrun or another launcher that sets RANK and
+    WORLD_SIZE as it does; else None."""
+    size, rank = _number("WORLD_SIZE"), _number("RANK")
+    if size is None or rank is None:
+        return None
+    local_rank = _number("LOCAL_RANK")
+    return Launch(launcher="torchrun", rank=rank, world_size=size, local_rank=local_rank)
 
 
 def several_ranks() -> Launch | None:

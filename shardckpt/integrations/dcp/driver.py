@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.mpi.group import group_for_dcp
+from shardckpt.coordination.select import check_launcher, is_alone
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.integrations.dcp.writer import ShardWriter
@@ -36,6 +37,9 @@ def save_with_planner(
 ) -> SaveReport:
     """Save a state as a DCP SavePlanner plans it; collective, over DCP's collectives."""
     group_for_dcp(path, comm=comm)
+    alone = process_group is None and (is_alone() or not dist.is_initialized())
+    if alone:
+        check_launcher()
     start = time.perf_counter()
     writer = ShardWriter(path, overwrite=overwrite, base=base, verify_base=verify_base)
     try:
@@ -44,7 +48,7 @@ def save_with_planner(
             storage_writer=writer,
             planner=planner,
             process_group=process_group,
-            no_dist=not dist.is_initialized(),
+            no_dist=alone,
         )
     except CheckpointException as failure:  # a BaseException: nobody's `except Exception` sees it
         writer.abandon()

@@ -33,7 +33,8 @@ from shardckpt.planning.load_plan import Mismatches
 from shardckpt.planning.reads import plan_reads
 from shardckpt.planning.saved import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
-from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.local import LocalStorage, checkpoint_path
+from shardckpt.storage.paths import local_path
 
 __all__ = ["ShardReader", "dcp_entries"]
 
@@ -53,7 +54,7 @@ class ShardReader(StorageReader):
         cast: bool = False,
         storage: Storage | None = None,
     ) -> None:
-        self.checkpoint_id = None if path is None else os.fspath(path)
+        self.checkpoint_id = None if path is None else checkpoint_path(path, storage)
         self.cast = cast
         self.storage = storage or LocalStorage()
         self._opened: tuple[CheckpointFiles, Manifest] | None = None
@@ -62,7 +63,8 @@ class ShardReader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, at the path that dcp was called with, if any."""
-        self.checkpoint_id = os.fspath(checkpoint_id) if checkpoint_id else self.checkpoint_id
+        if checkpoint_id:
+            self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage)
         self._close()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -159,7 +161,10 @@ class ShardReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this may be a path."""
-        return bool(os.fspath(checkpoint_id)) and "://" not in os.fspath(checkpoint_id)
+        try:
+            return bool(local_path(checkpoint_id))
+        except StateError:
+            return False
 
     def _close(self) -> None:
         opened, self._opened = self._opened, None

@@ -22,6 +22,7 @@ from torch.futures import Future
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.mpi.group import group_for_dcp
+from shardckpt.coordination.select import check_launcher
 from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
 from shardckpt.execution.base import open_base
 from shardckpt.execution.save_driver import (
@@ -44,7 +45,8 @@ from shardckpt.planning.plan_cache import KnownPlan
 from shardckpt.planning.save_plan import check_coverage, layout_order
 from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes, widen_boxes
 from shardckpt.storage.base import Storage, WriteTransaction
-from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.local import LocalStorage, checkpoint_path
+from shardckpt.storage.paths import local_path
 
 __all__ = ["ShardWriter"]
 
@@ -79,11 +81,13 @@ class ShardWriter(StorageWriter):
         verify_base: bool = False,
         storage: Storage | None = None,
     ) -> None:
-        self.checkpoint_id = None if path is None else os.fspath(path)
+        self.checkpoint_id = None if path is None else checkpoint_path(path, storage, fixed=True)
         group_for_dcp(self.checkpoint_id)
         self.overwrite = overwrite
         self.check_replicas = check_replicas
-        self.base = os.fspath(base) if isinstance(base, (str, os.PathLike)) else base
+        if base is not None and not isinstance(base, Checkpoint):
+            base = checkpoint_path(base, storage, fixed=True)
+        self.base = base
         self.verify_base = verify_base
         self.storage = storage or LocalStorage()
         self._transaction: WriteTransaction | None = None
@@ -92,7 +96,8 @@ class ShardWriter(StorageWriter):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, at the path that dcp was called with, if any."""
-        self.checkpoint_id = os.fspath(checkpoint_id) if checkpoint_id else self.checkpoint_id
+        if checkpoint_id:
+            self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage, fixed=True)
 
     def storage_meta(self) -> StorageMeta:
         """How planners know this writer."""
@@ -100,6 +105,7 @@ class ShardWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Learn this rank. (DCP looks for a parameter that is named `kwargs`.)"""
+        check_launcher()
         self._rank = int(kwargs.get("rank", 0))
         if not self.checkpoint_id:
             raise StateError(
@@ -218,7 +224,10 @@ class ShardWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this may be a path."""
-        return bool(os.fspath(checkpoint_id)) and "://" not in os.fspath(checkpoint_id)
+        try:
+            return bool(local_path(checkpoint_id))
+        except StateError:
+            return False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_transaction": None, "_planner": None}
