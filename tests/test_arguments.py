@@ -12,7 +12,7 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.convert.convert import convert
 from shardckpt.manager import CheckpointManager
-from shardckpt.nn_handler.parallel import layout_of
+from shardckpt.nn_handler import parallel
 from shardckpt.nn_handler.saving import OneFile
 from shardckpt.storage.local import LocalStorage
 from tests.ranks import run_ranks
@@ -110,4 +110,4 @@ def test_a_manager_s_choices(tmp_path):
 
 def test_a_tp_plan_without_its_mesh():
     with pytest.raises(errors.StateError, match="mesh"):
-        layout_of(None, "none", None, {"0": None})
+        parallel.start("none", None, None, {"0": None})

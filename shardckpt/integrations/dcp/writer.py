@@ -64,8 +64,8 @@ class ShardWriter(StorageWriter):
     there. `base` is an earlier checkpoint, whose unchanged files are linked; `verify_base` reads
     all of them back. With ShardSavePlanner all that shardckpt.save promises holds; with another
     planner its items are written as they come, and that they cover every tensor exactly once is
-    checked before anything appears. `check_replicas` needs ShardSavePlanner. Under mpirun and srun it is made on every rank, and calls
-    init_from_mpi() where there is no process group.
+    checked before anything appears. `check_replicas` needs ShardSavePlanner. Under mpirun and srun
+    it is made on every rank, and calls init_from_mpi() where there is no process group.
     """
 
     def __init__(
