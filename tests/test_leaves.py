@@ -134,3 +134,11 @@ def test_a_tag_of_a_newer_version():
 
 def test_a_number_is_not_evaluated():
     assert values.encode(decimal.Decimal("1e999999"), at="") == {"$decimal": "1E+999999"}
+
+
+@pytest.mark.parametrize(("target", "to"), [("t.pth", "torch"), ("d", "dcp")])
+def test_a_value_that_pickle_can_t_take(tmp_path, target, to):
+    shardckpt.save({"w": torch.ones(1), "v": torch.channels_last}, tmp_path / "c")
+    with pytest.raises(errors.UnsupportedLeafError):
+        convert(str(tmp_path / "c"), str(tmp_path / target), to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
