@@ -55,7 +55,7 @@ def save(
 
     Collective over `process_group` (by default torch.distributed's default group) or over
     `comm`, an mpi4py communicator (by default MPI.COMM_WORLD, under mpirun without a process
-    group); else this process alone: every rank gives the same path and the same keys. When it
+    group); else this process alone: every rank gives the same path. When it
     returns, the checkpoint is whole and durable; when it raises, nothing has appeared, and
     what was at `path` is still there.
 
@@ -64,7 +64,12 @@ def save(
     load_state_dict. Tensors are neither moved nor copied as a whole. `overwrite` replaces a
     checkpoint at `path`, which stays loadable until the new one is there. `planner`: a DCP
     SavePlanner, which then decides what is saved. `check_replicas` compares replicated
-    tensors of any size between ranks; values and tensors up to 64 KiB always are.
+    tensors of any size between ranks; values and tensors up to 64 KiB always are. With a planner it
+    needs ShardSavePlanner: others leave each replica to one rank, and nothing is there to compare.
+
+    Ranks may hold different tensors, as pipeline stages do: the checkpoint has those of all ranks.
+    It is an error if a rank lacks tensors that another one has, and has none that this one lacks.
+    Values are the same on every rank, but for what is marked with PerRank, Union or FromRank0.
 
     `base` is an earlier checkpoint, a path or an open one: of its files those that would be
     the same are linked, not written, so that a job with frozen weights (requires_grad False, in
@@ -86,8 +91,10 @@ def save(
             overwrite=overwrite,
             process_group=process_group,
             comm=comm,
+            check_replicas=check_replicas,
             base=_base(base, storage),
             verify_base=verify_base,
+            storage=storage or LocalStorage(),
         )
     with operation(f"save {target}", process_group, comm=comm) as coordinator:
         return run_save(

@@ -40,9 +40,8 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-file-size",
         type=_size,
-        default=5 * 10**9,
         metavar="SIZE",
-        help="of hf: 5GB, 500MB ...",
+        help="of hf: 500MB, 2GiB ...; by default 5GB",
     )
     parser.add_argument(
         "--keys", nargs="+", metavar="NAME", help="these alone: prefixes of names, or patterns"

@@ -45,7 +45,7 @@ def convert(
     keys: Select = None,
     rename: Rename = None,
     shards: int | None = None,
-    file_bytes: int = _HUGGING_FACE_BYTES,
+    file_bytes: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Convert the checkpoint at `source`, of whatever kind, to `target`. Not collective.
@@ -56,7 +56,7 @@ def convert(
     default told by the target's suffix: .pt, .pth or .safetensors, else "shardckpt". `keys` choose
     saved entries, `rename` gives those other names, both as in load_state. `shards`: of a
     checkpoint, or files of DCP; by default one for each GiB. `file_bytes`: at most so many in a
-    file of "hf", but for a larger tensor.
+    file of "hf", but for a larger tensor; 5 GB by default. Other targets refuse them.
 
     Values stay what they are, bit for bit; PerRank values become a list of every rank's wherever
     the target has no such thing. Memory: some buffers; the whole state for "torch", a file for
@@ -120,7 +120,7 @@ def convert_source(
     *,
     to: Format | None,
     shards: int | None,
-    file_bytes: int,
+    file_bytes: int | None,
     overwrite: bool,
     coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
@@ -130,6 +130,8 @@ def convert_source(
     ranks = coordinator or SingleCoordinator()
     target = local_path(target)
     kind = _format_of(target, to)
+    _refuse(target, shards is not None and kind not in ("shardckpt", "dcp"), "shards", kind)
+    _refuse(target, file_bytes is not None and kind != "hf", "a size of files", kind)
     if shards is None:
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
         shards = max(ranks.world_size, -(-total // _BYTES_PER_FILE))
@@ -146,7 +148,8 @@ def convert_source(
     elif kind == "dcp":
         rewrite(DcpFolder(source, target, files=shards, overwrite=overwrite), ranks, progress)
     elif kind == "hf":
-        folder = HuggingFace(source, target, file_bytes=file_bytes, overwrite=overwrite)
+        most = _HUGGING_FACE_BYTES if file_bytes is None else file_bytes
+        folder = HuggingFace(source, target, file_bytes=most, overwrite=overwrite)
         rewrite(folder, ranks, progress)
     elif kind == "safetensors":
         rewrite(SafetensorsFile(source, target, overwrite=overwrite), ranks, progress)
@@ -158,6 +161,17 @@ def convert_source(
             return b""
 
         exchange(ranks, "write", alone, lambda payloads: b"")
+
+
+def _refuse(target: str, given: bool, what: str, kind: Format) -> None:
+    if given:
+        raise StateError(
+            f"A conversion to {kind} takes no number of shards or size of files",
+            path=target,
+            expected='shards for "shardckpt" and "dcp", a size of files for "hf"',
+            actual=f"{what}, for {kind}",
+            remedy="leave it out",
+        )
 
 
 def _format_of(target: str, to: Format | None) -> Format:

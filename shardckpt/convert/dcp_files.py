@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from shardckpt.convert.sources import state_of
 from shardckpt.convert.targets import Folder
+from shardckpt.convert.whole_files import save_torch
 from shardckpt.coordination.base import Coordinator
 from shardckpt.execution.reshard import even_plan
 from shardckpt.execution.source import Source
@@ -163,7 +164,7 @@ class _Planner(DefaultSavePlanner):
         if write_item.tensor_data is None:
             buffer = io.BytesIO()
             node = values.encode(folder.values[name], at=name)
-            torch.save(state_of(folder.source, node), buffer)
+            save_torch(state_of(folder.source, node), buffer, folder.path)
             return buffer
         chunk = write_item.tensor_data.chunk
         part = folder.source.read_box(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import pickle
 import re
 import struct
 import zipfile
@@ -55,6 +56,7 @@ __all__ = [
     "is_one_file",
     "read_many",
     "read_one",
+    "save_torch",
     "seal",
     "write_many",
     "write_one",
@@ -146,8 +148,21 @@ def _write(state: Mapping[str, Any], path: str, target: str) -> None:
         save_file(tensors, path, {"format": "pt", TREE: tree, DIGEST: UNSEALED})
         seal(path)
     else:
-        torch.save(dict(state), path)
+        save_torch(dict(state), path, target)
         check_loads(path, target)
+
+
+def save_torch(value: Any, file: Any, path: str) -> None:
+    """torch.save; UnsupportedLeafError for a value that pickle can't take."""
+    try:
+        torch.save(value, file)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        raise UnsupportedLeafError(
+            "The state holds a value that torch.save refuses",
+            path=path,
+            actual=str(error).splitlines()[0],
+            remedy="leave the value out with keys=, or write a checkpoint of shardckpt",
+        ) from error
 
 
 def check_loads(file: Any, path: str) -> None:

@@ -127,6 +127,12 @@ class CheckpointManager(Closing):
         """
         if not isinstance(step, int) or step < 0:
             raise StateError("This is no step", expected="an int from 0", actual=repr(step))
+        if if_exists not in ("error", "replace", "number"):
+            raise StateError(
+                "Unknown value for if_exists",
+                expected='"error", "replace" or "number"',
+                actual=repr(if_exists),
+            )
         if not isinstance(state, Mapping) or RECORD in state:
             raise StateError(
                 "This is no state for a CheckpointManager",
@@ -250,6 +256,8 @@ class CheckpointManager(Closing):
         best = next((policy for policy in self.keep if isinstance(policy, KeepBest)), None)
         if best is None and metric is None:
             raise StateError("Best by which metric?", remedy="give metric=, or a KeepBest policy")
+        if mode not in (None, "min", "max"):
+            raise StateError("Unknown value for mode", expected='"min" or "max"', actual=repr(mode))
         by = metric or (best.metric if best else "")
         better = mode or (best.mode if best and metric in (None, best.metric) else "min")
         return self._restore(state, lambda found: ranked(found, by, better), strict=strict)

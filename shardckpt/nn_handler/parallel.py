@@ -89,15 +89,16 @@ def start(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # type: ignore[unreachable]
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        return Layout(mode="none", device=device)
     names = () if mesh is None else mesh.mesh_dim_names or ()
-    if mesh is not None and (not names or not set(names) <= {"dp", "tp"} or parallel == "ddp"):
+    odd = not names or not set(names) <= {"dp", "tp"} or parallel in ("ddp", "none")
+    if (mesh is not None and odd) or (tp_plan is not None and "tp" not in names):
         raise StateError(
             "This device mesh does not fit",
-            expected='the dimensions "dp", "tp" or both, and parallel="fsdp"',
+            expected='the dimensions "dp", "tp" or both, and parallel="fsdp"; "tp" for a tp_plan',
             actual=f"dimensions {names}, parallel={parallel!r}",
         )
+    if not dist.is_initialized():
+        return Layout(mode="none", device=device)
     mode: Parallel = parallel if parallel != "auto" else ("ddp" if mesh is None else "fsdp")
     return Layout(mode=mode, device=device, mesh=mesh, tp_plan=tp_plan)
 

@@ -179,7 +179,13 @@ class OneFile:
         process_group: Any,
         base: str | None,
     ) -> SaveHandle | None:
-        """See Format.save. Files are written whole."""
+        """See Format.save. Files are written whole, and at once."""
+        if asynchronous:
+            raise StateError(
+                "A single file is not saved in the background",
+                path=path,
+                remedy="leave out asynchronous=True, or the format",
+            )
         _save_whole(
             dict(state),
             path,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from typing import Any
 
@@ -16,10 +15,10 @@ from shardckpt.coordination.mpi.group import group_for_dcp
 from shardckpt.coordination.select import check_launcher, is_alone
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.execution.load_driver import open_manifest
-from shardckpt.integrations.dcp.writer import ShardWriter
+from shardckpt.integrations.dcp.writer import ShardWriter, check_comparable
 from shardckpt.planning.stateful import plain_state
 from shardckpt.reports import SaveReport
-from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.base import Storage
 
 __all__ = ["save_with_planner"]
 
@@ -31,17 +30,27 @@ def save_with_planner(
     planner: Any,
     overwrite: bool,
     process_group: Any,
-    comm: Any = None,
+    comm: Any,
+    check_replicas: bool,
     base: str | Checkpoint | None,
     verify_base: bool,
+    storage: Storage,
 ) -> SaveReport:
     """Save a state as a DCP SavePlanner plans it; collective, over DCP's collectives."""
     group_for_dcp(path, comm=comm)
     alone = process_group is None and (is_alone() or not dist.is_initialized())
     if alone:
         check_launcher()
+    check_comparable(planner, check_replicas=check_replicas)
     start = time.perf_counter()
-    writer = ShardWriter(path, overwrite=overwrite, base=base, verify_base=verify_base)
+    writer = ShardWriter(
+        path,
+        overwrite=overwrite,
+        check_replicas=check_replicas,
+        base=base,
+        verify_base=verify_base,
+        storage=storage,
+    )
     try:
         state_dict_saver.save(
             plain_state(state),
@@ -56,7 +65,8 @@ def save_with_planner(
     except BaseException:
         writer.abandon()
         raise
-    files, manifest = open_manifest(LocalStorage(), path)
+    files, manifest = open_manifest(storage, path)
+    manifest_bytes = len(files.manifest())
     files.close()
     return SaveReport(
         path=path,
@@ -68,7 +78,7 @@ def save_with_planner(
                 manifest.shards, lambda shard: shard.name.partition("-of-")[0]
             )
         ),
-        manifest_bytes=os.path.getsize(os.path.join(path, "manifest.json")),
+        manifest_bytes=manifest_bytes,
         seconds={"save": time.perf_counter() - start},
     )
 

@@ -31,6 +31,7 @@ class ShardMetadata(Metadata):
     """The metadata of one of shardckpt's checkpoints, with the saved state itself."""
 
     saved: SavedState | None = None
+    cast: bool = False
 
 
 def _needs(planner: object, partner: str) -> ShardckptError:
@@ -45,8 +46,9 @@ def _needs(planner: object, partner: str) -> ShardckptError:
 class ShardSavePlanner(DefaultSavePlanner):
     """Plans a dcp.save as shardckpt.save does: divided by bytes, checked, int keys kept.
 
-    For ShardWriter. Takes what DefaultSavePlanner takes; ranks whose keys, shapes or values
-    differ get RankMismatchError or ReplicaMismatchError (inside DCP's CheckpointException).
+    For ShardWriter. DefaultSavePlanner's options have no use here, and are refused. Ranks whose
+    keys, shapes or values differ as shardckpt.save does not take them get RankMismatchError or
+    ReplicaMismatchError (inside DCP's CheckpointException).
     """
 
     local: LocalPlan
@@ -54,6 +56,16 @@ class ShardSavePlanner(DefaultSavePlanner):
     global_writes: GlobalPlan
     tree: bytes
     merging: bool  # the ranks don't hold the same
+
+    def __init__(self, **options: Any) -> None:
+        if options:
+            raise StateError(
+                "ShardSavePlanner takes no options",
+                actual=", ".join(options),
+                remedy="leave them out: names are always flat, replicas are divided among their "
+                "ranks by bytes, and plans that don't change are not made again",
+            )
+        super().__init__()
 
     def set_up_planner(
         self,
@@ -120,7 +132,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
             metadata.saved,
             rank=dist.get_rank() if initialised else 0,
             world_size=dist.get_world_size() if initialised else 1,
-            cast=self.may_cast,
+            cast=self.may_cast or metadata.cast,
         )
 
     def create_local_plan(self) -> LoadPlan:

@@ -44,7 +44,7 @@ class ShardReader(StorageReader):
 
     `path` may be left out where dcp gets a checkpoint_id. Works with DCP's planners, with
     ReshardLoadPlanner, and with a user's own. A target of another dtype than was saved is a
-    LoadMismatchError, unless `cast`; ReshardLoadPlanner has its own switch for that.
+    LoadMismatchError, unless `cast`, or that of ReshardLoadPlanner, converts it.
     """
 
     def __init__(
@@ -90,7 +90,11 @@ class ShardReader(StorageReader):
             else:
                 described[name] = BytesStorageMetadata()
         return ShardMetadata(
-            state_dict_metadata=described, planner_data=paths, storage_data={}, saved=saved
+            state_dict_metadata=described,
+            planner_data=paths,
+            storage_data={},
+            saved=saved,
+            cast=self.cast,
         )
 
     def set_up_storage_reader(

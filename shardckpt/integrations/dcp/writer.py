@@ -48,7 +48,7 @@ from shardckpt.storage.base import Storage, WriteTransaction
 from shardckpt.storage.local import LocalStorage, checkpoint_path
 from shardckpt.storage.paths import local_path
 
-__all__ = ["ShardWriter"]
+__all__ = ["ShardWriter", "check_comparable"]
 
 
 class _Written(msgspec.Struct, array_like=True):
@@ -67,8 +67,8 @@ class ShardWriter(StorageWriter):
     there. `base` is an earlier checkpoint, whose unchanged files are linked; `verify_base` reads
     all of them back. With ShardSavePlanner all that shardckpt.save promises holds; with another
     planner its items are written as they come, and that they cover every tensor exactly once is
-    checked before anything appears. Under mpirun and srun it is made on every rank, and calls
-    init_from_mpi() where there is no process group.
+    checked before anything appears. `check_replicas` needs ShardSavePlanner. Under mpirun and srun
+    it is made on every rank, and calls init_from_mpi() where there is no process group.
     """
 
     def __init__(
@@ -145,6 +145,7 @@ class ShardWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's shard; it is durable when this returns."""
         assert self.checkpoint_id is not None
+        check_comparable(planner, check_replicas=self.check_replicas, rank=self._rank)
         if getattr(planner, "_enable_plan_caching", False):
             raise StateError(
                 "ShardWriter does not work with DCP's cache of plans, which ignores dtypes",
@@ -231,6 +232,18 @@ class ShardWriter(StorageWriter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_transaction": None, "_planner": None}
+
+
+def check_comparable(planner: object, *, check_replicas: bool, rank: int | None = None) -> None:
+    """Refuse check_replicas with a planner that leaves each replica to one rank."""
+    if check_replicas and not isinstance(planner, ShardSavePlanner):
+        raise StateError(
+            "check_replicas works with ShardSavePlanner alone",
+            rank=rank,
+            expected="shardckpt.ShardSavePlanner, which compares replicas",
+            actual=f"{type(planner).__qualname__}, which leaves each replica to one rank",
+            remedy="leave out check_replicas, or pass planner=ShardSavePlanner()",
+        )
 
 
 def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) -> bytes:

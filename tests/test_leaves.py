@@ -1,0 +1,144 @@
+"""Leaves that are no tensors: saved in any way, and loaded in any way, they are what they were."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import decimal
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import shardckpt
+from shardckpt import errors
+from shardckpt.convert.convert import convert
+from shardckpt.format import values
+from tests.state_rows_leaves import ROWS, Frozen, Pair, Progress
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The same state, saved in three ways."""
+    folder = tmp_path_factory.mktemp("leaves")
+    state = {name: make() for name, make, _ in ROWS}
+    shardckpt.save(state, folder / "save")
+    shardckpt.async_save(state, folder / "async_save").result()
+    writer = shardckpt.ShardWriter(folder / "dcp")
+    dcp.save(state, storage_writer=writer, planner=shardckpt.ShardSavePlanner())
+    return folder
+
+
+@pytest.mark.parametrize("way", ["save", "async_save", "dcp"])
+@pytest.mark.parametrize("row", ROWS, ids=[name for name, *_ in ROWS])
+def test_a_leaf(saved, way, row):
+    name, make, equal = row
+    assert equal(make(), shardckpt.load_state(saved / way, keys=name)[name], False)
+    state = {name: make()}
+    shardckpt.load(state, saved / way)
+    assert equal(make(), state[name], True)
+
+
+def test_other_targets(saved, tmp_path):
+    checkpoint = shardckpt.open_checkpoint(saved / "save")
+    checkpoint.verify()
+    names = ["dataclass", "date", "deque", "Generator"]
+    convert(str(saved / "save"), str(tmp_path / "again"), keys=names)
+    again = shardckpt.load_state(tmp_path / "again")
+    assert again["dataclass"].epoch == 4
+    assert torch.equal(again["Generator"], torch.Generator().manual_seed(5).get_state())
+
+
+def test_an_object_is_filled_in_place_and_a_frozen_one_is_replaced(tmp_path):
+    shardckpt.save({"p": Progress(7, torch.ones(2)), "f": Frozen(0.1)}, tmp_path / "c")
+    tensor, progress, frozen = torch.zeros(2), Progress(), Frozen()
+    progress.seen = tensor
+    state = {"p": progress, "f": frozen}
+    shardckpt.load(state, tmp_path / "c")
+    assert state["p"] is progress
+    assert progress.seen is tensor
+    assert (progress.epoch, tensor.tolist()) == (7, [1, 1])
+    assert (state["f"], frozen) == (Frozen(0.1), Frozen())
+
+
+def test_fields_that_differ(tmp_path):
+    @dataclasses.dataclass
+    class Other:
+        epoch: int = 0
+        more: int = 1
+
+    shardckpt.save({"p": Progress(), "t": Pair(1, 2)}, tmp_path / "c")
+    with pytest.raises(errors.LoadMismatchError) as caught:
+        shardckpt.load({"p": Other()}, tmp_path / "c")
+    assert caught.value.facts["missing"] == ("p.more",)
+    three = collections.namedtuple("three", "a b c")(0, 0, 0)
+    with pytest.raises(errors.LoadMismatchError, match="shape of t"):
+        shardckpt.load({"t": three}, tmp_path / "c")
+
+
+def test_everything_that_can_t_be_saved_is_named_at_once(tmp_path):
+    state = {"a": object(), "b": [torch.zeros(2, device="meta"), {len}], "c": {"d": 1, "e": print}}
+    with pytest.raises(errors.UnsupportedLeafError) as caught:
+        shardckpt.save(state, tmp_path / "c")
+    for name in ("a: builtins.object", "b.0: device meta", "b.1: builtins", "c.e: builtins"):
+        assert name in str(caught.value)
+    assert "c.d" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [{Frozen()}, {Frozen(): 1}, collections.Counter([Frozen()])])
+def test_an_object_that_could_not_come_back_as_a_key(value):
+    with pytest.raises(errors.UnsupportedLeafError):
+        values.encode(value, at="v")
+
+
+def test_what_load_state_builds_is_the_caller_s_alone(tmp_path):
+    shardckpt.save({"s": {1}, "l": [], "p": Progress()}, tmp_path / "c")
+    with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
+        first = checkpoint.load_state()
+        first["s"].add(2)
+        first["l"].append(1)
+        second = checkpoint.load_state()
+    assert (second["s"], second["l"]) == ({1}, [])
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"$datetime": ["x", 0]},
+        {"$datetime": ["2024-01-01", 2]},
+        {"$timedelta": [1 << 40, 0, 0]},
+        {"$timedelta": [0, 0]},
+        {"$decimal": "x"},
+        {"$fraction": [1, 0]},
+        {"$uuid": "x"},
+        {"$array": ["|O", [1], ""]},
+        {"$array": ["<U1", [-1], "YQAAAA=="]},
+        {"$array": ["<U1", [1], ""]},
+        {"$numpy_dtype": "O"},
+        {"$memory_format": "float32"},
+        {"$record": ["x"]},
+        {"$record": ["x", [1]]},
+        {"$bytesio": 1},
+    ],
+    ids=str,
+)
+def test_malformed_nodes(node):
+    with pytest.raises(errors.CorruptionError):
+        values.decode(node, tensor=lambda ref: ref)
+
+
+def test_a_tag_of_a_newer_version():
+    with pytest.raises(errors.FormatVersionError, match="does not know"):
+        values.decode({"$tomorrow": 1}, tensor=lambda ref: ref)
+
+
+def test_a_number_is_not_evaluated():
+    assert values.encode(decimal.Decimal("1e999999"), at="") == {"$decimal": "1E+999999"}
+
+
+@pytest.mark.parametrize(("target", "to"), [("t.pth", "torch"), ("d", "dcp")])
+def test_a_value_that_pickle_can_t_take(tmp_path, target, to):
+    shardckpt.save({"w": torch.ones(1), "v": torch.channels_last}, tmp_path / "c")
+    with pytest.raises(errors.UnsupportedLeafError):
+        convert(str(tmp_path / "c"), str(tmp_path / target), to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
