@@ -118,6 +118,8 @@ def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish
     for fqn, parameter in parameters.items():
         mine = current["state"].get(fqn)
         place = below(name, f"state.{fqn}")
+        if mine is None:
+            mine = _first_state(optimizer, parameter, matcher.saved.nodes.get(place))
         filled[fqn] = _state(matcher, place, parameter, mine or {}) if fqn in known else mine
 
     def finish() -> Optimizer:
@@ -187,6 +189,19 @@ def _state(
         else:
             filled[key] = matcher.build(place)
     return filled
+
+
+def _first_state(optimizer: Any, parameter: torch.Tensor, node: Any) -> dict[str, Any] | None:
+    """Wrapper tensors of an optimizer without state, as torchao's optimizers make them at their
+    first step; None of all others. The method is private in torchao 0.18."""
+    new = getattr(optimizer, "_new_buffer", None)
+    if not callable(new) or not isinstance(node, dict):
+        return None
+    wrapped = {k: v[WRAPPER] for k, v in node.items() if isinstance(v, dict) and WRAPPER in v}
+    return {
+        key: new(parameter, bool((facts.get("context") or [True])[0]))
+        for key, facts in wrapped.items()
+    } or None
 
 
 def _no_class(name: str, node: dict[str, Any]) -> StateError:
