@@ -41,7 +41,7 @@ from shardckpt.planning.modules import match_module, match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
 from shardckpt.planning.sharded_tensors import carry_layout, describes_itself
 from shardckpt.planning.stateful import has_state, modules_in, parameter_names
-from shardckpt.planning.wrapper_tensors import WRAPPER, Wrapped, read_out, rebuilt
+from shardckpt.planning.wrapper_tensors import WRAPPER, Wrapped, facts_of, read_out, rebuilt
 
 __all__ = ["Finish", "Matcher", "Mismatches"]
 
@@ -188,12 +188,13 @@ class Matcher:
             if self.saved.selected(name):
                 self.mismatches.missing.append(name)
             return tensor
-        if not (isinstance(node, dict) and WRAPPER in node):
+        saved = facts_of(node)
+        if saved is None:
             self.used.add(name)
             kind = "a tensor" if isinstance(node, TensorRef) else type(node).__name__
             self.mismatches.wrong_dtype.append((name, f"a {target.facts['class']}", kind))
             return tensor
-        saved = self.build(below(name, WRAPPER))
+        self.build(below(name, WRAPPER))  # which notes that it is used
         mine = {**target.facts, "inner": sorted(target.parts)}
         theirs = {**saved, "inner": sorted(key for key in node if key != WRAPPER)}
         if mine != theirs:

@@ -17,7 +17,7 @@ from shardckpt.planning.chunks import Shards, is_distributed, local_tensor
 from shardckpt.planning.saved import below
 from shardckpt.planning.sharded_tensors import carry_layout, describes_itself, shards_of
 from shardckpt.planning.stateful import aliases, canonical_names, optimizer_state
-from shardckpt.planning.wrapper_tensors import WRAPPER, Wrapped, read_out
+from shardckpt.planning.wrapper_tensors import Wrapped, facts_of, read_out
 
 if TYPE_CHECKING:
     from shardckpt.planning.load_plan import Finish, Matcher
@@ -182,9 +182,9 @@ def _state(
             if not (isinstance(tensor, torch.Tensor) and _shape(tensor, place) == entry.shape):
                 tensor = _like(parameter, entry, place)
             filled[key] = matcher.tensor(tensor, place)
-        elif isinstance(item, dict) and WRAPPER in item:
+        elif (facts := facts_of(item)) is not None:
             if not isinstance(tensor, torch.Tensor):
-                raise _no_class(place, item)
+                raise _no_class(place, facts)
             filled[key] = matcher.tensor(tensor, place)
         else:
             filled[key] = matcher.build(place)
@@ -197,18 +197,20 @@ def _first_state(optimizer: Any, parameter: torch.Tensor, node: Any) -> dict[str
     new = getattr(optimizer, "_new_buffer", None)
     if not callable(new) or not isinstance(node, dict):
         return None
-    wrapped = {k: v[WRAPPER] for k, v in node.items() if isinstance(v, dict) and WRAPPER in v}
-    return {
-        key: new(parameter, bool((facts.get("context") or [True])[0]))
-        for key, facts in wrapped.items()
-    } or None
+    found: dict[str, Any] = {}
+    for key, item in node.items():
+        if (facts := facts_of(item)) is not None:
+            context = facts.get("context")
+            signed = context[0] if isinstance(context, list) and context else True
+            found[key] = new(parameter, bool(signed))
+    return found or None
 
 
-def _no_class(name: str, node: dict[str, Any]) -> StateError:
+def _no_class(name: str, facts: dict[str, Any]) -> StateError:
     return StateError(
         "Optimizer state of a tensor subclass has no tensor to be loaded into",
         tensor=name,
-        expected=f"state that holds a {node[WRAPPER].get('class')}",
+        expected=f"state that holds a {facts.get('class')}",
         actual="an optimizer without state",
         remedy="take one step first, which makes the state; all of it is replaced by what was "
         "saved. Nothing that a checkpoint names is imported",

@@ -21,7 +21,7 @@ from shardckpt.errors import UnsupportedLeafError
 from shardckpt.planning.chunks import PLAIN, LocalChunk, Shards, local_layout
 from shardckpt.planning.sharded_tensors import describes_itself, shards_of
 
-__all__ = ["WRAPPER", "Wrapped", "read_out", "rebuilt"]
+__all__ = ["WRAPPER", "Wrapped", "facts_of", "read_out", "rebuilt"]
 
 WRAPPER = "@wrapper"
 """The key of the facts beside the inner tensors."""
@@ -148,6 +148,12 @@ def _of_dtensor(tensor: DTensor, local: Any, name: str) -> Wrapped:
         chunks = [LocalChunk(offsets, sizes, part.detach())] if boxes else []
         found[inner] = Shards(shape, part.dtype, chunks, part)
     return Wrapped(found, _facts(tensor, local, context), tensor)
+
+
+def facts_of(node: Any) -> dict[str, Any] | None:
+    """The facts in a saved node that is a wrapper tensor's; None for any other."""
+    facts = node.get(WRAPPER) if isinstance(node, dict) else None
+    return facts if isinstance(facts, dict) else None
 
 
 def rebuilt(tensor: Any, parts: dict[str, torch.Tensor]) -> Any:

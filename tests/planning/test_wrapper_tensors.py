@@ -121,6 +121,10 @@ def test_wrappers_that_differ_are_mismatches(tmp_path):
         shardckpt.load({"w": torch.zeros(2)}, tmp_path / "c")
     with pytest.raises(errors.LoadMismatchError, match=r"missing.*other"):
         shardckpt.load({"other": TwoTensor(a, b)}, tmp_path / "c")
+    for odd in (3, None, {}, {"shape": 7, "class": [1]}):
+        shardckpt.save({"w": {"a": a, "b": b, "@wrapper": odd}}, tmp_path / "odd", overwrite=True)
+        with pytest.raises(errors.LoadMismatchError, match="w"):
+            shardckpt.load({"w": TwoTensor(a, b)}, tmp_path / "odd")
     on_meta = TwoTensor(a.to("meta"), b.to("meta"))
     state = {"w": on_meta}
     shardckpt.load(state, tmp_path / "c")
