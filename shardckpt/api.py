@@ -59,9 +59,9 @@ def save(
     returns, the checkpoint is whole and durable; when it raises, nothing has appeared, and
     what was at `path` is still there.
 
-    `state`: nested dicts (lists, tuples) of tensors (plain, DTensor, ShardedTensor), numpy
-    arrays, Python values, modules, optimizers, and objects with state_dict and
-    load_state_dict. Tensors are neither moved nor copied as a whole. `overwrite` replaces a
+    `state`: nested dicts (lists, tuples) of tensors (plain, DTensor, ShardedTensor; docs/tensors.md
+    lists all kinds), numpy arrays, Python values, modules, optimizers, and objects with state_dict
+    and load_state_dict. Tensors are neither moved nor copied as a whole. `overwrite` replaces a
     checkpoint at `path`, which stays loadable until the new one is there. `planner`: a DCP
     SavePlanner, which then decides what is saved. `check_replicas` compares replicated
     tensors of any size between ranks; values and tensors up to 64 KiB always are. With a planner it

@@ -125,6 +125,7 @@ def test_values_survive(name, tmp_path):
     assert repr(state["v"]) == repr(VALUES[name])
 
 
+@pytest.mark.filterwarnings("ignore")  # torch calls complex32 experimental
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_every_dtype(dtype, tmp_path):
     raw = torch.arange(240, dtype=torch.uint8)
@@ -139,6 +140,7 @@ def test_every_dtype(dtype, tmp_path):
     assert torch.equal(loaded["t"].view(torch.uint8), tensor.view(torch.uint8))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it calls prototypes
 def test_dtypes_that_can_not_be_saved_are_all_named(tmp_path):
     quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     state = {"a": {"b": quantized}, "c": torch.eye(2).to_sparse(), "fine": torch.ones(1)}

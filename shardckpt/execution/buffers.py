@@ -150,7 +150,9 @@ def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     tensor, size_bytes = tensor.detach(), tensor.nbytes
     if size_bytes <= BUFFER_BYTES or tensor.dim() == 0:
-        yield tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
+        copied = tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
+        check_memory(copied)
+        yield copied
         return
     rows = max(1, BUFFER_BYTES * tensor.shape[0] // size_bytes)
     for part in torch.split(tensor, rows):

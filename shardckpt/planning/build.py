@@ -15,8 +15,9 @@ import torch
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import Record, TensorRef
-from shardckpt.planning.chunks import LocalChunk, local_chunks
+from shardckpt.planning.chunks import PLAIN, LocalChunk, local_chunks
 from shardckpt.planning.flatten import Ties
+from shardckpt.planning.memory import owns_memory
 from shardckpt.planning.saved import SavedState, below, children, rebuilt
 from shardckpt.planning.wrapper_tensors import read_out
 
@@ -90,6 +91,7 @@ class Builder:
         if (
             tensor is None
             or not isinstance(tensor, torch.Tensor)
+            or (type(tensor) in PLAIN and not owns_memory(tensor))
             or tensor.is_meta
             or tuple(tensor.shape) != entry.shape
             or tensor.dtype != DTYPES[entry.dtype]

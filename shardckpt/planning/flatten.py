@@ -179,7 +179,11 @@ class _Flattener:
         below = f"{name}." if name else ""
         frozen = {f"{below}{own}" for own in module.frozen}
         self.flat.foreign.update(f"{below}{own}" for own in module.foreign)
-        added = [n for n in itertools.islice(self.flat.tensors, before, None) if n in frozen]
+        added = [
+            n
+            for n in itertools.islice(self.flat.tensors, before, None)
+            if n in frozen or n.rpartition(".")[0] in frozen  # an inner tensor of a wrapper
+        ]
         if added:
             self.flat.kinds.update(dict.fromkeys(added, kind_of(self.frozen_modules)))
             self.frozen_modules += 1

@@ -31,9 +31,7 @@ from shardckpt.planning.chunks import (
     PLAIN,
     AnyTensor,
     LocalChunk,
-    Shards,
     check_dense,
-    is_distributed,
     lies_as_saved,
     local_chunks,
 )
@@ -42,9 +40,9 @@ from shardckpt.planning.markers import FromRank0, PerRank, Union
 from shardckpt.planning.memory import owns_memory
 from shardckpt.planning.modules import match_module, match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
-from shardckpt.planning.sharded_tensors import carry_layout, describes_itself
+from shardckpt.planning.sharded_tensors import materialised
 from shardckpt.planning.stateful import has_state, modules_in, parameter_names
-from shardckpt.planning.wrapper_tensors import WRAPPER, Wrapped, read_out, rebuilt
+from shardckpt.planning.wrapper_tensors import Wrapped, match_wrapped, read_out
 
 __all__ = ["Finish", "Matcher", "Mismatches", "check_untaken"]
 
@@ -168,8 +166,7 @@ class Matcher:
         return self.value(template, name)
 
     def mark_changed(self) -> None:
-        """Tell autograd, once the reads are done, that tensors were written to: a backward pass
-        that needs their old values is an error then, as after any change in place."""
+        """Tell autograd, after the reads, what was written to, as after any change in place."""
         tensors = [*self.filled, *(chunk.data for _, chunk in self.reads)]
         with torch._C.DisableTorchFunctionSubclass():  # private in torch 2.13
             increment_version([tensor for tensor in tensors if not tensor.is_inference()])
@@ -206,7 +203,7 @@ class Matcher:
         """Fill a tensor in place (one on the meta device: a new one like it); returns it."""
         target = read_out(template, name=name)
         if isinstance(target, Wrapped):
-            return self.wrapped(target, name)
+            return match_wrapped(self, target, name)
         if not self.saved.selected(name) or self.plain(template, name):
             return template
         check_dense(target, name=name)
@@ -220,37 +217,6 @@ class Matcher:
         if type(template) is DTensor:
             self.filled.append(template)
         return template
-
-    def wrapped(self, target: Wrapped, name: str) -> torch.Tensor:
-        """Fill the inner tensors of one that wraps others, if the saved one was alike."""
-        node, tensor = self.saved.nodes.get(name, NOTHING), target.source
-        if node is NOTHING:
-            if self.saved.selected(name):
-                self.mismatches.missing.append(name)
-            return tensor
-        if not (isinstance(node, dict) and WRAPPER in node):
-            self.used.add(name)
-            kind = "a tensor" if isinstance(node, TensorRef) else type(node).__name__
-            self.mismatches.wrong_dtype.append((name, f"a {target.facts['class']}", kind))
-            return tensor
-        saved = self.build(below(name, WRAPPER))
-        mine = {**target.facts, "inner": sorted(target.parts)}
-        theirs = {**saved, "inner": sorted(key for key in node if key != WRAPPER)}
-        if mine != theirs:
-            self.used.update(leaf for leaf in self.saved.leaves if under(leaf, name))
-            differing = [key for key in mine if mine[key] != theirs.get(key)]
-            expected, found = ({key: of.get(key) for key in differing} for of in (mine, theirs))
-            noted = self.mismatches.wrong_dtype
-            if differing == ["shape"]:
-                noted, expected, found = self.mismatches.wrong_shape, mine["shape"], theirs["shape"]
-            noted.append((name, expected, found))
-            return tensor
-        parts = {key: self.tensor(part, below(name, key)) for key, part in target.parts.items()}
-        self.filled.append(tensor)
-        if all(parts[key] is part for key, part in target.parts.items()):
-            return tensor
-        made: torch.Tensor = rebuilt(tensor, parts)
-        return made
 
     def plain(self, template: torch.Tensor, name: str) -> bool:
         """As `tensor` for one as most are: in CPU memory as the saved one lies in its file. False
@@ -499,22 +465,6 @@ class Matcher:
 
 def _is_per_rank(node: Any) -> TypeGuard[TensorRef]:
     return isinstance(node, TensorRef) and node.kind == "per_rank"
-
-
-def materialised(tensor: Any, name: str) -> Any:
-    """A tensor like one on the meta device, with memory: on its mesh's device, or the default."""
-    if isinstance(tensor, Shards) or (describes_itself(tensor) and type(tensor) not in PLAIN):
-        raise StateError(
-            "A tensor on the meta device that says itself how it is sharded can't be given memory",
-            tensor=name,
-            expected="shards with memory",
-            actual="device meta",
-            remedy="materialise it first, with to_empty() or as the library that it is of does",
-        )
-    device: Any = torch.get_default_device()
-    if is_distributed(tensor):
-        device = tensor.device_mesh.device_type
-    return carry_layout(tensor, torch.empty_like(tensor, device=device))
 
 
 _VALUES = {type(None), bool, int, float, str, bytes}

@@ -18,8 +18,8 @@ def owns_memory(tensor: torch.Tensor) -> bool:
     """
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    if not tensor.numel():
-        return True
+    if not tensor.numel() or not (tensor.is_cpu or tensor.is_cuda):
+        return True  # on other devices nothing goes by address
     try:
         storage = tensor.untyped_storage()
         size_bytes: int = storage.nbytes()

@@ -17,7 +17,7 @@ from shardckpt.planning.chunks import Shards, is_distributed, local_tensor
 from shardckpt.planning.saved import below
 from shardckpt.planning.sharded_tensors import carry_layout, describes_itself, shards_of
 from shardckpt.planning.stateful import aliases, canonical_names, optimizer_state
-from shardckpt.planning.wrapper_tensors import WRAPPER, Wrapped, read_out
+from shardckpt.planning.wrapper_tensors import Wrapped, facts_of, read_out
 
 if TYPE_CHECKING:
     from shardckpt.planning.load_plan import Finish, Matcher
@@ -118,6 +118,8 @@ def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish
     for fqn, parameter in parameters.items():
         mine = current["state"].get(fqn)
         place = below(name, f"state.{fqn}")
+        if mine is None:
+            mine = _first_state(optimizer, parameter, matcher.saved.nodes.get(place))
         filled[fqn] = _state(matcher, place, parameter, mine or {}) if fqn in known else mine
 
     def finish() -> Optimizer:
@@ -180,20 +182,35 @@ def _state(
             if not (isinstance(tensor, torch.Tensor) and _shape(tensor, place) == entry.shape):
                 tensor = _like(parameter, entry, place)
             filled[key] = matcher.tensor(tensor, place)
-        elif isinstance(item, dict) and WRAPPER in item:
+        elif (facts := facts_of(item)) is not None:
             if not isinstance(tensor, torch.Tensor):
-                raise _no_class(place, item)
+                raise _no_class(place, facts)
             filled[key] = matcher.tensor(tensor, place)
         else:
             filled[key] = matcher.build(place)
     return filled
 
 
-def _no_class(name: str, node: dict[str, Any]) -> StateError:
+def _first_state(optimizer: Any, parameter: torch.Tensor, node: Any) -> dict[str, Any] | None:
+    """Wrapper tensors of an optimizer without state, as torchao's optimizers make them at their
+    first step; None of all others. The method is private in torchao 0.18."""
+    new = getattr(optimizer, "_new_buffer", None)
+    if not callable(new) or not isinstance(node, dict):
+        return None
+    found: dict[str, Any] = {}
+    for key, item in node.items():
+        if (facts := facts_of(item)) is not None:
+            context = facts.get("context")
+            signed = context[0] if isinstance(context, list) and context else True
+            found[key] = new(parameter, bool(signed))
+    return found or None
+
+
+def _no_class(name: str, facts: dict[str, Any]) -> StateError:
     return StateError(
         "Optimizer state of a tensor subclass has no tensor to be loaded into",
         tensor=name,
-        expected=f"state that holds a {node[WRAPPER].get('class')}",
+        expected=f"state that holds a {facts.get('class')}",
         actual="an optimizer without state",
         remedy="take one step first, which makes the state; all of it is replaced by what was "
         "saved. Nothing that a checkpoint names is imported",

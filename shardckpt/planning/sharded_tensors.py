@@ -16,9 +16,16 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardckpt.errors import StateError
-from shardckpt.planning.chunks import LocalChunk, Shards, box_slices, is_sharded_tensor
+from shardckpt.planning.chunks import (
+    PLAIN,
+    LocalChunk,
+    Shards,
+    box_slices,
+    is_distributed,
+    is_sharded_tensor,
+)
 
-__all__ = ["carry_layout", "describes_itself", "shards_of"]
+__all__ = ["carry_layout", "describes_itself", "materialised", "shards_of"]
 
 _ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 _METHODS = ("__create_chunk_list__", "__create_write_items__")
@@ -31,7 +38,7 @@ def describes_itself(tensor: torch.Tensor) -> bool:
         return type(local) is not torch.Tensor and _has_methods(local)
     if hasattr(tensor, "global_shape"):
         return True
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or isinstance(tensor, DTensor):
+    if type(tensor) in PLAIN or isinstance(tensor, DTensor):
         return False
     return is_sharded_tensor(tensor) or _has_methods(tensor)
 
@@ -164,3 +171,19 @@ def carry_layout(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             if hasattr(source, attribute):
                 setattr(target, attribute, getattr(source, attribute))
     return target
+
+
+def materialised(tensor: Any, name: str) -> Any:
+    """A tensor like one on the meta device, with memory: on its mesh's device, or the default."""
+    if isinstance(tensor, Shards) or (describes_itself(tensor) and type(tensor) not in PLAIN):
+        raise StateError(
+            "A tensor on the meta device that says itself how it is sharded can't be given memory",
+            tensor=name,
+            expected="shards with memory",
+            actual="device meta",
+            remedy="materialise it first, with to_empty() or as the library that it is of does",
+        )
+    device: Any = torch.get_default_device()
+    if is_distributed(tensor):
+        device = tensor.device_mesh.device_type
+    return carry_layout(tensor, torch.empty_like(tensor, device=device))

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from shardckpt.errors import OptimizerModuleError, UnsupportedLeafError
@@ -185,7 +186,9 @@ def aliases(module: nn.Module) -> dict[str, Any]:
     state_dict(), it keeps what parameters say of how they are sharded."""
     return {
         key: carry_layout(value, value.detach())
-        if isinstance(value, torch.Tensor) and (is_parameter(value) or value.requires_grad)
+        if isinstance(value, torch.Tensor)
+        and not is_lazy(value)
+        and (is_parameter(value) or value.requires_grad)
         else value
         for key, value in module.state_dict(keep_vars=True).items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.execution.buffers import contiguous_parts
+from shardckpt.execution.stager import Image, stage, staged_bytes
+from shardckpt.format.manifest import TensorEntry
+from shardckpt.planning.chunks import LocalChunk
+from shardckpt.planning.flatten import flatten
 from shardckpt.planning.memory import owns_memory
+from shardckpt.planning.reads import plan_reads
+from shardckpt.planning.table import local_plan
 from tests.ranks import run_ranks
 
 
@@ -113,11 +121,37 @@ def test_wrappers_that_differ_are_mismatches(tmp_path):
         shardckpt.load({"w": torch.zeros(2)}, tmp_path / "c")
     with pytest.raises(errors.LoadMismatchError, match=r"missing.*other"):
         shardckpt.load({"other": TwoTensor(a, b)}, tmp_path / "c")
+    for odd in (3, None, {}, {"shape": 7, "class": [1]}):
+        shardckpt.save({"w": {"a": a, "b": b, "@wrapper": odd}}, tmp_path / "odd", overwrite=True)
+        with pytest.raises(errors.LoadMismatchError, match="w"):
+            shardckpt.load({"w": TwoTensor(a, b)}, tmp_path / "odd")
     on_meta = TwoTensor(a.to("meta"), b.to("meta"))
     state = {"w": on_meta}
     shardckpt.load(state, tmp_path / "c")
     assert isinstance(state["w"], TwoTensor)
     assert torch.equal(state["w"].b, b)
+
+
+def test_memory_that_is_freed_after_planning_is_not_touched():
+    tensor = torch.ones(1 << 18)
+    part = tensor[:4]
+    plan = local_plan(flatten({"w": tensor}, rank=0), world_size=1)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(errors.UnsupportedLeafError, match="w"):
+        stage(plan, Image(staged_bytes(plan), pinned=False), {})
+    with pytest.raises(errors.UnsupportedLeafError):
+        list(contiguous_parts(tensor))
+    entry = TensorEntry(dtype="F32", shape=(4,), chunks=np.array([[0, 0, 16, 0, 4]]))
+    with pytest.raises(errors.UnsupportedLeafError):
+        plan_reads([(entry, LocalChunk((0,), (4,), part))])
+
+
+def test_frozen_wrappers_are_frozen_inside():
+    layer = nn.Module()
+    layer.weight = nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4)), requires_grad=False)
+    layer.lora = nn.Parameter(torch.ones(2))
+    kinds = flatten({"model": layer}, rank=0).kinds
+    assert set(kinds) == {"model.weight.a", "model.weight.b"}
 
 
 @pytest.mark.parametrize("wrapper", [torch.vmap, torch.func.grad])
