@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import collections
 import enum
+import io
 import math
 import pathlib
 import re
@@ -132,6 +133,8 @@ def _tagged(value: Any, at: str) -> Any:
     if isinstance(value, (bytes, bytearray)):
         tag = "$bytes" if isinstance(value, bytes) else "$bytearray"
         return {tag: _base64(bytes(value))}
+    if isinstance(value, io.BytesIO):
+        return {"$bytesio": _base64(value.getvalue())}
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
@@ -324,6 +327,7 @@ _DECODERS: dict[str, _Decoder] = {
     "$complex": _complex,
     "$bytes": _text(_unbase64),
     "$bytearray": _text(lambda text: bytearray(_unbase64(text))),
+    "$bytesio": _text(lambda text: io.BytesIO(_unbase64(text))),
     "$dtype": _text(_dtype),
     "$device": _text(_device),
     "$size": _ints(torch.Size, spread=False),

@@ -29,15 +29,13 @@ from shardckpt.format import values
 from shardckpt.planning.arrays import ShardedArray, from_numpy
 from shardckpt.planning.chunks import check_dense, local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
+from shardckpt.planning.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.planning.stateful import (
     ModuleState,
-    OptimizerState,
     foreign_buffers,
     has_state,
     module_state,
     modules_in,
-    optimizer_state,
-    parameter_names,
 )
 
 __all__ = ["FlatState", "PerRank", "Ties", "flatten"]
@@ -103,7 +101,7 @@ class _Flattener:
         self.ties, self.own_ties = Ties(), Ties()
         self.names: set[str] = set()
         self.frozen_modules = 0
-        self._parameter_names: dict[int, str] | None = None
+        self.parameter_names = ParameterNames(modules_in(state))
 
     def walk(self, value: Any, name: str, depth: int) -> Any:
         """The typed JSON of the value at `name`, with references where tensors stand."""
@@ -134,7 +132,7 @@ class _Flattener:
         if isinstance(value, ModuleState):
             return self.module(value, name, depth)
         if isinstance(value, Optimizer):
-            value = OptimizerState(optimizer_state(value, self.parameter_names(), at=name))
+            value = OptimizerState(optimizer_state(value, self.parameter_names, at=name))
         if isinstance(value, OptimizerState):
             before = len(self.flat.tensors)
             node = self.walk(value.entries, name, depth)
@@ -221,11 +219,6 @@ class _Flattener:
         self.flat.own_trees.append(self.walk(value.value, name, depth))
         self.inside_per_rank = False
         return values.reference("per_rank", str(len(self.flat.own_trees) - 1))
-
-    def parameter_names(self) -> dict[int, str]:
-        if self._parameter_names is None:
-            self._parameter_names = parameter_names(modules_in(self.state))
-        return self._parameter_names
 
     def check_depth(self, name: str, depth: int) -> None:
         if depth > _DEPTH_LIMIT:

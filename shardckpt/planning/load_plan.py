@@ -22,7 +22,7 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef
 from shardckpt.planning.arrays import ShardedArray
-from shardckpt.planning.build import NOTHING, Builder
+from shardckpt.planning.build import NOTHING, Allocate, Builder, allocate
 from shardckpt.planning.chunks import (
     PLAIN,
     LocalChunk,
@@ -32,9 +32,11 @@ from shardckpt.planning.chunks import (
     local_chunks,
 )
 from shardckpt.planning.flatten import PerRank, Ties
-from shardckpt.planning.modules import match_module, match_optimizer
+from shardckpt.planning.modules import match_module
+from shardckpt.planning.optimizer_state import ParameterNames
+from shardckpt.planning.optimizers import match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
-from shardckpt.planning.stateful import has_state, modules_in, parameter_names
+from shardckpt.planning.stateful import has_state, modules_in
 
 __all__ = ["Finish", "Matcher", "Mismatches"]
 
@@ -90,7 +92,7 @@ class Matcher:
         self.used: set[str] = set()
         self.owned: list[str] = []  # names of modules and optimizers, which take all below them
         self._filled = Ties()
-        self._parameter_names: dict[int, str] | None = None
+        self.parameter_names = ParameterNames(modules_in(state))
 
     def match(self, template: Any, name: str = "") -> Finish:
         """Match one value of the caller's state; see the module's docstring."""
@@ -184,12 +186,20 @@ class Matcher:
             self.mismatches.wrong_shape.append((name, list(template.shape), list(entry.shape)))
             return False
         saved = DTYPES[entry.dtype]
+        if not self.fits(entry, template):
+            self.mismatches.wrong_dtype.append((name, str(template.dtype), str(saved)))
+            return False
         if template.dtype != saved:
-            if not self.may_cast or (saved.is_complex and not template.dtype.is_complex):
-                self.mismatches.wrong_dtype.append((name, str(template.dtype), str(saved)))
-                return False
             self.cast.append((name, str(saved), str(template.dtype)))
         return True
+
+    def fits(self, entry: TensorEntry, template: torch.Tensor | ShardedArray) -> bool:
+        """Whether a saved tensor can fill the template; notes nothing."""
+        saved = DTYPES[entry.dtype]
+        return template.shape == entry.shape and (
+            template.dtype == saved
+            or (self.may_cast and (template.dtype.is_complex or not saved.is_complex))
+        )
 
     def fill(
         self, found: tuple[str, TensorEntry], tensor: torch.Tensor | ShardedArray, name: str
@@ -303,15 +313,15 @@ class Matcher:
 
         return finish
 
-    def build(self, name: str, like: Any = None) -> Any:
+    def build(self, name: str, like: Any = None, new: Allocate = allocate) -> Any:
         """What was saved at a name, anew; NOTHING, noted as missing, where nothing was. Tensors in
-        `like`, a nested value, are filled where they agree."""
+        `like`, a nested value, are filled where they agree; `new` makes the others."""
         if name not in self.saved.nodes:
             if self.saved.selected(name):
                 self.mismatches.missing.append(name)
             return NOTHING
         tensors = dict(_tensors(like, name))
-        builder = Builder(self.saved, self.reads, like=tensors, filled=self._filled)
+        builder = Builder(self.saved, self.reads, like=tensors, filled=self._filled, new=new)
         value = builder.build(self.saved.nodes[name], name)
         self.used.update(builder.built)
         return value
@@ -350,12 +360,6 @@ class Matcher:
         finally:
             self.saved = outer
         return lambda: PerRank(inner(), template.on_resize)
-
-    def parameter_names(self) -> dict[int, str]:
-        """id of a parameter -> its name, for the optimizers of the state."""
-        if self._parameter_names is None:
-            self._parameter_names = parameter_names(modules_in(self.state))
-        return self._parameter_names
 
 
 def _is_per_rank(node: Any) -> TypeGuard[TensorRef]:

@@ -8,6 +8,7 @@ they are, with their version: whoever copies them later can tell whether they we
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -24,16 +25,14 @@ from torch.optim import Optimizer
 from shardckpt.planning.arrays import ShardedArray
 from shardckpt.planning.flatten import FlatState, PerRank
 from shardckpt.planning.kinds import frozen_entries
+from shardckpt.planning.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.planning.stateful import (
     ModuleState,
-    OptimizerState,
     foreign_buffers,
     has_state,
     is_parameter,
     modules_in,
-    optimizer_state,
     own_state,
-    parameter_names,
 )
 
 __all__ = ["Snapshot", "take_snapshot"]
@@ -100,6 +99,8 @@ class _Taker:
             return value
         if isinstance(value, (set, bytearray, Counter, deque)):
             return value.copy()
+        if isinstance(value, io.BytesIO):
+            return io.BytesIO(value.getvalue())
         if isinstance(value, Mapping):
             return {
                 key: self.walk(item, f"{at}.{key}", copy_up_to=copy_up_to, depth=depth + 1)
@@ -118,11 +119,9 @@ class _Taker:
         if isinstance(value, nn.Module):
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
-            names = parameter_names(self.modules, read=self.own)
+            names = ParameterNames(self.modules, read=self.own)
             found = optimizer_state(value, names, at=at.removeprefix("."))
-            state = self.held_state(found.pop("state"), at)
-            rest = self.walk(found, at, copy_up_to=math.inf)
-            return OptimizerState({"state": state, **rest})
+            return OptimizerState(self.optimizer(found, at))
         if isinstance(value, PerRank):
             inner = self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth)
             return PerRank(inner, value.on_resize)
@@ -143,6 +142,20 @@ class _Taker:
         if plain:
             return ModuleState(entries, frozenset(), frozenset())
         return ModuleState(entries, frozen_entries(module), foreign_buffers(module))
+
+    def optimizer(self, found: dict[Any, Any], at: str) -> dict[Any, Any]:
+        """An optimizer's state dict: groups copied, as schedulers change them; all else held."""
+        taken: dict[Any, Any] = {}
+        for key, item in found.items():
+            if key == "state" and type(item) is dict:
+                taken[key] = self.held_state(item, at)
+            elif key == "param_groups":
+                taken[key] = self.walk(item, at, copy_up_to=math.inf)
+            elif type(item) is dict:
+                taken[key] = self.optimizer(item, at)
+            else:
+                taken[key] = self.walk(item, at, copy_up_to=_NEVER)
+        return taken
 
     def held_state(self, state: dict[Any, Any], at: str) -> dict[Any, Any]:
         """An optimizer's state by parameter; what only a step changes."""

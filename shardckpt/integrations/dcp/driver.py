@@ -16,7 +16,7 @@ from shardckpt.coordination.mpi.group import group_for_dcp
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.integrations.dcp.writer import ShardWriter
-from shardckpt.planning.stateful import plain_state
+from shardckpt.planning.optimizer_state import plain_state
 from shardckpt.reports import SaveReport
 from shardckpt.storage.local import LocalStorage
 
