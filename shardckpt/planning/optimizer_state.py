@@ -284,8 +284,10 @@ def _mine(item: Any) -> Any:
 
 def _another_ranks(item: Any, like: torch.Tensor, parameter: torch.Tensor, *, at: str) -> Any:
     """What another rank's state of a parameter must be, as this rank's own of `like` is `item`."""
-    if not isinstance(item, torch.Tensor) or not item.dim():
-        return item  # a step count, equal for all; the save compares it
+    if not isinstance(item, torch.Tensor):
+        return item
+    if not item.dim():
+        return item.clone()  # a step count, equal for all parameters; the save compares it
     if item.shape != like.shape:
         raise StateError(
             "State of this form can't be saved out of a ZeroRedundancyOptimizer",

@@ -64,7 +64,12 @@ def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish
             for key in packed.keys() - rest.keys() - set(TORCH_KEYS):
                 matcher.mismatches.missing.append(below(place, key))
                 rest[key] = lambda key=key: packed[key]
-            return lambda: {**form.finish(), **{key: part() for key, part in rest.items()}}
+
+
+            def whole() -> Any:
+                return {**form.finish(), **{key: part() for key, part in rest.items()}}
+
+            return whole
         if isinstance(packed, Mapping) and isinstance(node, dict) and node:
             matcher.used.add(place)
             parts = {key: match(packed.get(key), below(place, key)) for key in node}
