@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,7 @@ def match_module(matcher: Matcher, template: nn.Module, name: str) -> Finish:
     ]
 
     def finish() -> nn.Module:
-        assign: dict[str, Any] = {}
-        hand_over: dict[str, Any] = {}
-        every = state.copy()  # with its _metadata: the versions of the modules
+        assign, hand_over, every = (_like(state) for _ in range(3))
         for key, part in parts.items():
             before, after = state[key], part()
             every[key] = after
@@ -62,6 +61,14 @@ def match_module(matcher: Matcher, template: nn.Module, name: str) -> Finish:
         return template
 
     return finish
+
+
+def _like(state: Any) -> Any:
+    """An empty state dict with the versions of the modules that this one is of."""
+    empty = collections.OrderedDict[str, Any]()
+    if hasattr(state, "_metadata"):
+        empty._metadata = state._metadata  # type: ignore[attr-defined]
+    return empty
 
 
 def _is_extra(key: str) -> bool:

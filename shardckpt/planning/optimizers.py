@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +65,6 @@ def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish
                 matcher.mismatches.missing.append(below(place, key))
                 rest[key] = lambda key=key: packed[key]
 
-
             def whole() -> Any:
                 return {**form.finish(), **{key: part() for key, part in rest.items()}}
 
@@ -118,7 +117,14 @@ class _TorchForm:
         for group, names in zip(groups, self._param_names(), strict=True):
             if names is not None:
                 group["param_names"] = names
-        return {"state": {**self.filled, **self.beside}, "param_groups": groups}
+        number_of = dict(zip(self.names, self.numbers, strict=True))
+        order = [number_of.get(key, key) for key in self.saved_state]
+        state = {**self.filled, **self.beside}
+        order += [key for key in state if key not in set(order)]
+        return {
+            "state": {key: state[key] for key in order if key in state},
+            "param_groups": groups,
+        }
 
     def undo_casts(self) -> None:
         """Put back what Optimizer.load_state_dict cast to the parameter's dtype: what was saved
@@ -150,7 +156,15 @@ class _TorchForm:
                 best, agreeing = names, count
             if count == len(self.group_of):
                 break
-        return [best[id(parameter)] for parameter in self.parameters]
+        names = [best[id(parameter)] for parameter in self.parameters]
+        if agreeing == 0 and len(self.group_of) == len(names) > 0:
+            # Saved as parameters of a part of this module, or of a module that holds it.
+            saved, own = _common_path(self.group_of), _common_path(names)
+            moved = [f"{saved}{name[len(own) :]}" for name in names]
+            nested = f".{saved}".endswith(f".{own}") or f".{own}".endswith(f".{saved}")
+            if nested and set(moved) == self.group_of.keys():
+                return moved
+        return names
 
     def _names_by_group(self) -> list[list[str]]:
         names = iter(self.names)
@@ -175,7 +189,20 @@ class _TorchForm:
                     remedy="create the optimizer with the same parameter groups",
                 )
             groups.append(found[0] if found else {})
+        if isinstance(self.owner, torch.optim.LBFGS) and not missing | unexpected:
+            self._check_order(place)
         return groups
+
+    def _check_order(self, place: str) -> None:
+        saved = list(self.group_of)
+        if saved != self.names:
+            raise StateError(
+                "The history of LBFGS needs its parameters in the order in which it was saved",
+                tensor=place,
+                expected=", ".join(saved)[:500],
+                actual=", ".join(self.names)[:500],
+                remedy="hand the parameters over in this order",
+            )
 
     def _param_names(self) -> list[list[str] | None]:
         """For each group, torch's own names of its parameters, where it has any."""
@@ -197,10 +224,10 @@ class _TorchForm:
         matcher, place = self.matcher, below(self.name, "state")
         matcher.used.add(place)
         node = matcher.saved.nodes.get(place)
-        saved = node if isinstance(node, dict) else {}
+        self.saved_state = node if isinstance(node, dict) else {}
         self.beside = {
-            key: matcher.build(below(place, key))
-            for key in saved
+            key: matcher.build(below(place, key), like=self.packed["state"].get(key))
+            for key in self.saved_state
             if key not in self.group_of and key not in self.names
         }
         for number, fqn, parameter in zip(self.numbers, self.names, self.parameters, strict=True):
@@ -213,7 +240,7 @@ class _TorchForm:
             state = mine
             if fqn in self.group_of:
                 state = self._state_of(parameter, mine or {}, below(place, fqn))
-            if state:
+            if state is not None:
                 self.filled[number] = state
 
     def _state_of(self, parameter: torch.Tensor, mine: Any, name: str) -> Any:
@@ -310,6 +337,14 @@ class _TorchForm:
         local = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
         mesh = parameter.device_mesh
         return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _common_path(names: Iterable[str]) -> str:
+    """The path, up to a dot, with which all of the names begin."""
+    first, last = min(names), max(names)
+    while not last.startswith(first):
+        first = first[: first.rstrip(".").rfind(".") + 1]
+    return first if first.endswith(".") else first[: first.rfind(".") + 1]
 
 
 def _dense(value: Any) -> Any:
