@@ -26,7 +26,7 @@ def grouped(
     """
     if isinstance(groups, Mapping):
         groups = [{"params": [prefix], **options} for prefix, options in groups.items()]
-    by_id = parameter_names([("", module)])
+    by_id = parameter_names(module)
     parameters = {by_id[id(p)]: p for p in module.parameters()}
     taken: dict[str, None] = {}
     chosen, named = [], []

@@ -27,7 +27,8 @@ from shardckpt.execution.background import SaveHandle
 from shardckpt.execution.memory import MemoryStorage
 from shardckpt.manager.formats import RECORD, Signature, signature_of
 from shardckpt.planning.flatten import Ties
-from shardckpt.planning.stateful import has_state, plain_state
+from shardckpt.planning.optimizer_state import plain_state
+from shardckpt.planning.stateful import has_state
 from shardckpt.reports import LoadReport
 from shardckpt.storage.system import translated
 

@@ -31,16 +31,14 @@ from shardckpt.planning.arrays import ShardedArray, fits_tensor, from_numpy
 from shardckpt.planning.chunks import AnyTensor, Shards, check_dense, local_tensor
 from shardckpt.planning.kinds import OPTIMIZER, frozen_entries, kind_of
 from shardckpt.planning.markers import FromRank0, PerRank, Union
+from shardckpt.planning.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.planning.refusals import all_refused
 from shardckpt.planning.stateful import (
     ModuleState,
-    OptimizerState,
     foreign_buffers,
     has_state,
     module_state,
     modules_in,
-    optimizer_state,
-    parameter_names,
 )
 from shardckpt.planning.wrapper_tensors import Wrapped, read_out
 
@@ -99,7 +97,7 @@ class _Flattener:
         self.names: set[str] = set()
         self.refused: list[StateError] = []  # all of them are named, not the first alone
         self.frozen_modules = 0
-        self._parameter_names: dict[int, str] | None = None
+        self.parameter_names = ParameterNames(modules_in(state))
 
     def walk(self, value: Any, name: str, depth: int) -> Any:
         """The typed JSON of the value at `name`, with references where tensors stand."""
@@ -131,7 +129,7 @@ class _Flattener:
         if isinstance(value, ModuleState):
             return self.module(value, name, depth)
         if isinstance(value, Optimizer):
-            value = OptimizerState(optimizer_state(value, self.parameter_names(), at=name))
+            value = OptimizerState(optimizer_state(value, self.parameter_names, at=name))
         if isinstance(value, OptimizerState):
             before = len(self.flat.tensors)
             node = self.walk(value.entries, name, depth)
@@ -274,11 +272,6 @@ class _Flattener:
             )
         self.flat.unions.append(name)
         return node
-
-    def parameter_names(self) -> dict[int, str]:
-        if self._parameter_names is None:
-            self._parameter_names = parameter_names(modules_in(self.state))
-        return self._parameter_names
 
 
 class _TooDeepError(RecursionError):

@@ -26,7 +26,7 @@ from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.values import TensorRef, record_of
 from shardckpt.planning.arrays import ShardedArray, fits_tensor
-from shardckpt.planning.build import NOTHING, Builder
+from shardckpt.planning.build import NOTHING, Allocate, Builder, allocate
 from shardckpt.planning.chunks import (
     PLAIN,
     AnyTensor,
@@ -38,10 +38,12 @@ from shardckpt.planning.chunks import (
 from shardckpt.planning.flatten import Ties
 from shardckpt.planning.markers import FromRank0, PerRank, Union
 from shardckpt.planning.memory import owns_memory
-from shardckpt.planning.modules import match_module, match_optimizer
+from shardckpt.planning.modules import match_module
+from shardckpt.planning.optimizer_state import ParameterNames
+from shardckpt.planning.optimizers import match_optimizer
 from shardckpt.planning.saved import SavedState, below, under
 from shardckpt.planning.sharded_tensors import materialised
-from shardckpt.planning.stateful import has_state, modules_in, parameter_names
+from shardckpt.planning.stateful import has_state, modules_in
 from shardckpt.planning.wrapper_tensors import Wrapped, match_wrapped, read_out
 
 __all__ = ["Finish", "Matcher", "Mismatches", "check_untaken"]
@@ -130,7 +132,7 @@ class Matcher:
         self.filled: list[torch.Tensor] = []  # those whose memory is that of other tensors
         self.owned: list[str] = []  # names of modules and optimizers, which take all below them
         self._filled = Ties()
-        self._parameter_names: dict[int, str] | None = None
+        self.parameter_names = ParameterNames(modules_in(state))
 
     def match(self, template: Any, name: str = "") -> Finish:
         """Match one value of the caller's state; see the module's docstring."""
@@ -245,12 +247,23 @@ class Matcher:
             return False
         saved = DTYPES[entry.dtype]
         if template.dtype != saved:
-            opaque = saved in OPAQUE or template.dtype in OPAQUE
-            if not self.may_cast or opaque or (saved.is_complex and not template.dtype.is_complex):
+            if not self.may_convert(saved, template.dtype):
                 self.mismatches.wrong_dtype.append((name, str(template.dtype), str(saved)))
                 return False
             self.cast.append((name, str(saved), str(template.dtype)))
         return True
+
+    def may_convert(self, saved: torch.dtype, wanted: torch.dtype) -> bool:
+        """Whether dtype="cast" converts a saved dtype to a wanted one."""
+        opaque = saved in OPAQUE or wanted in OPAQUE
+        return self.may_cast and not opaque and (wanted.is_complex or not saved.is_complex)
+
+    def fits(self, entry: TensorEntry, template: AnyTensor) -> bool:
+        """Whether a saved tensor can fill the template; notes nothing."""
+        saved, wanted = DTYPES[entry.dtype], template.dtype
+        return template.shape == entry.shape and (
+            wanted == saved or self.may_convert(saved, wanted)
+        )
 
     def fill(self, found: tuple[str, TensorEntry], tensor: AnyTensor, name: str) -> None:
         """Note the reads that fill a tensor, once for tied ones."""
@@ -408,15 +421,15 @@ class Matcher:
 
         return finish
 
-    def build(self, name: str, like: Any = None) -> Any:
+    def build(self, name: str, like: Any = None, new: Allocate = allocate) -> Any:
         """What was saved at a name, anew; NOTHING, noted as missing, where nothing was. Tensors in
-        `like`, a nested value, are filled where they agree."""
+        `like`, a nested value, are filled where they agree; `new` makes the others."""
         if name not in self.saved.nodes:
             if self.saved.selected(name):
                 self.mismatches.missing.append(name)
             return NOTHING
         tensors = dict(_tensors(like, name))
-        builder = Builder(self.saved, self.reads, like=tensors, filled=self._filled)
+        builder = Builder(self.saved, self.reads, like=tensors, filled=self._filled, new=new)
         value = builder.build(self.saved.nodes[name], name)
         self.used.update(builder.built)
         return value
@@ -455,12 +468,6 @@ class Matcher:
         finally:
             self.saved = outer
         return lambda: PerRank(inner(), template.on_resize)
-
-    def parameter_names(self) -> dict[int, str]:
-        """id of a parameter -> its name, for the optimizers of the state."""
-        if self._parameter_names is None:
-            self._parameter_names = parameter_names(modules_in(self.state))
-        return self._parameter_names
 
 
 def _is_per_rank(node: Any) -> TypeGuard[TensorRef]:

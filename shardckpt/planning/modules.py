@@ -1,39 +1,37 @@
-"""Matching modules and optimizers of a caller's state against a saved one."""
+"""Matching modules of a caller's state against a saved one."""
 
 from __future__ import annotations
 
+import collections
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from shardckpt.errors import StateError
-from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import TensorEntry
-from shardckpt.format.values import TensorRef
 from shardckpt.planning.build import NOTHING
-from shardckpt.planning.chunks import Shards, is_distributed, local_tensor
+from shardckpt.planning.chunks import Shards, local_tensor
 from shardckpt.planning.saved import below
-from shardckpt.planning.sharded_tensors import carry_layout, describes_itself, shards_of
-from shardckpt.planning.stateful import aliases, canonical_names, optimizer_state
-from shardckpt.planning.wrapper_tensors import Wrapped, facts_of, read_out
+from shardckpt.planning.stateful import aliases, canonical_names, is_wrapped
+from shardckpt.planning.wrapper_tensors import Wrapped, read_out
 
 if TYPE_CHECKING:
     from shardckpt.planning.load_plan import Finish, Matcher
 
-__all__ = ["match_module", "match_optimizer"]
+__all__ = ["match_module", "runs_own_code"]
 
 
-def match_module(matcher: Matcher, module: nn.Module, name: str) -> Finish:
-    """Fill a module's own tensors; what is not its own memory goes through load_state_dict."""
+def match_module(matcher: Matcher, template: nn.Module, name: str) -> Finish:
+    """Fill a module's own tensors; what is not its own memory goes through load_state_dict, and
+    so does all of it where a load_state_dict or hooks of the module's author have to run."""
     matcher.owned.append(name)
     matcher.used.add(name)
+    module = _unwrapped(template)
     names = canonical_names(module)
     state = aliases(module)
     parts = {
         key: _extra(matcher, value, below(name, names[key]))
-        if key.endswith("_extra_state")
+        if _is_extra(key)
         else matcher.match(value, below(name, names[key]))
         for key, value in state.items()
     }
@@ -44,22 +42,38 @@ def match_module(matcher: Matcher, module: nn.Module, name: str) -> Finish:
     ]
 
     def finish() -> nn.Module:
-        assign: dict[str, Any] = {}
-        hand_over: dict[str, Any] = {}
+        assign, hand_over, every = (_like(state) for _ in range(3))
         for key, part in parts.items():
             before, after = state[key], part()
+            every[key] = after
             if isinstance(before, torch.Tensor) and before.is_meta:
                 if after is not before:
                     assign[key] = after
-            elif not (isinstance(before, torch.Tensor) and storages_of(before) <= own):
+            elif _is_extra(key) or not (
+                isinstance(before, torch.Tensor) and storages_of(before) <= own
+            ):
                 hand_over[key] = after
-        if hand_over:
-            module.load_state_dict(hand_over, strict=False)
         if assign:
             _assign(module, assign)
-        return module
+        if runs_own_code(module):
+            _load_state_dict(module, every)
+        elif hand_over:
+            module.load_state_dict(hand_over, strict=False)
+        return template
 
     return finish
+
+
+def _like(state: Any) -> Any:
+    """An empty state dict with the versions of the modules that this one is of."""
+    empty = collections.OrderedDict[str, Any]()
+    if hasattr(state, "_metadata"):
+        empty._metadata = state._metadata  # type: ignore[attr-defined]
+    return empty
+
+
+def _is_extra(key: str) -> bool:
+    return key.rpartition(".")[2] == "_extra_state"
 
 
 def _extra(matcher: Matcher, value: Any, name: str) -> Finish:
@@ -68,12 +82,55 @@ def _extra(matcher: Matcher, value: Any, name: str) -> Finish:
     return lambda: value if found is NOTHING else found
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside wrappers, whose load_state_dict would not call that of the module."""
+    while type(module).load_state_dict is nn.Module.load_state_dict:
+        children = dict(module.named_children())
+        inner = next((children[n] for n in children if is_wrapped(module, n)), None)
+        if inner is None or len(children) > 1:
+            break
+        module = inner
+    return module
+
+
+def runs_own_code(module: nn.Module) -> bool:
+    """Whether code that is not torch's own runs in load_state_dict: an override of it or of
+    _load_from_state_dict, or a hook. torch's own does nothing to tensors filled in place."""
+    if not _is_torchs(module.load_state_dict):
+        return True
+    for part in module.modules():
+        hooks = (
+            *part._load_state_dict_pre_hooks.values(),
+            *part._load_state_dict_post_hooks.values(),
+        )
+        if not all(map(_is_torchs, (part._load_from_state_dict, *hooks))):
+            return True
+    return False
+
+
+def _is_torchs(function: Any) -> bool:
+    while (inner := getattr(function, "hook", None) or getattr(function, "func", None)) is not None:
+        function = inner  # torch's _WrappedHook, functools.partial
+    where = getattr(function, "__module__", None) or type(function).__module__
+    return where == "torch" or (where.startswith("torch.") and not where.startswith("torch.ao."))
+
+
+def _load_state_dict(module: nn.Module, state: Any) -> None:
+    """Call a module's load_state_dict with what its own tensors hold already: torch copies no
+    tensor onto itself, so that this costs little more than the code of the module's author."""
+    taken = inspect.signature(module.load_state_dict).parameters
+    if "strict" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        module.load_state_dict(state, strict=False)
+    else:
+        module.load_state_dict(state)
+
+
 def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:
     """Put new tensors in place of those on the meta device; tied parameters stay tied."""
     tied: dict[int, list[str]] = {}
     for key, parameter in module.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(key)
-    module.load_state_dict(tensors, strict=False, assign=True)
+    nn.Module.load_state_dict(module, tensors, strict=False, assign=True)
     for first, *others in tied.values():
         for other in others:
             owner, _, last = other.rpartition(".")
@@ -93,172 +150,3 @@ def _storages(tensor: Any) -> set[int]:
         return {chunk.data.untyped_storage()._cdata for chunk in tensor.chunks}
     local = local_tensor(tensor)
     return {id(tensor)} if local is None else {local.untyped_storage()._cdata}
-
-
-def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish:
-    """Fill an optimizer's state by parameter name, whatever state it has had so far.
-
-    Afterwards its state is what was saved: state that a parameter had not yet is made like
-    the parameter, state that was not saved is dropped.
-    """
-    if name not in matcher.saved.nodes:
-        if matcher.saved.selected(name):
-            matcher.mismatches.missing.append(name)
-        return lambda: optimizer
-    matcher.owned.append(name)
-    current = optimizer_state(optimizer, matcher.parameter_names(), at=name)
-    parameters = {
-        matcher.parameter_names()[id(parameter)]: parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    groups, known = _groups(matcher, name, current["param_groups"])
-    matcher.used.add(below(name, "state"))
-    filled: dict[str, dict[str, Any] | None] = {}
-    for fqn, parameter in parameters.items():
-        mine = current["state"].get(fqn)
-        place = below(name, f"state.{fqn}")
-        if mine is None:
-            mine = _first_state(optimizer, parameter, matcher.saved.nodes.get(place))
-        filled[fqn] = _state(matcher, place, parameter, mine or {}) if fqn in known else mine
-
-    def finish() -> Optimizer:
-        packed = optimizer.state_dict()["param_groups"]
-        order = [index for group in packed for index in group["params"]]
-        state = {
-            index: filled[fqn] for index, fqn in zip(order, parameters, strict=True) if filled[fqn]
-        }
-        merged = [
-            {**own, **saved, "params": own["params"]}
-            for own, saved in zip(packed, groups, strict=True)
-        ]
-        optimizer.load_state_dict({"state": state, "param_groups": merged})
-        _undo_casts(optimizer, parameters, filled)
-        return optimizer
-
-    return finish
-
-
-def _undo_casts(
-    optimizer: Optimizer,
-    parameters: dict[str, torch.Tensor],
-    filled: dict[str, dict[str, Any] | None],
-) -> None:
-    # Optimizer.load_state_dict casts state to the parameter's dtype; what was saved wins, such as
-    # float32 moments of bfloat16 parameters.
-    for fqn, parameter in parameters.items():
-        for key, value in (filled[fqn] or {}).items():
-            now = optimizer.state[parameter].get(key)
-            if (
-                isinstance(value, torch.Tensor)
-                and now is not None
-                and now.dtype != value.dtype
-                and key != "step"
-            ):
-                optimizer.state[parameter][key] = value.to(now.device)
-
-
-def _state(
-    matcher: Matcher, name: str, parameter: torch.Tensor, current: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The saved state of one parameter, its tensors to be read; None where there was none."""
-    node = matcher.saved.nodes.get(name)
-    if not isinstance(node, dict):
-        return None
-    matcher.used.add(name)
-    if parameter.is_meta:
-        raise StateError(
-            "An optimizer over parameters on the meta device can't be loaded",
-            tensor=name,
-            expected="parameters with memory",
-            actual="device meta",
-            remedy="materialise the module first (to_empty), then create the optimizer",
-        )
-    filled: dict[str, Any] = {}
-    for key, item in node.items():
-        place, tensor = below(name, key), current.get(key)
-        if isinstance(item, TensorRef) and item.kind == "tensor":
-            entry = matcher.saved.manifest.tensors[item.name]
-            if not (isinstance(tensor, torch.Tensor) and _shape(tensor, place) == entry.shape):
-                tensor = _like(parameter, entry, place)
-            filled[key] = matcher.tensor(tensor, place)
-        elif (facts := facts_of(item)) is not None:
-            if not isinstance(tensor, torch.Tensor):
-                raise _no_class(place, facts)
-            filled[key] = matcher.tensor(tensor, place)
-        else:
-            filled[key] = matcher.build(place)
-    return filled
-
-
-def _first_state(optimizer: Any, parameter: torch.Tensor, node: Any) -> dict[str, Any] | None:
-    """Wrapper tensors of an optimizer without state, as torchao's optimizers make them at their
-    first step; None of all others. The method is private in torchao 0.18."""
-    new = getattr(optimizer, "_new_buffer", None)
-    if not callable(new) or not isinstance(node, dict):
-        return None
-    found: dict[str, Any] = {}
-    for key, item in node.items():
-        if (facts := facts_of(item)) is not None:
-            context = facts.get("context")
-            signed = context[0] if isinstance(context, list) and context else True
-            found[key] = new(parameter, bool(signed))
-    return found or None
-
-
-def _no_class(name: str, facts: dict[str, Any]) -> StateError:
-    return StateError(
-        "Optimizer state of a tensor subclass has no tensor to be loaded into",
-        tensor=name,
-        expected=f"state that holds a {facts.get('class')}",
-        actual="an optimizer without state",
-        remedy="take one step first, which makes the state; all of it is replaced by what was "
-        "saved. Nothing that a checkpoint names is imported",
-    )
-
-
-def _shape(tensor: torch.Tensor, name: str) -> tuple[int, ...]:
-    """The global shape."""
-    return tuple(shards_of(tensor, name=name).shape if describes_itself(tensor) else tensor.shape)
-
-
-def _like(parameter: torch.Tensor, entry: TensorEntry, name: str) -> torch.Tensor:
-    """An empty tensor for saved optimizer state: sharded as the parameter if of its shape."""
-    dtype = DTYPES[entry.dtype]
-    if _shape(parameter, name) == entry.shape:
-        new = torch.zeros_like if hasattr(parameter, "global_shape") else torch.empty_like
-        return carry_layout(parameter, new(parameter, dtype=dtype, requires_grad=False))
-    device: Any = "cpu" if not entry.shape or is_distributed(parameter) else parameter.device
-    return torch.empty(entry.shape, dtype=dtype, device=device)
-
-
-def _groups(
-    matcher: Matcher, name: str, current: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], set[str]]:
-    """For each parameter group of the optimizer, the options saved for its parameters; and the
-    names of the parameters that were saved."""
-    saved = matcher.build(below(name, "param_groups"))
-    prefix = below(name, "state.")
-    of_parameter = {
-        matcher.saved.renamed(prefix + fqn).removeprefix(prefix): group
-        for group in (saved if isinstance(saved, list) else [])
-        for fqn in group["params"]
-    }
-    local = {fqn for group in current for fqn in group["params"]}
-    place = below(name, "param_groups")
-    missing, unexpected = local - of_parameter.keys(), of_parameter.keys() - local
-    matcher.mismatches.missing += [f"{place}.{fqn}" for fqn in sorted(missing)]
-    matcher.mismatches.unexpected += [f"{place}.{fqn}" for fqn in sorted(unexpected)]
-    groups = []
-    for number, group in enumerate(current):
-        found = [of_parameter[fqn] for fqn in group["params"] if fqn in of_parameter]
-        if any(other is not found[0] for other in found):
-            raise StateError(
-                "A parameter group holds parameters that were saved in different groups",
-                tensor=f"{place}.{number}",
-                expected="parameters grouped as they were when saved",
-                actual=f"{len({id(other) for other in found})} saved groups in one",
-                remedy="create the optimizer with the same parameter groups",
-            )
-        groups.append({k: v for k, v in found[0].items() if k != "params"} if found else {})
-    return groups, set(of_parameter)

@@ -83,6 +83,18 @@ class SavedState:
             self._per_rank[rank] = values.decode(self.manifest.per_rank[rank], tensor=_keep)
         return self._per_rank[rank][int(ref.name)]
 
+    def leaves_below(self, name: str) -> list[str]:
+        """The names of the leaves of the node at `name`."""
+        found: list[str] = []
+        stack = [(name, self.nodes[name])] if name in self.nodes else []
+        while stack:
+            place, node = stack.pop()
+            items = children(node)
+            stack += [(below(place, key), item) for key, item in items]
+            if not items:
+                found.append(place)
+        return found
+
     def with_node(self, node: Any, name: str) -> SavedState:
         """The same, with `node` as all that was saved, under `name`."""
         other = object.__new__(SavedState)

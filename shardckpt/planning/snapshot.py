@@ -32,16 +32,14 @@ from shardckpt.planning.flatten import FlatState
 from shardckpt.planning.kinds import frozen_entries
 from shardckpt.planning.markers import FromRank0, PerRank, Union
 from shardckpt.planning.memory import owns_memory
+from shardckpt.planning.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.planning.stateful import (
     ModuleState,
-    OptimizerState,
     foreign_buffers,
     has_state,
     is_parameter,
     modules_in,
-    optimizer_state,
     own_state,
-    parameter_names,
 )
 from shardckpt.planning.wrapper_tensors import Wrapped, read_out
 
@@ -112,6 +110,8 @@ class _Taker:
             return value
         if isinstance(value, (set, bytearray, Counter)):
             return value.copy()
+        if isinstance(value, io.BytesIO):
+            return io.BytesIO(value.getvalue())
         if isinstance(value, Mapping):
             return {
                 key: self.walk(item, f"{at}.{key}", copy_up_to=copy_up_to, depth=depth + 1)
@@ -132,11 +132,9 @@ class _Taker:
         if isinstance(value, nn.Module):
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
-            names = parameter_names(self.modules, read=self.own)
+            names = ParameterNames(self.modules, read=self.own)
             found = optimizer_state(value, names, at=at.removeprefix("."))
-            state = self.held_state(found.pop("state"), at)
-            rest = self.walk(found, at, copy_up_to=math.inf)
-            return OptimizerState({"state": state, **rest})
+            return OptimizerState(self.optimizer(found, at))
         if isinstance(value, PerRank):
             inner = self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth)
             return PerRank(inner, value.on_resize)
@@ -175,6 +173,20 @@ class _Taker:
         if plain:
             return ModuleState(entries, frozenset(), frozenset())
         return ModuleState(entries, frozen_entries(module), foreign_buffers(module))
+
+    def optimizer(self, found: dict[Any, Any], at: str) -> dict[Any, Any]:
+        """An optimizer's state dict: groups copied, as schedulers change them; all else held."""
+        taken: dict[Any, Any] = {}
+        for key, item in found.items():
+            if key == "state" and type(item) is dict:
+                taken[key] = self.held_state(item, at)
+            elif key == "param_groups":
+                taken[key] = self.walk(item, at, copy_up_to=math.inf)
+            elif type(item) is dict:
+                taken[key] = self.optimizer(item, at)
+            else:
+                taken[key] = self.walk(item, at, copy_up_to=_NEVER)
+        return taken
 
     def held_state(self, state: dict[Any, Any], at: str) -> dict[Any, Any]:
         """An optimizer's state by parameter; what only a step changes."""

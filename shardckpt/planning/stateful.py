@@ -1,10 +1,7 @@
-"""Modules and optimizers as plain nested dicts with canonical names.
+"""Modules as plain dicts with canonical names.
 
 Names are those of the module as its author wrote it: without the `module.` of DDP, the
-`_orig_mod.` of torch.compile or the prefix of activation checkpointing. Optimizer state
-goes by parameter name, as torch.distributed.checkpoint.state_dict has it, but nothing is
-changed on the way: that module takes an optimizer step to make the state of a fresh
-optimizer, which leaves its step count at one.
+`_orig_mod.` of torch.compile or the prefix of activation checkpointing.
 """
 
 from __future__ import annotations
@@ -18,27 +15,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
-from shardckpt.errors import OptimizerModuleError, UnsupportedLeafError
+from shardckpt.errors import UnsupportedLeafError
 from shardckpt.planning.markers import Union
 from shardckpt.planning.sharded_tensors import carry_layout
 
 __all__ = [
     "ModuleState",
-    "OptimizerState",
     "OwnState",
     "aliases",
     "canonical_names",
     "foreign_buffers",
     "has_state",
     "is_parameter",
+    "is_wrapped",
     "module_state",
     "modules_in",
-    "optimizer_state",
+    "names_by_identity",
     "own_state",
     "parameter_names",
-    "plain_state",
 ]
 
 _LEAVES = (torch.Tensor, str, int, float, type(None))
@@ -57,13 +52,6 @@ class ModuleState:
     entries: dict[str, Any]
     frozen: Set[str]
     foreign: Set[str]
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerState:
-    """An optimizer read out; see optimizer_state."""
-
-    entries: dict[str, Any]
 
 
 def has_state(value: Any) -> bool:
@@ -138,11 +126,8 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
                 "get_state_dict() returns, or move to fully_shard",
             )
         for name, child in owner.named_children():
-            wrapped = name in _WRAPPED or (
-                name == "module"
-                and isinstance(owner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-            )
-            walk(child, f"{raw}{name}.", canonical if wrapped else f"{canonical}{name}.")
+            own = canonical if is_wrapped(owner, name) else f"{canonical}{name}."
+            walk(child, f"{raw}{name}.", own)
 
     walk(module, "", "")
 
@@ -161,6 +146,14 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
             above = prefixes[f"{parent}." if parent else ""]
             prefixes[f"{raw}."] = above if last in _WRAPPED else f"{above}{last}."
     return canonical
+
+
+def is_wrapped(owner: nn.Module, child: str) -> bool:
+    """Whether the child of this name is all that the owner, a wrapper, holds."""
+    return child in _WRAPPED or (
+        child == "module"
+        and isinstance(owner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,24 +209,13 @@ def foreign_buffers(module: nn.Module) -> set[str]:
     return found
 
 
-def parameter_names(
-    modules: Iterable[tuple[str, nn.Module]], *, read: Mapping[int, OwnState] | None = None
-) -> dict[int, str]:
-    """id of a parameter -> its canonical name in its module.
-
-    With several modules, names begin with the module's own, so that they stay apart. `read`
-    holds, by id, modules that have just been read.
-    """
-    found = list(modules)
-    names: dict[int, str] = {}
-    for prefix, module in found:
-        state = (read or {}).get(id(module)) or own_state(module)
-        for identity, name in _names_by_identity(module, state).items():
-            names.setdefault(identity, f"{prefix}.{name}" if len(found) > 1 else name)
-    return names
+def parameter_names(module: nn.Module) -> dict[int, str]:
+    """id of a parameter -> its canonical name in its module."""
+    return names_by_identity(module, own_state(module))
 
 
-def _names_by_identity(module: nn.Module, state: OwnState) -> dict[int, str]:
+def names_by_identity(module: nn.Module, state: OwnState) -> dict[int, str]:
+    """As parameter_names, of a module that has just been read."""
     own = {key: id(value) for key, value in state.tensors.items() if is_parameter(value)}
     known = _by_identity.get(module)
     if known is not None and known[0] == own and known[1] is state.names:
@@ -249,72 +231,3 @@ def is_parameter(value: Any) -> bool:
     """isinstance(value, nn.Parameter), which is slow for DTensors; by the mark, private in torch
     2.13, that it looks at."""
     return type(value) is nn.Parameter or getattr(value, "_is_param", False)
-
-
-def optimizer_state(optimizer: Optimizer, names: Mapping[int, str], *, at: str) -> dict[str, Any]:
-    """The optimizer's state dict with parameter names in place of indices.
-
-    `{"state": {name: {key: value}}, "param_groups": [{"params": [name, ...], ...}]}`; `names`
-    comes from parameter_names. Raises OptimizerModuleError for a parameter without a name.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        if id(parameter) not in names:
-            raise OptimizerModuleError(
-                "The optimizer holds a parameter that no module in the state has",
-                tensor=at,
-                expected="every parameter of the optimizer in a module of the same state",
-                actual=f"parameter {index} of shape {tuple(parameter.shape)}",
-                remedy='put the module beside it: {"model": model, "optimizer": optimizer}; '
-                "and create the optimizer after wrapping the model",
-            )
-    packed = optimizer.state_dict()
-    by_index = {
-        index: names[id(parameter)]
-        for group, own in zip(packed["param_groups"], optimizer.param_groups, strict=True)
-        for index, parameter in zip(group["params"], own["params"], strict=True)
-    }
-    by_name = dict(zip((names[id(parameter)] for parameter in parameters), parameters, strict=True))
-    return {
-        "state": {
-            (name := by_index.get(key, key)): _as_sharded(by_name.get(name), value)
-            for key, value in packed["state"].items()
-        },
-        "param_groups": [
-            {**group, "params": [by_index[index] for index in group["params"]]}
-            for group in packed["param_groups"]
-        ],
-    }
-
-
-def _as_sharded(parameter: torch.Tensor | None, state: Any) -> Any:
-    """The state of a parameter that says how it is sharded: tensors of its shape are cut as it
-    is."""
-    if parameter is None or not hasattr(parameter, "global_shape") or not isinstance(state, dict):
-        return state
-    return {
-        key: carry_layout(parameter, value.detach())
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        else value
-        for key, value in state.items()
-    }
-
-
-def plain_state(state: Any) -> Any:
-    """A nested state with its modules and optimizers as dicts of canonical names."""
-    names = parameter_names(modules_in(state))
-
-    def plain(value: Any, at: str) -> Any:
-        if isinstance(value, Union):
-            value = value.value
-        if isinstance(value, nn.Module):
-            return module_state(value)
-        if isinstance(value, Optimizer):
-            return optimizer_state(value, names, at=at)
-        if isinstance(value, Mapping):
-            return {key: plain(item, f"{at}.{key}") for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(plain(item, at) for item in value)
-        return value
-
-    return plain(state, "")

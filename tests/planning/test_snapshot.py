@@ -138,14 +138,14 @@ def test_what_is_known_of_a_module_is_forgotten_when_it_changes():
     model[2] = nn.DataParallel(nn.Linear(40, 5))  # a wrapper of the same keys
     model[2].module.register_module("module", nn.Identity())
     assert set(module_state(model)) == set(a_model().state_dict())
-    names = parameter_names([("m", model)])
+    names = parameter_names(model)
     assert names[id(model[2].module.weight)] == "2.weight"
     model[2] = nn.Linear(40, 5)
-    assert parameter_names([("m", model)])[id(model[2].weight)] == "2.weight"
+    assert parameter_names(model)[id(model[2].weight)] == "2.weight"
     model.append(nn.Linear(5, 5))
     assert "3.weight" in module_state(model)
     model[3].weight = nn.Parameter(torch.zeros(5, 5))
-    assert parameter_names([("m", model)])[id(model[3].weight)] == "3.weight"
+    assert parameter_names(model)[id(model[3].weight)] == "3.weight"
 
 
 def test_a_wrapper_that_takes_a_name_away_is_seen():
@@ -156,4 +156,4 @@ def test_a_wrapper_that_takes_a_name_away_is_seen():
     whole[0] = nn.DataParallel(inner.module)  # the keys stay what they were
     assert set(module_state(whole)) == {"0.weight", "0.bias"}
     assert set(canonical_names(whole).values()) == {"0.weight", "0.bias"}
-    assert set(parameter_names([("", whole)]).values()) == {"0.weight", "0.bias"}
+    assert set(parameter_names(whole).values()) == {"0.weight", "0.bias"}

@@ -16,7 +16,7 @@ from shardckpt.coordination.select import check_launcher, is_alone
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.execution.load_driver import open_manifest
 from shardckpt.integrations.dcp.writer import ShardWriter, check_comparable
-from shardckpt.planning.stateful import plain_state
+from shardckpt.planning.optimizer_state import plain_state
 from shardckpt.reports import SaveReport
 from shardckpt.storage.base import Storage
 
