@@ -152,10 +152,10 @@ class _TorchForm:
         """The names of the parameters, as far as possible those that were saved."""
         best: dict[int, str] = {}
         agreeing = -1
-        for names in self.matcher.parameter_names.candidates(self.parameters, at=self.name):
-            count = len(self.group_of.keys() & names.values())
+        for candidate in self.matcher.parameter_names.candidates(self.parameters, at=self.name):
+            count = len(self.group_of.keys() & candidate.values())
             if count > agreeing:
-                best, agreeing = names, count
+                best, agreeing = candidate, count
             if count == len(self.group_of):
                 break
         names = [best[id(parameter)] for parameter in self.parameters]
