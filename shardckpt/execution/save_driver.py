@@ -130,6 +130,7 @@ class _Save:
         self.known: KnownPlan | None = None  # on rank 0
         self.tree = b""  # on rank 0
         self.common: tuple[tuple[TensorSpec, ...], ...] | None = None  # on rank 0, of each rank
+        self.partial: frozenset[str] = frozenset()  # on rank 0
         self.own = Stopwatch()  # this rank's work, without waiting
         self.profile: dict[int, dict[str, float]] = {}  # on rank 0
 
@@ -170,7 +171,7 @@ class _Save:
             self.known = None
         if len({(structure, values) for structure, values, _, _ in summaries}) > 1:
             verdict = "merge values" if self.known else "merge"
-            return msgspec.msgpack.encode((verdict, "", "", ""))
+            return msgspec.msgpack.encode((verdict, self.plan_id, "", ""))
         self.tree = self.local.tree
         return self.begin()
 
@@ -178,8 +179,9 @@ class _Save:
         """Make one state of those of all ranks."""
         decode = msgspec.msgpack.Decoder(Offer).decode
         with self.own.phase("plan"), collector_paused():
-            merged = merge([decode(payload) for payload in payloads])
-        self.tree, self.common = merged.tree, merged.common
+            offers = [decode(payload) for payload in payloads]
+            merged = merge(offers, partial=self.known.partial if self.known else None)
+        self.tree, self.common, self.partial = merged.tree, merged.common, merged.partial
         return self.begin()
 
     def begin(self) -> bytes:
@@ -206,7 +208,7 @@ class _Save:
     def divide(self, payloads: list[bytes]) -> list[bytes]:
         with self.own.phase("divide"), collector_paused():
             plan = global_plan([LocalPlan.unpack(payload) for payload in payloads], self.common)
-            self.known = KnownPlan(plan)
+            self.known = KnownPlan(plan, self.partial)
         _cache.add_plan(self.plan_id, self.known)
         return list(plan.shares)
 

@@ -28,14 +28,17 @@ __all__ = ["Merged", "merge"]
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What all ranks hold together: the values, and which tensors each rank lists."""
+    """What all ranks hold together: the values, which tensors each rank lists, and the names of
+    those that not all of them do."""
 
     tree: bytes
     common: tuple[tuple[TensorSpec, ...], ...]
+    partial: frozenset[str] = frozenset()
 
 
-def merge(offers: Sequence[Offer]) -> Merged:
-    """The states of all ranks as one. Pure.
+def merge(offers: Sequence[Offer], *, partial: frozenset[str] | None = None) -> Merged:
+    """The states of all ranks as one. Pure. `partial`: the names of the tensors that only some
+    ranks hold, if that is known from an earlier save; then the offers need no tensors.
 
     Raises RankMismatchError or ReplicaMismatchError, which name the entry and a rank.
     """
@@ -46,13 +49,15 @@ def merge(offers: Sequence[Offer]) -> Merged:
     if len(parties) == 1:
         return Merged(offers[0].tree, common)
     unions = {name for offer in parties for name in offer.unions}
-    names = {rank: {spec.name: spec for spec in offer.common} for offer, rank in parties.items()}
-    partial = _check_tensors(names, unions)
+    if partial is None:
+        specs = {rank: {s.name: s for s in offer.common} for offer, rank in parties.items()}
+        partial = _check_tensors(specs, unions)
     trees = [(rank, msgspec.json.decode(offer.tree)) for offer, rank in parties.items()]
-    return Merged(msgspec.json.encode(_Merger(unions, partial).merge(trees, "", False)), common)
+    tree = msgspec.json.encode(_Merger(unions, partial).merge(trees, "", False))
+    return Merged(tree, common, partial)
 
 
-def _check_tensors(names: dict[int, dict[str, TensorSpec]], unions: set[str]) -> set[str]:
+def _check_tensors(names: dict[int, dict[str, TensorSpec]], unions: set[str]) -> frozenset[str]:
     """The tensors that only some ranks hold, if they may and all ranks see them alike."""
     every: dict[str, tuple[int, TensorSpec]] = {}
     for rank, specs in names.items():
@@ -60,7 +65,7 @@ def _check_tensors(names: dict[int, dict[str, TensorSpec]], unions: set[str]) ->
             first, known = every.setdefault(name, (rank, spec))
             if known != spec:
                 raise _different_tensors(first, known, rank, spec)
-    partial = {name for name in every if not all(name in specs for specs in names.values())}
+    partial = frozenset(n for n in every if not all(n in specs for specs in names.values()))
     if partial:
         stage = {
             rank: {name for name in partial & specs.keys() if not _any_over(unions, name)}
@@ -119,7 +124,7 @@ Nodes = list[tuple[int, Any]]
 
 
 class _Merger:
-    def __init__(self, unions: set[str], partial: set[str]) -> None:
+    def __init__(self, unions: set[str], partial: frozenset[str]) -> None:
         self.unions = unions
         self.partial = partial
 

@@ -23,10 +23,14 @@ _LIMIT_PLANS = 8
 
 
 class KnownPlan:
-    """A plan on rank 0, and the tensors of its manifest, which change as little as it does."""
+    """A plan on rank 0, and the tensors of its manifest, which change as little as it does.
 
-    def __init__(self, plan: GlobalPlan) -> None:
+    `partial` are the names of the tensors that only some ranks hold.
+    """
+
+    def __init__(self, plan: GlobalPlan, partial: frozenset[str] = frozenset()) -> None:
         self.plan = plan
+        self.partial = partial
         self._encoded = b""
         self._files: Ints | None = None
 
