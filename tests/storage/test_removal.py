@@ -323,3 +323,25 @@ def test_any_name_that_the_file_system_takes(tmp_path, system, name):
     assert os.listdir(tmp_path) == [name]
     removal.remove(System(), str(tmp_path / name))
     assert os.listdir(tmp_path) == []
+
+
+def test_modes_follow_the_umask(tmp_path):
+    found = {}
+
+    class Watched(System):
+        def lock(self, fd):
+            super().lock(fd)
+            found["lock"] = os.fstat(fd).st_mode & 0o777
+
+    for umask in (0o022, 0o027, 0o002):
+        before = os.umask(umask)
+        try:
+            path = tmp_path / f"{umask:o}" / "c"
+            shardckpt.save({"w": torch.ones(3)}, path, storage=LocalStorage(Watched()))
+        finally:
+            os.umask(before)
+        found |= {p.name: p.stat().st_mode & 0o777 for p in [path.parent, path, *path.iterdir()]}
+        directories = {f"{umask:o}", "c"}
+        for name, mode in found.items():
+            assert mode == (0o777 if name in directories else 0o666) & ~umask, name
+        found.clear()
