@@ -101,6 +101,7 @@ class CheckpointManager(Closing):
                 "Unknown value for check", expected='"full" or "quick"', actual=repr(check)
             )
         self.folder = absolute(local_path(folder))
+        _checked_name(_name_of(name, step=0))
         self.keep = tuple(keep)
         self.label = label
         self.owner = label or _owner(name, self.keep)
@@ -172,7 +173,9 @@ class CheckpointManager(Closing):
 
         def decide(payloads: list[bytes]) -> bytes:
             self._format.sweep(self.folder)
-            wanted = os.path.join(self.folder, name or self._name.format(step=step))
+            wanted = os.path.join(
+                self.folder, _checked_name(name or _name_of(self._name, step=step))
+            )
             path, number = wanted, 0
             stem, suffix = os.path.splitext(wanted)
             if suffix not in (".pth", ".pt", ".safetensors"):
@@ -189,14 +192,17 @@ class CheckpointManager(Closing):
             # Files of one that is broken may be those of older ones: then all is written anew.
             newest = self.checkpoints()[-1:]
             base = next((c.path for c in newest if self._verified.get(_key(c), True)), None)
-            facts = [path, step, metrics, time.time(), base, self._identity]
+            taken = base and os.fsencode(base)
+            facts = [os.fsencode(path), step, metrics, time.time(), taken, self._identity]
             return msgspec.msgpack.encode(facts)
 
         with operation(f"CheckpointManager: {subject}", self._group) as coordinator:
             answer = exchange(coordinator, "name", lambda: b"", decide)
         path, step, metrics, saved_at, base, manager = msgspec.msgpack.decode(answer)
-        checkpoint = SavedCheckpoint(path=path, step=step, metrics=metrics, saved_at=saved_at)
-        return checkpoint, base, manager
+        checkpoint = SavedCheckpoint(
+            path=os.fsdecode(path), step=step, metrics=metrics, saved_at=saved_at
+        )
+        return checkpoint, base and os.fsdecode(base), manager
 
     def wait(self) -> None:
         """Wait for the save in the background, if there is one, and prune; collective."""
@@ -294,15 +300,19 @@ class CheckpointManager(Closing):
             found, broken = self._scan()
             for path, message in broken:
                 _pass_over(path, message)
-            facts = [[c.path, c.step, dict(c.metrics), c.saved_at] for c in order(found)]
-            return msgspec.msgpack.encode([facts, [path for path, _ in broken]])
+            facts = [
+                [os.fsencode(c.path), c.step, dict(c.metrics), c.saved_at] for c in order(found)
+            ]
+            return msgspec.msgpack.encode([facts, [os.fsencode(path) for path, _ in broken]])
 
         with operation(f"CheckpointManager: restore from {self.folder}", self._group) as ranks:
             rank = ranks.rank
             answer = exchange(ranks, "list", lambda: b"", listed)
-        candidates, skipped = msgspec.msgpack.decode(answer)
+        candidates, broken = msgspec.msgpack.decode(answer)
+        skipped = [os.fsdecode(path) for path in broken]
         last: ShardckptError | None = None
-        for path, step, metrics, saved_at in candidates:
+        for encoded, step, metrics, saved_at in candidates:
+            path = os.fsdecode(encoded)
             try:
                 loaded = load(path)
             except BROKEN as error:
@@ -445,6 +455,30 @@ def _record(path: str, record: Any) -> _Record | None:
             path=path, step=facts.step, metrics=facts.metrics, saved_at=facts.saved_at
         ),
     )
+
+
+def _name_of(template: str, *, step: int) -> str:
+    try:
+        return template.format(step=step)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise StateError(
+            "Invalid template for the names of checkpoints",
+            expected='a text with the field {step}, as in "step-{step}"',
+            actual=f"{template!r}: {type(error).__name__}: {error}",
+        ) from error
+
+
+def _checked_name(name: str) -> str:
+    """Raises StateError for the name of a checkpoint that is not in the manager's folder, or that
+    the manager would not find again."""
+    if not name or "/" in name or "\0" in name or name.startswith("."):
+        raise StateError(
+            "Invalid name for a checkpoint",
+            expected="the name of a directory in the manager's folder, without a leading dot",
+            actual=repr(name),
+            remedy="choose another folder= of the manager to save elsewhere",
+        )
+    return name
 
 
 def _owner(name: str, keep: Sequence[Retention]) -> str:

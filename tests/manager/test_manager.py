@@ -350,3 +350,32 @@ def test_a_checkpoint_with_files_of_the_user_is_not_removed(tmp_path):
     (tmp_path / "step-1" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     manager.save(2, state(3), if_exists="replace")
     assert sorted(os.listdir(tmp_path)) == ["step-2", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "/tmp/a", "s3://b", "~/a", ".a", "a\0b", "..", ""])
+def test_a_name_that_is_not_in_the_folder(tmp_path, name):
+    manager = CheckpointManager(tmp_path / "runs")
+    with pytest.raises(errors.StateError, match="Invalid name"):
+        CheckpointManager(tmp_path / "runs", name=name)
+    if name:
+        with pytest.raises(errors.StateError, match="Invalid name"):
+            manager.save(1, state(), name=name)
+    with pytest.raises(errors.StateError, match="Invalid template"):
+        CheckpointManager(tmp_path / "runs", name=f"{name}{{nothing}}")
+    manager.save(1, state(), name="{literally}")
+    assert os.listdir(tmp_path / "runs") == ["{literally}"]
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff\xfe")
+    manager = CheckpointManager(folder, keep=[KeepLast(1)])
+    for step in (1, 2):
+        assert manager.save(step, state(step)).path == str(folder / f"step-{step}")
+    with pytest.raises(errors.CheckpointExistsError):
+        manager.save(2, state())
+    os.truncate(manager.save(3, state(3)).path + "/shard-00000-of-00001.safetensors", 9)
+    manager.keep = ()
+    manager.save(4, state(4))
+    restored = manager.restore_latest(state())
+    assert restored is not None
+    assert (restored.step, restored.checkpoint.path) == (4, str(folder / "step-4"))

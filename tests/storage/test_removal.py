@@ -13,6 +13,7 @@ from shardckpt.errors import (
     CheckpointBusyError,
     CheckpointExistsError,
     NotACheckpointError,
+    StateError,
     StorageError,
 )
 from shardckpt.storage import removal
@@ -239,6 +240,16 @@ def test_what_appears_at_the_path_during_a_save_stays(tmp_path):
     with pytest.raises(NotACheckpointError):
         shardckpt.save({"w": 2}, tmp_path / "c", storage=LocalStorage(Late()), overwrite=True)
     assert [os.listdir(tmp_path), os.listdir(tmp_path / "c")] == [["c"], ["notes.txt"]]
+
+
+def test_the_working_directory_and_the_root_are_not_replaced(tmp_path, monkeypatch):
+    """An empty directory is replaced: its processes would be left in one without a name."""
+    monkeypatch.chdir(tmp_path)
+    for path in (".", tmp_path, "/", "/.."):
+        with pytest.raises(StateError, match="can't take the place"):
+            shardckpt.save({"w": 1}, path)
+    assert os.listdir(tmp_path) == []
+    assert os.path.samefile(os.getcwd(), tmp_path)
 
 
 def test_a_manifest_of_another_program_is_not_replaced(tmp_path):
