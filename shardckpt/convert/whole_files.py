@@ -101,6 +101,8 @@ def write_many(
     state: Mapping[str, Any], folder: str, file_format: FileFormat, *, overwrite: bool
 ) -> None:
     """Write a directory with a file for each item of the state, and an index with their digests."""
+    if overwrite:
+        _check_folder(folder)
     with appearing(folder, overwrite=overwrite, index=INDEX) as temporary:
         os.mkdir(temporary)
         files = {}
@@ -111,6 +113,27 @@ def write_many(
             files[key] = {"name": name, "xxh3_128": _digest(path)}
         with open(os.path.join(temporary, INDEX), "x") as index:
             json.dump({"format": file_format, "files": files}, index, indent=1)
+
+
+def _check_folder(folder: str) -> None:
+    """Raise if a directory that is to be replaced holds files that its index does not name."""
+    try:
+        with open(os.path.join(folder, INDEX), "rb") as file:
+            named = {entry["name"] for entry in json.load(file)["files"].values()}
+    except OSError:
+        return  # `appearing` tells whether there is something else
+    except (ValueError, LookupError, TypeError, AttributeError):
+        named = set()
+    with translated(folder):
+        others = set(os.listdir(folder)) - named - {INDEX}
+    if others:
+        raise NotACheckpointError(
+            "overwrite=True would remove files that are not the checkpoint's",
+            path=folder,
+            expected=f"the files that {INDEX} names",
+            actual=", ".join(sorted(others)[:8]),
+            remedy="move them to another place, or save to another path",
+        )
 
 
 def read_many(folder: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ of shards here, in other formats by the converters."""
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -52,7 +53,7 @@ def reshard(
 def rewrite(work: Rewriting, ranks: Coordinator, progress: Callable[[int], None]) -> None:
     """Do the work, with all ranks; what it writes appears whole or not at all."""
     try:
-        token = exchange(ranks, "begin", lambda: b"", work.begin).decode()
+        token = os.fsdecode(exchange(ranks, "begin", lambda: b"", work.begin))
         exchange(ranks, "join", lambda: work.join(token), lambda payloads: b"")
         exchange(ranks, "write", lambda: work.write(ranks, progress), work.commit)
     except BaseException:

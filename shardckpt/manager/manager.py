@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,10 @@ class CheckpointManager(Closing):
     background, see async_save; the next save, `wait` or `close` raises what went wrong.
     Files that have not changed since the newest checkpoint are linked, not written. Each save
     begins with the removal of what dead ones have left in the folder.
-    Managers with different `label` share a directory and leave each other's checkpoints alone;
-    one with label None sees all of them.
+    Managers with different `label` share a directory and don't see each other's checkpoints; one
+    with label None sees all of them. A manager removes only what a manager of the same owner has
+    saved: the owner is the label or, by default, follows from `name` and the policies without their
+    counts. Of what another process saves under the same owner at the same time it removes nothing.
 
     What says so is collective over `process_group`, as shardckpt.save is.
     """
@@ -98,15 +101,19 @@ class CheckpointManager(Closing):
                 "Unknown value for check", expected='"full" or "quick"', actual=repr(check)
             )
         self.folder = absolute(local_path(folder))
+        _checked_name(_name_of(name, step=0))
         self.keep = tuple(keep)
         self.label = label
+        self.owner = label or _owner(name, self.keep)
+        self._identity = uuid.uuid4().hex
+        self._made_at = time.time()
         self._name = name
         self._asynchronous = asynchronous
         self._check = check
         self._group = process_group
         self._format: Format = format or Sharded()
         self._pending: SaveHandle | None = None
-        self._records: dict[str, tuple[Any, tuple[str | None, SavedCheckpoint | None]]] = {}
+        self._records: dict[str, tuple[Any, _Record | None]] = {}
         self._verified: dict[str, bool] = {}
 
     def save(
@@ -141,11 +148,13 @@ class CheckpointManager(Closing):
             )
         self.wait()
         found = {key: float(value) for key, value in (metrics or {}).items()}
-        checkpoint, base = self._agree(
+        checkpoint, base, manager = self._agree(
             f"save step {step} in {self.folder}", step, found, name, if_exists
         )
         record = {
             "label": self.label,
+            "owner": self.owner,
+            "manager": manager,
             "step": step,
             "metrics": dict(checkpoint.metrics),
             "saved_at": checkpoint.saved_at,
@@ -164,12 +173,15 @@ class CheckpointManager(Closing):
 
     def _agree(
         self, subject: str, step: int, metrics: dict[str, float], name: str | None, if_exists: str
-    ) -> tuple[SavedCheckpoint, str | None]:
-        """Where the checkpoint goes, and the one that its unchanged files are taken from."""
+    ) -> tuple[SavedCheckpoint, str | None, str]:
+        """Where the checkpoint goes, the one that its unchanged files are taken from, and which
+        manager says so: rank 0's."""
 
         def decide(payloads: list[bytes]) -> bytes:
             self._format.sweep(self.folder)
-            wanted = os.path.join(self.folder, name or self._name.format(step=step))
+            wanted = os.path.join(
+                self.folder, _checked_name(name or _name_of(self._name, step=step))
+            )
             path, number = wanted, 0
             stem, suffix = os.path.splitext(wanted)
             if suffix not in (".pth", ".pt", ".safetensors"):
@@ -186,12 +198,17 @@ class CheckpointManager(Closing):
             # Files of one that is broken may be those of older ones: then all is written anew.
             newest = self.checkpoints()[-1:]
             base = next((c.path for c in newest if self._verified.get(_key(c), True)), None)
-            return msgspec.msgpack.encode([path, step, metrics, time.time(), base])
+            taken = base and os.fsencode(base)
+            facts = [os.fsencode(path), step, metrics, time.time(), taken, self._identity]
+            return msgspec.msgpack.encode(facts)
 
         with operation(f"CheckpointManager: {subject}", self._group) as coordinator:
             answer = exchange(coordinator, "name", lambda: b"", decide)
-        path, step, metrics, saved_at, base = msgspec.msgpack.decode(answer)
-        return SavedCheckpoint(path=path, step=step, metrics=metrics, saved_at=saved_at), base
+        path, step, metrics, saved_at, base, manager = msgspec.msgpack.decode(answer)
+        checkpoint = SavedCheckpoint(
+            path=os.fsdecode(path), step=step, metrics=metrics, saved_at=saved_at
+        )
+        return checkpoint, base and os.fsdecode(base), manager
 
     def wait(self) -> None:
         """Wait for the save in the background, if there is one, and prune; collective."""
@@ -291,15 +308,19 @@ class CheckpointManager(Closing):
             found, broken = self._scan()
             for path, message in broken:
                 _pass_over(path, message)
-            facts = [[c.path, c.step, dict(c.metrics), c.saved_at] for c in order(found)]
-            return msgspec.msgpack.encode([facts, [path for path, _ in broken]])
+            facts = [
+                [os.fsencode(c.path), c.step, dict(c.metrics), c.saved_at] for c in order(found)
+            ]
+            return msgspec.msgpack.encode([facts, [os.fsencode(path) for path, _ in broken]])
 
         with operation(f"CheckpointManager: restore from {self.folder}", self._group) as ranks:
             rank = ranks.rank
             answer = exchange(ranks, "list", lambda: b"", listed)
-        candidates, skipped = msgspec.msgpack.decode(answer)
+        candidates, broken = msgspec.msgpack.decode(answer)
+        skipped = [os.fsdecode(path) for path in broken]
         last: ShardckptError | None = None
-        for path, step, metrics, saved_at in candidates:
+        for encoded, step, metrics, saved_at in candidates:
+            path = os.fsdecode(encoded)
             try:
                 loaded = load(path)
             except BROKEN as error:
@@ -341,7 +362,11 @@ class CheckpointManager(Closing):
             warnings.warn(f"{checkpoint.path} can't be removed: {error.message}", stacklevel=6)
 
     def _condemned(self, coordinator: Coordinator) -> list[SavedCheckpoint]:
-        saved = [c for c in self.checkpoints() if self._verified.get(_key(c), True)]
+        saved = [
+            checkpoint
+            for checkpoint in self.checkpoints()
+            if self._verified.get(_key(checkpoint), True) and self._may_remove(checkpoint)
+        ]
         while condemned := to_remove(saved, self.keep):
             paths = {checkpoint.path for checkpoint in condemned}
             broken = next(
@@ -356,6 +381,15 @@ class CheckpointManager(Closing):
                 return condemned
             saved.remove(broken)
         return []
+
+    def _may_remove(self, checkpoint: SavedCheckpoint) -> bool:
+        """Whether this manager saved a checkpoint, or one of the same owner before this one was
+        made."""
+        record = self._records[checkpoint.path][1]
+        return record is not None and (
+            record.manager == self._identity
+            or (record.owner == self.owner and checkpoint.saved_at < self._made_at)
+        )
 
     def _intact(self, checkpoint: SavedCheckpoint, coordinator: Coordinator) -> bool:
         key = _key(checkpoint)
@@ -378,11 +412,12 @@ class CheckpointManager(Closing):
         try:
             signature = self._format.signature(path)
             if self._records.get(path, (None, None))[0] != signature:
-                self._records[path] = signature, _checkpoint(path, self._format.record(path))
+                self._records[path] = signature, _record(path, self._format.record(path))
         except (NotACheckpointError, CheckpointNotFoundError, OSError):
             return None
-        label, checkpoint = self._records[path][1]
-        return checkpoint if self.label is None or label == self.label else None
+        record = self._records[path][1]
+        ours = record is not None and (self.label is None or record.label == self.label)
+        return record.checkpoint if ours and record is not None else None
 
 
 def _key(checkpoint: SavedCheckpoint) -> str:
@@ -393,9 +428,73 @@ def _pass_over(path: str, message: str) -> None:
     warnings.warn(f"{path} is broken and passed over: {message}", stacklevel=2)
 
 
-def _checkpoint(path: str, record: Any) -> tuple[str | None, SavedCheckpoint | None]:
-    """The label and the facts of a record under RECORD."""
-    if not isinstance(record, Mapping):
-        return None, None
-    facts = {name: record[name] for name in ("step", "metrics", "saved_at")}
-    return record["label"], SavedCheckpoint(path=path, **facts)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    """What a checkpoint says under RECORD. Earlier versions saved a label in place of an owner."""
+
+    label: str | None
+    owner: str | None
+    manager: str | None
+    checkpoint: SavedCheckpoint
+
+
+class _Facts(msgspec.Struct, kw_only=True):
+    """The plain data of a record."""
+
+    label: str | None
+    step: int
+    metrics: dict[str, float]
+    saved_at: float
+    owner: str | None = None
+    manager: str | None = None
+
+
+def _record(path: str, record: Any) -> _Record | None:
+    """None for anything that no manager has saved."""
+    try:
+        facts = msgspec.convert(record, _Facts)
+    except msgspec.ValidationError:
+        return None
+    return _Record(
+        label=facts.label,
+        owner=facts.label if facts.owner is None else facts.owner,
+        manager=facts.manager,
+        checkpoint=SavedCheckpoint(
+            path=path, step=facts.step, metrics=facts.metrics, saved_at=facts.saved_at
+        ),
+    )
+
+
+def _name_of(template: str, *, step: int) -> str:
+    try:
+        return template.format(step=step)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise StateError(
+            "Invalid template for the names of checkpoints",
+            expected='a text with the field {step}, as in "step-{step}"',
+            actual=f"{template!r}: {type(error).__name__}: {error}",
+        ) from error
+
+
+def _checked_name(name: str) -> str:
+    """Raises StateError for the name of a checkpoint that is not in the manager's folder, or that
+    the manager would not find again."""
+    if not name or "/" in name or "\0" in name or name.startswith("."):
+        raise StateError(
+            "Invalid name for a checkpoint",
+            expected="the name of a directory in the manager's folder, without a leading dot",
+            actual=repr(name),
+            remedy="choose another folder= of the manager to save elsewhere",
+        )
+    return name
+
+
+def _owner(name: str, keep: Sequence[Retention]) -> str:
+    """What tells a manager without a label from others: its names and its kinds of policies."""
+    kinds = [
+        f"KeepBest {policy.metric} {policy.mode}"
+        if isinstance(policy, KeepBest)
+        else getattr(policy, "__qualname__", type(policy).__name__)
+        for policy in keep
+    ]
+    return " | ".join([name, *sorted(kinds)])

@@ -72,6 +72,7 @@ class AutoSaver:
         self._suffix = os.path.splitext(self.plan.name)[1] if self.one_file else ""
         self._manager: CheckpointManager | None = None
         self._last: CheckpointManager | None = None
+        self._number = 0
         self._saved_step = -1
         self._saved_at = time.monotonic()
 
@@ -94,8 +95,10 @@ class AutoSaver:
         """What makes it anew, as plain data."""
         return {**self.options, **asdict(self.plan)}
 
-    def begin(self, handler: NNHandler) -> bool:
-        """Before training; collective. Whether the handler was resumed from a checkpoint."""
+    def begin(self, handler: NNHandler, *, number: int = 0) -> bool:
+        """Before training; collective. `number`: of this one among those with the same label.
+        Whether the handler was resumed from a checkpoint."""
+        self._number = number
         self.plan.check_names(handler.metric_names())
         if self.plan.saves() or self.options["save_last"]:
             self._make_folder()
@@ -139,7 +142,8 @@ class AutoSaver:
             exchange(coordinator, "make", lambda: b"", make)
 
     def _label(self, handler: NNHandler) -> str:
-        return f"{self.label} {handler.run_id}"
+        number = f" {self._number}" if self._number else ""
+        return f"{self.label}{number} {handler.run_id}"
 
     def _format(self) -> OneFile | None:
         return OneFile() if self.one_file else None

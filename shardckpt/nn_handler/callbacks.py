@@ -166,12 +166,14 @@ class ModelCheckpoint(Callback):
             keep_best=keep_best,
             monitor=monitor,
             mode=mode,
-            label=f"ModelCheckpoint {name}",
+            label=f"ModelCheckpoint {name} {monitor} {mode} {keep_best} {interval}",
         )
 
     def on_train_start(self, handler: NNHandler) -> None:
         """Check the name and the metric."""
-        self.saver.begin(handler)
+        others = [c.saver for c in handler.callbacks if isinstance(c, ModelCheckpoint)]
+        alike = [saver for saver in others if saver.label == self.saver.label]
+        self.saver.begin(handler, number=alike.index(self.saver) if self.saver in alike else 0)
 
     def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
         """Save if it is due, and the metric is there."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from shardckpt.errors import CheckpointExistsError, NotACheckpointError
+from shardckpt.storage.names import beside
 from shardckpt.storage.removal import sync_directory
 from shardckpt.storage.system import System, translated
 
@@ -24,8 +25,8 @@ def appearing(path: str, *, overwrite: bool, index: str = "") -> Iterator[str]:
     CheckpointExistsError, NotACheckpointError or StorageError. Not collective.
     """
     path = os.path.abspath(path)
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.part-{uuid.uuid4().hex}")
+    folder = os.path.dirname(path)
+    temporary = beside(path, f"part-{uuid.uuid4().hex}")
     with translated(path):
         _check_target(path, overwrite=overwrite, index=index)
         os.makedirs(folder, exist_ok=True)

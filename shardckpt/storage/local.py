@@ -21,6 +21,7 @@ from shardckpt.errors import (
     CheckpointExistsError,
     DirectoryNotSharedError,
     NotACheckpointError,
+    StateError,
     StorageError,
 )
 from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
@@ -70,6 +71,7 @@ class LocalStorage:
         path = local_path(path)
         with translated(path):
             target = os.path.realpath(path)
+            _check_replaceable(target)
             self._make_directories(os.path.dirname(target))
             lock = Lock(self.system, beside(target, "lock"))
             try:
@@ -130,6 +132,20 @@ class LocalStorage:
             with suppress(FileExistsError):
                 self.system.mkdir(path)
             sync_directory(self.system, above)
+
+
+def _check_replaceable(target: str) -> None:
+    """Raise for a directory that can't be replaced: a save renames another one to its path."""
+    working = ""
+    with suppress(FileNotFoundError):  # somebody has removed it
+        working = os.path.realpath(os.getcwd())
+    if target in ("/", working):
+        raise StateError(
+            "A checkpoint can't take the place of the root or of the working directory",
+            path=target,
+            expected="a path below it, or another directory",
+            remedy='save to a directory in it, as in "./checkpoint"',
+        )
 
 
 def _check_target(system: System, target: str, *, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import suppress
 
 from shardckpt.errors import CheckpointBusyError
@@ -49,7 +50,8 @@ class Lock:
     def release(self) -> None:
         """Remove and unlock it; never raises OSError."""
         with suppress(OSError):
-            if self.system.fstat(self.fd).st_size == 0:
+            found = self.system.fstat(self.fd)
+            if stat.S_ISREG(found.st_mode) and found.st_size == 0:
                 self.system.unlink(self.path)
         with suppress(OSError):
             self.system.unlock(self.fd)

@@ -285,3 +285,97 @@ def on_ranks(folder: str) -> list[int]:
 def test_several_ranks(tmp_path):
     assert run_ranks(2, on_ranks, str(tmp_path)) == [[3, 3], [3, 3]]
     assert sorted(os.listdir(tmp_path)) == ["step-3", "step-4"]
+
+
+PAIRS = {
+    "names": ({"name": "a-{step}"}, {"name": "b-{step}"}),
+    "metrics": ({"keep": [KeepBest(1, "x")]}, {"keep": [KeepBest(1, "y", "max")]}),
+    "modes": ({"keep": [KeepBest(1, "x")]}, {"keep": [KeepBest(1, "x", "max")]}),
+    "policies": ({"keep": [KeepLast(1)]}, {"keep": [KeepEverySteps(2)]}),
+    "no policy": ({"keep": [KeepLast(1)]}, {"keep": []}),
+    "labels": ({"label": "a"}, {"label": "b"}),
+    "one label": ({"label": "a"}, {}),
+    "all labels": ({"label": None, "keep": [KeepBest(1, "x")]}, {}),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_two_managers_in_one_folder(tmp_path, pair):
+    """Each removes only what it has saved itself, also after both were started again."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for _ in range(2):
+        options = [{"keep": [KeepLast(1)], **options} for options in PAIRS[pair]]
+        managers = [CheckpointManager(both, **given) for given in options]
+        apart = [CheckpointManager(alone / str(n), **given) for n, given in enumerate(options)]
+        first = max((c.step for c in CheckpointManager(both, label=None).checkpoints()), default=0)
+        for step in range(first + 1, first + 7):
+            given = {"metrics": {"x": step % 4, "y": step % 3}, "name": f"step-{step}"}
+            for found in (managers, apart):
+                found[step % 2].save(step, state(step), **given)
+    kept = {name for folder in os.listdir(alone) for name in os.listdir(alone / folder)}
+    assert set(os.listdir(both)) == kept
+
+
+def test_managers_alike_that_run_at_the_same_time(tmp_path):
+    """Two jobs by the same script: what one saves while the other runs stays until both end."""
+    one, other = (CheckpointManager(tmp_path, keep=[KeepLast(1)]) for _ in range(2))
+    for step in range(1, 7):
+        (one, other)[step % 2].save(step, state(step))
+    assert one.all_steps() == [5, 6]
+    CheckpointManager(tmp_path, keep=[KeepLast(3)]).save(7, state())
+    assert one.all_steps() == [5, 6, 7]
+    CheckpointManager(tmp_path, keep=[KeepLast(1)]).save(8, state())
+    assert one.all_steps() == [8]
+
+
+@pytest.mark.parametrize(
+    "record", [1, None, {}, {"step": 1}, {"step": "1"}, {"label": "", "step": 1, "metrics": []}]
+)
+def test_a_record_that_no_manager_has_saved(tmp_path, record):
+    record = {"step": 1, **record} if isinstance(record, dict) else {"step": record}
+    shardckpt.save({"checkpoint_manager": record}, tmp_path / "other")
+    manager = CheckpointManager(tmp_path, keep=[KeepLast(1)])
+    for step in (1, 2):
+        manager.save(step, state())
+    assert sorted(os.listdir(tmp_path)) == ["other", "step-2"]
+
+
+def test_a_checkpoint_with_files_of_the_user_is_not_removed(tmp_path):
+    manager = CheckpointManager(tmp_path, keep=[KeepLast(1)])
+    manager.save(1, state(1))
+    (tmp_path / "step-1" / "tokenizer.json").write_text("precious")
+    with pytest.warns(UserWarning, match=r"step-1 can't be removed.*has not made"):
+        manager.save(2, state(2))
+    assert manager.all_steps() == [1, 2]
+    (tmp_path / "step-1" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    manager.save(2, state(3), if_exists="replace")
+    assert sorted(os.listdir(tmp_path)) == ["step-2", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "/tmp/a", "s3://b", "~/a", ".a", "a\0b", "..", ""])
+def test_a_name_that_is_not_in_the_folder(tmp_path, name):
+    manager = CheckpointManager(tmp_path / "runs")
+    with pytest.raises(errors.StateError, match="Invalid name"):
+        CheckpointManager(tmp_path / "runs", name=name)
+    if name:
+        with pytest.raises(errors.StateError, match="Invalid name"):
+            manager.save(1, state(), name=name)
+    with pytest.raises(errors.StateError, match="Invalid template"):
+        CheckpointManager(tmp_path / "runs", name=f"{name}{{nothing}}")
+    manager.save(1, state(), name="{literally}")
+    assert os.listdir(tmp_path / "runs") == ["{literally}"]
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff\xfe")
+    manager = CheckpointManager(folder, keep=[KeepLast(1)])
+    for step in (1, 2):
+        assert manager.save(step, state(step)).path == str(folder / f"step-{step}")
+    with pytest.raises(errors.CheckpointExistsError):
+        manager.save(2, state())
+    os.truncate(manager.save(3, state(3)).path + "/shard-00000-of-00001.safetensors", 9)
+    manager.keep = ()
+    manager.save(4, state(4))
+    restored = manager.restore_latest(state())
+    assert restored is not None
+    assert (restored.step, restored.checkpoint.path) == (4, str(folder / "step-4"))

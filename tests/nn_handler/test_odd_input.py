@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,39 @@ def test_paths_as_arguments(tmp_path, name):
     handler.save(tmp_path / name)
     loaded = NNHandler.load(tmp_path / name)
     assert loaded.callbacks[0].arguments == ((Path(tmp_path / "log.csv"),), {})
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
+def test_names_of_255_bytes(tmp_path, suffix):
+    handler = NNHandler(nn.Linear, device="cpu", in_features=2, out_features=2)
+    path = tmp_path / ("x" * (255 - len(suffix)) + suffix)
+    for _ in range(2):
+        handler.save(path)
+    NNHandler.load(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_files_of_the_user_beside_components_stay(tmp_path):
+    handler = NNHandler(nn.Linear, device="cpu", in_features=2, out_features=2)
+    folder = tmp_path / "parts"
+    handler.save_multi_files(folder)
+    handler.save_multi_files(folder, "safetensors")
+    (folder / "tokenizer.json").write_text("precious")
+    for damage in (False, True):
+        if damage:
+            (folder / "components.json").write_text("[]")
+        with pytest.raises(errors.NotACheckpointError, match="would remove files") as caught:
+            handler.save_multi_files(folder)
+        assert "tokenizer.json" in caught.value.actual
+    assert (folder / "tokenizer.json").read_text() == "precious"
+
+
+def test_two_checkpoint_callbacks_alike(tmp_path):
+    """Two with the same arguments keep a checkpoint each, also when training goes on."""
+    handler = a_handler()
+    for _ in range(2):
+        handler.add_callback(ModelCheckpoint(tmp_path, monitor="loss", mode="max"))
+    handler.train(2, progress_bar=False)
+    handler.train(2, progress_bar=False)
+    epochs = sorted(NNHandler.load(tmp_path / name).epoch for name in os.listdir(tmp_path))
+    assert epochs == [1, 1, 4, 4]

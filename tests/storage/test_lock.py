@@ -28,6 +28,18 @@ def test_one_holder_at_a_time(tmp_path):
     Lock(System(), path).release()
 
 
+def test_a_file_that_is_not_a_lock_stays(tmp_path):
+    (tmp_path / "text").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("text")
+    for name in ("text", "pipe"):
+        Lock(System(), str(tmp_path / name)).release()
+    with pytest.raises(OSError, match="symbolic links"):
+        Lock(System(), str(tmp_path / "link"))
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "text"]
+    assert (tmp_path / "text").read_text() == "precious"
+
+
 def test_a_child_does_not_keep_it(tmp_path):
     """A process that was forked meanwhile holds the same open file."""
 

@@ -13,6 +13,7 @@ from shardckpt.errors import (
     CheckpointBusyError,
     CheckpointExistsError,
     NotACheckpointError,
+    StateError,
     StorageError,
 )
 from shardckpt.storage import removal
@@ -241,6 +242,16 @@ def test_what_appears_at_the_path_during_a_save_stays(tmp_path):
     assert [os.listdir(tmp_path), os.listdir(tmp_path / "c")] == [["c"], ["notes.txt"]]
 
 
+def test_the_working_directory_and_the_root_are_not_replaced(tmp_path, monkeypatch):
+    """An empty directory is replaced: its processes would be left in one without a name."""
+    monkeypatch.chdir(tmp_path)
+    for path in (".", tmp_path, "/", "/.."):
+        with pytest.raises(StateError, match="can't take the place"):
+            shardckpt.save({"w": 1}, path)
+    assert os.listdir(tmp_path) == []
+    assert os.path.samefile(os.getcwd(), tmp_path)
+
+
 def test_a_manifest_of_another_program_is_not_replaced(tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "manifest.json").write_text('{"name": "my web app"}')
@@ -323,3 +334,25 @@ def test_any_name_that_the_file_system_takes(tmp_path, system, name):
     assert os.listdir(tmp_path) == [name]
     removal.remove(System(), str(tmp_path / name))
     assert os.listdir(tmp_path) == []
+
+
+def test_modes_follow_the_umask(tmp_path):
+    found = {}
+
+    class Watched(System):
+        def lock(self, fd):
+            super().lock(fd)
+            found["lock"] = os.fstat(fd).st_mode & 0o777
+
+    for umask in (0o022, 0o027, 0o002):
+        before = os.umask(umask)
+        try:
+            path = tmp_path / f"{umask:o}" / "c"
+            shardckpt.save({"w": torch.ones(3)}, path, storage=LocalStorage(Watched()))
+        finally:
+            os.umask(before)
+        found |= {p.name: p.stat().st_mode & 0o777 for p in [path.parent, path, *path.iterdir()]}
+        directories = {f"{umask:o}", "c"}
+        for name, mode in found.items():
+            assert mode == (0o777 if name in directories else 0o666) & ~umask, name
+        found.clear()
