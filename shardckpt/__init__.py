@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         KeepLast,
     )
     from shardckpt.nn_handler import NNHandler
+    from shardckpt.nn_handler.trust import trust
     from shardckpt.planning.arrays import ShardedArray
     from shardckpt.planning.flatten import PerRank
     from shardckpt.reports import LoadReport, SaveReport
@@ -54,6 +55,7 @@ __all__ = [
     "load_state",
     "open_checkpoint",
     "save",
+    "trust",
 ]
 
 # Imported when first used: DTensor alone costs half a second.
@@ -80,6 +82,7 @@ _HOMES = {
     "load_state": "api",
     "open_checkpoint": "api",
     "save": "api",
+    "trust": "nn_handler.trust",
 }
 
 

@@ -15,6 +15,7 @@ import pathlib
 import re
 import struct
 import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -148,17 +149,25 @@ def _tagged(value: Any, at: str) -> Any:
 def _enum_node(value: enum.Enum) -> Any:
     """None for an enum that could not be found again by its name, as one made in a function."""
     kind = type(value)
-    if _class_at(kind.__module__, kind.__qualname__) is not kind:
+    if imported(kind.__module__, kind.__qualname__) is not kind:
         return None
     single = kind.__members__.get(value.name or "") is value  # a combination of flags is none
     return {"$enum": [kind.__module__, kind.__qualname__, value.name if single else value.value]}
 
 
-def _class_at(module: str, qualname: str) -> Any:
-    """What is at this name in a module that has been imported; None if nothing is."""
+def imported(module: str, qualname: str) -> Any:
+    """What stands at a name in a module that has been imported; None if nothing does.
+
+    Looks into the dictionaries of modules and classes, so no `__getattr__` of a module, no lazy
+    module and no descriptor runs.
+    """
     found: Any = sys.modules.get(module)
+    if not isinstance(found, types.ModuleType):
+        return None
+    names = object.__getattribute__(found, "__dict__")
     for part in qualname.split("."):
-        found = getattr(found, part, None)
+        found = names.get(part)
+        names = type.__getattribute__(found, "__dict__") if issubclass(type(found), type) else {}
     return found
 
 
@@ -240,7 +249,7 @@ def _integer(text: str) -> int:
 
 def _enum(body: Any, item: Any, tensor: Any) -> Any:
     module, qualname, name = _checked(body, list)
-    found = _class_at(_checked(module, str), _checked(qualname, str))
+    found = imported(_checked(module, str), _checked(qualname, str))
     if not (isinstance(found, type) and issubclass(found, enum.Enum)):
         raise CheckpointError(
             "An enum was saved whose class is not there",

@@ -42,6 +42,10 @@ class Callback:
     """
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    writes_files = False
+    """Whether it writes where its arguments say: after a load the program must confirm that."""
+    confirmed = True
+    """False for one that a load has made, until handler.confirm(): it must write no files."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
         """Note the constructor's arguments."""
@@ -126,7 +130,7 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
-        self.best, self.waited = state["best"], state["waited"]
+        self.best, self.waited = float(state["best"]), int(state["waited"])
 
 
 def check_monitor(monitor: str, handler: NNHandler) -> None:
@@ -146,6 +150,8 @@ class ModelCheckpoint(Callback):
     It runs after all other callbacks, so what it saves has their state. `best` is the best
     value so far.
     """
+
+    writes_files = True
 
     def __init__(
         self,
@@ -170,6 +176,8 @@ class ModelCheckpoint(Callback):
 
     def on_train_start(self, handler: NNHandler) -> None:
         """Check the name and the metric."""
+        if not self.confirmed:
+            return
         self.saver.begin(handler)
 
     def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
@@ -178,7 +186,8 @@ class ModelCheckpoint(Callback):
             return
         if _better(metrics[self.monitor], self.best, self.mode, 0.0):
             self.best = float(metrics[self.monitor])
-        self.saver.after_epoch(handler, metrics, last=False, save_last=False)
+        if self.confirmed:
+            self.saver.after_epoch(handler, metrics, last=False, save_last=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value."""
@@ -186,7 +195,7 @@ class ModelCheckpoint(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
-        self.best = state["best"]
+        self.best = float(state["best"])
 
 
 class LearningRateMonitor(Callback):
@@ -206,7 +215,7 @@ class LearningRateMonitor(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
-        self.rates = list(state["rates"])
+        self.rates = [[float(rate) for rate in rates] for rates in state["rates"]]
 
 
 class CSVLogger(Callback):
@@ -216,6 +225,8 @@ class CSVLogger(Callback):
     are trained again are replaced.
     """
 
+    writes_files = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.rows: list[dict[str, Any]] = []
@@ -223,7 +234,7 @@ class CSVLogger(Callback):
     def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
         """Write the file anew."""
         self.rows.append({"epoch": handler.epoch, "step": handler.step, **metrics})
-        if handler.rank:
+        if handler.rank or not self.confirmed:
             return
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         with (
@@ -240,11 +251,13 @@ class CSVLogger(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
-        self.rows = list(state["rows"])
+        self.rows = [dict(row) for row in state["rows"]]
 
 
 class TensorBoardLogger(Callback):
     """Writes the metrics of each epoch for TensorBoard, on rank 0; needs shardckpt[tensorboard]."""
+
+    writes_files = True
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = os.fspath(folder)
@@ -252,7 +265,7 @@ class TensorBoardLogger(Callback):
 
     def on_train_start(self, handler: NNHandler) -> None:
         """Open the log; what epochs that are trained again had written is dropped."""
-        if handler.rank:
+        if handler.rank or not self.confirmed:
             return
         try:
             tensorboard = importlib.import_module("torch.utils.tensorboard")
