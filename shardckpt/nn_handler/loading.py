@@ -386,6 +386,7 @@ def _callbacks(callbacks: list[Callback], saved: dict[str, CallbackState], path:
         raise LoadMismatchError(
             "The handler has other callbacks than the checkpoint",
             path=path,
+            tensor="callbacks",
             expected=[type(callback).__name__ for callback in callbacks],
             actual=kinds,
             remedy="add the same callbacks in the same order, or load with skip_callbacks=True",

@@ -112,6 +112,7 @@ def making(at: str, path: str) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, ShardckptError) and not isinstance(error, StateError):
+            error.tensor = error.tensor or at
             raise
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -125,5 +126,6 @@ def _restore_counters(scheduler: Any, state: dict[str, Any]) -> None:
 def _check_state(scheduler: Any, state: Any) -> None:
     """A scheduler takes a state as its attributes: values must not stand in for its methods."""
     for name in state:
-        if hasattr(type(scheduler), name) or name == "optimizer":
+        own = inspect.getattr_static(type(scheduler), name, None)
+        if callable(own) or isinstance(own, property) or name == "optimizer":
             raise StateError("A scheduler's state would replace one of its methods", actual=name)

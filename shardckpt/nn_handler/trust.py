@@ -91,10 +91,8 @@ def import_name(value: Any) -> str | None:
     module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     if _unwrapped(imported(module or "", qualname)) is value:
         return f"{module}:{qualname}"
-    if is_functional(value):
-        assert value is not None
-        return f"{functional.__name__}:{value.__name__}"  # gelu and others name a hidden module
-    return None
+    # gelu and others name a hidden module
+    return f"{functional.__name__}:{qualname}" if is_functional(value) else None
 
 
 def resolve(name: str, slot: Slot, *, instance: bool) -> Any:
