@@ -128,7 +128,8 @@ def load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNH
     config = saved.config
     bounds = Bounds(lambda: list(source.shapes.values()), path=path)
     names = Names(options.objects, bounds, path=path)
-    parts = _resolved(names, config, options)
+    with making("config", path):
+        parts = _resolved(names, config, options)
     handler = _with_model(handler_class, names, parts, source, options)
     handler.adopt_code(config.code, config.model.kind if options.trust_code else None)
     if options.strict:
@@ -267,7 +268,7 @@ def _set_functions(
         tree = names.resolve(described, at, Slot.FUNCTION)
         made: Any = None if names.missing else names.make(tree, at)
         if not callable(made) and at not in options.objects:
-            handler.await_part(at, described, _loss_state(source) if at == "loss_fn" else {})
+            handler.await_part(at, described, _loss_tensors(source) if at == "loss_fn" else None)
         elif at == "loss_fn":
             handler.set_loss_fn(made)
         else:
@@ -275,12 +276,22 @@ def _set_functions(
                 handler.add_metric(at.partition(".")[2], made)
 
 
-def _loss_state(source: Source) -> dict[str, Any]:
-    """The tensors of a loss that is to be given."""
+def _loss_tensors(source: Source) -> nn.Module | None:
+    """A module that holds the tensors of a loss that is to be given."""
     if not any(name.startswith("loss_fn.") for name in source.shapes):
-        return {}
-    found = shardckpt.load_state(source.path, keys="loss_fn", storage=source.storage)
-    return dict(found["loss_fn"])
+        return None
+    holder = nn.Module()
+    with making("loss_fn", source.path):
+        found = shardckpt.load_state(source.path, keys="loss_fn", storage=source.storage)
+        for name, tensor in found["loss_fn"].items():
+            *outer, last = name.split(".")
+            module = holder
+            for part in outer:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_buffer(last, tensor)
+    return holder
 
 
 def _add_callback(handler: NNHandler, made: Any, at: str, path: str) -> None:
@@ -333,7 +344,7 @@ def restore(
     if handler.scheduler is not None and saved.scheduler is not None and "scheduler" not in skip:
         with making("scheduler", path):
             handler.scheduler.load_state_dict(saved.scheduler)
-    if saved.scaler is not None and not placed:
+    if saved.scaler and not placed:
         _scaler(handler, saved.scaler, path)
     _progress(handler, saved.progress, history="history" not in skip)
     if "callbacks" not in skip:
@@ -363,12 +374,12 @@ def _check_parts(own: dict[str, Any], saved: Config, path: str) -> None:
         )
 
 
-def _scaler(handler: NNHandler, saved: Scaler, path: str) -> None:
+def _scaler(handler: NNHandler, saved: dict[str, Any], path: str) -> None:
+    checked(saved, Scaler, "scaler", path=path)
     if handler.scaler is None:
         handler.set_grad_scaler()
     assert handler.scaler is not None
-    with making("scaler", path):
-        handler.scaler.load_state_dict(msgspec.to_builtins(saved))
+    handler.scaler.load_state_dict(saved)
 
 
 def _progress(handler: NNHandler, saved: Progress, *, history: bool) -> None:

@@ -31,7 +31,7 @@ Described = Any
 _IMPORT, _ARGUMENTS, _ABSENT = "shardckpt.import", "arguments", "shardckpt.absent"
 _HELD = "shardckpt_held"
 _PATH = "pathlib:Path"
-_LONGEST_RANGE = 1 << 20
+_LONGEST_RANGE, _LISTED = 1 << 20, 50
 
 
 def describe(value: Any) -> Described:
@@ -213,7 +213,7 @@ class Names:
         return Given(self._held(found, at) if held else found)
 
     def _miss(self, at: str, text: str) -> None:
-        self.missing[at] = text
+        self.missing[at] = (text if text.isprintable() else repr(text))[:200]
 
     def _malformed(self, at: str, expected: str, actual: Any) -> CheckpointError:
         return CheckpointError(
@@ -253,22 +253,25 @@ class Names:
         if not self.missing:
             return
         parts = {at.partition(".")[0] for at in self.missing}
-        ways = [f"objects={{{', '.join(f'{at!r}: ...' for at in self.missing)}}}"]
+        wanted = list(self.missing)[:_LISTED]
+        more = f", and {len(self.missing) - _LISTED} more" if len(self.missing) > _LISTED else ""
+        ways = [f"objects={{{', '.join(f'{at!r}: ...' for at in wanted)}}}"]
         ways += ["model_class=..."] if "model.class" in self.missing else []
         ways += [f"skip_{part}=True" for part in ("optimizer", "scheduler") if part in parts]
         ways += ["skip_callbacks=True"] if "callbacks" in parts else []
-        modules = sorted({n.partition(":")[0] for n in self.missing.values() if ":" in n})
-        unknown = [f"import {name}" for name in modules if _importable(name)]
-        trusts = [f"shardckpt.trust({name!r})" for name in modules if _importable(name)]
+        named = {n.partition(":")[0] for n in self.missing.values() if ":" in n}
+        modules = sorted(filter(_importable, named))[:_LISTED]
+        first = [f"import {name}" for name in modules if name not in sys.modules]
+        first += [f"shardckpt.trust({name!r})" for name in modules]
         raise CheckpointError(
             "The checkpoint names classes or functions that this program has not given, imported "
             "or trusted",
             path=self.path,
-            tensor=", ".join(self.missing),
-            expected=", ".join(f"{at}: {text}" for at, text in self.missing.items()),
+            tensor=", ".join(wanted) + more,
+            expected=", ".join(f"{at}: {self.missing[at]}" for at in wanted) + more,
             remedy="give them to load: "
             + " or ".join(ways)
-            + (f"; or, if you trust them, first {', '.join(unknown + trusts)}" if unknown else ""),
+            + (f"; or, if you trust it, call load after {', '.join(first)}" if first else ""),
         )
 
     def make(self, tree: Any, at: str) -> Any:
@@ -296,4 +299,4 @@ def _importable(module: str) -> bool:
     """Whether a message may tell the user to import or trust a module: not the library's own."""
     top = module.partition(".")[0]
     names = all(part.isidentifier() for part in module.split("."))
-    return names and top not in ("torch", "shardckpt", *sys.stdlib_module_names)
+    return names and top not in ("__main__", "torch", "shardckpt", *sys.stdlib_module_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ class Parts:
         self._warned: set[str] = set()
         # What a checkpoint says and the program has not: see await_part, propose and confirm.
         self._awaited: dict[str, Any] = {}
-        self._loss_state: dict[str, Any] = {}
+        self._loss_tensors: nn.Module | None = None
         self._proposed: dict[str, Any] = {}
         self._save_code = save_model_code
         self._class_name: Any = None
@@ -182,11 +183,14 @@ class Parts:
     def set_loss_fn(self, loss_fn: Callable[..., Any]) -> None:
         """loss_fn(outputs, targets) -> a scalar tensor, the mean over the batch."""
         placed = isinstance(loss_fn, nn.Module) and self.device.type != "meta"
-        if isinstance(loss_fn, nn.Module) and self._loss_state:
-            loss_fn.load_state_dict(self._loss_state)
+        if isinstance(loss_fn, nn.Module) and self._loss_tensors is not None:
+            try:
+                loss_fn.load_state_dict(self._loss_tensors.state_dict())
+            except RuntimeError as error:
+                warnings.warn(f"The loss does not take its saved tensors: {error}", stacklevel=2)
         self.loss_fn = loss_fn.to(self.device) if placed else loss_fn  # type: ignore[attr-defined]
         self._awaited.pop("loss_fn", None)
-        self._loss_state = {}
+        self._loss_tensors = None
 
     def add_metric(self, name: str, metric: Callable[..., Any]) -> None:
         """metric(outputs, targets) -> a number, the mean over the batch; for training and
@@ -240,11 +244,11 @@ class Parts:
         self._compile = options
         self._proposed.pop("compile", None)
 
-    def await_part(self, at: str, described: Any, state: dict[str, Any]) -> None:
+    def await_part(self, at: str, described: Any, tensors: nn.Module | None) -> None:
         """Note a loss or metric ("loss_fn", "metrics.<name>") that a checkpoint names and that is
-        to be given before training; `state`: the loss's tensors."""
+        to be given before training; `tensors` holds those of a loss until then."""
         self._awaited[at] = described
-        self._loss_state |= state
+        self._loss_tensors = tensors or self._loss_tensors
 
     def check_given(self) -> None:
         """Raise StateError for a loss or metrics of a checkpoint that are still to be given."""
@@ -383,6 +387,8 @@ class Parts:
             state["optimizer"] = self.optimizer
         if isinstance(self.loss_fn, nn.Module) and self.loss_fn.state_dict():
             state["loss_fn"] = self.loss_fn
+        elif self._loss_tensors is not None:
+            state["loss_fn"] = self._loss_tensors
         return state
 
     def state(self) -> dict[str, Any]:
@@ -397,8 +403,6 @@ class Parts:
             state["scheduler"] = self.scheduler.state_dict()
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
-        if self._loss_state:
-            state["loss_fn"] = self._loss_state
         if self.ema is not None:
             state["ema"] = {"decay": self.ema.decay, "weights": self.ema.weights}
         return {

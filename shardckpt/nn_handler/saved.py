@@ -103,13 +103,13 @@ class CallbackState(_Struct):
 
 
 class Scaler(_Struct):
-    """The state of a GradScaler; that of one that is not enabled is empty."""
+    """The state of a GradScaler that is enabled."""
 
-    scale: float = 1.0
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
-    growth_interval: int = 1
-    tracker: int = msgspec.field(name="_growth_tracker", default=0)
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    tracker: int = msgspec.field(name="_growth_tracker")
 
 
 class Average(_Struct):
@@ -125,7 +125,7 @@ class Saved(_Struct):
     progress: Progress
     callbacks: dict[str, CallbackState]
     scheduler: dict[str, Any] | None = None
-    scaler: Scaler | None = None
+    scaler: dict[str, Any] | None = None
     ema: Average | None = None
 
 
@@ -151,13 +151,15 @@ def checked(value: Any, kind: type[_T], at: str, *, path: str) -> _T:
     """A value as a struct; CheckpointError that names the field if it is malformed."""
     try:
         return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except Exception as error:  # msgspec asks anything odd, such as a tensor, for its items
         text, _, place = str(error).partition(" - at ")
         field = place.strip("`").removeprefix("key` in `").removeprefix("$")
+        if "missing required field" in text:
+            field += "." + text.split("`")[1]
         raise CheckpointError(
             "The configuration in the checkpoint is malformed",
             path=path,
-            tensor=f"{at}{field}".removeprefix(".") or None,
+            tensor=f"{at}{field}".removeprefix(".") or "config",
             actual=text,
             remedy="load another checkpoint, or take the weights alone with "
             "NNHandler.initialize_from_checkpoint",

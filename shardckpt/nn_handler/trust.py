@@ -89,10 +89,10 @@ def trust(*trusted: str | type | types.FunctionType) -> None:
 def import_name(value: Any) -> str | None:
     """`module:qualname` of a class or function; None if it can't be found so."""
     module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
-    if _unwrapped(imported(module or "", qualname)) is value:
-        return f"{module}:{qualname}"
-    # gelu and others name a hidden module
-    return f"{functional.__name__}:{qualname}" if is_functional(value) else None
+    if is_functional(value):
+        module = functional.__name__  # gelu and others name a hidden module
+    found = _unwrapped(imported(module or "", qualname))
+    return f"{module}:{qualname}" if found is value else None
 
 
 def resolve(name: str, slot: Slot, *, instance: bool) -> Any:
@@ -116,11 +116,10 @@ def is_function(value: Any) -> bool:
 
 def is_functional(value: Any) -> bool:
     """Whether a value is a public function of torch.nn.functional."""
-    if not is_function(value) or vars(functional).get(value.__name__) is not value:
+    name = value.__name__ if is_function(value) else "_"
+    if name.startswith(("_", "has_torch_")) or vars(functional).get(name) is not value:
         return False
-    if type(value) is types.FunctionType:
-        return _home(value) == functional.__name__ and not value.__name__.startswith("_")
-    return not value.__name__.startswith(("_", "has_torch_"))
+    return type(value) is not types.FunctionType or _home(value) == functional.__name__
 
 
 def is_torch_module(kind: Any) -> bool:
