@@ -14,7 +14,12 @@ from torch import nn
 
 import shardckpt
 from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
-from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError
+from shardckpt.errors import (
+    CheckpointError,
+    LoadMismatchError,
+    NotACheckpointError,
+    StateError,
+)
 from shardckpt.execution.memory import MemoryStorage
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callbacks import Callback
@@ -136,7 +141,7 @@ def load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNH
         _check_names(handler, source)
     _set_parts(handler, names, parts, source, config, options)
     restore(handler, source, saved, strict=options.strict, skip=options.skip, placed=options.placed)
-    names.loading = False
+    names.open()
     if options.confirm:
         handler.confirm()
     return handler
@@ -183,6 +188,12 @@ def _with_model(
     chosen = names.make(parts["model.class"], "model.class")
     kwargs = names.make(parts["model.kwargs"], "model.kwargs")
     given = "model.class" in options.objects
+    if isinstance(chosen, nn.Module):
+        raise StateError(
+            "A model was given, where its class was expected",
+            actual=type(chosen).__name__,
+            remedy="give the class: model_class=Net",
+        )
 
     def make() -> nn.Module:
         with making("model", source.path):
@@ -243,6 +254,7 @@ def _set_parts(
                 **made["scheduler.options"],
             )
     _set_functions(handler, names, source, config, options)
+    _check_used(names, options)
     for part in ("auto_saver", "compile"):
         proposed = options.objects.get(part, getattr(config, part))
         if proposed is not None:
@@ -251,6 +263,24 @@ def _set_parts(
     for at, callback in made.items():
         if at.startswith("callbacks."):
             _add_callback(handler, callback, at, source.path)
+
+
+def _check_used(names: Names, options: LoadOptions) -> None:
+    """What the caller gave must have stood in for something."""
+    unused = [
+        at
+        for at in options.objects.keys() - names.used - {"auto_saver", "compile"}
+        if options.takes(at.partition(".")[0])
+    ]
+    if unused:
+        raise StateError(
+            "objects= names what the checkpoint does not have",
+            path=names.path,
+            expected="positions in it, as model.class, model.kwargs.width, optimizer.class, "
+            "optimizer.options.lr, scheduler.class, callbacks.0, callbacks.0.args.0",
+            actual=", ".join(sorted(unused)),
+            remedy="correct or remove these",
+        )
 
 
 def _set_functions(

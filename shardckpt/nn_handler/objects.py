@@ -154,19 +154,29 @@ class _Instance:
     at: str
 
 
+class _Gate:
+    """Whether functions that a checkpoint names may be called."""
+
+    is_open = False
+
+
 class Names:
     """The names in a checkpoint, resolved first, all of them, and then made into objects.
 
     `given` stands in by position ("loss_fn", "model.kwargs.block"). `bounds` limits what torch's
-    own modules may hold. While `loading`, functions that are handed to constructors as arguments
-    are not called.
+    own modules may hold. Functions that are handed to constructors as arguments are not called
+    before `open`.
     """
 
     def __init__(self, given: Mapping[str, Any], bounds: Bounds, *, path: str) -> None:
         self.given, self.bounds, self.path = given, bounds, path
         self.missing: dict[str, str] = {}
         self.used: set[str] = set()
-        self.loading = True
+        self._gate = _Gate()
+
+    def open(self) -> None:
+        """The load is done: functions may be called."""
+        self._gate.is_open = True
 
     def resolve(self, described: Described, at: str, slot: Slot = Slot.ARGUMENT) -> Any:
         """A tree for `make`; what can't be resolved is noted in `missing`."""
@@ -231,15 +241,17 @@ class Names:
         if is_functional(function) and not at.startswith("scheduler."):
             return function  # torch's modules compare functions by identity
 
+        gate, path = self._gate, self.path  # not self, which holds the checkpoint
+
         @functools.wraps(function)
         def held(*args: Any, **kwargs: Any) -> Any:
-            if not self.loading:
+            if gate.is_open:
                 return function(*args, **kwargs)
             if at.startswith("scheduler."):
                 return 1.0
             raise CheckpointError(
                 "A function that the checkpoint names was about to be called while loading",
-                path=self.path,
+                path=path,
                 tensor=at,
                 actual=import_name(function),
                 remedy=f"if it may be called, give it to load: objects={{{at!r}: ...}}",

@@ -225,14 +225,14 @@ class Parts:
 
     def freeze_module(self, name: str, *, freeze: bool = True) -> None:
         """Don't train the submodule of a name, and leave it in evaluation mode; or do again."""
-        try:
-            module = self.module.get_submodule(name)
-        except AttributeError as error:
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        module = modules.get(name)
+        if module is None:
             raise StateError(
                 "The model has no such module",
-                expected=", ".join(n for n, _ in self.module.named_modules() if n),
+                expected=", ".join(filter(None, modules)),
                 actual=name,
-            ) from error
+            )
         module.requires_grad_(not freeze)
         self._frozen = [n for n in self._frozen if n != name] + ([name] if freeze else [])
         if self.parallel == "ddp":  # DDP counts on the parameters that it saw when it was made

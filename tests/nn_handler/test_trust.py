@@ -184,6 +184,33 @@ def test_the_model_class_can_be_given(tmp_path, monkeypatch):
     assert NNHandler.load(tmp_path / "c", model_class=Net).module.head.in_features == 5
 
 
+@pytest.mark.parametrize("at", ["modell.class", "callbacks.3", "optimizer.options.nothing", "loss"])
+def test_what_is_given_for_nothing(tmp_path, at):
+    a_handler().save(tmp_path / "c")
+    with pytest.raises(errors.StateError, match="does not have"):
+        NNHandler.load(tmp_path / "c", objects={at: number})
+
+
+def test_an_instance_is_no_model_class(tmp_path):
+    a_handler().save(tmp_path / "c")
+    with pytest.raises(errors.StateError, match="class was expected"):
+        NNHandler.load(tmp_path / "c", model_class=Net())
+
+
+class Property(nn.Linear):
+    @property
+    def part(self):
+        raise AssertionError("a property of the model was read")
+
+
+def test_the_names_of_frozen_modules_are_data(tmp_path):
+    state = NNHandler(Property, in_features=2, out_features=2).state()
+    state["config"]["frozen"] = ["part"]
+    shardckpt.save(state, tmp_path / "c")
+    with pytest.raises(errors.CheckpointError, match="frozen"):
+        NNHandler.load(tmp_path / "c")
+
+
 def test_a_size_is_bounded_without_strict_too(tmp_path):
     state = NNHandler(nn.Linear, in_features=2, out_features=2).state()
     state["config"]["model"]["kwargs"] = {"in_features": 10**6, "out_features": 10**6}
