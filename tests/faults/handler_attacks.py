@@ -76,7 +76,7 @@ NAMES = {
     "eval": "builtins:eval",
     "a process": "subprocess:Popen",
     "an import": "importlib:import_module",
-    "a module not imported": "antigravity:fly",
+    "a module not imported": "imaplib:IMAP4",
     "a module of torch not imported": "torch.utils.bottleneck:main",
     "a function of the program": f"{BAIT}:function",
     "a function of the script": "__main__:record",

@@ -19,15 +19,12 @@ CASES: dict[str, tuple[attacks.Attack, bool]] = {
     **{f"harmless: {what}": (attack, False) for what, attack in attacks.HARMLESS.items()},
 }
 for what, text in attacks.NAMES.items():
-    for slot in ("model.class", "a model's argument", "callbacks.class"):
-        if (what, slot) == ("a function of the script", "a model's argument"):
-            continue  # may be one, and is not called
-        CASES[f"{what} as {slot}"] = (attacks.put(attacks.SLOTS[slot], attacks.name(text)), True)
-    called = attacks.call(text, [1])
-    CASES[f"{what}, called, as an argument"] = (
-        attacks.put(attacks.SLOTS["a model's argument"], called),
+    argument, called = attacks.SLOTS["a model's argument"], attacks.call(text, [1])
+    CASES[f"{what} as model.class"] = (
+        attacks.put(attacks.SLOTS["model.class"], attacks.name(text)),
         True,
     )
+    CASES[f"{what}, called, as an argument"] = (attacks.put(argument, called), True)
     CASES[f"{what}, called, as loss"] = (attacks.put(attacks.FUNCTIONS["loss_fn"], called), False)
 
 
@@ -91,9 +88,9 @@ def test_hostile_checkpoints_of_a_handler(tmp_path, form):
             "names",
             {
                 "harmless: the shell as loss_fn": "os.system",
-                "a module not imported as model.class": "import antigravity",
+                "a module not imported as model.class": "import imaplib",
                 "the module's __getattr__ as model.class": "__getattr__",
-                "a function of the script as callbacks.class": "a function of the script",
+                "refused: a function of the script as a factory": "a function of the script",
             },
         ),
         ("sizes", {"refused: a large model": "MiB"}),

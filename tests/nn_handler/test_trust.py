@@ -308,14 +308,14 @@ WRONG = [None, -1, 3.5, "x", [1], {"x": 1}, torch.ones(2), 1 << 90]
 
 
 def test_every_field_of_a_wrong_type_is_a_typed_error(monkeypatch):
-    """Every value in what is not a tensor, replaced and removed."""
+    """Every value in what is not a tensor, removed, and replaced by two others."""
     whole = attacks.base().state()
     small = {k: whole[k] for k in ("config", "progress", "callbacks", "scheduler", "scaler")}
     ranks = [whole["ranks"].value]
     ranks[0]["random"]["python"] = ranks[0]["random"]["numpy"] = "x"  # not each of 600 numbers
     kinds = set()
-    for place in leaves(small):
-        for wrong in [..., *WRONG]:
+    for number, place in enumerate(leaves(small)):
+        for wrong in (..., WRONG[number % 8], WRONG[(3 * number + 1) % 8]):
             changed = copy.deepcopy(small)
             *outer, last = place
             found = changed
