@@ -88,7 +88,7 @@ def test_hostile_checkpoints_of_a_handler(tmp_path, form):
             "names",
             {
                 "harmless: the shell as loss_fn": "os.system",
-                "a module not imported as model.class": "import imaplib",
+                "a module not imported as model.class": "imaplib.py",
                 "the module's __getattr__ as model.class": "__getattr__",
                 "refused: a function of the script as a factory": "a function of the script",
             },
