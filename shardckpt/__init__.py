@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         KeepLast,
     )
     from shardckpt.nn_handler import NNHandler
+    from shardckpt.nn_handler.trust import trust
     from shardckpt.planning.arrays import ShardedArray
     from shardckpt.planning.markers import FromRank0, PerRank, Union
     from shardckpt.reports import LoadReport, SaveReport
@@ -58,6 +59,7 @@ __all__ = [
     "load_state",
     "open_checkpoint",
     "save",
+    "trust",
 ]
 
 # Imported when first used: DTensor alone costs half a second.
@@ -87,6 +89,7 @@ _HOMES = {
     "load_state": "api",
     "open_checkpoint": "api",
     "save": "api",
+    "trust": "nn_handler.trust",
 }
 
 

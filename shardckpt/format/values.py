@@ -44,6 +44,7 @@ __all__ = [
     "TensorRef",
     "decode",
     "encode",
+    "imported",
     "mapping",
     "record_of",
     "reference",
@@ -93,7 +94,7 @@ def record_of(value: Any) -> Record | None:
         names = [field.name for field in dataclasses.fields(kind)]
     elif hasattr(kind, "__attrs_attrs__"):
         names = [field.name for field in kind.__attrs_attrs__]
-    elif isinstance(value, types.SimpleNamespace) or kind is _class_at("argparse", "Namespace"):
+    elif isinstance(value, types.SimpleNamespace) or kind is imported("argparse", "Namespace"):
         names = list(vars(value))
     else:
         return None
@@ -336,18 +337,26 @@ def _deque(body: Any, item: Any) -> Any:
     return collections.deque(map(item, _checked(items, list)), limit)
 
 
-def _class_at(module: str, qualname: str) -> Any:
-    """What is at this name in a module that has been imported; None if nothing is."""
+def imported(module: str, qualname: str) -> Any:
+    """What stands at a name in a module that has been imported; None if nothing does.
+
+    Looks into the dictionaries of modules and classes, so no `__getattr__` of a module, no lazy
+    module and no descriptor runs.
+    """
     found: Any = sys.modules.get(module)
+    if not isinstance(found, types.ModuleType):
+        return None
+    names = object.__getattribute__(found, "__dict__")
     for part in qualname.split("."):
-        found = getattr(found, part, None)
+        found = names.get(part)
+        names = type.__getattribute__(found, "__dict__") if issubclass(type(found), type) else {}
     return found
 
 
 def _enum_body(value: enum.Enum, at: str) -> Any:
     """Refuses an enum that could not be found again by its name, as one made in a function."""
     kind = type(value)
-    if _class_at(kind.__module__, kind.__qualname__) is not kind:
+    if imported(kind.__module__, kind.__qualname__) is not kind:
         raise _unsupported(value, at)
     single = kind.__members__.get(value.name or "") is value  # a combination of flags is none
     return [kind.__module__, kind.__qualname__, value.name if single else value.value]
@@ -355,7 +364,7 @@ def _enum_body(value: enum.Enum, at: str) -> Any:
 
 def _enum(body: Any, item: Any) -> Any:
     module, qualname, name = _checked(body, list)
-    found = _class_at(_checked(module, str), _checked(qualname, str))
+    found = imported(_checked(module, str), _checked(qualname, str))
     if not (isinstance(found, type) and issubclass(found, enum.Enum)):
         raise CheckpointError(
             "An enum was saved whose class is not there",

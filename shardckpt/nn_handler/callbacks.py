@@ -43,6 +43,10 @@ class Callback:
     """
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    writes_files = False
+    """Whether it writes where its arguments say: after a load the program must confirm that."""
+    confirmed = True
+    """False for one that a load has made, until handler.confirm(): it must write no files."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
         """Note the constructor's arguments."""
@@ -127,7 +131,7 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
-        self.best, self.waited = state["best"], state["waited"]
+        self.best, self.waited = float(state["best"]), int(state["waited"])
 
 
 def check_monitor(monitor: str, handler: NNHandler) -> None:
@@ -147,6 +151,8 @@ class ModelCheckpoint(Callback):
     It runs after all other callbacks, so what it saves has their state. `best` is the best
     value so far.
     """
+
+    writes_files = True
 
     def __init__(
         self,
@@ -171,6 +177,8 @@ class ModelCheckpoint(Callback):
 
     def on_train_start(self, handler: NNHandler) -> None:
         """Check the name and the metric."""
+        if not self.confirmed:
+            return
         others = [c.saver for c in handler.callbacks if isinstance(c, ModelCheckpoint)]
         alike = [saver for saver in others if saver.label == self.saver.label]
         self.saver.begin(handler, number=alike.index(self.saver) if self.saver in alike else 0)
@@ -181,7 +189,8 @@ class ModelCheckpoint(Callback):
             return
         if _better(metrics[self.monitor], self.best, self.mode, 0.0):
             self.best = float(metrics[self.monitor])
-        self.saver.after_epoch(handler, metrics, last=False, save_last=False)
+        if self.confirmed:
+            self.saver.after_epoch(handler, metrics, last=False, save_last=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value."""
@@ -189,7 +198,7 @@ class ModelCheckpoint(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
-        self.best = state["best"]
+        self.best = float(state["best"])
 
 
 class LearningRateMonitor(Callback):
@@ -209,7 +218,7 @@ class LearningRateMonitor(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
-        self.rates = list(state["rates"])
+        self.rates = [[float(rate) for rate in rates] for rates in state["rates"]]
 
 
 class CSVLogger(Callback):
@@ -219,6 +228,8 @@ class CSVLogger(Callback):
     are trained again are replaced.
     """
 
+    writes_files = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = local_path(path)
         self.rows: list[dict[str, Any]] = []
@@ -226,7 +237,7 @@ class CSVLogger(Callback):
     def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
         """Write the file anew."""
         self.rows.append({"epoch": handler.epoch, "step": handler.step, **metrics})
-        if handler.rank:
+        if handler.rank or not self.confirmed:
             return
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         with (
@@ -243,11 +254,13 @@ class CSVLogger(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
-        self.rows = list(state["rows"])
+        self.rows = [dict(row) for row in state["rows"]]
 
 
 class TensorBoardLogger(Callback):
     """Writes the metrics of each epoch for TensorBoard, on rank 0; needs shardckpt[tensorboard]."""
+
+    writes_files = True
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = local_path(folder)
@@ -255,7 +268,7 @@ class TensorBoardLogger(Callback):
 
     def on_train_start(self, handler: NNHandler) -> None:
         """Open the log; what epochs that are trained again had written is dropped."""
-        if handler.rank:
+        if handler.rank or not self.confirmed:
             return
         try:
             tensorboard = importlib.import_module("torch.utils.tensorboard")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class NNHandler(Parts):
     checkpoints hold the model's source (`model_code`).
 
     What a checkpoint holds is plain data: classes and functions are saved by their import
-    names. What has none is warned of when saving, and asked for when loading.
+    names. What has none is warned of when saving, and asked for when loading, or training.
     """
 
     def auto_save(
@@ -66,6 +67,7 @@ class NNHandler(Parts):
         """
         arguments = {key: value for key, value in locals().items() if key != "self"}
         self.auto_saver = AutoSaver(**arguments)
+        self._proposed.pop("auto_saver", None)
 
     def train(
         self,
@@ -96,11 +98,22 @@ class NNHandler(Parts):
             progress_bar=progress_bar,
             save_on_last_epoch=save_on_last_epoch,
         )
+        self._warn_unconfirmed()
         trainer = Trainer(self, options)
         if seed is not None and not self.replaying():
             self.seed(seed)
         trainer.run()
         return self.history
+
+    def _warn_unconfirmed(self) -> None:
+        waiting = [text for text in self.unconfirmed if text not in self._warned]
+        if waiting and self.rank == 0:
+            self._warned.update(waiting)
+            warnings.warn(
+                "What came with the checkpoint does nothing until you confirm it, by "
+                f"handler.confirm() or NNHandler.load(..., confirm=True): {'; '.join(waiting)}",
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def predict(self, inputs: Any) -> Any:
@@ -167,12 +180,20 @@ class NNHandler(Parts):
         metrics: Mapping[str, Callable[..., Any]] | None = None,
         objects: Mapping[str, Any] | None = None,
         trust_code: bool = False,
+        confirm: bool = False,
     ) -> NNHandler:
         """Rebuild a handler from what any of its saves wrote, on any number of ranks; collective.
 
-        Loaders are given anew. `model_class`, `loss_fn`, `metrics` and, by the names that save
-        warned of, `objects` stand in for what can't be imported by a saved name. With
+        Loaders are given anew. A name in the checkpoint is data: it stands for a class of torch,
+        for a callback of shardckpt, or for a model, optimizer, scheduler or callback whose module
+        the program has imported (see `trust` and docs/security.md). Nothing is imported, and no
+        function is called. A loss or metric that is not found is to be given before training;
+        anything else is an error that lists all names. `model_class`, `loss_fn`, `metrics` and
+        `objects` (by position, as in {"model.kwargs.block": Block}) stand in for names. With
         `trust_code` the model is made by the source in the checkpoint, which is run.
+
+        The auto-saver, callbacks that write files and the compilation of the model do nothing
+        before `handler.confirm()`; `confirm=True` is for checkpoints of your own.
 
         With `device_map` the handler is for inference in this process alone: the model's tensors
         go where the map says (see load_state; its prefixes are names in the model), inputs
@@ -199,6 +220,7 @@ class NNHandler(Parts):
             tp_plan=tp_plan,
             objects=given,
             trust_code=trust_code,
+            confirm=confirm,
         )
         return load(cls, local_path(path), options)
 

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import nn
 
 import shardckpt
 from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
 from shardckpt.coordination.select import alone
-from shardckpt.errors import LoadMismatchError, NotACheckpointError
+from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.execution.memory import MemoryStorage
+from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callbacks import Callback
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.model_code import class_of_code
-from shardckpt.nn_handler.objects import build
+from shardckpt.nn_handler.objects import Given, Names, making
 from shardckpt.nn_handler.parallel import Parallel
 from shardckpt.nn_handler.placing import place
 from shardckpt.nn_handler.random_state import seed_generators, set_random_state
+from shardckpt.nn_handler.saved import (
+    CallbackState,
+    Config,
+    OwnState,
+    Progress,
+    Saved,
+    Scaler,
+    Sums,
+    check_random,
+    checked,
+)
+from shardckpt.nn_handler.trust import Slot
 from shardckpt.planning.device_map import DeviceMap
 from shardckpt.planning.load_plan import Mismatches
 from shardckpt.planning.stateful import canonical_names
@@ -38,7 +53,7 @@ __all__ = ["LoadOptions", "Source", "load", "open_source", "restore"]
 _VALUES = ("config", "progress", "callbacks", "scheduler", "scaler", "ema.decay")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A checkpoint, of whatever kind, as a Storage sees it; `ranks`, of a whole file, what each
     rank had of its own."""
@@ -47,7 +62,7 @@ class Source:
     storage: Storage
     ranks: list[Any] | None = None
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Saved:
         """All of a handler's checkpoint that is small, read on this rank; not collective."""
         found = shardckpt.load_state(self.path, keys=_VALUES, storage=self.storage)
         config = found.get("config") if isinstance(found, dict) else None
@@ -58,7 +73,13 @@ class Source:
                 expected="the entry config.model",
                 remedy="load its weights with NNHandler.initialize_from_checkpoint",
             )
-        return found  # type: ignore[no-any-return]
+        return checked(found, Saved, "", path=self.path)
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shapes of all tensors by name; not collective."""
+        with shardckpt.open_checkpoint(self.path, storage=self.storage) as checkpoint:
+            return {name: tensor.shape for name, tensor in checkpoint.tensors().items()}
 
 
 def open_source(path: str) -> Source:
@@ -89,6 +110,17 @@ class LoadOptions:
     tp_plan: Mapping[str, Any] | None
     objects: Mapping[str, Any]
     trust_code: bool
+    confirm: bool
+
+    @property
+    def placed(self) -> bool:
+        """Whether the handler is for inference over the devices of a device map."""
+        return self.device_map is not None
+
+    def takes(self, part: str) -> bool:
+        """Whether a part of the checkpoint is wanted."""
+        left_out = self.placed and part in ("optimizer", "scheduler", "ema")
+        return part not in self.skip and not left_out
 
 
 def load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNHandler:
@@ -100,101 +132,213 @@ def load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNH
 def _load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNHandler:
     source = open_source(path)
     saved = source.values()
-    config, given = saved["config"], options.objects
-    chosen = _model_class(config, path, given, trust_code=options.trust_code)
-    kwargs = build(config["model"]["kwargs"], at="model.kwargs", given=given)
-    code = config["code"]
-    if options.device_map is None:
+    config = saved.config
+    bounds = Bounds(lambda: list(source.shapes.values()), path=path)
+    names = Names(options.objects, bounds, path=path)
+    with making("config", path):
+        parts = _resolved(names, config, options)
+    handler = _with_model(handler_class, names, parts, source, options)
+    handler.adopt_code(config.code, config.model.kind if options.trust_code else None)
+    if options.strict:
+        _check_names(handler, source)
+    _set_parts(handler, names, parts, source, config, options)
+    restore(handler, source, saved, strict=options.strict, skip=options.skip, placed=options.placed)
+    names.open()
+    if options.confirm:
+        handler.confirm()
+    return handler
+
+
+def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, Any]:
+    """What names and arguments of each part stand for, before anything is made of them; one
+    CheckpointError for all names that stand for nothing."""
+    model = config.model
+    parts: dict[str, Any] = {"model.kwargs": names.resolve(model.kwargs, "model.kwargs")}
+    if options.trust_code and "model.class" not in options.objects:
+        name = str(model.kind.get("shardckpt.import", ""))
+        parts["model.class"] = Given(class_of_code(config.code or {}, name, path=names.path))
+    else:
+        parts["model.class"] = names.resolve(model.kind, "model.class", Slot.MODEL)
+    for part, slot in (("optimizer", Slot.OPTIMIZER), ("scheduler", Slot.SCHEDULER)):
+        found = getattr(config, part)
+        if found is not None and config.optimizer is not None and options.takes(part):
+            parts[f"{part}.class"] = names.resolve(found.kind, f"{part}.class", slot)
+            parts[f"{part}.options"] = names.resolve(found.options, f"{part}.options")
+    if "optimizer.class" in parts:
+        assert config.optimizer is not None
+        parts["optimizer.groups"] = names.resolve(config.optimizer.groups, "optimizer.groups")
+    if options.takes("callbacks"):
+        for number, callback in enumerate(config.callbacks):
+            at = f"callbacks.{number}"
+            parts[at] = names.given_at(at) or (
+                names.resolve(callback.kind, f"{at}.class", Slot.CALLBACK),
+                names.resolve(callback.args, f"{at}.args"),
+                names.resolve(callback.kwargs, f"{at}.kwargs"),
+            )
+    names.raise_missing()
+    return parts
+
+
+def _with_model(
+    handler_class: type[NNHandler],
+    names: Names,
+    parts: dict[str, Any],
+    source: Source,
+    options: LoadOptions,
+) -> NNHandler:
+    """A handler with its model, whose weights are not loaded yet; collective."""
+    chosen = names.make(parts["model.class"], "model.class")
+    kwargs = names.make(parts["model.kwargs"], "model.kwargs")
+    given = "model.class" in options.objects
+    if isinstance(chosen, nn.Module):
+        raise StateError(
+            "A model was given, where its class was expected",
+            actual=type(chosen).__name__,
+            remedy="give the class: model_class=Net",
+        )
+
+    def make() -> nn.Module:
+        with making("model", source.path):
+            made = names.bounds.construct(chosen, (), kwargs, given=given)
+            if not isinstance(made, nn.Module):
+                raise TypeError(f"an nn.Module expected, not {type(made).__name__}")
+            return made
+
+    if not options.placed:
         handler = handler_class(
-            chosen,
+            make,
             options.device,
             parallel=options.parallel,
             device_mesh=options.device_mesh,
             tp_plan=options.tp_plan,
-            **kwargs,
         )
     else:
         with torch.device("meta"):
-            handler = handler_class(chosen, "meta", parallel="none", **kwargs)
+            handler = handler_class(make, "meta", parallel="none")
         inputs = place(
             handler.model,
-            lambda: chosen(**kwargs),
-            path,
+            make,
+            source.path,
             source.storage,
             device_map=options.device_map,
             strict=options.strict,
         )
         handler.use_device(inputs)
-    handler.adopt_code(code, config["model"]["class"] if options.trust_code else None)
-    if options.strict:
-        _check_names(handler, source)
-    _set_parts(handler, config, options)
-    for number, described in enumerate(config["callbacks"]):
-        if "callbacks" not in options.skip:
-            _add_callback(handler, described, number, given)
-    restore(
-        handler,
-        source,
-        saved,
-        strict=options.strict,
-        skip=options.skip,
-        placed=options.device_map is not None,
-    )
+    handler.model_class, handler.model_kwargs = chosen, kwargs
     return handler
 
 
-def _model_class(
-    config: dict[str, Any], path: str, given: Mapping[str, Any], *, trust_code: bool
-) -> Callable[..., nn.Module]:
-    described = config["model"]["class"]
-    if trust_code and "model.class" not in given:
-        name = described.get("shardckpt.import", "")
-        return class_of_code(config["code"] or {}, name, path=path)  # type: ignore[no-any-return]
-    return build(described, at="model.class", given=given)  # type: ignore[no-any-return]
-
-
-def _set_parts(handler: NNHandler, config: dict[str, Any], options: LoadOptions) -> None:
-    given, placed = options.objects, options.device_map is not None
-    for name in config["frozen"]:
-        handler.freeze_module(name)
-    optimizer, scheduler = config["optimizer"], config["scheduler"]
-    if optimizer and "optimizer" not in options.skip and not placed:
-        made = build(optimizer, at="optimizer", given=given)
-        handler.set_optimizer(made["class"], groups=made["groups"], **made["options"])
-        if scheduler and "scheduler" not in options.skip:
-            made = build(scheduler, at="scheduler", given=given)
-            handler.set_scheduler(
-                made["class"],
-                interval=made["interval"],
-                monitor=made["monitor"],
-                **made["options"],
-            )
-    if config["loss_fn"] is not None or "loss_fn" in given:
-        handler.set_loss_fn(build(config["loss_fn"], at="loss_fn", given=given))
-    metrics = {**config["metrics"], **{n[8:]: None for n in given if n.startswith("metrics.")}}
-    for name, metric in metrics.items():
-        handler.add_metric(name, build(metric, at=f"metrics.{name}", given=given))
-    if config["auto_saver"]:
-        handler.auto_save(**{**config["auto_saver"], "resume": None})
-    if config["compile"] is not None and not placed:
-        handler.compile_model(**build(config["compile"], at="compile", given=given))
-
-
-def _add_callback(
-    handler: NNHandler, described: dict[str, Any], number: int, given: Mapping[str, Any]
+def _set_parts(
+    handler: NNHandler,
+    names: Names,
+    parts: dict[str, Any],
+    source: Source,
+    config: Config,
+    options: LoadOptions,
 ) -> None:
-    made = build(described, at=f"callbacks.{number}", given=given)
-    if isinstance(made, dict):
-        made = made["class"](*made["args"], **made["kwargs"])
-    handler.add_callback(made)
+    made = {at: names.make(tree, at) for at, tree in parts.items() if not at.startswith("model.")}
+    with making("frozen", source.path):
+        for name in config.frozen:
+            handler.freeze_module(name)
+    if "optimizer.class" in made:
+        with making("optimizer", source.path):
+            handler.set_optimizer(
+                made["optimizer.class"],
+                groups=made["optimizer.groups"],
+                **made["optimizer.options"],
+            )
+    if "scheduler.class" in made and config.scheduler is not None:
+        with making("scheduler", source.path):
+            handler.set_scheduler(
+                made["scheduler.class"],
+                interval=config.scheduler.interval,
+                monitor=config.scheduler.monitor,
+                **made["scheduler.options"],
+            )
+    _set_functions(handler, names, source, config, options)
+    _check_used(names, options)
+    for part in ("auto_saver", "compile"):
+        proposed = options.objects.get(part, getattr(config, part))
+        if proposed is not None:
+            with making(part, source.path):
+                handler.propose(part, proposed)
+    for at, callback in made.items():
+        if at.startswith("callbacks."):
+            _add_callback(handler, callback, at, source.path)
+
+
+def _check_used(names: Names, options: LoadOptions) -> None:
+    """What the caller gave must have stood in for something."""
+    unused = [
+        at
+        for at in options.objects.keys() - names.used - {"auto_saver", "compile"}
+        if options.takes(at.partition(".")[0])
+    ]
+    if unused:
+        raise StateError(
+            "objects= names what the checkpoint does not have",
+            path=names.path,
+            expected="positions in it, as model.class, model.kwargs.width, optimizer.class, "
+            "optimizer.options.lr, scheduler.class, callbacks.0, callbacks.0.args.0",
+            actual=", ".join(sorted(unused)),
+            remedy="correct or remove these",
+        )
+
+
+def _set_functions(
+    handler: NNHandler, names: Names, source: Source, config: Config, options: LoadOptions
+) -> None:
+    """Loss and metrics; what does not resolve is to be given before training, and no hindrance to
+    anything else."""
+    wanted: dict[str, Any] = {"loss_fn": config.loss_fn}
+    wanted |= {f"metrics.{name}": metric for name, metric in config.metrics.items()}
+    wanted |= {at: None for at in options.objects if at.startswith("metrics.")}
+    for at, described in wanted.items():
+        if described is None and at not in options.objects:
+            continue
+        names.missing.clear()
+        tree = names.resolve(described, at, Slot.FUNCTION)
+        made: Any = None if names.missing else names.make(tree, at)
+        if not callable(made) and at not in options.objects:
+            handler.await_part(at, described, _loss_tensors(source) if at == "loss_fn" else None)
+        elif at == "loss_fn":
+            handler.set_loss_fn(made)
+        else:
+            with making(at, source.path):
+                handler.add_metric(at.partition(".")[2], made)
+
+
+def _loss_tensors(source: Source) -> nn.Module | None:
+    """A module that holds the tensors of a loss that is to be given."""
+    if not any(name.startswith("loss_fn.") for name in source.shapes):
+        return None
+    holder = nn.Module()
+    with making("loss_fn", source.path):
+        found = shardckpt.load_state(source.path, keys="loss_fn", storage=source.storage)
+        for name, tensor in found["loss_fn"].items():
+            *outer, last = name.split(".")
+            module = holder
+            for part in outer:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_buffer(last, tensor)
+    return holder
+
+
+def _add_callback(handler: NNHandler, made: Any, at: str, path: str) -> None:
+    given = not isinstance(made, tuple)
+    with making(at, path):
+        callback = made if given else made[0](*made[1], **made[2])
+        if not given:
+            callback.confirmed = False
+        handler.add_callback(callback)
 
 
 def _check_names(handler: NNHandler, source: Source) -> None:
     """A checkpoint of another model is told before an optimizer is made for the wrong one."""
     own = set(canonical_names(handler.model).values())
-    with shardckpt.open_checkpoint(source.path, storage=source.storage) as checkpoint:
-        tensors = checkpoint.tensors()
-    saved = {name.removeprefix("model.") for name in tensors if name.startswith("model.")}
+    saved = {n.removeprefix("model.") for n in source.shapes if n.startswith("model.")}
     error = Mismatches(
         missing=sorted(f"model.{name}" for name in own - saved),
         unexpected=sorted(f"model.{name}" for name in saved - own),
@@ -206,117 +350,131 @@ def _check_names(handler: NNHandler, source: Source) -> None:
 def restore(
     handler: NNHandler,
     source: Source,
-    saved: dict[str, Any] | None = None,
+    saved: Saved | None = None,
     *,
     strict: bool = True,
     skip: Collection[str] = (),
     placed: bool = False,
 ) -> None:
     """Fill a handler, whose parts are set, with what a checkpoint holds; collective."""
+    path = source.path
     if saved is None:  # the handler was not made of the checkpoint
         saved = source.values()
-        _check_parts(handler.config(), saved["config"], source.path)
+        _check_parts(handler.config(), saved.config, path)
     state = {} if placed else handler.tensor_state()
-    if placed or "optimizer" in skip or not saved["config"]["optimizer"]:
+    if placed or "optimizer" in skip or saved.config.optimizer is None:
         state.pop("optimizer", None)
-    ema = _ema(handler, saved, skip=placed or "ema" in skip)
-    if ema is not None:
+    ema = None
+    if saved.ema is not None and not placed and "ema" not in skip:
+        with making("ema.decay", path):
+            ema = EMA(handler.model, saved.ema.decay)
         state["ema"] = {"weights": ema.weights}
     if source.ranks is None:
         state["ranks"] = shardckpt.PerRank({}, on_resize=lambda every: {"every": every})
-    shardckpt.load(state, source.path, strict=strict, storage=source.storage)
+    shardckpt.load(state, path, strict=strict, storage=source.storage)
     handler.ema = ema or (EMA(handler.model, handler.ema.decay) if handler.ema else None)
-    if handler.scheduler is not None and "scheduler" in saved and "scheduler" not in skip:
-        handler.scheduler.load_state_dict(saved["scheduler"])
-    if saved.get("scaler") and not placed:
-        if handler.scaler is None:
-            handler.set_grad_scaler()
-        assert handler.scaler is not None
-        handler.scaler.load_state_dict(saved["scaler"])
-    _progress(handler, saved["progress"], history="history" not in skip)
+    if handler.scheduler is not None and saved.scheduler is not None and "scheduler" not in skip:
+        with making("scheduler", path):
+            handler.scheduler.load_state_dict(saved.scheduler)
+    if saved.scaler and not placed:
+        _scaler(handler, saved.scaler, path)
+    _progress(handler, saved.progress, history="history" not in skip)
     if "callbacks" not in skip:
-        _callbacks(handler.callbacks, saved["callbacks"], source.path)
-    own: dict[str, Any]
+        _callbacks(handler.callbacks, saved.callbacks, path)
     if source.ranks is None:
-        own = state["ranks"].value
+        _own(handler, state["ranks"].value, path)
     else:
         same = len(source.ranks) == handler.world_size
         own = source.ranks[handler.rank] if same else {"every": source.ranks}
-    _own(handler, own)
+        _own(handler, own, path)
 
 
-def _check_parts(own: dict[str, Any], saved: dict[str, Any], path: str) -> None:
+def _check_parts(own: dict[str, Any], saved: Config, path: str) -> None:
     """An optimizer or a scheduler that is missing, or is of another class, is no detail."""
     for part in ("optimizer", "scheduler"):
-        kinds = [config[part]["class"] if config[part] else None for config in (own, saved)]
+        found = getattr(saved, part)
+        kinds = [own[part]["class"] if own[part] else None, found.kind if found else None]
         if kinds[0] == kinds[1] or all(kind and "shardckpt.absent" in kind for kind in kinds):
             continue
         raise LoadMismatchError(
             f"The handler has another {part} than the checkpoint",
             path=path,
             expected=next(iter((kinds[0] or {"": "none"}).values())),
-            actual=next(iter((kinds[1] or {"": "none"}).values())),
+            actual=next(iter((kinds[1] or {"": "none"}).values()), None),
             remedy=f"set_{part} as it was when this was saved; to change it, NNHandler.load with "
             f"skip_{part}=True, and then set_{part}",
         )
 
 
-def _ema(handler: NNHandler, saved: dict[str, Any], *, skip: bool) -> EMA | None:
-    if skip or "ema" not in saved:
-        return None
-    return EMA(handler.model, saved["ema"]["decay"])
+def _scaler(handler: NNHandler, saved: dict[str, Any], path: str) -> None:
+    checked(saved, Scaler, "scaler", path=path)
+    if handler.scaler is None:
+        handler.set_grad_scaler()
+    assert handler.scaler is not None
+    handler.scaler.load_state_dict(saved)
 
 
-def _progress(handler: NNHandler, saved: dict[str, Any], *, history: bool) -> None:
-    handler.epoch, handler.step = saved["epoch"], saved["step"]
-    handler.position = Position(**saved["position"])
-    handler.runs, handler.run_id = list(saved["runs"]), saved["run_id"]
-    handler.rate, handler.seed_value = saved["rate"], saved["seed"]
-    handler.stop_training = saved["stopped"]
-    handler.history = saved["history"] if history else {}
+def _progress(handler: NNHandler, saved: Progress, *, history: bool) -> None:
+    handler.epoch, handler.step = saved.epoch, saved.step
+    handler.position = Position(**msgspec.to_builtins(saved.position))
+    handler.runs, handler.run_id = list(saved.runs), saved.run_id
+    handler.rate, handler.seed_value = saved.rate, saved.seed
+    handler.stop_training = saved.stopped
+    handler.history = saved.history if history else {}
 
 
-def _callbacks(callbacks: list[Callback], saved: dict[str, Any], path: str) -> None:
-    kinds = {
-        name: found
-        for number, (name, state) in enumerate(saved.items())
-        if number >= len(callbacks) or type(callbacks[number]).__name__ != (found := state["kind"])
-    }
-    if kinds or len(callbacks) != len(saved):
+def _callbacks(callbacks: list[Callback], saved: dict[str, CallbackState], path: str) -> None:
+    kinds = [state.kind for state in saved.values()]
+    if [type(callback).__name__ for callback in callbacks] != kinds:
         raise LoadMismatchError(
             "The handler has other callbacks than the checkpoint",
             path=path,
+            tensor="callbacks",
             expected=[type(callback).__name__ for callback in callbacks],
-            actual=[state["kind"] for state in saved.values()],
+            actual=kinds,
             remedy="add the same callbacks in the same order, or load with skip_callbacks=True",
         )
-    for callback, state in zip(callbacks, saved.values(), strict=True):
-        callback.load_state_dict(state["state"])
+    for callback, (number, state) in zip(callbacks, saved.items(), strict=True):
+        with making(f"callbacks.{number}.state", path):
+            callback.load_state_dict(state.state)
 
 
-def _own(handler: NNHandler, own: dict[str, Any]) -> None:
+def _own(handler: NNHandler, own: Any, path: str) -> None:
     """What each rank has of its own; on another number of ranks, sums go to rank 0 and random
     numbers begin anew."""
-    every = own.get("every")
+    every = own.get("every") if isinstance(own, dict) else None
     if every is not None:
-        seed_generators(handler.seed_value + 1_000_003 * handler.step + handler.rank)
-        handler.position.random = every[handler.rank % len(every)]["epoch_random"]
-        own = {"random": None, "sums": _added([found["sums"] for found in every])}
-        if handler.rank and own["sums"]:
-            own["sums"] = _added([own["sums"]], times=0)
+        states = [_own_state(state, path) for state in checked(every, list, "ranks", path=path)]
+        if not states:
+            raise CheckpointError("The checkpoint holds no rank's state", path=path, tensor="ranks")
+        with making("progress.seed", path):
+            seed_generators(handler.seed_value + 1_000_003 * handler.step + handler.rank)
+        handler.position.random = states[handler.rank % len(states)].epoch_random
+        sums = _added([state.sums for state in states], times=int(handler.rank == 0))
     else:
-        handler.position.random = own["epoch_random"]
-        set_random_state(own["random"])
+        state = _own_state(own, path)
+        handler.position.random, sums = state.epoch_random, state.sums
+        set_random_state(state.random)
     handler.boundary = None
-    if own["sums"] is not None:
-        handler.boundary = {"random": handler.random_now(), "sums": own["sums"]}
+    if sums is not None:
+        handler.boundary = {"random": handler.random_now(), "sums": msgspec.to_builtins(sums)}
 
 
-def _added(sums: list[Any], *, times: int = 1) -> dict[str, Any] | None:
-    if any(part is None for part in sums):
+def _own_state(own: Any, path: str) -> OwnState:
+    state = checked(own, OwnState, "ranks", path=path)
+    check_random(state.random, "ranks.random", path=path)
+    if state.epoch_random is not None:
+        check_random(state.epoch_random, "ranks.epoch_random", path=path)
+    return state
+
+
+def _added(every: list[Sums | None], *, times: int) -> Sums | None:
+    sums = [part for part in every if part is not None]
+    if len(sums) < len(every):
         return None
-    names = sums[0]["sums"]
-    return {
-        "count": times * sum(part["count"] for part in sums),
-        "sums": {name: times * sum(part["sums"][name] for part in sums) for name in names},
-    }
+    return Sums(
+        count=times * sum(part.count for part in sums),
+        sums={
+            name: times * sum(part.sums.get(name, 0.0) for part in sums) for name in sums[0].sums
+        },
+    )

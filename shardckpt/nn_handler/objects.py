@@ -1,67 +1,49 @@
 """Classes, functions and objects by name: what a checkpoint holds in place of pickles.
 
 Whatever has no importable name is noted as absent: saving warns of it, and loading asks for it.
+What a name may stand for is said in shardckpt.nn_handler.trust.
 """
 
 from __future__ import annotations
 
-import importlib
+import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping
-from pathlib import PurePath
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import nn
 
-from shardckpt.errors import CheckpointError
+from shardckpt.errors import CheckpointError, ShardckptError, StateError
+from shardckpt.nn_handler.bounds import Bounds
+from shardckpt.nn_handler.trust import Slot, import_name, is_function, is_functional, resolve
 from shardckpt.planning.stateful import has_state
 
-__all__ = ["Described", "build", "describe", "find", "import_name", "warn_of_absent"]
+__all__ = ["Described", "Given", "Names", "absent", "describe", "making", "warn_of_absent"]
 
 Described = Any
 """Plain data in which these stand for classes, functions and objects."""
 
 _IMPORT, _ARGUMENTS, _ABSENT = "shardckpt.import", "arguments", "shardckpt.absent"
-
-
-def import_name(value: Any) -> str | None:
-    """`module:qualname` of a class or function; None if it can't be found so."""
-    module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
-    found: Any = sys.modules.get(module or "")
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    return f"{module}:{qualname}" if found is value else None
-
-
-def find(name: str, *, at: str) -> Any:
-    """The class or function of a name that import_name made, or CheckpointError."""
-    module, _, qualname = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            "The checkpoint names something that can't be imported",
-            tensor=at,
-            expected=name,
-            actual=str(error),
-            remedy=f"put its module on the path, or give it to load: objects={{{at!r}: ...}}",
-        ) from error
-    return found
+_HELD = "shardckpt_held"
+_PATH = "pathlib:Path"
+_LONGEST_RANGE, _LISTED = 1 << 20, 50
 
 
 def describe(value: Any) -> Described:
     """Plain data for a value: functions and classes by name, losses and the like by class and
     arguments, which are read from attributes of the same name as torch's classes have them."""
+    value = getattr(value, _HELD, value) if is_function(value) else value
     if isinstance(value, dict):
         return {key: describe(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(describe(item) for item in value)
     if isinstance(value, PurePath):
-        return {_IMPORT: "pathlib:Path", _ARGUMENTS: [str(value)]}
+        return {_IMPORT: _PATH, _ARGUMENTS: [str(value)]}
     if inspect.isroutine(value) or isinstance(value, type):
         name = import_name(value)
         return {_ABSENT: repr(value)} if name is None else {_IMPORT: name}
@@ -74,17 +56,25 @@ def describe(value: Any) -> Described:
     return value
 
 
-def _arguments(value: Any) -> dict[str, Any] | None:
+def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
     """What an object was made of; None if that is not to be seen on it."""
+    if type(value) is nn.Sequential:
+        numbered = [str(number) for number in range(len(value))] == list(value._modules)
+        return list(value) if numbered else None
+    if type(value) in (nn.ModuleList, nn.ModuleDict):
+        return {"modules": list(value) if type(value) is nn.ModuleList else dict(value.items())}
     arguments: dict[str, Any] = {}
+    is_torch = type(value).__module__.startswith("torch.")
     try:
         parameters = inspect.signature(type(value)).parameters
     except ValueError:
         return None
     for parameter in parameters.values():
         if hasattr(value, parameter.name):
-            arguments[parameter.name] = getattr(value, parameter.name)
-        elif not type(value).__module__.startswith("torch."):
+            found = getattr(value, parameter.name)
+            flag = type(parameter.default) is bool and type(found) is not bool
+            arguments[parameter.name] = found is not None if flag else found  # Linear's bias
+        elif parameter.default is parameter.empty or not is_torch:
             return None
     return arguments
 
@@ -115,26 +105,210 @@ def warn_of_absent(described: Described, known: set[str]) -> None:
             )
 
 
-def build(described: Described, *, at: str, given: Mapping[str, Any]) -> Any:
-    """What describe described; `given` stands in, by name, for what can't be imported."""
-    if at in given:
-        return given[at]
-    if isinstance(described, Mapping):
-        if _ABSENT in described:
+@contextmanager
+def making(at: str, path: str) -> Iterator[None]:
+    """An error of what is made from a checkpoint's words is an error in the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ShardckptError) and not isinstance(error, StateError):
+            error.tensor = error.tensor or at
+            raise
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            "A part of the handler can't be made as the checkpoint says",
+            path=path,
+            tensor=at,
+            actual=error.message if isinstance(error, StateError) else text,
+            remedy=_remedy(at),
+        ) from error
+
+
+def _remedy(at: str) -> str:
+    """What to do about a part of a checkpoint that can't be made."""
+    part, _, name = at.partition(".")
+    ways = {
+        **{p: f"load with skip_{p}=True" for p in ("optimizer", "scheduler", "callbacks", "ema")},
+        "model": 'give it to load: model_class=..., objects={"model.kwargs": {...}}',
+        "loss_fn": "give it to load: loss_fn=...",
+        "metrics": f"give it to load: metrics={{{name!r}: ...}}",
+        "auto_saver": 'leave it out of the load: objects={"auto_saver": None}',
+        "compile": 'leave it out of the load: objects={"compile": None}',
+    }
+    return ways.get(part, "take the weights alone with NNHandler.initialize_from_checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the caller gave to load, or what a name stands for: taken as it is."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Instance:
+    """An instance of a class, to be made once every name is resolved."""
+
+    kind: Any
+    arguments: Any
+    at: str
+
+
+class _Gate:
+    """Whether functions that a checkpoint names may be called."""
+
+    is_open = False
+
+
+class Names:
+    """The names in a checkpoint, resolved first, all of them, and then made into objects.
+
+    `given` stands in by position ("loss_fn", "model.kwargs.block"). `bounds` limits what torch's
+    own modules may hold. Functions that are handed to constructors as arguments are not called
+    before `open`.
+    """
+
+    def __init__(self, given: Mapping[str, Any], bounds: Bounds, *, path: str) -> None:
+        self.given, self.bounds, self.path = given, bounds, path
+        self.missing: dict[str, str] = {}
+        self.used: set[str] = set()
+        self._gate = _Gate()
+
+    def open(self) -> None:
+        """The load is done: functions may be called."""
+        self._gate.is_open = True
+
+    def resolve(self, described: Described, at: str, slot: Slot = Slot.ARGUMENT) -> Any:
+        """A tree for `make`; what can't be resolved is noted in `missing`."""
+        if (given := self.given_at(at)) is not None:
+            return given
+        if type(described) is dict:
+            if _ABSENT in described:
+                return self._miss(at, str(described[_ABSENT]))
+            if _IMPORT in described:
+                return self._named(described, at, slot)
+            return {k: self.resolve(item, f"{at}.{k}") for k, item in described.items()}
+        if type(described) in (list, tuple):
+            items = [self.resolve(item, f"{at}.{i}") for i, item in enumerate(described)]
+            return type(described)(items)
+        if type(described) is range and described[_LONGEST_RANGE:]:
+            raise self._malformed(at, f"a range of at most {_LONGEST_RANGE} numbers", described)
+        return described
+
+    def given_at(self, at: str) -> Given | None:
+        """What the caller gave in place of a whole part."""
+        if at not in self.given:
+            return None
+        self.used.add(at)
+        return Given(self.given[at])
+
+    def _named(self, described: dict[Any, Any], at: str, slot: Slot) -> Any:
+        name, arguments = described[_IMPORT], described.get(_ARGUMENTS)
+        instance = _ARGUMENTS in described
+        if type(name) is not str or not described.keys() <= {_IMPORT, _ARGUMENTS}:
+            raise self._malformed(at, 'a name as "module:class"', described)
+        if instance and type(arguments) not in (dict, list):
+            raise self._malformed(at, "arguments in a dict or a list", arguments)
+        if (name, slot, instance) == (_PATH, Slot.ARGUMENT, True):
+            if type(arguments) is not list or [type(part) for part in arguments] != [str]:
+                raise self._malformed(at, "a path as one str", arguments)
+            return Given(Path(arguments[0]))
+        found = resolve(name, slot, instance=instance)
+        tree = self.resolve(arguments, f"{at}.arguments") if instance else None
+        if found is None:
+            return self._miss(at, name)
+        if instance:
+            return _Instance(found, tree, at)
+        held = is_function(found) and slot is Slot.ARGUMENT
+        return Given(self._held(found, at) if held else found)
+
+    def _miss(self, at: str, text: str) -> None:
+        self.missing[at] = (text if text.isprintable() else repr(text))[:200]
+
+    def _malformed(self, at: str, expected: str, actual: Any) -> CheckpointError:
+        return CheckpointError(
+            "The configuration in the checkpoint is malformed",
+            path=self.path,
+            tensor=f"config.{at}",
+            expected=expected,
+            actual=repr(actual)[:200],
+            remedy=f"give it to load: objects={{{at!r}: ...}}",
+        )
+
+    def _held(self, function: Callable[..., Any], at: str) -> Callable[..., Any]:
+        """The function, which can't be called before the load is done. A scheduler asks for a
+        factor when it is made, which its state then replaces."""
+        if is_functional(function) and not at.startswith("scheduler."):
+            return function  # torch's modules compare functions by identity
+
+        gate, path = self._gate, self.path  # not self, which holds the checkpoint
+
+        @functools.wraps(function)
+        def held(*args: Any, **kwargs: Any) -> Any:
+            if gate.is_open:
+                return function(*args, **kwargs)
+            if at.startswith("scheduler."):
+                return 1.0
             raise CheckpointError(
-                "The checkpoint does not hold something that has no importable name",
+                "A function that the checkpoint names was about to be called while loading",
+                path=path,
                 tensor=at,
-                expected=described[_ABSENT],
-                remedy=f"give it to load: objects={{{at!r}: ...}}",
+                actual=import_name(function),
+                remedy=f"if it may be called, give it to load: objects={{{at!r}: ...}}",
             )
-        if _IMPORT in described:
-            found = find(described[_IMPORT], at=at)
-            if _ARGUMENTS not in described:
-                return found
-            arguments = build(described[_ARGUMENTS], at=f"{at}.arguments", given=given)
-            return found(*arguments) if isinstance(arguments, list) else found(**arguments)
-        return {k: build(item, at=f"{at}.{k}", given=given) for k, item in described.items()}
-    if type(described) in (list, tuple):
-        items = [build(item, at=f"{at}.{i}", given=given) for i, item in enumerate(described)]
-        return type(described)(items)
-    return described
+
+        setattr(held, _HELD, function)
+        return held
+
+    def raise_missing(self) -> None:
+        """One CheckpointError for all names that did not resolve."""
+        if not self.missing:
+            return
+        parts = {at.partition(".")[0] for at in self.missing}
+        wanted = list(self.missing)[:_LISTED]
+        more = f", and {len(self.missing) - _LISTED} more" if len(self.missing) > _LISTED else ""
+        ways = [f"objects={{{', '.join(f'{at!r}: ...' for at in wanted)}}}"]
+        ways += ["model_class=..."] if "model.class" in self.missing else []
+        ways += [f"skip_{part}=True" for part in ("optimizer", "scheduler") if part in parts]
+        ways += ["skip_callbacks=True"] if "callbacks" in parts else []
+        named = {n.partition(":")[0] for n in self.missing.values() if ":" in n}
+        modules = sorted(filter(_importable, named))[:_LISTED]
+        first = [f"import {name}" for name in modules if name not in sys.modules]
+        first += [f"shardckpt.trust({name!r})" for name in modules]
+        raise CheckpointError(
+            "The checkpoint names classes or functions that this program has not given, imported "
+            "or trusted",
+            path=self.path,
+            tensor=", ".join(wanted) + more,
+            expected=", ".join(f"{at}: {self.missing[at]}" for at in wanted) + more,
+            remedy="give them to load: "
+            + " or ".join(ways)
+            + (f"; or, if you trust it, call load after {', '.join(first)}" if first else ""),
+        )
+
+    def make(self, tree: Any, at: str) -> Any:
+        """Objects for a tree whose names are all resolved."""
+        with making(at, self.path):
+            return self._make(tree)
+
+    def _make(self, tree: Any) -> Any:
+        if type(tree) is Given:
+            return tree.value
+        if type(tree) is dict:
+            return {key: self._make(item) for key, item in tree.items()}
+        if type(tree) in (list, tuple):
+            return type(tree)(self._make(item) for item in tree)
+        if type(tree) is not _Instance:
+            return tree
+        with making(tree.at, self.path):
+            arguments = self._make(tree.arguments)
+            listed = arguments if type(arguments) is list else []
+            named = arguments if type(arguments) is dict else {}
+            return self.bounds.construct(tree.kind, listed, named)
+
+
+def _importable(module: str) -> bool:
+    """Whether a message may tell the user to import or trust a module: not the library's own."""
+    top = module.partition(".")[0]
+    names = all(part.isidentifier() for part in module.split("."))
+    return names and top not in ("__main__", "torch", "shardckpt", *sys.stdlib_module_names)

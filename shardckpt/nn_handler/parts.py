@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from shardckpt.nn_handler.scheduling import Interval, Scheduler
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "check_compile"]
 
 
 class Parts:
@@ -73,6 +74,10 @@ class Parts:
         self._compile: dict[str, Any] | None = None
         self._optimizer: dict[str, Any] | None = None
         self._warned: set[str] = set()
+        # What a checkpoint says and the program has not: see await_part, propose and confirm.
+        self._awaited: dict[str, Any] = {}
+        self._loss_tensors: nn.Module | None = None
+        self._proposed: dict[str, Any] = {}
         self._save_code = save_model_code
         self._class_name: Any = None
         self.set_model(model_class, **model_kwargs)
@@ -178,7 +183,14 @@ class Parts:
     def set_loss_fn(self, loss_fn: Callable[..., Any]) -> None:
         """loss_fn(outputs, targets) -> a scalar tensor, the mean over the batch."""
         placed = isinstance(loss_fn, nn.Module) and self.device.type != "meta"
+        if isinstance(loss_fn, nn.Module) and self._loss_tensors is not None:
+            try:
+                loss_fn.load_state_dict(self._loss_tensors.state_dict())
+            except RuntimeError as error:
+                warnings.warn(f"The loss does not take its saved tensors: {error}", stacklevel=2)
         self.loss_fn = loss_fn.to(self.device) if placed else loss_fn  # type: ignore[attr-defined]
+        self._awaited.pop("loss_fn", None)
+        self._loss_tensors = None
 
     def add_metric(self, name: str, metric: Callable[..., Any]) -> None:
         """metric(outputs, targets) -> a number, the mean over the batch; for training and
@@ -186,6 +198,7 @@ class Parts:
         if not name or name in ("loss", "lr", "epoch", "step") or name.startswith("val_"):
             raise StateError("This name of a metric is taken", actual=repr(name))
         self.metrics[name] = metric
+        self._awaited.pop(f"metrics.{name}", None)
 
     def set_train_loader(self, data: Dataset[Any] | DataLoader[Any], **loader_options: Any) -> None:
         """A Dataset with a DataLoader's options, or a DataLoader; each rank sees its part."""
@@ -212,14 +225,14 @@ class Parts:
 
     def freeze_module(self, name: str, *, freeze: bool = True) -> None:
         """Don't train the submodule of a name, and leave it in evaluation mode; or do again."""
-        try:
-            module = self.module.get_submodule(name)
-        except AttributeError as error:
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        module = modules.get(name)
+        if module is None:
             raise StateError(
                 "The model has no such module",
-                expected=", ".join(n for n, _ in self.module.named_modules() if n),
+                expected=", ".join(filter(None, modules)),
                 actual=name,
-            ) from error
+            )
         module.requires_grad_(not freeze)
         self._frozen = [n for n in self._frozen if n != name] + ([name] if freeze else [])
         if self.parallel == "ddp":  # DDP counts on the parameters that it saw when it was made
@@ -229,6 +242,66 @@ class Parts:
         """torch.compile the model, in place: names of parameters stay as they are."""
         self.model.compile(**options)
         self._compile = options
+        self._proposed.pop("compile", None)
+
+    def await_part(self, at: str, described: Any, tensors: nn.Module | None) -> None:
+        """Note a loss or metric ("loss_fn", "metrics.<name>") that a checkpoint names and that is
+        to be given before training; `tensors` holds those of a loss until then."""
+        self._awaited[at] = described
+        self._loss_tensors = tensors or self._loss_tensors
+
+    def check_given(self) -> None:
+        """Raise StateError for a loss or metrics of a checkpoint that are still to be given."""
+        if self._awaited:
+            ways = [
+                "set_loss_fn(...)" if at == "loss_fn" else f"add_metric({at[8:]!r}, ...)"
+                for at in self._awaited
+            ]
+            raise StateError(
+                "The checkpoint names a loss or metrics that load could not resolve",
+                expected=", ".join(f"{at}: {text}" for at, text in self._awaited.items()),
+                remedy=f"call {', '.join(ways)}, or before load shardckpt.trust the module that "
+                "defines them",
+            )
+
+    def propose(self, part: str, options: Any) -> None:
+        """Keep what a checkpoint says about "auto_saver" or "compile", until it is confirmed;
+        StateError for options that can't be taken."""
+        if part == "auto_saver":
+            AutoSaver(**{**options, "resume": None})
+        else:
+            check_compile(options)
+        self._proposed[part] = options
+
+    @property
+    def unconfirmed(self) -> list[str]:
+        """What came with a checkpoint and does nothing before `confirm`: the auto-saver, callbacks
+        that write files, the compilation of the model."""
+        waiting = [f"{part}: {options}" for part, options in self._proposed.items()]
+        return waiting + [
+            f"{type(c).__name__}: {c.arguments}"
+            for c in self.callbacks
+            if c.writes_files and not c.confirmed
+        ]
+
+    def confirm(self) -> None:
+        """Let all that is `unconfirmed` do as the checkpoint says. Not collective.
+
+        Look at `unconfirmed` first, if you did not make the checkpoint: the auto-saver and the
+        callbacks write to the paths that it names, and remove what their policies say.
+
+        Example:
+            >>> handler = NNHandler.load("models/final")
+            >>> print(handler.unconfirmed)
+            >>> handler.confirm()
+        """
+        saver, compiling = (self._proposed.pop(part, None) for part in ("auto_saver", "compile"))
+        if saver is not None:
+            self.auto_saver = AutoSaver(**{**saver, "resume": None})
+        if compiling is not None:
+            self.compile_model(**compiling)
+        for callback in self.callbacks:
+            callback.confirmed = True
 
     def train_mode(self) -> None:
         """Training mode for all but frozen modules."""
@@ -280,6 +353,10 @@ class Parts:
             "compile": describe(self._compile),
             "code": self.model_code,
         }
+        for at, described in self._awaited.items():
+            part, _, name = at.partition(".")
+            config[part] = {**config[part], name: described} if name else described
+        config.update(self._proposed)
         if self._class_name is not None:
             config["model"]["class"] = self._class_name
         return config
@@ -310,6 +387,8 @@ class Parts:
             state["optimizer"] = self.optimizer
         if isinstance(self.loss_fn, nn.Module) and self.loss_fn.state_dict():
             state["loss_fn"] = self.loss_fn
+        elif self._loss_tensors is not None:
+            state["loss_fn"] = self._loss_tensors
         return state
 
     def state(self) -> dict[str, Any]:
@@ -348,3 +427,30 @@ class Parts:
             "ranks": shardckpt.PerRank({**boundary, "epoch_random": position.random}),
             "config": config,
         }
+
+
+_COMPILING: dict[str, tuple[Any, ...]] = {
+    "fullgraph": (True, False),
+    "dynamic": (True, False, None),
+    "disable": (True, False),
+    "backend": ("inductor", "eager", "aot_eager"),
+    "mode": (
+        None,
+        "default",
+        "reduce-overhead",
+        "max-autotune",
+        "max-autotune-no-cudagraphs",
+    ),
+}
+
+
+def check_compile(options: dict[str, Any]) -> None:
+    """Raise StateError for options of torch.compile that a checkpoint must not choose: a backend
+    by name is imported, and `options` can name the compiler that is run."""
+    for name, value in options.items():
+        if value not in _COMPILING.get(name, ()):
+            raise StateError(
+                "A checkpoint may not choose this option of torch.compile",
+                expected=f"one of {_COMPILING.get(name) or sorted(_COMPILING)}",
+                actual=f"{name}={value!r}"[:200],
+            )

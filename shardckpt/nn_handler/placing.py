@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import shardckpt
+from shardckpt.errors import LoadMismatchError
 from shardckpt.planning.device_map import DeviceMap
 from shardckpt.storage.base import Storage
 
@@ -36,7 +37,16 @@ def place(
     saved = shardckpt.load_state(
         path, keys="model", device_map=below_model(device_map), storage=storage
     )
-    model.load_state_dict(saved["model"], strict=strict, assign=True)
+    try:
+        model.load_state_dict(saved.get("model", {}), strict=strict, assign=True)
+    except RuntimeError as error:  # names or shapes
+        raise LoadMismatchError(
+            "The model does not fit the checkpoint",
+            path=path,
+            actual=str(error)[:2000],
+            remedy="give the model of the checkpoint: model_class=..., or "
+            'objects={"model.kwargs": {...}}',
+        ) from error
     first = next(model.parameters(), torch.empty(0)).device
     inputs = torch.device("cpu") if first.type == "meta" else first
     _fill_buffers(model, make, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -106,10 +107,12 @@ def _without_functions(value: Any) -> Any:
 
 
 def _load(scheduler: Any, state: dict[str, Any]) -> None:
+    _check_state(scheduler, state)
     _restore_counters(scheduler, state)
     for part, own in zip(
         getattr(scheduler, "_schedulers", ()), state.get("_schedulers", ()), strict=True
     ):
+        _check_state(part, own)
         _restore_counters(part, own)
     scheduler.load_state_dict(state)
 
@@ -118,3 +121,11 @@ def _restore_counters(scheduler: Any, state: dict[str, Any]) -> None:
     for name, value in state.items():
         if isinstance(getattr(scheduler, name, None), Counter):
             state[name] = Counter(value)
+
+
+def _check_state(scheduler: Any, state: Any) -> None:
+    """A scheduler takes a state as its attributes: values must not stand in for its methods."""
+    for name in state:
+        own = inspect.getattr_static(type(scheduler), name, None)
+        if callable(own) or isinstance(own, property) or name == "optimizer":
+            raise StateError("A scheduler's state would replace one of its methods", actual=name)

@@ -365,6 +365,7 @@ class Trainer:
 
 
 def _check_ready(handler: NNHandler) -> None:
+    handler.check_given()
     missing = {
         "set_optimizer": handler.optimizer,
         "set_loss_fn": handler.loss_fn,

@@ -19,7 +19,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 @pytest.mark.ranks
 def test_every_block_of_the_page_runs(tmp_path):
     python = [code for kind, code in BLOCKS if kind == "python"]
-    assert len(python) == 13
+    assert len(python) == 15
     (tmp_path / "page.py").write_text("\n".join(python))
     (printed,) = run_script(tmp_path / "page.py")
     assert "class Classifier" in printed

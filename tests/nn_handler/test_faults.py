@@ -104,7 +104,7 @@ def test_06_each_callback_has_its_own_state_and_arguments(tmp_path):
     handler.add_callback(CSVLogger(str(tmp_path / "log.csv")))
     quiet(handler, 3)
     handler.save(tmp_path / "c")
-    resumed = with_data(NNHandler.load(tmp_path / "c"))
+    resumed = with_data(NNHandler.load(tmp_path / "c", confirm=True))
     one, two, rates, best, log = resumed.callbacks
     assert (one.monitor, one.patience, two.monitor, two.patience) == ("val_loss", 7, "accuracy", 9)
     assert [c.state_dict() for c in resumed.callbacks] == [
@@ -127,7 +127,7 @@ def test_08_retention_after_a_resume(tmp_path):
     handler = a_handler()
     handler.auto_save(interval=1, save_path=tmp_path, keep_last=2)
     quiet(handler, 3)
-    resumed = with_data(NNHandler.load(tmp_path / "epoch3"))
+    resumed = with_data(NNHandler.load(tmp_path / "epoch3", confirm=True))
     quiet(resumed, 2)
     assert sorted(os.listdir(tmp_path)) == ["epoch4", "epoch5"]
     other = a_handler()  # another run does not touch what this one saved
@@ -260,7 +260,7 @@ def test_17_an_exception_in_a_callback_stops_training_after_a_save(tmp_path):
     with pytest.raises(RuntimeError, match="planted"):
         quiet(handler, 5)
     assert os.listdir(tmp_path) == ["step12"]
-    loaded = with_data(NNHandler.load(tmp_path / "step12", skip_callbacks=True))
+    loaded = with_data(NNHandler.load(tmp_path / "step12", skip_callbacks=True, confirm=True))
     assert loaded.epoch == 2
     never = quiet(a_handler(), 3)
     assert same(weights(quiet(loaded)), weights(never))
@@ -285,7 +285,7 @@ def test_21_a_save_on_an_exception_in_the_data(tmp_path):
     never = a_handler()
     never.set_train_loader(data(), batch_size=8)
     quiet(never)
-    loaded = with_data(NNHandler.load(tmp_path / "step5"))
+    loaded = with_data(NNHandler.load(tmp_path / "step5", confirm=True))
     loaded.set_train_loader(data(), batch_size=8)
     assert same(weights(quiet(loaded)), weights(never))
     assert loaded.history == never.history
@@ -453,7 +453,7 @@ def test_tensorboard(tmp_path):
     quiet(handler, 2)
     handler.save(tmp_path / "c")
     quiet(handler, 1)  # is trained again, by a resume
-    resumed = with_data(NNHandler.load(tmp_path / "c"))
+    resumed = with_data(NNHandler.load(tmp_path / "c", confirm=True))
     quiet(resumed, 2)
     log = EventAccumulator(str(tmp_path / "log"))
     log.Reload()

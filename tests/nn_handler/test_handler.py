@@ -86,8 +86,16 @@ def test_auto_save_names_and_overwrite(tmp_path):
     handler.train(epochs=3)
     assert os.listdir(tmp_path / "one") == ["e8"]
     resumed = with_data(NNHandler.load(tmp_path / "one" / "e8"))
+    with pytest.warns(UserWarning, match="until you confirm"):
+        resumed.train(epochs=1)
+    assert os.listdir(tmp_path / "one") == ["e8"]
+    resumed.save(tmp_path / "again")  # what is not confirmed stays in the checkpoint
+    resumed = with_data(NNHandler.load(tmp_path / "again"))
+    assert "'save_path': " in resumed.unconfirmed[0]
+    resumed.confirm()
+    assert resumed.unconfirmed == []
     resumed.train(epochs=1)
-    assert os.listdir(tmp_path / "one") == ["e9"]
+    assert os.listdir(tmp_path / "one") == ["e10"]
     handler.auto_save(interval=-1, save_path=tmp_path / "last", name="e{epoch}")
     handler.train(epochs=2)
     assert os.listdir(tmp_path / "last") == ["e10"]
@@ -135,9 +143,12 @@ def test_what_has_no_importable_name_is_reported_and_asked_for_again(tmp_path, n
     with pytest.warns(UserWarning, match="metrics.mine"):
         handler.save(tmp_path / name)
     handler.save(tmp_path / name)  # warned of once
-    with pytest.raises(errors.CheckpointError) as caught:
-        NNHandler.load(tmp_path / name)
-    assert caught.value.tensor == "metrics.mine"
+    awaiting = with_data(NNHandler.load(tmp_path / name))
+    assert same({"": awaiting.predict(torch.ones(1, 4))}, {"": handler.predict(torch.ones(1, 4))})
+    with pytest.raises(errors.StateError, match=r"add_metric\('mine', ...\)"):
+        awaiting.train(epochs=1)
+    awaiting.add_metric("mine", lambda outputs, targets: 0.125)
+    assert awaiting.train(epochs=1)["mine"] == [0.125]
     given = {"mine": lambda outputs, targets: 0.25}
     loaded = with_data(NNHandler.load(tmp_path / name, metrics=given))
     assert loaded.train(epochs=1)["mine"] == [0.25]

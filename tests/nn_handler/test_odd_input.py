@@ -30,7 +30,7 @@ def test_a_stream_of_samples_resumes_within_an_epoch(tmp_path):
     handler.set_train_loader(Stream(), batch_size=8)
     handler.auto_save(save_path=tmp_path, every_steps=4)
     handler.train(1, progress_bar=False)
-    resumed = with_data(NNHandler.load(tmp_path / "step4"))
+    resumed = with_data(NNHandler.load(tmp_path / "step4", confirm=True))
     resumed.set_train_loader(Stream(), batch_size=8)
     resumed.train(1, progress_bar=False)
     assert same(weights(resumed), weights(handler))

@@ -94,7 +94,13 @@ def test_every_scheduler(tmp_path, name, interval):
     first = with_scheduler(name, **options)
     first.train(2, progress_bar=False)
     first.save(tmp_path / "c")
-    resumed = with_loaders(NNHandler.load(tmp_path / "c"))
+    if name == "function":  # load calls no function that it was not handed
+        with pytest.raises(errors.CheckpointError, match=r"scheduler\.class"):
+            NNHandler.load(tmp_path / "c")
+        given = {"scheduler.class": schedule}
+    else:
+        given = {}
+    resumed = with_loaders(NNHandler.load(tmp_path / "c", objects=given))
     resumed.train(3, progress_bar=False)
     assert end_state(resumed) == end_state(never)
     assert same(weights(resumed), weights(never))

@@ -1,0 +1,197 @@
+"""The plain data of a handler's checkpoint, typed: what is malformed is refused by name before
+anything is made of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import torch
+
+from shardckpt.errors import CheckpointError
+
+__all__ = ["Config", "OwnState", "Progress", "Saved", "checked"]
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_Name = dict[str, Any]
+"""A class by its import name; see shardckpt.nn_handler.objects."""
+
+
+class _Struct(msgspec.Struct, kw_only=True):
+    """Of a struct that has a seed, torch must be able to take it."""
+
+    def __post_init__(self) -> None:
+        if not -(1 << 63) <= getattr(self, "seed", 0) < 1 << 64:
+            raise ValueError("Expected a seed of 64 bits")
+
+
+class Model(_Struct):
+    """The class of the model, and its arguments."""
+
+    kind: _Name = msgspec.field(name="class")
+    kwargs: dict[str, Any]
+
+
+class Optimizer(_Struct):
+    """The arguments of set_optimizer."""
+
+    kind: _Name = msgspec.field(name="class")
+    groups: list[dict[str, Any]] | None = None
+    options: dict[str, Any] = {}
+
+
+class Scheduler(_Struct):
+    """The arguments of set_scheduler."""
+
+    kind: _Name = msgspec.field(name="class")
+    options: dict[str, Any]
+    interval: Literal["epoch", "step"]
+    monitor: str
+
+
+class Callback(_Struct):
+    """The class of a callback, and its arguments."""
+
+    kind: _Name = msgspec.field(name="class")
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+class Config(_Struct):
+    """What rebuilds a handler."""
+
+    model: Model
+    optimizer: Optimizer | None = None
+    scheduler: Scheduler | None = None
+    loss_fn: Any = None
+    metrics: dict[str, Any] = {}
+    callbacks: list[Callback] = []
+    auto_saver: dict[str, Any] | None = None
+    frozen: list[str] = []
+    compile: dict[str, Any] | None = None
+    code: dict[str, str] | None = None
+
+
+class SavedPosition(_Struct):
+    """See shardckpt.nn_handler.data.Position."""
+
+    samples: _Count
+    batches: _Count
+    length: _Count
+    seed: int
+
+
+class Progress(_Struct):
+    """How far training has come."""
+
+    epoch: _Count
+    step: _Count
+    position: SavedPosition
+    runs: list[_Count]
+    run_id: str | None
+    history: dict[str, list[Any]]
+    rate: float
+    seed: int
+    stopped: bool
+
+
+class CallbackState(_Struct):
+    """The class's name of a callback, and what its state_dict returned."""
+
+    kind: str
+    state: dict[str, Any]
+
+
+class Scaler(_Struct):
+    """The state of a GradScaler that is enabled."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    tracker: int = msgspec.field(name="_growth_tracker")
+
+
+class Average(_Struct):
+    """What is saved of an EMA beside its weights."""
+
+    decay: float
+
+
+class Saved(_Struct):
+    """All of a handler's checkpoint that is small."""
+
+    config: Config
+    progress: Progress
+    callbacks: dict[str, CallbackState]
+    scheduler: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+    ema: Average | None = None
+
+
+class Sums(_Struct):
+    """The running sums of an epoch."""
+
+    count: _Count
+    sums: dict[str, float]
+
+
+class OwnState(_Struct):
+    """What each rank has of its own."""
+
+    random: Any
+    sums: Sums | None
+    epoch_random: Any = None
+
+
+_T = TypeVar("_T")
+
+
+def checked(value: Any, kind: type[_T], at: str, *, path: str) -> _T:
+    """A value as a struct; CheckpointError that names the field if it is malformed."""
+    try:
+        return msgspec.convert(value, kind)
+    except Exception as error:  # msgspec asks anything odd, such as a tensor, for its items
+        text, _, place = str(error).partition(" - at ")
+        field = place.strip("`").removeprefix("key` in `").removeprefix("$")
+        if "missing required field" in text:
+            field += "." + text.split("`")[1]
+        raise CheckpointError(
+            "The configuration in the checkpoint is malformed",
+            path=path,
+            tensor=f"{at}{field}".removeprefix(".") or "config",
+            actual=text,
+            remedy="load another checkpoint, or take the weights alone with "
+            "NNHandler.initialize_from_checkpoint",
+        ) from error
+
+
+def check_random(state: Any, at: str, *, path: str) -> None:
+    """CheckpointError unless the generators of torch, numpy and Python can take a state."""
+    try:
+        torch.Generator().set_state(state["torch"])
+        _, internal, gauss = state["python"]
+        name, keys, index, has_gauss, cached = state["numpy"]
+        ints = [*internal, *keys.tolist(), index, has_gauss]
+        right = (
+            (name, len(internal), tuple(keys.shape)) == ("MT19937", 625, (624,))
+            and all(type(number) is int for number in ints)
+            and all(0 <= number < 1 << 32 for number in ints)
+            and max(index, internal[-1]) <= 624  # beyond it, numpy reads what is not its own
+            and all(isinstance(g, (float, type(None))) for g in (gauss, cached))
+        )
+    except Exception as error:
+        raise _bad_random(at, path, error) from error
+    if not right:
+        raise _bad_random(at, path, None)
+
+
+def _bad_random(at: str, path: str, error: Exception | None) -> CheckpointError:
+    return CheckpointError(
+        "The state of the random-number generators in the checkpoint is malformed",
+        path=path,
+        tensor=at,
+        actual=None if error is None else f"{type(error).__name__}: {error}".partition("\n")[0],
+        remedy="load another checkpoint, or take the weights alone with "
+        "NNHandler.initialize_from_checkpoint",
+    )

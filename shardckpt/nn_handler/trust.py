@@ -1,0 +1,174 @@
+"""What a name in a checkpoint may stand for.
+
+A name is data. It is looked up among what the program has imported, and nothing is imported for
+it. What is found there counts only if a rule below allows it in the slot that it fills.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from typing import Any
+
+from torch import nn
+from torch.nn import functional
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+from torch.optim.lr_scheduler import LRScheduler
+
+from shardckpt.errors import StateError
+from shardckpt.format.values import imported
+from shardckpt.nn_handler import callbacks
+from shardckpt.nn_handler.callbacks import Callback
+
+__all__ = [
+    "Slot",
+    "import_name",
+    "is_function",
+    "is_functional",
+    "is_torch_module",
+    "resolve",
+    "trust",
+]
+
+_prefixes: set[str] = set()
+_objects: dict[str, Any] = {}
+
+
+class Slot(enum.Enum):
+    """What a name fills."""
+
+    MODEL = "model"
+    OPTIMIZER = "optimizer"
+    SCHEDULER = "scheduler"
+    CALLBACK = "callback"
+    FUNCTION = "loss or metric"
+    ARGUMENT = "argument"
+
+
+_BASES: dict[Slot, tuple[type, ...]] = {
+    Slot.MODEL: (nn.Module,),
+    Slot.OPTIMIZER: (Optimizer,),
+    Slot.SCHEDULER: (LRScheduler,),
+    Slot.CALLBACK: (Callback,),
+    Slot.FUNCTION: (nn.Module,),
+    Slot.ARGUMENT: (nn.Module, Optimizer, LRScheduler, Callback),
+}
+
+
+def trust(*trusted: str | type | types.FunctionType) -> None:
+    """Let names in checkpoints stand for classes and functions of yours, in this process.
+
+    NNHandler.load resolves by itself what docs/security.md lists: classes of torch.nn,
+    torch.optim and its schedulers, shardckpt's callbacks, and models, optimizers, schedulers and
+    callbacks whose modules your program has imported. For losses, metrics and arguments of other
+    kinds it needs your word. No module is imported, and load calls no function. Not collective.
+
+    Args:
+        trusted: Prefixes of modules ("mylab" also means "mylab.metrics"), classes, functions.
+
+    Raises:
+        StateError: Something is neither a module's name nor a class or function with a name.
+
+    Example:
+        >>> import shardckpt
+        >>> shardckpt.trust("mylab")
+    """
+    for item in trusted:
+        if isinstance(item, str) and all(part.isidentifier() for part in item.split(".")):
+            _prefixes.add(item)
+        elif isinstance(item, (type, types.FunctionType)):
+            _objects[f"{item.__module__}:{item.__qualname__}"] = item
+        else:
+            raise StateError(
+                "Only modules, classes and functions can be trusted",
+                expected='the name of a module, as in trust("mylab"), a class or a function',
+                actual=repr(item),
+            )
+
+
+def import_name(value: Any) -> str | None:
+    """`module:qualname` of a class or function; None if it can't be found so."""
+    module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if is_functional(value):
+        module = functional.__name__  # gelu and others name a hidden module
+    found = _unwrapped(imported(module or "", qualname))
+    return f"{module}:{qualname}" if found is value else None
+
+
+def resolve(name: str, slot: Slot, *, instance: bool) -> Any:
+    """The class or function that a name stands for in a slot; None if no rule allows it.
+
+    `instance`: an instance of the class is wanted, not the class itself.
+    """
+    module, _, qualname = name.partition(":")
+    found = _objects.get(name) or _unwrapped(imported(module, qualname))
+    if issubclass(type(found), type):
+        fits = {Slot.FUNCTION: instance, Slot.ARGUMENT: True}.get(slot, not instance)
+        return found if fits and _is_class_for(found, slot, instance=instance) else None
+    fits = slot in (Slot.FUNCTION, Slot.ARGUMENT) and not instance
+    return found if fits and is_function(found) and _is_allowed(found) else None
+
+
+def is_function(value: Any) -> bool:
+    """Whether a value is a plain function, of Python or, as some of torch.nn.functional, of C."""
+    return type(value) in (types.FunctionType, types.BuiltinFunctionType)
+
+
+def is_functional(value: Any) -> bool:
+    """Whether a value is a public function of torch.nn.functional."""
+    name = value.__name__ if is_function(value) else "_"
+    if name.startswith(("_", "has_torch_")) or vars(functional).get(name) is not value:
+        return False
+    return type(value) is not types.FunctionType or _home(value) == functional.__name__
+
+
+def is_torch_module(kind: Any) -> bool:
+    """Whether a class is one of torch.nn's modules."""
+    public = issubclass(kind, nn.Module) and vars(nn).get(kind.__name__) is kind
+    return public and _home(kind).startswith("torch.nn.modules.")
+
+
+def _unwrapped(found: Any) -> Any:
+    return found.__func__ if type(found) is staticmethod else found
+
+
+def _home(value: Any) -> str:
+    """The module that a class or function says it is from."""
+    get = type.__getattribute__ if issubclass(type(value), type) else object.__getattribute__
+    home = get(value, "__module__")
+    return home if type(home) is str else ""
+
+
+def _is_trusted(value: Any) -> bool:
+    home = f"{_home(value)}."
+    return any(value is item for item in _objects.values()) or any(
+        home.startswith(f"{prefix}.") for prefix in _prefixes
+    )
+
+
+def _is_class_for(kind: Any, slot: Slot, *, instance: bool) -> bool:
+    if _is_trusted(kind):
+        return slot in (Slot.FUNCTION, Slot.ARGUMENT) or issubclass(kind, _BASES[slot])
+    if not issubclass(kind, nn.Module if instance else _BASES[slot]):
+        return False
+    home = _home(kind)
+    if home.partition(".")[0] == "torch":  # torch itself imports far more than a program uses
+        lazy = issubclass(kind, nn.modules.lazy.LazyModuleMixin)
+        return (is_torch_module(kind) and not lazy) or _is_torch_optimizer(kind)
+    return home == callbacks.__name__ or home.partition(".")[0] != "shardckpt"
+
+
+def _is_torch_optimizer(kind: Any) -> bool:
+    if issubclass(kind, Optimizer):
+        return _home(kind).startswith("torch.optim.")
+    return issubclass(kind, LRScheduler) and _home(kind) in (
+        lr_scheduler.__name__,
+        swa_utils.__name__,
+    )
+
+
+def _is_allowed(function: Any) -> bool:
+    """Of torch.nn.functional, of the script itself, or trusted."""
+    plain = type(function) is types.FunctionType
+    own = plain and (_home(function) == "__main__" or _is_trusted(function))
+    return own or is_functional(function)

@@ -1,0 +1,103 @@
+"""Hostile checkpoints of a handler: nothing in them is imported or called, in every format."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardckpt.errors import UnsupportedLeafError
+from tests.faults import handler_attacks as attacks
+from tests.faults.test_hostile import MOST_BYTES, MOST_S
+
+CASES: dict[str, tuple[attacks.Attack, bool]] = {
+    **{f"refused: {what}": (attack, True) for what, attack in attacks.REFUSED.items()},
+    **{f"harmless: {what}": (attack, False) for what, attack in attacks.HARMLESS.items()},
+}
+for what, text in attacks.NAMES.items():
+    argument, called = attacks.SLOTS["a model's argument"], attacks.call(text, [1])
+    CASES[f"{what} as model.class"] = (
+        attacks.put(attacks.SLOTS["model.class"], attacks.name(text)),
+        True,
+    )
+    CASES[f"{what}, called, as an argument"] = (attacks.put(argument, called), True)
+    CASES[f"{what}, called, as loss"] = (attacks.put(attacks.FUNCTIONS["loss_fn"], called), False)
+
+
+def attempts(folder: Path, cases, form: str, hole: str = "") -> list[dict]:
+    """What loading did with each case, from one child process."""
+    attacks.write(folder / f"good{form}", None)
+    names = {f"good{form}": ("good", False)}
+    for number, (what, (attack, refused)) in enumerate(cases.items()):
+        path = folder / f"case{number}{form}"
+        try:
+            attacks.write(path, attack)
+        except UnsupportedLeafError:  # this format can't hold it
+            assert form
+            continue
+        names[path.name] = (what, refused)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.handler_child", str(folder), hole],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0 or hole, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for attempt in found:
+        attempt["case"], attempt["refused"] = names[attempt["case"]]
+    assert len(found) == len(names) or hole
+    return found
+
+
+def wrong(attempt: dict) -> str | None:
+    """What is not as it should be in an attempt."""
+    what = f"{attempt['case']}: "
+    if attempt["forbidden"]:
+        return what + f"forbidden: {attempt['forbidden']}"
+    if attempt["seconds"] > MOST_S or attempt["peak_bytes"] > MOST_BYTES:
+        return what + f"{attempt['seconds']:.1f} s, {attempt['peak_bytes'] >> 20} MiB"
+    if not attempt["refused"]:
+        return what + f"{attempt['error']} {attempt['text']}" if attempt["error"] else None
+    if not attempt["error"]:
+        return what + "loads"
+    if not attempt["typed"]:
+        return what + f"{attempt['error']}: {attempt['text']}"
+    if not attempt["path"] or not attempt["remedy"] or "tensor: " not in attempt["text"]:
+        return what + f"names no path, no field or no remedy: {attempt['text']}"
+    return None
+
+
+@pytest.mark.parametrize("form", attacks.FORMATS)
+def test_hostile_checkpoints_of_a_handler(tmp_path, form):
+    assert len(CASES) > 200
+    cases = CASES if not form else dict(list(CASES.items())[::6])
+    failures = [text for text in map(wrong, attempts(tmp_path, cases, form)) if text]
+    assert not failures, "\n".join(failures)
+    assert not os.path.exists(tmp_path / "shardckpt-was-here")
+
+
+@pytest.mark.parametrize(
+    ("hole", "signs"),
+    [
+        (
+            "names",
+            {
+                "harmless: the shell as loss_fn": "os.system",
+                "a module not imported as model.class": "imaplib.py",
+                "the module's __getattr__ as model.class": "__getattr__",
+                "refused: a function of the script as a factory": "a function of the script",
+            },
+        ),
+        ("sizes", {"refused: a large model": "MiB"}),
+    ],
+)
+def test_planted_holes_are_seen(tmp_path, hole, signs):
+    found = attempts(tmp_path, {case: CASES[case] for case in signs}, "", hole)
+    texts = {attempt["case"]: str(wrong(attempt)) for attempt in found}
+    for case, sign in signs.items():
+        assert sign in texts[case], texts[case]
