@@ -19,7 +19,7 @@ import math
 import pickle
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ class StandIn:
     args: tuple[Any, ...] = ()
     state: Any = None
 
-    def __new__(cls, *args: Any, **_: Any) -> Any:
+    def __new__(cls, *args: Any, **_: Any) -> Any:  # noqa: D102
         if threading.get_ident() != cls.thread:
             raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {cls.name}")
         made = object.__new__(cls)
@@ -84,7 +84,7 @@ class ObjectsLoader:
         self._add("numpy.ndarray")
         self._add("numpy.dtype")
 
-    def load(self, file: str | io.BytesIO, *, mmap: bool = False) -> Any:
+    def load(self, file: str | io.BytesIO, mmap: bool = False) -> Any:
         """What torch.load gives, with stand-ins. Raises what torch.load raises for a file that is
         damaged, or that calls the operating system."""
         while True:
@@ -131,7 +131,8 @@ class ObjectsLoader:
         can be taken. Entries of dicts are left out, a list or tuple goes with all its items."""
         if id(value) in self._containers:
             self.changed[name] = f"{self._containers[id(value)][1]}, taken as {_kind(value)}"
-        if isinstance(value, Mapping) or type(value) in (list, tuple):
+        is_dict = isinstance(value, Mapping) and not isinstance(value, Counter)  # one value
+        if is_dict or type(value) in (list, tuple):
             if id(value) not in self._done:
                 self._done[id(value)] = value, _Cycle  # what is met again on its own way down
                 self._done[id(value)] = value, self._items(value, name)
@@ -159,16 +160,16 @@ class ObjectsLoader:
             items = [self.plain(item, below(name, place)) for place, item in enumerate(value)]
             lost = next((item for item in items if _is_lost(item)), None)
             return type(value)(items) if lost is None else lost
-        kept = {}
+        kept: dict[Any, Any] = {}
         for key, item in value.items():
-            inner = below(name, key if not isinstance(key, StandIn) else key.name)
+            inner = below(name, _key_text(key))
             found = self.plain(item, inner)
             lost = next((part for part in (self.plain(key, inner), found) if _is_lost(part)), None)
             if lost is None:
                 kept[key] = found
             else:
                 self.left[inner] = why(lost)
-        return type(value)(kept) if type(value) is not OrderedDict else kept
+        return kept
 
     def _taken(self, made: StandIn, name: str) -> Any:
         """The plain form of an object, if its class has one."""
@@ -214,17 +215,21 @@ def _kind(value: Any) -> str:
     return "list" if isinstance(value, list) else "dict"
 
 
+def _key_text(key: Any) -> str:
+    is_class = isinstance(key, type) and issubclass(key, StandIn)
+    return key.name if isinstance(key, StandIn) or is_class else str(key)
+
+
 def _full_name(item: Any) -> str:
     return item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
 
 
 def _dtype(made: Any) -> np.dtype[Any]:
     """A dtype of numbers; ValueError for any other, as one of objects."""
-    text, order = made.args[0], "" if made.state is None else made.state[1]
+    text, order = made.args[0], "=" if made.state is None else made.state[1]
     if not isinstance(text, str) or not _ARRAY_DTYPE.fullmatch(text):
         raise ValueError(f"a numpy array of dtype {text!r}")
-    dtype: np.dtype[Any] = np.dtype(text)
-    return dtype.newbyteorder(order) if order in ("<", ">") else dtype
+    return np.dtype(order + text if order in ("<", ">") and text[0].isalpha() else text)
 
 
 def _array(made: StandIn) -> Any:
