@@ -41,6 +41,7 @@ __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 Format = Literal["shardckpt", "dcp", "hf", "safetensors", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+_TORCH_SUFFIXES = (".ckpt", ".bin")  # of files, though Lightning has folders of that name too
 _BYTES_PER_FILE = 1 << 30
 _HUGGING_FACE_BYTES = 5_000_000_000  # as transformers has it
 
@@ -218,7 +219,9 @@ def _format_of(target: str, to: Format | None) -> Format:
     if is_one_file(target):
         by_suffix = "safetensors" if target.endswith(".safetensors") else "torch"
     if to is None:
-        return by_suffix
+        return "torch" if target.endswith(_TORCH_SUFFIXES) else by_suffix
+    if to == "torch" and target.endswith(_TORCH_SUFFIXES):
+        return to
     if to not in FORMATS or (to != by_suffix and {to, by_suffix} & {"torch", "safetensors"}):
         raise StateError(
             "This path does not go with this format",

@@ -177,6 +177,8 @@ def raise_unreadable(path: str) -> None:
     if not os.path.isdir(path):
         return
     names = names_in(path)
+    if any(re.fullmatch(r"shard-\d+-of-\d+\.safetensors", name) for name in names):
+        return  # shardckpt's own, without its manifest
     inner = [
         f"{name}/{below}"
         for name in names[:100]

@@ -78,8 +78,8 @@ UNSEALED = "0" * 32
 
 
 def is_one_file(path: str) -> bool:
-    """Whether a path means one file: a torch or safetensors file, by its suffix."""
-    return path.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors"))
+    """Whether a path means one file."""
+    return path.endswith((".pth", ".pt", ".safetensors"))
 
 
 def is_one_file_there(path: str) -> bool:
