@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.convert.dcp import DcpCheckpoint, is_dcp
+from shardckpt.convert.dcp import DcpCheckpoint, fsdp_parts, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
 from shardckpt.convert.safetensors_files import (
@@ -133,6 +133,8 @@ def _open(path: str, *, check: bool) -> Checkpoint | Foreign:
                 if ".safetensors" in weights:
                     return open_hugging_face(path, weights)
                 return open_torch_folder(path, weights, check=check)
+        if fsdp_parts(path):
+            return open_fsdp(path)
         raise_unreadable(path)
     return Checkpoint(path, storage=LocalStorage())
 

@@ -41,11 +41,14 @@ from shardckpt.format.boxes import find_gap
 from shardckpt.planning.chunks import box_slices
 from shardckpt.storage.system import translated
 
-__all__ = ["DcpCheckpoint", "is_dcp"]
+__all__ = ["DcpCheckpoint", "fsdp_parts", "is_dcp", "open_fsdp"]
 
 _METADATA = ".metadata"
 _SIDE_STATES = ("meta.pt", "common.pt")
 """Torch files with the rest of the state: Lightning's (epoch, callbacks, ...), Megatron-Core's."""
+
+
+ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
 
 
 def is_dcp(path: str) -> bool:
@@ -77,7 +80,7 @@ class DcpCheckpoint:
             data = file.read()
         self._read_metadata = self._unpickled(data)
         self._metadata = self._read_metadata.metadata
-        self._identity = xxhash.xxh3_128(data).hexdigest()
+        self.identity = xxhash.xxh3_128(data).hexdigest()
         self._current, self._loaded = "", dict[tuple[int, ...], torch.Tensor]()
         self.tensors: dict[str, torch.Size] = {
             name: entry.size
@@ -121,9 +124,23 @@ class DcpCheckpoint:
 
         Raises UnsupportedLeafError for a value that calls the operating system.
         """
-        entries: dict[str, Any] = {}
-        reads = {}
         objects = ObjectsLoader()
+        state, reads = self.state(objects)
+        files = {os.path.basename(self._file(i)) for i in self._metadata.storage_data.values()}
+        files |= {_METADATA} | self._add_side_states(state, objects)
+        origin = Origin(
+            format="DCP",
+            writer=self._writer(state),
+            left={**objects.left, **left_beside(self.path, files)},
+            changed=objects.changed,
+            files=tuple(sorted(files)),
+        )
+        return foreign(self.path, "DCP", state, reads=reads, identity=self.identity, origin=origin)
+
+    def state(self, objects: ObjectsLoader) -> tuple[dict[Any, Any], dict[int, ReadBox]]:
+        """Its nested state and, by the id of each tensor in it, how that is read; see foreign."""
+        entries: dict[str, Any] = {}
+        reads: dict[int, ReadBox] = {}
         objects.left.update(self._read_metadata.unknown)
         for name in self._metadata.state_dict_metadata:
             if name in self.tensors:  # a tensor without memory stands for it
@@ -137,17 +154,7 @@ class DcpCheckpoint:
                 else:
                     entries[name] = found
         paths = self._metadata.planner_data
-        state = _nested(entries, paths if isinstance(paths, dict) else {})
-        files = {os.path.basename(self._file(i)) for i in self._metadata.storage_data.values()}
-        files |= {_METADATA} | self._add_side_states(state, objects)
-        origin = Origin(
-            format="DCP",
-            writer=self._writer(state),
-            left={**objects.left, **left_beside(self.path, files)},
-            changed=objects.changed,
-            files=tuple(sorted(files)),
-        )
-        return foreign(self.path, "DCP", state, reads=reads, identity=self._identity, origin=origin)
+        return _nested(entries, paths if isinstance(paths, dict) else {}), reads
 
     def _add_side_states(self, state: dict[Any, Any], objects: ObjectsLoader) -> set[str]:
         """Add the entries of a torch file that a library has laid beside; the names of such files
@@ -279,6 +286,36 @@ class DcpCheckpoint:
                 actual=f"{type(error).__name__}: {plain_text(error)}",
                 remedy="load another checkpoint",
             ) from error
+
+
+def fsdp_parts(path: str) -> list[str]:
+    """The DCP directories that accelerate and transformers' Trainer make of one FSDP model and its
+    optimizer, instead of a file of weights; empty for any other folder."""
+    parts = [n for n in ("pytorch_model_fsdp_0", "optimizer_0") if is_dcp(os.path.join(path, n))]
+    return parts if parts[:1] == ["pytorch_model_fsdp_0"] else []
+
+
+def open_fsdp(path: str) -> Foreign:
+    """Such a folder as a source: {"model": ..., "optimizer": ...}."""
+    objects = ObjectsLoader()
+    state: dict[Any, Any] = {}
+    reads: dict[int, ReadBox] = {}
+    identity = []
+    parts = fsdp_parts(path)
+    for name in parts:
+        part = DcpCheckpoint(os.path.join(path, name))
+        entries, part_reads = part.state(objects)
+        state.update(entries)
+        reads.update(part_reads)
+        identity.append(part.identity)
+    origin = Origin(
+        format="DCP directories of FSDP",
+        writer=writer_of(path),
+        left={**objects.left, **left_beside(path, parts)},
+        changed=objects.changed,
+        files=tuple(parts),
+    )
+    return foreign(path, "DCP", state, reads=reads, identity=identity, origin=origin)
 
 
 def _nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dict[Any, Any]:

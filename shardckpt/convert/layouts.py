@@ -94,9 +94,7 @@ def left_beside(path: str, used: Collection[str]) -> dict[str, str]:
 
 def _role(name: str) -> str:
     if _COMPANION.fullmatch(name):
-        return (
-            "describes the model or its input; `--format hf` copies it from Hugging Face's layout"
-        )
+        return "describes the model or its input; a conversion to `--format hf` copies it"
     for pattern, role in _ROLES:
         if pattern.fullmatch(name):
             return role

@@ -18,6 +18,7 @@ from shardckpt.errors import CorruptionError, NotACheckpointError
 __all__ = ["Index", "open_torch_file", "open_torch_folder", "read_objects"]
 
 _REMEDY = "convert another checkpoint, or download the file again"
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _LIGHTNING = "pytorch-lightning_version"
 
 
@@ -29,6 +30,7 @@ class Index(msgspec.Struct):
 
 def open_torch_file(path: str, *, check: bool) -> Foreign:
     """A torch file as a source; objects in it are left out and listed. `check` its checksums."""
+    _check_magic(path)
     objects = ObjectsLoader()
     state = read_objects(path, objects, check=check)
     version = state.get(_LIGHTNING)
@@ -40,6 +42,24 @@ def open_torch_file(path: str, *, check: bool) -> Foreign:
     )
     size = os.path.getsize(path)
     return foreign(path, "a torch file", state, identity=size, origin=origin)
+
+
+def _check_magic(path: str) -> None:
+    """A file without a torch file's suffix must at least begin as one."""
+    if path.endswith(_SUFFIXES):
+        return
+    with errors_of(path, _REMEDY), open(path, "rb") as file:
+        magic = file.read(4)
+    folder = os.path.dirname(path) or "."
+    is_part = path.endswith(".distcp")
+    if is_part or not magic.startswith((b"PK\3\4", b"\x80")):
+        raise NotACheckpointError(
+            "This is not a torch file",
+            path=path,
+            expected="a zip archive of torch.save, or a pickle of torch before 1.6",
+            actual="a part of a DCP checkpoint" if is_part else f"a file that begins {magic!r}",
+            remedy=f"convert its folder, {folder}" if is_part else "check the path",
+        )
 
 
 def read_objects(path: str, objects: ObjectsLoader, *, check: bool = True) -> dict[Any, Any]:
