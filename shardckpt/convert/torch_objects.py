@@ -13,7 +13,6 @@ have raised if another thread's torch.load comes upon it.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import pickle
@@ -21,7 +20,7 @@ import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -84,11 +83,11 @@ class ObjectsLoader:
         self._add("numpy.ndarray")
         self._add("numpy.dtype")
 
-    def load(self, file: str | io.BytesIO, mmap: bool = False) -> Any:
+    def load(self, file: str | BinaryIO, mmap: bool = False) -> Any:
         """What torch.load gives, with stand-ins. Raises what torch.load raises for a file that is
         damaged, or that calls the operating system."""
         while True:
-            if isinstance(file, io.BytesIO):
+            if not isinstance(file, str):
                 file.seek(0)
             known = {_full_name(item) for item in torch.serialization.get_safe_globals()}
             added = [(made, name) for name, made in self._stand_ins.items() if name not in known]
