@@ -131,7 +131,7 @@ class DcpCheckpoint:
         origin = Origin(
             format="DCP",
             writer=self._writer(state),
-            left={**objects.left, **left_beside(self.path, files)},
+            left={**left_beside(self.path, files), **objects.left},
             changed=objects.changed,
             files=tuple(sorted(files)),
         )
@@ -311,7 +311,7 @@ def open_fsdp(path: str) -> Foreign:
     origin = Origin(
         format="DCP directories of FSDP",
         writer=writer_of(path),
-        left={**objects.left, **left_beside(path, parts)},
+        left={**left_beside(path, parts), **objects.left},
         changed=objects.changed,
         files=tuple(parts),
     )

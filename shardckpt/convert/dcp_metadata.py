@@ -45,6 +45,10 @@ class Unknown:
         if isinstance(state, dict):
             self.fields.update(state)
 
+    def __call__(self, *_: Any, **__: Any) -> Unknown:
+        """As a function has it: what it would make is as unknown."""
+        return self
+
     def append(self, item: Any) -> None:
         """As a list has it: a pickle may fill any object so."""
 

@@ -51,6 +51,10 @@ def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> Ch
             f"`shardckpt convert {path} TARGET` takes the tensors and values and lists the objects;"
             " or save the state_dict() of the object where its class is known"
         )
+    elif "Trying to call reduce for unrecognized function" in text:
+        message = "This file holds objects of classes, which only unpickling could read"
+        actual = "an object made by a function that the file makes itself, as a bound method"
+        remedy = "save it again where you trust it, with tensors and plain values alone"
     elif found := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", text):
         kind, actual = CorruptionError, f"a call of {found[1]}"
         message = "This file calls a function of the operating system: it was made to do harm"

@@ -118,7 +118,7 @@ def open_torch_folder(path: str, weights: str, *, check: bool) -> Foreign:
     origin = Origin(
         format="Hugging Face's layout, torch files",
         writer=writer_of(path),
-        left={**objects.left, **left_beside(path, used)},
+        left={**left_beside(path, used), **objects.left},
         changed=objects.changed,
         files=tuple(sorted(used)),
         companions=companions(path),

@@ -73,7 +73,7 @@ class ObjectsLoader:
     def __init__(self) -> None:
         self.left: dict[str, str] = {}
         self.changed: dict[str, str] = {}
-        self._stand_ins: dict[str, type[StandIn]] = {}
+        self._stand_ins: dict[str, type[Any]] = {}
         self._numbers = itertools.count()
         self._containers: dict[int, tuple[Any, str]] = {}  # of id: the container and its class
         self._done: dict[int, Any] = {}
@@ -105,6 +105,11 @@ class ObjectsLoader:
                 return False
             self._add(name)
             return True
+        if found := re.search(r"Can only build .* got <class 'numpy\.dtypes\.(\w+)'>", str(error)):
+            name = f"numpy.dtypes.{found[1]}"  # of a numpy.dtype that the program has allowed
+            known = name in self._stand_ins
+            self._stand_ins[name] = getattr(np.dtypes, found[1])
+            return not known
         kind, class_name = wrong_container(error) or ("", "")
         for name, made in self._stand_ins.items():
             if f"{made.__module__}.{made.__qualname__}" == class_name:
@@ -178,6 +183,8 @@ class ObjectsLoader:
             if made.name.endswith("multiarray.scalar") and made.name.startswith("numpy"):
                 dtype, raw = made.args
                 return np.frombuffer(raw, dtype=_dtype(dtype), count=1)[0]
+            if made.name == "builtins.bytes" and not made.args:  # what b"" is in a pickle
+                return b""
             if made.name in _AS_TEXT:
                 return str(made.args[0])
             if _PATH.fullmatch(made.name):
@@ -225,6 +232,8 @@ def _full_name(item: Any) -> str:
 
 def _dtype(made: Any) -> np.dtype[Any]:
     """A dtype of numbers; ValueError for any other, as one of objects."""
+    if isinstance(made, np.dtype) and made.kind in "biufc":  # the program has allowed numpy's own
+        return made
     text, order = made.args[0], "=" if made.state is None else made.state[1]
     if not isinstance(text, str) or not _ARRAY_DTYPE.fullmatch(text):
         raise ValueError(f"a numpy array of dtype {text!r}")
@@ -234,7 +243,8 @@ def _dtype(made: Any) -> np.dtype[Any]:
 def _array(made: StandIn) -> Any:
     """A numpy array of what its pickle says; no larger than the bytes in the file."""
     _, shape, dtype, fortran, raw = made.state
-    found = np.frombuffer(raw, dtype=_dtype(dtype))
+    empty = isinstance(raw, StandIn)  # of bytes()
+    found = np.empty(0, _dtype(dtype)) if empty else np.frombuffer(raw, _dtype(dtype))
     if math.prod(shape) != found.size:
         raise ValueError(f"{found.size} elements for the shape {shape}")
     array = found.reshape(shape, order="F" if fortran else "C")

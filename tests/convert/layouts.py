@@ -9,6 +9,8 @@ import random
 import sys
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,8 @@ def random_states() -> dict[str, Any]:
 def trainer_folder(path: Path, model: nn.Module) -> None:
     """checkpoint-N of transformers' Trainer."""
     path.mkdir()
-    save_file(model.state_dict(), path / "model.safetensors", {"format": "pt"})
     torch.save(optimizer_of(model).state_dict(), path / "optimizer.pt")
+    save_file(model.state_dict(), path / "model.safetensors", {"format": "pt"})
     torch.save({"last_epoch": 3, "_step_count": 4}, path / "scheduler.pt")
     torch.save(random_states(), path / "rng_state.pth")
     torch.save(Loss(), path / "training_args.bin")
@@ -95,11 +97,11 @@ def trainer_folder(path: Path, model: nn.Module) -> None:
 def accelerate_folder(path: Path, model: nn.Module, *, safe: bool = True) -> None:
     """Accelerator.save_state."""
     path.mkdir()
+    torch.save(optimizer_of(model).state_dict(), path / "optimizer.bin")
     if safe:
         save_file(model.state_dict(), path / "model.safetensors", {"format": "pt"})
     else:
         torch.save(model.state_dict(), path / "pytorch_model.bin")
-    torch.save(optimizer_of(model).state_dict(), path / "optimizer.bin")
     torch.save({"last_epoch": 3}, path / "scheduler.bin")
     torch.save({"step": 7, **random_states()}, path / "random_states_0.pkl")
     torch.save({"state": 1}, path / "custom_checkpoint_0.pkl")
@@ -135,57 +137,58 @@ def change_metadata(path: Path, change) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(change(found) or found))
 
 
-def foreign_module(name: str, **classes: type) -> None:
-    """Make importable what another library has, while a test writes."""
-    module = types.ModuleType(name)
-    for class_name, kind in classes.items():
-        kind.__module__, kind.__name__, kind.__qualname__ = name, class_name, class_name
-        setattr(module, class_name, kind)
-    sys.modules[name] = module
+@contextmanager
+def foreign_module(name: str, *classes: type) -> Iterator[None]:
+    """Make importable what another library has, within the block."""
+    parents = name.split(".")
+    added = [".".join(parents[: n + 1]) for n in range(len(parents))]
+    added = [module for module in added if module not in sys.modules]
+    for module in added:
+        sys.modules[module] = types.ModuleType(module)
+    for kind in classes:
+        kind.__module__, kind.__qualname__ = name, kind.__name__
+        setattr(sys.modules[name], kind.__name__, kind)
+    try:
+        yield
+    finally:
+        for module in added:
+            del sys.modules[module]
 
 
 def megatron_folder(path: Path, model: nn.Module) -> None:
-    """torch_dist of megatron-core 0.15; its classes are gone when this returns."""
+    """torch_dist of megatron-core 0.15, whose classes nobody can import afterwards."""
     name = "megatron.core.dist_checkpointing.strategies.torch"
-    kind = type("MCoreMetadata", (dcp_metadata.Metadata,), {})
-    foreign_module(name, MCoreMetadata=kind, Enum=type("Enum", (), {}))
-    try:
-        write_dcp({f"model.{k}": v for k, v in model.state_dict().items()}, path)
+    metadata = type("MCoreMetadata", (dcp_metadata.Metadata,), {})
+    attention = type("AttnBackend", (), {})
 
-        def change(found):
-            made = object.__new__(kind)
-            made.__dict__.update(vars(found), mcore_data={"w": {"nd_shape": (4,)}})
-            return made
+    def change(found):
+        made = object.__new__(metadata)
+        made.__dict__.update(vars(found), mcore_data={"w": {"nd_shape": (4,)}})
+        return made
 
+    write_dcp({f"model.{k}": v for k, v in model.state_dict().items()}, path)
+    with foreign_module(name, metadata, attention):
         change_metadata(path, change)
-        rest = {
-            "args": argparse.Namespace(tp=1),
-            "iteration": 100,
-            "kind": sys.modules[name].Enum(),
-        }
+        rest = {"args": argparse.Namespace(tp=1), "iteration": 100, "backend": attention()}
         torch.save({**rest, "checkpoint_version": 3.0}, path / "common.pt")
-        (path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    finally:
-        del sys.modules[name]
+    (path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
 
 
 def newer_torch_folder(path: Path, model: nn.Module) -> None:
     """DCP whose classes have got fields and helpers that this torch does not know."""
-    write_dcp({"model": model.state_dict(), "step": 5}, path)
+    encoding = type("TensorEncoding", (), {"__reduce__": lambda self: (type(self), ())})
     properties = dcp_metadata.TensorProperties
-    kind = type("TensorEncoding", (), {"__reduce__": lambda self: (type(self), (3,))})
-    kind.__init__ = lambda self, *args: None
-    foreign_module("torch.distributed.checkpoint.encodings", TensorEncoding=kind)
     old = properties.__getstate__
-    try:
-        properties.__getstate__ = lambda self: (*old(self), kind())
 
-        def change(found):
-            found.storage_meta.topology = kind()
-            found.layout_version = 2
-            found.state_dict_metadata["odd"] = kind()
+    def change(found):
+        found.storage_meta.topology = encoding()
+        found.layout_version = 2
+        found.state_dict_metadata["odd"] = encoding()
 
-        change_metadata(path, change)
-    finally:
-        properties.__getstate__ = old
-        del sys.modules["torch.distributed.checkpoint.encodings"]
+    write_dcp({"model": model.state_dict(), "step": 5}, path)
+    with foreign_module("torch.distributed.checkpoint.encodings", encoding):
+        properties.__getstate__ = lambda self: (*old(self), encoding())
+        try:
+            change_metadata(path, change)
+        finally:
+            properties.__getstate__ = old

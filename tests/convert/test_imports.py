@@ -1,4 +1,4 @@
-"""What other libraries have written: what is taken of it, what is listed, what is refused and how."""
+"""What other libraries have written: what is taken of it, what is listed, what is refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import sys
 import threading
 import time
@@ -253,8 +254,8 @@ def test_megatron(tmp_path):
     assert same_weights({k[6:]: v for k, v in state.items() if k[:6] == "model."}, model)
     assert (state["iteration"], state["args"]) == (100, {"tp": 1})
     assert report.writer == "Megatron-Core"
-    assert report.left.keys() == {".metadata: mcore_data", "kind", "metadata.json"}
-    assert "megatron.core" in report.left["kind"]
+    assert report.left.keys() == {".metadata: mcore_data", "backend", "metadata.json"}
+    assert "megatron.core" in report.left["backend"]
 
 
 def test_dcp_of_a_newer_torch(tmp_path):
@@ -318,6 +319,7 @@ TAKEN = {
     "deque": (collections.deque([1, 2]), [1, 2]),
     "set": ({1, 2}, {1, 2}),
     "bytes": (b"x", b"x"),
+    "no bytes": (b"", b""),
 }
 LEFT = {
     "enum": Color.RED,
@@ -385,8 +387,8 @@ def calls(mark: str) -> dict:
         "exec": Call(exec, code),
         "eval": Call(eval, code),
         "open": Call(open, mark, "w"),
-        "touch": Call(pathlib.Path.touch, pathlib.Path(mark)),
-        "tofile": Call(np.ndarray.tofile, np.arange(2), mark),
+        "copy": Call(shutil.copyfile, __file__, mark),
+        "numpy": Call(np.save, mark, 1),
         "memmap": Call(np.memmap, mark, np.dtype("u1"), "w+", 0, (3,)),
     }
 
@@ -475,6 +477,7 @@ REFUSED = {
     "script": (scripted, "TorchScript"),
     "protocol": (lambda path: torch.save({"n": 1}, path, pickle_protocol=4), "protocol"),
     "text": (lambda path: path.write_text("{}"), "begin"),
+    "method": (lambda path: torch.save(Call(Path.touch, Path("x")), path), "bound method"),
     "system": (lambda path: torch.save({"x": Exits()}, path), "mkdir"),
     "cut": (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "can't be read"),
 }
