@@ -12,10 +12,9 @@ import json
 import mmap
 import os
 import pickle
-import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from shardckpt.convert.refusals import plain_text, refusal, refused_name
 from shardckpt.errors import (
     CheckpointNotFoundError,
     CorruptionError,
@@ -49,11 +49,14 @@ __all__ = [
     "TREE",
     "UNSEALED",
     "FileFormat",
+    "LoadTorch",
     "check_loads",
-    "damaged",
     "check_sealed",
+    "damaged",
     "errors_of",
     "is_one_file",
+    "is_one_file_there",
+    "load_torch",
     "read_many",
     "read_one",
     "save_torch",
@@ -63,6 +66,10 @@ __all__ = [
 ]
 
 FileFormat = Literal["torch", "safetensors"]
+
+
+LoadTorch = Callable[[str, bool], Any]
+"""Reads the torch file at a path; mapped into memory if the second is true, as archives can be."""
 INDEX = "components.json"
 _SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
 TREE, DIGEST = "shardckpt.state", "shardckpt.digest"
@@ -77,16 +84,28 @@ def is_one_file(path: str) -> bool:
     return path.endswith((".pth", ".pt", ".safetensors"))
 
 
+def is_one_file_there(path: str) -> bool:
+    """Whether what is at a path is to be read as one file. A file is, whatever its suffix. A
+    directory is not: Lightning's sharded checkpoints are directories named `.ckpt`."""
+    return os.path.isfile(path) or (is_one_file(path) and not os.path.isdir(path))
+
+
 def write_one(state: Mapping[str, Any], path: str, *, overwrite: bool) -> None:
     """Write a nested state of plain CPU tensors as one file; its suffix says of which format."""
     with appearing(path, overwrite=overwrite) as temporary:
         _write(state, temporary, path)
 
 
-def read_one(path: str, *, check: bool = True) -> Any:
+def load_torch(path: str, mmap: bool) -> Any:
+    """What a torch file holds, on the CPU; torch refuses files that hold objects."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def read_one(path: str, *, check: bool = True, load: LoadTorch = load_torch) -> Any:
     """The state in one file, on the CPU; of a file that others wrote, its content.
 
-    With `check` every byte is read now, and verified; else when it is used.
+    With `check` every byte is read now, and verified; else when it is used. `load` reads torch
+    files.
     """
     with errors_of(path, "load another checkpoint; pickled objects are never loaded"):
         if path.endswith(".safetensors"):
@@ -94,7 +113,7 @@ def read_one(path: str, *, check: bool = True) -> Any:
         archive = zipfile.is_zipfile(path)  # as all torch files are but those of before torch 1.6
         if archive and check:
             _check_records(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        return load(path, archive)
 
 
 def write_many(
@@ -196,15 +215,9 @@ def check_loads(file: Any, path: str) -> None:
         raise UnsupportedLeafError(
             "The state holds a value that torch.load(weights_only=True) refuses",
             path=path,
-            actual=_refused(error),
+            actual=refused_name(error) or plain_text(error),
             remedy="save to a path without .pth or .pt, or leave the value out",
         ) from error
-
-
-def _refused(error: Exception) -> str:
-    """The class that torch.load would not make, out of a page of advice."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return found[1] if found else str(error).splitlines()[0]
 
 
 def _check_records(path: str) -> None:
@@ -317,9 +330,7 @@ def errors_of(path: str, remedy: str) -> Iterator[None]:
         with translated(path):
             raise
     except (Exception, SafetensorError) as error:
-        raise CorruptionError(
-            "This file can't be read",
-            path=path,
-            actual=f"{type(error).__name__}: {error}".splitlines()[0],
-            remedy=remedy,
-        ) from error
+        found = refusal(path, error)
+        if type(found) is CorruptionError and not isinstance(error, pickle.UnpicklingError):
+            found.remedy = remedy
+        raise found from error

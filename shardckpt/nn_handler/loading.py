@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import shardckpt
-from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
+from shardckpt.convert.whole_files import INDEX, is_one_file_there, read_many, read_one
 from shardckpt.coordination.select import alone
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.execution.memory import MemoryStorage
@@ -84,7 +84,7 @@ class Source:
 
 def open_source(path: str) -> Source:
     """Open a sharded checkpoint, a torch or safetensors file, or a directory of several."""
-    if is_one_file(path):
+    if is_one_file_there(path):
         state = read_one(path)
     elif os.path.isfile(os.path.join(path, INDEX)):
         state = read_many(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish
             rest = {key: match(packed.get(key), below(place, key)) for key in keys}
             for key in packed.keys() - rest.keys() - set(TORCH_KEYS):
                 matcher.mismatches.missing.append(below(place, key))
-                rest[key] = lambda key=key: packed[key]
+                rest[key] = functools.partial(packed.__getitem__, key)
 
             def whole() -> Any:
                 return {**form.finish(), **{key: part() for key, part in rest.items()}}
