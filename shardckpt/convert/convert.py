@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.convert.dcp import DcpCheckpoint, is_dcp
@@ -17,6 +17,7 @@ from shardckpt.convert.safetensors_files import (
     open_safetensors,
 )
 from shardckpt.convert.sources import Foreign, Selected, foreign, state_of
+from shardckpt.convert.targets import Target
 from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one, write_one
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
@@ -26,6 +27,7 @@ from shardckpt.execution.source import Source
 from shardckpt.planning.saved import Rename, Select
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.system import System
 
 __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 
@@ -118,9 +120,11 @@ def convert_source(
     overwrite: bool,
     coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
+    system: System | None = None,
 ) -> None:
     """See convert; collective over the coordinator's ranks, which divide the bytes, or the files of
-    DCP. `progress` is called with the bytes that this rank has written."""
+    DCP. `progress` is called with the bytes that this rank has written; `system` makes the system
+    calls that write."""
     ranks = coordinator or SingleCoordinator()
     kind = _format_of(target, to)
     if shards is None:
@@ -131,26 +135,45 @@ def convert_source(
             source,
             target,
             shards=shards,
-            storage=LocalStorage(),
+            storage=LocalStorage(system),
             overwrite=overwrite,
             coordinator=ranks,
             progress=progress,
         )
-    elif kind == "dcp":
-        rewrite(DcpFolder(source, target, files=shards, overwrite=overwrite), ranks, progress)
-    elif kind == "hf":
-        folder = HuggingFace(source, target, file_bytes=file_bytes, overwrite=overwrite)
-        rewrite(folder, ranks, progress)
-    elif kind == "safetensors":
-        rewrite(SafetensorsFile(source, target, overwrite=overwrite), ranks, progress)
+    elif kind == "torch":
+        _write_torch(source, target, ranks, progress, overwrite=overwrite, system=system)
     else:
+        work: Target
+        options: Any = {"overwrite": overwrite, "system": system}
+        if kind == "dcp":
+            work = DcpFolder(source, target, files=shards, **options)
+        elif kind == "hf":
+            work = HuggingFace(source, target, file_bytes=file_bytes, **options)
+        else:
+            work = SafetensorsFile(source, target, **options)
+        rewrite(work, ranks, progress)
 
-        def alone() -> bytes:
-            if ranks.rank == 0:
-                write_one(state_of(source, source.manifest.state), target, overwrite=overwrite)
-            return b""
 
-        exchange(ranks, "write", alone, lambda payloads: b"")
+def _write_torch(
+    source: Source,
+    target: str,
+    ranks: Coordinator,
+    progress: Callable[[int], None],
+    *,
+    overwrite: bool,
+    system: System | None,
+) -> None:
+    def advance(written_bytes: int) -> None:
+        ranks.progress(written_bytes)
+        progress(written_bytes)
+
+    def alone() -> bytes:
+        if ranks.rank == 0:
+            state = state_of(source, source.manifest.state)
+            write_one(state, target, overwrite=overwrite, system=system, progress=advance)
+        return b""
+
+    exchange(ranks, "write", alone, lambda payloads: b"")
 
 
 def _format_of(target: str, to: Format | None) -> Format:

@@ -6,15 +6,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from shardckpt import knobs
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.waiting import poll
-from shardckpt.errors import DirectoryNotSharedError, NotACheckpointError
-from shardckpt.storage.appearing import appearing
-from shardckpt.storage.system import translated
+from shardckpt.errors import DirectoryNotSharedError
+from shardckpt.storage.atomic_write import AtomicWrite, atomic_write
+from shardckpt.storage.removal import exists
+from shardckpt.storage.system import System, translated
 
 __all__ = ["Folder", "Target"]
 
@@ -24,27 +25,39 @@ class Target:
 
     index = ""
 
-    def __init__(self, path: str, *, overwrite: bool) -> None:
-        self.path, self.overwrite = path, overwrite
+    def __init__(self, path: str, *, overwrite: bool, system: System | None = None) -> None:
+        self.path, self.overwrite, self.system = path, overwrite, system or System()
         self.temporary = ""
-        self._appearing = ExitStack()
+        self._writing = ExitStack()
 
     def begin(self, payloads: list[bytes]) -> bytes:
         """See Rewriting.begin."""
-        making = appearing(self.path, overwrite=self.overwrite, index=self.index)
-        self.temporary = self._appearing.enter_context(making)
+        self._write = self._writing.enter_context(
+            atomic_write(
+                self.path,
+                overwrite=self.overwrite,
+                index=self.index,
+                foreign=self.foreign,
+                system=self.system,
+            )
+        )
+        self.temporary = self._write.path
         with translated(self.temporary):
-            self.make()
+            self.make(self._write)
         return os.fsencode(self.temporary)
 
-    def make(self) -> None:
-        """Make an empty one at the temporary path."""
-        os.close(os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    def foreign(self, names: Sequence[str]) -> Sequence[str]:
+        """Of the names in a folder that is to be replaced, those that must stay."""
+        return ()
+
+    def make(self, write: AtomicWrite) -> None:
+        """Make an empty one."""
+        write.create(direct=False).discard()
 
     def join(self, token: str) -> bytes:
         """See Rewriting.join."""
         self.temporary = token
-        if not poll(lambda: os.path.exists(token), knobs.SHARED_DEADLINE_S):
+        if not poll(lambda: exists(self.system, token), knobs.SHARED_DEADLINE_S):
             raise DirectoryNotSharedError(
                 "This rank does not see the directory that rank 0 writes to",
                 path=self.path,
@@ -61,17 +74,17 @@ class Target:
     def commit(self, payloads: list[bytes]) -> bytes:
         """See Rewriting.commit."""
         with translated(self.temporary):
-            self.finish(payloads)
-            self._appearing.close()
+            self.finish(self._write, payloads)
+            self._writing.close()
         return b""
 
-    def finish(self, payloads: list[bytes]) -> None:
+    def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
         """Write what is missing, from what the ranks' `write` returned."""
         raise NotImplementedError
 
     def abandon(self) -> None:
         """See Rewriting.abandon."""
-        self._appearing.__exit__(*sys.exc_info())
+        self._writing.__exit__(*sys.exc_info())
 
     def close(self) -> None:
         """See Rewriting.close."""
@@ -86,24 +99,10 @@ class Folder(Target):
 
     names: str
 
-    def begin(self, payloads: list[bytes]) -> bytes:
-        """See Rewriting.begin."""
-        if self.overwrite and os.path.isdir(self.path):
-            self._check_names()
-        return super().begin(payloads)
-
-    def make(self) -> None:
+    def make(self, write: AtomicWrite) -> None:
         """See Target.make."""
-        os.mkdir(self.temporary)
+        write.make_folder()
 
-    def _check_names(self) -> None:
-        with translated(self.path):
-            others = [n for n in os.listdir(self.path) if not re.fullmatch(self.names, n)]
-        if others:
-            raise NotACheckpointError(
-                "overwrite=True would remove files that are none of the checkpoint's",
-                path=self.path,
-                expected=f"files that a conversion writes, as {self.index}",
-                actual=", ".join(sorted(others)[:8]),
-                remedy="convert to another path, and move the files that you want",
-            )
+    def foreign(self, names: Sequence[str]) -> Sequence[str]:
+        """See Target.foreign."""
+        return [name for name in names if not re.fullmatch(self.names, name)]

@@ -28,6 +28,7 @@ from shardckpt.storage.removal import (
     beside,
     collect_leftovers,
     directories_in,
+    make_directories,
     remove_tree,
     sync_directory,
 )
@@ -48,7 +49,7 @@ class LocalStorage:
         """See Storage.begin. Directories above the path are made."""
         with translated(path):
             target = os.path.realpath(path)
-            self._make_directories(os.path.dirname(target))
+            make_directories(self.system, os.path.dirname(target))
             lock = Lock(self.system, beside(target, "lock"))
             try:
                 collect_leftovers(self.system, target)
@@ -91,19 +92,6 @@ class LocalStorage:
         """See Storage.open."""
         with translated(path):
             return LocalFiles(self.system, path)
-
-    def _make_directories(self, path: str) -> None:
-        above = os.path.dirname(path)
-        try:
-            self.system.stat(path)
-            # A process that died may have made it, and not got so far as to sync its name.
-            with suppress(PermissionError):
-                sync_directory(self.system, above)
-        except FileNotFoundError:
-            self._make_directories(above)
-            with suppress(FileExistsError):
-                self.system.mkdir(path)
-            sync_directory(self.system, above)
 
     def _check_target(self, target: str, *, overwrite: bool) -> None:
         try:

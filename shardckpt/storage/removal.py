@@ -23,6 +23,7 @@ __all__ = [
     "collect_leftovers",
     "directories_in",
     "exists",
+    "make_directories",
     "old_name",
     "remove",
     "remove_tree",
@@ -50,6 +51,21 @@ def sync_directory(system: System, path: str) -> None:
             raise
     finally:
         system.close(fd)
+
+
+def make_directories(system: System, path: str) -> None:
+    """Make a directory and those above it, each of which is durable in the one above."""
+    above = os.path.dirname(path)
+    try:
+        system.stat(path)
+        # A process that died may have made it, and not got so far as to sync its name.
+        with suppress(PermissionError):
+            sync_directory(system, above)
+    except FileNotFoundError:
+        make_directories(system, above)
+        with suppress(FileExistsError):
+            system.mkdir(path)
+        sync_directory(system, above)
 
 
 def remove_tree(system: System, path: str) -> None:
