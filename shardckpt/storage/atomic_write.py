@@ -347,7 +347,7 @@ def _take_lock(system: System, target: str) -> Lock:
         system.fsync(lock.fd)
         sync_directory(system, os.path.dirname(path))
     except BaseException:
-        lock.release()
+        _release(lock, remove=True)
         raise
     return lock
 
@@ -405,8 +405,8 @@ def _remove(system: System, paths: list[str]) -> bool:
 
 def _release(lock: Lock, *, remove: bool) -> None:
     if remove:
-        lock.release()
-        return
+        with suppress(OSError):
+            lock.system.unlink(lock.path)
     with suppress(OSError):
         lock.system.unlock(lock.fd)
     with suppress(OSError):
