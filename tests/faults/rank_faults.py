@@ -74,9 +74,7 @@ CASES = [
     for rank in range(world_size)
     for fault in FAULTS
     if not (phase == "begin" and fault in ("slow", "stuck"))  # a late call: see ARRIVAL_DEADLINE_S
-    if not (
-        phase == "gather" and fault == "stuck"
-    )  # nobody tells who
+    if not (phase == "gather" and fault == "stuck")  # nobody tells who
 ]
 
 
