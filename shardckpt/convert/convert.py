@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.convert.dcp import DcpCheckpoint, fsdp_parts, is_dcp, open_fsdp
@@ -17,6 +17,7 @@ from shardckpt.convert.safetensors_files import (
     open_safetensors,
 )
 from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
+from shardckpt.convert.targets import Target
 from shardckpt.convert.torch_files import open_torch_file, open_torch_folder
 from shardckpt.convert.whole_files import (
     INDEX,
@@ -36,6 +37,7 @@ from shardckpt.reports import ConvertReport
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.paths import local_path
+from shardckpt.storage.system import System
 
 __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 
@@ -157,9 +159,11 @@ def convert_source(
     overwrite: bool,
     coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
+    system: System | None = None,
 ) -> ConvertReport:
     """See convert; collective over the coordinator's ranks, which divide the bytes, or the files of
-    DCP. `progress` is called with the bytes that this rank has written."""
+    DCP. `progress` is called with the bytes that this rank has written; `system` makes the system
+    calls that write."""
     ranks = coordinator or SingleCoordinator()
     target = local_path(target)
     kind = _format_of(target, to)
@@ -173,27 +177,24 @@ def convert_source(
             source,
             target,
             shards=shards,
-            storage=LocalStorage(),
+            storage=LocalStorage(system),
             overwrite=overwrite,
             coordinator=ranks,
             progress=progress,
         )
-    elif kind == "dcp":
-        rewrite(DcpFolder(source, target, files=shards, overwrite=overwrite), ranks, progress)
-    elif kind == "hf":
-        most = _HUGGING_FACE_BYTES if file_bytes is None else file_bytes
-        folder = HuggingFace(source, target, file_bytes=most, overwrite=overwrite)
-        rewrite(folder, ranks, progress)
-    elif kind == "safetensors":
-        rewrite(SafetensorsFile(source, target, overwrite=overwrite), ranks, progress)
+    elif kind == "torch":
+        _write_torch(source, target, ranks, progress, overwrite=overwrite, system=system)
     else:
-
-        def alone() -> bytes:
-            if ranks.rank == 0:
-                write_one(state_of(source, source.manifest.state), target, overwrite=overwrite)
-            return b""
-
-        exchange(ranks, "write", alone, lambda payloads: b"")
+        work: Target
+        options: Any = {"overwrite": overwrite, "system": system}
+        if kind == "dcp":
+            work = DcpFolder(source, target, files=shards, **options)
+        elif kind == "hf":
+            most = _HUGGING_FACE_BYTES if file_bytes is None else file_bytes
+            work = HuggingFace(source, target, file_bytes=most, **options)
+        else:
+            work = SafetensorsFile(source, target, **options)
+        rewrite(work, ranks, progress)
     return _report(source, target, kind)
 
 
@@ -236,6 +237,28 @@ def _refuse(target: str, given: bool, what: str, kind: Format) -> None:
             actual=f"{what}, for {kind}",
             remedy="leave it out",
         )
+
+
+def _write_torch(
+    source: Source,
+    target: str,
+    ranks: Coordinator,
+    progress: Callable[[int], None],
+    *,
+    overwrite: bool,
+    system: System | None,
+) -> None:
+    def advance(written_bytes: int) -> None:
+        ranks.progress(written_bytes)
+        progress(written_bytes)
+
+    def alone() -> bytes:
+        if ranks.rank == 0:
+            state = state_of(source, source.manifest.state)
+            write_one(state, target, overwrite=overwrite, system=system, progress=advance)
+        return b""
+
+    exchange(ranks, "write", alone, lambda payloads: b"")
 
 
 def _format_of(target: str, to: Format | None) -> Format:

@@ -7,13 +7,15 @@ a file's worth of tensors is in memory. Tried with torch 2.13.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -41,6 +43,10 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.values import TensorRef
 from shardckpt.integrations.dcp.reader import dcp_entries
 from shardckpt.planning.saved import SavedState
+from shardckpt.storage.atomic_write import AtomicWrite, stream_to
+from shardckpt.storage.local import LocalFile
+from shardckpt.storage.removal import exists
+from shardckpt.storage.system import System
 
 __all__ = ["DcpFolder"]
 
@@ -63,8 +69,16 @@ class DcpFolder(Folder):
     index = ".metadata"
     names = r"\.metadata|__\d+_\d+\.distcp"
 
-    def __init__(self, source: Source, path: str, *, files: int, overwrite: bool) -> None:
-        super().__init__(path, overwrite=overwrite)
+    def __init__(
+        self,
+        source: Source,
+        path: str,
+        *,
+        files: int,
+        overwrite: bool,
+        system: System | None = None,
+    ) -> None:
+        super().__init__(path, overwrite=overwrite, system=system)
         self.source, self.files = source, files
         self.plan = even_plan(source, files)[1]
         self.paths: dict[str, tuple[Any, ...]] = {}
@@ -81,7 +95,7 @@ class DcpFolder(Folder):
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """See Rewriting.write."""
-        writer = FileSystemWriter(self.temporary)
+        writer = self._writer()
         planner = _Planner(self, ranks, progress)
         written = []
         for number in range(ranks.rank, self.files, ranks.world_size):
@@ -99,6 +113,11 @@ class DcpFolder(Folder):
                     )
                 )
         return msgspec.msgpack.encode(written)
+
+    def _writer(self) -> FileSystemWriter:
+        writer = FileSystemWriter(self.temporary, sync_files=False)  # each file syncs itself
+        writer.fs = _Files(self.system)
+        return writer
 
     def _items(self, number: int) -> list[WriteItem]:
         """What goes into a file."""
@@ -120,7 +139,7 @@ class DcpFolder(Folder):
             items += [WriteItem(MetadataIndex(n), WriteItemType.BYTE_IO) for n in self.values]
         return items
 
-    def finish(self, payloads: list[bytes]) -> None:
+    def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
         """See Target.finish."""
         described: dict[str, Any] = {}
         for spec in self.plan.specs:
@@ -144,9 +163,29 @@ class DcpFolder(Folder):
             for w in msgspec.msgpack.decode(payload, type=list[_Written])
         ]
         ordered = {name: described[name] for name in self.paths}
-        FileSystemWriter(self.temporary).finish(
+        self._writer().finish(
             Metadata(state_dict_metadata=ordered, planner_data=self.paths), [results]
         )
+
+
+class _Files(FileSystem):
+    """What DCP's writer takes for the file system: files are durable when they are closed."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        file = LocalFile(self._system, os.fspath(path), size_bytes=0, direct=False)
+        with stream_to(file) as stream:
+            yield stream
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return exists(self._system, os.fspath(path))
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        self._system.rename(os.fspath(path), os.fspath(new_path))
 
 
 class _Planner(DefaultSavePlanner):

@@ -35,6 +35,7 @@ from shardckpt.planning.chunks import box_slices
 from shardckpt.planning.save_plan import layout_order
 from shardckpt.planning.saved import SavedState
 from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes
+from shardckpt.storage.atomic_write import AtomicWrite
 from shardckpt.storage.local import LocalFile
 from shardckpt.storage.system import System
 
@@ -141,30 +142,39 @@ def _flat_tree(tensors: dict[str, LazyTensor], metadata: dict[str, str]) -> Any:
 class SafetensorsFile(Target):
     """Writes a source as one file, which read_one reads; each rank a part of it."""
 
-    def __init__(self, source: Source, path: str, *, overwrite: bool) -> None:
-        super().__init__(path, overwrite=overwrite)
+    def __init__(
+        self, source: Source, path: str, *, overwrite: bool, system: System | None = None
+    ) -> None:
+        super().__init__(path, overwrite=overwrite, system=system)
         self.source = source
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """See Rewriting.write."""
+        sizes = [sum(entry.size_bytes for entry in self.source.manifest.tensors.values())]
+        return write_together(self.source, sizes, self._new_file, ranks, progress)
+
+    def _new_file(self, number: int = 0) -> NewFile:
         tensors, tree = self.source.manifest.tensors, self.source.manifest.state
         text = msgspec.json.encode(plain_tree(self.source.manifest, tree)).decode()
         metadata = {"format": "pt", TREE: text, DIGEST: UNSEALED}
-        return write_together(
-            self.source,
-            [sum(entry.size_bytes for entry in tensors.values())],
-            lambda number: _new_file(self.source, list(tensors), metadata, self.temporary),
-            ranks,
-            progress,
-        )
+        return _new_file(self.source, list(tensors), metadata, self.temporary, self.system)
 
-    def finish(self, payloads: list[bytes]) -> None:
+    def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
         """See Target.finish."""
         (written,) = joined_parts(payloads)
-        seal(self.temporary, written.of_blocks())
+        new = self._new_file()
+        file = new.create()
+        try:
+            seal(file, new.header, written.of_blocks())
+            file.close(size_bytes=new.size_bytes)
+        except BaseException:
+            file.discard()
+            raise
 
 
-def _new_file(source: Source, names: list[str], metadata: dict[str, str], path: str) -> NewFile:
+def _new_file(
+    source: Source, names: list[str], metadata: dict[str, str], path: str, system: System
+) -> NewFile:
     entries = {name: source.manifest.tensors[name] for name in names}
     specs = tuple(TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items())
     boxes = pad_boxes([((0,) * len(spec.shape), spec.shape) for spec in specs])
@@ -183,7 +193,7 @@ def _new_file(source: Source, names: list[str], metadata: dict[str, str], path: 
         size_bytes=size_bytes,
         specs=specs,
         chunks=ChunkTable(tensor=order, boxes=boxes[order]),
-        create=functools.partial(LocalFile, System(), path, size_bytes=size_bytes, shared=True),
+        create=functools.partial(LocalFile, system, path, size_bytes=size_bytes, shared=True),
     )
 
 
@@ -195,10 +205,18 @@ class HuggingFace(Folder):
     index = _INDEX
     names = r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
 
-    def __init__(self, source: Source, path: str, *, file_bytes: int, overwrite: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        path: str,
+        *,
+        file_bytes: int,
+        overwrite: bool,
+        system: System | None = None,
+    ) -> None:
         origin = origin_of(source)
         copied = {name: os.path.join(source.path, name) for name in origin.companions}
-        super().__init__(path, overwrite=overwrite, copied=copied)
+        super().__init__(path, overwrite=overwrite, copied=copied, system=system)
         self.source = source
         self.tied: dict[str, list[str]] = {name: [] for name in source.manifest.tensors}
         saved = SavedState(source.manifest)
@@ -235,13 +253,12 @@ class HuggingFace(Folder):
         names = self.files[number]
         tied = {alias: name for name in names for alias in self.tied[name]}
         path = os.path.join(self.temporary, self._name(number))
-        return _new_file(self.source, names, {"format": "pt", **tied}, path)
+        return _new_file(self.source, names, {"format": "pt", **tied}, path, self.system)
 
-    def finish(self, payloads: list[bytes]) -> None:
+    def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
         """See Target.finish."""
         total = sum(entry.size_bytes for entry in self.source.manifest.tensors.values())
         places = {n: self._name(number) for number, names in enumerate(self.files) for n in names}
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        with open(os.path.join(self.temporary, self.index), "x") as file:
-            json.dump(index, file, indent=2)
-        self.copy()
+        write.add_bytes(json.dumps(index, indent=2).encode(), self.index)
+        self.copy(write)

@@ -6,17 +6,17 @@ from __future__ import annotations
 import filecmp
 import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from shardckpt import knobs
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.waiting import poll
-from shardckpt.errors import DirectoryNotSharedError, NotACheckpointError
-from shardckpt.storage.appearing import appearing
-from shardckpt.storage.system import translated
+from shardckpt.errors import DirectoryNotSharedError
+from shardckpt.storage.atomic_write import AtomicWrite, atomic_write
+from shardckpt.storage.removal import exists
+from shardckpt.storage.system import System, translated
 
 __all__ = ["Folder", "Target"]
 
@@ -26,27 +26,39 @@ class Target:
 
     index = ""
 
-    def __init__(self, path: str, *, overwrite: bool) -> None:
-        self.path, self.overwrite = path, overwrite
+    def __init__(self, path: str, *, overwrite: bool, system: System | None = None) -> None:
+        self.path, self.overwrite, self.system = path, overwrite, system or System()
         self.temporary = ""
-        self._appearing = ExitStack()
+        self._writing = ExitStack()
 
     def begin(self, payloads: list[bytes]) -> bytes:
         """See Rewriting.begin."""
-        making = appearing(self.path, overwrite=self.overwrite, index=self.index)
-        self.temporary = self._appearing.enter_context(making)
+        self._write = self._writing.enter_context(
+            atomic_write(
+                self.path,
+                overwrite=self.overwrite,
+                index=self.index,
+                foreign=self.foreign,
+                system=self.system,
+            )
+        )
+        self.temporary = self._write.path
         with translated(self.temporary):
-            self.make()
+            self.make(self._write)
         return os.fsencode(self.temporary)
 
-    def make(self) -> None:
-        """Make an empty one at the temporary path."""
-        os.close(os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    def foreign(self, names: Sequence[str]) -> Sequence[str]:
+        """Of the names in a folder that is to be replaced, those that must stay."""
+        return ()
+
+    def make(self, write: AtomicWrite) -> None:
+        """Make an empty one."""
+        write.create(direct=False).discard()
 
     def join(self, token: str) -> bytes:
         """See Rewriting.join."""
         self.temporary = token
-        if not poll(lambda: os.path.exists(token), knobs.SHARED_DEADLINE_S):
+        if not poll(lambda: exists(self.system, token), knobs.SHARED_DEADLINE_S):
             raise DirectoryNotSharedError(
                 "This rank does not see the directory that rank 0 writes to",
                 path=self.path,
@@ -63,17 +75,17 @@ class Target:
     def commit(self, payloads: list[bytes]) -> bytes:
         """See Rewriting.commit."""
         with translated(self.temporary):
-            self.finish(payloads)
-            self._appearing.close()
+            self.finish(self._write, payloads)
+            self._writing.close()
         return b""
 
-    def finish(self, payloads: list[bytes]) -> None:
+    def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
         """Write what is missing, from what the ranks' `write` returned."""
         raise NotImplementedError
 
     def abandon(self) -> None:
         """See Rewriting.abandon."""
-        self._appearing.__exit__(*sys.exc_info())
+        self._writing.__exit__(*sys.exc_info())
 
     def close(self) -> None:
         """See Rewriting.close."""
@@ -90,41 +102,29 @@ class Folder(Target):
     names: str
 
     def __init__(
-        self, path: str, *, overwrite: bool, copied: Mapping[str, str] | None = None
+        self,
+        path: str,
+        *,
+        overwrite: bool,
+        copied: Mapping[str, str] | None = None,
+        system: System | None = None,
     ) -> None:
-        super().__init__(path, overwrite=overwrite)
+        super().__init__(path, overwrite=overwrite, system=system)
         self.copied = copied or {}
 
-    def copy(self) -> None:
+    def copy(self, write: AtomicWrite) -> None:
         """Copy those files into the new directory."""
-        for name, file in self.copied.items():
-            shutil.copyfile(file, os.path.join(self.temporary, name))
+        for name, path in self.copied.items():
+            with open(path, "rb") as file:
+                write.add_bytes(file.read(), name)
 
-    def begin(self, payloads: list[bytes]) -> bytes:
-        """See Rewriting.begin."""
-        if self.overwrite and os.path.isdir(self.path):
-            self._check_names()
-        return super().begin(payloads)
-
-    def make(self) -> None:
+    def make(self, write: AtomicWrite) -> None:
         """See Target.make."""
-        os.mkdir(self.temporary)
+        write.make_folder()
 
-    def _check_names(self) -> None:
-        with translated(self.path):
-            others = [
-                name
-                for name in os.listdir(self.path)
-                if not re.fullmatch(self.names, name) and not self._is_copied(name)
-            ]
-        if others:
-            raise NotACheckpointError(
-                "overwrite=True would remove files that are none of the checkpoint's",
-                path=self.path,
-                expected=f"files that a conversion writes, as {self.index}",
-                actual=", ".join(sorted(others)[:8]),
-                remedy="convert to another path, and move the files that you want",
-            )
+    def foreign(self, names: Sequence[str]) -> Sequence[str]:
+        """See Target.foreign."""
+        return [n for n in names if not re.fullmatch(self.names, n) and not self._is_copied(n)]
 
     def _is_copied(self, name: str) -> bool:
         """Whether a file of the old directory is in the new one as well, to the byte."""

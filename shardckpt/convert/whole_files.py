@@ -8,13 +8,14 @@ their records, safetensors files by a digest that the metadata holds.
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from shardckpt.convert.refusals import plain_text, refusal, refused_name
 from shardckpt.errors import (
@@ -35,13 +36,16 @@ from shardckpt.errors import (
     StateError,
     UnsupportedLeafError,
 )
+from shardckpt.execution.writer import write_shard
 from shardckpt.format import values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.format.dtypes import dtype_name, plain_dtype
+from shardckpt.format.shard import build_header
 from shardckpt.planning.chunks import AnyTensor
 from shardckpt.planning.flatten import flatten
-from shardckpt.storage.appearing import appearing
-from shardckpt.storage.system import translated
+from shardckpt.storage.atomic_write import AtomicWrite, atomic_write, stream_to
+from shardckpt.storage.base import WritableFile
+from shardckpt.storage.system import System, translated
 
 __all__ = [
     "DIGEST",
@@ -77,6 +81,7 @@ TREE, DIGEST = "shardckpt.state", "shardckpt.digest"
 xxh3-128 of the xxh3-64 digests (8 bytes, little-endian) of each MiB of the file, in which the
 digest itself stands as UNSEALED."""
 UNSEALED = "0" * 32
+_MARK = f'"{DIGEST}":"'.encode()  # once at most: within JSON's strings quotes are escaped
 
 
 def is_one_file(path: str) -> bool:
@@ -90,10 +95,17 @@ def is_one_file_there(path: str) -> bool:
     return os.path.isfile(path) or (is_one_file(path) and not os.path.isdir(path))
 
 
-def write_one(state: Mapping[str, Any], path: str, *, overwrite: bool) -> None:
+def write_one(
+    state: Mapping[str, Any],
+    path: str,
+    *,
+    overwrite: bool,
+    system: System | None = None,
+    progress: Callable[[int], None] = lambda written_bytes: None,
+) -> None:
     """Write a nested state of plain CPU tensors as one file; its suffix says of which format."""
-    with appearing(path, overwrite=overwrite) as temporary:
-        _write(state, temporary, path)
+    with atomic_write(path, overwrite=overwrite, system=system) as write:
+        _write(state, write, "", path, progress)
 
 
 def load_torch(path: str, mmap: bool) -> Any:
@@ -117,42 +129,42 @@ def read_one(path: str, *, check: bool = True, load: LoadTorch = load_torch) -> 
 
 
 def write_many(
-    state: Mapping[str, Any], folder: str, file_format: FileFormat, *, overwrite: bool
+    state: Mapping[str, Any],
+    folder: str,
+    file_format: FileFormat,
+    *,
+    overwrite: bool,
+    system: System | None = None,
+    progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> None:
     """Write a directory with a file for each item of the state, and an index with their digests."""
-    if overwrite:
-        _check_folder(folder)
-    with appearing(folder, overwrite=overwrite, index=INDEX) as temporary:
-        os.mkdir(temporary)
+    with atomic_write(
+        folder,
+        overwrite=overwrite,
+        index=INDEX,
+        foreign=lambda names: _not_indexed(folder, names, system or System()),
+        system=system,
+    ) as write:
+        write.make_folder()
         files = {}
         for key, item in state.items():
             name = f"{key}{_SUFFIXES[file_format]}"
-            path = os.path.join(temporary, name)
-            _write({key: item}, path, os.path.join(folder, name))
-            files[key] = {"name": name, "xxh3_128": _digest(path)}
-        with open(os.path.join(temporary, INDEX), "x") as index:
-            json.dump({"format": file_format, "files": files}, index, indent=1)
+            _write({key: item}, write, name, os.path.join(folder, name), progress)
+            digest = _digest(os.path.join(write.path, name), write.system)
+            files[key] = {"name": name, "xxh3_128": digest}
+        index = json.dumps({"format": file_format, "files": files}, indent=1)
+        write.add_bytes(index.encode(), INDEX)
 
 
-def _check_folder(folder: str) -> None:
-    """Raise if a directory that is to be replaced holds files that its index does not name."""
+def _not_indexed(folder: str, names: Sequence[str], system: System) -> list[str]:
+    """The names in a folder of components that are not in its index, or could not be if that is
+    broken."""
     try:
-        with open(os.path.join(folder, INDEX), "rb") as file:
-            named = {entry["name"] for entry in json.load(file)["files"].values()}
-    except OSError:
-        return  # `appearing` tells whether there is something else
+        index = json.loads(b"".join(_blocks(os.path.join(folder, INDEX), system)))
+        known = {INDEX, *(entry["name"] for entry in index["files"].values())}
+        return [name for name in names if name not in known]
     except (ValueError, LookupError, TypeError, AttributeError):
-        named = set()
-    with translated(folder):
-        others = set(os.listdir(folder)) - named - {INDEX}
-    if others:
-        raise NotACheckpointError(
-            "overwrite=True would remove files that are not the checkpoint's",
-            path=folder,
-            expected=f"the files that {INDEX} names",
-            actual=", ".join(sorted(others)[:8]),
-            remedy="move them to another place, or save to another path",
-        )
+        return [n for n in names if n != INDEX and not n.endswith(tuple(_SUFFIXES.values()))]
 
 
 def read_many(folder: str) -> dict[str, Any]:
@@ -169,10 +181,10 @@ def read_many(folder: str) -> dict[str, Any]:
     return state
 
 
-def _contiguous(tensor: AnyTensor, name: str) -> torch.Tensor:
+def _whole(tensor: AnyTensor, name: str) -> torch.Tensor:
     if isinstance(tensor, torch.Tensor):
         plain_dtype(dtype_name(tensor.dtype, tensor=name), tensor=name)
-        return tensor.contiguous()
+        return tensor
     raise StateError(
         "A single file can't hold a part of an array",
         tensor=name,
@@ -182,16 +194,19 @@ def _contiguous(tensor: AnyTensor, name: str) -> torch.Tensor:
     )
 
 
-def _write(state: Mapping[str, Any], path: str, target: str) -> None:
+def _write(
+    state: Mapping[str, Any],
+    write: AtomicWrite,
+    name: str,
+    target: str,
+    progress: Callable[[int], None],
+) -> None:
     if target.endswith(".safetensors"):
-        flat = flatten(state, rank=0)
-        tree = msgspec.json.encode(flat.tree).decode()
-        tensors = {name: _contiguous(tensor, name) for name, tensor in flat.tensors.items()}
-        save_file(tensors, path, {"format": "pt", TREE: tree, DIGEST: UNSEALED})
-        seal(path)
-    else:
-        save_torch(dict(state), path, target)
-        check_loads(path, target)
+        _write_safetensors(state, write, name, progress)
+        return
+    check_loads(state, target)
+    with stream_to(write.create(name, direct=False), progress) as stream:
+        save_torch(dict(state), stream, target)
 
 
 def save_torch(value: Any, file: Any, path: str) -> None:
@@ -207,10 +222,40 @@ def save_torch(value: Any, file: Any, path: str) -> None:
         ) from error
 
 
-def check_loads(file: Any, path: str) -> None:
-    """What torch.load would refuse must be known now, not when it is needed."""
+def _write_safetensors(
+    state: Mapping[str, Any], write: AtomicWrite, name: str, progress: Callable[[int], None]
+) -> None:
+    """Tensors by falling item size, so that each is aligned; the digest goes in at the end."""
+    flat = flatten(state, rank=0)
+    tree = msgspec.json.encode(flat.tree).decode()
+    tensors = {
+        key: _whole(tensor, key)
+        for key, tensor in sorted(flat.tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    }
+    header = build_header(
+        [(k, dtype_name(t.dtype, tensor=k), tuple(t.shape), t.nbytes) for k, t in tensors.items()],
+        {"format": "pt", TREE: tree, DIGEST: UNSEALED},
+    )
+    size_bytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    file = write.create(name, size_bytes=size_bytes)
     try:
-        torch.load(file, weights_only=True, map_location="cpu", mmap=isinstance(file, str))
+        end, digests = write_shard(file, header=header, tensors=tensors.values(), progress=progress)
+        assert end == size_bytes
+        seal(file, header, digests)
+        file.close(size_bytes=size_bytes)
+    except BaseException:
+        file.discard()
+        raise
+
+
+def check_loads(state: Mapping[str, Any], path: str) -> None:
+    """Raise UnsupportedLeafError for what torch.load would refuse: that must be known now, not when
+    it is needed. The data of tensors are left out."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(_without_data(dict(state)), buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True, map_location="cpu")
     except Exception as error:
         raise UnsupportedLeafError(
             "The state holds a value that torch.load(weights_only=True) refuses",
@@ -218,6 +263,16 @@ def check_loads(file: Any, path: str) -> None:
             actual=refused_name(error) or plain_text(error),
             remedy="save to a path without .pth or .pt, or leave the value out",
         ) from error
+
+
+def _without_data(value: Any) -> Any:
+    if type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
+        return torch.empty(0, dtype=value.dtype)
+    if type(value) is dict:
+        return {key: _without_data(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_data, value))
+    return value
 
 
 def _check_records(path: str) -> None:
@@ -255,14 +310,11 @@ def damaged(path: str, expected: str, actual: str) -> CorruptionError:
     )
 
 
-def seal(path: str, digests: NDArray[np.uint64] | None = None) -> None:
-    """Put its digest into a safetensors file that holds UNSEALED in its place. `digests`: those of
-    its blocks, where they are known."""
-    place = _place_of_digest(path)
-    digest = _file_digest(path, place) if digests is None else _digest_of(digests)
-    with open(path, "r+b") as file:
-        file.seek(place)
-        file.write(digest.encode())
+def seal(file: WritableFile, header: bytes, digests: NDArray[np.uint64]) -> None:
+    """Put its digest into a safetensors file that begins with this header, which holds UNSEALED in
+    its place. `digests`: those of its blocks."""
+    place = header.index(_MARK) + len(_MARK)
+    file.write(memoryview(_digest_of(digests).encode()), offset=place)
 
 
 def check_sealed(path: str) -> None:
@@ -279,11 +331,10 @@ def check_sealed(path: str) -> None:
 def _place_of_digest(path: str) -> int:
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        mark = f'"{DIGEST}":"'.encode()  # once at most: within JSON's strings quotes are escaped
-        found = file.read(length).find(mark)
+        found = file.read(length).find(_MARK)
     if found < 0:
         raise damaged(path, f"its digest, {DIGEST}", "none")
-    return 8 + found + len(mark)
+    return 8 + found + len(_MARK)
 
 
 def _file_digest(path: str, place: int) -> str:
@@ -299,12 +350,22 @@ def _digest_of(digests: NDArray[np.uint64]) -> str:
     return text_digest(digests.astype("<u8").tobytes())
 
 
-def _digest(path: str) -> str:
+def _digest(path: str, system: System | None = None) -> str:
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for block in _blocks(path, system or System()):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _blocks(path: str, system: System) -> Iterator[bytes]:
+    block, at = memoryview(bytearray(1 << 20)), 0
+    fd = system.open(path, os.O_RDONLY)
+    try:
+        while size := system.read(fd, [block], offset=at):
+            yield bytes(block[:size])
+            at += size
+    finally:
+        system.close(fd)
 
 
 @contextmanager

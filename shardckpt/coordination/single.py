@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = ["SingleCoordinator"]
 
@@ -21,6 +21,10 @@ class SingleCoordinator:
         """See Coordinator.scatter."""
         assert payloads is not None
         return payloads[0]
+
+    def watch(self, work: Callable[[], None], *, phase: str) -> None:
+        """See Coordinator.watch."""
+        work()
 
     def progress(self, amount: int) -> None:
         """See Coordinator.progress."""

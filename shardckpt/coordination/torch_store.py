@@ -16,6 +16,7 @@ and below the id of an operation, which no other one has:
     PHASE/s/RANK    what a rank sent
     PHASE/a         rank 0's answer to all, or nothing where each has its own:
     PHASE/a/RANK    rank 0's answer to this rank
+    PHASE/broken    set by a rank on which the work of this phase has raised
     given-up        the ranks that rank 0 has given up
 """
 
@@ -28,12 +29,14 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
 
 from shardckpt import knobs
+from shardckpt.coordination.base import WorkBroken
 from shardckpt.coordination.line import Lines
 from shardckpt.coordination.many_keys import all_there, batches, get_many, set_many
 from shardckpt.coordination.waiting import (
@@ -43,7 +46,7 @@ from shardckpt.coordination.waiting import (
     rank_failed,
     ranks_disagree,
 )
-from shardckpt.errors import RankFailedError
+from shardckpt.errors import RankFailedError, StalledError
 
 __all__ = ["StoreCoordinator", "store_coordinator"]
 
@@ -199,6 +202,16 @@ def _network(phase: str) -> Iterator[None]:
         ) from error
 
 
+def _stalled(phase: str) -> StalledError:
+    return StalledError(
+        "The ranks are alive, but what they do together makes no progress",
+        phase=phase,
+        expected=f"progress within {knobs.STALL_DEADLINE_S:g} s",
+        remedy="look where each rank is: one may wait for another collective; "
+        "SHARDCKPT_STALL_DEADLINE_S sets the time",
+    )
+
+
 def _pieces(key: str, payload: bytes) -> dict[str, bytes]:
     """A payload as values that the store takes: the first one says how many there are."""
     cuts = range(0, max(len(payload), 1), _PIECE_BYTES)
@@ -216,6 +229,7 @@ class StoreCoordinator:
         self._lines = lines
         self._prefix = prefix
         self._progress = 0
+        self._moved = 0.0  # when `progress` was called last
         self._keys: list[str] = []
         self._later: list[str] = []
         self._phases = itertools.count()
@@ -231,6 +245,7 @@ class StoreCoordinator:
     def progress(self, amount: int) -> None:
         """See Coordinator.progress."""
         self._progress += 1
+        self._moved = time.monotonic()
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
         """See Coordinator.gather."""
@@ -265,6 +280,37 @@ class StoreCoordinator:
             (answer,) = self._get([own])
             self._keys += _pieces(own, answer)
             return answer
+
+    def watch(self, work: Callable[[], None], *, phase: str) -> None:
+        """See Coordinator.watch."""
+        self._phase = f"{next(self._phases)}-{phase}"
+        broken = f"{self._phase}/broken"
+        self._later += [] if self.rank else [broken]
+        task: Future[None] = Future()
+        self._moved = time.monotonic()
+
+        def run() -> None:
+            try:
+                work()
+                task.set_result(None)
+            except BaseException as error:
+                task.set_exception(error)
+
+        threading.Thread(target=run, daemon=True, name="shardckpt-work").start()
+
+        def ended() -> bool:
+            if time.monotonic() - self._moved > knobs.STALL_DEADLINE_S:
+                raise _stalled(phase)
+            return task.done() or bool(self._store.check([broken]))
+
+        with _network(phase):
+            self._wait(phase, ended)
+        if not task.done():
+            raise WorkBroken
+        if task.exception() is not None:
+            with suppress(RankFailedError, dist.DistError):
+                self._store.set(broken, "")
+            task.result()
 
     def close(self) -> None:
         """Stop the pulse, and remove from the store what nobody reads any more."""

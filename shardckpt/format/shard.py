@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.errors import CorruptionError
+from shardckpt.errors import CorruptionError, StateError
 from shardckpt.format.dtypes import DTYPES, itemsize, shard_form
 
 __all__ = [
@@ -77,6 +77,12 @@ def build_header(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape, size_bytes in entries:
+        if name in header:
+            raise StateError(
+                "A safetensors file can't hold a tensor of this name",
+                tensor=name,
+                remedy="rename it, or save to a path without a suffix",
+            )
         begin, end = end, end + size_bytes
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     text = msgspec.json.encode(header)

@@ -14,7 +14,7 @@ from shardckpt.coordination.base import exchange
 from shardckpt.coordination.select import operation
 from shardckpt.errors import StateError
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
-from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file
+from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file, state_on_all
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 from shardckpt.storage.paths import local_path
 from shardckpt.storage.system import translated
@@ -167,7 +167,7 @@ class AutoSaver:
         if self._last is not None:
             self._last.save(
                 handler.step,
-                handler.state(),
+                state_on_all(handler),
                 metrics=results,
                 name="last" + self._suffix,
                 if_exists="replace",
@@ -180,7 +180,7 @@ class AutoSaver:
         assert self._manager is not None, "begin comes first"
         saved = self._manager.save(
             handler.step,
-            handler.state(),
+            state_on_all(handler),
             metrics=metrics,
             name=name,
             if_exists="replace" if self.plan.overwrite else "number",
@@ -203,7 +203,7 @@ class AutoSaver:
                 process_group=process_group,
             )
             # the module itself: of DDP's buffers only rank 0's would count
-            state = {**handler.state(), "model": handler.module}
+            state = {**state_on_all(handler, process_group), "model": handler.module}
             manager.save(handler.step, state, name=name, if_exists="number")
 
     def staged(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import math
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shardckpt.errors import DependencyError, StateError
 from shardckpt.nn_handler.auto_saver import AutoSaver
-from shardckpt.storage.appearing import appearing
+from shardckpt.storage.atomic_write import write_file
 from shardckpt.storage.paths import local_path
 
 if TYPE_CHECKING:
@@ -240,13 +241,11 @@ class CSVLogger(Callback):
         if handler.rank or not self.confirmed:
             return
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with (
-            appearing(self.path, overwrite=True) as temporary,
-            open(temporary, "w", newline="") as file,
-        ):
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_file(self.path, text.getvalue().encode(), overwrite=True)
 
     def state_dict(self) -> dict[str, Any]:
         """All rows."""

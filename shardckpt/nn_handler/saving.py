@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import shardckpt
@@ -21,17 +25,19 @@ from shardckpt.convert.whole_files import (
     write_many,
     write_one,
 )
-from shardckpt.coordination.base import exchange
+from shardckpt.coordination.base import Coordinator, WorkBroken, exchange
 from shardckpt.coordination.select import operation
-from shardckpt.errors import StateError
+from shardckpt.errors import RankFailedError, RankMismatchError, StateError
 from shardckpt.execution.background import SaveHandle
 from shardckpt.execution.memory import MemoryStorage
 from shardckpt.manager.formats import RECORD, Signature, signature_of
+from shardckpt.nn_handler.emergency import is_echo
 from shardckpt.planning.flatten import Ties
 from shardckpt.planning.optimizer_state import plain_state
 from shardckpt.planning.stateful import has_state
 from shardckpt.reports import LoadReport
-from shardckpt.storage.system import translated
+from shardckpt.storage.atomic_write import sweep_writes
+from shardckpt.storage.system import System, translated
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
@@ -45,6 +51,7 @@ __all__ = [
     "save_multi_from_single",
     "save_single_file",
     "save_single_from_multi",
+    "state_on_all",
 ]
 
 
@@ -53,7 +60,21 @@ def save(handler: NNHandler, path: str, *, overwrite: bool) -> None:
     if is_one_file(path):
         save_single_file(handler, path, overwrite=overwrite)
     else:
-        shardckpt.save(handler.state(), path, overwrite=overwrite)
+        shardckpt.save(state_on_all(handler), path, overwrite=overwrite)
+
+
+def state_on_all(handler: NNHandler, process_group: Any = None) -> dict[str, Any]:
+    """The state of a handler; collective. What a part of it raises on one rank, such as a
+    callback, the others hear at once, before they wait for that rank in the save."""
+    states: list[dict[str, Any]] = []
+
+    def make() -> bytes:
+        states.append(handler.state())
+        return b""
+
+    with operation("NNHandler: the state", process_group) as coordinator:
+        exchange(coordinator, "state", make, lambda payloads: b"")
+    return states[0]
 
 
 def save_single_file(handler: NNHandler, path: str, *, overwrite: bool) -> None:
@@ -64,7 +85,11 @@ def save_single_file(handler: NNHandler, path: str, *, overwrite: bool) -> None:
             path=path,
             expected="a path that ends in .pth, .pt or .safetensors",
         )
-    _save_whole(handler.state(), path, lambda s: write_one(s, path, overwrite=overwrite))
+    _save_whole(
+        handler.state,
+        path,
+        lambda s, progress: write_one(s, path, overwrite=overwrite, progress=progress),
+    )
 
 
 def save_multi_files(
@@ -73,7 +98,11 @@ def save_multi_files(
     """Save a handler as one file a component; collective. See NNHandler.save_multi_files."""
     _check_format(file_format)
     _save_whole(
-        handler.state(), folder, lambda s: write_many(s, folder, file_format, overwrite=overwrite)
+        handler.state,
+        folder,
+        lambda s, progress: write_many(
+            s, folder, file_format, overwrite=overwrite, progress=progress
+        ),
     )
 
 
@@ -102,58 +131,179 @@ def _check_format(file_format: str) -> None:
 def check_config(handler: NNHandler, path: str) -> None:
     """Raise UnsupportedLeafError if an argument of a part can't stand in a file of this kind."""
     if not path.endswith(".safetensors"):
-        buffer = io.BytesIO()
-        torch.save(handler.config(), buffer)
-        buffer.seek(0)
-        check_loads(buffer, path)
+        check_loads(handler.config(), path)
 
 
 def _save_whole(
-    state: dict[str, Any],
+    make: Callable[[], dict[str, Any]],
     path: str,
-    write: Callable[[dict[str, Any]], None],
+    write: Callable[[dict[str, Any], Callable[[int], None]], None],
     *,
     process_group: Any = None,
 ) -> None:
-    """Gather a handler's state and have rank 0 write it; collective."""
-    ranks = state.pop("ranks")
-    whole = _Whole().of(plain_state(state))
+    """Gather a handler's state and have rank 0 write it; collective.
 
-    def send() -> bytes:
-        buffer = io.BytesIO()
-        torch.save(ranks.value, buffer)
-        return buffer.getvalue()
+    `make` gives the state. `write` writes one without distributed tensors, and calls the function
+    that it is given now and then.
+    """
+    made: list[_Whole] = []
+
+    def describe() -> bytes:
+        made.append(_Whole(make()))
+        return made[0].summary()
 
     def decide(payloads: list[bytes]) -> bytes:
-        every = [torch.load(io.BytesIO(payload), weights_only=True) for payload in payloads]
-        write({**whole, "ranks": every})
-        return b""
+        _check_alike(payloads)
+        return msgspec.msgpack.encode(made[0].to_gather())
 
     with operation(f"save {path}", process_group) as coordinator:
-        exchange(coordinator, "write", send, decide)
+        answer = exchange(coordinator, "state", describe, decide)
+        (state,) = made
+        names = msgspec.msgpack.decode(answer, type=list[str])
+        if names:
+            _gather(state, names, coordinator)
+
+        def write_all(payloads: list[bytes]) -> bytes:
+            ranks = [torch.load(io.BytesIO(payload), weights_only=True) for payload in payloads]
+            write({**state.whole(), "ranks": ranks}, coordinator.progress)
+            return b""
+
+        exchange(coordinator, "write", state.own, write_all)
+
+
+def _check_alike(payloads: list[bytes]) -> None:
+    """Raise if the ranks hold different distributed tensors: they would wait for each other."""
+    for rank, payload in enumerate(payloads):
+        if payload != payloads[0]:
+            expected, actual = (
+                dict(msgspec.msgpack.decode(text, type=list[tuple[str, str]]))
+                for text in (payloads[0], payload)
+            )
+            name = next(iter(dict(expected.items() ^ actual.items())), None)
+            raise RankMismatchError(
+                "The ranks hold different distributed tensors, or in another order",
+                rank=rank,
+                tensor=name,
+                expected=expected.get(name or ""),
+                actual=actual.get(name or ""),
+                remedy="save the same model on all ranks",
+            )
+
+
+def _gather(state: _Whole, names: list[str], coordinator: Coordinator) -> None:
+    """Gather distributed tensors on rank 0; collective, by the collectives of their own groups."""
+
+    def gather() -> bytes:
+        try:
+            coordinator.watch(lambda: state.gather(names, coordinator), phase="gather")
+        except WorkBroken:
+            return b"another rank failed"
+        except (RuntimeError, dist.DistError) as error:
+            if not is_echo(error):
+                raise
+            return str(error).splitlines()[0].encode()
+        return b""
+
+    def decide(payloads: list[bytes]) -> bytes:
+        broken = {rank: payload.decode() for rank, payload in enumerate(payloads) if payload}
+        if broken:
+            raise RankFailedError(
+                "The collectives that gather the state broke",
+                rank=tuple(broken),
+                actual="; ".join(dict.fromkeys(broken.values())),
+                remedy="look at the logs of the ranks, and at the network between them",
+            )
+        return b""
+
+    exchange(coordinator, "gather", gather, decide)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Stands for a tensor in a state: the one that came first of those with the same memory."""
+
+    name: str
 
 
 class _Whole:
-    """Makes whole CPU copies of tensors, tied ones still tied."""
+    """A state that becomes one of plain CPU tensors on rank 0, tied ones still tied."""
 
-    def __init__(self) -> None:
-        self.ties = Ties()
-        self.copies: dict[str, torch.Tensor] = {}
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._ranks = state.pop("ranks")
+        self._ties = Ties()
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._used: set[str] = set()
+        self._state = self._read(plain_state(state), "")
 
-    def of(self, value: Any, name: str = "") -> Any:
-        """A nested state with copies in place of its tensors; collective."""
+    def _read(self, value: Any, name: str) -> Any:
         if isinstance(value, torch.Tensor):
-            first = self.ties.first(value, name)
-            if first not in self.copies:
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                copy = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
-                self.copies[first] = copy
-            return self.copies[first]
+            self._tensors[name] = value
+            first = self._ties.first(value, name)
+            self._used.add(first)
+            return _Tensor(first)
         if isinstance(value, dict):
-            return {key: self.of(item, f"{name}.{key}") for key, item in value.items()}
+            return {key: self._read(item, f"{name}.{key}") for key, item in value.items()}
         if type(value) in (list, tuple):
-            return type(value)(self.of(item, f"{name}.{i}") for i, item in enumerate(value))
-        return self.of(value.state_dict(), name) if has_state(value) else value
+            return type(value)(self._read(item, f"{name}.{i}") for i, item in enumerate(value))
+        return self._read(value.state_dict(), name) if has_state(value) else value
+
+    def summary(self) -> bytes:
+        """The distributed tensors, to be the same on all ranks."""
+        found = [
+            (name, f"{tensor.dtype} {list(tensor.shape)}")
+            for name, tensor in self._tensors.items()
+            if isinstance(tensor, DTensor)
+        ]
+        return msgspec.msgpack.encode(found)
+
+    def to_gather(self) -> list[str]:
+        """The distributed tensors that rank 0 needs."""
+        tensors = self._tensors
+        return [n for n in tensors if n in self._used and isinstance(tensors[n], DTensor)]
+
+    @torch.no_grad()
+    def gather(self, names: list[str], coordinator: Coordinator) -> None:
+        """Put whole CPU tensors in the place of distributed ones on rank 0; collective."""
+        for name in names:
+            tensor = self._tensors[name]
+            assert isinstance(tensor, DTensor)
+            with _device_of(tensor.device):
+                whole = tensor.full_tensor()
+                self._tensors[name] = whole.cpu() if coordinator.rank == 0 else tensor
+            coordinator.progress(0)
+
+    def own(self) -> bytes:
+        """This rank's own values."""
+        buffer = io.BytesIO()
+        torch.save(self._ranks.value, buffer)
+        return buffer.getvalue()
+
+    def whole(self) -> Any:
+        """The state; after `gather`, on rank 0."""
+        plain = {name: _plain(self._tensors[name]) for name in self._used}
+        return _filled(self._state, plain)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU that is all of its memory: torch.save writes all that a tensor uses."""
+    plain = tensor.detach().cpu()
+    if plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes:
+        return plain
+    return plain.clone(memory_format=torch.contiguous_format)
+
+
+def _filled(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, _Tensor):
+        return tensors[value.name]
+    if isinstance(value, dict):
+        return {key: _filled(item, tensors) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_filled(item, tensors) for item in value)
+    return value
+
+
+def _device_of(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class OneFile:
@@ -165,7 +315,8 @@ class OneFile:
         return sorted(name for name in found if not name.startswith("."))
 
     def sweep(self, folder: str) -> None:
-        """See Format.sweep. Files being written have no lock: nobody knows which are dead."""
+        """See Format.sweep."""
+        sweep_writes(System(), os.path.realpath(folder))
 
     def exists(self, path: str) -> bool:
         """See Format.exists."""
@@ -189,9 +340,9 @@ class OneFile:
                 remedy="leave out asynchronous=True, or the format",
             )
         _save_whole(
-            dict(state),
+            lambda: dict(state),
             path,
-            lambda s: write_one(s, path, overwrite=overwrite),
+            lambda s, progress: write_one(s, path, overwrite=overwrite, progress=progress),
             process_group=process_group,
         )
         return None

@@ -34,6 +34,7 @@ from shardckpt.storage.removal import (
     collect_leftovers,
     directories_in,
     exists,
+    make_directories,
     not_ours,
     remove_tree,
     sync_directory,
@@ -72,7 +73,7 @@ class LocalStorage:
         with translated(path):
             target = os.path.realpath(path)
             _check_replaceable(target)
-            self._make_directories(os.path.dirname(target))
+            make_directories(self.system, os.path.dirname(target))
             lock = Lock(self.system, beside(target, "lock"))
             try:
                 collect_leftovers(self.system, target)
@@ -119,19 +120,6 @@ class LocalStorage:
         path = local_path(path)
         with translated(path):
             return LocalFiles(self.system, path)
-
-    def _make_directories(self, path: str) -> None:
-        above = os.path.dirname(path)
-        try:
-            self.system.stat(path)
-            # A process that died may have made it, and not got so far as to sync its name.
-            with suppress(PermissionError):
-                sync_directory(self.system, above)
-        except FileNotFoundError:
-            self._make_directories(above)
-            with suppress(FileExistsError):
-                self.system.mkdir(path)
-            sync_directory(self.system, above)
 
 
 def _check_replaceable(target: str) -> None:

@@ -23,9 +23,11 @@ __all__ = [
     "collect_leftovers",
     "directories_in",
     "exists",
+    "make_directories",
     "not_ours",
     "old_name",
     "remove",
+    "remove_files",
     "remove_tree",
     "sweep",
     "sync_directory",
@@ -42,6 +44,37 @@ def sync_directory(system: System, path: str) -> None:
             raise
     finally:
         system.close(fd)
+
+
+def make_directories(system: System, path: str) -> None:
+    """Make a directory and those above it, each of which is durable in the one above."""
+    above = os.path.dirname(path)
+    try:
+        system.stat(path)
+        # A process that died may have made it, and not got so far as to sync its name.
+        with suppress(PermissionError):
+            sync_directory(system, above)
+    except FileNotFoundError:
+        make_directories(system, above)
+        with suppress(FileExistsError):
+            system.mkdir(path)
+        sync_directory(system, above)
+
+
+def remove_files(system: System, path: str) -> None:
+    """Remove a file, or a directory and the files in it; never raises OSError.
+
+    Only for what this write has made. A symlink is removed, not followed. A directory inside stays,
+    and with it its parent.
+    """
+    with suppress(OSError):
+        if not _is_directory(system, path):
+            system.unlink(path)
+            return
+        for name in system.listdir(path):
+            with suppress(IsADirectoryError):
+                system.unlink(os.path.join(path, name))
+        system.rmdir(path)
 
 
 def remove_tree(system: System, path: str, *, beside_target: str = "") -> None:

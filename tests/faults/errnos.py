@@ -14,7 +14,7 @@ import torch
 import shardckpt
 from shardckpt import errors
 from shardckpt.storage.local import LocalStorage
-from tests.faults import crash, retention
+from tests.faults import crash, files, retention
 from tests.faults.disk import Disk
 
 CODES = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EMFILE, errno.EROFS]
@@ -142,6 +142,11 @@ OPERATIONS: dict[str, Outcome] = {
         )
     },
     "retaining": retaining,
+    **{kind: functools.partial(files.outcome, kind) for kind in files.KINDS},
+    **{
+        f"{kind}, two renames": functools.partial(files.outcome, kind, can_exchange=False)
+        for kind in ("torch", "components")
+    },
 }
 
 

@@ -5,6 +5,7 @@ load."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -16,13 +17,15 @@ from collections.abc import Callable
 import torch
 
 import shardckpt
+from shardckpt.convert.whole_files import write_one
 from shardckpt.storage import removal
 from shardckpt.storage.system import System
-from tests.faults import retention
+from tests.faults import files, retention
 from tests.faults.crash import state_of
 
 KILLS_A_TRIAL = 100
 KEEP_EVERY = 50
+KINDS = ("torch", "safetensors", "components")
 
 
 def newest(folder: str) -> int:
@@ -62,6 +65,16 @@ def saver(folder: str, oracle: int, first: int, elements: int) -> None:
             shardckpt.async_save(state, f"{folder}/c", overwrite=True).result(60)
         os.write(oracle, f"a{version} ".encode())
         version += 1
+
+
+def filer(folder: str, oracle: int, first: int, elements: int) -> None:
+    """As saver, of a file or folder of one kind after another."""
+    for version in itertools.count(first):
+        state = state_of(version, elements=elements)
+        name, write = files.KINDS[KINDS[version % len(KINDS)]]
+        os.write(oracle, f"b{version} ".encode())
+        write(state, f"{folder}/files/{name}", System())
+        os.write(oracle, f"a{version} ".encode())
 
 
 class Teller(System):
@@ -130,7 +143,39 @@ class Replacing:
 
     def end(self) -> None:
         shardckpt.save(state_of(self.begun + 1), f"{self.folder}/c", overwrite=True)
-        left = [name for name in os.listdir(self.folder) if name not in ("c", "kept")]
+        left = [name for name in os.listdir(self.folder) if name not in ("c", "kept", "files")]
+        assert not left, f"leftovers: {left}"
+
+
+class Filing:
+    """Single files and folders of components, each saved over and over."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = f"{folder}/files"
+        self.acknowledged = dict.fromkeys(KINDS, 0)
+        self.begun = 0
+
+    def kill(self, rng: random.Random) -> None:
+        done, begun = kill_once(filer, os.path.dirname(self.folder), rng, self.begun + 1)
+        self.begun = max(begun)
+        for number, kind in enumerate(KINDS):
+            mine = [version for version in done if version % len(KINDS) == number]
+            least = max([self.acknowledged[kind], *mine])
+            self.acknowledged[kind] = self._newest(kind)
+            assert least <= self.acknowledged[kind] <= self.begun, (
+                f"{kind}: version {self.acknowledged[kind]} loads; {least} was acknowledged"
+            )
+
+    def _newest(self, kind: str) -> int:
+        try:
+            return files.version_of(files.read(f"{self.folder}/{files.KINDS[kind][0]}"))
+        except shardckpt.errors.CheckpointNotFoundError:
+            return 0
+
+    def end(self) -> None:
+        names = {name for name, _ in (files.KINDS[kind] for kind in KINDS)}
+        write_one(state_of(1), f"{self.folder}/last.pth", overwrite=True)
+        left = [n for n in os.listdir(self.folder) if n not in {*names, "last.pth"}]
         assert not left, f"leftovers: {left}"
 
 
@@ -165,7 +210,7 @@ class Retaining:
 
 def kill_many(folder: str, rng: random.Random, count: int) -> None:
     """Kill so many savers and keepers, and load after each."""
-    jobs = Replacing(folder), Retaining(folder)
+    jobs = Replacing(folder), Retaining(folder), Filing(folder)
     for _ in range(count):
         rng.choice(jobs).kill(rng)
     for job in jobs:
@@ -218,6 +263,7 @@ def main() -> int:
         PLANTED[options.plant]()
     with tempfile.TemporaryDirectory() as folder:  # imports all that a save needs
         shardckpt.save(state_of(1), f"{folder}/c")
+        write_one(state_of(1), f"{folder}/c.pth", overwrite=False)
     kill_many(options.folder, random.Random(options.seed), options.count)
     return 0
 

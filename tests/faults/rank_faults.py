@@ -1,6 +1,6 @@
-"""A rank that raises, exits, is killed, stops, is slow or is stuck, in each phase of save, load
-and async save: the others raise an error that names it and the phase, nothing appears, and the
-next save works. A rank that is only slow is waited for."""
+"""A rank that raises, exits, is killed, stops, is slow or is stuck, in each phase of save, load,
+async save, and a handler's saves: the others raise an error that names it and the phase, nothing
+appears, and the next save works. A rank that is only slow is waited for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import shardckpt
-from shardckpt import errors, knobs
+from shardckpt import NNHandler, errors, knobs
+from shardckpt.convert.whole_files import write_one
 from shardckpt.execution import load_driver, save_driver
+from shardckpt.nn_handler import saving
 from tests.ranks import start_ranks
 
 DEADLINE_S = 5.0
@@ -48,6 +52,8 @@ PHASES = {
     "save": ("begin", "plan", "divide", "write"),
     "async": ("begin", "plan", "divide", "write"),
     "load": ("begin", "open", "read"),
+    "file": ("state", "gather", "write"),
+    "handler": ("state",),
 }
 
 
@@ -68,6 +74,7 @@ CASES = [
     for rank in range(world_size)
     for fault in FAULTS
     if not (phase == "begin" and fault in ("slow", "stuck"))  # a late call: see ARRIVAL_DEADLINE_S
+    if not (phase == "gather" and fault == "stuck")  # nobody tells who
 ]
 
 
@@ -81,7 +88,18 @@ def fail(case: Case) -> None:
 
 def plant(case: Case) -> None:
     """Let this rank fail where it does its part of a phase."""
-    module = load_driver if case.operation == "load" else save_driver
+    if case.phase == "gather":
+        gather = saving._Whole.gather
+
+        def failing(*arguments):  # type: ignore[no-untyped-def]
+            fail(case)
+            gather(*arguments)
+
+        saving._Whole.gather = failing
+        return
+    module: Any = save_driver
+    if case.operation in ("load", "file", "handler"):
+        module = load_driver if case.operation == "load" else saving
     exchange = module.exchange
 
     def faulty(coordinator, name, local, decide):  # type: ignore[no-untyped-def]
@@ -101,6 +119,8 @@ def operate(folder: str, case: Case) -> tuple[str, object, object, float]:
     knobs.DEADLINE_S = DEADLINE_S
     knobs.ARRIVAL_DEADLINE_S = DEADLINE_S if case.phase == "begin" else 60.0
     knobs.STALL_DEADLINE_S = DEADLINE_S if case.fault == "stuck" else 60.0
+    if case.operation in ("file", "handler"):
+        handler = NNHandler(nn.Linear, parallel="fsdp", in_features=8, out_features=8)
     dist.barrier()
     begun = time.monotonic()
     try:
@@ -110,6 +130,8 @@ def operate(folder: str, case: Case) -> tuple[str, object, object, float]:
                 fail(case)
         if case.operation == "save":
             shardckpt.save(state_of(), f"{folder}/c")
+        elif case.operation in ("file", "handler"):
+            handler.save(f"{folder}/c{'.pth' if case.operation == 'file' else ''}")
         elif case.operation == "async":
             shardckpt.async_save(state_of(), f"{folder}/c").result(90)  # after any deadline
         else:
@@ -149,7 +171,10 @@ def attempt(case: Case, folder: str, *, most_s: float = MOST_S) -> float:
         assert when == case.phase, told
         assert seconds < most_s, told
     path = f"{folder}/c"
-    assert os.path.exists(path) == (case.fault == "slow" and case.operation != "load"), case
+    wanted = path + ".pth" if case.operation == "file" else path
+    assert os.path.exists(wanted) == (case.fault == "slow" and case.operation != "load"), case
+    if case.operation == "file":
+        write_one(state_of(), wanted, overwrite=True)
     shardckpt.save(state_of(), path, overwrite=True)
     assert shardckpt.load_state(path)["step"] == 2
     left = [name for name in os.listdir(folder) if name.startswith(".")]

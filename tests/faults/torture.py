@@ -22,6 +22,8 @@ HARNESSES = {
     "crash": ("tests.faults.retention:trial", "crash states"),
     "damage": ("tests.faults.damage:trial", "flipped bits and cuts"),
     "errnos": ("tests.faults.errnos:trial", "system calls failed by the seam"),
+    "files": ("tests.faults.files:crash_trial", "crash states of single files and conversions"),
+    "file-damage": ("tests.faults.files:damage_trial", "flipped bits of single files"),
     "manifest": ("tests.faults.fuzz:manifest_trial", "inputs for the parser of manifests"),
     "header": ("tests.faults.fuzz:header_trial", "inputs for the parser of shard headers"),
     "meshes": ("tests.faults.test_meshes:trial", "states saved on one mesh, loaded on another"),

@@ -226,10 +226,10 @@ PLANTS = [
     ),
     plant(
         13,
-        "files are written in place",
+        "what torch.load refuses is written",
         "shardckpt/convert/whole_files.py",
-        "with appearing(path, overwrite=overwrite) as temporary:",
-        "for temporary in [path]:",
+        "    check_loads(state, target)\n",
+        "",
         f"{FAULTS}::test_13_a_value_that_can_not_be_saved_is_told_before_training",
     ),
     plant(
@@ -318,8 +318,9 @@ PLANTS = [
         20,
         "a save waits in training's group",
         f"{HANDLER}/saving.py",
-        "    whole = _Whole().of(plain_state(state))",
-        "    torch.distributed.barrier()\n    whole = _Whole().of(plain_state(state))",
+        '    with operation(f"save {path}", process_group) as coordinator:',
+        "    torch.distributed.barrier()\n"
+        '    with operation(f"save {path}", process_group) as coordinator:',
         f"{RANKS}::test_load_as_the_first_call_and_a_save_by_one_rank_alone",
     ),
     plant(

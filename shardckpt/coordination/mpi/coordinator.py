@@ -15,7 +15,7 @@ import itertools
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -200,6 +200,11 @@ class MpiCoordinator:
         self._stopped = threading.Event()
         self._pulse = threading.Thread(target=self._keep_beating, daemon=True)
         self._pulse.start()
+
+    def watch(self, work: Callable[[], None], *, phase: str) -> None:
+        """See Coordinator.watch. Torch has no collectives here: without a process group there is
+        nothing to wait for."""
+        work()
 
     def progress(self, amount: int) -> None:
         """See Coordinator.progress."""
