@@ -1,14 +1,13 @@
 """Reading checkpoints that torch.distributed.checkpoint (DCP) wrote, without running code.
 
-DCP's `.metadata` is a pickle. It is read by an unpickler that knows the dozen classes of which
-such metadata is made, and refuses any other name, so no function can be called. The tensors
-lie in `.distcp` files as torch.save archives and are read with weights_only=True. Written for
+DCP's `.metadata` is a pickle. It is read with stand-ins for the dozen classes of which such metadata
+is made, and refused for any other name, so no function can be called. The tensors lie in `.distcp`
+files as torch.save archives and are read with weights_only=True. Written for
 the FileSystemWriter of torch 2.13.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import pickle
@@ -26,7 +25,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from shardckpt.convert.dcp_metadata import parse_metadata
+from shardckpt.convert.foreign_file import check_regular, file_in, mapped
+from shardckpt.convert.pickle_scan import Readable
 from shardckpt.convert.sources import Foreign, foreign
+from shardckpt.convert.torch_file import load_torch_part
 from shardckpt.errors import (
     CheckpointNotFoundError,
     CorruptionError,
@@ -41,36 +44,6 @@ from shardckpt.storage.system import translated
 __all__ = ["DcpCheckpoint", "is_dcp"]
 
 _METADATA = ".metadata"
-_ALLOWED = {
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "torch": (
-        "Size",
-        *(n for n in dir(torch) if isinstance(getattr(torch, n), (torch.dtype, torch.layout))),
-    ),
-    "collections": ("OrderedDict",),
-    "pathlib": ("PosixPath",),
-    "pathlib._local": ("PosixPath",),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes of DCP's metadata alone."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in DCP's metadata")
-        return super().find_class(module, name)
 
 
 def is_dcp(path: str) -> bool:
@@ -94,10 +67,9 @@ class DcpCheckpoint:
                 path=path,
                 expected=f"a directory with {_METADATA}",
             )
-        with translated(path), open(os.path.join(path, _METADATA), "rb") as file:
-            data = file.read()
-        self._metadata = self._unpickled(data)
-        self._identity = xxhash.xxh3_128(data).hexdigest()
+        with translated(path), mapped(file_in(path, _METADATA)) as data:
+            self._metadata = self._parsed(data)
+            self._identity = xxhash.xxh3_128(data).hexdigest()
         self._current, self._loaded = "", dict[tuple[int, ...], torch.Tensor]()
         self.tensors: dict[str, torch.Size] = {
             name: entry.size
@@ -106,11 +78,9 @@ class DcpCheckpoint:
         }
         self._check_size()
 
-    def _unpickled(self, data: bytes) -> Metadata:
+    def _parsed(self, data: Readable) -> Metadata:
         try:
-            found = _Unpickler(io.BytesIO(data)).load()
-            if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-                raise TypeError(f"{type(found).__name__} in place of Metadata")
+            return parse_metadata(data)
         except Exception as error:
             raise CorruptionError(
                 "The metadata of this DCP checkpoint can't be read",
@@ -118,7 +88,6 @@ class DcpCheckpoint:
                 actual=str(error).splitlines()[0] if str(error) else type(error).__name__,
                 remedy="load another checkpoint; what is no metadata is not unpickled",
             ) from error
-        return found
 
     def _check_size(self) -> None:
         """Before memory is taken: no tensors are larger than the files that hold them."""
@@ -126,9 +95,9 @@ class DcpCheckpoint:
             math.prod(size) * self._entry(name).properties.dtype.itemsize
             for name, size in self.tensors.items()
         )
-        infos = self._metadata.storage_data.values()
-        paths = {self._file(info) for info in infos}
-        there = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+        names = {info.relative_path for info in self._metadata.storage_data.values()}
+        paths = [file_in(self.path, name) for name in sorted(names)]
+        there = sum(check_regular(path).st_size for path in paths if os.path.lexists(path))
         if declared > there:
             raise CorruptionError(
                 "The files of this DCP checkpoint are smaller than its tensors",
@@ -233,21 +202,23 @@ class DcpCheckpoint:
                 remedy="choose other entries with keys, or save the checkpoint without it",
             ) from error
 
-    def _file(self, info: Any) -> str:
-        return os.path.join(self.path, os.path.basename(str(getattr(info, "relative_path", ""))))
-
     def _read(self, index: MetadataIndex) -> Any:
         """What DCP has written as one item."""
         infos = self._metadata.storage_data
         info = infos.get(index, infos.get(MetadataIndex(index.fqn)))
-        path = self._file(info)
+        path = self.path
         try:
             if info is None:
                 raise KeyError(f"{index.fqn} at {index.offset} is in no file")
-            with open(path, "rb") as file:
-                file.seek(info.offset)
-                data = io.BytesIO(file.read(info.length))
-            return torch.load(data, map_location="cpu", weights_only=True)
+            path = file_in(self.path, info.relative_path)
+            with mapped(path) as data, memoryview(data) as view:
+                end = info.offset + info.length
+                if end > len(view):
+                    raise ValueError(f"it ends at byte {end} of {len(view)}")
+                with view[info.offset : end] as part:
+                    return load_torch_part(part, path)
+        except (CorruptionError, UnsupportedLeafError):
+            raise
         except Exception as error:
             raise CorruptionError(
                 "An entry of a DCP checkpoint can't be read",

@@ -1,0 +1,148 @@
+"""Reads the `.metadata` of torch.distributed.checkpoint (DCP), which is a pickle, without making
+what it names: stand-ins take the place of its classes, and their values are checked."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
+
+__all__ = ["parse_metadata"]
+
+_DCP = "torch.distributed.checkpoint.metadata."
+_ALLOWED = {
+    *(
+        _DCP + name
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
+    "torch.Size",
+    *(f"torch.{name}" for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)),
+    *(f"torch.{name}" for name, kind in vars(torch).items() if isinstance(kind, torch.layout)),
+    "collections.OrderedDict",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+}
+_MOST_DIMS = 64
+
+
+def parse_metadata(data: Readable) -> Metadata:
+    """The metadata in a pickle. Raises UnpicklingError, TypeError or ValueError for another one."""
+    if scan(data) != len(data):
+        raise pickle.UnpicklingError("bytes after the end of the pickle")
+    root = Names(data, allowed=_ALLOWED.__contains__).load()
+    facts = _facts(root, "Metadata")
+    return Metadata(
+        state_dict_metadata={
+            _text(name): _entry(entry)
+            for name, entry in _dict(facts.get("state_dict_metadata")).items()
+        },
+        planner_data={
+            _text(name): _path(path)
+            for name, path in _dict(facts.get("planner_data") or {}).items()
+        },
+        storage_data={
+            _index(index): _place(place)
+            for index, place in _dict(facts.get("storage_data")).items()
+        },
+        version=facts.get("version"),
+    )
+
+
+def _facts(node: Any, kind: str) -> dict[str, Any]:
+    """The fields of a dataclass that a stand-in stands for."""
+    name = node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
+    if name != kind:
+        raise TypeError(f"{name} in place of {kind}")
+    return _dict(node.state or {})
+
+
+def _dict(node: Any) -> dict[Any, Any]:
+    if not isinstance(node, dict):
+        raise TypeError(f"{type(node).__name__} in place of a dict")
+    return node
+
+
+def _text(node: Any) -> str:
+    if type(node) is not str:
+        raise TypeError(f"{type(node).__name__} in place of a name")
+    return node
+
+
+def _sizes(node: Any, dims: int | None = None) -> torch.Size:
+    """A shape or offsets."""
+    if type(node) not in (tuple, list) or len(node) > _MOST_DIMS or dims not in (None, len(node)):
+        raise ValueError(f"{str(node)[:80]} in place of {dims} sizes")
+    return torch.Size([_number(n) for n in node])
+
+
+def _number(node: Any) -> int:
+    if type(node) is not int or not 0 <= node < 1 << 62:
+        raise ValueError(f"{str(node)[:80]} in place of a size")
+    return node
+
+
+def _path(node: Any) -> tuple[str | int, ...]:
+    if type(node) is not tuple or not all(type(key) in (str, int) for key in node) or not node:
+        raise TypeError(f"{str(node)[:80]} in place of the path of an entry")
+    return node
+
+
+def _entry(node: Any) -> BytesStorageMetadata | TensorStorageMetadata:
+    if isinstance(node, Named) and node.name == f"{_DCP}BytesStorageMetadata":
+        return BytesStorageMetadata()
+    facts = _facts(node, "TensorStorageMetadata")
+    size, properties = _sizes(facts.get("size")), facts.get("properties")
+    state = properties.state if isinstance(properties, Named) else None
+    dtype = state[0] if type(state) is tuple and state else None
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{str(dtype)[:80]} in place of a dtype")
+    chunks = [_facts(chunk, "ChunkStorageMetadata") for chunk in list(facts.get("chunks") or ())]
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=dtype),
+        size=size,
+        chunks=[
+            ChunkStorageMetadata(
+                offsets=_sizes(chunk.get("offsets"), len(size)),
+                sizes=_sizes(chunk.get("sizes"), len(size)),
+            )
+            for chunk in chunks
+        ],
+    )
+
+
+def _index(node: Any) -> MetadataIndex:
+    facts = _facts(node, "MetadataIndex")
+    offset = facts.get("offset")
+    return MetadataIndex(_text(facts.get("fqn")), None if offset is None else _sizes(offset))
+
+
+def _place(node: Any) -> _StorageInfo:
+    facts = _facts(node, "_StorageInfo")
+    return _StorageInfo(
+        relative_path=_text(facts.get("relative_path")),
+        offset=_number(facts.get("offset")),
+        length=_number(facts.get("length")),
+    )
