@@ -1,8 +1,8 @@
 """Reading checkpoints that torch.distributed.checkpoint (DCP) wrote, without running code.
 
-DCP's `.metadata` is a pickle. It is read with stand-ins for the dozen classes of which such metadata
-is made, and refused for any other name, so no function can be called. The tensors lie in `.distcp`
-files as torch.save archives and are read with weights_only=True. Written for
+DCP's `.metadata` is a pickle. It is read with stand-ins for the dozen classes of which such
+metadata is made, and refused for any other name, so no function can be called. The tensors
+lie in `.distcp` files as torch.save archives and are read with weights_only=True. Written for
 the FileSystemWriter of torch 2.13.
 """
 

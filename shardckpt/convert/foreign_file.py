@@ -47,7 +47,7 @@ def check_regular(path: str) -> os.stat_result:
 def open_regular(path: str) -> BinaryIO:
     """Open a regular file to read it, without waiting for a pipe. Raises NotACheckpointError."""
     check_regular(path)
-    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced meanwhile
         file.close()
         check_regular(path)

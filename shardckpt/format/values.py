@@ -155,10 +155,11 @@ def _enum_node(value: enum.Enum) -> Any:
 
 
 def _class_at(module: str, qualname: str) -> Any:
-    """What is at this name in a module that has been imported; None if nothing is."""
+    """What is at this name in a module that has been imported; None if nothing is. A module's
+    __getattr__ may import, so it isn't asked."""
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
-        found = getattr(found, part, None)
+        found = getattr(found, "__dict__", {}).get(part)
     return found
 
 
