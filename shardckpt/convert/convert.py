@@ -97,7 +97,13 @@ def _open(path: str, *, check: bool) -> Checkpoint | Foreign:
         state = read_one(path, check=check)
         if isinstance(state, Mapping):
             return foreign(path, "a torch file", state, identity=os.path.getsize(path))
-        raise NotACheckpointError("This file holds no dict", path=path, actual=type(state).__name__)
+        raise NotACheckpointError(
+            "This file holds no dict",
+            path=path,
+            expected="a dict of tensors and values",
+            actual=type(state).__name__,
+            remedy="load it with torch.load, and save a dict of what it holds",
+        )
     if os.path.isfile(os.path.join(path, INDEX)):
         return foreign(path, "files of components", read_many(path))
     if not os.path.isfile(os.path.join(path, MANIFEST_NAME)):

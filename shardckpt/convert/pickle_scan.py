@@ -35,14 +35,16 @@ _COUNTED = {  # bytes of the length that follows an opcode, before so many bytes
     **dict.fromkeys(b"\x8d\x8e\x96", 8),
 }
 _PUTS = {ord("q"): 1, ord("r"): 4}
-_STOP, _GLOBAL, _FRAME = ord("."), ord("c"), 0x95
+_STOP, _GLOBAL, _FRAME, _MARK = ord("."), ord("c"), 0x95, ord("(")
+_UNMARKS = b"1tldeuo\x90\x91"
+_MOST_MARKS = 10_000  # at a time: one for each level of nesting
 _LONGEST_NAME = 1000
 
 
 def scan(data: Readable, begin: int = 0) -> int:
     """Where the pickle that begins there ends. Raises UnpicklingError for an opcode that no saved
     state needs, and for lengths and memo indexes beyond what the pickle has."""
-    at, end = begin, len(data)
+    at, end, marks = begin, len(data), 0
     while at < end:
         code = data[at]
         at += 1
@@ -51,6 +53,12 @@ def scan(data: Readable, begin: int = 0) -> int:
                 return at
             if code == _FRAME and int.from_bytes(data[at : at + 8], "little") > end - at - 8:
                 break
+            if code == _MARK:
+                marks += 1
+                if marks > _MOST_MARKS:
+                    raise pickle.UnpicklingError(f"more than {_MOST_MARKS} levels of nesting")
+            elif code in _UNMARKS:
+                marks -= 1
             at += more
         elif (more := _COUNTED.get(code)) is not None:
             at += more + int.from_bytes(data[at : at + more], "little")

@@ -30,6 +30,7 @@ _SPREAD, _SPREAD_BYTES = 4, 64 << 20
 """Tensors may take so many times the bytes of their file, and so many bytes more: those that share
 memory, or are expanded."""
 _PLACES = 200_000  # in a state, beside one for each byte of its pickle: lists may be shared
+_MOST_LEVELS = 1000
 _PICKLE_LIMIT_BYTES = 1 << 30
 _REMEDY = "load another checkpoint; don't trust this one"
 
@@ -238,7 +239,7 @@ class _Structure:
 
     def tensors_below(self, root: Any) -> set[_View]:
         """The tensors, after checking all of the structure."""
-        todo = [(root, False)]
+        todo, levels = [(root, False)], 0
         while todo:
             node, seen = todo.pop()
             if not isinstance(node, (dict, list, tuple, set, frozenset, Named)):
@@ -249,12 +250,16 @@ class _Structure:
                 if count > self.most_places:
                     self._refuse(f"at most {self.most_places} values", "more, in shared lists")
                 self.places[id(node)] = count
+                levels -= 1
                 continue
             if id(node) in self.places:
                 if not self.places[id(node)]:
                     self._refuse("values that don't contain themselves", "a cycle")
                 continue
             self.places[id(node)] = 0
+            levels += 1
+            if levels > _MOST_LEVELS:
+                self._refuse(f"at most {_MOST_LEVELS} levels of nesting", "more")
             if isinstance(node, Named):
                 self._check_call(node.name, node.args, node.state)
             todo.append((node, True))

@@ -8,6 +8,7 @@ on with the next.
 from __future__ import annotations
 
 import contextlib
+import encodings.cp437  # noqa: F401 - zipfile imports it for names that are not UTF-8
 import io
 import json
 import os
@@ -68,7 +69,7 @@ def written(arguments: tuple[Any, ...]) -> bool:
 
 def allowed(path: Any, mode: Any = None, flags: Any = 0) -> bool:
     """Whether a file may be opened: one of the checkpoint, of what is written, or Python's own."""
-    if isinstance(path, int):
+    if isinstance(path, int) or (flags or 0) & os.O_DIRECTORY:  # refused for all else, unopened
         return True
     text = os.fsdecode(path)
     if "/" not in text:  # below the checkpoint's own descriptor

@@ -3,12 +3,14 @@ its own, and returns the path to be opened."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import pickle
 import socket
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,9 +45,19 @@ def components(file_format: Any) -> Attack:
     return make
 
 
+@functools.cache
+def dcp_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        dcp.save({"a": STATE["a"], "n": 1}, checkpoint_id=folder, no_dist=True)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def dcp_folder(folder: Path) -> Path:
-    dcp.save({"a": STATE["a"], "n": 1}, checkpoint_id=folder / "dcp", no_dist=True)
-    return folder / "dcp"
+    made = folder / "dcp"
+    made.mkdir(exist_ok=True)
+    for file_name, data in dcp_files().items():
+        (made / file_name).write_bytes(data)
+    return made
 
 
 def hub(folder: Path) -> Path:
@@ -190,6 +202,7 @@ PICKLES: dict[str, bytes] = {
     "runs a command, protocol 4": pickle.dumps({"a": Evil()}, protocol=4),
     "runs eval": state(call("builtins", "eval", text("1"))),
     "a memo index of 2**31": b"\x80\x02Nr\xff\xff\xff\x7f.",
+    "a memo index of 2**24": b"\x80\x02Nr\x00\x00\x00\x01.",
     "bytes of 1 TB": b"\x80\x04\x8e" + struct.pack("<Q", 10**12) + b"x.",
     "text of 1 TB": b"\x80\x04\x8d" + struct.pack("<Q", 10**12) + b"x.",
     "a bytearray of 1 TB": b"\x80\x05\x96" + struct.pack("<Q", 10**12) + b"x.",
@@ -246,7 +259,12 @@ TORCH_PICKLES: dict[str, bytes] = {
 def archive(pickled: bytes, *, kind: int = zipfile.ZIP_STORED, **more: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", kind) as made:
-        for entry, data in {"data.pkl": pickled, "data/0": bytes(24), "version": b"3\n", **more}.items():
+        for entry, data in {
+            "data.pkl": pickled,
+            "data/0": bytes(24),
+            "version": b"3\n",
+            **more,
+        }.items():
             made.writestr(f"x/{entry}", data)
     return file.getvalue()
 

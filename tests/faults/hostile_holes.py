@@ -34,7 +34,7 @@ def pickle_not_scanned() -> None:
 
 
 def kind_of_file_unchecked() -> None:
-    for module in (foreign_file, whole_files, dcp):
+    for module in (foreign_file, dcp):
         module.check_regular = os.stat  # type: ignore[attr-defined]
     whole_files.load_torch_file = lambda path: open(path, "rb").read()
 
