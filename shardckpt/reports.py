@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from shardckpt.errors import CorruptionError
 
-__all__ = ["LoadReport", "RescueReport", "SaveReport", "Stopwatch", "VerifyReport"]
+__all__ = ["ConvertReport", "LoadReport", "RescueReport", "SaveReport", "Stopwatch", "VerifyReport"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,40 @@ class LoadReport:
     wrong_dtype: tuple[tuple[str, object, object], ...] = ()
     cast: tuple[tuple[str, str, str], ...] = ()
     kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertReport:
+    """What a conversion read, took and left out.
+
+    Attributes:
+        path: The new checkpoint.
+        target_format: Its format, one of those that `convert` takes as `to`.
+        source: The checkpoint that was read.
+        source_format: Its format, in words.
+        writer: The library that wrote it; None if unknown.
+        size_bytes: The bytes of the tensors taken.
+        tensors: Names of the tensors taken.
+        values: Names of the other entries taken.
+        files: The files that were read, if the source is a folder with others.
+        copied: Files beside the weights, as a tokenizer's, that the target has as well.
+        changed: Entry -> the form in which it was taken, where its own class is not loaded.
+        left: Entry or file -> why it is not in the target. What `keys` did not choose is not
+            listed.
+    """
+
+    path: str
+    source: str
+    source_format: str
+    target_format: str
+    writer: str | None
+    size_bytes: int
+    tensors: tuple[str, ...]
+    values: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    changed: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

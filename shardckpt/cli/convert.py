@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from shardckpt.cli.progress import progress_bar, size_text
 from shardckpt.cli.team import say, shared
 from shardckpt.convert.convert import FORMATS, convert_source, open_source
+from shardckpt.reports import ConvertReport
 
 __all__ = ["add_convert"]
 
+_MOST_LINES = 40  # of what was left out, changed or copied
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -28,8 +33,10 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
         help="write a checkpoint in another format",
-        description="SOURCE: a checkpoint of shardckpt or of torch.distributed.checkpoint (dcp), a "
-        "torch file (.pt, .pth), a safetensors file, or a directory of Hugging Face (hf).",
+        description="SOURCE: a checkpoint of shardckpt or of torch.distributed.checkpoint (dcp), "
+        "also one of Lightning's or Megatron-Core's; a torch file (.pt, .pth, .ckpt, .bin, ...), a "
+        "safetensors file, or a directory of Hugging Face (hf). What has no place in TARGET is "
+        "left out, and listed.",
     )
     parser.add_argument("source")
     parser.add_argument("target")
@@ -55,6 +62,7 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
         help="prefixes of names: model= takes it away, =model puts it before all",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=_convert)
     return parser
 
@@ -86,7 +94,7 @@ def _convert(options: argparse.Namespace) -> None:
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
         own = total // coordinator.world_size
         with progress_bar("convert", total_bytes=own, shown=options.rank == 0) as bar:
-            convert_source(
+            report = convert_source(
                 source,
                 options.target,
                 to=options.format,
@@ -96,5 +104,26 @@ def _convert(options: argparse.Namespace) -> None:
                 coordinator=coordinator,
                 progress=bar.reach,
             )
-        tensors = len(source.manifest.tensors)
-        say(coordinator, f"{options.target}: {tensors} tensors, {size_text(total)}")
+        if options.json:
+            say(coordinator, json.dumps(dataclasses.asdict(report), indent=2))
+        else:
+            say(coordinator, "\n".join(_lines(report)))
+
+
+def _lines(report: ConvertReport) -> Iterator[str]:
+    """The report for people: what was taken, then each thing that was not, or not as it is."""
+    values = f", {len(report.values)} values" if report.values else ""
+    size = size_text(report.size_bytes)
+    yield f"{report.path}: {len(report.tensors)} tensors{values}, {size}"
+    writer = f", written by {report.writer}" if report.writer else ""
+    yield f"  from {report.source}: {report.source_format}{writer}"
+    listed = {
+        "copied": [(name, "") for name in report.copied],
+        "changed": list(report.changed.items()),
+        "left": list(report.left.items()),
+    }
+    for word, entries in listed.items():
+        for name, why in entries[:_MOST_LINES]:
+            yield f"  {word:7}  {name}{': ' if why else ''}{why}"
+        if len(entries) > _MOST_LINES:
+            yield f"  {word:7}  and {len(entries) - _MOST_LINES} more: --json lists all"

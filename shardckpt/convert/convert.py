@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.convert.dcp import DcpCheckpoint, is_dcp
+from shardckpt.convert.dcp import DcpCheckpoint, fsdp_parts, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
+from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
 from shardckpt.convert.safetensors_files import (
     HuggingFace,
     SafetensorsFile,
-    is_hugging_face,
     open_hugging_face,
     open_safetensors,
 )
-from shardckpt.convert.sources import Foreign, Selected, foreign, state_of
-from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one, write_one
+from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
+from shardckpt.convert.torch_files import open_torch_file, open_torch_folder
+from shardckpt.convert.whole_files import (
+    INDEX,
+    is_one_file,
+    is_one_file_there,
+    read_many,
+    write_one,
+)
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
-from shardckpt.errors import NotACheckpointError, StateError
+from shardckpt.errors import StateError
 from shardckpt.execution.reshard import reshard, rewrite
 from shardckpt.execution.source import Source
-from shardckpt.planning.saved import Rename, Select
+from shardckpt.format.values import TensorRef
+from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.reports import ConvertReport
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
 
@@ -32,6 +41,7 @@ __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 Format = Literal["shardckpt", "dcp", "hf", "safetensors", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+_TORCH_SUFFIXES = (".ckpt", ".bin")  # of files, though Lightning has folders of that name too
 _BYTES_PER_FILE = 1 << 30
 _HUGGING_FACE_BYTES = 5_000_000_000  # as transformers has it
 
@@ -46,24 +56,42 @@ def convert(
     shards: int | None = None,
     file_bytes: int = _HUGGING_FACE_BYTES,
     overwrite: bool = False,
-) -> None:
+) -> ConvertReport:
     """Convert the checkpoint at `source`, of whatever kind, to `target`. Not collective.
 
-    `source`: a checkpoint of shardckpt or of torch.distributed.checkpoint (DCP), a torch file
-    (weights_only=True), a safetensors file, a directory in Hugging Face's layout, or one of an
-    NNHandler with a file for each component. `to` is by
-    default told by the target's suffix: .pt, .pth or .safetensors, else "shardckpt". `keys` choose
-    saved entries, `rename` gives those other names, both as in load_state. `shards`: of a
-    checkpoint, or files of DCP; by default one for each GiB. `file_bytes`: at most so many in a
-    file of "hf", but for a larger tensor.
-
     Values stay what they are, bit for bit; PerRank values become a list of every rank's wherever
-    the target has no such thing. Memory: some buffers; the whole state for "torch", a file for
-    "dcp". Nothing is at `target` before all is there. Raises CheckpointError for a source that
-    can't be read, StateError for one that the target can't hold, StorageError.
+    the target has no such thing. Objects of classes, and files beside the weights, that have no
+    place in a checkpoint are left out, and the report lists them. Memory: some buffers; the whole
+    state for "torch", a file for "dcp". Nothing is at `target` before all is there.
+
+    Args:
+        source: A checkpoint of shardckpt or of torch.distributed.checkpoint (DCP), a torch file,
+            which is read with weights_only=True, a safetensors file, a directory in Hugging Face's
+            layout, or one of an NNHandler with a file for each component.
+        target: Where the new one is to be.
+        to: Its format; by default told by the suffix of `target`: .pt, .pth, .ckpt, .bin or
+            .safetensors, else "shardckpt".
+        keys: Choose saved entries, as in load_state.
+        rename: Gives them other names, as in load_state.
+        shards: Of a checkpoint, or files of DCP; by default one for each GiB.
+        file_bytes: At most so many in a file of "hf", but for a larger tensor.
+        overwrite: Replace what is at `target`.
+
+    Returns:
+        What was read, taken, copied and left out.
+
+    Raises:
+        CheckpointError: The source can't be read.
+        StateError: The target can't hold it.
+        StorageError: The file system refused.
+
+    Example:
+        >>> report = convert("last.ckpt", "step-100")  # doctest: +SKIP
+        >>> report.left  # doctest: +SKIP
+        {'hyper_parameters.loss': 'holds an object of my_project.Loss'}
     """
     with open_source(source, keys=keys, rename=rename) as opened:
-        convert_source(
+        return convert_source(
             opened,
             target,
             to=to,
@@ -91,26 +119,23 @@ def open_source(
 
 
 def _open(path: str, *, check: bool) -> Checkpoint | Foreign:
-    if path.endswith(".safetensors"):
-        return open_safetensors(path, check=check)
-    if is_one_file(path):
-        state = read_one(path, check=check)
-        if isinstance(state, Mapping):
-            return foreign(path, "a torch file", state, identity=os.path.getsize(path))
-        raise NotACheckpointError(
-            "This file holds no dict",
-            path=path,
-            expected="a dict of tensors and values",
-            actual=type(state).__name__,
-            remedy="load it with torch.load, and save a dict of what it holds",
-        )
+    if is_one_file_there(path):
+        if path.endswith(".safetensors"):
+            return open_safetensors(path, check=check)
+        return open_torch_file(path, check=check)
     if os.path.isfile(os.path.join(path, INDEX)):
         return foreign(path, "files of components", read_many(path))
     if not os.path.isfile(os.path.join(path, MANIFEST_NAME)):
         if is_dcp(path):
             return DcpCheckpoint(path).source()
-        if is_hugging_face(path):
-            return open_hugging_face(path)
+        for weights in WEIGHTS:
+            if os.path.isfile(os.path.join(path, weights)):
+                if ".safetensors" in weights:
+                    return open_hugging_face(path, weights)
+                return open_torch_folder(path, weights, check=check)
+        if fsdp_parts(path):
+            return open_fsdp(path)
+        raise_unreadable(path)
     return Checkpoint(path, storage=LocalStorage())
 
 
@@ -124,7 +149,7 @@ def convert_source(
     overwrite: bool,
     coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
-) -> None:
+) -> ConvertReport:
     """See convert; collective over the coordinator's ranks, which divide the bytes, or the files of
     DCP. `progress` is called with the bytes that this rank has written."""
     ranks = coordinator or SingleCoordinator()
@@ -157,6 +182,37 @@ def convert_source(
             return b""
 
         exchange(ranks, "write", alone, lambda payloads: b"")
+    return _report(source, target, kind)
+
+
+def _report(source: Source, target: str, kind: Format) -> ConvertReport:
+    origin, manifest = origin_of(source), source.manifest
+    leaves = SavedState(manifest).leaves
+    tensors = {
+        name
+        for name, node in leaves.items()
+        if isinstance(node, TensorRef) and node.kind != "per_rank"
+    }
+    copied = origin.companions if kind == "hf" else ()
+    changed = dict(origin.changed)
+    if kind != "shardckpt":
+        for name, node in leaves.items():
+            if isinstance(node, TensorRef) and node.kind == "per_rank":
+                changed[name] = "a value for each rank, taken as the list of all"
+    return ConvertReport(
+        path=target,
+        target_format=kind,
+        source=source.path,
+        source_format=origin.format,
+        writer=origin.writer,
+        size_bytes=sum(entry.size_bytes for entry in manifest.tensors.values()),
+        tensors=tuple(name for name in leaves if name in tensors),
+        values=tuple(name for name in leaves if name not in tensors),
+        files=origin.files,
+        copied=copied,
+        changed=changed,
+        left={name: why for name, why in origin.left.items() if name not in copied},
+    )
 
 
 def _format_of(target: str, to: Format | None) -> Format:
@@ -165,13 +221,15 @@ def _format_of(target: str, to: Format | None) -> Format:
     if is_one_file(target):
         by_suffix = "safetensors" if target.endswith(".safetensors") else "torch"
     if to is None:
-        return by_suffix
+        return "torch" if target.endswith(_TORCH_SUFFIXES) else by_suffix
+    if to == "torch" and target.endswith(_TORCH_SUFFIXES):
+        return to
     if to not in FORMATS or (to != by_suffix and {to, by_suffix} & {"torch", "safetensors"}):
         raise StateError(
             "This path does not go with this format",
             path=target,
-            expected=f"one of {', '.join(FORMATS)}; a path in .pt or .pth for torch, in "
-            ".safetensors for safetensors, in none of them for the others",
+            expected=f"one of {', '.join(FORMATS)}; a path in .pt, .pth, .ckpt or .bin for torch, "
+            "in .safetensors for safetensors, in none of them for the others",
             actual=repr(to),
         )
     return to

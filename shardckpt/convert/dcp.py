@@ -1,9 +1,7 @@
 """Reading checkpoints that torch.distributed.checkpoint (DCP) wrote, without running code.
 
-DCP's `.metadata` is a pickle. It is read with stand-ins for the dozen classes of which such
-metadata is made, and refused for any other name, so no function can be called. The tensors
-lie in `.distcp` files as torch.save archives and are read with weights_only=True. Written for
-the FileSystemWriter of torch 2.13.
+The tensors lie in `.distcp` files as torch.save archives and are read with weights_only=True; so
+are the values, with inert stand-ins for objects. Written for the FileSystemWriter of torch 2.13.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,17 +18,21 @@ import torch
 import xxhash
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
 
-from shardckpt.convert.dcp_metadata import parse_metadata
+from shardckpt.convert.dcp_metadata import ReadMetadata, parse_metadata
 from shardckpt.convert.foreign_file import check_regular, file_in, mapped
+from shardckpt.convert.layouts import left_beside, writer_of
 from shardckpt.convert.pickle_scan import Readable
-from shardckpt.convert.sources import Foreign, foreign
-from shardckpt.convert.torch_file import load_torch_part
+from shardckpt.convert.refusals import plain_text, refusal
+from shardckpt.convert.sources import Foreign, Origin, foreign
+from shardckpt.convert.torch_file import LoadTorch, load_torch, load_torch_part
+from shardckpt.convert.torch_files import read_objects
+from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
 from shardckpt.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptionError,
     CoverageError,
@@ -41,9 +43,14 @@ from shardckpt.format.boxes import find_gap
 from shardckpt.planning.chunks import box_slices
 from shardckpt.storage.system import translated
 
-__all__ = ["DcpCheckpoint", "is_dcp"]
+__all__ = ["DcpCheckpoint", "fsdp_parts", "is_dcp", "open_fsdp"]
 
 _METADATA = ".metadata"
+_SIDE_STATES = ("meta.pt", "common.pt")
+"""Torch files with the rest of the state: Lightning's (epoch, callbacks, ...), Megatron-Core's."""
+
+
+ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
 
 
 def is_dcp(path: str) -> bool:
@@ -68,8 +75,9 @@ class DcpCheckpoint:
                 expected=f"a directory with {_METADATA}",
             )
         with translated(path), mapped(file_in(path, _METADATA)) as data:
-            self._metadata = self._parsed(data)
-            self._identity = xxhash.xxh3_128(data).hexdigest()
+            self._read_metadata = self._parsed(data)
+            self._metadata = self._read_metadata.metadata
+            self.identity = xxhash.xxh3_128(data).hexdigest()
         self._current, self._loaded = "", dict[tuple[int, ...], torch.Tensor]()
         self.tensors: dict[str, torch.Size] = {
             name: entry.size
@@ -78,7 +86,7 @@ class DcpCheckpoint:
         }
         self._check_size()
 
-    def _parsed(self, data: Readable) -> Metadata:
+    def _parsed(self, data: Readable) -> ReadMetadata:
         try:
             return parse_metadata(data)
         except Exception as error:
@@ -108,21 +116,69 @@ class DcpCheckpoint:
             )
 
     def source(self) -> Foreign:
-        """All of it, to be converted: values are read now, tensors a box at a time.
+        """All of it, to be converted: values are read now, tensors a box at a time. Objects that
+        only unpickling could read are left out, and listed in the source's `origin`.
 
-        Raises UnsupportedLeafError for a value that only unpickling could read.
+        Raises UnsupportedLeafError for a value that calls the operating system.
         """
+        objects = ObjectsLoader()
+        state, reads = self.state(objects)
+        files = {info.relative_path for info in self._metadata.storage_data.values()}
+        files |= {_METADATA} | self._add_side_states(state, objects)
+        origin = Origin(
+            format="DCP",
+            writer=self._writer(state),
+            left={**left_beside(self.path, files), **objects.left},
+            changed=objects.changed,
+            files=tuple(sorted(files)),
+        )
+        return foreign(self.path, "DCP", state, reads=reads, identity=self.identity, origin=origin)
+
+    def state(self, objects: ObjectsLoader) -> tuple[dict[Any, Any], dict[int, ReadBox]]:
+        """Its nested state and, by the id of each tensor in it, how that is read; see foreign."""
         entries: dict[str, Any] = {}
-        reads = {}
+        reads: dict[int, ReadBox] = {}
+        objects.left.update(self._read_metadata.unknown)
         for name in self._metadata.state_dict_metadata:
             if name in self.tensors:  # a tensor without memory stands for it
                 dtype = self._entry(name).properties.dtype
                 entries[name] = torch.empty((), dtype=dtype).expand(self.tensors[name])
                 reads[id(entries[name])] = partial(self.read_box, name)
             else:
-                entries[name] = self._value(name)
-        state = _nested(entries, self._metadata.planner_data or {})
-        return foreign(self.path, "DCP", state, reads=reads, identity=self._identity)
+                found = objects.plain(self._value(name, objects), name)
+                if isinstance(found, StandIn):
+                    objects.left[name] = why(found)
+                else:
+                    entries[name] = found
+        paths = self._metadata.planner_data
+        return _nested(entries, paths if isinstance(paths, dict) else {}), reads
+
+    def _add_side_states(self, state: dict[Any, Any], objects: ObjectsLoader) -> set[str]:
+        """Add the entries of a torch file that a library has laid beside; the names of such files
+        that were read. One that can't be read is listed, and no hindrance to the weights."""
+        read = set()
+        for name in _SIDE_STATES:
+            path = os.path.join(self.path, name)
+            if not os.path.isfile(path):
+                continue
+            try:
+                found = read_objects(path, objects)
+            except CheckpointError as error:
+                objects.left[name] = f"{error.message} ({error.actual})"
+                continue
+            read.add(name)
+            for key, value in found.items():
+                if key in state:
+                    objects.left[f"{name}: {key}"] = "the data files hold an entry of this name"
+                else:
+                    state[key] = value
+        return read
+
+    def _writer(self, state: dict[Any, Any]) -> str | None:
+        if (self._read_metadata.writer or "").startswith("megatron."):
+            return "Megatron-Core"
+        version = state.get("pytorch-lightning_version")
+        return f"Lightning {version}" if version else writer_of(self.path)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Whole tensors by name, on the CPU. Raises CoverageError for one that has holes."""
@@ -188,21 +244,21 @@ class DcpCheckpoint:
             self._loaded[place] = part
         return self._loaded[place]
 
-    def _value(self, name: str) -> Any:
+    def _value(self, name: str, objects: ObjectsLoader) -> Any:
         try:
-            return self._read(MetadataIndex(name))
-        except CorruptionError as error:
+            return self._read(MetadataIndex(name), objects.load)
+        except CheckpointError as error:
             if not isinstance(error.__cause__, pickle.UnpicklingError):
                 raise
             raise UnsupportedLeafError(
-                "A value of this DCP checkpoint is a pickled object, which is never loaded",
+                f"A value of this DCP checkpoint can't be read: {error.message}",
                 path=self.path,
                 tensor=name,
                 actual=error.actual,
-                remedy="choose other entries with keys, or save the checkpoint without it",
+                remedy=error.remedy,
             ) from error
 
-    def _read(self, index: MetadataIndex) -> Any:
+    def _read(self, index: MetadataIndex, load: LoadTorch = load_torch) -> Any:
         """What DCP has written as one item."""
         infos = self._metadata.storage_data
         info = infos.get(index, infos.get(MetadataIndex(index.fqn)))
@@ -216,17 +272,49 @@ class DcpCheckpoint:
                 if end > len(view):
                     raise ValueError(f"it ends at byte {end} of {len(view)}")
                 with view[info.offset : end] as part:
-                    return load_torch_part(part, path)
+                    return load_torch_part(part, path, load)
         except (CorruptionError, UnsupportedLeafError):
             raise
+        except pickle.UnpicklingError as error:
+            raise refusal(path, error, tensor=index.fqn) from error
         except Exception as error:
             raise CorruptionError(
                 "An entry of a DCP checkpoint can't be read",
                 path=path,
                 tensor=index.fqn,
-                actual=f"{type(error).__name__}: {error}".splitlines()[0],
+                actual=f"{type(error).__name__}: {plain_text(error)}",
                 remedy="load another checkpoint",
             ) from error
+
+
+def fsdp_parts(path: str) -> list[str]:
+    """The DCP directories that accelerate and transformers' Trainer make of one FSDP model and its
+    optimizer, instead of a file of weights; empty for any other folder."""
+    parts = [n for n in ("pytorch_model_fsdp_0", "optimizer_0") if is_dcp(os.path.join(path, n))]
+    return parts if parts[:1] == ["pytorch_model_fsdp_0"] else []
+
+
+def open_fsdp(path: str) -> Foreign:
+    """Such a folder as a source: {"model": ..., "optimizer": ...}."""
+    objects = ObjectsLoader()
+    state: dict[Any, Any] = {}
+    reads: dict[int, ReadBox] = {}
+    identity = []
+    parts = fsdp_parts(path)
+    for name in parts:
+        part = DcpCheckpoint(os.path.join(path, name))
+        entries, part_reads = part.state(objects)
+        state.update(entries)
+        reads.update(part_reads)
+        identity.append(part.identity)
+    origin = Origin(
+        format="DCP directories of FSDP",
+        writer=writer_of(path),
+        left={**left_beside(path, parts), **objects.left},
+        changed=objects.changed,
+        files=tuple(parts),
+    )
+    return foreign(path, "DCP", state, reads=reads, identity=identity, origin=origin)
 
 
 def _nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dict[Any, Any]:

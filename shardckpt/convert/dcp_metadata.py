@@ -4,6 +4,7 @@ what it names: stand-ins take the place of its classes, and their values are che
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,56 +20,58 @@ from torch.distributed.checkpoint.metadata import (
 
 from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
 
-__all__ = ["parse_metadata"]
+__all__ = ["ReadMetadata", "parse_metadata"]
 
-_DCP = "torch.distributed.checkpoint.metadata."
-_ALLOWED = {
-    *(
-        _DCP + name
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.serialization._get_layout",
-    "torch.Size",
-    *(f"torch.{name}" for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)),
-    *(f"torch.{name}" for name, kind in vars(torch).items() if isinstance(kind, torch.layout)),
-    "collections.OrderedDict",
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",
-}
 _MOST_DIMS = 64
 
 
-def parse_metadata(data: Readable) -> Metadata:
-    """The metadata in a pickle. Raises UnpicklingError, TypeError or ValueError for another one."""
+@dataclass(frozen=True, slots=True)
+class ReadMetadata:
+    """DCP's metadata; `writer` is the class it was of, if that is not DCP's own, and `unknown` the
+    fields and entries that are not DCP's: name -> what they are."""
+
+    metadata: Metadata
+    writer: str | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+
+
+def parse_metadata(data: Readable) -> ReadMetadata:
+    """The metadata in a pickle; also of a class that a library derived from DCP's, as Megatron-Core
+    did. Raises UnpicklingError, TypeError or ValueError for another one."""
     if scan(data) != len(data):
         raise pickle.UnpicklingError("bytes after the end of the pickle")
-    root = Names(data, allowed=_ALLOWED.__contains__).load()
-    facts = _facts(root, "Metadata")
-    return Metadata(
-        state_dict_metadata={
-            _text(name): _entry(entry)
-            for name, entry in _dict(facts.get("state_dict_metadata")).items()
-        },
+    root = Names(data, allowed=lambda name: True).load()
+    name = root.name if isinstance(root, Named) else type(root).__name__
+    facts = _dict(root.state) if isinstance(root, Named) and root.state is not None else {}
+    if not {"state_dict_metadata", "storage_data"} <= facts.keys():
+        raise TypeError(f"{name} in place of Metadata")
+    writer = None if name == f"{Metadata.__module__}.Metadata" else name
+    known = {item.name for item in fields(Metadata)}
+    unknown = {
+        f".metadata: {extra}": f"of {writer or 'a newer torch'}, not of the state"
+        for extra in sorted(map(str, facts.keys() - known))
+        if facts[extra]
+    }
+    entries: dict[str, Any] = {}
+    for entry_name, node in _dict(facts["state_dict_metadata"]).items():
+        kind = node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
+        if kind in ("BytesStorageMetadata", "TensorStorageMetadata"):
+            entries[_text(entry_name)] = _entry(node)
+        else:
+            described = getattr(node, "name", kind)
+            unknown[_text(entry_name)] = f"is described by {described}, which is not known here"
+    metadata = Metadata(
+        state_dict_metadata=entries,
         planner_data={
             _text(name): _path(path)
             for name, path in _dict(facts.get("planner_data") or {}).items()
         },
         storage_data={
-            _index(index): _place(place)
-            for index, place in _dict(facts.get("storage_data")).items()
+            _index(index): _place(place) for index, place in _dict(facts["storage_data"]).items()
         },
         version=facts.get("version"),
     )
+    return ReadMetadata(metadata, writer, unknown)
 
 
 def _facts(node: Any, kind: str) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def _path(node: Any) -> tuple[str | int, ...]:
 
 
 def _entry(node: Any) -> BytesStorageMetadata | TensorStorageMetadata:
-    if isinstance(node, Named) and node.name == f"{_DCP}BytesStorageMetadata":
+    if isinstance(node, Named) and node.name.endswith(".BytesStorageMetadata"):
         return BytesStorageMetadata()
     facts = _facts(node, "TensorStorageMetadata")
     size, properties = _sizes(facts.get("size")), facts.get("properties")

@@ -84,16 +84,29 @@ class Named:
     name: str = ""
     args: tuple[Any, ...]
     state: Any
+    items: list[Any]
 
     def __new__(cls, *args: Any) -> Named:
         """What a pickle calls."""
         made = super().__new__(cls)
-        made.args, made.state = args, None
+        made.args, made.state, made.items = args, None, []
         return made
 
     def __setstate__(self, state: Any) -> None:
         """What a pickle calls to change what it has made."""
         self.state = state
+
+    def append(self, item: Any) -> None:
+        """As a subclass of list has it."""
+        self.items.append(item)
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        """As a subclass of dict has it."""
+        self.items += key, item
+
+    def __call__(self, *args: Any) -> Any:
+        """As a bound method has it, which torch refuses."""
+        raise pickle.UnpicklingError("Trying to call reduce for unrecognized function")
 
 
 class Names(pickle.Unpickler):

@@ -19,8 +19,10 @@ import torch
 from safetensors import safe_open
 
 from shardckpt.convert.foreign_file import file_in, read_small
-from shardckpt.convert.sources import Foreign, LazyTensor, plain_tree
+from shardckpt.convert.layouts import companions, left_beside, writer_of
+from shardckpt.convert.sources import Foreign, LazyTensor, Origin, origin_of, plain_tree
 from shardckpt.convert.targets import Folder, Target
+from shardckpt.convert.torch_files import Index
 from shardckpt.convert.whole_files import (
     DIGEST,
     TREE,
@@ -49,19 +51,12 @@ from shardckpt.storage.system import System
 __all__ = [
     "HuggingFace",
     "SafetensorsFile",
-    "is_hugging_face",
     "open_hugging_face",
     "open_safetensors",
 ]
 
 _INDEX = "model.safetensors.index.json"
-_ONE_FILE = "model.safetensors"
 _REMEDY = "convert another checkpoint, or download the file again"
-
-
-def is_hugging_face(path: str) -> bool:
-    """Whether a directory holds weights in Hugging Face's layout."""
-    return any(os.path.isfile(os.path.join(path, n)) for n in (_INDEX, _ONE_FILE))
 
 
 def open_safetensors(path: str, *, check: bool) -> Foreign:
@@ -77,18 +72,19 @@ def open_safetensors(path: str, *, check: bool) -> Foreign:
         return source
 
 
-def open_hugging_face(path: str) -> Foreign:
-    """A directory in Hugging Face's layout as a source: a flat state of tensors."""
-    index = os.path.join(path, _INDEX)
+def open_hugging_face(path: str, weights: str) -> Foreign:
+    """A directory in Hugging Face's layout as a source: a flat state of tensors. `weights` is the
+    file that holds them, or the index of those that do."""
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, str] = {}
     sizes = []
     weight_map: dict[str, str] | None = None
     with errors_of(path, _REMEDY):
-        if os.path.isfile(index):
-            text = read_small(file_in(path, _INDEX))
-            weight_map = msgspec.json.decode(text, type=_Index).weight_map
-        for name in sorted(set(weight_map.values())) if weight_map is not None else [_ONE_FILE]:
+        if weights.endswith(".json"):
+            text = read_small(file_in(path, weights))
+            weight_map = msgspec.json.decode(text, type=Index).weight_map
+        names = sorted(set(weight_map.values())) if weight_map is not None else [weights]
+        for name in names:
             file_path = file_in(path, name)
             with errors_of(file_path, _REMEDY):
                 found, own = _tensors_in(file_path)
@@ -99,7 +95,7 @@ def open_hugging_face(path: str) -> Foreign:
                     "The index and a file of these weights don't agree",
                     path=file_path,
                     tensor=min(wanted ^ found.keys()),
-                    expected=f"the {len(wanted)} tensors that {_INDEX} names",
+                    expected=f"the {len(wanted)} tensors that {weights} names",
                     actual=f"{len(found)} tensors",
                     remedy=_REMEDY,
                 )
@@ -109,11 +105,14 @@ def open_hugging_face(path: str) -> Foreign:
         if weight_map is not None:
             tensors = {name: tensors[name] for name in weight_map}
         tree = _flat_tree(tensors, metadata)
-        return Foreign(path, "Hugging Face", tree, tensors, identity=sizes)
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
+        origin = Origin(
+            format="Hugging Face's layout",
+            writer=writer_of(path),
+            left=left_beside(path, {*names, weights}),
+            files=tuple(sorted({*names, weights})),
+            companions=companions(path),
+        )
+        return Foreign(path, "Hugging Face", tree, tensors, identity=sizes, origin=origin)
 
 
 def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -197,13 +196,16 @@ def _new_file(source: Source, names: list[str], metadata: dict[str, str], path: 
 
 class HuggingFace(Folder):
     """Writes a source in Hugging Face's layout: flat names, safetensors files of at most
-    `file_bytes`, an index. Anything but tensors is a StateError."""
+    `file_bytes`, an index. Anything but tensors is a StateError. What lies beside the weights of a
+    source in the same layout is copied: configuration and tokenizer."""
 
     index = _INDEX
     names = r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
 
     def __init__(self, source: Source, path: str, *, file_bytes: int, overwrite: bool) -> None:
-        super().__init__(path, overwrite=overwrite)
+        origin = origin_of(source)
+        copied = {name: os.path.join(source.path, name) for name in origin.companions}
+        super().__init__(path, overwrite=overwrite, copied=copied)
         self.source = source
         self.tied: dict[str, list[str]] = {name: [] for name in source.manifest.tensors}
         saved = SavedState(source.manifest)
@@ -249,3 +251,4 @@ class HuggingFace(Folder):
         index = {"metadata": {"total_size": total}, "weight_map": places}
         with open(os.path.join(self.temporary, self.index), "x") as file:
             json.dump(index, file, indent=2)
+        self.copy()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from shardckpt.closing import Closing
+from shardckpt.convert.layouts import left_beside
 from shardckpt.errors import LoadMismatchError
 from shardckpt.execution.source import Source
 from shardckpt.format import values
@@ -23,8 +25,35 @@ from shardckpt.format.values import TensorRef
 from shardckpt.planning.chunks import box_slices
 from shardckpt.planning.flatten import flatten
 from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.storage.base import MANIFEST_NAME
 
-__all__ = ["Foreign", "LazyTensor", "Selected", "foreign", "plain_tree", "state_of"]
+__all__ = [
+    "Foreign",
+    "LazyTensor",
+    "Origin",
+    "Selected",
+    "foreign",
+    "origin_of",
+    "plain_tree",
+    "state_of",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a source is: its `format`, the library that wrote it, if known, and what is not taken.
+
+    `left`: entry or file -> why it is left out. `changed`: entry -> the form in which it is taken.
+    `files`: the files that were read, if it is a folder with others. `companions`: files of that
+    folder that a folder in Hugging Face's layout should have too.
+    """
+
+    format: str
+    writer: str | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+    changed: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +82,10 @@ class Foreign(Closing):
         *,
         identity: object = None,
         close: Callable[[], None] = lambda: None,
+        origin: Origin | None = None,
     ) -> None:
         check_references(tree, [], tensors, path)
+        self.origin = origin or Origin(format=kind)
         self.path, self._tensors, self._close = path, tensors, close
         entries = {
             name: TensorEntry(
@@ -92,6 +123,7 @@ def foreign(
     *,
     reads: Mapping[int, Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]] | None = None,
     identity: object = None,
+    origin: Origin | None = None,
 ) -> Foreign:
     """A nested state of CPU tensors as a source. `reads`: id of a tensor -> how boxes of what it
     stands for are read."""
@@ -101,7 +133,7 @@ def foreign(
         assert isinstance(tensor, torch.Tensor)
         read = (reads or {}).get(id(tensor)) or functools.partial(_cut, tensor.detach())
         lazy[name] = LazyTensor(tensor.dtype, tuple(tensor.shape), read)
-    return Foreign(path, kind, flat.tree, lazy, identity=identity)
+    return Foreign(path, kind, flat.tree, lazy, identity=identity, origin=origin)
 
 
 def _cut(whole: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
@@ -126,7 +158,7 @@ class Selected(Closing):
                 actual=", ".join(list(SavedState(source.manifest).leaves)[:8]),
                 remedy="`shardckpt inspect` shows all names",
             )
-        self.path, self._source = source.path, source
+        self.path, self.source = source.path, source
         self._names: dict[str, str] = {}  # in the source -> here
         for name, node in refs.items():
             if node.kind != "per_rank":
@@ -158,11 +190,22 @@ class Selected(Closing):
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """See Source.read_box."""
-        return self._source.read_box(self._sources[name], offsets, sizes)
+        return self.source.read_box(self._sources[name], offsets, sizes)
 
     def close(self) -> None:
         """See Source.close."""
-        self._source.close()
+        self.source.close()
+
+
+def origin_of(source: Source) -> Origin:
+    """What a source is, and what of it is not taken."""
+    if isinstance(source, Selected):
+        return origin_of(source.source)
+    if isinstance(source, Foreign):
+        return source.origin
+    used = {MANIFEST_NAME, *(shard.name for shard in source.manifest.shards)}
+    left = left_beside(source.path, used) if os.path.isdir(source.path) else {}
+    return Origin(format="shardckpt", writer=source.manifest.library, left=left)
 
 
 def plain_tree(manifest: Manifest, node: Any) -> Any:

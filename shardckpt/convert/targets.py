@@ -3,10 +3,12 @@ all."""
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from shardckpt import knobs
@@ -81,10 +83,22 @@ class Folder(Target):
     """Base of what writes a directory.
 
     `index` is the file that tells of the others, `names` the pattern of the files' names: a
-    directory is replaced only if it holds nothing else.
+    directory is replaced only if it holds nothing else. `copied`: name -> file of the source that
+    the directory gets as well; the same file in the old one may go.
     """
 
     names: str
+
+    def __init__(
+        self, path: str, *, overwrite: bool, copied: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(path, overwrite=overwrite)
+        self.copied = copied or {}
+
+    def copy(self) -> None:
+        """Copy those files into the new directory."""
+        for name, file in self.copied.items():
+            shutil.copyfile(file, os.path.join(self.temporary, name))
 
     def begin(self, payloads: list[bytes]) -> bytes:
         """See Rewriting.begin."""
@@ -98,7 +112,11 @@ class Folder(Target):
 
     def _check_names(self) -> None:
         with translated(self.path):
-            others = [n for n in os.listdir(self.path) if not re.fullmatch(self.names, n)]
+            others = [
+                name
+                for name in os.listdir(self.path)
+                if not re.fullmatch(self.names, name) and not self._is_copied(name)
+            ]
         if others:
             raise NotACheckpointError(
                 "overwrite=True would remove files that are none of the checkpoint's",
@@ -107,3 +125,8 @@ class Folder(Target):
                 actual=", ".join(sorted(others)[:8]),
                 remedy="convert to another path, and move the files that you want",
             )
+
+    def _is_copied(self, name: str) -> bool:
+        """Whether a file of the old directory is in the new one as well, to the byte."""
+        old, new = os.path.join(self.path, name), self.copied.get(name)
+        return new is not None and os.path.isfile(old) and filecmp.cmp(old, new, shallow=False)

@@ -23,7 +23,7 @@ from shardckpt.convert.foreign_file import mapped
 from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
 from shardckpt.errors import CorruptionError, NotACheckpointError, UnsupportedLeafError
 
-__all__ = ["check_torch_file", "load_torch_file", "load_torch_part"]
+__all__ = ["LoadTorch", "check_torch_file", "load_torch", "load_torch_file", "load_torch_part"]
 
 _MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # as torch before 1.6 wrote it
 _SPREAD, _SPREAD_BYTES = 4, 64 << 20
@@ -65,19 +65,28 @@ class _Storage:
         self.size_bytes = item_bytes * numel
 
 
-def load_torch_file(path: str) -> Any:
+def load_torch(file: str | BinaryIO, mmap: bool = False) -> Any:
+    """What a torch file holds, on the CPU; torch refuses files that hold objects."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+LoadTorch = Callable[[str | BinaryIO, bool], Any]
+"""Reads a torch file, once it is checked; mapped into memory if the second is true."""
+
+
+def load_torch_file(path: str, load: LoadTorch = load_torch) -> Any:
     """What a torch file holds, on the CPU; tensors of a zip file are maps of it."""
     with mapped(path) as data:
         check_torch_file(data, path)
         is_zip = _is_zip(data)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    return load(path, is_zip)
 
 
-def load_torch_part(data: Readable, path: str) -> Any:
+def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> Any:
     """What a torch file holds that is a part of another file, on the CPU; `path` is for errors."""
     check_torch_file(data, path)
     file = cast(BinaryIO, _Reader(data))
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return load(file, False)
 
 
 def check_torch_file(data: Readable, path: str) -> None:
@@ -139,6 +148,8 @@ class _ZipCheck:
             _refuse(self.path, "an archive that ends with its directory", "other bytes")
         with zipfile.ZipFile(cast(BinaryIO, _Reader(self.data))) as archive:
             infos = archive.infolist()
+        if any(info.filename.endswith("/constants.pkl") for info in infos):
+            raise pickle.UnpicklingError("TorchScript")
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 _refuse(self.path, "records that are not compressed", info.filename[:200])
@@ -269,7 +280,7 @@ class _Structure:
     @staticmethod
     def _below(node: Any) -> list[Any]:
         if isinstance(node, Named):
-            return [*node.args, node.state]
+            return [*node.args, node.state, *node.items]
         if isinstance(node, dict):
             return (
                 [*node, *node.values(), *vars(node).values()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import re
+import pickle
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from shardckpt.convert.foreign_file import file_in, open_regular, read_small
-from shardckpt.convert.torch_file import load_torch_file
+from shardckpt.convert.refusals import plain_text, refusal, refused_name
+from shardckpt.convert.torch_file import LoadTorch, load_torch, load_torch_file
 from shardckpt.errors import (
     CheckpointNotFoundError,
     CorruptionError,
@@ -52,11 +53,12 @@ __all__ = [
     "UNSEALED",
     "FileFormat",
     "check_loads",
-    "damaged",
     "check_sealed",
+    "damaged",
     "errors_of",
     "is_one_file",
     "is_sealed",
+    "is_one_file_there",
     "read_many",
     "read_metadata",
     "read_one",
@@ -66,6 +68,8 @@ __all__ = [
 ]
 
 FileFormat = Literal["torch", "safetensors"]
+
+
 INDEX = "components.json"
 _SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
 TREE, DIGEST = "shardckpt.state", "shardckpt.digest"
@@ -80,21 +84,28 @@ def is_one_file(path: str) -> bool:
     return path.endswith((".pth", ".pt", ".safetensors"))
 
 
+def is_one_file_there(path: str) -> bool:
+    """Whether what is at a path is to be read as one file. A file is, whatever its suffix. A
+    directory is not: Lightning's sharded checkpoints are directories named `.ckpt`."""
+    return os.path.isfile(path) or (is_one_file(path) and not os.path.isdir(path))
+
+
 def write_one(state: Mapping[str, Any], path: str, *, overwrite: bool) -> None:
     """Write a nested state of plain CPU tensors as one file; its suffix says of which format."""
     with appearing(path, overwrite=overwrite) as temporary:
         _write(state, temporary, path)
 
 
-def read_one(path: str, *, check: bool = True) -> Any:
+def read_one(path: str, *, check: bool = True, load: LoadTorch = load_torch) -> Any:
     """The state in one file, on the CPU; of a file that others wrote, its content.
 
-    With `check` every byte is read now, and verified; else when it is used.
+    With `check` every byte is read now, and verified; else when it is used. `load` reads torch
+    files.
     """
     with errors_of(path, "load another checkpoint; pickled objects are never loaded"):
         if path.endswith(".safetensors"):
             return _read_safetensors(path, check=check)
-        found = load_torch_file(path)
+        found = load_torch_file(path, load)
         if check:
             _check_records(path)
         return found
@@ -172,15 +183,9 @@ def check_loads(file: Any, path: str) -> None:
         raise UnsupportedLeafError(
             "The state holds a value that torch.load(weights_only=True) refuses",
             path=path,
-            actual=_refused(error),
+            actual=refused_name(error) or plain_text(error),
             remedy="save to a path without .pth or .pt, or leave the value out",
         ) from error
-
-
-def _refused(error: Exception) -> str:
-    """The class that torch.load would not make, out of a page of advice."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return found[1] if found else str(error).splitlines()[0]
 
 
 def _check_records(path: str) -> None:
@@ -319,9 +324,7 @@ def errors_of(path: str, remedy: str) -> Iterator[None]:
         with translated(path):
             raise
     except (Exception, SafetensorError) as error:
-        raise CorruptionError(
-            "This file can't be read",
-            path=path,
-            actual=f"{type(error).__name__}: {error}".splitlines()[0],
-            remedy=remedy,
-        ) from error
+        found = refusal(path, error)
+        if type(found) is CorruptionError and not isinstance(error, pickle.UnpicklingError):
+            found.remedy = remedy
+        raise found from error

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
+
 import shardckpt
-from shardckpt.convert.dcp import DcpCheckpoint, is_dcp
+from shardckpt.convert.convert import open_source
 from shardckpt.execution.memory import MemoryStorage
-from shardckpt.nn_handler.loading import open_source
+from shardckpt.execution.source import Source
+from shardckpt.format.values import TensorRef
+from shardckpt.planning.saved import SavedState
 from shardckpt.planning.stateful import canonical_names
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import MANIFEST_NAME, Storage
+from shardckpt.storage.local import LocalStorage
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
@@ -27,17 +33,21 @@ def fill_weights(
     own = set(canonical_names(handler.model).values())
     if ema:
         prefix = "ema.weights"
-    storage: Storage
-    if is_dcp(path):
-        dcp = DcpCheckpoint(path)
-        targets = weight_names(dcp.tensors, own, prefix=prefix)
-        storage = MemoryStorage(dcp.read(targets))
-        leaves = set(targets)
-    else:
-        storage = open_source(path).storage
+    storage: Storage = LocalStorage()
+    if os.path.isfile(os.path.join(path, MANIFEST_NAME)):
         with shardckpt.open_checkpoint(path, storage=storage) as checkpoint:
             targets = weight_names(checkpoint.tensors(), own, prefix=prefix)
             leaves = set(checkpoint)
+    else:
+        with open_source(path) as source:
+            refs = {
+                name: node.name
+                for name, node in SavedState(source.manifest).leaves.items()
+                if isinstance(node, TensorRef)
+            }
+            targets = weight_names(refs, own, prefix=prefix)
+            storage = MemoryStorage({name: _whole(source, refs[name]) for name in targets})
+            leaves = set(targets)
 
     def rename(name: str) -> str:
         if name in targets:
@@ -45,6 +55,11 @@ def fill_weights(
         return f"other.{name}" if name in leaves else name
 
     shardckpt.load({"model": handler.model}, path, strict=strict, rename=rename, storage=storage)
+
+
+def _whole(source: Source, name: str) -> torch.Tensor:
+    shape = source.manifest.tensors[name].shape
+    return source.read_box(name, (0,) * len(shape), shape)
 
 
 def weight_names(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import shardckpt
-from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
+from shardckpt.convert.whole_files import INDEX, is_one_file_there, read_many, read_one
 from shardckpt.errors import LoadMismatchError, NotACheckpointError
 from shardckpt.execution.memory import MemoryStorage
 from shardckpt.nn_handler.callbacks import Callback
@@ -61,7 +61,7 @@ class Source:
 
 def open_source(path: str) -> Source:
     """Open a sharded checkpoint, a torch or safetensors file, or a directory of several."""
-    if is_one_file(path):
+    if is_one_file_there(path):
         state = read_one(path)
     elif os.path.isfile(os.path.join(path, INDEX)):
         state = read_many(path)

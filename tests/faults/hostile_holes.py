@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 
-from shardckpt.convert import dcp, dcp_metadata, foreign_file, safetensors_files, torch_file
-from shardckpt.convert import whole_files
+from shardckpt.convert import (
+    dcp,
+    dcp_metadata,
+    foreign_file,
+    safetensors_files,
+    torch_file,
+    whole_files,
+)
 from shardckpt.format import values
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.faults import hostile, hostile_foreign
+from tests.faults import hostile
 from tests.faults.hostile_foreign import FOREIGN, GOOD
 from tests.faults.hostile_holes import HOLES
 

@@ -1,0 +1,82 @@
+"""Why torch.load(weights_only=True) has refused a file, as a typed error without torch's advice.
+
+torch.load raises pickle.UnpicklingError for damage, for hostile files and for healthy files that
+hold objects. The three need different answers. Tried with the messages of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import re
+
+from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
+
+__all__ = ["plain_text", "refusal", "refused_name", "wrong_container"]
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_NEWER_PROTOCOLS = {"149", "67"}  # FRAME and SHORT_BINBYTES, which begin protocols 4 and 3
+
+
+def plain_text(error: BaseException) -> str:
+    """The line of an error's message that says what happened, without codes for terminals."""
+    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines()]
+    if len(lines) > 1 and lines[0].startswith("Weights only load failed"):
+        told = [line for line in lines if re.match(r"WeightsUnpickler error: \S", line)]
+        lines = told or [line for line in lines[1:] if line and not line.startswith("Please file")]
+    return lines[0] if lines else ""
+
+
+def refused_name(error: BaseException) -> str | None:
+    """The full name of the class or function that torch.load does not know."""
+    found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+    if found is None:
+        return None
+    return found[1] if "." in found[1] else f"builtins.{found[1]}"
+
+
+def wrong_container(error: BaseException) -> tuple[str, str] | None:
+    """("dict" or "list", name of a class) where a file fills an object as it would fill those."""
+    pattern = r"Can only (SETITEMS?|append|extend)\b.*but got <class '([^']+)'>"
+    found = re.search(pattern, str(error))
+    return found and ("dict" if found[1].startswith("SET") else "list", found[2])
+
+
+def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> CheckpointError:
+    """The typed error for a file, or one entry of it, that torch.load has refused."""
+    text = str(error)
+    kind: type[CheckpointError] = NotACheckpointError
+    if name := refused_name(error):
+        message = "This file holds objects of classes, which only unpickling could read"
+        actual = f"an object of {name}"
+        remedy = (
+            f"`shardckpt convert {path} TARGET` takes the tensors and values and lists the objects;"
+            " or save the state_dict() of the object where its class is known"
+        )
+    elif "Trying to call reduce for unrecognized function" in text:
+        message = "This file holds objects of classes, which only unpickling could read"
+        actual = "an object made by a function that the file makes itself, as a bound method"
+        remedy = "save it again where you trust it, with tensors and plain values alone"
+    elif found := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", text):
+        kind, actual = CorruptionError, f"a call of {found[1]}"
+        message = "This file calls a function of the operating system: it was made to do harm"
+        remedy = "don't load it with pickle either; ask who made it for the tensors alone"
+    elif (operand := re.search(r"Unsupported operand (\d+)", text)) and (
+        operand[1] in _NEWER_PROTOCOLS
+    ):
+        message = "This file was saved with a newer pickle protocol than torch.load reads safely"
+        actual = "pickle_protocol=3 or above"
+        remedy = "save it again where you trust it: torch.save(state, path), without the argument"
+    elif "torch.distributed.tensor`` must be imported" in text:
+        message = "This file holds DTensors: one rank's part of a sharded state"
+        actual = "DTensors"
+        remedy = "save the state on all ranks: shardckpt.save, or torch.distributed.checkpoint.save"
+    elif "TorchScript" in text:
+        message, actual = "This is a TorchScript archive, a program and its weights", "TorchScript"
+        remedy = "save its weights: torch.save(torch.jit.load(path).state_dict(), new_path)"
+    elif "legacy .tar format" in text:
+        message, actual = "This file has the tar format of torch before 0.1.10", "legacy .tar"
+        remedy = "load it where you trust it, weights_only=False, and save it again with torch.save"
+    else:
+        kind, actual = CorruptionError, f"{type(error).__name__}: {plain_text(error)}"
+        message = "This file can't be read"
+        remedy = "load another checkpoint; pickled objects are never loaded"
+    return kind(message, path=path, tensor=tensor, actual=actual, remedy=remedy)

@@ -1,0 +1,251 @@
+"""Torch files that hold objects beside tensors: what can be read is read, the rest is listed.
+
+torch.load(weights_only=True) refuses a whole file for one object in it, as a Namespace among the
+hyper-parameters of a Lightning checkpoint, or the state of numpy's random numbers in that of a
+Trainer. Here each class or function that such a file names stands for an inert stand-in, which
+torch.load takes through its public safe_globals. So nothing that a file names is imported or
+called. A few stand-ins have one plain form, which is taken: numpy's arrays and numbers, paths,
+namespaces, and subclasses of dict and list. Entries that hold any other are left out.
+
+The safe globals belong to the whole process. A stand-in therefore raises what torch.load would
+have raised if another thread's torch.load comes upon it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+import re
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+import torch
+
+from shardckpt.convert.refusals import refused_name, wrong_container
+from shardckpt.errors import StateError
+from shardckpt.format import values
+from shardckpt.planning.flatten import flatten
+from shardckpt.planning.saved import below
+
+__all__ = ["ObjectsLoader", "StandIn"]
+
+_MOST_NAMES = 100
+"""Of classes in one file; each costs another pass over its pickle."""
+_ARRAY_DTYPE = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
+_AS_DICT = {"argparse.Namespace", "types.SimpleNamespace"}
+_AS_TEXT = {"torch.torch_version.TorchVersion"}
+_PATH = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
+
+
+class StandIn:
+    """Stands for an object of a class that is not loaded: its name, and what it was made of."""
+
+    name: ClassVar[str] = ""
+    thread: ClassVar[int] = 0
+    args: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __new__(cls, *args: Any, **_: Any) -> Any:  # noqa: D102
+        if threading.get_ident() != cls.thread:
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {cls.name}")
+        made = object.__new__(cls)
+        made.args = args
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class ObjectsLoader:
+    """Loads a torch file, or one entry of DCP, with stand-ins; `plain` is what can be taken of it.
+
+    `left` is then the entries that could not be taken, and why; `changed` those that were taken
+    in another form. Not for several threads.
+    """
+
+    def __init__(self) -> None:
+        self.left: dict[str, str] = {}
+        self.changed: dict[str, str] = {}
+        self._stand_ins: dict[str, type[Any]] = {}
+        self._numbers = itertools.count()
+        self._containers: dict[int, tuple[Any, str]] = {}  # of id: the container and its class
+        self._done: dict[int, Any] = {}
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            self._add(f"{module}._reconstruct")
+            self._add(f"{module}.scalar")
+        self._add("numpy.ndarray")
+        self._add("numpy.dtype")
+
+    def load(self, file: str | BinaryIO, mmap: bool = False) -> Any:
+        """What torch.load gives, with stand-ins. Raises what torch.load raises for a file that is
+        damaged, or that calls the operating system."""
+        while True:
+            if not isinstance(file, str):
+                file.seek(0)
+            known = {_full_name(item) for item in torch.serialization.get_safe_globals()}
+            added = [(made, name) for name, made in self._stand_ins.items() if name not in known]
+            try:
+                with torch.serialization.safe_globals(added):  # type: ignore[arg-type]
+                    return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            except pickle.UnpicklingError as error:
+                if not self._learn(error) or len(self._stand_ins) > _MOST_NAMES:
+                    raise
+
+    def _learn(self, error: Exception) -> bool:
+        """Know one class more, or that one is a kind of dict or list; False if neither."""
+        if name := refused_name(error):
+            if name in self._stand_ins:
+                return False
+            self._add(name)
+            return True
+        if found := re.search(r"Can only build .* got <class 'numpy\.dtypes\.(\w+)'>", str(error)):
+            name = f"numpy.dtypes.{found[1]}"  # of a numpy.dtype that the program has allowed
+            known = name in self._stand_ins
+            self._stand_ins[name] = getattr(np.dtypes, found[1])
+            return not known
+        kind, class_name = wrong_container(error) or ("", "")
+        for name, made in self._stand_ins.items():
+            if f"{made.__module__}.{made.__qualname__}" == class_name:
+                self._add(name, OrderedDict if kind == "dict" else list)
+                return True
+        return False
+
+    def _add(self, name: str, container: Callable[[], Any] | None = None) -> None:
+        fields: dict[str, Any] = {"name": name, "thread": threading.get_ident()}
+        if container is not None:
+
+            def new(cls: type[StandIn], *args: Any, **kwargs: Any) -> Any:
+                StandIn.__new__(cls)  # for its check
+                made = container()
+                self._containers[id(made)] = made, name
+                return made
+
+            fields["__new__"] = new
+        self._stand_ins[name] = type(f"StandIn{next(self._numbers)}", (StandIn,), fields)
+
+    def plain(self, value: Any, name: str) -> Any:
+        """What `load` gave, of plain values alone, for the entry `name`; a StandIn if nothing of it
+        can be taken. Entries of dicts are left out, a list or tuple goes with all its items."""
+        if id(value) in self._containers:
+            self.changed[name] = f"{self._containers[id(value)][1]}, taken as {_kind(value)}"
+        is_dict = isinstance(value, Mapping) and not isinstance(value, Counter)  # one value
+        if is_dict or type(value) in (list, tuple):
+            if id(value) not in self._done:
+                self._done[id(value)] = value, _Cycle  # what is met again on its own way down
+                self._done[id(value)] = value, self._items(value, name)
+            result = self._done[id(value)][1]
+            if result is _Cycle:
+                raise StateError(
+                    "A container holds itself, which no checkpoint can hold", tensor=name
+                )
+            return result
+        if isinstance(value, StandIn):
+            return self._taken(value, name)
+        if isinstance(value, type) and issubclass(value, StandIn):
+            return _left(f"the class or function {value.name}")
+        try:
+            if isinstance(value, (torch.Tensor, np.ndarray)):
+                flatten({"tensor": value}, rank=0)
+            else:
+                values.encode(value, at=name)
+        except StateError as error:
+            return _left(f"{error.message} ({error.actual})")
+        return value
+
+    def _items(self, value: Any, name: str) -> Any:
+        if not isinstance(value, Mapping):
+            items = [self.plain(item, below(name, place)) for place, item in enumerate(value)]
+            lost = next((item for item in items if _is_lost(item)), None)
+            return type(value)(items) if lost is None else lost
+        kept: dict[Any, Any] = {}
+        for key, item in value.items():
+            inner = below(name, _key_text(key))
+            found = self.plain(item, inner)
+            lost = next((part for part in (self.plain(key, inner), found) if _is_lost(part)), None)
+            if lost is None:
+                kept[key] = found
+            else:
+                self.left[inner] = why(lost)
+        return kept
+
+    def _taken(self, made: StandIn, name: str) -> Any:
+        """The plain form of an object, if its class has one."""
+        try:
+            if made.name == "numpy.ndarray" or made.name.endswith("multiarray._reconstruct"):
+                return _array(made)
+            if made.name.endswith("multiarray.scalar") and made.name.startswith("numpy"):
+                dtype, raw = made.args
+                return np.frombuffer(raw, dtype=_dtype(dtype), count=1)[0]
+            if made.name == "builtins.bytes" and not made.args:  # what b"" is in a pickle
+                return b""
+            if made.name in _AS_TEXT:
+                return str(made.args[0])
+            if _PATH.fullmatch(made.name):
+                self.changed[name] = f"{made.name}, taken as text"
+                return "/".join(map(str, made.args)).replace("//", "/")
+            if made.name in _AS_DICT and isinstance(made.state, dict):
+                self.changed[name] = f"{made.name}, taken as dict"
+                return self.plain(made.state, name)
+        except (ValueError, TypeError, IndexError) as error:
+            return _left(f"an object of {made.name} that can't be read ({error})")
+        return made
+
+
+class _Cycle(StandIn):
+    """Marks a container whose items are being looked at."""
+
+
+def why(lost: StandIn) -> str:
+    """The reason why an entry is left out."""
+    return lost.state if type(lost) is StandIn else f"holds an object of {lost.name}"
+
+
+def _left(reason: str) -> StandIn:
+    made: StandIn = object.__new__(StandIn)
+    made.state = reason
+    return made
+
+
+def _is_lost(value: Any) -> bool:
+    return isinstance(value, StandIn)
+
+
+def _kind(value: Any) -> str:
+    return "list" if isinstance(value, list) else "dict"
+
+
+def _key_text(key: Any) -> str:
+    is_class = isinstance(key, type) and issubclass(key, StandIn)
+    return key.name if isinstance(key, StandIn) or is_class else str(key)
+
+
+def _full_name(item: Any) -> str:
+    return item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
+
+
+def _dtype(made: Any) -> np.dtype[Any]:
+    """A dtype of numbers; ValueError for any other, as one of objects."""
+    if isinstance(made, np.dtype) and made.kind in "biufc":  # the program has allowed numpy's own
+        return made
+    text, order = made.args[0], "=" if made.state is None else made.state[1]
+    if not isinstance(text, str) or not _ARRAY_DTYPE.fullmatch(text):
+        raise ValueError(f"a numpy array of dtype {text!r}")
+    return np.dtype(order + text if order in ("<", ">") and text[0].isalpha() else text)
+
+
+def _array(made: StandIn) -> Any:
+    """A numpy array of what its pickle says; no larger than the bytes in the file."""
+    _, shape, dtype, fortran, raw = made.state
+    empty = isinstance(raw, StandIn)  # of bytes()
+    found = np.empty(0, _dtype(dtype)) if empty else np.frombuffer(raw, _dtype(dtype))
+    if math.prod(shape) != found.size:
+        raise ValueError(f"{found.size} elements for the shape {shape}")
+    array = found.reshape(shape, order="F" if fortran else "C")
+    return np.array(array, dtype=array.dtype.newbyteorder("="))

@@ -1,0 +1,558 @@
+"""What other libraries have written: what is taken of it, what is listed, what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import enum
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import sys
+import threading
+import time
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import shardckpt
+from shardckpt import NNHandler, errors
+from shardckpt.cli.main import main
+from shardckpt.convert.convert import convert, open_source
+from shardckpt.convert.whole_files import read_one
+from tests.convert import layouts
+from tests.nn_handler.models import Net
+
+
+def loaded(source: Path, **options) -> tuple:
+    """The report of a conversion, and the state that came of it."""
+    target = source.parent / f"{source.name}-converted"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = convert(str(source), str(target), **options)
+        return report, shardckpt.load_state(target)
+
+
+def same_weights(found: dict, model: nn.Module) -> bool:
+    own = model.state_dict()
+    return found.keys() == own.keys() and all(torch.equal(found[k], own[k]) for k in own)
+
+
+LIGHTNING_LEFT = {
+    "hyper_parameters.args.loss": "holds an object of tests.convert.layouts.Loss",
+    "hyper_parameters.loss": "holds an object of tests.convert.layouts.Loss",
+}
+
+
+@pytest.mark.parametrize("name", ["epoch=3.ckpt", "folder"])
+def test_all_of_a_lightning_folder(tmp_path, name):
+    model = Net(width=5)
+    layouts.lightning_folder(tmp_path / name, model)
+    report, state = loaded(tmp_path / name)
+    assert same_weights(state["state_dict"], model)
+    assert (state["epoch"], state["optimizer_0"]["lr"]) == (3, 0.1)
+    assert state["callbacks"]["ModelCheckpoint{'monitor': None}"]["best_model_score"] == 0.5
+    assert state["lr_schedulers"] == [{"last_epoch": 3, "_last_lr": [0.1]}]
+    assert state["hyper_parameters"] == {"args": {"width": 5}, "root": "/data/x", "lr": 0.25}
+    assert (report.source_format, report.writer) == ("DCP", "Lightning 2.6.6")
+    assert report.files == (".metadata", "__0_0.distcp", "meta.pt")
+    assert report.left == LIGHTNING_LEFT
+    assert report.changed == {
+        "hyper_parameters.args": "argparse.Namespace, taken as dict",
+        "hyper_parameters.root": "pathlib.PosixPath, taken as text",
+    }
+    assert "state_dict.head.weight" in report.tensors
+    assert {"epoch", "lr_schedulers.0.last_epoch"} <= set(report.values)
+
+
+def test_a_meta_pt_that_can_not_be_read_is_listed(tmp_path):
+    layouts.lightning_folder(tmp_path / "c", Net(width=5))
+    (tmp_path / "c" / "meta.pt").write_bytes(b"PK\3\4 and nothing more")
+    report, state = loaded(tmp_path / "c")
+    assert state.keys() == {"state_dict", "optimizer_0"}
+    assert "by itself" not in report.left["meta.pt"]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_lightning_file(tmp_path, legacy):
+    model = Net(width=5)
+    layouts.lightning_file(tmp_path / "last.ckpt", model)
+    if legacy:
+        state = torch.load(tmp_path / "last.ckpt", weights_only=False)
+        torch.save(state, tmp_path / "last.ckpt", _use_new_zipfile_serialization=False)
+    report, state = loaded(tmp_path / "last.ckpt")
+    assert same_weights(state["state_dict"], model)
+    assert torch.equal(
+        state["optimizer_states"][0]["state"][0]["exp_avg"],
+        torch.full_like(next(model.parameters()), 0.1),
+    )
+    assert report.left == LIGHTNING_LEFT
+    assert report.writer == "Lightning 2.6.6"
+
+
+TRAINER_LEFT = {
+    "config.json",
+    "generation_config.json",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "tokenizer.json",
+    "trainer_state.json",
+    "training_args.bin",
+}
+
+
+def test_the_folder_of_a_trainer(tmp_path, capsys):
+    model, folder = Net(width=5), tmp_path / "checkpoint-2"
+    layouts.trainer_folder(folder, model)
+    report, state = loaded(folder)
+    assert same_weights(state, model)
+    assert report.left.keys() == TRAINER_LEFT
+    assert report.writer == "transformers' Trainer"
+    assert main(["convert", str(folder), str(tmp_path / "d")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(name in line for line in lines if " left " in line) for name in TRAINER_LEFT)
+    assert main(["convert", str(folder), str(tmp_path / "e"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left"] == report.left
+
+
+def test_random_numbers_and_optimizer_of_a_trainer_by_themselves(tmp_path):
+    layouts.trainer_folder(tmp_path / "t", Net(width=5))
+    want = torch.load(tmp_path / "t" / "rng_state.pth", weights_only=False)
+    report, state = loaded(tmp_path / "t" / "rng_state.pth")
+    assert not report.left
+    assert state["python"] == want["python"]
+    name, keys, *rest = state["numpy"]
+    assert (name, rest) == (want["numpy"][0], list(want["numpy"][2:]))
+    assert keys.dtype == np.uint32
+    assert np.array_equal(keys, want["numpy"][1])
+    report, state = loaded(tmp_path / "t" / "optimizer.pt")
+    assert state["param_groups"][0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_folder_of_accelerate(tmp_path, safe):
+    model = Net(width=5)
+    layouts.accelerate_folder(tmp_path / "c", model, safe=safe)
+    report, state = loaded(tmp_path / "c")
+    assert same_weights(state, model)
+    names = {"custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl", "scheduler.bin"}
+    assert report.left.keys() == names
+    assert report.writer == "accelerate"
+    _, state = loaded(tmp_path / "c" / "random_states_0.pkl")
+    assert state["step"] == 7
+
+
+def test_the_folders_of_fsdp(tmp_path):
+    model = Net(width=5)
+    layouts.fsdp_folder(tmp_path / "c", model)
+    report, state = loaded(tmp_path / "c")
+    assert same_weights(state["model"], model)
+    assert state["optimizer"]["state"]["w"].tolist() == [1, 1]
+    assert report.left.keys() == {"random_states_0.pkl", "scheduler.bin"}
+    assert report.writer == "accelerate"
+
+
+def test_what_lies_beside_the_weights_goes_to_hugging_faces_layout(tmp_path):
+    model, folder = Net(width=5), tmp_path / "c"
+    layouts.trainer_folder(folder, model)
+    (tmp_path / "secret.json").write_text("secret")
+    (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    companions = {"config.json", "generation_config.json", "tokenizer.json"}
+    for overwrite in (False, True):
+        report = convert(str(folder), str(tmp_path / "hf"), to="hf", overwrite=overwrite)
+        assert set(report.copied) == companions
+        assert "special_tokens_map.json" in report.left
+        assert not companions & report.left.keys()
+        assert json.loads((tmp_path / "hf" / "config.json").read_text()) == layouts.CONFIG
+        weights = {n for n in os.listdir(tmp_path / "hf") if n not in companions}
+        assert all(name.startswith("model") for name in weights)
+    (tmp_path / "hf" / "tokenizer.json").write_text("mine")
+    with pytest.raises(errors.NotACheckpointError, match=r"tokenizer\.json"):
+        convert(str(folder), str(tmp_path / "hf"), to="hf", overwrite=True)
+
+
+def test_links_into_the_cache_of_the_hub_are_followed(tmp_path):
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    layouts.bin_folder(tmp_path / "made", Net(width=5), files=1)
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / "made" / name).rename(blobs / f"0{name}")
+        (snapshot / name).symlink_to(f"../../blobs/0{name}")
+    report = convert(str(snapshot), str(tmp_path / "hf"), to="hf")
+    assert report.copied == ("config.json",)
+    assert len(report.tensors) == len(Net(width=5).state_dict())
+
+
+def test_files_beside_shards_are_listed(tmp_path):
+    shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
+    (tmp_path / "c" / "tokenizer.json").write_text("{}")
+    report, _ = loaded(tmp_path / "c")
+    assert report.left.keys() == {"tokenizer.json"}
+    assert report.source_format == "shardckpt"
+
+
+WEIGHTS = {
+    "last.ckpt": layouts.lightning_file,
+    "pytorch_model.bin": lambda path, model: torch.save(model.state_dict(), path),
+    "model_best.pth.tar": lambda path, model: torch.save({"state_dict": model.state_dict()}, path),
+    "sharded.ckpt": layouts.lightning_folder,
+    "trainer": layouts.trainer_folder,
+    "accelerate": layouts.accelerate_folder,
+    "bin": lambda path, model: layouts.bin_folder(path, model, files=1),
+    "bins": lambda path, model: layouts.bin_folder(path, model, files=3),
+    "fsdp": layouts.fsdp_folder,
+    "megatron": layouts.megatron_folder,
+    "newer": layouts.newer_torch_folder,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_handler_begins_with_the_weights_of_any_of_them(tmp_path, name):
+    model = Net(width=5)
+    WEIGHTS[name](tmp_path / name, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handler = NNHandler.initialize_from_checkpoint(tmp_path / name, Net, "cpu", width=5)
+    assert same_weights(handler.module.state_dict(), model)
+
+
+def test_indexed_torch_files_that_lack_a_tensor(tmp_path):
+    layouts.bin_folder(tmp_path / "c", Net(width=5), files=2)
+    torch.save({}, tmp_path / "c" / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(errors.CorruptionError, match="don't agree"):
+        convert(str(tmp_path / "c"), str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "x.bin"])
+def test_targets_named_as_torch_files(tmp_path, name):
+    shardckpt.save({"w": torch.ones(2), "n": 1}, tmp_path / "c")
+    report = convert(str(tmp_path / "c"), str(tmp_path / name))
+    assert report.target_format == "torch"
+    assert torch.load(tmp_path / name, weights_only=True)["n"] == 1
+    _, state = loaded(tmp_path / name)
+    assert state["w"].tolist() == [1, 1]
+    convert(str(tmp_path / "c"), str(tmp_path / "e" / name), to="dcp")
+    assert convert(str(tmp_path / "e" / name), str(tmp_path / "f")).source_format == "DCP"
+
+
+def test_megatron(tmp_path):
+    model = Net(width=5)
+    layouts.megatron_folder(tmp_path / "c", model)
+    report, state = loaded(tmp_path / "c")
+    assert not [name for name in sys.modules if name.startswith("megatron")]
+    assert same_weights({k[6:]: v for k, v in state.items() if k[:6] == "model."}, model)
+    assert (state["iteration"], state["args"]) == (100, {"tp": 1})
+    assert report.writer == "Megatron-Core"
+    assert report.left.keys() == {".metadata: mcore_data", "backend", "metadata.json"}
+    assert "megatron.core" in report.left["backend"]
+
+
+def test_dcp_of_a_newer_torch(tmp_path):
+    model = Net(width=5)
+    layouts.newer_torch_folder(tmp_path / "c", model)
+    report, state = loaded(tmp_path / "c")
+    assert same_weights(state["model"], model)
+    assert state["step"] == 5
+    assert report.left.keys() == {".metadata: layout_version", "odd"}
+    assert "torch.distributed.checkpoint.encodings.TensorEncoding" in report.left["odd"]
+
+
+def test_dcp_of_torch_2_2(tmp_path):
+    """Its TensorProperties were another module's."""
+    layouts.write_dcp({"w": torch.ones(3)}, tmp_path / "c")
+    path = tmp_path / "c" / ".metadata"
+    text = pickle.dumps(pickle.loads(path.read_bytes()), protocol=2)
+    new, old = "distributed.checkpoint", "distributed._shard.sharded_tensor"
+    for name in ("TensorProperties", "_MEM_FORMAT_ENCODING"):
+        before = f"torch.{new}.metadata\n{name}\n".encode()
+        assert before in text
+        text = text.replace(before, f"torch.{old}.metadata\n{name.lstrip('_')}\n".encode())
+    path.write_bytes(text)
+    _, state = loaded(tmp_path / "c")
+    assert state["w"].tolist() == [1, 1, 1]
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Config(dict):
+    pass
+
+
+class Steps(list):
+    pass
+
+
+class Slots:
+    __slots__ = ("a",)
+
+    def __init__(self):
+        self.a = 1
+
+
+TAKEN = {
+    "array": (np.arange(6.0).reshape(2, 3), [[0, 1, 2], [3, 4, 5]]),
+    "fortran": (np.asfortranarray(np.arange(6).reshape(2, 3)), [[0, 1, 2], [3, 4, 5]]),
+    "big-endian": (np.arange(3, dtype=">i4"), [0, 1, 2]),
+    "empty array": (np.zeros((0, 3), dtype=np.float16), []),
+    "0-d array": (np.array(3), 3),
+    "numpy bool": (np.bool_(True), True),
+    "numpy number": (np.int64(3), 3),
+    "version": (torch.__version__, str(torch.__version__)),
+    "path": (pathlib.PurePosixPath("a/b"), "a/b"),
+    "namespace": (types.SimpleNamespace(a=[1]), {"a": [1]}),
+    "dict": (Config(a=1), {"a": 1}),
+    "defaultdict": (collections.defaultdict(list, {"k": [1]}), {"k": [1]}),
+    "list": (Steps([1, 2]), [1, 2]),
+    "deque": (collections.deque([1, 2]), [1, 2]),
+    "set": ({1, 2}, {1, 2}),
+    "bytes": (b"x", b"x"),
+    "no bytes": (b"", b""),
+}
+LEFT = {
+    "enum": Color.RED,
+    "object": layouts.Loss(),
+    "slots": Slots(),
+    "class": Config,
+    "function": len,
+    "date": datetime.date(2026, 1, 1),
+    "array of objects": np.array([None, {}], dtype=object),
+    "generator": np.random.default_rng(0),
+    "in a list": [1, layouts.Loss()],
+    "in a tuple": (1, (2, layouts.Loss())),
+    "sparse": torch.eye(2).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("dcp", [False, True])
+def test_values_of_all_kinds(tmp_path, dcp):
+    state = {"taken": {name: value for name, (value, _) in TAKEN.items()}, "left": LEFT, "n": 1}
+    if dcp:
+        state["left"] = {n: value for n, value in LEFT.items() if n != "sparse"}
+        layouts.write_dcp(state, tmp_path / "c")
+    else:
+        torch.save(state, tmp_path / "c")
+    report, found = loaded(tmp_path / "c")
+    assert report.left.keys() == {f"left.{name}" for name in state["left"]}
+    assert "tests.convert.layouts.Loss" in report.left["left.in a tuple"]
+    assert "builtins.len" in report.left["left.function"]
+    for name, (_, want) in TAKEN.items():
+        value = found["taken"][name]
+        assert (value.tolist() if isinstance(value, np.ndarray) else value) == want, name
+
+
+def test_keys_that_are_objects_and_containers_that_stand_twice(tmp_path):
+    shared = {"w": torch.ones(2), "o": layouts.Loss()}
+    torch.save({"a": shared, "b": [shared], Config: 1, "n": 1}, tmp_path / "x.pt")
+    report, state = loaded(tmp_path / "x.pt")
+    assert state.keys() == {"a", "b", "n"}
+    assert state["b"][0]["w"] is state["a"]["w"]
+    assert set(report.left) == {"a.o", "tests.convert.test_imports.Config"}
+
+
+def test_a_container_that_holds_itself(tmp_path):
+    state = {"n": 1}
+    state["self"] = {"deeper": state}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(errors.ShardckptError):
+        convert(str(tmp_path / "x.pt"), str(tmp_path / "c"))
+
+
+class Call:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function, *args) -> None:
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def calls(mark: str) -> dict:
+    """Calls that would make a file at `mark`."""
+    code = f"open({mark!r}, 'w').close()"
+    return {
+        "exec": Call(exec, code),
+        "eval": Call(eval, code),
+        "open": Call(open, mark, "w"),
+        "copy": Call(shutil.copyfile, __file__, mark),
+        "numpy": Call(np.save, mark, 1),
+        "memmap": Call(np.memmap, mark, np.dtype("u1"), "w+", 0, (3,)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["file", "legacy", "dcp", "metadata"])
+def test_nothing_that_a_file_names_is_called(tmp_path, kind):
+    mark = str(tmp_path / "owned")
+    path, target = tmp_path / "x.ckpt", tmp_path / "c"
+    for name, call in calls(mark).items():
+        state = {"w": torch.ones(2), "x": call}
+        if kind in ("file", "legacy"):
+            torch.save(state, path, _use_new_zipfile_serialization=kind == "file")
+        elif kind == "dcp":
+            layouts.write_dcp(state, path)
+        else:
+            layouts.write_dcp({"w": torch.ones(2)}, path)
+            layouts.change_metadata(path, lambda found, call=call: vars(found).update(more=call))
+        report = convert(str(path), str(target), overwrite=True)
+        assert not os.path.exists(mark), name
+        assert report.tensors == ("w",)
+        assert len(report.left) == 1, name
+    pickle.loads(pickle.dumps(call))  # the harness can see it
+    assert os.path.exists(mark)
+
+
+def test_arrays_take_no_memory_that_the_file_has_not(tmp_path):
+    rebuild = np.arange(2).__reduce__()[0]
+    state = (1, (1 << 40,), np.dtype("f8"), False, b"x" * 16)
+
+    class Huge:
+        def __reduce__(self):
+            return rebuild, (np.ndarray, (1 << 40,), b"d"), state
+
+    torch.save({"w": torch.ones(2), "x": Huge()}, tmp_path / "x.pt")
+    report, _ = loaded(tmp_path / "x.pt")
+    assert "elements" in report.left["x"]
+
+
+def test_safe_globals_of_the_program_stay_and_hold(tmp_path):
+    torch.save({"date": datetime.date(2026, 1, 1), "x": np.arange(2)}, tmp_path / "x.pt")
+    before = set(map(str, torch.serialization.get_safe_globals()))
+    with torch.serialization.safe_globals([np.ndarray, np.dtype]):
+        loaded(tmp_path / "x.pt")
+        assert np.ndarray in torch.serialization.get_safe_globals()
+    assert set(map(str, torch.serialization.get_safe_globals())) == before
+
+
+def test_other_threads_meet_no_stand_ins(tmp_path):
+    torch.save({f"k{n}": layouts.Loss() for n in range(3000)}, tmp_path / "x.pt")
+    torch.save({"x": layouts.Loss()}, tmp_path / "y.pt")
+    outcomes, done = [], threading.Event()
+
+    def load() -> None:
+        while not done.is_set():
+            try:
+                torch.load(tmp_path / "y.pt", weights_only=True)
+                outcomes.append("loaded")
+            except pickle.UnpicklingError as error:
+                outcomes.append("refused" if "Loss" in str(error) else str(error))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        open_source(str(tmp_path / "x.pt")).close()
+    finally:
+        done.set()
+        thread.join()
+    assert set(outcomes) == {"refused"}
+
+
+def scripted(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(nn.Linear(2, 2)).save(path)
+
+
+class Exits:
+    def __reduce__(self):
+        return os.mkdir, ("/nowhere",)
+
+
+REFUSED = {
+    "module": (lambda path: torch.save(nn.Linear(2, 2), path), "torch.nn.modules.linear.Linear"),
+    "arguments": (lambda path: torch.save(argparse.Namespace, path), "argparse.Namespace"),
+    "tensor": (lambda path: torch.save(torch.ones(2), path), "Tensor"),
+    "script": (scripted, "TorchScript"),
+    "protocol": (lambda path: torch.save({"n": 1}, path, pickle_protocol=4), "protocol"),
+    "text": (lambda path: path.write_text("{}"), "begin"),
+    "method": (lambda path: torch.save(Call(Path.touch, Path("x")), path), "bound method"),
+    "system": (lambda path: torch.save({"x": Exits()}, path), "mkdir"),
+    "cut": (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "x.pt"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_files_that_are_refused_say_what_they_are(tmp_path, kind):
+    write, text = REFUSED[kind]
+    path = tmp_path / ("x.pt" if kind != "text" else "x.model")
+    write(path)
+    with pytest.raises(errors.CheckpointError) as caught:
+        convert(str(path), str(tmp_path / "c"))
+    expected = errors.CorruptionError if kind in ("system", "cut") else errors.NotACheckpointError
+    assert type(caught.value) is expected
+    assert text in str(caught.value)
+    assert caught.value.remedy
+    assert "\x1b" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_strict_reader_names_the_class(tmp_path):
+    torch.save({"args": argparse.Namespace()}, tmp_path / "x.pth")
+    for read in (NNHandler.load, read_one):
+        with pytest.raises(errors.NotACheckpointError, match=r"argparse\.Namespace") as caught:
+            read(str(tmp_path / "x.pth"))
+        assert "\x1b" not in str(caught.value)
+        assert "shardckpt convert" in caught.value.remedy
+
+
+FOLDERS = {
+    "DeepSpeed": ["latest", "zero_to_fp32.py", "global_step10/mp_rank_00_model_states.pt"],
+    "Megatron-LM": ["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"],
+    "use_collectives": ["__0.metadata", "__0_0.distcp"],
+    "did not end": ["__0_0.distcp", "__1_0.distcp"],
+    "consolidate": ["shard-00001-model-00001-of-00001.safetensors"],
+    "torchsnapshot": [".snapshot_metadata", "0/model/weight"],
+    "FSDP weights in one file": ["pytorch_model_fsdp.bin", "optimizer.bin"],
+    "Llama": ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
+    "another framework": ["saved_model.pb", "variables/variables.index"],
+    "checkpoint-20": ["checkpoint-20/model.safetensors", "checkpoint-30/model.safetensors"],
+    "iter_0000010": ["latest_checkpointed_iteration.txt", "iter_0000010/.metadata"],
+    "weights": ["weights/.metadata", "context/model.yaml"],
+    "unet": ["model_index.json", "unet/diffusion_pytorch_model.safetensors"],
+    "best.ckpt": ["best.ckpt", "hparams.yaml"],
+}
+
+
+@pytest.mark.parametrize("text", FOLDERS)
+def test_folders_that_are_refused_say_what_they_are(tmp_path, text):
+    for name in FOLDERS[text]:
+        path = tmp_path / "c" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    started = time.process_time()
+    with pytest.raises(errors.NotACheckpointError) as caught:
+        convert(str(tmp_path / "c"), str(tmp_path / "d"))
+    assert text in str(caught.value)
+    assert caught.value.remedy
+    assert time.process_time() - started < 1
+
+
+def test_an_adapter_and_other_weights(tmp_path):
+    layouts.trainer_folder(tmp_path / "c", Net(width=5))
+    (tmp_path / "c" / "model.safetensors").rename(tmp_path / "c" / "adapter_model.safetensors")
+    (tmp_path / "c" / "adapter_config.json").write_text("{}")
+    report, state = loaded(tmp_path / "c")
+    assert same_weights(state, Net(width=5)) or len(state) == len(report.tensors)
+    report = convert(str(tmp_path / "c"), str(tmp_path / "hf"), to="hf")
+    assert "adapter_config.json" in report.copied
+    assert set(load_file(tmp_path / "hf" / "model-00001-of-00001.safetensors")) == set(state)
+
+
+def test_values_by_rank_are_listed_as_changed(tmp_path):
+    shardckpt.save({"w": torch.ones(2), "rng": shardckpt.PerRank(5)}, tmp_path / "c")
+    report = convert(str(tmp_path / "c"), str(tmp_path / "x.pt"))
+    assert report.changed.keys() == {"rng"}
