@@ -6,7 +6,6 @@ are the values, with inert stand-ins for objects. Written for the FileSystemWrit
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import pickle
@@ -23,10 +22,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardckpt.convert.dcp_metadata import ReadMetadata, read_metadata
+from shardckpt.convert.dcp_metadata import ReadMetadata, parse_metadata
+from shardckpt.convert.foreign_file import check_regular, file_in, mapped
 from shardckpt.convert.layouts import left_beside, writer_of
+from shardckpt.convert.pickle_scan import Readable
 from shardckpt.convert.refusals import plain_text, refusal
 from shardckpt.convert.sources import Foreign, Origin, foreign
+from shardckpt.convert.torch_file import LoadTorch, load_torch, load_torch_part
 from shardckpt.convert.torch_files import read_objects
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
 from shardckpt.errors import (
@@ -56,10 +58,6 @@ def is_dcp(path: str) -> bool:
     return os.path.isfile(os.path.join(path, _METADATA))
 
 
-def _load(data: io.BytesIO) -> Any:
-    return torch.load(data, map_location="cpu", weights_only=True)
-
-
 class DcpCheckpoint:
     """A DCP checkpoint directory. Not collective.
 
@@ -76,11 +74,10 @@ class DcpCheckpoint:
                 path=path,
                 expected=f"a directory with {_METADATA}",
             )
-        with translated(path), open(os.path.join(path, _METADATA), "rb") as file:
-            data = file.read()
-        self._read_metadata = self._unpickled(data)
-        self._metadata = self._read_metadata.metadata
-        self.identity = xxhash.xxh3_128(data).hexdigest()
+        with translated(path), mapped(file_in(path, _METADATA)) as data:
+            self._read_metadata = self._parsed(data)
+            self._metadata = self._read_metadata.metadata
+            self.identity = xxhash.xxh3_128(data).hexdigest()
         self._current, self._loaded = "", dict[tuple[int, ...], torch.Tensor]()
         self.tensors: dict[str, torch.Size] = {
             name: entry.size
@@ -89,9 +86,9 @@ class DcpCheckpoint:
         }
         self._check_size()
 
-    def _unpickled(self, data: bytes) -> ReadMetadata:
+    def _parsed(self, data: Readable) -> ReadMetadata:
         try:
-            return read_metadata(data)
+            return parse_metadata(data)
         except Exception as error:
             raise CorruptionError(
                 "The metadata of this DCP checkpoint can't be read",
@@ -106,9 +103,9 @@ class DcpCheckpoint:
             math.prod(size) * self._entry(name).properties.dtype.itemsize
             for name, size in self.tensors.items()
         )
-        infos = self._metadata.storage_data.values()
-        paths = {self._file(info) for info in infos}
-        there = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+        names = {info.relative_path for info in self._metadata.storage_data.values()}
+        paths = [file_in(self.path, name) for name in sorted(names)]
+        there = sum(check_regular(path).st_size for path in paths if os.path.lexists(path))
         if declared > there:
             raise CorruptionError(
                 "The files of this DCP checkpoint are smaller than its tensors",
@@ -126,7 +123,7 @@ class DcpCheckpoint:
         """
         objects = ObjectsLoader()
         state, reads = self.state(objects)
-        files = {os.path.basename(self._file(i)) for i in self._metadata.storage_data.values()}
+        files = {info.relative_path for info in self._metadata.storage_data.values()}
         files |= {_METADATA} | self._add_side_states(state, objects)
         origin = Origin(
             format="DCP",
@@ -261,21 +258,23 @@ class DcpCheckpoint:
                 remedy=error.remedy,
             ) from error
 
-    def _file(self, info: Any) -> str:
-        return os.path.join(self.path, os.path.basename(str(getattr(info, "relative_path", ""))))
-
-    def _read(self, index: MetadataIndex, load: Callable[[io.BytesIO], Any] = _load) -> Any:
+    def _read(self, index: MetadataIndex, load: LoadTorch = load_torch) -> Any:
         """What DCP has written as one item."""
         infos = self._metadata.storage_data
         info = infos.get(index, infos.get(MetadataIndex(index.fqn)))
-        path = self._file(info)
+        path = self.path
         try:
             if info is None:
                 raise KeyError(f"{index.fqn} at {index.offset} is in no file")
-            with open(path, "rb") as file:
-                file.seek(info.offset)
-                data = io.BytesIO(file.read(info.length))
-            return load(data)
+            path = file_in(self.path, info.relative_path)
+            with mapped(path) as data, memoryview(data) as view:
+                end = info.offset + info.length
+                if end > len(view):
+                    raise ValueError(f"it ends at byte {end} of {len(view)}")
+                with view[info.offset : end] as part:
+                    return load_torch_part(part, path, load)
+        except (CorruptionError, UnsupportedLeafError):
+            raise
         except pickle.UnpicklingError as error:
             raise refusal(path, error, tensor=index.fqn) from error
         except Exception as error:

@@ -1,15 +1,8 @@
-"""The `.metadata` of torch.distributed.checkpoint (DCP), read without running code.
-
-It is a pickle. The unpickler here knows the classes that DCP's metadata is made of, by the names
-that torch 1.13 to 2.13 gave them. Any other name stands for an inert object: nothing that the file
-names is imported or called. So metadata by a newer torch, or of a class that a library derived
-from DCP's, as Megatron-Core's MCoreMetadata, is read as far as it is what DCP's is; `unknown` is
-the rest.
-"""
+"""Reads the `.metadata` of torch.distributed.checkpoint (DCP), which is a pickle, without making
+what it names: stand-ins take the place of its classes, and their values are checked."""
 
 from __future__ import annotations
 
-import io
 import pickle
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,100 +14,15 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
-__all__ = ["ReadMetadata", "Unknown", "read_metadata"]
+from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
 
+__all__ = ["ReadMetadata", "parse_metadata"]
 
-class Unknown:
-    """Stands for an object of a class that is not loaded; `fields` is what it was filled with."""
-
-    class_name = ""
-
-    def __new__(cls, *_: Any, **__: Any) -> Any:  # noqa: D102
-        made = object.__new__(cls)
-        made.fields = {}
-        return made
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.fields: dict[str, Any]
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.fields.update(state)
-
-    def __call__(self, *_: Any, **__: Any) -> Unknown:
-        """As a function has it: what it would make is as unknown."""
-        return self
-
-    def append(self, item: Any) -> None:
-        """As a list has it: a pickle may fill any object so."""
-
-    def __setitem__(self, key: Any, item: Any) -> None:
-        pass
-
-
-class _Properties:
-    """TensorProperties: torch has given it five values, and may give it more."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, *_: Any) -> None:
-        self.dtype = dtype
-
-    def __setstate__(self, state: Any) -> None:
-        dtype = state.get("dtype") if isinstance(state, dict) else state[0]
-        if not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError("TensorProperties without a dtype")
-        self.dtype = dtype
-
-
-def _ignored(*_: Any) -> None:
-    """Stands for layouts and memory formats, of which nothing is needed."""
-
-
-_CLASSES = {
-    kind.__name__: kind
-    for kind in (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorStorageMetadata,
-        _StorageInfo,
-    )
-} | {"TensorProperties": _Properties}
-_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed._shard.sharded_tensor.metadata",
-    "torch.distributed._shard.checkpoint.metadata",
-    "torch.distributed._shard.checkpoint.filesystem",
-)
-_TORCH = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)} | {
-    "Size": torch.Size
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self.names: dict[str, type[Unknown]] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in _MODULES and name in _CLASSES:
-            return _CLASSES[name]
-        if module == "torch" and name in _TORCH:
-            return _TORCH[name]
-        if module == "collections" and name == "OrderedDict":
-            return dict
-        if name == "_get_layout" or "MEM_FORMAT_ENCODING" in name:
-            return _ignored
-        full = f"{module}.{name}"
-        if full not in self.names:
-            self.names[full] = type("Unknown", (Unknown,), {"class_name": full})
-        return self.names[full]
+_MOST_DIMS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,31 +35,117 @@ class ReadMetadata:
     unknown: dict[str, str] = field(default_factory=dict)
 
 
-def read_metadata(data: bytes) -> ReadMetadata:
-    """Read the metadata in a file's bytes. Raises TypeError, or what pickle raises."""
-    found = _Unpickler(data).load()
-    writer, unknown = None, {}
-    known = {item.name for item in fields(Metadata)}
-    if (
-        isinstance(found, Unknown)
-        and {"state_dict_metadata", "storage_data"} <= found.fields.keys()
-    ):
-        writer, values = found.class_name, found.fields
-        found = Metadata(**{name: values[name] for name in known & values.keys()})
-    elif isinstance(found, Metadata):
-        values = vars(found)
-    else:
-        name = getattr(type(found), "class_name", type(found).__name__)
+def parse_metadata(data: Readable) -> ReadMetadata:
+    """The metadata in a pickle; also of a class that a library derived from DCP's, as Megatron-Core
+    did. Raises UnpicklingError, TypeError or ValueError for another one."""
+    if scan(data) != len(data):
+        raise pickle.UnpicklingError("bytes after the end of the pickle")
+    root = Names(data, allowed=lambda name: True).load()
+    name = root.name if isinstance(root, Named) else type(root).__name__
+    facts = _dict(root.state) if isinstance(root, Named) and root.state is not None else {}
+    if not {"state_dict_metadata", "storage_data"} <= facts.keys():
         raise TypeError(f"{name} in place of Metadata")
-    if not isinstance(found.storage_data, dict) or not isinstance(found.state_dict_metadata, dict):
-        raise TypeError("Metadata without its entries and where they lie")
-    for name in sorted(map(str, values.keys() - known)):
-        if values[name]:
-            unknown[f".metadata: {name}"] = f"of {writer or 'a newer torch'}, not of the state"
-    entries: dict[str, Any] = found.state_dict_metadata
-    for name, entry in list(entries.items()):
-        if not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
-            described = getattr(type(entry), "class_name", type(entry).__name__)
-            unknown[name] = f"is described by {described}, which shardckpt does not know"
-            del entries[name]
-    return ReadMetadata(found, writer, unknown)
+    writer = None if name == f"{Metadata.__module__}.Metadata" else name
+    known = {item.name for item in fields(Metadata)}
+    unknown = {
+        f".metadata: {extra}": f"of {writer or 'a newer torch'}, not of the state"
+        for extra in sorted(map(str, facts.keys() - known))
+        if facts[extra]
+    }
+    entries: dict[str, Any] = {}
+    for entry_name, node in _dict(facts["state_dict_metadata"]).items():
+        kind = node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
+        if kind in ("BytesStorageMetadata", "TensorStorageMetadata"):
+            entries[_text(entry_name)] = _entry(node)
+        else:
+            described = getattr(node, "name", kind)
+            unknown[_text(entry_name)] = f"is described by {described}, which is not known here"
+    metadata = Metadata(
+        state_dict_metadata=entries,
+        planner_data={
+            _text(name): _path(path)
+            for name, path in _dict(facts.get("planner_data") or {}).items()
+        },
+        storage_data={
+            _index(index): _place(place) for index, place in _dict(facts["storage_data"]).items()
+        },
+        version=facts.get("version"),
+    )
+    return ReadMetadata(metadata, writer, unknown)
+
+
+def _facts(node: Any, kind: str) -> dict[str, Any]:
+    """The fields of a dataclass that a stand-in stands for."""
+    name = node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
+    if name != kind:
+        raise TypeError(f"{name} in place of {kind}")
+    return _dict(node.state or {})
+
+
+def _dict(node: Any) -> dict[Any, Any]:
+    if not isinstance(node, dict):
+        raise TypeError(f"{type(node).__name__} in place of a dict")
+    return node
+
+
+def _text(node: Any) -> str:
+    if type(node) is not str:
+        raise TypeError(f"{type(node).__name__} in place of a name")
+    return node
+
+
+def _sizes(node: Any, dims: int | None = None) -> torch.Size:
+    """A shape or offsets."""
+    if type(node) not in (tuple, list) or len(node) > _MOST_DIMS or dims not in (None, len(node)):
+        raise ValueError(f"{str(node)[:80]} in place of {dims} sizes")
+    return torch.Size([_number(n) for n in node])
+
+
+def _number(node: Any) -> int:
+    if type(node) is not int or not 0 <= node < 1 << 62:
+        raise ValueError(f"{str(node)[:80]} in place of a size")
+    return node
+
+
+def _path(node: Any) -> tuple[str | int, ...]:
+    if type(node) is not tuple or not all(type(key) in (str, int) for key in node) or not node:
+        raise TypeError(f"{str(node)[:80]} in place of the path of an entry")
+    return node
+
+
+def _entry(node: Any) -> BytesStorageMetadata | TensorStorageMetadata:
+    if isinstance(node, Named) and node.name.endswith(".BytesStorageMetadata"):
+        return BytesStorageMetadata()
+    facts = _facts(node, "TensorStorageMetadata")
+    size, properties = _sizes(facts.get("size")), facts.get("properties")
+    state = properties.state if isinstance(properties, Named) else None
+    dtype = state[0] if type(state) is tuple and state else None
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{str(dtype)[:80]} in place of a dtype")
+    chunks = [_facts(chunk, "ChunkStorageMetadata") for chunk in list(facts.get("chunks") or ())]
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=dtype),
+        size=size,
+        chunks=[
+            ChunkStorageMetadata(
+                offsets=_sizes(chunk.get("offsets"), len(size)),
+                sizes=_sizes(chunk.get("sizes"), len(size)),
+            )
+            for chunk in chunks
+        ],
+    )
+
+
+def _index(node: Any) -> MetadataIndex:
+    facts = _facts(node, "MetadataIndex")
+    offset = facts.get("offset")
+    return MetadataIndex(_text(facts.get("fqn")), None if offset is None else _sizes(offset))
+
+
+def _place(node: Any) -> _StorageInfo:
+    facts = _facts(node, "_StorageInfo")
+    return _StorageInfo(
+        relative_path=_text(facts.get("relative_path")),
+        offset=_number(facts.get("offset")),
+        length=_number(facts.get("length")),
+    )

@@ -18,11 +18,21 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from shardckpt.convert.foreign_file import file_in, read_small
 from shardckpt.convert.layouts import companions, left_beside, writer_of
 from shardckpt.convert.sources import Foreign, LazyTensor, Origin, origin_of, plain_tree
 from shardckpt.convert.targets import Folder, Target
 from shardckpt.convert.torch_files import Index
-from shardckpt.convert.whole_files import DIGEST, TREE, UNSEALED, check_sealed, errors_of, seal
+from shardckpt.convert.whole_files import (
+    DIGEST,
+    TREE,
+    UNSEALED,
+    check_sealed,
+    errors_of,
+    is_sealed,
+    read_metadata,
+    seal,
+)
 from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
 from shardckpt.execution.source import Source
@@ -55,10 +65,10 @@ def open_safetensors(path: str, *, check: bool) -> Foreign:
     with errors_of(path, _REMEDY):
         tensors, metadata = _tensors_in(path)
         kind, tree = "safetensors", _flat_tree(tensors, metadata)
-        if TREE in metadata:
+        if sealed := is_sealed(path, metadata):
             tree = msgspec.json.decode(metadata[TREE])
         source = Foreign(path, kind, tree, tensors, identity=os.path.getsize(path))
-        if check and TREE in metadata:
+        if check and sealed:
             check_sealed(path)
         return source
 
@@ -72,11 +82,11 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
     weight_map: dict[str, str] | None = None
     with errors_of(path, _REMEDY):
         if weights.endswith(".json"):
-            with open(os.path.join(path, weights), "rb") as file:
-                weight_map = msgspec.json.decode(file.read(), type=Index).weight_map
+            text = read_small(file_in(path, weights))
+            weight_map = msgspec.json.decode(text, type=Index).weight_map
         names = sorted(set(weight_map.values())) if weight_map is not None else [weights]
         for name in names:
-            file_path = os.path.join(path, os.path.basename(name))
+            file_path = file_in(path, name)
             with errors_of(file_path, _REMEDY):
                 found, own = _tensors_in(file_path)
             named = weight_map or dict.fromkeys(found, name)
@@ -108,6 +118,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
 
 def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors of a file, in its order, and its metadata."""
+    metadata = read_metadata(path)
     file: Any = safe_open(path, "pt")
     tensors = {}
     for name in file.keys():  # noqa: SIM118
@@ -123,7 +134,7 @@ def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
                 remedy="convert the file's other tensors: choose them with keys",
             )
         tensors[name] = LazyTensor(dtype, tuple(part.get_shape()), functools.partial(_read, part))
-    return tensors, file.metadata() or {}
+    return tensors, metadata
 
 
 def _read(part: Any, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:

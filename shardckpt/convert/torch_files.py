@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
+from shardckpt.convert.foreign_file import file_in, read_small
 from shardckpt.convert.layouts import companions, left_beside, writer_of
 from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn
@@ -95,13 +96,13 @@ def open_torch_folder(path: str, weights: str, *, check: bool) -> Foreign:
     weight_map: dict[str, str] | None = None
     with errors_of(path, _REMEDY):
         if weights.endswith(".json"):
-            with open(os.path.join(path, weights), "rb") as file:
-                weight_map = msgspec.json.decode(file.read(), type=Index).weight_map
+            text = read_small(file_in(path, weights))
+            weight_map = msgspec.json.decode(text, type=Index).weight_map
     objects = ObjectsLoader()
     state: dict[Any, Any] = {}
     names = sorted(set(weight_map.values())) if weight_map is not None else [weights]
     for name in names:
-        file_path = os.path.join(path, os.path.basename(name))
+        file_path = file_in(path, name)
         found = read_objects(file_path, objects, check=check)
         wanted = {tensor for tensor, at in (weight_map or {}).items() if at == name}
         if missing := wanted - {key for key, item in found.items() if torch.is_tensor(item)}:
@@ -123,5 +124,5 @@ def open_torch_folder(path: str, weights: str, *, check: bool) -> Foreign:
         files=tuple(sorted(used)),
         companions=companions(path),
     )
-    sizes = [os.path.getsize(os.path.join(path, os.path.basename(name))) for name in names]
+    sizes = [os.path.getsize(file_in(path, name)) for name in names]
     return foreign(path, "Hugging Face", state, identity=sizes, origin=origin)

@@ -24,10 +24,12 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from shardckpt.convert.foreign_file import file_in, open_regular, read_small
 from shardckpt.convert.refusals import plain_text, refusal, refused_name
+from shardckpt.convert.torch_file import LoadTorch, load_torch, load_torch_file
 from shardckpt.errors import (
     CheckpointNotFoundError,
     CorruptionError,
@@ -40,7 +42,8 @@ from shardckpt.execution.writer import write_shard
 from shardckpt.format import values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.format.dtypes import dtype_name, plain_dtype
-from shardckpt.format.shard import build_header
+from shardckpt.format.rules import check_references
+from shardckpt.format.shard import build_header, each_once, header_bytes
 from shardckpt.planning.chunks import AnyTensor
 from shardckpt.planning.flatten import flatten
 from shardckpt.storage.atomic_write import AtomicWrite, atomic_write, stream_to
@@ -53,15 +56,15 @@ __all__ = [
     "TREE",
     "UNSEALED",
     "FileFormat",
-    "LoadTorch",
     "check_loads",
     "check_sealed",
     "damaged",
     "errors_of",
     "is_one_file",
+    "is_sealed",
     "is_one_file_there",
-    "load_torch",
     "read_many",
+    "read_metadata",
     "read_one",
     "save_torch",
     "seal",
@@ -72,8 +75,6 @@ __all__ = [
 FileFormat = Literal["torch", "safetensors"]
 
 
-LoadTorch = Callable[[str, bool], Any]
-"""Reads the torch file at a path; mapped into memory if the second is true, as archives can be."""
 INDEX = "components.json"
 _SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
 TREE, DIGEST = "shardckpt.state", "shardckpt.digest"
@@ -108,11 +109,6 @@ def write_one(
         _write(state, write, "", path, progress)
 
 
-def load_torch(path: str, mmap: bool) -> Any:
-    """What a torch file holds, on the CPU; torch refuses files that hold objects."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
 def read_one(path: str, *, check: bool = True, load: LoadTorch = load_torch) -> Any:
     """The state in one file, on the CPU; of a file that others wrote, its content.
 
@@ -122,10 +118,10 @@ def read_one(path: str, *, check: bool = True, load: LoadTorch = load_torch) -> 
     with errors_of(path, "load another checkpoint; pickled objects are never loaded"):
         if path.endswith(".safetensors"):
             return _read_safetensors(path, check=check)
-        archive = zipfile.is_zipfile(path)  # as all torch files are but those of before torch 1.6
-        if archive and check:
+        found = load_torch_file(path, load)
+        if check:
             _check_records(path)
-        return load(path, archive)
+        return found
 
 
 def write_many(
@@ -167,17 +163,27 @@ def _not_indexed(folder: str, names: Sequence[str], system: System) -> list[str]
         return [n for n in names if n != INDEX and not n.endswith(tuple(_SUFFIXES.values()))]
 
 
+class _Component(msgspec.Struct):
+    name: str
+    xxh3_128: str
+
+
+class _Components(msgspec.Struct):
+    files: dict[str, _Component]
+
+
 def read_many(folder: str) -> dict[str, Any]:
     """The state that write_many wrote; every file is checked against its digest."""
     state: dict[str, Any] = {}
-    with errors_of(folder, "load another checkpoint"), open(os.path.join(folder, INDEX)) as file:
-        index = json.load(file)
-        for key, entry in index["files"].items():
-            path = os.path.join(folder, os.path.basename(entry["name"]))
+    with errors_of(folder, "load another checkpoint"):
+        index = msgspec.json.decode(read_small(file_in(folder, INDEX)), type=_Components)
+        for key, entry in index.files.items():
+            path = file_in(folder, entry.name)
+            item = read_one(path, check=False)  # a file that declares too much is not read through
             found = _digest(path)
-            if found != entry["xxh3_128"]:
-                raise damaged(path, f"digest {entry['xxh3_128']}", f"digest {found}")
-            state[key] = read_one(path)[key]
+            if found != entry.xxh3_128:
+                raise damaged(path, f"digest {entry.xxh3_128}"[:200], f"digest {found}")
+            state[key] = item[key]
     return state
 
 
@@ -278,6 +284,8 @@ def _without_data(value: Any) -> Any:
 def _check_records(path: str) -> None:
     """Raise if the records of a torch file don't agree with their checksums, at which torch.load
     does not look. Without checksums (torch.serialization.set_crc32_options) all of them are 0."""
+    if not zipfile.is_zipfile(path):  # as all torch files are but those of before torch 1.6
+        return
     with zipfile.ZipFile(path) as archive:
         if any(record.CRC for record in archive.infolist()):
             hurt = archive.testzip()
@@ -286,17 +294,41 @@ def _check_records(path: str) -> None:
 
 
 def _read_safetensors(path: str, *, check: bool) -> Any:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    tree, tensors = metadata.get(TREE), load_file(path)
-    if tree is None:
+    metadata = read_metadata(path)
+    tensors = load_file(path)
+    if not is_sealed(path, metadata):
         return tensors
     if check:
         check_sealed(path)
+    tree = msgspec.json.decode(metadata[TREE])
+    check_references(tree, [], tensors, path)
     return values.decode(
-        msgspec.json.decode(tree),
+        tree,
         tensor=lambda ref: tensors[ref.name].numpy() if ref.kind == "numpy" else tensors[ref.name],
     )
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """The metadata of a safetensors file, after checks of its header that the safetensors library
+    does not make: a regular file, a header within it, each key once."""
+    with open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        length = header_bytes(head, file_size_bytes=size_bytes, path=path) - 8
+        text = file.read(1)
+        if text != b"{":
+            raise damaged(path, 'a header that begins with "{"', repr(text))
+        header = json.loads(text + file.read(length - 1), object_pairs_hook=each_once)
+    return msgspec.convert(header.get("__metadata__", {}), dict[str, str])
+
+
+def is_sealed(path: str, metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file is ours. Raises CorruptionError if it bears any trace of that and
+    not all: then a bit of the metadata's keys has changed."""
+    ours = {key for key in metadata if key.startswith("shardckpt.")}
+    if ours and ours != {TREE, DIGEST}:
+        raise damaged(path, f"metadata with {TREE} and {DIGEST}", ", ".join(sorted(ours))[:200])
+    return bool(ours)
 
 
 def damaged(path: str, expected: str, actual: str) -> CorruptionError:

@@ -24,6 +24,7 @@ __all__ = [
     "ShardTensor",
     "build_header",
     "chunk_name",
+    "each_once",
     "header_bytes",
     "parse_chunk_name",
     "parse_header",
@@ -117,7 +118,7 @@ def parse_header(
     if len(text) != size - 8 or text[:1] != b"{":
         raise _broken(path, 'a header that begins with "{"', repr(text[:16]))
     try:
-        header = json.loads(text, object_pairs_hook=_each_once)
+        header = json.loads(text, object_pairs_hook=each_once)
         metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
         entries = msgspec.convert(header, dict[str, _Tensor])
     except (ValueError, RecursionError) as error:
@@ -146,7 +147,8 @@ def _known(dtype: str) -> bool:
     return dtype in DTYPES and shard_form(dtype, ()) == (dtype, ())
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of JSON; ValueError if a key stands twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands twice")

@@ -91,7 +91,13 @@ def open_source(path: str) -> Source:
     else:
         return Source(path=path, storage=LocalStorage())
     if not isinstance(state, Mapping):
-        raise NotACheckpointError("This file holds no dict", path=path, actual=type(state).__name__)
+        raise NotACheckpointError(
+            "This file holds no dict",
+            path=path,
+            expected="a dict of tensors and values",
+            actual=type(state).__name__,
+            remedy="load it with torch.load, and save a dict of what it holds",
+        )
     state = dict(state)
     ranks = state.pop("ranks", None) if "config" in state else None
     return Source(path=path, storage=MemoryStorage(state), ranks=ranks)

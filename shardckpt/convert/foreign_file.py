@@ -1,0 +1,116 @@
+"""Opens files that others made: regular files alone, and small ones where they are read whole.
+
+The path that a caller gives may be a symbolic link. What a folder holds may link to files of the
+same folder, and in a snapshot of the Hugging Face hub's cache to the blobs of that cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+from shardckpt.errors import CorruptionError, NotACheckpointError
+
+__all__ = ["JSON_LIMIT_BYTES", "check_regular", "file_in", "mapped", "open_regular", "read_small"]
+
+JSON_LIMIT_BYTES = 64 << 20
+_DISTRUST = "load another checkpoint; this one was not made by a program that saves checkpoints"
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: str) -> os.stat_result:
+    """Raise NotACheckpointError unless a regular file is at the path; its facts. Opens nothing:
+    to open a pipe would wait, and to open a device may do something."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise NotACheckpointError(
+            "A regular file was expected at this path",
+            path=path,
+            expected="a regular file",
+            actual=_KINDS.get(stat.S_IFMT(found.st_mode), "something else"),
+            remedy="check the path; if it is right, load another checkpoint",
+        )
+    return found
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a regular file to read it, without waiting for a pipe. Raises NotACheckpointError."""
+    check_regular(path)
+    file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced meanwhile
+        file.close()
+        check_regular(path)
+        raise OSError(errno.EAGAIN, "the file was replaced while it was opened", path)
+    return file
+
+
+def read_small(path: str, *, limit_bytes: int = JSON_LIMIT_BYTES) -> bytes:
+    """The content of a regular file; CorruptionError if it is larger than the limit."""
+    with open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > limit_bytes:
+            raise CorruptionError(
+                "A file of the checkpoint is too large for what it should hold",
+                path=path,
+                expected=f"at most {limit_bytes} bytes",
+                actual=f"{size_bytes} bytes",
+                remedy=_DISTRUST,
+            )
+        return file.read(limit_bytes)
+
+
+@contextmanager
+def mapped(path: str) -> Iterator[mmap.mmap | bytes]:
+    """The content of a regular file, as a map that can be read but takes no memory."""
+    with open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            yield b""
+            return
+        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            yield found
+        finally:
+            with suppress(BufferError):  # the frames of an error may still hold a part of it
+                found.close()
+
+
+def file_in(folder: str, name: object) -> str:
+    """The path of a file that a folder's index names. Raises CorruptionError for a name that leads
+    out of the folder, by its parts or by a symbolic link, but for blobs of the hub's cache."""
+    if type(name) is not str or name in ("", ".", "..") or set(name) & {"/", "\0", os.sep}:
+        raise CorruptionError(
+            "The index of this checkpoint names a file outside its directory",
+            path=folder,
+            expected="names of files in the directory, without /",
+            actual=repr(name)[:200],
+            remedy=_DISTRUST,
+        )
+    path, home = os.path.join(folder, name), os.path.realpath(folder)
+    target = os.path.realpath(path)
+    if os.path.islink(path) and os.path.dirname(target) not in (home, _hub_blobs(home)):
+        raise CorruptionError(
+            "A file of this checkpoint is a symbolic link that leads out of its directory",
+            path=path,
+            expected="a regular file, or a link to one in the same directory",
+            actual=f"a link to {target}",
+            remedy="if the link is yours, put a copy of the file in its place; if not, load "
+            "another checkpoint",
+        )
+    return path
+
+
+def _hub_blobs(home: str) -> str | None:
+    """models--x/blobs for the folder models--x/snapshots/REVISION of the hub's cache."""
+    above, revisions = os.path.split(os.path.dirname(home))
+    return os.path.join(above, "blobs") if revisions == "snapshots" else None

@@ -1,0 +1,156 @@
+"""Checks pickles before anything loads them, and reads them without making what they name.
+
+An unpickler in C takes memory for numbers that a pickle declares: an index into its memo, the
+length of a string. `scan` goes through the opcodes first and refuses what a saved state never
+needs. `Names` then reads the structure: a stand-in takes the place of every class and function, so
+that nothing that a pickle names is imported, called or changed.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["Named", "Names", "Readable", "scan"]
+
+Readable = bytes | memoryview | mmap.mmap
+
+_FIXED = {  # bytes that follow an opcode; all opcodes of text are refused but GLOBAL
+    **dict.fromkeys(b"(.012N)]}tabuseRQlod", 0),
+    **dict.fromkeys(b"\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94", 0),
+    **dict.fromkeys(b"Kh\x80", 1),
+    **dict.fromkeys(b"M", 2),
+    **dict.fromkeys(b"Jj", 4),
+    **dict.fromkeys(b"G\x95", 8),
+}
+_COUNTED = {  # bytes of the length that follows an opcode, before so many bytes of data
+    **dict.fromkeys(b"U\x8a\x8cC", 1),
+    **dict.fromkeys(b"XTB\x8b", 4),
+    **dict.fromkeys(b"\x8d\x8e\x96", 8),
+}
+_PUTS = {ord("q"): 1, ord("r"): 4}
+_STOP, _GLOBAL, _FRAME, _MARK = ord("."), ord("c"), 0x95, ord("(")
+_UNMARKS = b"1tldeuo\x90\x91"
+_MOST_MARKS = 10_000  # at a time: one for each level of nesting
+_LONGEST_NAME = 1000
+
+
+def scan(data: Readable, begin: int = 0) -> int:
+    """Where the pickle that begins there ends. Raises UnpicklingError for an opcode that no saved
+    state needs, and for lengths and memo indexes beyond what the pickle has."""
+    at, end, marks = begin, len(data), 0
+    while at < end:
+        code = data[at]
+        at += 1
+        if (more := _FIXED.get(code)) is not None:
+            if code == _STOP:
+                return at
+            if code == _FRAME and int.from_bytes(data[at : at + 8], "little") > end - at - 8:
+                break
+            if code == _MARK:
+                marks += 1
+                if marks > _MOST_MARKS:
+                    raise pickle.UnpicklingError(f"more than {_MOST_MARKS} levels of nesting")
+            elif code in _UNMARKS:
+                marks -= 1
+            at += more
+        elif (more := _COUNTED.get(code)) is not None:
+            at += more + int.from_bytes(data[at : at + more], "little")
+        elif (more := _PUTS.get(code)) is not None:
+            index = int.from_bytes(data[at : at + more], "little")
+            if index > at - begin:  # each entry of the memo takes a byte at least
+                raise pickle.UnpicklingError(f"memo index {index} after {at - begin} bytes")
+            at += more
+        elif code == _GLOBAL:
+            names = bytes(data[at : at + _LONGEST_NAME]).split(b"\n", 2)
+            if len(names) < 3:
+                raise pickle.UnpicklingError("a name without an end")
+            at += len(names[0]) + len(names[1]) + 2
+        else:
+            raise pickle.UnpicklingError(f"opcode {code:#04x}, which no saved state needs")
+    raise pickle.UnpicklingError("the pickle is truncated")
+
+
+class Named:
+    """Stands for what a pickle would make by calling `name` with `args`, and changing it by
+    `state`."""
+
+    name: str = ""
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __new__(cls, *args: Any) -> Named:
+        """What a pickle calls."""
+        made = super().__new__(cls)
+        made.args, made.state, made.items = args, None, []
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        """What a pickle calls to change what it has made."""
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        """As a subclass of list has it."""
+        self.items.append(item)
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        """As a subclass of dict has it."""
+        self.items += key, item
+
+    def __call__(self, *args: Any) -> Any:
+        """As a bound method has it, which torch refuses."""
+        raise pickle.UnpicklingError("Trying to call reduce for unrecognized function")
+
+
+class Names(pickle.Unpickler):
+    """Reads a pickle's structure; `allowed` says whether a full name may stand in it. `storage` is
+    asked for what a persistent id stands for."""
+
+    def __init__(
+        self,
+        data: Readable,
+        *,
+        allowed: Callable[[str], bool],
+        storage: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(
+            data if isinstance(data, mmap.mmap) else io.BytesIO(data),
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+        self._allowed, self._storage = allowed, storage
+        self._classes: dict[str, Any] = dict(_PLAIN)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Types that can't be changed stand for themselves."""
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)
+        if not self._allowed(full):
+            raise pickle.UnpicklingError(f"{full} has no place in this pickle")
+        if full not in self._classes:
+            self._classes[full] = type("Named", (Named,), {"name": full})
+        return self._classes[full]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """See Unpickler.persistent_load."""
+        if self._storage is None:
+            raise pickle.UnpicklingError("a reference to data outside the pickle")
+        return self._storage(pid)
+
+
+_PLAIN: Mapping[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": tuple,
+    "builtins.set": set,
+    **{
+        f"torch.{name}": kind
+        for name, kind in vars(torch).items()
+        if isinstance(kind, (torch.dtype, torch.layout))
+    },
+}

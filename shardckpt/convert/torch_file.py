@@ -1,0 +1,346 @@
+"""Reads files of torch.save with torch.load(weights_only=True), after checking that they hold what
+they declare.
+
+torch.load takes memory for whatever a file declares: a record that inflates to terabytes, a tensor
+without strides, a bytearray of a given length. So the pickle is first read with stand-ins for
+all that it names, and what it says of tensors is compared with the records that are there.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO, NoReturn, cast
+
+import torch
+
+from shardckpt.convert.foreign_file import mapped
+from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
+from shardckpt.errors import CorruptionError, NotACheckpointError, UnsupportedLeafError
+
+__all__ = ["LoadTorch", "check_torch_file", "load_torch", "load_torch_file", "load_torch_part"]
+
+_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # as torch before 1.6 wrote it
+_SPREAD, _SPREAD_BYTES = 4, 64 << 20
+"""Tensors may take so many times the bytes of their file, and so many bytes more: those that share
+memory, or are expanded."""
+_PLACES = 200_000  # in a state, beside one for each byte of its pickle: lists may be shared
+_MOST_LEVELS = 1000
+_PICKLE_LIMIT_BYTES = 1 << 30
+_REMEDY = "load another checkpoint; don't trust this one"
+
+_STORAGE_ITEM_BYTES = {"Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16, "Float": 4,
+                       "Int": 4, "QInt32": 4, "Half": 2, "BFloat16": 2, "Short": 2}  # fmt: skip
+_VIEWS = {f"torch._utils._rebuild_{name}": name == "tensor_v3"
+          for name in ("tensor", "tensor_v2", "tensor_v3", "qtensor")}  # fmt: skip
+_TYPED = "torch._tensor._rebuild_from_type_v2"
+_CALLS = {
+    *_VIEWS,
+    _TYPED,
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+    "torch.device",
+    "builtins.complex",
+    "collections.Counter",
+}
+"""What a file may call: all that makes no more than its arguments."""
+_OF_TENSORS = re.compile(r"torch\._utils\._rebuild_\w+|torch(\.\w+)*\.\w*(Tensor|Storage)")
+"""What else torch.load(weights_only=True) would call, and take memory as its arguments say."""
+
+
+class _Storage:
+    """Stands for a storage; `key` and `numel` as the pickle says, `size_bytes` as it needs."""
+
+    def __init__(self, key: str, item_bytes: int, numel: int) -> None:
+        self.key, self.item_bytes, self.numel = key, item_bytes, numel
+        self.size_bytes = item_bytes * numel
+
+
+def load_torch(file: str | BinaryIO, mmap: bool = False) -> Any:
+    """What a torch file holds, on the CPU; torch refuses files that hold objects."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+LoadTorch = Callable[[str | BinaryIO, bool], Any]
+"""Reads a torch file, once it is checked; mapped into memory if the second is true."""
+
+
+def load_torch_file(path: str, load: LoadTorch = load_torch) -> Any:
+    """What a torch file holds, on the CPU; tensors of a zip file are maps of it."""
+    with mapped(path) as data:
+        check_torch_file(data, path)
+        is_zip = _is_zip(data)
+    return load(path, is_zip)
+
+
+def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> Any:
+    """What a torch file holds that is a part of another file, on the CPU; `path` is for errors."""
+    check_torch_file(data, path)
+    file = cast(BinaryIO, _Reader(data))
+    return load(file, False)
+
+
+def check_torch_file(data: Readable, path: str) -> None:
+    """Raise CorruptionError if a torch file declares more than it holds, UnsupportedLeafError if it
+    calls a function that no plain state needs. A class that torch.load refuses is left to it."""
+    if _is_zip(data):
+        _ZipCheck(data, path).run()
+    elif bytes(data[: len(_MAGIC)]) == _MAGIC:
+        _check_legacy(data, path)
+    else:
+        raise NotACheckpointError(
+            "This file was not written by torch.save",
+            path=path,
+            expected="a zip archive, or a file of torch before 1.6",
+            actual=f"a file that begins with {bytes(data[:8])!r}" if len(data) else "an empty file",
+            remedy="check the path",
+        )
+
+
+def _is_zip(data: Readable) -> bool:
+    return bytes(data[:4]) == b"PK\x03\x04"
+
+
+class _ZipCheck:
+    """Compares the records of an archive with what its pickle says."""
+
+    def __init__(self, data: Readable, path: str) -> None:
+        self.data, self.path = data, path
+        self.records: dict[str, zipfile.ZipInfo] = {}
+
+    def run(self) -> None:
+        """See check_torch_file."""
+        root = self._read_directory()
+        pickled = self.records.get(f"{root}/data.pkl")
+        if pickled is None or pickled.file_size > _PICKLE_LIMIT_BYTES:
+            _refuse(self.path, "a pickle, data.pkl", "none, or too large a one")
+        begin = pickled.header_offset
+        begin += 30 + sum(struct.unpack("<HH", self.data[begin + 26 : begin + 30]))
+        text = bytes(self.data[begin : begin + pickled.file_size])
+        if scan(text) != len(text):
+            _refuse(self.path, "one pickle in data.pkl", "bytes after its end")
+
+        def storage_bytes(storage: _Storage) -> int:
+            record = self.records.get(f"{root}/data/{storage.key}")
+            return record.file_size if record else -1
+
+        _check_pickle(text, storage_bytes, len(self.data), self.path)
+
+    def _read_directory(self) -> str:
+        """The archive's records; the name of the folder in which they are."""
+        # Readers of zip files agree about one with no comment and no bytes before or between.
+        end = len(self.data)
+        size, offset = struct.unpack("<II", self.data[end - 10 : end - 2])
+        tail = 22
+        if bytes(self.data[end - 42 : end - 38]) == b"PK\x06\x07":
+            size, offset = struct.unpack("<QQ", self.data[end - 58 : end - 42])
+            tail += 76
+        if bytes(self.data[end - 22 : end - 18]) != b"PK\x05\x06" or offset + size + tail != end:
+            _refuse(self.path, "an archive that ends with its directory", "other bytes")
+        with zipfile.ZipFile(cast(BinaryIO, _Reader(self.data))) as archive:
+            infos = archive.infolist()
+        if any(info.filename.endswith("/constants.pkl") for info in infos):
+            raise pickle.UnpicklingError("TorchScript")
+        for info in infos:
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                _refuse(self.path, "records that are not compressed", info.filename[:200])
+            self.records[info.filename] = info
+        if len({name.casefold() for name in self.records}) < max(len(infos), 1):
+            _refuse(self.path, "records of different names", "a name that stands twice, or none")
+        if (total := sum(info.file_size for info in infos)) > offset:
+            _refuse(self.path, f"records of {offset} bytes at most", f"{total} bytes")
+        return infos[0].filename.split("/")[0]
+
+
+class _Reader(io.RawIOBase):
+    """A buffer as a file, without a copy of it."""
+
+    def __init__(self, data: Readable) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, len(self._data))[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def _check_legacy(data: Readable, path: str) -> None:
+    """Magic number, protocol, system, state and keys, each a pickle; then the storages."""
+    ends = [0]
+    for _ in range(5):
+        ends.append(scan(data, ends[-1]))
+    text = bytes(data[ends[3] : ends[4]])
+    storages: dict[str, _Storage] = {}
+
+    def storage_bytes(storage: _Storage) -> int:
+        storages[storage.key] = storage
+        total = sum(other.size_bytes for other in storages.values())
+        return storage.size_bytes if total <= len(data) - ends[5] else -1
+
+    _check_pickle(text, storage_bytes, len(data), path)
+
+
+def _check_pickle(
+    text: bytes, storage_bytes: Callable[[_Storage], int], file_bytes: int, path: str
+) -> None:
+    """`storage_bytes` of a storage's data in the file, -1 if they are not there."""
+
+    def storage(pid: Any) -> _Storage:
+        kind, key, numel = (
+            (pid[1], pid[2], pid[4]) if type(pid) is tuple and len(pid) > 4 else [0] * 3
+        )
+        if not isinstance(kind, type) or type(numel) is not int or numel < 0:
+            raise pickle.UnpicklingError("a persistent id that is not a storage's")
+        found = re.fullmatch(r"torch\.(\w+)Storage", getattr(kind, "name", ""))
+        item_bytes = _STORAGE_ITEM_BYTES.get(found[1], 1) if found else 1
+        made = _Storage(str(key), item_bytes, numel)
+        there = storage_bytes(made)
+        if made.size_bytes > there:
+            _refuse(path, f"{made.size_bytes} bytes of the storage {key}"[:200], f"{max(there, 0)}")
+        return made
+
+    root = Names(text, allowed=lambda name: True, storage=storage).load()
+    tensors = _Structure(path, most_places=_PLACES + len(text)).tensors_below(root)
+    total = sum(math.prod(size) * item_bytes for (_, _, size, _, item_bytes) in tensors)
+    limit = _SPREAD * file_bytes + _SPREAD_BYTES
+    if total > limit:
+        raise CorruptionError(
+            "The tensors of this file are expanded far beyond its size",
+            path=path,
+            expected=f"at most {limit} bytes in a file of {file_bytes}",
+            actual=f"{total} bytes",
+            remedy="if the file is yours, load it with torch.load, and save small tensors in place "
+            "of the expanded ones",
+        )
+
+
+_View = tuple[str, int, tuple[int, ...], tuple[int, ...], int]
+
+
+class _Structure:
+    """Goes through what a pickle holds, each object once however often it stands there."""
+
+    def __init__(self, path: str, *, most_places: int) -> None:
+        self.path, self.most_places = path, most_places
+        self.places: dict[int, int] = {}  # id of an object -> places below it; 0: in it now
+        self.views: set[_View] = set()
+
+    def tensors_below(self, root: Any) -> set[_View]:
+        """The tensors, after checking all of the structure."""
+        todo, levels = [(root, False)], 0
+        while todo:
+            node, seen = todo.pop()
+            if not isinstance(node, (dict, list, tuple, set, frozenset, Named)):
+                continue
+            below = self._below(node)
+            if seen:
+                count = 1 + sum(self.places.get(id(item), 1) for item in below)
+                if count > self.most_places:
+                    self._refuse(f"at most {self.most_places} values", "more, in shared lists")
+                self.places[id(node)] = count
+                levels -= 1
+                continue
+            if id(node) in self.places:
+                if not self.places[id(node)]:
+                    self._refuse("values that don't contain themselves", "a cycle")
+                continue
+            self.places[id(node)] = 0
+            levels += 1
+            if levels > _MOST_LEVELS:
+                self._refuse(f"at most {_MOST_LEVELS} levels of nesting", "more")
+            if isinstance(node, Named):
+                self._check_call(node.name, node.args, node.state)
+            todo.append((node, True))
+            todo += [(item, False) for item in below]
+        return self.views
+
+    @staticmethod
+    def _below(node: Any) -> list[Any]:
+        if isinstance(node, Named):
+            return [*node.args, node.state, *node.items]
+        if isinstance(node, dict):
+            return (
+                [*node, *node.values(), *vars(node).values()]
+                if type(node) is not dict
+                else [*node, *node.values()]
+            )
+        return list(node)
+
+    def _check_call(self, name: str, args: tuple[Any, ...], state: Any = None) -> None:
+        if name == "_codecs.encode":
+            good = len(args) == 2 and args[1] in ("latin1", "latin-1")
+        elif name == "builtins.bytearray":
+            good = not any(isinstance(arg, int) for arg in args)
+        elif name == _TYPED:
+            good = len(args) == 4 and isinstance(args[0], type) and issubclass(args[0], Named)
+            if good:
+                self._check_call(args[0].name, args[2])
+        else:
+            good = name in _CALLS or not _OF_TENSORS.fullmatch(name)
+        if name in _CALLS and state is not None:  # a tensor's would give it another storage
+            good = False
+        if not good:
+            raise UnsupportedLeafError(
+                "This file calls a function that no plain state needs",
+                path=self.path,
+                expected="tensors, numbers, text and containers of them",
+                actual=f"{name} of {len(args)} arguments",
+                remedy="if the file is yours, load it with torch.load, and save plain tensors",
+            )
+        if name in _VIEWS:
+            self._check_view(name, args)
+
+    def _check_view(self, name: str, args: tuple[Any, ...]) -> None:
+        """A tensor lies within its storage."""
+        storage, offset, size, stride = args[:4] if len(args) >= 4 else (None, 0, (), ())
+        item_bytes = getattr(storage, "item_bytes", 1)
+        if _VIEWS[name]:
+            dtype = args[6] if len(args) > 6 else None
+            item_bytes = dtype.itemsize if isinstance(dtype, torch.dtype) else 0
+        numbers: Iterable[Any] = (offset, *size, *stride)
+        good = isinstance(storage, _Storage) and item_bytes > 0 and len(size) == len(stride)
+        if good and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+            last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+            if 0 in size or (offset + last + 1) * item_bytes <= storage.size_bytes:
+                view = storage.key, offset, tuple(size), tuple(stride), item_bytes
+                self.views.add(view)
+                return
+        self._refuse(
+            "tensors within their storages", f"size {list(size)[:8]}, offset {offset}"[:200]
+        )
+
+    def _refuse(self, expected: str, actual: str) -> NoReturn:
+        _refuse(self.path, expected, actual)
+
+
+def _refuse(path: str, expected: str, actual: str) -> NoReturn:
+    raise CorruptionError(
+        "This torch file is damaged, or declares what it does not hold",
+        path=path,
+        expected=expected,
+        actual=actual,
+        remedy=_REMEDY,
+    )

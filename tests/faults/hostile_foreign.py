@@ -1,0 +1,556 @@
+"""Files of other formats that someone made to do harm. Each attack makes something in a folder of
+its own, and returns the path to be opened."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import pickle
+import socket
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from shardckpt.convert.whole_files import DIGEST, TREE, write_many, write_one
+from tests.faults.hostile import Evil
+
+Attack = Callable[[Path], Path]
+STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.int8)}
+
+
+def lone(name: str) -> Attack:
+    def make(folder: Path) -> Path:
+        write_one(STATE, str(folder / name), overwrite=False)
+        return folder / name
+
+    return make
+
+
+def components(file_format: Any) -> Attack:
+    def make(folder: Path) -> Path:
+        write_many(STATE, str(folder / "parts"), file_format, overwrite=False)
+        return folder / "parts"
+
+    return make
+
+
+@functools.cache
+def dcp_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        dcp.save({"a": STATE["a"], "n": 1}, checkpoint_id=folder, no_dist=True)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def dcp_folder(folder: Path) -> Path:
+    made = folder / "dcp"
+    made.mkdir(exist_ok=True)
+    for file_name, data in dcp_files().items():
+        (made / file_name).write_bytes(data)
+    return made
+
+
+def hub(folder: Path) -> Path:
+    """As the hub's cache has it: links to blobs."""
+    made, blobs = folder / "models--x/snapshots/rev", folder / "models--x/blobs"
+    made.mkdir(parents=True)
+    blobs.mkdir()
+    save_file(STATE, blobs / "0")
+    (made / "model.safetensors").symlink_to("../../blobs/0")
+    return made
+
+
+def hugging_face(folder: Path) -> Path:
+    made = folder / "hf"
+    made.mkdir()
+    save_file(STATE, made / "model-00001-of-00001.safetensors")
+    places = dict.fromkeys(STATE, "model-00001-of-00001.safetensors")
+    (made / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return made
+
+
+GOOD: dict[str, Attack] = {
+    "pth": lone("x.pth"),
+    "pt": lone("x.pt"),
+    "safetensors": lone("x.safetensors"),
+    "components": components("torch"),
+    "safetensors components": components("safetensors"),
+    "dcp": dcp_folder,
+    "hub": hub,
+    "hugging face": hugging_face,
+}
+
+
+# Something else in place of a file.
+
+
+def to_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # its name has 107 bytes at most
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+    os.chdir(here)
+
+
+def sparse(size_bytes: int) -> Callable[[Path], Any]:
+    def make(path: Path) -> None:
+        path.write_bytes(b"")
+        os.truncate(path, size_bytes)
+
+    return make
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "a pipe": os.mkfifo,
+    "a directory": os.mkdir,
+    "a socket": to_socket,
+    "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
+    "a terabyte of nothing": sparse(1 << 40),
+    "empty": sparse(0),
+}
+PLACES: dict[str, tuple[str, str]] = {
+    "a torch file": ("pth", ""),
+    "a .pt file": ("pt", ""),
+    "a safetensors file": ("safetensors", ""),
+    "components.json": ("components", "components.json"),
+    "a component": ("components", "a.pth"),
+    "a safetensors component": ("safetensors components", "a.safetensors"),
+    ".metadata": ("dcp", ".metadata"),
+    "a data file of DCP": ("dcp", "__0_0.distcp"),
+    "the hub's link": ("hub", "model.safetensors"),
+    "an index of Hugging Face": ("hugging face", "model.safetensors.index.json"),
+    "a file of Hugging Face": ("hugging face", "model-00001-of-00001.safetensors"),
+}
+
+
+def instead(good: str, name: str, kind: Callable[[Path], Any]) -> Attack:
+    def make(folder: Path) -> Path:
+        made = GOOD[good](folder)
+        (made / name if name else made).unlink()
+        kind(made / name if name else made)
+        return made
+
+    return make
+
+
+def linked_out(good: str, name: str) -> Attack:
+    """A good file, to which a link leads out of the checkpoint."""
+
+    def make(folder: Path) -> Path:
+        made = GOOD[good](folder)
+        (made / name).rename(folder / "elsewhere")
+        (made / name).symlink_to("../elsewhere")
+        return made
+
+    return make
+
+
+# Pickles.
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def name(module: str, qualname: str) -> bytes:
+    return f"c{module}\n{qualname}\n".encode()
+
+
+def call(module: str, qualname: str, arguments: bytes) -> bytes:
+    return name(module, qualname) + b"(" + arguments + b"tR"
+
+
+def state(value: bytes) -> bytes:
+    """The pickle of a dict with this value."""
+    return b"\x80\x02}" + text("a") + value + b"s."
+
+
+def whole(number: int) -> bytes:
+    return b"\x8a\x0a" + number.to_bytes(10, "little", signed=True)
+
+
+STORAGE = (
+    b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x06tQ"
+)
+HOOKS = name("collections", "OrderedDict") + b")R"
+
+
+def tensor(offset: int, size: list[int], stride: list[int], storage: bytes = STORAGE) -> bytes:
+    shape, steps = (b"(" + b"".join(map(whole, n)) + b"t" for n in (size, stride))
+    arguments = storage + whole(offset) + shape + steps + b"\x89" + HOOKS
+    return call("torch._utils", "_rebuild_tensor_v2", arguments)
+
+
+def laughs() -> bytes:
+    return state(b"]q\x00" + b"".join(b"](h%cj%sh%ce" % (i, struct.pack("<I", i), i) + b"q%c" % (i + 1)
+                                      for i in range(40)))  # fmt: skip
+
+
+PICKLES: dict[str, bytes] = {
+    "runs a command": pickle.dumps(Evil(), protocol=2),
+    "runs a command, protocol 0": pickle.dumps(Evil(), protocol=0),
+    "runs a command, protocol 4": pickle.dumps({"a": Evil()}, protocol=4),
+    "runs eval": state(call("builtins", "eval", text("1"))),
+    "a memo index of 2**31": b"\x80\x02Nr\xff\xff\xff\x7f.",
+    "a memo index of 2**24": b"\x80\x02Nr\x00\x00\x00\x01.",
+    "bytes of 1 TB": b"\x80\x04\x8e" + struct.pack("<Q", 10**12) + b"x.",
+    "text of 1 TB": b"\x80\x04\x8d" + struct.pack("<Q", 10**12) + b"x.",
+    "a bytearray of 1 TB": b"\x80\x05\x96" + struct.pack("<Q", 10**12) + b"x.",
+    "text of 4 GB": b"\x80\x02X\xff\xff\xff\xffx.",
+    "a frame of 1 TB": b"\x80\x04\x95" + struct.pack("<Q", 10**12) + b"N.",
+    "3,000,000 marks": b"\x80\x02" + b"(" * 3_000_000 + b"t.",
+    "a class of copyreg's registry": b"\x80\x02\x82\x01.",
+    "a persistent id as text": b"\x80\x02Pos.system\n.",
+    "an instance in text": b"\x80\x02(ios\nsystem\n.",
+    "an int of a million digits": b"\x80\x02L" + b"9" * 1_000_000 + b"L\n.",
+    "a name without an end": b"\x80\x02c" + b"x" * 100_000,
+    "an empty stack": b"\x80\x020000.",
+    "nothing in the memo": b"\x80\x02h\x07.",
+    "out-of-band data": b"\x80\x05\x97.",
+    "100,000 levels": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "a list in itself": state(b"]q\x00h\x00a"),
+    "2**40 shared lists": laughs(),
+    "bytes after the end": state(b"N") + b"N.",
+    "cut": state(b"N")[:-1],
+    "no dict": b"\x80\x02K\x01.",
+}
+TORCH_PICKLES: dict[str, bytes] = {
+    "a bytearray of 1 TiB": state(call("builtins", "bytearray", whole(1 << 40))),
+    "a bytearray through torch": state(
+        call("torch._tensor", "_rebuild_from_type_v2", name("builtins", "bytearray")
+             + name("torch", "Tensor") + b"(" + whole(1 << 40) + b"tN")
+    ),
+    "a tensor of 4 TiB without data": state(call("torch", "FloatTensor", whole(1 << 40))),
+    "a storage of 1 TiB without data": state(call("torch", "FloatStorage", whole(1 << 40))),
+    "text in a codec": state(call("_codecs", "encode", text("x" * 100) + text("punycode"))),
+    "a nested tensor beyond its data": state(
+        call("torch._utils", "_rebuild_nested_tensor", STORAGE * 4)
+    ),
+    "a wrapper": state(call("torch._utils", "_rebuild_wrapper_subclass", STORAGE * 8)),
+    "a tensor of 4 TB, expanded": state(tensor(0, [10**6, 10**6], [0, 0])),
+    "a tensor beyond its storage": state(tensor(0, [7], [1])),
+    "an offset beyond its storage": state(tensor(1 << 40, [1], [1])),
+    "a negative offset": state(tensor(-1, [1], [1])),
+    "a negative stride": state(tensor(5, [3], [-1])),
+    "a negative size": state(tensor(0, [-1], [1])),
+    "a shape that overflows": state(tensor(0, [1 << 62, 1 << 62], [0, 0])),
+    "strides that overflow": state(tensor(0, [2, 2], [1 << 62, 1 << 62])),
+    "a storage of a terabyte": state(tensor(0, [1], [1], STORAGE.replace(b"K\x06", whole(1 << 38)))),
+    "a storage that is not there": state(tensor(0, [1], [1], STORAGE.replace(text("0"), text("9")))),
+    "a storage elsewhere": state(tensor(0, [1], [1], STORAGE.replace(text("0"), text("../x")))),
+    "another persistent id": state(b"K\x07Q"),
+    "a tensor with another storage": state(tensor(0, [1], [1]) + b"(" + STORAGE + b"K\x00tb"),
+    "a parameter of a storage": state(
+        call("torch._utils", "_rebuild_parameter", STORAGE + b"\x89" + HOOKS)
+    ),
+}  # fmt: skip
+
+
+def archive(pickled: bytes, *, kind: int = zipfile.ZIP_STORED, **more: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", kind) as made:
+        for entry, data in {
+            "data.pkl": pickled,
+            "data/0": bytes(24),
+            "version": b"3\n",
+            **more,
+        }.items():
+            made.writestr(f"x/{entry}", data)
+    return file.getvalue()
+
+
+def raw(file_name: str, make: Callable[[], bytes] | bytes) -> Attack:
+    def attack(folder: Path) -> Path:
+        (folder / file_name).write_bytes(make if isinstance(make, bytes) else make())
+        return folder / file_name
+
+    return attack
+
+
+def with_metadata(pickled: bytes) -> Attack:
+    def attack(folder: Path) -> Path:
+        (dcp_folder(folder) / ".metadata").write_bytes(pickled)
+        return folder / "dcp"
+
+    return attack
+
+
+GOOD_ZIP = archive(state(tensor(0, [6], [1])))
+
+
+def legacy(pickled: bytes) -> bytes:
+    file = io.BytesIO()
+    torch.save({}, file, _use_new_zipfile_serialization=False)
+    system = file.getvalue().rpartition(b"\x80\x02}q\x00.")[0]
+    return system + pickled + b"\x80\x02]X\x01\x00\x00\x000a." + struct.pack("<q", 6) + bytes(24)
+
+
+LEGACY_STORAGE = STORAGE.replace(b"K\x06tQ", b"K\x06NtQ")
+
+
+def old(pickled: bytes) -> bytes:
+    return legacy(pickled.replace(STORAGE, LEGACY_STORAGE))
+
+
+TORCH_FILES: dict[str, Callable[[], bytes] | bytes] = {
+    "records that inflate to 256 MB": lambda: archive(
+        state(tensor(0, [6], [1])), kind=zipfile.ZIP_DEFLATED, **{"data/1": bytes(1 << 28)}
+    ),
+    "a pickle that inflates": lambda: archive(bytes(1 << 26), kind=zipfile.ZIP_DEFLATED),
+    "a zip with a comment": GOOD_ZIP[:-2] + b"\x04\x00zip!",
+    "bytes before the zip": b"PK\x03\x04" + GOOD_ZIP,
+    "bytes after the zip": GOOD_ZIP + bytes(100),
+    "a zip that is cut": GOOD_ZIP[:-30],
+    "a directory of a zip that lies elsewhere": GOOD_ZIP[:-6] + struct.pack("<IH", 1 << 31, 0),
+    "a zip without a pickle": archive(b"").replace(b"data.pkl", b"data.pkx"),
+    "a pickle twice, by case": archive(state(b"N"), **{"DATA.pkl": state(b"N")}),
+    "old: a tensor of 4 TiB": old(state(tensor(0, [1 << 40], [0]))),
+    "old: a storage of 1 TiB": old(
+        state(tensor(0, [1], [1], LEGACY_STORAGE.replace(b"K\x06", whole(1 << 38))))
+    ),
+    "old: a tensor that grows its storage": old(state(tensor(0, [1 << 28], [1]))),
+    "old: a command": old(pickle.dumps(Evil(), protocol=2)),
+    "old: a bytearray of 1 TiB": old(state(call("builtins", "bytearray", whole(1 << 40)))),
+    "old: a memo index of 2**31": old(b"\x80\x02Nr\xff\xff\xff\x7f."),
+    "old: cut": old(state(b"N"))[:60],
+    "a tar file": b"x".ljust(257, b"\0") + b"ustar\0" + bytes(1000),
+    "text": b"import os; os.system('touch /tmp/shardckpt-was-here')\n",
+}  # fmt: skip
+
+
+# safetensors.
+
+
+def st_file(header: Any, data: bytes = bytes(16), *, length: int | None = None) -> Attack:
+    written = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = struct.pack("<Q", len(written) if length is None else length)
+    return raw("x.safetensors", size + written + data)
+
+
+def sealed(old: bytes, new: bytes) -> Attack:
+    """A file of ours, with bytes that are others."""
+
+    def attack(folder: Path) -> Path:
+        path = lone("x.safetensors")(folder)
+        data = path.read_bytes()
+        assert old in data
+        path.write_bytes(data.replace(old, new, 1))
+        return path
+
+    return attack
+
+
+def flipped(key: str, at: int, bit: int) -> Attack:
+    changed = bytearray(key.encode())
+    changed[at] ^= 1 << bit
+    return sealed(key.encode(), bytes(changed))
+
+
+PAIR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+SEALED = {"shardckpt.digest": "0" * 32}
+SAFETENSORS: dict[str, Attack] = {
+    "a header of 1 TB": st_file({}, length=1 << 40),
+    "a header of 2**64 - 1": st_file({}, length=(1 << 64) - 1),
+    "a header of 0 bytes": st_file({}, length=0),
+    "a key twice": st_file(b'{"a":%s,"a":%s}' % ((json.dumps(PAIR).encode(),) * 2)),
+    "metadata twice": st_file(b'{"__metadata__":{"a":"b","a":"c"},"a":%s}' % json.dumps(PAIR).encode()),
+    "tensors that overlap": st_file({"a": PAIR, "b": PAIR}),
+    "a hole": st_file({"a": {**PAIR, "shape": [3], "data_offsets": [4, 16]}}),
+    "a shape that overflows": st_file({"a": {**PAIR, "shape": [1 << 62, 1 << 62]}}),
+    "a shape of 2**64": st_file({"a": {**PAIR, "shape": [1 << 64]}}),
+    "a negative shape": st_file({"a": {**PAIR, "shape": [-4]}}),
+    "an unknown dtype": st_file({"a": {**PAIR, "dtype": "PICKLE"}}),
+    "metadata of numbers": st_file({"__metadata__": {"a": 1}, "a": PAIR}),
+    "metadata that is a list": st_file({"__metadata__": [], "a": PAIR}),
+    "a header that is a list": st_file(b"[]"),
+    "a header of 100,000 levels": st_file(b'{"a":' * 100_000),
+    "a header that is not text": st_file(b"{\xff\xff}"),
+    "bytes after the data": st_file({"a": PAIR}, bytes(17)),
+    "a tree of a tensor that is not there": st_file(
+        {"__metadata__": {TREE: '{"x":{"$tensor":"no"}}', **SEALED}, "a": PAIR}
+    ),
+    "a tree of 100,000 levels": st_file(
+        {"__metadata__": {TREE: "[" * 100_000 + "]" * 100_000, **SEALED}, "a": PAIR}
+    ),
+    "a tree that is not JSON": st_file({"__metadata__": {TREE: "{", **SEALED}, "a": PAIR}),
+    "a tree with a call": st_file(
+        {"__metadata__": {TREE: '{"x":{"$call":["os","system"]}}', **SEALED}, "a": PAIR}
+    ),
+    "a digest that is not there": st_file({"__metadata__": {TREE: "{}"}, "a": PAIR}),
+    "a tree that is not there": st_file({"__metadata__": SEALED, "a": PAIR}),
+    "a digest of another file": sealed(b"shardckpt.digest\":\"", b"shardckpt.digest\":\"f"),
+    "data of another file": sealed(struct.pack("<f", 5.0), struct.pack("<f", 6.0)),
+    **{
+        f"bit {bit} of character {at} of {key}": flipped(key, at, bit)
+        for key in (TREE, DIGEST)
+        for at, bit in ((0, 0), (5, 4), (9, 2), (len(key) - 1, 0))
+    },
+}  # fmt: skip
+
+
+# DCP.
+
+
+def dcp_with(change: Callable[[Any], Any], path: str | None = None, **place: Any) -> Attack:
+    """Changes to DCP's metadata of the tensor "a"."""
+
+    def attack(folder: Path) -> Path:
+        made = dcp_folder(folder)
+        metadata = pickle.loads((made / ".metadata").read_bytes())
+        for index, info in list(metadata.storage_data.items()):
+            if index.fqn == "a":
+                facts = {"offset": info.offset, "length": info.length, **place}
+                name = path if path is not None else info.relative_path
+                metadata.storage_data[index] = _StorageInfo(name, **facts)
+        change(metadata)
+        (made / ".metadata").write_bytes(pickle.dumps(metadata))
+        return made
+
+    return attack
+
+
+def nothing(metadata: Any) -> None:
+    pass
+
+
+def entry(**facts: Any) -> Callable[[Any], Any]:
+    return lambda metadata: metadata.state_dict_metadata["a"].__dict__.update(facts)
+
+
+def chunk(offsets: Any, sizes: Any) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets, sizes)
+
+
+HUGE = torch.Size([10**12])
+DCP: dict[str, Attack] = {
+    "a path with ../": dcp_with(nothing, "../secret.distcp"),
+    "an absolute path": dcp_with(nothing, "/etc/passwd"),
+    "an empty path": dcp_with(nothing, ""),
+    "the path ..": dcp_with(nothing, ".."),
+    "a path with NUL": dcp_with(nothing, "x\0"),
+    "a path in a folder": dcp_with(nothing, "x/__0_0.distcp"),
+    "a file that is not there": dcp_with(nothing, "__9_9.distcp"),
+    "a data file that is a link": linked_out("dcp", "__0_0.distcp"),
+    "metadata that is a link": linked_out("dcp", ".metadata"),
+    "a negative offset": dcp_with(nothing, offset=-5),
+    "a length of 1e15": dcp_with(nothing, length=10**15),
+    "a negative length": dcp_with(nothing, length=-1),
+    "an offset that is text": dcp_with(nothing, offset="0"),
+    "4 TB in no chunk": dcp_with(entry(size=HUGE, chunks=[])),
+    "4 TB in a chunk": dcp_with(entry(size=HUGE, chunks=[chunk(torch.Size([0]), HUGE)])),
+    "a hole": dcp_with(entry(size=torch.Size([2, 4]))),
+    "chunks that overlap": dcp_with(
+        entry(chunks=[chunk(torch.Size([0, 0]), torch.Size([2, 3]))] * 2)
+    ),
+    "chunks of other dimensions": dcp_with(
+        entry(chunks=[chunk(torch.Size([0]), torch.Size([6]))])
+    ),
+    "a negative box": dcp_with(entry(chunks=[chunk(torch.Size([-1, 0]), torch.Size([3, 3]))])),
+    "a box at 2**63 - 1": dcp_with(
+        entry(chunks=[chunk(torch.Size([2**63 - 1, 0]), torch.Size([2, 3]))])
+    ),
+    "chunks that are text": dcp_with(entry(chunks="ab")),
+    "a size that is text": dcp_with(entry(size="ab")),
+    "65 dimensions": dcp_with(entry(size=torch.Size([1] * 65), chunks=[])),
+    "no properties": dcp_with(entry(properties=None)),
+    "no data": dcp_with(lambda metadata: metadata.storage_data.clear()),
+    "storage data that is a list": dcp_with(lambda metadata: setattr(metadata, "storage_data", [])),
+    "entries that are a list": dcp_with(lambda m: setattr(m, "state_dict_metadata", [])),
+    "paths that are numbers": dcp_with(lambda metadata: setattr(metadata, "planner_data", {"a": 1})),
+    "a class that is changed": with_metadata(
+        b"\x80\x02" + name("torch.distributed.checkpoint.metadata", "Metadata")
+        + b"N}" + text("hole") + b"K\x01s\x86b."
+    ),
+    "a value that runs a command": lambda folder: evil_value(folder),
+}  # fmt: skip
+
+
+def evil_value(folder: Path) -> Path:
+    made = dcp_with(nothing, "__1_0.distcp", offset=0, length=0)(folder)
+    file = io.BytesIO()
+    torch.save(Evil(), file)
+    (made / "__1_0.distcp").write_bytes(file.getvalue())
+    return dcp_with(nothing, "__1_0.distcp", offset=0, length=len(file.getvalue()))(folder)
+
+
+# Indexes.
+
+
+def index_of(good: str, file_name: str, content: Any) -> Attack:
+    def attack(folder: Path) -> Path:
+        made = GOOD[good](folder)
+        written = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (made / file_name).write_bytes(written)
+        return made
+
+    return attack
+
+
+def hf_index(content: Any) -> Attack:
+    return index_of("hugging face", "model.safetensors.index.json", content)
+
+
+def parts_index(content: Any) -> Attack:
+    return index_of("components", "components.json", content)
+
+
+def part(file_name: Any) -> Attack:
+    return parts_index({"files": {"a": {"name": file_name, "xxh3_128": "0" * 32}}})
+
+
+NAMES: dict[str, Any] = {
+    "../": "../elsewhere", "absolute": "/etc/passwd", "..": "..", "empty": "", "NUL": "x\0",
+    "not there": "no.safetensors", "a number": 7,
+}  # fmt: skip
+INDEXES: dict[str, Attack] = {
+    **{f"hugging face, {what}": hf_index({"weight_map": {"a": n}}) for what, n in NAMES.items()},
+    **{f"components, {what}": part(n) for what, n in NAMES.items()},
+    "hugging face, a list": hf_index([]),
+    "hugging face, no map": hf_index({"metadata": {}}),
+    "hugging face, 100,000 levels": hf_index(b'{"weight_map":' * 100_000),
+    "hugging face, a million digits": hf_index(b'{"weight_map":' + b"9" * 1_000_000 + b"}"),
+    "hugging face, a pickle": hf_index(pickle.dumps(Evil())),
+    "hugging face, a sparse GB": lambda folder: sparse_index(folder),
+    "hugging face, a link that leads out": linked_out(
+        "hugging face", "model-00001-of-00001.safetensors"
+    ),
+    "components, a list": parts_index({"files": [1, 2]}),
+    "components, 100,000 levels": parts_index(b"[" * 100_000),
+    "components, a pickle": parts_index(pickle.dumps(Evil())),
+    "components, a link that leads out": linked_out("components", "a.pth"),
+    "components, a digest that is a number": parts_index(
+        {"files": {"a": {"name": "a.pth", "xxh3_128": 1}}}
+    ),
+}
+
+
+def sparse_index(folder: Path) -> Path:
+    made = hugging_face(folder)
+    os.truncate(made / "model.safetensors.index.json", 1 << 30)
+    return made
+
+
+FOREIGN: dict[str, Attack] = {
+    **{
+        f"{kind} for {place}": instead(*where, make)
+        for place, where in PLACES.items()
+        for kind, make in KINDS.items()
+    },
+    **{f"torch: {what}": raw("x.pth", archive(p)) for what, p in {**PICKLES, **TORCH_PICKLES}.items()},
+    **{f"lightning: {what}": raw("x.ckpt", archive(p)) for what, p in TORCH_PICKLES.items()},
+    **{f"metadata: {what}": with_metadata(p) for what, p in PICKLES.items()},
+    **{f"torch file: {what}": raw("x.pth", made) for what, made in TORCH_FILES.items()},
+    **{f"safetensors: {what}": attack for what, attack in SAFETENSORS.items()},
+    **{f"dcp: {what}": attack for what, attack in DCP.items()},
+    **{f"index: {what}": attack for what, attack in INDEXES.items()},
+}  # fmt: skip
