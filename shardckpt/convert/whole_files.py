@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from shardckpt.convert.foreign_file import file_in, open_regular, read_small
+from shardckpt.convert.foreign_file import check_regular, file_in, open_regular, read_small
 from shardckpt.convert.torch_file import load_torch_file
 from shardckpt.errors import (
     CheckpointNotFoundError,
@@ -132,6 +132,7 @@ def read_many(folder: str) -> dict[str, Any]:
         index = msgspec.json.decode(read_small(file_in(folder, INDEX)), type=_Components)
         for key, entry in index.files.items():
             path = file_in(folder, entry.name)
+            check_regular(path)
             item = read_one(path, check=False)  # a file that declares too much is not read through
             found = _digest(path)
             if found != entry.xxh3_128:

@@ -8,12 +8,19 @@ import importlib
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from shardckpt.convert import dcp, dcp_metadata, foreign_file, safetensors_files, torch_file
-from shardckpt.convert import whole_files
+from shardckpt.convert import (
+    dcp,
+    dcp_metadata,
+    foreign_file,
+    safetensors_files,
+    torch_file,
+    whole_files,
+)
 from shardckpt.format import values
 
 
@@ -34,9 +41,9 @@ def pickle_not_scanned() -> None:
 
 
 def kind_of_file_unchecked() -> None:
-    for module in (foreign_file, dcp):
+    for module in (foreign_file, whole_files, dcp):
         module.check_regular = os.stat  # type: ignore[attr-defined]
-    whole_files.load_torch_file = lambda path: open(path, "rb").read()
+    whole_files.load_torch_file = lambda path: Path(path).read_bytes()
 
 
 def names_followed() -> None:
