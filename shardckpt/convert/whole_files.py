@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from shardckpt.convert.foreign_file import file_in, open_regular, read_small
+from shardckpt.convert.foreign_file import check_regular, file_in, open_regular, read_small
 from shardckpt.convert.refusals import plain_text, refusal, refused_name
 from shardckpt.convert.torch_file import LoadTorch, load_torch, load_torch_file
 from shardckpt.errors import (
@@ -179,6 +179,7 @@ def read_many(folder: str) -> dict[str, Any]:
         index = msgspec.json.decode(read_small(file_in(folder, INDEX)), type=_Components)
         for key, entry in index.files.items():
             path = file_in(folder, entry.name)
+            check_regular(path)
             item = read_one(path, check=False)  # a file that declares too much is not read through
             found = _digest(path)
             if found != entry.xxh3_128:

@@ -117,7 +117,7 @@ class Evil:
     """What a pickle would run."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch /tmp/shardckpt-was-here",)
+        return os.system, ("touch shardckpt-was-here",)
 
 
 def shard(**facts: Any) -> Attack:

@@ -8,6 +8,7 @@ import importlib
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,9 +41,9 @@ def pickle_not_scanned() -> None:
 
 
 def kind_of_file_unchecked() -> None:
-    for module in (foreign_file, dcp):
+    for module in (foreign_file, whole_files, dcp):
         module.check_regular = os.stat  # type: ignore[attr-defined]
-    whole_files.load_torch_file = lambda path: open(path, "rb").read()
+    whole_files.load_torch_file = lambda path: Path(path).read_bytes()
 
 
 def names_followed() -> None:
