@@ -9,7 +9,6 @@ from torch import nn, optim
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 
 import shardckpt
 from tests.distributed.jobs import full
@@ -70,17 +69,25 @@ class Wrapped(optim.Optimizer):
         self.base.load_state_dict(state["base"])
 
 
+def zero(parameters):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch's own code
+
+    return ZeroRedundancyOptimizer(parameters, optim.AdamW, lr=0.1)
+
+
+def local(parameters):
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    averager = PeriodicModelAverager(period=4, warmup_steps=2)
+    return PostLocalSGDOptimizer(optim.SGD(parameters, lr=0.1, momentum=0.9), averager)
+
+
 JOBS = {
     "lists": (sharded, Pair),
     "wrapped": (sharded, Wrapped),
     "factored": (sharded, lambda p: optim.Adafactor(p, lr=0.1)),
-    "zero": (ddp, lambda p: ZeroRedundancyOptimizer(p, optim.AdamW, lr=0.1)),
-    "local": (
-        ddp,
-        lambda p: PostLocalSGDOptimizer(
-            optim.SGD(p, lr=0.1, momentum=0.9), PeriodicModelAverager(period=4, warmup_steps=2)
-        ),
-    ),
+    "zero": (ddp, zero),
+    "local": (ddp, local),
 }
 
 
