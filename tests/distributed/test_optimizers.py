@@ -85,7 +85,6 @@ def local(parameters):
 JOBS = {
     "lists": (sharded, Pair),
     "wrapped": (sharded, Wrapped),
-    "factored": (sharded, lambda p: optim.Adafactor(p, lr=0.1)),
     "zero": (ddp, zero),
     "local": (ddp, local),
 }
