@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +59,12 @@ def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish
         if owner is not None:
             form = _TorchForm(matcher, owner, packed, place)
             own.append(form)
-            keys = [
-                key for key in (node if isinstance(node, dict) else {}) if key not in TORCH_KEYS
-            ]
-            rest = {key: match(packed.get(key), below(place, key)) for key in keys}
-            for key in packed.keys() - rest.keys() - set(TORCH_KEYS):
-                matcher.mismatches.missing.append(below(place, key))
-                rest[key] = functools.partial(packed.__getitem__, key)
+            keys = dict.fromkeys((*packed, *(node if isinstance(node, dict) else ())))
+            rest = {
+                key: match(packed.get(key), below(place, key))
+                for key in keys
+                if key not in TORCH_KEYS
+            }
 
             def whole() -> Any:
                 return {**form.finish(), **{key: part() for key, part in rest.items()}}

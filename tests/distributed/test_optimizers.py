@@ -9,7 +9,6 @@ from torch import nn, optim
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 
 import shardckpt
 from tests.distributed.jobs import full
@@ -70,17 +69,24 @@ class Wrapped(optim.Optimizer):
         self.base.load_state_dict(state["base"])
 
 
+def zero(parameters):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch's own code
+
+    return ZeroRedundancyOptimizer(parameters, optim.AdamW, lr=0.1)
+
+
+def local(parameters):
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    averager = PeriodicModelAverager(period=4, warmup_steps=2)
+    return PostLocalSGDOptimizer(optim.SGD(parameters, lr=0.1, momentum=0.9), averager)
+
+
 JOBS = {
     "lists": (sharded, Pair),
     "wrapped": (sharded, Wrapped),
-    "factored": (sharded, lambda p: optim.Adafactor(p, lr=0.1)),
-    "zero": (ddp, lambda p: ZeroRedundancyOptimizer(p, optim.AdamW, lr=0.1)),
-    "local": (
-        ddp,
-        lambda p: PostLocalSGDOptimizer(
-            optim.SGD(p, lr=0.1, momentum=0.9), PeriodicModelAverager(period=4, warmup_steps=2)
-        ),
-    ),
+    "zero": (ddp, zero),
+    "local": (ddp, local),
 }
 
 
@@ -93,7 +99,7 @@ def save(name, path):
     shardckpt.save({"m": module, "o": optimizer}, path / "c")
     shardckpt.async_save({"m": module, "o": optimizer}, path / "async").result()
     step(module, optimizer)
-    return full(next(module.parameters()).detach())
+    return full(next(module.parameters()).detach()).tolist()
 
 
 def load(name, path):
@@ -104,7 +110,7 @@ def load(name, path):
         optimizer = make(module.parameters())
         shardckpt.load({"m": module, "o": optimizer}, path / saved)
         step(module, optimizer)
-        found.append(full(next(module.parameters()).detach()))
+        found.append(full(next(module.parameters()).detach()).tolist())
     return found
 
 
@@ -114,7 +120,7 @@ def test_goes_on_on_another_number_of_ranks(tmp_path, name, world_size):
     weight = run_ranks(2, save, name, tmp_path)[0]
     for found in run_ranks(world_size, load, name, tmp_path):
         for other in found:
-            assert torch.allclose(weight, other, atol=1e-6)
+            assert torch.allclose(torch.tensor(weight), torch.tensor(other), atol=1e-6)
 
 
 def test_zero_redundancy_state_loads_into_the_plain_optimizer(tmp_path):
@@ -123,4 +129,4 @@ def test_zero_redundancy_state_loads_into_the_plain_optimizer(tmp_path):
     optimizer = optim.AdamW(module.parameters(), lr=0.1)
     shardckpt.load({"m": module, "o": optimizer}, tmp_path / "c")
     step(module, optimizer)
-    assert torch.allclose(weight, next(module.parameters()), atol=1e-6)
+    assert torch.allclose(torch.tensor(weight), next(module.parameters()), atol=1e-6)
