@@ -74,7 +74,7 @@ def too_long(source: str, *, lines: int, function_lines: int) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_and_functions_stay_short(path):
-    assert not too_long(path.read_text(), lines=400, function_lines=75)
+    assert not too_long(path.read_text(), lines=450, function_lines=75)
 
 
 def test_a_long_function_would_be_seen():
