@@ -10,8 +10,8 @@ from shardckpt._version import __version__
 if TYPE_CHECKING:
     from shardckpt.api import async_save, load, load_state, open_checkpoint, save
     from shardckpt.checkpoint import Checkpoint
-    from shardckpt.coordination.mpi.group import init_from_mpi
-    from shardckpt.coordination.select import alone
+    from shardckpt.coordination.process_group import init_from_mpi
+    from shardckpt.coordination.resolve import alone
     from shardckpt.errors import ShardckptError
     from shardckpt.integrations.dcp import (
         ReshardLoadPlanner,
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     )
     from shardckpt.nn_handler import NNHandler
     from shardckpt.nn_handler.trust import trust
-    from shardckpt.planning.arrays import ShardedArray
-    from shardckpt.planning.markers import FromRank0, PerRank, Union
     from shardckpt.reports import LoadReport, SaveReport
+    from shardckpt.state.markers import FromRank0, PerRank, Union
+    from shardckpt.state.sharded_array import ShardedArray
 
 __all__ = [
     "Checkpoint",

@@ -16,8 +16,8 @@ from torch import nn
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
-from shardckpt.execution import shard_files
 from shardckpt.format.dtypes import DTYPES
+from shardckpt.saving import rank_writer as shard_files
 
 
 class Colour(enum.Enum):

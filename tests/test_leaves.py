@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 import shardckpt
 from shardckpt import errors
 from shardckpt.convert.convert import convert
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from tests.state_rows_leaves import ROWS, Frozen, Pair, Progress
 
 

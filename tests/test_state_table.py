@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 import shardckpt
 from shardckpt import PerRank, errors
-from shardckpt.execution.reshard import reshard as write_anew
+from shardckpt.maintenance.reshard import reshard as write_anew
 from shardckpt.storage.local import LocalStorage
 from tests.ranks import RankError, on_world_sizes, run_ranks
 from tests.state_kinds import tensors as _tensors  # noqa: F401  (registers its rows)

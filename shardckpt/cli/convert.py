@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.progress import progress_bar, size_text
-from shardckpt.cli.team import say, shared
 from shardckpt.convert.convert import FORMATS, convert_source, open_source
 from shardckpt.reports import ConvertReport
 

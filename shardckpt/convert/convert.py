@@ -16,28 +16,28 @@ from shardckpt.convert.safetensors_files import (
     open_hugging_face,
     open_safetensors,
 )
-from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
-from shardckpt.convert.targets import Target
-from shardckpt.convert.torch_files import open_torch_file, open_torch_folder
-from shardckpt.convert.whole_files import (
+from shardckpt.convert.single_files import (
     INDEX,
     is_one_file,
     is_one_file_there,
     read_many,
     write_one,
 )
+from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
+from shardckpt.convert.targets import Target
+from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
-from shardckpt.execution.reshard import reshard, rewrite
-from shardckpt.execution.source import Source
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.maintenance.reshard import reshard, rewrite
+from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import ConvertReport
+from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.paths import local_path
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 

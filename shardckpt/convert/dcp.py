@@ -28,9 +28,9 @@ from shardckpt.convert.layouts import left_beside, writer_of
 from shardckpt.convert.pickle_scan import Readable
 from shardckpt.convert.refusals import plain_text, refusal
 from shardckpt.convert.sources import Foreign, Origin, foreign
-from shardckpt.convert.torch_file import LoadTorch, load_torch, load_torch_part
-from shardckpt.convert.torch_files import read_objects
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
+from shardckpt.convert.torch_reader import LoadTorch, load_torch, load_torch_part
+from shardckpt.convert.torch_sources import read_objects
 from shardckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -39,9 +39,9 @@ from shardckpt.errors import (
     NotACheckpointError,
     UnsupportedLeafError,
 )
-from shardckpt.format.boxes import find_gap
-from shardckpt.planning.chunks import box_slices
-from shardckpt.storage.system import translated
+from shardckpt.format.tiling import find_gap
+from shardckpt.state.local_chunks import box_slices
+from shardckpt.storage.posix import translated
 
 __all__ = ["DcpCheckpoint", "fsdp_parts", "is_dcp", "open_fsdp"]
 

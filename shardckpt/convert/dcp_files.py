@@ -32,21 +32,21 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from shardckpt.convert.single_files import save_torch
 from shardckpt.convert.sources import state_of
 from shardckpt.convert.targets import Folder
-from shardckpt.convert.whole_files import save_torch
 from shardckpt.coordination.base import Coordinator
-from shardckpt.execution.reshard import even_plan
-from shardckpt.execution.source import Source
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.values import TensorRef
+from shardckpt.format.typed_json import TensorRef
 from shardckpt.integrations.dcp.reader import dcp_entries
-from shardckpt.planning.saved import SavedState
+from shardckpt.maintenance.reshard import even_plan
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.atomic_write import AtomicWrite, stream_to
+from shardckpt.storage.deletion import exists
 from shardckpt.storage.local import LocalFile
-from shardckpt.storage.removal import exists
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 __all__ = ["DcpFolder"]
 

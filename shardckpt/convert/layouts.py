@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from shardckpt.errors import NotACheckpointError
 from shardckpt.storage.base import MANIFEST_NAME
-from shardckpt.storage.system import translated
+from shardckpt.storage.posix import translated
 
 __all__ = ["WEIGHTS", "companions", "left_beside", "names_in", "raise_unreadable", "writer_of"]
 

@@ -20,10 +20,7 @@ from safetensors import safe_open
 
 from shardckpt.convert.foreign_file import file_in, read_small
 from shardckpt.convert.layouts import companions, left_beside, writer_of
-from shardckpt.convert.sources import Foreign, LazyTensor, Origin, origin_of, plain_tree
-from shardckpt.convert.targets import Folder, Target
-from shardckpt.convert.torch_files import Index
-from shardckpt.convert.whole_files import (
+from shardckpt.convert.single_files import (
     DIGEST,
     TREE,
     UNSEALED,
@@ -33,21 +30,24 @@ from shardckpt.convert.whole_files import (
     read_metadata,
     seal,
 )
+from shardckpt.convert.sources import Foreign, LazyTensor, Origin, origin_of, plain_tree
+from shardckpt.convert.targets import Folder, Target
+from shardckpt.convert.torch_sources import Index
 from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
-from shardckpt.execution.source import Source
-from shardckpt.execution.together import NewFile, joined_parts, write_together
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import DTYPES, plain_dtype
-from shardckpt.format.shard import build_header
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.chunks import box_slices
-from shardckpt.planning.save_plan import layout_order
-from shardckpt.planning.saved import SavedState
-from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes
+from shardckpt.format.safetensors_header import build_header
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.maintenance.parallel_write import NewFile, joined_parts, write_together
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes
+from shardckpt.plan.save_plan import layout_order
+from shardckpt.state.local_chunks import box_slices
+from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.atomic_write import AtomicWrite
 from shardckpt.storage.local import LocalFile
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 __all__ = [
     "HuggingFace",

@@ -10,19 +10,19 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-from shardckpt import knobs
+from shardckpt import config
 from shardckpt.coordination.base import Coordinator
-from shardckpt.coordination.waiting import poll
+from shardckpt.coordination.deadlines import poll
 from shardckpt.errors import DirectoryNotSharedError
 from shardckpt.storage.atomic_write import AtomicWrite, atomic_write
-from shardckpt.storage.removal import exists
-from shardckpt.storage.system import System, translated
+from shardckpt.storage.deletion import exists
+from shardckpt.storage.posix import System, translated
 
 __all__ = ["Folder", "Target"]
 
 
 class Target:
-    """Base of what writes a file in another format; see shardckpt.execution.reshard.Rewriting."""
+    """Base of what writes a file in another format; see shardckpt.maintenance.reshard.Rewriting."""
 
     index = ""
 

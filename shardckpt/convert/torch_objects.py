@@ -27,9 +27,9 @@ import torch
 
 from shardckpt.convert.refusals import refused_name, wrong_container
 from shardckpt.errors import StateError
-from shardckpt.format import values
-from shardckpt.planning.flatten import flatten
-from shardckpt.planning.saved import below
+from shardckpt.format import typed_json as values
+from shardckpt.state.flatten import flatten
+from shardckpt.state.saved_tree import below
 
 __all__ = ["ObjectsLoader", "StandIn"]
 

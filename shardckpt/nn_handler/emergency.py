@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardckpt import knobs
+from shardckpt import config
 from shardckpt.errors import RankFailedError
 
 __all__ = ["BufferCopies", "Failure", "group_of_one", "is_echo", "meet"]

@@ -10,11 +10,11 @@ import torch
 
 import shardckpt
 from shardckpt.convert.convert import open_source
-from shardckpt.execution.memory import MemoryStorage
-from shardckpt.execution.source import Source
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.saved import SavedState
-from shardckpt.planning.stateful import canonical_names
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.loading.memory_checkpoint import MemoryStorage
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.state.module_state import canonical_names
+from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 

@@ -21,7 +21,7 @@ from torch import nn
 from shardckpt.errors import CheckpointError, ShardckptError, StateError
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.trust import Slot, import_name, is_function, is_functional, resolve
-from shardckpt.planning.stateful import has_state
+from shardckpt.state.module_state import has_state
 
 __all__ = ["Described", "Given", "Names", "absent", "describe", "making", "warn_of_absent"]
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardckpt import knobs
-from shardckpt.coordination.leaving import leave_at_exit
-from shardckpt.coordination.mpi.group import init_from_mpi
+from shardckpt import config
 from shardckpt.coordination.mpi.launch import several_ranks
+from shardckpt.coordination.process_group import init_from_mpi
+from shardckpt.coordination.shutdown import leave_at_exit
 from shardckpt.errors import StateError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import shardckpt
-from shardckpt.convert.whole_files import (
+from shardckpt.convert.single_files import (
     FileFormat,
     check_loads,
     is_one_file,
@@ -26,18 +26,18 @@ from shardckpt.convert.whole_files import (
     write_one,
 )
 from shardckpt.coordination.base import Coordinator, WorkBroken, exchange
-from shardckpt.coordination.select import operation
+from shardckpt.coordination.resolve import operation
 from shardckpt.errors import RankFailedError, RankMismatchError, StateError
-from shardckpt.execution.background import SaveHandle
-from shardckpt.execution.memory import MemoryStorage
-from shardckpt.manager.formats import RECORD, Signature, signature_of
+from shardckpt.loading.memory_checkpoint import MemoryStorage
+from shardckpt.manager.backends import RECORD, Signature, signature_of
 from shardckpt.nn_handler.emergency import is_echo
-from shardckpt.planning.flatten import Ties
-from shardckpt.planning.optimizer_state import plain_state
-from shardckpt.planning.stateful import has_state
 from shardckpt.reports import LoadReport
+from shardckpt.saving.async_save import SaveHandle
+from shardckpt.state.flatten import Ties
+from shardckpt.state.module_state import has_state
+from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.atomic_write import sweep_writes
-from shardckpt.storage.system import System, translated
+from shardckpt.storage.posix import System, translated
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
@@ -307,7 +307,7 @@ def _device_of(device: torch.device) -> Any:
 
 
 class OneFile:
-    """Single files as a CheckpointManager's checkpoints; see shardckpt.manager.formats.Format."""
+    """Single files as a CheckpointManager's checkpoints; see shardckpt.manager.backends.Format."""
 
     def names(self, folder: str) -> list[str]:
         """See Format.names."""

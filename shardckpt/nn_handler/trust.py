@@ -16,7 +16,7 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardckpt.errors import StateError
-from shardckpt.format.values import imported
+from shardckpt.format.typed_json import imported
 from shardckpt.nn_handler import callbacks
 from shardckpt.nn_handler.callbacks import Callback
 

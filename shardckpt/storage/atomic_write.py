@@ -32,10 +32,10 @@ from shardckpt.errors import (
     NotACheckpointError,
     StorageError,
 )
+from shardckpt.storage.deletion import exists, make_directories, remove_files, sync_directory
 from shardckpt.storage.local import LocalFile
 from shardckpt.storage.lock import Lock
-from shardckpt.storage.removal import exists, make_directories, remove_files, sync_directory
-from shardckpt.storage.system import UNSUPPORTED, System, translated
+from shardckpt.storage.posix import UNSUPPORTED, System, translated
 
 __all__ = ["AtomicWrite", "atomic_write", "stream_to", "sweep_writes", "write_file"]
 

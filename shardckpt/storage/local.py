@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from shardckpt import knobs
+from shardckpt import config
 from shardckpt.errors import (
     CheckpointExistsError,
     DirectoryNotSharedError,
@@ -26,11 +26,7 @@ from shardckpt.errors import (
 )
 from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
 from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles, Storage
-from shardckpt.storage.files import LocalFiles
-from shardckpt.storage.lock import Lock
-from shardckpt.storage.names import beside
-from shardckpt.storage.paths import absolute, local_path
-from shardckpt.storage.removal import (
+from shardckpt.storage.deletion import (
     collect_leftovers,
     directories_in,
     exists,
@@ -39,7 +35,11 @@ from shardckpt.storage.removal import (
     remove_tree,
     sync_directory,
 )
-from shardckpt.storage.system import UNSUPPORTED, System, translated
+from shardckpt.storage.local_reader import LocalFiles
+from shardckpt.storage.lock import Lock
+from shardckpt.storage.names import beside
+from shardckpt.storage.paths import absolute, local_path
+from shardckpt.storage.posix import UNSUPPORTED, System, translated
 
 __all__ = ["LocalStorage", "checkpoint_path"]
 

@@ -7,7 +7,7 @@ import re
 from urllib.parse import unquote
 
 from shardckpt.errors import StateError
-from shardckpt.storage.system import translated
+from shardckpt.storage.posix import translated
 
 __all__ = ["absolute", "local_path"]
 

@@ -20,10 +20,10 @@ from shardckpt import errors
 from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert, open_source
 from shardckpt.convert.dcp import DcpCheckpoint
+from shardckpt.convert.single_files import read_one, write_many
 from shardckpt.convert.sources import Selected
-from shardckpt.convert.whole_files import read_one, write_many
-from shardckpt.execution.buffers import BUFFER_BYTES
 from shardckpt.format.dtypes import DTYPES, shard_form
+from shardckpt.io.buffers import BUFFER_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # DCP's, of one process
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardckpt.convert.convert import open_source
-from shardckpt.convert.whole_files import DIGEST, TREE, read_one, write_one
+from shardckpt.convert.single_files import DIGEST, TREE, read_one, write_one
 from shardckpt.errors import CorruptionError, ShardckptError, UnsupportedLeafError
 
 BASE = torch.arange(12.0)

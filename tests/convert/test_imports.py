@@ -28,7 +28,7 @@ import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert, open_source
-from shardckpt.convert.whole_files import read_one
+from shardckpt.convert.single_files import read_one
 from tests.convert import layouts
 from tests.nn_handler.models import Net
 

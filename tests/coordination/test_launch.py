@@ -17,7 +17,7 @@ from shardckpt import NNHandler, errors
 from shardckpt.cli.main import main
 from shardckpt.coordination.mpi import coordinator
 from shardckpt.coordination.mpi.launch import first_host, mpi_launch, slurm_launch
-from shardckpt.coordination.select import operation
+from shardckpt.coordination.resolve import operation
 
 OPENMPI = {
     "OMPI_COMM_WORLD_SIZE": "4",

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import errors, knobs
-from shardckpt.execution import load_driver, save_driver
+from shardckpt import config, errors
+from shardckpt.loading import pipeline as load_driver
+from shardckpt.saving import pipeline as save_driver
 from tests.ranks import run_ranks, start_ranks
 
 pytestmark = pytest.mark.ranks

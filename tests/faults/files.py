@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from shardckpt.convert.convert import Format, convert_source, open_source
+from shardckpt.convert.single_files import write_many, write_one
 from shardckpt.convert.sources import foreign, state_of
-from shardckpt.convert.whole_files import write_many, write_one
 from shardckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
 from shardckpt.storage.atomic_write import sweep_writes
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 from tests.faults import crash
 from tests.faults.crash_states import Content
 from tests.faults.disk import Disk, Mark, ProcessDied

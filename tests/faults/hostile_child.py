@@ -28,8 +28,8 @@ import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.cli.main import main as command
 from shardckpt.convert.convert import FORMATS, convert
-from shardckpt.execution.rescue import rescue
-from shardckpt.execution.reshard import reshard
+from shardckpt.maintenance.rescue import rescue
+from shardckpt.maintenance.reshard import reshard
 from shardckpt.storage.local import LocalStorage
 from tests.faults.hostile_holes import HOLES
 

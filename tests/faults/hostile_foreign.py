@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from shardckpt.convert.whole_files import DIGEST, TREE, write_many, write_one
+from shardckpt.convert.single_files import DIGEST, TREE, write_many, write_one
 from tests.faults.hostile import Evil
 
 Attack = Callable[[Path], Path]

@@ -13,15 +13,10 @@ from typing import Any
 
 import torch
 
-from shardckpt.convert import (
-    dcp,
-    dcp_metadata,
-    foreign_file,
-    safetensors_files,
-    torch_file,
-    whole_files,
-)
-from shardckpt.format import values
+from shardckpt.convert import dcp, dcp_metadata, foreign_file, safetensors_files
+from shardckpt.convert import single_files as whole_files
+from shardckpt.convert import torch_reader as torch_file
+from shardckpt.format import typed_json as values
 
 
 def metadata_unpickled() -> None:

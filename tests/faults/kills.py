@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 
 import shardckpt
-from shardckpt.convert.whole_files import write_one
-from shardckpt.storage import removal
-from shardckpt.storage.system import System
+from shardckpt.convert.single_files import write_one
+from shardckpt.storage import deletion as removal
+from shardckpt.storage.posix import System
 from tests.faults import files, retention
 from tests.faults.crash import state_of
 

@@ -37,8 +37,8 @@ COMMIT = [
 TARGETS = {
     "shardckpt.storage.local": COMMIT,
     "shardckpt.storage.lock": COMMIT,
-    "shardckpt.storage.removal": COMMIT,
-    "shardckpt.execution.verify": [
+    "shardckpt.storage.deletion": COMMIT,
+    "shardckpt.maintenance.verify": [
         "tests/execution/test_verify.py",
         "tests/execution/test_rescue.py",
         "tests/faults/test_damage.py",

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import nn
 
 import shardckpt
-from shardckpt import NNHandler, errors, knobs
-from shardckpt.convert.whole_files import write_one
-from shardckpt.execution import load_driver, save_driver
+from shardckpt import NNHandler, config, errors
+from shardckpt.convert.single_files import write_one
+from shardckpt.loading import pipeline as load_driver
 from shardckpt.nn_handler import saving
+from shardckpt.saving import pipeline as save_driver
 from tests.ranks import start_ranks
 
 DEADLINE_S = 5.0

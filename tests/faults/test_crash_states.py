@@ -10,10 +10,11 @@ import random
 import pytest
 
 import shardckpt
-from shardckpt.storage import local, removal
+from shardckpt.storage import deletion as removal
+from shardckpt.storage import local
 from shardckpt.storage.local import LocalStorage, LocalTransaction
 from shardckpt.storage.names import beside
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 from tests.faults import crash
 from tests.faults.disk import Data, Disk, Names
 

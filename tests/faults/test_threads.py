@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt import errors, knobs
-from shardckpt.execution import reader, writer
+from shardckpt import config, errors
+from shardckpt.loading import shard_reader as reader
+from shardckpt.saving import shard_writer as writer
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 BIG = {"w": torch.arange(6_000_000, dtype=torch.int32)}  # 24 MB: some buffers
 

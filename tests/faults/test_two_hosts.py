@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import errors, knobs
-from shardckpt.execution import save_driver
+from shardckpt import config, errors
+from shardckpt.saving import pipeline as save_driver
 from tests.ranks import PRELOAD
 
 pytestmark = pytest.mark.ranks

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 import shardckpt
-from shardckpt import ShardedArray, errors, knobs
-from shardckpt.execution import save_driver
+from shardckpt import ShardedArray, config, errors
+from shardckpt.saving import pipeline as save_driver
 from tests.mpi.launch import WHOLE
 
 comm = MPI.COMM_WORLD

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt.convert.whole_files import read_one
+from shardckpt.convert.single_files import read_one
 from tests.mpi.launch import FLAVOURS, WHOLE, flavours, is_there, run_job
 from tests.ranks import run_ranks
 

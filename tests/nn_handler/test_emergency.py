@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from shardckpt import knobs
+from shardckpt import config
 from shardckpt.nn_handler import emergency
 
 HERE = threading.local()

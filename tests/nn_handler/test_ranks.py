@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from shardckpt import NNHandler, knobs
+from shardckpt import NNHandler, config
 from shardckpt.errors import RankFailedError
 from shardckpt.nn_handler import Callback
 from tests.nn_handler.models import Net, Noisy, NormNet, a_handler, data, same, weights, with_data

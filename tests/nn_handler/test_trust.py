@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import shardckpt
 from shardckpt import NNHandler, errors
-from shardckpt.execution.memory import MemoryStorage
+from shardckpt.loading.memory_checkpoint import MemoryStorage
 from shardckpt.nn_handler import Callback, CSVLogger, ModelCheckpoint, loading, trust
 from shardckpt.nn_handler.objects import describe
 from tests.faults import handler_attacks as attacks

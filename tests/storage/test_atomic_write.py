@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from shardckpt import errors
-from shardckpt.convert.whole_files import read_many, read_one, write_many, write_one
+from shardckpt.convert.single_files import read_many, read_one, write_many, write_one
 from shardckpt.storage import atomic_write as module
 from shardckpt.storage.atomic_write import atomic_write, sweep_writes, write_file
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 ID = "0123456789abcdef" * 2
 

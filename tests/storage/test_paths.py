@@ -21,8 +21,8 @@ from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert
 from shardckpt.errors import StateError
-from shardckpt.execution.rescue import rescue
-from shardckpt.execution.reshard import reshard
+from shardckpt.maintenance.rescue import rescue
+from shardckpt.maintenance.reshard import reshard
 from shardckpt.nn_handler import callbacks
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.paths import local_path

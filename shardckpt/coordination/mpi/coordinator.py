@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from shardckpt import knobs
-from shardckpt.coordination.mpi.link import Inbox, Link, Message, load_mpi, mpi_errors
-from shardckpt.coordination.waiting import (
+from shardckpt import config
+from shardckpt.coordination.deadlines import (
     SHORTEST_WAIT_S,
     next_wait,
     poll,
     rank_failed,
     ranks_disagree,
 )
+from shardckpt.coordination.mpi.link import Inbox, Link, Message, load_mpi, mpi_errors
 from shardckpt.errors import CoordinationError
 
 __all__ = ["MpiCoordinator", "check_communicator", "mpi_coordinator"]

@@ -22,8 +22,8 @@ from typing import Any
 
 import msgspec
 
-from shardckpt import knobs
-from shardckpt.coordination.waiting import poll
+from shardckpt import config
+from shardckpt.coordination.deadlines import poll
 from shardckpt.errors import CoordinationError, DependencyError, RankFailedError
 
 __all__ = ["Inbox", "Link", "Message", "link_of", "load_mpi", "mpi_errors"]

@@ -11,13 +11,13 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.coordination.mpi.group import group_for_dcp
-from shardckpt.coordination.select import check_launcher, is_alone
+from shardckpt.coordination.process_group import group_for_dcp
+from shardckpt.coordination.resolve import check_launcher, is_alone
 from shardckpt.errors import RankFailedError, ShardckptError
-from shardckpt.execution.load_driver import open_manifest
 from shardckpt.integrations.dcp.writer import ShardWriter, check_comparable
-from shardckpt.planning.optimizer_state import plain_state
+from shardckpt.loading.pipeline import open_manifest
 from shardckpt.reports import SaveReport
+from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.base import Storage
 
 __all__ = ["save_with_planner"]

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 
 from shardckpt.errors import ShardckptError, StateError
-from shardckpt.planning.flatten import flatten
-from shardckpt.planning.load_plan import Matcher, Mismatches, check_untaken
-from shardckpt.planning.merge import merge
-from shardckpt.planning.save_plan import GlobalPlan, RankWrites, global_plan
-from shardckpt.planning.saved import SavedState
-from shardckpt.planning.table import LocalPlan, filled, local_plan
+from shardckpt.plan.local_plan import LocalPlan, filled, local_plan
+from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
+from shardckpt.plan.state_merge import merge
+from shardckpt.state.flatten import flatten
+from shardckpt.state.matching import Matcher, Mismatches, check_untaken
+from shardckpt.state.saved_tree import SavedState
 
 __all__ = ["ReshardLoadPlanner", "ShardMetadata", "ShardSavePlanner", "ShardStorageMeta"]
 

@@ -1,0 +1,40 @@
+"""Where replicas of a tensor differ, said in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardckpt.errors import ReplicaMismatchError
+from shardckpt.plan.save_plan import GlobalPlan
+
+__all__ = ["compare_replicas"]
+
+
+def compare_replicas(plan: GlobalPlan, digests: Sequence[NDArray[np.uint64]]) -> None:
+    """Raise ReplicaMismatchError where replicas differ: `digests[r]` are those of the local chunks
+    that rank r compares, 0 for one that was not compared."""
+    every, group = np.concatenate(digests), plan.group
+    if len(every) == 0:
+        return
+    rank = np.repeat(np.arange(len(digests)), [len(own) for own in digests])
+    order = np.lexsort((rank, group))
+    every, group, rank = every[order], group[order], rank[order]
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    first = np.repeat(every[starts], np.diff(np.append(starts, len(group))))
+    if (every == first).all():
+        return
+    differing = group[every != first]
+    name = plan.specs[int(plan.replicated[differing[0]])].name
+    others = sorted({int(r) for r in rank[(every != first) & (group == differing[0])]})
+    raise ReplicaMismatchError(
+        "Ranks hold different values of a tensor that should be the same on all of them",
+        rank=tuple(others),
+        tensor=name,
+        expected=f"the bytes that rank {int(rank[group == differing[0]][0])} holds",
+        actual=f"other bytes; {len(set(differing.tolist()))} tensors differ in all",
+        remedy="broadcast it from one rank before saving, or mark it with PerRank(...) if it is "
+        "meant to differ",
+    )

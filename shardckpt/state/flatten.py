@@ -1,0 +1,359 @@
+"""A nested state, flattened: named tensors, and a tree of everything else.
+
+    {"model": {"w": tensor, "tied": tensor}, "step": 7}
+
+becomes
+
+    tensors: {"model.w": tensor}
+    tree:    {"model": {"w": {"$tensor": "model.w"}, "tied": {"$tensor": "model.w"}}, "step": 7}
+
+Names join the keys of the path with dots. A tensor that appears twice (the same memory
+seen in the same way) is kept once; both places refer to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardckpt.errors import StateError, UnsupportedLeafError
+from shardckpt.format import typed_json as values
+from shardckpt.format.dtypes import dtype_name
+from shardckpt.state.file_groups import OPTIMIZER, frozen_entries, kind_of
+from shardckpt.state.local_chunks import AnyTensor, Shards, check_dense, local_tensor
+from shardckpt.state.markers import FromRank0, PerRank, Union
+from shardckpt.state.module_state import (
+    ModuleState,
+    foreign_buffers,
+    has_state,
+    module_state,
+    modules_in,
+)
+from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
+from shardckpt.state.refusals import all_refused
+from shardckpt.state.sharded_array import ShardedArray, fits_tensor, from_numpy
+from shardckpt.state.wrapper_tensors import Wrapped, read_out
+
+__all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder"]
+
+_DEPTH_LIMIT = 100
+
+
+@dataclass(slots=True, kw_only=True)
+class FlatState:
+    """A flattened state: what flatten returns.
+
+    `tensors`: name -> tensor that every rank has (some may hold no part of it). `own`:
+    name -> tensor of this rank alone, from inside PerRank or FromRank0. `foreign`: names among
+    `tensors` whose values are those of another rank. `kinds`: name -> kind of the tensors whose
+    kind (see planning/kinds) is not MAIN. `tree`: the typed JSON of the state, equal on every
+    rank, with a placeholder where a FromRank0 stands. `own_trees`: the typed JSON of the PerRank
+    values. `rank0_trees`: on rank 0, name -> the typed JSON of each FromRank0 value. `unions`: the
+    names of the dicts that are marked with Union.
+    """
+
+    tensors: dict[str, AnyTensor] = field(default_factory=dict)
+    own: dict[str, AnyTensor] = field(default_factory=dict)
+    foreign: set[str] = field(default_factory=set)
+    kinds: dict[str, int] = field(default_factory=dict)
+    tree: Any = None
+    own_trees: list[Any] = field(default_factory=list)
+    rank0_trees: dict[str, Any] = field(default_factory=dict)
+    unions: list[str] = field(default_factory=list)
+
+
+def flatten(state: Any, *, rank: int) -> FlatState:
+    """Flatten a nested state; modules, optimizers and objects with state_dict are asked for theirs.
+
+    Not collective, changes nothing. Raises UnsupportedLeafError naming the path of a leaf
+    that can't be saved, StateError where two entries have the same name.
+    """
+    flattener = _Flattener(state, rank=rank)
+    try:
+        with torch.no_grad():  # to_local() is free then
+            flattener.flat.tree = flattener.walk(state, "", 0)
+    except RecursionError as error:  # sets in sets: all else is counted on the way
+        raise _too_deep(error.name if isinstance(error, _TooDeepError) else "") from error
+    if flattener.refused:
+        raise all_refused(flattener.refused)
+    return flattener.flat
+
+
+class _Flattener:
+    def __init__(self, state: Any, *, rank: int) -> None:
+        self.flat = FlatState()
+        self.rank = rank
+        self.state = state
+        self.inside: type | None = None  # the marker that this part of the state stands in
+        self.ties, self.own_ties = Ties(), Ties()
+        self.names: set[str] = set()
+        self.refused: list[StateError] = []  # all of them are named, not the first alone
+        self.frozen_modules = 0
+        self.parameter_names = ParameterNames(modules_in(state))
+
+    def walk(self, value: Any, name: str, depth: int) -> Any:
+        """The typed JSON of the value at `name`, with references where tensors stand."""
+        try:
+            return self.container(value, name, depth)
+        except UnsupportedLeafError as error:
+            self.refused.append(error)
+            return None
+
+    def container(self, value: Any, name: str, depth: int) -> Any:
+        """As walk; raises what can't be saved."""
+        if isinstance(value, (torch.Tensor, Shards, Wrapped)):
+            return self.tensor(value, name, depth)
+        if isinstance(value, Mapping) and not isinstance(value, (Counter, values.Record)):
+            return values.mapping(self.items(value.items(), name, depth), at=name)
+        if isinstance(value, (list, tuple, deque)) and not isinstance(value, torch.Size):
+            nodes = [node for _, node in self.items(enumerate(value), name, depth)]
+            if isinstance(value, deque):
+                return {"$deque": [value.maxlen, nodes]}
+            return nodes if isinstance(value, list) else {"$tuple": nodes}
+        if isinstance(value, np.ndarray) and fits_tensor(value.dtype):
+            return values.reference("numpy", self.add(from_numpy(value, name=name), name))
+        if isinstance(value, ShardedArray):
+            return values.reference(value.kind, self.add(self.sharded(value, name), name))
+        if isinstance(value, torch.Generator):
+            return values.reference("tensor", self.add(value.get_state(), name))
+        if isinstance(value, nn.Module):
+            value = ModuleState(module_state(value), frozen_entries(value), foreign_buffers(value))
+        if isinstance(value, ModuleState):
+            return self.module(value, name, depth)
+        if isinstance(value, Optimizer):
+            value = OptimizerState(optimizer_state(value, self.parameter_names, at=name))
+        if isinstance(value, OptimizerState):
+            before = len(self.flat.tensors)
+            node = self.walk(value.entries, name, depth)
+            added = itertools.islice(self.flat.tensors, before, None)
+            self.flat.kinds.update(dict.fromkeys(added, OPTIMIZER))
+            return node
+        if isinstance(value, PerRank):
+            return self.per_rank(value, name, depth)
+        if isinstance(value, FromRank0):
+            return self.from_rank0(value, name, depth)
+        if isinstance(value, Union):
+            return self.union(value, name, depth)
+        if has_state(value):
+            return self.walk(value.state_dict(), name, depth)
+        record = values.record_of(value)
+        if record is not None:
+            fields = self.items(record.items(), name, depth)
+            return {"$record": [record.type_name, values.mapping(fields, at=name)]}
+        self.take(name)
+        return values.encode(value, at=name)
+
+    def items(self, items: Iterable[tuple[Any, Any]], name: str, depth: int) -> Any:
+        """(key, typed JSON) of the items of the container at `name`."""
+        self.take(name)
+        if depth > _DEPTH_LIMIT:
+            raise _TooDeepError(name)
+        return [
+            (key, self.walk(item, f"{name}.{key}" if name else str(key), depth + 1))
+            for key, item in items
+        ]
+
+    def tensor(self, tensor: Any, name: str, depth: int) -> Any:
+        try:
+            tensor = read_out(tensor, name=name)
+        except StateError as error:
+            self.refused.append(error)
+            return None
+        if isinstance(tensor, Wrapped):
+            return self.walk(tensor.entries, name, depth)
+        return values.reference("tensor", self.add(tensor, name))
+
+    def module(self, module: ModuleState, name: str, depth: int) -> Any:
+        before = len(self.flat.tensors)
+        node = self.walk(module.entries, name, depth)
+        below = f"{name}." if name else ""
+        frozen = {f"{below}{own}" for own in module.frozen}
+        self.flat.foreign.update(f"{below}{own}" for own in module.foreign)
+        added = [
+            n
+            for n in itertools.islice(self.flat.tensors, before, None)
+            if n in frozen or n.rpartition(".")[0] in frozen  # an inner tensor of a wrapper
+        ]
+        if added:
+            self.flat.kinds.update(dict.fromkeys(added, kind_of(self.frozen_modules)))
+            self.frozen_modules += 1
+        return node
+
+    def take(self, name: str) -> None:
+        """Note the name of an entry, which no other has: loads go by names."""
+        if self.inside is PerRank:
+            name = f"{name}@rank{self.rank}"
+        if name in self.names:
+            raise StateError(
+                "Two entries of the state have the same name",
+                tensor=name,
+                expected="different names: the keys of the path, joined with dots",
+                actual="the same name on two paths",
+                remedy="rename a key",
+            )
+        self.names.add(name)
+
+    def add(self, tensor: AnyTensor, name: str) -> str:
+        """Take a tensor; the name that it is saved under, another one if it is tied."""
+        if not name:
+            raise StateError(
+                "A tensor by itself has no name", remedy='put it into a dict: {"name": tensor}'
+            )
+        self.take(name)
+        if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
+            raise StateError(
+                "The name of a tensor is no valid text",
+                tensor=ascii(name),
+                expected="Unicode without lone surrogates",
+                remedy="rename the key",
+            )
+        _check_leaf(tensor, name)
+        ties, tensors = self.ties, self.flat.tensors
+        if self.inside is not None:
+            ties, tensors = self.own_ties, self.flat.own
+        if self.inside is PerRank:
+            name = f"{name}@rank{self.rank}"
+        first = ties.first(tensor, name)
+        if first == name:
+            tensors[name] = tensor
+        return first
+
+    def sharded(self, value: ShardedArray, name: str) -> ShardedArray:
+        if self.inside is not None:
+            raise StateError(
+                f"A ShardedArray inside {self.inside.__name__}",
+                tensor=name,
+                remedy="put it beside: it knows that the ranks hold different parts",
+            )
+        return value.check(name)
+
+    def per_rank(self, value: PerRank, name: str, depth: int) -> Any:
+        self.flat.own_trees.append(self.marked(value, name, depth))
+        return values.reference("per_rank", str(len(self.flat.own_trees) - 1))
+
+    def from_rank0(self, value: FromRank0, name: str, depth: int) -> Any:
+        if self.rank == 0:
+            self.flat.rank0_trees[name] = self.marked(value, name, depth)
+        else:
+            self.take(name)
+        return placeholder(name)
+
+    def marked(self, value: PerRank | FromRank0, name: str, depth: int) -> Any:
+        """The typed JSON of what is in a marker."""
+        if self.inside is not None:
+            raise StateError(
+                f"{type(value).__name__} inside {self.inside.__name__}",
+                tensor=name,
+                remedy="mark it once",
+            )
+        self.inside = type(value)
+        try:
+            return self.walk(value.value, name, depth)
+        finally:
+            self.inside = None
+
+    def union(self, value: Union, name: str, depth: int) -> Any:
+        node = self.walk(value.value, name, depth)
+        if node is not None and not (type(node) is dict and values.tag_of(node) in (None, "$dict")):
+            raise StateError(
+                "Union marks a dict",
+                tensor=name,
+                expected="a dict, or an object whose state_dict() returns one",
+                actual=type(value.value).__name__,
+                remedy="leave the mark away, or use PerRank for a value that differs by rank",
+            )
+        self.flat.unions.append(name)
+        return node
+
+
+class _TooDeepError(RecursionError):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = f"{name[:80]}..."
+
+
+def _check_leaf(tensor: AnyTensor, name: str) -> None:
+    """Raise UnsupportedLeafError for a tensor that can't be saved."""
+    check_dense(tensor, name=name)
+    dtype_name(tensor.dtype, tensor=name)
+    if tensor.is_meta:
+        raise UnsupportedLeafError(
+            "A tensor on the meta device holds no data",
+            tensor=name,
+            expected="a tensor with data",
+            actual="device meta",
+            remedy="materialise it first: to_empty(), or load a checkpoint into it",
+        )
+
+
+def _too_deep(name: str) -> UnsupportedLeafError:
+    return UnsupportedLeafError(
+        "The state is nested too deeply, or contains itself",
+        tensor=name,
+        expected=f"at most {_DEPTH_LIMIT} levels",
+        remedy="flatten it, or break the cycle",
+    )
+
+
+def placeholder(name: str) -> dict[str, str]:
+    """What stands on every rank for the FromRank0 of this name, until rank 0 puts its value there:
+    see planning/table."""
+    return {"$from_rank0": ascii(name)[1:-1]}
+
+
+class Ties:
+    """Tells which tensors are the same memory seen in the same way."""
+
+    def __init__(self) -> None:
+        # Most tensors begin where no other does: all else about them is looked at only if not.
+        self._at: dict[int, tuple[torch.Tensor, str]] = {}
+        self._same: dict[tuple[Any, ...], str] = {}
+
+    def first(self, tensor: AnyTensor, name: str) -> str:
+        """The name under which this tensor came first: `name`, if it is new."""
+        if isinstance(tensor, (ShardedArray, Shards)):  # ranks may have no part of it, or any
+            return self._same.setdefault(_described_key(tensor), name)
+        local = local_tensor(tensor)
+        if local is not None and (address := local.data_ptr()):  # 0: it has no elements
+            return self.first_at(address, tensor, name)
+        return self._same.setdefault(_memory_key(tensor), name)
+
+    def first_at(self, address: int, tensor: torch.Tensor, name: str) -> str:
+        """As `first` for a tensor whose memory begins there."""
+        other, known = self._at.setdefault(address, (tensor, name))
+        if other is tensor:
+            return known
+        self._same.setdefault(_memory_key(other), known)
+        return self._same.setdefault(_memory_key(tensor), name)
+
+
+def _described_key(tensor: ShardedArray | Shards) -> tuple[Any, ...]:
+    """As _memory_key for what says itself which parts of a global tensor it is."""
+    source: Any = tensor.source if isinstance(tensor, Shards) else tensor
+    if not hasattr(source, "global_shape"):
+        return (id(source),)
+    boxes = tuple((chunk.offsets, chunk.sizes) for chunk in tensor.chunks)  # type: ignore[union-attr]
+    return (*_memory_key(source), tensor.shape, boxes)
+
+
+def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are the same memory seen in the same way.
+
+    The storage is known by its address as an object, which even empty local shards have.
+    """
+    local = local_tensor(tensor)
+    if local is None:
+        return (id(tensor),)
+    layout: tuple[Any, ...] = ()
+    if local is not tensor:
+        layout = (tensor.shape, tensor.placements, tensor.device_mesh)  # type: ignore[attr-defined]
+    view = (local.storage_offset(), local.dtype, local.shape, local.stride())
+    return (local.untyped_storage()._cdata, *view, local.is_conj(), local.is_neg(), layout)

@@ -1,0 +1,152 @@
+"""Matching modules of a caller's state against a saved one."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from shardckpt.state.local_chunks import Shards, local_tensor
+from shardckpt.state.materialize import NOTHING
+from shardckpt.state.module_state import aliases, canonical_names, is_wrapped
+from shardckpt.state.saved_tree import below
+from shardckpt.state.wrapper_tensors import Wrapped, read_out
+
+if TYPE_CHECKING:
+    from shardckpt.state.matching import Finish, Matcher
+
+__all__ = ["match_module", "runs_own_code"]
+
+
+def match_module(matcher: Matcher, template: nn.Module, name: str) -> Finish:
+    """Fill a module's own tensors; what is not its own memory goes through load_state_dict, and
+    so does all of it where a load_state_dict or hooks of the module's author have to run."""
+    matcher.owned.append(name)
+    matcher.used.add(name)
+    module = _unwrapped(template)
+    names = canonical_names(module)
+    state = aliases(module)
+    parts = {
+        key: _extra(matcher, value, below(name, names[key]))
+        if _is_extra(key)
+        else matcher.match(value, below(name, names[key]))
+        for key, value in state.items()
+    }
+    own = {at for t in (*module.parameters(), *module.buffers()) for at in storages_of(t)}
+    # Buffers that a module does not save, on the meta device: no load can fill them.
+    matcher.mismatches.missing += [
+        below(name, key) for key, t in module.named_buffers() if t.is_meta and key not in state
+    ]
+
+    def finish() -> nn.Module:
+        assign, hand_over, every = (_like(state) for _ in range(3))
+        for key, part in parts.items():
+            before, after = state[key], part()
+            every[key] = after
+            if isinstance(before, torch.Tensor) and before.is_meta:
+                if after is not before:
+                    assign[key] = after
+            elif _is_extra(key) or not (
+                isinstance(before, torch.Tensor) and storages_of(before) <= own
+            ):
+                hand_over[key] = after
+        if assign:
+            _assign(module, assign)
+        if runs_own_code(module):
+            _load_state_dict(module, every)
+        elif hand_over:
+            module.load_state_dict(hand_over, strict=False)
+        return template
+
+    return finish
+
+
+def _like(state: Any) -> Any:
+    """An empty state dict with the versions of the modules that this one is of."""
+    empty = collections.OrderedDict[str, Any]()
+    if hasattr(state, "_metadata"):
+        empty._metadata = state._metadata  # type: ignore[attr-defined]
+    return empty
+
+
+def _is_extra(key: str) -> bool:
+    return key.rpartition(".")[2] == "_extra_state"
+
+
+def _extra(matcher: Matcher, value: Any, name: str) -> Finish:
+    """What a module's set_extra_state takes: as saved, whatever get_extra_state returns now."""
+    found = matcher.build(name, like=value)
+    return lambda: value if found is NOTHING else found
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside wrappers, whose load_state_dict would not call that of the module."""
+    while type(module).load_state_dict is nn.Module.load_state_dict:
+        children = dict(module.named_children())
+        inner = next((children[n] for n in children if is_wrapped(module, n)), None)
+        if inner is None or len(children) > 1:
+            break
+        module = inner
+    return module
+
+
+def runs_own_code(module: nn.Module) -> bool:
+    """Whether code that is not torch's own runs in load_state_dict: an override of it or of
+    _load_from_state_dict, or a hook. torch's own does nothing to tensors filled in place."""
+    if not _is_torchs(module.load_state_dict):
+        return True
+    for part in module.modules():
+        hooks = (
+            *part._load_state_dict_pre_hooks.values(),
+            *part._load_state_dict_post_hooks.values(),
+        )
+        if not all(map(_is_torchs, (part._load_from_state_dict, *hooks))):
+            return True
+    return False
+
+
+def _is_torchs(function: Any) -> bool:
+    while (inner := getattr(function, "hook", None) or getattr(function, "func", None)) is not None:
+        function = inner  # torch's _WrappedHook, functools.partial
+    where = getattr(function, "__module__", None) or type(function).__module__
+    return where == "torch" or (where.startswith("torch.") and not where.startswith("torch.ao."))
+
+
+def _load_state_dict(module: nn.Module, state: Any) -> None:
+    """Call a module's load_state_dict with what its own tensors hold already: torch copies no
+    tensor onto itself, so that this costs little more than the code of the module's author."""
+    taken = inspect.signature(module.load_state_dict).parameters
+    if "strict" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        module.load_state_dict(state, strict=False)
+    else:
+        module.load_state_dict(state)
+
+
+def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:
+    """Put new tensors in place of those on the meta device; tied parameters stay tied."""
+    tied: dict[int, list[str]] = {}
+    for key, parameter in module.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(key)
+    nn.Module.load_state_dict(module, tensors, strict=False, assign=True)
+    for first, *others in tied.values():
+        for other in others:
+            owner, _, last = other.rpartition(".")
+            setattr(module.get_submodule(owner), last, module.get_parameter(first))
+
+
+def storages_of(tensor: torch.Tensor) -> set[int]:
+    """What the local memory of a tensor is known by; equal for views of one storage."""
+    found = read_out(tensor, name="")
+    if isinstance(found, Wrapped):
+        return {at for part in found.parts.values() for at in _storages(part)}
+    return _storages(found)
+
+
+def _storages(tensor: Any) -> set[int]:
+    if isinstance(tensor, Shards):
+        return {chunk.data.untyped_storage()._cdata for chunk in tensor.chunks}
+    local = local_tensor(tensor)
+    return {id(tensor)} if local is None else {local.untyped_storage()._cdata}

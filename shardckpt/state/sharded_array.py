@@ -1,0 +1,165 @@
+"""Arrays that are no tensors: numpy's, and parts of one that a program divides itself."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from shardckpt.errors import StateError, UnsupportedLeafError
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.state.tensor_memory import owns_memory
+
+__all__ = ["ShardedArray", "fits_tensor", "from_numpy"]
+
+
+class ShardedArray:
+    """This rank's part of a global array, for programs that divide their arrays themselves.
+
+    `local`, a numpy array or a plain tensor, strided as it may be, holds the box of its own
+    shape that begins at `offsets` in an array of shape `global_shape`. A rank without a part
+    hands over one with a size of 0. In a state it stands on every rank under the same name:
+    `save` writes each part once and refuses parts that overlap or leave a hole; `load` fills
+    `local` in place, whatever the parts were when saved; `load_state` gives the whole array.
+
+        ShardedArray(u[1:-1, 1:-1], global_shape=(512, 512), offsets=(row, column))
+
+    What can't be right is reported by save and load, on all ranks at once.
+    """
+
+    def __init__(
+        self,
+        local: np.ndarray[Any, Any] | torch.Tensor,
+        global_shape: Sequence[int],
+        offsets: Sequence[int],
+    ) -> None:
+        self.local = local
+        self.shape = tuple(global_shape)
+        self.offsets = tuple(offsets)
+        self._tensor: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        sizes = list(getattr(self.local, "shape", ()))
+        return f"ShardedArray({sizes} at {list(self.offsets)} of {list(self.shape)})"
+
+    @property
+    def kind(self) -> Literal["tensor", "numpy"]:
+        """What the whole is built as."""
+        return "numpy" if isinstance(self.local, np.ndarray) else "tensor"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+        return self.tensor.dtype
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether it has no data."""
+        return self.tensor.is_meta
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """`local` as a tensor; only after `check`."""
+        assert self._tensor is not None
+        return self._tensor
+
+    def copy(self) -> ShardedArray:
+        """The same part, with its data copied."""
+        if isinstance(self.local, torch.Tensor):
+            if not owns_memory(self.local):
+                return self  # check() refuses it by name
+            return ShardedArray(self.local.clone(), self.shape, self.offsets)
+        return ShardedArray(self.local.copy(), self.shape, self.offsets)
+
+    def check(self, name: str) -> ShardedArray:
+        """Itself, if its facts fit together; else StateError or UnsupportedLeafError."""
+        if isinstance(self.local, np.ndarray):
+            if self._tensor is None or not np.may_share_memory(self.local, self._tensor.numpy()):
+                self._tensor = from_numpy(self.local, name=name)
+        elif type(self.local) in (torch.Tensor, torch.nn.Parameter):
+            self._tensor = self.local.detach()
+        else:
+            raise UnsupportedLeafError(
+                "The local part of a ShardedArray is of a type that can't be saved",
+                tensor=name,
+                expected="a numpy array or a plain tensor",
+                actual=f"{type(self.local).__module__}.{type(self.local).__qualname__}",
+                remedy="a DTensor stands in the state by itself",
+            )
+        sizes = tuple(self.local.shape)
+        try:
+            self.shape = tuple(map(operator.index, self.shape))
+            self.offsets = tuple(map(operator.index, self.offsets))
+            fits = len(sizes) == len(self.shape) == len(self.offsets) and all(
+                offset >= 0 and offset + size <= length
+                for offset, size, length in zip(self.offsets, sizes, self.shape, strict=True)
+            )
+        except TypeError:
+            fits = False
+        if not fits:
+            raise StateError(
+                "A ShardedArray does not lie inside its global array",
+                tensor=name,
+                expected=f"offsets and sizes within {list(self.shape)}, whole numbers",
+                actual=f"offsets {list(self.offsets)}, sizes {list(sizes)}",
+                remedy="offsets say where the first element of `local` lies in the whole",
+            )
+        return self
+
+    def check_writeable(self, name: str) -> None:
+        """StateError if nothing can be loaded into it."""
+        if isinstance(self.local, np.ndarray) and not self.local.flags.writeable:
+            raise StateError(
+                "The local part of a ShardedArray can't be written to",
+                tensor=name,
+                expected="an array with flags.writeable",
+                actual="a read-only array",
+                remedy="load into a copy of it",
+            )
+
+    def loaded(self) -> None:
+        """Copy what was read to where it belongs, if torch could not work on that itself."""
+        if isinstance(self.local, np.ndarray):
+            read = self.tensor.numpy()
+            if not np.may_share_memory(self.local, read):
+                self.local[...] = read
+
+
+@functools.lru_cache(maxsize=64)
+def fits_tensor(dtype: np.dtype[Any]) -> bool:
+    """Whether a tensor can hold an array of this dtype. Text and times are values, not tensors."""
+    try:
+        return torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype in DTYPES.values()
+    except TypeError:
+        return False
+
+
+def from_numpy(array: np.ndarray[Any, Any], *, name: str) -> torch.Tensor:
+    """A tensor over the array's memory where torch allows it, else over a copy."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise UnsupportedLeafError(
+            "A masked array can't be saved: its mask would be lost",
+            tensor=name,
+            expected="a plain numpy array",
+            actual="numpy.ma.MaskedArray",
+            remedy="save its data and its mask as two arrays",
+        )
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 for stride in native.strides) or not native.flags.writeable:
+        native = native.copy()
+    if any(stride % max(native.itemsize, 1) for stride in native.strides):
+        native = native.copy()  # a field of a structured array
+    try:
+        return torch.from_numpy(native)
+    except TypeError as error:
+        raise UnsupportedLeafError(
+            "A numpy array of this dtype can't be saved",
+            tensor=name,
+            expected="a numeric or bool dtype of up to 64 bits (complex64 for complex numbers)",
+            actual=str(array.dtype),
+            remedy="convert it with astype(), or save it as a list",
+        ) from error

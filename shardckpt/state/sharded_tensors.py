@@ -1,0 +1,189 @@
+"""Tensors that say themselves which parts of a global tensor they hold.
+
+Three forms: torch's CheckpointableTensor protocol (attributes of a local tensor; torch 2.15),
+DCP's methods `__create_chunk_list__`, `__create_write_items__` and `__get_tensor_shard__` (as
+Megatron-Core and torchrec have them, on a tensor or on the local part of a DTensor), and
+ShardedTensor.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from shardckpt.errors import StateError
+from shardckpt.state.local_chunks import (
+    PLAIN,
+    LocalChunk,
+    Shards,
+    box_slices,
+    is_distributed,
+    is_sharded_tensor,
+)
+
+__all__ = ["carry_layout", "describes_itself", "materialised", "shards_of"]
+
+_ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
+_METHODS = ("__create_chunk_list__", "__create_write_items__")
+
+
+def describes_itself(tensor: torch.Tensor) -> bool:
+    """Whether shards_of knows which parts of a global tensor this one holds."""
+    if type(tensor) is DTensor:  # the attribute is private in torch 2.13, to_local() is slow
+        local: Any = tensor._local_tensor
+        return type(local) is not torch.Tensor and _has_methods(local)
+    if hasattr(tensor, "global_shape"):
+        return True
+    if type(tensor) in PLAIN or isinstance(tensor, DTensor):
+        return False
+    return is_sharded_tensor(tensor) or _has_methods(tensor)
+
+
+def _has_methods(tensor: torch.Tensor) -> bool:
+    return any(hasattr(tensor, method) for method in _METHODS)
+
+
+def shards_of(tensor: Any, *, name: str) -> Shards:
+    """The parts that a tensor which describes_itself holds on this rank.
+
+    Not collective. Raises StateError, naming the tensor, where what it says does not fit together.
+    """
+    try:
+        if is_sharded_tensor(tensor):
+            found = _of_sharded_tensor(tensor)
+        elif hasattr(tensor, "global_shape"):
+            found = _of_attributes(tensor, name)
+        else:
+            found = _of_methods(tensor, name)
+    except StateError:
+        raise
+    except Exception as error:  # of methods and attributes of other libraries
+        raise _unclear(name, "facts and shards that fit", f"{type(error).__name__}: {error}") from (
+            error
+        )
+    for chunk in found.chunks:
+        _check(chunk, found.shape, name)
+    found.chunks = [chunk for chunk in found.chunks if 0 not in chunk.sizes or 0 in found.shape]
+    return found
+
+
+def _of_sharded_tensor(tensor: Any) -> Shards:
+    facts = tensor.metadata()
+    chunks = [
+        LocalChunk(
+            tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes), shard.tensor
+        )
+        for shard in tensor.local_shards()
+    ]
+    return Shards(tuple(facts.size), facts.tensor_properties.dtype, chunks, tensor)
+
+
+def _of_attributes(tensor: torch.Tensor, name: str) -> Shards:
+    missing = [attribute for attribute in _ATTRIBUTES if not hasattr(tensor, attribute)]
+    if missing:
+        raise _unclear(name, f"all of {', '.join(_ATTRIBUTES)}", f"no {', '.join(missing)}")
+    shape, *lists = (getattr(tensor, attribute) for attribute in _ATTRIBUTES)
+    counts = {len(numbers) for numbers in lists}
+    if len(counts) > 1:
+        raise _unclear(name, "offsets and sizes of as many shards", f"of {sorted(counts)}")
+    data, chunks = tensor.detach(), []
+    for offsets, at, sizes in zip(*map(_numbers, lists), strict=True):
+        at = at or (0,) * len(sizes)
+        fits = len(at) == len(sizes) == data.dim() and all(
+            begin >= 0 and begin + size <= length
+            for begin, size, length in zip(at, sizes, data.shape, strict=True)
+        )
+        if not fits:
+            actual = f"local offsets {list(at)}, sizes {list(sizes)}"
+            raise _unclear(name, f"shards within the local shape {list(data.shape)}", actual)
+        chunks.append(LocalChunk(offsets, sizes, data[box_slices((0,) * len(at), at, sizes)]))
+    (whole,) = _numbers([shape])
+    return Shards(whole, tensor.dtype, chunks, tensor)
+
+
+def _of_methods(tensor: Any, name: str) -> Shards:
+    # Imported late: DCP takes a third of a second, and such tensors have imported it already.
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    boxes: list[tuple[Any, Any]] = []
+    if hasattr(tensor, "__create_write_items__"):
+        items = tensor.__create_write_items__(name, tensor)
+        boxes = [(item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes) for item in items]
+        shapes = {tuple(item.tensor_data.size) for item in items}
+        if len(shapes) > 1:
+            raise _unclear(name, "one global shape", sorted(shapes))
+        shape = next(iter(shapes), shape)
+    if not boxes and hasattr(tensor, "__create_chunk_list__"):
+        boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.__create_chunk_list__()]
+    chunks = []
+    for number, (offsets, sizes) in enumerate(boxes):
+        if 0 in sizes:
+            continue
+        data = tensor.__get_tensor_shard__(MetadataIndex(name, torch.Size(offsets), number))
+        if isinstance(data, DTensor):
+            data = data.to_local()
+        data = data.detach()
+        if data.numel() == torch.Size(sizes).numel() and data.is_contiguous():
+            data = data.view(tuple(sizes))  # leading axes of size 1 may be left out
+        chunks.append(LocalChunk(tuple(offsets), tuple(sizes), data))
+        dtype = data.dtype  # a wrapper says float32 whatever its shards are
+    return Shards(shape, dtype, chunks, tensor)
+
+
+def _numbers(lists: Iterable[Sequence[Any]]) -> list[tuple[int, ...]]:
+    return [tuple(map(operator.index, numbers)) for numbers in lists]
+
+
+def _check(chunk: LocalChunk, shape: tuple[int, ...], name: str) -> None:
+    fits = len(chunk.offsets) == len(chunk.sizes) == len(shape) and all(
+        offset >= 0 and offset + size <= length
+        for offset, size, length in zip(chunk.offsets, chunk.sizes, shape, strict=True)
+    )
+    if not fits or tuple(chunk.data.shape) != chunk.sizes:
+        raise _unclear(
+            name,
+            f"shards within the global shape {list(shape)}, each of the sizes of its data",
+            f"offsets {list(chunk.offsets)}, sizes {list(chunk.sizes)}, "
+            f"data of shape {list(chunk.data.shape)}",
+        )
+
+
+def _unclear(name: str, expected: str, actual: object) -> StateError:
+    return StateError(
+        "What a tensor says of its shards does not fit together",
+        tensor=name,
+        expected=expected,
+        actual=actual,
+        remedy="set its offsets and sizes as torch.distributed.checkpoint describes them",
+    )
+
+
+def carry_layout(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The target, a copy or an alias of `source`, with the attributes that say how it is
+    sharded."""
+    if hasattr(source, "global_shape"):
+        for attribute in _ATTRIBUTES:
+            if hasattr(source, attribute):
+                setattr(target, attribute, getattr(source, attribute))
+    return target
+
+
+def materialised(tensor: Any, name: str) -> Any:
+    """A tensor like one on the meta device, with memory: on its mesh's device, or the default."""
+    if isinstance(tensor, Shards) or (describes_itself(tensor) and type(tensor) not in PLAIN):
+        raise StateError(
+            "A tensor on the meta device that says itself how it is sharded can't be given memory",
+            tensor=name,
+            expected="shards with memory",
+            actual="device meta",
+            remedy="materialise it first, with to_empty() or as the library that it is of does",
+        )
+    device: Any = torch.get_default_device()
+    if is_distributed(tensor):
+        device = tensor.device_mesh.device_type
+    return carry_layout(tensor, torch.empty_like(tensor, device=device))
