@@ -10,7 +10,7 @@ from shardckpt._version import __version__
 if TYPE_CHECKING:
     from shardckpt.api import async_save, load, load_state, open_checkpoint, save
     from shardckpt.checkpoint import Checkpoint
-    from shardckpt.coordination.mpi.group import init_from_mpi
+    from shardckpt.coordination.process_group import init_from_mpi
     from shardckpt.errors import ShardckptError
     from shardckpt.integrations.dcp import (
         ReshardLoadPlanner,
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
         KeepLast,
     )
     from shardckpt.nn_handler import NNHandler
-    from shardckpt.planning.arrays import ShardedArray
-    from shardckpt.planning.flatten import PerRank
     from shardckpt.reports import LoadReport, SaveReport
+    from shardckpt.state.flatten import PerRank
+    from shardckpt.state.sharded_array import ShardedArray
 
 __all__ = [
     "Checkpoint",
@@ -66,16 +66,16 @@ _HOMES = {
     "KeepLast": "manager",
     "LoadReport": "reports",
     "NNHandler": "nn_handler",
-    "PerRank": "planning.flatten",
+    "PerRank": "state.flatten",
     "ReshardLoadPlanner": "integrations.dcp",
     "SaveReport": "reports",
     "ShardReader": "integrations.dcp",
     "ShardSavePlanner": "integrations.dcp",
     "ShardWriter": "integrations.dcp",
     "ShardckptError": "errors",
-    "ShardedArray": "planning.arrays",
+    "ShardedArray": "state.sharded_array",
     "async_save": "api",
-    "init_from_mpi": "coordination.mpi.group",
+    "init_from_mpi": "coordination.process_group",
     "load": "api",
     "load_state": "api",
     "open_checkpoint": "api",

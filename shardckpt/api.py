@@ -8,17 +8,17 @@ from typing import Any, Literal
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator
-from shardckpt.coordination.select import operation
+from shardckpt.coordination.resolve import operation
 from shardckpt.errors import StateError
-from shardckpt.execution import background
-from shardckpt.execution.background import SaveHandle
-from shardckpt.execution.load_driver import run_load
-from shardckpt.execution.save_driver import run_save
-from shardckpt.planning.device_map import DeviceMap
-from shardckpt.planning.flatten import flatten
-from shardckpt.planning.saved import Rename, Select
-from shardckpt.planning.table import LocalPlan, local_plan
+from shardckpt.load.pipeline import run_load
+from shardckpt.plan.device_map import DeviceMap
+from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import LoadReport, SaveReport
+from shardckpt.save import async_save as background
+from shardckpt.save.async_save import SaveHandle
+from shardckpt.save.pipeline import run_save
+from shardckpt.state.flatten import flatten
+from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 

@@ -10,22 +10,22 @@ import torch
 
 from shardckpt.closing import Closing
 from shardckpt.errors import CorruptionError
-from shardckpt.execution.collector import collector_paused
-from shardckpt.execution.devices import free_memory
-from shardckpt.execution.disk import MappedFiles, disk_tensor
-from shardckpt.execution.reader import read_all
-from shardckpt.execution.verify import verify_shards
 from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.lazy_manifest import Outline
 from shardckpt.format.manifest import Manifest, TensorEntry, check_text, from_bytes
-from shardckpt.format.outline import Outline
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.build import Builder
-from shardckpt.planning.chunks import LocalChunk
-from shardckpt.planning.device_map import DeviceMap, resolve_device_map
-from shardckpt.planning.reads import plan_reads
-from shardckpt.planning.saved import Rename, SavedState, Select
-from shardckpt.planning.sharing import ALWAYS
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.io.devices import free_memory
+from shardckpt.io.gc_pause import collector_paused
+from shardckpt.load.lazy_tensor import MappedFiles, disk_tensor
+from shardckpt.load.shard_reader import read_all
+from shardckpt.maintenance.verify import verify_shards
+from shardckpt.plan.device_map import DeviceMap, resolve_device_map
+from shardckpt.plan.page_cache_policy import ALWAYS
+from shardckpt.plan.read_plan import plan_reads
 from shardckpt.reports import VerifyReport
+from shardckpt.state.local_chunks import LocalChunk
+from shardckpt.state.materialize import Builder
+from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import CheckpointFiles, Storage
 
 __all__ = ["Checkpoint", "SavedTensor"]

@@ -15,8 +15,8 @@ from torch import nn
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.execution import shard_files
 from shardckpt.format.dtypes import DTYPES
+from shardckpt.save import rank_writer as shard_files
 
 
 class Colour(enum.Enum):

@@ -11,16 +11,16 @@ import msgspec
 import numpy as np
 import torch
 
-from shardckpt.execution.load_driver import open_manifest
-from shardckpt.execution.save_driver import replica_digests, run_save
-from shardckpt.execution.shard_files import ShardFile, ShardResult
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.planning.assembly import shard_name
-from shardckpt.planning.load_plan import Matcher
-from shardckpt.planning.reads import plan_reads
-from shardckpt.planning.save_plan import RankWrites
-from shardckpt.planning.saved import SavedState
-from shardckpt.planning.table import LocalPlan
+from shardckpt.load.pipeline import open_manifest
+from shardckpt.plan.local_plan import LocalPlan
+from shardckpt.plan.read_plan import plan_reads
+from shardckpt.plan.save_plan import RankWrites
+from shardckpt.plan.shard_layout import shard_name
+from shardckpt.save.pipeline import replica_digests, run_save
+from shardckpt.save.rank_writer import ShardFile, ShardResult
+from shardckpt.state.matching import Matcher
+from shardckpt.state.saved_tree import SavedState
 from simulation.ranks import Nowhere, Phase, Recorder
 from simulation.world import World, as_rank, check, loading_state, plan_of
 

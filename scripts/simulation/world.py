@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shardckpt.planning import chunks
-from shardckpt.planning.flatten import flatten
-from shardckpt.planning.table import ChunkTable, LocalPlan, local_plan
+from shardckpt.plan.local_plan import ChunkTable, LocalPlan, local_plan
+from shardckpt.state import local_chunks as chunks
+from shardckpt.state.flatten import flatten
 
 COLUMNS = 1024
 

@@ -6,8 +6,8 @@ import argparse
 import re
 from typing import Any
 
+from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.progress import progress_bar, size_text
-from shardckpt.cli.team import say, shared
 from shardckpt.convert.convert import FORMATS, convert_source, open_source
 
 __all__ = ["add_convert"]

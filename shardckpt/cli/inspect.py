@@ -11,11 +11,11 @@ from typing import Any
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.progress import size_text
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import Manifest, TensorEntry
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.saved import SavedState, Select, below, children
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.state.saved_tree import SavedState, Select, below, children
 
 __all__ = ["facts", "page"]
 

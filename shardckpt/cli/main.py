@@ -13,12 +13,12 @@ from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.convert import add_convert
 from shardckpt.cli.inspect import facts, page
+from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.progress import progress_bar, size_text
-from shardckpt.cli.team import say, shared
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
-from shardckpt.execution.rescue import explain_manifest, rescue
-from shardckpt.execution.reshard import reshard
-from shardckpt.execution.verify import verify_shards
+from shardckpt.maintenance.rescue import explain_manifest, rescue
+from shardckpt.maintenance.reshard import reshard
+from shardckpt.maintenance.verify import verify_shards
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
 

@@ -21,9 +21,9 @@ from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_on
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import NotACheckpointError, StateError
-from shardckpt.execution.reshard import reshard, rewrite
-from shardckpt.execution.source import Source
-from shardckpt.planning.saved import Rename, Select
+from shardckpt.maintenance.reshard import reshard, rewrite
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
 

@@ -34,9 +34,9 @@ from shardckpt.errors import (
     NotACheckpointError,
     UnsupportedLeafError,
 )
-from shardckpt.format.boxes import find_gap
-from shardckpt.planning.chunks import box_slices
-from shardckpt.storage.system import translated
+from shardckpt.format.tiling import find_gap
+from shardckpt.state.local_chunks import box_slices
+from shardckpt.storage.posix import translated
 
 __all__ = ["DcpCheckpoint", "is_dcp"]
 

@@ -33,13 +33,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from shardckpt.convert.sources import state_of
 from shardckpt.convert.targets import Folder
 from shardckpt.coordination.base import Coordinator
-from shardckpt.execution.reshard import even_plan
-from shardckpt.execution.source import Source
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.values import TensorRef
+from shardckpt.format.typed_json import TensorRef
 from shardckpt.integrations.dcp.reader import dcp_entries
-from shardckpt.planning.saved import SavedState
+from shardckpt.maintenance.reshard import even_plan
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.state.saved_tree import SavedState
 
 __all__ = ["DcpFolder"]
 

@@ -23,18 +23,18 @@ from shardckpt.convert.targets import Folder, Target
 from shardckpt.convert.whole_files import DIGEST, TREE, UNSEALED, check_sealed, errors_of, seal
 from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
-from shardckpt.execution.source import Source
-from shardckpt.execution.together import NewFile, joined_parts, write_together
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.shard import build_header
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.chunks import box_slices
-from shardckpt.planning.save_plan import layout_order
-from shardckpt.planning.saved import SavedState
-from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes
+from shardckpt.format.safetensors_header import build_header
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.maintenance.parallel_write import NewFile, joined_parts, write_together
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes
+from shardckpt.plan.save_plan import layout_order
+from shardckpt.state.local_chunks import box_slices
+from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.local import LocalFile
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 __all__ = [
     "HuggingFace",

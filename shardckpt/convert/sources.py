@@ -13,16 +13,16 @@ import torch
 
 from shardckpt.closing import Closing
 from shardckpt.errors import LoadMismatchError
-from shardckpt.execution.source import Source
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
 from shardckpt.format.manifest import Manifest, TensorEntry
-from shardckpt.format.rules import check_references
-from shardckpt.format.values import TensorRef
-from shardckpt.planning.chunks import box_slices
-from shardckpt.planning.flatten import flatten
-from shardckpt.planning.saved import Rename, SavedState, Select
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.format.validation import check_references
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.state.flatten import flatten
+from shardckpt.state.local_chunks import box_slices
+from shardckpt.state.saved_tree import Rename, SavedState, Select
 
 __all__ = ["Foreign", "LazyTensor", "Selected", "foreign", "plain_tree", "state_of"]
 

@@ -9,18 +9,18 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from shardckpt import knobs
+from shardckpt.config import current
 from shardckpt.coordination.base import Coordinator
-from shardckpt.coordination.waiting import poll
+from shardckpt.coordination.deadlines import poll
 from shardckpt.errors import DirectoryNotSharedError, NotACheckpointError
-from shardckpt.storage.appearing import appearing
-from shardckpt.storage.system import translated
+from shardckpt.storage.atomic_write import appearing
+from shardckpt.storage.posix import translated
 
 __all__ = ["Folder", "Target"]
 
 
 class Target:
-    """Base of what writes a file in another format; see shardckpt.execution.reshard.Rewriting."""
+    """Base of what writes a file in another format; see shardckpt.maintenance.reshard.Rewriting."""
 
     index = ""
 
@@ -44,7 +44,7 @@ class Target:
     def join(self, token: str) -> bytes:
         """See Rewriting.join."""
         self.temporary = token
-        if not poll(lambda: os.path.exists(token), knobs.SHARED_DEADLINE_S):
+        if not poll(lambda: os.path.exists(token), current().shared_deadline_s):
             raise DirectoryNotSharedError(
                 "This rank does not see the directory that rank 0 writes to",
                 path=self.path,

@@ -34,12 +34,12 @@ from shardckpt.errors import (
     StateError,
     UnsupportedLeafError,
 )
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
-from shardckpt.planning.arrays import ShardedArray
-from shardckpt.planning.flatten import flatten
-from shardckpt.storage.appearing import appearing
-from shardckpt.storage.system import translated
+from shardckpt.state.flatten import flatten
+from shardckpt.state.sharded_array import ShardedArray
+from shardckpt.storage.atomic_write import appearing
+from shardckpt.storage.posix import translated
 
 __all__ = [
     "DIGEST",

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardckpt.errors import FormatVersionError, NotACheckpointError
-from shardckpt.format.bitflips import find_flipped_bit_of_text
 from shardckpt.format.digests import BLOCK_BYTES, digests_from_hex, digests_to_hex, text_digest
 from shardckpt.format.dtypes import DTYPES, itemsize
-from shardckpt.format.rules import Columns, check_chunks, check_references, refuse
+from shardckpt.format.validation import Columns, check_chunks, check_references, refuse
+from shardckpt.maintenance.bit_flips import find_flipped_bit_of_text
 
 __all__ = [
     "FORMAT_VERSION",

@@ -13,7 +13,7 @@ import msgspec
 
 from shardckpt.closing import Closing
 from shardckpt.coordination.base import Coordinator, exchange
-from shardckpt.coordination.select import operation
+from shardckpt.coordination.resolve import operation
 from shardckpt.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -24,8 +24,7 @@ from shardckpt.errors import (
     StateError,
     StorageError,
 )
-from shardckpt.execution.background import SaveHandle
-from shardckpt.manager.formats import RECORD, Format, Sharded
+from shardckpt.manager.backends import RECORD, Format, Sharded
 from shardckpt.manager.retention import (
     KeepBest,
     Retention,
@@ -34,6 +33,7 @@ from shardckpt.manager.retention import (
     to_remove,
 )
 from shardckpt.reports import LoadReport
+from shardckpt.save.async_save import SaveHandle
 
 __all__ = ["CheckpointManager", "Restored"]
 

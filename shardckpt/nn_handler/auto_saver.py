@@ -11,12 +11,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardckpt.coordination.base import exchange
-from shardckpt.coordination.select import operation
+from shardckpt.coordination.resolve import operation
 from shardckpt.errors import StateError
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
-from shardckpt.storage.system import translated
+from shardckpt.storage.posix import translated
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler

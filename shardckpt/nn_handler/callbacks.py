@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shardckpt.errors import DependencyError, StateError
 from shardckpt.nn_handler.auto_saver import AutoSaver
-from shardckpt.storage.appearing import appearing
+from shardckpt.storage.atomic_write import appearing
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardckpt.errors import StateError
-from shardckpt.planning.stateful import canonical_names, module_state
+from shardckpt.state.module_state import canonical_names, module_state
 
 __all__ = ["EMA", "check_decay"]
 

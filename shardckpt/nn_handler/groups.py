@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardckpt.errors import StateError
-from shardckpt.planning.stateful import parameter_names
+from shardckpt.state.module_state import parameter_names
 
 __all__ = ["Groups", "grouped"]
 

@@ -14,12 +14,12 @@ from shardckpt.convert.whole_files import FileFormat
 from shardckpt.nn_handler import saving
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.batch import to_device
+from shardckpt.nn_handler.components import Parts
 from shardckpt.nn_handler.initializing import fill_weights
 from shardckpt.nn_handler.loading import LoadOptions, load, open_source, restore
 from shardckpt.nn_handler.parallel import Parallel
-from shardckpt.nn_handler.parts import Parts
 from shardckpt.nn_handler.trainer import Trainer, TrainOptions
-from shardckpt.planning.device_map import DeviceMap
+from shardckpt.plan.device_map import DeviceMap
 
 __all__ = ["NNHandler"]
 

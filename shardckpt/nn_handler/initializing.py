@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import shardckpt
 from shardckpt.convert.dcp import DcpCheckpoint, is_dcp
-from shardckpt.execution.memory import MemoryStorage
+from shardckpt.load.memory_checkpoint import MemoryStorage
 from shardckpt.nn_handler.loading import open_source
-from shardckpt.planning.stateful import canonical_names
+from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage
 
 if TYPE_CHECKING:

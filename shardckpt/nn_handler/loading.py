@@ -13,18 +13,18 @@ from torch import nn
 import shardckpt
 from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
 from shardckpt.errors import LoadMismatchError, NotACheckpointError
-from shardckpt.execution.memory import MemoryStorage
+from shardckpt.load.memory_checkpoint import MemoryStorage
 from shardckpt.nn_handler.callbacks import Callback
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.model_code import class_of_code
 from shardckpt.nn_handler.objects import build
 from shardckpt.nn_handler.parallel import Parallel
-from shardckpt.nn_handler.placing import place
+from shardckpt.nn_handler.placement import place
 from shardckpt.nn_handler.random_state import seed_generators, set_random_state
-from shardckpt.planning.device_map import DeviceMap
-from shardckpt.planning.load_plan import Mismatches
-from shardckpt.planning.stateful import canonical_names
+from shardckpt.plan.device_map import DeviceMap
+from shardckpt.state.matching import Mismatches
+from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 

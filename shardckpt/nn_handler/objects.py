@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from shardckpt.errors import CheckpointError
-from shardckpt.planning.stateful import has_state
+from shardckpt.state.module_state import has_state
 
 __all__ = ["Described", "build", "describe", "find", "import_name", "warn_of_absent"]
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardckpt import knobs
-from shardckpt.coordination.leaving import leave_at_exit
-from shardckpt.coordination.mpi.group import init_from_mpi
+from shardckpt.config import current
 from shardckpt.coordination.mpi.launch import several_ranks
+from shardckpt.coordination.process_group import init_from_mpi
+from shardckpt.coordination.shutdown import leave_at_exit
 from shardckpt.errors import StateError
 
 if TYPE_CHECKING:
@@ -105,11 +105,11 @@ def start(
 def _join(backend: str) -> None:
     """The group of torchrun's ranks, or of those of mpirun or srun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        timeout = datetime.timedelta(seconds=knobs.ARRIVAL_DEADLINE_S)
+        timeout = datetime.timedelta(seconds=current().arrival_deadline_s)
         dist.init_process_group(backend, timeout=timeout)
         leave_at_exit()
     elif several_ranks():
-        init_from_mpi(backend, timeout_s=knobs.ARRIVAL_DEADLINE_S)
+        init_from_mpi(backend, timeout_s=current().arrival_deadline_s)
 
 
 def wrap(model: nn.Module, layout: Layout) -> nn.Module:

@@ -21,15 +21,15 @@ from shardckpt.convert.whole_files import (
     write_one,
 )
 from shardckpt.coordination.base import exchange
-from shardckpt.coordination.select import operation
+from shardckpt.coordination.resolve import operation
 from shardckpt.errors import StateError
-from shardckpt.execution.background import SaveHandle
-from shardckpt.execution.memory import MemoryStorage
-from shardckpt.manager.formats import RECORD, Signature, signature_of
-from shardckpt.planning.flatten import Ties
-from shardckpt.planning.stateful import has_state, plain_state
+from shardckpt.load.memory_checkpoint import MemoryStorage
+from shardckpt.manager.backends import RECORD, Signature, signature_of
 from shardckpt.reports import LoadReport
-from shardckpt.storage.system import translated
+from shardckpt.save.async_save import SaveHandle
+from shardckpt.state.flatten import Ties
+from shardckpt.state.module_state import has_state, plain_state
+from shardckpt.storage.posix import translated
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler
@@ -155,7 +155,7 @@ class _Whole:
 
 
 class OneFile:
-    """Single files as a CheckpointManager's checkpoints; see shardckpt.manager.formats.Format."""
+    """Single files as a CheckpointManager's checkpoints; see shardckpt.manager.backends.Format."""
 
     def names(self, folder: str) -> list[str]:
         """See Format.names."""

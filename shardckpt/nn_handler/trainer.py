@@ -24,11 +24,11 @@ from shardckpt.nn_handler.callbacks import Callback, ModelCheckpoint, ProgressBa
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA, check_decay
 from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_echo, meet
+from shardckpt.nn_handler.epoch_metrics import EpochSums
 from shardckpt.nn_handler.parallel import clip_gradients, largest, synchronise_gradients
 from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.nn_handler.signals import leave, stop_requests
-from shardckpt.nn_handler.sums import EpochSums
-from shardckpt.planning.flatten import flatten
+from shardckpt.state.flatten import flatten
 
 if TYPE_CHECKING:
     from shardckpt.nn_handler.handler import NNHandler

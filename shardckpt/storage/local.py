@@ -15,23 +15,23 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from shardckpt import knobs
+from shardckpt.config import current
 from shardckpt.errors import (
     CheckpointExistsError,
     DirectoryNotSharedError,
     NotACheckpointError,
 )
 from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles
-from shardckpt.storage.files import LocalFiles
-from shardckpt.storage.lock import Lock
-from shardckpt.storage.removal import (
+from shardckpt.storage.deletion import (
     beside,
     collect_leftovers,
     directories_in,
     remove_tree,
     sync_directory,
 )
-from shardckpt.storage.system import UNSUPPORTED, System, translated
+from shardckpt.storage.local_reader import LocalFiles
+from shardckpt.storage.lock import Lock
+from shardckpt.storage.posix import UNSUPPORTED, System, translated
 
 __all__ = ["LocalStorage"]
 
@@ -65,7 +65,7 @@ class LocalStorage:
         with translated(path):
             target = os.path.realpath(path)
         temporary = beside(target, f"tmp-{token}")
-        give_up_at = time.monotonic() + knobs.SHARED_DEADLINE_S
+        give_up_at = time.monotonic() + current().shared_deadline_s
         while True:
             try:
                 self.system.stat(temporary)

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 
 from shardckpt.errors import CheckpointBusyError
-from shardckpt.storage.system import UNSUPPORTED, System
+from shardckpt.storage.posix import UNSUPPORTED, System
 
 __all__ = ["Lock"]
 

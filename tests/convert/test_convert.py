@@ -22,8 +22,8 @@ from shardckpt.convert.convert import convert, open_source
 from shardckpt.convert.dcp import DcpCheckpoint
 from shardckpt.convert.sources import Selected
 from shardckpt.convert.whole_files import read_one, write_many
-from shardckpt.execution.buffers import BUFFER_BYTES
 from shardckpt.format.dtypes import DTYPES
+from shardckpt.io.buffers import BUFFER_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # DCP's, of one process
 

@@ -12,7 +12,7 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.coordination.mpi import coordinator
 from shardckpt.coordination.mpi.launch import first_host, mpi_launch, slurm_launch
-from shardckpt.coordination.select import operation
+from shardckpt.coordination.resolve import operation
 
 OPENMPI = {
     "OMPI_COMM_WORLD_SIZE": "4",

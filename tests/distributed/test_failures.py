@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import errors, knobs
-from shardckpt.execution import load_driver, save_driver
+from shardckpt import errors
+from shardckpt.load import pipeline as load_driver
+from shardckpt.save import pipeline as save_driver
 from tests.ranks import run_ranks, start_ranks
 
 pytestmark = pytest.mark.ranks
@@ -42,7 +43,8 @@ def plant(module, phase: str, fault: str) -> None:
 
 
 def deadlines(arrival_s: float = 10.0) -> None:
-    knobs.DEADLINE_S, knobs.ARRIVAL_DEADLINE_S = 5.0, arrival_s
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(5.0)
+    os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(arrival_s)
 
 
 def save_with_fault(folder: str, phase: str, rank: int, fault: str) -> tuple[object, ...]:

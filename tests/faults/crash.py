@@ -14,9 +14,9 @@ from torch import nn
 
 import shardckpt
 from shardckpt.errors import CheckpointNotFoundError, ShardckptError, StorageError
-from shardckpt.execution.reshard import reshard
-from shardckpt.planning import kinds
-from shardckpt.storage import removal
+from shardckpt.maintenance.reshard import reshard
+from shardckpt.state import file_groups as kinds
+from shardckpt.storage import deletion as removal
 from shardckpt.storage.local import LocalStorage
 from tests.faults.crash_states import crash_states
 from tests.faults.disk import Content, Disk, Mark, ProcessDied

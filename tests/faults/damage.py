@@ -13,8 +13,8 @@ import torch
 
 import shardckpt
 from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
-from shardckpt.execution import reader
-from shardckpt.execution.reshard import reshard
+from shardckpt.load import shard_reader as reader
+from shardckpt.maintenance.reshard import reshard
 from shardckpt.storage.base import MANIFEST_NAME, Done
 from shardckpt.storage.local import LocalStorage
 from tests.faults.disk import ROOT, Content, Disk

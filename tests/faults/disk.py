@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 SECTOR_BYTES = 512
 ROOT = 1

@@ -21,12 +21,16 @@ from typing import Any
 import numpy as np
 
 from shardckpt.errors import ShardckptError
-from shardckpt.format import boxes, manifest, rules, shard, values
+from shardckpt.format import manifest
+from shardckpt.format import safetensors_header as shard
+from shardckpt.format import tiling as boxes
+from shardckpt.format import typed_json as values
+from shardckpt.format import validation as rules
 from shardckpt.format.digests import text_digest
+from shardckpt.format.lazy_manifest import Outline
 from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, to_bytes
-from shardckpt.format.outline import Outline
-from shardckpt.format.shard import build_header
-from shardckpt.planning.saved import SavedState
+from shardckpt.format.safetensors_header import build_header
+from shardckpt.state.saved_tree import SavedState
 
 INPUTS_A_TRIAL = 5000
 SLOWEST_S = 1.0

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 
 import shardckpt
-from shardckpt.storage import removal
-from shardckpt.storage.system import System
+from shardckpt.storage import deletion as removal
+from shardckpt.storage.posix import System
 from tests.faults import retention
 from tests.faults.crash import state_of
 

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import errors, knobs
-from shardckpt.execution import load_driver, save_driver
+from shardckpt import errors
+from shardckpt.load import pipeline as load_driver
+from shardckpt.save import pipeline as save_driver
 from tests.ranks import start_ranks
 
 DEADLINE_S = 5.0
@@ -98,9 +99,9 @@ def plant(case: Case) -> None:
 
 def operate(folder: str, case: Case) -> tuple[str, object, object, float]:
     """What a rank does: ("saved" | "own" | "other", rank named, phase named, seconds)."""
-    knobs.DEADLINE_S = DEADLINE_S
-    knobs.ARRIVAL_DEADLINE_S = DEADLINE_S if case.phase == "begin" else 60.0
-    knobs.STALL_DEADLINE_S = DEADLINE_S if case.fault == "stuck" else 60.0
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(DEADLINE_S)
+    os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(DEADLINE_S if case.phase == "begin" else 60.0)
+    os.environ["SHARDCKPT_STALL_DEADLINE_S"] = str(DEADLINE_S if case.fault == "stuck" else 60.0)
     dist.barrier()
     begun = time.monotonic()
     try:

@@ -15,11 +15,11 @@ import torch
 import shardckpt
 from shardckpt import CheckpointManager, KeepEverySteps, KeepLast
 from shardckpt.errors import ShardckptError
-from shardckpt.manager.formats import Sharded
+from shardckpt.manager.backends import Sharded
 from shardckpt.manager.retention import Retention
-from shardckpt.planning import kinds
+from shardckpt.state import file_groups as kinds
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 from tests.faults import crash
 from tests.faults.crash import FOLDER, FROZEN, state_of
 from tests.faults.disk import Content, Disk, Mark, ProcessDied

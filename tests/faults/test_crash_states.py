@@ -10,7 +10,7 @@ import pytest
 
 import shardckpt
 from shardckpt.storage.local import LocalStorage, LocalTransaction
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 from tests.faults import crash
 from tests.faults.disk import Data, Disk, Names
 

@@ -65,7 +65,7 @@ def test_a_leak_is_seen(monkeypatch):
 
 def test_an_interrupted_fallocate_is_made_again(monkeypatch, tmp_path):
     """fallocate and renameat2 go past Python, which retries all other calls for us."""
-    from shardckpt.storage import system
+    from shardckpt.storage import posix as system
 
     asked = []
 

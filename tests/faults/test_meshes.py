@@ -16,13 +16,13 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 import shardckpt
-from shardckpt.execution.save_driver import commit, file_table, planned_parts
-from shardckpt.execution.shard_files import write_rank
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import dtype_name
-from shardckpt.planning.plan_cache import KnownPlan
-from shardckpt.planning.save_plan import RankWrites, global_plan
-from shardckpt.planning.table import ChunkTable, LocalPlan, TensorSpec, pad_boxes
+from shardckpt.plan.local_plan import ChunkTable, LocalPlan, TensorSpec, pad_boxes
+from shardckpt.plan.plan_cache import KnownPlan
+from shardckpt.plan.save_plan import RankWrites, global_plan
+from shardckpt.save.pipeline import commit, file_table, planned_parts
+from shardckpt.save.rank_writer import write_rank
 from shardckpt.storage.local import LocalStorage
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

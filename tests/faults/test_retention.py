@@ -8,8 +8,8 @@ import random
 import pytest
 
 from shardckpt import KeepLast
-from shardckpt.manager.formats import Sharded
-from shardckpt.storage import removal
+from shardckpt.manager.backends import Sharded
+from shardckpt.storage import deletion as removal
 from tests.faults import crash, retention
 from tests.faults.disk import Disk
 from tests.faults.test_crash_states import SEED, careless

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt import errors, knobs
-from shardckpt.execution import reader, writer
+from shardckpt import errors
+from shardckpt.load import shard_reader as reader
+from shardckpt.save import shard_writer as writer
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 BIG = {"w": torch.arange(6_000_000, dtype=torch.int32)}  # 24 MB: some buffers
 
@@ -84,7 +85,7 @@ class Hangs(Breaks):
 
 @pytest.fixture
 def hanging(monkeypatch):
-    monkeypatch.setattr(knobs, "STALL_DEADLINE_S", 0.5)
+    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.5))
     Hangs.go_on.clear()
     yield
     Hangs.go_on.set()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt import errors
-from shardckpt.format import values
+from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, from_bytes, to_bytes
 

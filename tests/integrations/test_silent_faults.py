@@ -25,7 +25,7 @@ from shardckpt.integrations.dcp import (
     ShardWriter,
 )
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 from tests.ranks import run_ranks
 
 

@@ -17,9 +17,9 @@ from shardckpt import (
     KeepLast,
     errors,
 )
-from shardckpt.execution import base
 from shardckpt.manager.retention import SavedCheckpoint, to_remove
-from shardckpt.planning import kinds
+from shardckpt.save import incremental as base
+from shardckpt.state import file_groups as kinds
 from tests.ranks import run_ranks
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardckpt.coordination.leaving import leave
+from shardckpt.coordination.shutdown import leave
 
 PREFIX = Path(sys.prefix)
 WHOLE = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from shardckpt import NNHandler, errors
 from shardckpt.nn_handler import Callback, CSVLogger, EarlyStopping, ModelCheckpoint
-from shardckpt.nn_handler.sums import EpochSums
+from shardckpt.nn_handler.epoch_metrics import EpochSums
 from tests.nn_handler.models import Net, a_handler, data, same, weights, with_data
 
 

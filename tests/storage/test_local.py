@@ -21,15 +21,15 @@ import torch
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
-from shardckpt.execution import verify
-from shardckpt.execution.reader import read_all
 from shardckpt.format.digests import block_digest
-from shardckpt.planning.chunks import LocalChunk
-from shardckpt.planning.reads import plan_reads
-from shardckpt.planning.sharing import ALWAYS, MOSTLY, NEVER
-from shardckpt.storage import files as files_module
+from shardckpt.load.shard_reader import read_all
+from shardckpt.maintenance import verify
+from shardckpt.plan.page_cache_policy import ALWAYS, MOSTLY, NEVER
+from shardckpt.plan.read_plan import plan_reads
+from shardckpt.state.local_chunks import LocalChunk
+from shardckpt.storage import local_reader as files_module
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 from shardckpt.testing import StorageTests, save
 
 
@@ -601,7 +601,7 @@ def test_leftovers_of_a_dead_save_are_collected(tmp_path):
     code = f"""
 import os, signal, torch, shardckpt
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 class Dies(System):
     def rename(self, old, new):
         os.kill(os.getpid(), signal.SIGKILL)

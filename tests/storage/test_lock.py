@@ -11,7 +11,7 @@ import pytest
 from shardckpt.errors import CheckpointBusyError, StoragePermissionError
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.lock import Lock
-from shardckpt.storage.system import System
+from shardckpt.storage.posix import System
 
 
 def test_one_holder_at_a_time(tmp_path):

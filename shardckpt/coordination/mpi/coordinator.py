@@ -19,15 +19,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from shardckpt import knobs
-from shardckpt.coordination.mpi.link import Inbox, Link, Message, load_mpi, mpi_errors
-from shardckpt.coordination.waiting import (
+from shardckpt.config import current
+from shardckpt.coordination.deadlines import (
     SHORTEST_WAIT_S,
     next_wait,
     poll,
     rank_failed,
     ranks_disagree,
 )
+from shardckpt.coordination.mpi.link import Inbox, Link, Message, load_mpi, mpi_errors
 from shardckpt.errors import CoordinationError
 
 __all__ = ["MpiCoordinator", "check_communicator", "mpi_coordinator"]
@@ -94,7 +94,7 @@ def mpi_coordinator(link: Link, *, channel: str, subject: str) -> Iterator[MpiCo
 
 def _begin(link: Link, channel: str, subject: str) -> str:
     """Meet the other ranks; the id of the operation."""
-    patience_s = knobs.ARRIVAL_DEADLINE_S
+    patience_s = current().arrival_deadline_s
     if not poll(lambda: link.ready() or link.summoned, patience_s):
         patience_s = min(patience_s, _ROLL_CALL_S)
         if not link.rank:
@@ -136,7 +136,7 @@ def _ask(link: Link, channel: str, subject: str, patience_s: float) -> str:
             del link.late[channel]
             raise _too_late(link)
         link.give_up([0])
-        raise rank_failed([0], "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
+        raise rank_failed([0], "begin", f"no call within {current().arrival_deadline_s:g} s")
     verdict, _, text = link.verdicts.pop(nonce).partition(" ")
     if verdict == "late":
         ranks = list(map(int, text.split(",")))
@@ -177,7 +177,7 @@ def _let_in(link: Link, channel: str, subject: str, patience_s: float) -> str:
     if late:
         link.tell_late(late, channel, subject)
         link.give_up(late)
-        raise rank_failed(late, "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
+        raise rank_failed(late, "begin", f"no call within {current().arrival_deadline_s:g} s")
     if odd is not None:
         raise ranks_disagree(odd, calls[odd][1], subject)
     return identity
@@ -230,9 +230,9 @@ class MpiCoordinator:
         """Stop the pulse once the last messages are out, and forget the operation."""
         with suppress(Exception):
             # Nothing drives MPI once this has returned: what is still here would stay here.
-            self._link.flush(self._identity, _LAST_WORDS_S if self._alone else knobs.DEADLINE_S)
+            self._link.flush(self._identity, _LAST_WORDS_S if self._alone else current().deadline_s)
         self._stopped.set()
-        self._pulse.join(timeout=knobs.DEADLINE_S)
+        self._pulse.join(timeout=current().deadline_s)
         self._link.inboxes.pop(self._identity, None)
 
     def _wait(self, phase: str, kind: str) -> dict[int, bytes]:
@@ -262,15 +262,15 @@ class MpiCoordinator:
     def _look_after(self, ranks: list[int], phase: str, begun: float) -> None:
         now = time.monotonic()
         heard, progress = self._inbox.heard, self._inbox.progress
-        silent = [r for r in ranks if now - max(begun, heard.get(r, begun)) > knobs.DEADLINE_S]
+        silent = [r for r in ranks if now - max(begun, heard.get(r, begun)) > current().deadline_s]
         stalled = [
             rank
             for rank in ranks
-            if now - max(begun, progress.get(rank, (0, begun))[1]) > knobs.STALL_DEADLINE_S
+            if now - max(begun, progress.get(rank, (0, begun))[1]) > current().stall_deadline_s
         ]
         for failed, what in (
-            (silent, f"no sign of life for {knobs.DEADLINE_S:g} s: dead, stopped or cut off"),
-            (stalled, f"alive, but no progress for {knobs.STALL_DEADLINE_S:g} s"),
+            (silent, f"no sign of life for {current().deadline_s:g} s: dead, stopped or cut off"),
+            (stalled, f"alive, but no progress for {current().stall_deadline_s:g} s"),
         ):
             if failed:
                 if not self.rank:
@@ -284,7 +284,7 @@ class MpiCoordinator:
         raise rank_failed(ranks, phase, what)
 
     def _interval(self) -> float:
-        return min(knobs.DEADLINE_S / 5, 1.0)
+        return min(current().deadline_s / 5, 1.0)
 
     def _keep_beating(self) -> None:
         while not self._stopped.wait(self._interval()):

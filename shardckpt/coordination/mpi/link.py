@@ -22,8 +22,8 @@ from typing import Any
 
 import msgspec
 
-from shardckpt import knobs
-from shardckpt.coordination.waiting import poll
+from shardckpt.config import current
+from shardckpt.coordination.deadlines import poll
 from shardckpt.errors import CoordinationError, DependencyError, RankFailedError
 
 __all__ = ["Inbox", "Link", "Message", "link_of", "load_mpi", "mpi_errors"]
@@ -181,7 +181,7 @@ class Link:
         """The communicator is being freed, on all its ranks; operations under way go on."""
         gone = self._raw in (None, self._mpi.COMM_NULL)  # MPICH tells of it when all use has ended
         if self._claims and self._request is not None and not gone:
-            poll(self.ready, knobs.DEADLINE_S)  # Open MPI crashes if it goes while duplicated
+            poll(self.ready, current().deadline_s)  # Open MPI crashes if it goes while duplicated
         with _lock:
             if self._raw != self._mpi.COMM_WORLD:
                 self._raw = None

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.coordination.mpi.group import group_for_dcp
+from shardckpt.coordination.process_group import group_for_dcp
 from shardckpt.errors import RankFailedError, ShardckptError
-from shardckpt.execution.load_driver import open_manifest
 from shardckpt.integrations.dcp.writer import ShardWriter
-from shardckpt.planning.stateful import plain_state
+from shardckpt.load.pipeline import open_manifest
 from shardckpt.reports import SaveReport
+from shardckpt.state.module_state import plain_state
 from shardckpt.storage.local import LocalStorage
 
 __all__ = ["save_with_planner"]

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 
 from shardckpt.errors import ShardckptError, StateError
-from shardckpt.planning.differences import explain_difference
-from shardckpt.planning.flatten import flatten
-from shardckpt.planning.load_plan import Matcher
-from shardckpt.planning.save_plan import GlobalPlan, RankWrites, global_plan
-from shardckpt.planning.saved import SavedState
-from shardckpt.planning.table import LocalPlan, local_plan
+from shardckpt.plan.consistency import explain_difference
+from shardckpt.plan.local_plan import LocalPlan, local_plan
+from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
+from shardckpt.state.flatten import flatten
+from shardckpt.state.matching import Matcher
+from shardckpt.state.saved_tree import SavedState
 
 __all__ = ["ReshardLoadPlanner", "ShardMetadata", "ShardSavePlanner", "ShardStorageMeta"]
 

@@ -20,17 +20,17 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from shardckpt.errors import StateError
-from shardckpt.execution.load_driver import open_manifest
-from shardckpt.execution.reader import read_all
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import Manifest, TensorEntry
-from shardckpt.format.values import TensorRef
+from shardckpt.format.typed_json import TensorRef
 from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
-from shardckpt.planning.build import Builder
-from shardckpt.planning.chunks import LocalChunk
-from shardckpt.planning.load_plan import Mismatches
-from shardckpt.planning.reads import plan_reads
-from shardckpt.planning.saved import SavedState
+from shardckpt.load.pipeline import open_manifest
+from shardckpt.load.shard_reader import read_all
+from shardckpt.plan.read_plan import plan_reads
+from shardckpt.state.local_chunks import LocalChunk
+from shardckpt.state.matching import Mismatches
+from shardckpt.state.materialize import Builder
+from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.storage.local import LocalStorage
 

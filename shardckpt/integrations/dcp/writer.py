@@ -21,27 +21,27 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.coordination.mpi.group import group_for_dcp
+from shardckpt.coordination.process_group import group_for_dcp
 from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
-from shardckpt.execution.base import open_base
-from shardckpt.execution.save_driver import (
+from shardckpt.format import typed_json as values
+from shardckpt.format.dtypes import dtype_name
+from shardckpt.format.manifest import encode_tensors
+from shardckpt.integrations.dcp.planners import ShardSavePlanner, ShardStorageMeta
+from shardckpt.plan.consistency import compare_replicas
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes, widen_boxes
+from shardckpt.plan.plan_cache import KnownPlan
+from shardckpt.plan.save_plan import check_coverage, layout_order
+from shardckpt.plan.shard_layout import tensor_entries
+from shardckpt.save.incremental import open_base
+from shardckpt.save.pipeline import (
     commit,
     file_table,
     new_id,
     planned_parts,
     replica_digests,
 )
-from shardckpt.execution.shard_files import ShardResult, write_rank
-from shardckpt.format import values
-from shardckpt.format.dtypes import dtype_name
-from shardckpt.format.manifest import encode_tensors
-from shardckpt.integrations.dcp.planners import ShardSavePlanner, ShardStorageMeta
-from shardckpt.planning.assembly import tensor_entries
-from shardckpt.planning.differences import compare_replicas
-from shardckpt.planning.kinds import MAIN
-from shardckpt.planning.plan_cache import KnownPlan
-from shardckpt.planning.save_plan import check_coverage, layout_order
-from shardckpt.planning.table import ChunkTable, TensorSpec, pad_boxes, widen_boxes
+from shardckpt.save.rank_writer import ShardResult, write_rank
+from shardckpt.state.file_groups import MAIN
 from shardckpt.storage.base import Storage, WriteTransaction
 from shardckpt.storage.local import LocalStorage
 

@@ -1,0 +1,144 @@
+"""Commands that several processes share: the ranks of mpirun or srun, or --jobs processes here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from shardckpt.config import current
+from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.deadlines import poll
+from shardckpt.coordination.mpi.launch import mpi_launch, several_ranks
+from shardckpt.coordination.process_group import init_from_mpi
+from shardckpt.coordination.resolve import operation
+from shardckpt.coordination.store import StoreCoordinator
+from shardckpt.coordination.store_connection import Lines
+from shardckpt.errors import CoordinationError
+from shardckpt.load.pipeline import same_checkpoint
+from shardckpt.maintenance.rewritable import Source
+
+__all__ = ["say", "shared"]
+
+_JOB = "SHARDCKPT_JOB"  # rank/number/port, in the environment of the processes started here
+_BYTES_PER_JOB = 1 << 30
+
+
+Opened = TypeVar("Opened", bound=Source)
+
+
+@contextmanager
+def shared(
+    options: Any, path: str, open_it: Callable[[], Opened]
+) -> Iterator[tuple[Coordinator, Opened]]:
+    """The processes that share a command about the checkpoint at `path`, which each opens.
+
+    Under mpirun or srun they are its ranks; else this one and `options.jobs` - 1 that it starts.
+    """
+    jobs = options.jobs
+    if jobs is None:
+        jobs = 1 if several_ranks() or os.environ.get(_JOB) else _jobs_for(open_it)
+    subject = f"{options.command} {path}"
+    opened: list[Opened] = []
+
+    def identity() -> bytes:
+        opened.append(open_it())
+        return opened[0].manifest.checkpoint_id.encode()
+
+    with _team(subject, jobs=jobs, arguments=options.arguments) as coordinator:
+        options.rank = coordinator.rank
+        try:
+            exchange(coordinator, "open", identity, same_checkpoint(path))
+            yield coordinator, opened[0]
+        finally:
+            for checkpoint in opened:
+                checkpoint.close()
+
+
+def say(coordinator: Coordinator, text: str) -> None:
+    """Print, once for all."""
+    if coordinator.rank == 0:
+        print(text)
+
+
+def _jobs_for(open_it: Callable[[], Source]) -> int:
+    """One process for each GiB, at most one a processor."""
+    with closing(open_it()) as source:
+        size_bytes = sum(entry.size_bytes for entry in source.manifest.tensors.values())
+    return max(1, min(os.cpu_count() or 1, size_bytes // _BYTES_PER_JOB))
+
+
+@contextmanager
+def _team(subject: str, *, jobs: int, arguments: Sequence[str]) -> Iterator[Coordinator]:
+    if job := os.environ.get(_JOB):
+        rank, number, port = map(int, job.split("/"))
+        _connect(port).set(f"up/{rank}", "")
+        with _joined(port, rank=rank, number=number) as coordinator:
+            yield coordinator
+    elif jobs == 1 or several_ranks():
+        if several_ranks() and not mpi_launch():
+            init_from_mpi()
+        with operation(subject) as coordinator:
+            yield coordinator
+    else:
+        with _started(jobs, arguments) as coordinator:
+            yield coordinator
+
+
+@contextmanager
+def _started(jobs: int, arguments: Sequence[str]) -> Iterator[Coordinator]:
+    store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    server = store("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    command = [sys.executable, "-m", "shardckpt", *arguments]
+    others = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, _JOB: f"{rank}/{jobs}/{server.port}"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # this process speaks for all
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(1, jobs)
+    ]
+    up = [f"up/{rank}" for rank in range(1, jobs)]
+    try:
+        poll(lambda: server.check(up) or _ended(others), current().arrival_deadline_s)
+        if not server.check(up):
+            raise CoordinationError(
+                "A process for --jobs did not start",
+                expected=f"{jobs - 1} processes: {' '.join(command[:3])}",
+                actual=f"exit codes {[other.poll() for other in others]}",
+                remedy="use --jobs 1",
+            )
+        with _joined(server.port, rank=0, number=jobs) as coordinator:
+            yield coordinator
+    finally:
+        for other in others:
+            if not poll(lambda other=other: other.poll() is not None, current().deadline_s):  # type: ignore[misc]
+                other.kill()
+            other.wait()
+
+
+def _ended(processes: list[subprocess.Popen[bytes]]) -> bool:
+    return any(process.poll() is not None for process in processes)
+
+
+@contextmanager
+def _joined(port: int, *, rank: int, number: int) -> Iterator[Coordinator]:
+    lines = Lines(lambda: _connect(port))
+    coordinator = StoreCoordinator(lines, "", rank=rank, world_size=number)
+    try:
+        yield coordinator
+    finally:
+        coordinator.close()
+        lines.close()
+
+
+def _connect(port: int) -> Any:
+    store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    return store("127.0.0.1", port, is_master=False, wait_for_workers=False)

@@ -1,0 +1,248 @@
+"""A process group of torch.distributed from MPI's ranks, or from SLURM's variables."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import socket
+import struct
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from shardckpt.config import current
+from shardckpt.coordination.base import exchange
+from shardckpt.coordination.deadlines import rank_failed
+from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
+from shardckpt.coordination.resolve import operation
+from shardckpt.coordination.shutdown import leave_at_exit
+from shardckpt.errors import CoordinationError
+
+__all__ = ["group_for_dcp", "init_from_mpi"]
+
+_CONNECT_S = 3.0
+_store: Any = dist.TCPStore  # type: ignore[attr-defined]
+
+
+class _Place(msgspec.Struct, array_like=True):
+    """Where rank 0's store is: a host's addresses, to be tried in turn, and a port."""
+
+    hosts: list[str]
+    port: int
+    local_ranks: list[int]
+    one_host: bool
+
+
+def init_from_mpi(
+    backend: str | None = None, *, comm: Any = None, timeout_s: float = 1800.0
+) -> None:
+    """Start torch.distributed's default group from MPI's ranks; collective over them.
+
+    For FSDP2 and DDP scripts under mpirun: call it in place of init_process_group. Ranks are
+    those of `comm`, by default MPI.COMM_WORLD; under srun without MPI they come from SLURM's
+    variables. Rank 0 opens torch's store on a free port and tells the others by MPI.
+    `backend` is by default gloo, with nccl for CUDA where there is a GPU; `timeout_s` is that
+    of the group's collectives. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
+    set as torchrun sets them. The group is destroyed when the process ends, if it still is there.
+    No-op if there is a default group already.
+
+    Raises CoordinationError outside mpirun and srun, or if a rank fails or can't connect.
+    """
+    if dist.is_initialized():
+        return
+    backend = backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    timeout = datetime.timedelta(seconds=timeout_s)
+    slurm = slurm_launch()
+    if comm is None and mpi_launch() is None and slurm is not None:
+        rank, world_size, store = slurm.rank, slurm.world_size, _slurm_store(slurm)
+    else:
+        rank, world_size, store = _mpi_store(comm)
+    try:
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("shardckpt", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    except dist.DistError as error:
+        raise CoordinationError(
+            "torch.distributed could not start a process group",
+            rank=rank,
+            actual=str(error).splitlines()[0],
+            remedy="look at the other ranks' logs; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
+            "name the network to use",
+        ) from error
+    leave_at_exit()
+
+
+def group_for_dcp(path: str | None, *, comm: Any = None) -> None:
+    """Start a process group where mpirun or srun has started several ranks that have none: without,
+    torch.distributed.checkpoint would take each of them for the only one. Collective.
+
+    Raises CoordinationError where `comm` is given, which DCP can't use.
+    """
+    if comm is not None:
+        raise CoordinationError(
+            "torch.distributed.checkpoint and its planners know no MPI",
+            path=path,
+            expected="a process group of torch.distributed",
+            actual="comm=",
+            remedy="leave out comm=; shardckpt.init_from_mpi(comm=...) makes a process group of it",
+        )
+    if several_ranks() is not None:
+        init_from_mpi()
+
+
+def _mpi_store(comm: Any) -> tuple[int, int, Any]:
+    """(rank, world size, a store that all ranks have connected to); collective over MPI."""
+    opened: list[Any] = []
+
+    with operation("init_from_mpi", comm=comm) as coordinator:
+        launch = mpi_launch()
+        if coordinator.world_size == 1 and comm is None and launch is None:
+            raise CoordinationError(
+                "This process was started by neither mpirun nor srun",
+                expected="several ranks, or comm=",
+                actual="one process",
+                remedy="mpirun -n 4 python SCRIPT; or call torch.distributed.init_process_group",
+            )
+
+        def announce(hosts: list[bytes]) -> bytes:
+            store = _serve(int(os.environ.get("MASTER_PORT", "0")))
+            opened.append(store)
+            own = os.environ.get("MASTER_ADDR")
+            place = _Place(
+                hosts=[own] if own else _addresses(),
+                port=store.port,
+                local_ranks=[hosts[:rank].count(host) for rank, host in enumerate(hosts)],
+                one_host=len(set(hosts)) == 1,
+            )
+            return msgspec.msgpack.encode(place)
+
+        def name() -> bytes:
+            # The boot differs between machines of one name, the addresses between containers.
+            return "\n".join([socket.gethostname(), _boot_id(), *_addresses()]).encode()
+
+        answer = exchange(coordinator, "address", name, announce)
+        place = msgspec.msgpack.decode(answer, type=_Place)
+        hosts = ["127.0.0.1"] if place.one_host else place.hosts
+
+        def connect() -> bytes:
+            host = hosts[0] if hosts else ""
+            if coordinator.rank:
+                host = _reachable(hosts, place.port, one_host=place.one_host)
+                opened.append(_client(host, place.port))
+            local_rank = launch.local_rank if launch and launch.local_rank is not None else None
+            _export(
+                coordinator.rank,
+                coordinator.world_size,
+                place.local_ranks[coordinator.rank] if local_rank is None else local_rank,
+                host,
+                place.port,
+            )
+            return host.encode()
+
+        host = exchange(coordinator, "connect", connect, lambda hosts: hosts[-1])
+        if coordinator.rank == 0 and not place.one_host:
+            _use_network(host.decode())
+        return coordinator.rank, coordinator.world_size, opened[0]
+
+
+def _slurm_store(slurm: Launch) -> Any:
+    """The same where srun has started plain processes: the port follows from job and step."""
+    job, step = (int(os.environ.get(f"SLURM_{name}", "0") or 0) for name in ("JOB_ID", "STEP_ID"))
+    port = int(os.environ.get("MASTER_PORT", "0")) or 20_000 + (job * 64 + step) % 12_000
+    host = os.environ.get("MASTER_ADDR") or slurm.host or "127.0.0.1"
+    _export(slurm.rank, slurm.world_size, slurm.local_rank or 0, host, port)
+    if slurm.rank == 0:
+        return _serve(port)
+    wait = datetime.timedelta(seconds=current().arrival_deadline_s)
+    try:
+        return _client(host, port, wait)
+    except dist.DistError as error:
+        raise rank_failed([0], "connect", str(error).splitlines()[0]) from error
+
+
+def _serve(port: int) -> Any:
+    try:
+        return _store("0.0.0.0", port, is_master=True, wait_for_workers=False)
+    except dist.DistError as error:
+        raise CoordinationError(
+            "Rank 0 can't open its store",
+            rank=0,
+            expected=f"port {port} to be free" if port else "a free port",
+            actual=str(error).splitlines()[0],
+            remedy="unset MASTER_PORT, or set it to a free port",
+        ) from error
+
+
+def _client(
+    host: str, port: int, timeout: datetime.timedelta = datetime.timedelta(seconds=60)
+) -> Any:
+    return _store(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def _export(rank: int, world_size: int, local_rank: int, host: str, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(local_rank),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
+
+
+def _reachable(hosts: list[str], port: int, *, one_host: bool) -> str:
+    """The first of rank 0's addresses that answers."""
+    for host in hosts:
+        with suppress(OSError), socket.create_connection((host, port), _CONNECT_S) as connection:
+            if not one_host:
+                _use_network(connection.getsockname()[0])
+            return host
+    raise CoordinationError(
+        "This rank can't reach rank 0",
+        expected=f"an answer at port {port} of {', '.join(hosts) or 'its host'}",
+        actual="no answer",
+        remedy="set MASTER_ADDR on rank 0 to an address that all hosts reach; open its ports",
+    )
+
+
+def _use_network(address: str) -> None:
+    """Let gloo use the network that leads to rank 0; by itself it goes by the host's name."""
+    for name, own in _interfaces():
+        if own == address:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _addresses() -> list[str]:
+    """This host's IPv4 addresses, the one that its name stands for first."""
+    found = [address for _, address in _interfaces() if not address.startswith("127.")]
+    with suppress(OSError):
+        named = socket.gethostbyname(socket.gethostname())
+        found.sort(key=lambda address: address != named)
+    return found
+
+
+def _interfaces() -> list[tuple[str, str]]:
+    """(name, IPv4 address) of the network interfaces that have one."""
+    siocgifaddr = 0x8915  # linux/sockios.h; the address is in bytes 20 to 24 of a struct ifreq
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), siocgifaddr, request)
+                found.append((name, socket.inet_ntoa(answer[20:24])))
+    return found
+
+
+def _boot_id() -> str:
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+    return ""

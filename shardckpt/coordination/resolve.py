@@ -1,0 +1,132 @@
+"""The coordinator for an operation: one process, the ranks of a process group, or MPI's."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks
+from shardckpt.coordination.single import SingleCoordinator
+from shardckpt.errors import CoordinationError
+
+if dist.is_available():  # not at the first call, which is to return at once
+    from shardckpt.coordination.store import store_coordinator
+
+__all__ = ["Operation", "operation"]
+
+
+@dataclass(slots=True)
+class Operation:
+    """One operation of several ranks. Entering it is collective, and gives its Coordinator;
+    that may happen in another thread, and after the process group has been destroyed."""
+
+    rank: int
+    world_size: int
+    scope: AbstractContextManager[Coordinator]
+
+    def __enter__(self) -> Coordinator:
+        return self.scope.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.scope.__exit__(*error)
+
+
+def operation(
+    subject: str, process_group: Any = None, *, comm: Any = None, channel: str = "main"
+) -> Operation:
+    """An operation of the ranks that take part in it, to be entered.
+
+    `subject` says what it is about, alike on all ranks. They are those of `comm`, an mpi4py
+    communicator, or of `process_group`; by default of torch.distributed's default group, where
+    there is none of MPI.COMM_WORLD if mpirun started this process, else this process alone.
+    """
+    if comm is not None and process_group is not None:
+        raise CoordinationError(
+            "Both a communicator and a process group were given",
+            remedy="give comm= or process_group=, whichever holds the ranks that call this",
+        )
+    initialised = dist.is_available() and dist.is_initialized()
+    if comm is None and process_group is None and not initialised:
+        comm = _world()
+    if comm is not None:
+        return _of_communicator(comm, subject, channel)
+    if initialised:
+        group = process_group if process_group is not None else dist.group.WORLD
+        return _of_group(group, subject, channel)
+    if process_group is not None:
+        raise CoordinationError(
+            "A process group was given, but torch.distributed is not initialised",
+            remedy="call torch.distributed.init_process_group() first",
+        )
+    return _alone()
+
+
+def _alone() -> Operation:
+    return Operation(0, 1, nullcontext(SingleCoordinator()))
+
+
+def _of_group(group: Any, subject: str, channel: str) -> Operation:
+    if dist.get_rank(group) < 0:
+        raise CoordinationError(
+            "This rank is no member of the process group",
+            rank=dist.get_rank(),
+            remedy="call this on the members of the group alone",
+        )
+    if dist.get_world_size(group) == 1:
+        return _alone()
+    scope = store_coordinator(group, channel=channel, subject=subject)
+    return Operation(dist.get_rank(group), dist.get_world_size(group), scope)
+
+
+def _of_communicator(comm: Any, subject: str, channel: str) -> Operation:
+    from shardckpt.coordination.mpi.coordinator import check_communicator, mpi_coordinator
+    from shardckpt.coordination.mpi.link import link_of
+
+    if check_communicator(comm, channel=channel) == 1:
+        return _alone()
+    link = link_of(comm)  # here, in the program's thread: in the order of its own collectives
+    link.claim()
+    scope = mpi_coordinator(link, channel=channel, subject=subject)
+    return Operation(link.rank, link.world_size, scope)
+
+
+def _world() -> Any:
+    """MPI.COMM_WORLD where mpirun started several ranks, or the program has started MPI."""
+    launch = several_ranks()
+    loaded = sys.modules.get("mpi4py.MPI")
+    started = loaded is not None and loaded.Is_initialized() and not loaded.Is_finalized()
+    if launch is None and not started:
+        return None
+    if not started and mpi_launch() is None:
+        raise _strangers(launch)
+    from shardckpt.coordination.mpi.link import load_mpi
+
+    mpi = load_mpi()
+    size = mpi.COMM_WORLD.Get_size()
+    if launch is None or launch.world_size == size:
+        return mpi.COMM_WORLD
+    if size == 1 and mpi_launch() is None:
+        raise _strangers(launch)
+    raise CoordinationError(
+        f"{launch.launcher} and mpi4py don't belong to the same MPI",
+        expected=f"{launch.world_size} ranks, as {launch.launcher} has started",
+        actual=f"{size} in MPI.COMM_WORLD",
+        remedy="use the mpirun of the MPI that mpi4py has loaded: "
+        + str(mpi.Get_library_version()).split(",")[0].splitlines()[0],
+    )
+
+
+def _strangers(launch: Launch | None) -> CoordinationError:
+    """The error for srun's tasks, each of which would take itself for the only one."""
+    return CoordinationError(
+        "srun has started several tasks, and nothing connects them",
+        expected="MPI (srun --mpi=pmix), or a process group of torch.distributed",
+        actual=f"{launch.world_size if launch else 1} tasks, without either",
+        remedy="call shardckpt.init_from_mpi() first, which needs no MPI here; tasks that have "
+        "nothing to do with each other: srun env -u SLURM_STEP_NUM_TASKS python SCRIPT",
+    )

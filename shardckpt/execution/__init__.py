@@ -1,1 +1,0 @@
-"""Staging, writing and reading: buffers, threads, devices."""

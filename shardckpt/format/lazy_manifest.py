@@ -1,0 +1,142 @@
+"""A manifest of which only what is asked for is parsed: a few rows of a large checkpoint take as
+long as its text takes to scan, not as all of it takes to understand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import msgspec
+import numpy as np
+
+from shardckpt.format.dtypes import DTYPES, itemsize
+from shardckpt.format.manifest import ShardEntry, ShardText, TensorEntry, shard_entries
+from shardckpt.format.validation import refuse
+
+__all__ = ["Outline"]
+
+
+class _Document(msgspec.Struct):
+    shards: list[ShardText]
+    tensors: dict[str, msgspec.Raw]
+    state: msgspec.Raw
+
+
+class _Tensor(msgspec.Struct):
+    dtype: str
+    shape: list[int]
+    chunks: list[int]
+
+
+_decode = msgspec.json.Decoder(_Document).decode
+_decode_tensor = msgspec.json.Decoder(_Tensor).decode
+_decode_level = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_reference = msgspec.json.Decoder(dict[str, str]).decode
+_ERRORS = msgspec.MsgspecError, UnicodeError, RecursionError
+
+
+class Outline:
+    """A manifest, by and by, of a text that check_text let pass.
+
+    `shards` by number, checked as from_bytes does. Of its tensors those are told whose own chunks
+    are evidently right, as those of nearly all are, and None for all else: from_bytes tells then
+    what they are, or what is wrong. Whether tensors are right beside each other it tells too.
+    """
+
+    def __init__(self, data: bytes, *, path: str) -> None:
+        try:
+            self._document = _decode(data)
+        except _ERRORS as error:
+            refuse(path, "the members of format version 1", str(error)[:200])
+        self._path = path
+        self._levels: dict[str, dict[str, msgspec.Raw]] = {}  # of the state, by name
+        self.shards = _Shards(self._document.shards, path)
+        self.tensors: dict[str, TensorEntry] = {}  # those asked for up to now
+
+    def all_shards(self) -> tuple[ShardEntry, ...]:
+        """All shards in their order; CorruptionError also where two have one name."""
+        return tuple(shard_entries(self._document.shards, self._path))
+
+    def find(self, name: str) -> str | None:
+        """The saved tensor or array that stands in the state under a name, if keys that are strings
+        lead there, and no others do."""
+        node, at = self._document.state, 0
+        while True:
+            level = self._level(name[:at], node)
+            dots = [index for index in range(at, len(name)) if name[index] == "."]
+            ends = [end for end in (*dots, len(name)) if name[at:end] in level]
+            if len(ends) != 1 or "" in level:
+                return None
+            node, at = level[name[at : ends[0]]], ends[0] + 1
+            if at > len(name):
+                return _target(node)
+
+    def _level(self, name: str, node: msgspec.Raw) -> dict[str, msgspec.Raw]:
+        if name not in self._levels:
+            try:
+                self._levels[name] = _decode_level(node)
+            except _ERRORS:  # no object
+                self._levels[name] = {}
+        return self._levels[name]
+
+    def tensor(self, name: str) -> TensorEntry | None:
+        """A saved tensor, kept in `tensors`; None if from_bytes has to tell. CorruptionError if a
+        shard that holds it breaks a rule."""
+        if name not in self.tensors:
+            try:
+                found = _decode_tensor(self._document.tensors[name])
+            except (KeyError, *_ERRORS):
+                return None
+            width = 3 + 2 * len(found.shape)
+            rows = [found.chunks[at : at + width] for at in range(0, len(found.chunks), width)]
+            if found.dtype not in DTYPES or not self._are_slabs(found, rows):
+                return None
+            chunks = np.array(rows, dtype=np.int64)
+            entry = TensorEntry(dtype=found.dtype, shape=tuple(found.shape), chunks=chunks)
+            self.tensors[name] = entry
+        return self.tensors[name]
+
+    def _are_slabs(self, tensor: _Tensor, rows: list[list[int]]) -> bool:
+        """Whether the chunks cut the tensor along one dimension, in order, and each has a place of
+        its own and of its size in its shard's file: what rules.check_chunks wants of them."""
+        shape, item, dims = tensor.shape, itemsize(tensor.dtype), len(tensor.shape)
+        if not rows or len(rows[-1]) != 3 + 2 * dims or not dims or min(shape) < 1:
+            return False
+        cut = next((d for d in range(dims) if rows[0][3 + dims + d] != shape[d]), 0)
+        at = 0
+        for shard, begin, end, *box in rows:
+            length = box[dims + cut]
+            slab = [*([0] * dims), *shape]
+            slab[cut], slab[dims + cut] = at, length
+            if box != slab or length < 1 or not 0 <= shard < len(self._document.shards):
+                return False
+            if begin < 8 or begin % item or end > self.shards[shard].size_bytes:
+                return False
+            if end - begin != math.prod(box[dims:]) * item:
+                return False
+            at += length
+        places = itertools.pairwise(sorted(row[:3] for row in rows))
+        apart = all(one[0] < other[0] or one[2] <= other[1] for one, other in places)
+        return apart and at == shape[cut]
+
+
+class _Shards(dict[int, ShardEntry]):
+    """Shards by number, each parsed when it is first asked for."""
+
+    def __init__(self, texts: list[ShardText], path: str) -> None:
+        self._texts = texts
+        self._path = path
+
+    def __missing__(self, number: int) -> ShardEntry:
+        (self[number],) = shard_entries([self._texts[number]], self._path)
+        return self[number]
+
+
+def _target(node: msgspec.Raw) -> str | None:
+    """The tensor that a node of the state refers to; None if it is no reference to one."""
+    try:
+        reference = _decode_reference(node)
+    except _ERRORS:
+        return None
+    (key, name), *more = reference.items() or [("", "")]
+    return name if not more and key in ("$tensor", "$ndarray") else None

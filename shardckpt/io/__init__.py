@@ -1,0 +1,1 @@
+"""Buffers, threads and devices that reading and writing share."""

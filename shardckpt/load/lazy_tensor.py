@@ -1,0 +1,143 @@
+"""Tensors that stay on the disk until they are touched."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only  # semi-public; tried with torch 2.13
+
+from shardckpt.errors import CheckpointError
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.load.shard_reader import check_size, read_all
+from shardckpt.plan.page_cache_policy import ALWAYS
+from shardckpt.plan.read_plan import plan_reads
+from shardckpt.state.local_chunks import LocalChunk
+from shardckpt.storage.base import CheckpointFiles, Done, WouldWait
+
+__all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
+
+
+class MappedFiles:
+    """Shards in memory maps, which outlive the open checkpoint and its removal; what is in no map's
+    pages yet is read past the page cache, while the files are there. See CheckpointFiles."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self.path = files.path
+        self._files = files.duplicate()
+        self._maps: dict[str, memoryview] = {}
+        weakref.finalize(self, self._files.close)
+
+    def map(self, name: str) -> memoryview:
+        """See CheckpointFiles.map."""
+        if name not in self._maps:
+            self._maps[name] = self._files.map(name)
+        return self._maps[name]
+
+    def size_bytes(self, name: str) -> int:
+        """See CheckpointFiles.size_bytes."""
+        return len(self._maps[name]) if name in self._maps else self._files.size_bytes(name)
+
+    def readinto(
+        self,
+        name: str,
+        buffers: Sequence[memoryview],
+        *,
+        offset: int,
+        done: Done = lambda buffer: None,
+        wait: bool = True,
+    ) -> None:
+        """See CheckpointFiles.readinto."""
+        if not wait:  # nobody knows which pages of a map are in memory
+            raise WouldWait(name)
+        for buffer in buffers:
+            buffer[:] = self.map(name)[offset : offset + len(buffer)]
+            offset += len(buffer)
+            done(buffer)
+
+    def read_past_cache(
+        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
+    ) -> bool:
+        """See CheckpointFiles.read_past_cache."""
+        try:
+            return self._files.read_past_cache(name, buffer, offset=offset, size_bytes=size_bytes)
+        except CheckpointError:  # removed or replaced: the map still has what was there
+            return False
+
+    def manifest(self) -> bytes:
+        """See CheckpointFiles.manifest."""
+        return self._files.manifest()
+
+    def duplicate(self) -> MappedFiles:
+        """See CheckpointFiles.duplicate."""
+        return MappedFiles(self._files)
+
+    def close(self) -> None:
+        """See CheckpointFiles.close; the maps stay."""
+        self._files.close()
+
+
+def disk_tensor(
+    files: MappedFiles, manifest: Manifest, name: str, entry: TensorEntry
+) -> torch.Tensor:
+    """A saved tensor, without reading it.
+
+    One that lies in one piece is mapped: pages come as they are touched, unverified, and what
+    is written to them stays in memory. Any other is a DiskTensor.
+    """
+    if 0 in entry.shape:
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    for shard in entry.chunks[:, 0].tolist():  # mapped now: the files may be closed later
+        check_size(files, manifest.shards[shard])
+        files.map(manifest.shards[shard].name)
+    if len(entry.chunks) > 1:
+        return DiskTensor(files, manifest, name, entry)
+    shard, begin, end = entry.chunks[0, :3].tolist()
+    data = torch.frombuffer(
+        files.map(manifest.shards[shard].name), dtype=torch.uint8, count=end - begin, offset=begin
+    )
+    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+class DiskTensor(torch.Tensor):
+    """A CPU tensor that lies on the disk in several pieces: read, and verified, by the first
+    operation on it, and kept from then on. What operations return are plain tensors."""
+
+    @staticmethod
+    def __new__(
+        cls, files: MappedFiles, manifest: Manifest, name: str, entry: TensorEntry
+    ) -> DiskTensor:
+        """A tensor without memory, of the saved shape and dtype."""
+        made: DiskTensor = torch.Tensor._make_wrapper_subclass(
+            cls, entry.shape, dtype=DTYPES[entry.dtype]
+        )
+        return made
+
+    def __init__(
+        self, files: MappedFiles, manifest: Manifest, name: str, entry: TensorEntry
+    ) -> None:
+        self._source = files, manifest, name, entry
+        self._tensor: torch.Tensor | None = None
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DiskTensor({self._source[2]!r}, {self.dtype}, shape={list(self.shape)})"
+
+    def read(self) -> torch.Tensor:
+        """The plain tensor, read on the first call."""
+        if self._tensor is None:
+            files, manifest, _, entry = self._source
+            tensor = torch.empty(entry.shape, dtype=self.dtype)
+            whole = LocalChunk((0,) * tensor.dim(), entry.shape, tensor)
+            read_all(files, manifest, plan_reads([(entry, whole)]), past_cache=ALWAYS)
+            self._tensor = tensor
+        return self._tensor
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(DiskTensor, DiskTensor.read, (args, kwargs or {}))
+        return func(*args, **kwargs)

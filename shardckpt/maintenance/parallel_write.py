@@ -1,0 +1,117 @@
+"""Files that several ranks write together, each a part of even size; all in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from shardckpt.coordination.base import Coordinator
+from shardckpt.maintenance.rewritable import Source, read_chunks
+from shardckpt.plan.file_parts import FilePart, file_parts
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec
+from shardckpt.save.shard_writer import write_shard
+from shardckpt.storage.base import WritableFile
+
+__all__ = ["NewFile", "WrittenFile", "joined_parts", "write_together"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewFile:
+    """A safetensors file to be written: its header, what follows it, and how it is opened by each
+    of several ranks (see WriteTransaction.create)."""
+
+    header: bytes
+    size_bytes: int
+    specs: Sequence[TensorSpec]
+    chunks: ChunkTable
+    create: Callable[[], WritableFile]
+
+
+class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
+    """A file, or the part of one that a rank has written: the digests of its blocks, in order."""
+
+    file: int
+    header_bytes: int
+    size_bytes: int
+    digests: bytes
+
+    def of_blocks(self) -> NDArray[np.uint64]:
+        """The digests as numbers."""
+        return np.frombuffer(self.digests, dtype="<u8").astype(np.uint64)
+
+
+def write_together(
+    source: Source,
+    sizes_bytes: Sequence[int],
+    new_file: Callable[[int], NewFile],
+    ranks: Coordinator,
+    progress: Callable[[int], None],
+) -> bytes:
+    """Write this rank's parts of files with so many bytes of data each, durably. Not collective.
+
+    `new_file(n)` lays out the n-th, alike on all ranks. `progress` is called with the bytes that
+    this rank has written. What is returned joined_parts takes from all ranks.
+    """
+    written: list[WrittenFile] = []
+    done_bytes = 0
+    for part in file_parts(sizes_bytes, rank=ranks.rank, world_size=ranks.world_size):
+
+        def advance(size_bytes: int, before: int = done_bytes) -> None:
+            ranks.progress(before + size_bytes)
+            progress(before + size_bytes)
+
+        new = new_file(part.file)
+        end, digests = _write_part(source, new, part, advance)
+        done_bytes += end - part.begin
+        written.append(
+            WrittenFile(
+                file=part.file,
+                header_bytes=len(new.header),
+                size_bytes=new.size_bytes,
+                digests=digests.astype("<u8").tobytes(),
+            )
+        )
+    return msgspec.msgpack.encode(written)
+
+
+def _write_part(
+    source: Source, new: NewFile, part: FilePart, progress: Callable[[int], None]
+) -> tuple[int, NDArray[np.uint64]]:
+    head, end = len(new.header), new.size_bytes if part.end is None else part.end
+    file = new.create()
+    try:
+        reached, digests = write_shard(
+            file,
+            header=new.header[part.begin : end],
+            tensors=read_chunks(
+                source,
+                new.specs,
+                new.chunks,
+                begin=max(part.begin - head, 0),
+                end=max(end - head, 0),
+            ),
+            begin=part.begin,
+            progress=progress,
+        )
+        assert reached == end, "a source whose boxes have other sizes than its manifest says"
+        file.close(size_bytes=new.size_bytes)
+    except BaseException:
+        file.discard()
+        raise
+    return end, digests
+
+
+def joined_parts(payloads: Sequence[bytes]) -> list[WrittenFile]:
+    """All files in order, of what write_together has returned on all ranks, in rank order."""
+    decode = msgspec.msgpack.Decoder(list[WrittenFile]).decode
+    files: list[WrittenFile] = []
+    for part in (part for payload in payloads for part in decode(payload)):
+        if files and files[-1].file == part.file:
+            files[-1].digests += part.digests
+        else:
+            files.append(part)
+    return files

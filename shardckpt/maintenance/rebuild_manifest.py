@@ -1,0 +1,129 @@
+"""A manifest made anew from the headers of the shards, where the old one is lost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardckpt._version import __version__
+from shardckpt.errors import CorruptionError
+from shardckpt.format import typed_json as values
+from shardckpt.format.digests import BLOCK_BYTES, block_digest
+from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, is_shard_name
+from shardckpt.format.safetensors_header import ShardTensor, parse_chunk_name, parse_header
+from shardckpt.format.tiling import find_gap
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.maintenance.verify import read_header
+from shardckpt.storage.local_reader import LocalFiles
+
+__all__ = ["rebuild_manifest"]
+
+_Piece = tuple[int, ShardTensor, tuple[int, ...] | None]
+"""Shard number, the tensor in it, and the offsets of its box; None for a whole tensor."""
+
+
+def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
+    """The manifest, and what of the shards it could not take in: name (or file) to why.
+
+    A shard's digests are those of what it holds now. The nesting is that of the names, split at
+    their dots.
+    """
+    names = sorted(name for name in files.names() if is_shard_name(name))
+    lost: dict[str, str] = {}
+    shards: list[ShardEntry] = []
+    pieces: dict[str, list[_Piece]] = defaultdict(list)
+    for name in names:
+        try:
+            shard, tensors = _read_shard(files, name)
+        except CorruptionError as error:
+            lost[name] = f"{error.message.lower()}: {error.expected} expected, {error.actual} found"
+            continue
+        for tensor in tensors:
+            whole, box = parse_chunk_name(tensor.name)
+            if tensor.end > shard.size_bytes:
+                lost[whole] = f"{name} is cut"
+            pieces[whole].append((len(shards), tensor, box[0] if box else None))
+        shards.append(shard)
+    complete = _all_files(names) and not lost
+    tensors_found: dict[str, TensorEntry] = {}
+    for name, found in sorted(pieces.items()):
+        if name in lost:
+            continue
+        entry = _entry(found, complete=complete)
+        if isinstance(entry, str):
+            lost[name] = entry
+        else:
+            tensors_found[name] = entry
+    manifest = Manifest(
+        checkpoint_id="0" * 32,
+        created="",
+        library=f"shardckpt {__version__}",
+        world_size=max(len(shards), 1),
+        shards=tuple(shards),
+        tensors=tensors_found,
+        state=values.encode(_nested(list(tensors_found)), at=""),
+    )
+    return manifest, lost
+
+
+def _read_shard(files: LocalFiles, name: str) -> tuple[ShardEntry, list[ShardTensor]]:
+    size_bytes = files.size_bytes(name)
+    header = read_header(files, name, size_bytes=size_bytes)
+    tensors, _ = parse_header(header, file_size_bytes=None, path=f"{files.path}/{name}")
+    digests = []
+    for low in range(0, size_bytes, BLOCK_BYTES):
+        block = bytearray(min(BLOCK_BYTES, size_bytes - low))
+        files.readinto(name, [memoryview(block)], offset=low)
+        digests.append(block_digest(block))
+    entry = ShardEntry(name=name, size_bytes=size_bytes, digests=np.array(digests, np.uint64))
+    return entry, tensors
+
+
+def _all_files(names: list[str]) -> bool:
+    """Whether no file can be missing: every rank has one, and all have the same kinds."""
+    parts = [name.removesuffix(".safetensors").split("-", 4) for name in names]
+    found = {(int(part[1]), *part[4:]) for part in parts}
+    kinds = {tuple(part[4:]) for part in parts}
+    sizes = {int(part[3]) for part in parts}
+    return len(sizes) == 1 and len(found) == len(kinds) * max(sizes)
+
+
+def _entry(pieces: list[_Piece], *, complete: bool) -> TensorEntry | str:
+    """The tensor that these pieces make up, or why they make up none."""
+    dtypes = {tensor.dtype for _, tensor, _ in pieces}
+    dims = {len(tensor.shape) for _, tensor, _ in pieces}
+    if len(dtypes) > 1 or len(dims) > 1:
+        return "its pieces are of several dtypes or dimensions"
+    if not complete and any(offsets is not None for _, _, offsets in pieces):
+        return "it is in pieces, and a shard is missing"
+    rows = [
+        [shard, tensor.begin, tensor.end, *(offsets or (0,) * len(tensor.shape)), *tensor.shape]
+        for shard, tensor, offsets in pieces
+    ]
+    (ndim,) = dims
+    chunks: NDArray[np.int64] = np.array(rows, dtype=np.int64)
+    starts, sizes = chunks[:, 3 : 3 + ndim], chunks[:, 3 + ndim :]
+    shape = tuple((starts + sizes).max(axis=0).tolist())
+    gap = find_gap(shape, starts, sizes)
+    if gap is not None:
+        return f"its pieces have a {gap[0]} at offsets {list(gap[1])}"
+    (dtype,) = dtypes
+    return TensorEntry(dtype=dtype, shape=shape, chunks=chunks)
+
+
+def _nested(names: list[str]) -> dict[str, Any]:
+    """References to the tensors, nested as their names are; at the top where that can't be."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        *above, last = name.split(".")
+        node: Any = tree
+        for part in above:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict) and last not in node:
+            node[last] = TensorRef(name, "tensor")
+        else:
+            tree[name] = TensorRef(name, "tensor")
+    return tree

@@ -1,0 +1,209 @@
+"""Checkpoints written anew offline, by several processes and in bounded memory: as another number
+of shards here, in other formats by the converters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+
+from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.single import SingleCoordinator
+from shardckpt.errors import StateError
+from shardckpt.format.manifest import Manifest
+from shardckpt.maintenance.parallel_write import NewFile, joined_parts, write_together
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan, TensorSpec, pad_boxes
+from shardckpt.plan.plan_cache import KnownPlan
+from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
+from shardckpt.plan.shard_layout import chunk_bytes, shard_name
+from shardckpt.save.pipeline import commit, file_table, new_id
+from shardckpt.save.rank_writer import ShardFile, ShardResult, layout
+from shardckpt.state.file_groups import MAIN, kind_in
+from shardckpt.storage.base import Storage, WriteTransaction
+
+__all__ = ["Rewriting", "even_plan", "reshard", "rewrite"]
+
+
+def reshard(
+    source: Source,
+    path: str,
+    *,
+    shards: int,
+    storage: Storage,
+    overwrite: bool = False,
+    coordinator: Coordinator | None = None,
+    progress: Callable[[int], None] = lambda written_bytes: None,
+) -> None:
+    """Write all of `source` to `path` as `shards` shards of even size.
+
+    Collective over the coordinator's ranks, by default this process alone: each writes as many
+    bytes, of one shard or of several. What was saved stays the same, PerRank values and the world
+    size of the save included. Takes a few buffers of memory. `progress` is called with the bytes
+    that this rank has written so far.
+    """
+    work = _Reshard(source, path, shards=shards, storage=storage, overwrite=overwrite)
+    rewrite(work, coordinator or SingleCoordinator(), progress)
+
+
+def rewrite(work: Rewriting, ranks: Coordinator, progress: Callable[[int], None]) -> None:
+    """Do the work, with all ranks; what it writes appears whole or not at all."""
+    try:
+        token = exchange(ranks, "begin", lambda: b"", work.begin).decode()
+        exchange(ranks, "join", lambda: work.join(token), lambda payloads: b"")
+        exchange(ranks, "write", lambda: work.write(ranks, progress), work.commit)
+    except BaseException:
+        work.abandon()
+        raise
+    finally:
+        work.close()
+
+
+class Rewriting(Protocol):
+    """One rank's part in writing a directory anew. Every rank writes; rank 0 begins and commits."""
+
+    def begin(self, payloads: list[bytes]) -> bytes:
+        """On rank 0: make a directory; what the others need to find it."""
+
+    def join(self, token: str) -> bytes:
+        """On the others: find it."""
+
+    def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
+        """Write this rank's part; what rank 0 needs to know of it."""
+
+    def commit(self, payloads: list[bytes]) -> bytes:
+        """On rank 0: write what tells of all files, and make all visible."""
+
+    def abandon(self) -> None:
+        """Remove what was written; called while the error that ends the work is handled."""
+
+    def close(self) -> None:
+        """Release what is held."""
+
+
+def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
+    """The plan of a rank that holds all of the source, and of `shards` such ranks: the planner
+    divides replicas by bytes."""
+    if shards < 1:
+        raise StateError("A checkpoint has one shard or more", actual=shards)
+    tensors = source.manifest.tensors
+    specs = tuple(TensorSpec(name, entry.dtype, entry.shape) for name, entry in tensors.items())
+    whole = LocalPlan(
+        common=specs,
+        own=(),
+        kind=_kinds(source.manifest),
+        chunks=ChunkTable(
+            tensor=np.arange(len(specs)),
+            boxes=pad_boxes([((0,) * len(spec.shape), spec.shape) for spec in specs]),
+        ),
+        shared=np.ones(len(specs), dtype=np.bool_),
+        tree=b"",
+        own_trees=b"",
+    )
+    return whole, global_plan([whole] * shards)
+
+
+class _File(NamedTuple):
+    """A file of a shard, and which of the plan's chunks are in it."""
+
+    shard: int
+    name: str
+    rows: slice
+
+
+class _Reshard:
+    """See Rewriting."""
+
+    def __init__(
+        self, source: Source, path: str, *, shards: int, storage: Storage, overwrite: bool
+    ) -> None:
+        self.source, self.path, self.shards = source, path, shards
+        self.storage, self.overwrite = storage, overwrite
+        self.identity = new_id()
+        self.transaction: WriteTransaction | None = None
+        self.whole, self.plan = even_plan(source, shards)
+        self.files = self._files()
+
+    def _files(self) -> list[_File]:
+        """All files, shard by shard; their chunks are rows of the plan's, in order."""
+        files, begin = [], 0
+        for shard in range(self.shards):
+            for kind, count in RankWrites.of(self.whole, self.plan.shares[shard]).files:
+                name = shard_name(rank=shard, world_size=self.shards, kind=kind)
+                files.append(_File(shard, name, slice(begin, begin + count)))
+                begin += count
+        return files
+
+    def begin(self, payloads: list[bytes]) -> bytes:
+        self.transaction = self.storage.begin(
+            self.path, checkpoint_id=self.identity, overwrite=self.overwrite
+        )
+        return self.transaction.token.encode()
+
+    def join(self, token: str) -> bytes:
+        if self.transaction is None:
+            self.transaction = self.storage.join(self.path, token=token)
+        return b""
+
+    def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
+        ends = np.append(0, np.cumsum(chunk_bytes(self.plan.specs, self.plan.chunks)))
+        sizes = [int(ends[file.rows.stop] - ends[file.rows.start]) for file in self.files]
+        return write_together(self.source, sizes, self._new_file, ranks, progress)
+
+    def _new_file(self, number: int) -> NewFile:
+        assert self.transaction is not None
+        file, held = self.files[number], self.plan.chunks
+        chunks = ChunkTable(tensor=held.tensor[file.rows], boxes=held.boxes[file.rows])
+        header, size_bytes = layout(self.plan.specs, chunks)
+        return NewFile(
+            header=header,
+            size_bytes=size_bytes,
+            specs=self.plan.specs,
+            chunks=chunks,
+            create=functools.partial(
+                self.transaction.create, file.name, size_bytes=size_bytes, shared=True
+            ),
+        )
+
+    def commit(self, payloads: list[bytes]) -> bytes:
+        assert self.transaction is not None
+        by_shard: list[list[ShardFile]] = [[] for _ in range(self.shards)]
+        for file, written in zip(self.files, joined_parts(payloads), strict=True):
+            by_shard[file.shard].append(
+                ShardFile(
+                    name=file.name,
+                    chunks=file.rows.stop - file.rows.start,
+                    header_bytes=written.header_bytes,
+                    size_bytes=written.size_bytes,
+                    digests=written.digests,
+                )
+            )
+        results = [ShardResult(files=tuple(files)) for files in by_shard]
+        return commit(
+            self.transaction,
+            checkpoint_id=self.identity,
+            tensors=KnownPlan(self.plan).encoded_tensors(file_table(results)),
+            results=results,
+            tree=msgspec.json.encode(self.source.manifest.state),
+            saved_by=self.source.manifest,
+        )
+
+    def abandon(self) -> None:
+        if self.transaction is not None:
+            self.transaction.abandon()
+
+    def close(self) -> None:
+        if self.transaction is not None:
+            self.transaction.close()
+
+
+def _kinds(manifest: Manifest) -> Ints:
+    """The kind of each tensor: that of the file which holds its first chunk."""
+    kinds = [kind_in(shard.name) for shard in manifest.shards]
+    return np.array(
+        [kinds[e.chunks[0, 0]] if len(e.chunks) else MAIN for e in manifest.tensors.values()],
+        dtype=np.int64,
+    )

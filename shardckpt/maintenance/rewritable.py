@@ -1,0 +1,76 @@
+"""What can be written anew: a checkpoint of whatever kind, read a buffer's worth at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from shardckpt.format.dtypes import itemsize
+from shardckpt.format.manifest import Manifest
+from shardckpt.io.buffers import BUFFER_BYTES
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec
+
+__all__ = ["Source", "read_chunks"]
+
+
+class Source(Protocol):
+    """A checkpoint that can be read by boxes."""
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is in it. Shards, and the chunks of tensors, may be left out."""
+
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A box of a tensor of the manifest, as a contiguous CPU tensor."""
+
+    def close(self) -> None:
+        """Close its files."""
+
+
+def read_chunks(
+    source: Source,
+    specs: Sequence[TensorSpec],
+    chunks: ChunkTable,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """The elements of chunks, in order, a buffer's worth at a time; or of all their bytes those
+    from `begin` to `end`."""
+    at = 0
+    for index, box in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), strict=True):
+        spec = specs[index]
+        dims, item = len(spec.shape), itemsize(spec.dtype)
+        for offsets, sizes in _cut(box[0][:dims], box[1][:dims], BUFFER_BYTES // item):
+            size = math.prod(sizes) * item
+            low, high = max(begin - at, 0), size if end is None else min(end - at, size)
+            at += size
+            if low >= high:
+                continue
+            piece = source.read_box(spec.name, offsets, sizes)
+            whole = high - low == size
+            yield piece if whole else piece.reshape(-1).view(torch.uint8)[low:high]
+        if end is not None and at >= end:
+            return
+
+
+def _cut(
+    offsets: list[int], sizes: list[int], most: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """A box in row-major pieces of at most `most` elements."""
+    if math.prod(sizes) <= most:
+        yield tuple(offsets), tuple(sizes)
+        return
+    dim = next(index for index, size in enumerate(sizes) if size > 1)
+    step = max(1, most // math.prod(sizes[dim + 1 :]))
+    for at in range(0, sizes[dim], step):
+        low, size = offsets.copy(), sizes.copy()
+        low[dim], size[dim] = offsets[dim] + at, min(step, sizes[dim] - at)
+        yield from _cut(low, size, most)

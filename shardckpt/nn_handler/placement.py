@@ -1,0 +1,72 @@
+"""A model for inference over the devices of a device map, never whole in one memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import shardckpt
+from shardckpt.plan.device_map import DeviceMap
+from shardckpt.storage.base import Storage
+
+__all__ = ["below_model", "place"]
+
+
+def below_model(device_map: DeviceMap) -> DeviceMap:
+    """A device map by names in the model, as one by names in a handler's checkpoint."""
+    if not isinstance(device_map, Mapping):
+        return device_map
+    return {f"model.{prefix}".rstrip("."): device for prefix, device in device_map.items()}
+
+
+def place(
+    model: nn.Module,
+    make: Callable[[], nn.Module],
+    path: str,
+    storage: Storage,
+    *,
+    device_map: DeviceMap,
+    strict: bool,
+) -> torch.device:
+    """Give a model on the meta device the tensors of a handler's checkpoint, each on its device;
+    where inputs go. `make` makes the model anew, for what no checkpoint holds."""
+    saved = shardckpt.load_state(
+        path, keys="model", device_map=below_model(device_map), storage=storage
+    )
+    model.load_state_dict(saved["model"], strict=strict, assign=True)
+    first = next(model.parameters(), torch.empty(0)).device
+    inputs = torch.device("cpu") if first.type == "meta" else first
+    _fill_buffers(model, make, inputs)
+    devices = {p.device for p in model.parameters() if not p.is_meta}
+    if len(devices) > 1:
+        for module in model.modules():
+            own = next(module.parameters(recurse=False), None)
+            if own is not None:
+                module.register_forward_pre_hook(_mover(own.device), with_kwargs=True)
+    return inputs
+
+
+def _fill_buffers(model: nn.Module, make: Callable[[], nn.Module], device: torch.device) -> None:
+    """Buffers that are not persistent follow from the model's arguments alone."""
+    saved = set(model.state_dict())
+    missing = [
+        name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved
+    ]
+    if missing:
+        made = dict(make().named_buffers())
+        for name in missing:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, made[name].to(device))
+
+
+def _mover(device: torch.device) -> Callable[..., Any]:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
+
+    return hook

@@ -1,0 +1,104 @@
+"""Device maps: which device each saved tensor goes to when a state is built anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from shardckpt.errors import StateError
+from shardckpt.state.saved_tree import under
+
+__all__ = ["DeviceMap", "place", "resolve_device_map"]
+
+DeviceMap = str | int | torch.device | Mapping[str, Any] | None
+"""None or "cpu"; a device; "meta"; "disk"; "auto"; "balanced"; or prefixes of names -> these."""
+
+_RESERVE = 0.1  # of a device's free memory, for activations
+
+
+def resolve_device_map(
+    device_map: DeviceMap, sizes_bytes: Mapping[str, int], free_bytes: Mapping[str, int]
+) -> Callable[[str], torch.device | str]:
+    """Name -> a torch.device, or "disk". `sizes_bytes` are those of all tensors, by name;
+    `free_bytes` those of the devices, in the order in which "auto" fills them.
+
+    Raises StateError for a device that is not there, and for a name that a mapping leaves out.
+    """
+    if isinstance(device_map, str) and device_map in ("auto", "balanced"):
+        devices = place(sizes_bytes, free_bytes, balanced=device_map == "balanced")
+        return devices.__getitem__
+    if not isinstance(device_map, Mapping):
+        device = _device("cpu" if device_map is None else device_map)
+        return lambda name: device
+    prefixes = {
+        prefix.rstrip("."): _device(device)
+        for prefix, device in sorted(device_map.items(), key=lambda item: -len(item[0]))
+    }
+
+    def find(name: str) -> torch.device | str:
+        for prefix, device in prefixes.items():
+            if under(name, prefix):
+                return device
+        raise StateError(
+            "The device map has no device for a tensor",
+            tensor=name,
+            expected="a prefix of its name",
+            actual=f"prefixes {sorted(prefixes)}",
+            remedy='add the prefix, or "" for all that have none',
+        )
+
+    return find
+
+
+def _device(device: Any) -> torch.device | str:
+    if device == "disk":
+        return "disk"
+    try:
+        found = torch.device(device)
+        if found.type not in ("cpu", "meta"):
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise StateError(
+            "A device of the device map is not there",
+            expected='"cpu", "meta", "disk", or a device of this machine',
+            actual=repr(device),
+            remedy=str(error).splitlines()[0],
+        ) from error
+    return found
+
+
+def place(
+    sizes_bytes: Mapping[str, int], free_bytes: Mapping[str, int], *, balanced: bool
+) -> dict[str, torch.device | str]:
+    """A device for each tensor, blocks kept whole, what fits nowhere on "disk". Pure.
+
+    A block is all below a numbered layer (`layers.3.`), or a tensor that lies in none. Blocks
+    go to the devices in order, as many as fit in 90% of the free bytes; `balanced` gives
+    each accelerator an even share instead of filling the first.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in sizes_bytes:
+        numbered = re.match(r"(.*?\.\d+)(\.|$)", name)
+        blocks.setdefault(numbered[1] if numbered else name, []).append(name)
+    room = {device: int(free * (1 - _RESERVE)) for device, free in free_bytes.items()}
+    accelerators = [device for device in room if device != "cpu"]
+    if balanced and accelerators:
+        largest = max((sum(sizes_bytes[n] for n in names) for names in blocks.values()), default=0)
+        share = sum(sizes_bytes.values()) // len(accelerators) + largest
+        room.update({device: min(room[device], share) for device in accelerators})
+    order = list(room)
+    placed: dict[str, torch.device | str] = {}
+    current = 0
+    for names in blocks.values():
+        need = sum(sizes_bytes[name] for name in names)
+        while current < len(order) and room[order[current]] < need:
+            current += 1
+        where: torch.device | str = "disk"
+        if current < len(order):
+            room[order[current]] -= need
+            where = torch.device(order[current])
+        placed.update(dict.fromkeys(names, where))
+    return placed

@@ -1,0 +1,49 @@
+"""Who writes what of files that several ranks write together: parts of even size. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from shardckpt.format.digests import BLOCK_BYTES
+from shardckpt.format.safetensors_header import HEADER_ALIGN
+
+__all__ = ["FilePart", "file_parts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilePart:
+    """Bytes of a file: from `begin` to `end`, both at the beginning of a block; None is the end of
+    the file."""
+
+    file: int
+    begin: int
+    end: int | None
+
+
+def file_parts(sizes_bytes: Sequence[int], *, rank: int, world_size: int) -> Iterator[FilePart]:
+    """The parts that a rank writes of files with so many bytes of data each, in order.
+
+    The parts of all ranks make up every file, the one at `begin` 0 with its header. No part is
+    shorter than a block, but for whole files.
+    """
+    ends = list(itertools.accumulate(size + HEADER_ALIGN for size in sizes_bytes))
+    begins = [0, *ends]
+
+    def cut(bound: int) -> tuple[int, int]:
+        """The file and byte where the parts meet that are nearest to the bound."""
+        if bound >= begins[-1]:
+            return len(ends), 0
+        file = bisect_right(ends, bound)
+        size = ends[file] - begins[file]
+        at = round((bound - begins[file]) / BLOCK_BYTES) * BLOCK_BYTES
+        return (file, at) if at == 0 or size - at >= BLOCK_BYTES else (file + 1, 0)
+
+    total = begins[-1]
+    file, begin = cut(total * rank // world_size)
+    last, end = cut(total * (rank + 1) // world_size)
+    while (file, begin) < (last, end):
+        yield FilePart(file=file, begin=begin, end=end if file == last else None)
+        file, begin = file + 1, 0

@@ -1,0 +1,259 @@
+"""Plans in columns: what travels between ranks instead of lists of objects.
+
+Boxes of all tensors stand in one int64 array [n, 2, D] (offsets, sizes), D being the
+largest number of dimensions; unused dimensions hold offset 0 and size 1, so that
+volumes and comparisons need no special cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardckpt.format.digests import text_digest
+from shardckpt.format.dtypes import dtype_name
+from shardckpt.state.flatten import FlatState
+from shardckpt.state.local_chunks import PLAIN, Box, local_chunks, may_have_replicas
+from shardckpt.state.sharded_array import ShardedArray
+
+__all__ = [
+    "ChunkTable",
+    "LocalPlan",
+    "TensorSpec",
+    "flat_boxes",
+    "local_plan",
+    "pack_columns",
+    "pad_boxes",
+    "pad_shapes",
+    "unpack_columns",
+    "widen_boxes",
+]
+
+Ints = NDArray[np.int64]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A global tensor: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkTable:
+    """Chunks in columns: `tensor` [n] indexes a list of TensorSpec, `boxes` [n, 2, D]."""
+
+    tensor: Ints
+    boxes: Ints
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def pack(self) -> bytes:
+        """As bytes."""
+        return pack_columns(np.column_stack([self.tensor, flat_boxes(self.boxes)]))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> ChunkTable:
+        """The table that `pack` made these bytes of."""
+        columns = unpack_columns(data)
+        count, width = columns.shape
+        return cls(tensor=columns[:, 0], boxes=columns[:, 1:].reshape(count, 2, (width - 1) // 2))
+
+
+_TYPES = {1: "u1", 2: "<u2", 4: "<u4", 8: "<i8"}
+
+
+def pack_columns(columns: Ints) -> bytes:
+    """Columns [n, k] as few bytes: each in the narrowest type that holds it, then deflated. The
+    boxes of a rank are alike, and all ranks send theirs to one."""
+    parts = []
+    for column in columns.T:
+        low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
+        width = next((w for w in (1, 2, 4) if low >= 0 and high >> 8 * w == 0), 8)
+        parts.append((width, column.astype(_TYPES[width]).tobytes()))
+    head = struct.pack("<Q", len(columns)) + bytes(width for width, _ in parts)
+    body = zlib.compress(b"".join(data for _, data in parts), 1)
+    return struct.pack("<I", len(parts)) + head + body
+
+
+def unpack_columns(data: bytes) -> Ints:
+    """The columns [n, k] that `pack_columns` made these bytes of."""
+    count, length = struct.unpack_from("<IQ", data)
+    widths, body = data[12 : 12 + count], zlib.decompress(data[12 + count :])
+    columns = np.empty((length, count), dtype=np.int64)
+    at = 0
+    for index, width in enumerate(widths):
+        columns[:, index] = np.frombuffer(body, _TYPES[width], length, at)
+        at += width * length
+    return columns
+
+
+def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
+    """(offsets, sizes) pairs of any number of dimensions as one array [n, 2, D]."""
+    ndim = np.array([len(offsets) for offsets, _ in boxes], dtype=np.int64)
+    dims = int(ndim.max(initial=0))
+    table = np.empty((len(boxes), 2, dims), dtype=np.int64)
+    table[:, 0], table[:, 1] = 0, 1
+    for n in np.unique(ndim).tolist():
+        rows = np.flatnonzero(ndim == n)
+        these = map(boxes.__getitem__, rows.tolist())
+        numbers = itertools.chain.from_iterable(itertools.chain.from_iterable(these))
+        columns = np.fromiter(numbers, np.int64, 2 * n * len(rows))
+        table[rows, :, :n] = columns.reshape(len(rows), 2, n)
+    return table
+
+
+def pad_shapes(shapes: Sequence[Sequence[int]], *, dims: int) -> Ints:
+    """Shapes as one array [n, dims]; unused dimensions are of size 1."""
+    ones = (1,) * dims
+    rows = [(*shape, *ones[len(shape) :]) for shape in shapes]
+    return np.array(rows, dtype=np.int64).reshape(len(rows), dims)
+
+
+def flat_boxes(boxes: Ints) -> Ints:
+    """Boxes [n, 2, D] as rows [n, 2 * D]."""
+    return boxes.reshape(len(boxes), 2 * boxes.shape[2])
+
+
+def widen_boxes(boxes: Ints, *, dims: int) -> Ints:
+    """Boxes [n, 2, d] with unused dimensions added, [n, 2, dims]."""
+    if boxes.shape[2] == dims:
+        return boxes
+    wide = np.empty((len(boxes), 2, dims), dtype=np.int64)
+    wide[:, 0], wide[:, 1] = 0, 1
+    wide[:, :, : boxes.shape[2]] = boxes
+    return wide
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPlan:
+    """What one rank holds.
+
+    `common` are the tensors that every rank knows, `own` those of this rank alone (their
+    rows in `chunks` count on from len(common)); `kind` [len(common) + len(own)] says how they
+    change. `chunks` are the boxes held here; row i of it is `data[i]`, which never leaves the
+    rank. `shared[i]` says whether other ranks may hold the same box. `tree` and `own_trees`
+    are typed JSON, encoded.
+    """
+
+    common: tuple[TensorSpec, ...]
+    own: tuple[TensorSpec, ...]
+    kind: Ints
+    chunks: ChunkTable
+    shared: NDArray[np.bool_]
+    tree: bytes
+    own_trees: bytes
+    data: tuple[torch.Tensor, ...] = ()
+
+    def digests(self) -> tuple[str, str, str]:
+        """Digests of the structure (names, dtypes, shapes), the values and the boxes held."""
+        structure = text_digest(msgspec.msgpack.encode(self.common))
+        tensor, boxes = self.chunks.tensor, self.chunks.boxes
+        own = msgspec.msgpack.encode((boxes.shape, self.own))
+        held = (tensor, boxes, self.shared, self.kind)
+        rows = [own, *(column.tobytes() for column in held)]
+        return structure, text_digest(self.tree), text_digest(b"".join(rows))
+
+    def pack(self, *, whole: bool) -> bytes:
+        """As bytes for rank 0; `whole` adds what all ranks should have in common."""
+        return msgspec.msgpack.encode(
+            {
+                "own": self.own,
+                "kind": pack_columns(self.kind.reshape(-1, 1)),
+                "chunks": self.chunks.pack(),
+                "shared": np.packbits(self.shared).tobytes(),
+                "common": self.common if whole else (),
+                "tree": self.tree if whole else b"",
+                "own_trees": self.own_trees,
+            }
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> LocalPlan:
+        """The plan, without its data, that `pack` made these bytes of."""
+        packed = _decode(data)
+        chunks = ChunkTable.unpack(packed.chunks)
+        shared = np.unpackbits(np.frombuffer(packed.shared, dtype=np.uint8), count=len(chunks))
+        return cls(
+            common=packed.common,
+            own=packed.own,
+            kind=_kinds(packed.kind),
+            chunks=chunks,
+            shared=shared.astype(np.bool_),
+            tree=packed.tree,
+            own_trees=packed.own_trees,
+        )
+
+
+class _Packed(msgspec.Struct):
+    own: tuple[TensorSpec, ...]
+    kind: bytes
+    chunks: bytes
+    shared: bytes
+    common: tuple[TensorSpec, ...]
+    tree: bytes
+    own_trees: bytes
+
+
+_decode = msgspec.msgpack.Decoder(_Packed).decode
+
+
+@lru_cache(maxsize=16)
+def _kinds(data: bytes) -> Ints:
+    """Mostly the same of all ranks. Not to be written to."""
+    return unpack_columns(data)[:, 0]
+
+
+def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
+    """The plan of one of `world_size` ranks from its flattened state. Not collective."""
+    specs: list[TensorSpec] = []
+    owner: list[int] = []
+    shared: list[bool] = []
+    boxes: list[Box] = []
+    data: list[torch.Tensor] = []
+    groups: tuple[tuple[Mapping[str, torch.Tensor | ShardedArray], bool], ...] = (
+        (flat.tensors, True),
+        (flat.own, False),
+    )
+    with torch.no_grad():  # to_local() and detach() are free then
+        for tensors, common in groups:
+            for name, tensor in tensors.items():
+                if type(tensor) in PLAIN and name not in flat.foreign:  # as most are
+                    shape = tuple(tensor.shape)
+                    owner.append(len(specs))
+                    shared.append(common)
+                    boxes.append(((0,) * len(shape), shape))
+                    data.append(tensor)  # type: ignore[arg-type]
+                    specs.append(TensorSpec(name, dtype_name(tensor.dtype, tensor=name), shape))
+                    continue
+                chunks = [] if name in flat.foreign else local_chunks(tensor, name=name)
+                replicated = common and may_have_replicas(tensor, world_size=world_size)
+                for chunk in chunks:
+                    owner.append(len(specs))
+                    shared.append(replicated)
+                    boxes.append((chunk.offsets, chunk.sizes))
+                    data.append(chunk.data)
+                dtype = dtype_name(tensor.dtype, tensor=name)
+                specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
+    count = len(flat.tensors)
+    return LocalPlan(
+        common=tuple(specs[:count]),
+        own=tuple(specs[count:]),
+        kind=np.array([flat.kinds.get(spec.name, 0) for spec in specs], dtype=np.int64),
+        chunks=ChunkTable(tensor=np.array(owner, dtype=np.int64), boxes=pad_boxes(boxes)),
+        shared=np.array(shared, dtype=np.bool_),
+        tree=msgspec.json.encode(flat.tree),
+        own_trees=msgspec.json.encode(flat.own_trees),
+        data=tuple(data),
+    )

@@ -1,0 +1,92 @@
+"""Plans of earlier saves, kept by the digest of what they were made from, so they can't be stale.
+
+A plan follows from the local plans of all ranks and from nothing else. So its id is the digest
+of their digests: a state, a layout or a world that changes has another id.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from shardckpt.format.manifest import encode_tensors
+from shardckpt.plan.local_plan import Ints
+from shardckpt.plan.save_plan import GlobalPlan, RankWrites
+from shardckpt.plan.shard_layout import tensor_entries
+
+__all__ = ["KnownPlan", "PlanCache"]
+
+_LIMIT_BYTES = 1 << 30
+_LIMIT_PLANS = 8
+
+
+class KnownPlan:
+    """A plan on rank 0, and the tensors of its manifest, which change as little as it does."""
+
+    def __init__(self, plan: GlobalPlan) -> None:
+        self.plan = plan
+        self._encoded = b""
+        self._files: Ints | None = None
+
+    def encoded_tensors(self, files: Ints) -> bytes:
+        """The member `tensors` of the manifest: `files` [s, 2] are the number of chunks in each
+        file, and the size of its header in bytes."""
+        if self._files is None or not np.array_equal(self._files, files):
+            plan = self.plan
+            bounds = np.cumsum(np.append(0, files[:, 0]))
+            assert np.isin(plan.bounds, bounds).all(), "every chunk in a file of its rank"
+            entries = tensor_entries(
+                plan.specs, plan.chunks, bounds=bounds, header_bytes=files[:, 1]
+            )
+            self._encoded, self._files = encode_tensors(entries), files
+        return self._encoded
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory that it takes, more or less."""
+        chunks = self.plan.chunks
+        return chunks.tensor.nbytes + chunks.boxes.nbytes + len(self._encoded)
+
+
+class PlanCache:
+    """The newest plans: on every rank what it writes, on rank 0 also what all do."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # saves in the background use it too
+        self._plans: OrderedDict[str, KnownPlan] = OrderedDict()
+        self._writes: OrderedDict[tuple[str, ...], tuple[str, RankWrites]] = OrderedDict()
+
+    def plan(self, identity: str) -> KnownPlan | None:
+        """The plan of this id."""
+        with self._lock:
+            known = self._plans.get(identity)
+            if known is not None:
+                self._plans.move_to_end(identity)
+            return known
+
+    def add_plan(self, identity: str, known: KnownPlan) -> None:
+        """Keep a plan; the oldest ones make room."""
+        with self._lock:
+            self._plans[identity] = known
+            while len(self._plans) > _LIMIT_PLANS or (
+                len(self._plans) > 1
+                and sum(plan.size_bytes for plan in self._plans.values()) > _LIMIT_BYTES
+            ):
+                self._plans.popitem(last=False)
+
+    def writes(self, local: tuple[str, ...]) -> tuple[str, RankWrites] | None:
+        """The id of the last plan that a rank's local plan was a part of, and what it wrote."""
+        with self._lock:
+            found = self._writes.get(local)
+            if found is not None:
+                self._writes.move_to_end(local)
+            return found
+
+    def add_writes(self, local: tuple[str, ...], identity: str, writes: RankWrites) -> None:
+        """Keep what this rank writes by a plan."""
+        with self._lock:
+            self._writes[local] = identity, writes
+            while len(self._writes) > _LIMIT_PLANS:
+                self._writes.popitem(last=False)

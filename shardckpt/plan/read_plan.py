@@ -1,0 +1,175 @@
+"""Which bytes of which shards fill a tensor, and where they go.
+
+A read is a run of bytes of a shard, and its place: an address, where the run lands as it
+is, or a tensor view that it is copied into (strided, of another dtype, or on a device).
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardckpt.format.dtypes import DTYPES, itemsize
+from shardckpt.format.manifest import TensorEntry
+from shardckpt.state.local_chunks import LocalChunk, box_slices, lies_as_saved
+
+__all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]
+
+Ints = NDArray[np.int64]
+
+WINDOW_BYTES = 4 << 20
+"""Shards are read in windows of this size, at multiples of it; no read crosses one unless its
+bytes land as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRead:
+    """Bytes [begin, end) hold a box of `sizes` elements with `strides` (in elements) of
+    `dtype`, beginning at `begin`; it is copied into `into`."""
+
+    shard: int
+    begin: int
+    end: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    into: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """What to read. `direct` [n, 4], a row for each run of bytes that lands as it is: number of
+    the shard, begin and end in its file, address in memory. `copies` are all others. Whoever
+    carries them out keeps the tensors alive."""
+
+    direct: Ints
+    copies: list[CopyRead]
+
+
+def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
+    """The reads that fill boxes of saved tensors. Pure.
+
+    The data of a chunk have the sizes of its box; their dtype and device may differ from what
+    was saved (copying casts).
+    """
+    by_dims: dict[int, list[tuple[TensorEntry, LocalChunk]]] = {}
+    for pair in wanted:
+        if 0 not in pair[1].sizes:
+            by_dims.setdefault(len(pair[0].shape), []).append(pair)
+    found = [_reads_of(dims, pairs) for dims, pairs in by_dims.items()]
+    return Reads(
+        direct=np.concatenate([np.empty((0, 4), np.int64), *(part.direct for part in found)]),
+        copies=[copy for part in found for copy in part.copies],
+    )
+
+
+def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
+    """As plan_reads for tensors of `dims` dimensions."""
+    chunks = np.concatenate([entry.chunks for entry, _ in pairs])
+    owner = np.repeat(np.arange(len(pairs)), [len(entry.chunks) for entry, _ in pairs])
+    held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
+    want_at = _rows([t.offsets for _, t in pairs], dims)[owner]
+    want = _rows([t.sizes for _, t in pairs], dims)[owner]
+    low = np.maximum(held_at, want_at)
+    size = np.minimum(held_at + held, want_at + want) - low
+    hit = np.flatnonzero((size > 0).all(axis=1))
+    chunks, owner, low, size = chunks[hit], owner[hit], low[hit], size[hit]
+    held_at, held, want_at, want = held_at[hit], held[hit], want_at[hit], want[hit]
+
+    width = np.array([itemsize(entry.dtype) for entry, _ in pairs], dtype=np.int64)[owner]
+    begin = chunks[:, 1] + ((low - held_at) * _strides(held)).sum(axis=1) * width
+    end = begin + size.prod(axis=1) * width
+    into = np.array([t.address or t.data.data_ptr() for _, t in pairs], dtype=np.int64)[owner]
+    into += ((low - want_at) * _strides(want)).sum(axis=1) * width
+    lies = [t.address != 0 or lies_as_saved(t.data, entry.dtype) for entry, t in pairs]
+    as_is = np.array(lies, dtype=np.bool_)[owner]
+    as_is &= _are_runs(size, held) & _are_runs(size, want)
+
+    copies: list[CopyRead] = []
+    for row in np.flatnonzero(~as_is).tolist():
+        entry, target = pairs[owner[row]]
+        sizes = size[row].tolist()
+        place = target.data.detach()[box_slices(target.offsets, low[row].tolist(), sizes)]
+        shard, at = int(chunks[row, 0]), int(begin[row])
+        copies += _cut_reads(shard, at, entry.dtype, sizes, place, held[row].tolist())
+    direct = np.column_stack([chunks[:, 0], begin, end, into])[as_is]
+    return Reads(direct=direct, copies=copies)
+
+
+def _rows(numbers: list[tuple[int, ...]], dims: int) -> Ints:
+    """Tuples of `dims` numbers as an array [n, dims]."""
+    flat = itertools.chain.from_iterable(numbers)
+    return np.fromiter(flat, np.int64, len(numbers) * dims).reshape(len(numbers), dims)
+
+
+def _strides(sizes: Ints) -> Ints:
+    """The row-major strides of boxes of these sizes, both [n, d]."""
+    strides = np.ones_like(sizes)
+    for dim in range(sizes.shape[1] - 2, -1, -1):
+        strides[:, dim] = strides[:, dim + 1] * sizes[:, dim + 1]
+    return strides
+
+
+def _are_runs(part: Ints, whole: Ints) -> NDArray[np.bool_]:
+    """Whether boxes of sizes `part` in row-major arrays of sizes `whole` are one run of bytes."""
+    run = np.ones(len(part), dtype=np.bool_)
+    inside = np.zeros(len(part), dtype=np.bool_)  # a dimension of more than one has come
+    for dim in range(part.shape[1]):
+        run &= ~inside | (part[:, dim] == whole[:, dim])
+        inside |= part[:, dim] > 1
+    return run
+
+
+def _cut_reads(
+    shard: int,
+    begin: int,
+    dtype: str,
+    sizes: list[int],
+    into: torch.Tensor,
+    whole: list[int],
+) -> Iterator[CopyRead]:
+    """CopyReads for a box of a row-major array of sizes `whole`; none crosses a window's border.
+
+    A box that does is cut along its first dimension: what comes before the border, the row
+    that lies across it (cut in turn), and the rest.
+    """
+    width = itemsize(dtype)
+    products = itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1)
+    strides = tuple(products)[::-1] if whole else ()
+
+    def cut(
+        begin: int, sizes: tuple[int, ...], strides: tuple[int, ...], into: torch.Tensor
+    ) -> Iterator[CopyRead]:
+        while sizes and sizes[0] == 1:
+            sizes, strides, into = sizes[1:], strides[1:], into[0]
+        row = strides[0] * width if strides else 0
+        inner = width * _span(sizes[1:], strides[1:])
+        count = sizes[0] if sizes else 1
+        while count:
+            border = (begin // WINDOW_BYTES + 1) * WINDOW_BYTES
+            if begin + (count - 1) * row + inner <= border:
+                part = (count, *sizes[1:]) if sizes else ()
+                end = begin + (count - 1) * row + inner
+                yield CopyRead(shard, begin, end, DTYPES[dtype], part, strides, into)
+                return
+            before = max(0, (border - begin - inner) // row + 1)
+            if before:
+                part, end = (before, *sizes[1:]), begin + (before - 1) * row + inner
+                yield CopyRead(shard, begin, end, DTYPES[dtype], part, strides, into[:before])
+            across = -(-(border - begin) // row)
+            if across > before:
+                yield from cut(begin + before * row, sizes[1:], strides[1:], into[before])
+            begin, count, into = begin + across * row, count - across, into[across:]
+
+    yield from cut(begin, tuple(sizes), strides, into)
+
+
+def _span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a strided box, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))

@@ -1,0 +1,176 @@
+"""Who of several ranks that hold the same chunk writes it.
+
+Chunks with replicas are strung together, in order, into one long run of bytes for each set of
+replicas, and the run is cut where every rank has the same number of bytes to write in all: so a
+replicated state costs each rank 1/N of its bytes, few tensors are cut, and small ones never are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardckpt.format.tiling import stable_order
+from shardckpt.plan.local_plan import Ints
+
+__all__ = ["Rows", "divide", "group_equal", "joined"]
+
+SPLIT_BYTES = 1 << 20
+"""A replicated chunk smaller than this is written whole by one rank."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Rows:
+    """The chunks of all ranks, one row each: whose it is, which of its local chunks, which
+    tensor, the box [n, 2, D], and the size in bytes."""
+
+    rank: Ints
+    row: Ints
+    tensor: Ints
+    boxes: Ints
+    size_bytes: Ints
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    def take(self, index: NDArray[np.generic]) -> Rows:
+        """The rows of an index or mask."""
+        return Rows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """All rows, one part after the other."""
+    parts = [part for part in parts if len(part)] or list(parts[:1])
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in fields(Rows)]
+    return Rows(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
+
+
+def group_equal(keys: Ints) -> tuple[Ints, Ints]:
+    """Index of the first row of each set of equal rows of `keys` [n, k], and for each row the
+    number of its set. Sets are numbered as they first appear."""
+    if len(keys) == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    mixed = np.zeros(len(keys), dtype=np.uint64)
+    for column in keys.T:
+        mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    _, first, group = np.unique(mixed, return_index=True, return_inverse=True)
+    if not np.array_equal(keys[first[group]], keys):  # two different rows with one hash
+        _, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    rank_of = np.empty(len(first), dtype=np.int64)
+    rank_of[order] = np.arange(len(first))
+    return first[order].astype(np.int64), rank_of[group.reshape(-1)]
+
+
+def divide(rows: Rows, group: Ints, loads: NDArray[np.float64]) -> Rows:
+    """The chunks of `rows`, each or each part of it left to one of the ranks that hold it.
+
+    `group` [n] numbers the sets of equal chunks. `loads` are the bytes that each rank has to
+    write anyway; they become what it has to write in all. Small sets of replicas come first:
+    those that many ranks hold even things out.
+    """
+    order = np.lexsort((rows.rank, group))
+    rows, group = rows.take(order), group[order]
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    counts = np.diff(np.append(starts, len(group)))
+    if len(starts) == 0:
+        return rows
+    row_bytes = _row_bytes(rows, starts)
+    tags = np.random.default_rng(0).integers(1, 1 << 62, size=len(loads), dtype=np.uint64)
+    members = np.add.reduceat(tags[rows.rank], starts)
+    _, first, of_set = np.unique(members, return_index=True, return_inverse=True)
+    by_set = stable_order(of_set, below=len(first))
+    ends = np.cumsum(np.bincount(of_set))
+    parts: list[tuple[Ints, Ints, Ints]] = []
+    for number in np.argsort(counts[first], kind="stable").tolist():
+        chunks = by_set[ends[number - 1] if number else 0 : ends[number]]
+        begin = starts[chunks]
+        replicas = rows.rank[begin[0] : begin[0] + counts[chunks[0]]]
+        sizes = rows.size_bytes[begin]
+        quota = _fill(loads[replicas], float(sizes.sum()))
+        bounds = _bounds(sizes, row_bytes[chunks], quota)
+        loads[replicas] += np.diff(bounds)
+        index, position, low, high = _parts(sizes, bounds)
+        parts.append((begin[index] + position, low, high))
+    row, low, high = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return _cut(rows.take(row), low, high)
+
+
+def _fill(loads: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
+    """How much of `amount` each of several unequal loads takes, so that they end up as even as
+    can be: water filled into vessels of one level."""
+    rising = np.sort(loads)
+    levels = (amount + np.cumsum(rising)) / np.arange(1, len(rising) + 1)
+    level = levels[int(np.append(levels[:-1] <= rising[1:], True).argmax())]
+    shares: NDArray[np.float64] = np.maximum(level - loads, 0.0)
+    return shares
+
+
+def _row_dim(boxes: Ints) -> Ints:
+    """For each box the first dimension along which it can be cut into runs of neighbouring
+    bytes: the first of a size above 1."""
+    dims: Ints = (boxes[:, 1] > 1).argmax(axis=1)
+    return dims
+
+
+def _row_bytes(rows: Rows, starts: Ints) -> Ints:
+    """The bytes of one index along that dimension, of the chunks at `starts`; at least 1 each."""
+    boxes, size_bytes = rows.boxes[starts], rows.size_bytes[starts]
+    if boxes.shape[2] == 0:
+        return np.maximum(size_bytes, 1)
+    along = boxes[np.arange(len(boxes)), 1, _row_dim(boxes)]
+    row_bytes: Ints = np.maximum(size_bytes // np.maximum(along, 1), 1)
+    return row_bytes
+
+
+def _bounds(sizes: Ints, row_bytes: Ints, quota: NDArray[np.float64]) -> Ints:
+    """Where each rank's part of the run begins, and the end of the run: the places nearest to its
+    quota where it may be cut, at a row of a large chunk or the edge of a small one."""
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    at = np.cumsum(quota)[:-1]
+    chunk = np.minimum(np.searchsorted(edges, at, side="right") - 1, len(sizes) - 1)
+    low, high = edges[chunk], edges[chunk + 1]
+    edge = np.where(at - low < high - at, low, high)
+    row = low + np.rint((at - low) / row_bytes[chunk]).astype(np.int64) * row_bytes[chunk]
+    cuts = np.where(high - low < SPLIT_BYTES, edge, row)
+    bounds: Ints = np.maximum.accumulate(np.concatenate([[0], cuts, edges[-1:]]))
+    return bounds
+
+
+def _parts(sizes: Ints, bounds: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """The parts into which `bounds` cut the chunks of a run: (chunk, position of the replica that
+    writes it, begin and end within the chunk)."""
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    first = np.searchsorted(bounds, edges[:-1], side="right") - 1
+    last = np.searchsorted(bounds, edges[1:], side="left") - 1
+    first[sizes == 0] = last[sizes == 0] = 0
+    counts = last - first + 1
+    index = np.repeat(np.arange(len(sizes)), counts)
+    position = first[index] + np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    low = np.maximum(bounds[position], edges[index]) - edges[index]
+    high = np.minimum(bounds[position + 1], edges[index + 1]) - edges[index]
+    empty = sizes[index] == 0
+    low[empty] = high[empty] = 0
+    kept = (high > low) | empty
+    return index[kept], position[kept], low[kept], high[kept]
+
+
+def _cut(rows: Rows, low: Ints, high: Ints) -> Rows:
+    """Rows narrowed to the bytes [low, high) of each, which are multiples of its row."""
+    cut = np.flatnonzero(high - low < rows.size_bytes)
+    if len(cut):
+        boxes = rows.boxes[cut]
+        dim = _row_dim(boxes)
+        at = np.arange(len(cut))
+        row_bytes = rows.size_bytes[cut] // boxes[at, 1, dim]
+        boxes[at, 0, dim] += low[cut] // row_bytes
+        boxes[at, 1, dim] = (high[cut] - low[cut]) // row_bytes
+        rows.boxes[cut] = boxes
+        rows.size_bytes[cut] = high[cut] - low[cut]
+    return rows

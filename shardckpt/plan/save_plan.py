@@ -1,0 +1,261 @@
+"""Who writes what: from every rank's local plan to the chunks that each rank writes.
+
+Chunks that one rank alone holds are written by it: it knows that by itself. Chunks with replicas
+are divided among the ranks that hold them (planning/replicas), and each is told its share. Frozen
+weights are divided by themselves, so that their files don't depend on what else is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from shardckpt.errors import CoverageError
+from shardckpt.format.dtypes import itemsize
+from shardckpt.format.tiling import first_gap, stable_order
+from shardckpt.plan.local_plan import (
+    ChunkTable,
+    Ints,
+    LocalPlan,
+    TensorSpec,
+    flat_boxes,
+    pack_columns,
+    pad_shapes,
+    unpack_columns,
+    widen_boxes,
+)
+from shardckpt.plan.replica_assignment import Rows, divide, group_equal, joined
+from shardckpt.plan.shard_layout import chunk_bytes
+from shardckpt.state.file_groups import FROZEN, KINDS, MAIN, files_of
+
+__all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
+
+SMALL_BYTES = 16 << 10
+"""Chunks of less than this lie side by side in their file: counters, biases, norms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankWrites:
+    """What one rank writes, in the order of its shard.
+
+    `row` [m]: which of the rank's local chunks; `boxes` [m, 2, D]: the part of the global
+    tensor to write of it. `files`: the kind (see planning/kinds) of each file of the shard, and
+    how many of the chunks it holds. `compare`: local rows that other ranks hold as well.
+    `layouts`: of each kind, once its file has been laid out, the header and the file's size in
+    bytes, which follow from the plan alone.
+    """
+
+    row: Ints
+    boxes: Ints
+    files: tuple[tuple[int, int], ...]
+    compare: Ints
+    layouts: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, local: LocalPlan, share: bytes) -> RankWrites:
+        """What a rank writes: the chunks that it alone holds, and its share of the replicated
+        ones, which came from rank 0 (GlobalPlan.shares)."""
+        replicated, compare, kinds = msgspec.msgpack.decode(share, type=tuple[bytes, bytes, bytes])
+        won = ChunkTable.unpack(replicated)
+        held = local.chunks
+        solo = np.flatnonzero(~local.shared)
+        dims = max(held.boxes.shape[2], won.boxes.shape[2])
+        row = np.concatenate([solo, won.tensor])
+        boxes = np.concatenate([widen_boxes(b, dims=dims) for b in (held.boxes[solo], won.boxes)])
+        specs = (*local.common, *local.own)
+        chunks = ChunkTable(tensor=held.tensor[row], boxes=boxes)
+        kind = local.kind
+        if kinds:  # as rank 0 sees the tensors in common
+            kind = np.append(unpack_columns(kinds)[:, 0], kind[len(local.common) :])
+        file = files_of(kind[chunks.tensor], chunk_bytes(specs, chunks))
+        order = layout_order(specs, chunks, file)
+        counts = [n.tolist() for n in np.unique(file, return_counts=True)]
+        return cls(
+            row=row[order],
+            boxes=boxes[order],
+            files=tuple(zip(*counts, strict=True)) or ((MAIN, 0),),
+            compare=unpack_columns(compare)[:, 0],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalPlan:
+    """The plan of a save: all tensors, and what each rank writes of them.
+
+    Rank r writes the chunks in rows `bounds[r]` to `bounds[r + 1]` of `chunks`, in this order.
+    `shares[r]` is for RankWrites.of. Rank r compares as many replicas as `compared[r]` says;
+    `group` numbers the sets of replicas that they belong to, of all ranks in turn, and
+    `replicated` [g] are the tensors of these sets.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    chunks: ChunkTable
+    bounds: Ints
+    shares: tuple[bytes, ...]
+    compared: Ints
+    group: Ints
+    replicated: Ints
+
+    def of_rank(self, rank: int) -> ChunkTable:
+        """The chunks in a rank's shard."""
+        rows = slice(self.bounds[rank], self.bounds[rank + 1])
+        return ChunkTable(tensor=self.chunks.tensor[rows], boxes=self.chunks.boxes[rows])
+
+
+def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | None = None) -> Ints:
+    """The order of chunks on disk: file by file, if `file` [n] numbers them; by falling item size,
+    so that each lies aligned in its file without padding; the small ones last, side by side as
+    whoever reads one reads a block, and behind all that is written from where it was staged, as
+    some of them are written by other ranks; then as in the state."""
+    items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
+    widths = np.unique(items)[::-1]
+    small = chunk_bytes(specs, chunks) < SMALL_BYTES
+    key = np.searchsorted(-widths, -items)[chunks.tensor] * 2 + small
+    if file is not None:
+        key += file * (len(widths) * 2)
+    key = key * len(specs) + chunks.tensor
+    if (np.diff(key) > 0).all():
+        return np.arange(len(key))
+    order = np.argsort(key, kind="stable")
+    if (np.diff(key[order]) > 0).all():
+        return order
+    return np.lexsort((*chunks.boxes[:, 0, ::-1].T, key)).astype(np.int64)
+
+
+def global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
+    """Plan a save from the local plans of all ranks, in rank order. Pure.
+
+    The tensors in common are taken from the first plan. Raises CoverageError where the
+    chunks of a tensor overlap, leave a hole or reach beyond it.
+    """
+    specs = (*plans[0].common, *(spec for plan in plans for spec in plan.own))
+    rows, shared = _gather_rows(plans, specs)
+    solo = rows.take(~shared) if shared.any() else rows
+    replicated = rows.take(shared)
+    keys = np.column_stack([replicated.tensor, flat_boxes(replicated.boxes)])
+    first, group = group_equal(keys)
+    each_once = joined([solo, replicated.take(first)])
+    table = ChunkTable(tensor=each_once.tensor, boxes=each_once.boxes)
+    check_coverage(specs, table, each_once.rank)
+    ranks = np.arange(len(plans) + 1)
+    common = len(plans[0].common)
+    kind = np.concatenate([plans[0].kind[:common], *(plan.kind[common:] for plan in plans)])
+    won = _divide(solo, replicated, group, kind >= FROZEN, world_size=len(plans))
+    won = won.take(stable_order(won.rank, below=len(plans)))
+    several = np.bincount(group, minlength=len(first))[group] > 1
+    compare = replicated.row[several]
+    won_bounds = np.searchsorted(won.rank, ranks)
+    compared = np.searchsorted(replicated.rank[several], ranks)
+    written = joined([solo, won])
+    chunks = ChunkTable(tensor=written.tensor, boxes=written.boxes)
+    file = files_of(kind[written.tensor], written.size_bytes, written.rank)
+    order = layout_order(specs, chunks, written.rank * KINDS + file)
+    return GlobalPlan(
+        specs=specs,
+        chunks=ChunkTable(tensor=chunks.tensor[order], boxes=chunks.boxes[order]),
+        bounds=np.searchsorted(written.rank[order], ranks),
+        shares=_shares(plans, won, compare, won_bounds, compared),
+        compared=np.diff(compared),
+        group=group[several],
+        replicated=replicated.tensor[first],
+    )
+
+
+def _divide(
+    solo: Rows, replicated: Rows, group: Ints, frozen: NDArray[np.bool_], *, world_size: int
+) -> Rows:
+    """Who writes what of the replicated chunks: of the frozen tensors and of all others, each of
+    which evens out its own bytes."""
+    divided = []
+    for these in (frozen, ~frozen):
+        mine, held = these[replicated.tensor], these[solo.tensor]
+        loads: NDArray[np.float64] = np.bincount(
+            solo.rank[held], weights=solo.size_bytes[held], minlength=world_size
+        ).astype(np.float64)
+        divided.append(divide(replicated.take(mine), group[mine], loads))
+    return joined(divided)
+
+
+def _shares(
+    plans: Sequence[LocalPlan], won: Rows, compare: Ints, won_bounds: Ints, compared: Ints
+) -> tuple[bytes, ...]:
+    """What each rank is told: the replicated chunks that it writes, those that it compares, and the
+    kinds of the tensors in common where it does not see them as rank 0 does."""
+    common = len(plans[0].common)
+    kinds = plans[0].kind[:common]
+    packed = pack_columns(kinds.reshape(-1, 1))
+
+    def share(part: slice, rows: Ints, other: bool) -> bytes:
+        table = ChunkTable(tensor=won.row[part], boxes=won.boxes[part])
+        columns = pack_columns(rows.reshape(-1, 1))
+        return msgspec.msgpack.encode((table.pack(), columns, packed if other else b""))
+
+    nothing = share(slice(0, 0), compare[:0], False)
+    shares = []
+    for rank, plan in enumerate(plans):
+        part = slice(won_bounds[rank], won_bounds[rank + 1])
+        rows = compare[compared[rank] : compared[rank + 1]]
+        other = not np.array_equal(plan.kind[:common], kinds)
+        empty = part.start == part.stop and not len(rows) and not other
+        shares.append(nothing if empty else share(part, rows, other))
+    return tuple(shares)
+
+
+def _gather_rows(
+    plans: Sequence[LocalPlan], specs: Sequence[TensorSpec]
+) -> tuple[Rows, NDArray[np.bool_]]:
+    """The chunks of all ranks, and for each whether it may have replicas."""
+    dims = max((plan.chunks.boxes.shape[2] for plan in plans), default=0)
+    counts = [len(plan.chunks) for plan in plans]
+    rank = np.repeat(np.arange(len(plans)), counts)
+    tensor = np.concatenate([plan.chunks.tensor for plan in plans])
+    boxes = np.concatenate([widen_boxes(plan.chunks.boxes, dims=dims) for plan in plans])
+    own = np.array([len(plan.own) for plan in plans])
+    if own.any():  # a rank's own tensors follow those in common, and those of the ranks before it
+        tensor = np.where(
+            tensor < len(plans[0].common), tensor, tensor + (np.cumsum(own) - own)[rank]
+        )
+    rows = Rows(
+        rank=rank,
+        row=np.arange(len(rank)) - np.repeat(np.cumsum(counts) - counts, counts),
+        tensor=tensor,
+        boxes=boxes,
+        size_bytes=chunk_bytes(specs, ChunkTable(tensor=tensor, boxes=boxes)),
+    )
+    return rows, np.concatenate([plan.shared for plan in plans])
+
+
+def check_coverage(specs: Sequence[TensorSpec], chunks: ChunkTable, rank: Ints) -> None:
+    """Raise CoverageError unless the chunks tile each tensor; `rank` [n] says whose they are."""
+    dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
+    shapes = pad_shapes([spec.shape for spec in specs], dims=dims)
+    order = stable_order(chunks.tensor, below=len(specs))
+    boxes = widen_boxes(chunks.boxes[order], dims=dims)
+    bounds = np.searchsorted(chunks.tensor[order], np.arange(len(specs) + 1))
+    found = first_gap(shapes, bounds, boxes[:, 0], boxes[:, 1])
+    if found is None:
+        return
+    index, (kind, offsets, sizes) = found
+    rows = slice(bounds[index], bounds[index + 1])
+    (low, high), (begin, end) = (
+        (at, at + size)
+        for at, size in ((boxes[rows, 0], boxes[rows, 1]), (np.array(offsets), np.array(sizes)))
+    )
+    if kind == "overlap":
+        holding = ((low < end) & (high > begin)).all(axis=1)
+    else:  # nobody holds what is in a hole
+        holding = ((low == begin) & (high == end)).all(axis=1)
+    spec = specs[index]
+    offsets, sizes = offsets[: len(spec.shape)], sizes[: len(spec.shape)]
+    raise CoverageError(
+        f"The chunks that the ranks hold don't make up the tensor: {kind}",
+        tensor=spec.name,
+        rank=tuple(np.unique(rank[order][rows][holding]).tolist()) or None,
+        expected=f"every element of shape {list(spec.shape)} exactly once",
+        actual=f"{kind} at offsets {list(offsets)}, sizes {list(sizes)}",
+        remedy="save the state of all ranks of the mesh, each with its own part",
+    )

@@ -1,1 +1,0 @@
-"""Who writes what, who reads what, what goes where: pure, without I/O, ranks or clock."""

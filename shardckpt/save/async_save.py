@@ -1,0 +1,245 @@
+"""Saves in the background: staged by one thread, written by another, in the order of the calls.
+
+Between the call and the end of staging the state must not change. What changes it is the
+step of an optimizer, so the step of every torch optimizer waits here, by itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from shardckpt.config import current
+from shardckpt.errors import StateError
+from shardckpt.io.gc_pause import collector_paused
+from shardckpt.plan.local_plan import LocalPlan, local_plan
+from shardckpt.reports import SaveReport
+from shardckpt.save.staging import Image, ImagePool, current_events, stage, staged_bytes
+from shardckpt.state.flatten import flatten
+from shardckpt.state.snapshot import Snapshot, take_snapshot
+
+__all__ = ["SaveHandle", "start", "wait_until_staged"]
+
+_HEAD_START_S = 0.001
+"""async_save returns first: a thread that starts takes the interpreter lock for up to 5 ms."""
+
+Save = Callable[[Callable[[], LocalPlan]], SaveReport]
+
+
+class SaveHandle:
+    """A save under way: what async_save returns."""
+
+    def __init__(self, path: str, staging: Future[None], saving: Future[SaveReport]) -> None:
+        self.path = path
+        self._staging = staging
+        self._saving = saving
+        self._told = False
+
+    def staged(self, timeout_s: float | None = None) -> None:
+        """Return once the state may change again, whatever came of the staging.
+
+        TimeoutError past `timeout_s` seconds; the save goes on.
+        """
+        if not wait([self._staging], timeout_s).done:
+            raise TimeoutError(f"the state for {self.path} is not staged after {timeout_s} s")
+
+    def result(self, timeout_s: float | None = None) -> SaveReport:
+        """Wait for the save and return its report, or raise what it raised.
+
+        TimeoutError past `timeout_s` seconds; the save goes on.
+        """
+        if not wait([self._saving], timeout_s).done:
+            raise TimeoutError(f"the save to {self.path} is not done after {timeout_s} s")
+        self._told = True
+        return self._saving.result()
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._saving.done()
+
+    def _take_untold_error(self) -> BaseException | None:
+        if self._told or not self.done():
+            return None
+        self._told = True
+        return self._saving.exception()
+
+
+def start(state: Any, path: str, *, rank: int, world_size: int, save: Save) -> SaveHandle:
+    """Take a snapshot of the state; stage and `save` it in the background.
+
+    `save` is given what returns the staged plan, or raises what became of it. Where an earlier
+    save has failed and nobody has asked for its result, its error is raised here. The new save
+    goes on nonetheless: ranks that learn of an error at different times stay in step.
+    """
+    job = _Job(state, rank=rank, world_size=world_size, save=save)
+    background = _the_background()
+    errors = background.untold_errors()
+    handle = background.submit(path, job)
+    for error in errors:
+        raise error
+    return handle
+
+
+def wait_until_staged() -> None:
+    """Wait for all staging that is under way; then the state may change."""
+    if _background is not None:
+        for staging in _background.stagings:
+            wait([staging])
+
+
+class _Job:
+    """One save: its snapshot, then its staged plan."""
+
+    def __init__(self, state: Any, *, rank: int, world_size: int, save: Save) -> None:
+        start = time.perf_counter()
+        self.rank = rank
+        self.world_size = world_size
+        self.save_plan = save
+        self.error: Exception | None = None
+        self.snapshot = Snapshot()
+        try:
+            with collector_paused():
+                self.snapshot = take_snapshot(state, small_bytes=current().copy_at_once_bytes)
+        except Exception as error:  # told to all ranks by the save itself
+            self.error = error
+        self.events = current_events()
+        self.plan: LocalPlan | None = None
+        self.image: Image | None = None
+        self.seconds = {"snapshot": time.perf_counter() - start}
+
+    def stage(self, images: ImagePool) -> None:
+        """Copy the state; what goes wrong is kept for the save."""
+        time.sleep(_HEAD_START_S)
+        start = time.perf_counter()
+        try:
+            if self.error is None:
+                self._stage(images)
+        except Exception as error:
+            self.error = error
+        self.snapshot = Snapshot()  # lets go of the state
+        self.seconds["stage"] = time.perf_counter() - start
+
+    def _stage(self, images: ImagePool) -> None:
+        flat = flatten(self.snapshot.state, rank=self.rank)
+        plan = local_plan(flat, world_size=self.world_size)
+        on_gpu = any(data.is_cuda for data in plan.data)
+        self.image = images.take(staged_bytes(plan), pinned=on_gpu)
+        self.plan = stage(plan, self.image, self.events)
+        changed = self.snapshot.changed(flat)
+        if changed is not None:
+            raise StateError(
+                "A tensor was changed before it was staged",
+                tensor=changed,
+                expected="no change between async_save and the end of its staging",
+                actual="a change in place, by something else than the step of a torch optimizer",
+                remedy="call handle.staged() before changing it",
+            )
+
+    def save(self, staging: Future[None], images: ImagePool) -> SaveReport:
+        """Write and commit it."""
+
+        def staged() -> LocalPlan:
+            staging.result()
+            if self.error is not None:
+                raise self.error
+            assert self.plan is not None
+            return self.plan
+
+        wait([staging])
+        try:
+            report = self.save_plan(staged)
+            return dataclasses.replace(report, seconds={**self.seconds, **report.seconds})
+        finally:
+            self.plan = None
+            if self.image is not None:
+                images.give_back(self.image)
+
+
+class _Background:
+    """The threads, and the saves that they have not ended or that failed untold."""
+
+    def __init__(self) -> None:
+        self.stager = ThreadPoolExecutor(1, "shardckpt-stage")
+        self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_give_way)
+        self.images = ImagePool()
+        self.stagings: tuple[Future[None], ...] = ()
+        self.handles: list[SaveHandle] = []
+        self.lock = threading.Lock()
+
+    def submit(self, path: str, job: _Job) -> SaveHandle:
+        """Queue a save."""
+        with self.lock:
+            staging = self.stager.submit(job.stage, self.images)
+            saving = self.saver.submit(job.save, staging, self.images)
+            handle = SaveHandle(path, staging, saving)
+            self.handles.append(handle)
+            self.stagings = (*(s for s in self.stagings if not s.done()), staging)
+        return handle
+
+    def untold_errors(self) -> list[BaseException]:
+        """Errors of saves that nobody has asked for; from now on they count as told."""
+        with self.lock:
+            ended = [handle for handle in self.handles if handle.done()]
+            self.handles = [handle for handle in self.handles if handle not in ended]
+        return [error for handle in ended if (error := handle._take_untold_error())]
+
+    def finish(self) -> list[BaseException]:
+        """Wait for all saves; the errors of those that failed untold."""
+        wait([handle._saving for handle in self.handles])
+        return self.untold_errors()
+
+
+_background: _Background | None = None
+_lock = threading.Lock()
+
+
+def _the_background() -> _Background:
+    global _background
+    with _lock:
+        if _background is None:
+            _background = _Background()
+            register_optimizer_step_pre_hook(_before_step)
+            # Before the executors of this process refuse work, which is before atexit. Private;
+            # tried with Python 3.11.
+            getattr(threading, "_register_atexit", atexit.register)(_at_exit)
+        return _background
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """A hook of all optimizers, those that wait in no state included; it is never removed, as
+    that is not safe while another thread steps, and costs nothing where nothing is staged."""
+    wait_until_staged()
+
+
+def _at_exit() -> None:
+    """Wait for what is under way; an interpreter that exits has all the time that it takes."""
+    for error in _background.finish() if _background is not None else ():
+        print("shardckpt: a save in the background failed:", file=sys.stderr)
+        traceback.print_exception(error)
+
+
+def _forget() -> None:
+    """In a forked child, which has none of the threads."""
+    global _background, _lock
+    _background, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _give_way() -> None:
+    """Let this thread, and those that it starts, run when others leave the processor free."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        thread = threading.get_native_id()
+        nice = os.getpriority(os.PRIO_PROCESS, thread) + current().background_nice
+        os.setpriority(os.PRIO_PROCESS, thread, nice)

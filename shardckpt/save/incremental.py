@@ -1,0 +1,152 @@
+"""The base of a save: an earlier checkpoint, whose files are taken over where nothing changed.
+
+A file is taken over if it has the name, the size and the digest of every block that the new
+one would have. Nothing about a base ever fails a save: what can't be taken over is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import xxhash
+
+from shardckpt.checkpoint import Checkpoint
+from shardckpt.errors import CorruptionError, ShardckptError
+from shardckpt.format.digests import BLOCK_BYTES, block_digest
+from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.manifest import ShardEntry, check_text
+from shardckpt.io.buffers import contiguous_parts, view_at
+from shardckpt.load.shard_reader import bad_blocks, check_size
+from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
+
+__all__ = ["Base", "open_base"]
+
+_SAMPLE = 16
+"""Of a file taken over, one block in so many is read back: damage is found, and mended by
+writing the file anew, within a few saves, for little time."""
+
+
+class Base:
+    """An open base. `problems`: why nothing, or not a file that is unchanged, was taken over."""
+
+    def __init__(
+        self, files: CheckpointFiles | None, shards: Iterable[ShardEntry], *, verify: bool
+    ) -> None:
+        self.problems: list[str] = []
+        self._files = files
+        self._shards = {shard.name: shard for shard in shards}
+        self._verify = verify
+
+    def take_over(
+        self,
+        transaction: WriteTransaction,
+        name: str,
+        *,
+        size_bytes: int,
+        header: bytes,
+        data: Iterable[torch.Tensor],
+        progress: Callable[[int], None],
+    ) -> ShardEntry | None:
+        """Link the file of this name into the transaction, if it is what would be written.
+
+        Returns what the base's manifest has on it, or None if it must be written.
+        """
+        shard = self._shards.get(name)
+        if self._files is None or shard is None or shard.size_bytes != size_bytes:
+            return None
+        blocks = enumerate(_block_digests(header, data), start=1)
+        expected = iter(shard.digests.tolist())
+        for number, found in blocks:
+            if found != next(expected, None):
+                return None
+            progress(number * BLOCK_BYTES)
+        if next(expected, None) is not None:  # as above, tensors that were resized
+            return None
+        try:
+            self._check(self._files, shard)
+            if transaction.link(name, self._files):
+                return shard
+            self.problems.append(f"{self._files.path}/{name}: can't be linked or cloned here")
+        except (ShardckptError, OSError) as error:
+            self.problems.append(str(error))
+        return None
+
+    def _check(self, files: CheckpointFiles, shard: ShardEntry) -> None:
+        """Raise for a file that is gone, of another size, or rotten where it is looked at."""
+        check_size(files, shard)
+        blocks = len(shard.digests)
+        step = 1 if self._verify else min(_SAMPLE, blocks)
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        for block in range(secrets.randbelow(step), blocks, step):
+            low = block * BLOCK_BYTES
+            view = buffer[: min(BLOCK_BYTES, shard.size_bytes - low)]
+            files.readinto(shard.name, [view], offset=low)
+            if bad_blocks(shard, low, view):
+                raise CorruptionError(
+                    "A file of the base is damaged; it was written anew",
+                    path=f"{files.path}/{shard.name}",
+                    expected="the bytes that were saved",
+                    actual=f"other bytes in block {block}",
+                    remedy="don't trust the base; this checkpoint is whole",
+                )
+
+
+@contextmanager
+def open_base(
+    base: str | Checkpoint | None, storage: Storage, *, verify: bool
+) -> Iterator[Base | None]:
+    """The base if there is one, for the length of a with block; one that can't be opened has no
+    files.
+
+    `verify` reads every block of what is taken over, instead of a sample. An open checkpoint
+    stays open. Not collective: each rank looks at its own files alone.
+    """
+    if base is None:
+        yield None
+        return
+    if isinstance(base, Checkpoint):
+        yield Base(base.files, base.manifest.shards, verify=verify)
+        return
+    files: CheckpointFiles | None = None
+    try:
+        try:
+            files = storage.open(base)
+            check_text(data := files.manifest(), path=files.path)
+            shards = Outline(data, path=files.path).all_shards()
+            found = Base(files, shards, verify=verify)
+        except (ShardckptError, OSError) as error:
+            found = Base(None, (), verify=verify)
+            found.problems.append(str(error))
+        yield found
+    finally:
+        if files is not None:
+            files.close()
+
+
+def _block_digests(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[int]:
+    """The digest of each block of the file that the header and the tensors would make."""
+    digest = xxhash.xxh3_64()
+    room = BLOCK_BYTES
+    head = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    for tensor in itertools.chain([head], tensors):
+        for part in contiguous_parts(tensor):
+            at, size = 0, part.numel() * part.element_size()
+            while at < size:
+                take = min(room, size - at)
+                view = view_at(part.data_ptr() + at, take)
+                at += take
+                if take == BLOCK_BYTES:
+                    yield block_digest(view)
+                    continue
+                digest.update(view)
+                room -= take
+                if not room:
+                    yield digest.intdigest()
+                    digest.reset()
+                    room = BLOCK_BYTES
+    if room < BLOCK_BYTES:
+        yield digest.intdigest()

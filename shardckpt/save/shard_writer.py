@@ -1,0 +1,179 @@
+"""Write one shard: copy, hash, write, as a pipeline over a few large buffers.
+
+The calling thread copies tensors into a page-aligned buffer and hashes each block while
+it is in the cache; threads write full buffers past the page cache where the file takes
+it. All three give up the interpreter lock. What has been staged in the file's own order
+is written from where it lies.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardckpt.config import current
+from shardckpt.format.digests import BLOCK_BYTES, block_digest
+from shardckpt.format.safetensors_header import HEADER_ALIGN
+from shardckpt.io.buffers import BUFFER_BYTES, Buffer, contiguous_parts, copy_bytes, view_at
+from shardckpt.io.threads import stalled, workers
+from shardckpt.storage.base import WritableFile
+
+__all__ = ["write_shard"]
+
+_BUFFERS = 3
+_THREADS = 2
+
+
+def write_shard(
+    file: WritableFile,
+    *,
+    header: bytes,
+    tensors: Iterable[torch.Tensor],
+    begin: int = 0,
+    staged: bool = False,
+    progress: Callable[[int], None] = lambda written_bytes: None,
+) -> tuple[int, NDArray[np.uint64]]:
+    """Write a shard's header and its tensors, in order; the file is left open.
+
+    Or a part of it, which begins at the first byte of a block, `begin`: of the header and the
+    tensors what follows that. `staged` says that nobody changes the tensors meanwhile, so that
+    what was hashed is what is written. Returns where that ends, in bytes, and the digest of each
+    block. Raises StorageError where the file system refuses; nothing is being written any more
+    when it does. `progress` is called with the bytes handed to the file so far.
+    """
+    with workers(_THREADS, "shardckpt-write", buffers=_BUFFERS) as (pool, buffers):
+        stream = _Stream(file, buffers, pool, progress, begin)
+        head = [torch.frombuffer(bytearray(header), dtype=torch.uint8)] if header else []
+        whole = list(_runs(tensors)) if staged else tensors
+        for tensor in itertools.chain(head, whole):
+            for part in contiguous_parts(tensor):
+                stream.put(part.data_ptr(), part.nbytes, staged=staged)
+        return stream.finish()
+
+
+def _runs(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors' bytes, with neighbours in one storage joined."""
+    begin = end = 0
+    storage: torch.UntypedStorage | None = None
+    for tensor in tensors:
+        own = tensor.untyped_storage()
+        at = int(tensor.storage_offset()) * tensor.element_size()
+        joins = storage is not None and own._cdata == storage._cdata and at == end
+        if not tensor.is_cpu or not tensor.is_contiguous() or not joins:
+            if storage is not None:
+                yield _bytes_of(storage, begin, end)
+            storage = None
+            if not tensor.is_cpu or not tensor.is_contiguous():
+                yield tensor
+                continue
+            storage, begin = own, at
+        end = at + tensor.numel() * tensor.element_size()
+    if storage is not None:
+        yield _bytes_of(storage, begin, end)
+
+
+def _bytes_of(storage: torch.UntypedStorage, begin: int, end: int) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,), (1,))
+
+
+class _Stream:
+    """A ring of buffers: one is filled while the others are written."""
+
+    def __init__(
+        self,
+        file: WritableFile,
+        buffers: list[Buffer],
+        pool: ThreadPoolExecutor,
+        progress: Callable[[int], None],
+        begin: int,
+    ) -> None:
+        self.file = file
+        self.begin = begin
+        self.buffers = buffers
+        self.pool = pool
+        self.progress = progress
+        self.pending: list[Future[None] | None] = [None] * len(buffers)
+        self.current = 0
+        self.filled = 0  # bytes in the current buffer
+        self.hashed = 0  # of these, bytes in blocks that have their digest
+        self.submitted = begin  # bytes of the file up to here are handed to the threads
+        self.digests: list[int] = []
+
+    def put(self, address: int, size_bytes: int, *, staged: bool) -> None:
+        """Append the bytes at an address."""
+        while size_bytes:
+            take = self.hashed + BLOCK_BYTES - self.filled
+            if size_bytes < take:
+                take = size_bytes
+            elif (
+                staged
+                and size_bytes >= BUFFER_BYTES
+                and take == BLOCK_BYTES  # `submitted` is at a block's begin always
+                and not address % HEADER_ALIGN
+            ):
+                if self.filled:
+                    self.flush()
+                self.write_from(address)
+                address += BUFFER_BYTES
+                size_bytes -= BUFFER_BYTES
+                continue
+            copy_bytes(self.buffers[self.current].address + self.filled, address, take)
+            address += take
+            size_bytes -= take
+            self.filled += take
+            if self.filled == self.hashed + BLOCK_BYTES:
+                self.hash_block()
+                if self.filled == BUFFER_BYTES:
+                    self.flush()
+
+    def write_from(self, address: int) -> None:
+        """Append BUFFER_BYTES at an address, without a copy."""
+        view = view_at(address, BUFFER_BYTES)
+        self.submit(view, BUFFER_BYTES)
+        for begin in range(0, BUFFER_BYTES, BLOCK_BYTES):
+            self.digests.append(block_digest(view[begin : begin + BLOCK_BYTES]))
+
+    def hash_block(self) -> None:
+        view = self.buffers[self.current].view
+        self.digests.append(block_digest(view[self.hashed : self.filled]))
+        self.hashed = self.filled
+
+    def flush(self) -> None:
+        """Hand the current buffer to the threads, and wait until the next one is free."""
+        size = self.filled
+        view = self.buffers[self.current].view
+        if self.file.direct and size % HEADER_ALIGN:
+            padded = size + -size % HEADER_ALIGN
+            view[size:padded] = bytes(padded - size)
+            size = padded
+        self.submit(view[:size], self.filled)
+
+    def submit(self, view: memoryview, size_bytes: int) -> None:
+        self.pending[self.current] = self.pool.submit(self.file.write, view, offset=self.submitted)
+        self.submitted += size_bytes
+        self.progress(self.submitted - self.begin)
+        self.current = (self.current + 1) % len(self.buffers)
+        self.filled = self.hashed = 0
+        self.settle(self.current)
+
+    def settle(self, index: int) -> None:
+        pending, self.pending[index] = self.pending[index], None
+        if pending is None:
+            return
+        if not wait([pending], timeout=current().stall_deadline_s).done:
+            raise stalled("A write")
+        pending.result()
+
+    def finish(self) -> tuple[int, NDArray[np.uint64]]:
+        if self.filled > self.hashed:
+            self.hash_block()
+        if self.filled:
+            self.flush()
+        for index in range(len(self.buffers)):
+            self.settle(index)
+        return self.submitted, np.array(self.digests, dtype=np.uint64)

@@ -1,0 +1,1 @@
+"""What the user hands over and gets back: flattened, captured, matched and rebuilt."""

@@ -1,0 +1,87 @@
+"""Saved values built anew, without a template: containers, values, and tensors to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.state.flatten import Ties
+from shardckpt.state.local_chunks import LocalChunk, local_chunks
+from shardckpt.state.saved_tree import SavedState, below, children
+
+__all__ = ["NOTHING", "Allocate", "Builder", "allocate"]
+
+NOTHING = object()
+"""Stands for what was not saved."""
+
+Allocate = Callable[[str, str, TensorEntry], tuple[torch.Tensor, bool]]
+"""(name in the state, name in the manifest, what was saved) -> the tensor that stands for it,
+and whether it is to be filled by reads."""
+
+
+def allocate(name: str, source: str, entry: TensorEntry) -> tuple[torch.Tensor, bool]:
+    """A CPU tensor for a saved one."""
+    return torch.empty(entry.shape, dtype=DTYPES[entry.dtype]), True
+
+
+class Builder:
+    """Builds saved nodes; the reads that fill their tensors are appended to `reads`.
+
+    Tensors are those of `like` where one of that name has the same shape and dtype, else
+    they come from `new`. `filled`: memory -> the saved tensor that it is filled with, so that
+    no memory is filled twice. Tied tensors are one tensor. `built` are the names of all leaves.
+    """
+
+    def __init__(
+        self,
+        saved: SavedState,
+        reads: list[tuple[TensorEntry, LocalChunk]],
+        *,
+        like: Mapping[str, torch.Tensor] | None = None,
+        filled: Ties | None = None,
+        new: Allocate = allocate,
+    ) -> None:
+        self.saved = saved
+        self.reads = reads
+        self.like = like or {}
+        self.filled = filled or Ties()
+        self.new = new
+        self.built: list[str] = []
+        self._tied: dict[TensorRef, Any] = {}
+
+    def build(self, node: Any, name: str) -> Any:
+        """The value of the saved node at `name`."""
+        items = children(node)
+        if not items:
+            self.built.append(name)
+            return self._leaf(node, name) if isinstance(node, TensorRef) else node
+        values = ((key, self.build(item, below(name, key))) for key, item in items)
+        return dict(values) if isinstance(node, dict) else type(node)(value for _, value in values)
+
+    def _leaf(self, ref: TensorRef, name: str) -> Any:
+        if ref.kind == "per_rank":
+            ranks = range(self.saved.manifest.world_size)
+            return [self.build(self.saved.per_rank(ref, rank=rank), name) for rank in ranks]
+        if ref in self._tied:
+            return self._tied[ref]
+        entry = self.saved.manifest.tensors[ref.name]
+        tensor = self.like.get(name)
+        to_read = True
+        if (
+            tensor is None
+            or tensor.is_meta
+            or tuple(tensor.shape) != entry.shape
+            or tensor.dtype != DTYPES[entry.dtype]
+        ):
+            tensor, to_read = self.new(name, ref.name, entry)
+        elif self.filled.first(tensor, ref.name) != ref.name:
+            tensor = torch.empty_like(tensor)  # tied where it is, but not as it was saved
+        if to_read:
+            self.reads += [(entry, chunk) for chunk in local_chunks(tensor, name=name)]
+        self._tied[ref] = tensor.numpy() if ref.kind == "numpy" and tensor.is_cpu else tensor
+        return self._tied[ref]

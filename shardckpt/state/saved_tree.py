@@ -1,0 +1,162 @@
+"""What a manifest says was saved, by name: every node of the saved tree, leaf or not."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from shardckpt.errors import StateError
+from shardckpt.format import typed_json as values
+from shardckpt.format.manifest import Manifest
+from shardckpt.format.typed_json import TensorRef
+
+__all__ = ["Rename", "SavedState", "Select", "below", "children", "under"]
+
+Rename = Mapping[str, str] | Callable[[str], str] | None
+Select = str | Iterable[str] | None
+
+
+def under(name: str, prefix: str) -> bool:
+    """Whether a name is `prefix` or lies below it, by whole keys."""
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def rename_function(rename: Rename) -> Callable[[str], str]:
+    """Saved name -> name looked for. A mapping renames prefixes; the longest one wins."""
+    if rename is None:
+        return lambda name: name
+    if callable(rename):
+        return rename
+    prefixes = sorted(((a.rstrip("."), b.rstrip(".")) for a, b in rename.items()), reverse=True)
+    prefixes.sort(key=lambda pair: -len(pair[0]))
+
+    def renamed(name: str) -> str:
+        for old, new in prefixes:
+            if under(name, old):
+                rest = name[len(old) :].lstrip(".")
+                return ".".join(part for part in (new, rest) if part)
+        return name
+
+    return renamed
+
+
+def select_function(keys: Select) -> Callable[[str], bool]:
+    """Name -> whether it is selected by one of `keys`: prefixes of whole keys, or patterns
+    with *, ? and [] as in a shell."""
+    if keys is None:
+        return lambda name: True
+    wanted = [keys] if isinstance(keys, str) else list(keys)
+
+    def selected(name: str) -> bool:
+        return any(under(name, key.rstrip(".")) or fnmatch.fnmatchcase(name, key) for key in wanted)
+
+    return selected
+
+
+class SavedState:
+    """The saved tree, decoded: `nodes` by name, `leaves` among them.
+
+    Tensors stand in it as TensorRef. What `keys` does not select is left out, and `rename`
+    has been applied: an entry whose new name leaves its dict stands at the top, under its
+    whole name.
+    """
+
+    def __init__(self, manifest: Manifest, *, keys: Select = None, rename: Rename = None) -> None:
+        self.manifest = manifest
+        self.selected = select_function(keys)
+        self.renamed = rename_function(rename)
+        self.tree = values.decode(manifest.state, tensor=_keep)
+        if keys is not None or rename is not None:
+            self.tree = _rewrite(self.tree, self.selected, self.renamed)
+        self.nodes: dict[str, Any] = {}
+        self.leaves: dict[str, Any] = {}
+        self._index(self.tree, "")
+        self._per_rank: dict[int, list[Any]] = {}
+
+    def per_rank(self, ref: TensorRef, *, rank: int) -> Any:
+        """The value that `rank` saved inside a PerRank."""
+        if rank not in self._per_rank:
+            self._per_rank[rank] = values.decode(self.manifest.per_rank[rank], tensor=_keep)
+        return self._per_rank[rank][int(ref.name)]
+
+    def with_node(self, node: Any, name: str) -> SavedState:
+        """The same, with `node` as all that was saved, under `name`."""
+        other = object.__new__(SavedState)
+        other.__dict__.update(self.__dict__)
+        other.nodes, other.leaves = {}, {}
+        other._index(node, name)
+        return other
+
+    def _index(self, node: Any, name: str) -> None:
+        self.nodes[name] = node
+        items = children(node)
+        if not items and self.selected(name):
+            self.leaves[name] = node
+        for key, item in items:
+            inner = below(name, key)
+            if type(item) is TensorRef and self.selected(inner):  # as most are
+                self.nodes[inner] = self.leaves[inner] = item
+            else:
+                self._index(item, inner)
+
+
+def children(node: Any) -> list[tuple[Any, Any]]:
+    """(key, item) of a saved node's items; none for a leaf, an empty container being one."""
+    kind = type(node)
+    if kind is dict:  # a Counter is one value
+        return list(node.items())
+    return list(enumerate(node)) if kind is list or kind is tuple else []
+
+
+def below(name: str, key: Any) -> str:
+    """The name of an item of the node at `name`."""
+    return f"{name}.{key}" if name else str(key)
+
+
+def _rewrite(tree: Any, selected: Callable[[str], bool], renamed: Callable[[str], str]) -> Any:
+    """The tree with renamed keys, and without what is not selected (None in a list or tuple)."""
+    moved: dict[str, Any] = {}
+    nothing = object()
+
+    def rewrite(node: Any, old: str, new: str) -> Any:
+        items = children(node)
+        if not items:
+            return node if selected(new) else nothing
+        kept: list[tuple[Any, Any]] = []
+        for key, item in items:
+            name = renamed(below(old, key))
+            value = rewrite(item, below(old, key), name)
+            if name == below(new, key):
+                kept.append((key, value))
+            elif value is nothing:
+                continue
+            elif isinstance(node, dict) and under(name, new):
+                kept.append((name[len(new) :].lstrip("."), value))
+            elif moved.setdefault(name, value) is not value:
+                raise _same_name(name)
+        if isinstance(node, dict):
+            chosen = [(key, value) for key, value in kept if value is not nothing]
+            if len(dict(chosen)) < len(chosen):
+                raise _same_name(new)
+            return dict(chosen) if chosen else nothing
+        if all(value is nothing for _, value in kept):
+            return nothing
+        return type(node)(None if value is nothing else value for _, value in kept)
+
+    result = rewrite(tree, "", "")
+    if moved:
+        result = {**({} if result is nothing else result), **moved}
+    return {} if result is nothing else result
+
+
+def _same_name(name: str) -> StateError:
+    return StateError(
+        "Two saved entries have the same name after renaming",
+        tensor=name,
+        remedy="change the rename rules",
+    )
+
+
+def _keep(ref: TensorRef) -> TensorRef:
+    return ref

@@ -1,0 +1,206 @@
+"""A state as it is at one moment, taken in a millisecond or two, to be copied a little later.
+
+Values and containers are copied, and so are the tensors that may change before the next
+optimizer step: buffers of modules, which forward changes, arrays, and small tensors that
+stand in the state by themselves. Parameters, optimizer state and large tensors are held as
+they are, with their version: whoever copies them later can tell whether they were changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shardckpt.state.file_groups import frozen_entries
+from shardckpt.state.flatten import FlatState, PerRank
+from shardckpt.state.module_state import (
+    ModuleState,
+    OptimizerState,
+    foreign_buffers,
+    has_state,
+    is_parameter,
+    modules_in,
+    optimizer_state,
+    own_state,
+    parameter_names,
+)
+from shardckpt.state.sharded_array import ShardedArray
+
+__all__ = ["Snapshot", "take_snapshot"]
+
+_DEPTH_LIMIT = 120  # beyond what can be saved: flatten says so
+_COPYABLE = (torch.Tensor, nn.Parameter, DTensor)
+_NEVER = -1.0
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """`state`: nested containers of values and tensors, modules and optimizers read out.
+    `held`: id of a tensor that was not copied -> its version and address at that moment."""
+
+    state: Any = None
+    held: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def changed(self, flat: FlatState) -> str | None:
+        """The name of a tensor that was held and has been changed since, if any.
+
+        Seen is what torch itself does; not what goes through `.data`, numpy or other libraries.
+        """
+        for name, tensor in (*flat.tensors.items(), *flat.own.items()):
+            mark = self.held.get(id(tensor))
+            if mark is not None and isinstance(tensor, torch.Tensor) and mark != _mark(tensor):
+                return name
+        return None
+
+
+def take_snapshot(state: Any, *, small_bytes: int) -> Snapshot:
+    """Take a snapshot; tensors by themselves of up to `small_bytes` are copied.
+
+    Not collective, changes nothing. Raises what asking modules, optimizers and objects for
+    their state raises.
+    """
+    with torch.no_grad():
+        taker = _Taker(state)
+        taker.snapshot.state = taker.walk(state, "", copy_up_to=small_bytes)
+    return taker.snapshot
+
+
+class _Taker:
+    def __init__(self, state: Any) -> None:
+        self.snapshot = Snapshot()
+        self.modules = list(modules_in(state))
+        self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.arrays: dict[int, np.ndarray[Any, Any]] = {}
+        self.parts: dict[int, ShardedArray] = {}
+        # First of all: what is copied of a module must be found wherever else it stands.
+        self.own = {id(module): own_state(module) for _, module in self.modules}
+        self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
+
+    @cached_property
+    def parameters(self) -> set[tuple[Any, ...]]:
+        return {_memory(p) for _, module in self.modules for p in module.parameters()}
+
+    def walk(self, value: Any, at: str, *, copy_up_to: float, depth: int = 0) -> Any:
+        """The value without its modules and optimizers, containers copied, tensors taken."""
+        if isinstance(value, torch.Tensor):
+            return self.take(value, copy_up_to)
+        if value is None or isinstance(value, (str, int, float, torch.Size)):
+            return value
+        if depth > _DEPTH_LIMIT:
+            return value
+        if isinstance(value, (set, bytearray, Counter, deque)):
+            return value.copy()
+        if isinstance(value, Mapping):
+            return {
+                key: self.walk(item, f"{at}.{key}", copy_up_to=copy_up_to, depth=depth + 1)
+                for key, item in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            items = [
+                self.walk(item, f"{at}.{i}", copy_up_to=copy_up_to, depth=depth + 1)
+                for i, item in enumerate(value)
+            ]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, np.ndarray):
+            return self.arrays.setdefault(id(value), value.copy())
+        if isinstance(value, ShardedArray):
+            return self.parts.setdefault(id(value), value.copy())
+        if isinstance(value, nn.Module):
+            return self.read.get(id(value)) or self.module(value, at)
+        if isinstance(value, Optimizer):
+            names = parameter_names(self.modules, read=self.own)
+            found = optimizer_state(value, names, at=at.removeprefix("."))
+            state = self.held_state(found.pop("state"), at)
+            rest = self.walk(found, at, copy_up_to=math.inf)
+            return OptimizerState({"state": state, **rest})
+        if isinstance(value, PerRank):
+            inner = self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth)
+            return PerRank(inner, value.on_resize)
+        if has_state(value):
+            return self.walk(value.state_dict(), at, copy_up_to=copy_up_to, depth=depth)
+        return value
+
+    def module(self, module: nn.Module, at: str) -> ModuleState:
+        entries = (self.own.get(id(module)) or own_state(module)).by_name()
+        plain = True  # trained weights alone
+        for key, item in entries.items():
+            if is_parameter(item):
+                plain = plain and item.requires_grad
+                entries[key] = self.hold(item)
+            else:  # it may change in forward, as running statistics do
+                plain = False
+                entries[key] = self.walk(item, f"{at}.{key}", copy_up_to=math.inf)
+        if plain:
+            return ModuleState(entries, frozenset(), frozenset())
+        return ModuleState(entries, frozen_entries(module), foreign_buffers(module))
+
+    def held_state(self, state: dict[Any, Any], at: str) -> dict[Any, Any]:
+        """An optimizer's state by parameter; what only a step changes."""
+        return {
+            name: {
+                key: self.hold(item)
+                if type(item) in _COPYABLE
+                else self.walk(item, at, copy_up_to=_NEVER)
+                for key, item in own.items()
+            }
+            if type(own) is dict
+            else self.walk(own, at, copy_up_to=_NEVER)
+            for name, own in state.items()
+        }
+
+    def take(self, tensor: torch.Tensor, copy_up_to: float) -> torch.Tensor:
+        """A copy of a tensor of up to so many bytes that is no parameter; else itself."""
+        if copy_up_to < 0 or type(tensor) not in _COPYABLE:
+            return self.hold(tensor)
+        large = tensor.numel() * tensor.element_size() > copy_up_to
+        if large and not self.modules:  # whose large buffers are copied
+            return self.hold(tensor)
+        memory = _memory(tensor)
+        if memory not in self.copies:  # tied ones stay tied
+            if large or memory in self.parameters:
+                return self.hold(tensor)
+            self.copies[memory] = _copy(tensor)
+        return self.copies[memory]
+
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        kind = type(tensor)
+        if tensor.is_inference():  # which has no version
+            return tensor.clone()
+        if kind is not DTensor:  # whose detach() is slow
+            if kind not in _COPYABLE:
+                return tensor  # one that can't be saved, or whose parts are other tensors
+            tensor = tensor.detach()  # stays what it is after `parameter.data = ...`
+        self.snapshot.held[id(tensor)] = _mark(tensor)
+        return tensor
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is not DTensor:
+        return tensor.clone()  # without gradients
+    # Its clone() asks what becomes of the placements. The constructor is private in torch 2.13.
+    copied = tensor._local_tensor.clone()
+    return DTensor(copied, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def _mark(tensor: torch.Tensor) -> tuple[int, int]:
+    if type(tensor) is DTensor:  # the attribute is private in torch 2.13, to_local() is slow
+        return tensor._version, tensor._local_tensor.data_ptr()
+    return tensor._version, 0
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory seen in the same way."""
+    local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
+    if local.layout is not torch.strided or local.is_nested or not local.numel():
+        return (id(tensor),)
+    return (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape)

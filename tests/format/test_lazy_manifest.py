@@ -1,0 +1,167 @@
+"""A manifest parsed in part says what the whole one says, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardckpt import errors
+from shardckpt.format import typed_json as values
+from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.manifest import ShardEntry, TensorEntry, from_bytes, to_bytes
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.state.saved_tree import SavedState
+from tests.format.test_manifest import SHARD, a_manifest, document, sealed
+
+NAMES = st.text(alphabet="ab.$", max_size=4)
+REFERENCES = st.sampled_from(
+    [TensorRef(*facts.split()) for facts in ("w tensor", "s tensor", "e numpy", "0 per_rank")]
+)
+STATES = st.dictionaries(
+    NAMES,
+    st.recursive(
+        REFERENCES | st.integers(0, 9) | NAMES,
+        lambda inner: (
+            st.dictionaries(NAMES | st.integers(0, 1), inner, max_size=3)
+            | st.lists(inner, max_size=2)
+            | st.tuples(inner)
+        ),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+
+
+def both(**changes):
+    data = to_bytes(a_manifest(**changes))
+    return Outline(data, path="p"), from_bytes(data, path="p")
+
+
+@given(STATES, st.lists(NAMES, max_size=3))
+def test_names_lead_where_they_lead_in_the_whole(state, names):
+    outline, manifest = both(state=values.encode(state, at=""))
+    leaves = SavedState(manifest).leaves
+    for name in [*leaves, *names]:
+        found, leaf = outline.find(name), leaves.get(name)
+        assert found is None or (leaf.name, leaf.kind != "per_rank") == (found, True), name
+
+
+@pytest.mark.parametrize("name", ["w", "m.layer.0.weight", "m.layer.0.a.b", "array"])
+def test_plain_names_are_found(name):
+    ref = TensorRef("w", "tensor")
+    inner = {"layer.0": {"weight": ref, "a.b": ref}}
+    state = {"w": ref, "m": inner, "array": TensorRef("w", "numpy")}
+    outline, _ = both(state=values.encode(state, at=""))
+    assert outline.find(name) == "w"
+    assert outline.find(f"{name}.") is outline.find(f"{name}.x") is outline.find("m") is None
+
+
+@pytest.mark.parametrize("state", [{"": {"a.b": 1}}, {"a": {"b": 1}}, {"a": {"": {"b": 1}}}])
+def test_a_name_that_two_ways_lead_to_is_not_told(state):
+    for both_ways in ({**state, "a.b": 2}, {"a.b": 2, **state}):
+        outline, manifest = both(state=values.encode(reference(both_ways), at=""))
+        found = SavedState(manifest).leaves
+        assert outline.find("a.b") in (None, found["a.b"].name), both_ways
+
+
+def reference(node):
+    if isinstance(node, dict):
+        return {key: reference(item) for key, item in node.items()}
+    return TensorRef({1: "w", 2: "s"}[node], "tensor")
+
+
+def test_tensors_are_those_of_the_whole():
+    outline, manifest = both()
+    assert outline.tensor("w").chunks.tolist() == manifest.tensors["w"].chunks.tolist()
+    assert outline.tensor("w").shape == manifest.tensors["w"].shape
+    assert outline.tensors == {"w": outline.tensor("w")}
+    assert outline.tensor("s") is outline.tensor("e") is outline.tensor("nothing") is None
+    mine, whole = outline.shards[0], manifest.shards[0]
+    assert (mine.name, mine.size_bytes) == (whole.name, whole.size_bytes)
+    assert mine.digests.tolist() == whole.digests.tolist()
+
+
+SLABS = {
+    "rows": ((6, 2), [[0, 8, 40, 0, 0, 4, 2], [1, 800, 816, 4, 0, 2, 2]]),
+    "columns": ((2, 6), [[1, 8, 16, 0, 0, 2, 1], [0, 8, 48, 0, 1, 2, 5]]),
+    "whole": ((2, 1, 3), [[0, 8, 32, 0, 0, 0, 2, 1, 3]]),
+}
+
+
+@pytest.mark.parametrize("kind", SLABS)
+@given(st.data())
+def test_nothing_is_told_of_a_tensor_that_is_not_right(kind, data):
+    """One number is another, or a row is gone, there twice, or elsewhere in its file."""
+    shape, rows = SLABS[kind]
+    numbers = np.array(rows, np.int64)
+    shards = tuple(
+        ShardEntry(name=name, size_bytes=size, digests=np.array([7], np.uint64))
+        for name, size in ((SHARD, 100), (SHARD.replace("0-", "1-"), 1000))
+    )
+    manifest = replace(
+        a_manifest(state={}, shards=shards, per_rank=()),
+        tensors={"w": TensorEntry(dtype="F32", shape=shape, chunks=numbers)},
+    )
+    assert Outline(to_bytes(manifest), path="p").tensor("w").chunks.tolist() == rows
+    row, column = (data.draw(st.integers(0, size - 1)) for size in numbers.shape)
+    changed = numbers.copy()
+    change = data.draw(st.sampled_from(["number", "place", "rows"]))
+    if change == "number":
+        number = st.integers(-1, 9) | st.sampled_from([104, 1004, 2**62, -(2**63)])
+        changed[row, column] = data.draw(number)
+    elif change == "place":
+        changed[row, 1:3] += data.draw(st.integers(-60, 60))
+    else:
+        times = data.draw(st.sampled_from([0, 2]))
+        changed = np.repeat(numbers, [times if i == row else 1 for i in range(len(rows))], axis=0)
+    tensors = {"w": TensorEntry(dtype="F32", shape=shape, chunks=changed)}
+    text = to_bytes(replace(manifest, tensors=tensors))
+    if Outline(text, path="p").tensor("w") is not None:
+        from_bytes(text, path="p")
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "dtype"),
+    [
+        ((2, -3), [[0, 40, 16, 0, 0, 2, -3]], "F32"),
+        ((6, 1), [[0, 8, 36, 0, 0, 7, 1], [0, 44, 40, 7, 0, -1, 1]], "F32"),
+        ((6, 1), [[0, 8, 32, 0, 0, 6, 1]], "F33"),
+        ((6, 1), [[0, 4980, 5004, 0, 0, 6, 1]], "F32"),
+    ],
+)
+def test_numbers_that_fit_each_other_are_not_right_yet(shape, rows, dtype):
+    wrong = TensorEntry(dtype=dtype, shape=shape, chunks=np.array(rows, np.int64))
+    text = to_bytes(a_manifest(state={}, per_rank=(), tensors={"w": wrong}))
+    assert Outline(text, path="p").tensor("w") is None
+    with pytest.raises(errors.CorruptionError):
+        from_bytes(text, path="p")
+
+
+@pytest.mark.parametrize("elements", [2**67, 2**42], ids=["no int64", "too large for memory"])
+def test_a_shard_is_no_larger_than_its_digests_say(elements):
+    changed, size = document(), 8 + 4 * elements
+    changed["shards"][0]["size"] = size
+    row = [0, 8, size, 0, elements]
+    changed["tensors"]["w"] = {"dtype": "F32", "shape": [elements], "chunks": row}
+    text = sealed(changed)
+    for parse in (from_bytes, lambda text, path: Outline(text, path=path).tensor("w")):
+        with pytest.raises(errors.CorruptionError, match="one digest for each block"):
+            parse(text, path="p")
+
+
+@pytest.mark.parametrize(
+    "node", [{"$tensor": "w", "a": "b"}, {"$per_rank": "0"}, {"$bytes": ""}, {}, ["w"], "w"]
+)
+def test_what_is_no_reference_to_a_tensor(node):
+    assert Outline(to_bytes(a_manifest(state={"a": node})), path="p").find("a") is None
+
+
+@pytest.mark.parametrize("damage", ["shards", "state", "tensors"])
+def test_a_member_that_is_missing(damage):
+    text = to_bytes(a_manifest()).replace(f'"{damage}"'.encode(), b'"x"')
+    with pytest.raises(errors.CorruptionError, match=damage):
+        Outline(text, path="p")
