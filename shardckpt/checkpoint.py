@@ -11,13 +11,14 @@ import torch
 from shardckpt.closing import Closing
 from shardckpt.errors import CorruptionError
 from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.lazy_manifest import Outline
-from shardckpt.format.manifest import Manifest, TensorEntry, check_text, from_bytes
+from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.devices import free_memory
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.load.lazy_tensor import MappedFiles, disk_tensor
-from shardckpt.load.shard_reader import read_all
+from shardckpt.load.shard_reader import read_all, read_box
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.plan.device_map import DeviceMap, resolve_device_map
 from shardckpt.plan.page_cache_policy import ALWAYS
@@ -241,15 +242,13 @@ class Checkpoint(Closing, Mapping[str, Any]):
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """The box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
         manifest, entry = self._described(name)
-        part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
-        reads = plan_reads([(entry, LocalChunk(offsets, sizes, part))])
         try:
-            read_all(self._files, manifest, reads)
+            return read_box(self._files, manifest, entry, offsets, sizes)
         except CorruptionError:
             if manifest is self.manifest:
                 raise
-            read_all(self._files, self.manifest, reads)  # to name every tensor that is hurt
-        return part
+            # Again, to name every tensor that the damage affects.
+            return read_box(self._files, self.manifest, entry, offsets, sizes)
 
     def _described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
         """A tensor of the manifest, and what describes it: all of the manifest, if that is parsed

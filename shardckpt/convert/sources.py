@@ -16,7 +16,7 @@ from shardckpt.errors import LoadMismatchError
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
-from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.format.validation import check_references
 from shardckpt.maintenance.rewritable import Source

@@ -11,7 +11,8 @@ import torch
 
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.errors import DirectoryNotSharedError
-from shardckpt.format.manifest import Manifest, from_bytes
+from shardckpt.format.entries import Manifest
+from shardckpt.format.manifest import from_bytes
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.load.shard_reader import read_all
 from shardckpt.plan.page_cache_policy import Share, past_cache, share_of

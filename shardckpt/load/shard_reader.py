@@ -25,16 +25,18 @@ import xxhash
 from shardckpt.config import current
 from shardckpt.errors import CorruptionError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.lazy_manifest import Outline
-from shardckpt.format.manifest import Manifest, ShardEntry
 from shardckpt.io.buffers import Buffer, copy_bytes, have_huge_pages, lease, view_at
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.io.threads import stalled, workers
 from shardckpt.plan.page_cache_policy import ALWAYS, NEVER
-from shardckpt.plan.read_plan import WINDOW_BYTES, CopyRead, Reads
+from shardckpt.plan.read_plan import WINDOW_BYTES, CopyRead, Reads, plan_reads
+from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.storage.base import CheckpointFiles, WouldWait
 
-__all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "tensors_in"]
+__all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "read_box", "tensors_in"]
 
 DIRECT_BYTES = 128 << 10
 """A run shorter than this goes through the buffer: fewer, larger pieces for each system call."""
@@ -101,6 +103,19 @@ def read_all(
         finally:
             stop.set()
     return sum(read_bytes)
+
+
+def read_box(
+    files: CheckpointFiles,
+    manifest: Manifest | Outline,
+    entry: TensorEntry,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> torch.Tensor:
+    """Read the box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
+    part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
+    read_all(files, manifest, plan_reads([(entry, LocalChunk(offsets, sizes, part))]))
+    return part
 
 
 def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:

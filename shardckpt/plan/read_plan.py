@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardckpt.format.dtypes import DTYPES, itemsize
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.state.local_chunks import LocalChunk, box_slices, lies_as_saved
 
 __all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]

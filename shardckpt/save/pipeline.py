@@ -20,10 +20,10 @@ import torch
 import xxhash
 
 from shardckpt._version import __version__
-from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.format.digests import text_digest
-from shardckpt.format.manifest import FORMAT_VERSION, Manifest, ShardEntry, to_bytes
+from shardckpt.format.entries import FORMAT_VERSION, Manifest, ShardEntry
+from shardckpt.format.manifest import to_bytes
 from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.consistency import compare_replicas, explain_difference
@@ -31,7 +31,7 @@ from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan
 from shardckpt.plan.plan_cache import KnownPlan, PlanCache
 from shardckpt.plan.save_plan import RankWrites, global_plan
 from shardckpt.reports import SaveReport, Stopwatch
-from shardckpt.save.incremental import Base, open_base
+from shardckpt.save.incremental import Base, OpenCheckpoint, open_base
 from shardckpt.save.rank_writer import ShardResult, write_rank
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.storage.base import Storage, WriteTransaction
@@ -65,7 +65,7 @@ def run_save(
     storage: Storage,
     overwrite: bool,
     check_replicas: bool,
-    base: str | Checkpoint | None = None,
+    base: str | OpenCheckpoint | None = None,
     verify_base: bool = False,
     staged: bool = False,
 ) -> SaveReport:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.flatten import PerRank, Ties
 from shardckpt.state.local_chunks import (

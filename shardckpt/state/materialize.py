@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import LocalChunk, local_chunks

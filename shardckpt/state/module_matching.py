@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.local_chunks import is_distributed, local_tensor
 from shardckpt.state.materialize import NOTHING
