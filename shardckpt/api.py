@@ -10,13 +10,13 @@ from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import StateError
-from shardckpt.load.pipeline import run_load
+from shardckpt.loading.pipeline import run_load
 from shardckpt.plan.device_map import DeviceMap
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import LoadReport, SaveReport
-from shardckpt.save import async_save as background
-from shardckpt.save.async_save import SaveHandle
-from shardckpt.save.pipeline import run_save
+from shardckpt.saving import async_save as background
+from shardckpt.saving.async_save import SaveHandle
+from shardckpt.saving.pipeline import run_save
 from shardckpt.state.flatten import flatten
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage

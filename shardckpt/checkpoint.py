@@ -17,8 +17,8 @@ from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.devices import free_memory
 from shardckpt.io.gc_pause import collector_paused
-from shardckpt.load.lazy_tensor import MappedFiles, disk_tensor
-from shardckpt.load.shard_reader import read_all, read_box
+from shardckpt.loading.lazy_tensor import MappedFiles, disk_tensor
+from shardckpt.loading.shard_reader import read_all, read_box
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.plan.device_map import DeviceMap, resolve_device_map
 from shardckpt.plan.page_cache_policy import ALWAYS

@@ -16,7 +16,7 @@ from torch import nn
 import shardckpt
 from shardckpt import errors
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.save import rank_writer as shard_files
+from shardckpt.saving import rank_writer as shard_files
 
 
 class Colour(enum.Enum):

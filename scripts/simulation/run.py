@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.load.pipeline import open_manifest
+from shardckpt.loading.pipeline import open_manifest
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.plan.save_plan import RankWrites
 from shardckpt.plan.shard_layout import shard_name
-from shardckpt.save.pipeline import replica_digests, run_save
-from shardckpt.save.rank_writer import ShardFile, ShardResult
+from shardckpt.saving.pipeline import replica_digests, run_save
+from shardckpt.saving.rank_writer import ShardFile, ShardResult
 from shardckpt.state.matching import Matcher
 from shardckpt.state.saved_tree import SavedState
 from simulation.ranks import Nowhere, Phase, Recorder

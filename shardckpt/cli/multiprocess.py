@@ -20,7 +20,7 @@ from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.store import StoreCoordinator
 from shardckpt.coordination.store_connection import Lines
 from shardckpt.errors import CoordinationError
-from shardckpt.load.pipeline import same_checkpoint
+from shardckpt.loading.pipeline import same_checkpoint
 from shardckpt.maintenance.rewritable import Source
 
 __all__ = ["say", "shared"]

@@ -13,7 +13,7 @@ from shardckpt.coordination.base import Coordinator
 from shardckpt.maintenance.rewritable import Source, read_chunks
 from shardckpt.plan.file_parts import FilePart, file_parts
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec
-from shardckpt.save.shard_writer import write_shard
+from shardckpt.saving.shard_writer import write_shard
 from shardckpt.storage.base import WritableFile
 
 __all__ = ["NewFile", "WrittenFile", "joined_parts", "write_together"]

@@ -11,7 +11,7 @@ import torch
 from shardckpt.errors import CorruptionError, NotACheckpointError
 from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import from_bytes, to_bytes
-from shardckpt.load.shard_reader import read_box
+from shardckpt.loading.shard_reader import read_box
 from shardckpt.maintenance.bit_flips import repair_manifest
 from shardckpt.maintenance.rebuild_manifest import rebuild_manifest
 from shardckpt.maintenance.reshard import reshard

@@ -20,8 +20,8 @@ from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan, TensorSpec, p
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.shard_layout import chunk_bytes, shard_name
-from shardckpt.save.pipeline import commit, file_table, new_id
-from shardckpt.save.rank_writer import ShardFile, ShardResult, layout
+from shardckpt.saving.pipeline import commit, file_table, new_id
+from shardckpt.saving.rank_writer import ShardFile, ShardResult, layout
 from shardckpt.state.file_groups import MAIN, kind_in
 from shardckpt.storage.base import Storage, WriteTransaction
 

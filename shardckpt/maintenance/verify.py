@@ -26,7 +26,7 @@ from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.safetensors_header import chunk_name, header_bytes, parse_header
 from shardckpt.io.buffers import BUFFER_BYTES, lease
 from shardckpt.io.threads import stalled, workers
-from shardckpt.load.shard_reader import bad_blocks, tensors_in
+from shardckpt.loading.shard_reader import bad_blocks, tensors_in
 from shardckpt.maintenance.bit_flips import find_flipped_bit
 from shardckpt.reports import VerifyReport
 from shardckpt.storage.base import CheckpointFiles

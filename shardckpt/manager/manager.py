@@ -33,7 +33,7 @@ from shardckpt.manager.retention import (
     to_remove,
 )
 from shardckpt.reports import LoadReport
-from shardckpt.save.async_save import SaveHandle
+from shardckpt.saving.async_save import SaveHandle
 
 __all__ = ["CheckpointManager", "Restored"]
 

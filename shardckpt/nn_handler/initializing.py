@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import shardckpt
 from shardckpt.convert.dcp import DcpCheckpoint, is_dcp
-from shardckpt.load.memory_checkpoint import MemoryStorage
+from shardckpt.loading.memory_checkpoint import MemoryStorage
 from shardckpt.nn_handler.loading import open_source
 from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage

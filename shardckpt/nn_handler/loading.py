@@ -13,7 +13,7 @@ from torch import nn
 import shardckpt
 from shardckpt.convert.whole_files import INDEX, is_one_file, read_many, read_one
 from shardckpt.errors import LoadMismatchError, NotACheckpointError
-from shardckpt.load.memory_checkpoint import MemoryStorage
+from shardckpt.loading.memory_checkpoint import MemoryStorage
 from shardckpt.nn_handler.callbacks import Callback
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA

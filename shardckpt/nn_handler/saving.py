@@ -23,10 +23,10 @@ from shardckpt.convert.whole_files import (
 from shardckpt.coordination.base import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import StateError
-from shardckpt.load.memory_checkpoint import MemoryStorage
+from shardckpt.loading.memory_checkpoint import MemoryStorage
 from shardckpt.manager.backends import RECORD, Signature, signature_of
 from shardckpt.reports import LoadReport
-from shardckpt.save.async_save import SaveHandle
+from shardckpt.saving.async_save import SaveHandle
 from shardckpt.state.flatten import Ties
 from shardckpt.state.module_state import has_state, plain_state
 from shardckpt.storage.posix import translated

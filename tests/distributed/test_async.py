@@ -13,8 +13,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.save import async_save as background
-from shardckpt.save import shard_writer as writer
+from shardckpt.saving import async_save as background
+from shardckpt.saving import shard_writer as writer
 from shardckpt.storage.local import LocalStorage
 from tests.distributed import jobs
 from tests.ranks import run_ranks

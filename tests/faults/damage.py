@@ -13,7 +13,7 @@ import torch
 
 import shardckpt
 from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
-from shardckpt.load import shard_reader as reader
+from shardckpt.loading import shard_reader as reader
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.storage.base import MANIFEST_NAME, Done
 from shardckpt.storage.local import LocalStorage

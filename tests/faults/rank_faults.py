@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.load import pipeline as load_driver
-from shardckpt.save import pipeline as save_driver
+from shardckpt.loading import pipeline as load_driver
+from shardckpt.saving import pipeline as save_driver
 from tests.ranks import start_ranks
 
 DEADLINE_S = 5.0

@@ -9,7 +9,7 @@ import torch
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.load import shard_reader as reader
+from shardckpt.loading import shard_reader as reader
 from shardckpt.maintenance import verify
 from tests.faults import damage
 from tests.faults.disk import Disk

@@ -21,8 +21,8 @@ from shardckpt.format.dtypes import dtype_name
 from shardckpt.plan.local_plan import ChunkTable, LocalPlan, TensorSpec, pad_boxes
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import RankWrites, global_plan
-from shardckpt.save.pipeline import commit, file_table, planned_parts
-from shardckpt.save.rank_writer import write_rank
+from shardckpt.saving.pipeline import commit, file_table, planned_parts
+from shardckpt.saving.rank_writer import write_rank
 from shardckpt.storage.local import LocalStorage
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

@@ -14,8 +14,8 @@ import torch
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.load import shard_reader as reader
-from shardckpt.save import shard_writer as writer
+from shardckpt.loading import shard_reader as reader
+from shardckpt.saving import shard_writer as writer
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.save import pipeline as save_driver
+from shardckpt.saving import pipeline as save_driver
 from tests.ranks import PRELOAD
 
 pytestmark = pytest.mark.ranks

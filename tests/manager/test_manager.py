@@ -18,7 +18,7 @@ from shardckpt import (
     errors,
 )
 from shardckpt.manager.retention import SavedCheckpoint, to_remove
-from shardckpt.save import incremental as base
+from shardckpt.saving import incremental as base
 from shardckpt.state import file_groups as kinds
 from tests.ranks import run_ranks
 

@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 import shardckpt
 from shardckpt import ShardedArray, errors
-from shardckpt.save import pipeline as save_driver
+from shardckpt.saving import pipeline as save_driver
 from tests.mpi.launch import WHOLE
 
 comm = MPI.COMM_WORLD

@@ -22,7 +22,7 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
 from shardckpt.format.digests import block_digest
-from shardckpt.load.shard_reader import read_all
+from shardckpt.loading.shard_reader import read_all
 from shardckpt.maintenance import verify
 from shardckpt.plan.page_cache_policy import ALWAYS, MOSTLY, NEVER
 from shardckpt.plan.read_plan import plan_reads

@@ -15,7 +15,7 @@ from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.process_group import group_for_dcp
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.integrations.dcp.writer import ShardWriter
-from shardckpt.load.pipeline import open_manifest
+from shardckpt.loading.pipeline import open_manifest
 from shardckpt.reports import SaveReport
 from shardckpt.state.module_state import plain_state
 from shardckpt.storage.local import LocalStorage

@@ -24,8 +24,8 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
-from shardckpt.load.pipeline import open_manifest
-from shardckpt.load.shard_reader import read_all
+from shardckpt.loading.pipeline import open_manifest
+from shardckpt.loading.shard_reader import read_all
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.matching import Mismatches

@@ -32,15 +32,15 @@ from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes, widen_b
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import check_coverage, layout_order
 from shardckpt.plan.shard_layout import tensor_entries
-from shardckpt.save.incremental import open_base
-from shardckpt.save.pipeline import (
+from shardckpt.saving.incremental import open_base
+from shardckpt.saving.pipeline import (
     commit,
     file_table,
     new_id,
     planned_parts,
     replica_digests,
 )
-from shardckpt.save.rank_writer import ShardResult, write_rank
+from shardckpt.saving.rank_writer import ShardResult, write_rank
 from shardckpt.state.file_groups import MAIN
 from shardckpt.storage.base import Storage, WriteTransaction
 from shardckpt.storage.local import LocalStorage

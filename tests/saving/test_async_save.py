@@ -20,8 +20,8 @@ from torch import nn
 import shardckpt
 from shardckpt import errors
 from shardckpt.io.buffers import have_huge_pages
-from shardckpt.save import async_save as background
-from shardckpt.save.staging import ImagePool
+from shardckpt.saving import async_save as background
+from shardckpt.saving.staging import ImagePool
 from shardckpt.storage.local import LocalStorage
 
 

@@ -19,8 +19,8 @@ from shardckpt import errors
 from shardckpt.format.lazy_manifest import Outline
 from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.maintenance.reshard import reshard
-from shardckpt.save import incremental as base_module
-from shardckpt.save.incremental import _block_digests
+from shardckpt.saving import incremental as base_module
+from shardckpt.saving.incremental import _block_digests
 from shardckpt.state import file_groups as kinds
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System

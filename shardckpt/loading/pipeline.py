@@ -14,7 +14,7 @@ from shardckpt.errors import DirectoryNotSharedError
 from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import from_bytes
 from shardckpt.io.gc_pause import collector_paused
-from shardckpt.load.shard_reader import read_all
+from shardckpt.loading.shard_reader import read_all
 from shardckpt.plan.page_cache_policy import Share, past_cache, share_of
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.reports import LoadReport, Stopwatch

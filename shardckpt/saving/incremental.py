@@ -21,7 +21,7 @@ from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.lazy_manifest import Outline
 from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import contiguous_parts, view_at
-from shardckpt.load.shard_reader import bad_blocks, check_size
+from shardckpt.loading.shard_reader import bad_blocks, check_size
 from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
 
 __all__ = ["Base", "OpenCheckpoint", "open_base"]

@@ -18,8 +18,8 @@ from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec
 from shardckpt.plan.shard_layout import chunk_bytes, shard_name
 from shardckpt.reports import Stopwatch
-from shardckpt.save.incremental import Base
-from shardckpt.save.shard_writer import write_shard
+from shardckpt.saving.incremental import Base
+from shardckpt.saving.shard_writer import write_shard
 from shardckpt.storage.base import WriteTransaction
 
 __all__ = ["ShardFile", "ShardResult", "layout", "write_rank"]

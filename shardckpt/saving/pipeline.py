@@ -31,8 +31,8 @@ from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan
 from shardckpt.plan.plan_cache import KnownPlan, PlanCache
 from shardckpt.plan.save_plan import RankWrites, global_plan
 from shardckpt.reports import SaveReport, Stopwatch
-from shardckpt.save.incremental import Base, OpenCheckpoint, open_base
-from shardckpt.save.rank_writer import ShardResult, write_rank
+from shardckpt.saving.incremental import Base, OpenCheckpoint, open_base
+from shardckpt.saving.rank_writer import ShardResult, write_rank
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.storage.base import Storage, WriteTransaction
 

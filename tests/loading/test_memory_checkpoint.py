@@ -17,7 +17,7 @@ MEASURE = """
 import json, sys
 import torch
 import shardckpt
-from shardckpt.save import shard_writer as writer
+from shardckpt.saving import shard_writer as writer
 
 folder = sys.argv[1]
 

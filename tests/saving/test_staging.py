@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.io.buffers import BUFFER_BYTES
-from shardckpt.save import shard_writer as writer
-from shardckpt.save.staging import Image
+from shardckpt.saving import shard_writer as writer
+from shardckpt.saving.staging import Image
 
 
 class File:

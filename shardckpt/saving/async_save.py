@@ -24,7 +24,7 @@ from shardckpt.errors import StateError
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport
-from shardckpt.save.staging import Image, ImagePool, current_events, stage, staged_bytes
+from shardckpt.saving.staging import Image, ImagePool, current_events, stage, staged_bytes
 from shardckpt.state.flatten import flatten
 from shardckpt.state.snapshot import Snapshot, take_snapshot
 
