@@ -14,7 +14,6 @@ import atexit
 import importlib
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,23 +59,23 @@ class Message(msgspec.Struct, array_like=True):
 
 @dataclass(slots=True)
 class Inbox:
-    """What has come for one operation: payloads by (kind, phase, rank), and signs of life."""
+    """What has come for one operation: payloads by (kind, phase, rank); by rank, how many messages
+    have come and the latest progress."""
 
     received: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
-    heard: dict[int, float] = field(default_factory=dict)
-    progress: dict[int, tuple[int, float]] = field(default_factory=dict)
+    heard: dict[int, int] = field(default_factory=dict)
+    progress: dict[int, int] = field(default_factory=dict)
     given_up: str = ""
 
     def take(self, source: int, message: Message) -> None:
         """Put a message where the waiting thread looks for it."""
-        now = time.monotonic()
-        self.heard[source] = now
+        self.heard[source] = self.heard.get(source, 0) + 1
         if message.kind == "given-up":
             self.given_up = message.text
         elif message.kind != "beat":
             self.received[message.kind, message.number, source] = message.payload
-        elif self.progress.get(source, (-1, now))[0] != message.number:
-            self.progress[source] = (message.number, now)
+        else:
+            self.progress[source] = message.number
 
 
 def load_mpi() -> Any:
