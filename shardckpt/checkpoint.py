@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from shardckpt.closing import Closing
 from shardckpt.errors import CorruptionError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
@@ -101,7 +101,7 @@ def _is_array(node: Any) -> bool:
     return isinstance(node, TensorRef) and node.kind != "per_rank"
 
 
-class Checkpoint(Closing, Mapping[str, Any]):
+class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
     """An open checkpoint, as a mapping of names; a context manager that closes its files.
 
     `checkpoint[name]` is a SavedTensor (nothing is read), or the value. Names join the keys
@@ -168,6 +168,9 @@ class Checkpoint(Closing, Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._saved.leaves)
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the files. Tensors on "disk" that were made from them stay usable."""

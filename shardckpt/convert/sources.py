@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,6 @@ import msgspec
 import numpy as np
 import torch
 
-from shardckpt.closing import Closing
 from shardckpt.errors import LoadMismatchError
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
@@ -36,7 +36,7 @@ class LazyTensor:
     read: Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
 
 
-class Foreign(Closing):
+class Foreign(AbstractContextManager["Foreign"]):
     """A checkpoint of another library, as reshard's Source. Not collective.
 
     `tree` is the typed JSON of its state, as a manifest has it. `identity` tells it from others.
@@ -80,6 +80,9 @@ class Foreign(Closing):
         """See Source.read_box."""
         return self._tensors[name].read(offsets, sizes).contiguous()
 
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """See Source.close."""
         self._close()
@@ -109,7 +112,7 @@ def _cut(whole: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) 
     return part
 
 
-class Selected(Closing):
+class Selected(AbstractContextManager["Selected"]):
     """What `keys` select of a source, under the names that `rename` gives; both as in load_state.
 
     Raises LoadMismatchError if nothing is selected, StateError if two names become the same.
@@ -159,6 +162,9 @@ class Selected(Closing):
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """See Source.read_box."""
         return self._source.read_box(self._sources[name], offsets, sizes)
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """See Source.close."""

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import copy_context
 from typing import NoReturn
 
 from shardckpt.config import current
@@ -33,7 +34,9 @@ class HeartbeatCoordinator(ABC):
         self._progress = 0
         self._seen: dict[int, tuple[int, float, int, float]] = {}
         self._stopped = threading.Event()
-        self._pulse = threading.Thread(target=self._keep_beating, daemon=True)
+        self._pulse = threading.Thread(
+            target=copy_context().run, args=(self._keep_beating,), daemon=True
+        )
 
     def progress(self, amount: int) -> None:
         """See Coordinator.progress."""

@@ -6,12 +6,12 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from shardckpt.closing import Closing
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import (
@@ -62,7 +62,7 @@ class Restored:
         return self.checkpoint.metrics
 
 
-class CheckpointManager(Closing):
+class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     """Saves a job's state by step into a directory, keeps what its policies say, and restores.
 
     `keep`: policies (KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your own function);
@@ -197,6 +197,9 @@ class CheckpointManager(Closing):
         """Wait until the state of a save in the background may change; see SaveHandle.staged."""
         if self._pending is not None:
             self._pending.staged()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """As wait."""

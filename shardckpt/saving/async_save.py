@@ -12,9 +12,9 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from shardckpt.config import current
 from shardckpt.errors import StateError
 from shardckpt.io.gc_pause import collector_paused
+from shardckpt.logs import logger
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport
 from shardckpt.saving.staging import Image, ImagePool, current_events, stage, staged_bytes
@@ -179,8 +180,9 @@ class _Background:
     def submit(self, path: str, job: _Job) -> SaveHandle:
         """Queue a save."""
         with self.lock:
-            staging = self.stager.submit(job.stage, self.images)
-            saving = self.saver.submit(job.save, staging, self.images)
+            # Each in a copy of the caller's context: with the options of the call.
+            staging = self.stager.submit(copy_context().run, job.stage, self.images)
+            saving = self.saver.submit(copy_context().run, job.save, staging, self.images)
             handle = SaveHandle(path, staging, saving)
             self.handles.append(handle)
             self.stagings = (*(s for s in self.stagings if not s.done()), staging)
@@ -224,8 +226,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 def _at_exit() -> None:
     """Wait for what is under way; an interpreter that exits has all the time that it takes."""
     for error in _background.finish() if _background is not None else ():
-        print("shardckpt: a save in the background failed:", file=sys.stderr)
-        traceback.print_exception(error)
+        logger.error("a save in the background failed", exc_info=error)
 
 
 def _forget() -> None:

@@ -26,6 +26,7 @@ from shardckpt.format.entries import FORMAT_VERSION, Manifest, ShardEntry
 from shardckpt.format.manifest import to_bytes
 from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.io.gc_pause import collector_paused
+from shardckpt.logs import logger
 from shardckpt.plan.consistency import compare_replicas, explain_difference
 from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan
 from shardckpt.plan.plan_cache import KnownPlan, PlanCache
@@ -93,13 +94,21 @@ def run_save(
         raise
     finally:
         save.close()
-    return SaveReport(
+    done = SaveReport(
         path=path,
         world_size=coordinator.world_size,
         seconds=watch.seconds,
         profile=save.profile or {coordinator.rank: save.own.seconds},
         **report,
     )
+    logger.info(
+        "saved %s: %d bytes by %d ranks in %.2f s",
+        path,
+        done.total_bytes,
+        done.world_size,
+        sum(watch.seconds.values()),
+    )
+    return done
 
 
 class _Save:

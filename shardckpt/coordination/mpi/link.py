@@ -24,6 +24,7 @@ import msgspec
 from shardckpt.config import current
 from shardckpt.coordination.deadlines import poll
 from shardckpt.errors import CoordinationError, DependencyError, RankFailedError
+from shardckpt.logs import logger
 
 __all__ = ["Inbox", "Link", "Message", "link_of", "load_mpi", "mpi_errors"]
 
@@ -130,11 +131,7 @@ def _leave() -> None:
     that would be never. So the job is aborted instead, which mpirun then reports."""
     if _lost and not (mpi := load_mpi()).Is_finalized():
         sys.stdout.flush()
-        print(
-            f"shardckpt: rank {', '.join(map(str, sorted(_lost)))} does not answer; MPI_Abort",
-            file=sys.stderr,
-            flush=True,
-        )
+        logger.error("rank %s does not answer; MPI_Abort", ", ".join(map(str, sorted(_lost))))
         mpi.COMM_WORLD.Abort(CoordinationError.exit_code)
 
 
