@@ -6,13 +6,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from shardckpt._version import __version__
+from shardckpt.errors import (
+    CheckpointBusyError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CoordinationError,
+    CorruptionError,
+    CoverageError,
+    DependencyError,
+    DirectoryNotSharedError,
+    FormatVersionError,
+    LoadMismatchError,
+    NoSpaceError,
+    NotACheckpointError,
+    OptimizerModuleError,
+    OptionError,
+    PartialPlacementError,
+    RankFailedError,
+    RankMismatchError,
+    ReplicaMismatchError,
+    ShardckptError,
+    StalledError,
+    StateError,
+    StorageError,
+    StoragePermissionError,
+    UnsupportedLeafError,
+)
 
 if TYPE_CHECKING:
     from shardckpt.api import async_save, load, load_state, open_checkpoint, save
-    from shardckpt.checkpoint import Checkpoint
+    from shardckpt.checkpoint import Checkpoint, SavedTensor
+    from shardckpt.config import options
+    from shardckpt.convert.convert import convert
     from shardckpt.coordination.process_group import init_from_mpi
     from shardckpt.coordination.resolve import alone
-    from shardckpt.errors import ShardckptError
     from shardckpt.integrations.dcp import (
         ReshardLoadPlanner,
         ShardReader,
@@ -28,66 +56,112 @@ if TYPE_CHECKING:
     )
     from shardckpt.nn_handler import NNHandler
     from shardckpt.nn_handler.trust import trust
-    from shardckpt.reports import LoadReport, SaveReport
+    from shardckpt.reports import LoadReport, RescueReport, SaveReport, VerifyReport
+    from shardckpt.saving.async_save import SaveHandle
     from shardckpt.state.markers import FromRank0, PerRank, Union
     from shardckpt.state.sharded_array import ShardedArray
+    from shardckpt.storage.base import Storage
+    from shardckpt.storage.local import LocalStorage
 
 __all__ = [
     "Checkpoint",
+    "CheckpointBusyError",
+    "CheckpointError",
+    "CheckpointExistsError",
     "CheckpointManager",
     "FromRank0",
+    "CheckpointNotFoundError",
+    "CoordinationError",
+    "CorruptionError",
+    "CoverageError",
+    "DependencyError",
+    "DirectoryNotSharedError",
+    "FormatVersionError",
     "KeepBest",
     "KeepEveryHours",
     "KeepEverySteps",
     "KeepLast",
+    "LoadMismatchError",
     "LoadReport",
+    "LocalStorage",
     "NNHandler",
+    "NoSpaceError",
+    "NotACheckpointError",
+    "OptimizerModuleError",
+    "OptionError",
+    "PartialPlacementError",
     "PerRank",
+    "RankFailedError",
+    "RankMismatchError",
+    "ReplicaMismatchError",
+    "RescueReport",
     "ReshardLoadPlanner",
+    "SaveHandle",
     "SaveReport",
+    "SavedTensor",
     "ShardReader",
     "ShardSavePlanner",
     "ShardWriter",
     "ShardckptError",
     "ShardedArray",
     "Union",
+    "StalledError",
+    "StateError",
+    "Storage",
+    "StorageError",
+    "StoragePermissionError",
+    "UnsupportedLeafError",
+    "VerifyReport",
     "__version__",
     "alone",
     "async_save",
+    "convert",
     "init_from_mpi",
     "load",
     "load_state",
     "open_checkpoint",
+    "options",
     "save",
     "trust",
 ]
+
+# The package is imported now, so that no later import of it hides the function of its name.
+importlib.import_module(f"{__name__}.convert")
+del globals()["convert"]
 
 # Imported when first used: DTensor alone costs half a second.
 _HOMES = {
     "Checkpoint": "checkpoint",
     "CheckpointManager": "manager",
-    "FromRank0": "planning.markers",
+    "FromRank0": "state.markers",
     "KeepBest": "manager",
     "KeepEveryHours": "manager",
     "KeepEverySteps": "manager",
     "KeepLast": "manager",
     "LoadReport": "reports",
+    "LocalStorage": "storage.local",
     "NNHandler": "nn_handler",
-    "PerRank": "planning.markers",
+    "PerRank": "state.markers",
+    "RescueReport": "reports",
     "ReshardLoadPlanner": "integrations.dcp",
+    "SaveHandle": "saving.async_save",
     "SaveReport": "reports",
+    "SavedTensor": "checkpoint",
     "ShardReader": "integrations.dcp",
     "ShardSavePlanner": "integrations.dcp",
     "ShardWriter": "integrations.dcp",
-    "ShardckptError": "errors",
-    "ShardedArray": "planning.arrays",
-    "Union": "planning.markers",
-    "alone": "coordination.select",
+    "ShardedArray": "state.sharded_array",
+    "Storage": "storage.base",
+    "VerifyReport": "reports",
+    "Union": "state.markers",
+    "alone": "coordination.resolve",
     "async_save": "api",
-    "init_from_mpi": "coordination.mpi.group",
+    "convert": "convert.convert",
+    "init_from_mpi": "coordination.process_group",
     "load": "api",
     "load_state": "api",
     "open_checkpoint": "api",
+    "options": "config",
     "save": "api",
     "trust": "nn_handler.trust",
 }

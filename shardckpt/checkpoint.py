@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from shardckpt.closing import Closing
 from shardckpt.errors import CorruptionError
-from shardckpt.format.dtypes import DTYPES, memory_view
+from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.lazy_manifest import Outline
-from shardckpt.format.manifest import Manifest, TensorEntry, check_text, from_bytes
+from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.devices import free_memory
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.loading.lazy_tensor import MappedFiles, disk_tensor
-from shardckpt.loading.shard_reader import read_all
+from shardckpt.loading.shard_reader import read_all, read_box
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.plan.device_map import DeviceMap, resolve_device_map
 from shardckpt.plan.page_cache_policy import ALWAYS
@@ -100,7 +101,7 @@ def _is_array(node: Any) -> bool:
     return isinstance(node, TensorRef) and node.kind != "per_rank"
 
 
-class Checkpoint(Closing, Mapping[str, Any]):
+class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
     """An open checkpoint, as a mapping of names; a context manager that closes its files.
 
     `checkpoint[name]` is a SavedTensor (nothing is read), or the value. Names join the keys
@@ -167,6 +168,9 @@ class Checkpoint(Closing, Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._saved.leaves)
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the files. Tensors on "disk" that were made from them stay usable."""
@@ -241,15 +245,13 @@ class Checkpoint(Closing, Mapping[str, Any]):
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """The box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
         manifest, entry = self._described(name)
-        part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
-        reads = plan_reads([(entry, LocalChunk(offsets, sizes, memory_view(part)))])
         try:
-            read_all(self._files, manifest, reads)
+            return read_box(self._files, manifest, entry, offsets, sizes)
         except CorruptionError:
             if manifest is self.manifest:
                 raise
-            read_all(self._files, self.manifest, reads)  # to name every tensor that is hurt
-        return part
+            # Again, to name every tensor that the damage affects.
+            return read_box(self._files, self.manifest, entry, offsets, sizes)
 
     def _described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
         """A tensor of the manifest, and what describes it: all of the manifest, if that is parsed

@@ -1,62 +1,123 @@
-"""Every constant that a user may want to change, with the environment variable that does."""
+"""Options that a user may want to change: per block of code, or by the environment.
+
+An option is read when it is used. `options(...)` wins over the environment variable
+`SHARDCKPT_NAME`, which wins over the default.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import Field, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
 
-__all__ = [
-    "ARRIVAL_DEADLINE_S",
-    "BACKGROUND_NICE",
-    "COPY_AT_ONCE_BYTES",
-    "DEADLINE_S",
-    "READ_PAST_CACHE",
-    "READ_THREADS",
-    "SHARED_DEADLINE_S",
-    "STAGING_BYTES",
-    "STALL_DEADLINE_S",
-]
+from shardckpt.errors import OptionError
+
+__all__ = ["Options", "current", "options"]
 
 
-def _number(name: str, default: float, *, least: float) -> float:
-    text = os.environ.get(name)
-    if text is None:
-        return default
+def _option(default: float, *, least: float) -> Any:
+    return field(default=default, metadata={"least": least})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The options and their defaults.
+
+    Attributes:
+        arrival_deadline_s: Seconds that ranks wait for a rank that has not called save or load
+            yet, or, in a group that NNHandler started, in a collective of training.
+        deadline_s: Seconds that a rank which takes part may give no sign of life.
+        stall_deadline_s: Seconds that a live rank may take for one read, write or copy.
+        shared_deadline_s: Seconds that a rank waits to see the directory that rank 0 made, as
+            network file systems may show it late.
+        read_threads: Reads in flight, each from its own thread; twice as many past the page cache.
+        read_past_cache: Whether data outside the page cache may be read past it where no other
+            rank of the machine reads the same data. Set to 0 if unrelated processes on this
+            machine read the same checkpoint.
+        staging_bytes: Bytes of staged state that a process may hold. A save beyond it is staged
+            after earlier ones are written; one save is always accepted. 0: room for two.
+        copy_at_once_bytes: async_save copies tensors of up to this size before it returns, if
+            they are neither parameters nor optimizer state.
+        background_nice: How far the background writer threads lower their priority (nice(1)).
+    """
+
+    arrival_deadline_s: float = _option(600.0, least=0.1)
+    deadline_s: float = _option(30.0, least=0.1)
+    stall_deadline_s: float = _option(600.0, least=0.1)
+    shared_deadline_s: float = _option(0.8, least=0.1)
+    read_threads: int = _option(min(8, os.cpu_count() or 1), least=1)
+    read_past_cache: bool = _option(True, least=0)
+    staging_bytes: int = _option(0, least=0)
+    copy_at_once_bytes: int = _option(64 << 10, least=0)
+    background_nice: int = _option(10, least=0)
+
+
+_FIELDS: Mapping[str, Field[Any]] = MappingProxyType({f.name: f for f in fields(Options)})
+_overrides: ContextVar[Mapping[str, Any]] = ContextVar("shardckpt_options", default={})  # noqa: B039
+
+
+def current() -> Options:
+    """Return the options in force at this point of the program.
+
+    Raises:
+        OptionError: An environment variable does not hold a number that the option accepts.
+    """
+    found = {}
+    for name in _FIELDS:
+        text = os.environ.get(f"SHARDCKPT_{name.upper()}")
+        if text is not None:
+            found[name] = _checked(name, text, source=f"SHARDCKPT_{name.upper()}")
+    return Options(**{**found, **_overrides.get()})
+
+
+@contextmanager
+def options(**changes: float) -> Iterator[None]:
+    """Change options for the calls inside a with block.
+
+    An async_save that starts inside the block keeps its options until it is written. Other
+    threads keep the options that they had.
+
+    Args:
+        **changes: Attributes of `shardckpt.config.Options` and their values.
+
+    Raises:
+        OptionError: The option does not exist, or does not accept the value.
+
+    Example:
+        >>> import shardckpt, torch, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with shardckpt.options(read_threads=4, deadline_s=60):
+        ...     report = shardckpt.save({"weight": torch.ones(3)}, f"{folder}/step-1")
+    """
+    checked = {name: _checked(name, value, source=name) for name, value in changes.items()}
+    token = _overrides.set({**_overrides.get(), **checked})
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not least <= value < float("inf"):
-        raise ValueError(f"{name}: a number of at least {least} is expected, found {text!r}")
-    return value
+        yield
+    finally:
+        _overrides.reset(token)
 
 
-ARRIVAL_DEADLINE_S = _number("SHARDCKPT_ARRIVAL_DEADLINE_S", 600.0, least=0.1)
-"""How long ranks wait for one that has not called save or load yet, or, in a group that NNHandler
-started, in a collective of training."""
-
-DEADLINE_S = _number("SHARDCKPT_DEADLINE_S", 30.0, least=0.1)
-"""How long a rank that takes part may give no sign of life."""
-
-STALL_DEADLINE_S = _number("SHARDCKPT_STALL_DEADLINE_S", 600.0, least=0.1)
-"""How long a rank that is alive may take for one read or write, or one copy of it."""
-
-SHARED_DEADLINE_S = _number("SHARDCKPT_SHARED_DEADLINE_S", 0.8, least=0.1)
-"""How long a rank waits to see the directory that rank 0 made: network file systems may be late."""
-
-READ_THREADS = int(_number("SHARDCKPT_READ_THREADS", min(8, os.cpu_count() or 1), least=1))
-"""Reads in flight, each from a thread of its own; twice as many past the page cache."""
-
-READ_PAST_CACHE = bool(_number("SHARDCKPT_READ_PAST_CACHE", 1, least=0))
-"""Whether what is not in the page cache may be read past it, where no other rank of the machine
-reads the same. 0 where processes that know nothing of each other do."""
-
-STAGING_BYTES = int(_number("SHARDCKPT_STAGING_BYTES", 0, least=0))
-"""How much staged state a process may hold; a save beyond it is staged once earlier ones are
-written. One save is always let in. 0: room for two."""
-
-COPY_AT_ONCE_BYTES = int(_number("SHARDCKPT_COPY_AT_ONCE_BYTES", 64 << 10, least=0))
-"""async_save copies tensors of up to this size that stand in the state by themselves, neither
-parameter nor optimizer state, before it returns."""
-
-BACKGROUND_NICE = int(_number("SHARDCKPT_BACKGROUND_NICE", 10, least=0))
-"""By how much the threads that write in the background give way to others (see nice(1))."""
+def _checked(name: str, value: Any, *, source: str) -> Any:
+    if name not in _FIELDS:
+        raise OptionError(
+            "Unknown option", expected=f"one of {', '.join(_FIELDS)}", actual=repr(name)
+        )
+    option = _FIELDS[name]
+    least = option.metadata["least"]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not least <= number < float("inf"):
+        raise OptionError(
+            f"Invalid value for the option {source}",
+            expected=f"a number of at least {least}",
+            actual=repr(value),
+            remedy=f"set {source} to a number, or leave it out for the default, {option.default}",
+        )
+    kind: Any = type(option.default)
+    return kind(number)

@@ -5,6 +5,7 @@
     │   ├── UnsupportedLeafError(TypeError)    a leaf that no checkpoint can hold
     │   ├── PartialPlacementError              a DTensor that still awaits its reduction
     │   ├── OptimizerModuleError               an optimizer without its module
+    │   ├── OptionError                        an option that does not exist or a bad value
     │   ├── RankMismatchError                  ranks hand over different keys or shapes
     │   ├── ReplicaMismatchError               replicas of one entry differ in value
     │   └── CoverageError                      chunks that overlap or leave a hole
@@ -47,6 +48,7 @@ __all__ = [
     "NoSpaceError",
     "NotACheckpointError",
     "OptimizerModuleError",
+    "OptionError",
     "PartialPlacementError",
     "RankFailedError",
     "RankMismatchError",
@@ -137,6 +139,10 @@ class PartialPlacementError(StateError):
 
 class OptimizerModuleError(StateError):
     """An optimizer whose parameters belong to no module in the same state."""
+
+
+class OptionError(StateError):
+    """An option, or an environment variable of one, that does not exist or has a bad value."""
 
 
 class RankMismatchError(StateError):

@@ -26,13 +26,7 @@ from shardckpt.errors import (
     ShardckptError,
     StorageError,
 )
-from shardckpt.storage.base import (
-    MANIFEST_NAME,
-    Storage,
-    WouldWait,
-    WritableFile,
-    WriteTransaction,
-)
+from shardckpt.storage.base import MANIFEST_NAME, Storage, WouldWait, WritableFile, WriteTransaction
 
 __all__ = ["StorageTests"]
 

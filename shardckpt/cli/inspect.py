@@ -13,7 +13,7 @@ from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.progress import size_text
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.saved_tree import SavedState, Select, below, children
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.deadlines import poll
 from shardckpt.coordination.mpi.launch import mpi_launch, several_ranks
@@ -110,7 +110,7 @@ def _started(jobs: int, arguments: Sequence[str]) -> Iterator[Coordinator]:
     ]
     up = [f"up/{rank}" for rank in range(1, jobs)]
     try:
-        poll(lambda: server.check(up) or _ended(others), knobs.ARRIVAL_DEADLINE_S)
+        poll(lambda: server.check(up) or _ended(others), current().arrival_deadline_s)
         if not server.check(up):
             raise CoordinationError(
                 "A process for --jobs did not start",
@@ -122,7 +122,7 @@ def _started(jobs: int, arguments: Sequence[str]) -> Iterator[Coordinator]:
             yield coordinator
     finally:
         for other in others:
-            if not poll(lambda other=other: other.poll() is not None, knobs.DEADLINE_S):  # type: ignore[misc]
+            if not poll(lambda other=other: other.poll() is not None, current().deadline_s):  # type: ignore[misc]
                 other.kill()
             other.wait()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,13 +13,12 @@ import msgspec
 import numpy as np
 import torch
 
-from shardckpt.closing import Closing
 from shardckpt.convert.layouts import left_beside
 from shardckpt.errors import LoadMismatchError
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
-from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.format.validation import check_references
 from shardckpt.maintenance.rewritable import Source
@@ -65,7 +65,7 @@ class LazyTensor:
     read: Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
 
 
-class Foreign(Closing):
+class Foreign(AbstractContextManager["Foreign"]):
     """A checkpoint of another library, as reshard's Source. Not collective.
 
     `tree` is the typed JSON of its state, as a manifest has it. `identity` tells it from others.
@@ -111,6 +111,9 @@ class Foreign(Closing):
         """See Source.read_box."""
         return self._tensors[name].read(offsets, sizes).contiguous()
 
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """See Source.close."""
         self._close()
@@ -141,7 +144,7 @@ def _cut(whole: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) 
     return part
 
 
-class Selected(Closing):
+class Selected(AbstractContextManager["Selected"]):
     """What `keys` select of a source, under the names that `rename` gives; both as in load_state.
 
     Raises LoadMismatchError if nothing is selected, StateError if two names become the same.
@@ -188,6 +191,9 @@ class Selected(Closing):
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """See Source.read_box."""
         return self.source.read_box(self._sources[name], offsets, sizes)
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """See Source.close."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.deadlines import poll
 from shardckpt.errors import DirectoryNotSharedError
@@ -58,7 +58,7 @@ class Target:
     def join(self, token: str) -> bytes:
         """See Rewriting.join."""
         self.temporary = token
-        if not poll(lambda: exists(self.system, token), knobs.SHARED_DEADLINE_S):
+        if not poll(lambda: exists(self.system, token), current().shared_deadline_s):
             raise DirectoryNotSharedError(
                 "This rank does not see the directory that rank 0 writes to",
                 path=self.path,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.coordination.base import exchange
 from shardckpt.coordination.deadlines import rank_failed
 from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
@@ -162,7 +162,7 @@ def _slurm_store(slurm: Launch) -> Any:
     _export(slurm.rank, slurm.world_size, slurm.local_rank or 0, host, port)
     if slurm.rank == 0:
         return _serve(port)
-    wait = datetime.timedelta(seconds=knobs.ARRIVAL_DEADLINE_S)
+    wait = datetime.timedelta(seconds=current().arrival_deadline_s)
     try:
         return _client(host, port, wait)
     except dist.DistError as error:

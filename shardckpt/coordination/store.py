@@ -35,15 +35,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.coordination.base import WorkBroken
-from shardckpt.coordination.deadlines import (
-    SHORTEST_WAIT_S,
-    next_wait,
-    poll,
-    rank_failed,
-    ranks_disagree,
-)
+from shardckpt.coordination.deadlines import poll
+from shardckpt.coordination.heartbeat import HeartbeatCoordinator, beat_interval_s
+from shardckpt.coordination.rendezvous import decide, follow, never_called, too_late
 from shardckpt.coordination.store_connection import Lines
 from shardckpt.coordination.store_keys import all_there, batches, get_many, set_many
 from shardckpt.errors import RankFailedError, StalledError
@@ -113,25 +109,20 @@ def _ask(store: Any, subject: str, *, rank: int) -> str:
         missed = store.get(late).decode()
         store.delete_key(late)
         if missed == subject:
-            raise rank_failed([rank], "begin", "this rank came too late: the others have given up")
+            raise too_late(rank)
     nonce = uuid.uuid4().hex
     store.set(f"join/{rank}", f"{nonce} {subject}")
     answer = f"answer/{nonce}"
     try:
         # Rank 0, if it is there, knows who is missing: it gets a little longer to tell.
-        if not poll(lambda: bool(store.check([answer])), knobs.ARRIVAL_DEADLINE_S + _ANSWER_S):
-            raise rank_failed([0], "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
-        verdict, _, text = store.get(answer).decode().partition(" ")
+        if not poll(lambda: bool(store.check([answer])), current().arrival_deadline_s + _ANSWER_S):
+            raise never_called([0])
+        text = store.get(answer).decode()
     except BaseException:
         store.delete_key(f"join/{rank}")
         raise
     store.delete_key(answer)
-    if verdict == "late":
-        raise rank_failed(list(map(int, text.split(","))), "begin", "did not call in time")
-    if verdict == "other":
-        odd, _, theirs = text.partition(" ")
-        raise ranks_disagree(int(odd), theirs, subject if int(odd) != rank else None)
-    return str(text)
+    return follow(text, subject, rank=rank)
 
 
 def _let_in(store: Any, subject: str, unread: set[int], *, world_size: int) -> str:
@@ -144,29 +135,23 @@ def _let_in(store: Any, subject: str, unread: set[int], *, world_size: int) -> s
             _gave_up_on_this_call(store, rank, unread) for rank in tuple(unread)
         )
 
-    arrived = poll(all_called, knobs.ARRIVAL_DEADLINE_S)
+    arrived = poll(all_called, current().arrival_deadline_s)
     late = [] if arrived else [rank for rank in ranks if not store.check([f"join/{rank}"])]
     here = [rank for rank in ranks if rank not in set(late)]
     joined = get_many(store, [f"join/{rank}" for rank in here])
     calls = {rank: call.decode().partition(" ") for rank, call in zip(here, joined, strict=True)}
-    odd = next((rank for rank, (_, _, theirs) in calls.items() if theirs != subject), None)
-    identity = uuid.uuid4().hex
-    answer = f"go {identity}"
-    if late:
-        answer = f"late {','.join(map(str, late))}"
-    elif odd is not None:
-        answer = f"other {odd} {calls[odd][2]}"
+    subjects = {rank: theirs for rank, (_, _, theirs) in calls.items()}
+    decision = decide(subjects, subject, world_size=world_size)
     for rank in calls:
         store.delete_key(f"join/{rank}")
-    set_many(store, {f"answer/{nonce}": answer.encode() for nonce, _, _ in calls.values()})
-    for rank in late:
+    answer = decision.answer.encode()
+    set_many(store, {f"answer/{nonce}": answer for nonce, _, _ in calls.values()})
+    for rank in decision.late:
         store.set(f"late/{rank}", subject)
-    unread.update(late)
-    if late:
-        raise rank_failed(late, "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
-    if odd is not None:
-        raise ranks_disagree(odd, calls[odd][2], subject)
-    return identity
+    unread.update(decision.late)
+    if decision.error is not None:
+        raise decision.error
+    return decision.identity
 
 
 def _gave_up_on_this_call(store: Any, rank: int, unread: set[int]) -> bool:
@@ -206,7 +191,7 @@ def _stalled(phase: str) -> StalledError:
     return StalledError(
         "The ranks are alive, but what they do together makes no progress",
         phase=phase,
-        expected=f"progress within {knobs.STALL_DEADLINE_S:g} s",
+        expected=f"progress within {current().stall_deadline_s:g} s",
         remedy="look where each rank is: one may wait for another collective; "
         "SHARDCKPT_STALL_DEADLINE_S sets the time",
     )
@@ -220,31 +205,26 @@ def _pieces(key: str, payload: bytes) -> dict[str, bytes]:
     return {f"{key}/{at}" if at else key: piece for at, piece in enumerate(pieces)}
 
 
-class StoreCoordinator:
+class StoreCoordinator(HeartbeatCoordinator):
     """See Coordinator. The keys of this operation lie below `prefix`, which no other one has."""
 
     def __init__(self, lines: Lines, prefix: str, *, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.world_size = world_size
+        super().__init__(rank, world_size)
         self._lines = lines
         self._prefix = prefix
-        self._progress = 0
         self._moved = 0.0  # when `progress` was called last
         self._keys: list[str] = []
         self._later: list[str] = []
         self._phases = itertools.count()
-        self._seen: dict[int, tuple[str, float, int, float]] = {}
-        self._stopped = threading.Event()
         with _network("begin"):
             self.line = lines.take()
             self._store = self.line.below(prefix)
             self._beat(0, self._store)
-        self._pulse = threading.Thread(target=self._keep_beating, daemon=True)
         self._pulse.start()
 
     def progress(self, amount: int) -> None:
         """See Coordinator.progress."""
-        self._progress += 1
+        super().progress(amount)
         self._moved = time.monotonic()
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
@@ -257,7 +237,7 @@ class StoreCoordinator:
                 return None
             others = range(1, self.world_size)
             self._keys.append(f"{self._phase}/n")
-            self._wait(phase, lambda: self._count(f"{self._phase}/n") == len(others))
+            self._wait(phase, lambda: self._count(f"{self._phase}/n") == len(others), self._missing)
             return [payload, *self._get([f"{self._phase}/s/{rank}" for rank in others])]
 
     def scatter(self, payloads: Sequence[bytes] | None, *, phase: str) -> bytes:
@@ -272,7 +252,7 @@ class StoreCoordinator:
                     set_many(self._store, dict(itertools.chain.from_iterable(answers)))
                 self._later += self._put(shared, b"+" + payloads[0] if alike else b"")
                 return payloads[0]
-            self._wait(phase, lambda: bool(self._store.check([shared])))
+            self._wait(phase, lambda: bool(self._store.check([shared])), lambda: [0])
             (answer,) = self._get([shared])
             if answer:
                 return answer[1:]
@@ -299,12 +279,13 @@ class StoreCoordinator:
         threading.Thread(target=run, daemon=True, name="shardckpt-work").start()
 
         def ended() -> bool:
-            if time.monotonic() - self._moved > knobs.STALL_DEADLINE_S:
+            if time.monotonic() - self._moved > current().stall_deadline_s:
                 raise _stalled(phase)
             return task.done() or bool(self._store.check([broken]))
 
         with _network(phase):
-            self._wait(phase, ended)
+            others = list(range(1, self.world_size)) if self.rank == 0 else [0]
+            self._wait(phase, ended, lambda: others)
         if not task.done():
             raise WorkBroken
         if task.exception() is not None:
@@ -316,7 +297,7 @@ class StoreCoordinator:
         """Stop the pulse, and remove from the store what nobody reads any more."""
         self._stopped.set()
         # A thread inside the store's C++ code when the interpreter ends would abort the process.
-        self._pulse.join(timeout=0 if self.line.hangs else knobs.DEADLINE_S)
+        self._pulse.join(timeout=0 if self.line.hangs else current().deadline_s)
         with suppress(Exception):
             for key in self._keys:
                 self._store.delete_key(key)
@@ -345,46 +326,14 @@ class StoreCoordinator:
     def _count(self, key: str) -> int:
         return int(self._store.add(key, 0))
 
-    def _wait(self, phase: str, ready: Callable[[], bool]) -> None:
-        """Until ready; meanwhile look after the ranks that this one waits for."""
-        pause = SHORTEST_WAIT_S
-        look_at = time.monotonic() + self._interval()
-        begun = time.monotonic()
-        while not ready():
-            self._progress += 1  # waiting has its own deadline: it is no stall
-            if time.monotonic() >= look_at:
-                self._look_after_others(phase, begun)
-                look_at = time.monotonic() + self._interval()
-            time.sleep(pause)
-            pause = next_wait(pause, ranks=self.world_size)
+    def _given_up(self) -> list[int]:
+        if not self._store.check(["given-up"]):
+            return []
+        return list(map(int, self._store.get("given-up").decode().split(",")))
 
-    def _look_after_others(self, phase: str, begun: float) -> None:
-        if self.rank and self._store.check(["given-up"]):
-            given_up = self._store.get("given-up").decode().split(",")
-            raise rank_failed(list(map(int, given_up)), phase, "rank 0 has given them up")
-        ranks = [0] if self.rank else self._missing()
-        now = time.monotonic()
-        beats = self._beats(ranks)
-        silent: list[int] = []
-        stalled: list[int] = []
-        for rank, pulse in zip(ranks, beats, strict=True):
-            beat, _, progress = pulse.decode().partition(":")
-            last, since, got, moved = self._seen.get(rank, ("", begun, 0, begun))
-            since, moved = (
-                (now if last != beat else since),
-                (now if got != int(progress) else moved),
-            )
-            self._seen[rank] = (beat, since, int(progress), moved)
-            silent += [rank] if now - since > knobs.DEADLINE_S else []
-            stalled += [rank] if now - moved > knobs.STALL_DEADLINE_S else []
-        for ranks, what in (
-            (silent, f"no sign of life for {knobs.DEADLINE_S:g} s: dead, stopped or cut off"),
-            (stalled, f"alive, but no progress for {knobs.STALL_DEADLINE_S:g} s"),
-        ):
-            if ranks:
-                if not self.rank:
-                    self._store.set("given-up", ",".join(map(str, ranks)))
-                raise rank_failed(ranks, phase, what)
+    def _give_up(self, ranks: list[int]) -> None:
+        if not self.rank:
+            self._store.set("given-up", ",".join(map(str, ranks)))
 
     def _missing(self) -> list[int]:
         """The ranks that have not sent yet."""
@@ -398,26 +347,23 @@ class StoreCoordinator:
         ]
         return [int(key.rpartition("/")[2]) for key in missing]
 
-    def _beats(self, ranks: list[int]) -> list[bytes]:
-        """The pulses of ranks; of one that has none yet, nothing."""
+    def _signs(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
         keys = [f"beat/{rank}" for rank in ranks]
         if all_there(self._store, keys):
-            return get_many(self._store, keys)
-        return [self._store.get(key) if self._store.check([key]) else b":0" for key in keys]
-
-    def _interval(self) -> float:
-        return min(knobs.DEADLINE_S / 5, 1.0)
+            beats = get_many(self._store, keys)
+        else:
+            beats = [self._store.get(k) if self._store.check([k]) else b"0:0" for k in keys]
+        return [(int(beat), int(progress)) for beat, progress in (b.split(b":") for b in beats)]
 
     def _beat(self, number: int, store: Any) -> None:
         store.set(f"beat/{self.rank}", f"{number}:{self._progress}")
 
-    def _keep_beating(self) -> None:
-        if self._stopped.wait(self._interval()):
+    def _beat_until_stopped(self) -> None:
+        if self._stopped.wait(beat_interval_s()):
             return
-        # The working thread finds out by itself that the store is gone.
-        with suppress(Exception), self._lines.line() as line:
+        with self._lines.line() as line:
             store = line.below(self._prefix)
             for number in itertools.count(1):
                 self._beat(number, store)
-                if self._stopped.wait(self._interval()):
+                if self._stopped.wait(beat_interval_s()):
                     return

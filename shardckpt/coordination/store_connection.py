@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.errors import RankFailedError
 
 __all__ = ["Line", "Lines"]
@@ -102,7 +102,7 @@ class Line:
             )  # a ctrl-c leaves the answer to whoever asks next
             self._calls.put(call)
             try:
-                well, value = self._answers.get(timeout=knobs.DEADLINE_S)
+                well, value = self._answers.get(timeout=current().deadline_s)
             except queue.Empty:
                 self.hangs = True
             else:
@@ -113,7 +113,7 @@ class Line:
         raise RankFailedError(
             "The store of the process group does not answer",
             rank=0,
-            expected=f"an answer within {knobs.DEADLINE_S:g} s",
+            expected=f"an answer within {current().deadline_s:g} s",
             actual="none: its host, or the network to it, is gone",
             remedy="look at the log of rank 0 and of the launcher; nothing was committed",
         )

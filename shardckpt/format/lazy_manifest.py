@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from shardckpt.format.dtypes import DTYPES, itemsize
-from shardckpt.format.manifest import ShardEntry, ShardText, TensorEntry, shard_entries
+from shardckpt.format.entries import ShardEntry, TensorEntry
+from shardckpt.format.manifest import ShardText, shard_entries
 from shardckpt.format.validation import refuse
 
 __all__ = ["Outline"]

@@ -7,7 +7,6 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -17,75 +16,29 @@ from numpy.typing import NDArray
 from shardckpt.errors import FormatVersionError, NotACheckpointError
 from shardckpt.format.digests import BLOCK_BYTES, digests_from_hex, digests_to_hex, text_digest
 from shardckpt.format.dtypes import DTYPES, itemsize
+from shardckpt.format.entries import FORMAT_VERSION, Manifest, ShardEntry, TensorEntry
 from shardckpt.format.validation import Columns, check_chunks, check_references, refuse
-from shardckpt.maintenance.bit_flips import find_flipped_bit_of_text
 
 __all__ = [
     "MANIFEST_HEAD",
-    "FORMAT_VERSION",
-    "Manifest",
-    "ShardEntry",
     "ShardText",
-    "TensorEntry",
     "check_text",
+    "digest_tail",
     "encode_tensors",
     "from_bytes",
     "is_shard_name",
-    "mend",
     "shard_entries",
     "to_bytes",
 ]
 
-FORMAT_VERSION = 1
 _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}(-[a-z0-9]+)?\.safetensors")
 _MAX_DIMS = 64  # as torch and numpy have it
-_MENDED_BYTES = 128 << 10
 MANIFEST_HEAD = b'{"format":"shardckpt"'
 """How every manifest begins."""
 
 _HEAD = f'{{"format":"shardckpt","version":{FORMAT_VERSION},'.encode()
 _NOT_CANONICAL = ("canonical JSON, each key once", "another spelling of it")
 _BATCH_BYTES = 4 << 20  # of chunks: as Python's ints they take many times the memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardEntry:
-    """A shard: its file name, its size, and one xxh3-64 for each block of the file."""
-
-    name: str
-    size_bytes: int
-    digests: NDArray[np.uint64]
-
-
-class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
-    """A saved tensor. `chunks` [n, 3 + 2 * ndim], int64: number of the shard, begin and end of the
-    bytes in its file (header counted), offsets [ndim], sizes [ndim]; row-major data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: NDArray[np.int64]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape) * itemsize(self.dtype)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """A manifest. `state` is the typed JSON of the saved state, `per_rank` that of each rank's
-    PerRank values (empty if there were none); `notes` are free texts of tools."""
-
-    checkpoint_id: str
-    created: str
-    library: str
-    world_size: int
-    shards: tuple[ShardEntry, ...]
-    tensors: dict[str, TensorEntry]
-    state: Any
-    per_rank: tuple[Any, ...] = ()
-    notes: dict[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
 
 
 class ShardText(msgspec.Struct, forbid_unknown_fields=True):
@@ -159,7 +112,7 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
         digest="",
     )
     body = _encode(document).removesuffix(b',"digest":""}')
-    return body + _tail(body)
+    return body + digest_tail(body)
 
 
 def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
@@ -177,7 +130,8 @@ def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
 _encode = msgspec.json.encode
 
 
-def _tail(body: bytes | memoryview) -> bytes:
+def digest_tail(body: bytes | memoryview) -> bytes:
+    """The end of a manifest: its digest, over all bytes before it."""
     return f',"digest":"{text_digest(body)}"}}\n'.encode()
 
 
@@ -225,24 +179,6 @@ def is_shard_name(name: str) -> bool:
     return _SHARD_NAME.fullmatch(name) is not None
 
 
-def mend(data: bytes) -> tuple[bytes, int, int] | None:
-    """A manifest with its one flipped bit turned back, and the byte and bit that it was; None if
-    that is not what is wrong, or not to be told in some seconds (more than 128 KiB)."""
-    body, tail = data[: -len(_tail(b""))], data[-len(_tail(b"")) :]
-    if tail == _tail(body) or len(data) > _MENDED_BYTES:
-        return None
-    at = find_flipped_bit_of_text(body, tail[11:43].decode("ascii", "replace"))
-    right = _tail(body)
-    if at is None:  # the flipped bit may be one of the digest's
-        flips = [(i, a ^ b) for i, (a, b) in enumerate(zip(tail, right, strict=False)) if a != b]
-        if len(tail) != len(right) or len(flips) != 1 or flips[0][1].bit_count() != 1:
-            return None
-        return body + right, len(body) + flips[0][0], flips[0][1].bit_length() - 1
-    mended = bytearray(body)
-    mended[at[0]] ^= 1 << at[1]
-    return bytes(mended) + tail, *at
-
-
 def check_text(data: bytes, *, path: str) -> None:
     """Raise what from_bytes does for what is no manifest, of a newer format, or not what was saved;
     nothing is parsed."""
@@ -252,8 +188,8 @@ def check_text(data: bytes, *, path: str) -> None:
 
 
 def _check_digest(data: bytes, path: str) -> None:
-    body = memoryview(data)[: -len(_tail(b""))]
-    if data[len(body) :] != _tail(body):
+    body = memoryview(data)[: -len(digest_tail(b""))]
+    if data[len(body) :] != digest_tail(body):
         refuse(path, "the digest at its end", "other bytes than were saved")
 
 

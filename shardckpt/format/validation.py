@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardckpt.errors import CorruptionError
+from shardckpt.format.entries import ShardEntry
 from shardckpt.format.tiling import first_gap, stable_order
-
-if TYPE_CHECKING:
-    from shardckpt.format.manifest import ShardEntry
 
 __all__ = ["Columns", "check_chunks", "check_references", "refuse"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.errors import StalledError
 from shardckpt.io.buffers import Buffer, lease
 
@@ -44,7 +44,7 @@ def stalled(what: str, path: str | None = None) -> StalledError:
     return StalledError(
         f"{what} makes no progress",
         path=path,
-        expected=f"an answer within {knobs.STALL_DEADLINE_S:g} s",
+        expected=f"an answer within {current().stall_deadline_s:g} s",
         actual="none",
         remedy="look at the disk or the file server; SHARDCKPT_STALL_DEADLINE_S sets the time",
     )

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only  # semi-public; tried with torch 2
 
 from shardckpt.errors import CheckpointError
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.loading.shard_reader import check_size, read_all
 from shardckpt.plan.page_cache_policy import ALWAYS
 from shardckpt.plan.read_plan import plan_reads

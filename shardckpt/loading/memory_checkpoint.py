@@ -10,7 +10,8 @@ import numpy as np
 
 from shardckpt.errors import StateError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
-from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, to_bytes
+from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
+from shardckpt.format.manifest import to_bytes
 from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.shard_layout import shard_name

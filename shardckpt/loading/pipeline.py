@@ -12,9 +12,11 @@ import torch
 
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.errors import DirectoryNotSharedError
-from shardckpt.format.manifest import Manifest, from_bytes
+from shardckpt.format.entries import Manifest
+from shardckpt.format.manifest import from_bytes
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.loading.shard_reader import read_all
+from shardckpt.logs import logger
 from shardckpt.plan.page_cache_policy import Share, past_cache, share_of
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.reports import LoadReport, Stopwatch
@@ -56,7 +58,7 @@ def run_load(
             load.read()
     finally:
         load.close()
-    return LoadReport(
+    report = LoadReport(
         path=path,
         checkpoint_id=load.manifest.checkpoint_id,
         saved_world_size=load.manifest.world_size,
@@ -65,6 +67,13 @@ def run_load(
         profile=load.profile or {coordinator.rank: load.own.seconds},
         **_differences(load.matcher),
     )
+    logger.info(
+        "loaded %s: %d bytes on this rank in %.2f s",
+        path,
+        report.bytes_read,
+        sum(watch.seconds.values()),
+    )
+    return report
 
 
 class _Load:

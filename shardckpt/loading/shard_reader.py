@@ -22,19 +22,21 @@ import numpy as np
 import torch
 import xxhash
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.errors import CorruptionError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
+from shardckpt.format.dtypes import DTYPES, memory_view
+from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.lazy_manifest import Outline
-from shardckpt.format.manifest import Manifest, ShardEntry
 from shardckpt.io.buffers import Buffer, copy_bytes, have_huge_pages, lease, view_at
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.io.threads import stalled, workers
 from shardckpt.plan.page_cache_policy import ALWAYS, NEVER
-from shardckpt.plan.read_plan import WINDOW_BYTES, CopyRead, Reads
+from shardckpt.plan.read_plan import WINDOW_BYTES, CopyRead, Reads, plan_reads
+from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.storage.base import CheckpointFiles, WouldWait
 
-__all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "tensors_in"]
+__all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "read_box", "tensors_in"]
 
 DIRECT_BYTES = 128 << 10
 """A run shorter than this goes through the buffer: fewer, larger pieces for each system call."""
@@ -70,11 +72,11 @@ def read_all(
     if len(windows) == 1:  # from the page cache it comes in less time than a thread starts
         with suppress(WouldWait), lease(1) as (buffer,):
             return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
-    if not (knobs.READ_PAST_CACHE and have_huge_pages()):
+    if not (current().read_past_cache and have_huge_pages()):
         past_cache = NEVER
     source = _Source(files, manifest, past_cache=past_cache)
     # What comes from the page cache keeps a processor busy; what comes from the disk does not.
-    threads = min(knobs.READ_THREADS * (1 if past_cache == NEVER else 2), len(windows))
+    threads = min(current().read_threads * (1 if past_cache == NEVER else 2), len(windows))
     queue = iter(windows)  # next() on it is atomic: the workers share it
     stop = threading.Event()
     read_bytes = [0] * threads
@@ -96,11 +98,24 @@ def read_all(
                 if sum(read_bytes) != last:
                     last, since = sum(read_bytes), time.monotonic()
                     progress(last)
-                elif pending and time.monotonic() - since > knobs.STALL_DEADLINE_S:
+                elif pending and time.monotonic() - since > current().stall_deadline_s:
                     raise stalled("Reading", files.path)
         finally:
             stop.set()
     return sum(read_bytes)
+
+
+def read_box(
+    files: CheckpointFiles,
+    manifest: Manifest | Outline,
+    entry: TensorEntry,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> torch.Tensor:
+    """Read the box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
+    part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
+    read_all(files, manifest, plan_reads([(entry, LocalChunk(offsets, sizes, memory_view(part)))]))
+    return part
 
 
 def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-__all__ = ["find_flipped_bit", "find_flipped_bit_of_text"]
+from shardckpt.format.manifest import digest_tail
+
+__all__ = ["find_flipped_bit", "find_flipped_bit_of_text", "repair_manifest"]
 
 _SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
@@ -213,3 +215,28 @@ def _unavalanche(digest: int) -> int:
     value = digest ^ digest >> 32
     value = value * pow(0x165667919E3779F9, -1, 1 << 64) & _MASK
     return value ^ value >> 37
+
+
+_LARGEST_MANIFEST_BYTES = 128 << 10
+
+
+def repair_manifest(data: bytes) -> tuple[bytes, int, int] | None:
+    """Turn one flipped bit of a manifest back.
+
+    Returns the repaired manifest, and the byte and the bit that were flipped. None if the digest
+    is right, if more than one bit is wrong, or if the manifest has more than 128 KiB, in which the
+    search would take more than some seconds.
+    """
+    body, tail = data[: -len(digest_tail(b""))], data[-len(digest_tail(b"")) :]
+    if tail == digest_tail(body) or len(data) > _LARGEST_MANIFEST_BYTES:
+        return None
+    at = find_flipped_bit_of_text(body, tail[11:43].decode("ascii", "replace"))
+    right = digest_tail(body)
+    if at is None:  # the flipped bit may be one of the digest's
+        flips = [(i, a ^ b) for i, (a, b) in enumerate(zip(tail, right, strict=False)) if a != b]
+        if len(tail) != len(right) or len(flips) != 1 or flips[0][1].bit_count() != 1:
+            return None
+        return body + right, len(body) + flips[0][0], flips[0][1].bit_length() - 1
+    repaired = bytearray(body)
+    repaired[at[0]] ^= 1 << at[1]
+    return bytes(repaired) + tail, *at

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from shardckpt.checkpoint import Checkpoint
-from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
-from shardckpt.format.manifest import Manifest, from_bytes, mend, to_bytes
+import torch
+
+from shardckpt.errors import CorruptionError, NotACheckpointError
+from shardckpt.format.entries import Manifest
+from shardckpt.format.manifest import from_bytes, to_bytes
+from shardckpt.loading.shard_reader import read_box
+from shardckpt.maintenance.bit_flips import repair_manifest
 from shardckpt.maintenance.rebuild_manifest import rebuild_manifest
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.maintenance.verify import survey
 from shardckpt.reports import RescueReport
 from shardckpt.state.name_filters import without_tensors
-from shardckpt.storage.base import CheckpointFiles, Done, WriteTransaction
+from shardckpt.storage.base import CheckpointFiles, Done
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.local_reader import LocalFiles
 from shardckpt.storage.paths import local_path
@@ -62,15 +66,14 @@ def rescue(
                 actual="; ".join(f"{name}: {why}" for name, why in lost.items())[:500] or "none",
                 remedy="load another checkpoint",
             )
-        with Checkpoint(source, storage=_Source(_MendedFiles(files, kept, flips))) as opened:
-            reshard(
-                opened,
-                target,
-                shards=max(len(kept.shards), 1),
-                storage=storage,
-                overwrite=overwrite,
-                progress=progress,
-            )
+        reshard(
+            _Repaired(_MendedFiles(files, kept, flips), kept),
+            target,
+            shards=max(len(kept.shards), 1),
+            storage=storage,
+            overwrite=overwrite,
+            progress=progress,
+        )
     finally:
         files.close()
     return RescueReport(
@@ -82,7 +85,7 @@ def _manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str], list[str], b
     """The manifest, what is lost already, what was mended, and whether it had to be rebuilt."""
     try:
         data = files.manifest()
-        found = mend(data)
+        found = repair_manifest(data)
         if found is not None:
             data, byte, bit = found
             told = [f"manifest.json: bit {bit} of byte {byte} flipped"]
@@ -118,7 +121,7 @@ def explain_manifest(error: CorruptionError, path: str, *, storage: LocalStorage
     """Say in an error about a manifest that a single bit was flipped, if that is what is wrong."""
     files = storage.open(path)
     try:
-        found = mend(files.manifest())
+        found = repair_manifest(files.manifest())
     finally:
         files.close()
     if found is not None:
@@ -188,20 +191,22 @@ class _MendedFiles:
         self._files.close()
 
 
-class _Source:
-    """A Storage with these files alone."""
+@dataclass(frozen=True, slots=True)
+class _Repaired:
+    """The repaired files as reshard reads a checkpoint; see Source."""
 
-    def __init__(self, files: CheckpointFiles) -> None:
-        self._files = files
+    files: CheckpointFiles
+    manifest: Manifest
 
-    def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
-        """See Storage.begin."""
-        raise StateError("What is being rescued is not written to", path=path)
+    @property
+    def path(self) -> str:
+        """See Source.path."""
+        return self.files.path
 
-    def join(self, path: str, *, token: str) -> WriteTransaction:
-        """See Storage.join."""
-        raise StateError("What is being rescued is not written to", path=path)
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """See Source.read_box."""
+        return read_box(self.files, self.manifest, self.manifest.tensors[name], offsets, sizes)
 
-    def open(self, path: str) -> CheckpointFiles:
-        """See Storage.open."""
-        return self._files
+    def close(self) -> None:
+        """See Source.close."""
+        self.files.close()

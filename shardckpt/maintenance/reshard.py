@@ -14,7 +14,7 @@ import numpy as np
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
-from shardckpt.format.manifest import Manifest
+from shardckpt.format.entries import Manifest
 from shardckpt.maintenance.parallel_write import NewFile, joined_parts, write_together
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan, TensorSpec, pad_boxes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import (
@@ -23,7 +23,7 @@ from shardckpt.errors import (
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.dtypes import shard_form
-from shardckpt.format.manifest import Manifest, ShardEntry
+from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.safetensors_header import chunk_name, header_bytes, parse_header
 from shardckpt.io.buffers import BUFFER_BYTES, lease
 from shardckpt.io.threads import stalled, workers
@@ -214,10 +214,10 @@ def _check_blocks(
         checked.append(high - low)
         progress(high - low)
 
-    with workers(knobs.READ_THREADS, "shardckpt-verify", buffers=0) as (pool, _):
+    with workers(current().read_threads, "shardckpt-verify", buffers=0) as (pool, _):
         pending = {pool.submit(check, job) for job in jobs}
         while pending:
-            done, pending = wait(pending, knobs.STALL_DEADLINE_S, FIRST_COMPLETED)
+            done, pending = wait(pending, current().stall_deadline_s, FIRST_COMPLETED)
             if not done:
                 raise stalled("Reading", files.path)
             for future in done:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import shardckpt
+from shardckpt import api
 from shardckpt.loading.shard_reader import check_size
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
@@ -114,14 +114,14 @@ class Sharded:
             "storage": self._storage,
         }
         if asynchronous:
-            return shardckpt.async_save(state, path, **options)
-        shardckpt.save(state, path, **options)
+            return api.async_save(state, path, **options)
+        api.save(state, path, **options)
         return None
 
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """See Format.load."""
         options: Any = {"process_group": process_group, "storage": self._storage}
-        return shardckpt.load(state, path, strict=strict, **options)
+        return api.load(state, path, strict=strict, **options)
 
     def signature(self, path: str) -> Signature:
         """See Format.signature."""
@@ -133,7 +133,7 @@ class Sharded:
 
     def record(self, path: str) -> Any:
         """See Format.record."""
-        with shardckpt.open_checkpoint(path, storage=self._storage) as checkpoint:
+        with api.open_checkpoint(path, storage=self._storage) as checkpoint:
             for shard in checkpoint.manifest.shards:
                 check_size(checkpoint.files, shard)
             if f"{RECORD}.step" not in checkpoint:
@@ -142,7 +142,7 @@ class Sharded:
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
         """See Format.verify."""
-        with shardckpt.open_checkpoint(path, storage=self._storage) as checkpoint:
+        with api.open_checkpoint(path, storage=self._storage) as checkpoint:
             if quick:
                 for shard in checkpoint.manifest.shards:
                     check_size(checkpoint.files, shard)

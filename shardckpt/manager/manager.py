@@ -7,12 +7,12 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from shardckpt.closing import Closing
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import (
@@ -26,13 +26,7 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.manager.backends import RECORD, Format, Sharded
-from shardckpt.manager.retention import (
-    KeepBest,
-    Retention,
-    SavedCheckpoint,
-    ranked,
-    to_remove,
-)
+from shardckpt.manager.retention import KeepBest, Retention, SavedCheckpoint, ranked, to_remove
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.storage.paths import absolute, local_path
@@ -64,7 +58,7 @@ class Restored:
         return self.checkpoint.metrics
 
 
-class CheckpointManager(Closing):
+class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     """Saves a job's state by step into a directory, keeps what its policies say, and restores.
 
     `keep`: policies (KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your own function);
@@ -221,6 +215,9 @@ class CheckpointManager(Closing):
         """Wait until the state of a save in the background may change; see SaveHandle.staged."""
         if self._pending is not None:
             self._pending.staged()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """As wait."""

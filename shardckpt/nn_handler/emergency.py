@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.errors import RankFailedError
 
 __all__ = ["BufferCopies", "Failure", "group_of_one", "is_echo", "meet"]
@@ -76,7 +76,7 @@ def _meet(where: str, *, echo: bool, patient: bool) -> Failure:
     begin = f"shardckpt/emergency/{next(_meetings)}"
     keys = {rank: f"{begin}/{rank}" for rank in range(dist.get_world_size())}
     store.set(keys[own], f"{where}\n{'echo' if echo else ''}")
-    give_up_at = time.monotonic() + (knobs.DEADLINE_S / 3 if patient or echo else 0.0)
+    give_up_at = time.monotonic() + (current().deadline_s / 3 if patient or echo else 0.0)
     while not (here := store.check(list(keys.values()))):
         if store.check([f"{begin}/verdict"]) or time.monotonic() > give_up_at:
             break

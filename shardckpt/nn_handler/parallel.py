@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.coordination.mpi.launch import several_ranks
 from shardckpt.coordination.process_group import init_from_mpi
 from shardckpt.coordination.shutdown import leave_at_exit
@@ -106,11 +106,11 @@ def start(
 def _join(backend: str) -> None:
     """The group of torchrun's ranks, or of those of mpirun or srun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        timeout = datetime.timedelta(seconds=knobs.ARRIVAL_DEADLINE_S)
+        timeout = datetime.timedelta(seconds=current().arrival_deadline_s)
         dist.init_process_group(backend, timeout=timeout)
         leave_at_exit()
     elif several_ranks():
-        init_from_mpi(backend, timeout_s=knobs.ARRIVAL_DEADLINE_S)
+        init_from_mpi(backend, timeout_s=current().arrival_deadline_s)
 
 
 def wrap(model: nn.Module, layout: Layout) -> nn.Module:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 import xxhash
 
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.state.local_chunks import LocalChunk
 
 __all__ = ["ALWAYS", "MOSTLY", "NEVER", "Share", "past_cache", "share_of"]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardckpt.format.dtypes import itemsize, memory_dtype
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.state.local_chunks import LocalChunk, box_slices, lies_as_saved
 from shardckpt.state.tensor_memory import address_of
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shardckpt.format.dtypes import itemsize
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.format.tiling import stable_order
 from shardckpt.plan.local_plan import ChunkTable, Ints, TensorSpec, widen_boxes
 from shardckpt.state.file_groups import MAIN, file_suffix

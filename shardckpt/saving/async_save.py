@@ -12,16 +12,17 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.errors import StateError
 from shardckpt.io.gc_pause import collector_paused
+from shardckpt.logs import logger
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport
 from shardckpt.saving.staging import Image, ImagePool, current_events, stage, staged_bytes
@@ -110,7 +111,7 @@ class _Job:
         try:
             with collector_paused():
                 self.snapshot = take_snapshot(
-                    state, small_bytes=knobs.COPY_AT_ONCE_BYTES, rank=rank
+                    state, small_bytes=current().copy_at_once_bytes, rank=rank
                 )
         except Exception as error:  # told to all ranks by the save itself
             self.error = error
@@ -181,8 +182,9 @@ class _Background:
     def submit(self, path: str, job: _Job) -> SaveHandle:
         """Queue a save."""
         with self.lock:
-            staging = self.stager.submit(job.stage, self.images)
-            saving = self.saver.submit(job.save, staging, self.images)
+            # Each in a copy of the caller's context: with the options of the call.
+            staging = self.stager.submit(copy_context().run, job.stage, self.images)
+            saving = self.saver.submit(copy_context().run, job.save, staging, self.images)
             handle = SaveHandle(path, staging, saving)
             self.handles.append(handle)
             self.stagings = (*(s for s in self.stagings if not s.done()), staging)
@@ -226,8 +228,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 def _at_exit() -> None:
     """Wait for what is under way; an interpreter that exits has all the time that it takes."""
     for error in _background.finish() if _background is not None else ():
-        print("shardckpt: a save in the background failed:", file=sys.stderr)
-        traceback.print_exception(error)
+        logger.error("a save in the background failed", exc_info=error)
 
 
 def _forget() -> None:
@@ -243,5 +244,5 @@ def _give_way() -> None:
     """Let this thread, and those that it starts, run when others leave the processor free."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         thread = threading.get_native_id()
-        nice = os.getpriority(os.PRIO_PROCESS, thread) + knobs.BACKGROUND_NICE
+        nice = os.getpriority(os.PRIO_PROCESS, thread) + current().background_nice
         os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -10,24 +10,37 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import xxhash
 
-from shardckpt.checkpoint import Checkpoint
 from shardckpt.errors import CorruptionError, ShardckptError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
+from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.lazy_manifest import Outline
-from shardckpt.format.manifest import ShardEntry, check_text
+from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.loading.shard_reader import bad_blocks, check_size
 from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
 
-__all__ = ["Base", "open_base"]
+__all__ = ["Base", "OpenCheckpoint", "open_base"]
 
 _SAMPLE = 16
 """Of a file taken over, one block in so many is read back: damage is found, and mended by
 writing the file anew, within a few saves, for little time."""
+
+
+class OpenCheckpoint(Protocol):
+    """An open checkpoint, such as shardckpt.Checkpoint."""
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """Its files."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest."""
 
 
 class Base:
@@ -97,7 +110,7 @@ class Base:
 
 @contextmanager
 def open_base(
-    base: str | Checkpoint | None, storage: Storage, *, verify: bool
+    base: str | OpenCheckpoint | None, storage: Storage, *, verify: bool
 ) -> Iterator[Base | None]:
     """The base if there is one, for the length of a with block; one that can't be opened has no
     files.
@@ -108,7 +121,7 @@ def open_base(
     if base is None:
         yield None
         return
-    if isinstance(base, Checkpoint):
+    if not isinstance(base, str):
         yield Base(base.files, base.manifest.shards, verify=verify)
         return
     files: CheckpointFiles | None = None

@@ -20,19 +20,20 @@ import torch
 import xxhash
 
 from shardckpt._version import __version__
-from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator, exchange
 from shardckpt.format.digests import text_digest
-from shardckpt.format.manifest import FORMAT_VERSION, Manifest, ShardEntry, to_bytes
+from shardckpt.format.entries import FORMAT_VERSION, Manifest, ShardEntry
+from shardckpt.format.manifest import to_bytes
 from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.io.gc_pause import collector_paused
+from shardckpt.logs import logger
 from shardckpt.plan.consistency import compare_replicas
 from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan, Offer, TensorSpec, filled
 from shardckpt.plan.plan_cache import KnownPlan, PlanCache
 from shardckpt.plan.save_plan import RankWrites, global_plan
 from shardckpt.plan.state_merge import merge
 from shardckpt.reports import SaveReport, Stopwatch
-from shardckpt.saving.incremental import Base, open_base
+from shardckpt.saving.incremental import Base, OpenCheckpoint, open_base
 from shardckpt.saving.rank_writer import ShardResult, write_rank
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.storage.base import Storage, WriteTransaction
@@ -66,7 +67,7 @@ def run_save(
     storage: Storage,
     overwrite: bool,
     check_replicas: bool,
-    base: str | Checkpoint | None = None,
+    base: str | OpenCheckpoint | None = None,
     verify_base: bool = False,
     staged: bool = False,
 ) -> SaveReport:
@@ -94,13 +95,21 @@ def run_save(
         raise
     finally:
         save.close()
-    return SaveReport(
+    done = SaveReport(
         path=path,
         world_size=coordinator.world_size,
         seconds=watch.seconds,
         profile=save.profile or {coordinator.rank: save.own.seconds},
         **report,
     )
+    logger.info(
+        "saved %s: %d bytes by %d ranks in %.2f s",
+        path,
+        done.total_bytes,
+        done.world_size,
+        sum(watch.seconds.values()),
+    )
+    return done
 
 
 class _Save:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.safetensors_header import HEADER_ALIGN
 from shardckpt.io.buffers import BUFFER_BYTES, Buffer, contiguous_parts, copy_bytes, view_at
@@ -165,7 +165,7 @@ class _Stream:
         pending, self.pending[index] = self.pending[index], None
         if pending is None:
             return
-        if not wait([pending], timeout=knobs.STALL_DEADLINE_S).done:
+        if not wait([pending], timeout=current().stall_deadline_s).done:
             raise stalled("A write")
         pending.result()
 

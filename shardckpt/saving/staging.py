@@ -9,15 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import memory_dtype
-from shardckpt.io.buffers import (
-    HUGE_PAGE_BYTES,
-    ask_for_huge_pages,
-    copy_bytes,
-    private_memory,
-)
+from shardckpt.io.buffers import HUGE_PAGE_BYTES, ask_for_huge_pages, copy_bytes, private_memory
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.save_plan import layout_order
 from shardckpt.plan.shard_layout import chunk_bytes
@@ -90,16 +85,16 @@ class ImagePool:
         Raises StateError when none comes free within STALL_DEADLINE_S.
         """
         size_bytes = _rounded(size_bytes)
-        budget_bytes = knobs.STAGING_BYTES or 2 * size_bytes
+        budget_bytes = current().staging_bytes or 2 * size_bytes
         with self._changed:
             free = self._changed.wait_for(
                 lambda: not self._used_bytes or self._used_bytes + size_bytes <= budget_bytes,
-                timeout=knobs.STALL_DEADLINE_S,
+                timeout=current().stall_deadline_s,
             )
             if not free:
                 raise StateError(
                     "No memory to stage the state in came free",
-                    expected=f"an earlier save to end within {knobs.STALL_DEADLINE_S:g} s",
+                    expected=f"an earlier save to end within {current().stall_deadline_s:g} s",
                     actual=f"{self._used_bytes} bytes in use, {size_bytes} needed",
                     remedy="save less often, or raise SHARDCKPT_STAGING_BYTES",
                 )

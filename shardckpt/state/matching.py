@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef, record_of
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import (

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import Record, TensorRef
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, local_chunks

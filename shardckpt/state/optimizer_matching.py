@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.materialize import NOTHING
 from shardckpt.state.optimizer_state import (

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardckpt.errors import StateError
 from shardckpt.format import typed_json as values
-from shardckpt.format.manifest import Manifest
+from shardckpt.format.entries import Manifest
 from shardckpt.format.typed_json import Record, TensorRef
 
 __all__ = ["Rename", "SavedState", "Select", "below", "children", "rebuilt", "under"]

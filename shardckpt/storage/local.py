@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.errors import (
     CheckpointExistsError,
     DirectoryNotSharedError,
@@ -93,7 +93,7 @@ class LocalStorage:
         with translated(path):
             target = os.path.realpath(path)
         temporary = beside(target, f"tmp-{token}")
-        give_up_at = time.monotonic() + knobs.SHARED_DEADLINE_S
+        give_up_at = time.monotonic() + current().shared_deadline_s
         while True:
             try:
                 self.system.stat(temporary)

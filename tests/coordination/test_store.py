@@ -96,7 +96,7 @@ def test_ranks_that_are_not_there_are_named(connect, monkeypatch):
     monkeypatch.setattr(many_keys, "_KEYS_AT_ONCE", 2)
     absent = {2, 5}
     all_there = threading.Barrier(
-        RANKS, lambda: monkeypatch.setattr(torch_store.knobs, "DEADLINE_S", 5.0)
+        RANKS, lambda: monkeypatch.setenv("SHARDCKPT_DEADLINE_S", str(5.0))
     )
 
     def work(coordinator):
@@ -137,12 +137,12 @@ def test_a_rank_that_comes_just_as_it_is_given_up(connect, monkeypatch, next_cal
     found: list[object] = []
     late_rank = threading.Thread(target=come_late)
     monkeypatch.setattr(torch_store, "uuid", SimpleNamespace(uuid4=uuid4))
-    monkeypatch.setattr(torch_store.knobs, "ARRIVAL_DEADLINE_S", 0.2)
+    monkeypatch.setenv("SHARDCKPT_ARRIVAL_DEADLINE_S", str(0.2))
     late_rank.start()
     asking.wait(60)
     with pytest.raises(RankFailedError):
         call(0, "save a")
-    monkeypatch.setattr(torch_store.knobs, "ARRIVAL_DEADLINE_S", 60.0)
+    monkeypatch.setenv("SHARDCKPT_ARRIVAL_DEADLINE_S", str(60.0))
     given_up.set()
     assert call(0, next_call) == next_call
     late_rank.join(60)
@@ -150,7 +150,7 @@ def test_a_rank_that_comes_just_as_it_is_given_up(connect, monkeypatch, next_cal
 
 
 def test_a_store_that_takes_no_connection(monkeypatch):
-    monkeypatch.setattr(torch_store.knobs, "DEADLINE_S", 0.2)
+    monkeypatch.setenv("SHARDCKPT_DEADLINE_S", str(0.2))
     done = threading.Event()
     with pytest.raises(RankFailedError, match="does not answer") as caught:
         StoreCoordinator(Lines(lambda: done.wait(60)), "op", rank=1, world_size=2)

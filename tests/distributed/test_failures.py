@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import config, errors
+from shardckpt import errors
 from shardckpt.loading import pipeline as load_driver
 from shardckpt.saving import pipeline as save_driver
 from tests.ranks import run_ranks, start_ranks
@@ -43,7 +43,8 @@ def plant(module, phase: str, fault: str) -> None:
 
 
 def deadlines(arrival_s: float = 10.0) -> None:
-    knobs.DEADLINE_S, knobs.ARRIVAL_DEADLINE_S = 5.0, arrival_s
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(5.0)
+    os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(arrival_s)
 
 
 def save_with_fault(folder: str, phase: str, rank: int, fault: str) -> tuple[object, ...]:

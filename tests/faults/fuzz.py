@@ -27,8 +27,9 @@ from shardckpt.format import tiling as boxes
 from shardckpt.format import typed_json as values
 from shardckpt.format import validation as rules
 from shardckpt.format.digests import text_digest
+from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.lazy_manifest import Outline
-from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, to_bytes
+from shardckpt.format.manifest import to_bytes
 from shardckpt.format.safetensors_header import build_header
 from shardckpt.state.saved_tree import SavedState
 

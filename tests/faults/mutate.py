@@ -54,7 +54,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "constant: 0",
     ): "a file of one byte is cut before its first block: nothing of it is read either",
     (
-        'with workers(knobs.READ_THREADS, "shardckpt-verify", buffers=0) as (pool, _):',
+        'with workers(current().read_threads, "shardckpt-verify", buffers=0) as (pool, _):',
         "constant: 0",
     ): "a buffer too many",
     (

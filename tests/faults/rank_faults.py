@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import shardckpt
-from shardckpt import NNHandler, config, errors
+from shardckpt import NNHandler, errors
 from shardckpt.convert.single_files import write_one
 from shardckpt.loading import pipeline as load_driver
 from shardckpt.nn_handler import saving
@@ -117,9 +117,9 @@ def plant(case: Case) -> None:
 
 def operate(folder: str, case: Case) -> tuple[str, object, object, float]:
     """What a rank does: ("saved" | "own" | "other", rank named, phase named, seconds)."""
-    knobs.DEADLINE_S = DEADLINE_S
-    knobs.ARRIVAL_DEADLINE_S = DEADLINE_S if case.phase == "begin" else 60.0
-    knobs.STALL_DEADLINE_S = DEADLINE_S if case.fault == "stuck" else 60.0
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(DEADLINE_S)
+    os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(DEADLINE_S if case.phase == "begin" else 60.0)
+    os.environ["SHARDCKPT_STALL_DEADLINE_S"] = str(DEADLINE_S if case.fault == "stuck" else 60.0)
     if case.operation in ("file", "handler"):
         handler = NNHandler(nn.Linear, parallel="fsdp", in_features=8, out_features=8)
     dist.barrier()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt import config, errors
+from shardckpt import errors
 from shardckpt.loading import shard_reader as reader
 from shardckpt.saving import shard_writer as writer
 from shardckpt.storage.local import LocalStorage
@@ -85,7 +85,7 @@ class Hangs(Breaks):
 
 @pytest.fixture
 def hanging(monkeypatch):
-    monkeypatch.setattr(knobs, "STALL_DEADLINE_S", 0.5)
+    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.5))
     Hangs.go_on.clear()
     yield
     Hangs.go_on.set()

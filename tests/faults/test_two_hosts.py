@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import config, errors
+from shardckpt import errors
 from shardckpt.saving import pipeline as save_driver
 from tests.ranks import PRELOAD
 
@@ -64,7 +64,8 @@ def rank_on(host: str, rank: int, number: int, folder: str, results: Any) -> Non
     with open(f"/var/run/netns/{host}") as namespace:
         assert not ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET)
     os.environ["GLOO_SOCKET_IFNAME"] = host
-    knobs.DEADLINE_S = knobs.ARRIVAL_DEADLINE_S = 5.0
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(5.0)
+    os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(5.0)
     minute = datetime.timedelta(seconds=60)
     store = dist.TCPStore(f"10.213.{number}.1", 29511, is_master=rank == 0, timeout=minute)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from shardckpt import errors
 from shardckpt.format import typed_json as values
+from shardckpt.format.entries import ShardEntry, TensorEntry
 from shardckpt.format.lazy_manifest import Outline
-from shardckpt.format.manifest import ShardEntry, TensorEntry, from_bytes, to_bytes
+from shardckpt.format.manifest import from_bytes, to_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.saved_tree import SavedState
 from tests.format.test_manifest import SHARD, a_manifest, document, sealed

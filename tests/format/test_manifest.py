@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from shardckpt import errors
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
-from shardckpt.format.manifest import Manifest, ShardEntry, TensorEntry, from_bytes, to_bytes
+from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
+from shardckpt.format.manifest import from_bytes, to_bytes
 
 SHARD = "shard-00000-of-00001.safetensors"
 

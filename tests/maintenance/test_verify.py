@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt import config, errors
+from shardckpt import errors
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.manifest import from_bytes
@@ -285,7 +285,7 @@ def test_another_error_ends_the_check(files):
 
 
 def test_a_read_that_hangs(files, monkeypatch):
-    monkeypatch.setattr(knobs, "STALL_DEADLINE_S", 0.2)
+    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.2))
     go_on = threading.Event()
 
     class Hangs(Shelf):

@@ -9,14 +9,7 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import (
-    CheckpointManager,
-    KeepBest,
-    KeepEveryHours,
-    KeepEverySteps,
-    KeepLast,
-    errors,
-)
+from shardckpt import CheckpointManager, KeepBest, KeepEveryHours, KeepEverySteps, KeepLast, errors
 from shardckpt.manager.retention import SavedCheckpoint, to_remove
 from shardckpt.saving import incremental as base
 from shardckpt.state import file_groups as kinds

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 import shardckpt
-from shardckpt import ShardedArray, config, errors
+from shardckpt import ShardedArray, errors
 from shardckpt.saving import pipeline as save_driver
 from tests.mpi.launch import WHOLE
 
@@ -132,7 +132,8 @@ def wrong(folder: str) -> dict[str, Any]:
 
 def failing(folder: str) -> list[Any]:
     """A rank raises in each phase; one comes late, to a fresh communicator and to a used one."""
-    knobs.DEADLINE_S, knobs.ARRIVAL_DEADLINE_S = 20.0, 60.0
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(20.0)
+    os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(60.0)
     state, exchange, found = {"w": torch.arange(10.0)}, save_driver.exchange, []
     for phase in ("plan", "divide", "write"):
 
@@ -155,7 +156,7 @@ def failing(folder: str) -> list[Any]:
     fresh = comm.Dup()
     for used in (False, True):
         for number in range(2):
-            knobs.ARRIVAL_DEADLINE_S = 60.0 if number else 2.0
+            os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(60.0 if number else 2.0)
             name = f"late-{used}-{number}"
             if comm.rank == 1 and number == 0:
                 while len(list(Path(folder).glob(f"{name}-gone-*"))) < 2:
@@ -181,7 +182,7 @@ def stopped(folder: str, fault: str) -> Any:
     """Rank 1 stops, or is killed, while it writes; what the others raise. There is a group of
     torch.distributed as well, which must not keep them from ending."""
     shardckpt.init_from_mpi()
-    knobs.DEADLINE_S = 4.0
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(4.0)
     shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/before", comm=comm)
     if comm.rank == 1:
         number = signal.SIGSTOP if fault == "stop" else signal.SIGKILL
@@ -287,7 +288,7 @@ def over_two_hosts(folder: str, private: str) -> list[Any]:
 
 def cut_off(folder: str, over: Any) -> Any:
     """What this rank raises where the other one is cut off while it writes."""
-    knobs.DEADLINE_S = 4.0
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(4.0)
     write = save_driver.write_rank
 
     def slow(*arguments: Any, **options: Any) -> Any:
@@ -324,7 +325,7 @@ def heat(folder: str) -> None:
 def elastic(folder: str) -> Any:
     """A job that saves at every step and, started again, resumes from the newest whole one."""
     dist.init_process_group("gloo")
-    knobs.DEADLINE_S = 5.0
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(5.0)
     rank, size = dist.get_rank(), dist.get_world_size()
     begin, end = 12 * rank // size, 12 * (rank + 1) // size
     u = np.zeros(end - begin)

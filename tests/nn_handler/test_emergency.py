@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from shardckpt import config
 from shardckpt.nn_handler import emergency
 
 HERE = threading.local()
@@ -20,7 +19,7 @@ HERE = threading.local()
 @pytest.fixture
 def meet(monkeypatch):
     """meet(delay of each rank, their places, whether each heard it from others) -> Failures."""
-    monkeypatch.setattr(knobs, "DEADLINE_S", 0.6)
+    monkeypatch.setenv("SHARDCKPT_DEADLINE_S", str(0.6))
     monkeypatch.setattr(emergency, "_meetings", itertools.repeat(0))
 
     def run(delays_s, places=None, echoes=None):

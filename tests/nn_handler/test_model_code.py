@@ -50,7 +50,6 @@ FILES = {
 }
 SAVE = """
 import sys
-from shardckpt import NNHandler
 from mine.model import Model
 handler = NNHandler(Model, save_model_code=True)
 handler.save(sys.argv[1])

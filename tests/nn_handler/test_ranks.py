@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from shardckpt import NNHandler, config
+from shardckpt import NNHandler
 from shardckpt.errors import RankFailedError
 from shardckpt.nn_handler import Callback
 from tests.nn_handler.models import Net, Noisy, NormNet, a_handler, data, same, weights, with_data
@@ -115,7 +115,7 @@ def fails_within_a_step(parallel: str, folder: str | None) -> tuple[str, object,
 
 
 def fails_in_several_ways(folder: str) -> list[tuple[str, object, bool]]:
-    knobs.DEADLINE_S = 6.0
+    os.environ["SHARDCKPT_DEADLINE_S"] = str(6.0)
     rank, port = dist.get_rank(), int(os.environ["TEST_STORE_PORT"])
     found = []
     for number, job in enumerate((("ddp", folder), ("fsdp", folder), ("ddp", None))):
@@ -151,12 +151,12 @@ def first_call_is_load(folder: str) -> tuple[float, str]:
     assert means[0] == means[1]
     found = ""
     if rank == 0:  # a save by one rank alone is told, and does not hang
-        knobs.ARRIVAL_DEADLINE_S = 2.0
+        os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(2.0)
         for name in ("alone", "alone.pth"):
             with pytest.raises(RankFailedError) as caught:
                 handler.save(f"{folder}/{name}")
             found += str(caught.value.rank)
-    knobs.ARRIVAL_DEADLINE_S = 60.0
+    os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(60.0)
     return handler.history["loss"][-1], found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.plan.page_cache_policy import ALWAYS, MOSTLY, NEVER, past_cache, share_of
 from shardckpt.state.local_chunks import LocalChunk
 

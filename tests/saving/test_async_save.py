@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import shardckpt
-from shardckpt import config, errors
+from shardckpt import errors
 from shardckpt.io.buffers import have_huge_pages
 from shardckpt.saving import async_save as background
 from shardckpt.saving.staging import ImagePool
@@ -237,7 +237,7 @@ def test_saves_are_written_in_the_order_of_the_calls(tmp_path):
 
 
 def test_a_budget_below_one_state_lets_one_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(knobs, "STAGING_BYTES", 1)
+    monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1))
     for number in range(3):
         shardckpt.async_save({"t": torch.full((9_999,), number)}, tmp_path / str(number))
     background._background.finish()
@@ -246,7 +246,7 @@ def test_a_budget_below_one_state_lets_one_in(tmp_path, monkeypatch):
 
 
 def test_staging_memory_is_used_again(monkeypatch):
-    monkeypatch.setattr(knobs, "STAGING_BYTES", 1 << 30)
+    monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1 << 30))
     pool = ImagePool()
     first = pool.take(5 << 20, pinned=False)
     pool.give_back(first)
@@ -283,7 +283,7 @@ def test_a_first_staging_takes_ordinary_pages():
 
 
 def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
-    monkeypatch.setattr(knobs, "STALL_DEADLINE_S", 0.1)
+    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
     pool = ImagePool()
     pool.give_back(pool.take(9 << 20, pinned=False))
     pool.take(1, pinned=False)
@@ -291,8 +291,8 @@ def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
 
 
 def test_staging_memory_that_never_comes_free_is_an_error(monkeypatch):
-    monkeypatch.setattr(knobs, "STALL_DEADLINE_S", 0.1)
-    monkeypatch.setattr(knobs, "STAGING_BYTES", 1)
+    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
+    monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1))
     pool = ImagePool()
     pool.take(1, pinned=False)
     with pytest.raises(errors.StateError, match="memory"):
@@ -347,7 +347,6 @@ def test_a_forked_child_saves_by_itself(tmp_path):
 
 EXIT = """
 import os, sys, threading, time, torch, shardckpt
-from shardckpt.storage.local import LocalStorage
 
 class Slow(LocalStorage):
     def begin(self, path, **options):

@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.entries import TensorEntry
 from shardckpt.io.buffers import contiguous_parts
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.read_plan import plan_reads

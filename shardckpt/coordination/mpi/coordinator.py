@@ -1,34 +1,23 @@
 """A Coordinator over an mpi4py communicator, with the semantics of the one over torch's store.
 
-A rank calls rank 0; rank 0 answers each with a verdict:
-
-    go ID             the operation that it is let into
-    late RANKS        ranks that did not call in time
-    other RANK TEXT   a rank that calls something else
-
-Then every phase is a part from each rank and an answer to each. Meanwhile all beat.
+The ranks meet as coordination/rendezvous describes. Then each phase is one message from each rank
+to rank 0, and an answer to each. Meanwhile all ranks send signs of life.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from shardckpt import config
-from shardckpt.coordination.deadlines import (
-    SHORTEST_WAIT_S,
-    next_wait,
-    poll,
-    rank_failed,
-    ranks_disagree,
-)
+from shardckpt.config import current
+from shardckpt.coordination.deadlines import poll
+from shardckpt.coordination.heartbeat import HeartbeatCoordinator, beat_interval_s
 from shardckpt.coordination.mpi.link import Inbox, Link, Message, load_mpi, mpi_errors
-from shardckpt.errors import CoordinationError
+from shardckpt.coordination.rendezvous import decide, follow, never_called, too_late
+from shardckpt.errors import CoordinationError, RankFailedError
 
 __all__ = ["MpiCoordinator", "check_communicator", "mpi_coordinator"]
 
@@ -94,7 +83,7 @@ def mpi_coordinator(link: Link, *, channel: str, subject: str) -> Iterator[MpiCo
 
 def _begin(link: Link, channel: str, subject: str) -> str:
     """Meet the other ranks; the id of the operation."""
-    patience_s = knobs.ARRIVAL_DEADLINE_S
+    patience_s = current().arrival_deadline_s
     if not poll(lambda: link.ready() or link.summoned, patience_s):
         patience_s = min(patience_s, _ROLL_CALL_S)
         if not link.rank:
@@ -116,7 +105,7 @@ def _ask(link: Link, channel: str, subject: str, patience_s: float) -> str:
     """Ask rank 0 to let this rank in; the id of the operation."""
     link.pump()
     if link.late.pop(channel, None) == subject:
-        raise _too_late(link)
+        raise too_late(link.rank)
     nonce = uuid.uuid4().hex
     link.asked[nonce] = channel
     link.send(0, Message("call", channel, text=f"{nonce} {subject}"))
@@ -134,23 +123,14 @@ def _ask(link: Link, channel: str, subject: str, patience_s: float) -> str:
     if nonce not in link.verdicts:
         if came:
             del link.late[channel]
-            raise _too_late(link)
+            raise too_late(link.rank)
         link.give_up([0])
-        raise rank_failed([0], "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
-    verdict, _, text = link.verdicts.pop(nonce).partition(" ")
-    if verdict == "late":
-        ranks = list(map(int, text.split(",")))
-        link.give_up(ranks)
-        raise rank_failed(ranks, "begin", "did not call in time")
-    if verdict == "other":
-        odd, _, theirs = text.partition(" ")
-        raise ranks_disagree(int(odd), theirs, subject if int(odd) != link.rank else None)
-    return text
-
-
-def _too_late(link: Link) -> Exception:
-    what = "this rank came too late: the others have given up"
-    return rank_failed([link.rank], "begin", what)
+        raise never_called([0])
+    try:
+        return follow(link.verdicts.pop(nonce), subject, rank=link.rank)
+    except RankFailedError as error:
+        link.give_up(list(error.rank) if isinstance(error.rank, tuple) else [])
+        raise
 
 
 def _let_in(link: Link, channel: str, subject: str, patience_s: float) -> str:
@@ -162,53 +142,38 @@ def _let_in(link: Link, channel: str, subject: str, patience_s: float) -> str:
 
     poll(all_called, patience_s)
     calls = link.take_calls(channel)
-    late = [rank for rank in range(1, link.world_size) if rank not in calls]
-    odd = next((rank for rank, (_, theirs) in sorted(calls.items()) if theirs != subject), None)
-    identity = uuid.uuid4().hex
-    answer = f"go {identity}"
-    if late:
-        answer = f"late {','.join(map(str, late))}"
-    elif odd is not None:
-        answer = f"other {odd} {calls[odd][1]}"
-    else:
-        link.inboxes[identity] = Inbox()
+    subjects = {rank: theirs for rank, (_, theirs) in calls.items()}
+    decision = decide(subjects, subject, world_size=link.world_size)
+    if decision.error is None:
+        link.inboxes[decision.identity] = Inbox()
     for rank, (nonce, _) in calls.items():
-        link.send(rank, Message("verdict", nonce, text=answer))
-    if late:
-        link.tell_late(late, channel, subject)
-        link.give_up(late)
-        raise rank_failed(late, "begin", f"no call within {knobs.ARRIVAL_DEADLINE_S:g} s")
-    if odd is not None:
-        raise ranks_disagree(odd, calls[odd][1], subject)
-    return identity
+        link.send(rank, Message("verdict", nonce, text=decision.answer))
+    if decision.late:
+        link.tell_late(decision.late, channel, subject)
+        link.give_up(decision.late)
+    if decision.error is not None:
+        raise decision.error
+    return decision.identity
 
 
-class MpiCoordinator:
+class MpiCoordinator(HeartbeatCoordinator):
     """See Coordinator."""
 
     def __init__(self, link: Link, identity: str) -> None:
-        self.rank = link.rank
-        self.world_size = link.world_size
+        super().__init__(link.rank, link.world_size)
         self._link = link
         self._identity = identity
         self._inbox = link.inboxes[identity]
         self._partners = [0] if self.rank else list(range(1, self.world_size))
-        self._progress = 0
         self._phases = itertools.count()
         self._phase = 0
         self._alone = False
-        self._stopped = threading.Event()
-        self._pulse = threading.Thread(target=self._keep_beating, daemon=True)
         self._pulse.start()
 
     def watch(self, work: Callable[[], None], *, phase: str) -> None:
         """See Coordinator.watch. Torch has no collectives here: without a process group there is
         nothing to wait for."""
         work()
-
-    def progress(self, amount: int) -> None:
-        """See Coordinator.progress."""
-        self._progress += 1
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
         """See Coordinator.gather."""
@@ -218,14 +183,14 @@ class MpiCoordinator:
                 message = Message("part", self._identity, self._phase, payload=payload)
                 self._link.send(0, message)
                 return None
-            parts = self._wait(phase, "part")
+            parts = self._receive(phase, "part")
             return [payload, *(parts[rank] for rank in self._partners)]
 
     def scatter(self, payloads: Sequence[bytes] | None, *, phase: str) -> bytes:
         """See Coordinator.scatter."""
         with mpi_errors(phase):
             if payloads is None:
-                return self._wait(phase, "answer")[0]
+                return self._receive(phase, "answer")[0]
             for rank in self._partners:
                 message = Message("answer", self._identity, self._phase, payload=payloads[rank])
                 self._link.send(rank, message, until_taken=True)
@@ -235,64 +200,44 @@ class MpiCoordinator:
         """Stop the pulse once the last messages are out, and forget the operation."""
         with suppress(Exception):
             # Nothing drives MPI once this has returned: what is still here would stay here.
-            self._link.flush(self._identity, _LAST_WORDS_S if self._alone else knobs.DEADLINE_S)
+            self._link.flush(self._identity, _LAST_WORDS_S if self._alone else current().deadline_s)
         self._stopped.set()
-        self._pulse.join(timeout=knobs.DEADLINE_S)
+        self._pulse.join(timeout=current().deadline_s)
         self._link.inboxes.pop(self._identity, None)
 
-    def _wait(self, phase: str, kind: str) -> dict[int, bytes]:
-        """Every partner's message of this phase; meanwhile look after those still to come."""
-        begun = time.monotonic()
-        pause, look_at = SHORTEST_WAIT_S, begun + self._interval()
+    def _receive(self, phase: str, kind: str) -> dict[int, bytes]:
+        """Every partner's message of this phase."""
         found: dict[int, bytes] = {}
-        missing = list(self._partners)
-        while True:
+
+        def missing() -> list[int]:
+            return [rank for rank in self._partners if rank not in found]
+
+        def all_came() -> bool:
             self._link.pump()
-            for rank in missing:
+            for rank in missing():
                 if (key := (kind, self._phase, rank)) in self._inbox.received:
                     found[rank] = self._inbox.received.pop(key)
-            missing = [rank for rank in missing if rank not in found]
-            if not missing:
-                return found
-            self._progress += 1  # waiting has its own deadline: it is no stall
-            if self._inbox.given_up:
-                ranks = list(map(int, self._inbox.given_up.split(",")))
-                self._give_up(ranks, phase, "rank 0 has given them up")
-            if time.monotonic() >= look_at:
-                self._look_after(missing, phase, begun)
-                look_at = time.monotonic() + self._interval()
-            time.sleep(pause)
-            pause = next_wait(pause)
+            return len(found) == len(self._partners)
 
-    def _look_after(self, ranks: list[int], phase: str, begun: float) -> None:
-        now = time.monotonic()
+        self._wait(phase, all_came, missing)
+        return found
+
+    def _signs(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
         heard, progress = self._inbox.heard, self._inbox.progress
-        silent = [r for r in ranks if now - max(begun, heard.get(r, begun)) > knobs.DEADLINE_S]
-        stalled = [
-            rank
-            for rank in ranks
-            if now - max(begun, progress.get(rank, (0, begun))[1]) > knobs.STALL_DEADLINE_S
-        ]
-        for failed, what in (
-            (silent, f"no sign of life for {knobs.DEADLINE_S:g} s: dead, stopped or cut off"),
-            (stalled, f"alive, but no progress for {knobs.STALL_DEADLINE_S:g} s"),
-        ):
-            if failed:
-                if not self.rank:
-                    told = Message("given-up", self._identity, text=",".join(map(str, failed)))
-                    _send(self._link, self._partners, told)
-                self._give_up(failed, phase, what)
+        return [(heard.get(rank, 0), progress.get(rank, 0)) for rank in ranks]
 
-    def _give_up(self, ranks: list[int], phase: str, what: str) -> None:
+    def _given_up(self) -> list[int]:
+        return [int(rank) for rank in self._inbox.given_up.split(",") if rank]
+
+    def _give_up(self, ranks: list[int]) -> None:
         self._alone = True
+        if not self.rank:
+            message = Message("given-up", self._identity, text=",".join(map(str, ranks)))
+            _send(self._link, self._partners, message)
         self._link.give_up([rank for rank in ranks if rank != self.rank])
-        raise rank_failed(ranks, phase, what)
 
-    def _interval(self) -> float:
-        return min(knobs.DEADLINE_S / 5, 1.0)
-
-    def _keep_beating(self) -> None:
-        while not self._stopped.wait(self._interval()):
-            with suppress(Exception):  # the working thread finds out by itself
+    def _beat_until_stopped(self) -> None:
+        while not self._stopped.wait(beat_interval_s()):
+            with suppress(Exception):  # a beat that fails must not end those after it
                 _send(self._link, self._partners, Message("beat", self._identity, self._progress))
                 self._link.pump()

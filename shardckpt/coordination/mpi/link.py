@@ -14,7 +14,6 @@ import atexit
 import importlib
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +21,10 @@ from typing import Any
 
 import msgspec
 
-from shardckpt import config
+from shardckpt.config import current
 from shardckpt.coordination.deadlines import poll
 from shardckpt.errors import CoordinationError, DependencyError, RankFailedError
+from shardckpt.logs import logger
 
 __all__ = ["Inbox", "Link", "Message", "link_of", "load_mpi", "mpi_errors"]
 
@@ -60,23 +60,23 @@ class Message(msgspec.Struct, array_like=True):
 
 @dataclass(slots=True)
 class Inbox:
-    """What has come for one operation: payloads by (kind, phase, rank), and signs of life."""
+    """What has come for one operation: payloads by (kind, phase, rank); by rank, how many messages
+    have come and the latest progress."""
 
     received: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
-    heard: dict[int, float] = field(default_factory=dict)
-    progress: dict[int, tuple[int, float]] = field(default_factory=dict)
+    heard: dict[int, int] = field(default_factory=dict)
+    progress: dict[int, int] = field(default_factory=dict)
     given_up: str = ""
 
     def take(self, source: int, message: Message) -> None:
         """Put a message where the waiting thread looks for it."""
-        now = time.monotonic()
-        self.heard[source] = now
+        self.heard[source] = self.heard.get(source, 0) + 1
         if message.kind == "given-up":
             self.given_up = message.text
         elif message.kind != "beat":
             self.received[message.kind, message.number, source] = message.payload
-        elif self.progress.get(source, (-1, now))[0] != message.number:
-            self.progress[source] = (message.number, now)
+        else:
+            self.progress[source] = message.number
 
 
 def load_mpi() -> Any:
@@ -131,11 +131,7 @@ def _leave() -> None:
     that would be never. So the job is aborted instead, which mpirun then reports."""
     if _lost and not (mpi := load_mpi()).Is_finalized():
         sys.stdout.flush()
-        print(
-            f"shardckpt: rank {', '.join(map(str, sorted(_lost)))} does not answer; MPI_Abort",
-            file=sys.stderr,
-            flush=True,
-        )
+        logger.error("rank %s does not answer; MPI_Abort", ", ".join(map(str, sorted(_lost))))
         mpi.COMM_WORLD.Abort(CoordinationError.exit_code)
 
 
@@ -181,7 +177,7 @@ class Link:
         """The communicator is being freed, on all its ranks; operations under way go on."""
         gone = self._raw in (None, self._mpi.COMM_NULL)  # MPICH tells of it when all use has ended
         if self._claims and self._request is not None and not gone:
-            poll(self.ready, knobs.DEADLINE_S)  # Open MPI crashes if it goes while duplicated
+            poll(self.ready, current().deadline_s)  # Open MPI crashes if it goes while duplicated
         with _lock:
             if self._raw != self._mpi.COMM_WORLD:
                 self._raw = None

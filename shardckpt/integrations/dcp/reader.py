@@ -22,7 +22,7 @@ from torch.futures import Future
 
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES, memory_view
-from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
 from shardckpt.loading.pipeline import open_manifest

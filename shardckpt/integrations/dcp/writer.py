@@ -34,13 +34,7 @@ from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import check_coverage, layout_order
 from shardckpt.plan.shard_layout import tensor_entries
 from shardckpt.saving.incremental import open_base
-from shardckpt.saving.pipeline import (
-    commit,
-    file_table,
-    new_id,
-    planned_parts,
-    replica_digests,
-)
+from shardckpt.saving.pipeline import commit, file_table, new_id, planned_parts, replica_digests
 from shardckpt.saving.rank_writer import ShardResult, write_rank
 from shardckpt.state.file_groups import MAIN
 from shardckpt.state.local_chunks import check_dense

@@ -1,0 +1,102 @@
+"""Signs of life between the ranks of an operation, whatever carries them.
+
+Every rank sends a number that grows while it lives, and its progress. A rank that waits for others
+looks at both: a rank that stops beating is silent, one that beats without progress is stalled.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from contextvars import copy_context
+from typing import NoReturn
+
+from shardckpt.config import current
+from shardckpt.coordination.deadlines import SHORTEST_WAIT_S, next_wait, rank_failed
+
+__all__ = ["HeartbeatCoordinator", "beat_interval_s"]
+
+
+def beat_interval_s() -> float:
+    """Seconds from one sign of life to the next."""
+    return min(current().deadline_s / 5, 1.0)
+
+
+class HeartbeatCoordinator(ABC):
+    """A Coordinator whose ranks watch each other; subclasses carry the messages."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._progress = 0
+        self._seen: dict[int, tuple[int, float, int, float]] = {}
+        self._stopped = threading.Event()
+        self._pulse = threading.Thread(
+            target=copy_context().run, args=(self._keep_beating,), daemon=True
+        )
+
+    def progress(self, amount: int) -> None:
+        """See Coordinator.progress."""
+        self._progress += 1
+
+    @abstractmethod
+    def _beat_until_stopped(self) -> None:
+        """Send signs of life until `_stopped` is set; runs in a thread of its own."""
+
+    @abstractmethod
+    def _signs(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
+        """The latest (beat, progress) of each rank; (0, 0) before the first."""
+
+    @abstractmethod
+    def _given_up(self) -> list[int]:
+        """The ranks that rank 0 has given up; asked on other ranks."""
+
+    @abstractmethod
+    def _give_up(self, ranks: list[int]) -> None:
+        """Note that ranks are lost. On rank 0, tell the others as well."""
+
+    def _keep_beating(self) -> None:
+        with suppress(Exception):  # the thread that waits finds out by itself
+            self._beat_until_stopped()
+
+    def _wait(
+        self, phase: str, ready: Callable[[], bool], missing: Callable[[], list[int]]
+    ) -> None:
+        """Wait until ready; meanwhile watch the ranks that are still missing.
+
+        Raises RankFailedError for missing ranks that are silent or stalled, or given up by rank 0.
+        """
+        begun, pause_s = time.monotonic(), SHORTEST_WAIT_S
+        look_at = begun + beat_interval_s()
+        while not ready():
+            self._progress += 1  # waiting has a deadline of its own: it does not count as a stall
+            if time.monotonic() >= look_at:
+                self._check(missing(), phase, begun)
+                look_at = time.monotonic() + beat_interval_s()
+            time.sleep(pause_s)
+            pause_s = next_wait(pause_s, ranks=self.world_size)
+
+    def _check(self, ranks: list[int], phase: str, begun: float) -> None:
+        if self.rank and (lost := self._given_up()):
+            self._fail(lost, phase, "rank 0 has given them up")
+        now, options = time.monotonic(), current()
+        silent, stalled = [], []
+        for rank, (beat, progress) in zip(ranks, self._signs(ranks), strict=True):
+            last, alive_at, amount, moved_at = self._seen.get(rank, (0, begun, 0, begun))
+            alive_at = max(begun, alive_at) if beat == last else now
+            moved_at = max(begun, moved_at) if progress == amount else now
+            self._seen[rank] = beat, alive_at, progress, moved_at
+            silent += [rank] if now - alive_at > options.deadline_s else []
+            stalled += [rank] if now - moved_at > options.stall_deadline_s else []
+        if silent:
+            what = f"no sign of life for {options.deadline_s:g} s: dead, stopped or cut off"
+            self._fail(silent, phase, what)
+        if stalled:
+            self._fail(stalled, phase, f"alive, but no progress for {options.stall_deadline_s:g} s")
+
+    def _fail(self, ranks: list[int], phase: str, what: str) -> NoReturn:
+        self._give_up(ranks)
+        raise rank_failed(ranks, phase, what)

@@ -1,0 +1,73 @@
+"""How ranks meet for one operation, whatever carries their messages.
+
+Every rank calls rank 0 with the subject of the operation. Rank 0 waits for all calls, decides, and
+answers each rank with one of these texts:
+
+    go ID             the operation that the rank takes part in
+    late RANKS        ranks that did not call in time
+    other RANK TEXT   a rank that calls with another subject, and that subject
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shardckpt.config import current
+from shardckpt.coordination.deadlines import rank_failed, ranks_disagree
+from shardckpt.errors import ShardckptError
+
+__all__ = ["Decision", "decide", "follow", "never_called", "too_late"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Rank 0's decision: the answer to every rank, and what rank 0 itself raises.
+
+    `identity` names the operation, which starts only if `error` is None. `late` ranks did not call.
+    """
+
+    answer: str
+    identity: str
+    late: list[int]
+    error: ShardckptError | None
+
+
+def decide(subjects: Mapping[int, str], subject: str, *, world_size: int) -> Decision:
+    """Decide on an operation from the subjects of the ranks that called rank 0 in time."""
+    identity = uuid.uuid4().hex
+    late = [rank for rank in range(1, world_size) if rank not in subjects]
+    if late:
+        return Decision(f"late {','.join(map(str, late))}", identity, late, never_called(late))
+    odd = next((rank for rank, theirs in sorted(subjects.items()) if theirs != subject), None)
+    if odd is not None:
+        error = ranks_disagree(odd, subjects[odd], subject)
+        return Decision(f"other {odd} {subjects[odd]}", identity, [], error)
+    return Decision(f"go {identity}", identity, [], None)
+
+
+def follow(answer: str, subject: str, *, rank: int) -> str:
+    """Return the id of the operation in rank 0's answer.
+
+    Raises:
+        RankFailedError: Some ranks did not call; `error.rank` names them.
+        RankMismatchError: A rank called with another subject.
+    """
+    verdict, _, text = answer.partition(" ")
+    if verdict == "late":
+        raise rank_failed(map(int, text.split(",")), "begin", "did not call in time")
+    if verdict == "other":
+        odd, _, theirs = text.partition(" ")
+        raise ranks_disagree(int(odd), theirs, subject if int(odd) != rank else None)
+    return text
+
+
+def never_called(ranks: list[int]) -> ShardckptError:
+    """The error for ranks that did not call before the deadline."""
+    return rank_failed(ranks, "begin", f"no call within {current().arrival_deadline_s:g} s")
+
+
+def too_late(rank: int) -> ShardckptError:
+    """The error on a rank that calls when the others have given it up."""
+    return rank_failed([rank], "begin", "this rank came too late: the others have given up")

@@ -1,0 +1,27 @@
+"""The logger of the package, and warnings that point at the user's own line.
+
+`logging.getLogger("shardckpt")` gets INFO for each save and load, WARNING for what is passed over,
+ERROR for a failure that no caller hears of. Without a logging configuration Python shows WARNING
+and above on stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+__all__ = ["logger", "warn"]
+
+logger = logging.getLogger("shardckpt")
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning that names the line which called into the package, whatever the depth."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

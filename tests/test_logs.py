@@ -1,0 +1,31 @@
+"""The logger, and warnings that point at the line of the caller."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+
+import shardckpt
+from shardckpt.logs import warn
+
+
+def test_a_warning_points_at_the_first_line_outside_the_package():
+    namespace = {"warn": warn}
+    deep = compile("def a():\n    b()\ndef b():\n    warn('deep')\n", shardckpt.__file__, "exec")
+    exec(deep, namespace)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        namespace["a"]()
+    assert caught[0].filename == __file__
+
+
+def test_the_package_logs_each_save_and_load_and_prints_nothing(tmp_path, caplog, capfd):
+    with caplog.at_level(logging.INFO, logger="shardckpt"):
+        shardckpt.save({"weight": torch.ones(3)}, tmp_path / "c")
+        shardckpt.load({"weight": torch.zeros(3)}, tmp_path / "c")
+    said = [record.getMessage() for record in caplog.records]
+    assert any("saved" in text and "c" in text for text in said)
+    assert any("loaded" in text for text in said)
+    assert capfd.readouterr() == ("", "")
