@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import shardckpt
+from shardckpt import errors
+from shardckpt.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -33,10 +35,9 @@ def test_a_dead_link_would_be_seen(tmp_path):
 
 def test_the_reference_holds_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text()
-    described = set(re.findall(r"^::: shardckpt\.(\w+)$", text, re.MULTILINE))
-    # the base of all errors stands with the others, in shardckpt.errors
-    assert set(shardckpt.__all__) - described == {"__version__", "ShardckptError"}
-    assert "::: shardckpt.errors" in text
+    described = set(re.findall(r"^::: shardckpt(?:\.\w+)*?\.(\w+)$", text, re.MULTILINE))
+    assert "::: shardckpt.errors" in (ROOT / "docs" / "errors.md").read_text()
+    assert set(shardckpt.__all__) - described == {"__version__", *errors.__all__}
 
 
 def modules_of_the_tree(page: str) -> list[str]:
@@ -93,3 +94,27 @@ def test_the_figures_for_users_are_those_of_the_scoreboard():
     assert len(mine) > 5
     for case, row in mine.items():
         assert row == {column: board[case][column] for column in row}, case
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "rescue", "reshard", "convert"])
+def test_the_command_line_page_has_every_option(command, capsys):
+    page = (ROOT / "docs" / "cli.md").read_text()
+    section = page.split(f"\n## {command}\n")[1].split("\n## ")[0]
+    described = re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    offered = set(re.findall(r"(--[a-z][a-z-]+)", capsys.readouterr().out)) - {"--help"}
+    assert sorted(described) == sorted(offered)
+
+
+def test_the_errors_page_has_the_whole_tree():
+    page = (ROOT / "docs" / "errors.md").read_text().split("```")[1]
+    assert set(re.findall(r"\w+Error(?= |$)", page, re.MULTILINE)) >= set(errors.__all__)
+
+
+def test_the_command_line_page_has_every_exit_code():
+    page = (ROOT / "docs" / "cli.md").read_text()
+    for name in errors.__all__:
+        error = getattr(errors, name)
+        if "exit_code" in vars(error) and name != "ShardckptError":
+            assert f"| {error.exit_code} | `{name}` |" in page
