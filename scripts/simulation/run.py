@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import resource
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,8 +17,10 @@ from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.plan.save_plan import RankWrites
 from shardckpt.plan.shard_layout import shard_name
-from shardckpt.saving.pipeline import replica_digests, run_save
+from shardckpt.saving.agreement import Target
+from shardckpt.saving.pipeline import run_save
 from shardckpt.saving.rank_writer import ShardFile, ShardResult
+from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.matching import Matcher
 from shardckpt.state.saved_tree import SavedState
 from simulation.ranks import Nowhere, Phase, Recorder
@@ -107,17 +109,21 @@ def simulate(world: World) -> Result:
     check(world, others.plans, middle)
     check(world, others.plans, world.ranks - 1)
     storage = Nowhere()
-    save = functools.partial(
-        run_save, path="nowhere", storage=storage, overwrite=True, check_replicas=False
-    )
+    target = Target("nowhere", storage, overwrite=True)
     for name in ("first save", "repeated save"):
         lead = Shares(0, world.ranks, others=others.payloads, watched=middle)
         lead.made_up = others
         as_rank(0, world.ranks)
-        save(lambda: first, coordinator=lead)
+        run_save(lambda: first, target, coordinator=lead, base=nullcontext(), check_replicas=False)
         follow = Recorder(middle, world.ranks, answers=lead.answered)
         own = plan_of(world, middle)
-        save(lambda plan=own: plan, coordinator=follow)
+        run_save(
+            lambda plan=own: plan,
+            target,
+            coordinator=follow,
+            base=nullcontext(),
+            check_replicas=False,
+        )
         others.known = msgspec.msgpack.decode(msgspec.msgpack.decode(lead.answered["plan"])[0])[1]
         result.saves[name] = {"rank 0": lead.phases, "ordinary rank": follow.phases}
     result.manifest_bytes = len(storage.kept)

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import torch
 
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.errors import DirectoryNotSharedError
 from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import from_bytes
