@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-import torch
 
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.loading.pipeline import open_manifest
+from shardckpt.loading.agreement import open_manifest
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.plan.save_plan import RankWrites
@@ -21,7 +20,7 @@ from shardckpt.saving.agreement import Target
 from shardckpt.saving.pipeline import run_save
 from shardckpt.saving.rank_writer import ShardFile, ShardResult
 from shardckpt.saving.replicas import replica_digests
-from shardckpt.state.matching import Matcher
+from shardckpt.state.matching import match_state
 from shardckpt.state.saved_tree import SavedState
 from simulation.ranks import Nowhere, Phase, Recorder
 from simulation.world import World, as_rank, check, loading_state, plan_of
@@ -143,13 +142,11 @@ def load(world: World, storage: Nowhere, result: Result) -> dict[str, float]:
     as_rank(ranks // 2, ranks)
     state = loading_state(ranks, shape=world.shape, tensors=world.tensors)
     since = time.process_time()
-    matcher = Matcher(state, SavedState(manifest), rank=ranks // 2, world_size=ranks, cast=False)
-    with torch.no_grad():
-        matcher.match(state)
-    matcher.settle()
-    assert matcher.strict_part().error("nowhere") is None
+    saved = SavedState(manifest)
+    matched = match_state(state, saved, rank=ranks // 2, world_size=ranks, cast=False)
+    assert matched.strict_mismatches.error("nowhere") is None
     seconds["match"] = time.process_time() - since
     since = time.process_time()
-    plan_reads(matcher.reads)
+    plan_reads(matched.reads)
     seconds["reads"] = time.process_time() - since
     return seconds

@@ -22,7 +22,7 @@ from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.coordination.store import StoreCoordinator
 from shardckpt.coordination.store_connection import Lines
 from shardckpt.errors import CoordinationError
-from shardckpt.loading.pipeline import same_checkpoint
+from shardckpt.loading.agreement import same_checkpoint
 from shardckpt.maintenance.rewritable import Source
 
 __all__ = ["say", "shared"]

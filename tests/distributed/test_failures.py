@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.loading import pipeline as load_driver
+from shardckpt.loading import agreement as load_agreement
+from shardckpt.loading import pipeline as load_pipeline
 from shardckpt.saving import agreement, commit
 from tests.ranks import run_ranks, start_ranks
 
@@ -96,7 +97,7 @@ def test_a_rank_fails_while_saving(tmp_path, phase, rank, fault):
 def load_with_fault(folder: str, phase: str, rank: int, fault: str) -> object:
     deadlines()
     if dist.get_rank() == rank:
-        plant((load_driver,), phase, fault)
+        plant((load_agreement, load_pipeline), phase, fault)
     try:
         shardckpt.load({"w": torch.zeros(10)}, f"{folder}/c")
     except ValueError as own:

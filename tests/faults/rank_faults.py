@@ -20,7 +20,8 @@ from torch import nn
 import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.convert.single_files import write_one
-from shardckpt.loading import pipeline as load_driver
+from shardckpt.loading import agreement as load_agreement
+from shardckpt.loading import pipeline as load_pipeline
 from shardckpt.nn_handler import saving
 from shardckpt.saving import agreement, commit
 from tests.ranks import start_ranks
@@ -100,7 +101,7 @@ def plant(case: Case) -> None:
         return
     modules: tuple[Any, ...] = (agreement, commit)
     if case.operation in ("load", "file", "handler"):
-        modules = (load_driver,) if case.operation == "load" else (saving,)
+        modules = (load_agreement, load_pipeline) if case.operation == "load" else (saving,)
     exchange = modules[0].exchange
 
     def faulty(coordinator, name, local, decide):  # type: ignore[no-untyped-def]
