@@ -28,7 +28,7 @@ from shardckpt.format.dtypes import memory_view
 from shardckpt.format.typed_json import Record, record_of
 from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.state.file_groups import frozen_entries
-from shardckpt.state.flatten import FlatState, PerRank
+from shardckpt.state.flatten import FlatState
 from shardckpt.state.local_chunks import LocalChunk, Shards
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
