@@ -59,11 +59,11 @@ def _match_wrapped(context: MatchContext, target: Wrapped, name: str) -> torch.T
     if mine != theirs:
         context.used.update(leaf for leaf in context.saved.leaves if under(leaf, name))
         differing = [key for key in mine if mine[key] != theirs.get(key)]
-        expected, actual = ({key: of.get(key) for key in differing} for of in (mine, theirs))
+        pair: Any = tuple({key: of.get(key) for key in differing} for of in (mine, theirs))
         noted = context.mismatches.wrong_dtype
         if differing == ["shape"]:
-            noted, expected, actual = context.mismatches.wrong_shape, mine["shape"], theirs["shape"]
-        noted.append((name, expected, actual))
+            noted, pair = context.mismatches.wrong_shape, (mine["shape"], theirs["shape"])
+        noted.append((name, *pair))
         return tensor
     inner = {
         key: match_tensor(context, value, below(name, key)) for key, value in target.parts.items()
