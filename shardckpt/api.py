@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import StateError
 from shardckpt.loading.pipeline import run_load
 from shardckpt.plan.device_map import DeviceMap
-from shardckpt.plan.local_plan import LocalPlan, local_plan
+from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.reports import LoadReport, SaveReport
 from shardckpt.saving import async_save as background
+from shardckpt.saving.agreement import Target
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.saving.pipeline import run_save
-from shardckpt.state.flatten import flatten
+from shardckpt.saving.incremental import open_base
+from shardckpt.saving.pipeline import plan_state, run_save
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage, checkpoint_path
@@ -31,11 +31,6 @@ def _base(base: Path | Checkpoint | None, storage: Storage | None) -> str | Chec
     if base is None or isinstance(base, Checkpoint):
         return base
     return checkpoint_path(base, storage, fixed=True)
-
-
-def _plan(state: Any, coordinator: Coordinator) -> LocalPlan:
-    flat = flatten(state, rank=coordinator.rank)
-    return local_plan(flat, world_size=coordinator.world_size)
 
 
 def save(
@@ -80,7 +75,7 @@ def save(
     Raises StateError for what can't be saved, StorageError where the file system refuses,
     CoordinationError for ranks that fail; each names path, rank and tensor.
     """
-    target = checkpoint_path(path, storage)
+    target, earlier = checkpoint_path(path, storage), _base(base, storage)
     if planner is not None:
         from shardckpt.integrations.dcp import save_with_planner
 
@@ -92,20 +87,18 @@ def save(
             process_group=process_group,
             comm=comm,
             check_replicas=check_replicas,
-            base=_base(base, storage),
+            base=earlier,
             verify_base=verify_base,
             storage=storage or LocalStorage(),
         )
+    storage = storage or LocalStorage()
     with operation(f"save {target}", process_group, comm=comm) as coordinator:
         return run_save(
-            lambda: _plan(state, coordinator),
-            target,
+            lambda: plan_state(state, coordinator),
+            Target(target, storage, overwrite),
             coordinator=coordinator,
-            storage=storage or LocalStorage(),
-            overwrite=overwrite,
+            base=open_base(earlier, storage, verify=verify_base),
             check_replicas=check_replicas,
-            base=_base(base, storage),
-            verify_base=verify_base,
         )
 
 
@@ -136,17 +129,16 @@ def async_save(
     target, earlier = checkpoint_path(path, storage, fixed=True), _base(base, storage)
     ranks = operation(f"async_save {path}", process_group, comm=comm, channel="async")
 
-    def save_staged(staged: Callable[[], LocalPlan]) -> SaveReport:
+    store = storage or LocalStorage()
+
+    def save_staged(staged_plan: Callable[[], LocalPlan]) -> SaveReport:
         with ranks as coordinator:
             return run_save(
-                staged,
-                target,
+                staged_plan,
+                Target(target, store, overwrite),
                 coordinator=coordinator,
-                storage=storage or LocalStorage(),
-                overwrite=overwrite,
+                base=open_base(earlier, store, verify=verify_base),
                 check_replicas=check_replicas,
-                base=earlier,
-                verify_base=verify_base,
                 staged=True,
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from shardckpt.maintenance.reshard import reshard
 from shardckpt.maintenance.verify import survey
 from shardckpt.reports import RescueReport
 from shardckpt.state.name_filters import without_tensors
-from shardckpt.storage.base import CheckpointFiles, Done
+from shardckpt.storage.base import CheckpointFiles
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.local_reader import LocalFiles
 from shardckpt.storage.paths import local_path
@@ -67,7 +67,7 @@ def rescue(
                 remedy="load another checkpoint",
             )
         reshard(
-            _Repaired(_MendedFiles(files, kept, flips), kept),
+            _RepairedSource(_RepairedFiles(files, kept, flips), kept),
             target,
             shards=max(len(kept.shards), 1),
             storage=storage,
@@ -129,9 +129,8 @@ def explain_manifest(error: CorruptionError, path: str, *, storage: LocalStorage
         error.remedy = "`shardckpt rescue` turns it back"
 
 
-class _MendedFiles:
-    """Files with another manifest, flipped bits turned back, and sizes as that manifest has them;
-    see CheckpointFiles."""
+class _RepairedFiles(CheckpointFiles):
+    """Files with another manifest, with the sizes in that, and with flipped bits turned back."""
 
     def __init__(
         self, files: CheckpointFiles, manifest: Manifest, flips: dict[str, list[tuple[int, int]]]
@@ -150,37 +149,14 @@ class _MendedFiles:
         """See CheckpointFiles.size_bytes."""
         return self._sizes[name]
 
-    def readinto(
-        self,
-        name: str,
-        buffers: Sequence[memoryview],
-        *,
-        offset: int,
-        done: Done = lambda buffer: None,
-        wait: bool = True,
-    ) -> None:
-        """See CheckpointFiles.readinto."""
-        self._files.readinto(name, buffers, offset=offset, wait=wait)
-        for buffer in buffers:
-            for byte, bit in self._flips.get(name, ()):
-                if offset <= byte < offset + len(buffer):
-                    buffer[byte - offset] ^= 1 << bit
-            offset += len(buffer)
-            done(buffer)
+    def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
+        """See CheckpointFiles.read."""
+        self._files.read(name, buffer, offset=offset)
+        for byte, bit in self._flips.get(name, ()):
+            if offset <= byte < offset + len(buffer):
+                buffer[byte - offset] ^= 1 << bit
 
-    def read_past_cache(
-        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
-    ) -> bool:
-        """See CheckpointFiles.read_past_cache: flipped bits would stay."""
-        return False
-
-    def map(self, name: str) -> memoryview:
-        """See CheckpointFiles.map."""
-        data = memoryview(bytearray(self._sizes[name]))
-        self.readinto(name, [data], offset=0)
-        return data
-
-    def duplicate(self) -> _MendedFiles:
+    def duplicate(self) -> _RepairedFiles:
         """See CheckpointFiles.duplicate."""
         other = copy.copy(self)
         other._files = self._files.duplicate()
@@ -192,7 +168,7 @@ class _MendedFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Repaired:
+class _RepairedSource:
     """The repaired files as reshard reads a checkpoint; see Source."""
 
     files: CheckpointFiles

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import msgspec
 
 from shardckpt.config import current
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import (
     CheckpointError,

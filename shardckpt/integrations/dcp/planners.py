@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -16,7 +15,8 @@ from shardckpt.plan.local_plan import LocalPlan, filled, local_plan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.state_merge import merge
 from shardckpt.state.flatten import flatten
-from shardckpt.state.matching import Matcher, Mismatches, check_untaken
+from shardckpt.state.matching import MatchedState, match_state
+from shardckpt.state.mismatches import Mismatches, check_untaken
 from shardckpt.state.saved_tree import SavedState
 
 __all__ = ["ReshardLoadPlanner", "ShardMetadata", "ShardSavePlanner", "ShardStorageMeta"]
@@ -110,7 +110,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
     For ShardReader. `allow_partial_load` loads what is there; `cast` converts dtypes.
     """
 
-    matcher: Matcher
+    matched: MatchedState
 
     def __init__(self, *, allow_partial_load: bool = False, cast: bool = False) -> None:
         super().__init__(allow_partial_load=allow_partial_load)
@@ -126,25 +126,24 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         if not isinstance(metadata, ShardMetadata) or metadata.saved is None:
             raise _needs(self, "ShardReader")
         self.original_state_dict = state_dict
-        initialised = dist.is_initialized()
-        self.matcher = Matcher(
-            state_dict,
-            metadata.saved,
-            rank=dist.get_rank() if initialised else 0,
-            world_size=dist.get_world_size() if initialised else 1,
-            cast=self.may_cast or metadata.cast,
-        )
+        self._saved = metadata.saved
+        self._cast = self.may_cast or metadata.cast
 
     def create_local_plan(self) -> LoadPlan:
         """Match the state against the saved one; the reads stay with this planner."""
-        with torch.no_grad():
-            self.finish_load = self.matcher.match(self.original_state_dict)
-        self.matcher.settle()
-        found = Mismatches() if self.allow_partial_load else self.matcher.strict_part()
-        error = found.error("")
-        if error is not None and not found.only_unexpected:
+        initialised = dist.is_initialized()
+        self.matched = match_state(
+            self.original_state_dict,
+            self._saved,
+            rank=dist.get_rank() if initialised else 0,
+            world_size=dist.get_world_size() if initialised else 1,
+            cast=self._cast,
+        )
+        refused = Mismatches() if self.allow_partial_load else self.matched.strict_mismatches
+        error = refused.error("")
+        if error is not None and not refused.only_unexpected:
             raise error
-        return LoadPlan([], planner_data=found.unexpected)
+        return LoadPlan([], planner_data=refused.unexpected)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """See that some rank takes whatever modules and optimizers should take."""

@@ -25,12 +25,12 @@ from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
-from shardckpt.loading.pipeline import open_manifest
+from shardckpt.loading.agreement import open_manifest
 from shardckpt.loading.shard_reader import read_all
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk, check_dense
-from shardckpt.state.matching import Mismatches
 from shardckpt.state.materialize import Builder
+from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.storage.local import LocalStorage, checkpoint_path
@@ -115,9 +115,8 @@ class ShardReader(StorageReader):
         assert self._opened is not None, "read_metadata comes first"
         files, manifest = self._opened
         if isinstance(planner, ReshardLoadPlanner):
-            read_all(files, manifest, plan_reads(planner.matcher.reads))
-            planner.matcher.mark_changed()
-            planner.finish_load()
+            read_all(files, manifest, plan_reads(planner.matched.reads))
+            planner.matched.place()
         else:
             self._read_items(plan, planner)
         self._close()

@@ -1,0 +1,170 @@
+"""One round of messages: every rank sends its part to rank 0, rank 0 decides and answers each.
+
+Each phase of a save or load is one exchange. An error on any rank raises an error on every rank,
+which names the rank that failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+
+from shardckpt import errors
+from shardckpt.coordination.base import Coordinator
+from shardckpt.errors import RankFailedError, ShardckptError
+
+__all__ = ["Attempt", "attempt", "exchange"]
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt(Generic[T]):
+    """The result of a stage on this rank: a value, or the error that an exchange reports."""
+
+    value: T | None = None
+    error: BaseException | None = None
+
+    def get(self) -> T:
+        """Return the value, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return cast("T", self.value)
+
+    def then(self, stage: Callable[..., U], *arguments: Any, **options: Any) -> Attempt[U]:
+        """Run the next stage with this value as its first argument; keep an earlier error."""
+        if self.error is not None:
+            return Attempt(error=self.error)
+        return attempt(stage, self.value, *arguments, **options)
+
+
+def attempt(stage: Callable[..., T], *arguments: Any, **options: Any) -> Attempt[T]:
+    """Run a stage and keep what it returns or raises, until an exchange tells the other ranks.
+
+    KeyboardInterrupt is kept too, so that the other ranks don't wait.
+    """
+    try:
+        return Attempt(stage(*arguments, **options))
+    except BaseException as error:
+        return Attempt(error=error)
+
+
+class _Failure(msgspec.Struct, array_like=True):
+    """An exception in words: what travels, since exceptions themselves may not pickle."""
+
+    kind: str
+    text: str
+    facts: dict[str, Any]
+    ranks: tuple[int, ...] = ()
+
+
+class _Record(msgspec.Struct, array_like=True):
+    payload: bytes
+    failure: _Failure | None = None
+
+
+_encode = msgspec.msgpack.Encoder(enc_hook=str).encode
+
+
+def exchange(
+    coordinator: Coordinator,
+    phase: str,
+    local: Callable[[], bytes],
+    decide: Callable[[list[bytes]], bytes | list[bytes]],
+) -> bytes:
+    """One phase, collective: `local` runs on every rank, `decide` on rank 0 with all results.
+
+    Returns what `decide` returned, or this rank's item if that is a list. Where `local`
+    raises, that rank raises the same exception, and every other one an error that names it:
+    of the same class if it is one of shardckpt's, else RankFailedError. What `decide` raises,
+    all ranks raise.
+    """
+    own: BaseException | None = None
+    try:
+        record = _Record(local())
+    except BaseException as error:  # KeyboardInterrupt too: the other ranks must not wait
+        own = error
+        record = _Record(b"", _describe(error))
+    records = coordinator.gather(_encode(record), phase=phase)
+    answers: list[bytes] | None = None
+    thrown: BaseException | None = None
+    if records is not None:
+        try:
+            answers = _answers(records, decide)
+        except BaseException as error:
+            thrown = error
+            answers = [_encode(_Record(b"", _describe(error)))] * len(records)
+    answer = msgspec.msgpack.decode(coordinator.scatter(answers, phase=phase), type=_Record)
+    if own is not None:
+        if isinstance(own, ShardckptError):
+            ranks = answer.failure.ranks if answer.failure else ()
+            own.rank = ranks or coordinator.rank if own.rank is None else own.rank
+            own.facts.setdefault("phase", phase)
+        raise own
+    if thrown is not None:
+        raise thrown
+    if answer.failure is not None:
+        raise _rebuild(answer.failure, phase)
+    return answer.payload
+
+
+def _answers(
+    records: list[bytes], decide: Callable[[list[bytes]], bytes | list[bytes]]
+) -> list[bytes]:
+    found = [msgspec.msgpack.decode(record, type=_Record) for record in records]
+    failed = {rank: record.failure for rank, record in enumerate(found) if record.failure}
+    if failed:
+        kind = next(iter(failed.values())).kind
+        alike = [rank for rank, failure in failed.items() if failure.kind == kind]
+        first = failed[alike[0]]
+        failure = _Failure(first.kind, first.text, first.facts, tuple(alike))
+        return [_encode(_Record(b"", failure))] * len(records)
+    answer = decide([record.payload for record in found])
+    if isinstance(answer, list):
+        return [_encode(_Record(payload)) for payload in answer]
+    return [_encode(_Record(answer))] * len(records)
+
+
+def _describe(error: BaseException) -> _Failure:
+    if not isinstance(error, ShardckptError):
+        kind = type(error)
+        try:
+            text = _encodable(str(error))
+        except Exception:
+            text = "(an exception that can't say what it is)"
+        return _Failure("", f"{kind.__module__}.{kind.__qualname__}: {text}"[:4000], {})
+    facts = {
+        name: getattr(error, name)
+        for name in ("path", "rank", "tensor", "expected", "actual", "remedy", "errno")
+        if getattr(error, name, None) is not None
+    }
+    facts = {name: _encodable(fact) for name, fact in {**facts, **error.facts}.items()}
+    return _Failure(type(error).__name__, _encodable(error.message), facts)
+
+
+def _encodable(fact: Any) -> Any:
+    """A text without surrogates, which stand for the bytes of a file name that is not UTF-8."""
+    return fact.encode(errors="backslashreplace").decode() if isinstance(fact, str) else fact
+
+
+def _rebuild(failure: _Failure, phase: str) -> ShardckptError:
+    """The error that a rank raises for what happened on another, or in rank 0's decision."""
+    facts = dict(failure.facts)
+    facts.setdefault("phase", phase)
+    if isinstance(facts.get("rank"), list):
+        facts["rank"] = tuple(facts["rank"])
+    if failure.kind in errors.__all__:
+        facts.setdefault("rank", failure.ranks or None)
+        kind: type[ShardckptError] = getattr(errors, failure.kind)
+        return kind(failure.text, **facts)
+    return RankFailedError(
+        "Another rank failed",
+        rank=failure.ranks or None,
+        actual=failure.text,
+        remedy="look at that rank's own error; nothing was committed",
+        **facts,
+    )
