@@ -82,7 +82,7 @@ class Mismatches:
             unexpected=tuple(self.unexpected) or None,
             wrong_shape=tuple(self.wrong_shape) or None,
             wrong_dtype=tuple(self.wrong_dtype) or None,
-            remedy="strict=False loads what agrees; dtype='cast' converts; rename= and keys= map "
+            remedy="strict=False loads what agrees; cast=True converts; rename= and keys= map "
             "and choose names",
         )
 
@@ -254,7 +254,7 @@ class Matcher:
         return True
 
     def may_convert(self, saved: torch.dtype, wanted: torch.dtype) -> bool:
-        """Whether dtype="cast" converts a saved dtype to a wanted one."""
+        """Whether cast=True converts a saved dtype to a wanted one."""
         opaque = saved in OPAQUE or wanted in OPAQUE
         return self.may_cast and not opaque and (wanted.is_complex or not saved.is_complex)
 

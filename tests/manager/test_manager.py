@@ -89,7 +89,7 @@ def test_a_loop_of_ones_own(tmp_path):
     assert manager.restore_best(target, "loss", "max").step == 4
     with pytest.raises(errors.CheckpointExistsError):
         manager.save(4, state())
-    manager.save(4, state(44), if_exists="replace")
+    manager.save(4, state(44), if_exists="overwrite")
     manager.save(4, state(45), if_exists="number")
     assert manager.restore_latest(target)
     assert target["step"] == 45
@@ -248,7 +248,7 @@ def test_a_failure_in_the_background_is_raised(tmp_path):
     manager = CheckpointManager(tmp_path, asynchronous=True)
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-1" / "file").write_text("in the way")
-    manager.save(1, state(1), if_exists="replace")
+    manager.save(1, state(1), if_exists="overwrite")
     with pytest.raises(errors.NotACheckpointError):
         manager.wait()
     manager.wait()
@@ -341,7 +341,7 @@ def test_a_checkpoint_with_files_of_the_user_is_not_removed(tmp_path):
         manager.save(2, state(2))
     assert manager.all_steps() == [1, 2]
     (tmp_path / "step-1" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    manager.save(2, state(3), if_exists="replace")
+    manager.save(2, state(3), if_exists="overwrite")
     assert sorted(os.listdir(tmp_path)) == ["step-2", "tokenizer.json"]
 
 
