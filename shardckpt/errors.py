@@ -88,8 +88,8 @@ class ShardckptError(Exception):
         >>> try:
         ...     shardckpt.load_state("no-such-folder")
         ... except shardckpt.ShardckptError as error:
-        ...     print(error.message)
-        No checkpoint at this path
+        ...     print(type(error).__name__)
+        CheckpointNotFoundError
     """
 
     exit_code: ClassVar[int] = 1

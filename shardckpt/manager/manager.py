@@ -46,6 +46,14 @@ class Restored:
         checkpoint: The checkpoint that was loaded.
         report: The report of the load.
         skipped: The paths of corrupted checkpoints that were tried before.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> manager = shardckpt.CheckpointManager("run")
+        >>> state = {"weight": torch.ones(3)}
+        >>> _ = manager.save(7, state)
+        >>> manager.restore_latest(state).step
+        7
     """
 
     checkpoint: SavedCheckpoint

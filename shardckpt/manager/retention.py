@@ -30,6 +30,12 @@ class SavedCheckpoint:
         step: The step that was passed to `save`.
         metrics: The metrics that were passed to `save`.
         saved_at: The time of the save by rank 0's clock, in seconds since 1970.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> manager = shardckpt.CheckpointManager("run")
+        >>> manager.save(7, {"weight": torch.ones(3)}, metrics={"loss": 0.5}).metrics["loss"]
+        0.5
     """
 
     path: str

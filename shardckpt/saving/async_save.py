@@ -40,10 +40,15 @@ Save = Callable[[Callable[[], LocalPlan]], SaveReport]
 class SaveHandle:
     """A save in the background, as `async_save` returns it.
 
+    Args:
+        path: The checkpoint.
+        staging: The end of the staging.
+        saving: The end of the save, with its report.
+
     Example:
-        >>> import shardckpt, torch, tempfile
+        >>> import shardckpt, torch
         >>> state = {"weight": torch.ones(3)}
-        >>> handle = shardckpt.async_save(state, f"{tempfile.mkdtemp()}/step-1")
+        >>> handle = shardckpt.async_save(state, "run/step-1")
         >>> handle.wait_staged()
         >>> state["weight"] += 1  # the state may change now
         >>> handle.result().world_size
