@@ -196,7 +196,7 @@ class VerifyReport:
                 "\n".join([f"{len(texts)} shards are corrupted", *texts]),
                 path=self.path,
                 tensor=", ".join(self.corrupted) or None,
-                remedy="load another checkpoint, or keep the intact tensors with `shardckpt rescue`",
+                remedy="load another checkpoint, or rescue the intact tensors: `shardckpt rescue`",
                 shards=tuple(f"{error.path}: {error.message}" for error in self.errors),
             )
 

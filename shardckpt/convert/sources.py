@@ -43,7 +43,7 @@ __all__ = [
 class Origin:
     """What a source is: its `format`, the library that wrote it, if known, and what is not taken.
 
-    `left_out`: entry or file -> why it is left out. `changed`: entry -> the form in which it is taken.
+    `left_out`: entry or file -> why it is not converted. `changed`: entry -> its new form.
     `files`: the files that were read, if it is a folder with others. `companions`: files of that
     folder that a folder in Hugging Face's layout should have too.
     """

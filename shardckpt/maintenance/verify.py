@@ -81,7 +81,7 @@ class ShardDamage:
             tensor=", ".join(self.tensors(manifest)) or None,
             expected=self.expected,
             actual=self.actual,
-            remedy="load another checkpoint, or keep the intact tensors with `shardckpt rescue`",
+            remedy="load another checkpoint, or rescue the intact tensors: `shardckpt rescue`",
         )
 
 

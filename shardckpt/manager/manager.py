@@ -419,7 +419,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         def listed(payloads: list[bytes]) -> bytes:
             complete, corrupted = self._scan()
             for path, message in corrupted:
-                warn(f"skipped the corrupted checkpoint {path}: {message}")
+                warn(f"{path} is corrupted and was skipped: {message}")
             facts = [
                 [os.fsencode(c.path), c.step, dict(c.metrics), c.saved_at] for c in order(complete)
             ]
@@ -437,7 +437,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 loaded = load(path)
             except BROKEN as error:
                 if rank == 0:
-                    warn(f"skipped the corrupted checkpoint {path}: {error.message}")
+                    warn(f"{path} is corrupted and was skipped: {error.message}")
                 skipped.append(path)
                 last = error
                 continue
@@ -471,7 +471,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             self._backend.remove(checkpoint.path)
         except StorageError as error:
             # The save has succeeded, and the next one tries again.
-            warn(f"can't remove the checkpoint {checkpoint.path}: {error.message}")
+            warn(f"{checkpoint.path} can't be removed: {error.message}")
 
     def _to_prune(self, coordinator: Coordinator) -> list[SavedCheckpoint]:
         saved = [
@@ -511,7 +511,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 )
                 self._verified[key] = True
             except BROKEN as error:
-                warn(f"did not count the corrupted checkpoint {checkpoint.path}: {error.message}")
+                warn(f"{checkpoint.path} is corrupted and does not count: {error.message}")
                 self._verified[key] = False
         return self._verified[key]
 

@@ -36,7 +36,7 @@ def save_with_planner(
     verify_base: bool,
     storage: Storage,
 ) -> SaveReport:
-    """Save a state with a DCP SavePlanner. Collective over DCP's collectives; see shardckpt.save."""
+    """Save a state with a DCP SavePlanner. Collective; see shardckpt.save."""
     group_for_dcp(path, comm=comm)
     alone = process_group is None and (is_alone() or not dist.is_initialized())
     if alone:

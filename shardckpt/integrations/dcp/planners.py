@@ -179,7 +179,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         return LoadPlan([], planner_data=mismatches.unexpected)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """See LoadPlanner.create_global_plan. Checks that modules and optimizers load all entries."""
+        """See LoadPlanner.create_global_plan. Checks that every entry of a module is loaded."""
         check_untaken([plan.planner_data for plan in global_plan], "")
         return global_plan
 

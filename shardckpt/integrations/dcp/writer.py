@@ -234,7 +234,7 @@ class ShardWriter(StorageWriter):
         self._transaction = None
 
     def abandon(self) -> None:
-        """Remove the files of a failed save. Without this call they go when the writer is deleted."""
+        """Remove the files of a failed save, which otherwise remain until the writer is deleted."""
         transaction, self._transaction = self._transaction, None
         if transaction is not None:
             transaction.abandon()
