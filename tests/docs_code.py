@@ -30,9 +30,7 @@ def blocks(page: str) -> list[Block]:
         title = re.search(r'title="([^"]+)"', options)
         lines = [line.removeprefix(indent) for line in code.splitlines()]
         number = page.count("\n", 0, match.start()) + 1
-        found.append(
-            Block(language, title[1] if title else None, "\n".join(lines) + "\n", number)
-        )
+        found.append(Block(language, title[1] if title else None, "\n".join(lines) + "\n", number))
     return found
 
 

@@ -265,7 +265,7 @@ def test_a_module_must_take_all_that_was_saved(tmp_path):
 def test_cast_on_request(tmp_path):
     shardckpt.save({"a": torch.tensor([1.5, 2.5])}, tmp_path / "c")
     state = {"a": torch.zeros(2, dtype=torch.bfloat16)}
-    report = shardckpt.load(state, tmp_path / "c", dtype="cast")
+    report = shardckpt.load(state, tmp_path / "c", cast=True)
     assert state["a"].tolist() == [1.5, 2.5]
     assert report.cast == (("a", "torch.float32", "torch.bfloat16"),)
 
@@ -393,7 +393,7 @@ def test_async_save_takes_the_state_as_it_was(tmp_path):
     model = a_model()
     before = model[0].weight.detach().clone()
     handle = shardckpt.async_save({"m": model}, tmp_path / "c")
-    handle.staged(5)
+    handle.wait_staged(5)
     with torch.no_grad():
         model[0].weight.zero_()
     report = handle.result(30)

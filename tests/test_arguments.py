@@ -102,7 +102,7 @@ def test_a_manager_s_choices(tmp_path):
         manager.save(1, {"a": 1}, if_exists="ignore")
     with pytest.raises(errors.StateError, match="mode"):
         manager.restore_best({"a": 1}, "loss", "best")
-    files = CheckpointManager(tmp_path, name="{step}.pth", format=OneFile(), asynchronous=True)
+    files = CheckpointManager(tmp_path, name="{step}.pth", backend=OneFile(), asynchronous=True)
     with pytest.raises(errors.StateError, match="background"):
         files.save(1, {"a": 1, "ranks": shardckpt.PerRank(0)})
     assert list(tmp_path.iterdir()) == []

@@ -93,7 +93,7 @@ def convert(
 
     Example:
         >>> report = convert("last.ckpt", "step-100")  # doctest: +SKIP
-        >>> report.left  # doctest: +SKIP
+        >>> report.left_out  # doctest: +SKIP
         {'hyper_parameters.loss': 'holds an object of my_project.Loss'}
     """
     target = local_path(target)
@@ -225,7 +225,7 @@ def _report(source: Source, target: str, kind: Format) -> ConvertReport:
         files=origin.files,
         copied=copied,
         changed=changed,
-        left={name: why for name, why in origin.left.items() if name not in copied},
+        left_out={name: why for name, why in origin.left_out.items() if name not in copied},
     )
 
 

@@ -128,7 +128,7 @@ class DcpCheckpoint:
         origin = Origin(
             format="DCP",
             writer=self._writer(state),
-            left={**left_beside(self.path, files), **objects.left},
+            left_out={**left_beside(self.path, files), **objects.left_out},
             changed=objects.changed,
             files=tuple(sorted(files)),
         )
@@ -138,7 +138,7 @@ class DcpCheckpoint:
         """Its nested state and, by the id of each tensor in it, how that is read; see foreign."""
         entries: dict[str, Any] = {}
         reads: dict[int, ReadBox] = {}
-        objects.left.update(self._read_metadata.unknown)
+        objects.left_out.update(self._read_metadata.unknown)
         for name in self._metadata.state_dict_metadata:
             if name in self.tensors:  # a tensor without memory stands for it
                 dtype = self._entry(name).properties.dtype
@@ -147,7 +147,7 @@ class DcpCheckpoint:
             else:
                 found = objects.plain(self._value(name, objects), name)
                 if isinstance(found, StandIn):
-                    objects.left[name] = why(found)
+                    objects.left_out[name] = why(found)
                 else:
                     entries[name] = found
         paths = self._metadata.planner_data
@@ -164,12 +164,12 @@ class DcpCheckpoint:
             try:
                 found = read_objects(path, objects)
             except CheckpointError as error:
-                objects.left[name] = f"{error.message} ({error.actual})"
+                objects.left_out[name] = f"{error.message} ({error.actual})"
                 continue
             read.add(name)
             for key, value in found.items():
                 if key in state:
-                    objects.left[f"{name}: {key}"] = "the data files hold an entry of this name"
+                    objects.left_out[f"{name}: {key}"] = "the data files hold an entry of this name"
                 else:
                     state[key] = value
         return read
@@ -310,7 +310,7 @@ def open_fsdp(path: str) -> Foreign:
     origin = Origin(
         format="DCP directories of FSDP",
         writer=writer_of(path),
-        left={**left_beside(path, parts), **objects.left},
+        left_out={**left_beside(path, parts), **objects.left_out},
         changed=objects.changed,
         files=tuple(parts),
     )

@@ -109,7 +109,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
         origin = Origin(
             format="Hugging Face's layout",
             writer=writer_of(path),
-            left=left_beside(path, {*names, weights}),
+            left_out=left_beside(path, {*names, weights}),
             files=tuple(sorted({*names, weights})),
             companions=companions(path),
         )

@@ -43,14 +43,14 @@ __all__ = [
 class Origin:
     """What a source is: its `format`, the library that wrote it, if known, and what is not taken.
 
-    `left`: entry or file -> why it is left out. `changed`: entry -> the form in which it is taken.
+    `left_out`: entry or file -> why it is not converted. `changed`: entry -> its new form.
     `files`: the files that were read, if it is a folder with others. `companions`: files of that
     folder that a folder in Hugging Face's layout should have too.
     """
 
     format: str
     writer: str | None = None
-    left: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     changed: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
@@ -208,7 +208,7 @@ def origin_of(source: Source) -> Origin:
         return source.origin
     used = {MANIFEST_NAME, *(shard.name for shard in source.manifest.shards)}
     left = left_beside(source.path, used) if os.path.isdir(source.path) else {}
-    return Origin(format="shardckpt", writer=source.manifest.library, left=left)
+    return Origin(format="shardckpt", writer=source.manifest.library, left_out=left)
 
 
 def plain_tree(manifest: Manifest, node: Any) -> Any:

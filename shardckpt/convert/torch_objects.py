@@ -66,12 +66,12 @@ class StandIn:
 class ObjectsLoader:
     """Loads a torch file, or one entry of DCP, with stand-ins; `plain` is what can be taken of it.
 
-    `left` is then the entries that could not be taken, and why; `changed` those that were taken
+    `left_out` is then the entries that could not be taken, and why; `changed` those that were taken
     in another form. Not for several threads.
     """
 
     def __init__(self) -> None:
-        self.left: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self.changed: dict[str, str] = {}
         self._stand_ins: dict[str, type[Any]] = {}
         self._numbers = itertools.count()
@@ -172,7 +172,7 @@ class ObjectsLoader:
             if lost is None:
                 kept[key] = found
             else:
-                self.left[inner] = why(lost)
+                self.left_out[inner] = why(lost)
         return kept
 
     def _taken(self, made: StandIn, name: str) -> Any:

@@ -38,7 +38,7 @@ def open_torch_file(path: str, *, check: bool) -> Foreign:
     origin = Origin(
         format="a torch file",
         writer=f"Lightning {version}" if version else None,
-        left=objects.left,
+        left_out=objects.left_out,
         changed=objects.changed,
     )
     size = os.path.getsize(path)
@@ -119,7 +119,7 @@ def open_torch_folder(path: str, weights: str, *, check: bool) -> Foreign:
     origin = Origin(
         format="Hugging Face's layout, torch files",
         writer=writer_of(path),
-        left={**left_beside(path, used), **objects.left},
+        left_out={**left_beside(path, used), **objects.left_out},
         changed=objects.changed,
         files=tuple(sorted(used)),
         companions=companions(path),

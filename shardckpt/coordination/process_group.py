@@ -41,17 +41,26 @@ class _Place(msgspec.Struct, array_like=True):
 def init_from_mpi(
     backend: str | None = None, *, comm: Any = None, timeout_s: float = 1800.0
 ) -> None:
-    """Start torch.distributed's default group from MPI's ranks; collective over them.
+    """Start the default process group of torch.distributed from the ranks of MPI. Collective.
 
-    For FSDP2 and DDP scripts under mpirun: call it in place of init_process_group. Ranks are
-    those of `comm`, by default MPI.COMM_WORLD; under srun without MPI they come from SLURM's
-    variables. Rank 0 opens torch's store on a free port and tells the others by MPI.
-    `backend` is by default gloo, with nccl for CUDA where there is a GPU; `timeout_s` is that
-    of the group's collectives. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
-    set as torchrun sets them. The group is destroyed when the process ends, if it still is there.
-    No-op if there is a default group already.
+    For FSDP2 and DDP scripts under mpirun: call it in place of init_process_group. Under srun
+    without MPI the ranks come from SLURM's variables. Rank 0 opens the store of torch.distributed
+    on a free port and announces it by MPI. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT are set as torchrun sets them. The group is destroyed when the process ends. If
+    there is a default group already, nothing happens.
 
-    Raises CoordinationError outside mpirun and srun, or if a rank fails or can't connect.
+    Args:
+        backend: The backend of the group: by default gloo, with nccl for CUDA if there is a GPU.
+        comm: The ranks, as an mpi4py communicator; by default MPI.COMM_WORLD.
+        timeout_s: Seconds until a collective of the group fails.
+
+    Raises:
+        CoordinationError: Neither mpirun nor srun started this process, a rank failed, or a rank
+            can't connect.
+
+    Example:
+        >>> import shardckpt
+        >>> shardckpt.init_from_mpi()  # doctest: +SKIP
     """
     if dist.is_initialized():
         return

@@ -26,16 +26,16 @@ _alone_here: ContextVar[bool] = ContextVar("shardckpt.alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside the with block this process saves, loads and removes checkpoints by itself.
+    """Make save, load and CheckpointManager use only this process inside a with block.
 
-    For a rank that has a checkpoint of its own, at a path that no other rank uses, and for
-    processes that a launcher started but that have nothing to do with each other. A call with
-    `process_group=` or `comm=` still means the ranks of that. Not collective.
+    Use it if one rank saves a checkpoint under a path that no other rank uses, and if a launcher
+    starts processes that do not work together. Calls with `process_group=` or `comm=` still use
+    those ranks. Not collective.
 
     Example:
-        >>> import shardckpt, tempfile
+        >>> import shardckpt
         >>> with shardckpt.alone():
-        ...     report = shardckpt.save({"step": 7}, f"{tempfile.mkdtemp()}/rank-0")
+        ...     report = shardckpt.save({"step": 7}, "run/rank-0")
         >>> report.world_size
         1
     """

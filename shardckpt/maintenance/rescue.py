@@ -1,4 +1,4 @@
-"""Write a new checkpoint of everything in a damaged one that still verifies."""
+"""Write a new checkpoint with the intact tensors of a corrupted one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardckpt.loading.shard_reader import read_box
 from shardckpt.maintenance.bit_flips import repair_manifest
 from shardckpt.maintenance.rebuild_manifest import rebuild_manifest
 from shardckpt.maintenance.reshard import reshard
-from shardckpt.maintenance.verify import survey
+from shardckpt.maintenance.verify import find_damage
 from shardckpt.reports import RescueReport
 from shardckpt.state.name_filters import without_tensors
 from shardckpt.storage.base import CheckpointFiles
@@ -32,37 +32,32 @@ def rescue(
     *,
     storage: LocalStorage,
     overwrite: bool = False,
-    progress: Callable[[int], None] = lambda done_bytes: None,
+    progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> RescueReport:
-    """Write what can be saved of the checkpoint at `source` to `target`; one process.
+    """Write the intact tensors and the values of `source` to `target`. See `shardckpt.rescue`.
 
-    Tensors whose blocks all verify are kept, and so are all values; what referred to a lost tensor
-    goes (in a list or tuple None takes its place). A flipped bit is turned back where the digest
-    tells which one it was. Where the manifest is lost, one is made from the shards' headers:
-    tensors are named, shaped and nested as the headers tell, values are lost, and nothing is
-    verified. The new checkpoint's notes say so. `progress` is called with the bytes written.
-
-    Raises CorruptionError if nothing can be saved.
+    Not collective. `progress` is called with the bytes written so far. Raises CorruptionError if
+    nothing can be saved.
     """
     source, target = local_path(source), local_path(target)
     files = storage.open(source)
     try:
-        manifest, lost, mended, rebuilt = _manifest(files)
+        manifest, lost, repaired, rebuilt = _manifest(files)
         flips: dict[str, list[tuple[int, int]]] = {}
-        for damage in survey(files, manifest):
+        for damage in find_damage(files, manifest):
             name = manifest.shards[damage.shard].name
             if damage.flips:
                 flips[name] = list(damage.flips)
-                mended += [f"{name}: {damage.actual}"]
+                repaired += [f"{name}: {damage.actual}"]
             elif damage.blocks:
-                why = f"{name}: {damage.what.lower()} ({damage.actual})"
-                lost.update(dict.fromkeys(damage.hurt(manifest), why))
-        kept = _without(manifest, lost, mended, rebuilt=rebuilt)
+                why = f"{name}: {damage.message.lower()} ({damage.actual})"
+                lost.update(dict.fromkeys(damage.tensors(manifest), why))
+        kept = _without(manifest, lost, repaired, rebuilt=rebuilt)
         if rebuilt and not kept.tensors:
             raise CorruptionError(
                 "Nothing in this checkpoint can be saved",
                 path=source,
-                expected="a tensor that still verifies",
+                expected="at least one intact tensor",
                 actual="; ".join(f"{name}: {why}" for name, why in lost.items())[:500] or "none",
                 remedy="load another checkpoint",
             )
@@ -77,19 +72,19 @@ def rescue(
     finally:
         files.close()
     return RescueReport(
-        path=target, saved=tuple(kept.tensors), lost=lost, mended=tuple(mended), rebuilt=rebuilt
+        path=target, saved=tuple(kept.tensors), lost=lost, repaired=tuple(repaired), rebuilt=rebuilt
     )
 
 
 def _manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str], list[str], bool]:
-    """The manifest, what is lost already, what was mended, and whether it had to be rebuilt."""
+    """The manifest, the lost tensors, the repaired bits, and whether it was rebuilt."""
     try:
         data = files.manifest()
-        found = repair_manifest(data)
-        if found is not None:
-            data, byte, bit = found
-            told = [f"manifest.json: bit {bit} of byte {byte} flipped"]
-            return from_bytes(data, path=files.path), {}, told, False
+        repair = repair_manifest(data)
+        if repair is not None:
+            data, byte, bit = repair
+            repaired = [f"manifest.json: bit {bit} of byte {byte} flipped"]
+            return from_bytes(data, path=files.path), {}, repaired, False
         return from_bytes(data, path=files.path), {}, [], False
     except (NotACheckpointError, CorruptionError):
         manifest, lost = rebuild_manifest(files)
@@ -97,36 +92,36 @@ def _manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str], list[str], b
 
 
 def _without(
-    manifest: Manifest, lost: dict[str, str], mended: list[str], *, rebuilt: bool
+    manifest: Manifest, lost: dict[str, str], repaired: list[str], *, rebuilt: bool
 ) -> Manifest:
     gone = lost.keys() & manifest.tensors.keys()
     notes = {
-        "rescued": "the manifest was rebuilt from the shards' headers: values are lost, and what "
-        "was kept could not be verified"
+        "rescued": "The manifest was rebuilt from the headers of the shards. All values are lost, "
+        "and no tensor could be verified."
         if rebuilt
-        else "what still verified was kept",
+        else "The intact tensors were saved.",
         "rescued: lost": "\n".join(f"{name}: {why}" for name, why in lost.items()),
-        "rescued: mended": "\n".join(mended),
+        "rescued: repaired": "\n".join(repaired),
     }
     return replace(
         manifest,
         tensors={name: entry for name, entry in manifest.tensors.items() if name not in gone},
         state=without_tensors(manifest.state, gone),
-        per_rank=tuple(without_tensors(own, gone) for own in manifest.per_rank),
+        per_rank=tuple(without_tensors(values, gone) for values in manifest.per_rank),
         notes={**manifest.notes, **{name: text for name, text in notes.items() if text}},
     )
 
 
 def explain_manifest(error: CorruptionError, path: str, *, storage: LocalStorage) -> None:
-    """Say in an error about a manifest that a single bit was flipped, if that is what is wrong."""
+    """Add the flipped bit to an error about a corrupted manifest, if a single bit was flipped."""
     files = storage.open(path)
     try:
-        found = repair_manifest(files.manifest())
+        repair = repair_manifest(files.manifest())
     finally:
         files.close()
-    if found is not None:
-        error.actual = f"bit {found[2]} of byte {found[1]} flipped"
-        error.remedy = "`shardckpt rescue` turns it back"
+    if repair is not None:
+        error.actual = f"bit {repair[2]} of byte {repair[1]} flipped"
+        error.remedy = "repair it with `shardckpt rescue`"
 
 
 class _RepairedFiles(CheckpointFiles):

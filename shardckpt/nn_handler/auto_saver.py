@@ -106,7 +106,7 @@ class AutoSaver:
             check_config(handler, self.plan.name)  # else the first save would tell, too late
         resumed = False
         if self.options["resume"] and handler.step == 0 and handler.epoch == 0:
-            every = CheckpointManager(self.folder, label=None, format=self._format())
+            every = CheckpointManager(self.folder, label=None, backend=self._format())
             found = every.first_that_loads(handler.restore, _newest_first)
             resumed = found is not None
         if handler.run_id is None:
@@ -120,11 +120,11 @@ class AutoSaver:
             keep=self.plan.policies(),
             asynchronous=bool(self.options["asynchronous"]),
             label=self._label(handler),
-            format=self._format(),
+            backend=self._format(),
         )
         if self.options["save_last"]:
             label = f"{self.label} last {handler.run_id}"
-            self._last = CheckpointManager(self.folder, label=label, format=self._format())
+            self._last = CheckpointManager(self.folder, label=label, backend=self._format())
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return resumed
 
@@ -170,7 +170,7 @@ class AutoSaver:
                 state_on_all(handler),
                 metrics=results,
                 name="last" + self._suffix,
-                if_exists="replace",
+                if_exists="overwrite",
             )
 
     def save(
@@ -183,7 +183,7 @@ class AutoSaver:
             state_on_all(handler),
             metrics=metrics,
             name=name,
-            if_exists="replace" if self.plan.overwrite else "number",
+            if_exists="overwrite" if self.plan.overwrite else "number",
         )
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return saved
@@ -199,17 +199,17 @@ class AutoSaver:
             manager = CheckpointManager(
                 self.folder,
                 label=self._label(handler),
-                format=self._format(),
+                backend=self._format(),
                 process_group=process_group,
             )
             # the module itself: of DDP's buffers only rank 0's would count
             state = {**state_on_all(handler, process_group), "model": handler.module}
             manager.save(handler.step, state, name=name, if_exists="number")
 
-    def staged(self) -> None:
+    def wait_staged(self) -> None:
         """Wait until what is being saved in the background may change."""
         if self._manager is not None:
-            self._manager.staged()
+            self._manager.wait_staged()
 
     def close(self) -> None:
         """Wait for a save in the background; collective."""

@@ -246,7 +246,7 @@ class Trainer:
             clip_gradients(handler.model, clip)
         handler.rate = float(handler.optimizer.param_groups[0]["lr"])
         if handler.auto_saver is not None:
-            handler.auto_saver.staged()
+            handler.auto_saver.wait_staged()
         self.at = "update"
         skipped = False
         if scaler is None:

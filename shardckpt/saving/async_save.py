@@ -38,7 +38,22 @@ Save = Callable[[Callable[[], LocalPlan]], SaveReport]
 
 
 class SaveHandle:
-    """A save under way: what async_save returns."""
+    """A save in the background, as `async_save` returns it.
+
+    Args:
+        path: The checkpoint.
+        staging: The end of the staging.
+        saving: The end of the save, with its report.
+
+    Example:
+        >>> import shardckpt, torch
+        >>> state = {"weight": torch.ones(3)}
+        >>> handle = shardckpt.async_save(state, "run/step-1")
+        >>> handle.wait_staged()
+        >>> state["weight"] += 1  # the state may change now
+        >>> handle.result().world_size
+        1
+    """
 
     def __init__(self, path: str, staging: Future[None], saving: Future[SaveReport]) -> None:
         self.path = path
@@ -46,26 +61,44 @@ class SaveHandle:
         self._saving = saving
         self._told = False
 
-    def staged(self, timeout_s: float | None = None) -> None:
-        """Return once the state may change again, whatever came of the staging.
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Wait until the state is staged: from then on it may change. Not collective.
 
-        TimeoutError past `timeout_s` seconds; the save goes on.
+        An error of the staging is not raised here, but by `result`.
+
+        Args:
+            timeout: Seconds to wait; None waits without a limit.
+
+        Raises:
+            TimeoutError: The state is not staged in time. The save continues.
         """
-        if not wait([self._staging], timeout_s).done:
-            raise TimeoutError(f"the state for {self.path} is not staged after {timeout_s} s")
+        if not wait([self._staging], timeout).done:
+            raise TimeoutError(f"the state for {self.path} is not staged after {timeout} s")
 
-    def result(self, timeout_s: float | None = None) -> SaveReport:
-        """Wait for the save and return its report, or raise what it raised.
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Wait for the save. Not collective.
 
-        TimeoutError past `timeout_s` seconds; the save goes on.
+        Args:
+            timeout: Seconds to wait; None waits without a limit.
+
+        Returns:
+            The report of the save.
+
+        Raises:
+            TimeoutError: The save has not ended in time. It continues.
+            ShardckptError: The error with which the save failed; see `save`.
         """
-        if not wait([self._saving], timeout_s).done:
-            raise TimeoutError(f"the save to {self.path} is not done after {timeout_s} s")
+        if not wait([self._saving], timeout).done:
+            raise TimeoutError(f"the save to {self.path} is not done after {timeout} s")
         self._told = True
         return self._saving.result()
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Ask, without waiting, whether the save has ended.
+
+        Returns:
+            True if it has succeeded or failed, False while it runs. Not collective.
+        """
         return self._saving.done()
 
     def _take_untold_error(self) -> BaseException | None:
@@ -145,7 +178,7 @@ class _Job:
                 tensor=changed,
                 expected="no change between async_save and the end of its staging",
                 actual="a change in place, by something else than the step of a torch optimizer",
-                remedy="call handle.staged() before changing it",
+                remedy="call handle.wait_staged() before changing it",
             )
 
     def save(self, staging: Future[None], images: ImagePool) -> SaveReport:

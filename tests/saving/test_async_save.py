@@ -159,7 +159,7 @@ def test_a_change_before_staging_is_an_error_that_names_the_tensor(tmp_path, slo
         model[0].weight.mul_(2)
     with pytest.raises(errors.StateError, match=r"m\.0\.weight") as error:
         handle.result(30)
-    assert "staged()" in error.value.remedy
+    assert "wait_staged()" in error.value.remedy
     assert not (tmp_path / "c").exists()
 
 
@@ -225,9 +225,9 @@ def test_saves_are_written_in_the_order_of_the_calls(tmp_path):
     gate = Gate()
     state = {"t": torch.arange(100_000)}
     handles = [shardckpt.async_save(state, tmp_path / str(n), storage=gate) for n in range(4)]
-    handles[1].staged(30)  # the budget has room for two
+    handles[1].wait_staged(30)  # the budget has room for two
     with pytest.raises(TimeoutError):
-        handles[2].staged(0.2)
+        handles[2].wait_staged(0.2)
     with pytest.raises(TimeoutError):
         handles[0].result(0.01)
     gate.open_it.set()
