@@ -21,7 +21,7 @@ import torch
 
 from shardckpt.convert.foreign_file import mapped
 from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
-from shardckpt.errors import CorruptionError, NotACheckpointError, UnsupportedLeafError
+from shardckpt.errors import CorruptionError, NotACheckpointError
 
 __all__ = ["LoadTorch", "check_torch_file", "load_torch", "load_torch_file", "load_torch_part"]
 
@@ -90,7 +90,7 @@ def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> 
 
 
 def check_torch_file(data: Readable, path: str) -> None:
-    """Raise CorruptionError if a torch file declares more than it holds, UnsupportedLeafError if it
+    """Raise CorruptionError if a torch file declares more than it holds, NotACheckpointError if it
     calls a function that no plain state needs. A class that torch.load refuses is left to it."""
     if _is_zip(data):
         _ZipCheck(data, path).run()
@@ -303,7 +303,7 @@ class _Structure:
         if name in _CALLS and state is not None:  # a tensor's would give it another storage
             good = False
         if not good:
-            raise UnsupportedLeafError(
+            raise NotACheckpointError(
                 "This file calls a function that no plain state needs",
                 path=self.path,
                 expected="tensors, numbers, text and containers of them",

@@ -10,7 +10,7 @@ from torch import nn
 
 from shardckpt.convert.convert import open_source
 from shardckpt.convert.single_files import DIGEST, TREE, read_one, write_one
-from shardckpt.errors import CorruptionError, ShardckptError, UnsupportedLeafError
+from shardckpt.errors import CorruptionError, ShardckptError, NotACheckpointError
 
 BASE = torch.arange(12.0)
 SOUND = {
@@ -63,7 +63,7 @@ def test_a_function_that_makes_what_it_is_asked_for_is_named(tmp_path):
     """torch.load(weights_only=True) calls it."""
     state = {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UnsupportedLeafError, match="_rebuild_nested_tensor"):
+    with pytest.raises(NotACheckpointError, match="_rebuild_nested_tensor"):
         read_one(str(tmp_path / "x.pth"))
 
 

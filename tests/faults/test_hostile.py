@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shardckpt.convert.convert import FORMATS
 from tests.faults import hostile
 from tests.faults.hostile_foreign import FOREIGN, GOOD
 from tests.faults.hostile_holes import HOLES
@@ -19,15 +20,14 @@ MOST_BYTES = 200 << 20
 
 OWN_CALLS = [
     "load", "load_in_place", "map", "verify", "cut", "NNHandler.load", "restore", "initialize",
-    "convert to torch", "reshard", "shardckpt inspect", "shardckpt verify",
+    *(f"convert to {kind}" for kind in FORMATS), "reshard", "rescue",
+    *(f"shardckpt {name}" for name in ("inspect", "verify", "convert", "reshard", "rescue")),
 ]  # fmt: skip
 FOREIGN_CALLS = [
     "convert to shardckpt", "initialize", "NNHandler.load", "restore", "load", "verify", "rescue",
     "reshard", "shardckpt convert", "shardckpt inspect",
 ]  # fmt: skip
-WARM_CALLS = sorted({*OWN_CALLS, *FOREIGN_CALLS, "shardckpt rescue", "shardckpt reshard"} | {
-    f"convert to {kind}" for kind in ("dcp", "hf", "safetensors", "torch", "shardckpt")
-})  # fmt: skip
+WARM_CALLS = sorted({*OWN_CALLS, *FOREIGN_CALLS})
 PLANTED = {
     "metadata of DCP is unpickled": "metadata: runs a command",
     "a torch file is unpickled": "torch: runs a command",
@@ -43,7 +43,10 @@ PLANTED = {
     "tensors may be expanded without end": "torch: a tensor of 4 TB, expanded",
     "lists may be shared without end": "torch: 2**40 shared lists",
 }
-MAY_SUCCEED = {"cut", "shardckpt inspect", "reshard"}
+MAY_SUCCEED = {
+    "cut", "shardckpt inspect", "reshard", "shardckpt reshard", "rescue", "shardckpt rescue",
+    "convert to shardckpt", "convert to hf", "shardckpt convert",
+}  # fmt: skip
 """Calls that read a part of a checkpoint of ours, or carry its values over as they are."""
 CALL_OF_HOLE = {"an enum's module is imported": "load"}
 
