@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn, optim
 
-from tests.planning import test_module_hooks as hooks
-from tests.planning import test_optimizer_state as own_forms
-from tests.planning.test_optimizers import OPTIMIZERS, a_model, a_step, same
+from tests.state import test_module_hooks as hooks
+from tests.state import test_optimizer_state as own_forms
+from tests.state.test_optimizers import OPTIMIZERS, a_model, a_step, same
 
 __all__ = ["ROWS"]
 

@@ -45,7 +45,7 @@ def module_name(path: Path, package: Path = PACKAGE) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(sources: dict[str, str]) -> dict[str, set[str]]:
+def imports(sources: dict[str, str], packages: frozenset[str] = frozenset()) -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports: at any depth, whatever the form, for
     type checking too."""
     found: dict[str, set[str]] = {}
@@ -56,7 +56,8 @@ def imports(sources: dict[str, str]) -> dict[str, set[str]]:
                 names += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 base = "." * node.level + (node.module or "")
-                base = importlib.util.resolve_name(base, module) if node.level else base
+                package = module if packages and module in packages else module.rpartition(".")[0]
+                base = importlib.util.resolve_name(base, package) if node.level else base
                 whole = [f"{base}.{alias.name}" for alias in node.names]
                 names += [name if name in sources else base for name in whole]
         found[module] = {name for name in names if name in sources and name != module}
@@ -100,14 +101,15 @@ def upward_imports(found: dict[str, set[str]]) -> list[str]:
 
 
 SOURCES = {module_name(path): path.read_text() for path in FILES}
+PACKAGES = frozenset(module_name(path) for path in FILES if path.name == "__init__.py")
 
 
 def test_no_import_runs_upwards():
-    assert upward_imports(imports(SOURCES)) == []
+    assert upward_imports(imports(SOURCES, PACKAGES)) == []
 
 
 def test_no_modules_import_each_other():
-    assert circles(imports(SOURCES)) == []
+    assert circles(imports(SOURCES, PACKAGES)) == []
 
 
 def test_every_folder_has_its_layer():

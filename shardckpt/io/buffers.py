@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shardckpt.state.tensor_memory import check_memory
+from shardckpt.io.tensor_memory import check_memory
 
 __all__ = [
     "BUFFER_BYTES",

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from shardckpt.format.dtypes import itemsize, memory_dtype
 from shardckpt.format.entries import TensorEntry
+from shardckpt.io.tensor_memory import address_of
 from shardckpt.state.local_chunks import LocalChunk, box_slices, lies_as_saved
-from shardckpt.state.tensor_memory import address_of
 
 __all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]
 

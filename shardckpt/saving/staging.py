@@ -13,12 +13,12 @@ from shardckpt.config import current
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import memory_dtype
 from shardckpt.io.buffers import HUGE_PAGE_BYTES, ask_for_huge_pages, copy_bytes, private_memory
+from shardckpt.io.tensor_memory import check_memory
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.save_plan import layout_order
 from shardckpt.plan.shard_layout import chunk_bytes
 from shardckpt.state.file_groups import files_of
 from shardckpt.state.local_chunks import lies_as_saved
-from shardckpt.state.tensor_memory import check_memory
 
 __all__ = ["Image", "ImagePool", "current_events", "stage", "staged_bytes"]
 

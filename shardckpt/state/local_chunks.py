@@ -20,8 +20,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
 from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
+from shardckpt.io.tensor_memory import check_memory, owns_memory
 from shardckpt.state.sharded_array import ShardedArray
-from shardckpt.state.tensor_memory import check_memory, owns_memory
 
 __all__ = [
     "PLAIN",

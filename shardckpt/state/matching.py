@@ -25,6 +25,7 @@ from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef, record_of
+from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import (
     PLAIN,
@@ -43,7 +44,6 @@ from shardckpt.state.optimizer_state import ParameterNames
 from shardckpt.state.saved_tree import SavedState, below, under
 from shardckpt.state.sharded_array import ShardedArray, fits_tensor
 from shardckpt.state.sharded_tensors import materialised
-from shardckpt.state.tensor_memory import owns_memory
 from shardckpt.state.wrapper_tensors import Wrapped, match_wrapped, read_out
 
 __all__ = ["Finish", "Matcher", "Mismatches", "check_untaken"]

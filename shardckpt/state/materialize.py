@@ -15,10 +15,10 @@ import torch
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import Record, TensorRef
+from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, local_chunks
 from shardckpt.state.saved_tree import SavedState, below, children, rebuilt
-from shardckpt.state.tensor_memory import owns_memory
 from shardckpt.state.wrapper_tensors import read_out
 
 __all__ = ["NOTHING", "Allocate", "Builder", "allocate"]

@@ -12,7 +12,7 @@ import torch
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format.dtypes import DTYPES
-from shardckpt.state.tensor_memory import owns_memory
+from shardckpt.io.tensor_memory import owns_memory
 
 __all__ = ["ShardedArray", "fits_tensor", "from_numpy"]
 

@@ -26,8 +26,9 @@ from torch.optim import Optimizer
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import memory_view
 from shardckpt.format.typed_json import Record, record_of
+from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.state.file_groups import frozen_entries
-from shardckpt.state.flatten import FlatState, PerRank
+from shardckpt.state.flatten import FlatState
 from shardckpt.state.local_chunks import LocalChunk, Shards
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
@@ -40,7 +41,6 @@ from shardckpt.state.module_state import (
 )
 from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.state.sharded_array import ShardedArray
-from shardckpt.state.tensor_memory import owns_memory
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
 
 __all__ = ["Snapshot", "take_snapshot"]

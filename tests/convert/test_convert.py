@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shardckpt.convert.whole_files import read_one, write_many
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import shardckpt

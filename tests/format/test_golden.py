@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from shardckpt.format.shard import parse_chunk_name
 
 import shardckpt
+from shardckpt.format.safetensors_header import parse_chunk_name
 
 GOLDEN = Path(__file__).parent / "golden"
 

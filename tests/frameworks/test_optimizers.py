@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import shardckpt
-from tests.planning.test_optimizers import INPUT, same
+from tests.state.test_optimizers import INPUT, same
 
 
 def of(package, name, **options):

@@ -8,7 +8,6 @@ import random
 
 import pytest
 import torch
-from shardckpt.convert.whole_files import read_one
 
 import shardckpt
 from shardckpt import errors

@@ -9,7 +9,15 @@ import torch
 import torch.distributed as dist
 
 import shardckpt
-from shardckpt import CheckpointManager, KeepBest, KeepEveryHours, KeepEverySteps, KeepLast, errors
+from shardckpt import (
+    CheckpointManager,
+    KeepBest,
+    KeepEveryHours,
+    KeepEverySteps,
+    KeepLast,
+    api,
+    errors,
+)
 from shardckpt.manager.retention import SavedCheckpoint, to_remove
 from shardckpt.saving import incremental as base
 from shardckpt.state import file_groups as kinds
@@ -165,7 +173,7 @@ def test_the_newest_that_verifies_is_never_removed(tmp_path, monkeypatch):
         save(*arguments, **options)
         damage(tmp_path / "step-2")
 
-    monkeypatch.setattr(shardckpt, "save", bad_disk)
+    monkeypatch.setattr(api, "save", bad_disk)
     with pytest.warns(UserWarning, match="step-2 is broken"):
         manager.save(2, state(2))
     assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2"]

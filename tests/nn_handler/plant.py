@@ -227,7 +227,7 @@ PLANTS = [
     plant(
         13,
         "what torch.load refuses is written",
-        "shardckpt/convert/whole_files.py",
+        "shardckpt/convert/single_files.py",
         "    check_loads(state, target)\n",
         "",
         f"{FAULTS}::test_13_a_value_that_can_not_be_saved_is_told_before_training",

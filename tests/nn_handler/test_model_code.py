@@ -50,6 +50,7 @@ FILES = {
 }
 SAVE = """
 import sys
+from shardckpt import NNHandler
 from mine.model import Model
 handler = NNHandler(Model, save_model_code=True)
 handler.save(sys.argv[1])

@@ -347,6 +347,7 @@ def test_a_forked_child_saves_by_itself(tmp_path):
 
 EXIT = """
 import os, sys, threading, time, torch, shardckpt
+from shardckpt.storage.local import LocalStorage
 
 class Slow(LocalStorage):
     def begin(self, path, **options):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shardckpt.state.flatten import PerRank, flatten
+from shardckpt.state.flatten import flatten
 from shardckpt.state.markers import PerRank
 from shardckpt.state.module_state import canonical_names, module_state, parameter_names
 from shardckpt.state.snapshot import take_snapshot

@@ -13,12 +13,12 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.format.entries import TensorEntry
 from shardckpt.io.buffers import contiguous_parts
+from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.saving.staging import Image, stage, staged_bytes
 from shardckpt.state.flatten import flatten
 from shardckpt.state.local_chunks import LocalChunk
-from shardckpt.state.tensor_memory import owns_memory
 from tests.ranks import run_ranks
 
 

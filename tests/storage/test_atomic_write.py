@@ -32,6 +32,7 @@ def lock_name(folder, name: str) -> str:
 
 KILLED = """
 import os, sys, signal
+from shardckpt.storage.atomic_write import atomic_write
 with atomic_write(sys.argv[1], overwrite=True) as write:
     write.add_bytes(b"half")
     if sys.argv[2] == "wait":

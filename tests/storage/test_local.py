@@ -601,6 +601,9 @@ def test_the_order_of_a_commit(tmp_path):
 def test_leftovers_of_a_dead_save_are_collected(tmp_path):
     code = f"""
 import os, signal, torch, shardckpt
+from shardckpt.storage.names import beside
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.posix import System
 class Dies(System):
     def rename(self, old, new):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -725,6 +728,7 @@ def many_shards(tmp_path):
 
 FEW_DESCRIPTORS = """
 import resource, sys, torch, shardckpt
+from shardckpt.cli.main import main
 resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
 path, other = sys.argv[1:]
 for device_map in ("cpu", "disk"):
