@@ -113,6 +113,8 @@ def wrong(attempt) -> str | None:
         return what + attempt["text"] if attempt["error"] else None
     if "verify" in attempt["call"] and attempt["case"].startswith("an enum "):
         return what + attempt["text"] if attempt["error"] else None
+    if attempt["case"] == "index: hugging face, a sparse configuration" and not attempt["error"]:
+        return None if attempt["call"] != "convert to hf" else what + "copied"
     if attempt["call"] in MAY_SUCCEED and attempt["case"] not in FOREIGN and not attempt["error"]:
         return None
     if not attempt["typed"]:
@@ -131,6 +133,7 @@ def test_hostile_checkpoints(tmp_path):
         corpus.add(name, ["verify", "shardckpt verify"])
     for name in FOREIGN:
         corpus.add(name, FOREIGN_CALLS)
+    corpus.add("index: hugging face, a sparse configuration", ["convert to hf"])
     assert len(corpus.paths) > 200
     failures = [text for text in map(wrong, corpus.run()) if text]
     assert not failures, "\n".join(failures)
