@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 import torch
 
-from shardckpt.convert.foreign_file import mapped
+from shardckpt.convert.foreign_file import mapped, utf8_path
 from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
 from shardckpt.errors import CorruptionError, NotACheckpointError
 
@@ -79,7 +79,8 @@ def load_torch_file(path: str, load: LoadTorch = load_torch) -> Any:
     with mapped(path) as data:
         check_torch_file(data, path)
         is_zip = _is_zip(data)
-    return load(path, is_zip)
+    with utf8_path(path) as name:
+        return load(name, is_zip)
 
 
 def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> Any:
