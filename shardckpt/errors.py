@@ -63,6 +63,12 @@ __all__ = [
 ]
 
 
+def printable(text: str) -> str:
+    """Text whose control characters, but line ends, are escaped: names in a checkpoint must not
+    drive a terminal, nor be what no terminal can show."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class ShardckptError(Exception):
     """The base class of all errors of shardckpt.
 
@@ -128,7 +134,7 @@ class ShardckptError(Exception):
             "remedy": self.remedy,
         }
         lines = [f"  {name}: {fact}" for name, fact in facts.items() if fact is not None]
-        return "\n".join([self.message, *lines])
+        return printable("\n".join([self.message, *lines]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         facts = {

@@ -21,8 +21,9 @@ from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.coordination.store import StoreCoordinator
 from shardckpt.coordination.store_connection import Lines
-from shardckpt.errors import CoordinationError
+from shardckpt.errors import CoordinationError, printable
 from shardckpt.loading.agreement import same_checkpoint
+from shardckpt.loading.pipeline import same_checkpoint
 from shardckpt.maintenance.rewritable import Source
 
 __all__ = ["say", "shared"]
@@ -65,7 +66,7 @@ def shared(
 def say(coordinator: Coordinator, text: str) -> None:
     """Print, once for all."""
     if coordinator.rank == 0:
-        print(text)
+        print(printable(text))
 
 
 def _jobs_for(open_it: Callable[[], Source]) -> int:

@@ -24,6 +24,7 @@ import struct
 import sys
 import types
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -56,6 +57,8 @@ _SAFE_INT = 1 << 53  # beyond it, readers of JSON that have only doubles round
 _NUMPY_DTYPE = re.compile(r"[<|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
 _ARRAY_BYTES = 1 << 20
 """An array of a dtype that no tensor has stands in the manifest, if it is not larger than this."""
+_MOST_ALIKE = 256
+"""Keys of a dict, or items of a set, that have the same hash; tuples of -1 and -2 are such keys."""
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
 _KINDS: dict[str, Any] = {tag: kind for kind, tag in _REFS.items()}
 
@@ -284,6 +287,17 @@ def _sequence(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda body, item: make(map(item, _checked(body, list)))
 
 
+def _of_hashes(make: Callable[[list[Any]], Any]) -> Callable[[Any, Any], Any]:
+    return lambda body, item: make(_keys([item(key) for key in _checked(body, list)]))
+
+
+def _keys(keys: list[Any]) -> list[Any]:
+    """The keys, unless so many of them have one hash that to look them up would take for ever."""
+    if len(keys) > _MOST_ALIKE and max(Counter(map(hash, keys)).values()) > _MOST_ALIKE:
+        raise ValueError(f"more than {_MOST_ALIKE} keys with the same hash")
+    return keys
+
+
 def _text(make: Callable[[str], Any]) -> Callable[[Any, Any], Any]:
     return lambda body, item: make(_checked(body, str))
 
@@ -324,6 +338,7 @@ def _set_body(value: Any, at: str) -> Any:
 
 def _pairs(body: Any, item: Any) -> Any:
     pairs = [(item(key), item(value)) for key, value in _checked(body, list)]
+    _keys([key for key, _ in pairs])
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key stands twice")
@@ -365,7 +380,7 @@ def _enum_body(value: enum.Enum, at: str) -> Any:
 def _enum(body: Any, item: Any) -> Any:
     module, qualname, name = _checked(body, list)
     found = imported(_checked(module, str), _checked(qualname, str))
-    if not (isinstance(found, type) and issubclass(found, enum.Enum)):
+    if not issubclass(type(found), type) or not issubclass(found, enum.Enum):
         raise CheckpointError(
             "An enum was saved whose class is not there",
             expected=f"the enum {qualname} in the module {module}",
@@ -428,7 +443,8 @@ def _torch(kind: type) -> Form:
     """The form of a constant that torch has by name."""
 
     def found(name: str) -> Any:
-        if not isinstance(constant := getattr(torch, name), kind):
+        # Not getattr: it imports what torch imports when it is asked for.
+        if not isinstance(constant := vars(torch)[name], kind):
             raise TypeError(f"a {kind} expected")
         return constant
 
@@ -475,8 +491,8 @@ FORMS: tuple[Form, ...] = (
     Form("$numpy", np.generic, _numpy_body, _numpy),
     Form("$tuple", tuple, _items, _sequence(tuple)),
     Form("$size", torch.Size, lambda value, at: list(value), _sequence(_size)),
-    Form("$set", set, _set_body, _sequence(set)),
-    Form("$frozenset", frozenset, _set_body, _sequence(frozenset)),
+    Form("$set", set, _set_body, _of_hashes(set)),
+    Form("$frozenset", frozenset, _set_body, _of_hashes(frozenset)),
     Form(
         "$deque",
         collections.deque,
@@ -485,9 +501,9 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         "$counter",
-        collections.Counter,
+        Counter,
         lambda value, at: [[_hashable(k, at), encode(n, at=at)] for k, n in value.items()],
-        lambda body, item: collections.Counter(_pairs(body, item)),
+        lambda body, item: Counter(_pairs(body, item)),
     ),
     Form(
         "$complex",

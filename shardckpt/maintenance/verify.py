@@ -17,6 +17,7 @@ from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import (
     CheckpointError,
     CorruptionError,
+    FormatVersionError,
     ShardckptError,
     StateError,
     StorageError,
@@ -90,7 +91,7 @@ def _check_values(manifest: Manifest) -> None:
     for node in (manifest.state, *manifest.per_rank):
         try:
             values.decode(node, tensor=lambda ref: ref)
-        except CorruptionError:
+        except (CorruptionError, FormatVersionError):
             raise
         except CheckpointError:  # an enum whose class is not imported here
             continue

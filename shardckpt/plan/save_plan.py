@@ -1,7 +1,8 @@
 """Who writes what: from every rank's local plan to the chunks that each rank writes.
 
 Chunks that one rank alone holds are written by it: it knows that by itself. Chunks with replicas
-are divided among the ranks that hold them (plan/replica_assignment). Frozen weights are divided by themselves, so that their files don't depend on what else is saved.
+are divided among the ranks that hold them (plan/replica_assignment). Frozen weights
+are divided by themselves, so that their files don't depend on what else is saved.
 """
 
 from __future__ import annotations
