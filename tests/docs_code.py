@@ -30,15 +30,13 @@ def blocks(page: str) -> list[Block]:
         title = re.search(r'title="([^"]+)"', options)
         lines = [line.removeprefix(indent) for line in code.splitlines()]
         number = page.count("\n", 0, match.start()) + 1
-        found.append(
-            Block(language, title[1] if title else None, "\n".join(lines) + "\n", number)
-        )
+        found.append(Block(language, title[1] if title else None, "\n".join(lines) + "\n", number))
     return found
 
 
 def unfenced(page: str) -> list[str]:
     """Lines of indented code blocks: four spaces after an empty line, outside of lists."""
-    lines = _FENCE.sub("", page).splitlines()
+    lines = re.sub(r"^::: .*\n( +.*\n)*", "", _FENCE.sub("", page), flags=re.MULTILINE).splitlines()
     found, before, in_list = [], "", False
     for line in lines:
         if re.match(r"\s*([-*]|\d+\.) ", line):
