@@ -36,7 +36,7 @@ def blocks(page: str) -> list[Block]:
 
 def unfenced(page: str) -> list[str]:
     """Lines of indented code blocks: four spaces after an empty line, outside of lists."""
-    lines = _FENCE.sub("", page).splitlines()
+    lines = re.sub(r"^::: .*\n( +.*\n)*", "", _FENCE.sub("", page), flags=re.MULTILINE).splitlines()
     found, before, in_list = [], "", False
     for line in lines:
         if re.match(r"\s*([-*]|\d+\.) ", line):

@@ -32,7 +32,7 @@ def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
 
 
