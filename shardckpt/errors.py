@@ -92,6 +92,7 @@ class ShardckptError(Exception):
         self.actual = actual
         self.remedy = remedy
         self.facts = facts
+        self.__dict__.update(facts)
         Exception.__init__(self, message)
 
     def __str__(self) -> str:
@@ -161,8 +162,13 @@ class LoadMismatchError(ShardckptError, ValueError):
     """What was asked for and what was saved don't agree; lists every entry.
 
     `missing`, `unexpected`, `wrong_shape` and `wrong_dtype` are tuples of names
-    (for the last two, of (name, expected, found)).
+    (for the last two, of (name, expected, found)), or None if there are none.
     """
+
+    missing: tuple[str, ...] | None = None
+    unexpected: tuple[str, ...] | None = None
+    wrong_shape: tuple[tuple[str, Any, Any], ...] | None = None
+    wrong_dtype: tuple[tuple[str, Any, Any], ...] | None = None
 
     exit_code = 4
 

@@ -54,7 +54,7 @@ class StagingBuffer:
             ask_for_huge_pages(self._memory)
 
     def views(self, plan: LocalPlan) -> list[torch.Tensor]:
-        """Return the memory for each row of the plan: in the order of files, each from a new page."""
+        """Return the memory for each row of the plan: file after file, each from a new page."""
         specs, chunks = (*plan.common, *plan.own), plan.chunks
         dtypes = [specs[index].dtype for index in chunks.tensor.tolist()]
         layout = (dtypes, chunks.pack(), plan.kind.tobytes())
