@@ -23,7 +23,6 @@ from shardckpt.coordination.store import StoreCoordinator
 from shardckpt.coordination.store_connection import Lines
 from shardckpt.errors import CoordinationError, printable
 from shardckpt.loading.agreement import same_checkpoint
-from shardckpt.loading.pipeline import same_checkpoint
 from shardckpt.maintenance.rewritable import Source
 
 __all__ = ["say", "shared"]

@@ -13,7 +13,7 @@ from shardckpt.coordination.exchange import Attempt, exchange
 from shardckpt.errors import DirectoryNotSharedError
 from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import from_bytes
-from shardckpt.plan.page_cache_policy import Share, past_cache, share_of
+from shardckpt.plan.page_cache_policy import ReadSummary, past_cache, summarise_reads
 from shardckpt.state.matching import MatchedState
 from shardckpt.state.mismatches import Mismatches, check_untaken
 from shardckpt.storage.base import CheckpointFiles, Storage
@@ -49,7 +49,7 @@ def agree_on_reads(
         strict: Refuse mismatches.
 
     Returns:
-        The share of a block that this rank must want for the block to be read past the page cache.
+        The part of a block that this rank must want to read it past the page cache.
 
     Raises:
         DirectoryNotSharedError: Ranks opened different checkpoints.
@@ -66,16 +66,16 @@ def agree_on_reads(
         if error is not None and not (several and refused.only_unexpected):
             raise error
         _, manifest = opened.get()
-        share = share_of(state.reads if several else (), machine=platform.node())
+        summary = summarise_reads(state.reads if several else (), machine=platform.node())
         untaken = zlib.compress(msgspec.msgpack.encode(refused.unexpected), 1)
-        return msgspec.msgpack.encode((manifest.checkpoint_id, share, untaken))
+        return msgspec.msgpack.encode((manifest.checkpoint_id, summary, untaken))
 
     def decide(payloads: list[bytes]) -> list[bytes]:
-        decode = msgspec.msgpack.Decoder(tuple[str, Share, bytes]).decode
-        ids, shares, untaken = zip(*map(decode, payloads), strict=True)
+        decode = msgspec.msgpack.Decoder(tuple[str, ReadSummary, bytes]).decode
+        ids, summaries, untaken = zip(*map(decode, payloads), strict=True)
         same_checkpoint(path)([checkpoint_id.encode() for checkpoint_id in ids])
         check_untaken([msgspec.msgpack.decode(zlib.decompress(names)) for names in untaken], path)
-        return [msgspec.msgpack.encode(least_share) for least_share in past_cache(shares)]
+        return [msgspec.msgpack.encode(part) for part in past_cache(summaries)]
 
     return msgspec.msgpack.decode(exchange(coordinator, "open", report, decide), type=float)
 

@@ -2,7 +2,7 @@
 
 A storage of your own subclasses these four classes and defines their abstract methods. Everything
 else has a default that is right, if slower than it could be. `shardckpt.testing.StorageTests`
-checks a storage; docs/how-to/own-storage.md shows a complete one.
+checks a storage; docs/how-to/storage.md shows a complete one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The page docs/how-to/own-storage.md: its storage passes the tests of every storage."""
+"""The defaults of the storage classes, and the storage on the page docs/how-to/storage.md."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,24 @@ import torch
 import shardckpt
 from shardckpt.errors import StateError
 from shardckpt.storage.base import CheckpointFiles, Storage, WouldWait
+from shardckpt.testing import StorageTests
+from tests.docs_code import blocks
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-storage.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "storage.md"
+(CODE,) = [block.code for block in blocks(PAGE.read_text()) if block.title == "dict_storage.py"]
 NAMES: dict[str, type] = {}
-exec("\n".join(BLOCKS), NAMES)  # the second block asserts what it loads
-
-TestDictStorage = NAMES["TestDictStorage"]
+exec(CODE, NAMES)
 DictStorage = NAMES["DictStorage"]
+
+
+class TestDictStorage(StorageTests):
+    @pytest.fixture
+    def storage(self):
+        return DictStorage()
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        return str(tmp_path / "checkpoint")
 
 
 def test_it_stores_all_that_the_library_writes():
