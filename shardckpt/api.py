@@ -23,6 +23,7 @@ from shardckpt.saving.agreement import Target
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.saving.incremental import open_base
 from shardckpt.saving.pipeline import plan_state, run_save
+from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage, checkpoint_path
@@ -223,7 +224,7 @@ def load(
     path: Path,
     *,
     strict: bool = True,
-    cast: bool = False,
+    dtype: DtypePolicy = "strict",
     keys: Select = None,
     rename: Rename = None,
     process_group: ProcessGroup | None = None,
@@ -243,7 +244,7 @@ def load(
         strict: Require every entry of the state in the checkpoint, with its shape and dtype, and
             load all entries of a module or optimizer. With strict=False, mismatched entries are
             skipped and listed in the report.
-        cast: Convert saved dtypes to the dtypes of the state.
+        dtype: "strict" refuses a saved dtype that is not the dtype of the state; "cast" converts it.
         keys: The names to load: prefixes, or shell patterns such as `"*.bias"`.
         rename: A dict from saved prefix to prefix in the state, or a function from saved name to
             name in the state.
@@ -270,7 +271,7 @@ def load(
         >>> state["weight"]
         tensor([1., 1., 1.])
     """
-    target = checkpoint_path(path, storage)
+    target, cast = checkpoint_path(path, storage), casts(dtype)
     background.wait_until_staged()
     with operation(f"load {target}", process_group, comm=comm) as coordinator:
         return run_load(

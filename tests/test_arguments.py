@@ -68,7 +68,7 @@ def test_a_reader_that_casts_with_any_planner(tmp_path):
     shardckpt.save({"w": torch.ones(3)}, tmp_path / "c")
     for planner in (None, shardckpt.ReshardLoadPlanner()):
         state = {"w": torch.zeros(3, dtype=torch.float64)}
-        reader = shardckpt.ShardReader(tmp_path / "c", cast=True)
+        reader = shardckpt.ShardReader(tmp_path / "c", dtype="cast")
         dcp.load(state, storage_reader=reader, planner=planner)
         assert state["w"].tolist() == [1, 1, 1]
 

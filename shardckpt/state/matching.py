@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,19 @@ from shardckpt.state.tensor_matching import (
     match_tensor,
 )
 
-__all__ = ["MatchedState", "match_state"]
+__all__ = ["DtypePolicy", "MatchedState", "casts", "match_state"]
+
+DtypePolicy = Literal["strict", "cast"]
+"""What a load does with a saved dtype that is not the dtype of the state."""
+
+
+def casts(dtype: DtypePolicy) -> bool:
+    """Whether a dtype policy converts. Raises StateError for an unknown one."""
+    if dtype not in ("strict", "cast"):
+        raise StateError(
+            "Unknown value for dtype", expected='"strict" or "cast"', actual=repr(dtype)
+        )
+    return dtype == "cast"
 
 
 @dataclass(frozen=True, slots=True)

@@ -332,7 +332,7 @@ class _TorchForm:
         self, parameter: torch.Tensor, entry: TensorEntry, saved: TensorEntry | None
     ) -> torch.Tensor:
         """An empty tensor for saved state: sharded as the parameter if of its shape. With
-        cast=True, state that had the saved parameter's dtype gets the parameter's."""
+        dtype="cast", state that had the saved parameter's dtype gets the parameter's."""
         dtype = DTYPES[entry.dtype]
         if (
             self.context.may_cast

@@ -210,4 +210,4 @@ def test_opaque_dtypes_are_never_converted(tmp_path):
         {"v": torch.zeros(4, dtype=torch.uint8).view(torch.uint4)},
     ):
         with pytest.raises(errors.LoadMismatchError):
-            shardckpt.load(template, tmp_path / "c", cast=True)
+            shardckpt.load(template, tmp_path / "c", dtype="cast")

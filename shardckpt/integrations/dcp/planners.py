@@ -15,7 +15,7 @@ from shardckpt.plan.local_plan import LocalPlan, filled, local_plan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.state_merge import merge
 from shardckpt.state.flatten import flatten
-from shardckpt.state.matching import MatchedState, match_state
+from shardckpt.state.matching import DtypePolicy, MatchedState, casts, match_state
 from shardckpt.state.mismatches import Mismatches, check_untaken
 from shardckpt.state.saved_tree import SavedState
 
@@ -125,7 +125,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
 
     Args:
         allow_partial_load: Skip mismatched entries, as strict=False of `shardckpt.load` does.
-        cast: Convert saved dtypes to those of the state.
+        dtype: "strict", or "cast" to convert saved dtypes to those of the state.
 
     Example:
         >>> import torch, shardckpt
@@ -135,7 +135,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         >>> dcp.load(
         ...     state,
         ...     storage_reader=shardckpt.ShardReader("run/step-1"),
-        ...     planner=shardckpt.ReshardLoadPlanner(cast=True),
+        ...     planner=shardckpt.ReshardLoadPlanner(dtype="cast"),
         ...     no_dist=True,
         ... )
         >>> state["weight"]
@@ -144,9 +144,9 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
 
     matched: MatchedState
 
-    def __init__(self, *, allow_partial_load: bool = False, cast: bool = False) -> None:
+    def __init__(self, *, allow_partial_load: bool = False, dtype: DtypePolicy = "strict") -> None:
         super().__init__(allow_partial_load=allow_partial_load)
-        self.may_cast = cast
+        self.may_cast = casts(dtype)
 
     def set_up_planner(
         self,

@@ -29,6 +29,7 @@ from shardckpt.loading.agreement import open_manifest
 from shardckpt.loading.shard_reader import read_all
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk, check_dense
+from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.materialize import Builder
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.saved_tree import SavedState
@@ -47,7 +48,7 @@ class ShardReader(StorageReader):
 
     Args:
         path: The checkpoint. Leave it out if you pass `checkpoint_id` to dcp.load.
-        cast: Convert saved dtypes to those of the state. Without it, or that of
+        dtype: "cast" converts saved dtypes to those of the state. With "strict", here and in
             ReshardLoadPlanner, another dtype raises LoadMismatchError.
         storage: See `shardckpt.save`.
 
@@ -68,11 +69,11 @@ class ShardReader(StorageReader):
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        cast: bool = False,
+        dtype: DtypePolicy = "strict",
         storage: Storage | None = None,
     ) -> None:
         self.checkpoint_id = None if path is None else checkpoint_path(path, storage)
-        self.cast = cast
+        self.cast = casts(dtype)
         self.storage = storage or LocalStorage()
         self._opened: tuple[CheckpointFiles, Manifest] | None = None
         self._saved: SavedState | None = None
