@@ -244,7 +244,7 @@ def load(
         strict: Require every entry of the state in the checkpoint, with its shape and dtype, and
             load all entries of a module or optimizer. With strict=False, mismatched entries are
             skipped and listed in the report.
-        dtype: "strict" refuses a saved dtype that is not the dtype of the state; "cast" converts it.
+        dtype: "strict" refuses a saved dtype other than the dtype of the state; "cast" converts.
         keys: The names to load: prefixes, or shell patterns such as `"*.bias"`.
         rename: A dict from saved prefix to prefix in the state, or a function from saved name to
             name in the state.

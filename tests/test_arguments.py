@@ -111,3 +111,12 @@ def test_a_manager_s_choices(tmp_path):
 def test_a_tp_plan_without_its_mesh():
     with pytest.raises(errors.StateError, match="mesh"):
         parallel.start("none", None, None, {"0": None})
+
+
+@pytest.mark.parametrize("take", [shardckpt.ShardReader, shardckpt.ReshardLoadPlanner])
+def test_an_unknown_dtype_policy_is_refused(tmp_path, take):
+    shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
+    with pytest.raises(errors.StateError, match="dtype"):
+        take(dtype="bf16")
+    with pytest.raises(errors.StateError, match="dtype"):
+        shardckpt.load({"w": torch.ones(2)}, tmp_path / "c", dtype="bf16")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from shardckpt.errors import StateError
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import record_of
 from shardckpt.state.container_matching import (
