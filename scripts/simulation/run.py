@@ -68,12 +68,14 @@ class Others:
             writes = RankWrites.of(plan, share)
             ends = np.cumsum(np.append(0, writes.boxes[:, 1].prod(axis=1) * 4))
             files, done = [], 0
-            for kind, count in writes.files:
+            for file_group, count in writes.files:
                 begin, done = done, done + count
                 size = HEADER_BYTES + int(ends[done] - ends[begin])
                 files.append(
                     ShardFile(
-                        name=shard_name(rank=rank, world_size=self.world.ranks, kind=kind),
+                        name=shard_name(
+                            rank=rank, world_size=self.world.ranks, file_group=file_group
+                        ),
                         chunks=count,
                         header_bytes=HEADER_BYTES,
                         size_bytes=size,

@@ -56,12 +56,22 @@ def read_all(
     past_cache: float = NEVER,
     progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> int:
-    """Carry out reads; every block touched is verified. Returns the bytes read.
+    """Carry out reads and verify every block that they touch. Not collective.
 
-    `past_cache` (see planning/sharing): of blocks that are not in the page cache, the least part
-    that has to be wanted for them to be read past it, which is faster. Destinations are complete
-    only if this returns. Raises CorruptionError for a shard that is missing, cut or changed, naming
-    the file, the block and the tensors hurt.
+    Args:
+        files: The checkpoint.
+        manifest: Its manifest.
+        reads: The reads. Their destinations are complete only if this returns.
+        past_cache: A block that is not in the page cache is read past it, which is faster, if at
+            least this part of it is wanted. See plan/page_cache_policy.
+        progress: Called with the bytes read so far.
+
+    Returns:
+        The bytes read.
+
+    Raises:
+        CorruptionError: A shard is missing, truncated or changed. It names the file, the block and
+            the tensors that it affects.
     """
     with collector_paused():
         windows = _windows(reads)

@@ -25,7 +25,7 @@ from shardckpt.plan.shard_layout import chunk_bytes, shard_name
 from shardckpt.saving.agreement import new_id
 from shardckpt.saving.commit import commit_manifest, file_table
 from shardckpt.saving.rank_writer import ShardFile, ShardResult, layout
-from shardckpt.state.file_groups import MAIN, kind_in
+from shardckpt.state.file_groups import MAIN, group_in_name
 from shardckpt.storage.base import Storage, WriteTransaction
 
 __all__ = ["Rewriting", "even_plan", "reshard", "rewrite"]
@@ -97,7 +97,7 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
     whole = LocalPlan(
         common=specs,
         own=(),
-        kind=_kinds(source.manifest),
+        file_group=_file_groups(source.manifest),
         chunks=ChunkTable(
             tensor=np.arange(len(specs)),
             boxes=pad_boxes([((0,) * len(spec.shape), spec.shape) for spec in specs]),
@@ -134,8 +134,8 @@ class _Reshard:
         """All files, shard by shard; their chunks are rows of the plan's, in order."""
         files, begin = [], 0
         for shard in range(self.shards):
-            for kind, count in RankWrites.of(self.whole, self.plan.shares[shard]).files:
-                name = shard_name(rank=shard, world_size=self.shards, kind=kind)
+            for file_group, count in RankWrites.of(self.whole, self.plan.shares[shard]).files:
+                name = shard_name(rank=shard, world_size=self.shards, file_group=file_group)
                 files.append(_File(shard, name, slice(begin, begin + count)))
                 begin += count
         return files
@@ -204,10 +204,10 @@ class _Reshard:
             self.transaction.close()
 
 
-def _kinds(manifest: Manifest) -> Ints:
-    """The kind of each tensor: that of the file which holds its first chunk."""
-    kinds = [kind_in(shard.name) for shard in manifest.shards]
+def _file_groups(manifest: Manifest) -> Ints:
+    """The file group of each tensor: that of the file with its first chunk."""
+    groups = [group_in_name(shard.name) for shard in manifest.shards]
     return np.array(
-        [kinds[e.chunks[0, 0]] if len(e.chunks) else MAIN for e in manifest.tensors.values()],
+        [groups[e.chunks[0, 0]] if len(e.chunks) else MAIN for e in manifest.tensors.values()],
         dtype=np.int64,
     )

@@ -150,17 +150,22 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
 class LocalPlan:
     """What one rank holds.
 
-    `common` are the tensors that every rank knows, `own` those of this rank alone (their
-    rows in `chunks` count on from len(common)); `kind` [len(common) + len(own)] says how they
-    change. `chunks` are the boxes held here; row i of it is `data[i]`, which never leaves the
-    rank. `shared[i]` says whether other ranks may hold the same box. `tree` and `own_trees`
-    are typed JSON, encoded; `rank0_trees` too, by name, which rank 0 has of what is marked with
-    FromRank0. `unions` are the names of the dicts that are marked with Union.
+    Attributes:
+        common: The tensors that every rank knows.
+        own: The tensors of this rank alone.
+        file_group: The file group of each tensor, of `common` and then of `own`.
+        chunks: The boxes held here. Their tensor numbers count through `common` and then `own`.
+        shared: Whether other ranks may hold the same box, for each of the chunks.
+        tree: The typed JSON of the state, encoded.
+        own_trees: The typed JSON of the PerRank values, encoded.
+        data: The elements of each of the chunks. They never leave the rank.
+        rank0_trees: On rank 0, name -> the typed JSON of each FromRank0 value, encoded.
+        unions: The names of the dicts in a Union marker.
     """
 
     common: tuple[TensorSpec, ...]
     own: tuple[TensorSpec, ...]
-    kind: Ints
+    file_group: Ints
     chunks: ChunkTable
     shared: NDArray[np.bool_]
     tree: bytes
@@ -178,7 +183,7 @@ class LocalPlan:
         structure = text_digest(msgspec.msgpack.encode(self.common))
         tensor, boxes = self.chunks.tensor, self.chunks.boxes
         own = msgspec.msgpack.encode((boxes.shape, self.own))
-        held = (tensor, boxes, self.shared, self.kind)
+        held = (tensor, boxes, self.shared, self.file_group)
         rows = [own, *(column.tobytes() for column in held)]
         return structure, text_digest(self.tree), text_digest(b"".join(rows))
 
@@ -187,7 +192,7 @@ class LocalPlan:
         return msgspec.msgpack.encode(
             {
                 "own": self.own,
-                "kind": pack_columns(self.kind.reshape(-1, 1)),
+                "file_group": pack_columns(self.file_group.reshape(-1, 1)),
                 "chunks": self.chunks.pack(),
                 "shared": np.packbits(self.shared).tobytes(),
                 "common": self.common if whole else (),
@@ -206,7 +211,7 @@ class LocalPlan:
         return cls(
             common=packed.common,
             own=packed.own,
-            kind=_kinds(packed.kind),
+            file_group=_file_groups(packed.file_group),
             chunks=chunks,
             shared=shared.astype(np.bool_),
             tree=packed.tree,
@@ -217,7 +222,7 @@ class LocalPlan:
 
 class _Packed(msgspec.Struct):
     own: tuple[TensorSpec, ...]
-    kind: bytes
+    file_group: bytes
     chunks: bytes
     shared: bytes
     common: tuple[TensorSpec, ...]
@@ -230,7 +235,7 @@ _decode = msgspec.msgpack.Decoder(_Packed).decode
 
 
 @lru_cache(maxsize=16)
-def _kinds(data: bytes) -> Ints:
+def _file_groups(data: bytes) -> Ints:
     """Mostly the same of all ranks. Not to be written to."""
     return unpack_columns(data)[:, 0]
 
@@ -270,7 +275,7 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     return LocalPlan(
         common=tuple(specs[:count]),
         own=tuple(specs[count:]),
-        kind=np.array([flat.kinds.get(spec.name, 0) for spec in specs], dtype=np.int64),
+        file_group=np.array([flat.file_groups.get(spec.name, 0) for spec in specs], dtype=np.int64),
         chunks=ChunkTable(tensor=np.array(owner, dtype=np.int64), boxes=pad_boxes(boxes)),
         shared=np.array(shared, dtype=np.bool_),
         tree=msgspec.json.encode(flat.tree),

@@ -30,7 +30,7 @@ from shardckpt.plan.local_plan import (
 )
 from shardckpt.plan.replica_assignment import Rows, divide, group_equal, joined
 from shardckpt.plan.shard_layout import chunk_bytes
-from shardckpt.state.file_groups import FROZEN, KINDS, MAIN, files_of
+from shardckpt.state.file_groups import FROZEN, GROUP_COUNT, MAIN, files_of
 
 __all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
 
@@ -40,13 +40,15 @@ SMALL_BYTES = 16 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWrites:
-    """What one rank writes, in the order of its shard.
+    """What one rank writes, in the order of its files.
 
-    `row` [m]: which of the rank's local chunks; `boxes` [m, 2, D]: the part of the global
-    tensor to write of it. `files`: the kind (see planning/kinds) of each file of the shard, and
-    how many of the chunks it holds. `compare`: local rows that other ranks hold as well.
-    `layouts`: of each kind, once its file has been laid out, the header and the file's size in
-    bytes, which follow from the plan alone.
+    Attributes:
+        row: The row of each chunk [m] in the rank's local plan.
+        boxes: The boxes of the global tensors to write [m, 2, D].
+        files: The file group of each file, and the number of chunks in it.
+        compare: Rows of the local plan that other ranks hold as well.
+        layouts: File group -> header of the file and its size in bytes. They follow from the plan
+            alone, and are kept for the next save.
     """
 
     row: Ints
@@ -59,7 +61,9 @@ class RankWrites:
     def of(cls, local: LocalPlan, share: bytes) -> RankWrites:
         """What a rank writes: the chunks that it alone holds, and its share of the replicated
         ones, which came from rank 0 (GlobalPlan.shares)."""
-        replicated, compare, kinds = msgspec.msgpack.decode(share, type=tuple[bytes, bytes, bytes])
+        replicated, compare, file_groups = msgspec.msgpack.decode(
+            share, type=tuple[bytes, bytes, bytes]
+        )
         won = ChunkTable.unpack(replicated)
         held = local.chunks
         solo = np.flatnonzero(~local.shared)
@@ -68,10 +72,12 @@ class RankWrites:
         boxes = np.concatenate([widen_boxes(b, dims=dims) for b in (held.boxes[solo], won.boxes)])
         specs = (*local.common, *local.own)
         chunks = ChunkTable(tensor=held.tensor[row], boxes=boxes)
-        kind = local.kind
-        if kinds:  # as rank 0 sees the tensors in common
-            kind = np.append(unpack_columns(kinds)[:, 0], kind[len(local.common) :])
-        file = files_of(kind[chunks.tensor], chunk_bytes(specs, chunks))
+        file_group = local.file_group
+        if file_groups:  # as rank 0 sees the tensors in common
+            file_group = np.append(
+                unpack_columns(file_groups)[:, 0], file_group[len(local.common) :]
+            )
+        file = files_of(file_group[chunks.tensor], chunk_bytes(specs, chunks))
         order = layout_order(specs, chunks, file)
         counts = [n.tolist() for n in np.unique(file, return_counts=True)]
         return cls(
@@ -128,11 +134,11 @@ def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | N
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """The tensors of all ranks, numbered. `kind` [n] is what the first rank that has a tensor says
-    of it; `of_common[r]` are the numbers of rank r's tensors in common, all of its own follow."""
+    """The tensors of all ranks, numbered. `file_group` [n] is that of the first rank that holds a
+    tensor; `of_common[r]` are the numbers of rank r's tensors in common, all of its own follow."""
 
     specs: tuple[TensorSpec, ...]
-    kind: Ints
+    file_group: Ints
     of_common: Sequence[Ints]
     own_offset: Ints
 
@@ -152,16 +158,16 @@ class _Numbers:
                         every.append(spec)
             of_common = [np.array([number[s.name] for s in specs], np.int64) for specs in common]
         counts = np.array([len(plan.own) for plan in plans])
-        kind = np.concatenate(
+        file_group = np.concatenate(
             [np.zeros(len(every), np.int64)]
-            + [plan.kind[len(at) :] for plan, at in zip(plans, of_common, strict=True)]
+            + [plan.file_group[len(at) :] for plan, at in zip(plans, of_common, strict=True)]
         )
         said = range(len(plans)) if common is not None else (0,)
         for rank in reversed(said):
-            kind[of_common[rank]] = plans[rank].kind[: len(of_common[rank])]
+            file_group[of_common[rank]] = plans[rank].file_group[: len(of_common[rank])]
         own_offset = len(every) + np.cumsum(counts) - counts
         every += [spec for plan in plans for spec in plan.own]
-        return cls(tuple(every), kind, of_common, own_offset)
+        return cls(tuple(every), file_group, of_common, own_offset)
 
     def of_chunks(self, plans: Sequence[LocalPlan]) -> Ints:
         """The tensor of each chunk, of all ranks in turn."""
@@ -187,7 +193,7 @@ def global_plan(
     or reach beyond it.
     """
     numbers = _Numbers.of(plans, common)
-    specs, kind = numbers.specs, numbers.kind
+    specs, file_group = numbers.specs, numbers.file_group
     rows, shared = _gather_rows(plans, numbers)
     solo = rows.take(~shared) if shared.any() else rows
     replicated = rows.take(shared)
@@ -197,7 +203,7 @@ def global_plan(
     table = ChunkTable(tensor=each_once.tensor, boxes=each_once.boxes)
     check_coverage(specs, table, each_once.rank)
     ranks = np.arange(len(plans) + 1)
-    won = _divide(solo, replicated, group, kind >= FROZEN, world_size=len(plans))
+    won = _divide(solo, replicated, group, file_group >= FROZEN, world_size=len(plans))
     won = won.take(stable_order(won.rank, below=len(plans)))
     several = np.bincount(group, minlength=len(first))[group] > 1
     compare = replicated.row[several]
@@ -205,8 +211,8 @@ def global_plan(
     compared = np.searchsorted(replicated.rank[several], ranks)
     written = joined([solo, won])
     chunks = ChunkTable(tensor=written.tensor, boxes=written.boxes)
-    file = files_of(kind[written.tensor], written.size_bytes, written.rank)
-    order = layout_order(specs, chunks, written.rank * KINDS + file)
+    file = files_of(file_group[written.tensor], written.size_bytes, written.rank)
+    order = layout_order(specs, chunks, written.rank * GROUP_COUNT + file)
     return GlobalPlan(
         specs=specs,
         chunks=ChunkTable(tensor=chunks.tensor[order], boxes=chunks.boxes[order]),
@@ -241,13 +247,13 @@ def _shares(
     won_bounds: Ints,
     compared: Ints,
 ) -> tuple[bytes, ...]:
-    """What each rank is told: the replicated chunks that it writes, those that it compares, and the
-    kinds of the tensors in common where it does not see them as the first rank that has them."""
+    """The message to each rank: the replicated chunks that it writes, those that it compares, and
+    the file groups of the tensors in common, unless they are those of its own plan."""
 
-    def share(part: slice, rows: Ints, kinds: Ints | None) -> bytes:
+    def share(part: slice, rows: Ints, file_groups: Ints | None) -> bytes:
         table = ChunkTable(tensor=won.row[part], boxes=won.boxes[part])
         columns = pack_columns(rows.reshape(-1, 1))
-        packed = b"" if kinds is None else pack_columns(kinds.reshape(-1, 1))
+        packed = b"" if file_groups is None else pack_columns(file_groups.reshape(-1, 1))
         return msgspec.msgpack.encode((table.pack(), columns, packed))
 
     nothing = share(slice(0, 0), compare[:0], None)
@@ -256,8 +262,8 @@ def _shares(
         part = slice(won_bounds[rank], won_bounds[rank + 1])
         rows = compare[compared[rank] : compared[rank + 1]]
         at = numbers.of_common[rank]
-        kinds = numbers.kind[at]
-        other = None if np.array_equal(plan.kind[: len(at)], kinds) else kinds
+        file_groups = numbers.file_group[at]
+        other = None if np.array_equal(plan.file_group[: len(at)], file_groups) else file_groups
         empty = part.start == part.stop and not len(rows) and other is None
         shares.append(nothing if empty else share(part, rows, other))
     return tuple(shares)

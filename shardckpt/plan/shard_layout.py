@@ -15,9 +15,9 @@ from shardckpt.state.file_groups import MAIN, file_suffix
 __all__ = ["chunk_bytes", "shard_name", "tensor_entries"]
 
 
-def shard_name(*, rank: int, world_size: int, kind: int = MAIN) -> str:
-    """The name of the file that holds a rank's chunks of a kind."""
-    return f"shard-{rank:05d}-of-{world_size:05d}{file_suffix(kind)}.safetensors"
+def shard_name(*, rank: int, world_size: int, file_group: int = MAIN) -> str:
+    """Return the name of the file with a rank's chunks of a file group."""
+    return f"shard-{rank:05d}-of-{world_size:05d}{file_suffix(file_group)}.safetensors"
 
 
 def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:

@@ -219,7 +219,7 @@ def _write_file(
 ) -> ShardFile:
     """Link one file from the base, or write it."""
     chunks = ChunkTable(tensor=shards.chunks.tensor[rows], boxes=shards.chunks.boxes[rows])
-    name = shard_name(rank=shards.rank, world_size=shards.world_size, kind=group)
+    name = shard_name(rank=shards.rank, world_size=shards.world_size, file_group=group)
     header, size_bytes = _layout_once(group, shards.layouts, shards.specs, chunks)
     progress = total.of(name)
     linked = base and base.take_over(

@@ -57,9 +57,9 @@ class StagingBuffer:
         """Return the memory for each row of the plan: file after file, each from a new page."""
         specs, chunks = (*plan.common, *plan.own), plan.chunks
         dtypes = [specs[index].dtype for index in chunks.tensor.tolist()]
-        layout = (dtypes, chunks.pack(), plan.kind.tobytes())
+        layout = (dtypes, chunks.pack(), plan.file_group.tobytes())
         if self._views[0] != layout:
-            file = files_of(plan.kind[chunks.tensor], chunk_bytes(specs, chunks))
+            file = files_of(plan.file_group[chunks.tensor], chunk_bytes(specs, chunks))
             views: list[torch.Tensor] = [self._bytes] * len(chunks)
             end, last = 0, -1
             for row in layout_order(specs, chunks, file).tolist():
@@ -119,7 +119,7 @@ class StagingPool:
 def staged_bytes(plan: LocalPlan) -> int:
     """Return the size of a buffer that holds the plan's data."""
     size_bytes = sum(data.numel() * data.element_size() for data in plan.data)
-    return size_bytes + _PAGE_BYTES * len(np.unique(plan.kind))
+    return size_bytes + _PAGE_BYTES * len(np.unique(plan.file_group))
 
 
 def current_events() -> dict[torch.device, Any]:

@@ -1,8 +1,7 @@
-"""How tensors change between saves; those that change alike share a file.
+"""File groups: tensors that change alike between saves share a file.
 
-A file whose bytes are those of an earlier checkpoint's need not be written again
-(docs/adr/0006). So frozen weights and optimizer state have files of their own, wherever
-there is enough of them on a rank to be worth a file.
+An incremental save links a file whose bytes have not changed (docs/adr/0006). So frozen weights and
+optimizer state have files of their own if a rank holds enough of them.
 """
 
 from __future__ import annotations
@@ -17,73 +16,80 @@ Ints = NDArray[np.int64]
 
 __all__ = [
     "FROZEN",
-    "KINDS",
+    "GROUP_COUNT",
     "MAIN",
     "OPTIMIZER",
     "file_suffix",
     "files_of",
     "frozen_entries",
-    "kind_in",
-    "kind_of",
+    "group_in_name",
+    "frozen_group",
 ]
 
 MAIN, OPTIMIZER, FROZEN = 0, 1, 2
-"""Kinds of tensors: trained weights and all that nothing is known of; an optimizer's state;
-from FROZEN on the frozen weights of one module each, as one may thaw (or be an average that
-is updated by hand) while another stays."""
+"""The file groups: trained weights and tensors about which nothing is known; optimizer state; and
+from FROZEN on the frozen weights of one module each, because one module may be trained again (or
+be an average that is updated by hand) while another stays frozen."""
 
-_LAST = FROZEN + 7  # the kind of any more modules: a rank has ten files at the most
-KINDS = _LAST + 1
+_LAST = FROZEN + 7  # for all further modules: a rank has at most ten files
+GROUP_COUNT = _LAST + 1
 
 FROZEN_FILE_BYTES = 4 << 20
-"""Less than this of a frozen module on a rank is no file of its own: one more file costs as
-much time as some MiB written."""
+"""A frozen module with fewer bytes on a rank goes to the main file: one more file takes as long as
+writing some MiB."""
 
 OPTIMIZER_FILE_BYTES = 256 << 20
-"""Optimizer state changes with the weights. A file of its own, which a copy for inference can
-leave out, must cost next to nothing: so both it and the main file have at least this."""
+"""Optimizer state changes with the weights. A file of its own, which a copy for inference can leave
+out, must take almost no time: so it and the main file both have at least this many bytes."""
 
 _SMALL_BUFFER_BYTES = 64 << 10
 
 
-def file_suffix(kind: int) -> str:
-    """What the file of a kind has after shard-RRRRR-of-WWWWW."""
-    if kind < FROZEN:
-        return ("", "-optimizer")[kind]
-    return f"-frozen{kind - FROZEN or ''}"
+def file_suffix(file_group: int) -> str:
+    """Return the part of a file's name after shard-RRRRR-of-WWWWW."""
+    if file_group < FROZEN:
+        return ("", "-optimizer")[file_group]
+    return f"-frozen{file_group - FROZEN or ''}"
 
 
-def kind_in(name: str) -> int:
-    """The kind in the name of a file; MAIN for what is none of ours."""
-    for kind in range(_LAST, MAIN, -1):
-        if name.endswith(f"{file_suffix(kind)}.safetensors"):
-            return kind
+def group_in_name(name: str) -> int:
+    """Return the file group in the name of a file; MAIN for any other name."""
+    for file_group in range(_LAST, MAIN, -1):
+        if name.endswith(f"{file_suffix(file_group)}.safetensors"):
+            return file_group
     return MAIN
 
 
-def kind_of(module_number: int) -> int:
-    """The kind of the frozen weights of the state's module of this number, from 0."""
+def frozen_group(module_number: int) -> int:
+    """Return the file group of the frozen weights of a module; modules count from 0."""
     return min(FROZEN + module_number, _LAST)
 
 
-def files_of(kind: Ints, size_bytes: Ints, rank: Ints | None = None) -> Ints:
-    """The file, named by its kind, that each of a rank's chunks goes into [m], or each of many
-    ranks' if `rank` says whose they are. Pure."""
-    at = kind if rank is None else rank * KINDS + kind
-    ranks = 1 if len(kind) == 0 else int(at.max()) // KINDS + 1
-    total = np.bincount(at, weights=size_bytes, minlength=ranks * KINDS).reshape(ranks, KINDS)
-    least = np.full(KINDS, FROZEN_FILE_BYTES)
+def files_of(file_group: Ints, size_bytes: Ints, rank: Ints | None = None) -> Ints:
+    """Return the file that each chunk goes to, as the file group that names it. Pure.
+
+    Args:
+        file_group: The file group of each chunk [m].
+        size_bytes: The size of each chunk [m].
+        rank: The rank of each chunk [m]; None if all are on one rank.
+    """
+    at = file_group if rank is None else rank * GROUP_COUNT + file_group
+    ranks = 1 if len(file_group) == 0 else int(at.max()) // GROUP_COUNT + 1
+    total = np.bincount(at, weights=size_bytes, minlength=ranks * GROUP_COUNT).reshape(
+        ranks, GROUP_COUNT
+    )
+    least = np.full(GROUP_COUNT, FROZEN_FILE_BYTES)
     least[[MAIN, OPTIMIZER]] = OPTIMIZER_FILE_BYTES
     merged = total < least
     merged[:, OPTIMIZER] |= merged[:, MAIN]
-    files: Ints = np.where(merged.ravel()[at], MAIN, kind)
+    files: Ints = np.where(merged.ravel()[at], MAIN, file_group)
     return files
 
 
 def frozen_entries(module: nn.Module) -> set[str]:
-    """The canonical names of the parameters and buffers that may be taken to stay as they are.
+    """Return the canonical names of the parameters and buffers that probably don't change.
 
-    That they did is never taken for granted: a wrong guess costs a file written anew.
+    An incremental save compares the bytes: a wrong guess only makes it write a file.
     """
     frozen = {
         name

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import dtype_name
-from shardckpt.state.file_groups import OPTIMIZER, frozen_entries, kind_of
+from shardckpt.state.file_groups import OPTIMIZER, frozen_entries, frozen_group
 from shardckpt.state.local_chunks import AnyTensor, Shards, check_dense, local_tensor
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
@@ -49,21 +49,24 @@ _DEPTH_LIMIT = 100
 
 @dataclass(slots=True, kw_only=True)
 class FlatState:
-    """A flattened state: what flatten returns.
+    """A flattened state, returned by flatten.
 
-    `tensors`: name -> tensor that every rank has (some may hold no part of it). `own`:
-    name -> tensor of this rank alone, from inside PerRank or FromRank0. `foreign`: names among
-    `tensors` whose values are those of another rank. `kinds`: name -> kind of the tensors whose
-    kind (see planning/kinds) is not MAIN. `tree`: the typed JSON of the state, equal on every
-    rank, with a placeholder where a FromRank0 stands. `own_trees`: the typed JSON of the PerRank
-    values. `rank0_trees`: on rank 0, name -> the typed JSON of each FromRank0 value. `unions`: the
-    names of the dicts that are marked with Union.
+    Attributes:
+        tensors: Name -> tensor that every rank has. Some ranks may hold no part of it.
+        own: Name -> tensor of this rank alone, from inside PerRank or FromRank0.
+        foreign: Names among `tensors` whose values are those of another rank.
+        file_groups: Name -> file group, of the tensors that are not in MAIN.
+        tree: The typed JSON of the state, the same on every rank. A placeholder stands for each
+            FromRank0.
+        own_trees: The typed JSON of the PerRank values.
+        rank0_trees: On rank 0, name -> the typed JSON of each FromRank0 value.
+        unions: The names of the dicts in a Union marker.
     """
 
     tensors: dict[str, AnyTensor] = field(default_factory=dict)
     own: dict[str, AnyTensor] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
-    kinds: dict[str, int] = field(default_factory=dict)
+    file_groups: dict[str, int] = field(default_factory=dict)
     tree: Any = None
     own_trees: list[Any] = field(default_factory=list)
     rank0_trees: dict[str, Any] = field(default_factory=dict)
@@ -134,7 +137,7 @@ class _Flattener:
             before = len(self.flat.tensors)
             node = self.walk(value.entries, name, depth)
             added = itertools.islice(self.flat.tensors, before, None)
-            self.flat.kinds.update(dict.fromkeys(added, OPTIMIZER))
+            self.flat.file_groups.update(dict.fromkeys(added, OPTIMIZER))
             return node
         if isinstance(value, PerRank):
             return self.per_rank(value, name, depth)
@@ -183,7 +186,7 @@ class _Flattener:
             if n in frozen or n.rpartition(".")[0] in frozen  # an inner tensor of a wrapper
         ]
         if added:
-            self.flat.kinds.update(dict.fromkeys(added, kind_of(self.frozen_modules)))
+            self.flat.file_groups.update(dict.fromkeys(added, frozen_group(self.frozen_modules)))
             self.frozen_modules += 1
         return node
 
@@ -305,7 +308,7 @@ def _too_deep(name: str) -> UnsupportedLeafError:
 
 def placeholder(name: str) -> dict[str, str]:
     """What stands on every rank for the FromRank0 of this name, until rank 0 puts its value there:
-    see planning/table."""
+    see plan/local_plan."""
     return {"$from_rank0": ascii(name)[1:-1]}
 
 

@@ -47,7 +47,7 @@ _by_identity: WeakKeyDictionary[nn.Module, tuple[Any, Any, dict[int, str]]] = We
 @dataclass(frozen=True, slots=True)
 class ModuleState:
     """A module read out: its entries by canonical name, which of them may be taken to stay as
-    they are (see planning/kinds), and those that are another rank's (see foreign_buffers)."""
+    they are (see file_groups), and those that are another rank's (see foreign_buffers)."""
 
     entries: dict[str, Any]
     frozen: Set[str]

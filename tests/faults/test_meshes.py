@@ -72,7 +72,7 @@ def save(
             LocalPlan(
                 common=specs,
                 own=(),
-                kind=np.zeros(len(specs), np.int64),
+                file_group=np.zeros(len(specs), np.int64),
                 chunks=ChunkTable(
                     tensor=np.array([index for index, _ in held], np.int64),
                     boxes=pad_boxes([box for _, box in held]),

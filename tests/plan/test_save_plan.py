@@ -33,7 +33,7 @@ def a_plan(common, own, held, kind=None):
     return LocalPlan(
         common=tuple(common),
         own=tuple(own),
-        kind=np.array(kind or [0] * (len(common) + len(own)), dtype=np.int64),
+        file_group=np.array(kind or [0] * (len(common) + len(own)), dtype=np.int64),
         chunks=ChunkTable(
             tensor=np.array([index for index, *_ in held], dtype=np.int64),
             boxes=pad_boxes([(offsets, sizes) for _, offsets, sizes, _ in held]),
@@ -154,7 +154,7 @@ def test_rank_0_and_the_ranks_agree(plans, file_bytes):
             order = [(-width, each) for width, each in zip(widths, small, strict=True)]
             assert order == sorted(order)  # aligned, and the small ones side by side
             if file_bytes == 0:  # nothing is too small for a file of its own
-                common = {i: int(k) for i, k in enumerate(plans[0].kind[: len(local.common)])}
+                common = {i: int(k) for i, k in enumerate(plans[0].file_group[: len(local.common)])}
                 assert {common[i] for i in part if i in common} <= {kind}
             at += count
 

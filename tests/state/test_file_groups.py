@@ -15,8 +15,8 @@ from shardckpt.state.file_groups import (
     file_suffix,
     files_of,
     frozen_entries,
-    kind_in,
-    kind_of,
+    frozen_group,
+    group_in_name,
 )
 from shardckpt.state.flatten import flatten
 
@@ -63,12 +63,12 @@ def test_kinds_in_a_state():
         "plain": torch.ones(2),
         "tied": teacher.weight,
     }
-    kinds = flatten(state, rank=0).kinds
-    assert kinds.pop("teacher.weight") == kinds.pop("teacher.bias") == FROZEN
-    assert kinds.pop("nested.0.average.weight") == FROZEN + 1
-    assert kinds.pop("nested.0.average.bias") == FROZEN + 1
-    assert set(kinds.values()) == {OPTIMIZER}
-    assert len(kinds) == 6
+    file_groups = flatten(state, rank=0).file_groups
+    assert file_groups.pop("teacher.weight") == file_groups.pop("teacher.bias") == FROZEN
+    assert file_groups.pop("nested.0.average.weight") == FROZEN + 1
+    assert file_groups.pop("nested.0.average.bias") == FROZEN + 1
+    assert set(file_groups.values()) == {OPTIMIZER}
+    assert len(file_groups) == 6
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,20 @@ def test_kinds_in_a_state():
     ],
 )
 def test_what_is_little_has_no_file_of_its_own(mib, files):
-    kind = np.array([k for k in mib for _ in range(2)], dtype=np.int64)
+    file_group = np.array([k for k in mib for _ in range(2)], dtype=np.int64)
     size = np.array([n * MIB // 2 for n in mib.values() for _ in range(2)], dtype=np.int64)
-    found = files_of(kind, size)
+    found = files_of(file_group, size)
     assert set(found.tolist()) == files
-    assert all(file in (MAIN, own) for file, own in zip(found, kind, strict=True))
+    assert all(file in (MAIN, own) for file, own in zip(found, file_group, strict=True))
 
 
 def test_names_of_files():
-    kinds = [MAIN, OPTIMIZER, *(kind_of(number) for number in range(20))]
-    names = {kind: f"shard-00000-of-00001{file_suffix(kind)}.safetensors" for kind in kinds}
+    file_groups = [MAIN, OPTIMIZER, *(frozen_group(number) for number in range(20))]
+    names = {
+        file_group: f"shard-00000-of-00001{file_suffix(file_group)}.safetensors"
+        for file_group in file_groups
+    }
     assert len(names) == 10
-    assert {kind_in(name): name for name in names.values()} == names
+    assert {group_in_name(name): name for name in names.values()} == names
     assert names[FROZEN].endswith("-frozen.safetensors")
-    assert kind_in("shard-00000-of-00001-other.safetensors") == MAIN
+    assert group_in_name("shard-00000-of-00001-other.safetensors") == MAIN

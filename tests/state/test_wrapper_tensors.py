@@ -150,7 +150,7 @@ def test_frozen_wrappers_are_frozen_inside():
     layer = nn.Module()
     layer.weight = nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4)), requires_grad=False)
     layer.lora = nn.Parameter(torch.ones(2))
-    kinds = flatten({"model": layer}, rank=0).kinds
+    kinds = flatten({"model": layer}, rank=0).file_groups
     assert set(kinds) == {"model.weight.a", "model.weight.b"}
 
 
