@@ -76,37 +76,47 @@ def exchange(
     local: Callable[[], bytes],
     decide: Callable[[list[bytes]], bytes | list[bytes]],
 ) -> bytes:
-    """One phase, collective: `local` runs on every rank, `decide` on rank 0 with all results.
+    """Exchange messages between all ranks, once; collective.
 
-    Returns what `decide` returned, or this rank's item if that is a list. Where `local`
-    raises, that rank raises the same exception, and every other one an error that names it:
-    of the same class if it is one of shardckpt's, else RankFailedError. What `decide` raises,
-    all ranks raise.
+    Args:
+        coordinator: The ranks.
+        phase: The name of the exchange, for errors.
+        local: Returns this rank's message; runs on every rank.
+        decide: Takes the messages of all ranks and returns the answer to all, or a list with the
+            answer to each; runs on rank 0 alone.
+
+    Returns:
+        The answer to this rank.
+
+    Raises:
+        BaseException: What `local` raised on this rank, or what `decide` raised on rank 0.
+        ShardckptError: Another rank raised. The error names it, and has the same class if that is
+            one of shardckpt's; else it is a RankFailedError.
     """
-    own: BaseException | None = None
+    own_error: BaseException | None = None
     try:
         record = _Record(local())
     except BaseException as error:  # KeyboardInterrupt too: the other ranks must not wait
-        own = error
+        own_error = error
         record = _Record(b"", _describe(error))
     records = coordinator.gather(_encode(record), phase=phase)
     answers: list[bytes] | None = None
-    thrown: BaseException | None = None
+    decision_error: BaseException | None = None
     if records is not None:
         try:
             answers = _answers(records, decide)
         except BaseException as error:
-            thrown = error
+            decision_error = error
             answers = [_encode(_Record(b"", _describe(error)))] * len(records)
     answer = msgspec.msgpack.decode(coordinator.scatter(answers, phase=phase), type=_Record)
-    if own is not None:
-        if isinstance(own, ShardckptError):
+    if own_error is not None:
+        if isinstance(own_error, ShardckptError):
             ranks = answer.failure.ranks if answer.failure else ()
-            own.rank = ranks or coordinator.rank if own.rank is None else own.rank
-            own.facts.setdefault("phase", phase)
-        raise own
-    if thrown is not None:
-        raise thrown
+            own_error.rank = ranks or coordinator.rank if own_error.rank is None else own_error.rank
+            own_error.facts.setdefault("phase", phase)
+        raise own_error
+    if decision_error is not None:
+        raise decision_error
     if answer.failure is not None:
         raise _rebuild(answer.failure, phase)
     return answer.payload

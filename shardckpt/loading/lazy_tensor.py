@@ -92,7 +92,7 @@ def disk_tensor(
 
 class DiskTensor(torch.Tensor):
     """A CPU tensor that lies on the disk in several pieces: read, and verified, by the first
-    operation on it, and kept from then on. What operations return are plain tensors."""
+    operation on it, and kept from then on. Operations return plain tensors."""
 
     @staticmethod
     def __new__(

@@ -1,4 +1,4 @@
-"""Which blocks a rank reads past the page cache: those that no rank beside it reads too."""
+"""The policy for reads past the page cache: blocks that no other rank of the machine reads."""
 
 from __future__ import annotations
 

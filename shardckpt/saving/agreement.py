@@ -48,7 +48,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """What all ranks agreed on. A with block that raises abandons the checkpoint.
+    """The result of agree. A with block that raises abandons the checkpoint.
 
     Attributes:
         local: This rank's plan.

@@ -70,7 +70,7 @@ def commit(
     Args:
         coordinator: The ranks.
         written: The result of this rank's writing, or the error that it met.
-        agreement: What the ranks agreed on.
+        agreement: The agreement of the ranks.
         work: Counts this rank's own work.
 
     Returns:

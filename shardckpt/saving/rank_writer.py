@@ -178,7 +178,7 @@ def write_rank(
 
     Args:
         transaction: The checkpoint being written.
-        shards: What to write.
+        shards: The chunks to write.
         base: Files that are in it already are linked instead of written.
         progress: Called with the bytes handed to the file system so far.
     """

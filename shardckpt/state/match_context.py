@@ -1,4 +1,4 @@
-"""What a match of a caller's state against a saved one has gathered so far.
+"""The notes of a match of a caller's state against a saved one.
 
 The modules that match tensors, containers, modules and optimizers all note their reads and
 mismatches in one MatchContext.

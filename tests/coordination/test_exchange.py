@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.coordination.exchange import exchange
+from shardckpt.coordination.exchange import attempt, exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.single import SingleCoordinator
 from tests.ranks import run_ranks
@@ -30,6 +30,15 @@ def raises(error):
         raise error
 
     return call
+
+
+def test_a_stage_that_fails_is_reported_by_the_next_exchange():
+    ran = []
+    failed = attempt(raises(KeyboardInterrupt())).then(ran.append)
+    with pytest.raises(KeyboardInterrupt):
+        exchange(SingleCoordinator(), "p", failed.get, lambda payloads: b"")
+    assert ran == []
+    assert attempt(int, "7").then(pow, 2).then(str).get() == "49"
 
 
 def test_a_group_that_is_none():
