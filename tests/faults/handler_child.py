@@ -87,9 +87,13 @@ def attempt(call: str, path: Path) -> dict[str, Any]:
     found = {"call": call, "case": path.name, **hostile_child.attempt(call, path)}
     found["forbidden"] += handler_bait.called
     handler_bait.called.clear()
+    clear_output()
+    return found
+
+
+def clear_output() -> None:
     for left in hostile_child.output.iterdir():
         (shutil.rmtree if left.is_dir() else os.unlink)(left)
-    return found
 
 
 def main() -> None:
@@ -102,8 +106,10 @@ def main() -> None:
     hostile_child.output.mkdir()
     hostile_child.CALLS = CALLS
     for path in folder.glob("good*"):  # imports what it needs
-        for call in CALLS:
-            attempt(call, path)
+        for call in CALLS.values():
+            call(path)
+            clear_output()
+    handler_bait.called.clear()
     sys.addaudithook(hook)
     for number, path in enumerate(paths):
         for call in CALLS if number % EVERY == 0 else ["load"]:

@@ -45,6 +45,7 @@ SOURCES = (".py", ".pyc", ".so")
 FOLDER_S = 10
 MOST_ADDRESSES = 1 << 30  # beyond what is taken before; threads and allocators reserve some
 
+
 class Proxy:
     """As lazy objects have it: to ask what it is calls code."""
 

@@ -44,7 +44,6 @@ TARGETS = {
         "tests/faults/test_damage.py",
     ],
     "shardckpt.errors": ["tests/test_errors.py"],
-    "shardckpt.closing": ["tests/test_closing.py"],
 }
 """module -> the tests that must notice, quick ones first."""
 
