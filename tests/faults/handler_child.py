@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from shardckpt import NNHandler
+from shardckpt.convert.convert import convert
 from shardckpt.nn_handler import bounds, objects
 from tests.faults import handler_bait, hostile_child
 from tests.faults.handler_attacks import base
@@ -62,9 +63,9 @@ CALLS = {
     "restore": restore,
     "initialize": initialize,
     "shardckpt convert": hostile_child.CALLS["shardckpt convert"],
-    "convert to torch": hostile_child.convert_to("torch"),
-    "convert to safetensors": hostile_child.convert_to("safetensors"),
-    "convert to dcp": hostile_child.convert_to("dcp"),
+    "convert to torch": lambda path: convert(path, f"{hostile_child.output}/out.pth"),
+    "convert to safetensors": lambda path: convert(path, f"{hostile_child.output}/x.safetensors"),
+    "convert to dcp": lambda path: convert(path, f"{hostile_child.output}/out", to="dcp"),
 }
 
 
