@@ -16,6 +16,7 @@ from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import LoadReport, SaveReport
 from shardckpt.saving import async_save as background
 from shardckpt.saving.async_save import SaveHandle
+from shardckpt.saving.incremental import check_verify_base
 from shardckpt.saving.pipeline import run_save
 from shardckpt.state.flatten import flatten
 from shardckpt.state.saved_tree import Rename, Select
@@ -27,7 +28,10 @@ __all__ = ["async_save", "load", "load_state", "open_checkpoint", "save"]
 Path = str | os.PathLike[str]
 
 
-def _base(base: Path | Checkpoint | None, storage: Storage | None) -> str | Checkpoint | None:
+def _base(
+    base: Path | Checkpoint | None, storage: Storage | None, *, verify: bool
+) -> str | Checkpoint | None:
+    check_verify_base(base, verify_base=verify)
     if base is None or isinstance(base, Checkpoint):
         return base
     return checkpoint_path(base, storage, fixed=True)
@@ -75,7 +79,8 @@ def save(
     the same are linked, not written, so that a job with frozen weights (requires_grad False, in
     modules) writes only what it trains. Both stay whole when either is removed. What can't be
     linked is written; a base that is missing or damaged fails nothing, and the report says so.
-    One block in 16 of what is linked is read back and checked; `verify_base` checks all.
+    One block in 16 of what is linked is read back and checked; `verify_base`, which needs a base,
+    checks all.
 
     Raises StateError for what can't be saved, StorageError where the file system refuses,
     CoordinationError for ranks that fail; each names path, rank and tensor.
@@ -92,7 +97,7 @@ def save(
             process_group=process_group,
             comm=comm,
             check_replicas=check_replicas,
-            base=_base(base, storage),
+            base=_base(base, storage, verify=verify_base),
             verify_base=verify_base,
             storage=storage or LocalStorage(),
         )
@@ -104,7 +109,7 @@ def save(
             storage=storage or LocalStorage(),
             overwrite=overwrite,
             check_replicas=check_replicas,
-            base=_base(base, storage),
+            base=_base(base, storage, verify=verify_base),
             verify_base=verify_base,
         )
 
@@ -133,7 +138,8 @@ def async_save(
     `handle.result()` waits and returns the SaveReport, or raises what the save did. An error
     that nobody has asked for is raised by the next async_save, which begins its own save first.
     """
-    target, earlier = checkpoint_path(path, storage, fixed=True), _base(base, storage)
+    target = checkpoint_path(path, storage, fixed=True)
+    earlier = _base(base, storage, verify=verify_base)
     ranks = operation(f"async_save {path}", process_group, comm=comm, channel="async")
 
     def save_staged(staged: Callable[[], LocalPlan]) -> SaveReport:

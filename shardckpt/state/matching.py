@@ -42,7 +42,7 @@ from shardckpt.state.module_state import has_state, modules_in
 from shardckpt.state.optimizer_matching import match_optimizer
 from shardckpt.state.optimizer_state import ParameterNames
 from shardckpt.state.saved_tree import SavedState, below, under
-from shardckpt.state.sharded_array import ShardedArray, fits_tensor
+from shardckpt.state.sharded_array import ShardedArray, fits_tensor, from_numpy
 from shardckpt.state.sharded_tensors import materialised
 from shardckpt.state.wrapper_tensors import Wrapped, match_wrapped, read_out
 
@@ -292,13 +292,20 @@ class Matcher:
             self.reads.append((entry, chunk))
 
     def array(self, template: np.ndarray[Any, Any], name: str) -> Finish:
-        """Fill an array in place where its memory allows that, else replace it."""
-        in_place = template.flags.writeable and all(stride >= 0 for stride in template.strides)
-        if not in_place or not fits_tensor(template.dtype):
+        """Fill an array in place, of whatever byte order and strides; replace one that is read-only
+        or of a dtype that no tensor has."""
+        if not template.flags.writeable or not fits_tensor(template.dtype):
             return self.value(template, name)
-        tensor = torch.from_numpy(template)
+        tensor = from_numpy(template, name=name)
         self.tensor(tensor, name)
-        return lambda: template
+
+        def finish() -> Any:
+            read = tensor.numpy()
+            if not np.may_share_memory(template, read):
+                template[...] = read
+            return template
+
+        return finish
 
     def sharded(self, template: ShardedArray, name: str) -> Finish:
         """Fill this rank's part of an array in place."""
