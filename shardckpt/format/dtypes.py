@@ -13,6 +13,7 @@ from shardckpt.errors import UnsupportedLeafError
 __all__ = [
     "DTYPES",
     "OPAQUE",
+    "SAVED",
     "dtype_name",
     "itemsize",
     "memory_dtype",
@@ -53,6 +54,9 @@ DTYPES: dict[str, torch.dtype] = {
     **{f"INT{bits}": getattr(torch, f"int{bits}") for bits in range(1, 8)},
 }
 """Name -> torch dtype; the name of safetensors, where it has one."""
+
+SAVED = frozenset(DTYPES.values())
+"""The torch dtypes that can be saved."""
 
 _PAIRS = {"C32": "F16", "C128": "F64"}  # real part, imaginary part
 _SHELLS = {name for name in DTYPES if name.startswith(("UINT", "INT"))}  # torch moves none of them
