@@ -78,7 +78,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return f"a {type(value).__module__}.{type(value).__qualname__}"
+    return repr(value)[:200]
 
 
 def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:

@@ -28,7 +28,8 @@ def install() -> None:
     set_state = nn.Module.__setstate__
 
     def new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-        made: nn.Module = object.__new__(cls)
+        other: Any = super(nn.Module, cls).__new__  # of another base, where there is one
+        made: nn.Module = other(cls) if other is object.__new__ else other(cls, *args, **kwargs)
         try:
             _made[made] = _weak(args), _weak(kwargs)
         except TypeError:  # a class without a hash
