@@ -42,6 +42,13 @@ def forward(handler: TrainingState, batch: Any, autocast: Any = None) -> Result 
         if handler.loss_fn is None:
             found = outputs.get("loss") if isinstance(outputs, Mapping) else None
             found = getattr(outputs, "loss", None) if found is None else found
+            if found is None:
+                raise StateError(
+                    "The handler has no loss, and the outputs of the model bring none",
+                    expected='outputs with a "loss"',
+                    actual=type(outputs).__name__,
+                    remedy="call set_loss_fn first",
+                )
         else:
             found = handler.loss_fn(outputs, targets)
     size = batch_size(targets)

@@ -98,8 +98,7 @@ class NNHandler(Components):
     ) -> dict[str, list[float]]:
         """Train for so many epochs or steps more; collective.
 
-        With auto_save(resume="auto") a script that runs again does what is left of its calls of
-        train.
+        With auto_save(resume="auto") a script that runs again does what is left of its calls.
 
         Args:
             epochs: So many epochs more; may be left out with max_steps.

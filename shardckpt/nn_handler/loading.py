@@ -550,7 +550,7 @@ def _own(handler: Components, own: Any, path: str) -> None:
         set_random_state(state.random)
     handler.boundary = None
     if sums is not None:
-        handler.boundary = {"random": random_state(), "sums": msgspec.to_builtins(sums)}
+        handler.boundary = {"random": random_state(), "sums": msgspec.structs.asdict(sums)}
 
 
 def _own_state(own: Any, path: str) -> OwnState:

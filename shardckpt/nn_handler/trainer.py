@@ -78,6 +78,8 @@ class Trainer:
                 if (raised := self._emergency(error)) is not error:
                     raise raised from error
                 raise
+            finally:
+                handler.sums = None
             if saver is not None:
                 saver.close()
 
@@ -396,6 +398,9 @@ def _check_on_all(handler: TrainingState) -> None:
         _check_ready(handler)
         return b""
 
+    if handler.world_size == 1:
+        _check_ready(handler)
+        return
     with operation("NNHandler: the beginning of training") as coordinator:
         exchange(coordinator, "ready", check, lambda payloads: b"")
 

@@ -128,8 +128,15 @@ class TrainingState:
         """Wrap the model anew if DDP was made for other trained parameters; collective."""
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
         if self.parallel == "ddp" and self.wrapped_for != trained:
-            self.model, self.probed = wrap(self.module, self.layout), False
+            self.rewrap()
+            self.probed = False
         self.wrapped_for = trained
+
+    def rewrap(self, *, find_unused: bool = False) -> None:
+        """Put another DDP around the model; collective."""
+        self.model = wrap(self.module, self.layout, find_unused=find_unused)
+        if self.compiling is not None:
+            self.model.compile(**self.compiling)
 
     def apply_hyperparameters(self) -> None:
         """Put `hyperparameters` into the optimizer, and the rate into the scheduler's base."""
@@ -151,7 +158,7 @@ class TrainingState:
                     group["lr"], group["initial_lr"] = group["lr"] * value / base, value
             if name == "lr" and self.scheduler is not None:
                 self.scheduler.set_base(float(value))
-        if optimizer is not None:
+        if optimizer is not None and self.hyperparameters:
             self.rate = float(optimizer.param_groups[0]["lr"])
 
     def untrained(self) -> list[str]:

@@ -19,7 +19,6 @@ from shardckpt.nn_handler.parallel import (
     largest,
     synchronise_buffers,
     synchronise_gradients,
-    wrap,
 )
 from shardckpt.nn_handler.train_options import TrainOptions
 from shardckpt.nn_handler.training_state import TrainingState
@@ -104,7 +103,7 @@ class Updater:
             handler.probed = True
             used = average_gradients(handler.module.parameters())
             if not all(used):
-                handler.model = wrap(handler.module, handler.layout, find_unused=True)
+                handler.rewrap(find_unused=True)
         if handler.loss_module is not None and handler.parallel != "none":
             average_gradients(handler.loss_module.parameters())
 
