@@ -225,7 +225,8 @@ def take_apart(data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]
         and sampler.generator is None
     )
     whole = getattr(sampler, "data_source", None) is data.dataset
-    batched = type(data.batch_sampler) is BatchSampler
+    inner: Any = data.batch_sampler
+    batched = type(inner) is BatchSampler and inner.sampler is sampler
     usual = type(data) is DataLoader and data.generator is None and _has_order(data.dataset)
     if not (plain and whole and batched and usual):
         return None
