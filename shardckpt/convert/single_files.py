@@ -41,7 +41,7 @@ from shardckpt.errors import (
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.format.dtypes import dtype_name, plain_dtype
-from shardckpt.format.safetensors_header import build_header, each_once, header_bytes
+from shardckpt.format.safetensors_header import build_header, header_bytes, unique_keys
 from shardckpt.format.validation import check_references
 from shardckpt.saving.shard_writer import write_shard
 from shardckpt.state.flatten import flatten
@@ -319,7 +319,7 @@ def read_metadata(path: str) -> dict[str, str]:
         text = file.read(1)
         if text != b"{":
             raise damaged(path, 'a header that begins with "{"', repr(text))
-        header = json.loads(text + file.read(length - 1), object_pairs_hook=each_once)
+        header = json.loads(text + file.read(length - 1), object_pairs_hook=unique_keys)
     return msgspec.convert(header.get("__metadata__", {}), dict[str, str])
 
 

@@ -1,4 +1,4 @@
-"""Which ranks read what other ranks of their machine read, and so leave it to the page cache."""
+"""Choose which reads bypass the page cache: those of data that one rank of a machine reads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from shardckpt.state.local_chunks import LocalChunk
 __all__ = ["ALWAYS", "MOSTLY", "NEVER", "Share", "past_cache", "share_of"]
 
 ALWAYS, MOSTLY, NEVER = 0.0, 0.8, math.inf
-"""Neighbouring blocks are read past the page cache by whoever wants at least this part of them."""
+"""A block between two ranks bypasses the cache for the rank that wants at least this fraction of
+it."""
 
 
 class Share(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank reads: `wanted_bytes` of tensors of `whole_bytes`, which `tensors` stands for."""
+    """The reads of a rank: `wanted_bytes` of tensors with `whole_bytes` in all. `tensors`
+    identifies the tensors."""
 
     machine: str
     tensors: int
@@ -28,7 +30,7 @@ class Share(msgspec.Struct, array_like=True, frozen=True):
 
 
 def share_of(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> Share:
-    """The share of a rank with these reads. Pure."""
+    """Summarise the reads of a rank. Pure."""
     return Share(
         machine,
         xxhash.xxh3_64_intdigest(b"".join(entry.chunks.data for entry, _ in reads)),
@@ -38,9 +40,12 @@ def share_of(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> S
 
 
 def past_cache(shares: Sequence[Share]) -> list[float]:
-    """For each rank what it reads past the page cache: ALWAYS where no other rank of its machine
-    reads of the same tensors; NEVER where they want, together, much more than these tensors are;
-    else MOSTLY, as what a rank does not want of a block is what another one wants of it."""
+    """For each rank, whether its reads bypass the page cache.
+
+    ALWAYS if no other rank of its machine reads the same tensors; NEVER if the ranks together read
+    much more than the size of these tensors; otherwise MOSTLY, since the rest of a block is then
+    read by another rank.
+    """
     wanted: dict[tuple[str, int], list[int]] = defaultdict(list)
     for share in shares:
         wanted[share.machine, share.tensors].append(share.wanted_bytes)
