@@ -1,9 +1,9 @@
-"""A whole state in files for interchange: one torch or safetensors file, or one for each component.
+"""Read and write a full state as a torch or safetensors file, or as one file for each component.
 
-Torch files open with torch.load(weights_only=True), safetensors files with the safetensors library:
-tensors by name, all else as typed JSON in the metadata. Files appear under their name at once,
-when they are durable. Both are verified when they are read: torch files by the CRC-32 of each of
-their records, safetensors files by a digest that the metadata holds.
+Torch files open with torch.load(weights_only=True). Safetensors files open with the safetensors
+library: tensors by name, all other entries as typed JSON in the metadata. Files appear under their
+name when they are durable. Both formats are verified when they are read: torch files by the CRC-32
+of each record, safetensors files by a digest in the metadata.
 """
 
 from __future__ import annotations
@@ -82,17 +82,17 @@ TREE, DIGEST = "shardckpt.state", "shardckpt.digest"
 xxh3-128 of the xxh3-64 digests (8 bytes, little-endian) of each MiB of the file, in which the
 digest itself stands as UNSEALED."""
 UNSEALED = "0" * 32
-_MARK = f'"{DIGEST}":"'.encode()  # once at most: within JSON's strings quotes are escaped
+_MARK = f'"{DIGEST}":"'.encode()  # occurs at most once: inside JSON strings quotes are escaped
 
 
 def is_one_file(path: str) -> bool:
-    """Whether a path means one file."""
+    """Whether the suffix of a path is that of a single file."""
     return path.endswith((".pth", ".pt", ".safetensors"))
 
 
 def is_one_file_there(path: str) -> bool:
-    """Whether what is at a path is to be read as one file. A file is, whatever its suffix. A
-    directory is not: Lightning's sharded checkpoints are directories named `.ckpt`."""
+    """Whether to read a path as a single file. True for any file, whatever its suffix. False for
+    directories: sharded checkpoints of Lightning are directories named `.ckpt`."""
     return os.path.isfile(path) or (is_one_file(path) and not os.path.isdir(path))
 
 
@@ -104,15 +104,15 @@ def write_one(
     system: System | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> None:
-    """Write a nested state of plain CPU tensors as one file; its suffix says of which format."""
+    """Write a nested state of plain CPU tensors as one file. The suffix decides its format."""
     with atomic_write(path, overwrite=overwrite, system=system) as write:
         _write(state, write, "", path, progress)
 
 
 def read_one(path: str, *, check: bool = True, load: LoadTorch = load_torch) -> Any:
-    """The state in one file, on the CPU; of a file that others wrote, its content.
+    """Read the state in one file, on the CPU. The file may come from another program.
 
-    With `check` every byte is read now, and verified; else when it is used. `load` reads torch
+    With `check` every byte is read and verified now, otherwise when it is used. `load` reads torch
     files.
     """
     with errors_of(path, "load another checkpoint; pickled objects are never loaded"):
@@ -133,7 +133,7 @@ def write_many(
     system: System | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> None:
-    """Write a directory with a file for each item of the state, and an index with their digests."""
+    """Write a folder with a file for each item of the state, and an index with their digests."""
     with atomic_write(
         folder,
         overwrite=overwrite,
@@ -153,8 +153,7 @@ def write_many(
 
 
 def _not_indexed(folder: str, names: Sequence[str], system: System) -> list[str]:
-    """The names in a folder of components that are not in its index, or could not be if that is
-    broken."""
+    """The names in a folder of components that are not in its index."""
     try:
         index = json.loads(b"".join(_blocks(os.path.join(folder, INDEX), system)))
         known = {INDEX, *(entry["name"] for entry in index["files"].values())}
@@ -173,14 +172,14 @@ class _Components(msgspec.Struct):
 
 
 def read_many(folder: str) -> dict[str, Any]:
-    """The state that write_many wrote; every file is checked against its digest."""
+    """Read the state that write_many wrote, and verify every file."""
     state: dict[str, Any] = {}
     with errors_of(folder, "load another checkpoint"):
         index = msgspec.json.decode(read_small(file_in(folder, INDEX)), type=_Components)
         for key, entry in index.files.items():
             path = file_in(folder, entry.name)
             check_regular(path)
-            item = read_one(path, check=False)  # a file that declares too much is not read through
+            item = read_one(path, check=False)  # do not read a file that declares too much
             found = _digest(path)
             if found != entry.xxh3_128:
                 raise damaged(path, f"digest {entry.xxh3_128}"[:200], f"digest {found}")
@@ -195,9 +194,9 @@ def _whole(tensor: AnyTensor, name: str) -> torch.Tensor:
     raise StateError(
         "A single file can't hold a part of an array",
         tensor=name,
-        expected="whole tensors",
+        expected="full tensors",
         actual=repr(tensor),
-        remedy="save to a path without .safetensors: every rank then writes its part",
+        remedy="save to a path without .safetensors: then every rank writes its part",
     )
 
 
@@ -217,7 +216,7 @@ def _write(
 
 
 def save_torch(value: Any, file: Any, path: str) -> None:
-    """torch.save; UnsupportedLeafError for a value that pickle can't take."""
+    """Call torch.save. Raises UnsupportedLeafError for a value that can't be pickled."""
     try:
         torch.save(value, file)
     except (TypeError, AttributeError, pickle.PicklingError) as error:
@@ -232,7 +231,8 @@ def save_torch(value: Any, file: Any, path: str) -> None:
 def _write_safetensors(
     state: Mapping[str, Any], write: AtomicWrite, name: str, progress: Callable[[int], None]
 ) -> None:
-    """Tensors by falling item size, so that each is aligned; the digest goes in at the end."""
+    """Write tensors by falling item size, so that each is aligned. The digest is written at the
+    end."""
     flat = flatten(state, rank=0)
     tree = msgspec.json.encode(flat.tree).decode()
     tensors = {
@@ -256,8 +256,8 @@ def _write_safetensors(
 
 
 def check_loads(state: Mapping[str, Any], path: str) -> None:
-    """Raise UnsupportedLeafError for what torch.load would refuse: that must be known now, not when
-    it is needed. The data of tensors are left out."""
+    """Raise UnsupportedLeafError for a value that torch.load would refuse. The data of tensors are
+    left out."""
     buffer = io.BytesIO()
     try:
         torch.save(_without_data(dict(state)), buffer)
@@ -283,9 +283,9 @@ def _without_data(value: Any) -> Any:
 
 
 def _check_records(path: str) -> None:
-    """Raise if the records of a torch file don't agree with their checksums, at which torch.load
-    does not look. Without checksums (torch.serialization.set_crc32_options) all of them are 0."""
-    if not zipfile.is_zipfile(path):  # as all torch files are but those of before torch 1.6
+    """Raise an error if the records of a torch file do not match their checksums, which torch.load
+    does not check. Without checksums (torch.serialization.set_crc32_options) all of them are 0."""
+    if not zipfile.is_zipfile(path):  # true for all torch files, except of torch before 1.6
         return
     with zipfile.ZipFile(path) as archive:
         if any(record.CRC for record in archive.infolist()):
@@ -310,8 +310,8 @@ def _read_safetensors(path: str, *, check: bool) -> Any:
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """The metadata of a safetensors file, after checks of its header that the safetensors library
-    does not make: a regular file, a header within it, each key once."""
+    """The metadata of a safetensors file, after checks that the safetensors library lacks: a
+    regular file, a header within it, unique keys."""
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -324,8 +324,8 @@ def read_metadata(path: str) -> dict[str, str]:
 
 
 def is_sealed(path: str, metadata: Mapping[str, str]) -> bool:
-    """Whether a safetensors file is ours. Raises CorruptionError if it bears any trace of that and
-    not all: then a bit of the metadata's keys has changed."""
+    """Whether shardckpt wrote a safetensors file. Raises CorruptionError if it has only some of the
+    marks: then a bit in the keys of the metadata changed."""
     ours = {key for key in metadata if key.startswith("shardckpt.")}
     if ours and ours != {TREE, DIGEST}:
         raise damaged(path, f"metadata with {TREE} and {DIGEST}", ", ".join(sorted(ours))[:200])
@@ -333,9 +333,9 @@ def is_sealed(path: str, metadata: Mapping[str, str]) -> bool:
 
 
 def damaged(path: str, expected: str, actual: str) -> CorruptionError:
-    """The error for a file whose digest is another one."""
+    """The error for a file with another digest."""
     return CorruptionError(
-        "A file of the checkpoint is not what was written",
+        "A file of the checkpoint is corrupted",
         path=path,
         expected=expected,
         actual=actual,
@@ -344,14 +344,15 @@ def damaged(path: str, expected: str, actual: str) -> CorruptionError:
 
 
 def seal(file: WritableFile, header: bytes, digests: NDArray[np.uint64]) -> None:
-    """Put its digest into a safetensors file that begins with this header, which holds UNSEALED in
-    its place. `digests`: those of its blocks."""
+    """Write the digest into a safetensors file whose header holds UNSEALED in its place. `digests`
+    are those of its blocks."""
     place = header.index(_MARK) + len(_MARK)
     file.write(memoryview(_digest_of(digests).encode()), offset=place)
 
 
 def check_sealed(path: str) -> None:
-    """Read a safetensors file of ours whole; CorruptionError if it is not what was written."""
+    """Read a safetensors file of shardckpt completely. Raises CorruptionError if its digest does
+    not match."""
     place = _place_of_digest(path)
     with open(path, "rb") as file:
         file.seek(place)
@@ -403,7 +404,7 @@ def _blocks(path: str, system: System) -> Iterator[bytes]:
 
 @contextmanager
 def errors_of(path: str, remedy: str) -> Iterator[None]:
-    """Errors of torch, safetensors and the file system as typed ones, that name a path."""
+    """Convert errors of torch, safetensors and the file system to typed errors with the path."""
     try:
         yield
     except ShardckptError:
@@ -414,11 +415,11 @@ def errors_of(path: str, remedy: str) -> Iterator[None]:
                 "A file of the checkpoint is missing", path=path, actual=str(error), remedy=remedy
             ) from error
         raise CheckpointNotFoundError(
-            "There is nothing at this path", path=path, remedy="check the path"
+            "The path does not exist", path=path, remedy="check the path"
         ) from error
     except IsADirectoryError as error:
         raise NotACheckpointError(
-            "This is a directory, where a file was expected", path=path, remedy="check the path"
+            "The path is a directory, not a file", path=path, remedy="check the path"
         ) from error
     except PermissionError:
         with translated(path):
