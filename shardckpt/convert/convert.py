@@ -281,7 +281,7 @@ def _format_of(target: str, to: Format | None) -> Format:
             "The target path does not match the format",
             path=target,
             expected=f"one of {', '.join(FORMATS)}; a path with .pt, .pth, .ckpt or .bin for torch, "
-            "with .safetensors for safetensors, with none of these for the others",
+            "with .safetensors for safetensors, with none of them for the others",
             actual=repr(to),
         )
     return to
