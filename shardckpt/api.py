@@ -16,18 +16,14 @@ from shardckpt.maintenance.rescue import rescue as run_rescue
 from shardckpt.maintenance.reshard import reshard as run_reshard
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.plan.device_map import DeviceMap
-from shardckpt.plan.local_plan import LocalPlan, local_plan
-from shardckpt.reports import (
-    CheckpointMetadata,
-    LoadReport,
-    RescueReport,
-    SaveReport,
-    VerifyReport,
-)
+from shardckpt.plan.local_plan import LocalPlan
+from shardckpt.reports import CheckpointMetadata, LoadReport, RescueReport, SaveReport, VerifyReport
 from shardckpt.saving import async_save as background
+from shardckpt.saving.agreement import Target
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.saving.pipeline import run_save
-from shardckpt.state.flatten import flatten
+from shardckpt.saving.incremental import open_base
+from shardckpt.saving.pipeline import plan_state, run_save
+from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage, checkpoint_path
@@ -55,11 +51,6 @@ def _base(base: Path | Checkpoint | None, storage: Storage | None) -> str | Chec
     if base is None or isinstance(base, Checkpoint):
         return base
     return checkpoint_path(base, storage, fixed=True)
-
-
-def _plan(state: Any, coordinator: Coordinator) -> LocalPlan:
-    flat = flatten(state, rank=coordinator.rank)
-    return local_plan(flat, world_size=coordinator.world_size)
 
 
 def _ignore(size_bytes: int) -> None:
@@ -133,7 +124,7 @@ def save(
         >>> report.world_size
         1
     """
-    target = checkpoint_path(path, storage)
+    target, earlier = checkpoint_path(path, storage), _base(base, storage)
     if planner is not None:
         from shardckpt.integrations.dcp import save_with_planner
 
@@ -145,20 +136,18 @@ def save(
             process_group=process_group,
             comm=comm,
             check_replicas=check_replicas,
-            base=_base(base, storage),
+            base=earlier,
             verify_base=verify_base,
             storage=storage or LocalStorage(),
         )
+    storage = storage or LocalStorage()
     with operation(f"save {target}", process_group, comm=comm) as coordinator:
         return run_save(
-            lambda: _plan(state, coordinator),
-            target,
+            lambda: plan_state(state, coordinator),
+            Target(target, storage, overwrite),
             coordinator=coordinator,
-            storage=storage or LocalStorage(),
-            overwrite=overwrite,
+            base=open_base(earlier, storage, verify=verify_base),
             check_replicas=check_replicas,
-            base=_base(base, storage),
-            verify_base=verify_base,
         )
 
 
@@ -212,17 +201,16 @@ def async_save(
     target, earlier = checkpoint_path(path, storage, fixed=True), _base(base, storage)
     ranks = operation(f"async_save {path}", process_group, comm=comm, channel="async")
 
-    def save_staged(staged: Callable[[], LocalPlan]) -> SaveReport:
+    store = storage or LocalStorage()
+
+    def save_staged(staged_plan: Callable[[], LocalPlan]) -> SaveReport:
         with ranks as coordinator:
             return run_save(
-                staged,
-                target,
+                staged_plan,
+                Target(target, store, overwrite),
                 coordinator=coordinator,
-                storage=storage or LocalStorage(),
-                overwrite=overwrite,
+                base=open_base(earlier, store, verify=verify_base),
                 check_replicas=check_replicas,
-                base=earlier,
-                verify_base=verify_base,
                 staged=True,
             )
 
@@ -236,7 +224,7 @@ def load(
     path: Path,
     *,
     strict: bool = True,
-    cast: bool = False,
+    dtype: DtypePolicy = "strict",
     keys: Select = None,
     rename: Rename = None,
     process_group: ProcessGroup | None = None,
@@ -256,7 +244,7 @@ def load(
         strict: Require every entry of the state in the checkpoint, with its shape and dtype, and
             load all entries of a module or optimizer. With strict=False, mismatched entries are
             skipped and listed in the report.
-        cast: Convert saved dtypes to the dtypes of the state.
+        dtype: "strict" refuses a saved dtype other than the dtype of the state; "cast" converts.
         keys: The names to load: prefixes, or shell patterns such as `"*.bias"`.
         rename: A dict from saved prefix to prefix in the state, or a function from saved name to
             name in the state.
@@ -283,7 +271,7 @@ def load(
         >>> state["weight"]
         tensor([1., 1., 1.])
     """
-    target = checkpoint_path(path, storage)
+    target, cast = checkpoint_path(path, storage), casts(dtype)
     background.wait_until_staged()
     with operation(f"load {target}", process_group, comm=comm) as coordinator:
         return run_load(

@@ -63,6 +63,12 @@ __all__ = [
 ]
 
 
+def printable(text: str) -> str:
+    """Text whose control characters, but line ends, are escaped: names in a checkpoint must not
+    drive a terminal, nor be what no terminal can show."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class ShardckptError(Exception):
     """The base class of all errors of shardckpt.
 
@@ -114,6 +120,7 @@ class ShardckptError(Exception):
         self.actual = actual
         self.remedy = remedy
         self.facts = facts
+        self.__dict__.update(facts)
         Exception.__init__(self, message)
 
     def __str__(self) -> str:
@@ -127,7 +134,7 @@ class ShardckptError(Exception):
             "remedy": self.remedy,
         }
         lines = [f"  {name}: {fact}" for name, fact in facts.items() if fact is not None]
-        return "\n".join([self.message, *lines])
+        return printable("\n".join([self.message, *lines]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         facts = {
@@ -182,9 +189,14 @@ class CoverageError(StateError):
 class LoadMismatchError(ShardckptError, ValueError):
     """The state to load into and the checkpoint differ. The error lists every entry.
 
-    The dictionary `facts` has the entries in tuples: `missing` and `unexpected` hold names,
-    `wrong_shape` and `wrong_dtype` hold (name, expected, actual).
+    `missing`, `unexpected`, `wrong_shape` and `wrong_dtype` are tuples of names
+    (for the last two, of (name, expected, found)), or None if there are none.
     """
+
+    missing: tuple[str, ...] | None = None
+    unexpected: tuple[str, ...] | None = None
+    wrong_shape: tuple[tuple[str, Any, Any], ...] | None = None
+    wrong_dtype: tuple[tuple[str, Any, Any], ...] | None = None
 
     exit_code = 4
 

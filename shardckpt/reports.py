@@ -98,7 +98,7 @@ class LoadReport:
         >>> import torch, shardckpt
         >>> _ = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
         >>> state = {"weight": torch.zeros(3, dtype=torch.float16)}
-        >>> [name for name, *dtypes in shardckpt.load(state, "run/step-1", cast=True).cast]
+        >>> [name for name, *dtypes in shardckpt.load(state, "run/step-1", dtype="cast").cast]
         ['weight']
     """
 

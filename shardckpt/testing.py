@@ -49,7 +49,7 @@ class StorageTests:
             assert one + two == _DATA[77:6077]
             filled: list[memoryview] = []
             again = [memoryview(bytearray(size)) for size in (1000, 0, 5000)]
-            files.readinto(name, again, offset=77, done=filled.append)
+            files.readinto(name, again, offset=77, on_filled=filled.append)
             assert filled == [one, b"", two]
             with suppress(WouldWait):
                 files.readinto(name, [memoryview(one)], offset=5000, wait=False)

@@ -265,7 +265,7 @@ def test_a_module_must_take_all_that_was_saved(tmp_path):
 def test_cast_on_request(tmp_path):
     shardckpt.save({"a": torch.tensor([1.5, 2.5])}, tmp_path / "c")
     state = {"a": torch.zeros(2, dtype=torch.bfloat16)}
-    report = shardckpt.load(state, tmp_path / "c", cast=True)
+    report = shardckpt.load(state, tmp_path / "c", dtype="cast")
     assert state["a"].tolist() == [1.5, 2.5]
     assert report.cast == (("a", "torch.float32", "torch.bfloat16"),)
 

@@ -26,7 +26,8 @@ from shardckpt.convert.single_files import (
 from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
 from shardckpt.convert.targets import Target
 from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
 from shardckpt.format.typed_json import TensorRef

@@ -37,7 +37,6 @@ from shardckpt.errors import (
     CorruptionError,
     CoverageError,
     NotACheckpointError,
-    UnsupportedLeafError,
 )
 from shardckpt.format.tiling import find_gap
 from shardckpt.state.local_chunks import box_slices
@@ -122,7 +121,7 @@ class DcpCheckpoint:
         time.
 
         Objects that only unpickling could read are left out, and listed in `origin`. Raises
-        UnsupportedLeafError for a value that calls the operating system.
+        CorruptionError for a value that calls the operating system.
         """
         objects = ObjectsLoader()
         state, reads = self.state(objects)
@@ -148,7 +147,7 @@ class DcpCheckpoint:
                 entries[name] = torch.empty((), dtype=dtype).expand(self.tensors[name])
                 reads[id(entries[name])] = partial(self.read_box, name)
             else:
-                found = objects.plain(self._value(name, objects), name)
+                found = objects.plain(self._read(MetadataIndex(name), objects.load), name)
                 if isinstance(found, StandIn):
                     objects.left_out[name] = why(found)
                 else:
@@ -247,20 +246,6 @@ class DcpCheckpoint:
             self._loaded[place] = part
         return self._loaded[place]
 
-    def _value(self, name: str, objects: ObjectsLoader) -> Any:
-        try:
-            return self._read(MetadataIndex(name), objects.load)
-        except CheckpointError as error:
-            if not isinstance(error.__cause__, pickle.UnpicklingError):
-                raise
-            raise UnsupportedLeafError(
-                f"A value of this DCP checkpoint can't be read: {error.message}",
-                path=self.path,
-                tensor=name,
-                actual=error.actual,
-                remedy=error.remedy,
-            ) from error
-
     def _read(self, index: MetadataIndex, load: LoadTorch = load_torch) -> Any:
         """Read an item of DCP."""
         infos = self._metadata.storage_data
@@ -276,7 +261,7 @@ class DcpCheckpoint:
                     raise ValueError(f"it ends at byte {end} of {len(view)}")
                 with view[info.offset : end] as part:
                     return load_torch_part(part, path, load)
-        except (CorruptionError, UnsupportedLeafError):
+        except (CorruptionError, NotACheckpointError):
             raise
         except pickle.UnpicklingError as error:
             raise refusal(path, error, tensor=index.fqn) from error

@@ -16,7 +16,15 @@ from typing import BinaryIO
 
 from shardckpt.errors import CorruptionError, NotACheckpointError
 
-__all__ = ["JSON_LIMIT_BYTES", "check_regular", "file_in", "mapped", "open_regular", "read_small"]
+__all__ = [
+    "JSON_LIMIT_BYTES",
+    "check_regular",
+    "file_in",
+    "mapped",
+    "open_regular",
+    "read_small",
+    "utf8_path",
+]
 
 JSON_LIMIT_BYTES = 64 << 20
 _DISTRUST = "load another checkpoint; this one was not made by a program that saves checkpoints"
@@ -83,6 +91,18 @@ def mapped(path: str) -> Iterator[mmap.mmap | bytes]:
         finally:
             with suppress(BufferError):  # the traceback of an error may still refer to a part of it
                 found.close()
+
+
+@contextmanager
+def utf8_path(path: str) -> Iterator[str]:
+    """A path to open the same file by, for libraries that take no path but in UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        with open_regular(path) as file:
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield path
 
 
 def file_in(folder: str, name: object) -> str:

@@ -31,7 +31,7 @@ _FIXED = {  # opcode -> bytes that follow it; of the opcodes with text only GLOB
 }
 _COUNTED = {  # opcode -> bytes of the length that follows it, before the data
     **dict.fromkeys(b"U\x8a\x8cC", 1),
-    **dict.fromkeys(b"XTB\x8b", 4),
+    **dict.fromkeys(b"XTB", 4),
     **dict.fromkeys(b"\x8d\x8e\x96", 8),
 }
 _PUTS = {ord("q"): 1, ord("r"): 4}
@@ -39,12 +39,17 @@ _STOP, _GLOBAL, _FRAME, _MARK = ord("."), ord("c"), 0x95, ord("(")
 _UNMARKS = b"1tldeuo\x90\x91"
 _MOST_MARKS = 10_000  # marks at a time: one for each level of nesting
 _LONGEST_NAME = 1000
+_MOST_NAMES = 1000
+"""Classes and functions that one pickle names."""
+_LONG, _LONG_BYTES, _MOST_ALIKE = 0x8A, 8, 256
+"""Large ints that have the same hash: a dict with such keys takes time by their number squared."""
 
 
 def scan(data: Readable, begin: int = 0) -> int:
     """The end of the pickle that begins at `begin`. Raises UnpicklingError for opcodes that a saved
     state does not need, and for lengths and memo indices that exceed the pickle."""
     at, end, marks = begin, len(data), 0
+    alike: dict[int, set[bytes]] = {}
     while at < end:
         code = data[at]
         at += 1
@@ -61,7 +66,14 @@ def scan(data: Readable, begin: int = 0) -> int:
                 marks -= 1
             at += more
         elif (more := _COUNTED.get(code)) is not None:
-            at += more + int.from_bytes(data[at : at + more], "little")
+            size = int.from_bytes(data[at : at + more], "little")
+            at += more + size
+            if code == _LONG and size >= _LONG_BYTES:
+                number = bytes(data[at - size : at])
+                same = alike.setdefault(hash(int.from_bytes(number, "little", signed=True)), set())
+                same.add(number)
+                if len(same) > _MOST_ALIKE:
+                    raise pickle.UnpicklingError("large ints that all have the same hash")
         elif (more := _PUTS.get(code)) is not None:
             index = int.from_bytes(data[at : at + more], "little")
             if index > at - begin:  # each entry of the memo takes at least a byte
@@ -133,6 +145,8 @@ class Names(pickle.Unpickler):
         if not self._allowed(full):
             raise pickle.UnpicklingError(f"{full} is not allowed in this pickle")
         if full not in self._classes:
+            if len(self._classes) > len(_PLAIN) + _MOST_NAMES:
+                raise pickle.UnpicklingError(f"more than {_MOST_NAMES} names of classes")
             self._classes[full] = type("Named", (Named,), {"name": full})
         return self._classes[full]
 

@@ -10,10 +10,27 @@ import re
 
 from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
 
-__all__ = ["plain_text", "refusal", "refused_name", "wrong_container"]
+__all__ = ["is_harmful", "plain_text", "refusal", "refused_name", "wrong_container"]
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NEWER_PROTOCOLS = {"149", "67"}  # FRAME and SHORT_BINBYTES, which begin protocols 4 and 3
+
+
+_MADE_TO_DO_HARM = (
+    "This file calls a function of the operating system: it was made to do harm",
+    "don't load it with pickle either; ask who made it for the tensors alone",
+)
+_HARMFUL = re.compile(
+    r"(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|breakpoint|input)"
+    r"|(os|posix|nt|sys|subprocess|commands|pty|shutil|socket|ctypes|importlib|runpy|webbrowser"
+    r"|torch\.hub|torch\.utils\.cpp_extension)(\.\w+)*\.\w+"
+)
+
+
+def is_harmful(name: str) -> bool:
+    """Whether no program that saves a state names this function: it starts programs, runs code or
+    opens files."""
+    return _HARMFUL.fullmatch(name) is not None
 
 
 def plain_text(error: BaseException) -> str:
@@ -44,7 +61,11 @@ def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> Ch
     """The typed error for a file, or one entry of it, that torch.load refused."""
     text = str(error)
     kind: type[CheckpointError] = NotACheckpointError
-    if name := refused_name(error):
+    name = refused_name(error)
+    if name and is_harmful(name):
+        kind, actual = CorruptionError, f"a call of {name}"
+        message, remedy = _MADE_TO_DO_HARM
+    elif name:
         message = "This file holds objects of classes, which only unpickling could read"
         actual = f"an object of {name}"
         remedy = (
@@ -57,8 +78,7 @@ def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> Ch
         remedy = "save it again where you trust it, with tensors and plain values alone"
     elif found := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", text):
         kind, actual = CorruptionError, f"a call of {found[1]}"
-        message = "This file calls a function of the operating system: it was made to do harm"
-        remedy = "don't load it with pickle either; ask who made it for the tensors alone"
+        message, remedy = _MADE_TO_DO_HARM
     elif (operand := re.search(r"Unsupported operand (\d+)", text)) and (
         operand[1] in _NEWER_PROTOCOLS
     ):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from shardckpt.convert.foreign_file import file_in, read_small
+from shardckpt.convert.foreign_file import file_in, read_small, utf8_path
 from shardckpt.convert.layouts import companions, left_beside, writer_of
 from shardckpt.convert.single_files import (
     DIGEST,
@@ -120,7 +120,8 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
 def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors of a file in order, and its metadata."""
     metadata = read_metadata(path)
-    file: Any = safe_open(path, "pt")
+    with utf8_path(path) as openable:
+        file: Any = safe_open(openable, "pt")
     tensors = {}
     for name in file.keys():  # noqa: SIM118
         part = file.get_slice(name)

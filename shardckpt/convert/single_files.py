@@ -27,7 +27,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from shardckpt.convert.foreign_file import check_regular, file_in, open_regular, read_small
+from shardckpt.convert.foreign_file import (
+    check_regular,
+    file_in,
+    open_regular,
+    read_small,
+    utf8_path,
+)
 from shardckpt.convert.refusals import plain_text, refusal, refused_name
 from shardckpt.convert.torch_reader import LoadTorch, load_torch, load_torch_file
 from shardckpt.errors import (
@@ -296,7 +302,8 @@ def _check_records(path: str) -> None:
 
 def _read_safetensors(path: str, *, check: bool) -> Any:
     metadata = read_metadata(path)
-    tensors = load_file(path)
+    with utf8_path(path) as name:
+        tensors = load_file(name)
     if not is_sealed(path, metadata):
         return tensors
     if check:

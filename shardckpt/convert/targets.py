@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from shardckpt.config import current
+from shardckpt.convert.foreign_file import read_small
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.deadlines import poll
 from shardckpt.errors import DirectoryNotSharedError
@@ -18,6 +19,8 @@ from shardckpt.storage.deletion import exists
 from shardckpt.storage.posix import System, translated
 
 __all__ = ["Folder", "Target"]
+
+_COPY_LIMIT_BYTES = 128 << 20  # of a configuration or tokenizer
 
 
 class Target:
@@ -115,8 +118,7 @@ class Folder(Target):
     def copy(self, write: AtomicWrite) -> None:
         """Copy the files of `copied` into the new folder."""
         for name, path in self.copied.items():
-            with open(path, "rb") as file:
-                write.add_bytes(file.read(), name)
+            write.add_bytes(read_small(path, limit_bytes=_COPY_LIMIT_BYTES), name)
 
     def make(self, write: AtomicWrite) -> None:
         """See Target.make."""

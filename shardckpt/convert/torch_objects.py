@@ -20,12 +20,13 @@ import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
 
-from shardckpt.convert.refusals import refused_name, wrong_container
+from shardckpt.convert.refusals import is_harmful, refused_name, wrong_container
 from shardckpt.errors import StateError
 from shardckpt.format import typed_json as values
 from shardckpt.state.flatten import flatten
@@ -33,8 +34,9 @@ from shardckpt.state.saved_tree import below
 
 __all__ = ["ObjectsLoader", "StandIn"]
 
-_MOST_NAMES = 100
-"""The maximum number of classes in a file. Each costs another pass over its pickle."""
+_MOST_PASSES = 20
+"""The maximum number of passes over a pickle. Names that the pickle builds while it runs are learned
+one in each pass, the others at once."""
 _ARRAY_DTYPE = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 _AS_DICT = {"argparse.Namespace", "types.SimpleNamespace"}
 _AS_TEXT = {"torch.torch_version.TorchVersion"}
@@ -86,7 +88,8 @@ class ObjectsLoader:
     def load(self, file: str | BinaryIO, mmap: bool = False) -> Any:
         """Call torch.load with stand-ins. Raises its errors for files that are corrupted or that
         call the operating system."""
-        while True:
+        self._learn_names(file)
+        for passes in range(_MOST_PASSES, -1, -1):
             if not isinstance(file, str):
                 file.seek(0)
             known = {_full_name(item) for item in torch.serialization.get_safe_globals()}
@@ -95,14 +98,22 @@ class ObjectsLoader:
                 with torch.serialization.safe_globals(added):  # type: ignore[arg-type]
                     return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
             except pickle.UnpicklingError as error:
-                if not self._learn(error) or len(self._stand_ins) > _MOST_NAMES:
+                if not passes or not self._learn(error):
                     raise
+        raise AssertionError("the last pass returns or raises")
+
+    def _learn_names(self, file: str | BinaryIO) -> None:
+        """Know the classes that stand in a file, as far as torch can tell without loading it."""
+        with suppress(Exception):
+            for name in torch.serialization.get_unsafe_globals_in_checkpoint(file):
+                if name not in self._stand_ins and not is_harmful(name):
+                    self._add(name)
 
     def _learn(self, error: Exception) -> bool:
         """Add a class to those with stand-ins, or as a kind of dict or list. False if nothing is
         new."""
         if name := refused_name(error):
-            if name in self._stand_ins:
+            if name in self._stand_ins or is_harmful(name):
                 return False
             self._add(name)
             return True

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 import torch
 
-from shardckpt.convert.foreign_file import mapped
+from shardckpt.convert.foreign_file import mapped, utf8_path
 from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
-from shardckpt.errors import CorruptionError, NotACheckpointError, UnsupportedLeafError
+from shardckpt.errors import CorruptionError, NotACheckpointError
 
 __all__ = ["LoadTorch", "check_torch_file", "load_torch", "load_torch_file", "load_torch_part"]
 
@@ -80,7 +80,8 @@ def load_torch_file(path: str, load: LoadTorch = load_torch) -> Any:
     with mapped(path) as data:
         check_torch_file(data, path)
         is_zip = _is_zip(data)
-    return load(path, is_zip)
+    with utf8_path(path) as name:
+        return load(name, is_zip)
 
 
 def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> Any:
@@ -91,7 +92,7 @@ def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> 
 
 
 def check_torch_file(data: Readable, path: str) -> None:
-    """Raise CorruptionError if a torch file declares more than it holds, UnsupportedLeafError if it
+    """Raise CorruptionError if a torch file declares more than it holds, NotACheckpointError if it
     calls a function that a plain state does not need. Classes are left for torch.load to refuse."""
     if _is_zip(data):
         _ZipCheck(data, path).run()
@@ -306,7 +307,7 @@ class _Structure:
         ):  # the state of a tensor would give it another storage
             good = False
         if not good:
-            raise UnsupportedLeafError(
+            raise NotACheckpointError(
                 "This file calls a function that a plain state does not need",
                 path=self.path,
                 expected="tensors, numbers, text and containers of them",

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt.config import current
-from shardckpt.coordination.base import exchange
 from shardckpt.coordination.deadlines import rank_failed
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
 from shardckpt.coordination.resolve import is_alone, operation
 from shardckpt.coordination.shutdown import leave_at_exit

@@ -24,6 +24,7 @@ import struct
 import sys
 import types
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -57,6 +58,9 @@ _NUMPY_DTYPE = re.compile(r"[<|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
 _ARRAY_BYTES = 1 << 20
 """The largest array, in bytes, that is stored in the manifest if its dtype is not a dtype of
 tensors."""
+_MOST_ALIKE = 256
+"""The maximum number of keys of a dict, or items of a set, with the same hash. (Tuples of -1 and -2
+have equal hashes.)"""
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
 _KINDS: dict[str, Any] = {tag: kind for kind, tag in _REFS.items()}
 
@@ -289,6 +293,17 @@ def _sequence(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda body, item: make(map(item, _checked(body, list)))
 
 
+def _of_hashes(make: Callable[[list[Any]], Any]) -> Callable[[Any, Any], Any]:
+    return lambda body, item: make(_keys([item(key) for key in _checked(body, list)]))
+
+
+def _keys(keys: list[Any]) -> list[Any]:
+    """The keys, unless so many of them have one hash that to look them up would take for ever."""
+    if len(keys) > _MOST_ALIKE and max(Counter(map(hash, keys)).values()) > _MOST_ALIKE:
+        raise ValueError(f"more than {_MOST_ALIKE} keys with the same hash")
+    return keys
+
+
 def _text(make: Callable[[str], Any]) -> Callable[[Any, Any], Any]:
     return lambda body, item: make(_checked(body, str))
 
@@ -329,6 +344,7 @@ def _set_body(value: Any, at: str) -> Any:
 
 def _pairs(body: Any, item: Any) -> Any:
     pairs = [(item(key), item(value)) for key, value in _checked(body, list)]
+    _keys([key for key, _ in pairs])
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key stands twice")
@@ -371,7 +387,7 @@ def _enum_body(value: enum.Enum, at: str) -> Any:
 def _enum(body: Any, item: Any) -> Any:
     module, qualname, name = _checked(body, list)
     found = imported(_checked(module, str), _checked(qualname, str))
-    if not (isinstance(found, type) and issubclass(found, enum.Enum)):
+    if not issubclass(type(found), type) or not issubclass(found, enum.Enum):
         raise CheckpointError(
             "The class of a saved enum is not available",
             expected=f"the enum {qualname} in the module {module}",
@@ -437,7 +453,8 @@ def _torch(kind: type) -> Form:
     """The form of a type whose values are named constants of torch."""
 
     def found(name: str) -> Any:
-        if not isinstance(constant := getattr(torch, name), kind):
+        # Not getattr: it imports what torch imports when it is asked for.
+        if not isinstance(constant := vars(torch)[name], kind):
             raise TypeError(f"a {kind} expected")
         return constant
 
@@ -486,8 +503,8 @@ FORMS: tuple[Form, ...] = (
     Form("$numpy", np.generic, _numpy_body, _numpy),
     Form("$tuple", tuple, _items, _sequence(tuple)),
     Form("$size", torch.Size, lambda value, at: list(value), _sequence(_size)),
-    Form("$set", set, _set_body, _sequence(set)),
-    Form("$frozenset", frozenset, _set_body, _sequence(frozenset)),
+    Form("$set", set, _set_body, _of_hashes(set)),
+    Form("$frozenset", frozenset, _set_body, _of_hashes(frozenset)),
     Form(
         "$deque",
         collections.deque,
@@ -496,9 +513,9 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         "$counter",
-        collections.Counter,
+        Counter,
         lambda value, at: [[_hashable(k, at), encode(n, at=at)] for k, n in value.items()],
-        lambda body, item: collections.Counter(_pairs(body, item)),
+        lambda body, item: Counter(_pairs(body, item)),
     ),
     Form(
         "$complex",

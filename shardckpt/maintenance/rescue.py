@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from shardckpt.maintenance.reshard import reshard
 from shardckpt.maintenance.verify import find_damage
 from shardckpt.reports import RescueReport
 from shardckpt.state.name_filters import without_tensors
-from shardckpt.storage.base import CheckpointFiles, Done
+from shardckpt.storage.base import CheckpointFiles
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.local_reader import LocalFiles
 from shardckpt.storage.paths import local_path
@@ -62,7 +62,7 @@ def rescue(
                 remedy="load another checkpoint",
             )
         reshard(
-            _Repaired(_RepairedFiles(files, kept, flips), kept),
+            _RepairedSource(_RepairedFiles(files, kept, flips), kept),
             target,
             shards=max(len(kept.shards), 1),
             storage=storage,
@@ -124,11 +124,8 @@ def explain_manifest(error: CorruptionError, path: str, *, storage: LocalStorage
         error.remedy = "repair it with `shardckpt rescue`"
 
 
-class _RepairedFiles:
-    """The files of a checkpoint, with another manifest and with flipped bits turned back.
-
-    See CheckpointFiles. Sizes are those of the given manifest.
-    """
+class _RepairedFiles(CheckpointFiles):
+    """Files with another manifest, with the sizes in that, and with flipped bits turned back."""
 
     def __init__(
         self, files: CheckpointFiles, manifest: Manifest, flips: dict[str, list[tuple[int, int]]]
@@ -147,35 +144,12 @@ class _RepairedFiles:
         """See CheckpointFiles.size_bytes."""
         return self._sizes[name]
 
-    def readinto(
-        self,
-        name: str,
-        buffers: Sequence[memoryview],
-        *,
-        offset: int,
-        done: Done = lambda buffer: None,
-        wait: bool = True,
-    ) -> None:
-        """See CheckpointFiles.readinto."""
-        self._files.readinto(name, buffers, offset=offset, wait=wait)
-        for buffer in buffers:
-            for byte, bit in self._flips.get(name, ()):
-                if offset <= byte < offset + len(buffer):
-                    buffer[byte - offset] ^= 1 << bit
-            offset += len(buffer)
-            done(buffer)
-
-    def read_past_cache(
-        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
-    ) -> bool:
-        """See CheckpointFiles.read_past_cache: flipped bits would stay."""
-        return False
-
-    def map(self, name: str) -> memoryview:
-        """See CheckpointFiles.map."""
-        data = memoryview(bytearray(self._sizes[name]))
-        self.readinto(name, [data], offset=0)
-        return data
+    def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
+        """See CheckpointFiles.read."""
+        self._files.read(name, buffer, offset=offset)
+        for byte, bit in self._flips.get(name, ()):
+            if offset <= byte < offset + len(buffer):
+                buffer[byte - offset] ^= 1 << bit
 
     def duplicate(self) -> _RepairedFiles:
         """See CheckpointFiles.duplicate."""
@@ -189,7 +163,7 @@ class _RepairedFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Repaired:
+class _RepairedSource:
     """The repaired files as reshard reads a checkpoint; see Source."""
 
     files: CheckpointFiles

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
 from shardckpt.format.entries import Manifest
@@ -21,7 +22,8 @@ from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan, TensorSpec, p
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.shard_layout import chunk_bytes, shard_name
-from shardckpt.saving.pipeline import commit, file_table, new_id
+from shardckpt.saving.agreement import new_id
+from shardckpt.saving.commit import commit_manifest, file_table
 from shardckpt.saving.rank_writer import ShardFile, ShardResult, layout
 from shardckpt.state.file_groups import MAIN, kind_in
 from shardckpt.storage.base import Storage, WriteTransaction
@@ -182,7 +184,7 @@ class _Reshard:
                 )
             )
         results = [ShardResult(files=tuple(files)) for files in by_shard]
-        return commit(
+        committed = commit_manifest(
             self.transaction,
             checkpoint_id=self.identity,
             tensors=KnownPlan(self.plan).encoded_tensors(file_table(results)),
@@ -190,6 +192,7 @@ class _Reshard:
             tree=msgspec.json.encode(self.source.manifest.state),
             saved_by=self.source.manifest,
         )
+        return msgspec.msgpack.encode(committed)
 
     def abandon(self) -> None:
         if self.transaction is not None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import msgspec
 
 from shardckpt.config import current
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import (
     CheckpointError,
     CorruptionError,
+    FormatVersionError,
     ShardckptError,
     StateError,
     StorageError,
@@ -89,7 +91,7 @@ def _check_values(manifest: Manifest) -> None:
     for node in (manifest.state, *manifest.per_rank):
         try:
             values.decode(node, tensor=lambda ref: ref)
-        except CorruptionError:
+        except (CorruptionError, FormatVersionError):
             raise
         except CheckpointError:  # an enum whose class is not imported here
             continue

@@ -243,8 +243,9 @@ class NNHandler(Parts):
         The weights are found below `prefix`, by default below the one that fits best, and names
         lose what DDP and torch.compile put into them. `ema`: a handler's averaged weights.
         """
+        path = local_path(path)
         handler = cls(model_class, device, parallel=parallel, **model_kwargs)
-        fill_weights(handler, local_path(path), strict=strict, prefix=prefix, ema=ema)
+        fill_weights(handler, path, strict=strict, prefix=prefix, ema=ema)
         return handler
 
     def restore(self, path: Path) -> None:

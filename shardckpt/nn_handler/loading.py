@@ -40,7 +40,7 @@ from shardckpt.nn_handler.saved import (
 )
 from shardckpt.nn_handler.trust import Slot
 from shardckpt.plan.device_map import DeviceMap
-from shardckpt.state.matching import Mismatches
+from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage

@@ -25,7 +25,8 @@ from shardckpt.convert.single_files import (
     write_many,
     write_one,
 )
-from shardckpt.coordination.base import Coordinator, WorkBroken, exchange
+from shardckpt.coordination.base import Coordinator, WorkBroken
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import RankFailedError, RankMismatchError, StateError
 from shardckpt.loading.memory_checkpoint import MemoryStorage

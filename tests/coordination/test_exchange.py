@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.coordination.base import exchange
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.single import SingleCoordinator
 from tests.ranks import run_ranks

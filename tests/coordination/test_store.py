@@ -18,7 +18,7 @@ import shardckpt
 from shardckpt.coordination import store as torch_store
 from shardckpt.coordination import store_connection as line_module
 from shardckpt.coordination import store_keys as many_keys
-from shardckpt.coordination.base import exchange
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.store import StoreCoordinator
 from shardckpt.coordination.store_connection import StoreConnections
 from shardckpt.errors import RankFailedError

@@ -90,7 +90,7 @@ def test_cast_into_a_fresh_optimizer(tmp_path, kind, narrow):
     module, optimizer = trained(dtype=dtypes[0], kind=kind)
     shardckpt.save({"m": module, "o": optimizer}, tmp_path / "c")
     other, target = linear(dtype=dtypes[1], kind=kind)
-    report = shardckpt.load({"m": other, "o": target}, tmp_path / "c", cast=True)
+    report = shardckpt.load({"m": other, "o": target}, tmp_path / "c", dtype="cast")
     reference = optimizer.state[module.weight]
     for key, value in target.state[other.weight].items():
         assert torch.equal(value, reference[key].to(value.dtype)), key
@@ -104,7 +104,7 @@ def test_cast_keeps_moments_wider_than_the_saved_parameter(tmp_path):
         own.update(exp_avg=own["exp_avg"].float(), exp_avg_sq=own["exp_avg_sq"].float())
     shardckpt.save({"m": module, "o": optimizer}, tmp_path / "c")
     other, target = linear(dtype=torch.float16)
-    shardckpt.load({"m": other, "o": target}, tmp_path / "c", cast=True)
+    shardckpt.load({"m": other, "o": target}, tmp_path / "c", dtype="cast")
     assert target.state[other.weight]["exp_avg"].dtype == torch.float32
 
 

@@ -15,7 +15,7 @@ from shardckpt.coordination.process_group import group_for_dcp
 from shardckpt.coordination.resolve import check_launcher, is_alone
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.integrations.dcp.writer import ShardWriter, check_comparable
-from shardckpt.loading.pipeline import open_manifest
+from shardckpt.loading.agreement import open_manifest
 from shardckpt.reports import SaveReport
 from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.base import Storage

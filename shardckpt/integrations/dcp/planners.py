@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -16,7 +15,8 @@ from shardckpt.plan.local_plan import LocalPlan, filled, local_plan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.state_merge import merge
 from shardckpt.state.flatten import flatten
-from shardckpt.state.matching import Matcher, Mismatches, check_untaken
+from shardckpt.state.matching import DtypePolicy, MatchedState, casts, match_state
+from shardckpt.state.mismatches import Mismatches, check_untaken
 from shardckpt.state.saved_tree import SavedState
 
 __all__ = ["ReshardLoadPlanner", "ShardMetadata", "ShardSavePlanner", "ShardStorageMeta"]
@@ -125,7 +125,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
 
     Args:
         allow_partial_load: Skip mismatched entries, as strict=False of `shardckpt.load` does.
-        cast: Convert saved dtypes to those of the state.
+        dtype: "strict", or "cast" to convert saved dtypes to those of the state.
 
     Example:
         >>> import torch, shardckpt
@@ -135,18 +135,18 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         >>> dcp.load(
         ...     state,
         ...     storage_reader=shardckpt.ShardReader("run/step-1"),
-        ...     planner=shardckpt.ReshardLoadPlanner(cast=True),
+        ...     planner=shardckpt.ReshardLoadPlanner(dtype="cast"),
         ...     no_dist=True,
         ... )
         >>> state["weight"]
         tensor([1., 1., 1.], dtype=torch.float16)
     """
 
-    matcher: Matcher
+    matched: MatchedState
 
-    def __init__(self, *, allow_partial_load: bool = False, cast: bool = False) -> None:
+    def __init__(self, *, allow_partial_load: bool = False, dtype: DtypePolicy = "strict") -> None:
         super().__init__(allow_partial_load=allow_partial_load)
-        self.may_cast = cast
+        self.may_cast = casts(dtype)
 
     def set_up_planner(
         self,
@@ -158,25 +158,24 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         if not isinstance(metadata, ShardMetadata) or metadata.saved is None:
             raise _needs(self, "ShardReader")
         self.original_state_dict = state_dict
-        initialised = dist.is_initialized()
-        self.matcher = Matcher(
-            state_dict,
-            metadata.saved,
-            rank=dist.get_rank() if initialised else 0,
-            world_size=dist.get_world_size() if initialised else 1,
-            cast=self.may_cast or metadata.cast,
-        )
+        self._saved = metadata.saved
+        self._cast = self.may_cast or metadata.cast
 
     def create_local_plan(self) -> LoadPlan:
-        """See LoadPlanner.create_local_plan. The planner keeps the reads."""
-        with torch.no_grad():
-            self.finish_load = self.matcher.match(self.original_state_dict)
-        self.matcher.settle()
-        mismatches = Mismatches() if self.allow_partial_load else self.matcher.strict_part()
-        error = mismatches.error("")
-        if error is not None and not mismatches.only_unexpected:
+        """Match the state against the saved one; the reads stay with this planner."""
+        initialised = dist.is_initialized()
+        self.matched = match_state(
+            self.original_state_dict,
+            self._saved,
+            rank=dist.get_rank() if initialised else 0,
+            world_size=dist.get_world_size() if initialised else 1,
+            cast=self._cast,
+        )
+        refused = Mismatches() if self.allow_partial_load else self.matched.strict_mismatches
+        error = refused.error("")
+        if error is not None and not refused.only_unexpected:
             raise error
-        return LoadPlan([], planner_data=mismatches.unexpected)
+        return LoadPlan([], planner_data=refused.unexpected)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """See LoadPlanner.create_global_plan. Checks that every entry of a module is loaded."""

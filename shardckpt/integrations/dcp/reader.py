@@ -25,12 +25,13 @@ from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
-from shardckpt.loading.pipeline import open_manifest
+from shardckpt.loading.agreement import open_manifest
 from shardckpt.loading.shard_reader import read_all
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk, check_dense
-from shardckpt.state.matching import Mismatches
+from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.materialize import Builder
+from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.storage.local import LocalStorage, checkpoint_path
@@ -47,7 +48,7 @@ class ShardReader(StorageReader):
 
     Args:
         path: The checkpoint. Leave it out if you pass `checkpoint_id` to dcp.load.
-        cast: Convert saved dtypes to those of the state. Without it, or that of
+        dtype: "cast" converts saved dtypes to those of the state. With "strict", here and in
             ReshardLoadPlanner, another dtype raises LoadMismatchError.
         storage: See `shardckpt.save`.
 
@@ -68,11 +69,11 @@ class ShardReader(StorageReader):
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        cast: bool = False,
+        dtype: DtypePolicy = "strict",
         storage: Storage | None = None,
     ) -> None:
         self.checkpoint_id = None if path is None else checkpoint_path(path, storage)
-        self.cast = cast
+        self.cast = casts(dtype)
         self.storage = storage or LocalStorage()
         self._opened: tuple[CheckpointFiles, Manifest] | None = None
         self._saved: SavedState | None = None
@@ -132,9 +133,8 @@ class ShardReader(StorageReader):
         assert self._opened is not None, "read_metadata comes first"
         files, manifest = self._opened
         if isinstance(planner, ReshardLoadPlanner):
-            read_all(files, manifest, plan_reads(planner.matcher.reads))
-            planner.matcher.mark_changed()
-            planner.finish_load()
+            read_all(files, manifest, plan_reads(planner.matched.reads))
+            planner.matched.place()
         else:
             self._read_items(plan, planner)
         self._close()

@@ -33,9 +33,11 @@ from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes, widen_b
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import check_coverage, layout_order
 from shardckpt.plan.shard_layout import tensor_entries
-from shardckpt.saving.incremental import open_base
-from shardckpt.saving.pipeline import commit, file_table, new_id, planned_parts, replica_digests
-from shardckpt.saving.rank_writer import ShardResult, write_rank
+from shardckpt.saving.agreement import new_id
+from shardckpt.saving.commit import commit_manifest, file_table
+from shardckpt.saving.incremental import Base, open_base
+from shardckpt.saving.rank_writer import RankShards, ShardResult, write_rank
+from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.file_groups import MAIN
 from shardckpt.state.local_chunks import check_dense
 from shardckpt.storage.base import Storage, WriteTransaction
@@ -175,17 +177,16 @@ class ShardWriter(StorageWriter):
             transaction = self.storage.join(self.checkpoint_id, token=token)
         else:
             transaction = self._transaction
-        where: dict[str, Any] = {
-            "transaction": transaction,
-            "rank": rank,
-            "world_size": world_size,
-        }
         try:
-            with open_base(self.base, self.storage, verify=self.verify_base) as where["base"]:
+            with open_base(self.base, self.storage, verify=self.verify_base) as base:
                 if isinstance(planner, ShardSavePlanner):
-                    written = self._write_planned(planner, where)
+                    written = self._write_planned(
+                        planner, transaction, base, rank=rank, world_size=world_size
+                    )
                 else:
-                    written = _write_items(plan, planner, where)
+                    written = _write_items(
+                        plan, planner, transaction, base, rank=rank, world_size=world_size
+                    )
         except BaseException:
             transaction.abandon()
             raise
@@ -195,15 +196,18 @@ class ShardWriter(StorageWriter):
         future.set_result([result])
         return future
 
-    def _write_planned(self, planner: ShardSavePlanner, where: dict[str, Any]) -> bytes:
+    def _write_planned(
+        self,
+        planner: ShardSavePlanner,
+        transaction: WriteTransaction,
+        base: Base | None,
+        *,
+        rank: int,
+        world_size: int,
+    ) -> bytes:
         local, writes = planner.local, planner.writes
-        parts = planned_parts(local, writes)
         result = write_rank(
-            **where,
-            specs=(*local.common, *local.own),
-            chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
-            files=writes.files,
-            data=lambda part: parts[part],
+            transaction, RankShards.of(local, writes, rank=rank, world_size=world_size), base=base
         )
         result.replicas = replica_digests(
             local, writes, everything=self.check_replicas, sampled=planner.merging
@@ -229,7 +233,7 @@ class ShardWriter(StorageWriter):
             written = [msgspec.msgpack.decode(payload, type=_Written) for payload in payloads]
             facts = _union(written, metadata.planner_data)
         identity = self._transaction.token
-        commit(self._transaction, checkpoint_id=identity, **facts)
+        commit_manifest(self._transaction, checkpoint_id=identity, **facts)
         self._transaction.close()
         self._transaction = None
 
@@ -263,8 +267,16 @@ def check_comparable(planner: object, *, check_replicas: bool, rank: int | None 
         )
 
 
-def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) -> bytes:
-    """Write the items of a planner. Returns the message for `finish`."""
+def _write_items(
+    plan: SavePlan,
+    planner: SavePlanner,
+    transaction: WriteTransaction,
+    base: Base | None,
+    *,
+    rank: int,
+    world_size: int,
+) -> bytes:
+    """Write the items of any planner; returns what `finish` needs to know of them."""
     specs: dict[str, TensorSpec] = {}
     rows: list[int] = []
     boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -290,13 +302,15 @@ def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) ->
     names = tuple(specs.values())
     order = layout_order(names, ChunkTable(tensor=index, boxes=table))
     chunks = ChunkTable(tensor=index[order], boxes=table[order])
-    result = write_rank(
-        **where,
+    shards = RankShards(
+        rank=rank,
+        world_size=world_size,
         specs=names,
         chunks=chunks,
         files=((MAIN, len(data)),),
-        data=lambda part: [data[at] for at in order[part].tolist()],
+        data=lambda rows: [data[at] for at in order[rows].tolist()],
     )
+    result = write_rank(transaction, shards, base=base)
     return msgspec.msgpack.encode(_Written(result, names, chunks.pack(), encoded))
 
 
