@@ -281,8 +281,8 @@ def _format_of(target: str, to: Format | None) -> Format:
         raise StateError(
             "The target path does not match the format",
             path=target,
-            expected=f"one of {', '.join(FORMATS)}; a path with .pt, .pth, .ckpt or .bin for torch, "
-            "with .safetensors for safetensors, with none of them for the others",
+            expected=f"one of {', '.join(FORMATS)}; a path in .pt, .pth, .ckpt or .bin for torch, "
+            "in .safetensors for safetensors, in none of them for the others",
             actual=repr(to),
         )
     return to

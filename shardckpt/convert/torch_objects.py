@@ -35,8 +35,8 @@ from shardckpt.state.saved_tree import below
 __all__ = ["ObjectsLoader", "StandIn"]
 
 _MOST_PASSES = 20
-"""The maximum number of passes over a pickle. Names that the pickle builds while it runs are learned
-one in each pass, the others at once."""
+"""The maximum number of passes over a pickle. Names that the pickle builds while it runs are
+learned one in each pass, the others at once."""
 _ARRAY_DTYPE = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 _AS_DICT = {"argparse.Namespace", "types.SimpleNamespace"}
 _AS_TEXT = {"torch.torch_version.TorchVersion"}
