@@ -173,13 +173,20 @@ def convert_source(
     far; `system` performs the system calls that write."""
     ranks = coordinator or SingleCoordinator()
     target = local_path(target)
-    kind = _format_of(target, to)
-    _refuse(target, shards is not None and kind not in ("shardckpt", "dcp"), "shards", kind)
-    _refuse(target, file_bytes is not None and kind != "hf", "a size of files", kind)
+    target_format = _format_of(target, to)
+    _refuse(
+        target,
+        shards is not None and target_format not in ("shardckpt", "dcp"),
+        "shards",
+        target_format,
+    )
+    _refuse(
+        target, file_bytes is not None and target_format != "hf", "a size of files", target_format
+    )
     if shards is None:
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
         shards = max(ranks.world_size, -(-total // _BYTES_PER_FILE))
-    if kind == "shardckpt":
+    if target_format == "shardckpt":
         reshard(
             source,
             target,
@@ -189,23 +196,23 @@ def convert_source(
             coordinator=ranks,
             progress=progress,
         )
-    elif kind == "torch":
+    elif target_format == "torch":
         _write_torch(source, target, ranks, progress, overwrite=overwrite, system=system)
     else:
         work: Target
         options: Any = {"overwrite": overwrite, "system": system}
-        if kind == "dcp":
+        if target_format == "dcp":
             work = DcpFolder(source, target, files=shards, **options)
-        elif kind == "hf":
+        elif target_format == "hf":
             most = _HUGGING_FACE_BYTES if file_bytes is None else file_bytes
             work = HuggingFace(source, target, file_bytes=most, **options)
         else:
             work = SafetensorsFile(source, target, **options)
         rewrite(work, ranks, progress)
-    return _report(source, target, kind)
+    return _report(source, target, target_format)
 
 
-def _report(source: Source, target: str, kind: Format) -> ConvertReport:
+def _report(source: Source, target: str, target_format: Format) -> ConvertReport:
     origin, manifest = origin_of(source), source.manifest
     leaves = SavedState(manifest).leaves
     tensors = {
@@ -213,15 +220,15 @@ def _report(source: Source, target: str, kind: Format) -> ConvertReport:
         for name, node in leaves.items()
         if isinstance(node, TensorRef) and node.kind != "per_rank"
     }
-    copied = origin.companions if kind == "hf" else ()
+    copied = origin.companions if target_format == "hf" else ()
     changed = dict(origin.changed)
-    if kind != "shardckpt":
+    if target_format != "shardckpt":
         for name, node in leaves.items():
             if isinstance(node, TensorRef) and node.kind == "per_rank":
                 changed[name] = "a value for each rank, taken as the list of all"
     return ConvertReport(
         path=target,
-        target_format=kind,
+        target_format=target_format,
         source=source.path,
         source_format=origin.format,
         writer=origin.writer,
@@ -235,13 +242,13 @@ def _report(source: Source, target: str, kind: Format) -> ConvertReport:
     )
 
 
-def _refuse(target: str, given: bool, what: str, kind: Format) -> None:
+def _refuse(target: str, given: bool, what: str, target_format: Format) -> None:
     if given:
         raise StateError(
-            f"A conversion to {kind} has no number of shards or size of files",
+            f"A conversion to {target_format} has no number of shards or size of files",
             path=target,
             expected='shards= only for "shardckpt" and "dcp", file_bytes= only for "hf"',
-            actual=f"{what}, for {kind}",
+            actual=f"{what}, for {target_format}",
             remedy="leave the argument out",
         )
 

@@ -127,12 +127,12 @@ class DcpFolder(Folder):
         for index, box in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), strict=True):
             spec = self.plan.specs[index]
             chunk, size = _chunk(box, len(spec.shape)), torch.Size(spec.shape)
-            whole = chunk.sizes == size
+            is_full = chunk.sizes == size
             for name in self.tied.get(spec.name, ()):
                 items.append(
                     WriteItem(
                         index=MetadataIndex(name, chunk.offsets),
-                        type=WriteItemType.TENSOR if whole else WriteItemType.SHARD,
+                        type=WriteItemType.TENSOR if is_full else WriteItemType.SHARD,
                         tensor_data=TensorWriteData(chunk, _properties(spec.dtype), size),
                     )
                 )

@@ -37,8 +37,10 @@ def plain_text(error: BaseException) -> str:
     """The line of an error message that has the reason, without terminal codes."""
     lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines()]
     if len(lines) > 1 and lines[0].startswith("Weights only load failed"):
-        told = [line for line in lines if re.match(r"WeightsUnpickler error: \S", line)]
-        lines = told or [line for line in lines[1:] if line and not line.startswith("Please file")]
+        reasons = [line for line in lines if re.match(r"WeightsUnpickler error: \S", line)]
+        lines = reasons or [
+            line for line in lines[1:] if line and not line.startswith("Please file")
+        ]
     return lines[0] if lines else ""
 
 

@@ -89,7 +89,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
         for name in names:
             file_path = file_in(path, name)
             with errors_of(file_path, _REMEDY):
-                found, own = _tensors_in(file_path)
+                found, file_metadata = _tensors_in(file_path)
             named = weight_map or dict.fromkeys(found, name)
             wanted = {tensor for tensor, file_name in named.items() if file_name == name}
             if wanted != found.keys():
@@ -103,7 +103,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
                 )
             sizes.append(os.path.getsize(file_path))
             tensors.update(found)
-            metadata.update(own)
+            metadata.update(file_metadata)
         if weight_map is not None:
             tensors = {name: tensors[name] for name in weight_map}
         tree = _flat_tree(tensors, metadata)

@@ -64,7 +64,7 @@ __all__ = [
     "FileFormat",
     "check_loads",
     "check_sealed",
-    "damaged",
+    "corrupted",
     "errors_of",
     "is_one_file",
     "is_sealed",
@@ -188,7 +188,7 @@ def read_many(folder: str) -> dict[str, Any]:
             item = read_one(path, check=False)  # do not read a file that declares too much
             found = _digest(path)
             if found != entry.xxh3_128:
-                raise damaged(path, f"digest {entry.xxh3_128}"[:200], f"digest {found}")
+                raise corrupted(path, f"digest {entry.xxh3_128}"[:200], f"digest {found}")
             state[key] = item[key]
     return state
 
@@ -295,9 +295,9 @@ def _check_records(path: str) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         if any(record.CRC for record in archive.infolist()):
-            hurt = archive.testzip()
-            if hurt is not None:
-                raise damaged(path, "records that agree with their checksums", hurt)
+            bad_record = archive.testzip()
+            if bad_record is not None:
+                raise corrupted(path, "records that agree with their checksums", bad_record)
 
 
 def _read_safetensors(path: str, *, check: bool) -> Any:
@@ -325,7 +325,7 @@ def read_metadata(path: str) -> dict[str, str]:
         length = header_bytes(head, file_size_bytes=size_bytes, path=path) - 8
         text = file.read(1)
         if text != b"{":
-            raise damaged(path, 'a header that begins with "{"', repr(text))
+            raise corrupted(path, 'a header that begins with "{"', repr(text))
         header = json.loads(text + file.read(length - 1), object_pairs_hook=unique_keys)
     return msgspec.convert(header.get("__metadata__", {}), dict[str, str])
 
@@ -335,11 +335,11 @@ def is_sealed(path: str, metadata: Mapping[str, str]) -> bool:
     marks: then a bit in the keys of the metadata changed."""
     ours = {key for key in metadata if key.startswith("shardckpt.")}
     if ours and ours != {TREE, DIGEST}:
-        raise damaged(path, f"metadata with {TREE} and {DIGEST}", ", ".join(sorted(ours))[:200])
+        raise corrupted(path, f"metadata with {TREE} and {DIGEST}", ", ".join(sorted(ours))[:200])
     return bool(ours)
 
 
-def damaged(path: str, expected: str, actual: str) -> CorruptionError:
+def corrupted(path: str, expected: str, actual: str) -> CorruptionError:
     """The error for a file with another digest."""
     return CorruptionError(
         "A file of the checkpoint is corrupted",
@@ -363,10 +363,10 @@ def check_sealed(path: str) -> None:
     place = _place_of_digest(path)
     with open(path, "rb") as file:
         file.seek(place)
-        told = file.read(len(UNSEALED)).decode("latin-1")
-    found = _file_digest(path, place)
-    if told != found:
-        raise damaged(path, f"digest {told}", f"digest {found}")
+        expected = file.read(len(UNSEALED)).decode("latin-1")
+    actual = _file_digest(path, place)
+    if expected != actual:
+        raise corrupted(path, f"digest {expected}", f"digest {actual}")
 
 
 def _place_of_digest(path: str) -> int:
@@ -374,7 +374,7 @@ def _place_of_digest(path: str) -> int:
         (length,) = struct.unpack("<Q", file.read(8))
         found = file.read(length).find(_MARK)
     if found < 0:
-        raise damaged(path, f"its digest, {DIGEST}", "none")
+        raise corrupted(path, f"its digest, {DIGEST}", "none")
     return 8 + found + len(_MARK)
 
 

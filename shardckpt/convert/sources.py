@@ -140,8 +140,8 @@ def foreign(
     return Foreign(path, kind, flat.tree, lazy, identity=identity, origin=origin)
 
 
-def _cut(whole: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-    part: torch.Tensor = whole[box_slices((0,) * len(sizes), offsets, sizes)]
+def _cut(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    part: torch.Tensor = tensor[box_slices((0,) * len(sizes), offsets, sizes)]
     return part
 
 
@@ -169,11 +169,13 @@ class Selected(AbstractContextManager["Selected"]):
                 self._names.setdefault(node.name, name)
         kept = {int(node.name) for node in refs.values() if node.kind == "per_rank"}
         per_rank = tuple(
-            [item if index in kept else None for index, item in enumerate(own)]
-            for own in source.manifest.per_rank
+            [item if index in kept else None for index, item in enumerate(rank_values)]
+            for rank_values in source.manifest.per_rank
         )
-        for own in per_rank:
-            values.decode(own, tensor=lambda ref: self._names.setdefault(ref.name, ref.name))
+        for rank_values in per_rank:
+            values.decode(
+                rank_values, tensor=lambda ref: self._names.setdefault(ref.name, ref.name)
+            )
         self._sources = {name: source for source, name in self._names.items()}
         tensors = source.manifest.tensors
         self.manifest = replace(
@@ -220,7 +222,10 @@ def plain_tree(manifest: Manifest, node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     if node.keys() == {"$per_rank"}:
-        return [plain_tree(manifest, own[int(node["$per_rank"])]) for own in manifest.per_rank]
+        return [
+            plain_tree(manifest, rank_values[int(node["$per_rank"])])
+            for rank_values in manifest.per_rank
+        ]
     return {key: plain_tree(manifest, item) for key, item in node.items()}
 
 

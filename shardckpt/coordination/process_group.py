@@ -29,7 +29,7 @@ _CONNECT_S = 3.0
 _store: Any = dist.TCPStore  # type: ignore[attr-defined]
 
 
-class _Place(msgspec.Struct, array_like=True):
+class _StoreAddress(msgspec.Struct, array_like=True):
     """The address of the store of rank 0: host addresses to try in turn, and a port."""
 
     hosts: list[str]
@@ -125,40 +125,40 @@ def _mpi_store(comm: Any) -> tuple[int, int, Any]:
         def announce(hosts: list[bytes]) -> bytes:
             store = _serve(int(os.environ.get("MASTER_PORT", "0")))
             opened.append(store)
-            own = os.environ.get("MASTER_ADDR")
-            place = _Place(
-                hosts=[own] if own else _addresses(),
+            address = os.environ.get("MASTER_ADDR")
+            store_address = _StoreAddress(
+                hosts=[address] if address else _addresses(),
                 port=store.port,
                 local_ranks=[hosts[:rank].count(host) for rank, host in enumerate(hosts)],
                 one_host=len(set(hosts)) == 1,
             )
-            return msgspec.msgpack.encode(place)
+            return msgspec.msgpack.encode(store_address)
 
         def name() -> bytes:
             # The boot id differs between machines, the addresses between containers.
             return "\n".join([socket.gethostname(), _boot_id(), *_addresses()]).encode()
 
         answer = exchange(coordinator, "address", name, announce)
-        place = msgspec.msgpack.decode(answer, type=_Place)
-        hosts = ["127.0.0.1"] if place.one_host else place.hosts
+        address = msgspec.msgpack.decode(answer, type=_StoreAddress)
+        hosts = ["127.0.0.1"] if address.one_host else address.hosts
 
         def connect() -> bytes:
             host = hosts[0] if hosts else ""
             if coordinator.rank:
-                host = _reachable(hosts, place.port, one_host=place.one_host)
-                opened.append(_client(host, place.port))
+                host = _reachable(hosts, address.port, one_host=address.one_host)
+                opened.append(_client(host, address.port))
             local_rank = launch.local_rank if launch and launch.local_rank is not None else None
             _export(
                 coordinator.rank,
                 coordinator.world_size,
-                place.local_ranks[coordinator.rank] if local_rank is None else local_rank,
+                address.local_ranks[coordinator.rank] if local_rank is None else local_rank,
                 host,
-                place.port,
+                address.port,
             )
             return host.encode()
 
         host = exchange(coordinator, "connect", connect, lambda hosts: hosts[-1])
-        if coordinator.rank == 0 and not place.one_host:
+        if coordinator.rank == 0 and not address.one_host:
             _use_network(host.decode())
         return coordinator.rank, coordinator.world_size, opened[0]
 
@@ -224,8 +224,8 @@ def _reachable(hosts: list[str], port: int, *, one_host: bool) -> str:
 
 def _use_network(address: str) -> None:
     """Make gloo use the network that reaches rank 0. By default it uses that of the host name."""
-    for name, own in _interfaces():
-        if own == address:
+    for name, interface_address in _interfaces():
+        if interface_address == address:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 

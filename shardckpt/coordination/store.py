@@ -261,9 +261,9 @@ class StoreCoordinator(HeartbeatCoordinator):
             (answer,) = self._get([shared])
             if answer:
                 return answer[1:]
-            own = f"{shared}/{self.rank}"
-            (answer,) = self._get([own])
-            self._keys += _pieces(own, answer)
+            key = f"{shared}/{self.rank}"
+            (answer,) = self._get([key])
+            self._keys += _pieces(key, answer)
             return answer
 
     def watch(self, work: Callable[[], None], *, phase: str) -> None:
@@ -315,8 +315,8 @@ class StoreCoordinator(HeartbeatCoordinator):
     def _put(self, key: str, payload: bytes) -> list[str]:
         """Set a key. Further pieces of its payload are set first. Returns all keys."""
         pieces = _pieces(key, payload)
-        for own, piece in reversed(pieces.items()):
-            self._store.set(own, piece)
+        for piece_key, piece in reversed(pieces.items()):
+            self._store.set(piece_key, piece)
         return list(pieces)
 
     def _get(self, keys: list[str]) -> list[bytes]:

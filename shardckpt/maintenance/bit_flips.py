@@ -152,13 +152,13 @@ def _search(
         # [stripe, word of the pair, bit]: the change in the lane of the bit, and in the other lane
         words = data[number][:, even : odd + 1, None]
         flipped = words ^ bits
-        own = _products(flipped, _KEYS[:, even : odd + 1, None])
-        own -= products[number][:, even : odd + 1, None]
+        changed = _products(flipped, _KEYS[:, even : odd + 1, None])
+        changed -= products[number][:, even : odd + 1, None]
         other = flipped - words
         new = np.stack(
             [
-                np.concatenate([own[:, 0].ravel(), other[:, 1].ravel()]),
-                np.concatenate([other[:, 0].ravel(), own[:, 1].ravel()]),
+                np.concatenate([changed[:, 0].ravel(), other[:, 1].ravel()]),
+                np.concatenate([other[:, 0].ravel(), changed[:, 1].ravel()]),
             ]
         )
         new += before[number, even : odd + 1, None]

@@ -46,10 +46,10 @@ def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
             lost[name] = f"{error.message.lower()}: {error.expected} expected, {error.actual} found"
             continue
         for tensor in tensors:
-            whole, box = parse_chunk_name(tensor.name)
+            tensor_name, box = parse_chunk_name(tensor.name)
             if tensor.end > shard.size_bytes:
-                lost[whole] = f"{name} is cut"
-            pieces[whole].append((len(shards), tensor, box[0] if box else None))
+                lost[tensor_name] = f"{name} is truncated"
+            pieces[tensor_name].append((len(shards), tensor, box[0] if box else None))
         shards.append(shard)
     complete = _all_files(names) and not lost
     tensors_found: dict[str, TensorEntry] = {}

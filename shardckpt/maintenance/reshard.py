@@ -93,7 +93,7 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
         raise StateError("Invalid number of shards", expected="1 or more", actual=shards)
     tensors = source.manifest.tensors
     specs = tuple(TensorSpec(name, entry.dtype, entry.shape) for name, entry in tensors.items())
-    whole = LocalPlan(
+    everything = LocalPlan(
         common=specs,
         own=(),
         kind=_kinds(source.manifest),
@@ -105,7 +105,7 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
         tree=b"",
         own_trees=b"",
     )
-    return whole, global_plan([whole] * shards)
+    return everything, global_plan([everything] * shards)
 
 
 class _File(NamedTuple):
@@ -126,14 +126,14 @@ class _Reshard:
         self.storage, self.overwrite = storage, overwrite
         self.identity = new_id()
         self.transaction: WriteTransaction | None = None
-        self.whole, self.plan = even_plan(source, shards)
+        self.local_plan, self.plan = even_plan(source, shards)
         self.files = self._files()
 
     def _files(self) -> list[_File]:
         """All files by shard. Their rows follow the order of the plan."""
         files, begin = [], 0
         for shard in range(self.shards):
-            for kind, count in RankWrites.of(self.whole, self.plan.shares[shard]).files:
+            for kind, count in RankWrites.of(self.local_plan, self.plan.shares[shard]).files:
                 name = shard_name(rank=shard, world_size=self.shards, kind=kind)
                 files.append(_File(shard, name, slice(begin, begin + count)))
                 begin += count

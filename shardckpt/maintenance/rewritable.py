@@ -55,8 +55,8 @@ def read_chunks(
             if low >= high:
                 continue
             piece = source.read_box(spec.name, offsets, sizes)
-            whole = high - low == size
-            yield piece if whole else piece.reshape(-1).view(torch.uint8)[low:high]
+            complete = high - low == size
+            yield piece if complete else piece.reshape(-1).view(torch.uint8)[low:high]
         if end is not None and at >= end:
             return
 
