@@ -16,7 +16,7 @@ class PerRank:
     The value of every rank is saved. A load with as many ranks gives each rank its own value.
 
     Args:
-        value: The value of this rank, without tensors of other ranks.
+        value: The value of this rank.
         on_resize: What a load with another number of ranks does: "keep" leaves the value of the
             state, and the LoadReport lists it; "wrap" loads the value of rank % saved world size;
             "error" raises LoadMismatchError; a function gets the list of all saved values, in rank
