@@ -29,7 +29,7 @@ WEIGHTS = (
 """Files with the weights of a folder in the layout of Hugging Face, or with their index. The first
 that exists is read."""
 
-_BY_ITSELF = "`shardckpt convert` reads it by itself"
+_CONVERTIBLE = "pass this path to `shardckpt convert`"
 _COMPANION = re.compile(
     r"(config|generation_config|adapter_config|vocab|special_tokens_map|added_tokens)\.json"
     r"|(tokenizer|preprocessor|processor|image_processor|video_preprocessor|chat_template).*"
@@ -39,25 +39,25 @@ _COMPANION = re.compile(
 _ROLES = tuple(
     (re.compile(pattern), role)
     for pattern, role in (
-        (r"optimizer(_\d+)?\.(pt|bin)", f"the optimizer's state; {_BY_ITSELF}"),
-        (r"scheduler(_\d+)?\.(pt|bin)", f"the scheduler's state; {_BY_ITSELF}"),
-        (r"scaler\.pt", f"the gradient scaler's state; {_BY_ITSELF}"),
+        (r"optimizer(_\d+)?\.(pt|bin)", f"the optimizer's state; {_CONVERTIBLE}"),
+        (r"scheduler(_\d+)?\.(pt|bin)", f"the scheduler's state; {_CONVERTIBLE}"),
+        (r"scaler\.pt", f"the gradient scaler's state; {_CONVERTIBLE}"),
         (
             r"rng_state(_\d+)?\.pth|random_states_\d+\.pkl",
-            f"random-number state of a rank; {_BY_ITSELF}",
+            f"random-number state of a rank; {_CONVERTIBLE}",
         ),
-        (r"(sampler|dl_state_dict)(_\d+)?\.bin", f"a position in the data; {_BY_ITSELF}"),
-        (r"custom_checkpoint_\d+\.pkl", f"state registered with accelerate; {_BY_ITSELF}"),
+        (r"(sampler|dl_state_dict)(_\d+)?\.bin", f"a position in the data; {_CONVERTIBLE}"),
+        (r"custom_checkpoint_\d+\.pkl", f"state registered with accelerate; {_CONVERTIBLE}"),
         (r"trainer_state\.json", "the progress and history of a transformers Trainer"),
         (r"training_args\.bin", "a pickled object: the arguments of a transformers Trainer"),
-        (r"recipe_state(\.pt)?", f"torchtune's progress and optimizer state; {_BY_ITSELF}"),
-        (r"pytorch_model_fsdp(_\d+)?", f"weights sharded by FSDP; {_BY_ITSELF}"),
-        (r"(optimizer|fsdp_optimizer)_\d+", f"optimizer state sharded by FSDP; {_BY_ITSELF}"),
+        (r"recipe_state(\.pt)?", f"torchtune's progress and optimizer state; {_CONVERTIBLE}"),
+        (r"pytorch_model_fsdp(_\d+)?", f"weights sharded by FSDP; {_CONVERTIBLE}"),
+        (r"(optimizer|fsdp_optimizer)_\d+", f"optimizer state sharded by FSDP; {_CONVERTIBLE}"),
         (r"global_step\d+|.*_(model|optim)_states\.pt", "DeepSpeed's state: use zero_to_fp32.py"),
-        (r"adapter_model\.\w+", f"an adapter's weights; {_BY_ITSELF}"),
+        (r"adapter_model\.\w+", f"an adapter's weights; {_CONVERTIBLE}"),
         (
             r"(model|pytorch_model)_\d+\.(safetensors|bin)|.*\.(safetensors|bin|pth|pt|ckpt)",
-            f"other weights or state; {_BY_ITSELF}",
+            f"other weights or state; {_CONVERTIBLE}",
         ),
         (r".*\.(h5|msgpack|gguf|onnx|ot|tflite|npz|mlmodel)", "weights for another framework"),
         (r"__\d+_\d+\.distcp", "a data file to which the metadata does not refer"),

@@ -84,9 +84,9 @@ FileFormat = Literal["torch", "safetensors"]
 INDEX = "components.json"
 _SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
 TREE, DIGEST = "shardckpt.state", "shardckpt.digest"
-"""What the metadata of a safetensors file holds: all but the tensors, and the file's digest: the
-xxh3-128 of the xxh3-64 digests (8 bytes, little-endian) of each MiB of the file, in which the
-digest itself stands as UNSEALED."""
+"""The keys of the metadata of a safetensors file: the tree of the state without its tensors, and
+the digest of the file. The digest is the xxh3-128 of the xxh3-64 digests (8 bytes, little-endian)
+of each MiB of the file, computed with UNSEALED in place of the digest itself."""
 UNSEALED = "0" * 32
 _MARK = f'"{DIGEST}":"'.encode()  # occurs at most once: inside JSON strings quotes are escaped
 

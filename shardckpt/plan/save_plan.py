@@ -40,7 +40,7 @@ SMALL_BYTES = 16 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWrites:
-    """What one rank writes, in the order of its shard.
+    """The chunks that one rank writes, in the order of its shard.
 
     `row` [m] is the row of the local chunk, and `boxes` [m, 2, D] the box of the global tensor to
     write. `files` has the kind of each file of the shard (see state.file_groups) with its number of
