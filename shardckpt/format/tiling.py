@@ -209,8 +209,8 @@ def _gap_in_grid(
     ends = [np.searchsorted(edge, high[:, d]) for d, edge in zip(dims, edges, strict=True)]
     for corner in range(1 << len(dims)):
         at_end = [corner >> axis & 1 for axis in range(len(dims))]
-        index = tuple(e if last else b for b, e, last in zip(begins, ends, at_end, strict=True))
-        np.add.at(counts, index, -1 if sum(at_end) % 2 else 1)
+        corners = tuple(e if last else b for b, e, last in zip(begins, ends, at_end, strict=True))
+        np.add.at(counts, corners, -1 if sum(at_end) % 2 else 1)
     for axis in range(len(dims)):
         np.cumsum(counts, axis=axis, out=counts)
     inner = counts[tuple(slice(0, -1) for _ in dims)]
