@@ -12,6 +12,7 @@ from shardckpt.errors import UnsupportedLeafError
 __all__ = [
     "DTYPES",
     "OPAQUE",
+    "SAVED",
     "dtype_name",
     "itemsize",
     "memory_dtype",
@@ -52,6 +53,9 @@ DTYPES: dict[str, torch.dtype] = {
     **{f"INT{bits}": getattr(torch, f"int{bits}") for bits in range(1, 8)},
 }
 """Name -> torch dtype. The names are those of safetensors, if it has the dtype."""
+
+SAVED = frozenset(DTYPES.values())
+"""The torch dtypes that can be saved."""
 
 _PAIRS = {"C32": "F16", "C128": "F64"}  # stored as real and imaginary parts
 _NOT_COPYABLE = {name for name in DTYPES if name.startswith(("UINT", "INT"))}  # by torch

@@ -43,6 +43,7 @@ __all__ = [
     "FORMS",
     "Record",
     "TensorRef",
+    "UnknownEnum",
     "decode",
     "encode",
     "imported",
@@ -50,6 +51,7 @@ __all__ = [
     "record_of",
     "reference",
     "tag_of",
+    "unknown_enum",
 ]
 
 _NESTED = {dict, list}
@@ -86,6 +88,29 @@ class Record(dict[str, Any]):
     def __init__(self, type_name: str, fields: Mapping[str, Any]) -> None:
         super().__init__(fields)
         self.type_name = type_name
+
+
+class UnknownEnum(msgspec.Struct, frozen=True):
+    """A saved member of an enum whose module is not imported, or that lacks the member."""
+
+    module: str
+    qualname: str
+    name: str | int
+
+
+def unknown_enum(value: UnknownEnum, *, name: str | None = None) -> CheckpointError:
+    """The error for an entry with an unknown enum."""
+    return CheckpointError(
+        "An entry is a member of an enum that the program does not have",
+        tensor=name,
+        expected=f"{value.qualname} with the member {value.name} in the module {value.module}",
+        actual="no such member in the imported modules",
+        remedy=f"import {value.module} first, or leave the entry out with keys=",
+    )
+
+
+def _refuse_unknown(value: UnknownEnum) -> Any:
+    raise unknown_enum(value)
 
 
 def record_of(value: Any) -> Record | None:
@@ -205,14 +230,16 @@ def decode(
     *,
     tensor: Callable[[TensorRef], Any],
     record: Callable[[str, dict[str, Any]], Any] = Record,
+    unknown: Callable[[UnknownEnum], Any] = _refuse_unknown,
 ) -> Any:
     """Decode the JSON that `encode` wrote.
 
-    `tensor` is called with each reference, `record` with the fields of each object; they return the
-    value. Nothing is imported.
+    `tensor` is called with each reference, `record` with the fields of each object, and `unknown`
+    with each member of an enum whose module is not imported; they return the value. Nothing is
+    imported.
 
-    Raises CorruptionError for invalid JSON, FormatVersionError for an unknown tag, and
-    CheckpointError for an enum whose module is not imported.
+    Raises CorruptionError for invalid JSON, FormatVersionError for an unknown tag, and by default
+    CheckpointError for an unknown enum.
     """
 
     def item(node: Any) -> Any:
@@ -240,7 +267,8 @@ def decode(
     def tagged(tag: str, body: Any) -> Any:
         decoder = _DECODERS.get(tag)
         if decoder is not None:
-            return decoder(body, item)
+            value = decoder(body, item)
+            return unknown(value) if type(value) is UnknownEnum else value
         if tag in _KINDS:
             return tensor(TensorRef(_checked(body, str), _KINDS[tag]))
         if tag == "$record":
@@ -387,16 +415,12 @@ def _enum_body(value: enum.Enum, at: str) -> Any:
 def _enum(body: Any, item: Any) -> Any:
     module, qualname, name = _checked(body, list)
     found = imported(_checked(module, str), _checked(qualname, str))
-    if not issubclass(type(found), type) or not issubclass(found, enum.Enum):
-        raise CheckpointError(
-            "The class of a saved enum is not available",
-            expected=f"the enum {qualname} in the module {module}",
-            actual="no such class among the imported modules",
-            remedy=f"import {module} first",
-        )
-    if type(name) is int and issubclass(found, enum.Flag):
+    is_enum = issubclass(type(found), type) and issubclass(found, enum.Enum)
+    if type(name) is int and is_enum and issubclass(found, enum.Flag):
         return found(name)
-    return found[_checked(name, str)]
+    if is_enum and name in found.__members__:
+        return found[name]
+    return UnknownEnum(module, qualname, name if type(name) is int else _checked(name, str))
 
 
 def _numpy_dtype(code: str) -> np.dtype[Any]:

@@ -18,24 +18,21 @@ def owns_memory(tensor: torch.Tensor) -> bool:
     """
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    if not tensor.numel() or not (tensor.is_cpu or tensor.is_cuda):
+    extent = tensor.numel()
+    if not extent or not (tensor.is_cpu or tensor.is_cuda):
         return True  # on other devices no code uses the address
     try:
         storage = tensor.untyped_storage()
         size_bytes: int = storage.nbytes()
-        if not tensor.data_ptr() or not storage.data_ptr():
+        offset = int(tensor.storage_offset())
+        # Where the tensor begins with its storage, both have the same address.
+        if not tensor.data_ptr() or (offset and not storage.data_ptr()):
             return False
-        if tensor.is_contiguous():
-            extent = tensor.numel()
-        else:
+        if not tensor.is_contiguous():
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             extent = 1 + sum((size - 1) * stride for size, stride in steps)
-        end = (int(tensor.storage_offset()) + extent) * tensor.element_size()
-    except (
-        RuntimeError,
-        NotImplementedError,
-        TypeError,
-    ):  # the storage is missing or not accessible
+        end = (offset + extent) * tensor.itemsize
+    except (RuntimeError, NotImplementedError, TypeError):  # no accessible storage
         return False
     return end <= size_bytes
 

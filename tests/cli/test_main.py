@@ -205,7 +205,8 @@ HOSTILE_TEXT = "\x1b]0;title\x07 \x1b[2J\u202e\nfaked: line"
 
 
 @pytest.mark.parametrize(
-    "words", [["inspect", "C"], ["convert", "C", "T", "--format", "hf"], ["rescue", "C", "T"]]
+    "words",
+    [["inspect", "C"], ["convert", "C", "T", "--keys", "no\x1b]0;title\x07"], ["rescue", "C", "T"]],
 )
 def test_names_in_a_checkpoint_do_not_drive_the_terminal(tmp_path, capsys, words):
     """Control characters, and what no terminal can show, are escaped in all that is printed."""

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from shardckpt import NNHandler
+from shardckpt.convert.convert import convert
 from shardckpt.nn_handler import bounds, objects
 from tests.faults import handler_bait, hostile_child
 from tests.faults.handler_attacks import base
@@ -62,9 +63,9 @@ CALLS = {
     "restore": restore,
     "initialize": initialize,
     "shardckpt convert": hostile_child.CALLS["shardckpt convert"],
-    "convert to torch": hostile_child.convert_to("torch"),
-    "convert to safetensors": hostile_child.convert_to("safetensors"),
-    "convert to dcp": hostile_child.convert_to("dcp"),
+    "convert to torch": lambda path: convert(path, f"{hostile_child.output}/out.pth"),
+    "convert to safetensors": lambda path: convert(path, f"{hostile_child.output}/x.safetensors"),
+    "convert to dcp": lambda path: convert(path, f"{hostile_child.output}/out", to="dcp"),
 }
 
 
@@ -87,9 +88,13 @@ def attempt(call: str, path: Path) -> dict[str, Any]:
     found = {"call": call, "case": path.name, **hostile_child.attempt(call, path)}
     found["forbidden"] += handler_bait.called
     handler_bait.called.clear()
+    clear_output()
+    return found
+
+
+def clear_output() -> None:
     for left in hostile_child.output.iterdir():
         (shutil.rmtree if left.is_dir() else os.unlink)(left)
-    return found
 
 
 def main() -> None:
@@ -102,8 +107,10 @@ def main() -> None:
     hostile_child.output.mkdir()
     hostile_child.CALLS = CALLS
     for path in folder.glob("good*"):  # imports what it needs
-        for call in CALLS:
-            attempt(call, path)
+        for call in CALLS.values():
+            call(path)
+            clear_output()
+    handler_bait.called.clear()
     sys.addaudithook(hook)
     for number, path in enumerate(paths):
         for call in CALLS if number % EVERY == 0 else ["load"]:
