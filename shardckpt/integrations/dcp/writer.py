@@ -115,7 +115,7 @@ class ShardWriter(StorageWriter):
         self._rank = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Prepare for another save. See StorageWriter.reset."""
+        """See StorageWriter.reset."""
         if checkpoint_id:
             self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage, fixed=True)
 
