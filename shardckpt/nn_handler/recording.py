@@ -25,7 +25,7 @@ def install() -> None:
     """Note the arguments of modules from now on."""
     if "__new__" in vars(nn.Module):
         return
-    set_state = nn.Module.__setstate__
+    set_state: Any = nn.Module.__setstate__
 
     def new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
         other: Any = super(nn.Module, cls).__new__  # of another base, where there is one
