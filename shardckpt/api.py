@@ -21,7 +21,7 @@ from shardckpt.reports import CheckpointMetadata, LoadReport, RescueReport, Save
 from shardckpt.saving import async_save as background
 from shardckpt.saving.agreement import Target
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.saving.incremental import open_base
+from shardckpt.saving.incremental import check_verify_base, open_base
 from shardckpt.saving.pipeline import plan_state, run_save
 from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
@@ -47,7 +47,10 @@ __all__ = [
 Path = str | os.PathLike[str]
 
 
-def _base(base: Path | Checkpoint | None, storage: Storage | None) -> str | Checkpoint | None:
+def _base(
+    base: Path | Checkpoint | None, storage: Storage | None, *, verify: bool
+) -> str | Checkpoint | None:
+    check_verify_base(base, verify_base=verify)
     if base is None or isinstance(base, Checkpoint):
         return base
     return checkpoint_path(base, storage, fixed=True)
@@ -105,7 +108,8 @@ def save(
         base: An earlier checkpoint, as a path or open. Files that would be the same are linked,
             not written. Either checkpoint can be removed without harm to the other. If the base
             is missing or corrupted, everything is written and the report lists the reason.
-        verify_base: Read back and verify all linked blocks, in place of one block in 16.
+        verify_base: Read back and verify all linked blocks, in place of one block in 16. It
+            needs a base.
         storage: Where checkpoints are stored; by default the file system.
 
     Returns:
@@ -124,7 +128,7 @@ def save(
         >>> report.world_size
         1
     """
-    target, earlier = checkpoint_path(path, storage), _base(base, storage)
+    target, earlier = checkpoint_path(path, storage), _base(base, storage, verify=verify_base)
     if planner is not None:
         from shardckpt.integrations.dcp import save_with_planner
 
@@ -198,7 +202,8 @@ def async_save(
         >>> handle.result().path.endswith("step-1")
         True
     """
-    target, earlier = checkpoint_path(path, storage, fixed=True), _base(base, storage)
+    target = checkpoint_path(path, storage, fixed=True)
+    earlier = _base(base, storage, verify=verify_base)
     ranks = operation(f"async_save {path}", process_group, comm=comm, channel="async")
 
     store = storage or LocalStorage()

@@ -1,4 +1,4 @@
-"""The ranks of one operation, and how they reach each other."""
+"""The interface of the ranks of an operation: gather, scatter, watch, progress."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ __all__ = ["Coordinator", "WorkBroken"]
 
 
 class WorkBroken(Exception):
-    """Work that ranks do together has raised on another one, whose own error says why."""
+    """The collective work of the ranks raised an error on another rank. The error of that rank has
+    the reason."""
 
 
 class Coordinator(Protocol):
-    """The ranks of one operation. Every wait has a deadline; past it, RankFailedError.
+    """The ranks of one operation. Every wait has a deadline, after which it raises RankFailedError.
 
-    `gather` and `scatter` are collective and called in turn.
+    `gather` and `scatter` are collective, and called alternately.
     """
 
     rank: int
     world_size: int
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
-        """Everyone's payload in rank order, on rank 0; None elsewhere."""
+        """Collect the payloads of all ranks on rank 0, in rank order. None on other ranks."""
 
     def scatter(self, payloads: Sequence[bytes] | None, *, phase: str) -> bytes:
-        """This rank's of the payloads that rank 0 hands over."""
+        """Send each rank its payload, from rank 0. Other ranks pass None."""
 
     def watch(self, work: Callable[[], None], *, phase: str) -> None:
-        """Do work that waits for other ranks in a way of its own, such as torch's collectives.
+        """Run work that waits for other ranks by its own means, such as collectives of torch.
+        Collective.
 
-        Collective. Raises RankFailedError as soon as a rank is silent, and WorkBroken as soon as
-        the work has raised on another rank; the work itself then goes on in a thread that is left
-        behind. What the work raises is raised. The work calls `progress`; StalledError if it has
-        not done so for too long.
+        Raises RankFailedError as soon as a rank stops responding, and WorkBroken as soon as the
+        work raised an error on another rank; the work then continues in a thread that is abandoned.
+        Raises the errors of the work itself. The work must call `progress` regularly, otherwise
+        StalledError is raised.
         """
 
     def progress(self, amount: int) -> None:
-        """This rank is alive and gets on; called often, from its working threads."""
+        """Report that this rank is alive and makes progress. Called often, from its working
+        threads."""

@@ -1,7 +1,7 @@
-"""One round of messages: every rank sends its part to rank 0, rank 0 decides and answers each.
+"""Exchanges between ranks. Each phase of a save or load is one exchange.
 
-Each phase of a save or load is one exchange. An error on any rank raises an error on every rank,
-which names the rank that failed.
+Every rank sends its result to rank 0, which decides and answers each rank. An error on one rank
+raises an error on all ranks, which names the rank that failed.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Attempt(Generic[T]):
 
 
 def attempt(stage: Callable[..., T], *arguments: Any, **options: Any) -> Attempt[T]:
-    """Run a stage and keep what it returns or raises, until an exchange tells the other ranks.
+    """Run a stage, and keep its result or error until an exchange sends it to the other ranks.
 
-    KeyboardInterrupt is kept too, so that the other ranks don't wait.
+    KeyboardInterrupt is kept too, so that the other ranks do not wait.
     """
     try:
         return Attempt(stage(*arguments, **options))
@@ -54,7 +54,7 @@ def attempt(stage: Callable[..., T], *arguments: Any, **options: Any) -> Attempt
 
 
 class _Failure(msgspec.Struct, array_like=True):
-    """An exception in words: what travels, since exceptions themselves may not pickle."""
+    """An exception as plain data. Exceptions themselves may not be picklable."""
 
     kind: str
     text: str
@@ -125,15 +125,15 @@ def exchange(
 def _answers(
     records: list[bytes], decide: Callable[[list[bytes]], bytes | list[bytes]]
 ) -> list[bytes]:
-    found = [msgspec.msgpack.decode(record, type=_Record) for record in records]
-    failed = {rank: record.failure for rank, record in enumerate(found) if record.failure}
+    decoded = [msgspec.msgpack.decode(record, type=_Record) for record in records]
+    failed = {rank: record.failure for rank, record in enumerate(decoded) if record.failure}
     if failed:
         kind = next(iter(failed.values())).kind
         alike = [rank for rank, failure in failed.items() if failure.kind == kind]
         first = failed[alike[0]]
         failure = _Failure(first.kind, first.text, first.facts, tuple(alike))
         return [_encode(_Record(b"", failure))] * len(records)
-    answer = decide([record.payload for record in found])
+    answer = decide([record.payload for record in decoded])
     if isinstance(answer, list):
         return [_encode(_Record(payload)) for payload in answer]
     return [_encode(_Record(answer))] * len(records)
@@ -145,7 +145,7 @@ def _describe(error: BaseException) -> _Failure:
         try:
             text = _encodable(str(error))
         except Exception:
-            text = "(an exception that can't say what it is)"
+            text = "(an exception without a text)"
         return _Failure("", f"{kind.__module__}.{kind.__qualname__}: {text}"[:4000], {})
     facts = {
         name: getattr(error, name)
@@ -157,12 +157,12 @@ def _describe(error: BaseException) -> _Failure:
 
 
 def _encodable(fact: Any) -> Any:
-    """A text without surrogates, which stand for the bytes of a file name that is not UTF-8."""
+    """Replace surrogates, which stand for bytes of a file name that are not UTF-8."""
     return fact.encode(errors="backslashreplace").decode() if isinstance(fact, str) else fact
 
 
 def _rebuild(failure: _Failure, phase: str) -> ShardckptError:
-    """The error that a rank raises for what happened on another, or in rank 0's decision."""
+    """The error that a rank raises for a failure on another rank, or in the decision of rank 0."""
     facts = dict(failure.facts)
     facts.setdefault("phase", phase)
     if isinstance(facts.get("rank"), list):
@@ -175,6 +175,6 @@ def _rebuild(failure: _Failure, phase: str) -> ShardckptError:
         "Another rank failed",
         rank=failure.ranks or None,
         actual=failure.text,
-        remedy="look at that rank's own error; nothing was committed",
+        remedy="read the log of that rank; nothing was committed",
         **facts,
     )

@@ -1,4 +1,4 @@
-"""How a CheckpointManager stores its checkpoints: by default as directories of shards."""
+"""Backends of CheckpointManager, which store its checkpoints. The default writes shards."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def signature_of(status: os.stat_result) -> Signature:
 
 
 class CheckpointBackend(Protocol):
-    """How checkpoints are stored. Methods raise CheckpointError for corrupted checkpoints, and
-    StorageError."""
+    """The interface of a backend, which stores the checkpoints of a manager.
+
+    Methods raise CheckpointError for corrupted checkpoints, and StorageError.
+    """
 
     def names(self, folder: str) -> list[str]:
         """The names in a folder that may be checkpoints, sorted. Empty if the folder is missing."""

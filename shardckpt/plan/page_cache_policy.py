@@ -45,11 +45,11 @@ def summarise_reads(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: st
 
 
 def past_cache(summaries: Sequence[ReadSummary]) -> list[float]:
-    """Return for each rank the part of a block that it must want to read it past the page cache.
+    """For each rank, the part of a block that it must want to read it past the page cache.
 
     ALWAYS if no other rank of its machine reads the same tensors. NEVER if these ranks together
-    want much more than the bytes of the tensors: they read the same boxes. Else MOSTLY: one rank
-    wants the part of a block that another one does not.
+    want much more than the bytes of the tensors: they read the same boxes. Otherwise MOSTLY: the
+    rest of a block is wanted by another rank.
     """
     wanted: dict[tuple[str, int], list[int]] = defaultdict(list)
     for rank in summaries:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 import xxhash
 
-from shardckpt.errors import CorruptionError, ShardckptError
+from shardckpt.errors import CorruptionError, ShardckptError, StateError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.lazy_manifest import Outline
@@ -24,11 +24,22 @@ from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.loading.shard_reader import bad_blocks, check_size
 from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
 
-__all__ = ["Base", "OpenCheckpoint", "open_base"]
+__all__ = ["Base", "OpenCheckpoint", "check_verify_base", "open_base"]
 
 _SAMPLE = 16
 """One block in this many of a linked file is read back. Corruption is found within a few saves, and
 the file is then written instead."""
+
+
+def check_verify_base(base: object, *, verify_base: bool) -> None:
+    """Refuse verify_base where there is no base to verify."""
+    if verify_base and base is None:
+        raise StateError(
+            "verify_base needs a base",
+            expected="base=, an earlier checkpoint whose files are linked and verified",
+            actual="verify_base=True and no base",
+            remedy="pass base=, or leave verify_base out",
+        )
 
 
 class OpenCheckpoint(Protocol):

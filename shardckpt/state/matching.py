@@ -158,9 +158,8 @@ def _match(context: MatchContext, template: Any, name: str) -> Finish:
 
 
 def _fills_in_place(array: np.ndarray[Any, Any]) -> bool:
-    """Whether torch.from_numpy takes an array and its memory can be written to."""
-    writeable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
-    return writeable and fits_tensor(array.dtype)
+    """Whether an array can be written to, and a tensor has its dtype."""
+    return array.flags.writeable and fits_tensor(array.dtype)
 
 
 _VALUES = {type(None), bool, int, float, str, bytes}

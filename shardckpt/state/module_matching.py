@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import inspect
 from typing import Any
 
@@ -66,10 +67,11 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
 
 
 def _like(state: Any) -> Any:
-    """An empty state dict with the versions of the modules that this one is of."""
+    """An empty state dict with the versions of the modules that this one is of, as a copy: torch
+    notes `assign` in them."""
     empty = collections.OrderedDict[str, Any]()
     if hasattr(state, "_metadata"):
-        empty._metadata = state._metadata  # type: ignore[attr-defined]
+        empty._metadata = copy.deepcopy(state._metadata)  # type: ignore[attr-defined]
     return empty
 
 

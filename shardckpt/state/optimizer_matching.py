@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
@@ -348,9 +349,21 @@ class _TorchForm:
             return torch.empty((), dtype=dtype)
         if not isinstance(parameter, DTensor):
             return torch.empty(entry.shape, dtype=dtype, device=parameter.device)
-        local = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
-        mesh = parameter.device_mesh
-        return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        empty = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
+        placements = [
+            placement if _is_cut_alike(placement, parameter, empty) else Replicate()
+            for placement in parameter.placements
+        ]
+        return distribute_tensor(empty, parameter.device_mesh, placements, src_data_rank=None)
+
+
+def _is_cut_alike(placement: Any, parameter: torch.Tensor, state: torch.Tensor) -> bool:
+    """Whether a placement of the parameter cuts state of another shape into the same rows."""
+    return (
+        state.dim() == parameter.dim()
+        and isinstance(placement, Shard)
+        and state.shape[placement.dim] == parameter.shape[placement.dim]
+    )
 
 
 def _common_path(names: Iterable[str]) -> str:
@@ -431,6 +444,8 @@ def _without_casts(now: Any, saved: Any) -> Any:
         return saved.to(now.device) if differs else now
     if type(saved) is dict and type(now) is dict and saved.keys() == now.keys():
         return {key: _without_casts(now[key], value) for key, value in saved.items()}
+    if type(saved) is deque:  # torch makes it again without its length
+        return saved
     if type(saved) in (list, tuple) and type(now) is type(saved) and len(now) == len(saved):
         return type(saved)(map(_without_casts, now, saved))
     return saved if isinstance(saved, str) else now

@@ -12,7 +12,7 @@ from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.local_chunks import check_dense
 from shardckpt.state.match_context import Finish, MatchContext
 from shardckpt.state.saved_tree import below, under
-from shardckpt.state.sharded_array import ShardedArray
+from shardckpt.state.sharded_array import ShardedArray, from_numpy
 from shardckpt.state.sharded_tensors import materialised
 from shardckpt.state.wrapper_tensors import WRAPPER, Wrapped, facts_of, read_out
 
@@ -82,9 +82,17 @@ def _rebuilt(tensor: Any, inner: dict[str, torch.Tensor]) -> Any:
 
 
 def match_array(context: MatchContext, template: np.ndarray[Any, Any], name: str) -> Finish:
-    """Fill an array in place, one that torch.from_numpy takes."""
-    match_tensor(context, torch.from_numpy(template), name)
-    return lambda: template
+    """Fill a writeable array in place, whatever its byte order and strides."""
+    tensor = from_numpy(template, name=name)
+    match_tensor(context, tensor, name)
+
+    def finish() -> Any:
+        read = tensor.numpy()
+        if not np.may_share_memory(template, read):
+            template[...] = read
+        return template
+
+    return finish
 
 
 def match_sharded_array(context: MatchContext, template: ShardedArray, name: str) -> Finish:

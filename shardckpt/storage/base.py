@@ -34,18 +34,32 @@ class WouldWait(Exception):
 
 
 class Storage(ABC):
-    """A set of places for checkpoints, each known by a path. No method is collective.
+    """The interface of a storage for checkpoints, each with a path. No method is collective.
 
-    A storage that is only read defines `open` alone.
+    A read-only storage implements only `open`. `shardckpt.testing` has tests for new storages, and
+    `shardckpt.LocalStorage` is the default.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> storage = shardckpt.LocalStorage()
+        >>> isinstance(storage, shardckpt.Storage)
+        True
+        >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1", storage=storage)
     """
 
     @abstractmethod
     def open(self, path: str) -> CheckpointFiles:
         """Open a committed checkpoint, on any rank.
 
+        Args:
+            path: The checkpoint.
+
+        Returns:
+            Its files.
+
         Raises:
-            CheckpointNotFoundError: There is nothing at the path.
-            NotACheckpointError: There is something else at the path.
+            CheckpointNotFoundError: The path does not exist.
+            NotACheckpointError: The path does not hold a checkpoint.
         """
 
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
@@ -54,11 +68,14 @@ class Storage(ABC):
         Args:
             path: Where the checkpoint goes.
             checkpoint_id: Its id, 32 hex digits that no other checkpoint has.
-            overwrite: Replace a checkpoint that is there.
+            overwrite: Replace a checkpoint at the path.
+
+        Returns:
+            The transaction, in which rank 0 creates files and commits.
 
         Raises:
-            CheckpointExistsError: The path is taken, and `overwrite` is false.
-            NotACheckpointError: There is something else at the path.
+            CheckpointExistsError: The path exists, and `overwrite` is false.
+            NotACheckpointError: The path does not hold a checkpoint.
             CheckpointBusyError: Another save to the path is under way.
         """
         self._refuse_writing(path)
@@ -69,6 +86,9 @@ class Storage(ABC):
         Args:
             path: As for begin.
             token: The token of rank 0's transaction.
+
+        Returns:
+            The transaction, in which this rank creates files.
 
         Raises:
             DirectoryNotSharedError: This rank does not see what rank 0 began.

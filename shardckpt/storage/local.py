@@ -71,7 +71,12 @@ class LocalStorage(Storage):
     """Checkpoints in directories of a file system that all ranks share.
 
     Args:
-        system: Makes the system calls.
+        system: Performs the system calls.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> storage = shardckpt.LocalStorage()
+        >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1", storage=storage)
     """
 
     def __init__(self, system: System | None = None) -> None:

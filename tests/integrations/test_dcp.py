@@ -82,7 +82,7 @@ def test_checkpoint_ids_name_the_path(tmp_path):
         lambda: dcp.save(a_state(), storage_writer=ShardWriter()),
         lambda: dcp.load(zeros(), storage_reader=ShardReader()),
     ):
-        with pytest.raises(CheckpointException, match="given no path"):
+        with pytest.raises(CheckpointException, match="has no path"):
             call()
 
 

@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_turned_back(damaged):
     report, state, notes = rescued(damaged)
     assert not report.lost
     assert "bit 2 of byte 1100000" in report.repaired[0]
-    assert "1100000" in notes["rescued: mended"]
+    assert "1100000" in notes["rescued: repaired"]
     assert equal(state, STATE)
 
 

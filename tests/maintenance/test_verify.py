@@ -146,7 +146,7 @@ def test_parts_together_check_all(files, parts, no_search):
         expected = sorted(block for window in windows[part::parts] for block in window)
         (error,) = report.errors
         shown = ", ".join(map(str, expected[:8])) + (", ..." if len(expected) > 8 else "")
-        assert error.expected == f"the digests of the manifest for block {shown}"
+        assert error.expected == f"the digests in the manifest for block {shown}"
 
 
 @pytest.mark.parametrize("subset", [(0, 3), (4, 3), (2, 1), (-1, 3)])
@@ -169,7 +169,7 @@ def test_only_the_tensors_in_a_block_are_hurt(files, no_search):
     (error,) = report.errors
     assert error.message == "A shard is corrupted"
     assert (error.path, error.tensor) == (f"shelf/{SHARD}", "t2, t3")
-    assert error.expected == "the digests of the manifest for block 3"
+    assert error.expected == "the digests in the manifest for block 3"
     assert "rescue" in error.remedy
 
 
@@ -275,7 +275,7 @@ def test_something_appended_hurts_no_tensor(files):
 
 def test_a_block_that_the_disk_can_not_read(files):
     (error,) = check(files, Faulty(files, code=errno.EIO, blocks=[3, 10])).errors
-    assert error.expected == "the digests of the manifest for block 3, 10"
+    assert error.expected == "the digests in the manifest for block 3, 10"
     assert error.actual == "different or unreadable bytes"
 
 

@@ -75,8 +75,8 @@ class ShardSavePlanner(DefaultSavePlanner):
             raise StateError(
                 "ShardSavePlanner takes no options",
                 actual=", ".join(options),
-                remedy="leave them out: names are always flat, replicas are always divided by "
-                "bytes, and unchanged plans are always reused",
+                remedy="leave them out: names are always flat, replicas are divided by bytes, and "
+                "unchanged plans are reused",
             )
         super().__init__()
 

@@ -80,7 +80,7 @@ class ShardReader(StorageReader):
         self._nodes: dict[str, Any] = {}  # name in DCP -> saved leaf
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Prepare for another load. See StorageReader.reset."""
+        """See StorageReader.reset."""
         if checkpoint_id:
             self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage)
         self._close()

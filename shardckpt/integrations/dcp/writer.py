@@ -23,19 +23,19 @@ from torch.futures import Future
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.process_group import group_for_dcp
 from shardckpt.coordination.resolve import check_launcher
-from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
+from shardckpt.errors import CoverageError, RankMismatchError, StateError, UnsupportedLeafError
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import dtype_name, memory_view
 from shardckpt.format.manifest import encode_tensors
 from shardckpt.integrations.dcp.planners import ShardSavePlanner, ShardStorageMeta
 from shardckpt.plan.consistency import compare_replicas
-from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes, widen_boxes
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec, flat_boxes, pad_boxes, widen_boxes
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import check_coverage, layout_order
 from shardckpt.plan.shard_layout import tensor_entries
 from shardckpt.saving.agreement import new_id
 from shardckpt.saving.commit import commit_manifest, file_table
-from shardckpt.saving.incremental import Base, open_base
+from shardckpt.saving.incremental import Base, check_verify_base, open_base
 from shardckpt.saving.rank_writer import RankShards, ShardResult, write_rank
 from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.file_groups import MAIN
@@ -104,6 +104,7 @@ class ShardWriter(StorageWriter):
         group_for_dcp(self.checkpoint_id)
         self.overwrite = overwrite
         self.check_replicas = check_replicas
+        check_verify_base(base, verify_base=verify_base)
         if base is not None and not isinstance(base, Checkpoint):
             base = checkpoint_path(base, storage, fixed=True)
         self.base = base
@@ -114,7 +115,7 @@ class ShardWriter(StorageWriter):
         self._rank = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Prepare for another save. See StorageWriter.reset."""
+        """See StorageWriter.reset."""
         if checkpoint_id:
             self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage, fixed=True)
 
@@ -300,6 +301,7 @@ def _write_items(
         data.append(memory_view(tensor.detach()))
     table, index = pad_boxes(boxes), np.array(rows, dtype=np.int64)
     names = tuple(specs.values())
+    _check_written_once(names, ChunkTable(tensor=index, boxes=table))
     order = layout_order(names, ChunkTable(tensor=index, boxes=table))
     chunks = ChunkTable(tensor=index[order], boxes=table[order])
     shards = RankShards(
@@ -312,6 +314,22 @@ def _write_items(
     )
     result = write_rank(transaction, shards, base=base)
     return msgspec.msgpack.encode(_Written(result, names, chunks.pack(), encoded))
+
+
+def _check_written_once(specs: tuple[TensorSpec, ...], chunks: ChunkTable) -> None:
+    """Raise CoverageError for a chunk that a planner gives to this rank several times."""
+    rows = np.column_stack([chunks.tensor, flat_boxes(chunks.boxes)])
+    distinct, counts = np.unique(rows, axis=0, return_counts=True)
+    for (number, *box), count in zip(distinct.tolist(), counts.tolist(), strict=True):
+        if count > 1:
+            dims = len(box) // 2
+            raise CoverageError(
+                "A planner writes a chunk of a tensor several times",
+                tensor=specs[number].name,
+                expected="each chunk once",
+                actual=f"{count} times offsets {box[:dims]}, sizes {box[dims:]}",
+                remedy="correct the planner's create_global_plan",
+            )
 
 
 def _value(planner: SavePlanner, item: WriteItem) -> Any:
