@@ -101,8 +101,7 @@ def test_the_command_line_page_has_every_option(command, capsys):
     page = (ROOT / "docs" / "cli.md").read_text()
     section = page.split(f"\n## {command}\n")[1].split("\n## ")[0]
     described = re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE)
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
+    assert main([command, "--help"]) == 0
     offered = set(re.findall(r"(--[a-z][a-z-]+)", capsys.readouterr().out)) - {"--help"}
     assert sorted(described) == sorted(offered)
 
