@@ -73,7 +73,7 @@ def test_facts_in_words_and_through_pickle(cls):
         "  rank: 3",
         "  tensor: w",
         "  expected: 1",
-        "  found: 2",
+        "  actual: 2",
         "  phase: x",
         "  remedy: mend it",
     ]

@@ -19,7 +19,7 @@ from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.parameters import JOBS, KEYS, OVERWRITE, SUBSET, separate
 from shardckpt.cli.progress import progress_bar, size_text
-from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
+from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError, printable
 from shardckpt.maintenance.rescue import explain_manifest, rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.maintenance.verify import verify_shards
@@ -63,7 +63,7 @@ def _run(body: Callable[[Any], None], options: SimpleNamespace) -> int:
             return error.exit_code
         print(f"shardckpt {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         if isinstance(error, NotACheckpointError):
-            print(_checkpoints_below(error.path), end="", file=sys.stderr)
+            print(printable(_checkpoints_below(error.path)), end="", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
@@ -96,7 +96,7 @@ def _inspect(options: SimpleNamespace) -> None:
             print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
         else:
             for line in page(checkpoint, keys=options.keys, everything=options.all):
-                print(line)
+                print(printable(line))
 
 
 def _verify(options: SimpleNamespace) -> None:
@@ -118,10 +118,10 @@ def _verify(options: SimpleNamespace) -> None:
                 progress=bar.advance,
                 coordinator=coordinator,
             )
-        for word, names in (("hurt", report.hurt), ("whole", report.whole)):
-            if report.damage:
+        for word, names in (("hurt", report.corrupted), ("whole", report.intact)):
+            if report.errors:
                 say(coordinator, "\n".join(f"{word:6} {name}" for name in names))
-        report.raise_damage()
+        report.raise_if_corrupted()
         part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
         say(
             coordinator,
@@ -140,11 +140,12 @@ def _rescue(options: SimpleNamespace) -> None:
             overwrite=options.overwrite,
             progress=bar.reach,
         )
-    for bit in report.mended:
-        print(f"mended {bit}")
+    for bit in report.repaired:
+        print(printable(f"repaired {bit}"))
     for name, why in report.lost.items():
-        print(f"lost   {name}: {why}")
-    print(f"{options.target}: {len(report.saved)} tensors saved, {len(report.lost)} lost")
+        print(printable(f"lost   {name}: {why}"))
+    summary = f"{options.target}: {len(report.saved)} tensors saved, {len(report.lost)} lost"
+    print(printable(summary))
     if report.rebuilt:
         print(
             "The manifest was rebuilt from the shards' headers: values are lost, and nothing could "
