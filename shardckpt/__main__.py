@@ -2,7 +2,7 @@
 
 import sys
 
-from shardckpt.cli.main import main
+from shardckpt.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.docs_code import blocks, script, unfenced
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -17,23 +19,21 @@ RUN = {"python", "sh"}
 SHOWN = {"text", "json"}  # commands for clusters, output, grammar
 
 
-def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
+def run(page: Path, folder: Path) -> None:
+    """Run the code of a page in a new process, in a folder; an error fails the test.
+
+    The process is forked from one that has imported torch.
+    """
     (folder / "page.py").write_text(script(page.read_text()))
-    return subprocess.run(
-        [sys.executable, "page.py"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    run_ranks(1, in_folder, str(folder), timeout_s=280)
+
+
+def in_folder(folder: str) -> None:
+    dist.destroy_process_group()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ.update(PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    os.chdir(folder)
+    runpy.run_path("page.py", run_name="__main__")
 
 
 def name(page: Path) -> str:
@@ -47,15 +47,16 @@ def name(page: Path) -> str:
     ids=name,
 )
 def test_the_code_of_a_page_runs(page, tmp_path):
-    done = run(page, tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run(page, tmp_path)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("code", ["```python\n1 / 0\n```\n", "```sh\nfalse\ntrue\n```\n"])
 def test_code_that_fails_would_be_seen(code, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"A page.\n\n{code}")
-    assert run(page, tmp_path).returncode != 0
+    with pytest.raises(AssertionError, match=r"ZeroDivisionError|CalledProcessError"):
+        run(page, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -1,20 +1,23 @@
-"""shardckpt convert: from and to the formats of others."""
+"""shardckpt convert: from and to other formats."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import click
+
 from shardckpt.cli.multiprocess import say, shared
+from shardckpt.cli.parameters import KEYS, OVERWRITE, RENAME
 from shardckpt.cli.progress import progress_bar, size_text
 from shardckpt.convert.convert import FORMATS, convert_source, open_source
 from shardckpt.reports import ConvertReport
 
-__all__ = ["add_convert"]
+__all__ = ["CONVERT_HELP", "CONVERT_PARAMETERS", "run_convert"]
 
 _MOST_LINES = 40  # of what was left out, changed or copied
 _UNITS = {
@@ -28,59 +31,42 @@ _UNITS = {
 }
 
 
-def add_convert(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the others."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "convert",
-        help="write a checkpoint in another format",
-        description="SOURCE: a checkpoint of shardckpt or of torch.distributed.checkpoint (dcp), "
-        "also one of Lightning's or Megatron-Core's; a torch file (.pt, .pth, .ckpt, .bin, ...), a "
-        "safetensors file, or a directory of Hugging Face (hf). What has no place in TARGET is "
-        "left out, and listed.",
-    )
-    parser.add_argument("source")
-    parser.add_argument("target")
-    parser.add_argument(
-        "--format", choices=FORMATS, help="of the target; by default as its suffix says"
-    )
-    parser.add_argument("--world-size", type=int, help="how many shards, or files of dcp")
-    parser.add_argument(
-        "--max-file-size",
-        type=_size,
-        metavar="SIZE",
-        help="of hf: 500MB, 2GiB ...; by default 5GB",
-    )
-    parser.add_argument(
-        "--keys", nargs="+", metavar="NAME", help="these alone: prefixes of names, or patterns"
-    )
-    parser.add_argument(
-        "--rename",
-        nargs="+",
-        type=_rename,
-        metavar="OLD=NEW",
-        help="prefixes of names: model= takes it away, =model puts it before all",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(run=_convert)
-    return parser
-
-
 def _size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.upper())
     if found is None or found[2] not in _UNITS or not float(found[1]):
-        raise argparse.ArgumentTypeError("a size is expected, as 5GB, 500MB or 2GiB")
+        raise click.BadParameter("expected a size, such as 5GB, 500MB or 2GiB")
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _rename(text: str) -> tuple[str, str]:
-    old, sign, new = text.partition("=")
-    if not sign:
-        raise argparse.ArgumentTypeError("OLD=NEW is expected")
-    return old, new
+CONVERT_HELP = (
+    "Write a checkpoint in another format. SOURCE is a checkpoint of shardckpt, of "
+    "torch.distributed.checkpoint (dcp), of Lightning or of Megatron-Core, a torch file (.pt, "
+    ".pth, .ckpt, .bin), a safetensors file, or a directory of Hugging Face (hf). Entries that "
+    "TARGET cannot hold are left out and listed."
+)
+CONVERT_PARAMETERS = (
+    click.Option(
+        ["--format"],
+        type=click.Choice(FORMATS),
+        help="The format of the target. The default follows from its suffix.",
+    ),
+    click.Option(["--world-size"], type=int, help="The number of shards, or of files of dcp."),
+    click.Option(
+        ["--max-file-size"],
+        type=_size,
+        metavar="SIZE",
+        help="The size of files of hf, such as 500MB or 2GiB. The default is 5GB.",
+    ),
+    KEYS,
+    RENAME,
+    OVERWRITE,
+    click.Option(["--json"], is_flag=True, help="Print the report as JSON."),
+)
 
 
-def _convert(options: argparse.Namespace) -> None:
+def run_convert(options: SimpleNamespace) -> None:
+    """Run the command."""
+
     def opened() -> Any:
         return open_source(
             options.source,

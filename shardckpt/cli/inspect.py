@@ -9,6 +9,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.progress import size_text
 from shardckpt.format import typed_json as values
@@ -225,10 +230,13 @@ def _braced(text: str) -> str:
 
 def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
     """Rows as aligned lines."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for column in range(len(rows[0])):
+        table.add_column(justify="right" if column in right else "left", no_wrap=True)
     for row in rows:
-        cells = (
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield f"  {'  '.join(cells)}".rstrip()
+        table.add_row(*map(Text, row))
+    widths = (max(map(cell_len, column)) + 2 for column in zip(*rows, strict=True))
+    console = Console(width=sum(widths), color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    yield from (f"  {line}".rstrip() for line in capture.get().splitlines())

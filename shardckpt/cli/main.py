@@ -1,19 +1,23 @@
-"""shardckpt inspect, verify, rescue, reshard and convert."""
+"""The commands inspect, verify, rescue, reshard and convert."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import click
 
 from shardckpt._version import __version__
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.cli.convert import add_convert
+from shardckpt.cli.convert import CONVERT_HELP, CONVERT_PARAMETERS, run_convert
 from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.multiprocess import say, shared
+from shardckpt.cli.parameters import JOBS, KEYS, OVERWRITE, SUBSET, separate
 from shardckpt.cli.progress import progress_bar, size_text
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError, printable
 from shardckpt.maintenance.rescue import explain_manifest, rescue
@@ -26,29 +30,48 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 2 for a wrong call, else that of the error's family."""
-    options = _parser().parse_args(arguments)
-    options.arguments = sys.argv[1:] if arguments is None else arguments
-    options.rank = 0
+    """Run a command and return its exit code.
+
+    Args:
+        arguments: The arguments of the command line without the name of the program.
+
+    Returns:
+        0, or the exit code of the error's family.
+
+    Raises:
+        SystemExit: With code 2, for wrong arguments.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options.run(options)
+        code: int = _group.main(
+            separate(given), prog_name="shardckpt", standalone_mode=False, obj=given
+        )
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(2) from None
+    except click.Abort:
+        return 130
+    return code
+
+
+def _run(body: Callable[[Any], None], options: SimpleNamespace) -> int:
+    try:
+        body(options)
         sys.stdout.flush()
     except ShardckptError as error:
-        if options.rank:  # rank 0 has the same error, and tells it
+        if options.rank:  # rank 0 prints the same error
             return error.exit_code
         print(f"shardckpt {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         if isinstance(error, NotACheckpointError):
             print(printable(_checkpoints_below(error.path)), end="", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
 def _checkpoints_below(path: str | None) -> str:
-    """A hint for who gave the folder of a run: the checkpoints in it."""
+    """A hint for the folder of a job: the checkpoints in it."""
     try:
         names = sorted(os.listdir(path or "."))
     except OSError:
@@ -57,55 +80,17 @@ def _checkpoints_below(path: str | None) -> str:
     return f"  checkpoints in it: {', '.join(found[:20])}\n" if found else ""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "shardckpt", description="Look at, check and change checkpoints."
-    )
-    parser.add_argument("--version", action="version", version=f"shardckpt {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="what is in a checkpoint")
-    inspect.add_argument("path")
-    inspect.add_argument("--json", action="store_true", help="as JSON")
-    inspect.add_argument("--all", action="store_true", help="a line for each tensor")
-    inspect.add_argument(
-        "--keys", nargs="+", metavar="NAME", help="these alone: prefixes of names, or patterns"
-    )
-    inspect.set_defaults(run=_inspect)
-    verify = commands.add_parser("verify", help="check every byte of a checkpoint")
-    verify.add_argument("path")
-    verify.add_argument(
-        "--subset",
-        type=_part,
-        default=(1, 1),
-        metavar="N/T",
-        help="the N-th of T parts: T scrubs check everything",
-    )
-    verify.set_defaults(run=_verify)
-    save = commands.add_parser("rescue", help="write a new checkpoint of all that still verifies")
-    save.add_argument("source")
-    save.add_argument("target")
-    save.add_argument("--overwrite", action="store_true", help="replace what is at the target")
-    save.set_defaults(run=_rescue)
-    change = commands.add_parser("reshard", help="write a checkpoint as another number of shards")
-    change.add_argument("source")
-    change.add_argument("target")
-    change.add_argument("--world-size", type=int, required=True, help="how many shards")
-    change.add_argument("--overwrite", action="store_true", help="replace what is at the target")
-    change.set_defaults(run=_reshard)
-    for command in (verify, change, add_convert(commands)):
-        command.add_argument(
-            "--jobs", type=_positive, help="processes; by default one for each GiB, up to the cores"
-        )
-    return parser
+def _command(
+    name: str, body: Callable[[Any], None], text: str, parameters: Sequence[click.Parameter]
+) -> click.Command:
+    def callback(**values: Any) -> int:
+        given = click.get_current_context().obj
+        return _run(body, SimpleNamespace(command=name, rank=0, arguments=given, **values))
+
+    return click.Command(name, callback=callback, help=text, params=list(parameters))
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("a number of at least 1 is expected")
-    return int(text)
-
-
-def _inspect(options: argparse.Namespace) -> None:
+def _inspect(options: SimpleNamespace) -> None:
     with open_checkpoint(options.path) as checkpoint:
         if options.json:
             print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
@@ -114,14 +99,7 @@ def _inspect(options: argparse.Namespace) -> None:
                 print(printable(line))
 
 
-def _part(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise argparse.ArgumentTypeError("N/T with N from 1 to T is expected, as in 2/7")
-    return int(part), int(parts)
-
-
-def _verify(options: argparse.Namespace) -> None:
+def _verify(options: SimpleNamespace) -> None:
     def opened() -> Checkpoint:
         try:
             return open_checkpoint(options.path)
@@ -153,7 +131,7 @@ def _verify(options: argparse.Namespace) -> None:
         )
 
 
-def _rescue(options: argparse.Namespace) -> None:
+def _rescue(options: SimpleNamespace) -> None:
     with progress_bar("rescue", total_bytes=0) as bar:
         report = rescue(
             options.source,
@@ -175,7 +153,7 @@ def _rescue(options: argparse.Namespace) -> None:
         )
 
 
-def _reshard(options: argparse.Namespace) -> None:
+def _reshard(options: SimpleNamespace) -> None:
     def opened() -> Checkpoint:
         return open_checkpoint(options.source)
 
@@ -193,3 +171,74 @@ def _reshard(options: argparse.Namespace) -> None:
                 progress=bar.reach,
             )
         say(coordinator, f"{options.target}: {options.world_size} shards, {size_text(total)}")
+
+
+def _print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"shardckpt {__version__}")
+        context.exit()
+
+
+def _path(name: str) -> click.Argument:
+    return click.Argument([name])
+
+
+_group = click.Group(
+    "shardckpt",
+    help="Inspect, verify, rescue, reshard and convert checkpoints.",
+    commands=[
+        _command(
+            "inspect",
+            _inspect,
+            "Print the tensors, values and shards of a checkpoint.",
+            [
+                _path("path"),
+                click.Option(["--json"], is_flag=True, help="Print JSON."),
+                click.Option(["--all"], is_flag=True, help="Print a line for each tensor."),
+                KEYS,
+            ],
+        ),
+        _command(
+            "verify",
+            _verify,
+            "Read every block of a checkpoint and compare it with its digest.",
+            [_path("path"), SUBSET, JOBS],
+        ),
+        _command(
+            "rescue",
+            _rescue,
+            "Write a new checkpoint of all tensors that verify.",
+            [_path("source"), _path("target"), OVERWRITE],
+        ),
+        _command(
+            "reshard",
+            _reshard,
+            "Write a checkpoint for another number of shards.",
+            [
+                _path("source"),
+                _path("target"),
+                click.Option(
+                    ["--world-size"], type=int, required=True, help="The number of shards."
+                ),
+                OVERWRITE,
+                JOBS,
+            ],
+        ),
+        _command(
+            "convert",
+            run_convert,
+            CONVERT_HELP,
+            [_path("source"), _path("target"), *CONVERT_PARAMETERS, JOBS],
+        ),
+    ],
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+            help="Print the version.",
+        )
+    ],
+)

@@ -1,13 +1,16 @@
-"""Progress of long work on the error stream: rich's bar, or plain lines without rich."""
+"""Progress bars on the error stream, and sizes as text."""
 
 from __future__ import annotations
 
-import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 __all__ = ["Progress", "progress_bar", "size_text"]
 
@@ -16,11 +19,9 @@ _EVERY_S = 0.2
 
 
 def size_text(size_bytes: int) -> str:
-    """A number of bytes for people: 1.5 MiB."""
-    if size_bytes < 1024:
-        return f"{size_bytes} B"
-    power = min(int(math.log2(size_bytes)) // 10, 5)
-    return f"{size_bytes / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
+    """A number of bytes as text, such as 1.5 MiB."""
+    unit, suffix = pick_unit_and_suffix(size_bytes, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], 1024)
+    return f"{size_bytes} B" if unit == 1 else f"{size_bytes / unit:.1f} {suffix}"
 
 
 class Progress:
@@ -51,23 +52,13 @@ def progress_bar(title: str, *, total_bytes: int, shown: bool = True) -> Iterato
     if not shown:
         yield Progress(lambda done: None)
         return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-    except ImportError:
-        yield Progress(lambda done: _print(f"{title}: {100 * done // max(total_bytes, 1)}%"))
-        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield Progress(lambda done: bar.update(task, completed=done))
-
-
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -15,7 +15,8 @@ import torch
 import shardckpt
 from shardckpt import PerRank
 from shardckpt.cli.main import main
-from shardckpt.cli.progress import Progress, progress_bar, size_text
+from shardckpt.cli.parameters import separate
+from shardckpt.cli.progress import Progress, size_text
 
 
 class Phase(enum.Enum):
@@ -198,7 +199,7 @@ def test_wrong_calls(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: shardckpt" in capsys.readouterr().err
+    assert "Usage: shardckpt" in capsys.readouterr().err
 
 
 HOSTILE_TEXT = "\x1b]0;title\x07 \x1b[2J\u202e\nfaked: line"
@@ -232,13 +233,31 @@ def test_a_reader_that_has_gone(tmp_path):
     assert done.stderr == ""
 
 
-def test_progress_in_plain_lines(monkeypatch, capsys):
-    for name in ("rich", "rich.console", "rich.progress"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("shardckpt.cli.progress._SHOW_AFTER_S", 0.0)
-    with progress_bar("verify", total_bytes=200) as bar:
-        bar.reach(100)
-    assert capsys.readouterr().err == "verify: 50%\n"
+def test_the_command_without_its_packages_says_how_to_install_them():
+    code = "import sys; sys.modules['click'] = None; import shardckpt.cli.entry as entry; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(entry.main())"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 9
+    assert 'pip install "shardckpt[cli]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "separated"),
+    [
+        ("convert --keys a b --json s t", "convert --keys a --keys b --json s t"),
+        ("convert s t --rename a= =b", "convert s t --rename a= --rename =b"),
+        ("inspect p --keys --json", "inspect p --keys --json"),
+        ("inspect p --keys", "inspect p --keys"),
+        ("inspect --keys a -- p", "inspect --keys a -- p"),
+    ],
+)
+def test_an_option_with_several_values(given, separated):
+    assert separate(given.split()) == separated.split()
 
 
 def test_progress_counts_and_is_quiet_at_first():
