@@ -36,7 +36,6 @@ from shardckpt.plan.shard_layout import tensor_entries
 from shardckpt.saving.agreement import new_id
 from shardckpt.saving.commit import commit_manifest, file_table
 from shardckpt.saving.incremental import Base, check_verify_base, open_base
-from shardckpt.saving.pipeline import file_table, new_id, replica_digests
 from shardckpt.saving.rank_writer import RankShards, ShardResult, write_rank
 from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.file_groups import MAIN
