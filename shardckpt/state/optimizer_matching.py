@@ -349,12 +349,12 @@ class _TorchForm:
             return torch.empty((), dtype=dtype)
         if not isinstance(parameter, DTensor):
             return torch.empty(entry.shape, dtype=dtype, device=parameter.device)
-        new = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
+        empty = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
         placements = [
-            placement if _is_cut_alike(placement, parameter, new) else Replicate()
+            placement if _is_cut_alike(placement, parameter, empty) else Replicate()
             for placement in parameter.placements
         ]
-        return distribute_tensor(new, parameter.device_mesh, placements, src_data_rank=None)
+        return distribute_tensor(empty, parameter.device_mesh, placements, src_data_rank=None)
 
 
 def _is_cut_alike(placement: Any, parameter: torch.Tensor, state: torch.Tensor) -> bool:
