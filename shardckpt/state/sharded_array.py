@@ -134,7 +134,14 @@ class ShardedArray:
         return self
 
     def check_writeable(self, name: str) -> None:
-        """StateError if nothing can be loaded into it."""
+        """Check that `local` can be loaded into.
+
+        Args:
+            name: The name of the entry, for errors.
+
+        Raises:
+            StateError: The array is read-only.
+        """
         if isinstance(self.local, np.ndarray) and not self.local.flags.writeable:
             raise StateError(
                 "The local part of a ShardedArray can't be written to",
@@ -145,7 +152,7 @@ class ShardedArray:
             )
 
     def loaded(self) -> None:
-        """Copy what was read to where it belongs, if torch could not work on that itself."""
+        """Copy the loaded data into `local`, if torch could not read into it directly."""
         if isinstance(self.local, np.ndarray):
             read = self.tensor.numpy()
             if not np.may_share_memory(self.local, read):

@@ -162,7 +162,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         self._cast = self.may_cast or metadata.cast
 
     def create_local_plan(self) -> LoadPlan:
-        """Match the state against the saved one; the reads stay with this planner."""
+        """See LoadPlanner.create_local_plan. This planner keeps the reads."""
         initialised = dist.is_initialized()
         self.matched = match_state(
             self.original_state_dict,
