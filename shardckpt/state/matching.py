@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -364,6 +365,14 @@ class Matcher:
 
     def mapping(self, template: Any, name: str) -> Finish:
         """Match each item of a dict; what is saved beside them stays unused."""
+        if not isinstance(template, (MutableMapping, types.MappingProxyType)):
+            raise StateError(
+                "A mapping that can't be changed can't be loaded into",
+                tensor=name,
+                expected="a dict, another mutable mapping, or a MappingProxyType",
+                actual=f"{type(template).__module__}.{type(template).__qualname__}",
+                remedy="hand over dict(...) of it",
+            )
         parts: dict[Any, Finish] = {}
         for key, value in template.items():
             inner = below(name, key)
@@ -372,9 +381,12 @@ class Matcher:
             parts[key] = self.match(value, inner)
 
         def finish() -> Any:
-            for key, part in parts.items():
-                if (value := part()) is not template[key]:
-                    template[key] = value
+            values = {key: part() for key, part in parts.items()}
+            changed = {key: item for key, item in values.items() if item is not template[key]}
+            if changed and isinstance(template, types.MappingProxyType):
+                return types.MappingProxyType({**template, **changed})
+            for key, item in changed.items():
+                template[key] = item
             return template
 
         return finish
