@@ -238,7 +238,22 @@ import shardckpt.nn_handler, shardckpt.integrations.dcp
 
 
 def test_every_option_is_documented():
-    """Each environment variable of an option stands in the troubleshooting page, and no other."""
+    """Each environment variable of an option stands on the page of options, and no other."""
     names = {f"SHARDCKPT_{option.name.upper()}" for option in dataclasses.fields(Options)}
-    page = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
+    page = (PACKAGE.parent / "docs" / "options.md").read_text()
     assert set(re.findall(r"`(SHARDCKPT_[A-Z_]+)`", page)) == names
+
+
+def test_files_that_harnesses_and_pages_name_are_there():
+    """A harness that runs a test that has moved takes its failure for a success."""
+    root = PACKAGE.parent
+    texts = [*(root / "scripts").iterdir(), *(root / "docs").glob("*.md"), *root.glob("*.md")]
+    texts += [root / "tests/faults/mutate.py"]
+    named = {
+        (path.name, name)
+        for path in texts
+        if path.is_file() and path.name != "CHANGELOG.md"
+        for name in re.findall(r"\b(?:tests|shardckpt)/[\w/]+\.py\b", path.read_text())
+    }
+    assert ("mutate.py", "tests/storage/test_deletion.py") in named
+    assert not {(page, name) for page, name in named if not (root / name).exists()}

@@ -15,7 +15,7 @@ from shardckpt.cli.convert import add_convert
 from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.progress import progress_bar, size_text
-from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
+from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError, printable
 from shardckpt.maintenance.rescue import explain_manifest, rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.maintenance.verify import verify_shards
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return error.exit_code
         print(f"shardckpt {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         if isinstance(error, NotACheckpointError):
-            print(_checkpoints_below(error.path), end="", file=sys.stderr)
+            print(printable(_checkpoints_below(error.path)), end="", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
@@ -111,7 +111,7 @@ def _inspect(options: argparse.Namespace) -> None:
             print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
         else:
             for line in page(checkpoint, keys=options.keys, everything=options.all):
-                print(line)
+                print(printable(line))
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -140,10 +140,10 @@ def _verify(options: argparse.Namespace) -> None:
                 progress=bar.advance,
                 coordinator=coordinator,
             )
-        for word, names in (("hurt", report.hurt), ("whole", report.whole)):
-            if report.damage:
+        for word, names in (("hurt", report.corrupted), ("whole", report.intact)):
+            if report.errors:
                 say(coordinator, "\n".join(f"{word:6} {name}" for name in names))
-        report.raise_damage()
+        report.raise_if_corrupted()
         part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
         say(
             coordinator,
@@ -162,11 +162,12 @@ def _rescue(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             progress=bar.reach,
         )
-    for bit in report.mended:
-        print(f"mended {bit}")
+    for bit in report.repaired:
+        print(printable(f"repaired {bit}"))
     for name, why in report.lost.items():
-        print(f"lost   {name}: {why}")
-    print(f"{options.target}: {len(report.saved)} tensors saved, {len(report.lost)} lost")
+        print(printable(f"lost   {name}: {why}"))
+    summary = f"{options.target}: {len(report.saved)} tensors saved, {len(report.lost)} lost"
+    print(printable(summary))
     if report.rebuilt:
         print(
             "The manifest was rebuilt from the shards' headers: values are lost, and nothing could "

@@ -1,7 +1,7 @@
-"""Why torch.load(weights_only=True) has refused a file, as a typed error without torch's advice.
+"""Explain why torch.load(weights_only=True) refused a file, as a typed error.
 
-torch.load raises pickle.UnpicklingError for damage, for hostile files and for healthy files that
-hold objects. The three need different answers. Tried with the messages of torch 2.13.
+torch.load raises pickle.UnpicklingError for corrupted files, for malicious files, and for intact
+files that hold objects. Users need to distinguish them. Tested with the messages of torch 2.13.
 """
 
 from __future__ import annotations
@@ -10,23 +10,42 @@ import re
 
 from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
 
-__all__ = ["plain_text", "refusal", "refused_name", "wrong_container"]
+__all__ = ["is_harmful", "plain_text", "refusal", "refused_name", "wrong_container"]
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NEWER_PROTOCOLS = {"149", "67"}  # FRAME and SHORT_BINBYTES, which begin protocols 4 and 3
 
 
+_MADE_TO_DO_HARM = (
+    "This file calls a function of the operating system: it was made to do harm",
+    "don't load it with pickle either; ask who made it for the tensors alone",
+)
+_HARMFUL = re.compile(
+    r"(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|breakpoint|input)"
+    r"|(os|posix|nt|sys|subprocess|commands|pty|shutil|socket|ctypes|importlib|runpy|webbrowser"
+    r"|torch\.hub|torch\.utils\.cpp_extension)(\.\w+)*\.\w+"
+)
+
+
+def is_harmful(name: str) -> bool:
+    """Whether no program that saves a state names this function: it starts programs, runs code or
+    opens files."""
+    return _HARMFUL.fullmatch(name) is not None
+
+
 def plain_text(error: BaseException) -> str:
-    """The line of an error's message that says what happened, without codes for terminals."""
+    """The line of an error message that has the reason, without terminal codes."""
     lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines()]
     if len(lines) > 1 and lines[0].startswith("Weights only load failed"):
-        told = [line for line in lines if re.match(r"WeightsUnpickler error: \S", line)]
-        lines = told or [line for line in lines[1:] if line and not line.startswith("Please file")]
+        reasons = [line for line in lines if re.match(r"WeightsUnpickler error: \S", line)]
+        lines = reasons or [
+            line for line in lines[1:] if line and not line.startswith("Please file")
+        ]
     return lines[0] if lines else ""
 
 
 def refused_name(error: BaseException) -> str | None:
-    """The full name of the class or function that torch.load does not know."""
+    """The full name of the class or function that torch.load refused."""
     found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
     if found is None:
         return None
@@ -34,17 +53,21 @@ def refused_name(error: BaseException) -> str | None:
 
 
 def wrong_container(error: BaseException) -> tuple[str, str] | None:
-    """("dict" or "list", name of a class) where a file fills an object as it would fill those."""
+    """("dict" or "list", name of a class) if a file fills an object like a dict or list."""
     pattern = r"Can only (SETITEMS?|append|extend)\b.*but got <class '([^']+)'>"
     found = re.search(pattern, str(error))
     return found and ("dict" if found[1].startswith("SET") else "list", found[2])
 
 
 def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> CheckpointError:
-    """The typed error for a file, or one entry of it, that torch.load has refused."""
+    """The typed error for a file, or one entry of it, that torch.load refused."""
     text = str(error)
     kind: type[CheckpointError] = NotACheckpointError
-    if name := refused_name(error):
+    name = refused_name(error)
+    if name and is_harmful(name):
+        kind, actual = CorruptionError, f"a call of {name}"
+        message, remedy = _MADE_TO_DO_HARM
+    elif name:
         message = "This file holds objects of classes, which only unpickling could read"
         actual = f"an object of {name}"
         remedy = (
@@ -57,8 +80,7 @@ def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> Ch
         remedy = "save it again where you trust it, with tensors and plain values alone"
     elif found := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", text):
         kind, actual = CorruptionError, f"a call of {found[1]}"
-        message = "This file calls a function of the operating system: it was made to do harm"
-        remedy = "don't load it with pickle either; ask who made it for the tensors alone"
+        message, remedy = _MADE_TO_DO_HARM
     elif (operand := re.search(r"Unsupported operand (\d+)", text)) and (
         operand[1] in _NEWER_PROTOCOLS
     ):

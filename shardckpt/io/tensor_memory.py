@@ -1,4 +1,4 @@
-"""Whose memory a tensor is: asked before anything reads or writes at an address."""
+"""Check that a tensor owns its memory, before code reads or writes at its address."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["address_of", "check_memory", "owns_memory"]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
-    """Whether all elements of a strided tensor lie in its own storage, which is allocated.
+    """Whether all elements of a strided tensor are in its own, allocated storage.
 
-    False for subclasses that wrap other tensors, fake and functional tensors, those inside
-    torch.func transforms, and tensors whose storage was freed or is too small: their addresses
-    mean nothing, and reading there ends the process.
+    False for subclasses that wrap other tensors, for fake and functional tensors, for tensors
+    inside torch.func transforms, and for tensors whose storage was freed or is too small. Their
+    addresses are invalid, and access to them would crash the process.
     """
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
     extent = tensor.numel()
     if not extent or not (tensor.is_cpu or tensor.is_cuda):
-        return True  # on other devices nothing goes by address
+        return True  # on other devices no code uses the address
     try:
         storage = tensor.untyped_storage()
         size_bytes: int = storage.nbytes()
@@ -32,18 +32,18 @@ def owns_memory(tensor: torch.Tensor) -> bool:
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             extent = 1 + sum((size - 1) * stride for size, stride in steps)
         end = (offset + extent) * tensor.itemsize
-    except (RuntimeError, NotImplementedError, TypeError):  # without a storage, or one to look at
+    except (RuntimeError, NotImplementedError, TypeError):  # no accessible storage
         return False
     return end <= size_bytes
 
 
 def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:
-    """Raise UnsupportedLeafError, naming the tensor, unless owns_memory."""
+    """Raise UnsupportedLeafError, which names the tensor, unless owns_memory."""
     if owns_memory(tensor):
         return
     kind = type(tensor)
     raise UnsupportedLeafError(
-        "A tensor has no memory of its own for its elements",
+        "A tensor does not own memory for its elements",
         tensor=name or None,
         expected="a dense tensor whose storage holds all its elements",
         actual=f"{kind.__module__}.{kind.__qualname__} of shape {tuple(tensor.shape)}, "
@@ -53,7 +53,7 @@ def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """The address of the first element. UnsupportedLeafError for a tensor without memory of its
-    own."""
+    """The address of the first element. Raises UnsupportedLeafError for a tensor without memory of
+    its own."""
     check_memory(tensor)
     return tensor.data_ptr()

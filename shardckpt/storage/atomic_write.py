@@ -16,10 +16,8 @@ its folder. docs/durability.md tells each step.
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
-import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +33,12 @@ from shardckpt.errors import (
 from shardckpt.storage.deletion import exists, make_directories, remove_files, sync_directory
 from shardckpt.storage.local import LocalFile
 from shardckpt.storage.lock import Lock
+from shardckpt.storage.names import beside_file, is_beside_file
 from shardckpt.storage.posix import UNSUPPORTED, System, translated
 
 __all__ = ["AtomicWrite", "atomic_write", "stream_to", "sweep_writes", "write_file"]
 
 MARK = b"shardckpt is writing this file or folder, or died doing so: "
-_NAME = re.compile(r"\.shardckpt-([0-9a-f]{32})\.(?:lock|old|[0-9a-f]{32}\.part)")
 _READ = os.O_RDONLY | os.O_NONBLOCK
 _STREAM_BYTES = 1 << 20
 
@@ -118,8 +116,8 @@ class AtomicWrite:
         foreign: Foreign,
     ) -> None:
         self.system, self.target = system, target
-        self.path = _beside(target, f"{uuid.uuid4().hex}.part")
-        self._old = _beside(target, "old")
+        self.path = beside_file(target, f"{uuid.uuid4().hex}.part")
+        self._old = beside_file(target, "old")
         self._lock = lock
         self._overwrite, self._index, self._foreign = overwrite, index, foreign
         self._to_remove = [self.path]
@@ -307,14 +305,14 @@ def sweep_writes(system: System, folder: str) -> None:
     """
     with suppress(OSError):
         for name in system.listdir(folder):
-            if _NAME.fullmatch(name) and name.endswith(".lock"):
+            if is_beside_file(name) and name.endswith(".lock"):
                 with suppress(OSError):
                     _sweep_one(system, folder, os.path.join(folder, name))
 
 
 def _sweep_one(system: System, folder: str, path: str) -> None:
     target = _marked_target(system, path)
-    if target is None or _beside(target, "lock") != path:
+    if target is None or beside_file(target, "lock") != path:
         return
     try:
         lock = Lock(system, path)
@@ -329,7 +327,7 @@ def _sweep_one(system: System, folder: str, path: str) -> None:
 
 def _take_lock(system: System, target: str) -> Lock:
     """The lock of a target, whose file holds the mark, durably."""
-    path = _beside(target, "lock")
+    path = beside_file(target, "lock")
     mark = MARK + os.fsencode(os.path.basename(target)) + b"\n"
     if exists(system, path) and not mark.startswith(_content(system, path)):
         raise StorageError(
@@ -374,12 +372,12 @@ def _content(system: System, path: str) -> bytes:
 
 def _collect(system: System, folder: str, target: str) -> bool:
     """Remove what dead writes to a target left, under its lock; whether nothing remains."""
-    begin, old = os.path.basename(_beside(target, "")), _beside(target, "old")
-    lock = _beside(target, "lock")
+    begin, old = os.path.basename(beside_file(target, "")), beside_file(target, "old")
+    lock = beside_file(target, "lock")
     found = [
         os.path.join(folder, name)
         for name in system.listdir(folder)
-        if name.startswith(begin) and _NAME.fullmatch(name)
+        if name.startswith(begin) and is_beside_file(name)
     ]
     left = [path for path in found if path != lock]
     if old in left and not exists(system, target):
@@ -411,12 +409,6 @@ def _release(lock: Lock, *, remove: bool) -> None:
         lock.system.unlock(lock.fd)
     with suppress(OSError):
         lock.system.close(lock.fd)
-
-
-def _beside(target: str, suffix: str) -> str:
-    folder, name = os.path.split(target)
-    mark = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
-    return os.path.join(folder, f".shardckpt-{mark}.{suffix}")
 
 
 def _describe(mode: int) -> str:

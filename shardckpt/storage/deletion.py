@@ -180,7 +180,7 @@ def sweep(system: System, folder: str) -> None:
     with suppress(OSError):
         folder = os.path.realpath(folder)
         found = [hidden for name in system.listdir(folder) if (hidden := parse(name))]
-        for stem in sorted({stem for stem, kind in found if kind != "part"}):
+        for stem in sorted({stem for stem, _ in found}):
             _sweep_one(system, os.path.join(folder, stem))
 
 

@@ -1,13 +1,18 @@
 """The hidden names beside a checkpoint or file, and which names in a directory are shardckpt's.
 
-A save of NAME makes `.NAME.tmp-ID`, ID being 32 hexadecimal digits that are new each time. Its lock
-is `.NAME.MARK.lock`, and `.NAME.MARK.old` holds the checkpoint that it replaces where the file
-system can't swap names; MARK is 32 hexadecimal digits that follow from NAME. A long NAME is cut in
-them, so that no hidden name is longer than 138 bytes.
+A save of a checkpoint NAME makes `.NAME.tmp-ID`, ID being 32 hexadecimal digits that are new each
+time. Its lock is `.NAME.MARK.lock`, and `.NAME.MARK.old` holds the checkpoint that it replaces
+where the file system can't swap names; MARK is 32 hexadecimal digits that follow from NAME. A long
+NAME is cut in them, so that no hidden name is longer than 138 bytes.
+
+A write of a file or folder in another format makes `.shardckpt-HASH.ID.part`, with the lock
+`.shardckpt-HASH.lock` and, as above, `.shardckpt-HASH.old`; HASH follows from NAME. Such files hold
+nothing by which they could be told from a user's, so the lock file says that they are shardckpt's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 
@@ -16,23 +21,36 @@ import xxhash
 from shardckpt.format.manifest import is_shard_name
 from shardckpt.storage.base import MANIFEST_NAME
 
-__all__ = ["Hidden", "beside", "is_cut", "is_ours", "parse"]
+__all__ = ["Hidden", "beside", "beside_file", "is_beside_file", "is_cut", "is_ours", "parse"]
 
 _STEM_BYTES = 100
-_TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<kind>tmp|part)-[0-9a-f]{32}", re.DOTALL)
+_TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<kind>tmp)-[0-9a-f]{32}", re.DOTALL)
 _FIXED = re.compile(r"\.(?P<stem>.+)\.(?P<mark>[0-9a-f]{32})\.(?P<kind>old|lock)", re.DOTALL)
+_OF_FILE = re.compile(r"\.shardckpt-[0-9a-f]{32}\.(?:lock|old|[0-9a-f]{32}\.part)")
 _CUT = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
 
 Hidden = tuple[str, str]
-"""The stem of a hidden name, and its kind: "tmp", "part", "old" or "lock"."""
+"""The stem of a hidden name, and its kind: "tmp", "old" or "lock"."""
 
 
 def beside(target: str, kind: str) -> str:
-    """The hidden path beside a target, of a kind: "lock", "old", "tmp-ID" or "part-ID"."""
+    """The hidden path beside a target, of a kind: "lock", "old" or "tmp-ID"."""
     parent, name = os.path.split(target)
     stem = _stem(name)
     middle = f"{_mark(stem)}." if kind in ("lock", "old") else ""
     return os.path.join(parent, f".{stem}.{middle}{kind}")
+
+
+def beside_file(target: str, kind: str) -> str:
+    """The hidden path beside a file or folder in another format: "lock", "old" or "ID.part"."""
+    folder, name = os.path.split(target)
+    mark = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return os.path.join(folder, f".shardckpt-{mark}.{kind}")
+
+
+def is_beside_file(name: str) -> bool:
+    """Whether `beside_file` could have made a name; who made it, the lock file says."""
+    return _OF_FILE.fullmatch(name) is not None
 
 
 def parse(name: str) -> Hidden | None:

@@ -201,6 +201,29 @@ def test_wrong_calls(arguments, capsys):
     assert "usage: shardckpt" in capsys.readouterr().err
 
 
+HOSTILE_TEXT = "\x1b]0;title\x07 \x1b[2J\u202e\nfaked: line"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["inspect", "C"], ["convert", "C", "T", "--keys", "no\x1b]0;title\x07"], ["rescue", "C", "T"]],
+)
+def test_names_in_a_checkpoint_do_not_drive_the_terminal(tmp_path, capsys, words):
+    """Control characters, and what no terminal can show, are escaped in all that is printed."""
+    shardckpt.save(
+        {f"w{HOSTILE_TEXT}": torch.ones(1), "v": HOSTILE_TEXT + "\ud800"}, tmp_path / "c"
+    )
+    shard = next((tmp_path / "c").glob("shard-*"))
+    if words[0] == "rescue":
+        os.truncate(shard, 4096)
+    places = {"C": str(tmp_path / "c"), "T": str(tmp_path / "t")}
+    main([places.get(word, word) for word in words])
+    shown = "".join(capsys.readouterr())
+    assert "\\x1b]0;title" in shown
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    shown.encode()
+
+
 def test_a_reader_that_has_gone(tmp_path):
     shardckpt.save({f"{n}": n for n in range(20_000)}, tmp_path / "c")
     command = f"{sys.executable} -m shardckpt inspect {tmp_path / 'c'} | head -n 1"

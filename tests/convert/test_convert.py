@@ -259,7 +259,7 @@ HOSTILE = {
     "pickled.pt": errors.CorruptionError,
     "cut.pt": errors.CorruptionError,
     "list.pt": errors.NotACheckpointError,
-    "dcp value": errors.UnsupportedLeafError,
+    "dcp value": errors.CorruptionError,
     "dcp metadata": errors.CorruptionError,
     "dcp shape": errors.CorruptionError,
     "dcp file": errors.CorruptionError,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
+import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.convert import convert, open_source
 from shardckpt.convert.single_files import DIGEST, TREE, read_one, write_one
-from shardckpt.errors import CorruptionError, ShardckptError, UnsupportedLeafError
+from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
 
 BASE = torch.arange(12.0)
 SOUND = {
@@ -63,7 +67,7 @@ def test_a_function_that_makes_what_it_is_asked_for_is_named(tmp_path):
     """torch.load(weights_only=True) calls it."""
     state = {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UnsupportedLeafError, match="_rebuild_nested_tensor"):
+    with pytest.raises(NotACheckpointError, match="_rebuild_nested_tensor"):
         read_one(str(tmp_path / "x.pth"))
 
 
@@ -97,3 +101,31 @@ def test_messages_have_a_remedy(tmp_path):
     with pytest.raises(ShardckptError) as caught:
         read_one(str(tmp_path / "x.pth"))
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".ckpt", ""])
+def test_file_names_that_are_not_utf8(tmp_path, suffix):
+    """What is saved under such a name can be read again, by every reader."""
+    path = str(tmp_path) + os.sep + os.fsdecode(b"w\xff") + suffix
+    write_one({"a": torch.arange(3.0), "n": 1}, str(tmp_path / "x.pth"), overwrite=False)
+    convert(tmp_path / "x.pth", path)
+    convert(path, tmp_path / "back.pth")
+    assert same(read_one(str(tmp_path / "back.pth")), {"a": torch.arange(3.0), "n": 1})
+
+
+def test_many_classes_cost_one_pass(tmp_path):
+    """Not a pass over the file for each."""
+    made = {f"C{number}": type(f"C{number}", (), {"__module__": __name__}) for number in range(60)}
+    globals().update(made)
+    numbers = list(range(100_000))
+    torch.save({"numbers": numbers, **{n: kind() for n, kind in made.items()}}, tmp_path / "x.ckpt")
+    begun = time.process_time()
+    with open_source(tmp_path / "x.ckpt") as source:
+        assert set(source.origin.left) == set(made)
+    assert time.process_time() - begun < 5
+
+
+def test_objects_of_classes_have_their_plain_form(tmp_path):
+    state = {"h": argparse.Namespace(a=1), "p": Path("x/y"), "d": collections.defaultdict(int, a=1)}
+    torch.save(state, tmp_path / "x.ckpt")
+    assert set(convert(tmp_path / "x.ckpt", tmp_path / "c").changed) == set(state)

@@ -225,6 +225,12 @@ PICKLES: dict[str, bytes] = {
     "2**40 shared lists": laughs(),
     "bytes after the end": state(b"N") + b"N.",
     "cut": state(b"N")[:-1],
+    "200,000 names of classes": state(
+        b"](" + b"".join(b"ca%d\nb\n" % number for number in range(200_000)) + b"e"
+    ),
+    "keys that have one hash": state(
+        b"}(" + b"".join(whole(((1 << 61) - 1) * n) + b"N" for n in range(1, 30_000)) + b"u"
+    ),
     "no dict": b"\x80\x02K\x01.",
 }
 
@@ -530,6 +536,7 @@ INDEXES: dict[str, Attack] = {
     "hugging face, a million digits": hf_index(b'{"weight_map":' + b"9" * 1_000_000 + b"}"),
     "hugging face, a pickle": hf_index(pickle.dumps(Evil())),
     "hugging face, a sparse GB": lambda folder: sparse_index(folder),
+    "hugging face, a sparse configuration": lambda folder: sparse_companion(folder),
     "hugging face, a link that leads out": linked_out(
         "hugging face", "model-00001-of-00001.safetensors"
     ),
@@ -541,6 +548,12 @@ INDEXES: dict[str, Attack] = {
         {"files": {"a": {"name": "a.pth", "xxh3_128": 1}}}
     ),
 }
+
+
+def sparse_companion(folder: Path) -> Path:
+    made = hugging_face(folder)
+    sparse(1 << 40)(made / "config.json")
+    return made
 
 
 def sparse_index(folder: Path) -> Path:

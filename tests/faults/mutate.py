@@ -27,7 +27,7 @@ import torch  # noqa: F401
 
 COMMIT = [
     "tests/storage/test_lock.py",
-    "tests/storage/test_removal.py",
+    "tests/storage/test_deletion.py",
     "tests/storage/test_local.py",
     "tests/faults/test_crash_states.py::test_crash_states",
     "tests/faults/test_crash_states.py::test_crash_states_after_a_dead_save",
@@ -39,12 +39,11 @@ TARGETS = {
     "shardckpt.storage.lock": COMMIT,
     "shardckpt.storage.deletion": COMMIT,
     "shardckpt.maintenance.verify": [
-        "tests/execution/test_verify.py",
-        "tests/execution/test_rescue.py",
+        "tests/maintenance/test_verify.py",
+        "tests/maintenance/test_rescue.py",
         "tests/faults/test_damage.py",
     ],
     "shardckpt.errors": ["tests/test_errors.py"],
-    "shardckpt.closing": ["tests/test_closing.py"],
 }
 """module -> the tests that must notice, quick ones first."""
 

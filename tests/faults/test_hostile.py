@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shardckpt.convert.convert import FORMATS
 from tests.faults import hostile
 from tests.faults.hostile_foreign import FOREIGN, GOOD
 from tests.faults.hostile_holes import HOLES
@@ -19,15 +20,14 @@ MOST_BYTES = 200 << 20
 
 OWN_CALLS = [
     "load", "load_in_place", "map", "verify", "cut", "NNHandler.load", "restore", "initialize",
-    "convert to torch", "reshard", "shardckpt inspect", "shardckpt verify",
+    *(f"convert to {kind}" for kind in FORMATS), "reshard", "rescue",
+    *(f"shardckpt {name}" for name in ("inspect", "verify", "convert", "reshard", "rescue")),
 ]  # fmt: skip
 FOREIGN_CALLS = [
     "convert to shardckpt", "initialize", "NNHandler.load", "restore", "load", "verify", "rescue",
     "reshard", "shardckpt convert", "shardckpt inspect",
 ]  # fmt: skip
-WARM_CALLS = sorted({*OWN_CALLS, *FOREIGN_CALLS, "shardckpt rescue", "shardckpt reshard"} | {
-    f"convert to {kind}" for kind in ("dcp", "hf", "safetensors", "torch", "shardckpt")
-})  # fmt: skip
+WARM_CALLS = sorted({*OWN_CALLS, *FOREIGN_CALLS})
 PLANTED = {
     "metadata of DCP is unpickled": "metadata: runs a command",
     "a torch file is unpickled": "torch: runs a command",
@@ -43,7 +43,10 @@ PLANTED = {
     "tensors may be expanded without end": "torch: a tensor of 4 TB, expanded",
     "lists may be shared without end": "torch: 2**40 shared lists",
 }
-MAY_SUCCEED = {"cut", "shardckpt inspect", "reshard"}
+MAY_SUCCEED = {
+    "cut", "shardckpt inspect", "reshard", "shardckpt reshard", "rescue", "shardckpt rescue",
+    "convert to shardckpt", "convert to hf", "shardckpt convert",
+}  # fmt: skip
 """Calls that read a part of a checkpoint of ours, or carry its values over as they are."""
 CALL_OF_HOLE = {"an enum's module is imported": "load"}
 
@@ -110,6 +113,8 @@ def wrong(attempt) -> str | None:
         return what + attempt["text"] if attempt["error"] else None
     if "verify" in attempt["call"] and attempt["case"].startswith("an enum "):
         return what + attempt["text"] if attempt["error"] else None
+    if attempt["case"] == "index: hugging face, a sparse configuration" and not attempt["error"]:
+        return None if attempt["call"] != "convert to hf" else what + "copied"
     if attempt["call"] in MAY_SUCCEED and attempt["case"] not in FOREIGN and not attempt["error"]:
         return None
     if not attempt["typed"]:
@@ -128,6 +133,7 @@ def test_hostile_checkpoints(tmp_path):
         corpus.add(name, ["verify", "shardckpt verify"])
     for name in FOREIGN:
         corpus.add(name, FOREIGN_CALLS)
+    corpus.add("index: hugging face, a sparse configuration", ["convert to hf"])
     assert len(corpus.paths) > 200
     failures = [text for text in map(wrong, corpus.run()) if text]
     assert not failures, "\n".join(failures)

@@ -15,8 +15,8 @@ import torch
 
 from shardckpt import errors
 from shardckpt.convert.single_files import read_many, read_one, write_many, write_one
-from shardckpt.storage import atomic_write as module
 from shardckpt.storage.atomic_write import atomic_write, sweep_writes, write_file
+from shardckpt.storage.names import beside_file
 from shardckpt.storage.posix import System
 
 ID = "0123456789abcdef" * 2
@@ -27,7 +27,7 @@ def listed(folder) -> list[str]:
 
 
 def lock_name(folder, name: str) -> str:
-    return os.path.basename(module._beside(str(folder / name), "lock"))
+    return os.path.basename(beside_file(str(folder / name), "lock"))
 
 
 KILLED = """
