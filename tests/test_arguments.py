@@ -28,6 +28,20 @@ class Elsewhere(LocalStorage):
         return super().open(f"{path}-elsewhere")
 
 
+@pytest.mark.parametrize("planner", [None, shardckpt.ShardSavePlanner()], ids=["own", "dcp"])
+def test_verify_base_needs_a_base(tmp_path, planner):
+    state = {"w": torch.ones(3)}
+    ways = {
+        "save": lambda: shardckpt.save(state, tmp_path / "c", planner=planner, verify_base=True),
+        "async_save": lambda: shardckpt.async_save(state, tmp_path / "c", verify_base=True),
+        "ShardWriter": lambda: shardckpt.ShardWriter(tmp_path / "c", verify_base=True),
+    }
+    for way in ways.values():
+        with pytest.raises(errors.StateError, match="leave verify_base out"):
+            way()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("planner", [DefaultSavePlanner, shardckpt.ShardSavePlanner])
 def test_a_planner_and_a_storage(tmp_path, planner):
     state = {"w": torch.ones(3)}

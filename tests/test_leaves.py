@@ -5,7 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import decimal
+import enum
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +31,7 @@ def test_leaves_can_be_converted(tmp_path):
     again = shardckpt.load_state(tmp_path / "again")
     assert again["p"].epoch == 4
     assert again["d"] == state["d"]
-    assert torch.equal(again["g"], state["g"].get_state())
+    assert torch.equal(again["g"], torch.Generator().manual_seed(5).get_state())
 
 
 def test_an_object_is_filled_in_place_and_a_frozen_one_is_replaced(tmp_path):
@@ -40,6 +44,41 @@ def test_an_object_is_filled_in_place_and_a_frozen_one_is_replaced(tmp_path):
     assert progress.seen is tensor
     assert (progress.epoch, tensor.tolist()) == (7, [1, 1])
     assert (state["f"], frozen) == (Frozen(0.1), Frozen())
+
+
+def test_an_enum_that_the_program_does_not_have_hinders_its_own_entry_alone(tmp_path, monkeypatch):
+    module = types.ModuleType("gone")
+    module.Mode = enum.Enum("Mode", "A", module="gone")
+    monkeypatch.setitem(sys.modules, "gone", module)
+    member = module.Mode.A
+    state = {"w": torch.ones(2), "e": member, "s": {member}, "t": ((member,),), "k": {member: 1}}
+    shardckpt.save(state, tmp_path / "c")
+    monkeypatch.delitem(sys.modules, "gone")
+    target = {"w": torch.zeros(2)}
+    shardckpt.load(target, tmp_path / "c")
+    assert target["w"].tolist() == [1, 1]
+    for key, name in {"e": "e", "s": "s", "t": "t.0.0", "k": "k"}.items():
+        with pytest.raises(errors.CheckpointError, match="import gone first") as caught:
+            shardckpt.load_state(tmp_path / "c", keys=key)
+        assert caught.value.tensor == name
+    del module.Mode
+    monkeypatch.setitem(sys.modules, "gone", module)  # which has no such enum any more
+    with pytest.raises(errors.CheckpointError, match="Mode with the member A"):
+        shardckpt.load_state(tmp_path / "c", keys="e")
+
+
+def test_arrays_are_filled_in_place(tmp_path):
+    saved = np.arange(6.0).reshape(2, 3)
+    shardckpt.save({"big": saved.astype(">f8"), "turned": saved, "field": saved}, tmp_path / "c")
+    record = np.zeros((2, 3), dtype=[("a", "i1"), ("b", "f8")])
+    arrays = {"big": np.zeros((2, 3), ">f8"), "turned": np.zeros((2, 3))[:, ::-1]}
+    arrays["field"] = record["b"]
+    state = dict(arrays)
+    shardckpt.load(state, tmp_path / "c")
+    for key, array in arrays.items():
+        assert state[key] is array
+        assert np.array_equal(array, saved)
+    assert np.array_equal(record["b"], saved)
 
 
 def test_fields_that_differ(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import types
+from collections.abc import MutableMapping
 from typing import Any, TypeGuard
 
 from shardckpt.errors import StateError
@@ -28,6 +30,14 @@ __all__ = [
 
 def match_mapping(context: MatchContext, template: Any, name: str, match: Match) -> Finish:
     """Match each item of a dict. Other saved entries beside them stay unused."""
+    if not isinstance(template, (MutableMapping, types.MappingProxyType)):
+        raise StateError(
+            "A mapping that can't be changed can't be loaded into",
+            tensor=name,
+            expected="a dict, another mutable mapping, or a MappingProxyType",
+            actual=f"{type(template).__module__}.{type(template).__qualname__}",
+            remedy="hand over dict(...) of it",
+        )
     items: dict[Any, Finish] = {}
     for key, value in template.items():
         inner = below(name, key)
@@ -37,9 +47,12 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
         items[key] = match(context, value, inner)
 
     def finish() -> Any:
-        for key, item in items.items():
-            if (value := item()) is not template[key]:
-                template[key] = value
+        values = {key: item() for key, item in items.items()}
+        changed = {key: value for key, value in values.items() if value is not template[key]}
+        if changed and isinstance(template, types.MappingProxyType):
+            return types.MappingProxyType({**template, **changed})
+        for key, value in changed.items():
+            template[key] = value
         return template
 
     return finish

@@ -76,7 +76,7 @@ class Builder:
             # What was decoded stays as it was, whatever is done to what is built of it.
             return copy.copy(node) if type(node) in _MUTABLE else node
         for key, _ in items:
-            _check_known(key, below(name, key))
+            _check_known(key, name)
         values = [(key, self.build(item, below(name, key))) for key, item in items]
         if type(node) is Record:
             return types.SimpleNamespace(**dict(values))

@@ -99,7 +99,7 @@ _VALUES: dict[str, Callable[[int], Any]] = {
     "array, reversed": lambda n: (np.arange(6.0) + n)[::-1],
     "array, complex128": lambda n: np.array([n + 2j]),
     "array without dimensions": lambda n: np.array(2.5 + n),
-    "array, longdouble": lambda n: np.array([n], dtype=np.float32).astype(np.float16),
+    "array, float16": lambda n: np.array([n], dtype=np.float16),
 }
 for _name, _make in _VALUES.items():
     row(_name)(_make)
@@ -128,7 +128,7 @@ row("dataclass", whole=lambda n: types.SimpleNamespace(epoch=n, seen=[1, (2,)]))
 row(
     "dataclass of a tensor", whole=lambda n: types.SimpleNamespace(epoch=4, seen=torch.ones(2) * n)
 )(lambda n: Progress(4, torch.ones(2) * n))
-row("frozen dataclass", whole=lambda n: types.SimpleNamespace(lr=n, betas=(0.9, 0.99)))(
+row("frozen dataclass", whole=lambda n: types.SimpleNamespace(lr=float(n), betas=(0.9, 0.99)))(
     lambda n: Frozen(float(n))
 )
 row("SimpleNamespace")(lambda n: types.SimpleNamespace(a=n, b={"c": 2}))
@@ -144,11 +144,13 @@ class Opaque:
     """An object of which nothing is known."""
 
 
-row("object", refused=True)(lambda n: Opaque())
-row("function", refused=True)(lambda n: len)
-row("lambda", refused=True)(lambda n: lambda: n)
-row("array of objects", refused=True)(lambda n: np.array([Opaque()], dtype=object))
+row("object", refused=True, replaced=True)(lambda n: Opaque())
+row("function", refused=True, replaced=True)(lambda n: len)
+row("lambda", refused=True, replaced=True)(lambda n: lambda: n)
+row("array of objects", refused=True, replaced=True)(lambda n: np.array([Opaque()], dtype=object))
 row("masked array", refused=True)(lambda n: np.ma.masked_array([1.0, 2.0], [True, False]))
-row("structured array", refused=True)(lambda n: np.zeros(2, dtype=[("a", "i4"), ("b", "f4")]))
-row("lock", refused=True)(lambda n: __import__("threading").Lock())
-row("iterator", refused=True)(lambda n: iter([1]))
+row("structured array", refused=True, replaced=True)(
+    lambda n: np.zeros(2, dtype=[("a", "i4"), ("b", "f4")])
+)
+row("lock", refused=True, replaced=True)(lambda n: __import__("threading").Lock())
+row("iterator", refused=True, replaced=True)(lambda n: iter([1]))

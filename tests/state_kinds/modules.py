@@ -74,7 +74,7 @@ def _averaged() -> nn.Module:
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: nn.BatchNorm1d(3),
     "LSTM": lambda: nn.LSTM(2, 3, proj_size=2),
-    "ParameterDict": lambda: nn.ParameterDict({"a.b": torch.randn(2), "c": torch.randn(1)}),
+    "ParameterDict": lambda: nn.ParameterDict({"a": torch.randn(2), "c": torch.randn(1)}),
     "ParameterList": lambda: nn.ParameterList([torch.randn(2), torch.randn(3)]),
     "complex and bfloat16 parameters": lambda: nn.ParameterList(
         [torch.randn(2, dtype=torch.complex64), torch.randn(2).bfloat16()]

@@ -13,13 +13,15 @@ __all__ = ["ROWS", "Row", "row"]
 @dataclass
 class Row:
     """A kind of state. `make` gives the value of a seed; `whole` what load_state gives for it, by
-    default the same. `refused` says that it can't be saved or loaded into. `ranks` many save it."""
+    default the same. `refused` says that it can't be saved or loaded into; `replaced`, that a load
+    replaces it. `ranks` many save it."""
 
     name: str
     make: Callable[[int], Any]
     whole: Callable[[int], Any] = None  # type: ignore[assignment]
     refused: bool = False
     ranks: int = 1
+    replaced: bool = False
 
     def __post_init__(self) -> None:
         self.whole = self.whole or self.make
@@ -38,13 +40,18 @@ ROWS: dict[str, Row] = {}
 
 
 def row(
-    name: str, *, whole: Callable[[int], Any] | None = None, refused: bool = False, ranks: int = 1
+    name: str,
+    *,
+    whole: Callable[[int], Any] | None = None,
+    refused: bool = False,
+    ranks: int = 1,
+    replaced: bool = False,
 ) -> Callable[[Callable[[int], Any]], Callable[[int], Any]]:
     """Register a function of a seed as a row."""
 
     def register(make: Callable[[int], Any]) -> Callable[[int], Any]:
         assert name not in ROWS, name
-        ROWS[name] = Row(name, make, whole, refused, ranks)  # type: ignore[arg-type]
+        ROWS[name] = Row(name, make, whole, refused, ranks, replaced)  # type: ignore[arg-type]
         return make
 
     return register
