@@ -1,4 +1,4 @@
-"""Distributed, sharded checkpoints for PyTorch: saved by every rank, loaded by any number."""
+"""Distributed, sharded checkpoints for PyTorch. Every rank saves its shard; any number loads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,17 @@ from shardckpt.errors import (
 )
 
 if TYPE_CHECKING:
-    from shardckpt.api import async_save, load, load_state, open_checkpoint, save
+    from shardckpt.api import (
+        async_save,
+        load,
+        load_state,
+        metadata,
+        open_checkpoint,
+        rescue,
+        reshard,
+        save,
+        verify,
+    )
     from shardckpt.checkpoint import Checkpoint, SavedTensor
     from shardckpt.config import options
     from shardckpt.convert.convert import convert
@@ -53,10 +63,20 @@ if TYPE_CHECKING:
         KeepEveryHours,
         KeepEverySteps,
         KeepLast,
+        Restored,
+        SavedCheckpoint,
     )
     from shardckpt.nn_handler import NNHandler
     from shardckpt.nn_handler.trust import trust
-    from shardckpt.reports import LoadReport, RescueReport, SaveReport, VerifyReport
+    from shardckpt.reports import (
+        CheckpointMetadata,
+        ConvertReport,
+        LoadReport,
+        RescueReport,
+        SaveReport,
+        TensorMetadata,
+        VerifyReport,
+    )
     from shardckpt.saving.async_save import SaveHandle
     from shardckpt.state.markers import FromRank0, PerRank, Union
     from shardckpt.state.sharded_array import ShardedArray
@@ -69,7 +89,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointManager",
+    "CheckpointMetadata",
     "CheckpointNotFoundError",
+    "ConvertReport",
     "CoordinationError",
     "CorruptionError",
     "CoverageError",
@@ -96,8 +118,10 @@ __all__ = [
     "ReplicaMismatchError",
     "RescueReport",
     "ReshardLoadPlanner",
+    "Restored",
     "SaveHandle",
     "SaveReport",
+    "SavedCheckpoint",
     "SavedTensor",
     "ShardReader",
     "ShardSavePlanner",
@@ -109,6 +133,7 @@ __all__ = [
     "Storage",
     "StorageError",
     "StoragePermissionError",
+    "TensorMetadata",
     "Union",
     "UnsupportedLeafError",
     "VerifyReport",
@@ -119,20 +144,26 @@ __all__ = [
     "init_from_mpi",
     "load",
     "load_state",
+    "metadata",
     "open_checkpoint",
     "options",
+    "rescue",
+    "reshard",
     "save",
     "trust",
+    "verify",
 ]
 
-# The package is imported now, so that no later import of it hides the function of its name.
+# Import the package `convert` now: a later import of it would hide the function of the same name.
 importlib.import_module(f"{__name__}.convert")
 del globals()["convert"]
 
-# Imported when first used: DTensor alone costs half a second.
+# Name -> module. Imported at first use, since the import of DTensor alone takes half a second.
 _HOMES = {
     "Checkpoint": "checkpoint",
     "CheckpointManager": "manager",
+    "CheckpointMetadata": "reports",
+    "ConvertReport": "reports",
     "FromRank0": "state.markers",
     "KeepBest": "manager",
     "KeepEveryHours": "manager",
@@ -144,14 +175,17 @@ _HOMES = {
     "PerRank": "state.markers",
     "RescueReport": "reports",
     "ReshardLoadPlanner": "integrations.dcp",
+    "Restored": "manager",
     "SaveHandle": "saving.async_save",
     "SaveReport": "reports",
+    "SavedCheckpoint": "manager",
     "SavedTensor": "checkpoint",
     "ShardReader": "integrations.dcp",
     "ShardSavePlanner": "integrations.dcp",
     "ShardWriter": "integrations.dcp",
     "ShardedArray": "state.sharded_array",
     "Storage": "storage.base",
+    "TensorMetadata": "reports",
     "Union": "state.markers",
     "VerifyReport": "reports",
     "alone": "coordination.resolve",
@@ -160,10 +194,14 @@ _HOMES = {
     "init_from_mpi": "coordination.process_group",
     "load": "api",
     "load_state": "api",
+    "metadata": "api",
     "open_checkpoint": "api",
     "options": "config",
+    "rescue": "api",
+    "reshard": "api",
     "save": "api",
     "trust": "nn_handler.trust",
+    "verify": "api",
 }
 
 

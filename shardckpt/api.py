@@ -1,41 +1,72 @@
-"""What users call."""
+"""The functions that users call: save, load, look inside, verify, rescue, reshard."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.resolve import operation
-from shardckpt.errors import StateError
+from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.loading.pipeline import run_load
+from shardckpt.maintenance.rescue import rescue as run_rescue
+from shardckpt.maintenance.reshard import reshard as run_reshard
+from shardckpt.maintenance.verify import verify_shards
 from shardckpt.plan.device_map import DeviceMap
-from shardckpt.plan.local_plan import LocalPlan, local_plan
-from shardckpt.reports import LoadReport, SaveReport
+from shardckpt.plan.local_plan import LocalPlan
+from shardckpt.reports import CheckpointMetadata, LoadReport, RescueReport, SaveReport, VerifyReport
 from shardckpt.saving import async_save as background
+from shardckpt.saving.agreement import Target
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.saving.pipeline import run_save
-from shardckpt.state.flatten import flatten
+from shardckpt.saving.incremental import check_verify_base, open_base
+from shardckpt.saving.pipeline import plan_state, run_save
+from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage, checkpoint_path
 
-__all__ = ["async_save", "load", "load_state", "open_checkpoint", "save"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.checkpoint.planner import SavePlanner
+
+__all__ = [
+    "async_save",
+    "load",
+    "load_state",
+    "metadata",
+    "open_checkpoint",
+    "rescue",
+    "reshard",
+    "save",
+    "verify",
+]
 
 Path = str | os.PathLike[str]
 
 
-def _base(base: Path | Checkpoint | None, storage: Storage | None) -> str | Checkpoint | None:
+def _base(
+    base: Path | Checkpoint | None, storage: Storage | None, *, verify: bool
+) -> str | Checkpoint | None:
+    check_verify_base(base, verify_base=verify)
     if base is None or isinstance(base, Checkpoint):
         return base
     return checkpoint_path(base, storage, fixed=True)
 
 
-def _plan(state: Any, coordinator: Coordinator) -> LocalPlan:
-    flat = flatten(state, rank=coordinator.rank)
-    return local_plan(flat, world_size=coordinator.world_size)
+def _ignore(size_bytes: int) -> None:
+    pass
+
+
+def _ranks_given(
+    subject: str, process_group: ProcessGroup | None, comm: Any
+) -> AbstractContextManager[Coordinator]:
+    """The ranks of `process_group` or `comm`, or this process alone if both are None."""
+    if process_group is None and comm is None:
+        return nullcontext(SingleCoordinator())
+    return operation(subject, process_group, comm=comm)
 
 
 def save(
@@ -43,44 +74,61 @@ def save(
     path: Path,
     *,
     overwrite: bool = False,
-    planner: Any = None,
-    process_group: Any = None,
+    planner: SavePlanner | None = None,
+    process_group: ProcessGroup | None = None,
     comm: Any = None,
     check_replicas: bool = False,
     base: Path | Checkpoint | None = None,
     verify_base: bool = False,
     storage: Storage | None = None,
 ) -> SaveReport:
-    """Save a state; every rank writes its shard, and all of it appears at once.
+    """Save a state. Every rank writes its shard, and the checkpoint appears as a whole.
 
-    Collective over `process_group` (by default torch.distributed's default group) or over
-    `comm`, an mpi4py communicator (by default MPI.COMM_WORLD, under mpirun without a process
-    group); else this process alone: every rank gives the same path. When it
-    returns, the checkpoint is whole and durable; when it raises, nothing has appeared, and
-    what was at `path` is still there.
+    Collective: every rank calls it with the same path. When it returns, the checkpoint is complete
+    and durable. When it raises, the path is as it was before. Tensors stay on their devices, and
+    copying them takes a few buffers of memory.
 
-    `state`: nested dicts (lists, tuples) of tensors (plain, DTensor, ShardedTensor; docs/tensors.md
-    lists all kinds), numpy arrays, Python values, modules, optimizers, and objects with state_dict
-    and load_state_dict. Tensors are neither moved nor copied as a whole. `overwrite` replaces a
-    checkpoint at `path`, which stays loadable until the new one is there. `planner`: a DCP
-    SavePlanner, which then decides what is saved. `check_replicas` compares replicated
-    tensors of any size between ranks; values and tensors up to 64 KiB always are. With a planner it
-    needs ShardSavePlanner: others leave each replica to one rank, and nothing is there to compare.
+    Ranks may hold different tensors, as pipeline stages do; the checkpoint has the tensors of all
+    ranks. A rank that lacks tensors of another rank, and adds none, is an error. Values must be
+    equal on all ranks, unless PerRank, Union or FromRank0 marks them.
 
-    Ranks may hold different tensors, as pipeline stages do: the checkpoint has those of all ranks.
-    It is an error if a rank lacks tensors that another one has, and has none that this one lacks.
-    Values are the same on every rank, but for what is marked with PerRank, Union or FromRank0.
+    Args:
+        state: Nested dicts, lists and tuples. Their leaves are tensors (plain, DTensor,
+            ShardedTensor; see docs/tensors.md), numpy arrays, Python values, modules, optimizers,
+            and objects with state_dict and load_state_dict.
+        path: The directory of the new checkpoint. Missing parents are created.
+        overwrite: Replace a checkpoint at `path`. The old one can be loaded until the new one
+            is complete.
+        planner: A DCP SavePlanner, which decides what is saved.
+        process_group: The ranks that save. By default the default group of torch.distributed,
+            if there is none MPI.COMM_WORLD under mpirun, otherwise this process alone.
+        comm: The ranks that save, as an mpi4py communicator.
+        check_replicas: Compare the replicas of tensors of any size between ranks. Values and
+            tensors of up to 64 KiB are always compared. With a planner it needs ShardSavePlanner.
+        base: An earlier checkpoint, as a path or open. Files that would be the same are linked,
+            not written. Either checkpoint can be removed without harm to the other. If the base
+            is missing or corrupted, everything is written and the report lists the reason.
+        verify_base: Read back and verify all linked blocks, in place of one block in 16. It
+            needs a base.
+        storage: Where checkpoints are stored; by default the file system.
 
-    `base` is an earlier checkpoint, a path or an open one: of its files those that would be
-    the same are linked, not written, so that a job with frozen weights (requires_grad False, in
-    modules) writes only what it trains. Both stay whole when either is removed. What can't be
-    linked is written; a base that is missing or damaged fails nothing, and the report says so.
-    One block in 16 of what is linked is read back and checked; `verify_base` checks all.
+    Returns:
+        Sizes in bytes and times in seconds.
 
-    Raises StateError for what can't be saved, StorageError where the file system refuses,
-    CoordinationError for ranks that fail; each names path, rank and tensor.
+    Raises:
+        StateError: The state can't be saved.
+        StorageError: The file system refused an operation.
+        CoordinationError: A rank failed, or the ranks are not connected.
+        DependencyError: The call needs an optional dependency that is not installed.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> model = torch.nn.Linear(4, 2)
+        >>> report = shardckpt.save({"model": model, "step": 7}, "run/step-7")
+        >>> report.world_size
+        1
     """
-    target = checkpoint_path(path, storage)
+    target, earlier = checkpoint_path(path, storage), _base(base, storage, verify=verify_base)
     if planner is not None:
         from shardckpt.integrations.dcp import save_with_planner
 
@@ -92,20 +140,18 @@ def save(
             process_group=process_group,
             comm=comm,
             check_replicas=check_replicas,
-            base=_base(base, storage),
+            base=earlier,
             verify_base=verify_base,
             storage=storage or LocalStorage(),
         )
+    storage = storage or LocalStorage()
     with operation(f"save {target}", process_group, comm=comm) as coordinator:
         return run_save(
-            lambda: _plan(state, coordinator),
-            target,
+            lambda: plan_state(state, coordinator),
+            Target(target, storage, overwrite),
             coordinator=coordinator,
-            storage=storage or LocalStorage(),
-            overwrite=overwrite,
+            base=open_base(earlier, storage, verify=verify_base),
             check_replicas=check_replicas,
-            base=_base(base, storage),
-            verify_base=verify_base,
         )
 
 
@@ -114,39 +160,62 @@ def async_save(
     path: Path,
     *,
     overwrite: bool = False,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
     comm: Any = None,
     check_replicas: bool = False,
     base: Path | Checkpoint | None = None,
     verify_base: bool = False,
     storage: Storage | None = None,
 ) -> SaveHandle:
-    """Save in the background: returns at once, and training goes on.
+    """Save in the background. Training continues while the state is copied and written.
 
-    Collective, as save is, and with the same arguments. Parameters, optimizer state and large
-    tensors are copied to CPU memory while forward and backward run; the next step of any torch
-    optimizer waits for that by itself, and who changes the state otherwise calls
-    `handle.staged()` first. All else is copied before this returns. Saves are written one after
-    another, in the order of the calls, by a thread that uses neither the training's process
-    group nor its streams; see docs/async.md.
+    Collective, as `save` is. Parameters, optimizer state and large tensors are copied to CPU memory
+    while forward and backward run; the rest is copied before this returns. The next step of any
+    torch optimizer waits until the copies are complete. If your program changes the state in
+    another way, call `handle.wait_staged()` first. A thread writes the saves one after another, in
+    the order of the calls; it uses neither the process group nor the streams of the training. See
+    docs/async.md.
 
-    `handle.result()` waits and returns the SaveReport, or raises what the save did. An error
-    that nobody has asked for is raised by the next async_save, which begins its own save first.
+    Args:
+        state: See `save`.
+        path: See `save`.
+        overwrite: See `save`.
+        process_group: See `save`.
+        comm: See `save`.
+        check_replicas: See `save`.
+        base: See `save`.
+        verify_base: See `save`.
+        storage: See `save`.
+
+    Returns:
+        A handle. Its `result()` waits for the save, and returns its report or raises its error.
+
+    Raises:
+        ShardckptError: An earlier save in the background failed, and its `result()` was never
+            called. The new save is started nevertheless.
+        CoordinationError: The ranks are not connected.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> state = {"weight": torch.ones(3)}
+        >>> handle = shardckpt.async_save(state, "run/step-1")
+        >>> handle.result().path.endswith("step-1")
+        True
     """
-    target, earlier = checkpoint_path(path, storage, fixed=True), _base(base, storage)
+    target = checkpoint_path(path, storage, fixed=True)
+    earlier = _base(base, storage, verify=verify_base)
     ranks = operation(f"async_save {path}", process_group, comm=comm, channel="async")
 
-    def save_staged(staged: Callable[[], LocalPlan]) -> SaveReport:
+    store = storage or LocalStorage()
+
+    def save_staged(staged_plan: Callable[[], LocalPlan]) -> SaveReport:
         with ranks as coordinator:
             return run_save(
-                staged,
-                target,
+                staged_plan,
+                Target(target, store, overwrite),
                 coordinator=coordinator,
-                storage=storage or LocalStorage(),
-                overwrite=overwrite,
+                base=open_base(earlier, store, verify=verify_base),
                 check_replicas=check_replicas,
-                base=earlier,
-                verify_base=verify_base,
                 staged=True,
             )
 
@@ -160,34 +229,54 @@ def load(
     path: Path,
     *,
     strict: bool = True,
-    dtype: Literal["strict", "cast"] = "strict",
+    dtype: DtypePolicy = "strict",
     keys: Select = None,
     rename: Rename = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
     comm: Any = None,
     storage: Storage | None = None,
 ) -> LoadReport:
-    """Load a checkpoint into a state, in place; onto any world size and any layout.
+    """Load a checkpoint into a state, in place, with any world size and any placement.
 
-    Collective over `process_group` or `comm`, as save is. Tensors are filled where they are,
-    on their devices, each rank reading its own part; other leaves are replaced in the dicts and
-    lists that hold them; modules and optimizers take what was saved under their name. Modules
-    on the meta device get memory. Every block that is read is verified.
+    Collective, as `save` is. Each rank reads its own part of each tensor. Tensors are filled where
+    they are, on their devices; modules on the meta device get memory. Other leaves are replaced in
+    the dicts and lists that hold them. Modules and optimizers load the entries under their names.
+    Every block that is read is verified.
 
-    `strict`: everything asked for must be there with its shape and dtype, and a module or
-    optimizer must take all that was saved under its name; else one LoadMismatchError lists
-    every entry. With strict=False what agrees is loaded, and the report tells the rest.
-    `dtype="cast"` converts. `keys`: prefixes or shell patterns of the names to load.
-    `rename`: saved prefix -> prefix in the state, or a function of a name.
+    Args:
+        state: A state as `save` takes it. Its names choose the entries to load.
+        path: The checkpoint.
+        strict: Require every entry of the state in the checkpoint, with its shape and dtype, and
+            load all entries of a module or optimizer. With strict=False, mismatched entries are
+            skipped and listed in the report.
+        dtype: "strict" refuses a saved dtype other than the dtype of the state; "cast" converts.
+        keys: The names to load: prefixes, or shell patterns such as `"*.bias"`.
+        rename: A dict from saved prefix to prefix in the state, or a function from saved name to
+            name in the state.
+        process_group: The ranks that load; see `save`.
+        comm: The ranks that load, as an mpi4py communicator.
+        storage: See `save`.
 
-    A damaged shard raises CorruptionError; tensors may then be partly overwritten, so load
-    another checkpoint before going on. All other errors come before anything is changed.
+    Returns:
+        The bytes read, and the entries that were cast, skipped or missing.
+
+    Raises:
+        LoadMismatchError: State and checkpoint differ. Nothing has been changed.
+        CorruptionError: A shard is corrupted. Tensors may be partly overwritten: load another
+            checkpoint before you continue. A corrupted manifest changes nothing.
+        CheckpointError: The checkpoint can't be read. Nothing has been changed.
+        StateError: The state can't be loaded into. Nothing has been changed.
+        CoordinationError: A rank failed, or the ranks are not connected.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
+        >>> state = {"weight": torch.zeros(3)}
+        >>> report = shardckpt.load(state, "run/step-1")
+        >>> state["weight"]
+        tensor([1., 1., 1.])
     """
-    if dtype not in ("strict", "cast"):
-        raise StateError(
-            "Unknown value for dtype", expected='"strict" or "cast"', actual=repr(dtype)
-        )
-    target = checkpoint_path(path, storage)
+    target, cast = checkpoint_path(path, storage), casts(dtype)
     background.wait_until_staged()
     with operation(f"load {target}", process_group, comm=comm) as coordinator:
         return run_load(
@@ -196,7 +285,7 @@ def load(
             coordinator=coordinator,
             storage=storage or LocalStorage(),
             strict=strict,
-            cast=dtype == "cast",
+            cast=cast,
             keys=keys,
             rename=rename,
         )
@@ -210,22 +299,246 @@ def load_state(
     rename: Rename = None,
     storage: Storage | None = None,
 ) -> Any:
-    """Build the saved state anew, without a template: nested dicts of whole plain tensors.
+    """Build the saved state without a template: nested dicts and lists of full plain tensors.
 
-    Not collective: any single process can call it, whatever the world size of the save.
-    `device_map`: "cpu"; a device; a dict of name prefixes to these (the longest wins);
-    "auto" and "balanced" over the visible devices by free memory; "meta"; "disk"
-    (memory-mapped: nothing is read until touched). PerRank entries come back as a list of
-    every rank's value. `keys` and `rename` as for load. Tied tensors are tied again.
+    Not collective: one process can load a checkpoint of any world size. Tied tensors are tied
+    again. A PerRank entry becomes a list with the value of every rank.
+
+    Args:
+        path: The checkpoint.
+        device_map: `"cpu"`; a device; `"auto"` or `"balanced"`, which fill the visible devices by
+            free memory; `"meta"`; `"disk"`, which maps files into memory and reads what is touched;
+            or a dict from prefixes of names to these, of which the longest prefix wins.
+        keys: See `load`.
+        rename: See `load`.
+        storage: See `save`.
+
+    Returns:
+        The state, with the structure that was saved.
+
+    Raises:
+        CheckpointError: The checkpoint can't be read, or is corrupted.
+        StateError: `device_map`, `keys` or `rename` is invalid.
+        StorageError: The file system refused an operation.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"weight": torch.ones(3), "step": 7}, "run/step-7")
+        >>> shardckpt.load_state("run/step-7")
+        {'weight': tensor([1., 1., 1.]), 'step': 7}
     """
     with open_checkpoint(path, storage=storage) as checkpoint:
         return checkpoint.load_state(device_map=device_map, keys=keys, rename=rename)
 
 
 def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint:
-    """Open a checkpoint to look into it: a mapping of names to lazy tensors and values.
+    """Open a checkpoint as a mapping of names to lazy tensors and values.
 
-    Not collective. Reads the manifest alone. Raises CheckpointNotFoundError,
-    NotACheckpointError, FormatVersionError or CorruptionError.
+    Not collective. Only the manifest is read.
+
+    Args:
+        path: The checkpoint.
+        storage: See `save`.
+
+    Returns:
+        The open checkpoint, a context manager.
+
+    Raises:
+        CheckpointNotFoundError: The path does not exist.
+        NotACheckpointError: The path does not hold a checkpoint.
+        FormatVersionError: A newer version of shardckpt wrote the checkpoint.
+        CorruptionError: The manifest is corrupted.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"weight": torch.arange(6.0)}, "run/step-1")
+        >>> with shardckpt.open_checkpoint("run/step-1") as checkpoint:
+        ...     checkpoint["weight"][2:4]
+        tensor([2., 3.])
     """
     return Checkpoint(checkpoint_path(path, storage), storage=storage or LocalStorage())
+
+
+def metadata(path: Path, *, storage: Storage | None = None) -> CheckpointMetadata:
+    """Describe a checkpoint: names, shapes, dtypes, sizes. Only the manifest is read.
+
+    Not collective.
+
+    Args:
+        path: The checkpoint.
+        storage: See `save`.
+
+    Returns:
+        The description.
+
+    Raises:
+        CheckpointError: The checkpoint can't be read; see `open_checkpoint`.
+        StorageError: The file system refused an operation.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"weight": torch.ones(3, 2), "step": 7}, "run/step-7")
+        >>> found = shardckpt.metadata("run/step-7")
+        >>> found.tensors
+        {'weight': TensorMetadata(shape=(3, 2), dtype=torch.float32)}
+        >>> found.world_size, found.values
+        (1, ('step',))
+    """
+    with open_checkpoint(path, storage=storage) as checkpoint:
+        return checkpoint.metadata()
+
+
+def verify(
+    path: Path,
+    *,
+    strict: bool = True,
+    subset: tuple[int, int] = (1, 1),
+    process_group: ProcessGroup | None = None,
+    comm: Any = None,
+    storage: Storage | None = None,
+    progress: Callable[[int], None] = _ignore,
+) -> VerifyReport:
+    """Read every block of a checkpoint and compare it with its digest.
+
+    Not collective, unless you pass `process_group` or `comm`: then its ranks divide the bytes, and
+    every rank gets the same result.
+
+    Args:
+        path: The checkpoint.
+        strict: Raise an error if a shard is corrupted. With strict=False, the report lists the
+            corrupted tensors and the errors. A corrupted manifest is always an error.
+        subset: (n, t) verifies the n-th of t parts. All t parts together verify everything.
+        process_group: The ranks that divide the work.
+        comm: The ranks that divide the work, as an mpi4py communicator.
+        storage: See `save`.
+        progress: Called with the bytes verified since its last call, from several threads.
+
+    Returns:
+        The bytes verified, and the names of the intact tensors.
+
+    Raises:
+        CorruptionError: A shard or the manifest is corrupted. The error names the files, the
+            tensors, and each single flipped bit.
+        CheckpointError: The checkpoint can't be read.
+        StateError: `subset` is invalid.
+        StorageError: The file system refused an operation.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
+        >>> shardckpt.verify("run/step-1").intact
+        ('weight',)
+    """
+    with _ranks_given(f"verify {path}", process_group, comm) as ranks:  # noqa: SIM117
+        with open_checkpoint(path, storage=storage) as checkpoint:
+            report = verify_shards(
+                checkpoint.files,
+                checkpoint.manifest,
+                subset=subset,
+                progress=progress,
+                coordinator=ranks,
+            )
+    if strict:
+        report.raise_if_corrupted()
+    return report
+
+
+def reshard(
+    source: Path,
+    target: Path,
+    *,
+    shards: int,
+    overwrite: bool = False,
+    process_group: ProcessGroup | None = None,
+    comm: Any = None,
+    storage: Storage | None = None,
+    progress: Callable[[int], None] = _ignore,
+) -> None:
+    """Rewrite a checkpoint with another number of shards, of even size.
+
+    `load` reads any checkpoint with any world size, so you need this only to change the number of
+    files. Not collective, unless you pass `process_group` or `comm`: then its ranks divide the
+    bytes. All entries stay the same, including PerRank values and the saved world size. Memory: a
+    few buffers.
+
+    Args:
+        source: The checkpoint to read.
+        target: The directory of the new checkpoint.
+        shards: The number of shards, at least 1.
+        overwrite: Replace a checkpoint at `target`.
+        process_group: The ranks that divide the work.
+        comm: The ranks that divide the work, as an mpi4py communicator.
+        storage: See `save`.
+        progress: Called with the bytes that this rank has written so far.
+
+    Raises:
+        CheckpointError: The source can't be read, or is corrupted.
+        StateError: `shards` is below 1.
+        StorageError: The file system refused an operation.
+        CoordinationError: A rank failed.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"weight": torch.ones(8)}, "run/step-1")
+        >>> shardckpt.reshard("run/step-1", "run/step-1-of-4", shards=4)
+        >>> len(shardckpt.metadata("run/step-1-of-4").shards)
+        4
+    """
+    path = checkpoint_path(target, storage)
+    with _ranks_given(f"reshard {path}", process_group, comm) as ranks:  # noqa: SIM117
+        with open_checkpoint(source, storage=storage) as checkpoint:
+            run_reshard(
+                checkpoint,
+                path,
+                shards=shards,
+                storage=storage or LocalStorage(),
+                overwrite=overwrite,
+                coordinator=ranks,
+                progress=progress,
+            )
+
+
+def rescue(
+    source: Path,
+    target: Path,
+    *,
+    overwrite: bool = False,
+    storage: LocalStorage | None = None,
+    progress: Callable[[int], None] = _ignore,
+) -> RescueReport:
+    """Write a new checkpoint with the intact tensors of a corrupted one. Not collective.
+
+    Tensors whose blocks all verify are kept, and so are all values. References to a lost tensor are
+    removed; in a list or tuple None replaces them. A single flipped bit in a block is turned back.
+    If the manifest is lost, a new one is built from the headers of the shards: it has the tensors
+    with their names, shapes and nesting, but no values, and nothing can be verified. The notes of
+    the new checkpoint list what was lost and repaired.
+
+    Args:
+        source: The corrupted checkpoint. It is not changed.
+        target: The directory of the new checkpoint.
+        overwrite: Replace a checkpoint at `target`.
+        storage: The file system; other storages can't be rescued from.
+        progress: Called with the bytes written so far.
+
+    Returns:
+        The tensors saved, lost and repaired.
+
+    Raises:
+        CorruptionError: Nothing can be rescued.
+        CheckpointNotFoundError: The source does not exist.
+        StorageError: The file system refused an operation.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
+        >>> shardckpt.rescue("run/step-1", "run/rescued").saved
+        ('weight',)
+    """
+    return run_rescue(
+        checkpoint_path(source, storage),
+        checkpoint_path(target, storage),
+        storage=storage or LocalStorage(),
+        overwrite=overwrite,
+        progress=progress,
+    )

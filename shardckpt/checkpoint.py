@@ -1,4 +1,4 @@
-"""An open checkpoint: look into it, read parts of it, verify it, build its state anew."""
+"""An open checkpoint: list its entries, read parts of tensors, verify, build the saved state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardckpt.maintenance.verify import verify_shards
 from shardckpt.plan.device_map import DeviceMap, resolve_device_map
 from shardckpt.plan.page_cache_policy import ALWAYS
 from shardckpt.plan.read_plan import plan_reads
-from shardckpt.reports import VerifyReport
+from shardckpt.reports import CheckpointMetadata, TensorMetadata, VerifyReport
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.materialize import Builder
 from shardckpt.state.saved_tree import Rename, SavedState, Select
@@ -33,11 +33,29 @@ __all__ = ["Checkpoint", "SavedTensor"]
 
 
 class SavedTensor:
-    """A tensor in a checkpoint, not read yet: `shape`, `dtype`, `size_bytes`, and what indexing
-    reads.
+    """A lazy tensor of an open checkpoint. Indexing reads, and verifies, the blocks of that part.
 
-    `tensor[...]`, `tensor[0:8]`, `tensor[3, :, 5:7]` return new CPU tensors, and read only
-    the blocks that hold the asked for part; those are verified. Slices have step 1.
+    `tensor[...]` reads all of it; `tensor[0:8]` and `tensor[3, :, 5:7]` read a part. Indices are
+    integers, slices of step 1 and `...`. The result is a new CPU tensor. Not collective.
+
+    Args:
+        checkpoint: The open checkpoint. `checkpoint[name]` creates the SavedTensor.
+        name: The name of the entry.
+        source: The name of the tensor in the manifest: of tied tensors, the saved one.
+
+    Attributes:
+        name: The name of the entry.
+        shape: The global shape.
+        dtype: The saved dtype.
+        size_bytes: The bytes of the full tensor.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> _ = shardckpt.save({"weight": torch.arange(6.0).reshape(3, 2)}, "run/step-1")
+        >>> with shardckpt.open_checkpoint("run/step-1") as checkpoint:
+        ...     weight = checkpoint["weight"]
+        ...     weight.shape, weight[1]
+        (torch.Size([3, 2]), tensor([2., 3.]))
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, source: str) -> None:
@@ -54,29 +72,29 @@ class SavedTensor:
 
     @property
     def shards(self) -> frozenset[int]:
-        """The numbers of the shards that hold it."""
+        """The numbers of the shards that hold this tensor."""
         return frozenset(self._checkpoint._described(self._source)[1].chunks[:, 0].tolist())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """Read a part, as a new CPU tensor of the shape that indexing a tensor would give."""
+        """Read a part as a new CPU tensor, with the shape that indexing a tensor gives."""
         box = _box(index, tuple(self.shape))
         if box is None:
-            torch.empty(self.shape, device="meta")[index]  # an error of torch's own, if it is one
+            torch.empty(self.shape, device="meta")[index]  # raises torch's error, if any
             raise IndexError(
-                f"{self.name}: an index of integers, slices of step 1 and ... is expected, "
-                f"found {index!r}; read the whole with [...] and index that"
+                f"{self.name}: expected integers, slices of step 1 and ... as an index, got "
+                f"{index!r}. Read the full tensor with [...] and index the result."
             )
         offsets, sizes, shape = box
         return self._checkpoint.read_box(self._source, offsets, sizes).reshape(shape)
 
 
 def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
-    """Offsets and sizes of the part that an index means, and the shape that it comes in; None for
-    an index that means none."""
+    """Offsets and sizes of the box that an index selects, and the shape of the result. None for
+    an index that selects no box."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    dots = [at for at, part in enumerate(parts) if part is Ellipsis]
-    if dots:  # of a second one nothing below can be made
-        parts[dots[0] : dots[0] + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    ellipses = [at for at, part in enumerate(parts) if part is Ellipsis]
+    if ellipses:  # a second one fails below
+        parts[ellipses[0] : ellipses[0] + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
     parts += [slice(None)] * (len(shape) - len(parts))
     if len(parts) > len(shape):
         return None
@@ -102,13 +120,27 @@ def _is_array(node: Any) -> bool:
 
 
 class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
-    """An open checkpoint, as a mapping of names; a context manager that closes its files.
+    """An open checkpoint: a mapping of names to lazy tensors and values, and a context manager.
 
-    `checkpoint[name]` is a SavedTensor (nothing is read), or the value. Names join the keys
-    of the saved state with dots. Not collective. `manifest` tells everything else.
+    Names join the keys of the saved state with dots. `checkpoint[name]` is a SavedTensor, which
+    reads nothing until it is indexed, or the value. No method is collective.
 
-    Opening checks the digest of the manifest. Tensors asked for by name are found in its text;
-    whatever needs more parses all of it, and checks every rule of the format.
+    Opening verifies the digest of the manifest. Access to a tensor by its name searches the text of
+    the manifest. Every other access parses the manifest and checks that it follows the format.
+
+    Args:
+        path: The checkpoint; see `open_checkpoint`.
+        storage: Where the checkpoint is stored.
+
+    Raises:
+        CheckpointError: The checkpoint can't be read; see `open_checkpoint`.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> _ = shardckpt.save({"weight": torch.ones(3), "step": 7}, "run/step-7")
+        >>> with shardckpt.open_checkpoint("run/step-7") as checkpoint:
+        ...     list(checkpoint), checkpoint["step"], checkpoint["weight"].shape
+        (['weight', 'step'], 7, torch.Size([3]))
     """
 
     def __init__(self, path: str, *, storage: Storage) -> None:
@@ -122,7 +154,11 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
 
     @functools.cached_property
     def manifest(self) -> Manifest:
-        """All of the manifest. Raises CorruptionError if it breaks a rule of the format."""
+        """The parsed manifest.
+
+        Raises:
+            CorruptionError: The manifest violates the format.
+        """
         with collector_paused():
             return from_bytes(self._text, path=self.path)
 
@@ -137,19 +173,19 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
 
     @property
     def path(self) -> str:
-        """Where the checkpoint lies."""
+        """The path of the checkpoint."""
         return self._files.path
 
     @property
     def files(self) -> CheckpointFiles:
-        """Its files, for tools that read shards by themselves."""
+        """The files, for tools that read shards themselves."""
         return self._files
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, {len(self)} entries)"
 
     def __getitem__(self, name: str) -> Any:
-        """The tensor or value of a name; a list with every rank's for a PerRank entry."""
+        """The tensor or value of a name. A PerRank entry is a list with the value of each rank."""
         if "manifest" not in vars(self) and (source := self._outline.find(name)) is not None:
             return SavedTensor(self, name, source)
         if name not in self._saved.leaves:
@@ -160,7 +196,11 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         return self.read(lambda builder: builder.build(node, name))
 
     def tensors(self) -> dict[str, SavedTensor]:
-        """All tensors and arrays by name, none of them read."""
+        """List all tensors and arrays. Nothing is read.
+
+        Returns:
+            The lazy tensors by name.
+        """
         return {name: self[name] for name, node in self._saved.leaves.items() if _is_array(node)}
 
     def __iter__(self) -> Iterator[str]:
@@ -173,41 +213,87 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         self.close()
 
     def close(self) -> None:
-        """Close the files. Tensors on "disk" that were made from them stay usable."""
+        """Close the files. Tensors that `load_state` placed on "disk" remain usable."""
         self._files.close()
+
+    def metadata(self) -> CheckpointMetadata:
+        """Describe the checkpoint: names, shapes, dtypes, sizes. No tensor is read.
+
+        Returns:
+            The description.
+
+        Raises:
+            CorruptionError: The manifest violates the format.
+        """
+        manifest = self.manifest
+        tensors = self.tensors()
+        return CheckpointMetadata(
+            path=self.path,
+            format_version=manifest.format_version,
+            checkpoint_id=manifest.checkpoint_id,
+            created=manifest.created,
+            library=manifest.library,
+            world_size=manifest.world_size,
+            shards={shard.name: shard.size_bytes for shard in manifest.shards},
+            tensors={
+                name: TensorMetadata(tuple(tensor.shape), tensor.dtype)
+                for name, tensor in tensors.items()
+            },
+            values=tuple(name for name in self if name not in tensors),
+            notes=dict(manifest.notes),
+            total_bytes=sum(shard.size_bytes for shard in manifest.shards) + len(self._text),
+        )
 
     def verify(
         self,
         *,
-        subset: tuple[int, int] = (1, 1),
-        progress: Callable[[int], None] = lambda checked_bytes: None,
-    ) -> None:
-        """Read every shard and check every block, and that shards and manifest agree.
-
-        `subset` (n, t): the n-th of t parts; t such scrubs check everything. `progress` is called,
-        from several threads, with the bytes checked since its last call. Raises CorruptionError
-        that names every damaged file and the tensors hurt, and tells a single flipped bit.
-        """
-        self.survey(subset=subset, progress=progress).raise_damage()
-
-    def survey(
-        self,
-        *,
+        strict: bool = True,
         subset: tuple[int, int] = (1, 1),
         progress: Callable[[int], None] = lambda checked_bytes: None,
     ) -> VerifyReport:
-        """As verify, but damage is told in the report: which tensors are hurt, which whole."""
-        return verify_shards(self._files, self.manifest, subset=subset, progress=progress)
+        """Read every block and compare it with its digest, and shards with the manifest.
+
+        Args:
+            strict: Raise an error if a shard is corrupted. With strict=False, the report lists the
+                corrupted tensors and the errors.
+            subset: (n, t) verifies the n-th of t parts. All t parts together verify everything.
+            progress: Called with the bytes verified since its last call, from several threads.
+
+        Returns:
+            The bytes verified, and the names of the corrupted and the intact tensors.
+
+        Raises:
+            CorruptionError: A shard or the manifest is corrupted. The error names the files, the
+                tensors, and each single flipped bit.
+            StateError: `subset` is invalid.
+        """
+        report = verify_shards(self._files, self.manifest, subset=subset, progress=progress)
+        if strict:
+            report.raise_if_corrupted()
+        return report
 
     def load_state(
         self, *, device_map: DeviceMap = "cpu", keys: Select = None, rename: Rename = None
     ) -> Any:
-        """Build the saved state anew; see shardckpt.load_state."""
+        """Build the saved state without a template.
+
+        Args:
+            device_map: See `shardckpt.load_state`.
+            keys: See `shardckpt.load`.
+            rename: See `shardckpt.load`.
+
+        Returns:
+            The state, with the structure that was saved.
+
+        Raises:
+            CorruptionError: A shard or the manifest is corrupted.
+            StateError: An argument is invalid.
+        """
         saved = self._saved
         if keys is not None or rename is not None:
             saved = SavedState(self.manifest, keys=keys, rename=rename)
         mapped = functools.cache(lambda: MappedFiles(self._files))
-        # Saved tensor -> the first of its names: tied ones go to one device.
+        # Saved tensor -> its first name. Tied tensors go to one device.
         sources: dict[str, str] = {}
         for name, node in saved.leaves.items():
             if _is_array(node):
@@ -233,7 +319,16 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         saved: SavedState | None = None,
         new: Any = None,
     ) -> Any:
-        """What `build` makes with a Builder, its tensors read."""
+        """Build a part of the saved state, and read its tensors.
+
+        Args:
+            build: Called with a Builder; returns the part, with tensors that are not read yet.
+            saved: The saved state, with its selected names; by default all of it.
+            new: Creates a tensor and tells whether to read it; see Builder.
+
+        Returns:
+            What `build` returned, with its tensors read.
+        """
         pending: list[tuple[TensorEntry, LocalChunk]] = []
         builder = Builder(saved or self._saved, pending, **({"new": new} if new else {}))
         with collector_paused():
@@ -243,19 +338,30 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         return value
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """The box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
+        """Read a box of a tensor.
+
+        Args:
+            name: The name of the tensor in the manifest.
+            offsets: Where the box begins, in elements of each dimension.
+            sizes: The size of the box in each dimension, in elements.
+
+        Returns:
+            A new CPU tensor of the shape `sizes`.
+
+        Raises:
+            CorruptionError: A block of the box is corrupted.
+        """
         manifest, entry = self._described(name)
         try:
             return read_box(self._files, manifest, entry, offsets, sizes)
         except CorruptionError:
             if manifest is self.manifest:
                 raise
-            # Again, to name every tensor that the damage affects.
+            # Read again, with the full manifest, so that the error names every affected tensor.
             return read_box(self._files, self.manifest, entry, offsets, sizes)
 
     def _described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
-        """A tensor of the manifest, and what describes it: all of the manifest, if that is parsed
-        or needs to be."""
+        """The entry of a tensor, with the outline or, if that is parsed or needed, the manifest."""
         if "manifest" not in vars(self) and (entry := self._outline.tensor(name)) is not None:
             return self._outline, entry
         return self.manifest, self.manifest.tensors[name]

@@ -1,7 +1,7 @@
-"""Options that a user may want to change: per block of code, or by the environment.
+"""Options, which a with block or an environment variable changes.
 
-An option is read when it is used. `options(...)` wins over the environment variable
-`SHARDCKPT_NAME`, which wins over the default.
+An option is read when it is used. `options(...)` takes precedence over the environment variable
+`SHARDCKPT_NAME`, which takes precedence over the default.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ def _option(default: float, *, least: float) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options and their defaults.
+    """The options and their defaults. Names end in their unit: _s is seconds.
 
     Attributes:
-        arrival_deadline_s: Seconds that ranks wait for a rank that has not called save or load
-            yet, or, in a group that NNHandler started, in a collective of training.
-        deadline_s: Seconds that a rank which takes part may give no sign of life.
-        stall_deadline_s: Seconds that a live rank may take for one read, write or copy.
-        shared_deadline_s: Seconds that a rank waits to see the directory that rank 0 made, as
-            network file systems may show it late.
-        read_threads: Reads in flight, each from its own thread; twice as many past the page cache.
-        read_past_cache: Whether data outside the page cache may be read past it where no other
-            rank of the machine reads the same data. Set to 0 if unrelated processes on this
+        arrival_deadline_s: Seconds to wait for a rank that has not called save or load yet. In a
+            group that NNHandler started, also the limit of the collectives of training.
+        deadline_s: Seconds without a heartbeat after which a rank counts as failed.
+        stall_deadline_s: Seconds that one read, write or copy may take on a live rank.
+        shared_deadline_s: Seconds to wait until a rank sees the directory that rank 0 created.
+            Network file systems may show it late.
+        read_threads: Number of reads at the same time, each in its own thread. Reads that bypass
+            the page cache use twice as many.
+        read_past_cache: Whether data outside the page cache may be read without filling it, if no
+            other rank of the machine reads the same data. Set to 0 if unrelated processes on this
             machine read the same checkpoint.
-        staging_bytes: Bytes of staged state that a process may hold. A save beyond it is staged
-            after earlier ones are written; one save is always accepted. 0: room for two.
-        copy_at_once_bytes: async_save copies tensors of up to this size before it returns, if
+        staging_bytes: Bytes of staged state that a process may hold. A save beyond the limit is
+            staged after earlier ones are written; one save is always accepted. 0 allows two saves.
+        copy_at_once_bytes: async_save copies tensors up to this size before it returns, if
             they are neither parameters nor optimizer state.
-        background_nice: How far the background writer threads lower their priority (nice(1)).
+        background_nice: By how much the background threads lower their priority (see nice(1)).
     """
 
     arrival_deadline_s: float = _option(600.0, least=0.1)
@@ -61,37 +62,36 @@ _overrides: ContextVar[Mapping[str, Any]] = ContextVar("shardckpt_options", defa
 
 
 def current() -> Options:
-    """Return the options in force at this point of the program.
+    """Return the current options. Not collective.
 
     Raises:
         OptionError: An environment variable does not hold a number that the option accepts.
     """
-    found = {}
+    values = {}
     for name in _FIELDS:
         text = os.environ.get(f"SHARDCKPT_{name.upper()}")
         if text is not None:
-            found[name] = _checked(name, text, source=f"SHARDCKPT_{name.upper()}")
-    return Options(**{**found, **_overrides.get()})
+            values[name] = _checked(name, text, source=f"SHARDCKPT_{name.upper()}")
+    return Options(**{**values, **_overrides.get()})
 
 
 @contextmanager
 def options(**changes: float) -> Iterator[None]:
-    """Change options for the calls inside a with block.
+    """Change options for the calls inside a with block. Not collective.
 
-    An async_save that starts inside the block keeps its options until it is written. Other
-    threads keep the options that they had.
+    An async_save that starts inside the block keeps its options until it has ended. The options
+    of other threads do not change.
 
     Args:
-        **changes: Attributes of `shardckpt.config.Options` and their values.
+        **changes: The options to change; the attributes of `shardckpt.config.Options`.
 
     Raises:
         OptionError: The option does not exist, or does not accept the value.
 
     Example:
-        >>> import shardckpt, torch, tempfile
-        >>> folder = tempfile.mkdtemp()
+        >>> import shardckpt, torch
         >>> with shardckpt.options(read_threads=4, deadline_s=60):
-        ...     report = shardckpt.save({"weight": torch.ones(3)}, f"{folder}/step-1")
+        ...     report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
     """
     checked = {name: _checked(name, value, source=name) for name, value in changes.items()}
     token = _overrides.set({**_overrides.get(), **checked})
@@ -119,5 +119,5 @@ def _checked(name: str, value: Any, *, source: str) -> Any:
             actual=repr(value),
             remedy=f"set {source} to a number, or leave it out for the default, {option.default}",
         )
-    kind: Any = type(option.default)
-    return kind(number)
+    option_type: Any = type(option.default)
+    return option_type(number)

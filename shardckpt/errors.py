@@ -1,32 +1,33 @@
 """Every exception that shardckpt raises.
 
     ShardckptError(Exception)
-    ├── StateError(ValueError)             what was handed to save or load
-    │   ├── UnsupportedLeafError(TypeError)    a leaf that no checkpoint can hold
-    │   ├── PartialPlacementError              a DTensor that still awaits its reduction
+    ├── StateError(ValueError)             invalid state or argument
+    │   ├── UnsupportedLeafError(TypeError)    a leaf that a checkpoint can't hold
+    │   ├── PartialPlacementError              a DTensor that still holds partial sums
     │   ├── OptimizerModuleError               an optimizer without its module
-    │   ├── OptionError                        an option that does not exist or a bad value
-    │   ├── RankMismatchError                  ranks hand over different keys or shapes
+    │   ├── OptionError                        an unknown option or an invalid value
+    │   ├── RankMismatchError                  ranks pass different names, dtypes or shapes
     │   ├── ReplicaMismatchError               replicas of one entry differ in value
-    │   └── CoverageError                      chunks that overlap or leave a hole
-    ├── LoadMismatchError(ValueError)      missing, unexpected, wrong shape, wrong dtype
-    ├── CheckpointError(ValueError)        what was found at the path
+    │   └── CoverageError                      chunks that overlap or leave a gap
+    ├── LoadMismatchError(ValueError)      state and checkpoint differ in names, shapes or dtypes
+    ├── CheckpointError(ValueError)        the checkpoint can't be read
     │   ├── CheckpointNotFoundError(FileNotFoundError)
-    │   ├── NotACheckpointError                a directory or file of another kind
+    │   ├── NotACheckpointError                another kind of file or directory
     │   ├── FormatVersionError                 written by a newer shardckpt
-    │   └── CorruptionError                    damaged, cut or hostile
-    ├── StorageError(OSError)              the file system said no
+    │   └── CorruptionError                    corrupted, truncated or malicious
+    ├── StorageError(OSError)              the file system refused an operation
     │   ├── CheckpointExistsError(FileExistsError)
-    │   ├── CheckpointBusyError(BlockingIOError)   another save to this path is under way
+    │   ├── CheckpointBusyError(BlockingIOError)   another save to this path is running
     │   ├── StoragePermissionError(PermissionError)
     │   ├── NoSpaceError
-    │   └── StalledError(TimeoutError)         a read or write that does not come back
-    ├── CoordinationError(RuntimeError)    other ranks
-    │   ├── RankFailedError                    ranks that raised, died or fell silent
-    │   └── DirectoryNotSharedError            ranks that see another directory
-    └── DependencyError(ImportError)       an extra that is not installed
+    │   └── StalledError(TimeoutError)         a read or write that does not return
+    ├── CoordinationError(RuntimeError)    the ranks can't work together
+    │   ├── RankFailedError                    a rank raised an error, died or hangs
+    │   └── DirectoryNotSharedError            ranks that don't see the same directory
+    └── DependencyError(ImportError)       an optional dependency is not installed
 
-The command line exits with one code a family: `exit_code` of the class.
+The command `shardckpt` exits with the `exit_code` of the error's class. Each family has its own
+code.
 """
 
 from __future__ import annotations
@@ -69,11 +70,32 @@ def printable(text: str) -> str:
 
 
 class ShardckptError(Exception):
-    """Base of all: a message, and the facts that a program may want to read.
+    """The base class of all errors of shardckpt.
 
-    `path` is the file or directory, `rank` the rank (or ranks) at fault, `tensor`
-    the name of the entry, `expected` and `actual` what should have been there and
-    what was, `remedy` what to do about it. Absent facts are None.
+    `str(error)` lists the message and all facts. Facts that do not apply are None. Errors can be
+    pickled, so that they can travel between processes.
+
+    Args:
+        message: What went wrong, in one sentence.
+        path: The file or directory.
+        rank: The rank that failed, or a tuple of ranks.
+        tensor: The name of the entry, or several names joined with commas.
+        expected: What was expected.
+        actual: What was found instead.
+        remedy: What the user can do.
+        **facts: Further facts. They are kept in the attribute `facts`, by name.
+
+    Attributes:
+        message: See Args, as for the other facts.
+        exit_code: The exit code of the command `shardckpt` after this error.
+
+    Example:
+        >>> import shardckpt
+        >>> try:
+        ...     shardckpt.load_state("no-such-folder")
+        ... except shardckpt.ShardckptError as error:
+        ...     print(type(error).__name__)
+        CheckpointNotFoundError
     """
 
     exit_code: ClassVar[int] = 1
@@ -98,6 +120,7 @@ class ShardckptError(Exception):
         self.actual = actual
         self.remedy = remedy
         self.facts = facts
+        self.__dict__.update(facts)
         Exception.__init__(self, message)
 
     def __str__(self) -> str:
@@ -106,7 +129,7 @@ class ShardckptError(Exception):
             "rank": self.rank,
             "tensor": self.tensor,
             "expected": self.expected,
-            "found": self.actual,
+            "actual": self.actual,
             **self.facts,
             "remedy": self.remedy,
         }
@@ -130,75 +153,86 @@ def _rebuild(
 
 
 class StateError(ShardckptError, ValueError):
-    """What was handed to save or load can't be saved or loaded as it is."""
+    """The state or an argument is invalid for this call."""
 
     exit_code = 3
 
 
 class UnsupportedLeafError(StateError, TypeError):
-    """A leaf of the state is of a type or dtype that a checkpoint can't hold."""
+    """A leaf of the state has a type or dtype that a checkpoint can't hold."""
 
 
 class PartialPlacementError(StateError):
-    """A DTensor holds partial sums; reduce it before saving."""
+    """A DTensor holds partial sums. Reduce it before saving."""
 
 
 class OptimizerModuleError(StateError):
-    """An optimizer whose parameters belong to no module in the same state."""
+    """The parameters of an optimizer belong to a module that is not in the same state."""
 
 
 class OptionError(StateError):
-    """An option, or an environment variable of one, that does not exist or has a bad value."""
+    """An option, or its environment variable, is unknown or has an invalid value."""
 
 
 class RankMismatchError(StateError):
-    """The ranks handed over states with different keys, dtypes or shapes."""
+    """The ranks passed states with different names, dtypes or shapes."""
 
 
 class ReplicaMismatchError(StateError):
-    """Ranks that should hold the same value hold different ones."""
+    """Replicas of one entry differ in value."""
 
 
 class CoverageError(StateError):
-    """The chunks of a tensor overlap, or leave a part of it uncovered."""
+    """The chunks of a tensor overlap, or do not cover all of it."""
 
 
 class LoadMismatchError(ShardckptError, ValueError):
-    """What was asked for and what was saved don't agree; lists every entry.
+    """The state to load into and the checkpoint differ. The error lists every entry.
 
     `missing`, `unexpected`, `wrong_shape` and `wrong_dtype` are tuples of names
-    (for the last two, of (name, expected, found)).
+    (for the last two, of (name, expected, found)), or None if there are none.
     """
+
+    missing: tuple[str, ...] | None = None
+    unexpected: tuple[str, ...] | None = None
+    wrong_shape: tuple[tuple[str, Any, Any], ...] | None = None
+    wrong_dtype: tuple[tuple[str, Any, Any], ...] | None = None
 
     exit_code = 4
 
 
 class CheckpointError(ShardckptError, ValueError):
-    """What was found at the path is no checkpoint that can be read."""
+    """The checkpoint can't be read."""
 
     exit_code = 5
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """Nothing at this path."""
+    """The path does not exist."""
 
 
 class NotACheckpointError(CheckpointError):
-    """Something is at this path, but no shardckpt checkpoint."""
+    """The path exists, but does not hold a shardckpt checkpoint."""
 
 
 class FormatVersionError(CheckpointError):
-    """The checkpoint was written in a format version that this shardckpt does not know."""
+    """The checkpoint has a format version that this version of shardckpt does not support."""
 
 
 class CorruptionError(CheckpointError):
-    """A shard or manifest is missing, cut, changed, or breaks a rule of the format."""
+    """A shard or manifest is missing, truncated or changed, or violates the format."""
 
     exit_code = 6
 
 
 class StorageError(ShardckptError, OSError):
-    """The file system refused an operation; `errno` says why."""
+    """The file system refused an operation.
+
+    Args:
+        message: See ShardckptError, as for all other facts.
+        errno: The error number of the system call, an attribute of `errno`; None if unknown.
+        **facts: See ShardckptError.
+    """
 
     exit_code = 7
 
@@ -212,15 +246,15 @@ class StorageError(ShardckptError, OSError):
 
 
 class CheckpointExistsError(StorageError, FileExistsError):
-    """The path is taken, and overwrite was not asked for."""
+    """The path exists already, and `overwrite` is False."""
 
 
 class CheckpointBusyError(StorageError, BlockingIOError):
-    """Another save to this path is under way."""
+    """Another save to this path is running."""
 
 
 class StoragePermissionError(StorageError, PermissionError):
-    """No permission to read or write here."""
+    """The process lacks the permission to read or write here."""
 
 
 class NoSpaceError(StorageError):
@@ -228,24 +262,27 @@ class NoSpaceError(StorageError):
 
 
 class StalledError(StorageError, TimeoutError):
-    """A read or write has not come back within its deadline (SHARDCKPT_STALL_DEADLINE_S)."""
+    """A read or write did not return within its deadline, the option `stall_deadline_s`."""
 
 
 class CoordinationError(ShardckptError, RuntimeError):
-    """Something went wrong between ranks."""
+    """The ranks of an operation can't work together."""
 
     exit_code = 8
 
 
 class RankFailedError(CoordinationError):
-    """Ranks raised, died or fell silent; `rank` names them, `phase` says when."""
+    """Other ranks raised an error, died or do not respond.
+
+    `rank` has their numbers, and `facts["phase"]` the phase of the operation.
+    """
 
 
 class DirectoryNotSharedError(CoordinationError):
-    """Some ranks don't see the directory that rank 0 made."""
+    """Some ranks don't see the directory that rank 0 created."""
 
 
 class DependencyError(ShardckptError, ImportError):
-    """An optional dependency is not installed; `remedy` names the extra."""
+    """An optional dependency is not installed. `remedy` names the extra to install."""
 
     exit_code = 9

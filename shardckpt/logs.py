@@ -1,8 +1,8 @@
-"""The logger of the package, and warnings that point at the user's own line.
+"""The logger of the package, and warnings that name the line of the user's program.
 
-`logging.getLogger("shardckpt")` gets INFO for each save and load, WARNING for what is passed over,
-ERROR for a failure that no caller hears of. Without a logging configuration Python shows WARNING
-and above on stderr.
+`logging.getLogger("shardckpt")` logs INFO for each save and load, WARNING for what is skipped, and
+ERROR for a failure that no call reports. Without a logging configuration, Python prints WARNING
+and above to stderr.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning that names the line which called into the package, whatever the depth."""
+    """Issue a warning that names the line of the program which called the package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1

@@ -1,29 +1,53 @@
-"""What save and load tell about themselves."""
+"""The reports that save, load and the other functions return."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from shardckpt.errors import CorruptionError
 
-__all__ = ["ConvertReport", "LoadReport", "RescueReport", "SaveReport", "Stopwatch", "VerifyReport"]
+__all__ = [
+    "CheckpointMetadata",
+    "ConvertReport",
+    "LoadReport",
+    "RescueReport",
+    "SaveReport",
+    "Stopwatch",
+    "TensorMetadata",
+    "VerifyReport",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """What a save wrote.
+    """The result of a save.
 
-    `path` and `checkpoint_id` name it; `bytes_by_rank` is the size of each rank's files,
-    `linked_by_rank` how much of that the base has given (nothing is known of it after a save
-    with a `planner`), `manifest_bytes` the size of the manifest; `base_problems` says why
-    something unchanged was written all the same; `seconds` is the time this rank spent in
-    each phase, waiting for others included. `profile`: by rank, the seconds of its own work,
-    waiting excluded: "plan", "write" (copy, hash, write), "sync" (fsync), "compare" (digests of
-    replicas); and "divide" and "commit", which are rank 0's. Rank 0 has every rank's profile,
-    any other its own.
+    Attributes:
+        path: The checkpoint.
+        checkpoint_id: Its identifier, 32 hexadecimal digits.
+        world_size: The number of ranks that saved.
+        bytes_by_rank: The bytes of each rank's shards.
+        manifest_bytes: The bytes of the manifest.
+        seconds: The seconds of each phase on this rank, including the time spent waiting for other
+            ranks.
+        linked_by_rank: The bytes in `bytes_by_rank` that are linked to the base, not written. Empty
+            after a save with a planner.
+        base_problems: Why unchanged files were written and not linked.
+        profile: The seconds of each rank's own work by phase, without waiting: "plan", "write"
+            (copy, hash and write), "sync" (fsync), "compare" (digests of replicas), and on rank 0
+            "divide" and "commit". Rank 0 has the profiles of all ranks, other ranks their own.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"weight": torch.ones(1000)}, "run/step-1")
+        >>> report.total_bytes == sum(report.bytes_by_rank) + report.manifest_bytes
+        True
     """
 
     path: str
@@ -43,20 +67,39 @@ class SaveReport:
 
     @property
     def written_bytes(self) -> int:
-        """Of these, the bytes that were written."""
+        """Bytes that were written: `total_bytes` without the linked files."""
         return self.total_bytes - sum(self.linked_by_rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """What a load read on this rank, and where state and checkpoint differ.
+    """The result of a load on this rank, with the differences between state and checkpoint.
 
-    `missing`: asked for, not saved (strict=False only). `unexpected`: saved, not asked for.
-    `wrong_shape` and `wrong_dtype`: left as they were (strict=False only), as (name,
-    expected, found). `cast`: (name, saved dtype, own dtype). `kept`: PerRank entries left
-    as they were because the number of ranks differs. `seconds` and `profile` are as in
-    SaveReport; own work is "open" (the manifest), "match" (with the state), "read" (and verify)
-    and "place" (values, modules, optimizers).
+    Attributes:
+        path: The checkpoint.
+        checkpoint_id: Its identifier, 32 hexadecimal digits.
+        saved_world_size: The number of ranks that saved it.
+        bytes_read: The bytes that this rank read.
+        seconds: The seconds of each phase on this rank, including the time spent waiting for other
+            ranks.
+        profile: The seconds of each rank's own work by phase: "open" (the manifest), "match" (state
+            and checkpoint), "read" (and verify), "place" (values, modules, optimizers). Rank 0 has
+            the profiles of all ranks, other ranks their own.
+        missing: Names in the state that are not in the checkpoint (with strict=False).
+        unexpected: Names in the checkpoint that are not in the state.
+        wrong_shape: (name, expected shape, saved shape) of entries that were skipped (with
+            strict=False).
+        wrong_dtype: (name, expected dtype, saved dtype) of entries that were skipped (with
+            strict=False).
+        cast: (name, saved dtype, dtype in the state) of entries that were converted.
+        kept: PerRank entries that were not loaded because the number of ranks differs.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> _ = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
+        >>> state = {"weight": torch.zeros(3, dtype=torch.float16)}
+        >>> [name for name, *dtypes in shardckpt.load(state, "run/step-1", dtype="cast").cast]
+        ['weight']
     """
 
     path: str
@@ -75,22 +118,29 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertReport:
-    """What a conversion read, took and left out.
+    """The result of a conversion.
 
     Attributes:
         path: The new checkpoint.
-        target_format: Its format, one of those that `convert` takes as `to`.
         source: The checkpoint that was read.
-        source_format: Its format, in words.
-        writer: The library that wrote it; None if unknown.
-        size_bytes: The bytes of the tensors taken.
-        tensors: Names of the tensors taken.
-        values: Names of the other entries taken.
-        files: The files that were read, if the source is a folder with others.
-        copied: Files beside the weights, as a tokenizer's, that the target has as well.
-        changed: Entry -> the form in which it was taken, where its own class is not loaded.
-        left: Entry or file -> why it is not in the target. What `keys` did not choose is not
-            listed.
+        source_format: The format of the source, in words.
+        target_format: The format of the target, a value of the argument `to` of `convert`.
+        writer: The library that wrote the source; None if unknown.
+        size_bytes: The bytes of the converted tensors.
+        tensors: The names of the converted tensors.
+        values: The names of the other converted entries.
+        files: The files that were read, if the source is a folder that holds other files too.
+        copied: Files beside the weights, such as a tokenizer's, that were copied to the target.
+        changed: Entry -> the form in which it was converted, because its class is not loaded.
+        left_out: Entry or file -> why it is not in the target. Entries that `keys` did not choose
+            are not listed.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> torch.save({"weight": torch.ones(3)}, "last.pt")
+        >>> report = shardckpt.convert("last.pt", "last.safetensors")
+        >>> report.target_format, report.tensors
+        ('safetensors', ('weight',))
     """
 
     path: str
@@ -104,63 +154,150 @@ class ConvertReport:
     files: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
     changed: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What a check of all bytes, or of a part of them, found.
+    """The result of verifying a checkpoint, or a part of it.
 
-    `hurt` and `whole` are the names of the tensors with and without damage; `damage` has an
-    error for each shard that is damaged.
+    Attributes:
+        path: The checkpoint.
+        checked_bytes: The bytes that were read and compared with their digests.
+        corrupted: The names of the tensors with corrupted bytes.
+        intact: The names of the other tensors.
+        errors: An error for each corrupted shard.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> _ = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
+        >>> report = shardckpt.verify("run/step-1", strict=False)
+        >>> report.corrupted, report.intact
+        ((), ('weight',))
     """
 
     path: str
     checked_bytes: int
-    hurt: tuple[str, ...]
-    whole: tuple[str, ...]
-    damage: tuple[CorruptionError, ...]
+    corrupted: tuple[str, ...]
+    intact: tuple[str, ...]
+    errors: tuple[CorruptionError, ...]
 
-    def raise_damage(self) -> None:
-        """Raise CorruptionError, one for all damage, if there is any."""
-        if len(self.damage) == 1:
-            raise self.damage[0]
-        if self.damage:
-            texts = [str(error) for error in self.damage]
+    def raise_if_corrupted(self) -> None:
+        """Raise one error for all corrupted shards, if there are any. Not collective.
+
+        Raises:
+            CorruptionError: At least one shard is corrupted.
+        """
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            texts = [str(error) for error in self.errors]
             raise CorruptionError(
-                "\n".join([f"{len(texts)} shards are damaged", *texts]),
+                "\n".join([f"{len(texts)} shards are corrupted", *texts]),
                 path=self.path,
-                tensor=", ".join(self.hurt) or None,
-                remedy="load another checkpoint, or `shardckpt rescue` what is whole",
-                damage=tuple(f"{error.path}: {error.message}" for error in self.damage),
+                tensor=", ".join(self.corrupted) or None,
+                remedy="load another checkpoint, or rescue the intact tensors: `shardckpt rescue`",
+                shards=tuple(f"{error.path}: {error.message}" for error in self.errors),
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RescueReport:
-    """What a rescue saved.
+    """The result of a rescue.
 
-    `saved`: the names of the tensors in the new checkpoint at `path`. `lost`: name (or file) and
-    why. `mended`: flipped bits that were turned back, in words. `rebuilt`: the manifest was lost
-    and was made anew from the shards' headers: values are lost, and bytes are unverified.
+    Attributes:
+        path: The new checkpoint.
+        saved: The names of the tensors in the new checkpoint.
+        lost: Tensor or file -> why it could not be saved.
+        repaired: A text for each flipped bit that was turned back.
+        rebuilt: Whether the manifest was lost and was rebuilt from the headers of the shards. Then
+            all values are lost, and no bytes could be verified.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> _ = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
+        >>> report = shardckpt.rescue("run/step-1", "run/rescued")
+        >>> report.saved, report.lost
+        (('weight',), {})
     """
 
     path: str
     saved: tuple[str, ...]
     lost: dict[str, str]
-    mended: tuple[str, ...]
+    repaired: tuple[str, ...]
     rebuilt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMetadata:
+    """The shape and dtype of a saved tensor.
+
+    Attributes:
+        shape: The global shape.
+        dtype: The dtype.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> shardckpt.TensorMetadata((3, 2), torch.float32).size_bytes
+        24
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the full tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointMetadata:
+    """The description of a checkpoint, read from its manifest.
+
+    Attributes:
+        path: The checkpoint.
+        format_version: The version of the format on disk.
+        checkpoint_id: Its identifier, 32 hexadecimal digits.
+        created: When it was saved: an ISO 8601 time in UTC.
+        library: The name and version of the library that saved it.
+        world_size: The number of ranks that saved it.
+        shards: The bytes of each shard, by file name.
+        tensors: The shape and dtype of each tensor or array, by name.
+        values: The names of all other entries.
+        notes: Texts that tools such as `rescue` added.
+        total_bytes: The bytes of all shards and the manifest.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> _ = shardckpt.save({"weight": torch.ones(3, 2)}, "run/step-1")
+        >>> metadata = shardckpt.metadata("run/step-1")
+        >>> metadata.tensors["weight"].shape
+        (3, 2)
+    """
+
+    path: str
+    format_version: int
+    checkpoint_id: str
+    created: str
+    library: str
+    world_size: int
+    shards: dict[str, int]
+    tensors: dict[str, TensorMetadata]
+    values: tuple[str, ...]
+    notes: dict[str, str]
+    total_bytes: int
 
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds by phase."""
+    """Measures seconds by phase."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the with block towards a phase."""
+        """Add the time that the with block takes to a phase."""
         start = time.perf_counter()
         try:
             yield

@@ -1,13 +1,15 @@
-"""Tests that every Storage must pass; needs pytest.
+"""Tests for implementations of Storage. They need pytest.
 
-class TestMine(StorageTests):
-    @pytest.fixture
-    def storage(self):
-        return MyStorage()
+Subclass StorageTests in a test file, and define two fixtures:
 
-    @pytest.fixture
-    def path(self, tmp_path):
-        return str(tmp_path / "checkpoint")
+    class TestMyStorage(StorageTests):
+        @pytest.fixture
+        def storage(self):
+            return MyStorage()
+
+        @pytest.fixture
+        def path(self, tmp_path):
+            return str(tmp_path / "checkpoint")
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ from shardckpt.storage.base import MANIFEST_NAME, Storage, WouldWait, WritableFi
 __all__ = ["StorageTests"]
 
 _NAMES = ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors")
-_DATA = bytes(range(256)) * 40  # 10,240 bytes: no multiple of a page
+_DATA = bytes(range(256)) * 40  # 10,240 bytes: not a multiple of a page
 
 
 class StorageTests:
-    """Subclass it, and define the fixtures `storage` and `path` (of a checkpoint not there yet)."""
+    """Tests that every Storage must pass.
+
+    Define the fixtures `storage`, and `path`: the path of a checkpoint that does not exist yet.
+    """
 
     def test_a_checkpoint_comes_back(self, storage: Storage, path: str) -> None:
-        """What two ranks wrote is there, byte for byte, after commit."""
+        """After commit, the files of two ranks are read back, byte for byte."""
         save(storage, path, b"first")
         files = storage.open(path)
         assert files.manifest() == b"first"
@@ -49,7 +54,7 @@ class StorageTests:
             assert one + two == _DATA[77:6077]
             filled: list[memoryview] = []
             again = [memoryview(bytearray(size)) for size in (1000, 0, 5000)]
-            files.readinto(name, again, offset=77, done=filled.append)
+            files.readinto(name, again, offset=77, on_filled=filled.append)
             assert filled == [one, b"", two]
             with suppress(WouldWait):
                 files.readinto(name, [memoryview(one)], offset=5000, wait=False)
@@ -59,7 +64,7 @@ class StorageTests:
         files.close()
 
     def test_a_map_outlives_its_checkpoint(self, storage: Storage, path: str) -> None:
-        """A map stays after close, and what is written to it reaches nobody else."""
+        """A map stays valid after close, and changes of its content are private."""
         save(storage, path, b"first")
         files = storage.open(path)
         mapped = files.map(_NAMES[0])
@@ -70,7 +75,7 @@ class StorageTests:
         files.close()
 
     def test_duplicates_are_closed_by_themselves(self, storage: Storage, path: str) -> None:
-        """Either can be read once the other is closed."""
+        """A duplicate can be read after the original is closed, and the other way round."""
         save(storage, path, b"first")
         files = storage.open(path)
         other, third = files.duplicate(), files.duplicate()
@@ -82,7 +87,8 @@ class StorageTests:
         other.close()
 
     def test_nothing_is_visible_before_commit(self, storage: Storage, path: str) -> None:
-        """A save under way can't be opened, and one abandoned leaves the path free."""
+        """A checkpoint that is not committed can't be opened. An abandoned one leaves the path
+        free."""
         transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
         write(transaction.create(_NAMES[0], size_bytes=len(_DATA)))
         assert_absent(storage, path)
@@ -92,7 +98,7 @@ class StorageTests:
         save(storage, path, b"later")
 
     def test_files_are_made_once(self, storage: Storage, path: str) -> None:
-        """Two ranks that write one name are an error."""
+        """To create a file twice is an error."""
         transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
         write(transaction.create(_NAMES[0], size_bytes=len(_DATA)))
         with pytest.raises(StorageError):
@@ -100,7 +106,7 @@ class StorageTests:
         transaction.abandon()
 
     def test_a_file_of_two_ranks(self, storage: Storage, path: str) -> None:
-        """Each opens it, writes its part and closes, in whatever order."""
+        """Two ranks open one file, write their parts and close it, in any order."""
         data = bytes(range(256)) * 4096 + _DATA
         transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
         other = storage.join(path, token=transaction.token)
@@ -118,7 +124,7 @@ class StorageTests:
         found.close()
 
     def test_a_discarded_file_can_be_discarded_again(self, storage: Storage, path: str) -> None:
-        """Cleaning up never raises."""
+        """Cleaning up never raises an error."""
         transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
         file = transaction.create(_NAMES[0], size_bytes=len(_DATA))
         file.discard()
@@ -127,7 +133,7 @@ class StorageTests:
         transaction.close()
 
     def test_a_taken_path(self, storage: Storage, path: str) -> None:
-        """Only overwrite replaces, and the old one is whole until commit."""
+        """Only overwrite replaces a checkpoint. The old one stays complete until commit."""
         save(storage, path, b"first")
         with pytest.raises(CheckpointExistsError):
             storage.begin(path, checkpoint_id="b" * 32, overwrite=False)
@@ -140,7 +146,7 @@ class StorageTests:
         assert_manifest(storage, path, b"second")
 
     def test_a_reader_of_what_is_replaced(self, storage: Storage, path: str) -> None:
-        """It reads the old one or is told; never a mixture."""
+        """A reader of a replaced checkpoint reads the old one or gets an error, never a mixture."""
         save(storage, path, b"first")
         files = storage.open(path)
         files.manifest()
@@ -154,7 +160,8 @@ class StorageTests:
         files.close()
 
     def test_two_writers_of_one_path(self, storage: Storage, path: str) -> None:
-        """One of them is refused, at the start or at commit; the other one's is whole."""
+        """One of two writers is refused, at the start or at commit. The checkpoint of the other is
+        complete."""
         first = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
         write(first.create(_NAMES[0], size_bytes=len(_DATA)))
         refused = 0
@@ -176,7 +183,8 @@ class StorageTests:
         files.close()
 
     def test_a_file_taken_over(self, storage: Storage, path: str) -> None:
-        """It stays whole when its source goes; where nothing was taken the name is free."""
+        """A linked file stays intact when its source is replaced. If nothing was linked, the name
+        is free."""
         save(storage, path, b"first")
         source = storage.open(path)
         transaction = storage.begin(path + "-new", checkpoint_id="a" * 32, overwrite=False)
@@ -200,7 +208,7 @@ class StorageTests:
         files.close()
 
     def test_reading_past_the_cache(self, storage: Storage, path: str) -> None:
-        """Either the very bytes, also at the end of a file, or nothing; never bytes beyond it."""
+        """A read past the cache returns the bytes of the file, also at its end, or nothing."""
         save(storage, path, b"first")
         files = storage.open(path)
         with mmap.mmap(-1, 12288) as memory, memoryview(memory) as buffer:
@@ -217,12 +225,12 @@ class StorageTests:
         files.close()
 
     def test_joining_what_was_not_begun(self, storage: Storage, path: str) -> None:
-        """A rank that does not see what rank 0 made says so."""
+        """A rank that does not see the directory of rank 0 raises an error."""
         with pytest.raises(DirectoryNotSharedError):
             storage.join(path, token="c" * 32).create(_NAMES[0], size_bytes=1)
 
     def test_reading_what_is_not_there(self, storage: Storage, path: str) -> None:
-        """Missing files, and reads past an end, are damage."""
+        """Missing files, and reads past the end, raise CorruptionError."""
         assert_absent(storage, path)
         save(storage, path, b"first")
         files = storage.open(path)
@@ -236,7 +244,7 @@ class StorageTests:
 def save(
     storage: Storage, path: str, manifest: bytes, *, overwrite: bool = False, data: bytes = _DATA
 ) -> None:
-    """A checkpoint of two ranks, rank 1 with a connection of its own."""
+    """Save a checkpoint of two ranks. Rank 1 joins the transaction of rank 0."""
     transaction = storage.begin(
         path, checkpoint_id=manifest.hex().ljust(32, "0"), overwrite=overwrite
     )
@@ -251,8 +259,8 @@ def save(
 def write(
     file: WritableFile, data: bytes = _DATA, *, begin: int = 0, size_bytes: int | None = None
 ) -> None:
-    """Write in two pieces, the second one first, from memory that begins on a page; from `begin` on
-    in a file of `size_bytes`."""
+    """Write two pieces, the second one first, from page-aligned memory. `begin` is the offset in a
+    file of `size_bytes`."""
     memory = mmap.mmap(-1, -(-len(data) // 4096) * 4096)
     memory[: len(data)] = data
     view = memoryview(memory)[: len(memory) if file.direct else len(data)]
@@ -262,16 +270,16 @@ def write(
 
 
 def assert_absent(storage: Storage, path: str) -> None:
-    """Nothing can be opened at the path."""
+    """Check that the path can't be opened."""
     try:
         storage.open(path).manifest()
     except (CheckpointNotFoundError, NotACheckpointError):
         return
-    raise AssertionError(f"{MANIFEST_NAME} is there")
+    raise AssertionError(f"{MANIFEST_NAME} exists")
 
 
 def assert_manifest(storage: Storage, path: str, manifest: bytes) -> None:
-    """The checkpoint at the path is the one with this manifest."""
+    """Check the manifest of the checkpoint at the path."""
     files = storage.open(path)
     try:
         assert files.manifest() == manifest

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import shardckpt
 from shardckpt import PerRank
 from shardckpt.format.dtypes import DTYPES, OPAQUE
-from tests.format.test_values import SCALARS
+from tests.format.test_typed_json import SCALARS
 
 MOVABLE = [dtype for dtype in DTYPES.values() if dtype not in OPAQUE]
 SHAPES = st.lists(st.integers(0, 4), max_size=4)

@@ -393,7 +393,7 @@ def test_async_save_takes_the_state_as_it_was(tmp_path):
     model = a_model()
     before = model[0].weight.detach().clone()
     handle = shardckpt.async_save({"m": model}, tmp_path / "c")
-    handle.staged(5)
+    handle.wait_staged(5)
     with torch.no_grad():
         model[0].weight.zero_()
     report = handle.result(30)

@@ -68,7 +68,7 @@ def test_a_reader_that_casts_with_any_planner(tmp_path):
     shardckpt.save({"w": torch.ones(3)}, tmp_path / "c")
     for planner in (None, shardckpt.ReshardLoadPlanner()):
         state = {"w": torch.zeros(3, dtype=torch.float64)}
-        reader = shardckpt.ShardReader(tmp_path / "c", cast=True)
+        reader = shardckpt.ShardReader(tmp_path / "c", dtype="cast")
         dcp.load(state, storage_reader=reader, planner=planner)
         assert state["w"].tolist() == [1, 1, 1]
 
@@ -102,7 +102,7 @@ def test_a_manager_s_choices(tmp_path):
         manager.save(1, {"a": 1}, if_exists="ignore")
     with pytest.raises(errors.StateError, match="mode"):
         manager.restore_best({"a": 1}, "loss", "best")
-    files = CheckpointManager(tmp_path, name="{step}.pth", format=OneFile(), asynchronous=True)
+    files = CheckpointManager(tmp_path, name="{step}.pth", backend=OneFile(), asynchronous=True)
     with pytest.raises(errors.StateError, match="background"):
         files.save(1, {"a": 1, "ranks": shardckpt.PerRank(0)})
     assert list(tmp_path.iterdir()) == []
@@ -111,3 +111,12 @@ def test_a_manager_s_choices(tmp_path):
 def test_a_tp_plan_without_its_mesh():
     with pytest.raises(errors.StateError, match="mesh"):
         parallel.start("none", None, None, {"0": None})
+
+
+@pytest.mark.parametrize("take", [shardckpt.ShardReader, shardckpt.ReshardLoadPlanner])
+def test_an_unknown_dtype_policy_is_refused(tmp_path, take):
+    shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
+    with pytest.raises(errors.StateError, match="dtype"):
+        take(dtype="bf16")
+    with pytest.raises(errors.StateError, match="dtype"):
+        shardckpt.load({"w": torch.ones(2)}, tmp_path / "c", dtype="bf16")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import shardckpt
+from shardckpt import errors
+from shardckpt.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -33,7 +35,86 @@ def test_a_dead_link_would_be_seen(tmp_path):
 
 def test_the_reference_holds_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text()
-    described = set(re.findall(r"^::: shardckpt\.(\w+)$", text, re.MULTILINE))
-    # the base of all errors stands with the others, in shardckpt.errors
-    assert set(shardckpt.__all__) - described == {"__version__", "ShardckptError"}
-    assert "::: shardckpt.errors" in text
+    described = set(re.findall(r"^::: shardckpt(?:\.\w+)*?\.(\w+)$", text, re.MULTILINE))
+    assert "::: shardckpt.errors" in (ROOT / "docs" / "errors.md").read_text()
+    assert set(shardckpt.__all__) - described == {"__version__", *errors.__all__}
+
+
+def modules_of_the_tree(page: str) -> list[str]:
+    """The modules in the tree of a page, as paths below the package."""
+    tree = page.split("```text\nshardckpt/\n")[1].split("```")[0]
+    found, folder = [], ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        elif name.endswith(".py"):
+            found.append(name if not line.startswith("    ") else folder + name)
+    return found
+
+
+def modules_of_the_package() -> list[str]:
+    package = Path(shardckpt.__file__).parent
+    found = [str(path.relative_to(package)) for path in package.rglob("*.py")]
+    return sorted(name for name in found if not name.endswith("/__init__.py"))
+
+
+def test_the_architecture_page_has_every_module_once():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert sorted(modules_of_the_tree(page)) == modules_of_the_package()
+
+
+def test_every_module_that_the_architecture_page_names_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text().split("## The tree")[0]
+    rows = [line.rsplit("|", 2)[1] for line in page.splitlines() if line.startswith("|")]
+    named = set(re.findall(r"`(\w+(?:/\w+)*)`", "".join(rows)))
+    assert len(named) > 20
+    assert {f"{name}.py" for name in named} <= set(modules_of_the_package())
+
+
+def test_a_missing_module_would_be_seen():
+    page = "```text\nshardckpt/\n  api.py   calls\n  io/   memory\n    buffers.py  buffers\n```"
+    assert modules_of_the_tree(page) == ["api.py", "io/buffers.py"]
+
+
+def figures(page: str) -> dict[str, dict[str, str]]:
+    """Case -> column -> figure, of the table that begins with `| case |`."""
+    table = page.split("| case |", 1)[1].split("\n\n")[0]
+    header, _, *rows = [line.strip("|").split("|") for line in f"| case |{table}".splitlines()]
+    columns = [cell.strip() for cell in header[1:]]
+    return {
+        row[0].strip(): dict(zip(columns, (cell.strip() for cell in row[1:]), strict=False))
+        for row in rows
+    }
+
+
+def test_the_figures_for_users_are_those_of_the_scoreboard():
+    mine = figures((ROOT / "docs" / "performance.md").read_text())
+    board = figures((ROOT / "docs" / "scoreboard.md").read_text())
+    assert len(mine) > 5
+    for case, row in mine.items():
+        assert row == {column: board[case][column] for column in row}, case
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "rescue", "reshard", "convert"])
+def test_the_command_line_page_has_every_option(command, capsys):
+    page = (ROOT / "docs" / "cli.md").read_text()
+    section = page.split(f"\n## {command}\n")[1].split("\n## ")[0]
+    described = re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    offered = set(re.findall(r"(--[a-z][a-z-]+)", capsys.readouterr().out)) - {"--help"}
+    assert sorted(described) == sorted(offered)
+
+
+def test_the_errors_page_has_the_whole_tree():
+    page = (ROOT / "docs" / "errors.md").read_text().split("```")[1]
+    assert set(re.findall(r"\w+Error(?= |$)", page, re.MULTILINE)) >= set(errors.__all__)
+
+
+def test_the_command_line_page_has_every_exit_code():
+    page = (ROOT / "docs" / "cli.md").read_text()
+    for name in errors.__all__:
+        error = getattr(errors, name)
+        if "exit_code" in vars(error) and name != "ShardckptError":
+            assert f"| {error.exit_code} | `{name}` |" in page

@@ -73,7 +73,7 @@ def test_facts_in_words_and_through_pickle(cls):
         "  rank: 3",
         "  tensor: w",
         "  expected: 1",
-        "  found: 2",
+        "  actual: 2",
         "  phase: x",
         "  remedy: mend it",
     ]
@@ -112,3 +112,11 @@ def test_errno_of_storage_errors():
     again = pickle.loads(pickle.dumps(error))
     assert (again.errno, again.path) == (28, "/p")
     assert errors.StorageError("odd").errno is None
+
+
+def test_the_entries_of_a_mismatch_are_attributes():
+    error = errors.LoadMismatchError("message", wrong_shape=(("weight", [4], [3]),))
+    assert error.wrong_shape == (("weight", [4], [3]),)
+    assert error.missing is None
+    again = pickle.loads(pickle.dumps(error))
+    assert again.wrong_shape == error.wrong_shape

@@ -238,9 +238,9 @@ import shardckpt.nn_handler, shardckpt.integrations.dcp
 
 
 def test_every_option_is_documented():
-    """Each environment variable of an option stands in the troubleshooting page, and no other."""
+    """Each environment variable of an option stands on the page of options, and no other."""
     names = {f"SHARDCKPT_{option.name.upper()}" for option in dataclasses.fields(Options)}
-    page = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
+    page = (PACKAGE.parent / "docs" / "options.md").read_text()
     assert set(re.findall(r"`(SHARDCKPT_[A-Z_]+)`", page)) == names
 
 

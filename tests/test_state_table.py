@@ -8,11 +8,15 @@ process goes on with the row after it.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import io
 import itertools
 import json
 import os.path
+import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,9 +33,10 @@ from torch.distributed.tensor import DTensor
 import shardckpt
 from shardckpt import PerRank, errors
 from shardckpt.maintenance.reshard import reshard as write_anew
+from shardckpt.state.module_state import module_state
 from shardckpt.storage.local import LocalStorage
 from tests.ranks import RankError, on_world_sizes, run_ranks
-from tests.state_kinds import tensors as _tensors  # noqa: F401  (registers its rows)
+from tests.state_kinds import leaves, modules, tensors  # noqa: F401  (they register their rows)
 from tests.state_kinds.registry import ROWS, Row
 
 WAYS_TO_SAVE = ("save", "async_save", "dcp.save")
@@ -55,15 +60,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         native = np.ascontiguousarray(value.astype(value.dtype.newbyteorder("=")))
         return str(native.dtype), list(value.shape), native.tobytes().hex()
-    if isinstance(value, (nn.Module, torch.optim.Optimizer)):
+    if isinstance(value, torch.Generator):
+        return plain(value.get_state())
+    if isinstance(value, nn.Module):
+        return plain({**module_state(value), "twice": getattr(value, "twice", None)})
+    if hasattr(value, "state_dict"):
         return plain(value.state_dict())
+    if isinstance(value, (io.BytesIO, io.StringIO)):
+        return [type(value).__name__, value.getvalue()]
+    if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
+        return plain(vars(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(vars(value))
+    if isinstance(value, Counter):
+        return repr(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items() if key != "@wrapper"}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value
+    return f"{type(value).__name__} {value!r}"
 
 
 def _save(way: str, row: Row, path: str) -> None:

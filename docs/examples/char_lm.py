@@ -95,7 +95,7 @@ def train(out: Path, size: int) -> None:
 
 
 def write(out: Path, length: int = 200) -> str:
-    """What the model with the lowest validation loss writes."""
+    """Return text by the model with the lowest validation loss."""
     saved = CheckpointManager(out, label=None).checkpoints()
     best = min(saved, key=lambda checkpoint: checkpoint.metrics.get("val_loss", float("inf")))
     handler = NNHandler.load(best.path, parallel="none")

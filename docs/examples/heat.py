@@ -1,11 +1,11 @@
-"""Heat spreads in a plate: numpy and MPI alone, no torch; stopped, and resumed on other ranks.
+"""Simulate heat in a plate with numpy and MPI, and resume on another number of ranks.
 
     mpirun -n 4 python heat.py OUT --steps 120     # saves every 40 steps
-    mpirun -n 6 python heat.py OUT --steps 200     # goes on from the newest checkpoint
+    mpirun -n 6 python heat.py OUT --steps 200     # resumes from the newest checkpoint
     python heat.py OUT --steps 240                 # one process
 
-The plate is divided among the ranks in two dimensions. Each holds its part with a border of one
-cell, filled by its neighbours; a checkpoint holds the whole, without borders, whatever the ranks.
+The plate is divided among the ranks in two dimensions. Each rank holds its part with a border of
+one cell, which its neighbours fill. A checkpoint holds the complete plate without borders.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Plate:
         return self.u[1:-1, 1:-1]
 
     def state(self, step: int) -> dict[str, object]:
-        """What a checkpoint holds."""
+        """Return the state of a checkpoint."""
         whole = (self.size, self.size)
         return {"u": shardckpt.ShardedArray(self.inner, whole, self.offsets), "step": step}
 

@@ -30,7 +30,7 @@ def _in_background(place: Place, state: dict[str, Any]) -> list[Peer]:
 
 
 def _blocked_job(place: Place, bench: Bench, rounds: int, warm_up: int, turn: int) -> Results:
-    """The call, and staged() awaited at once; the rest of the save is not measured."""
+    """The call, and wait_staged() right after it; the rest of the save is not measured."""
     state = state_of(*trained(bench.size_bytes, sharded=True))
     contestants, found = [], _in_background(place, state)
     for peer in found:
@@ -40,7 +40,7 @@ def _blocked_job(place: Place, bench: Bench, rounds: int, warm_up: int, turn: in
             start = time.perf_counter()
             pending.append(peer.async_save(path))
             call = time.perf_counter() - start
-            pending[0].staged()
+            pending[0].wait_staged()
             return {"call_seconds": call}
 
         contestants.append(
@@ -100,7 +100,7 @@ class _Loop:
             loss = torch.nn.functional.cross_entropy(logits[0], self.tokens[0])
             loss.backward()
             if pending and peer and step == 0 and not peer.steps_wait:
-                pending.staged()
+                pending.wait_staged()
             self.optimizer.step()
             self.optimizer.zero_grad()
         if pending:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import resource
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-import torch
 
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.loading.pipeline import open_manifest
+from shardckpt.loading.agreement import open_manifest
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.plan.save_plan import RankWrites
 from shardckpt.plan.shard_layout import shard_name
-from shardckpt.saving.pipeline import replica_digests, run_save
+from shardckpt.saving.agreement import Target
+from shardckpt.saving.pipeline import run_save
 from shardckpt.saving.rank_writer import ShardFile, ShardResult
-from shardckpt.state.matching import Matcher
+from shardckpt.saving.replicas import replica_digests
+from shardckpt.state.matching import match_state
 from shardckpt.state.saved_tree import SavedState
 from simulation.ranks import Nowhere, Phase, Recorder
 from simulation.world import World, as_rank, check, loading_state, plan_of
@@ -107,17 +108,21 @@ def simulate(world: World) -> Result:
     check(world, others.plans, middle)
     check(world, others.plans, world.ranks - 1)
     storage = Nowhere()
-    save = functools.partial(
-        run_save, path="nowhere", storage=storage, overwrite=True, check_replicas=False
-    )
+    target = Target("nowhere", storage, overwrite=True)
     for name in ("first save", "repeated save"):
         lead = Shares(0, world.ranks, others=others.payloads, watched=middle)
         lead.made_up = others
         as_rank(0, world.ranks)
-        save(lambda: first, coordinator=lead)
+        run_save(lambda: first, target, coordinator=lead, base=nullcontext(), check_replicas=False)
         follow = Recorder(middle, world.ranks, answers=lead.answered)
         own = plan_of(world, middle)
-        save(lambda plan=own: plan, coordinator=follow)
+        run_save(
+            lambda plan=own: plan,
+            target,
+            coordinator=follow,
+            base=nullcontext(),
+            check_replicas=False,
+        )
         others.known = msgspec.msgpack.decode(msgspec.msgpack.decode(lead.answered["plan"])[0])[1]
         result.saves[name] = {"rank 0": lead.phases, "ordinary rank": follow.phases}
     result.manifest_bytes = len(storage.kept)
@@ -137,13 +142,11 @@ def load(world: World, storage: Nowhere, result: Result) -> dict[str, float]:
     as_rank(ranks // 2, ranks)
     state = loading_state(ranks, shape=world.shape, tensors=world.tensors)
     since = time.process_time()
-    matcher = Matcher(state, SavedState(manifest), rank=ranks // 2, world_size=ranks, cast=False)
-    with torch.no_grad():
-        matcher.match(state)
-    matcher.settle()
-    assert matcher.strict_part().error("nowhere") is None
+    saved = SavedState(manifest)
+    matched = match_state(state, saved, rank=ranks // 2, world_size=ranks, cast=False)
+    assert matched.strict_mismatches.error("nowhere") is None
     seconds["match"] = time.process_time() - since
     since = time.process_time()
-    plan_reads(matcher.reads)
+    plan_reads(matched.reads)
     seconds["reads"] = time.process_time() - since
     return seconds

@@ -119,7 +119,7 @@ def _lines(report: ConvertReport) -> Iterator[str]:
     listed = {
         "copied": [(name, "") for name in report.copied],
         "changed": list(report.changed.items()),
-        "left": list(report.left.items()),
+        "left": list(report.left_out.items()),
     }
     for word, entries in listed.items():
         for name, why in entries[:_MOST_LINES]:

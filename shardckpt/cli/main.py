@@ -140,10 +140,10 @@ def _verify(options: argparse.Namespace) -> None:
                 progress=bar.advance,
                 coordinator=coordinator,
             )
-        for word, names in (("hurt", report.hurt), ("whole", report.whole)):
-            if report.damage:
+        for word, names in (("hurt", report.corrupted), ("whole", report.intact)):
+            if report.errors:
                 say(coordinator, "\n".join(f"{word:6} {name}" for name in names))
-        report.raise_damage()
+        report.raise_if_corrupted()
         part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
         say(
             coordinator,
@@ -162,8 +162,8 @@ def _rescue(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             progress=bar.reach,
         )
-    for bit in report.mended:
-        print(printable(f"mended {bit}"))
+    for bit in report.repaired:
+        print(printable(f"repaired {bit}"))
     for name, why in report.lost.items():
         print(printable(f"lost   {name}: {why}"))
     summary = f"{options.target}: {len(report.saved)} tensors saved, {len(report.lost)} lost"

@@ -12,16 +12,17 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from shardckpt.config import current
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.deadlines import poll
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.mpi.launch import mpi_launch, several_ranks
 from shardckpt.coordination.process_group import init_from_mpi
 from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.coordination.store import StoreCoordinator
-from shardckpt.coordination.store_connection import Lines
+from shardckpt.coordination.store_connection import StoreConnections
 from shardckpt.errors import CoordinationError, printable
-from shardckpt.loading.pipeline import same_checkpoint
+from shardckpt.loading.agreement import same_checkpoint
 from shardckpt.maintenance.rewritable import Source
 
 __all__ = ["say", "shared"]
@@ -133,7 +134,7 @@ def _ended(processes: list[subprocess.Popen[bytes]]) -> bool:
 
 @contextmanager
 def _joined(port: int, *, rank: int, number: int) -> Iterator[Coordinator]:
-    lines = Lines(lambda: _connect(port))
+    lines = StoreConnections(lambda: _connect(port))
     coordinator = StoreCoordinator(lines, "", rank=rank, world_size=number)
     try:
         yield coordinator

@@ -1,4 +1,4 @@
-"""From any kind of checkpoint that can be read to any kind that can be written."""
+"""Convert checkpoints between formats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from shardckpt.convert.single_files import (
 from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
 from shardckpt.convert.targets import Target
 from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
 from shardckpt.format.typed_json import TensorRef
@@ -44,9 +45,12 @@ __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 Format = Literal["shardckpt", "dcp", "hf", "safetensors", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-_TORCH_SUFFIXES = (".ckpt", ".bin")  # of files, though Lightning has folders of that name too
+_TORCH_SUFFIXES = (
+    ".ckpt",
+    ".bin",
+)  # suffixes of files; Lightning also has folders with these names
 _BYTES_PER_FILE = 1 << 30
-_HUGGING_FACE_BYTES = 5_000_000_000  # as transformers has it
+_HUGGING_FACE_BYTES = 5_000_000_000  # the default of transformers
 
 
 def convert(
@@ -60,40 +64,43 @@ def convert(
     file_bytes: int | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
-    """Convert the checkpoint at `source`, of whatever kind, to `target`. Not collective.
+    """Convert a checkpoint of any supported format. Not collective.
 
-    Values stay what they are, bit for bit; PerRank values become a list of every rank's wherever
-    the target has no such thing. Objects of classes, and files beside the weights, that have no
-    place in a checkpoint are left out, and the report lists them. Memory: some buffers; the whole
-    state for "torch", a file for "dcp". Nothing is at `target` before all is there.
+    Values keep every bit. PerRank values become a list of the values of all ranks, unless the
+    target is a checkpoint of shardckpt. Objects of classes, and files beside the weights, are left
+    out if the target can't hold them, and the report lists them. Memory: a few buffers; for "torch"
+    the full state, for "dcp" one file. The target appears when it is complete.
 
     Args:
-        source: A checkpoint of shardckpt or of torch.distributed.checkpoint (DCP), a torch file,
-            which is read with weights_only=True, a safetensors file, a directory in Hugging Face's
-            layout, or one of an NNHandler with a file for each component.
-        target: Where the new one is to be.
-        to: Its format; by default told by the suffix of `target`: .pt, .pth, .ckpt, .bin or
-            .safetensors, else "shardckpt".
-        keys: Choose saved entries, as in load_state.
-        rename: Gives them other names, as in load_state.
-        shards: Of a checkpoint, or files of DCP; by default one for each GiB. Other targets
-                refuse it.
-        file_bytes: At most so many in a file of "hf", but for a larger tensor; 5 GB by default.
-                Other targets refuse it.
-        overwrite: Replace what is at `target`.
+        source: A checkpoint of shardckpt or of torch.distributed.checkpoint (DCP); a torch file,
+            which is read with weights_only=True; a safetensors file; a folder in the layout of
+            Hugging Face; or a folder of an NNHandler with a file for each component.
+        target: The new checkpoint.
+        to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
+            "torch", .safetensors is "safetensors", any other is "shardckpt".
+        keys: The names to convert; see `load`.
+        rename: New names; see `load`.
+        shards: The number of shards, or of files of DCP. By default one for each GiB. Only for
+            "shardckpt" and "dcp".
+        file_bytes: The largest size of a file, unless a tensor is larger. By default 5 GB. Only for
+            "hf".
+        overwrite: Replace a checkpoint at `target`.
 
     Returns:
-        What was read, taken, copied and left out.
+        The names that were converted, changed and left out.
 
     Raises:
         CheckpointError: The source can't be read.
-        StateError: The target can't hold it.
-        StorageError: The file system refused.
+        LoadMismatchError: `keys` selects nothing.
+        StateError: The target can't hold an entry, or an argument is invalid.
+        StorageError: The file system refused an operation.
 
     Example:
-        >>> report = convert("last.ckpt", "step-100")  # doctest: +SKIP
-        >>> report.left  # doctest: +SKIP
-        {'hyper_parameters.loss': 'holds an object of my_project.Loss'}
+        >>> import torch, shardckpt
+        >>> torch.save({"weight": torch.ones(3), "step": 7}, "last.pt")
+        >>> report = shardckpt.convert("last.pt", "run/step-7")
+        >>> report.tensors, report.values
+        (('weight',), ('step',))
     """
     target = local_path(target)
     with open_source(source, keys=keys, rename=rename) as opened:
@@ -114,8 +121,8 @@ def open_source(
     rename: Rename = None,
     check: bool = True,
 ) -> Checkpoint | Foreign | Selected:
-    """A checkpoint of any kind as a Source, to be closed. `check`: read single files whole, and
-    verify them where they say what they should be. Raises CheckpointError."""
+    """Open a checkpoint of any format as a source. `check`: read single files completely now, and
+    verify them if they have digests. Raises CheckpointError."""
     opened: Checkpoint | Foreign | Selected = _open(local_path(path), check=check)
     try:
         if keys is not None:
@@ -161,18 +168,25 @@ def convert_source(
     progress: Callable[[int], None] = lambda written_bytes: None,
     system: System | None = None,
 ) -> ConvertReport:
-    """See convert; collective over the coordinator's ranks, which divide the bytes, or the files of
-    DCP. `progress` is called with the bytes that this rank has written; `system` makes the system
-    calls that write."""
+    """Convert an open source; see convert. Collective over the coordinator's ranks, which divide
+    the bytes, or the files of DCP. `progress` is called with the bytes that this rank wrote so
+    far; `system` performs the system calls that write."""
     ranks = coordinator or SingleCoordinator()
     target = local_path(target)
-    kind = _format_of(target, to)
-    _refuse(target, shards is not None and kind not in ("shardckpt", "dcp"), "shards", kind)
-    _refuse(target, file_bytes is not None and kind != "hf", "a size of files", kind)
+    target_format = _format_of(target, to)
+    _refuse(
+        target,
+        shards is not None and target_format not in ("shardckpt", "dcp"),
+        "shards",
+        target_format,
+    )
+    _refuse(
+        target, file_bytes is not None and target_format != "hf", "a size of files", target_format
+    )
     if shards is None:
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
         shards = max(ranks.world_size, -(-total // _BYTES_PER_FILE))
-    if kind == "shardckpt":
+    if target_format == "shardckpt":
         reshard(
             source,
             target,
@@ -182,23 +196,23 @@ def convert_source(
             coordinator=ranks,
             progress=progress,
         )
-    elif kind == "torch":
+    elif target_format == "torch":
         _write_torch(source, target, ranks, progress, overwrite=overwrite, system=system)
     else:
         work: Target
         options: Any = {"overwrite": overwrite, "system": system}
-        if kind == "dcp":
+        if target_format == "dcp":
             work = DcpFolder(source, target, files=shards, **options)
-        elif kind == "hf":
+        elif target_format == "hf":
             most = _HUGGING_FACE_BYTES if file_bytes is None else file_bytes
             work = HuggingFace(source, target, file_bytes=most, **options)
         else:
             work = SafetensorsFile(source, target, **options)
         rewrite(work, ranks, progress)
-    return _report(source, target, kind)
+    return _report(source, target, target_format)
 
 
-def _report(source: Source, target: str, kind: Format) -> ConvertReport:
+def _report(source: Source, target: str, target_format: Format) -> ConvertReport:
     origin, manifest = origin_of(source), source.manifest
     leaves = SavedState(manifest).leaves
     tensors = {
@@ -206,15 +220,15 @@ def _report(source: Source, target: str, kind: Format) -> ConvertReport:
         for name, node in leaves.items()
         if isinstance(node, TensorRef) and node.kind != "per_rank"
     }
-    copied = origin.companions if kind == "hf" else ()
+    copied = origin.companions if target_format == "hf" else ()
     changed = dict(origin.changed)
-    if kind != "shardckpt":
+    if target_format != "shardckpt":
         for name, node in leaves.items():
             if isinstance(node, TensorRef) and node.kind == "per_rank":
                 changed[name] = "a value for each rank, taken as the list of all"
     return ConvertReport(
         path=target,
-        target_format=kind,
+        target_format=target_format,
         source=source.path,
         source_format=origin.format,
         writer=origin.writer,
@@ -224,18 +238,18 @@ def _report(source: Source, target: str, kind: Format) -> ConvertReport:
         files=origin.files,
         copied=copied,
         changed=changed,
-        left={name: why for name, why in origin.left.items() if name not in copied},
+        left_out={name: why for name, why in origin.left_out.items() if name not in copied},
     )
 
 
-def _refuse(target: str, given: bool, what: str, kind: Format) -> None:
+def _refuse(target: str, given: bool, what: str, target_format: Format) -> None:
     if given:
         raise StateError(
-            f"A conversion to {kind} takes no number of shards or size of files",
+            f"A conversion to {target_format} has no number of shards or size of files",
             path=target,
-            expected='shards for "shardckpt" and "dcp", a size of files for "hf"',
-            actual=f"{what}, for {kind}",
-            remedy="leave it out",
+            expected='shards= only for "shardckpt" and "dcp", file_bytes= only for "hf"',
+            actual=f"{what}, for {target_format}",
+            remedy="leave the argument out",
         )
 
 
@@ -262,7 +276,7 @@ def _write_torch(
 
 
 def _format_of(target: str, to: Format | None) -> Format:
-    """The format to convert to; files tell it by their suffix."""
+    """The format of the target. The suffix of the path decides for single files."""
     by_suffix: Format = "shardckpt"
     if is_one_file(target):
         by_suffix = "safetensors" if target.endswith(".safetensors") else "torch"
@@ -272,7 +286,7 @@ def _format_of(target: str, to: Format | None) -> Format:
         return to
     if to not in FORMATS or (to != by_suffix and {to, by_suffix} & {"torch", "safetensors"}):
         raise StateError(
-            "This path does not go with this format",
+            "The target path does not match the format",
             path=target,
             expected=f"one of {', '.join(FORMATS)}; a path in .pt, .pth, .ckpt or .bin for torch, "
             "in .safetensors for safetensors, in none of them for the others",

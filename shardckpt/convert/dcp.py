@@ -1,7 +1,7 @@
-"""Reading checkpoints that torch.distributed.checkpoint (DCP) wrote, without running code.
+"""Read checkpoints of torch.distributed.checkpoint (DCP), without running code.
 
-The tensors lie in `.distcp` files as torch.save archives and are read with weights_only=True; so
-are the values, with inert stand-ins for objects. Written for the FileSystemWriter of torch 2.13.
+`.distcp` files hold tensors and values as torch.save archives. They are read with
+weights_only=True, and inert stand-ins replace objects. For the FileSystemWriter of torch 2.13.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ __all__ = ["DcpCheckpoint", "fsdp_parts", "is_dcp", "open_fsdp"]
 
 _METADATA = ".metadata"
 _SIDE_STATES = ("meta.pt", "common.pt")
-"""Torch files with the rest of the state: Lightning's (epoch, callbacks, ...), Megatron-Core's."""
+"""Torch files with the rest of the state, of Lightning (epoch, callbacks, ...) and of
+Megatron-Core."""
 
 
 ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
 
 
 def is_dcp(path: str) -> bool:
-    """Whether a directory looks like one of DCP's."""
+    """Whether a folder looks like a checkpoint of DCP."""
     return os.path.isfile(os.path.join(path, _METADATA))
 
 
 class DcpCheckpoint:
-    """A DCP checkpoint directory. Not collective.
+    """A checkpoint folder of DCP. Not collective.
 
-    `tensors`: name -> shape of its tensors. Raises CheckpointNotFoundError, NotACheckpointError,
-    or CorruptionError where the metadata can't be read, or names what it should not.
+    `tensors`: name -> shape. Raises CheckpointNotFoundError, NotACheckpointError, or
+    CorruptionError if the metadata can't be read or are invalid.
     """
 
     def __init__(self, path: str) -> None:
@@ -69,7 +70,7 @@ class DcpCheckpoint:
         if not is_dcp(path):
             kind = NotACheckpointError if os.path.lexists(path) else CheckpointNotFoundError
             raise kind(
-                "There is no DCP checkpoint at this path",
+                "No DCP checkpoint exists at this path",
                 path=path,
                 expected=f"a directory with {_METADATA}",
             )
@@ -93,11 +94,12 @@ class DcpCheckpoint:
                 "The metadata of this DCP checkpoint can't be read",
                 path=os.path.join(self.path, _METADATA),
                 actual=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                remedy="load another checkpoint; what is no metadata is not unpickled",
+                remedy="load another checkpoint",
             ) from error
 
     def _check_size(self) -> None:
-        """Before memory is taken: no tensors are larger than the files that hold them."""
+        """Check, before memory is allocated, that tensors are not larger than the files with their
+        data."""
         declared = sum(
             math.prod(size) * self._entry(name).properties.dtype.itemsize
             for name, size in self.tensors.items()
@@ -115,10 +117,11 @@ class DcpCheckpoint:
             )
 
     def source(self) -> Foreign:
-        """All of it, to be converted: values are read now, tensors a box at a time. Objects that
-        only unpickling could read are left out, and listed in the source's `origin`.
+        """The full checkpoint as a source to convert. Values are read now, tensors one box at a
+        time.
 
-        Raises CorruptionError for a value that calls the operating system.
+        Objects that only unpickling could read are left out, and listed in `origin`. Raises
+        CorruptionError for a value that calls the operating system.
         """
         objects = ObjectsLoader()
         state, reads = self.state(objects)
@@ -127,34 +130,34 @@ class DcpCheckpoint:
         origin = Origin(
             format="DCP",
             writer=self._writer(state),
-            left={**left_beside(self.path, files), **objects.left},
+            left_out={**left_beside(self.path, files), **objects.left_out},
             changed=objects.changed,
             files=tuple(sorted(files)),
         )
         return foreign(self.path, "DCP", state, reads=reads, identity=self.identity, origin=origin)
 
     def state(self, objects: ObjectsLoader) -> tuple[dict[Any, Any], dict[int, ReadBox]]:
-        """Its nested state and, by the id of each tensor in it, how that is read; see foreign."""
+        """The nested state and, for the id of each tensor in it, how to read it; see foreign."""
         entries: dict[str, Any] = {}
         reads: dict[int, ReadBox] = {}
-        objects.left.update(self._read_metadata.unknown)
+        objects.left_out.update(self._read_metadata.unknown)
         for name in self._metadata.state_dict_metadata:
-            if name in self.tensors:  # a tensor without memory stands for it
+            if name in self.tensors:  # a tensor without memory represents it
                 dtype = self._entry(name).properties.dtype
                 entries[name] = torch.empty((), dtype=dtype).expand(self.tensors[name])
                 reads[id(entries[name])] = partial(self.read_box, name)
             else:
                 found = objects.plain(self._read(MetadataIndex(name), objects.load), name)
                 if isinstance(found, StandIn):
-                    objects.left[name] = why(found)
+                    objects.left_out[name] = why(found)
                 else:
                     entries[name] = found
         paths = self._metadata.planner_data
         return _nested(entries, paths if isinstance(paths, dict) else {}), reads
 
     def _add_side_states(self, state: dict[Any, Any], objects: ObjectsLoader) -> set[str]:
-        """Add the entries of a torch file that a library has laid beside; the names of such files
-        that were read. One that can't be read is listed, and no hindrance to the weights."""
+        """Add the entries of a torch file beside the checkpoint. Returns the names of the files
+        read. A file that can't be read is listed, and the weights are converted nevertheless."""
         read = set()
         for name in _SIDE_STATES:
             path = os.path.join(self.path, name)
@@ -163,12 +166,12 @@ class DcpCheckpoint:
             try:
                 found = read_objects(path, objects)
             except CheckpointError as error:
-                objects.left[name] = f"{error.message} ({error.actual})"
+                objects.left_out[name] = f"{error.message} ({error.actual})"
                 continue
             read.add(name)
             for key, value in found.items():
                 if key in state:
-                    objects.left[f"{name}: {key}"] = "the data files hold an entry of this name"
+                    objects.left_out[f"{name}: {key}"] = "the data files hold an entry of this name"
                 else:
                     state[key] = value
         return read
@@ -180,15 +183,15 @@ class DcpCheckpoint:
         return f"Lightning {version}" if version else writer_of(self.path)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Whole tensors by name, on the CPU. Raises CoverageError for one that has holes."""
+        """Read full tensors by name, on the CPU. Raises CoverageError for a tensor with holes."""
         return {
             name: self.read_box(name, (0,) * len(self.tensors[name]), tuple(self.tensors[name]))
             for name in names
         }
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """A box of a tensor, on the CPU. The parts that it lies in are kept in memory until
-        another tensor is asked for. Raises CoverageError for a tensor that has holes."""
+        """Read a box of a tensor, on the CPU. Its parts are kept in memory until another tensor is
+        read. Raises CoverageError for a tensor with holes."""
         if name != self._current:
             self._check_coverage(name)
             self._current, self._loaded = name, {}
@@ -233,7 +236,7 @@ class DcpCheckpoint:
             part = self._read(MetadataIndex(name, chunk.offsets))
             if not isinstance(part, torch.Tensor) or part.shape != chunk.sizes:
                 raise CorruptionError(
-                    "A part of a tensor is not what the metadata says",
+                    "A part of a tensor does not match the metadata",
                     path=self.path,
                     tensor=name,
                     expected=f"a tensor of shape {list(chunk.sizes)}",
@@ -244,7 +247,7 @@ class DcpCheckpoint:
         return self._loaded[place]
 
     def _read(self, index: MetadataIndex, load: LoadTorch = load_torch) -> Any:
-        """What DCP has written as one item."""
+        """Read an item of DCP."""
         infos = self._metadata.storage_data
         info = infos.get(index, infos.get(MetadataIndex(index.fqn)))
         path = self.path
@@ -273,8 +276,8 @@ class DcpCheckpoint:
 
 
 def fsdp_parts(path: str) -> list[str]:
-    """The DCP directories that accelerate and transformers' Trainer make of one FSDP model and its
-    optimizer, instead of a file of weights; empty for any other folder."""
+    """The DCP folders in which accelerate and the Trainer of transformers store an FSDP model and
+    its optimizer. Empty for other folders."""
     parts = [n for n in ("pytorch_model_fsdp_0", "optimizer_0") if is_dcp(os.path.join(path, n))]
     return parts if parts[:1] == ["pytorch_model_fsdp_0"] else []
 
@@ -295,7 +298,7 @@ def open_fsdp(path: str) -> Foreign:
     origin = Origin(
         format="DCP directories of FSDP",
         writer=writer_of(path),
-        left={**left_beside(path, parts), **objects.left},
+        left_out={**left_beside(path, parts), **objects.left_out},
         changed=objects.changed,
         files=tuple(parts),
     )
@@ -303,7 +306,8 @@ def open_fsdp(path: str) -> Foreign:
 
 
 def _nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dict[Any, Any]:
-    """The state of which DCP has made names; `paths` of dicts' keys (str) and places in lists."""
+    """The nested state, from the names of DCP. `paths` have keys of dicts (str) and indices of
+    lists (int)."""
     root: dict[Any, Any] = {}
     for name, value in flat.items():
         *above, last = paths.get(name, (name,))

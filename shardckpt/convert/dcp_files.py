@@ -1,7 +1,7 @@
-"""Directories of torch.distributed.checkpoint (DCP), written by its own FileSystemWriter.
+"""Write folders of torch.distributed.checkpoint (DCP) with its own FileSystemWriter.
 
-It is given plans and a planner that reads each item when it is to be written, so that no more than
-a file's worth of tensors is in memory. Tried with torch 2.13.
+The writer gets plans, and a planner that reads each item when it is written, so that the tensors of
+at most one file are in memory. Tested with torch 2.13.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ __all__ = ["DcpFolder"]
 
 
 class _Written(msgspec.Struct, array_like=True):
-    """Where an item has been written: what DCP's WriteResult says, to travel between ranks."""
+    """The position of a written item: the content of a WriteResult of DCP, as a message between
+    ranks."""
 
     name: str
     offset: tuple[int, ...] | None
@@ -62,9 +63,9 @@ class _Written(msgspec.Struct, array_like=True):
 
 
 class DcpFolder(Folder):
-    """Writes a source as a directory that dcp.load reads: `files` .distcp files of even size. Names
-    and nesting are those that DCP gives such a state, values are what it pickles; numpy arrays are
-    tensors, which need no unpickling."""
+    """Writes a source as a folder that dcp.load can read, with `files` .distcp files of even size.
+    Names and nesting are those of DCP, values are those that DCP pickles. Numpy arrays become
+    tensors, which can be loaded without unpickling."""
 
     index = ".metadata"
     names = r"\.metadata|__\d+_\d+\.distcp"
@@ -115,23 +116,23 @@ class DcpFolder(Folder):
         return msgspec.msgpack.encode(written)
 
     def _writer(self) -> FileSystemWriter:
-        writer = FileSystemWriter(self.temporary, sync_files=False)  # each file syncs itself
+        writer = FileSystemWriter(self.temporary, sync_files=False)  # the writer syncs each file
         writer.fs = _Files(self.system)
         return writer
 
     def _items(self, number: int) -> list[WriteItem]:
-        """What goes into a file."""
+        """The content of a file."""
         chunks = self.plan.of_rank(number)
         items = []
         for index, box in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), strict=True):
             spec = self.plan.specs[index]
             chunk, size = _chunk(box, len(spec.shape)), torch.Size(spec.shape)
-            whole = chunk.sizes == size
+            is_full = chunk.sizes == size
             for name in self.tied.get(spec.name, ()):
                 items.append(
                     WriteItem(
                         index=MetadataIndex(name, chunk.offsets),
-                        type=WriteItemType.TENSOR if whole else WriteItemType.SHARD,
+                        type=WriteItemType.TENSOR if is_full else WriteItemType.SHARD,
                         tensor_data=TensorWriteData(chunk, _properties(spec.dtype), size),
                     )
                 )
@@ -169,7 +170,7 @@ class DcpFolder(Folder):
 
 
 class _Files(FileSystem):
-    """What DCP's writer takes for the file system: files are durable when they are closed."""
+    """The file system for the writer of DCP. Files are durable when they are closed."""
 
     def __init__(self, system: System) -> None:
         self._system = system
@@ -189,7 +190,7 @@ class _Files(FileSystem):
 
 
 class _Planner(DefaultSavePlanner):
-    """Reads what DCP's writer asks for."""
+    """Reads the items that the writer of DCP requests."""
 
     def __init__(
         self, folder: DcpFolder, ranks: Coordinator, progress: Callable[[int], None]

@@ -1,5 +1,5 @@
-"""Reads the `.metadata` of torch.distributed.checkpoint (DCP), which is a pickle, without making
-what it names: stand-ins take the place of its classes, and their values are checked."""
+"""Read `.metadata` of torch.distributed.checkpoint (DCP), a pickle, without importing its classes.
+Stand-ins replace them, and their fields are checked."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _MOST_DIMS = 64
 
 @dataclass(frozen=True, slots=True)
 class ReadMetadata:
-    """DCP's metadata; `writer` is the class it was of, if that is not DCP's own, and `unknown` the
-    fields and entries that are not DCP's: name -> what they are."""
+    """The metadata of DCP. `writer` is the class of the metadata if it is not that of DCP;
+    `unknown` are fields and entries that DCP does not have: name -> description."""
 
     metadata: Metadata
     writer: str | None = None
@@ -36,8 +36,8 @@ class ReadMetadata:
 
 
 def parse_metadata(data: Readable) -> ReadMetadata:
-    """The metadata in a pickle; also of a class that a library derived from DCP's, as Megatron-Core
-    did. Raises UnpicklingError, TypeError or ValueError for another one."""
+    """Parse the metadata in a pickle, also of classes derived from those of DCP, such as those of
+    Megatron-Core. Raises UnpicklingError, TypeError or ValueError for other pickles."""
     if scan(data) != len(data):
         raise pickle.UnpicklingError("bytes after the end of the pickle")
     root = Names(data, allowed=lambda name: True).load()
@@ -75,7 +75,7 @@ def parse_metadata(data: Readable) -> ReadMetadata:
 
 
 def _facts(node: Any, kind: str) -> dict[str, Any]:
-    """The fields of a dataclass that a stand-in stands for."""
+    """The fields of a dataclass for which a stand-in was created."""
     name = node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
     if name != kind:
         raise TypeError(f"{name} in place of {kind}")
@@ -95,7 +95,7 @@ def _text(node: Any) -> str:
 
 
 def _sizes(node: Any, dims: int | None = None) -> torch.Size:
-    """A shape or offsets."""
+    """A shape, or offsets."""
     if type(node) not in (tuple, list) or len(node) > _MOST_DIMS or dims not in (None, len(node)):
         raise ValueError(f"{str(node)[:80]} in place of {dims} sizes")
     return torch.Size([_number(n) for n in node])

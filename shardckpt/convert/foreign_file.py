@@ -1,7 +1,7 @@
-"""Opens files that others made: regular files alone, and small ones where they are read whole.
+"""Open files of other programs: only regular files, and small ones if they are read completely.
 
-The path that a caller gives may be a symbolic link. What a folder holds may link to files of the
-same folder, and in a snapshot of the Hugging Face hub's cache to the blobs of that cache.
+The path that a caller passes may be a symbolic link. Files in a folder may be links to files of the
+same folder, and in a snapshot of the cache of Hugging Face to the blobs of that cache.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _KINDS = {
 
 
 def check_regular(path: str) -> os.stat_result:
-    """Raise NotACheckpointError unless a regular file is at the path; its facts. Opens nothing:
-    to open a pipe would wait, and to open a device may do something."""
+    """The status of a regular file. Raises NotACheckpointError for any other file. Does not open
+    the file: opening a pipe would wait, and opening a device may have effects."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise NotACheckpointError(
-            "A regular file was expected at this path",
+            "The path is not a regular file",
             path=path,
             expected="a regular file",
             actual=_KINDS.get(stat.S_IFMT(found.st_mode), "something else"),
@@ -53,10 +53,10 @@ def check_regular(path: str) -> os.stat_result:
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Open a regular file to read it, without waiting for a pipe. Raises NotACheckpointError."""
+    """Open a regular file for reading, without waiting for a pipe. Raises NotACheckpointError."""
     check_regular(path)
     file = open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced meanwhile
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # the file was replaced meanwhile
         file.close()
         check_regular(path)
         raise OSError(errno.EAGAIN, "the file was replaced while it was opened", path)
@@ -64,12 +64,12 @@ def open_regular(path: str) -> BinaryIO:
 
 
 def read_small(path: str, *, limit_bytes: int = JSON_LIMIT_BYTES) -> bytes:
-    """The content of a regular file; CorruptionError if it is larger than the limit."""
+    """Read a regular file. Raises CorruptionError if it is larger than the limit."""
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes > limit_bytes:
             raise CorruptionError(
-                "A file of the checkpoint is too large for what it should hold",
+                "A file of the checkpoint is too large",
                 path=path,
                 expected=f"at most {limit_bytes} bytes",
                 actual=f"{size_bytes} bytes",
@@ -80,7 +80,7 @@ def read_small(path: str, *, limit_bytes: int = JSON_LIMIT_BYTES) -> bytes:
 
 @contextmanager
 def mapped(path: str) -> Iterator[mmap.mmap | bytes]:
-    """The content of a regular file, as a map that can be read but takes no memory."""
+    """Map a regular file into memory."""
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             yield b""
@@ -89,7 +89,7 @@ def mapped(path: str) -> Iterator[mmap.mmap | bytes]:
         try:
             yield found
         finally:
-            with suppress(BufferError):  # the frames of an error may still hold a part of it
+            with suppress(BufferError):  # the traceback of an error may still refer to a part of it
                 found.close()
 
 
@@ -106,8 +106,9 @@ def utf8_path(path: str) -> Iterator[str]:
 
 
 def file_in(folder: str, name: object) -> str:
-    """The path of a file that a folder's index names. Raises CorruptionError for a name that leads
-    out of the folder, by its parts or by a symbolic link, but for blobs of the hub's cache."""
+    """The path of a file that the index of a folder names. Raises CorruptionError if the name leads
+    out of the folder, by its parts or by a symbolic link, unless to a blob of the cache of the
+    hub."""
     if type(name) is not str or name in ("", ".", "..") or set(name) & {"/", "\0", os.sep}:
         raise CorruptionError(
             "The index of this checkpoint names a file outside its directory",
@@ -120,17 +121,17 @@ def file_in(folder: str, name: object) -> str:
     target = os.path.realpath(path)
     if os.path.islink(path) and os.path.dirname(target) not in (home, _hub_blobs(home)):
         raise CorruptionError(
-            "A file of this checkpoint is a symbolic link that leads out of its directory",
+            "A file of this checkpoint is a symbolic link that leads out of its folder",
             path=path,
             expected="a regular file, or a link to one in the same directory",
             actual=f"a link to {target}",
-            remedy="if the link is yours, put a copy of the file in its place; if not, load "
+            remedy="if the link is yours, replace it with a copy of the file; otherwise load "
             "another checkpoint",
         )
     return path
 
 
 def _hub_blobs(home: str) -> str | None:
-    """models--x/blobs for the folder models--x/snapshots/REVISION of the hub's cache."""
+    """models--x/blobs for the folder models--x/snapshots/REVISION of the cache of the hub."""
     above, revisions = os.path.split(os.path.dirname(home))
     return os.path.join(above, "blobs") if revisions == "snapshots" else None

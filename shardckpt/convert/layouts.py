@@ -1,6 +1,6 @@
-"""The layouts of other libraries' folders: who wrote one, what each file is, what can't be read.
+"""The folder layouts of other libraries: which library wrote a folder, and what each file is.
 
-Told by names alone; nothing is opened. From transformers 5.24 (Trainer), accelerate 1.15,
+Decided by file names alone; no file is opened. From transformers 5.24 (Trainer), accelerate 1.15,
 lightning 2.6, torchtune 0.6, deepspeed 0.19, megatron-core 0.15, peft, diffusers, nemo.
 """
 
@@ -26,9 +26,10 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
 )
-"""Files that hold, or list, the weights of a folder in Hugging Face's layout; the first is read."""
+"""Files with the weights of a folder in the layout of Hugging Face, or with their index. The first
+that exists is read."""
 
-_BY_ITSELF = "`shardckpt convert` reads it by itself"
+_CONVERTIBLE = "pass this path to `shardckpt convert`"
 _COMPANION = re.compile(
     r"(config|generation_config|adapter_config|vocab|special_tokens_map|added_tokens)\.json"
     r"|(tokenizer|preprocessor|processor|image_processor|video_preprocessor|chat_template).*"
@@ -38,25 +39,25 @@ _COMPANION = re.compile(
 _ROLES = tuple(
     (re.compile(pattern), role)
     for pattern, role in (
-        (r"optimizer(_\d+)?\.(pt|bin)", f"the optimizer's state; {_BY_ITSELF}"),
-        (r"scheduler(_\d+)?\.(pt|bin)", f"the scheduler's state; {_BY_ITSELF}"),
-        (r"scaler\.pt", f"the gradient scaler's state; {_BY_ITSELF}"),
+        (r"optimizer(_\d+)?\.(pt|bin)", f"the optimizer's state; {_CONVERTIBLE}"),
+        (r"scheduler(_\d+)?\.(pt|bin)", f"the scheduler's state; {_CONVERTIBLE}"),
+        (r"scaler\.pt", f"the gradient scaler's state; {_CONVERTIBLE}"),
         (
             r"rng_state(_\d+)?\.pth|random_states_\d+\.pkl",
-            f"random-number state of a rank; {_BY_ITSELF}",
+            f"random-number state of a rank; {_CONVERTIBLE}",
         ),
-        (r"(sampler|dl_state_dict)(_\d+)?\.bin", f"a position in the data; {_BY_ITSELF}"),
-        (r"custom_checkpoint_\d+\.pkl", f"state registered with accelerate; {_BY_ITSELF}"),
+        (r"(sampler|dl_state_dict)(_\d+)?\.bin", f"a position in the data; {_CONVERTIBLE}"),
+        (r"custom_checkpoint_\d+\.pkl", f"state registered with accelerate; {_CONVERTIBLE}"),
         (r"trainer_state\.json", "the progress and history of a transformers Trainer"),
         (r"training_args\.bin", "a pickled object: the arguments of a transformers Trainer"),
-        (r"recipe_state(\.pt)?", f"torchtune's progress and optimizer state; {_BY_ITSELF}"),
-        (r"pytorch_model_fsdp(_\d+)?", f"weights sharded by FSDP; {_BY_ITSELF}"),
-        (r"(optimizer|fsdp_optimizer)_\d+", f"optimizer state sharded by FSDP; {_BY_ITSELF}"),
+        (r"recipe_state(\.pt)?", f"torchtune's progress and optimizer state; {_CONVERTIBLE}"),
+        (r"pytorch_model_fsdp(_\d+)?", f"weights sharded by FSDP; {_CONVERTIBLE}"),
+        (r"(optimizer|fsdp_optimizer)_\d+", f"optimizer state sharded by FSDP; {_CONVERTIBLE}"),
         (r"global_step\d+|.*_(model|optim)_states\.pt", "DeepSpeed's state: use zero_to_fp32.py"),
-        (r"adapter_model\.\w+", f"an adapter's weights; {_BY_ITSELF}"),
+        (r"adapter_model\.\w+", f"an adapter's weights; {_CONVERTIBLE}"),
         (
             r"(model|pytorch_model)_\d+\.(safetensors|bin)|.*\.(safetensors|bin|pth|pt|ckpt)",
-            f"other weights or state; {_BY_ITSELF}",
+            f"other weights or state; {_CONVERTIBLE}",
         ),
         (r".*\.(h5|msgpack|gguf|onnx|ot|tflite|npz|mlmodel)", "weights for another framework"),
         (r"__\d+_\d+\.distcp", "a data file to which the metadata does not refer"),
@@ -66,16 +67,16 @@ _ROLES = tuple(
 
 
 def names_in(path: str) -> list[str]:
-    """The names of a directory, in order."""
+    """The sorted names in a folder."""
     with translated(path):
         return sorted(os.listdir(path))
 
 
 def companions(path: str) -> tuple[str, ...]:
-    """The files beside a model's weights that its users need: configuration and tokenizer.
+    """The files beside the weights of a model that its users need: configuration and tokenizer.
 
-    Links lead to the file that is meant in the cache of Hugging Face's hub; others out of the
-    folder are left alone, since they could lead to any file of this machine.
+    A symbolic link is resolved within the cache of the hub of Hugging Face. Other links out of the
+    folder are ignored, since they could lead to any file of this machine.
     """
     home = os.path.realpath(path)
     cache = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")
@@ -88,7 +89,7 @@ def companions(path: str) -> tuple[str, ...]:
 
 
 def left_beside(path: str, used: Collection[str]) -> dict[str, str]:
-    """What lies in a folder beside the files that are read: name -> what it is."""
+    """The files in a folder that are not read: name -> description."""
     return {name: _role(name) for name in names_in(path) if name not in used}
 
 
@@ -102,7 +103,7 @@ def _role(name: str) -> str:
 
 
 def writer_of(path: str) -> str | None:
-    """The library that has written a folder, as far as the names of its files tell."""
+    """The library that wrote a folder, if the names of its files show it."""
     names = set(names_in(path))
     if {"trainer_state.json", "training_args.bin"} & names:
         return "transformers' Trainer"
@@ -170,13 +171,13 @@ _UNREADABLE = (
 
 
 def raise_unreadable(path: str) -> None:
-    """Raise NotACheckpointError that says what a folder is, if it is one that convert does not
-    read; or which folders and files in it convert does read."""
+    """Raise NotACheckpointError with a description of the folder, or with the folders and files in
+    it that convert can read."""
     if not os.path.isdir(path):
         return
     names = names_in(path)
     if any(re.fullmatch(r"shard-\d+-of-\d+\.safetensors", name) for name in names):
-        return  # shardckpt's own, without its manifest
+        return  # a checkpoint of shardckpt without its manifest
     inner = [
         f"{name}/{below}"
         for name in names[:100]
@@ -189,7 +190,7 @@ def raise_unreadable(path: str) -> None:
         found = next((name for name in [*names, *inner] if re.fullmatch(pattern, name)), None)
         if found is not None and not readable:
             raise NotACheckpointError(
-                f"This folder is {what}, which convert does not read",
+                f"Conversion of this folder is not supported: it is {what}",
                 path=path,
                 expected="one of the sources in docs/convert.md",
                 actual=found,
@@ -198,9 +199,9 @@ def raise_unreadable(path: str) -> None:
     files = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
     if readable or files:
         raise NotACheckpointError(
-            "This folder holds checkpoints or files of weights, and is none itself",
+            "This folder is not a checkpoint, but contains checkpoints or files of weights",
             path=path,
             expected="one of the sources in docs/convert.md",
             actual=", ".join((readable + files)[:8]),
-            remedy=f"convert one of them by itself, as {os.path.join(path, (readable + files)[0])}",
+            remedy=f"convert one of them, such as {os.path.join(path, (readable + files)[0])}",
         )

@@ -1,9 +1,9 @@
-"""Checks pickles before anything loads them, and reads them without making what they name.
+"""Check pickles before they are loaded, and read their structure without importing their classes.
 
-An unpickler in C takes memory for numbers that a pickle declares: an index into its memo, the
-length of a string. `scan` goes through the opcodes first and refuses what a saved state never
-needs. `Names` then reads the structure: a stand-in takes the place of every class and function, so
-that nothing that a pickle names is imported, called or changed.
+An unpickler in C allocates memory by numbers in the pickle: an index into its memo, the length of a
+string. `scan` first checks the opcodes, and refuses those that a saved state does not need. `Names`
+then reads the structure: a stand-in replaces every class and function, so that nothing that a
+pickle names is imported, called or changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Named", "Names", "Readable", "scan"]
 
 Readable = bytes | memoryview | mmap.mmap
 
-_FIXED = {  # bytes that follow an opcode; all opcodes of text are refused but GLOBAL
+_FIXED = {  # opcode -> bytes that follow it; of the opcodes with text only GLOBAL is accepted
     **dict.fromkeys(b"(.012N)]}tabuseRQlod", 0),
     **dict.fromkeys(b"\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94", 0),
     **dict.fromkeys(b"Kh\x80", 1),
@@ -29,7 +29,7 @@ _FIXED = {  # bytes that follow an opcode; all opcodes of text are refused but G
     **dict.fromkeys(b"Jj", 4),
     **dict.fromkeys(b"G\x95", 8),
 }
-_COUNTED = {  # bytes of the length that follows an opcode, before so many bytes of data
+_COUNTED = {  # opcode -> bytes of the length that follows it, before the data
     **dict.fromkeys(b"U\x8a\x8cC", 1),
     **dict.fromkeys(b"XTB", 4),
     **dict.fromkeys(b"\x8d\x8e\x96", 8),
@@ -37,7 +37,7 @@ _COUNTED = {  # bytes of the length that follows an opcode, before so many bytes
 _PUTS = {ord("q"): 1, ord("r"): 4}
 _STOP, _GLOBAL, _FRAME, _MARK = ord("."), ord("c"), 0x95, ord("(")
 _UNMARKS = b"1tldeuo\x90\x91"
-_MOST_MARKS = 10_000  # at a time: one for each level of nesting
+_MOST_MARKS = 10_000  # marks at a time: one for each level of nesting
 _LONGEST_NAME = 1000
 _MOST_NAMES = 1000
 """Classes and functions that one pickle names."""
@@ -46,8 +46,8 @@ _LONG, _LONG_BYTES, _MOST_ALIKE = 0x8A, 8, 256
 
 
 def scan(data: Readable, begin: int = 0) -> int:
-    """Where the pickle that begins there ends. Raises UnpicklingError for an opcode that no saved
-    state needs, and for lengths and memo indexes beyond what the pickle has."""
+    """The end of the pickle that begins at `begin`. Raises UnpicklingError for opcodes that a saved
+    state does not need, and for lengths and memo indices that exceed the pickle."""
     at, end, marks = begin, len(data), 0
     alike: dict[int, set[bytes]] = {}
     while at < end:
@@ -76,7 +76,7 @@ def scan(data: Readable, begin: int = 0) -> int:
                     raise pickle.UnpicklingError("large ints that all have the same hash")
         elif (more := _PUTS.get(code)) is not None:
             index = int.from_bytes(data[at : at + more], "little")
-            if index > at - begin:  # each entry of the memo takes a byte at least
+            if index > at - begin:  # each entry of the memo takes at least a byte
                 raise pickle.UnpicklingError(f"memo index {index} after {at - begin} bytes")
             at += more
         elif code == _GLOBAL:
@@ -90,8 +90,7 @@ def scan(data: Readable, begin: int = 0) -> int:
 
 
 class Named:
-    """Stands for what a pickle would make by calling `name` with `args`, and changing it by
-    `state`."""
+    """Stands for the result of calling `name` with `args`, changed by `state`."""
 
     name: str = ""
     args: tuple[Any, ...]
@@ -99,31 +98,31 @@ class Named:
     items: list[Any]
 
     def __new__(cls, *args: Any) -> Named:
-        """What a pickle calls."""
+        """Called by the pickle to create an object."""
         made = super().__new__(cls)
         made.args, made.state, made.items = args, None, []
         return made
 
     def __setstate__(self, state: Any) -> None:
-        """What a pickle calls to change what it has made."""
+        """Called by the pickle to set the state of an object."""
         self.state = state
 
     def append(self, item: Any) -> None:
-        """As a subclass of list has it."""
+        """Items of a subclass of list."""
         self.items.append(item)
 
     def __setitem__(self, key: Any, item: Any) -> None:
-        """As a subclass of dict has it."""
+        """Items of a subclass of dict."""
         self.items += key, item
 
     def __call__(self, *args: Any) -> Any:
-        """As a bound method has it, which torch refuses."""
+        """A call as of a bound method, which torch refuses."""
         raise pickle.UnpicklingError("Trying to call reduce for unrecognized function")
 
 
 class Names(pickle.Unpickler):
-    """Reads a pickle's structure; `allowed` says whether a full name may stand in it. `storage` is
-    asked for what a persistent id stands for."""
+    """Reads the structure of a pickle. `allowed` decides whether a full name may occur in it.
+    `storage` is called with each persistent id."""
 
     def __init__(
         self,
@@ -141,10 +140,10 @@ class Names(pickle.Unpickler):
         self._classes: dict[str, Any] = dict(_PLAIN)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Types that can't be changed stand for themselves."""
+        """Types that can't be changed are returned themselves."""
         full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)
         if not self._allowed(full):
-            raise pickle.UnpicklingError(f"{full} has no place in this pickle")
+            raise pickle.UnpicklingError(f"{full} is not allowed in this pickle")
         if full not in self._classes:
             if len(self._classes) > len(_PLAIN) + _MOST_NAMES:
                 raise pickle.UnpicklingError(f"more than {_MOST_NAMES} names of classes")

@@ -1,7 +1,7 @@
-"""Why torch.load(weights_only=True) has refused a file, as a typed error without torch's advice.
+"""Explain why torch.load(weights_only=True) refused a file, as a typed error.
 
-torch.load raises pickle.UnpicklingError for damage, for hostile files and for healthy files that
-hold objects. The three need different answers. Tried with the messages of torch 2.13.
+torch.load raises pickle.UnpicklingError for corrupted files, for malicious files, and for intact
+files that hold objects. Users need to distinguish them. Tested with the messages of torch 2.13.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ def is_harmful(name: str) -> bool:
 
 
 def plain_text(error: BaseException) -> str:
-    """The line of an error's message that says what happened, without codes for terminals."""
+    """The line of an error message that has the reason, without terminal codes."""
     lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines()]
     if len(lines) > 1 and lines[0].startswith("Weights only load failed"):
-        told = [line for line in lines if re.match(r"WeightsUnpickler error: \S", line)]
-        lines = told or [line for line in lines[1:] if line and not line.startswith("Please file")]
+        reasons = [line for line in lines if re.match(r"WeightsUnpickler error: \S", line)]
+        lines = reasons or [
+            line for line in lines[1:] if line and not line.startswith("Please file")
+        ]
     return lines[0] if lines else ""
 
 
 def refused_name(error: BaseException) -> str | None:
-    """The full name of the class or function that torch.load does not know."""
+    """The full name of the class or function that torch.load refused."""
     found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
     if found is None:
         return None
@@ -51,14 +53,14 @@ def refused_name(error: BaseException) -> str | None:
 
 
 def wrong_container(error: BaseException) -> tuple[str, str] | None:
-    """("dict" or "list", name of a class) where a file fills an object as it would fill those."""
+    """("dict" or "list", name of a class) if a file fills an object like a dict or list."""
     pattern = r"Can only (SETITEMS?|append|extend)\b.*but got <class '([^']+)'>"
     found = re.search(pattern, str(error))
     return found and ("dict" if found[1].startswith("SET") else "list", found[2])
 
 
 def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> CheckpointError:
-    """The typed error for a file, or one entry of it, that torch.load has refused."""
+    """The typed error for a file, or one entry of it, that torch.load refused."""
     text = str(error)
     kind: type[CheckpointError] = NotACheckpointError
     name = refused_name(error)

@@ -1,7 +1,7 @@
-"""safetensors files: one with a whole state, or several with an index, as Hugging Face has them.
+"""Read and write safetensors files: one with a full state, or several with an index (Hugging Face).
 
-Tensors that are tied are written once, and the metadata of their file says which names are theirs
-as well, as safetensors.torch.save_model has it. Source of the index:
+Tied tensors are written once, and the metadata of their file list their other names, as in
+safetensors.torch.save_model. Source of the index:
 https://huggingface.co/docs/huggingface_hub/package_reference/serialization
 """
 
@@ -61,7 +61,8 @@ _REMEDY = "convert another checkpoint, or download the file again"
 
 
 def open_safetensors(path: str, *, check: bool) -> Foreign:
-    """A safetensors file as a source; `check` that ours is what was written, by reading all."""
+    """Open a safetensors file as a source. `check`: verify the digest of a file of shardckpt, by
+    reading it completely."""
     with errors_of(path, _REMEDY):
         tensors, metadata = _tensors_in(path)
         kind, tree = "safetensors", _flat_tree(tensors, metadata)
@@ -74,8 +75,8 @@ def open_safetensors(path: str, *, check: bool) -> Foreign:
 
 
 def open_hugging_face(path: str, weights: str) -> Foreign:
-    """A directory in Hugging Face's layout as a source: a flat state of tensors. `weights` is the
-    file that holds them, or the index of those that do."""
+    """Open a folder in the layout of Hugging Face as a source: a flat state of tensors. `weights`
+    is the file with the tensors, or the index."""
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, str] = {}
     sizes = []
@@ -88,12 +89,12 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
         for name in names:
             file_path = file_in(path, name)
             with errors_of(file_path, _REMEDY):
-                found, own = _tensors_in(file_path)
+                found, file_metadata = _tensors_in(file_path)
             named = weight_map or dict.fromkeys(found, name)
             wanted = {tensor for tensor, file_name in named.items() if file_name == name}
             if wanted != found.keys():
                 raise CorruptionError(
-                    "The index and a file of these weights don't agree",
+                    "The index does not match a file of these weights",
                     path=file_path,
                     tensor=min(wanted ^ found.keys()),
                     expected=f"the {len(wanted)} tensors that {weights} names",
@@ -102,14 +103,14 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
                 )
             sizes.append(os.path.getsize(file_path))
             tensors.update(found)
-            metadata.update(own)
+            metadata.update(file_metadata)
         if weight_map is not None:
             tensors = {name: tensors[name] for name in weight_map}
         tree = _flat_tree(tensors, metadata)
         origin = Origin(
             format="Hugging Face's layout",
             writer=writer_of(path),
-            left=left_beside(path, {*names, weights}),
+            left_out=left_beside(path, {*names, weights}),
             files=tuple(sorted({*names, weights})),
             companions=companions(path),
         )
@@ -117,7 +118,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
 
 
 def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors of a file, in its order, and its metadata."""
+    """The tensors of a file in order, and its metadata."""
     metadata = read_metadata(path)
     with utf8_path(path) as openable:
         file: Any = safe_open(openable, "pt")
@@ -127,12 +128,12 @@ def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         dtype = DTYPES.get(part.get_dtype())
         if dtype is None:
             raise NotACheckpointError(
-                "A tensor of a dtype that torch has not",
+                "A tensor has a dtype that torch does not support",
                 path=path,
                 tensor=name,
                 expected="one of " + ", ".join(DTYPES),
                 actual=part.get_dtype(),
-                remedy="convert the file's other tensors: choose them with keys",
+                remedy="convert the other tensors of the file: select them with keys",
             )
         tensors[name] = LazyTensor(dtype, tuple(part.get_shape()), functools.partial(_read, part))
     return tensors, metadata
@@ -152,7 +153,7 @@ def _flat_tree(tensors: dict[str, LazyTensor], metadata: dict[str, str]) -> Any:
 
 
 class SafetensorsFile(Target):
-    """Writes a source as one file, which read_one reads; each rank a part of it."""
+    """Writes a source as one file, which read_one reads. Each rank writes a part."""
 
     def __init__(
         self, source: Source, path: str, *, overwrite: bool, system: System | None = None
@@ -210,9 +211,9 @@ def _new_file(
 
 
 class HuggingFace(Folder):
-    """Writes a source in Hugging Face's layout: flat names, safetensors files of at most
-    `file_bytes`, an index. Anything but tensors is a StateError. What lies beside the weights of a
-    source in the same layout is copied: configuration and tokenizer."""
+    """Writes a source in the layout of Hugging Face: flat names, safetensors files of at most
+    `file_bytes`, an index. Entries other than tensors raise StateError. Configuration and
+    tokenizer of a source in the same layout are copied."""
 
     index = _INDEX
     names = r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
@@ -237,11 +238,11 @@ class HuggingFace(Folder):
                 self.tied[node.name] += [name] if name != node.name else []
             elif node not in ({}, [], ()):
                 raise StateError(
-                    "Hugging Face's layout holds tensors, and nothing else",
+                    "The layout of Hugging Face holds only tensors",
                     path=source.path,
                     tensor=name,
                     actual=f"{type(node).__name__}",
-                    remedy="choose the model's entries: --keys model --rename model=",
+                    remedy="select the entries of the model: --keys model --rename model=",
                 )
         self.files: list[list[str]] = [[]]
         room = file_bytes

@@ -1,9 +1,9 @@
-"""A whole state in files for interchange: one torch or safetensors file, or one for each component.
+"""Read and write a full state as a torch or safetensors file, or as one file for each component.
 
-Torch files open with torch.load(weights_only=True), safetensors files with the safetensors library:
-tensors by name, all else as typed JSON in the metadata. Files appear under their name at once,
-when they are durable. Both are verified when they are read: torch files by the CRC-32 of each of
-their records, safetensors files by a digest that the metadata holds.
+Torch files open with torch.load(weights_only=True). Safetensors files open with the safetensors
+library: tensors by name, all other entries as typed JSON in the metadata. Files appear under their
+name when they are durable. Both formats are verified when they are read: torch files by the CRC-32
+of each record, safetensors files by a digest in the metadata.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from shardckpt.errors import (
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.format.dtypes import dtype_name, plain_dtype
-from shardckpt.format.safetensors_header import build_header, each_once, header_bytes
+from shardckpt.format.safetensors_header import build_header, header_bytes, unique_keys
 from shardckpt.format.validation import check_references
 from shardckpt.saving.shard_writer import write_shard
 from shardckpt.state.flatten import flatten
@@ -64,7 +64,7 @@ __all__ = [
     "FileFormat",
     "check_loads",
     "check_sealed",
-    "damaged",
+    "corrupted",
     "errors_of",
     "is_one_file",
     "is_sealed",
@@ -84,21 +84,21 @@ FileFormat = Literal["torch", "safetensors"]
 INDEX = "components.json"
 _SUFFIXES: dict[str, str] = {"torch": ".pth", "safetensors": ".safetensors"}
 TREE, DIGEST = "shardckpt.state", "shardckpt.digest"
-"""What the metadata of a safetensors file holds: all but the tensors, and the file's digest: the
-xxh3-128 of the xxh3-64 digests (8 bytes, little-endian) of each MiB of the file, in which the
-digest itself stands as UNSEALED."""
+"""The keys of the metadata of a safetensors file: the tree of the state without its tensors, and
+the digest of the file. The digest is the xxh3-128 of the xxh3-64 digests (8 bytes, little-endian)
+of each MiB of the file, computed with UNSEALED in place of the digest itself."""
 UNSEALED = "0" * 32
-_MARK = f'"{DIGEST}":"'.encode()  # once at most: within JSON's strings quotes are escaped
+_MARK = f'"{DIGEST}":"'.encode()  # occurs at most once: inside JSON strings quotes are escaped
 
 
 def is_one_file(path: str) -> bool:
-    """Whether a path means one file."""
+    """Whether the suffix of a path is that of a single file."""
     return path.endswith((".pth", ".pt", ".safetensors"))
 
 
 def is_one_file_there(path: str) -> bool:
-    """Whether what is at a path is to be read as one file. A file is, whatever its suffix. A
-    directory is not: Lightning's sharded checkpoints are directories named `.ckpt`."""
+    """Whether to read a path as a single file. True for any file, whatever its suffix. False for
+    directories: sharded checkpoints of Lightning are directories named `.ckpt`."""
     return os.path.isfile(path) or (is_one_file(path) and not os.path.isdir(path))
 
 
@@ -110,15 +110,15 @@ def write_one(
     system: System | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> None:
-    """Write a nested state of plain CPU tensors as one file; its suffix says of which format."""
+    """Write a nested state of plain CPU tensors as one file. The suffix decides its format."""
     with atomic_write(path, overwrite=overwrite, system=system) as write:
         _write(state, write, "", path, progress)
 
 
 def read_one(path: str, *, check: bool = True, load: LoadTorch = load_torch) -> Any:
-    """The state in one file, on the CPU; of a file that others wrote, its content.
+    """Read the state in one file, on the CPU. The file may come from another program.
 
-    With `check` every byte is read now, and verified; else when it is used. `load` reads torch
+    With `check` every byte is read and verified now, otherwise when it is used. `load` reads torch
     files.
     """
     with errors_of(path, "load another checkpoint; pickled objects are never loaded"):
@@ -139,7 +139,7 @@ def write_many(
     system: System | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> None:
-    """Write a directory with a file for each item of the state, and an index with their digests."""
+    """Write a folder with a file for each item of the state, and an index with their digests."""
     with atomic_write(
         folder,
         overwrite=overwrite,
@@ -159,8 +159,7 @@ def write_many(
 
 
 def _not_indexed(folder: str, names: Sequence[str], system: System) -> list[str]:
-    """The names in a folder of components that are not in its index, or could not be if that is
-    broken."""
+    """The names in a folder of components that are not in its index."""
     try:
         index = json.loads(b"".join(_blocks(os.path.join(folder, INDEX), system)))
         known = {INDEX, *(entry["name"] for entry in index["files"].values())}
@@ -179,17 +178,17 @@ class _Components(msgspec.Struct):
 
 
 def read_many(folder: str) -> dict[str, Any]:
-    """The state that write_many wrote; every file is checked against its digest."""
+    """Read the state that write_many wrote, and verify every file."""
     state: dict[str, Any] = {}
     with errors_of(folder, "load another checkpoint"):
         index = msgspec.json.decode(read_small(file_in(folder, INDEX)), type=_Components)
         for key, entry in index.files.items():
             path = file_in(folder, entry.name)
             check_regular(path)
-            item = read_one(path, check=False)  # a file that declares too much is not read through
+            item = read_one(path, check=False)  # do not read a file that declares too much
             found = _digest(path)
             if found != entry.xxh3_128:
-                raise damaged(path, f"digest {entry.xxh3_128}"[:200], f"digest {found}")
+                raise corrupted(path, f"digest {entry.xxh3_128}"[:200], f"digest {found}")
             state[key] = item[key]
     return state
 
@@ -201,9 +200,9 @@ def _whole(tensor: AnyTensor, name: str) -> torch.Tensor:
     raise StateError(
         "A single file can't hold a part of an array",
         tensor=name,
-        expected="whole tensors",
+        expected="full tensors",
         actual=repr(tensor),
-        remedy="save to a path without .safetensors: every rank then writes its part",
+        remedy="save to a path without .safetensors: then every rank writes its part",
     )
 
 
@@ -223,7 +222,7 @@ def _write(
 
 
 def save_torch(value: Any, file: Any, path: str) -> None:
-    """torch.save; UnsupportedLeafError for a value that pickle can't take."""
+    """Call torch.save. Raises UnsupportedLeafError for a value that can't be pickled."""
     try:
         torch.save(value, file)
     except (TypeError, AttributeError, pickle.PicklingError) as error:
@@ -238,7 +237,8 @@ def save_torch(value: Any, file: Any, path: str) -> None:
 def _write_safetensors(
     state: Mapping[str, Any], write: AtomicWrite, name: str, progress: Callable[[int], None]
 ) -> None:
-    """Tensors by falling item size, so that each is aligned; the digest goes in at the end."""
+    """Write tensors by falling item size, so that each is aligned. The digest is written at the
+    end."""
     flat = flatten(state, rank=0)
     tree = msgspec.json.encode(flat.tree).decode()
     tensors = {
@@ -262,8 +262,8 @@ def _write_safetensors(
 
 
 def check_loads(state: Mapping[str, Any], path: str) -> None:
-    """Raise UnsupportedLeafError for what torch.load would refuse: that must be known now, not when
-    it is needed. The data of tensors are left out."""
+    """Raise UnsupportedLeafError for a value that torch.load would refuse. The data of tensors are
+    left out."""
     buffer = io.BytesIO()
     try:
         torch.save(_without_data(dict(state)), buffer)
@@ -289,15 +289,15 @@ def _without_data(value: Any) -> Any:
 
 
 def _check_records(path: str) -> None:
-    """Raise if the records of a torch file don't agree with their checksums, at which torch.load
-    does not look. Without checksums (torch.serialization.set_crc32_options) all of them are 0."""
-    if not zipfile.is_zipfile(path):  # as all torch files are but those of before torch 1.6
+    """Raise an error if the records of a torch file do not match their checksums, which torch.load
+    does not check. Without checksums (torch.serialization.set_crc32_options) all of them are 0."""
+    if not zipfile.is_zipfile(path):  # true for all torch files, except of torch before 1.6
         return
     with zipfile.ZipFile(path) as archive:
         if any(record.CRC for record in archive.infolist()):
-            hurt = archive.testzip()
-            if hurt is not None:
-                raise damaged(path, "records that agree with their checksums", hurt)
+            bad_record = archive.testzip()
+            if bad_record is not None:
+                raise corrupted(path, "records that agree with their checksums", bad_record)
 
 
 def _read_safetensors(path: str, *, check: bool) -> Any:
@@ -317,32 +317,32 @@ def _read_safetensors(path: str, *, check: bool) -> Any:
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """The metadata of a safetensors file, after checks of its header that the safetensors library
-    does not make: a regular file, a header within it, each key once."""
+    """The metadata of a safetensors file, after checks that the safetensors library lacks: a
+    regular file, a header within it, unique keys."""
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = header_bytes(head, file_size_bytes=size_bytes, path=path) - 8
         text = file.read(1)
         if text != b"{":
-            raise damaged(path, 'a header that begins with "{"', repr(text))
-        header = json.loads(text + file.read(length - 1), object_pairs_hook=each_once)
+            raise corrupted(path, 'a header that begins with "{"', repr(text))
+        header = json.loads(text + file.read(length - 1), object_pairs_hook=unique_keys)
     return msgspec.convert(header.get("__metadata__", {}), dict[str, str])
 
 
 def is_sealed(path: str, metadata: Mapping[str, str]) -> bool:
-    """Whether a safetensors file is ours. Raises CorruptionError if it bears any trace of that and
-    not all: then a bit of the metadata's keys has changed."""
+    """Whether shardckpt wrote a safetensors file. Raises CorruptionError if it has only some of the
+    marks: then a bit in the keys of the metadata changed."""
     ours = {key for key in metadata if key.startswith("shardckpt.")}
     if ours and ours != {TREE, DIGEST}:
-        raise damaged(path, f"metadata with {TREE} and {DIGEST}", ", ".join(sorted(ours))[:200])
+        raise corrupted(path, f"metadata with {TREE} and {DIGEST}", ", ".join(sorted(ours))[:200])
     return bool(ours)
 
 
-def damaged(path: str, expected: str, actual: str) -> CorruptionError:
-    """The error for a file whose digest is another one."""
+def corrupted(path: str, expected: str, actual: str) -> CorruptionError:
+    """The error for a file with another digest."""
     return CorruptionError(
-        "A file of the checkpoint is not what was written",
+        "A file of the checkpoint is corrupted",
         path=path,
         expected=expected,
         actual=actual,
@@ -351,21 +351,22 @@ def damaged(path: str, expected: str, actual: str) -> CorruptionError:
 
 
 def seal(file: WritableFile, header: bytes, digests: NDArray[np.uint64]) -> None:
-    """Put its digest into a safetensors file that begins with this header, which holds UNSEALED in
-    its place. `digests`: those of its blocks."""
+    """Write the digest into a safetensors file whose header holds UNSEALED in its place. `digests`
+    are those of its blocks."""
     place = header.index(_MARK) + len(_MARK)
     file.write(memoryview(_digest_of(digests).encode()), offset=place)
 
 
 def check_sealed(path: str) -> None:
-    """Read a safetensors file of ours whole; CorruptionError if it is not what was written."""
+    """Read a safetensors file of shardckpt completely. Raises CorruptionError if its digest does
+    not match."""
     place = _place_of_digest(path)
     with open(path, "rb") as file:
         file.seek(place)
-        told = file.read(len(UNSEALED)).decode("latin-1")
-    found = _file_digest(path, place)
-    if told != found:
-        raise damaged(path, f"digest {told}", f"digest {found}")
+        expected = file.read(len(UNSEALED)).decode("latin-1")
+    actual = _file_digest(path, place)
+    if expected != actual:
+        raise corrupted(path, f"digest {expected}", f"digest {actual}")
 
 
 def _place_of_digest(path: str) -> int:
@@ -373,7 +374,7 @@ def _place_of_digest(path: str) -> int:
         (length,) = struct.unpack("<Q", file.read(8))
         found = file.read(length).find(_MARK)
     if found < 0:
-        raise damaged(path, f"its digest, {DIGEST}", "none")
+        raise corrupted(path, f"its digest, {DIGEST}", "none")
     return 8 + found + len(_MARK)
 
 
@@ -410,7 +411,7 @@ def _blocks(path: str, system: System) -> Iterator[bytes]:
 
 @contextmanager
 def errors_of(path: str, remedy: str) -> Iterator[None]:
-    """Errors of torch, safetensors and the file system as typed ones, that name a path."""
+    """Convert errors of torch, safetensors and the file system to typed errors with the path."""
     try:
         yield
     except ShardckptError:
@@ -421,11 +422,11 @@ def errors_of(path: str, remedy: str) -> Iterator[None]:
                 "A file of the checkpoint is missing", path=path, actual=str(error), remedy=remedy
             ) from error
         raise CheckpointNotFoundError(
-            "There is nothing at this path", path=path, remedy="check the path"
+            "The path does not exist", path=path, remedy="check the path"
         ) from error
     except IsADirectoryError as error:
         raise NotACheckpointError(
-            "This is a directory, where a file was expected", path=path, remedy="check the path"
+            "The path is a directory, not a file", path=path, remedy="check the path"
         ) from error
     except PermissionError:
         with translated(path):

@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries, seen as reshard sees a checkpoint; and parts of any of them."""
+"""Checkpoints of other libraries as sources for reshard, and selections of entries."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What a source is: its `format`, the library that wrote it, if known, and what is not taken.
+    """The origin of a source: its `format`, the library that wrote it (if known), and what is not
+    converted.
 
-    `left`: entry or file -> why it is left out. `changed`: entry -> the form in which it is taken.
-    `files`: the files that were read, if it is a folder with others. `companions`: files of that
-    folder that a folder in Hugging Face's layout should have too.
+    `left_out`: entry or file -> why it is not converted. `changed`: entry -> its new form. `files`:
+    the files that were read, if the folder holds others too. `companions`: files of the folder to
+    copy to a folder in the layout of Hugging Face.
     """
 
     format: str
     writer: str | None = None
-    left: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     changed: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
@@ -58,7 +59,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is read when it is needed: `read` takes the offsets and sizes of a box."""
+    """A tensor that is read on demand. `read` takes the offsets and sizes of a box."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -66,11 +67,11 @@ class LazyTensor:
 
 
 class Foreign(AbstractContextManager["Foreign"]):
-    """A checkpoint of another library, as reshard's Source. Not collective.
+    """A checkpoint of another library as a Source. Not collective.
 
-    `tree` is the typed JSON of its state, as a manifest has it. `identity` tells it from others.
-    Raises CorruptionError where the tree names what is not there, UnsupportedLeafError for a dtype
-    that no shard can hold.
+    `tree` is the typed JSON of its state, as in a manifest. `identity` distinguishes it from
+    others. Raises CorruptionError if the tree refers to a missing tensor, UnsupportedLeafError for
+    a dtype that a shard can't hold.
     """
 
     def __init__(
@@ -128,8 +129,8 @@ def foreign(
     identity: object = None,
     origin: Origin | None = None,
 ) -> Foreign:
-    """A nested state of CPU tensors as a source. `reads`: id of a tensor -> how boxes of what it
-    stands for are read."""
+    """A nested state of CPU tensors as a source. `reads`: id of a tensor -> how to read boxes of
+    it."""
     flat = flatten(state, rank=0)
     lazy = {}
     for name, tensor in flat.tensors.items():
@@ -139,15 +140,15 @@ def foreign(
     return Foreign(path, kind, flat.tree, lazy, identity=identity, origin=origin)
 
 
-def _cut(whole: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-    part: torch.Tensor = whole[box_slices((0,) * len(sizes), offsets, sizes)]
+def _cut(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    part: torch.Tensor = tensor[box_slices((0,) * len(sizes), offsets, sizes)]
     return part
 
 
 class Selected(AbstractContextManager["Selected"]):
-    """What `keys` select of a source, under the names that `rename` gives; both as in load_state.
+    """The entries of a source that `keys` select, with names that `rename` changes; see load.
 
-    Raises LoadMismatchError if nothing is selected, StateError if two names become the same.
+    Raises LoadMismatchError if nothing is selected, StateError if two names become equal.
     """
 
     def __init__(self, source: Source, *, keys: Select = None, rename: Rename = None) -> None:
@@ -155,24 +156,26 @@ class Selected(AbstractContextManager["Selected"]):
         refs = {name: node for name, node in saved.leaves.items() if isinstance(node, TensorRef)}
         if not saved.leaves:
             raise LoadMismatchError(
-                "Nothing in this checkpoint has such a name",
+                "No entry of this checkpoint is selected",
                 path=source.path,
                 expected=f"an entry that {keys!r} selects",
                 actual=", ".join(list(SavedState(source.manifest).leaves)[:8]),
-                remedy="`shardckpt inspect` shows all names",
+                remedy="list all names with `shardckpt inspect`",
             )
         self.path, self.source = source.path, source
-        self._names: dict[str, str] = {}  # in the source -> here
+        self._names: dict[str, str] = {}  # name in the source -> name here
         for name, node in refs.items():
             if node.kind != "per_rank":
                 self._names.setdefault(node.name, name)
         kept = {int(node.name) for node in refs.values() if node.kind == "per_rank"}
         per_rank = tuple(
-            [item if index in kept else None for index, item in enumerate(own)]
-            for own in source.manifest.per_rank
+            [item if index in kept else None for index, item in enumerate(rank_values)]
+            for rank_values in source.manifest.per_rank
         )
-        for own in per_rank:
-            values.decode(own, tensor=lambda ref: self._names.setdefault(ref.name, ref.name))
+        for rank_values in per_rank:
+            values.decode(
+                rank_values, tensor=lambda ref: self._names.setdefault(ref.name, ref.name)
+            )
         self._sources = {name: source for source, name in self._names.items()}
         tensors = source.manifest.tensors
         self.manifest = replace(
@@ -201,30 +204,34 @@ class Selected(AbstractContextManager["Selected"]):
 
 
 def origin_of(source: Source) -> Origin:
-    """What a source is, and what of it is not taken."""
+    """The origin of a source."""
     if isinstance(source, Selected):
         return origin_of(source.source)
     if isinstance(source, Foreign):
         return source.origin
     used = {MANIFEST_NAME, *(shard.name for shard in source.manifest.shards)}
     left = left_beside(source.path, used) if os.path.isdir(source.path) else {}
-    return Origin(format="shardckpt", writer=source.manifest.library, left=left)
+    return Origin(format="shardckpt", writer=source.manifest.library, left_out=left)
 
 
 def plain_tree(manifest: Manifest, node: Any) -> Any:
-    """Typed JSON of a manifest with lists of every rank's values where PerRank values stood."""
+    """The typed JSON of the state, with lists of the values of all ranks in place of PerRank
+    values."""
     if isinstance(node, list):
         return [plain_tree(manifest, item) for item in node]
     if not isinstance(node, dict):
         return node
     if node.keys() == {"$per_rank"}:
-        return [plain_tree(manifest, own[int(node["$per_rank"])]) for own in manifest.per_rank]
+        return [
+            plain_tree(manifest, rank_values[int(node["$per_rank"])])
+            for rank_values in manifest.per_rank
+        ]
     return {key: plain_tree(manifest, item) for key, item in node.items()}
 
 
 def state_of(source: Source, node: Any) -> Any:
-    """What typed JSON of the manifest stands for, in memory: PerRank values as in plain_tree,
-    numpy arrays as tensors, since torch reads those without unpickling."""
+    """Build the values of typed JSON in memory: PerRank values as in plain_tree, numpy arrays as
+    tensors, which torch loads without unpickling."""
     made: dict[str, torch.Tensor] = {}
 
     def tensor(ref: TensorRef) -> torch.Tensor:

@@ -1,5 +1,4 @@
-"""Files and directories in other formats, written by several ranks; they appear whole or not at
-all."""
+"""Write files and folders in other formats, by several ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +24,8 @@ _COPY_LIMIT_BYTES = 128 << 20  # of a configuration or tokenizer
 
 
 class Target:
-    """Base of what writes a file in another format; see shardckpt.maintenance.reshard.Rewriting."""
+    """Base class of writers of a file in another format; see
+    shardckpt.maintenance.reshard.Rewriting."""
 
     index = ""
 
@@ -51,11 +51,11 @@ class Target:
         return os.fsencode(self.temporary)
 
     def foreign(self, names: Sequence[str]) -> Sequence[str]:
-        """Of the names in a folder that is to be replaced, those that must stay."""
+        """The names in a folder that must not be removed when the folder is replaced."""
         return ()
 
     def make(self, write: AtomicWrite) -> None:
-        """Make an empty one."""
+        """Create an empty file or folder."""
         write.create(direct=False).discard()
 
     def join(self, token: str) -> bytes:
@@ -83,7 +83,7 @@ class Target:
         return b""
 
     def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
-        """Write what is missing, from what the ranks' `write` returned."""
+        """Complete the target, given what `write` returned on the ranks."""
         raise NotImplementedError
 
     def abandon(self) -> None:
@@ -95,11 +95,11 @@ class Target:
 
 
 class Folder(Target):
-    """Base of what writes a directory.
+    """Base class of writers of a folder.
 
-    `index` is the file that tells of the others, `names` the pattern of the files' names: a
-    directory is replaced only if it holds nothing else. `copied`: name -> file of the source that
-    the directory gets as well; the same file in the old one may go.
+    `index` is the file that lists the others, and `names` the pattern of file names: a folder is
+    replaced only if it holds nothing else. `copied`: name -> file of the source that is copied to
+    the folder; an equal file in the old folder may be replaced.
     """
 
     names: str
@@ -116,7 +116,7 @@ class Folder(Target):
         self.copied = copied or {}
 
     def copy(self, write: AtomicWrite) -> None:
-        """Copy those files into the new directory."""
+        """Copy the files of `copied` into the new folder."""
         for name, path in self.copied.items():
             write.add_bytes(read_small(path, limit_bytes=_COPY_LIMIT_BYTES), name)
 
@@ -129,6 +129,6 @@ class Folder(Target):
         return [n for n in names if not re.fullmatch(self.names, n) and not self._is_copied(n)]
 
     def _is_copied(self, name: str) -> bool:
-        """Whether a file of the old directory is in the new one as well, to the byte."""
+        """Whether a file of the old folder is equal to a file of the new one."""
         old, new = os.path.join(self.path, name), self.copied.get(name)
         return new is not None and os.path.isfile(old) and filecmp.cmp(old, new, shallow=False)

@@ -1,14 +1,14 @@
-"""Torch files that hold objects beside tensors: what can be read is read, the rest is listed.
+"""Read torch files that hold objects beside tensors. Entries that can't be read are listed.
 
-torch.load(weights_only=True) refuses a whole file for one object in it, as a Namespace among the
-hyper-parameters of a Lightning checkpoint, or the state of numpy's random numbers in that of a
-Trainer. Here each class or function that such a file names stands for an inert stand-in, which
-torch.load takes through its public safe_globals. So nothing that a file names is imported or
-called. A few stand-ins have one plain form, which is taken: numpy's arrays and numbers, paths,
-namespaces, and subclasses of dict and list. Entries that hold any other are left out.
+torch.load(weights_only=True) refuses a complete file because of one object in it, such as a
+Namespace in a Lightning checkpoint, or the random-number state of numpy in that of a Trainer. Here
+inert stand-ins replace the classes and functions that the file names; torch.load accepts them by
+its public safe_globals. Nothing that a file names is imported or called. Some stand-ins have a
+plain form, which is converted: arrays and numbers of numpy, paths, namespaces, and subclasses of
+dict and list. Entries that hold other objects are left out.
 
-The safe globals belong to the whole process. A stand-in therefore raises what torch.load would
-have raised if another thread's torch.load comes upon it.
+The safe globals belong to the process. If torch.load in another thread meets a stand-in, it raises
+the error that it would raise without them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from shardckpt.state.saved_tree import below
 __all__ = ["ObjectsLoader", "StandIn"]
 
 _MOST_PASSES = 20
-"""Over a pickle: names that it makes as it goes are learned one by one, the others at once."""
+"""The maximum number of passes over a pickle. Names that the pickle builds while it runs are
+learned one in each pass, the others at once."""
 _ARRAY_DTYPE = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 _AS_DICT = {"argparse.Namespace", "types.SimpleNamespace"}
 _AS_TEXT = {"torch.torch_version.TorchVersion"}
@@ -43,7 +44,7 @@ _PATH = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
 
 
 class StandIn:
-    """Stands for an object of a class that is not loaded: its name, and what it was made of."""
+    """Stands for an object of a class that is not loaded: its name and its arguments."""
 
     name: ClassVar[str] = ""
     thread: ClassVar[int] = 0
@@ -65,18 +66,18 @@ class StandIn:
 
 
 class ObjectsLoader:
-    """Loads a torch file, or one entry of DCP, with stand-ins; `plain` is what can be taken of it.
+    """Loads a torch file, or an entry of DCP, with stand-ins. `plain` converts the result.
 
-    `left` is then the entries that could not be taken, and why; `changed` those that were taken
-    in another form. Not for several threads.
+    `left_out` are the entries that could not be converted, with reasons; `changed` those that have
+    another form. Not thread-safe.
     """
 
     def __init__(self) -> None:
-        self.left: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self.changed: dict[str, str] = {}
         self._stand_ins: dict[str, type[Any]] = {}
         self._numbers = itertools.count()
-        self._containers: dict[int, tuple[Any, str]] = {}  # of id: the container and its class
+        self._containers: dict[int, tuple[Any, str]] = {}  # id -> (container, its class)
         self._done: dict[int, Any] = {}
         for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             self._add(f"{module}._reconstruct")
@@ -85,8 +86,8 @@ class ObjectsLoader:
         self._add("numpy.dtype")
 
     def load(self, file: str | BinaryIO, mmap: bool = False) -> Any:
-        """What torch.load gives, with stand-ins. Raises what torch.load raises for a file that is
-        damaged, or that calls the operating system."""
+        """Call torch.load with stand-ins. Raises its errors for files that are corrupted or that
+        call the operating system."""
         self._learn_names(file)
         for passes in range(_MOST_PASSES, -1, -1):
             if not isinstance(file, str):
@@ -109,14 +110,15 @@ class ObjectsLoader:
                     self._add(name)
 
     def _learn(self, error: Exception) -> bool:
-        """Know one class more, or that one is a kind of dict or list; False if neither."""
+        """Add a class to those with stand-ins, or as a kind of dict or list. False if nothing is
+        new."""
         if name := refused_name(error):
             if name in self._stand_ins or is_harmful(name):
                 return False
             self._add(name)
             return True
         if found := re.search(r"Can only build .* got <class 'numpy\.dtypes\.(\w+)'>", str(error)):
-            name = f"numpy.dtypes.{found[1]}"  # of a numpy.dtype that the program has allowed
+            name = f"numpy.dtypes.{found[1]}"  # a numpy.dtype that the program has allowed
             known = name in self._stand_ins
             self._stand_ins[name] = getattr(np.dtypes, found[1])
             return not known
@@ -141,20 +143,19 @@ class ObjectsLoader:
         self._stand_ins[name] = type(f"StandIn{next(self._numbers)}", (StandIn,), fields)
 
     def plain(self, value: Any, name: str) -> Any:
-        """What `load` gave, of plain values alone, for the entry `name`; a StandIn if nothing of it
-        can be taken. Entries of dicts are left out, a list or tuple goes with all its items."""
+        """Convert the entry `name` of what `load` returned to plain values. Returns a StandIn if
+        none can be converted. Entries of dicts are left out one by one, a list or tuple with all
+        its items."""
         if id(value) in self._containers:
             self.changed[name] = f"{self._containers[id(value)][1]}, taken as {_kind(value)}"
-        is_dict = isinstance(value, Mapping) and not isinstance(value, Counter)  # one value
+        is_dict = isinstance(value, Mapping) and not isinstance(value, Counter)  # a single value
         if is_dict or type(value) in (list, tuple):
             if id(value) not in self._done:
-                self._done[id(value)] = value, _Cycle  # what is met again on its own way down
+                self._done[id(value)] = value, _Cycle  # a container that contains itself
                 self._done[id(value)] = value, self._items(value, name)
             result = self._done[id(value)][1]
             if result is _Cycle:
-                raise StateError(
-                    "A container holds itself, which no checkpoint can hold", tensor=name
-                )
+                raise StateError("A container contains itself", tensor=name)
             return result
         if isinstance(value, StandIn):
             return self._taken(value, name)
@@ -182,7 +183,7 @@ class ObjectsLoader:
             if lost is None:
                 kept[key] = found
             else:
-                self.left[inner] = why(lost)
+                self.left_out[inner] = why(lost)
         return kept
 
     def _taken(self, made: StandIn, name: str) -> Any:
@@ -193,7 +194,7 @@ class ObjectsLoader:
             if made.name.endswith("multiarray.scalar") and made.name.startswith("numpy"):
                 dtype, raw = made.args
                 return np.frombuffer(raw, dtype=_dtype(dtype), count=1)[0]
-            if made.name == "builtins.bytes" and not made.args:  # what b"" is in a pickle
+            if made.name == "builtins.bytes" and not made.args:  # how a pickle encodes b""
                 return b""
             if made.name in _AS_TEXT:
                 return str(made.args[0])
@@ -209,11 +210,11 @@ class ObjectsLoader:
 
 
 class _Cycle(StandIn):
-    """Marks a container whose items are being looked at."""
+    """Marks a container that is being converted."""
 
 
 def why(lost: StandIn) -> str:
-    """The reason why an entry is left out."""
+    """Why an entry is left out."""
     return lost.state if type(lost) is StandIn else f"holds an object of {lost.name}"
 
 
@@ -241,8 +242,10 @@ def _full_name(item: Any) -> str:
 
 
 def _dtype(made: Any) -> np.dtype[Any]:
-    """A dtype of numbers; ValueError for any other, as one of objects."""
-    if isinstance(made, np.dtype) and made.kind in "biufc":  # the program has allowed numpy's own
+    """Parse a dtype of numbers. Raises ValueError for others, such as object."""
+    if (
+        isinstance(made, np.dtype) and made.kind in "biufc"
+    ):  # the program has allowed the dtype of numpy
         return made
     text, order = made.args[0], "=" if made.state is None else made.state[1]
     if not isinstance(text, str) or not _ARRAY_DTYPE.fullmatch(text):
@@ -251,9 +254,9 @@ def _dtype(made: Any) -> np.dtype[Any]:
 
 
 def _array(made: StandIn) -> Any:
-    """A numpy array of what its pickle says; no larger than the bytes in the file."""
+    """Build a numpy array from its pickled arguments; not larger than its bytes in the file."""
     _, shape, dtype, fortran, raw = made.state
-    empty = isinstance(raw, StandIn)  # of bytes()
+    empty = isinstance(raw, StandIn)  # the arguments of bytes()
     found = np.empty(0, _dtype(dtype)) if empty else np.frombuffer(raw, _dtype(dtype))
     if math.prod(shape) != found.size:
         raise ValueError(f"{found.size} elements for the shape {shape}")

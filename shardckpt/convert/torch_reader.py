@@ -1,9 +1,8 @@
-"""Reads files of torch.save with torch.load(weights_only=True), after checking that they hold what
-they declare.
+"""Read files of torch.save with torch.load(weights_only=True), after checking what they declare.
 
-torch.load takes memory for whatever a file declares: a record that inflates to terabytes, a tensor
-without strides, a bytearray of a given length. So the pickle is first read with stand-ins for
-all that it names, and what it says of tensors is compared with the records that are there.
+torch.load allocates whatever a file declares: a record that inflates to terabytes, a tensor without
+strides, a bytearray of any length. Therefore the pickle is first read with stand-ins for all names
+in it, and its tensors are compared with the records of the file.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from shardckpt.errors import CorruptionError, NotACheckpointError
 
 __all__ = ["LoadTorch", "check_torch_file", "load_torch", "load_torch_file", "load_torch_part"]
 
-_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # as torch before 1.6 wrote it
+_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the format of torch before 1.6
 _SPREAD, _SPREAD_BYTES = 4, 64 << 20
 """Tensors may take so many times the bytes of their file, and so many bytes more: those that share
 memory, or are expanded."""
-_PLACES = 200_000  # in a state, beside one for each byte of its pickle: lists may be shared
+_PLACES = 200_000  # values in a state, beside one for each byte of its pickle: lists may be shared
 _MOST_LEVELS = 1000
 _PICKLE_LIMIT_BYTES = 1 << 30
 _REMEDY = "load another checkpoint; don't trust this one"
@@ -52,13 +51,15 @@ _CALLS = {
     "builtins.complex",
     "collections.Counter",
 }
-"""What a file may call: all that makes no more than its arguments."""
+"""The functions that a file may call: those whose result is not larger than their arguments."""
 _OF_TENSORS = re.compile(r"torch\._utils\._rebuild_\w+|torch(\.\w+)*\.\w*(Tensor|Storage)")
-"""What else torch.load(weights_only=True) would call, and take memory as its arguments say."""
+"""Other functions that torch.load(weights_only=True) would call, with a result as large as they ask
+for."""
 
 
 class _Storage:
-    """Stands for a storage; `key` and `numel` as the pickle says, `size_bytes` as it needs."""
+    """Stands for a storage. `key` and `numel` are those of the pickle, `size_bytes` is what it
+    needs."""
 
     def __init__(self, key: str, item_bytes: int, numel: int) -> None:
         self.key, self.item_bytes, self.numel = key, item_bytes, numel
@@ -66,16 +67,16 @@ class _Storage:
 
 
 def load_torch(file: str | BinaryIO, mmap: bool = False) -> Any:
-    """What a torch file holds, on the CPU; torch refuses files that hold objects."""
+    """Load a torch file on the CPU. Torch refuses files that hold objects."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 LoadTorch = Callable[[str | BinaryIO, bool], Any]
-"""Reads a torch file, once it is checked; mapped into memory if the second is true."""
+"""Reads a torch file that was checked, mapped into memory if the second argument is true."""
 
 
 def load_torch_file(path: str, load: LoadTorch = load_torch) -> Any:
-    """What a torch file holds, on the CPU; tensors of a zip file are maps of it."""
+    """Load a torch file on the CPU. Tensors of a zip file are maps of it."""
     with mapped(path) as data:
         check_torch_file(data, path)
         is_zip = _is_zip(data)
@@ -84,7 +85,7 @@ def load_torch_file(path: str, load: LoadTorch = load_torch) -> Any:
 
 
 def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> Any:
-    """What a torch file holds that is a part of another file, on the CPU; `path` is for errors."""
+    """Load a torch file that is a part of another file, on the CPU. `path` is for errors."""
     check_torch_file(data, path)
     file = cast(BinaryIO, _Reader(data))
     return load(file, False)
@@ -92,14 +93,14 @@ def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> 
 
 def check_torch_file(data: Readable, path: str) -> None:
     """Raise CorruptionError if a torch file declares more than it holds, NotACheckpointError if it
-    calls a function that no plain state needs. A class that torch.load refuses is left to it."""
+    calls a function that a plain state does not need. Classes are left for torch.load to refuse."""
     if _is_zip(data):
         _ZipCheck(data, path).run()
     elif bytes(data[: len(_MAGIC)]) == _MAGIC:
         _check_legacy(data, path)
     else:
         raise NotACheckpointError(
-            "This file was not written by torch.save",
+            "torch.save did not write this file",
             path=path,
             expected="a zip archive, or a file of torch before 1.6",
             actual=f"a file that begins with {bytes(data[:8])!r}" if len(data) else "an empty file",
@@ -112,7 +113,7 @@ def _is_zip(data: Readable) -> bool:
 
 
 class _ZipCheck:
-    """Compares the records of an archive with what its pickle says."""
+    """Compares the records of an archive with its pickle."""
 
     def __init__(self, data: Readable, path: str) -> None:
         self.data, self.path = data, path
@@ -137,8 +138,8 @@ class _ZipCheck:
         _check_pickle(text, storage_bytes, len(self.data), self.path)
 
     def _read_directory(self) -> str:
-        """The archive's records; the name of the folder in which they are."""
-        # Readers of zip files agree about one with no comment and no bytes before or between.
+        """The records of the archive, and the name of their folder."""
+        # Without a comment, and without bytes before or between records, all zip readers agree.
         end = len(self.data)
         size, offset = struct.unpack("<II", self.data[end - 10 : end - 2])
         tail = 22
@@ -163,7 +164,7 @@ class _ZipCheck:
 
 
 class _Reader(io.RawIOBase):
-    """A buffer as a file, without a copy of it."""
+    """A buffer as a file, without copying it."""
 
     def __init__(self, data: Readable) -> None:
         self._data, self._at = data, 0
@@ -189,7 +190,7 @@ class _Reader(io.RawIOBase):
 
 
 def _check_legacy(data: Readable, path: str) -> None:
-    """Magic number, protocol, system, state and keys, each a pickle; then the storages."""
+    """Magic number, protocol, system, state and keys, each a pickle. Then the storages."""
     ends = [0]
     for _ in range(5):
         ends.append(scan(data, ends[-1]))
@@ -207,7 +208,7 @@ def _check_legacy(data: Readable, path: str) -> None:
 def _check_pickle(
     text: bytes, storage_bytes: Callable[[_Storage], int], file_bytes: int, path: str
 ) -> None:
-    """`storage_bytes` of a storage's data in the file, -1 if they are not there."""
+    """The bytes of a storage in the file; -1 if they are missing."""
 
     def storage(pid: Any) -> _Storage:
         kind, key, numel = (
@@ -229,11 +230,11 @@ def _check_pickle(
     limit = _SPREAD * file_bytes + _SPREAD_BYTES
     if total > limit:
         raise CorruptionError(
-            "The tensors of this file are expanded far beyond its size",
+            "The tensors of this file are expanded far beyond the size of the file",
             path=path,
             expected=f"at most {limit} bytes in a file of {file_bytes}",
             actual=f"{total} bytes",
-            remedy="if the file is yours, load it with torch.load, and save small tensors in place "
+            remedy="if you trust the file, load it with torch.load, and save small tensors instead "
             "of the expanded ones",
         )
 
@@ -242,15 +243,15 @@ _View = tuple[str, int, tuple[int, ...], tuple[int, ...], int]
 
 
 class _Structure:
-    """Goes through what a pickle holds, each object once however often it stands there."""
+    """Visits all objects of a pickle, each once."""
 
     def __init__(self, path: str, *, most_places: int) -> None:
         self.path, self.most_places = path, most_places
-        self.places: dict[int, int] = {}  # id of an object -> places below it; 0: in it now
+        self.places: dict[int, int] = {}  # id of an object -> values below it; 0: being visited
         self.views: set[_View] = set()
 
     def tensors_below(self, root: Any) -> set[_View]:
-        """The tensors, after checking all of the structure."""
+        """The tensors, after a check of the structure."""
         todo, levels = [(root, False)], 0
         while todo:
             node, seen = todo.pop()
@@ -301,21 +302,23 @@ class _Structure:
                 self._check_call(args[0].name, args[2])
         else:
             good = name in _CALLS or not _OF_TENSORS.fullmatch(name)
-        if name in _CALLS and state is not None:  # a tensor's would give it another storage
+        if (
+            name in _CALLS and state is not None
+        ):  # the state of a tensor would give it another storage
             good = False
         if not good:
             raise NotACheckpointError(
-                "This file calls a function that no plain state needs",
+                "This file calls a function that a plain state does not need",
                 path=self.path,
                 expected="tensors, numbers, text and containers of them",
                 actual=f"{name} of {len(args)} arguments",
-                remedy="if the file is yours, load it with torch.load, and save plain tensors",
+                remedy="if you trust the file, load it with torch.load, and save plain tensors",
             )
         if name in _VIEWS:
             self._check_view(name, args)
 
     def _check_view(self, name: str, args: tuple[Any, ...]) -> None:
-        """A tensor lies within its storage."""
+        """Check that a tensor lies within its storage."""
         storage, offset, size, stride = args[:4] if len(args) >= 4 else (None, 0, (), ())
         item_bytes = getattr(storage, "item_bytes", 1)
         if _VIEWS[name]:
@@ -339,7 +342,7 @@ class _Structure:
 
 def _refuse(path: str, expected: str, actual: str) -> NoReturn:
     raise CorruptionError(
-        "This torch file is damaged, or declares what it does not hold",
+        "This torch file is corrupted, or declares more than it holds",
         path=path,
         expected=expected,
         actual=actual,

@@ -1,4 +1,4 @@
-"""Torch files of others as sources: one file, or Hugging Face's layout with `pytorch_model.bin`."""
+"""Torch files of other programs as sources: one file, or `pytorch_model.bin` (Hugging Face)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _LIGHTNING = "pytorch-lightning_version"
 
 
 class Index(msgspec.Struct):
-    """An index in Hugging Face's layout: name of a tensor -> its file."""
+    """An index in the layout of Hugging Face: name of a tensor -> its file."""
 
     weight_map: dict[str, str]
 
 
 def open_torch_file(path: str, *, check: bool) -> Foreign:
-    """A torch file as a source; objects in it are left out and listed. `check` its checksums."""
+    """Open a torch file as a source. Objects in it are left out and listed. `check`: verify its
+    checksums."""
     _check_magic(path)
     objects = ObjectsLoader()
     state = read_objects(path, objects, check=check)
@@ -38,7 +39,7 @@ def open_torch_file(path: str, *, check: bool) -> Foreign:
     origin = Origin(
         format="a torch file",
         writer=f"Lightning {version}" if version else None,
-        left=objects.left,
+        left_out=objects.left_out,
         changed=objects.changed,
     )
     size = os.path.getsize(path)
@@ -46,7 +47,7 @@ def open_torch_file(path: str, *, check: bool) -> Foreign:
 
 
 def _check_magic(path: str) -> None:
-    """A file without a torch file's suffix must at least begin as one."""
+    """Check that a file without the suffix of a torch file begins like one."""
     if path.endswith(_SUFFIXES):
         return
     with errors_of(path, _REMEDY), open(path, "rb") as file:
@@ -55,18 +56,18 @@ def _check_magic(path: str) -> None:
     is_part = path.endswith(".distcp")
     if is_part or not magic.startswith((b"PK\3\4", b"\x80")):
         raise NotACheckpointError(
-            "This is not a torch file",
+            "The file is not a torch file",
             path=path,
             expected="a zip archive of torch.save, or a pickle of torch before 1.6",
             actual="a part of a DCP checkpoint" if is_part else f"a file that begins {magic!r}",
-            remedy=f"convert its folder, {folder}" if is_part else "check the path",
+            remedy=f"convert the folder {folder}" if is_part else "check the path",
         )
 
 
 def read_objects(path: str, objects: ObjectsLoader, *, check: bool = True) -> dict[Any, Any]:
-    """The dict in a torch file, without the objects in it, which `objects` then lists.
+    """Read the dict in a torch file. Objects in it are left out and listed in `objects`.
 
-    Raises NotACheckpointError for a file that holds anything else, CorruptionError.
+    Raises NotACheckpointError for a file that holds anything else, and CorruptionError.
     """
     state = read_one(path, check=check, load=objects.load)
     with errors_of(path, _REMEDY):
@@ -77,12 +78,12 @@ def read_objects(path: str, objects: ObjectsLoader, *, check: bool = True) -> di
         raise NotACheckpointError(
             "This file holds one object of a class, which only unpickling could read",
             path=path,
-            expected="a dict of tensors and values, as a module's state_dict()",
+            expected="a dict of tensors and values, such as a state_dict()",
             actual=f"an object of {state.name}",
-            remedy="load it where its class is known and you trust it, and save its state_dict()",
+            remedy="if you trust it, load it in a program with its class; save its state_dict()",
         )
     raise NotACheckpointError(
-        "This file holds no dict",
+        "This file does not hold a dict",
         path=path,
         expected="a dict of tensors and values",
         actual=state.state if isinstance(state, StandIn) else type(state).__name__,
@@ -91,8 +92,8 @@ def read_objects(path: str, objects: ObjectsLoader, *, check: bool = True) -> di
 
 
 def open_torch_folder(path: str, weights: str, *, check: bool) -> Foreign:
-    """A folder in Hugging Face's layout whose weights are torch files: a flat state of tensors.
-    `weights` is the file that holds them, or the index of those that do."""
+    """Open a folder in the layout of Hugging Face with torch files as a source: a flat state of
+    tensors. `weights` is the file with the tensors, or the index."""
     weight_map: dict[str, str] | None = None
     with errors_of(path, _REMEDY):
         if weights.endswith(".json"):
@@ -107,7 +108,7 @@ def open_torch_folder(path: str, weights: str, *, check: bool) -> Foreign:
         wanted = {tensor for tensor, at in (weight_map or {}).items() if at == name}
         if missing := wanted - {key for key, item in found.items() if torch.is_tensor(item)}:
             raise CorruptionError(
-                "The index and a file of these weights don't agree",
+                "The index does not match a file of these weights",
                 path=file_path,
                 tensor=min(missing),
                 expected=f"the {len(wanted)} tensors that {weights} names",
@@ -119,7 +120,7 @@ def open_torch_folder(path: str, weights: str, *, check: bool) -> Foreign:
     origin = Origin(
         format="Hugging Face's layout, torch files",
         writer=writer_of(path),
-        left={**left_beside(path, used), **objects.left},
+        left_out={**left_beside(path, used), **objects.left_out},
         changed=objects.changed,
         files=tuple(sorted(used)),
         companions=companions(path),

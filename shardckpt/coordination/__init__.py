@@ -1,1 +1,1 @@
-"""All talk between ranks: one Protocol, and what implements it."""
+"""Messages between ranks: the Coordinator, and its implementations."""

@@ -1,166 +1,43 @@
-"""What ranks say to each other: each phase of a save or load is one exchange.
-
-Every rank does its part; rank 0 gets what all of them made of it, decides, and answers each.
-An error anywhere is an error everywhere, of a type that says whose it was.
-"""
+"""The interface of the ranks of an operation: gather, scatter, watch, progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import msgspec
-
-from shardckpt import errors
-from shardckpt.errors import RankFailedError, ShardckptError
-
-__all__ = ["Coordinator", "WorkBroken", "exchange"]
+__all__ = ["Coordinator", "WorkBroken"]
 
 
 class WorkBroken(Exception):
-    """Work that ranks do together has raised on another one, whose own error says why."""
+    """The collective work of the ranks raised an error on another rank. The error of that rank has
+    the reason."""
 
 
 class Coordinator(Protocol):
-    """The ranks of one operation. Every wait has a deadline; past it, RankFailedError.
+    """The ranks of one operation. Every wait has a deadline, after which it raises RankFailedError.
 
-    `gather` and `scatter` are collective and called in turn.
+    `gather` and `scatter` are collective, and called alternately.
     """
 
     rank: int
     world_size: int
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
-        """Everyone's payload in rank order, on rank 0; None elsewhere."""
+        """Collect the payloads of all ranks on rank 0, in rank order. None on other ranks."""
 
     def scatter(self, payloads: Sequence[bytes] | None, *, phase: str) -> bytes:
-        """This rank's of the payloads that rank 0 hands over."""
+        """Send each rank its payload, from rank 0. Other ranks pass None."""
 
     def watch(self, work: Callable[[], None], *, phase: str) -> None:
-        """Do work that waits for other ranks in a way of its own, such as torch's collectives.
+        """Run work that waits for other ranks by its own means, such as collectives of torch.
+        Collective.
 
-        Collective. Raises RankFailedError as soon as a rank is silent, and WorkBroken as soon as
-        the work has raised on another rank; the work itself then goes on in a thread that is left
-        behind. What the work raises is raised. The work calls `progress`; StalledError if it has
-        not done so for too long.
+        Raises RankFailedError as soon as a rank stops responding, and WorkBroken as soon as the
+        work raised an error on another rank; the work then continues in a thread that is abandoned.
+        Raises the errors of the work itself. The work must call `progress` regularly, otherwise
+        StalledError is raised.
         """
 
     def progress(self, amount: int) -> None:
-        """This rank is alive and gets on; called often, from its working threads."""
-
-
-class _Failure(msgspec.Struct, array_like=True):
-    """An exception in words: what travels, since exceptions themselves may not pickle."""
-
-    kind: str
-    text: str
-    facts: dict[str, Any]
-    ranks: tuple[int, ...] = ()
-
-
-class _Record(msgspec.Struct, array_like=True):
-    payload: bytes
-    failure: _Failure | None = None
-
-
-_encode = msgspec.msgpack.Encoder(enc_hook=str).encode
-
-
-def exchange(
-    coordinator: Coordinator,
-    phase: str,
-    local: Callable[[], bytes],
-    decide: Callable[[list[bytes]], bytes | list[bytes]],
-) -> bytes:
-    """One phase, collective: `local` runs on every rank, `decide` on rank 0 with all results.
-
-    Returns what `decide` returned, or this rank's item if that is a list. Where `local`
-    raises, that rank raises the same exception, and every other one an error that names it:
-    of the same class if it is one of shardckpt's, else RankFailedError. What `decide` raises,
-    all ranks raise.
-    """
-    own: BaseException | None = None
-    try:
-        record = _Record(local())
-    except BaseException as error:  # KeyboardInterrupt too: the other ranks must not wait
-        own = error
-        record = _Record(b"", _describe(error))
-    records = coordinator.gather(_encode(record), phase=phase)
-    answers: list[bytes] | None = None
-    thrown: BaseException | None = None
-    if records is not None:
-        try:
-            answers = _answers(records, decide)
-        except BaseException as error:
-            thrown = error
-            answers = [_encode(_Record(b"", _describe(error)))] * len(records)
-    answer = msgspec.msgpack.decode(coordinator.scatter(answers, phase=phase), type=_Record)
-    if own is not None:
-        if isinstance(own, ShardckptError):
-            ranks = answer.failure.ranks if answer.failure else ()
-            own.rank = ranks or coordinator.rank if own.rank is None else own.rank
-            own.facts.setdefault("phase", phase)
-        raise own
-    if thrown is not None:
-        raise thrown
-    if answer.failure is not None:
-        raise _rebuild(answer.failure, phase)
-    return answer.payload
-
-
-def _answers(
-    records: list[bytes], decide: Callable[[list[bytes]], bytes | list[bytes]]
-) -> list[bytes]:
-    found = [msgspec.msgpack.decode(record, type=_Record) for record in records]
-    failed = {rank: record.failure for rank, record in enumerate(found) if record.failure}
-    if failed:
-        kind = next(iter(failed.values())).kind
-        alike = [rank for rank, failure in failed.items() if failure.kind == kind]
-        first = failed[alike[0]]
-        failure = _Failure(first.kind, first.text, first.facts, tuple(alike))
-        return [_encode(_Record(b"", failure))] * len(records)
-    answer = decide([record.payload for record in found])
-    if isinstance(answer, list):
-        return [_encode(_Record(payload)) for payload in answer]
-    return [_encode(_Record(answer))] * len(records)
-
-
-def _describe(error: BaseException) -> _Failure:
-    if not isinstance(error, ShardckptError):
-        kind = type(error)
-        try:
-            text = _encodable(str(error))
-        except Exception:
-            text = "(an exception that can't say what it is)"
-        return _Failure("", f"{kind.__module__}.{kind.__qualname__}: {text}"[:4000], {})
-    facts = {
-        name: getattr(error, name)
-        for name in ("path", "rank", "tensor", "expected", "actual", "remedy", "errno")
-        if getattr(error, name, None) is not None
-    }
-    facts = {name: _encodable(fact) for name, fact in {**facts, **error.facts}.items()}
-    return _Failure(type(error).__name__, _encodable(error.message), facts)
-
-
-def _encodable(fact: Any) -> Any:
-    """A text without surrogates, which stand for the bytes of a file name that is not UTF-8."""
-    return fact.encode(errors="backslashreplace").decode() if isinstance(fact, str) else fact
-
-
-def _rebuild(failure: _Failure, phase: str) -> ShardckptError:
-    """The error that a rank raises for what happened on another, or in rank 0's decision."""
-    facts = dict(failure.facts)
-    facts.setdefault("phase", phase)
-    if isinstance(facts.get("rank"), list):
-        facts["rank"] = tuple(facts["rank"])
-    if failure.kind in errors.__all__:
-        facts.setdefault("rank", failure.ranks or None)
-        kind: type[ShardckptError] = getattr(errors, failure.kind)
-        return kind(failure.text, **facts)
-    return RankFailedError(
-        "Another rank failed",
-        rank=failure.ranks or None,
-        actual=failure.text,
-        remedy="look at that rank's own error; nothing was committed",
-        **facts,
-    )
+        """Report that this rank is alive and makes progress. Called often, from its working
+        threads."""

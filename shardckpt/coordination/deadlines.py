@@ -1,4 +1,4 @@
-"""Waiting with a deadline, and the errors for ranks that don't come or don't go on."""
+"""Wait with a deadline, and the errors for ranks that are missing or do not respond."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ __all__ = ["SHORTEST_WAIT_S", "next_wait", "poll", "rank_failed", "ranks_disagre
 
 SHORTEST_WAIT_S = 0.0002
 _LONGEST_WAIT_S = 0.002
-_LONGEST_WAIT_PER_RANK_S = 20e-6  # a torch store answers about 100,000 requests a second
+_LONGEST_WAIT_PER_RANK_S = 20e-6  # a store of torch answers about 100,000 requests a second
 
 
 def next_wait(pause_s: float, *, ranks: int = 1) -> float:
-    """How long to sleep after a sleep of `pause_s` that was too short, where as many ranks ask."""
+    """The next sleep in seconds, after one of `pause_s` that was too short, if this many ranks
+    poll."""
     return min(pause_s * 1.5, max(_LONGEST_WAIT_S, ranks * _LONGEST_WAIT_PER_RANK_S))
 
 
 def poll(ready: Callable[[], bool], deadline_s: float) -> bool:
-    """Wait until ready, or past the deadline; whether it is."""
+    """Wait until ready or until the deadline. Returns whether it is ready."""
     pause, give_up_at = SHORTEST_WAIT_S, time.monotonic() + deadline_s
     while not ready():
         if time.monotonic() > give_up_at:
@@ -31,24 +32,24 @@ def poll(ready: Callable[[], bool], deadline_s: float) -> bool:
 
 
 def rank_failed(ranks: Iterable[int], phase: str, what: str) -> RankFailedError:
-    """The error for ranks that are dead, silent or late."""
+    """The error for ranks that died, do not respond or did not call."""
     found = tuple(ranks)
     return RankFailedError(
         f"Rank {', '.join(map(str, found))} failed in phase {phase!r}",
         rank=found,
         phase=phase,
-        expected="every rank to call this, and to stay alive",
+        expected="every rank to make this call, and to stay alive",
         actual=what,
-        remedy="look at that rank's log; nothing was committed, and the next call may work",
+        remedy="read the log of that rank; nothing was committed, and the next call may work",
     )
 
 
 def ranks_disagree(rank: int, theirs: str, subject: str | None) -> RankMismatchError:
-    """The error for a rank that calls something else than rank 0 (`subject`, where known)."""
+    """The error for a rank whose call differs from that of rank 0, which is `subject` if known."""
     return RankMismatchError(
-        "The ranks call different things, or with different paths",
+        "The ranks make different calls, or pass different paths",
         rank=rank,
-        expected=f"{subject}, as on rank 0" if subject else "what rank 0 calls",
+        expected=f"{subject}, as on rank 0" if subject else "the call of rank 0",
         actual=theirs,
         remedy="call the same function with the same path on every rank",
     )

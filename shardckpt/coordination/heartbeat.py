@@ -1,7 +1,8 @@
-"""Signs of life between the ranks of an operation, whatever carries them.
+"""Heartbeats between the ranks of an operation, for all kinds of coordinators.
 
-Every rank sends a number that grows while it lives, and its progress. A rank that waits for others
-looks at both: a rank that stops beating is silent, one that beats without progress is stalled.
+Every rank sends a number that grows while the rank lives, and its progress. A rank that waits for
+others checks both: a rank without heartbeats has failed, and one with heartbeats but without
+progress has stalled.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ __all__ = ["HeartbeatCoordinator", "beat_interval_s"]
 
 
 def beat_interval_s() -> float:
-    """Seconds from one sign of life to the next."""
+    """The interval between heartbeats in seconds."""
     return min(current().deadline_s / 5, 1.0)
 
 
 class HeartbeatCoordinator(ABC):
-    """A Coordinator whose ranks watch each other; subclasses carry the messages."""
+    """A Coordinator whose ranks watch each other. Subclasses transmit the messages."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -44,7 +45,7 @@ class HeartbeatCoordinator(ABC):
 
     @abstractmethod
     def _beat_until_stopped(self) -> None:
-        """Send signs of life until `_stopped` is set; runs in a thread of its own."""
+        """Send heartbeats until `_stopped` is set. Runs in its own thread."""
 
     @abstractmethod
     def _signs(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
@@ -52,27 +53,28 @@ class HeartbeatCoordinator(ABC):
 
     @abstractmethod
     def _given_up(self) -> list[int]:
-        """The ranks that rank 0 has given up; asked on other ranks."""
+        """The ranks that rank 0 has given up. Asked on other ranks."""
 
     @abstractmethod
     def _give_up(self, ranks: list[int]) -> None:
-        """Note that ranks are lost. On rank 0, tell the others as well."""
+        """Record that ranks are lost. Rank 0 also informs the other ranks."""
 
     def _keep_beating(self) -> None:
-        with suppress(Exception):  # the thread that waits finds out by itself
+        with suppress(Exception):  # the waiting thread detects the error itself
             self._beat_until_stopped()
 
     def _wait(
         self, phase: str, ready: Callable[[], bool], missing: Callable[[], list[int]]
     ) -> None:
-        """Wait until ready; meanwhile watch the ranks that are still missing.
+        """Wait until ready, and watch the missing ranks meanwhile.
 
-        Raises RankFailedError for missing ranks that are silent or stalled, or given up by rank 0.
+        Raises RankFailedError for missing ranks that do not respond, that stalled, or that rank 0
+        has given up.
         """
         begun, pause_s = time.monotonic(), SHORTEST_WAIT_S
         look_at = begun + beat_interval_s()
         while not ready():
-            self._progress += 1  # waiting has a deadline of its own: it does not count as a stall
+            self._progress += 1  # waiting has its own deadline and does not count as a stall
             if time.monotonic() >= look_at:
                 self._check(missing(), phase, begun)
                 look_at = time.monotonic() + beat_interval_s()

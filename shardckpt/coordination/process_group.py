@@ -1,4 +1,4 @@
-"""A process group of torch.distributed from MPI's ranks, or from SLURM's variables."""
+"""Start a process group of torch.distributed from the ranks of MPI or SLURM."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt.config import current
-from shardckpt.coordination.base import exchange
 from shardckpt.coordination.deadlines import rank_failed
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
 from shardckpt.coordination.resolve import is_alone, operation
 from shardckpt.coordination.shutdown import leave_at_exit
@@ -29,8 +29,8 @@ _CONNECT_S = 3.0
 _store: Any = dist.TCPStore  # type: ignore[attr-defined]
 
 
-class _Place(msgspec.Struct, array_like=True):
-    """Where rank 0's store is: a host's addresses, to be tried in turn, and a port."""
+class _StoreAddress(msgspec.Struct, array_like=True):
+    """The address of the store of rank 0: host addresses to try in turn, and a port."""
 
     hosts: list[str]
     port: int
@@ -41,17 +41,26 @@ class _Place(msgspec.Struct, array_like=True):
 def init_from_mpi(
     backend: str | None = None, *, comm: Any = None, timeout_s: float = 1800.0
 ) -> None:
-    """Start torch.distributed's default group from MPI's ranks; collective over them.
+    """Start the default process group of torch.distributed from the ranks of MPI. Collective.
 
-    For FSDP2 and DDP scripts under mpirun: call it in place of init_process_group. Ranks are
-    those of `comm`, by default MPI.COMM_WORLD; under srun without MPI they come from SLURM's
-    variables. Rank 0 opens torch's store on a free port and tells the others by MPI.
-    `backend` is by default gloo, with nccl for CUDA where there is a GPU; `timeout_s` is that
-    of the group's collectives. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
-    set as torchrun sets them. The group is destroyed when the process ends, if it still is there.
-    No-op if there is a default group already.
+    For FSDP2 and DDP scripts under mpirun: call it in place of init_process_group. Under srun
+    without MPI the ranks come from SLURM's variables. Rank 0 opens the store of torch.distributed
+    on a free port and announces it by MPI. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT are set as torchrun sets them. The group is destroyed when the process ends. If
+    there is a default group already, nothing happens.
 
-    Raises CoordinationError outside mpirun and srun, or if a rank fails or can't connect.
+    Args:
+        backend: The backend of the group: by default gloo, with nccl for CUDA if there is a GPU.
+        comm: The ranks, as an mpi4py communicator; by default MPI.COMM_WORLD.
+        timeout_s: Seconds until a collective of the group fails.
+
+    Raises:
+        CoordinationError: Neither mpirun nor srun started this process, a rank failed, or a rank
+            can't connect.
+
+    Example:
+        >>> import shardckpt
+        >>> shardckpt.init_from_mpi()  # doctest: +SKIP
     """
     if dist.is_initialized():
         return
@@ -75,87 +84,87 @@ def init_from_mpi(
             "torch.distributed could not start a process group",
             rank=rank,
             actual=str(error).splitlines()[0],
-            remedy="look at the other ranks' logs; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
-            "name the network to use",
+            remedy="read the logs of the other ranks; set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
+            "to the network to use",
         ) from error
     leave_at_exit()
 
 
 def group_for_dcp(path: str | None, *, comm: Any = None) -> None:
-    """Start a process group where mpirun or srun has started several ranks that have none: without,
-    torch.distributed.checkpoint would take each of them for the only one. Collective.
+    """Start a process group if mpirun or srun started several ranks and they have none. Collective.
 
-    Raises CoordinationError where `comm` is given, which DCP can't use.
+    Without a group, torch.distributed.checkpoint would treat each rank as the only one. Raises
+    CoordinationError if `comm` is given, which DCP can't use.
     """
     if comm is not None:
         raise CoordinationError(
-            "torch.distributed.checkpoint and its planners know no MPI",
+            "torch.distributed.checkpoint and its planners do not support MPI communicators",
             path=path,
             expected="a process group of torch.distributed",
             actual="comm=",
-            remedy="leave out comm=; shardckpt.init_from_mpi(comm=...) makes a process group of it",
+            remedy="leave out comm=; shardckpt.init_from_mpi(comm=...) starts a process group",
         )
     if several_ranks() is not None and not is_alone():
         init_from_mpi()
 
 
 def _mpi_store(comm: Any) -> tuple[int, int, Any]:
-    """(rank, world size, a store that all ranks have connected to); collective over MPI."""
+    """Rank, world size, and a store that all ranks have connected to. Collective over MPI."""
     opened: list[Any] = []
 
     with operation("init_from_mpi", comm=comm) as coordinator:
         launch = mpi_launch()
         if coordinator.world_size == 1 and comm is None and launch is None:
             raise CoordinationError(
-                "This process was started by neither mpirun nor srun",
+                "Neither mpirun nor srun started this process",
                 expected="several ranks, or comm=",
                 actual="one process",
-                remedy="mpirun -n 4 python SCRIPT; or call torch.distributed.init_process_group",
+                remedy="run mpirun -n 4 python SCRIPT, or call init_process_group",
             )
 
         def announce(hosts: list[bytes]) -> bytes:
             store = _serve(int(os.environ.get("MASTER_PORT", "0")))
             opened.append(store)
-            own = os.environ.get("MASTER_ADDR")
-            place = _Place(
-                hosts=[own] if own else _addresses(),
+            address = os.environ.get("MASTER_ADDR")
+            store_address = _StoreAddress(
+                hosts=[address] if address else _addresses(),
                 port=store.port,
                 local_ranks=[hosts[:rank].count(host) for rank, host in enumerate(hosts)],
                 one_host=len(set(hosts)) == 1,
             )
-            return msgspec.msgpack.encode(place)
+            return msgspec.msgpack.encode(store_address)
 
         def name() -> bytes:
-            # The boot differs between machines of one name, the addresses between containers.
+            # The boot id differs between machines, the addresses between containers.
             return "\n".join([socket.gethostname(), _boot_id(), *_addresses()]).encode()
 
         answer = exchange(coordinator, "address", name, announce)
-        place = msgspec.msgpack.decode(answer, type=_Place)
-        hosts = ["127.0.0.1"] if place.one_host else place.hosts
+        address = msgspec.msgpack.decode(answer, type=_StoreAddress)
+        hosts = ["127.0.0.1"] if address.one_host else address.hosts
 
         def connect() -> bytes:
             host = hosts[0] if hosts else ""
             if coordinator.rank:
-                host = _reachable(hosts, place.port, one_host=place.one_host)
-                opened.append(_client(host, place.port))
+                host = _reachable(hosts, address.port, one_host=address.one_host)
+                opened.append(_client(host, address.port))
             local_rank = launch.local_rank if launch and launch.local_rank is not None else None
             _export(
                 coordinator.rank,
                 coordinator.world_size,
-                place.local_ranks[coordinator.rank] if local_rank is None else local_rank,
+                address.local_ranks[coordinator.rank] if local_rank is None else local_rank,
                 host,
-                place.port,
+                address.port,
             )
             return host.encode()
 
         host = exchange(coordinator, "connect", connect, lambda hosts: hosts[-1])
-        if coordinator.rank == 0 and not place.one_host:
+        if coordinator.rank == 0 and not address.one_host:
             _use_network(host.decode())
         return coordinator.rank, coordinator.world_size, opened[0]
 
 
 def _slurm_store(slurm: Launch) -> Any:
-    """The same where srun has started plain processes: the port follows from job and step."""
+    """As _mpi_store, if srun started plain processes. Job and step determine the port."""
     job, step = (int(os.environ.get(f"SLURM_{name}", "0") or 0) for name in ("JOB_ID", "STEP_ID"))
     port = int(os.environ.get("MASTER_PORT", "0")) or 20_000 + (job * 64 + step) % 12_000
     host = os.environ.get("MASTER_ADDR") or slurm.host or "127.0.0.1"
@@ -199,7 +208,7 @@ def _export(rank: int, world_size: int, local_rank: int, host: str, port: int) -
 
 
 def _reachable(hosts: list[str], port: int, *, one_host: bool) -> str:
-    """The first of rank 0's addresses that answers."""
+    """The first address of rank 0 that answers."""
     for host in hosts:
         with suppress(OSError), socket.create_connection((host, port), _CONNECT_S) as connection:
             if not one_host:
@@ -214,14 +223,14 @@ def _reachable(hosts: list[str], port: int, *, one_host: bool) -> str:
 
 
 def _use_network(address: str) -> None:
-    """Let gloo use the network that leads to rank 0; by itself it goes by the host's name."""
-    for name, own in _interfaces():
-        if own == address:
+    """Make gloo use the network that reaches rank 0. By default it uses that of the host name."""
+    for name, interface_address in _interfaces():
+        if interface_address == address:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _addresses() -> list[str]:
-    """This host's IPv4 addresses, the one that its name stands for first."""
+    """The IPv4 addresses of this host. The address of its name is first."""
     found = [address for _, address in _interfaces() if not address.startswith("127.")]
     with suppress(OSError):
         named = socket.gethostbyname(socket.gethostname())
@@ -230,7 +239,7 @@ def _addresses() -> list[str]:
 
 
 def _interfaces() -> list[tuple[str, str]]:
-    """(name, IPv4 address) of the network interfaces that have one."""
+    """(name, IPv4 address) of the network interfaces with an address."""
     siocgifaddr = 0x8915  # linux/sockios.h; the address is in bytes 20 to 24 of a struct ifreq
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

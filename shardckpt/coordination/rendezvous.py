@@ -1,11 +1,11 @@
-"""How ranks meet for one operation, whatever carries their messages.
+"""The rendezvous: how ranks meet at the start of an operation, for all kinds of coordinators.
 
-Every rank calls rank 0 with the subject of the operation. Rank 0 waits for all calls, decides, and
-answers each rank with one of these texts:
+Every rank calls rank 0 with the subject of its operation. Rank 0 waits for all calls, decides, and
+sends each rank one of these texts:
 
-    go ID             the operation that the rank takes part in
-    late RANKS        ranks that did not call in time
-    other RANK TEXT   a rank that calls with another subject, and that subject
+    go ID             the id of the operation in which the rank takes part
+    late RANKS        the ranks that did not call in time
+    other RANK TEXT   a rank that called with another subject, and that subject
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ __all__ = ["Decision", "decide", "follow", "never_called", "too_late"]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Rank 0's decision: the answer to every rank, and what rank 0 itself raises.
+    """The decision of rank 0: the answer to every rank, and the error that rank 0 raises.
 
-    `identity` names the operation, which starts only if `error` is None. `late` ranks did not call.
+    `identity` is the id of the operation. It starts only if `error` is None. `late` are the ranks
+    that did not call.
     """
 
     answer: str
@@ -35,7 +36,7 @@ class Decision:
 
 
 def decide(subjects: Mapping[int, str], subject: str, *, world_size: int) -> Decision:
-    """Decide on an operation from the subjects of the ranks that called rank 0 in time."""
+    """Decide on an operation from the subjects of the ranks that called in time."""
     identity = uuid.uuid4().hex
     late = [rank for rank in range(1, world_size) if rank not in subjects]
     if late:
@@ -69,5 +70,5 @@ def never_called(ranks: list[int]) -> ShardckptError:
 
 
 def too_late(rank: int) -> ShardckptError:
-    """The error on a rank that calls when the others have given it up."""
+    """The error on a rank that calls after the other ranks have given it up."""
     return rank_failed([rank], "begin", "this rank came too late: the others have given up")

@@ -1,4 +1,4 @@
-"""The coordinator for an operation: one process, the ranks of a process group, or MPI's."""
+"""Choose the coordinator of an operation: for one process, a process group, or MPI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks,
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import CoordinationError
 
-if dist.is_available():  # not at the first call, which is to return at once
+if dist.is_available():  # now and not at the first async_save, which must return quickly
     from shardckpt.coordination.store import store_coordinator
 
 __all__ = ["Operation", "alone", "check_launcher", "is_alone", "operation"]
@@ -26,16 +26,16 @@ _alone_here: ContextVar[bool] = ContextVar("shardckpt.alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside the with block this process saves, loads and removes checkpoints by itself.
+    """Make save, load and CheckpointManager use only this process inside a with block.
 
-    For a rank that has a checkpoint of its own, at a path that no other rank uses, and for
-    processes that a launcher started but that have nothing to do with each other. A call with
-    `process_group=` or `comm=` still means the ranks of that. Not collective.
+    Use it if one rank saves a checkpoint under a path that no other rank uses, and if a launcher
+    starts processes that do not work together. Calls with `process_group=` or `comm=` still use
+    those ranks. Not collective.
 
     Example:
-        >>> import shardckpt, tempfile
+        >>> import shardckpt
         >>> with shardckpt.alone():
-        ...     report = shardckpt.save({"step": 7}, f"{tempfile.mkdtemp()}/rank-0")
+        ...     report = shardckpt.save({"step": 7}, "run/rank-0")
         >>> report.world_size
         1
     """
@@ -47,14 +47,16 @@ def alone() -> Iterator[None]:
 
 
 def is_alone() -> bool:
-    """Whether this is inside a with block of `alone`."""
+    """Whether this code runs inside a with block of `alone`."""
     return _alone_here.get()
 
 
 @dataclass(slots=True)
 class Operation:
-    """One operation of several ranks. Entering it is collective, and gives its Coordinator;
-    that may happen in another thread, and after the process group has been destroyed."""
+    """An operation of several ranks. Entering it is collective, and returns its Coordinator.
+
+    It may be entered in another thread, and after the process group was destroyed.
+    """
 
     rank: int
     world_size: int
@@ -70,19 +72,20 @@ class Operation:
 def operation(
     subject: str, process_group: Any = None, *, comm: Any = None, channel: str = "main"
 ) -> Operation:
-    """An operation of the ranks that take part in it, to be entered.
+    """Prepare an operation of the ranks that call this.
 
-    `subject` says what it is about, alike on all ranks. They are those of `comm`, an mpi4py
-    communicator, or of `process_group`; by default of torch.distributed's default group, where
-    there is none of MPI.COMM_WORLD if mpirun started this process, else this process alone. Within
-    `alone` it is by default this process alone.
+    The ranks are those of `comm`, an mpi4py communicator, or of `process_group`. By default they
+    are those of the default group of torch.distributed, otherwise of MPI.COMM_WORLD if mpirun
+    started this process, otherwise this process alone. Inside `alone` the default is this process
+    alone.
 
-    Raises CoordinationError where a launcher started several ranks and nothing connects them.
+    `subject` describes the operation, and is the same on all ranks. Raises CoordinationError if a
+    launcher started several ranks that are not connected.
     """
     if comm is not None and process_group is not None:
         raise CoordinationError(
             "Both a communicator and a process group were given",
-            remedy="give comm= or process_group=, whichever holds the ranks that call this",
+            remedy="pass either comm= or process_group=, with the ranks that make this call",
         )
     initialised = dist.is_available() and dist.is_initialized()
     if comm is None and process_group is None:
@@ -105,19 +108,21 @@ def operation(
 
 
 def check_launcher(comm: Any = None) -> None:
-    """Raise CoordinationError where torchrun has started several ranks that neither a process group
-    nor a communicator connects: each would take itself for the only one."""
+    """Raise CoordinationError if torchrun started several ranks without a process group.
+
+    Without the check each rank would act as the only one.
+    """
     launch = torch_launch()
     connected = dist.is_available() and dist.is_initialized()
     if launch is None or launch.world_size == 1 or connected or is_alone():
         return
     if comm is None or comm.Get_size() == 1:
         raise CoordinationError(
-            "This is one of several ranks, but no process group connects them",
+            "This process is one of several ranks, but no process group connects them",
             rank=launch.rank,
-            expected="a process group of torch.distributed, as torchrun's ranks make one",
+            expected="a process group of torch.distributed",
             actual=f"RANK={launch.rank} and WORLD_SIZE={launch.world_size}, without a group",
-            remedy="call torch.distributed.init_process_group() first; if this rank means a "
+            remedy="call torch.distributed.init_process_group() first; if this rank has a "
             "checkpoint of its own, make this call inside `with shardckpt.alone():`",
         )
 
@@ -129,9 +134,9 @@ def _alone() -> Operation:
 def _of_group(group: Any, subject: str, channel: str) -> Operation:
     if dist.get_rank(group) < 0:
         raise CoordinationError(
-            "This rank is no member of the process group",
+            "This rank is not a member of the process group",
             rank=dist.get_rank(),
-            remedy="call this on the members of the group alone",
+            remedy="make this call only on the members of the group",
         )
     if dist.get_world_size(group) == 1:
         return _alone()
@@ -145,14 +150,15 @@ def _of_communicator(comm: Any, subject: str, channel: str) -> Operation:
 
     if check_communicator(comm, channel=channel) == 1:
         return _alone()
-    link = link_of(comm)  # here, in the program's thread: in the order of its own collectives
+    link = link_of(comm)  # here, in the thread of the program, in the order of its collectives
     link.claim()
     scope = mpi_coordinator(link, channel=channel, subject=subject)
     return Operation(link.rank, link.world_size, scope)
 
 
 def _world() -> Any:
-    """MPI.COMM_WORLD where mpirun started several ranks, or the program has started MPI."""
+    """MPI.COMM_WORLD if mpirun started several ranks or the program has started MPI. Otherwise
+    None."""
     launch = several_ranks()
     loaded = sys.modules.get("mpi4py.MPI")
     started = loaded is not None and loaded.Is_initialized() and not loaded.Is_finalized()
@@ -178,11 +184,11 @@ def _world() -> Any:
 
 
 def _strangers(launch: Launch | None) -> CoordinationError:
-    """The error for srun's tasks, each of which would take itself for the only one."""
+    """The error for tasks of srun that are not connected. Each would act as the only one."""
     return CoordinationError(
-        "srun has started several tasks, and nothing connects them",
+        "srun started several tasks, but nothing connects them",
         expected="MPI (srun --mpi=pmix), or a process group of torch.distributed",
         actual=f"{launch.world_size if launch else 1} tasks, without either",
-        remedy="call shardckpt.init_from_mpi() first, which needs no MPI here; if this task means "
-        "a checkpoint of its own, make this call inside `with shardckpt.alone():`",
+        remedy="call shardckpt.init_from_mpi() first, which needs no MPI here; if this task has a "
+        "checkpoint of its own, make this call inside `with shardckpt.alone():`",
     )

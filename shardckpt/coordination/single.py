@@ -1,4 +1,4 @@
-"""A world of one process."""
+"""The coordinator of a single process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["SingleCoordinator"]
 
 
 class SingleCoordinator:
-    """One rank, which talks to itself; see Coordinator."""
+    """A Coordinator with one rank."""
 
     rank = 0
     world_size = 1

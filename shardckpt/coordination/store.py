@@ -1,22 +1,22 @@
-"""Ranks that talk through the key-value store of their torch process group.
+"""The coordinator of a process group, over the key-value store of the group.
 
-Not through its collectives: the store needs no group of its own, never meets the training's
-traffic, survives a timeout, and shows which rank is missing; docs/adr tells more.
+It does not use the collectives of the group: the store needs no group of its own, does not
+interfere with the training, survives a timeout, and shows which rank is missing. See docs/adr.
 
-Below the group's name and the channel:
+Keys below the name of the group and the channel:
 
-    join/RANK       "nonce subject" of a rank that calls; rank 0 takes it away
-    answer/NONCE    the id of the operation that it is let into, or why not
-    late/RANK       the subject of a call for which rank 0 has waited in vain
+    join/RANK       "nonce subject" of a rank that calls; rank 0 removes it
+    answer/NONCE    the answer of rank 0; see rendezvous
+    late/RANK       the subject of a call that rank 0 waited for in vain
 
-and below the id of an operation, which no other one has:
+Keys below the id of an operation, which is unique:
 
-    beat/RANK       "beats:progress", renewed while the rank takes part
+    beat/RANK       "beats:progress", updated while the rank takes part
     PHASE/n         how many ranks have sent
-    PHASE/s/RANK    what a rank sent
-    PHASE/a         rank 0's answer to all, or nothing where each has its own:
-    PHASE/a/RANK    rank 0's answer to this rank
-    PHASE/broken    set by a rank on which the work of this phase has raised
+    PHASE/s/RANK    the payload of a rank
+    PHASE/a         the answer of rank 0 to all; empty if each rank has its own
+    PHASE/a/RANK    the answer of rank 0 to this rank
+    PHASE/broken    set by a rank on which the work of this phase raised an error
     given-up        the ranks that rank 0 has given up
 """
 
@@ -40,7 +40,7 @@ from shardckpt.coordination.base import WorkBroken
 from shardckpt.coordination.deadlines import poll
 from shardckpt.coordination.heartbeat import HeartbeatCoordinator, beat_interval_s
 from shardckpt.coordination.rendezvous import decide, follow, never_called, too_late
-from shardckpt.coordination.store_connection import Lines
+from shardckpt.coordination.store_connection import StoreConnections
 from shardckpt.coordination.store_keys import all_there, batches, get_many, set_many
 from shardckpt.errors import RankFailedError, StalledError
 
@@ -49,29 +49,29 @@ __all__ = ["StoreCoordinator", "store_coordinator"]
 _ANSWER_S = 2.0
 _PIECE_BYTES = 4 << 20  # TCPStore refuses values of more than 8 MiB
 
-# Keys of the last operation that other ranks may still look at when this one has ended it.
+# Keys of the last operation, which other ranks may still read after this one has ended it.
 _traces: dict[tuple[str, str], list[str]] = {}
-# The ranks that may not have read yet that rank 0 has given them up, by prefix.
+# The ranks that may not know yet that rank 0 has given them up, by prefix.
 _unread: dict[str, set[int]] = {}
 # By process group.
-_lines: weakref.WeakKeyDictionary[Any, Lines] = weakref.WeakKeyDictionary()
-os.register_at_fork(after_in_child=_lines.clear)  # whose threads are not there
+_connections: weakref.WeakKeyDictionary[Any, StoreConnections] = weakref.WeakKeyDictionary()
+os.register_at_fork(after_in_child=_connections.clear)  # a forked child has none of the threads
 
 
 def store_coordinator(
     group: Any, *, channel: str, subject: str
 ) -> AbstractContextManager[StoreCoordinator]:
-    """The ranks of a process group for one operation. Entering it is collective, and needs the
-    group no more.
+    """The ranks of a process group for one operation. Entering it is collective.
 
-    `subject` says what it is about, alike on all ranks. Operations of different channels may
-    run at once; those of one channel follow each other.
+    Once entered, the group itself is not needed. `subject` describes the operation and is the same
+    on all ranks. Operations of different channels may run at the same time; those of one channel
+    run one after another.
     """
-    if group not in _lines:
-        _lines[group] = Lines(group.get_group_store().clone)
-        weakref.finalize(group, _lines[group].close)
+    if group not in _connections:
+        _connections[group] = StoreConnections(group.get_group_store().clone)
+        weakref.finalize(group, _connections[group].close)
     return _operation(
-        _lines[group],
+        _connections[group],
         f"shardckpt/{group.group_name}/{channel}",
         subject,
         rank=dist.get_rank(group),
@@ -81,29 +81,31 @@ def store_coordinator(
 
 @contextmanager
 def _operation(
-    lines: Lines, prefix: str, subject: str, *, rank: int, world_size: int
+    connections: StoreConnections, prefix: str, subject: str, *, rank: int, world_size: int
 ) -> Iterator[StoreCoordinator]:
-    with _network("begin"), lines.line() as line:
-        store = line.below(prefix)
+    with _network("begin"), connections.connection() as connection:
+        store = connection.below(prefix)
         if rank:
             identity = _ask(store, subject, rank=rank)
         else:
             unread = _unread.setdefault(prefix, set())
             identity = _let_in(store, subject, unread, world_size=world_size)
-    coordinator = StoreCoordinator(lines, f"{prefix}/{identity}", rank=rank, world_size=world_size)
+    coordinator = StoreCoordinator(
+        connections, f"{prefix}/{identity}", rank=rank, world_size=world_size
+    )
     try:
         yield coordinator
     finally:
         with suppress(Exception):
-            store = coordinator.line.below(prefix)
-            for old in _traces.pop((prefix, str(rank)), ()):  # all ranks are through with that
+            store = coordinator.connection.below(prefix)
+            for old in _traces.pop((prefix, str(rank)), ()):  # all ranks have passed that point
                 store.delete_key(old)
         coordinator.close()
         _traces[prefix, str(rank)] = [f"{identity}/{key}" for key in coordinator.traces()]
 
 
 def _ask(store: Any, subject: str, *, rank: int) -> str:
-    """Ask rank 0 to let this rank in; the id of the operation."""
+    """Ask rank 0 to take part. Returns the id of the operation."""
     late = f"late/{rank}"
     if store.check([late]):
         missed = store.get(late).decode()
@@ -114,7 +116,7 @@ def _ask(store: Any, subject: str, *, rank: int) -> str:
     store.set(f"join/{rank}", f"{nonce} {subject}")
     answer = f"answer/{nonce}"
     try:
-        # Rank 0, if it is there, knows who is missing: it gets a little longer to tell.
+        # Rank 0 knows which ranks are missing: give it a little longer to answer.
         if not poll(lambda: bool(store.check([answer])), current().arrival_deadline_s + _ANSWER_S):
             raise never_called([0])
         text = store.get(answer).decode()
@@ -126,7 +128,7 @@ def _ask(store: Any, subject: str, *, rank: int) -> str:
 
 
 def _let_in(store: Any, subject: str, unread: set[int], *, world_size: int) -> str:
-    """Wait for all ranks to call with this subject; the id of the operation."""
+    """Wait for all ranks to call with this subject. Returns the id of the operation."""
     ranks = range(1, world_size)
     keys = [f"join/{rank}" for rank in ranks]
 
@@ -155,7 +157,8 @@ def _let_in(store: Any, subject: str, unread: set[int], *, world_size: int) -> s
 
 
 def _gave_up_on_this_call(store: Any, rank: int, unread: set[int]) -> bool:
-    """Whether a rank came just as rank 0 had given it up, too late to read so: it is told now."""
+    """Whether a rank called just after rank 0 had given it up, and could not know. If so, inform
+    it."""
     unread.discard(rank)
     if not store.check([f"late/{rank}"]):
         return False
@@ -181,24 +184,24 @@ def _network(phase: str) -> Iterator[None]:
             "The store of the process group does not answer",
             rank=0,
             phase=phase,
-            expected="its server, which lives with rank 0 or the launcher",
+            expected="an answer of the store, whose server runs in rank 0 or the launcher",
             actual=str(error).splitlines()[0],
-            remedy="look at the log of rank 0 and of the launcher; nothing was committed",
+            remedy="read the logs of rank 0 and the launcher; nothing was committed",
         ) from error
 
 
 def _stalled(phase: str) -> StalledError:
     return StalledError(
-        "The ranks are alive, but what they do together makes no progress",
+        "The ranks are alive, but their collective work makes no progress",
         phase=phase,
         expected=f"progress within {current().stall_deadline_s:g} s",
-        remedy="look where each rank is: one may wait for another collective; "
-        "SHARDCKPT_STALL_DEADLINE_S sets the time",
+        remedy="check where each rank waits: one may be in another collective; the option "
+        "stall_deadline_s sets the time",
     )
 
 
 def _pieces(key: str, payload: bytes) -> dict[str, bytes]:
-    """A payload as values that the store takes: the first one says how many there are."""
+    """Split a payload into values that the store accepts. The first has their number."""
     cuts = range(0, max(len(payload), 1), _PIECE_BYTES)
     pieces = [payload[at : at + _PIECE_BYTES] for at in cuts]
     pieces[0] = len(pieces).to_bytes(4, "little") + pieces[0]
@@ -206,19 +209,21 @@ def _pieces(key: str, payload: bytes) -> dict[str, bytes]:
 
 
 class StoreCoordinator(HeartbeatCoordinator):
-    """See Coordinator. The keys of this operation lie below `prefix`, which no other one has."""
+    """A Coordinator whose keys are below `prefix`, which is unique to the operation."""
 
-    def __init__(self, lines: Lines, prefix: str, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self, connections: StoreConnections, prefix: str, *, rank: int, world_size: int
+    ) -> None:
         super().__init__(rank, world_size)
-        self._lines = lines
+        self._connections = connections
         self._prefix = prefix
-        self._moved = 0.0  # when `progress` was called last
+        self._moved = 0.0  # the time of the last call of `progress`
         self._keys: list[str] = []
         self._later: list[str] = []
         self._phases = itertools.count()
         with _network("begin"):
-            self.line = lines.take()
-            self._store = self.line.below(prefix)
+            self.connection = connections.take()
+            self._store = self.connection.below(prefix)
             self._beat(0, self._store)
         self._pulse.start()
 
@@ -256,9 +261,9 @@ class StoreCoordinator(HeartbeatCoordinator):
             (answer,) = self._get([shared])
             if answer:
                 return answer[1:]
-            own = f"{shared}/{self.rank}"
-            (answer,) = self._get([own])
-            self._keys += _pieces(own, answer)
+            key = f"{shared}/{self.rank}"
+            (answer,) = self._get([key])
+            self._keys += _pieces(key, answer)
             return answer
 
     def watch(self, work: Callable[[], None], *, phase: str) -> None:
@@ -294,28 +299,28 @@ class StoreCoordinator(HeartbeatCoordinator):
             task.result()
 
     def close(self) -> None:
-        """Stop the pulse, and remove from the store what nobody reads any more."""
+        """Stop the heartbeat, and remove keys that no rank reads any more."""
         self._stopped.set()
-        # A thread inside the store's C++ code when the interpreter ends would abort the process.
-        self._pulse.join(timeout=0 if self.line.hangs else current().deadline_s)
+        # A thread inside the C++ code of the store would abort the process when Python ends.
+        self._pulse.join(timeout=0 if self.connection.hangs else current().deadline_s)
         with suppress(Exception):
             for key in self._keys:
                 self._store.delete_key(key)
-        self._lines.give_back(self.line)
+        self._connections.give_back(self.connection)
 
     def traces(self) -> list[str]:
-        """Keys to remove once every rank has ended this operation."""
+        """The keys to remove once every rank has ended this operation."""
         return [f"beat/{self.rank}", *self._later, *([] if self.rank else ["given-up"])]
 
     def _put(self, key: str, payload: bytes) -> list[str]:
-        """Set a key, and those of further pieces, which come first; all of them."""
+        """Set a key. Further pieces of its payload are set first. Returns all keys."""
         pieces = _pieces(key, payload)
-        for own, piece in reversed(pieces.items()):
-            self._store.set(own, piece)
+        for piece_key, piece in reversed(pieces.items()):
+            self._store.set(piece_key, piece)
         return list(pieces)
 
     def _get(self, keys: list[str]) -> list[bytes]:
-        """What was put at each of the keys."""
+        """The payloads at the keys."""
         values = []
         for key, first in zip(keys, get_many(self._store, keys), strict=True):
             more = range(1, int.from_bytes(first[:4], "little"))
@@ -361,8 +366,8 @@ class StoreCoordinator(HeartbeatCoordinator):
     def _beat_until_stopped(self) -> None:
         if self._stopped.wait(beat_interval_s()):
             return
-        with self._lines.line() as line:
-            store = line.below(self._prefix)
+        with self._connections.connection() as connection:
+            store = connection.below(self._prefix)
             for number in itertools.count(1):
                 self._beat(number, store)
                 if self._stopped.wait(beat_interval_s()):

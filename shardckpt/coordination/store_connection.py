@@ -1,5 +1,7 @@
-"""Connections to a store that can be left: where the network is gone, a call to torch's store never
-returns."""
+"""Connections to a store of torch that can be abandoned.
+
+If the network fails, a call to the store may never return.
+"""
 
 from __future__ import annotations
 
@@ -15,78 +17,81 @@ from torch.distributed.distributed_c10d import PrefixStore
 from shardckpt.config import current
 from shardckpt.errors import RankFailedError
 
-__all__ = ["Line", "Lines"]
+__all__ = ["StoreConnection", "StoreConnections"]
 
 _Call = Callable[[], Any]
 
 _FORGOTTEN_S = 60.0
-"""Firewalls forget connections that were silent for some minutes."""
+"""Seconds after which an unused connection is closed: firewalls drop connections that are idle for
+minutes."""
 
 
-class Lines:
-    """The connections to one store, kept from operation to operation.
+class StoreConnections:
+    """The connections to one store, kept between operations.
 
-    For each new one torch asks the name server for the names of both ends, with all other
-    requests waiting: where the name server is slow that takes seconds.
+    For each new connection torch resolves the names of both ends while all other requests wait,
+    which takes seconds with a slow name server.
     """
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self._connect = connect
         self._lock = threading.Lock()
-        self._kept: list[tuple[Line, float]] = []
+        self._kept: list[tuple[StoreConnection, float]] = []
 
-    def take(self) -> Line:
-        """A connection for the caller alone. Raises RankFailedError past the deadline."""
+    def take(self) -> StoreConnection:
+        """Take a connection. Raises RankFailedError after the deadline."""
         with self._lock:
-            line, since = self._kept.pop() if self._kept else (None, 0.0)
-        if line is not None and time.monotonic() - since < _FORGOTTEN_S:
-            return line
-        self.close()  # what has been kept for even longer
-        if line is not None:
-            line.close()
-        return Line(self._connect)
+            connection, since = self._kept.pop() if self._kept else (None, 0.0)
+        if connection is not None and time.monotonic() - since < _FORGOTTEN_S:
+            return connection
+        self.close()  # connections that were idle for even longer
+        if connection is not None:
+            connection.close()
+        return StoreConnection(self._connect)
 
     @contextmanager
-    def line(self) -> Iterator[Line]:
-        """One for the length of a with block."""
-        line = self.take()
+    def connection(self) -> Iterator[StoreConnection]:
+        """Take a connection for the with block."""
+        connection = self.take()
         try:
-            yield line
+            yield connection
         finally:
-            self.give_back(line)
+            self.give_back(connection)
 
-    def give_back(self, line: Line) -> None:
-        """Keep it for whoever takes one next."""
-        if line.failed:
-            line.close()
+    def give_back(self, connection: StoreConnection) -> None:
+        """Return a connection for later use."""
+        if connection.failed:
+            connection.close()
             return
         with self._lock:
-            self._kept.append((line, time.monotonic()))
+            self._kept.append((connection, time.monotonic()))
 
     def close(self) -> None:
-        """Close those that nobody has taken."""
+        """Close the connections that are not in use."""
         with self._lock:
             kept, self._kept = self._kept, []
-        for line, _ in kept:
-            line.close()
+        for connection, _ in kept:
+            connection.close()
 
 
-class Line:
-    """A connection to a store; a call through it raises RankFailedError past the deadline.
+class StoreConnection:
+    """A connection to a store. Its calls raise RankFailedError after the deadline.
 
-    Calls are made by a thread of the line's own, which is left behind with a call that hangs.
+    The connection has its own thread, which is abandoned together with a call that hangs.
     """
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.hangs = False  # a call has not returned
-        self.failed = False  # or has raised, or nobody has waited for it: not to be used again
+        self.failed = (
+            False  # a call raised an error or was not waited for: do not use the connection again
+        )
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, daemon=True, name="shardckpt-line").start()
+        threading.Thread(target=self._serve, daemon=True, name="shardckpt-connection").start()
         self._store = self.ask(connect)
 
     def below(self, prefix: str) -> Any:
-        """The store's methods, for keys below a prefix."""
+        """The methods of the store, for keys below a prefix."""
         return _Below(self, PrefixStore(prefix, self._store))
 
     def close(self) -> None:
@@ -94,12 +99,12 @@ class Line:
         self._calls.put(None)
 
     def ask(self, call: _Call) -> Any:
-        """What a call returns or raises."""
+        """Make a call. Returns or raises what the call does."""
         if not self.hangs:
             before, self.failed = (
                 self.failed,
                 True,
-            )  # a ctrl-c leaves the answer to whoever asks next
+            )  # a ctrl-c leaves an answer in the queue
             self._calls.put(call)
             try:
                 well, value = self._answers.get(timeout=current().deadline_s)
@@ -114,8 +119,8 @@ class Line:
             "The store of the process group does not answer",
             rank=0,
             expected=f"an answer within {current().deadline_s:g} s",
-            actual="none: its host, or the network to it, is gone",
-            remedy="look at the log of rank 0 and of the launcher; nothing was committed",
+            actual="no answer: its host or the network failed",
+            remedy="read the logs of rank 0 and the launcher; nothing was committed",
         )
 
     def _serve(self) -> None:
@@ -127,10 +132,10 @@ class Line:
 
 
 class _Below:
-    def __init__(self, line: Line, store: Any) -> None:
-        self._line = line
+    def __init__(self, connection: StoreConnection, store: Any) -> None:
+        self._connection = connection
         self._store = store
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._store, name)
-        return lambda *arguments: self._line.ask(lambda: method(*arguments))
+        return lambda *arguments: self._connection.ask(lambda: method(*arguments))

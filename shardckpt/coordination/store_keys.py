@@ -1,7 +1,8 @@
-"""Requests to a torch store for many keys at once.
+"""Requests to a store of torch for many keys at once.
 
-One for 64 keys costs a twentieth of one for each (measured). But the server's time for a long one
-grows with the square of its length, as it reads it from the start whenever a part arrives.
+A request for 64 keys takes a twentieth of the time of 64 requests (measured). The time of a long
+request grows with the square of its length, since the server parses it again whenever a part
+arrives.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ _BYTES_AT_ONCE = 64 << 10
 
 
 def all_there(store: Any, keys: Sequence[str]) -> bool:
-    """Whether all keys are there."""
+    """Whether all keys exist."""
     return all(store.check(list(some)) for some in batches(keys))
 
 
 def get_many(store: Any, keys: Sequence[str]) -> list[bytes]:
-    """The values of keys that are there."""
+    """The values of existing keys."""
     if not store.has_extended_api():
         return [store.get(key) for key in keys]
     return [value for some in batches(keys) for value in store.multi_get(list(some))]
@@ -40,6 +41,6 @@ def set_many(store: Any, items: Mapping[str, bytes]) -> None:
 
 
 def batches(keys: Sequence[str], most: int = _KEYS_AT_ONCE) -> Iterator[Sequence[str]]:
-    """Keys for one request each."""
+    """Divide keys into requests."""
     step = max(1, min(most, _KEYS_AT_ONCE))
     return (keys[at : at + step] for at in range(0, len(keys), step))

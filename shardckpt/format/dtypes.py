@@ -1,5 +1,4 @@
-"""The dtypes of the format: those of safetensors by the names that it gives them, and some that
-it lacks, which lie in shards as another dtype.
+"""The dtypes of the format: those of safetensors, and others that are stored as one of these.
 
 Source: https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
 """
@@ -13,6 +12,7 @@ from shardckpt.errors import UnsupportedLeafError
 __all__ = [
     "DTYPES",
     "OPAQUE",
+    "SAVED",
     "dtype_name",
     "itemsize",
     "memory_dtype",
@@ -52,38 +52,41 @@ DTYPES: dict[str, torch.dtype] = {
     **{f"UINT{bits}": getattr(torch, f"uint{bits}") for bits in range(1, 8)},
     **{f"INT{bits}": getattr(torch, f"int{bits}") for bits in range(1, 8)},
 }
-"""Name -> torch dtype; the name of safetensors, where it has one."""
+"""Name -> torch dtype. The names are those of safetensors, if it has the dtype."""
 
-_PAIRS = {"C32": "F16", "C128": "F64"}  # real part, imaginary part
-_SHELLS = {name for name in DTYPES if name.startswith(("UINT", "INT"))}  # torch moves none of them
+SAVED = frozenset(DTYPES.values())
+"""The torch dtypes that can be saved."""
+
+_PAIRS = {"C32": "F16", "C128": "F64"}  # stored as real and imaginary parts
+_NOT_COPYABLE = {name for name in DTYPES if name.startswith(("UINT", "INT"))}  # by torch
 OPAQUE = {DTYPES[name] for name in DTYPES if name.startswith(("F4X2", "BITS", "UINT", "INT"))}
-"""Torch dtypes whose elements are bits to torch: they are never converted."""
+"""Torch dtypes without arithmetic. They are never converted."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ITEMSIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype, *, tensor: str) -> str:
-    """The safetensors name of a torch dtype; UnsupportedLeafError, naming the tensor, if none."""
+    """The name of a torch dtype. Raises UnsupportedLeafError, which names the tensor."""
     name = _NAMES.get(dtype)
     if name is None:
         raise UnsupportedLeafError(
-            "A tensor of this dtype can't be saved",
+            "The dtype of a tensor can't be saved",
             tensor=tensor,
             expected="one of " + ", ".join(str(known).removeprefix("torch.") for known in _NAMES),
             actual=str(dtype).removeprefix("torch."),
-            remedy="save view(torch.uint8), or dequantize() it first",
+            remedy="save tensor.view(torch.uint8), or tensor.dequantize()",
         )
     return name
 
 
 def itemsize(name: str) -> int:
-    """Bytes of one element."""
+    """The bytes of one element of the dtype with this name."""
     return _ITEMSIZES[name]
 
 
 def shard_form(name: str, sizes: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The safetensors dtype and shape under which a chunk of these sizes lies in a shard."""
+    """The safetensors dtype and shape of a chunk in its shard."""
     if name in _PAIRS:
         return _PAIRS[name], (*sizes, 2)
     if DTYPES[name] in OPAQUE:
@@ -92,25 +95,25 @@ def shard_form(name: str, sizes: tuple[int, ...]) -> tuple[str, tuple[int, ...]]
 
 
 def plain_dtype(name: str, *, tensor: str) -> str:
-    """The name, if safetensors has this dtype; else UnsupportedLeafError, naming the tensor."""
+    """Return the name if safetensors has the dtype. Otherwise raises UnsupportedLeafError."""
     if shard_form(name, ()) != (name, ()):
         raise UnsupportedLeafError(
             "A safetensors file can't hold a tensor of this dtype",
             tensor=tensor,
             expected="a dtype of safetensors",
             actual=str(DTYPES[name]).removeprefix("torch."),
-            remedy="write a folder of shards or a .pth file, or convert the tensor first",
+            remedy="save a checkpoint of shards or a .pth file, or convert the tensor first",
         )
     return name
 
 
 def memory_dtype(name: str) -> torch.dtype:
-    """The torch dtype under which elements are copied: torch copies no integers of 1 to 7 bits."""
-    return torch.uint8 if name in _SHELLS else DTYPES[name]
+    """The torch dtype with which elements are copied. Torch can't copy integers of 1 to 7 bits."""
+    return torch.uint8 if name in _NOT_COPYABLE else DTYPES[name]
 
 
 def memory_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as its memory_dtype, over the same memory."""
-    if tensor.dtype in OPAQUE and _NAMES[tensor.dtype] in _SHELLS:
+    """A view of the tensor with its memory_dtype."""
+    if tensor.dtype in OPAQUE and _NAMES[tensor.dtype] in _NOT_COPYABLE:
         return tensor.view(torch.uint8)
     return tensor

@@ -1,4 +1,4 @@
-"""What a manifest holds, parsed and checked: shards, tensors, and the state that names them."""
+"""The parsed manifest: its shards, its tensors and the tree of the state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEntry:
-    """A shard: its file name, its size, and one xxh3-64 for each block of the file."""
+    """A shard in the manifest.
+
+    Attributes:
+        name: The file name.
+        size_bytes: The size of the file.
+        digests: The xxh3-64 digest of each block of the file.
+    """
 
     name: str
     size_bytes: int
@@ -27,8 +33,15 @@ class ShardEntry:
 
 
 class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
-    """A saved tensor. `chunks` [n, 3 + 2 * ndim], int64: number of the shard, begin and end of the
-    bytes in its file (header counted), offsets [ndim], sizes [ndim]; row-major data."""
+    """A tensor in the manifest.
+
+    Attributes:
+        dtype: The name of the dtype; see `format.dtypes`.
+        shape: The global shape.
+        chunks: One row for each chunk [n, 3 + 2 * ndim]: the number of the shard, the begin and end
+            of the chunk in the file in bytes, its offsets [ndim] and its sizes [ndim]. The data of
+            a chunk are row-major.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,14 +49,26 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """The bytes of the full tensor."""
         return math.prod(self.shape) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A manifest. `state` is the typed JSON of the saved state, `per_rank` that of each rank's
-    PerRank values (empty if there were none); `notes` are free texts of tools."""
+    """A parsed manifest.
+
+    Attributes:
+        checkpoint_id: 32 hexadecimal digits.
+        created: The time of the save, in ISO 8601.
+        library: The name and version of the library that saved.
+        world_size: The number of ranks that saved.
+        shards: The shards, in the order of their numbers.
+        tensors: The tensors by name.
+        state: The tree of the saved state, as typed JSON.
+        per_rank: The PerRank values of each rank, as typed JSON; empty if there are none.
+        notes: Texts of tools, by title.
+        format_version: The version of the format.
+    """
 
     checkpoint_id: str
     created: str

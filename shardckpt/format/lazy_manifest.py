@@ -1,5 +1,8 @@
-"""A manifest of which only what is asked for is parsed: a few rows of a large checkpoint take as
-long as its text takes to scan, not as all of it takes to understand."""
+"""A manifest that is parsed on demand.
+
+To read a few rows of a large checkpoint, the text of the manifest is scanned, which is much faster
+than parsing all of it.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +40,12 @@ _ERRORS = msgspec.MsgspecError, UnicodeError, RecursionError
 
 
 class Outline:
-    """A manifest, by and by, of a text that check_text let pass.
+    """A manifest whose entries are parsed on demand. Its text has passed check_text.
 
-    `shards` by number, checked as from_bytes does. Of its tensors those are told whose own chunks
-    are evidently right, as those of nearly all are, and None for all else: from_bytes tells then
-    what they are, or what is wrong. Whether tensors are right beside each other it tells too.
+    `shards` maps numbers to shards, with the checks of from_bytes. Tensors are described only if
+    their own chunks are valid at first sight, as nearly all are. For any other tensor the answer is
+    None, and the caller uses from_bytes, which describes it or raises an error. Only from_bytes
+    checks tensors against each other.
     """
 
     def __init__(self, data: bytes, *, path: str) -> None:
@@ -50,17 +54,19 @@ class Outline:
         except _ERRORS as error:
             refuse(path, "the members of format version 1", str(error)[:200])
         self._path = path
-        self._levels: dict[str, dict[str, msgspec.Raw]] = {}  # of the state, by name
+        self._levels: dict[str, dict[str, msgspec.Raw]] = {}  # parsed dicts of the state, by name
         self.shards = _Shards(self._document.shards, path)
-        self.tensors: dict[str, TensorEntry] = {}  # those asked for up to now
+        self.tensors: dict[str, TensorEntry] = {}  # parsed so far
 
     def all_shards(self) -> tuple[ShardEntry, ...]:
-        """All shards in their order; CorruptionError also where two have one name."""
+        """All shards in order. Raises CorruptionError, also if two have the same name."""
         return tuple(shard_entries(self._document.shards, self._path))
 
     def find(self, name: str) -> str | None:
-        """The saved tensor or array that stands in the state under a name, if keys that are strings
-        lead there, and no others do."""
+        """The name of the saved tensor or array of an entry of the state.
+
+        None unless exactly one path of string keys leads to a tensor under that name.
+        """
         node, at = self._document.state, 0
         while True:
             level = self._level(name[:at], node)
@@ -76,30 +82,32 @@ class Outline:
         if name not in self._levels:
             try:
                 self._levels[name] = _decode_level(node)
-            except _ERRORS:  # no object
+            except _ERRORS:  # not an object
                 self._levels[name] = {}
         return self._levels[name]
 
     def tensor(self, name: str) -> TensorEntry | None:
-        """A saved tensor, kept in `tensors`; None if from_bytes has to tell. CorruptionError if a
-        shard that holds it breaks a rule."""
+        """A saved tensor, kept in `tensors`; None if from_bytes is needed.
+
+        Raises CorruptionError if the manifest describes a shard of the tensor incorrectly.
+        """
         if name not in self.tensors:
             try:
-                found = _decode_tensor(self._document.tensors[name])
+                decoded = _decode_tensor(self._document.tensors[name])
             except (KeyError, *_ERRORS):
                 return None
-            width = 3 + 2 * len(found.shape)
-            rows = [found.chunks[at : at + width] for at in range(0, len(found.chunks), width)]
-            if found.dtype not in DTYPES or not self._are_slabs(found, rows):
+            width = 3 + 2 * len(decoded.shape)
+            rows = [decoded.chunks[at : at + width] for at in range(0, len(decoded.chunks), width)]
+            if decoded.dtype not in DTYPES or not self._are_slabs(decoded, rows):
                 return None
             chunks = np.array(rows, dtype=np.int64)
-            entry = TensorEntry(dtype=found.dtype, shape=tuple(found.shape), chunks=chunks)
+            entry = TensorEntry(dtype=decoded.dtype, shape=tuple(decoded.shape), chunks=chunks)
             self.tensors[name] = entry
         return self.tensors[name]
 
     def _are_slabs(self, tensor: _Tensor, rows: list[list[int]]) -> bool:
-        """Whether the chunks cut the tensor along one dimension, in order, and each has a place of
-        its own and of its size in its shard's file: what rules.check_chunks wants of them."""
+        """Whether the chunks divide the tensor along one dimension, in order, and occupy separate
+        bytes of the right size in their shards. This implies the rules of check_chunks."""
         shape, item, dims = tensor.shape, itemsize(tensor.dtype), len(tensor.shape)
         if not rows or len(rows[-1]) != 3 + 2 * dims or not dims or min(shape) < 1:
             return False
@@ -116,13 +124,13 @@ class Outline:
             if end - begin != math.prod(box[dims:]) * item:
                 return False
             at += length
-        places = itertools.pairwise(sorted(row[:3] for row in rows))
-        apart = all(one[0] < other[0] or one[2] <= other[1] for one, other in places)
-        return apart and at == shape[cut]
+        neighbours = itertools.pairwise(sorted(row[:3] for row in rows))
+        separate = all(one[0] < other[0] or one[2] <= other[1] for one, other in neighbours)
+        return separate and at == shape[cut]
 
 
 class _Shards(dict[int, ShardEntry]):
-    """Shards by number, each parsed when it is first asked for."""
+    """Shards by number, parsed at first access."""
 
     def __init__(self, texts: list[ShardText], path: str) -> None:
         self._texts = texts
@@ -134,7 +142,7 @@ class _Shards(dict[int, ShardEntry]):
 
 
 def _target(node: msgspec.Raw) -> str | None:
-    """The tensor that a node of the state refers to; None if it is no reference to one."""
+    """The tensor that a node of the state refers to; None if the node is not a reference."""
     try:
         reference = _decode_reference(node)
     except _ERRORS:

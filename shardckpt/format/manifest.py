@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds and where, as JSON. Its presence is the commit."""
+"""Read and write the manifest: JSON that lists shards, tensors and values."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ __all__ = [
 ]
 
 _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}(-[a-z0-9]+)?\.safetensors")
-_MAX_DIMS = 64  # as torch and numpy have it
+_MAX_DIMS = 64  # the limit of torch and numpy
 MANIFEST_HEAD = b'{"format":"shardckpt"'
-"""How every manifest begins."""
+"""The first bytes of every manifest."""
 
 _HEAD = f'{{"format":"shardckpt","version":{FORMAT_VERSION},'.encode()
-_NOT_CANONICAL = ("canonical JSON, each key once", "another spelling of it")
-_BATCH_BYTES = 4 << 20  # of chunks: as Python's ints they take many times the memory
+_NOT_CANONICAL = ("canonical JSON with unique keys", "JSON that is not canonical")
+_BATCH_BYTES = 4 << 20  # of JSON decoded at a time: Python's ints take many times its memory
 
 
 class ShardText(msgspec.Struct, forbid_unknown_fields=True):
-    """A shard as it stands in a manifest."""
+    """The JSON object of a shard in a manifest."""
 
     name: str
     size: int
     digests: str
 
 
-# A list of ints; of a large manifest, Raw: millions of them are decoded a few tensors at a time.
+# A list of ints. In a large manifest it is Raw, and decoded a few tensors at a time.
 _Chunks = TypeVar("_Chunks", list[int], msgspec.Raw)
 
 
@@ -79,7 +79,7 @@ class _Head(msgspec.Struct):
     version: int = 0
 
 
-# Made here, so that no first use of a type compiles anything once a checkpoint is at hand.
+# The decoders are built at import, so that the first load does not have to.
 _decode_small: Callable[[bytes], _Document[Any]] = msgspec.json.Decoder(_Document[list[int]]).decode
 _decode_large: Callable[[bytes], _Document[Any]] = msgspec.json.Decoder(
     _Document[msgspec.Raw]
@@ -89,9 +89,9 @@ _decode_lists = msgspec.json.Decoder(list[list[int]]).decode
 
 
 def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
-    """The manifest as canonical JSON: no white space, members in this order, its digest last.
+    """Encode a manifest as canonical JSON: no white space, a fixed order of members, digest last.
 
-    `tensors` stands for those of the manifest, if they are encoded already.
+    `tensors` is the encoded member `tensors`, if the caller has it already.
     """
     encoded: Any = msgspec.Raw(encode_tensors(manifest.tensors) if tensors is None else tensors)
     document = _Document(
@@ -116,7 +116,7 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
 
 
 def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
-    """The member `tensors` of a manifest."""
+    """Encode the member `tensors` of a manifest."""
     return _encode(
         {
             name: _Tensor(
@@ -131,19 +131,28 @@ _encode = msgspec.json.encode
 
 
 def digest_tail(body: bytes | memoryview) -> bytes:
-    """The end of a manifest: its digest, over all bytes before it."""
+    """The last bytes of a manifest: the digest of all bytes before them."""
     return f',"digest":"{text_digest(body)}"}}\n'.encode()
 
 
 def from_bytes(data: bytes, *, path: str) -> Manifest:
-    """Parse and check a manifest; `path` is named in errors.
+    """Parse a manifest, and check all rules of docs/format.md.
 
-    Raises NotACheckpointError for what is no manifest at all, FormatVersionError for a newer
-    format, CorruptionError for one that is damaged or breaks any rule of docs/format.md.
+    Args:
+        data: The bytes of the file.
+        path: The path for error messages.
+
+    Returns:
+        The parsed manifest.
+
+    Raises:
+        NotACheckpointError: The file is not a manifest.
+        FormatVersionError: A newer version of shardckpt wrote the manifest.
+        CorruptionError: The manifest is corrupted or violates the format.
     """
     try:
         document = (_decode_small if len(data) <= _BATCH_BYTES else _decode_large)(data)
-        # Canonical if what was understood would be written so again.
+        # The text is canonical if encoding the document gives it again.
         canonical = _encode(document) + b"\n" == data
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
         _check_head(data, path)
@@ -159,7 +168,11 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
     if document.world_size < 1:
         refuse(path, "a world size of 1 or more", document.world_size)
     if document.per_rank and len(document.per_rank) != document.world_size:
-        refuse(path, f"values of {document.world_size} ranks", f"of {len(document.per_rank)}")
+        refuse(
+            path,
+            f"values of {document.world_size} ranks",
+            f"values of {len(document.per_rank)} ranks",
+        )
     check_references(document.state, document.per_rank, tensors, path)
     return Manifest(
         checkpoint_id=document.id,
@@ -175,13 +188,12 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether a file of this name is a shard."""
+    """Whether a name is the file name of a shard."""
     return _SHARD_NAME.fullmatch(name) is not None
 
 
 def check_text(data: bytes, *, path: str) -> None:
-    """Raise what from_bytes does for what is no manifest, of a newer format, or not what was saved;
-    nothing is parsed."""
+    """Check head, version and digest of a manifest without parsing it. Raises as from_bytes."""
     if not data.startswith(_HEAD):
         _check_head(data, path)
     _check_digest(data, path)
@@ -190,7 +202,7 @@ def check_text(data: bytes, *, path: str) -> None:
 def _check_digest(data: bytes, path: str) -> None:
     body = memoryview(data)[: -len(digest_tail(b""))]
     if data[len(body) :] != digest_tail(body):
-        refuse(path, "the digest at its end", "other bytes than were saved")
+        refuse(path, "the digest of the manifest at its end", "a digest that does not match")
 
 
 def _check_head(data: bytes, path: str) -> None:
@@ -198,7 +210,7 @@ def _check_head(data: bytes, path: str) -> None:
         head = _decode_head(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         if data.startswith(MANIFEST_HEAD):
-            refuse(path, "a whole JSON document", str(error)[:200])
+            refuse(path, "a complete JSON document", str(error)[:200])
         head = _Head()
     _check_version(head, data, path)
 
@@ -206,15 +218,15 @@ def _check_head(data: bytes, path: str) -> None:
 def _check_version(head: _Head | _Document[Any], data: bytes, path: str) -> None:
     if head.format != "shardckpt":
         raise NotACheckpointError(
-            "The manifest is not one of shardckpt's",
+            "The manifest was not written by shardckpt",
             path=path,
             expected='JSON that begins with {"format":"shardckpt"',
             actual=repr(data[:40]),
-            remedy="give the directory that shardckpt.save wrote",
+            remedy="pass the directory of a checkpoint that shardckpt.save wrote",
         )
     if head.version > FORMAT_VERSION:
         raise FormatVersionError(
-            "The checkpoint was written by a newer shardckpt",
+            "A newer version of shardckpt wrote the checkpoint",
             path=path,
             expected=f"format version {FORMAT_VERSION}",
             actual=f"format version {head.version}",
@@ -225,7 +237,7 @@ def _check_version(head: _Head | _Document[Any], data: bytes, path: str) -> None
 
 
 def shard_entries(entries: Iterable[ShardText], path: str) -> Iterator[ShardEntry]:
-    """Shards, parsed and checked; their names differ."""
+    """Parse and check shards. Their names must differ."""
     seen: set[str] = set()
     for entry in entries:
         if not _SHARD_NAME.fullmatch(entry.name) or entry.name in seen:
@@ -245,49 +257,51 @@ def shard_entries(entries: Iterable[ShardText], path: str) -> Iterator[ShardEntr
 
 
 def _columns(entries: dict[str, _Tensor[Any]], path: str) -> Iterator[Columns]:
-    """The tensors in columns, those of equal ndim together."""
+    """Arrange the tensors in columns, one set of columns for each ndim."""
     by_dims: dict[int, list[str]] = {}
     for name, entry in entries.items():
         by_dims.setdefault(len(entry.shape), []).append(name)
     for dims, names in by_dims.items():
-        own = [entries[name] for name in names]
-        unknown = {entry.dtype for entry in own} - DTYPES.keys()
+        group = [entries[name] for name in names]
+        unknown = {entry.dtype for entry in group} - DTYPES.keys()
         if dims > _MAX_DIMS or unknown:
             wrong = next(n for n in names if dims > _MAX_DIMS or entries[n].dtype in unknown)
             refuse(path, "a known dtype and at most 64 dimensions", entries[wrong].dtype, wrong)
         try:
-            sizes = itertools.chain.from_iterable(entry.shape for entry in own)
-            shapes = np.fromiter(sizes, np.int64, len(own) * dims).reshape(len(own), dims)
-            counts, chunks = _numbers([entry.chunks for entry in own], path)
+            sizes = itertools.chain.from_iterable(entry.shape for entry in group)
+            shapes = np.fromiter(sizes, np.int64, len(group) * dims).reshape(len(group), dims)
+            counts, chunks = _numbers([entry.chunks for entry in group], path)
         except (OverflowError, struct.error):
             refuse(path, "numbers of 64 bits", "a larger one")
         odd = (shapes < 0).any(axis=1) | (shapes.astype(np.float64).prod(axis=1) >= 1 << 59)
         for index in np.flatnonzero(odd).tolist():
-            if min(own[index].shape) < 0 or math.prod(own[index].shape) >= 1 << 60:
+            if min(group[index].shape) < 0 or math.prod(group[index].shape) >= 1 << 60:
                 expected = "a shape of fewer than 2**60 elements"
-                refuse(path, expected, list(own[index].shape), names[index])
+                refuse(path, expected, list(group[index].shape), names[index])
         width = 3 + 2 * dims
         if (counts % width).any():
             wrong = names[int((counts % width).argmax())]
-            refuse(path, f"{width} numbers a chunk", "more or fewer", wrong)
-        items = np.array([itemsize(entry.dtype) for entry in own], np.int64)
+            refuse(path, f"{width} numbers for each chunk", "another count", wrong)
+        items = np.array([itemsize(entry.dtype) for entry in group], np.int64)
         yield Columns(names, items, shapes, counts // width, chunks.reshape(-1, width))
 
 
 def _numbers(chunks: list[Any], path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many numbers each list of a _Tensor's chunks has, and all numbers; struct.error for those
-    of over 64 bits."""
+    """The length of each tensor's list of chunks, and all numbers of the lists.
+
+    Raises struct.error for numbers of more than 64 bits.
+    """
     counts, numbers = [], []
     for lists in [chunks] if type(chunks[0]) is list else _decoded(chunks, path):
         counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
-        # Four times as fast as numpy takes a list.
+        # four times as fast as numpy.array(list)
         packed = struct.pack(f"={counts[-1].sum()}q", *itertools.chain.from_iterable(lists))
         numbers.append(np.frombuffer(packed, np.int64))
     return np.concatenate(counts), np.concatenate(numbers)
 
 
 def _decoded(raws: list[msgspec.Raw], path: str) -> Iterator[list[list[int]]]:
-    """Lists that are JSON still, a few at a time."""
+    """Decode lists from JSON, a few at a time."""
     number = np.cumsum([len(memoryview(raw)) for raw in raws]) // _BATCH_BYTES
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(raws)]
     for begin, end in itertools.pairwise(cuts):
@@ -302,14 +316,14 @@ def _decoded(raws: list[msgspec.Raw], path: str) -> Iterator[list[list[int]]]:
 
 
 def _tensors(entries: dict[str, _Tensor[Any]], columns: list[Columns]) -> dict[str, TensorEntry]:
-    found: dict[str, TensorEntry] = {}
-    for own in columns:
-        parts = list(own.chunks[:, None])  # as most have one chunk each
-        if len(parts) != len(own.names) or (own.counts != 1).any():
-            ends = np.cumsum(own.counts).tolist()
-            parts = [own.chunks[begin:end] for begin, end in itertools.pairwise([0, *ends])]
-        found |= {
+    tensors: dict[str, TensorEntry] = {}
+    for group in columns:
+        parts = list(group.chunks[:, None])  # most tensors have one chunk
+        if len(parts) != len(group.names) or (group.counts != 1).any():
+            ends = np.cumsum(group.counts).tolist()
+            parts = [group.chunks[begin:end] for begin, end in itertools.pairwise([0, *ends])]
+        tensors |= {
             name: TensorEntry(dtype=(entry := entries[name]).dtype, shape=entry.shape, chunks=part)
-            for name, part in zip(own.names, parts, strict=True)
+            for name, part in zip(group.names, parts, strict=True)
         }
-    return {name: found[name] for name in entries} if len(columns) > 1 else found
+    return {name: tensors[name] for name in entries} if len(columns) > 1 else tensors

@@ -1,4 +1,4 @@
-"""A shard is a safetensors file whose header is padded, so that data begin on a page.
+"""Read and write the header of a shard, a safetensors file whose data begin on a page.
 
 Layout: 8 bytes with the length of the header (little-endian), the header (JSON, padded with
 spaces), the data. Source: https://github.com/huggingface/safetensors#format
@@ -24,21 +24,21 @@ __all__ = [
     "ShardTensor",
     "build_header",
     "chunk_name",
-    "each_once",
+    "unique_keys",
     "header_bytes",
     "parse_chunk_name",
     "parse_header",
 ]
 
 HEADER_ALIGN = 4096
-_HEADER_LIMIT = 100_000_000  # as the safetensors library has it
+_HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTensor:
-    """A tensor of a safetensors file; `begin` and `end` are bytes of the file."""
+    """A tensor of a safetensors file. `begin` and `end` are its bytes in the file."""
 
     name: str
     dtype: str
@@ -50,8 +50,8 @@ class ShardTensor:
 def chunk_name(
     name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
 ) -> str:
-    """What a chunk is called in its shard: the tensor's name if it is all of it, else with the
-    box, as in `w[0:256,0:1024]`. (The name `__metadata__` is reserved, and always has the box.)"""
+    """The name of a chunk in its shard: the name of the tensor, and the box unless it is the full
+    tensor, as in `w[0:256,0:1024]`. (The reserved name `__metadata__` always has the box.)"""
     if tuple(sizes) == tuple(shape) and name != "__metadata__":
         return name
     box = ",".join(f"{a}:{a + size}" for a, size in zip(offsets, sizes, strict=True))
@@ -59,19 +59,19 @@ def chunk_name(
 
 
 def parse_chunk_name(text: str) -> tuple[str, Box | None]:
-    """The name and box (offsets, sizes) of a chunk; no box for one that is the whole tensor."""
-    found = re.fullmatch(r"(.*)\[((?:\d+:\d+)(?:,\d+:\d+)*|)\]", text, re.DOTALL)
-    if found is None:
+    """The tensor and box (offsets, sizes) of a chunk. The box is None for a full tensor."""
+    match = re.fullmatch(r"(.*)\[((?:\d+:\d+)(?:,\d+:\d+)*|)\]", text, re.DOTALL)
+    if match is None:
         return text, None
-    pairs = [part.split(":") for part in found[2].split(",")] if found[2] else []
+    pairs = [part.split(":") for part in match[2].split(",")] if match[2] else []
     offsets = tuple(int(begin) for begin, _ in pairs)
-    return found[1], (offsets, tuple(int(end) - int(begin) for begin, end in pairs))
+    return match[1], (offsets, tuple(int(end) - int(begin) for begin, end in pairs))
 
 
 def build_header(
     entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]
 ) -> bytes:
-    """The first bytes of a shard, a multiple of HEADER_ALIGN.
+    """Build the header of a shard. Its length is a multiple of HEADER_ALIGN.
 
     `entries` are (name, dtype, shape, size in bytes), in the order of the data.
     """
@@ -80,7 +80,7 @@ def build_header(
     for name, dtype, shape, size_bytes in entries:
         if name in header:
             raise StateError(
-                "A safetensors file can't hold a tensor of this name",
+                "A safetensors file can't hold a tensor with this name",
                 tensor=name,
                 remedy="rename it, or save to a path without a suffix",
             )
@@ -92,7 +92,7 @@ def build_header(
 
 
 def header_bytes(head: bytes, *, file_size_bytes: int, path: str) -> int:
-    """How many bytes come before the data, from a file's first 8; checked before they are read."""
+    """The bytes before the data, from the first 8 bytes of the file. Raises CorruptionError."""
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
     if not 2 <= length <= min(_HEADER_LIMIT, file_size_bytes - 8):
         raise _broken(path, f"a header of 2 to {_HEADER_LIMIT} bytes within the file", length)
@@ -108,17 +108,25 @@ class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
 def parse_header(
     data: bytes, *, file_size_bytes: int | None, path: str
 ) -> tuple[list[ShardTensor], dict[str, str]]:
-    """The tensors of a safetensors file in file order, and its metadata.
+    """Parse the header of a safetensors file, and check all rules of the format.
 
-    `data` are the bytes before the tensors' data. Every rule of safetensors is enforced;
-    CorruptionError names the path and the tensor. No `file_size_bytes`: the file may be cut.
+    Args:
+        data: The bytes before the data of the tensors.
+        file_size_bytes: The size of the file. If None, the file may be truncated.
+        path: The path for error messages.
+
+    Returns:
+        The tensors in the order of the file, and the metadata.
+
+    Raises:
+        CorruptionError: The header violates the format.
     """
     size = header_bytes(data[:8], file_size_bytes=file_size_bytes or len(data), path=path)
     text = data[8:size]
     if len(text) != size - 8 or text[:1] != b"{":
         raise _broken(path, 'a header that begins with "{"', repr(text[:16]))
     try:
-        header = json.loads(text, object_pairs_hook=each_once)
+        header = json.loads(text, object_pairs_hook=unique_keys)
         metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
         entries = msgspec.convert(header, dict[str, _Tensor])
     except (ValueError, RecursionError) as error:
@@ -147,17 +155,17 @@ def _known(dtype: str) -> bool:
     return dtype in DTYPES and shard_form(dtype, ()) == (dtype, ())
 
 
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of JSON; ValueError if a key stands twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build the dict of a JSON object. Raises ValueError if a key occurs twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
 
 
 def _broken(path: str, expected: str, actual: object, tensor: str | None = None) -> CorruptionError:
     return CorruptionError(
-        "A shard breaks the rules of the safetensors format",
+        "A shard violates the safetensors format",
         path=path,
         tensor=tensor,
         expected=expected,

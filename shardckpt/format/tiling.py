@@ -1,7 +1,8 @@
-"""Do boxes tile a tensor exactly? Vectorised, and exact for every arrangement.
+"""Check whether boxes tile a tensor: every element in exactly one box.
 
-`first_gap` takes the boxes of many tensors at once: those that are the cells of a grid, as nearly
-all are, pass together; `find_gap` looks at the others one by one.
+The check is vectorised, and exact for every arrangement of boxes. `first_gap` checks many tensors
+at once: those whose boxes form a grid, as nearly all do, are checked together, and `find_gap`
+checks the others one by one.
 """
 
 from __future__ import annotations
@@ -16,23 +17,29 @@ __all__ = ["Gap", "find_gap", "first_gap", "stable_order"]
 Ints = NDArray[np.int64]
 
 Gap = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""("overlap" | "hole" | "out of bounds", offsets, sizes) of an offending box."""
+"""("overlap" | "hole" | "out of bounds", offsets, sizes) of a box that is not tiled."""
 
-_GRID_CELLS = 1 << 22  # a grid larger than this is taken slab by slab
+_GRID_CELLS = 1 << 22  # a larger grid is checked slab by slab
 
 
 def stable_order(keys: Ints, *, below: int) -> Ints:
-    """The stable order of keys from 0 to `below`, all but the last; linear where they fit 16 bits,
-    for which numpy has a radix sort."""
+    """Stable argsort of keys in range(below). Linear if the keys fit in 16 bits: numpy then uses a
+    radix sort."""
     narrow = keys.astype(np.uint16) if below <= 1 << 16 else keys
     return np.argsort(narrow, kind="stable")
 
 
 def first_gap(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> tuple[int, Gap] | None:
-    """The first tensor that its boxes don't tile, and where; None if there is none.
+    """Find the first tensor that its boxes do not tile.
 
-    `shapes` [t, d]; tensor i has the boxes in rows bounds[i] to bounds[i + 1] of `offsets` and
-    `sizes`, each [n, d]. Dimensions that a tensor does not have are of size 1.
+    Args:
+        shapes: The shapes of t tensors [t, d]. Missing dimensions have size 1.
+        bounds: Tensor i has the boxes in rows bounds[i] to bounds[i + 1] [t + 1].
+        offsets: The offsets of n boxes [n, d].
+        sizes: The sizes of n boxes [n, d].
+
+    Returns:
+        The number of the tensor, with its gap; None if all tensors are tiled.
     """
     for index in np.flatnonzero(~_are_grids(shapes, bounds, offsets, sizes)).tolist():
         rows = slice(bounds[index], bounds[index + 1])
@@ -43,9 +50,11 @@ def first_gap(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> tuple[i
 
 
 def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArray[np.bool_]:
-    """For each tensor whether its boxes are the cells of a grid over it, each once: so it is where
-    along each dimension the distinct intervals follow each other from end to end, and where there
-    are as many boxes, all different, as cells."""
+    """For each tensor, whether its boxes are the cells of a grid over it, each once.
+
+    That is so if along each dimension the distinct intervals follow each other from end to end, and
+    if the boxes differ and are as many as the cells.
+    """
     counts = np.diff(bounds)
     of = np.repeat(np.arange(len(shapes)), counts)
     good = (counts > 0) & (shapes > 0).all(axis=1)
@@ -53,11 +62,11 @@ def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArra
     cut_dims = np.zeros(len(shapes), dtype=np.int64)
     for dim in range(shapes.shape[1]):
         low, size = (np.ascontiguousarray(column[:, dim]) for column in (offsets, sizes))
-        whole = np.repeat(shapes[:, dim], counts)
-        parts = (low != 0) | (size != whole)
+        full = np.repeat(shapes[:, dim], counts)
+        parts = (low != 0) | (size != full)
         if not parts.any():
             continue
-        good[of[parts & ((low < 0) | (size <= 0) | (size > whole - low))]] = False
+        good[of[parts & ((low < 0) | (size <= 0) | (size > full - low))]] = False
         cut = np.zeros(len(shapes), dtype=bool)
         cut[of[parts]] = True
         cut &= good
@@ -69,7 +78,7 @@ def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArra
             cut_dims += cut
     good &= cells == counts
     rows = np.flatnonzero((good & (cut_dims > 1))[of])
-    if len(rows):  # along one dimension, as many intervals as boxes are different boxes already
+    if len(rows):  # with one cut dimension, equal counts imply that the boxes differ
         keys = [offsets[rows, dim] for dim in range(shapes.shape[1])]
         order = np.lexsort((*keys, of[rows]))
         again = _repeats(of[rows][order])
@@ -79,32 +88,35 @@ def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArra
     return good
 
 
-def _intervals(of: Ints, low: Ints, size: Ints, whole: Ints) -> tuple[NDArray[np.bool_], Ints]:
-    """For each tensor (`whole` [t]) whether its distinct intervals follow each other from 0 to
-    `whole`, and how many they are; `of` [n] are the tensors of the intervals."""
+def _intervals(of: Ints, low: Ints, size: Ints, full: Ints) -> tuple[NDArray[np.bool_], Ints]:
+    """For each tensor, whether its distinct intervals follow each other from 0 to its full size,
+    and their number.
+
+    `full` [t] are the sizes of the tensors, `of` [n] the tensors of the intervals.
+    """
     high = low + size
     new = ~_repeats(of)
-    if not _ascends(new, low, size):  # mostly ranks hold them in order
+    if not _ascends(new, low, size):  # usually they are in order
         order = np.lexsort((size, low, of))
         low, high = low[order], high[order]
     distinct = new | ~_repeats(low) | ~_repeats(high)
     before, last = np.zeros_like(high), np.ones_like(new)
     before[1:], last[:-1] = high[:-1], new[1:]
     before[new] = 0
-    good = np.ones(len(whole), dtype=bool)
-    good[of[(distinct & (low != before)) | (last & (high != whole[of]))]] = False
-    return good, np.bincount(of[distinct], minlength=len(whole))
+    good = np.ones(len(full), dtype=bool)
+    good[of[(distinct & (low != before)) | (last & (high != full[of]))]] = False
+    return good, np.bincount(of[distinct], minlength=len(full))
 
 
 def _ascends(new: NDArray[np.bool_], low: Ints, size: Ints) -> bool:
-    """Whether intervals are in order, by their begin, then by their size, from each `new` on."""
+    """Whether intervals are sorted by begin and size in each group; `new` begins a group."""
     step = np.diff(low)
     in_order = new[1:] | (step > 0) | ((step == 0) & (np.diff(size) >= 0))
     return bool(in_order.all())
 
 
 def _repeats(column: Ints) -> NDArray[np.bool_]:
-    """For each row whether it has the value of the row before."""
+    """For each row, whether it equals the row before."""
     same = np.zeros(len(column), dtype=bool)
     np.equal(column[1:], column[:-1], out=same[1:])
     return same
@@ -113,13 +125,19 @@ def _repeats(column: Ints) -> NDArray[np.bool_]:
 def find_gap(
     shape: Sequence[int], offsets: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> Gap | None:
-    """The first place where boxes (`offsets` and `sizes`, each [n, d]) don't tile `shape`.
+    """Find the first box that is covered twice or not at all, or that is out of bounds.
 
-    None where every element lies in exactly one box. A tensor without elements may have
-    boxes, or none.
+    Args:
+        shape: The shape of the tensor [d].
+        offsets: The offsets of n boxes [n, d].
+        sizes: The sizes of n boxes [n, d].
+
+    Returns:
+        The gap, or None if every element lies in exactly one box. A tensor without elements may
+        have any number of boxes.
     """
-    whole = np.array(shape, dtype=np.int64)
-    wrong = ((offsets < 0) | (sizes < 0) | (sizes > whole - offsets)).any(axis=1)
+    full = np.array(shape, dtype=np.int64)
+    wrong = ((offsets < 0) | (sizes < 0) | (sizes > full - offsets)).any(axis=1)
     if wrong.any():
         first = int(wrong.argmax())
         return "out of bounds", tuple(offsets[first].tolist()), tuple(sizes[first].tolist())
@@ -127,47 +145,47 @@ def find_gap(
         return None
     filled = (sizes > 0).all(axis=1)
     offsets, sizes = offsets[filled], sizes[filled]
-    found = _gap(whole, offsets, offsets + sizes, list(range(len(shape))))
-    if found is None:
+    gap = _gap(full, offsets, offsets + sizes, list(range(len(shape))))
+    if gap is None:
         return None
-    kind, low, high = found
-    return kind, tuple(low.tolist()), tuple((high - low).tolist())
+    problem, low, high = gap
+    return problem, tuple(low.tolist()), tuple((high - low).tolist())
 
 
-_Found = tuple[str, NDArray[np.int64], NDArray[np.int64]]
+_Range = tuple[str, NDArray[np.int64], NDArray[np.int64]]
 
 
 def _gap(
-    whole: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], dims: list[int]
-) -> _Found | None:
-    """As find_gap for boxes [low, high) that are alike outside `dims`."""
+    full: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], dims: list[int]
+) -> _Range | None:
+    """As find_gap, for boxes [low, high) that differ only in `dims`."""
     if len(low) == 0:
-        return "hole", np.zeros_like(whole), whole
-    dims = [dim for dim in dims if (low[:, dim] > 0).any() or (high[:, dim] < whole[dim]).any()]
+        return "hole", np.zeros_like(full), full
+    dims = [dim for dim in dims if (low[:, dim] > 0).any() or (high[:, dim] < full[dim]).any()]
     if not dims:
         return ("overlap", low[1], high[1]) if len(low) > 1 else None
     if len(dims) == 1:
-        return _gap_along(whole, low, high, dims[0])
-    edges = [np.unique(np.concatenate([[0, whole[d]], low[:, d], high[:, d]])) for d in dims]
+        return _gap_along(full, low, high, dims[0])
+    edges = [np.unique(np.concatenate([[0, full[d]], low[:, d], high[:, d]])) for d in dims]
     if np.prod([float(len(edge)) for edge in edges]) <= max(_GRID_CELLS, 4 * len(low)):
-        return _gap_in_grid(whole, low, high, dims, edges)
+        return _gap_in_grid(full, low, high, dims, edges)
     fewest = min(range(len(dims)), key=lambda index: len(edges[index]))
     dim, rest = dims[fewest], [d for d in dims if d != dims[fewest]]
     for begin, end in zip(edges[fewest][:-1], edges[fewest][1:], strict=True):
         inside = (low[:, dim] < end) & (high[:, dim] > begin)
-        found = _gap(whole, low[inside], high[inside], rest)
-        if found is not None:
-            kind, at, to = found[0], found[1].copy(), found[2].copy()
+        gap = _gap(full, low[inside], high[inside], rest)
+        if gap is not None:
+            problem, at, to = gap[0], gap[1].copy(), gap[2].copy()
             at[dim], to[dim] = begin, end
-            return kind, at, to
+            return problem, at, to
     return None
 
 
 def _gap_along(
-    whole: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], dim: int
-) -> _Found | None:
+    full: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], dim: int
+) -> _Range | None:
     order = np.argsort(low[:, dim], kind="stable")
-    begins = np.append(low[order, dim], whole[dim])
+    begins = np.append(low[order, dim], full[dim])
     ends = np.insert(high[order, dim], 0, 0)
     wrong = np.flatnonzero(begins != ends)
     if len(wrong) == 0:
@@ -179,20 +197,20 @@ def _gap_along(
 
 
 def _gap_in_grid(
-    whole: NDArray[np.int64],
+    full: NDArray[np.int64],
     low: NDArray[np.int64],
     high: NDArray[np.int64],
     dims: list[int],
     edges: list[NDArray[np.int64]],
-) -> _Found | None:
-    """Count the boxes over each cell of the grid that all edges make, by differences at corners."""
+) -> _Range | None:
+    """Count the boxes over each cell of the grid that all edges form, by differences at corners."""
     counts = np.zeros([len(edge) for edge in edges], dtype=np.int32)
     begins = [np.searchsorted(edge, low[:, d]) for d, edge in zip(dims, edges, strict=True)]
     ends = [np.searchsorted(edge, high[:, d]) for d, edge in zip(dims, edges, strict=True)]
     for corner in range(1 << len(dims)):
-        at_end = [corner >> index & 1 for index in range(len(dims))]
-        place = tuple(e if last else b for b, e, last in zip(begins, ends, at_end, strict=True))
-        np.add.at(counts, place, -1 if sum(at_end) % 2 else 1)
+        at_end = [corner >> axis & 1 for axis in range(len(dims))]
+        corners = tuple(e if last else b for b, e, last in zip(begins, ends, at_end, strict=True))
+        np.add.at(counts, corners, -1 if sum(at_end) % 2 else 1)
     for axis in range(len(dims)):
         np.cumsum(counts, axis=axis, out=counts)
     inner = counts[tuple(slice(0, -1) for _ in dims)]

@@ -1,8 +1,8 @@
-"""The typed JSON of everything that is no tensor.
+"""Typed JSON: the values of a state, encoded as JSON with tags.
 
-None, bool, str, finite floats and lists stand as in JSON, and so do ints of up to 53 bits and
-dicts whose keys are all strings that don't begin with "$". Whatever else is an object with one
-key that begins with "$", its tag: `FORMS` lists them, and docs/format.md describes them.
+None, bool, str, finite floats, ints of up to 53 bits, lists, and dicts whose keys are all strings
+without a leading "$" are plain JSON. Every other value is an object with one key, its tag, which
+begins with "$". `FORMS` lists the tags, and docs/format.md describes them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = [
     "FORMS",
     "Record",
     "TensorRef",
+    "UnknownEnum",
     "decode",
     "encode",
     "imported",
@@ -50,23 +51,27 @@ __all__ = [
     "record_of",
     "reference",
     "tag_of",
+    "unknown_enum",
 ]
 
 _NESTED = {dict, list}
-_SAFE_INT = 1 << 53  # beyond it, readers of JSON that have only doubles round
+_SAFE_INT = 1 << 53  # readers of JSON that use doubles round larger ints
 _NUMPY_DTYPE = re.compile(r"[<|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
 _ARRAY_BYTES = 1 << 20
-"""An array of a dtype that no tensor has stands in the manifest, if it is not larger than this."""
+"""The largest array, in bytes, that is stored in the manifest if its dtype is not a dtype of
+tensors."""
 _MOST_ALIKE = 256
-"""Keys of a dict, or items of a set, that have the same hash; tuples of -1 and -2 are such keys."""
+"""The maximum number of keys of a dict, or items of a set, with the same hash. (Tuples of -1 and -2
+have equal hashes.)"""
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
 _KINDS: dict[str, Any] = {tag: kind for kind, tag in _REFS.items()}
 
 
 class TensorRef(msgspec.Struct, frozen=True):
-    """Stands where a tensor, an array or a value per rank stood; `name` says which.
+    """A reference to a tensor, an array or a PerRank value.
 
-    For "per_rank" the name is the index into each rank's list of values.
+    `name` is the name of the tensor. For "per_rank" it is the index into the list of values of each
+    rank.
     """
 
     name: str
@@ -74,10 +79,10 @@ class TensorRef(msgspec.Struct, frozen=True):
 
 
 class Record(dict[str, Any]):
-    """The fields of an object that is made of named fields; `type_name` says of which class.
+    """The fields of a dataclass or a similar object. `type_name` is the name of its class.
 
-    Nothing looks for that class: the object comes back as types.SimpleNamespace, or, where the
-    state holds an object to load into, as one of that object's class.
+    The class is never looked up. The object is loaded as types.SimpleNamespace, or, if the state
+    holds an object to load into, as one of the class of that object.
     """
 
     def __init__(self, type_name: str, fields: Mapping[str, Any]) -> None:
@@ -85,14 +90,37 @@ class Record(dict[str, Any]):
         self.type_name = type_name
 
 
+class UnknownEnum(msgspec.Struct, frozen=True):
+    """A saved member of an enum whose module is not imported, or that lacks the member."""
+
+    module: str
+    qualname: str
+    name: str | int
+
+
+def unknown_enum(value: UnknownEnum, *, name: str | None = None) -> CheckpointError:
+    """The error for an entry with an unknown enum."""
+    return CheckpointError(
+        "An entry is a member of an enum that the program does not have",
+        tensor=name,
+        expected=f"{value.qualname} with the member {value.name} in the module {value.module}",
+        actual="no such member in the imported modules",
+        remedy=f"import {value.module} first, or leave the entry out with keys=",
+    )
+
+
+def _refuse_unknown(value: UnknownEnum) -> Any:
+    raise unknown_enum(value)
+
+
 def record_of(value: Any) -> Record | None:
-    """The fields of a dataclass, an attrs class, types.SimpleNamespace or argparse.Namespace; None
-    for any other object."""
+    """The fields of a dataclass, an attrs object, types.SimpleNamespace or argparse.Namespace. None
+    for other objects."""
     kind = type(value)
     if isinstance(value, Record):
         return value
     if kind.__module__.partition(".")[0] == "shardckpt" or isinstance(value, type):
-        return None  # a marker that stands where it means nothing
+        return None  # a marker inside another value has no meaning
     if dataclasses.is_dataclass(kind):
         names = [field.name for field in dataclasses.fields(kind)]
     elif hasattr(kind, "__attrs_attrs__"):
@@ -106,7 +134,7 @@ def record_of(value: Any) -> Record | None:
 
 
 def encode(value: Any, *, at: str) -> Any:
-    """The JSON-able form of a value; raises UnsupportedLeafError naming the path below `at`."""
+    """Encode a value as JSON. Raises UnsupportedLeafError with the path of the value."""
     if value is None or value is True or value is False:
         return value
     kind = type(value)
@@ -137,12 +165,12 @@ def encode(value: Any, *, at: str) -> Any:
 def _unsupported(value: Any, at: str) -> UnsupportedLeafError:
     kind = type(value)
     return UnsupportedLeafError(
-        "A value of this type can't be saved",
+        "The type of a value can't be saved",
         tensor=at or "(the state itself)",
         expected="a tensor, array, number, string, bytes, date, enum, dataclass, container of "
         "these, or an object with state_dict and load_state_dict",
         actual=f"{kind.__module__}.{kind.__qualname__}",
-        remedy="leave it out, convert it, or give its class state_dict and load_state_dict",
+        remedy="remove it, convert it, or give its class state_dict and load_state_dict",
     )
 
 
@@ -167,12 +195,12 @@ def _scalar(value: str | int | float) -> Any:
 
 
 def reference(kind: Literal["tensor", "numpy", "per_rank"], name: str) -> Any:
-    """What stands for a tensor, an array or a value per rank; see TensorRef."""
+    """Encode a reference to a tensor, an array or a PerRank value; see TensorRef."""
     return {_REFS[kind]: name}
 
 
 def mapping(items: list[tuple[Any, Any]], *, at: str) -> Any:
-    """The JSON-able form of a dict with these keys and encoded values."""
+    """Encode a dict, given its keys and encoded values."""
     if all(type(k) is str and k[:1] != "$" and (k.isascii() or _plain(k)) for k, _ in items):
         return dict(items)
     return {"$dict": [[_hashable(key, _below(at, key)), item] for key, item in items]}
@@ -183,7 +211,8 @@ def _plain(key: str) -> bool:
 
 
 def _hashable(value: Any, at: str) -> Any:
-    """As encode, for a key of a dict or an item of a set. A record could not come back as one."""
+    """Encode a key of a dict or an item of a set. Records are refused, as they are not hashable
+    when loaded."""
     node = encode(value, at=at)
     if type(node) is dict and b'{"$record":' in msgspec.json.encode(node):
         raise _unsupported(value, at)
@@ -191,7 +220,7 @@ def _hashable(value: Any, at: str) -> Any:
 
 
 def tag_of(node: dict[str, Any]) -> str | None:
-    """The tag of an object of typed JSON; None for a dict with plain keys."""
+    """The tag of an object of typed JSON. None for a dict with plain keys."""
     tag = next(iter(node), "") if len(node) == 1 else ""
     return tag if tag[:1] == "$" else None
 
@@ -201,13 +230,16 @@ def decode(
     *,
     tensor: Callable[[TensorRef], Any],
     record: Callable[[str, dict[str, Any]], Any] = Record,
+    unknown: Callable[[UnknownEnum], Any] = _refuse_unknown,
 ) -> Any:
-    """The value that `encode` made this of; `tensor` is asked for what a reference stands for, and
-    `record` for an object of named fields.
+    """Decode the JSON that `encode` wrote.
 
-    Raises CorruptionError for a node that encode never makes, FormatVersionError for a tag that
-    is not known, and CheckpointError for an enum whose module has not been imported: nothing is
-    imported for the sake of a checkpoint.
+    `tensor` is called with each reference, `record` with the fields of each object, and `unknown`
+    with each member of an enum whose module is not imported; they return the value. Nothing is
+    imported.
+
+    Raises CorruptionError for invalid JSON, FormatVersionError for an unknown tag, and by default
+    CheckpointError for an unknown enum.
     """
 
     def item(node: Any) -> Any:
@@ -215,7 +247,7 @@ def decode(
         if kind is dict:
             if len(node) == 1:
                 ((tag, body),) = node.items()
-                if tag == "$tensor" and type(body) is str:  # as most are
+                if tag == "$tensor" and type(body) is str:  # the most frequent tag
                     return tensor(TensorRef(body, "tensor"))
                 if tag[:1] == "$":
                     try:
@@ -235,17 +267,18 @@ def decode(
     def tagged(tag: str, body: Any) -> Any:
         decoder = _DECODERS.get(tag)
         if decoder is not None:
-            return decoder(body, item)
+            value = decoder(body, item)
+            return unknown(value) if type(value) is UnknownEnum else value
         if tag in _KINDS:
             return tensor(TensorRef(_checked(body, str), _KINDS[tag]))
         if tag == "$record":
             type_name, fields = _checked(body, list)
             return record(_checked(type_name, str), _checked(item(fields), dict))
         raise FormatVersionError(
-            "A value in the checkpoint is in a form that this shardckpt does not know",
+            "The checkpoint has a value in a form that this version of shardckpt does not support",
             expected="a tag that docs/format.md lists",
             actual=repr(tag[:80]),
-            remedy="upgrade shardckpt: a newer one has written it",
+            remedy="upgrade shardckpt: a newer version wrote the checkpoint",
         )
 
     return item(node)
@@ -256,7 +289,7 @@ _ODD = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, struct
 
 def _malformed(node: Any) -> CorruptionError:
     return CorruptionError(
-        "A value in the manifest breaks the rules of the format",
+        "A value in the manifest violates the format",
         expected="a value as docs/format.md describes it",
         actual=repr(node)[:200],
         remedy="load another checkpoint",
@@ -264,10 +297,11 @@ def _malformed(node: Any) -> CorruptionError:
 
 
 class Form(NamedTuple):
-    """How values of a type stand in JSON: {tag: body}.
+    """How values of a type are encoded: {tag: body}.
 
-    `encode(value, at)` makes the body, `decode(body, item)` the value; `item` decodes what is in
-    the body. `exact`: subclasses have more to them than this form keeps.
+    `encode(value, at)` returns the body, `decode(body, item)` the value; `item` decodes the values
+    in the body. If `exact` is true, subclasses are refused, as the form would lose their other
+    fields.
     """
 
     tag: str
@@ -328,7 +362,7 @@ def _size(parts: Any) -> torch.Size:
 
 def _integer(text: str) -> int:
     if len(text) > 4000:
-        raise ValueError("an int of more than 4,000 digits")
+        raise ValueError("expected an int of up to 4,000 digits")
     return int(text)
 
 
@@ -353,10 +387,10 @@ def _deque(body: Any, item: Any) -> Any:
 
 
 def imported(module: str, qualname: str) -> Any:
-    """What stands at a name in a module that has been imported; None if nothing does.
+    """The object with a name in an imported module. None if there is none.
 
-    Looks into the dictionaries of modules and classes, so no `__getattr__` of a module, no lazy
-    module and no descriptor runs.
+    Only the dictionaries of modules and classes are searched, so that no `__getattr__` of a module,
+    no lazy module and no descriptor runs.
     """
     found: Any = sys.modules.get(module)
     if not isinstance(found, types.ModuleType):
@@ -369,31 +403,28 @@ def imported(module: str, qualname: str) -> Any:
 
 
 def _enum_body(value: enum.Enum, at: str) -> Any:
-    """Refuses an enum that could not be found again by its name, as one made in a function."""
+    """Raise UnsupportedLeafError for an enum that a load could not find by its name, such as one
+    defined in a function."""
     kind = type(value)
     if imported(kind.__module__, kind.__qualname__) is not kind:
         raise _unsupported(value, at)
-    single = kind.__members__.get(value.name or "") is value  # a combination of flags is none
+    single = kind.__members__.get(value.name or "") is value  # false for a combination of flags
     return [kind.__module__, kind.__qualname__, value.name if single else value.value]
 
 
 def _enum(body: Any, item: Any) -> Any:
     module, qualname, name = _checked(body, list)
     found = imported(_checked(module, str), _checked(qualname, str))
-    if not issubclass(type(found), type) or not issubclass(found, enum.Enum):
-        raise CheckpointError(
-            "An enum was saved whose class is not there",
-            expected=f"the enum {qualname} in the module {module}",
-            actual="no such class among the imported modules",
-            remedy=f"import {module} first",
-        )
-    if type(name) is int and issubclass(found, enum.Flag):
+    is_enum = issubclass(type(found), type) and issubclass(found, enum.Enum)
+    if type(name) is int and is_enum and issubclass(found, enum.Flag):
         return found(name)
-    return found[_checked(name, str)]
+    if is_enum and name in found.__members__:
+        return found[name]
+    return UnknownEnum(module, qualname, name if type(name) is int else _checked(name, str))
 
 
 def _numpy_dtype(code: str) -> np.dtype[Any]:
-    if not _NUMPY_DTYPE.fullmatch(code):  # numpy would parse it as Python
+    if not _NUMPY_DTYPE.fullmatch(code):  # numpy would parse other texts as Python
         raise ValueError("a dtype of numbers, text or time")
     dtype = np.dtype(code)
     if dtype.hasobject or dtype.kind == "V":
@@ -417,10 +448,13 @@ def _numpy(body: Any, item: Any) -> Any:
 
 def _array_body(value: Any, at: str) -> Any:
     fits = _NUMPY_DTYPE.fullmatch(value.dtype.newbyteorder("<").str) and value.itemsize
-    fits = fits and value.dtype not in (np.longdouble, np.clongdouble)  # not portable
+    fits = fits and value.dtype not in (
+        np.longdouble,
+        np.clongdouble,
+    )  # their size depends on the machine
     if not fits or isinstance(value, np.ma.MaskedArray) or value.nbytes > _ARRAY_BYTES:
         raise UnsupportedLeafError(
-            "A numpy array of this kind can't be saved",
+            "A numpy array of this dtype can't be saved",
             tensor=at,
             expected="numbers of up to 64 bits, of any size; or text, bytes, times and longer "
             f"numbers of up to {_ARRAY_BYTES} bytes in all",
@@ -440,7 +474,7 @@ def _array(body: Any, item: Any) -> Any:
 
 
 def _torch(kind: type) -> Form:
-    """The form of a constant that torch has by name."""
+    """The form of a type whose values are named constants of torch."""
 
     def found(name: str) -> Any:
         # Not getattr: it imports what torch imports when it is asked for.
@@ -466,7 +500,7 @@ def _complex(body: Any, item: Any) -> complex:
 
 def _moment_body(value: datetime.datetime | datetime.time, at: str) -> Any:
     if value.tzinfo is not None and value.utcoffset() is None:
-        raise _unsupported(value, at)  # a time of day in a zone whose offset depends on the day
+        raise _unsupported(value, at)  # the offset of its time zone depends on the day
     return [value.isoformat(), value.fold]
 
 
@@ -487,7 +521,9 @@ def _slice_body(value: Any, at: str) -> Any:
 
 
 FORMS: tuple[Form, ...] = (
-    Form("$enum", enum.Enum, _enum_body, _enum),  # before int and str, which some enums are too
+    Form(
+        "$enum", enum.Enum, _enum_body, _enum
+    ),  # before int and str, which are the bases of some enums
     Form("$numpy", np.generic, _numpy_body, _numpy),
     Form("$tuple", tuple, _items, _sequence(tuple)),
     Form("$size", torch.Size, lambda value, at: list(value), _sequence(_size)),
@@ -572,7 +608,7 @@ FORMS: tuple[Form, ...] = (
     _torch(torch.qscheme),
     Form("$device", torch.device, lambda value, at: str(value), _text(_device)),
 )
-"""Every type with a form of its own. Where a value is of two of them, the first one counts."""
+"""All types with a form. A value of two of these types has the form of the first one."""
 
 _BY_TYPE: dict[type, Form] = {}
 for _form in FORMS:
@@ -581,14 +617,14 @@ for _form in FORMS:
 
 @functools.lru_cache(maxsize=256)
 def _form_of(kind: type) -> Form | None:
-    """The form of values of a type that has none of its own."""
+    """The form of values whose type has no form of its own."""
     base = next((form for form in FORMS if issubclass(kind, form.type)), None)
     return None if base is None or base.exact else base
 
 
 _DECODERS: dict[str, Callable[[Any, Callable[[Any], Any]], Any]] = {
     **{form.tag: form.decode for form in FORMS},
-    # Of plain types, for the values that JSON can't hold: see _scalar and mapping.
+    # Values of plain types that JSON lacks: see _scalar and mapping.
     "$dict": _pairs,
     "$int": _text(_integer),
     "$float": _text(lambda text: struct.unpack(">d", bytes.fromhex(text))[0]),

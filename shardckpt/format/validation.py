@@ -1,4 +1,4 @@
-"""What must be true of a manifest whose JSON is well-formed; docs/format.md has the rules."""
+"""Check the rules of docs/format.md on a manifest whose JSON is well-formed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Columns", "check_chunks", "check_references", "refuse"]
 Ints = NDArray[np.int64]
 _REFERENCES = {"$tensor", "$ndarray", "$per_rank"}
 _NESTED = {dict, list}
-_MAX_DEPTH = 300  # of typed JSON: a dict with odd keys has three levels
+_MAX_DEPTH = 300  # in levels of JSON; a dict with other than string keys takes three
 
 
 def refuse(path: str, expected: object, actual: object, tensor: str | None = None) -> NoReturn:
     """Raise CorruptionError for a manifest."""
     raise CorruptionError(
-        "The manifest is damaged, or breaks a rule of the format",
+        "The manifest is corrupted or violates the format",
         path=path,
         tensor=tensor,
         expected=expected,
@@ -33,8 +33,15 @@ def refuse(path: str, expected: object, actual: object, tensor: str | None = Non
 
 
 class Columns(NamedTuple):
-    """Tensors of equal ndim d: their names, the bytes of an element of each [t], shapes [t, d],
-    how many chunks each has [t], and all of these in turn [n, 3 + 2 * d], as in a TensorEntry."""
+    """t tensors of equal ndim d, with n chunks in all.
+
+    Attributes:
+        names: The names [t].
+        items: The bytes of one element [t].
+        shapes: The global shapes [t, d].
+        counts: The number of chunks of each tensor [t].
+        chunks: The chunks of all tensors in order, as in TensorEntry [n, 3 + 2 * d].
+    """
 
     names: list[str]
     items: Ints
@@ -44,34 +51,36 @@ class Columns(NamedTuple):
 
 
 def check_chunks(columns: Sequence[Columns], shards: tuple[ShardEntry, ...], path: str) -> None:
-    """Every chunk in its shard, of the size that its box has, over no other; boxes tile tensors."""
-    names = [name for own in columns for name in own.names]
-    counts = [own.counts for own in columns]
-    owner = np.repeat(np.arange(len(names)), np.concatenate([np.empty(0, np.int64), *counts]))
-    places = [np.empty((0, 3), np.int64), *(own.chunks[:, :3] for own in columns)]
-    shard, begin, end = np.ascontiguousarray(np.concatenate(places).T)
+    """Check that chunks lie within their shards, do not overlap, and tile their tensors."""
+    names = [name for group in columns for name in group.names]
+    counts = [group.counts for group in columns]
+    tensor = np.repeat(np.arange(len(names)), np.concatenate([np.empty(0, np.int64), *counts]))
+    ranges = [np.empty((0, 3), np.int64), *(group.chunks[:, :3] for group in columns)]
+    shard, begin, end = np.ascontiguousarray(np.concatenate(ranges).T)
 
     def forbid(wrong: NDArray[np.bool_], expected: str) -> None:
         if wrong.any():
             index = int(wrong.argmax())
             actual = f"shard {shard[index]}, bytes {begin[index]} to {end[index]}"
-            refuse(path, expected, actual, names[int(owner[index])])
+            refuse(path, expected, actual, names[int(tensor[index])])
 
     size_bytes = np.array([shard.size_bytes for shard in shards], dtype=np.int64)
     forbid((shard < 0) | (shard >= len(shards)), f"a shard from 0 to {len(shards) - 1}")
     forbid((begin < 8) | (end < begin) | (end > size_bytes[shard]), "bytes within the shard")
-    items = np.concatenate([np.empty(0, np.int64), *(own.items for own in columns)])
-    forbid(begin % items[owner] != 0, "a chunk aligned to its element size")
+    items = np.concatenate([np.empty(0, np.int64), *(group.items for group in columns)])
+    forbid(begin % items[tensor] != 0, "a chunk aligned to its element size")
     forbid(_overlaps(shard, begin, end, len(shards)), "chunks that don't overlap in the file")
-    for own in columns:
-        _check_boxes(own, path)
+    for group in columns:
+        _check_boxes(group, path)
 
 
 def _overlaps(shard: Ints, begin: Ints, end: Ints, shards: int) -> NDArray[np.bool_]:
-    """Which chunks begin before another one of the same shard, that begins no later, has ended."""
+    """A mask of the chunks that begin before the previous chunk of their shard ends."""
     order = stable_order(shard, below=shards)
     same = shard[order][1:] == shard[order][:-1]
-    if (same & (begin[order][1:] <= begin[order][:-1])).any():  # mostly they stand in file order
+    if (
+        same & (begin[order][1:] <= begin[order][:-1])
+    ).any():  # chunks are usually in the order of the file
         order = np.lexsort((end, begin, shard))
         same = shard[order][1:] == shard[order][:-1]
     over = np.zeros(len(order), dtype=bool)
@@ -79,15 +88,15 @@ def _overlaps(shard: Ints, begin: Ints, end: Ints, shards: int) -> NDArray[np.bo
     return over
 
 
-def _check_boxes(own: Columns, path: str) -> None:
-    """The boxes of tensors tile them, and have the sizes of their bytes."""
-    names, items, shapes, counts, chunks = own
+def _check_boxes(group: Columns, path: str) -> None:
+    """Check that boxes tile their tensors, and that chunks have the bytes of their boxes."""
+    names, items, shapes, counts, chunks = group
     offsets, sizes = chunks[:, 3 : 3 + shapes.shape[1]], chunks[:, 3 + shapes.shape[1] :]
-    found = first_gap(shapes, np.cumsum(np.append(0, counts)), offsets, sizes)
-    if found is not None:
-        index, (kind, at, extent) = found
-        actual = f"{kind} at offsets {list(at)}, sizes {list(extent)}"
-        expected = f"chunks that make up shape {shapes[index].tolist()}"
+    gap = first_gap(shapes, np.cumsum(np.append(0, counts)), offsets, sizes)
+    if gap is not None:
+        index, (problem, at, extent) = gap
+        actual = f"{problem} at offsets {list(at)}, sizes {list(extent)}"
+        expected = f"chunks that tile the shape {shapes[index].tolist()}"
         refuse(path, expected, actual, names[index])
     volumes = np.repeat(items, counts)
     for column in sizes.T:  # many times as fast as prod(axis=1)
@@ -101,7 +110,7 @@ def _check_boxes(own: Columns, path: str) -> None:
 
 
 def check_references(state: Any, per_rank: list[Any], tensors: Collection[str], path: str) -> None:
-    """Every reference in the typed JSON has its target, and nothing is nested too deeply."""
+    """Check that references in the typed JSON have targets, and that nesting is limited."""
     lists = all(type(values) is list for values in per_rank)
     in_each_rank = set(map(str, range(min(map(len, per_rank), default=0) if lists else 0)))
     level: list[Any] = [node for node in (state, per_rank) if type(node) in _NESTED]
@@ -116,8 +125,8 @@ def check_references(state: Any, per_rank: list[Any], tensors: Collection[str], 
                 if key in _REFERENCES:
                     targets = in_each_rank if key == "$per_rank" else tensors
                     if type(item) is not str or item not in targets:
-                        found = f"{key} {item!r}"[:200]
-                        refuse(path, "values that refer to tensors of the manifest", found)
+                        actual = f"{key} {item!r}"[:200]
+                        refuse(path, "references to tensors of the manifest", actual)
                 elif type(item) in _NESTED:
                     inner.append(item)
         depth += 1

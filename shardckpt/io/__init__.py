@@ -1,1 +1,1 @@
-"""Buffers, threads and devices that reading and writing share."""
+"""Buffers, threads, memory and devices, which reading and writing share."""

@@ -1,8 +1,8 @@
-"""Memory on huge pages for the disk to read and write, reused from save to save; bytes by address.
+"""Buffers on huge pages for reads and writes of disks, which are reused; copies between addresses.
 
-A request to a disk holds a limited number of pieces of memory. Of pages of 4 KiB that is less
-than a megabyte, and O_DIRECT is then slower than the page cache; of huge pages it is as much
-as the disk takes.
+One request to a disk has a limited number of memory segments. With pages of 4 KiB a request has
+less than a megabyte, and O_DIRECT is slower than the page cache. With huge pages a request is as
+large as the disk allows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 def private_memory(size_bytes: int) -> memoryview:
-    """Fresh private memory that begins where a huge page may; not there after a fork."""
+    """New private memory, aligned to a huge page. Forked children do not inherit it."""
     spare = HUGE_PAGE_BYTES - mmap.PAGESIZE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, size_bytes + spare, flags=flags)
@@ -49,13 +49,13 @@ def private_memory(size_bytes: int) -> memoryview:
 
 
 def ask_for_huge_pages(memory: memoryview) -> None:
-    """Let private_memory lie on huge pages where the system has them: what is touched from now on
-    at once, all else as the kernel comes to move it."""
+    """Ask the system for huge pages for private_memory. Pages touched later are huge at once;
+    others when the kernel moves them."""
     _advise(memory.obj, "MADV_HUGEPAGE")
 
 
 def huge_pages(size_bytes: int) -> memoryview:
-    """Fresh private memory, on huge pages where the system has them."""
+    """New private memory, on huge pages if the system supports them."""
     memory = private_memory(size_bytes)
     ask_for_huge_pages(memory)
     return memory
@@ -63,13 +63,13 @@ def huge_pages(size_bytes: int) -> memoryview:
 
 def _advise(memory: Any, advice: str) -> None:
     if hasattr(mmap, advice):
-        with suppress(OSError):  # a kernel built without it
+        with suppress(OSError):  # the kernel may lack support
             memory.madvise(getattr(mmap, advice))
 
 
 @functools.cache
 def have_huge_pages() -> bool:
-    """Whether this system gives memory on huge pages to those who ask."""
+    """Whether the system grants huge pages on request (madvise)."""
     try:
         with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="ascii") as file:
             return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in file.read()
@@ -78,7 +78,7 @@ def have_huge_pages() -> bool:
 
 
 class Buffer:
-    """BUFFER_BYTES of memory on huge pages: `view` to slice, `address` to copy to."""
+    """A buffer of BUFFER_BYTES on huge pages: a memoryview and its address."""
 
     def __init__(self) -> None:
         self.view = huge_pages(BUFFER_BYTES)
@@ -91,7 +91,7 @@ _KEEP = 16
 
 
 def _forget() -> None:
-    """In a forked child, where the memory is not."""
+    """Forget the buffers in a forked child, which does not inherit their memory."""
     global _lock
     _lock = threading.Lock()
     _free.clear()
@@ -102,7 +102,7 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextmanager
 def lease(count: int) -> Iterator[list[Buffer]]:
-    """`count` buffers for the length of a with block; their content is whatever it was."""
+    """Lend `count` buffers for the with block. Their content is undefined."""
     with _lock:
         taken = [_free.pop() for _ in range(min(count, len(_free)))]
     taken += [Buffer() for _ in range(count - len(taken))]
@@ -113,7 +113,7 @@ def lease(count: int) -> Iterator[list[Buffer]]:
             _free.extend(taken[: max(0, _KEEP - len(_free))])
 
 
-# A ctypes array of that length would do too, but its type is made anew each time: 10 us.
+# A ctypes array would do, but creating its type takes 10 us for each new length.
 _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _memory_at.restype = ctypes.py_object
@@ -121,7 +121,7 @@ _WRITABLE = 0x200  # PyBUF_WRITE
 
 
 def view_at(address: int, size_bytes: int) -> memoryview:
-    """The memory at an address; whoever owns it must outlive the view."""
+    """A view of the memory at an address. Its owner must outlive the view."""
     view: memoryview = _memory_at(address, size_bytes, _WRITABLE)
     return view
 
@@ -129,20 +129,20 @@ def view_at(address: int, size_bytes: int) -> memoryview:
 _move_in_between = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
-_SHORT_BYTES = 64 << 10  # copied before the interpreter's lock, once given up, is there again
+_SHORT_BYTES = 64 << 10  # a shorter copy takes less time than to reacquire the interpreter lock
 
 
 def copy_bytes(target: int, source: int, size_bytes: int) -> None:
-    """Copy from one address to another; without the interpreter's lock if that pays."""
+    """Copy between addresses, without the interpreter lock if the copy is long."""
     (_move_in_between if size_bytes < _SHORT_BYTES else ctypes.memmove)(target, source, size_bytes)
 
 
 def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor's elements in row-major order, as contiguous CPU tensors.
+    """Yield the elements of a tensor in row-major order, as contiguous CPU tensors.
 
-    A contiguous CPU tensor comes back as it is. Any other is copied in parts of at most
-    BUFFER_BYTES, so that a view costs a buffer and never its whole storage. Raises
-    UnsupportedLeafError for a tensor that has no memory of its own.
+    A contiguous CPU tensor is returned as it is. Others are copied in parts of at most
+    BUFFER_BYTES, so that a view takes the memory of a buffer, not of its storage. Raises
+    UnsupportedLeafError for a tensor without memory of its own.
     """
     check_memory(tensor)
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):

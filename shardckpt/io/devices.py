@@ -1,4 +1,4 @@
-"""The devices of this machine."""
+"""The free memory of the devices of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ __all__ = ["free_memory"]
 
 
 def free_memory() -> dict[str, int]:
-    """Free bytes of each visible accelerator, then of the CPU, in the order to be filled."""
+    """Free bytes of each visible accelerator and of the CPU, in the order in which "auto" fills
+    them."""
     free: dict[str, int] = {}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -22,5 +23,5 @@ def _meminfo() -> dict[str, int]:
     try:
         with open("/proc/meminfo") as lines:
             return {a: int(b.split()[0]) * 1024 for a, b in (line.split(":") for line in lines)}
-    except OSError:  # not Linux: the size of the CPU's memory is not known
+    except OSError:  # the memory of the CPU is known on Linux only
         return {}

@@ -1,7 +1,7 @@
-"""Python's cyclic garbage collector, held back while plans are made.
+"""Pause the cyclic garbage collector of Python while plans are built.
 
-A plan makes tens of thousands of small objects, none of them garbage. Each few hundred would have
-the collector walk over all of them, and over the objects of a whole training job.
+Building a plan creates tens of thousands of small objects, none of them garbage. Without the pause
+the collector would repeatedly scan all of them, and all objects of the training job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _resume = False
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No collection starts in the with block, in any thread; for milliseconds, not for I/O."""
+    """Pause the collector in all threads during the with block. For milliseconds of computing, not
+    for I/O."""
     global _pauses, _resume
     with _lock:
         if not _pauses:

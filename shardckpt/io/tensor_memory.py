@@ -1,4 +1,4 @@
-"""Whose memory a tensor is: asked before anything reads or writes at an address."""
+"""Check that a tensor owns its memory, before code reads or writes at its address."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ __all__ = ["address_of", "check_memory", "owns_memory"]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
-    """Whether all elements of a strided tensor lie in its own storage, which is allocated.
+    """Whether all elements of a strided tensor are in its own, allocated storage.
 
-    False for subclasses that wrap other tensors, fake and functional tensors, those inside
-    torch.func transforms, and tensors whose storage was freed or is too small: their addresses
-    mean nothing, and reading there ends the process.
+    False for subclasses that wrap other tensors, for fake and functional tensors, for tensors
+    inside torch.func transforms, and for tensors whose storage was freed or is too small. Their
+    addresses are invalid, and access to them would crash the process.
     """
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    if not tensor.numel() or not (tensor.is_cpu or tensor.is_cuda):
-        return True  # on other devices nothing goes by address
+    extent = tensor.numel()
+    if not extent or not (tensor.is_cpu or tensor.is_cuda):
+        return True  # on other devices no code uses the address
     try:
         storage = tensor.untyped_storage()
         size_bytes: int = storage.nbytes()
-        if not tensor.data_ptr() or not storage.data_ptr():
+        offset = int(tensor.storage_offset())
+        # Where the tensor begins with its storage, both have the same address.
+        if not tensor.data_ptr() or (offset and not storage.data_ptr()):
             return False
-        if tensor.is_contiguous():
-            extent = tensor.numel()
-        else:
+        if not tensor.is_contiguous():
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             extent = 1 + sum((size - 1) * stride for size, stride in steps)
-        end = (int(tensor.storage_offset()) + extent) * tensor.element_size()
-    except (RuntimeError, NotImplementedError, TypeError):  # without a storage, or one to look at
+        end = (offset + extent) * tensor.itemsize
+    except (RuntimeError, NotImplementedError, TypeError):  # no accessible storage
         return False
     return end <= size_bytes
 
 
 def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:
-    """Raise UnsupportedLeafError, naming the tensor, unless owns_memory."""
+    """Raise UnsupportedLeafError, which names the tensor, unless owns_memory."""
     if owns_memory(tensor):
         return
     kind = type(tensor)
     raise UnsupportedLeafError(
-        "A tensor has no memory of its own for its elements",
+        "A tensor does not own memory for its elements",
         tensor=name or None,
         expected="a dense tensor whose storage holds all its elements",
         actual=f"{kind.__module__}.{kind.__qualname__} of shape {tuple(tensor.shape)}, "
@@ -52,7 +53,7 @@ def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """The address of the first element. UnsupportedLeafError for a tensor without memory of its
-    own."""
+    """The address of the first element. Raises UnsupportedLeafError for a tensor without memory of
+    its own."""
     check_memory(tensor)
     return tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""Threads that read or write, with their buffers; one that hangs is left behind."""
+"""Threads that read or write, with their buffers. A thread that hangs is abandoned."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _left_behind: list[object] = []
 def workers(
     threads: int, name: str, *, buffers: int
 ) -> Iterator[tuple[ThreadPoolExecutor, list[Buffer]]]:
-    """A pool and buffers for the length of a with block; the end of it waits for the threads.
+    """Provide a pool of threads and buffers for the with block. The end of the block waits for the
+    threads.
 
-    Unless it ends in StalledError: a thread that hangs in the kernel can't be ended. It keeps its
-    buffers, and whatever else it may still write to: all that the error's traceback holds.
+    If the block ends in StalledError, it does not wait: a thread that hangs in the kernel can't be
+    stopped. The thread keeps its buffers, and all memory that it may still write to: what the
+    traceback of the error refers to.
     """
     pool = ThreadPoolExecutor(threads, name)
     with ExitStack() as stack:
@@ -40,11 +42,11 @@ def workers(
 
 
 def stalled(what: str, path: str | None = None) -> StalledError:
-    """The error for a read or write that has taken too long."""
+    """The error for a read or write that exceeds its deadline."""
     return StalledError(
         f"{what} makes no progress",
         path=path,
         expected=f"an answer within {current().stall_deadline_s:g} s",
-        actual="none",
-        remedy="look at the disk or the file server; SHARDCKPT_STALL_DEADLINE_S sets the time",
+        actual="no answer",
+        remedy="check the disk or the file server; the option stall_deadline_s sets the deadline",
     )

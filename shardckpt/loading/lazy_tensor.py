@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +15,16 @@ from shardckpt.loading.shard_reader import check_size, read_all
 from shardckpt.plan.page_cache_policy import ALWAYS
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk
-from shardckpt.storage.base import CheckpointFiles, Done, WouldWait
+from shardckpt.storage.base import CheckpointFiles
 
 __all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
 
 
-class MappedFiles:
-    """Shards in memory maps, which outlive the open checkpoint and its removal; what is in no map's
-    pages yet is read past the page cache, while the files are there. See CheckpointFiles."""
+class MappedFiles(CheckpointFiles):
+    """Shards in memory maps, which outlive the open checkpoint and its removal.
+
+    Pages that no map holds yet are read past the page cache, while the files are there.
+    """
 
     def __init__(self, files: CheckpointFiles) -> None:
         self.path = files.path
@@ -41,22 +42,9 @@ class MappedFiles:
         """See CheckpointFiles.size_bytes."""
         return len(self._maps[name]) if name in self._maps else self._files.size_bytes(name)
 
-    def readinto(
-        self,
-        name: str,
-        buffers: Sequence[memoryview],
-        *,
-        offset: int,
-        done: Done = lambda buffer: None,
-        wait: bool = True,
-    ) -> None:
-        """See CheckpointFiles.readinto."""
-        if not wait:  # nobody knows which pages of a map are in memory
-            raise WouldWait(name)
-        for buffer in buffers:
-            buffer[:] = self.map(name)[offset : offset + len(buffer)]
-            offset += len(buffer)
-            done(buffer)
+    def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
+        """See CheckpointFiles.read."""
+        buffer[:] = self.map(name)[offset : offset + len(buffer)]
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from shardckpt.errors import StateError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.manifest import to_bytes
@@ -16,15 +14,15 @@ from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.shard_layout import shard_name
 from shardckpt.state.flatten import flatten
-from shardckpt.storage.base import Done, WriteTransaction
+from shardckpt.storage.base import CheckpointFiles, Storage
 
 __all__ = ["MemoryStorage"]
 
 _HEAD = bytes(8)  # where a file would have the length of its header
 
 
-class MemoryStorage:
-    """A Storage that holds one checkpoint, a state of plain CPU tensors; it can be read alone."""
+class MemoryStorage(Storage):
+    """A storage of one checkpoint, a state of plain CPU tensors. It can only be read."""
 
     def __init__(self, state: Any) -> None:
         plan = local_plan(flatten(state, rank=0), world_size=1)
@@ -65,21 +63,13 @@ class MemoryStorage:
             digests.append(block_digest(block if low else _HEAD + bytes(block)))
         return np.array(digests, dtype=np.uint64)
 
-    def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
-        """See Storage.begin."""
-        raise StateError("A state in memory can't be written to", remedy="use LocalStorage")
-
-    def join(self, path: str, *, token: str) -> WriteTransaction:
-        """See Storage.join."""
-        raise StateError("A state in memory can't be written to", remedy="use LocalStorage")
-
     def open(self, path: str) -> _MemoryFiles:
         """See Storage.open; `path` is where the state came from."""
         return _MemoryFiles(path, self._manifest, self._shards)
 
 
-class _MemoryFiles:
-    """See CheckpointFiles."""
+class _MemoryFiles(CheckpointFiles):
+    in_memory = True
 
     def __init__(
         self, path: str, manifest: bytes, shards: dict[str, tuple[memoryview, Any]]
@@ -96,38 +86,10 @@ class _MemoryFiles:
         """See CheckpointFiles.size_bytes."""
         return len(_HEAD) + len(self._shards[name][0])
 
-    def readinto(
-        self,
-        name: str,
-        buffers: Sequence[memoryview],
-        *,
-        offset: int,
-        done: Done = lambda buffer: None,
-        wait: bool = True,
-    ) -> None:
-        """See CheckpointFiles.readinto."""
+    def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
+        """See CheckpointFiles.read."""
         view, _ = self._shards[name]
-        for buffer in buffers:
-            head = max(0, min(len(_HEAD) - offset, len(buffer)))
-            buffer[:head] = bytes(head)
-            start = offset + head - len(_HEAD)
-            buffer[head:] = view[start : start + len(buffer) - head]
-            offset += len(buffer)
-            done(buffer)
-
-    def read_past_cache(
-        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
-    ) -> bool:
-        """See CheckpointFiles.read_past_cache: it is memory."""
-        return False
-
-    def map(self, name: str) -> memoryview:
-        """See CheckpointFiles.map."""
-        return memoryview(bytearray(_HEAD) + self._shards[name][0])
-
-    def duplicate(self) -> _MemoryFiles:
-        """See CheckpointFiles.duplicate: there is nothing to close."""
-        return self
-
-    def close(self) -> None:
-        """See CheckpointFiles.close."""
+        head = max(0, min(len(_HEAD) - offset, len(buffer)))
+        buffer[:head] = bytes(head)
+        start = offset + head - len(_HEAD)
+        buffer[head:] = view[start : start + len(buffer) - head]

@@ -290,7 +290,7 @@ def _read_checked(
                 bad.append(number)
             digest.reset()
 
-    source.files.readinto(shard.name, steps, offset=at, done=check, wait=source.wait)
+    source.files.readinto(shard.name, steps, offset=at, on_filled=check, wait=source.wait)
     return bad
 
 

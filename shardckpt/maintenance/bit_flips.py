@@ -1,10 +1,10 @@
-"""Which single bit of a block was flipped, told from the block's digest alone.
+"""Find which single bit of a block was flipped, from the digest of the block.
 
-Hashing anew for each of the 8 million bits of a block would take minutes. XXH3 keeps eight
-accumulators that meet only at the end, in four pairs; a flipped bit reaches one pair. So each
-candidate is two numbers, carried through the rest of the block, many at a time. Constants and
-steps: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md, XXH3 for more than 240
-bytes, seed 0, default secret.
+To hash again for each of the 8 million bits of a block would take minutes. XXH3 has eight
+accumulators that are combined only at the end, in four pairs, and a flipped bit affects one pair.
+Each candidate is therefore two numbers, which are carried through the rest of the block, many at a
+time. Constants and steps: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md, XXH3 for
+more than 240 bytes, seed 0, default secret.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _P64_4, _P64_5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
 _INITIAL = (_P32_3, _P64_1, _P64_2, _P64_3, _P64_4, _P32_2, _P64_5, _P32_1)
 _MASK = (1 << 64) - 1
 _STRETCH = 1024  # bytes between two scrambles: 16 stripes of 64
-_GROUP = 8  # stretches whose candidates are carried on together: they fit into the cache
+_GROUP = 8  # stretches whose candidates are processed together: they fit into the cache
 
 _Words = NDArray[np.uint64]
 
@@ -49,9 +49,9 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 def find_flipped_bit(data: bytes | bytearray | memoryview, digest: int) -> tuple[int, int] | None:
-    """(byte, bit) whose flip gives `data` this xxh3-64 digest; None if no single one does.
+    """The (byte, bit) whose flip gives `data` this xxh3-64 digest. None if there is no single one.
 
-    Takes up to a minute of one processor for a block of 1 MiB; less than a second for 64 KiB.
+    Takes up to a minute of one processor for a block of 1 MiB, less than a second for 64 KiB.
     """
     block = bytearray(data)
     stretches = max(0, (len(block) - 1) // _STRETCH - 1)
@@ -62,9 +62,10 @@ def find_flipped_bit(data: bytes | bytearray | memoryview, digest: int) -> tuple
 
 
 def find_flipped_bit_of_text(data: bytes, digest: str) -> tuple[int, int] | None:
-    """(byte, bit) whose flip gives `data` this xxh3-128 digest, 32 hex digits; None if none does.
+    """The (byte, bit) whose flip gives `data` this xxh3-128 digest of 32 hex digits. None if there
+    is no single one.
 
-    Hashes anew for each bit: for short texts.
+    Hashes again for each bit: for short texts.
     """
     before = xxhash.xxh3_128()
     rest = bytearray(data)
@@ -81,7 +82,7 @@ def find_flipped_bit_of_text(data: bytes, digest: str) -> tuple[int, int] | None
 
 
 def _flip_at_end(block: bytearray, digest: int, *, begin: int) -> tuple[int, int] | None:
-    """Try each bit from `begin` on: few, and the last stripe counts some of them twice."""
+    """Try each bit from `begin` on. The last stripe includes some of these bits twice."""
     before = xxhash.xxh3_64(block[:begin])
     tail = block[begin:]
     for at in range(len(tail)):
@@ -108,7 +109,7 @@ def _scramble(lanes: _Words, keys: _Words) -> None:
 
 
 def _flip_before(block: bytearray, digest: int, stretches: int) -> tuple[int, int] | None:
-    """Try each bit of the first `stretches` stretches; what follows them is added at the end."""
+    """Try each bit of the first `stretches` stretches, then add the rest of the block."""
     total = (len(block) - 1) // _STRETCH
     data = np.frombuffer(block, "<u8", total * 128).reshape(total, 16, 8)
     swapped = [1, 0, 3, 2, 5, 4, 7, 6]
@@ -148,16 +149,16 @@ def _search(
     bits = np.uint64(1) << np.arange(64, dtype=np.uint64)
     lanes = np.empty((2, 0), np.uint64)
     for number in group:
-        # [stripe, word of the pair, bit]: what a flip changes in its own lane and in the other.
+        # [stripe, word of the pair, bit]: the change in the lane of the bit, and in the other lane
         words = data[number][:, even : odd + 1, None]
         flipped = words ^ bits
-        own = _products(flipped, _KEYS[:, even : odd + 1, None])
-        own -= products[number][:, even : odd + 1, None]
+        changed = _products(flipped, _KEYS[:, even : odd + 1, None])
+        changed -= products[number][:, even : odd + 1, None]
         other = flipped - words
         new = np.stack(
             [
-                np.concatenate([own[:, 0].ravel(), other[:, 1].ravel()]),
-                np.concatenate([other[:, 0].ravel(), own[:, 1].ravel()]),
+                np.concatenate([changed[:, 0].ravel(), other[:, 1].ravel()]),
+                np.concatenate([other[:, 0].ravel(), changed[:, 1].ravel()]),
             ]
         )
         new += before[number, even : odd + 1, None]
@@ -179,8 +180,7 @@ def _search(
 
 
 def _last_words(block: bytearray, total: int) -> _Words:
-    """What is added after the last scramble: the whole stripes that are left, and the last 64
-    bytes."""
+    """The sums after the last scramble: of the remaining full stripes, and of the last 64 bytes."""
     stripes = (len(block) - 1 - total * _STRETCH) // 64
     data = np.frombuffer(block, "<u8", stripes * 8, total * _STRETCH).reshape(stripes, 8)
     end = np.frombuffer(bytes(block[-64:]), "<u8")
@@ -211,7 +211,7 @@ def _fold_lanes(lanes: _Words, pair: int) -> _Words:
 
 
 def _unavalanche(digest: int) -> int:
-    """The sum that the last step of XXH3 makes a digest of."""
+    """The sum from which the last step of XXH3 computes the digest."""
     value = digest ^ digest >> 32
     value = value * pow(0x165667919E3779F9, -1, 1 << 64) & _MASK
     return value ^ value >> 37
@@ -221,18 +221,18 @@ _LARGEST_MANIFEST_BYTES = 128 << 10
 
 
 def repair_manifest(data: bytes) -> tuple[bytes, int, int] | None:
-    """Turn one flipped bit of a manifest back.
+    """Repair a single flipped bit of a manifest.
 
-    Returns the repaired manifest, and the byte and the bit that were flipped. None if the digest
-    is right, if more than one bit is wrong, or if the manifest has more than 128 KiB, in which the
-    search would take more than some seconds.
+    Returns the repaired manifest, the byte and the bit. None if the digest matches, if more than
+    one bit is wrong, or if the manifest has more than 128 KiB, for which the search would take too
+    long.
     """
     body, tail = data[: -len(digest_tail(b""))], data[-len(digest_tail(b"")) :]
     if tail == digest_tail(body) or len(data) > _LARGEST_MANIFEST_BYTES:
         return None
     at = find_flipped_bit_of_text(body, tail[11:43].decode("ascii", "replace"))
     right = digest_tail(body)
-    if at is None:  # the flipped bit may be one of the digest's
+    if at is None:  # the flipped bit may be in the digest
         flips = [(i, a ^ b) for i, (a, b) in enumerate(zip(tail, right, strict=False)) if a != b]
         if len(tail) != len(right) or len(flips) != 1 or flips[0][1].bit_count() != 1:
             return None

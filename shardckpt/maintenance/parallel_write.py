@@ -1,4 +1,4 @@
-"""Files that several ranks write together, each a part of even size; all in bounded memory."""
+"""Files that several ranks write together, each a part of even size, in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["NewFile", "WrittenFile", "joined_parts", "write_together"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewFile:
-    """A safetensors file to be written: its header, what follows it, and how it is opened by each
-    of several ranks (see WriteTransaction.create)."""
+    """A safetensors file to write: its header, its chunks, and how each rank opens it (see
+    WriteTransaction.create)."""
 
     header: bytes
     size_bytes: int
@@ -32,7 +32,7 @@ class NewFile:
 
 
 class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
-    """A file, or the part of one that a rank has written: the digests of its blocks, in order."""
+    """A file, or the part that a rank wrote: the digests of its blocks, in order."""
 
     file: int
     header_bytes: int
@@ -40,7 +40,7 @@ class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
     digests: bytes
 
     def of_blocks(self) -> NDArray[np.uint64]:
-        """The digests as numbers."""
+        """The digests as an array."""
         return np.frombuffer(self.digests, dtype="<u8").astype(np.uint64)
 
 
@@ -51,10 +51,11 @@ def write_together(
     ranks: Coordinator,
     progress: Callable[[int], None],
 ) -> bytes:
-    """Write this rank's parts of files with so many bytes of data each, durably. Not collective.
+    """Write the parts of this rank, durably. Not collective. `sizes` are the bytes of data of each
+    file.
 
-    `new_file(n)` lays out the n-th, alike on all ranks. `progress` is called with the bytes that
-    this rank has written. What is returned joined_parts takes from all ranks.
+    `new_file(n)` lays out file n, equally on all ranks. `progress` is called with the bytes that
+    this rank wrote so far. Returns the message for joined_parts.
     """
     written: list[WrittenFile] = []
     done_bytes = 0
@@ -106,7 +107,7 @@ def _write_part(
 
 
 def joined_parts(payloads: Sequence[bytes]) -> list[WrittenFile]:
-    """All files in order, of what write_together has returned on all ranks, in rank order."""
+    """All files in order, from the messages of all ranks, in rank order."""
     decode = msgspec.msgpack.Decoder(list[WrittenFile]).decode
     files: list[WrittenFile] = []
     for part in (part for payload in payloads for part in decode(payload)):

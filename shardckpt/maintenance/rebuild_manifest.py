@@ -1,4 +1,4 @@
-"""A manifest made anew from the headers of the shards, where the old one is lost."""
+"""Rebuild a lost manifest from the headers of the shards."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from shardckpt.storage.local_reader import LocalFiles
 __all__ = ["rebuild_manifest"]
 
 _Piece = tuple[int, ShardTensor, tuple[int, ...] | None]
-"""Shard number, the tensor in it, and the offsets of its box; None for a whole tensor."""
+"""(shard number, tensor in the shard, offsets of its box or None for a full tensor)"""
 
 
 def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
-    """The manifest, and what of the shards it could not take in: name (or file) to why.
+    """The rebuilt manifest, and what could not be included: tensor or file -> reason.
 
-    A shard's digests are those of what it holds now. The nesting is that of the names, split at
-    their dots.
+    The digests are those of the current bytes. The nesting of the state follows the dots in the
+    names.
     """
     names = sorted(name for name in files.names() if is_shard_name(name))
     lost: dict[str, str] = {}
@@ -46,10 +46,10 @@ def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
             lost[name] = f"{error.message.lower()}: {error.expected} expected, {error.actual} found"
             continue
         for tensor in tensors:
-            whole, box = parse_chunk_name(tensor.name)
+            tensor_name, box = parse_chunk_name(tensor.name)
             if tensor.end > shard.size_bytes:
-                lost[whole] = f"{name} is cut"
-            pieces[whole].append((len(shards), tensor, box[0] if box else None))
+                lost[tensor_name] = f"{name} is truncated"
+            pieces[tensor_name].append((len(shards), tensor, box[0] if box else None))
         shards.append(shard)
     complete = _all_files(names) and not lost
     tensors_found: dict[str, TensorEntry] = {}
@@ -88,7 +88,7 @@ def _read_shard(files: LocalFiles, name: str) -> tuple[ShardEntry, list[ShardTen
 
 
 def _dtypes(facts: dict[str, str]) -> dict[str, str]:
-    """Name -> dtype of the tensors that lie in a shard as another dtype than theirs."""
+    """Name -> dtype of the tensors that are stored as another dtype."""
     try:
         return msgspec.json.decode(facts.get("dtypes", "{}"), type=dict[str, str])
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
@@ -104,7 +104,7 @@ def _as_saved(tensor: ShardTensor, dtypes: dict[str, str]) -> ShardTensor:
 
 
 def _all_files(names: list[str]) -> bool:
-    """Whether no file can be missing: every rank has one, and all have the same kinds."""
+    """Whether all files are there: every rank has one, and all have the same file groups."""
     parts = [name.removesuffix(".safetensors").split("-", 4) for name in names]
     found = {(int(part[1]), *part[4:]) for part in parts}
     kinds = {tuple(part[4:]) for part in parts}
@@ -113,7 +113,7 @@ def _all_files(names: list[str]) -> bool:
 
 
 def _entry(pieces: list[_Piece], *, complete: bool) -> TensorEntry | str:
-    """The tensor that these pieces make up, or why they make up none."""
+    """The tensor that these pieces form, or the reason why they form none."""
     dtypes = {tensor.dtype for _, tensor, _ in pieces}
     dims = {len(tensor.shape) for _, tensor, _ in pieces}
     if len(dtypes) > 1 or len(dims) > 1:
@@ -136,7 +136,7 @@ def _entry(pieces: list[_Piece], *, complete: bool) -> TensorEntry | str:
 
 
 def _nested(names: list[str]) -> dict[str, Any]:
-    """References to the tensors, nested as their names are; at the top where that can't be."""
+    """References to the tensors, nested by their names; at the top level where names conflict."""
     tree: dict[str, Any] = {}
     for name in names:
         *above, last = name.split(".")

@@ -1,9 +1,9 @@
-"""Write a new checkpoint of everything in a damaged one that still verifies."""
+"""Write a new checkpoint with the intact tensors of a corrupted one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +15,10 @@ from shardckpt.loading.shard_reader import read_box
 from shardckpt.maintenance.bit_flips import repair_manifest
 from shardckpt.maintenance.rebuild_manifest import rebuild_manifest
 from shardckpt.maintenance.reshard import reshard
-from shardckpt.maintenance.verify import survey
+from shardckpt.maintenance.verify import find_damage
 from shardckpt.reports import RescueReport
 from shardckpt.state.name_filters import without_tensors
-from shardckpt.storage.base import CheckpointFiles, Done
+from shardckpt.storage.base import CheckpointFiles
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.local_reader import LocalFiles
 from shardckpt.storage.paths import local_path
@@ -32,42 +32,37 @@ def rescue(
     *,
     storage: LocalStorage,
     overwrite: bool = False,
-    progress: Callable[[int], None] = lambda done_bytes: None,
+    progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> RescueReport:
-    """Write what can be saved of the checkpoint at `source` to `target`; one process.
+    """Write the intact tensors and the values of `source` to `target`. See `shardckpt.rescue`.
 
-    Tensors whose blocks all verify are kept, and so are all values; what referred to a lost tensor
-    goes (in a list or tuple None takes its place). A flipped bit is turned back where the digest
-    tells which one it was. Where the manifest is lost, one is made from the shards' headers:
-    tensors are named, shaped and nested as the headers tell, values are lost, and nothing is
-    verified. The new checkpoint's notes say so. `progress` is called with the bytes written.
-
-    Raises CorruptionError if nothing can be saved.
+    Not collective. `progress` is called with the bytes written so far. Raises CorruptionError if
+    nothing can be saved.
     """
     source, target = local_path(source), local_path(target)
     files = storage.open(source)
     try:
-        manifest, lost, mended, rebuilt = _manifest(files)
+        manifest, lost, repaired, rebuilt = _manifest(files)
         flips: dict[str, list[tuple[int, int]]] = {}
-        for damage in survey(files, manifest):
+        for damage in find_damage(files, manifest):
             name = manifest.shards[damage.shard].name
             if damage.flips:
                 flips[name] = list(damage.flips)
-                mended += [f"{name}: {damage.actual}"]
+                repaired += [f"{name}: {damage.actual}"]
             elif damage.blocks:
-                why = f"{name}: {damage.what.lower()} ({damage.actual})"
-                lost.update(dict.fromkeys(damage.hurt(manifest), why))
-        kept = _without(manifest, lost, mended, rebuilt=rebuilt)
+                why = f"{name}: {damage.message.lower()} ({damage.actual})"
+                lost.update(dict.fromkeys(damage.tensors(manifest), why))
+        kept = _without(manifest, lost, repaired, rebuilt=rebuilt)
         if rebuilt and not kept.tensors:
             raise CorruptionError(
                 "Nothing in this checkpoint can be saved",
                 path=source,
-                expected="a tensor that still verifies",
+                expected="at least one intact tensor",
                 actual="; ".join(f"{name}: {why}" for name, why in lost.items())[:500] or "none",
                 remedy="load another checkpoint",
             )
         reshard(
-            _Repaired(_MendedFiles(files, kept, flips), kept),
+            _RepairedSource(_RepairedFiles(files, kept, flips), kept),
             target,
             shards=max(len(kept.shards), 1),
             storage=storage,
@@ -77,19 +72,19 @@ def rescue(
     finally:
         files.close()
     return RescueReport(
-        path=target, saved=tuple(kept.tensors), lost=lost, mended=tuple(mended), rebuilt=rebuilt
+        path=target, saved=tuple(kept.tensors), lost=lost, repaired=tuple(repaired), rebuilt=rebuilt
     )
 
 
 def _manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str], list[str], bool]:
-    """The manifest, what is lost already, what was mended, and whether it had to be rebuilt."""
+    """The manifest, the lost tensors, the repaired bits, and whether it was rebuilt."""
     try:
         data = files.manifest()
-        found = repair_manifest(data)
-        if found is not None:
-            data, byte, bit = found
-            told = [f"manifest.json: bit {bit} of byte {byte} flipped"]
-            return from_bytes(data, path=files.path), {}, told, False
+        repair = repair_manifest(data)
+        if repair is not None:
+            data, byte, bit = repair
+            repaired = [f"manifest.json: bit {bit} of byte {byte} flipped"]
+            return from_bytes(data, path=files.path), {}, repaired, False
         return from_bytes(data, path=files.path), {}, [], False
     except (NotACheckpointError, CorruptionError):
         manifest, lost = rebuild_manifest(files)
@@ -97,41 +92,40 @@ def _manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str], list[str], b
 
 
 def _without(
-    manifest: Manifest, lost: dict[str, str], mended: list[str], *, rebuilt: bool
+    manifest: Manifest, lost: dict[str, str], repaired: list[str], *, rebuilt: bool
 ) -> Manifest:
     gone = lost.keys() & manifest.tensors.keys()
     notes = {
-        "rescued": "the manifest was rebuilt from the shards' headers: values are lost, and what "
-        "was kept could not be verified"
+        "rescued": "The manifest was rebuilt from the headers of the shards. All values are lost, "
+        "and no tensor could be verified."
         if rebuilt
-        else "what still verified was kept",
+        else "The intact tensors were saved.",
         "rescued: lost": "\n".join(f"{name}: {why}" for name, why in lost.items()),
-        "rescued: mended": "\n".join(mended),
+        "rescued: repaired": "\n".join(repaired),
     }
     return replace(
         manifest,
         tensors={name: entry for name, entry in manifest.tensors.items() if name not in gone},
         state=without_tensors(manifest.state, gone),
-        per_rank=tuple(without_tensors(own, gone) for own in manifest.per_rank),
+        per_rank=tuple(without_tensors(values, gone) for values in manifest.per_rank),
         notes={**manifest.notes, **{name: text for name, text in notes.items() if text}},
     )
 
 
 def explain_manifest(error: CorruptionError, path: str, *, storage: LocalStorage) -> None:
-    """Say in an error about a manifest that a single bit was flipped, if that is what is wrong."""
+    """Add the flipped bit to an error about a corrupted manifest, if a single bit was flipped."""
     files = storage.open(path)
     try:
-        found = repair_manifest(files.manifest())
+        repair = repair_manifest(files.manifest())
     finally:
         files.close()
-    if found is not None:
-        error.actual = f"bit {found[2]} of byte {found[1]} flipped"
-        error.remedy = "`shardckpt rescue` turns it back"
+    if repair is not None:
+        error.actual = f"bit {repair[2]} of byte {repair[1]} flipped"
+        error.remedy = "repair it with `shardckpt rescue`"
 
 
-class _MendedFiles:
-    """Files with another manifest, flipped bits turned back, and sizes as that manifest has them;
-    see CheckpointFiles."""
+class _RepairedFiles(CheckpointFiles):
+    """Files with another manifest, with the sizes in that, and with flipped bits turned back."""
 
     def __init__(
         self, files: CheckpointFiles, manifest: Manifest, flips: dict[str, list[tuple[int, int]]]
@@ -150,37 +144,14 @@ class _MendedFiles:
         """See CheckpointFiles.size_bytes."""
         return self._sizes[name]
 
-    def readinto(
-        self,
-        name: str,
-        buffers: Sequence[memoryview],
-        *,
-        offset: int,
-        done: Done = lambda buffer: None,
-        wait: bool = True,
-    ) -> None:
-        """See CheckpointFiles.readinto."""
-        self._files.readinto(name, buffers, offset=offset, wait=wait)
-        for buffer in buffers:
-            for byte, bit in self._flips.get(name, ()):
-                if offset <= byte < offset + len(buffer):
-                    buffer[byte - offset] ^= 1 << bit
-            offset += len(buffer)
-            done(buffer)
+    def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
+        """See CheckpointFiles.read."""
+        self._files.read(name, buffer, offset=offset)
+        for byte, bit in self._flips.get(name, ()):
+            if offset <= byte < offset + len(buffer):
+                buffer[byte - offset] ^= 1 << bit
 
-    def read_past_cache(
-        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
-    ) -> bool:
-        """See CheckpointFiles.read_past_cache: flipped bits would stay."""
-        return False
-
-    def map(self, name: str) -> memoryview:
-        """See CheckpointFiles.map."""
-        data = memoryview(bytearray(self._sizes[name]))
-        self.readinto(name, [data], offset=0)
-        return data
-
-    def duplicate(self) -> _MendedFiles:
+    def duplicate(self) -> _RepairedFiles:
         """See CheckpointFiles.duplicate."""
         other = copy.copy(self)
         other._files = self._files.duplicate()
@@ -192,7 +163,7 @@ class _MendedFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Repaired:
+class _RepairedSource:
     """The repaired files as reshard reads a checkpoint; see Source."""
 
     files: CheckpointFiles

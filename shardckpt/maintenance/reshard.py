@@ -1,5 +1,5 @@
-"""Checkpoints written anew offline, by several processes and in bounded memory: as another number
-of shards here, in other formats by the converters."""
+"""Rewrite checkpoints offline, by several processes and in bounded memory. `reshard` writes another
+number of shards; converters write other formats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
 from shardckpt.format.entries import Manifest
@@ -21,7 +22,8 @@ from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan, TensorSpec, p
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.shard_layout import chunk_bytes, shard_name
-from shardckpt.saving.pipeline import commit, file_table, new_id
+from shardckpt.saving.agreement import new_id
+from shardckpt.saving.commit import commit_manifest, file_table
 from shardckpt.saving.rank_writer import ShardFile, ShardResult, layout
 from shardckpt.state.file_groups import MAIN, kind_in
 from shardckpt.storage.base import Storage, WriteTransaction
@@ -39,19 +41,18 @@ def reshard(
     coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> None:
-    """Write all of `source` to `path` as `shards` shards of even size.
+    """Write all entries of `source` to `path` as `shards` shards of even size; see
+    `shardckpt.reshard`.
 
-    Collective over the coordinator's ranks, by default this process alone: each writes as many
-    bytes, of one shard or of several. What was saved stays the same, PerRank values and the world
-    size of the save included. Takes a few buffers of memory. `progress` is called with the bytes
-    that this rank has written so far.
+    Collective over the ranks of `coordinator`, by default this process alone. Each rank writes the
+    same number of bytes. `progress` is called with the bytes that this rank wrote so far.
     """
     work = _Reshard(source, path, shards=shards, storage=storage, overwrite=overwrite)
     rewrite(work, coordinator or SingleCoordinator(), progress)
 
 
 def rewrite(work: Rewriting, ranks: Coordinator, progress: Callable[[int], None]) -> None:
-    """Do the work, with all ranks; what it writes appears whole or not at all."""
+    """Run the stages of a rewrite. Collective. The target appears when it is complete."""
     try:
         token = os.fsdecode(exchange(ranks, "begin", lambda: b"", work.begin))
         exchange(ranks, "join", lambda: work.join(token), lambda payloads: b"")
@@ -64,35 +65,35 @@ def rewrite(work: Rewriting, ranks: Coordinator, progress: Callable[[int], None]
 
 
 class Rewriting(Protocol):
-    """One rank's part in writing a directory anew. Every rank writes; rank 0 begins and commits."""
+    """One rank's part in writing a new file or folder. Every rank writes; rank 0 begins and
+    commits."""
 
     def begin(self, payloads: list[bytes]) -> bytes:
-        """On rank 0: make a directory; what the others need to find it."""
+        """On rank 0: create the target. Returns what the other ranks need to join."""
 
     def join(self, token: str) -> bytes:
-        """On the others: find it."""
+        """On the other ranks: open the target."""
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
-        """Write this rank's part; what rank 0 needs to know of it."""
+        """Write the part of this rank. Returns the message for `commit`."""
 
     def commit(self, payloads: list[bytes]) -> bytes:
-        """On rank 0: write what tells of all files, and make all visible."""
+        """On rank 0: write the index of all files, and make the target visible."""
 
     def abandon(self) -> None:
-        """Remove what was written; called while the error that ends the work is handled."""
+        """Remove what was written. Called while the error is handled."""
 
     def close(self) -> None:
-        """Release what is held."""
+        """Release all resources."""
 
 
 def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
-    """The plan of a rank that holds all of the source, and of `shards` such ranks: the planner
-    divides replicas by bytes."""
+    """The plan of a rank that holds all entries, and the global plan of `shards` such ranks."""
     if shards < 1:
-        raise StateError("A checkpoint has one shard or more", actual=shards)
+        raise StateError("Invalid number of shards", expected="1 or more", actual=shards)
     tensors = source.manifest.tensors
     specs = tuple(TensorSpec(name, entry.dtype, entry.shape) for name, entry in tensors.items())
-    whole = LocalPlan(
+    everything = LocalPlan(
         common=specs,
         own=(),
         kind=_kinds(source.manifest),
@@ -104,11 +105,11 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
         tree=b"",
         own_trees=b"",
     )
-    return whole, global_plan([whole] * shards)
+    return everything, global_plan([everything] * shards)
 
 
 class _File(NamedTuple):
-    """A file of a shard, and which of the plan's chunks are in it."""
+    """A file of a shard, and its rows in the chunks of the plan."""
 
     shard: int
     name: str
@@ -125,14 +126,14 @@ class _Reshard:
         self.storage, self.overwrite = storage, overwrite
         self.identity = new_id()
         self.transaction: WriteTransaction | None = None
-        self.whole, self.plan = even_plan(source, shards)
+        self.local_plan, self.plan = even_plan(source, shards)
         self.files = self._files()
 
     def _files(self) -> list[_File]:
-        """All files, shard by shard; their chunks are rows of the plan's, in order."""
+        """All files by shard. Their rows follow the order of the plan."""
         files, begin = [], 0
         for shard in range(self.shards):
-            for kind, count in RankWrites.of(self.whole, self.plan.shares[shard]).files:
+            for kind, count in RankWrites.of(self.local_plan, self.plan.shares[shard]).files:
                 name = shard_name(rank=shard, world_size=self.shards, kind=kind)
                 files.append(_File(shard, name, slice(begin, begin + count)))
                 begin += count
@@ -183,7 +184,7 @@ class _Reshard:
                 )
             )
         results = [ShardResult(files=tuple(files)) for files in by_shard]
-        return commit(
+        committed = commit_manifest(
             self.transaction,
             checkpoint_id=self.identity,
             tensors=KnownPlan(self.plan).encoded_tensors(file_table(results)),
@@ -191,6 +192,7 @@ class _Reshard:
             tree=msgspec.json.encode(self.source.manifest.state),
             saved_by=self.source.manifest,
         )
+        return msgspec.msgpack.encode(committed)
 
     def abandon(self) -> None:
         if self.transaction is not None:
@@ -202,7 +204,7 @@ class _Reshard:
 
 
 def _kinds(manifest: Manifest) -> Ints:
-    """The kind of each tensor: that of the file which holds its first chunk."""
+    """The file group of each tensor: that of the file with its first chunk."""
     kinds = [kind_in(shard.name) for shard in manifest.shards]
     return np.array(
         [kinds[e.chunks[0, 0]] if len(e.chunks) else MAIN for e in manifest.tensors.values()],

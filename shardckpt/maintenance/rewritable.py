@@ -1,4 +1,4 @@
-"""What can be written anew: a checkpoint of whatever kind, read a buffer's worth at a time."""
+"""The interface of checkpoints that can be rewritten: any format, read in pieces of a buffer."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["Source", "read_chunks"]
 
 
 class Source(Protocol):
-    """A checkpoint that can be read by boxes."""
+    """A checkpoint whose tensors are read by boxes."""
 
     @property
     def path(self) -> str:
-        """Where it lies."""
+        """The path of the checkpoint."""
 
     @property
     def manifest(self) -> Manifest:
-        """What is in it. Shards, and the chunks of tensors, may be left out."""
+        """The entries of the checkpoint. Shards, and chunks of tensors, may be empty."""
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """A box of a tensor of the manifest, as a contiguous CPU tensor."""
+        """Read a box of a tensor of the manifest, as a contiguous CPU tensor."""
 
     def close(self) -> None:
-        """Close its files."""
+        """Close the files."""
 
 
 def read_chunks(
@@ -42,8 +42,8 @@ def read_chunks(
     begin: int = 0,
     end: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The elements of chunks, in order, a buffer's worth at a time; or of all their bytes those
-    from `begin` to `end`."""
+    """Yield the elements of chunks in order, at most a buffer at a time. `begin` and `end` select a
+    range of their bytes."""
     at = 0
     for index, box in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), strict=True):
         spec = specs[index]
@@ -55,8 +55,8 @@ def read_chunks(
             if low >= high:
                 continue
             piece = source.read_box(spec.name, offsets, sizes)
-            whole = high - low == size
-            yield piece if whole else piece.reshape(-1).view(torch.uint8)[low:high]
+            complete = high - low == size
+            yield piece if complete else piece.reshape(-1).view(torch.uint8)[low:high]
         if end is not None and at >= end:
             return
 
@@ -64,7 +64,7 @@ def read_chunks(
 def _cut(
     offsets: list[int], sizes: list[int], most: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """A box in row-major pieces of at most `most` elements."""
+    """Divide a box into row-major pieces of at most `most` elements."""
     if math.prod(sizes) <= most:
         yield tuple(offsets), tuple(sizes)
         return

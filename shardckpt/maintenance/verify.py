@@ -1,4 +1,4 @@
-"""Check every block of every shard, and that shards and manifest tell the same."""
+"""Verify the blocks of all shards, and check that the headers of shards match the manifest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import msgspec
 
 from shardckpt.config import current
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import (
     CheckpointError,
@@ -33,10 +34,11 @@ from shardckpt.maintenance.bit_flips import find_flipped_bit
 from shardckpt.reports import VerifyReport
 from shardckpt.storage.base import CheckpointFiles
 
-__all__ = ["ShardDamage", "read_header", "survey", "verify_shards"]
+__all__ = ["ShardDamage", "find_damage", "read_header", "verify_shards"]
 
-_DIAGNOSED = 3
-"""More damaged blocks in a shard than this are no flipped bits; a search takes up to a minute."""
+_MAX_SEARCHED_BLOCKS = 3
+"""A shard with more corrupted blocks is not searched for flipped bits: a search takes up to a
+minute."""
 
 Progress = Callable[[int], None]
 
@@ -47,32 +49,41 @@ def _silent(checked_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardDamage:
-    """What is wrong with a shard: the blocks that don't verify, and for each its flipped bit, as
-    (byte of the file, bit), if each of them has a single one. No blocks: what was appended."""
+    """The corruption of one shard.
+
+    Attributes:
+        shard: The number of the shard.
+        message: What is wrong, in one sentence.
+        expected: What was expected.
+        actual: What was found.
+        blocks: The numbers of the corrupted blocks. Empty if bytes were appended to the shard.
+        flips: For each block its flipped bit, as (byte of the file, bit), if every corrupted
+            block has a single flipped bit; otherwise empty.
+    """
 
     shard: int
-    what: str
+    message: str
     expected: str
     actual: str
     blocks: tuple[int, ...]
     flips: tuple[tuple[int, int], ...] = ()
 
-    def hurt(self, manifest: Manifest) -> list[str]:
-        """Names of the tensors with bytes that are wrong, or may be."""
+    def tensors(self, manifest: Manifest) -> list[str]:
+        """The names of the tensors with bytes that are, or may be, corrupted."""
         ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in self.blocks]
         if self.flips:
             ranges = [(byte, byte + 1) for byte, _ in self.flips]
         return tensors_in(manifest, ranges, shard=self.shard)
 
     def error(self, manifest: Manifest, path: str) -> CorruptionError:
-        """It as an error that names the file and the tensors."""
+        """The error that names the file and the tensors."""
         return CorruptionError(
-            self.what,
+            self.message,
             path=f"{path}/{manifest.shards[self.shard].name}",
-            tensor=", ".join(self.hurt(manifest)) or None,
+            tensor=", ".join(self.tensors(manifest)) or None,
             expected=self.expected,
             actual=self.actual,
-            remedy="load another checkpoint, or `shardckpt rescue` what is whole",
+            remedy="load another checkpoint, or rescue the intact tensors: `shardckpt rescue`",
         )
 
 
@@ -82,7 +93,7 @@ def _check_values(manifest: Manifest) -> None:
             values.decode(node, tensor=lambda ref: ref)
         except (CorruptionError, FormatVersionError):
             raise
-        except CheckpointError:  # an enum whose class is not imported here: no damage
+        except CheckpointError:  # an enum whose class is not imported here
             continue
 
 
@@ -94,11 +105,25 @@ def verify_shards(
     progress: Progress = _silent,
     coordinator: Coordinator | None = None,
 ) -> VerifyReport:
-    """Read all shards, or the part (n, t) of them: the blocks that the n-th of t scrubs checks.
+    """Verify all shards, or one part of them.
 
-    Collective over the coordinator's ranks, by default this process alone; they divide the
-    bytes, and all get the whole report. `progress` is called, from several threads, with the
-    bytes that this rank has checked since its last call.
+    Collective over the ranks of `coordinator`, by default this process alone. The ranks divide the
+    bytes, and all get the same report.
+
+    Args:
+        files: The files of the checkpoint.
+        manifest: Its manifest.
+        subset: (n, t) verifies the n-th of t parts.
+        progress: Called with the bytes that this rank verified since its last call, from several
+            threads.
+        coordinator: The ranks that divide the work.
+
+    Returns:
+        The corrupted and the intact tensors, with an error for each corrupted shard.
+
+    Raises:
+        StateError: `subset` is invalid.
+        CorruptionError: A value in the manifest is invalid.
     """
     ranks = coordinator or SingleCoordinator()
     (part, parts), count = subset, len(manifest.shards)
@@ -110,47 +135,47 @@ def verify_shards(
     def check() -> bytes:
         _check_subset(subset)
         _check_values(manifest)
-        own = (part + parts * ranks.rank, parts * ranks.world_size)
-        return _encode(_check_blocks(files, manifest, subset=own, progress=advance))
+        mine = (part + parts * ranks.rank, parts * ranks.world_size)
+        return _encode(_check_blocks(files, manifest, subset=mine, progress=advance))
 
     def merge(payloads: list[bytes]) -> bytes:
-        found = [msgspec.msgpack.decode(payload, type=_Checked) for payload in payloads]
-        bad = {shard: [n for own, _ in found for n in own.get(shard, ())] for shard in range(count)}
-        return _encode(({shard: n for shard, n in bad.items() if n}, sum(n for _, n in found)))
+        results = [msgspec.msgpack.decode(payload, type=_Checked) for payload in payloads]
+        bad = {shard: [n for b, _ in results for n in b.get(shard, ())] for shard in range(count)}
+        return _encode(({shard: n for shard, n in bad.items() if n}, sum(n for _, n in results)))
 
     bad, checked_bytes = msgspec.msgpack.decode(
         exchange(ranks, "verify", check, merge), type=_Checked
     )
 
     def diagnose() -> bytes:
-        own = range(ranks.rank, count, ranks.world_size)
-        damage = _diagnose(files, manifest, bad, own)
-        broken = {found.shard for found in damage}
-        others = _disagreements(files, manifest, [shard for shard in own if shard not in broken])
-        return _encode((damage, [_Told.of(error) for error in others]))
+        shards = range(ranks.rank, count, ranks.world_size)
+        damage = _diagnose(files, manifest, bad, shards)
+        broken = {one.shard for one in damage}
+        others = _disagreements(files, manifest, [shard for shard in shards if shard not in broken])
+        return _encode((damage, [_ErrorMessage.of(error) for error in others]))
 
     def gather(payloads: list[bytes]) -> bytes:
-        found = [msgspec.msgpack.decode(payload, type=_Found) for payload in payloads]
-        damage = sorted((one for own, _ in found for one in own), key=lambda one: one.shard)
-        return _encode((damage, [one for _, own in found for one in own]))
+        results = [msgspec.msgpack.decode(payload, type=_Diagnosis) for payload in payloads]
+        damage = sorted((one for ones, _ in results for one in ones), key=lambda one: one.shard)
+        return _encode((damage, [error for _, errors in results for error in errors]))
 
     answer = exchange(ranks, "diagnose", diagnose, gather)
-    damage, told = msgspec.msgpack.decode(answer, type=_Found)
-    hurt = {name for found in damage for name in found.hurt(manifest)}
+    damage, messages = msgspec.msgpack.decode(answer, type=_Diagnosis)
+    corrupted = {name for one in damage for name in one.tensors(manifest)}
     return VerifyReport(
         path=files.path,
         checked_bytes=checked_bytes,
-        hurt=tuple(name for name in manifest.tensors if name in hurt),
-        whole=tuple(name for name in manifest.tensors if name not in hurt),
-        damage=(
-            *(found.error(manifest, files.path) for found in damage),
-            *(t.error() for t in told),
+        corrupted=tuple(name for name in manifest.tensors if name in corrupted),
+        intact=tuple(name for name in manifest.tensors if name not in corrupted),
+        errors=(
+            *(one.error(manifest, files.path) for one in damage),
+            *(message.error() for message in messages),
         ),
     )
 
 
-class _Told(msgspec.Struct, array_like=True):
-    """A CorruptionError in words, for the way between ranks."""
+class _ErrorMessage(msgspec.Struct, array_like=True):
+    """The message by which a CorruptionError travels between ranks."""
 
     message: str
     path: str | None
@@ -160,7 +185,7 @@ class _Told(msgspec.Struct, array_like=True):
     remedy: str | None
 
     @classmethod
-    def of(cls, error: CorruptionError) -> _Told:
+    def of(cls, error: CorruptionError) -> _ErrorMessage:
         facts = (error.path, error.tensor, str(error.expected), str(error.actual), error.remedy)
         return cls(error.message, *facts)
 
@@ -170,12 +195,12 @@ class _Told(msgspec.Struct, array_like=True):
 
 
 _Checked = tuple[dict[int, list[int]], int]
-_Found = tuple[list[ShardDamage], list[_Told]]
+_Diagnosis = tuple[list[ShardDamage], list[_ErrorMessage]]
 _encode = msgspec.msgpack.encode
 
 
-def survey(files: CheckpointFiles, manifest: Manifest) -> list[ShardDamage]:
-    """What is wrong with the shards, each at most once. Not collective."""
+def find_damage(files: CheckpointFiles, manifest: Manifest) -> list[ShardDamage]:
+    """Verify all shards and describe each corrupted one. Not collective."""
     bad, _ = _check_blocks(files, manifest, subset=(1, 1), progress=_silent)
     return _diagnose(files, manifest, bad, range(len(manifest.shards)))
 
@@ -184,17 +209,17 @@ def _check_subset(subset: tuple[int, int]) -> None:
     part, parts = subset
     if not 1 <= part <= parts:
         raise StateError(
-            "There is no such part",
+            "Invalid subset of a checkpoint",
             expected="n/t with n from 1 to t",
             actual=f"{part}/{parts}",
-            remedy="1/4, 2/4, 3/4 and 4/4 together check all",
+            remedy="verify 1/4, 2/4, 3/4 and 4/4 to verify everything in four parts",
         )
 
 
 def _check_blocks(
     files: CheckpointFiles, manifest: Manifest, *, subset: tuple[int, int], progress: Progress
 ) -> _Checked:
-    """By shard, the numbers of the blocks that don't verify; and how many bytes were read."""
+    """The numbers of the corrupted blocks of each shard, and the number of bytes read."""
     part, parts = subset
     ends = [min(_size(files, shard) or 0, shard.size_bytes) for shard in manifest.shards]
     jobs = [(index, low) for index, end in enumerate(ends) for low in range(0, end, BUFFER_BYTES)][
@@ -208,10 +233,10 @@ def _check_blocks(
         shard = manifest.shards[index]
         high = min(low + BUFFER_BYTES, ends[index])
         if high < shard.size_bytes:
-            high -= high % BLOCK_BYTES  # what is left of a cut block can't be verified
-        found = _bad_in(files, shard, low, high)
-        if found:
-            bad.setdefault(index, []).extend(found)
+            high -= high % BLOCK_BYTES  # a truncated block can't be verified
+        numbers = _bad_in(files, shard, low, high)
+        if numbers:
+            bad.setdefault(index, []).extend(numbers)
         checked.append(high - low)
         progress(high - low)
 
@@ -229,17 +254,17 @@ def _check_blocks(
 def _diagnose(
     files: CheckpointFiles, manifest: Manifest, bad: dict[int, list[int]], shards: Iterable[int]
 ) -> list[ShardDamage]:
-    found = (
+    each = (
         _damage(
             files, manifest, index, _size(files, manifest.shards[index]), sorted(bad.get(index, ()))
         )
         for index in shards
     )
-    return [damage for damage in found if damage]
+    return [damage for damage in each if damage]
 
 
 def _size(files: CheckpointFiles, shard: ShardEntry) -> int | None:
-    """The size of a shard's file; None if there is no regular file."""
+    """The size of a shard in bytes; None if it is missing or not a regular file."""
     try:
         return files.size_bytes(shard.name)
     except CorruptionError:
@@ -247,7 +272,7 @@ def _size(files: CheckpointFiles, shard: ShardEntry) -> int | None:
 
 
 def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> list[int]:
-    """Numbers of the blocks of [low, high) that don't verify, or that the disk can't read."""
+    """The numbers of the blocks in [low, high) that are corrupted or that the disk can't read."""
     with lease(1) as (buffer,):
         view = buffer.view[: high - low]
         try:
@@ -271,30 +296,31 @@ def _damage(
     shard = manifest.shards[index]
     last = len(shard.digests)
     if size is None:
-        what = "A shard is missing, or no regular file"
-        facts = ("the file", "no such file")
-        return _shard_damage(index, what, facts, range(last))
+        message = "A shard is missing, or is not a regular file"
+        facts = ("a regular file", "no such file")
+        return _shard_damage(index, message, facts, range(last))
     if size != shard.size_bytes:
         lost = range(size // BLOCK_BYTES, last) if size < shard.size_bytes else ()
-        what = "A shard is cut" if lost else "Something was appended to a shard"
+        message = "A shard is truncated" if lost else "Bytes were appended to a shard"
         facts = (f"{shard.size_bytes} bytes", f"{size} bytes")
-        return _shard_damage(index, what, facts, sorted({*bad, *lost}))
+        return _shard_damage(index, message, facts, sorted({*bad, *lost}))
     if not bad:
         return None
     names = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-    flips = _flips(files, shard, bad) if len(bad) <= _DIAGNOSED else None
+    flips = _flips(files, shard, bad) if len(bad) <= _MAX_SEARCHED_BLOCKS else None
     if flips:
-        places = ", ".join(f"bit {bit} of byte {byte}" for byte, bit in flips)
-        what = f"{'A single bit was' if len(flips) == 1 else 'Single bits were'} flipped in a shard"
-        facts = (f"the digests of the manifest for block {names}", f"{places} flipped")
-        return _shard_damage(index, what, facts, bad, flips)
-    facts = (f"the digests of the manifest for block {names}", "other bytes, or unreadable ones")
-    return _shard_damage(index, "A shard's bytes are not those that were saved", facts, bad)
+        bits = ", ".join(f"bit {bit} of byte {byte}" for byte, bit in flips)
+        one = len(flips) == 1
+        message = f"{'A single bit was' if one else 'Single bits were'} flipped in a shard"
+        facts = (f"the digests in the manifest for block {names}", f"{bits} flipped")
+        return _shard_damage(index, message, facts, bad, flips)
+    facts = (f"the digests in the manifest for block {names}", "different or unreadable bytes")
+    return _shard_damage(index, "A shard is corrupted", facts, bad)
 
 
 def _shard_damage(
     index: int,
-    what: str,
+    message: str,
     facts: tuple[str, str],
     blocks: range | list[int],
     flips: tuple[tuple[int, int], ...] = (),
@@ -302,7 +328,7 @@ def _shard_damage(
     expected, actual = facts
     return ShardDamage(
         shard=index,
-        what=what,
+        message=message,
         expected=expected,
         actual=actual,
         blocks=tuple(blocks),
@@ -313,8 +339,8 @@ def _shard_damage(
 def _flips(
     files: CheckpointFiles, shard: ShardEntry, blocks: list[int]
 ) -> tuple[tuple[int, int], ...] | None:
-    """(byte of the file, bit) for each block, if each has a single flipped bit."""
-    found = []
+    """The flipped bit of each block as (byte of the file, bit), if each has a single one."""
+    flips = []
     for number in blocks:
         low = number * BLOCK_BYTES
         data = bytearray(min(BLOCK_BYTES, shard.size_bytes - low))
@@ -325,12 +351,12 @@ def _flips(
         flip = find_flipped_bit(data, int(shard.digests[number]))
         if flip is None:
             return None
-        found.append((low + flip[0], flip[1]))
-    return tuple(found)
+        flips.append((low + flip[0], flip[1]))
+    return tuple(flips)
 
 
 def read_header(files: CheckpointFiles, name: str, *, size_bytes: int) -> bytes:
-    """The bytes of a shard before its data."""
+    """Read the header of a shard: all bytes before its data."""
     head = bytearray(8)
     files.readinto(name, [memoryview(head)], offset=0)
     path = f"{files.path}/{name}"
@@ -342,14 +368,13 @@ def read_header(files: CheckpointFiles, name: str, *, size_bytes: int) -> bytes:
 def _disagreements(
     files: CheckpointFiles, manifest: Manifest, indices: list[int]
 ) -> Iterator[CorruptionError]:
-    """For each of these shards the first place where its own header tells another story than the
-    manifest."""
+    """The first difference between the header of each shard and the manifest."""
     planned: list[dict[str, tuple[str, int, int]]] = [{} for _ in manifest.shards]
     for name, entry in manifest.tensors.items():
         dims = len(entry.shape)
         for index, begin, end, *box in entry.chunks.tolist():
-            own = chunk_name(name, entry.shape, box[:dims], box[dims:])
-            planned[index][own] = (shard_form(entry.dtype, ())[0], begin, end)
+            chunk = chunk_name(name, entry.shape, box[:dims], box[dims:])
+            planned[index][chunk] = (shard_form(entry.dtype, ())[0], begin, end)
     for index in indices:
         shard = manifest.shards[index]
         path = f"{files.path}/{shard.name}"
@@ -360,14 +385,14 @@ def _disagreements(
             yield error
             continue
         expected = planned[index]
-        found = {tensor.name: (tensor.dtype, tensor.begin, tensor.end) for tensor in tensors}
-        names = (n for n in {**expected, **found} if expected.get(n) != found.get(n))
+        actual = {tensor.name: (tensor.dtype, tensor.begin, tensor.end) for tensor in tensors}
+        names = (n for n in {**expected, **actual} if expected.get(n) != actual.get(n))
         for name in itertools.islice(names, 1):
             yield CorruptionError(
-                "A shard and the manifest disagree",
+                "The header of a shard does not match the manifest",
                 path=path,
                 tensor=name,
                 expected=expected.get(name, "no such chunk"),
-                actual=found.get(name, "no such chunk"),
+                actual=actual.get(name, "no such chunk"),
                 remedy="load another checkpoint",
             )

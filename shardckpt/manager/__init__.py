@@ -1,4 +1,4 @@
-"""Many checkpoints of one job: saved by step, pruned by policy, the newest or best restored."""
+"""The checkpoints of one job: saved by step, pruned by policies, restored by age or by metric."""
 
 from shardckpt.manager.manager import CheckpointManager, Restored
 from shardckpt.manager.retention import (

@@ -1,4 +1,4 @@
-"""What a CheckpointManager does with one checkpoint: a directory of shards, by default."""
+"""Backends of CheckpointManager, which store its checkpoints. The default writes shards."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.names import beside
 from shardckpt.storage.posix import System, translated
 
-__all__ = ["RECORD", "Format", "Sharded", "Signature", "signature_of"]
+__all__ = ["RECORD", "CheckpointBackend", "ShardedBackend", "Signature", "signature_of"]
 
 RECORD = "checkpoint_manager"
-"""The key under which a managed checkpoint says its label, step, metrics and time."""
+"""The key of the entry with a checkpoint's label, owner, step, metrics and time."""
 
 
 Signature = tuple[int, int, int]
+"""Inode, time of change in nanoseconds, and size in bytes of a file."""
 
 
-def signature_of(found: os.stat_result) -> Signature:
-    """Of a file that is another one, or has another time, when the checkpoint is another."""
-    return found.st_ino, found.st_mtime_ns, found.st_size
+def signature_of(status: os.stat_result) -> Signature:
+    """The signature of a file that is replaced whenever its checkpoint is replaced."""
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-class Format(Protocol):
-    """How a manager's checkpoints are stored. Broken ones raise CheckpointError or StorageError."""
+class CheckpointBackend(Protocol):
+    """The interface of a backend, which stores the checkpoints of a manager.
+
+    Methods raise CheckpointError for corrupted checkpoints, and StorageError.
+    """
 
     def names(self, folder: str) -> list[str]:
-        """The names in a folder that may be checkpoints, sorted; none without the folder."""
+        """The names in a folder that may be checkpoints, sorted. Empty if the folder is missing."""
 
     def sweep(self, folder: str) -> None:
-        """Remove what dead saves and removals left in a folder, as far as that works."""
+        """Remove the leftovers of failed saves and removals from a folder, as far as possible."""
 
     def exists(self, path: str) -> bool:
-        """Whether there is anything at a path."""
+        """Whether a path exists."""
 
     def save(
         self,
@@ -52,48 +56,50 @@ class Format(Protocol):
         process_group: Any,
         base: str | None,
     ) -> SaveHandle | None:
-        """Save a state; collective. The handle of a save that goes on in the background. `base` is
-        an earlier checkpoint, from which it may take what has not changed."""
+        """Save a state. Collective. Returns the handle if the save continues in the background.
+
+        `base` is an earlier checkpoint, whose unchanged files may be linked.
+        """
 
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
-        """Load into a state; collective."""
+        """Load a checkpoint into a state. Collective."""
 
     def signature(self, path: str) -> Signature:
-        """Something cheap that changes when the checkpoint does."""
+        """A value that changes when the checkpoint is replaced. Cheap."""
 
     def record(self, path: str) -> Any:
-        """What was saved under RECORD, of a checkpoint that looks whole; None without one."""
+        """The saved entry RECORD of a complete checkpoint; None if it has none."""
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
-        """Raise if the checkpoint is broken."""
+        """Raise an error if the checkpoint is corrupted."""
 
     def remove(self, path: str) -> None:
-        """Remove the checkpoint; raises StorageError."""
+        """Remove the checkpoint. Raises StorageError."""
 
 
-class Sharded:
-    """Directories of shards; see Format. `system` makes the system calls."""
+class ShardedBackend:
+    """Directories of shards; see CheckpointBackend. `system` performs the system calls."""
 
     def __init__(self, system: System | None = None) -> None:
         self._system = system or System()
         self._storage = LocalStorage(self._system)
 
     def names(self, folder: str) -> list[str]:
-        """See Format.names. A checkpoint that a replacing save left aside counts."""
+        """See CheckpointBackend.names. Includes a checkpoint that a failed overwrite moved."""
         with translated(folder):
             try:
-                found = self._system.listdir(folder)
+                names = self._system.listdir(folder)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        aside = {name for name in map(removal.old_name, found) if name}
-        return sorted({name for name in found if not name.startswith(".")} | aside)
+        moved = {name for name in map(removal.old_name, names) if name}
+        return sorted({name for name in names if not name.startswith(".")} | moved)
 
     def sweep(self, folder: str) -> None:
-        """See Format.sweep."""
+        """See CheckpointBackend.sweep."""
         removal.sweep(self._system, folder)
 
     def exists(self, path: str) -> bool:
-        """See Format.exists."""
+        """See CheckpointBackend.exists."""
         return removal.exists(self._system, path)
 
     def save(
@@ -106,7 +112,7 @@ class Sharded:
         process_group: Any,
         base: str | None,
     ) -> SaveHandle | None:
-        """See Format.save."""
+        """See CheckpointBackend.save."""
         options: Any = {
             "overwrite": overwrite,
             "process_group": process_group,
@@ -119,20 +125,20 @@ class Sharded:
         return None
 
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
-        """See Format.load."""
+        """See CheckpointBackend.load."""
         options: Any = {"process_group": process_group, "storage": self._storage}
         return api.load(state, path, strict=strict, **options)
 
     def signature(self, path: str) -> Signature:
-        """See Format.signature."""
+        """See CheckpointBackend.signature."""
         try:
-            found = self._system.stat(os.path.join(path, MANIFEST_NAME))
+            status = self._system.stat(os.path.join(path, MANIFEST_NAME))
         except FileNotFoundError:
-            found = self._system.stat(os.path.join(beside(path, "old"), MANIFEST_NAME))
-        return signature_of(found)
+            status = self._system.stat(os.path.join(beside(path, "old"), MANIFEST_NAME))
+        return signature_of(status)
 
     def record(self, path: str) -> Any:
-        """See Format.record."""
+        """See CheckpointBackend.record."""
         with api.open_checkpoint(path, storage=self._storage) as checkpoint:
             for shard in checkpoint.manifest.shards:
                 check_size(checkpoint.files, shard)
@@ -141,7 +147,7 @@ class Sharded:
             return checkpoint.load_state(keys=RECORD)[RECORD]
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
-        """See Format.verify."""
+        """See CheckpointBackend.verify."""
         with api.open_checkpoint(path, storage=self._storage) as checkpoint:
             if quick:
                 for shard in checkpoint.manifest.shards:
@@ -150,5 +156,5 @@ class Sharded:
                 checkpoint.verify(progress=progress)
 
     def remove(self, path: str) -> None:
-        """See Format.remove."""
+        """See CheckpointBackend.remove."""
         removal.remove(self._system, path)

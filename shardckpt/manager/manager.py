@@ -1,11 +1,10 @@
-"""CheckpointManager: the checkpoints of one job in one directory."""
+"""CheckpointManager: saves, prunes and restores the checkpoints of one job in one folder."""
 
 from __future__ import annotations
 
 import os
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from shardckpt.coordination.base import Coordinator, exchange
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import (
     CheckpointExistsError,
@@ -25,7 +25,8 @@ from shardckpt.errors import (
     StateError,
     StorageError,
 )
-from shardckpt.manager.backends import RECORD, Format, Sharded
+from shardckpt.logs import warn
+from shardckpt.manager.backends import RECORD, CheckpointBackend, ShardedBackend, Signature
 from shardckpt.manager.retention import KeepBest, Retention, SavedCheckpoint, ranked, to_remove
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
@@ -35,13 +36,26 @@ __all__ = ["CheckpointManager", "Restored"]
 
 T = TypeVar("T")
 BROKEN = (CheckpointNotFoundError, CorruptionError, NotACheckpointError, StorageError)
-"""What makes a restore turn to another checkpoint."""
+"""The errors after which a restore tries the next checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """What was restored: a checkpoint, the report of its load, and the paths of those that were
-    tried before and are broken."""
+    """The result of a restore.
+
+    Attributes:
+        checkpoint: The checkpoint that was loaded.
+        report: The report of the load.
+        skipped: The paths of corrupted checkpoints that were tried before.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> manager = shardckpt.CheckpointManager("run")
+        >>> state = {"weight": torch.ones(3)}
+        >>> _ = manager.save(7, state)
+        >>> manager.restore_latest(state).step
+        7
+    """
 
     checkpoint: SavedCheckpoint
     report: LoadReport
@@ -49,33 +63,56 @@ class Restored:
 
     @property
     def step(self) -> int:
-        """The step that was given to save."""
+        """The step of the checkpoint."""
         return self.checkpoint.step
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The metrics that were given to save."""
+        """The metrics of the checkpoint."""
         return self.checkpoint.metrics
 
 
 class CheckpointManager(AbstractContextManager["CheckpointManager"]):
-    """Saves a job's state by step into a directory, keeps what its policies say, and restores.
+    """Saves the state of a job by step into a folder, prunes by policies, and restores.
 
-    `keep`: policies (KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your own function);
-    a checkpoint stays if any of them keeps it; without policies all stay. `name` makes the
-    names, by `step`. Nothing is removed before the newest checkpoint that stays, and every
-    other that a policy counts, has been verified: each once, by reading it whole, or with
-    check="quick" by its manifest and the sizes of its shards. Checkpoints that are found to be
-    broken are neither counted nor removed. With `asynchronous` a save goes on in the
-    background, see async_save; the next save, `wait` or `close` raises what went wrong.
-    Files that have not changed since the newest checkpoint are linked, not written. Each save
-    begins with the removal of what dead ones have left in the folder.
-    Managers with different `label` share a directory and don't see each other's checkpoints; one
-    with label None sees all of them. A manager removes only what a manager of the same owner has
-    saved: the owner is the label or, by default, follows from `name` and the policies without their
-    counts. Of what another process saves under the same owner at the same time it removes nothing.
+    Before it prunes, the manager verifies the newest checkpoint that it keeps, and each other one
+    that a policy counts: once each. Corrupted checkpoints are neither counted nor removed. Files
+    that have not changed since the newest checkpoint are linked, not written. Each save first
+    removes the leftovers of failed saves from the folder.
 
-    What says so is collective over `process_group`, as shardckpt.save is.
+    A manager removes only checkpoints with its own owner: the label or, without a label, the
+    template `name` with the policies but not their counts. It never removes a checkpoint that
+    another process saves at the same time. Methods marked collective must be called on every rank
+    of `process_group`.
+
+    Args:
+        folder: The folder of the checkpoints. The first save creates it.
+        keep: The retention policies: KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your
+            own function. A checkpoint is kept if any policy keeps it. Without policies all are.
+        name: The template of the names, with the field `{step}`.
+        asynchronous: Save in the background, see `async_save`. The next `save`, `wait` or `close`
+            raises the error of a failed save.
+        check: How to verify before pruning: "full" reads all bytes, "quick" reads the manifest and
+            compares the sizes of the shards.
+        label: Managers with different labels share a folder, and don't see each other's
+            checkpoints. A manager with label None sees all checkpoints.
+        process_group: The ranks; see `save`.
+        backend: How checkpoints are stored; by default as directories of shards.
+
+    Raises:
+        StateError: An argument is invalid.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> keep = [shardckpt.KeepLast(2), shardckpt.KeepBest(1, "loss")]
+        >>> with shardckpt.CheckpointManager("run", keep=keep) as manager:
+        ...     for step, loss in enumerate([0.3, 0.1, 0.4, 0.2]):
+        ...         state = {"weight": torch.full((3,), loss)}
+        ...         _ = manager.save(step, state, metrics={"loss": loss})
+        ...     print(manager.all_steps())
+        ...     print(manager.restore_best(state).step)
+        [1, 2, 3]
+        1
     """
 
     def __init__(
@@ -88,11 +125,11 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         check: Literal["full", "quick"] = "full",
         label: str | None = "",
         process_group: Any = None,
-        format: Format | None = None,
+        backend: CheckpointBackend | None = None,
     ) -> None:
         if check not in ("full", "quick"):
             raise StateError(
-                "Unknown value for check", expected='"full" or "quick"', actual=repr(check)
+                "Invalid value for check", expected='"full" or "quick"', actual=repr(check)
             )
         self.folder = absolute(local_path(folder))
         _checked_name(_name_of(name, step=0))
@@ -100,14 +137,14 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         self.label = label
         self.owner = label or _owner(name, self.keep)
         self._identity = uuid.uuid4().hex
-        self._made_at = time.time()
+        self._created_at = time.time()
         self._name = name
         self._asynchronous = asynchronous
         self._check = check
         self._group = process_group
-        self._format: Format = format or Sharded()
+        self._backend: CheckpointBackend = backend or ShardedBackend()
         self._pending: SaveHandle | None = None
-        self._records: dict[str, tuple[Any, _Record | None]] = {}
+        self._records: dict[str, tuple[Signature, _Record | None]] = {}
         self._verified: dict[str, bool] = {}
 
     def save(
@@ -117,33 +154,48 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         *,
         metrics: Mapping[str, float] | None = None,
         name: str | None = None,
-        if_exists: Literal["error", "replace", "number"] = "error",
+        if_exists: Literal["error", "overwrite", "number"] = "error",
     ) -> SavedCheckpoint:
-        """Save a state under a step; collective. Then removes what no policy keeps.
+        """Save a state, then remove the checkpoints that no policy keeps. Collective.
 
-        `state` as for shardckpt.save, a dict. `name` stands in for the manager's own template.
-        Where its path is taken: "error" raises CheckpointExistsError, "replace" replaces the
-        checkpoint there, "number" appends `-v1`, `-v2` and so on. Names, metrics and time are
-        those of rank 0.
+        Step, name, metrics and time are those of rank 0.
+
+        Args:
+            step: The step of the training, 0 or above.
+            state: See `shardckpt.save`; a dict.
+            metrics: Metrics by name, for KeepBest and restore_best.
+            name: The name of this checkpoint, in place of the template.
+            if_exists: If the path exists: "error" raises an error, "overwrite" replaces the
+                checkpoint, and "number" appends `-v1`, `-v2` and so on to the name. The functions
+                of the engine have `overwrite=` instead, as they never choose another path.
+
+        Returns:
+            The checkpoint, with its path and time. With `asynchronous` it is not complete yet.
+
+        Raises:
+            StateError: An argument or the state is invalid.
+            CheckpointExistsError: The path exists, and `if_exists` is "error".
+            StorageError: The file system refused an operation.
+            CoordinationError: A rank failed.
         """
         if not isinstance(step, int) or step < 0:
-            raise StateError("This is no step", expected="an int from 0", actual=repr(step))
-        if if_exists not in ("error", "replace", "number"):
+            raise StateError("Invalid step", expected="an int, 0 or above", actual=repr(step))
+        if if_exists not in ("error", "overwrite", "number"):
             raise StateError(
-                "Unknown value for if_exists",
-                expected='"error", "replace" or "number"',
+                "Invalid value for if_exists",
+                expected='"error", "overwrite" or "number"',
                 actual=repr(if_exists),
             )
         if not isinstance(state, Mapping) or RECORD in state:
             raise StateError(
-                "This is no state for a CheckpointManager",
+                "Invalid state for a CheckpointManager",
                 expected=f"a dict without the key {RECORD!r}",
                 actual=type(state).__name__,
             )
         self.wait()
-        found = {key: float(value) for key, value in (metrics or {}).items()}
+        floats = {key: float(value) for key, value in (metrics or {}).items()}
         checkpoint, base, manager = self._agree(
-            f"save step {step} in {self.folder}", step, found, name, if_exists
+            f"save step {step} in {self.folder}", step, floats, name, if_exists
         )
         record = {
             "label": self.label,
@@ -153,10 +205,10 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             "metrics": dict(checkpoint.metrics),
             "saved_at": checkpoint.saved_at,
         }
-        self._pending = self._format.save(
+        self._pending = self._backend.save(
             {**state, RECORD: record},
             checkpoint.path,
-            overwrite=if_exists == "replace",
+            overwrite=if_exists == "overwrite",
             asynchronous=self._asynchronous,
             process_group=self._group,
             base=base,
@@ -168,11 +220,10 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     def _agree(
         self, subject: str, step: int, metrics: dict[str, float], name: str | None, if_exists: str
     ) -> tuple[SavedCheckpoint, str | None, str]:
-        """Where the checkpoint goes, the one that its unchanged files are taken from, and which
-        manager says so: rank 0's."""
+        """Rank 0's decision: the new checkpoint, the path of its base, and rank 0's manager."""
 
         def decide(payloads: list[bytes]) -> bytes:
-            self._format.sweep(self.folder)
+            self._backend.sweep(self.folder)
             wanted = os.path.join(
                 self.folder, _checked_name(name or _name_of(self._name, step=step))
             )
@@ -180,20 +231,20 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             stem, suffix = os.path.splitext(wanted)
             if suffix not in (".pth", ".pt", ".safetensors"):
                 stem, suffix = wanted, ""
-            while if_exists == "number" and self._format.exists(path):
+            while if_exists == "number" and self._backend.exists(path):
                 number += 1
                 path = f"{stem}-v{number}{suffix}"
-            if if_exists == "error" and self._format.exists(path):
+            if if_exists == "error" and self._backend.exists(path):
                 raise CheckpointExistsError(
-                    "There is something at this path already",
+                    "The path exists already",
                     path=path,
-                    remedy='give another step or name, or if_exists="replace"',
+                    remedy='give another step or name, or if_exists="overwrite"',
                 )
-            # Files of one that is broken may be those of older ones: then all is written anew.
+            # The files of a corrupted checkpoint may be linked to older ones: then write all files.
             newest = self.checkpoints()[-1:]
             base = next((c.path for c in newest if self._verified.get(_key(c), True)), None)
-            taken = base and os.fsencode(base)
-            facts = [os.fsencode(path), step, metrics, time.time(), taken, self._identity]
+            encoded_base = base and os.fsencode(base)
+            facts = [os.fsencode(path), step, metrics, time.time(), encoded_base, self._identity]
             return msgspec.msgpack.encode(facts)
 
         with operation(f"CheckpointManager: {subject}", self._group) as coordinator:
@@ -205,76 +256,130 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return checkpoint, base and os.fsdecode(base), manager
 
     def wait(self) -> None:
-        """Wait for the save in the background, if there is one, and prune; collective."""
+        """Wait for the save in the background, if there is one, and prune. Collective.
+
+        Raises:
+            ShardckptError: The save failed; see `shardckpt.save`.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
             self._prune()
 
-    def staged(self) -> None:
-        """Wait until the state of a save in the background may change; see SaveHandle.staged."""
+    def wait_staged(self) -> None:
+        """Wait until the state of a save in the background may change. Not collective.
+
+        See SaveHandle.wait_staged.
+        """
         if self._pending is not None:
-            self._pending.staged()
+            self._pending.wait_staged()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """As wait."""
+        """Wait for the save in the background, as `wait` does. Collective."""
         self.wait()
 
     def checkpoints(self) -> list[SavedCheckpoint]:
-        """The checkpoints of this manager that look whole, oldest first. Not collective: reads
-        the directory."""
+        """List the checkpoints of this manager, oldest first. Not collective.
+
+        Checkpoints with a corrupted manifest, or with missing or truncated shards, are left out.
+        Blocks are not verified.
+
+        Returns:
+            The checkpoints, sorted by step and time.
+
+        Raises:
+            StorageError: The folder can't be read.
+        """
         return self._scan()[0]
 
     def _scan(self) -> tuple[list[SavedCheckpoint], list[tuple[str, str]]]:
-        """The checkpoints that look whole, oldest first; (path, what is wrong) of the others."""
-        found, broken = [], []
-        for name in self._format.names(self.folder):
+        """The complete checkpoints, oldest first, and (path, message) of each corrupted one."""
+        complete, corrupted = [], []
+        for name in self._backend.names(self.folder):
             path = os.path.join(self.folder, name)
             try:
                 checkpoint = self._look(path)
             except (CorruptionError, FormatVersionError) as error:
-                broken += [] if self._is_alias(path) else [(path, error.message)]
+                corrupted += [] if self._is_alias(path) else [(path, error.message)]
             else:
-                found += [checkpoint] if checkpoint and not self._is_alias(path) else []
-        return sorted(found, key=lambda c: (c.step, c.saved_at)), broken
+                complete += [checkpoint] if checkpoint and not self._is_alias(path) else []
+        return sorted(complete, key=lambda c: (c.step, c.saved_at)), corrupted
 
     def _is_alias(self, path: str) -> bool:
-        """Whether it is a symlink to another name in the folder, such as `latest` to `step-7`:
-        that would count twice, and be removed under a name that was not to stay."""
+        """Whether the path is a symlink to a name in the folder, such as `latest` to `step-7`.
+
+        An alias must not be counted as a second checkpoint, nor be removed.
+        """
         real, folder = os.path.realpath(path), os.path.realpath(self.folder)
         return os.path.dirname(real) == folder and os.path.basename(real) != os.path.basename(path)
 
     def all_steps(self) -> list[int]:
-        """The steps of the checkpoints that look whole, ascending. Not collective."""
+        """List the steps of `checkpoints()`. Not collective.
+
+        Returns:
+            The steps, ascending.
+        """
         return sorted({checkpoint.step for checkpoint in self.checkpoints()})
 
     def restore_latest(self, state: Any, *, strict: bool = True) -> Restored | None:
-        """Load the newest checkpoint into a state, in place; collective. None if there is none.
+        """Load the newest checkpoint into a state, in place. Collective.
 
-        One that turns out to be broken is passed over for the one before, with a warning.
+        If a checkpoint is corrupted, a warning is issued and the next older one is tried.
+
+        Args:
+            state: See `shardckpt.load`.
+            strict: See `shardckpt.load`.
+
+        Returns:
+            The checkpoint and its report, or None if there is no checkpoint.
+
+        Raises:
+            LoadMismatchError: State and checkpoint differ.
+            CorruptionError: All checkpoints are corrupted.
+            CoordinationError: A rank failed.
         """
-        return self._restore(state, lambda found: found[::-1], strict=strict)
+        return self._restore(state, lambda saved: saved[::-1], strict=strict)
 
     def restore_best(
         self,
         state: Any,
-        metric: str | None = None,
+        monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
         *,
         strict: bool = True,
     ) -> Restored | None:
-        """As restore_latest, the best by a metric first: by default that of the KeepBest policy."""
+        """Load the best checkpoint by a metric into a state, in place. Collective.
+
+        If a checkpoint is corrupted, a warning is issued and the next best one is tried.
+
+        Args:
+            state: See `shardckpt.load`.
+            monitor: The metric; by default that of the first KeepBest policy.
+            mode: Whether "min" or "max" is best; by default that of the policy, otherwise "min".
+            strict: See `shardckpt.load`.
+
+        Returns:
+            The checkpoint and its report, or None if no checkpoint has the metric.
+
+        Raises:
+            StateError: `mode` is invalid, or there is neither a `monitor` nor a KeepBest policy.
+            LoadMismatchError: State and checkpoint differ.
+            CorruptionError: All checkpoints with the metric are corrupted.
+            CoordinationError: A rank failed.
+        """
         best = next((policy for policy in self.keep if isinstance(policy, KeepBest)), None)
-        if best is None and metric is None:
-            raise StateError("Best by which metric?", remedy="give metric=, or a KeepBest policy")
+        if best is None and monitor is None:
+            raise StateError(
+                "restore_best needs a metric", remedy="pass monitor=, or a KeepBest policy"
+            )
         if mode not in (None, "min", "max"):
-            raise StateError("Unknown value for mode", expected='"min" or "max"', actual=repr(mode))
-        by = metric or (best.metric if best else "")
-        better = mode or (best.mode if best and metric in (None, best.metric) else "min")
-        return self._restore(state, lambda found: ranked(found, by, better), strict=strict)
+            raise StateError("Invalid value for mode", expected='"min" or "max"', actual=repr(mode))
+        by = monitor or (best.monitor if best else "")
+        better = mode or (best.mode if best and monitor in (None, best.monitor) else "min")
+        return self._restore(state, lambda saved: ranked(saved, by, better), strict=strict)
 
     def _restore(
         self,
@@ -283,38 +388,49 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         *,
         strict: bool,
     ) -> Restored | None:
-        found = self.first_that_loads(
-            lambda path: self._format.load(state, path, strict=strict, process_group=self._group),
+        result = self.first_that_loads(
+            lambda path: self._backend.load(state, path, strict=strict, process_group=self._group),
             order,
         )
-        if found is None:
+        if result is None:
             return None
-        checkpoint, report, skipped = found
+        checkpoint, report, skipped = result
         return Restored(checkpoint=checkpoint, report=report, skipped=skipped)
 
     def first_that_loads(
         self,
         load: Callable[[str], T],
-        order: Callable[[list[SavedCheckpoint]], list[SavedCheckpoint]] = lambda found: found[::-1],
+        order: Callable[[list[SavedCheckpoint]], list[SavedCheckpoint]] = lambda saved: saved[::-1],
     ) -> tuple[SavedCheckpoint, T, tuple[str, ...]] | None:
-        """The first checkpoint, in an order, that a collective function loads; what that returned;
-        and the paths of the broken ones before it. Collective."""
+        """Load checkpoints in an order until one loads. Collective.
+
+        Args:
+            load: Called with a path; collective.
+            order: Sorts the checkpoints, of which it is given the oldest first.
+
+        Returns:
+            The checkpoint, what `load` returned, and the paths of the corrupted ones before it.
+            None if there is no checkpoint.
+
+        Raises:
+            CorruptionError: All checkpoints are corrupted.
+        """
         self.wait()
 
         def listed(payloads: list[bytes]) -> bytes:
-            found, broken = self._scan()
-            for path, message in broken:
-                _pass_over(path, message)
+            complete, corrupted = self._scan()
+            for path, message in corrupted:
+                warn(f"{path} is corrupted and was skipped: {message}")
             facts = [
-                [os.fsencode(c.path), c.step, dict(c.metrics), c.saved_at] for c in order(found)
+                [os.fsencode(c.path), c.step, dict(c.metrics), c.saved_at] for c in order(complete)
             ]
-            return msgspec.msgpack.encode([facts, [os.fsencode(path) for path, _ in broken]])
+            return msgspec.msgpack.encode([facts, [os.fsencode(path) for path, _ in corrupted]])
 
         with operation(f"CheckpointManager: restore from {self.folder}", self._group) as ranks:
             rank = ranks.rank
             answer = exchange(ranks, "list", lambda: b"", listed)
-        candidates, broken = msgspec.msgpack.decode(answer)
-        skipped = [os.fsdecode(path) for path in broken]
+        candidates, corrupted = msgspec.msgpack.decode(answer)
+        skipped = [os.fsdecode(path) for path in corrupted]
         last: ShardckptError | None = None
         for encoded, step, metrics, saved_at in candidates:
             path = os.fsdecode(encoded)
@@ -322,7 +438,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 loaded = load(path)
             except BROKEN as error:
                 if rank == 0:
-                    _pass_over(path, error.message)
+                    warn(f"{path} is corrupted and was skipped: {error.message}")
                 skipped.append(path)
                 last = error
                 continue
@@ -330,22 +446,22 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             return checkpoint, loaded, tuple(skipped)
         if last is not None:
             raise CorruptionError(
-                "None of the checkpoints can be loaded",
+                "All checkpoints are corrupted",
                 path=self.folder,
                 actual=", ".join(skipped),
-                remedy="the state may be partly overwritten: make it anew before going on",
+                remedy="create the state again before you continue: it may be partly overwritten",
             ) from last
         return None
 
     def _prune(self) -> None:
-        """Remove what no policy keeps; collective, rank 0 does it."""
+        """Remove the checkpoints that no policy keeps. Collective; rank 0 removes them."""
         if not self.keep:
             return
         with operation(f"CheckpointManager: prune {self.folder}", self._group) as coordinator:
 
             def remove() -> bytes:
                 if coordinator.rank == 0:
-                    for checkpoint in self._condemned(coordinator):
+                    for checkpoint in self._to_prune(coordinator):
                         self._remove(checkpoint)
                 return b""
 
@@ -353,20 +469,20 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     def _remove(self, checkpoint: SavedCheckpoint) -> None:
         try:
-            self._format.remove(checkpoint.path)
+            self._backend.remove(checkpoint.path)
         except StorageError as error:
-            # The save is done. The next one tries again.
-            warnings.warn(f"{checkpoint.path} can't be removed: {error.message}", stacklevel=6)
+            # The save has succeeded, and the next one tries again.
+            warn(f"{checkpoint.path} can't be removed: {error.message}")
 
-    def _condemned(self, coordinator: Coordinator) -> list[SavedCheckpoint]:
+    def _to_prune(self, coordinator: Coordinator) -> list[SavedCheckpoint]:
         saved = [
             checkpoint
             for checkpoint in self.checkpoints()
             if self._verified.get(_key(checkpoint), True) and self._may_remove(checkpoint)
         ]
-        while condemned := to_remove(saved, self.keep):
-            paths = {checkpoint.path for checkpoint in condemned}
-            broken = next(
+        while removable := to_remove(saved, self.keep):
+            paths = {checkpoint.path for checkpoint in removable}
+            corrupted = next(
                 (
                     c
                     for c in reversed(saved)
@@ -374,60 +490,53 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 ),
                 None,
             )
-            if broken is None:
-                return condemned
-            saved.remove(broken)
+            if corrupted is None:
+                return removable
+            saved.remove(corrupted)
         return []
 
     def _may_remove(self, checkpoint: SavedCheckpoint) -> bool:
-        """Whether this manager saved a checkpoint, or one of the same owner before this one was
-        made."""
+        """Whether this manager saved a checkpoint, or an earlier manager of the same owner."""
         record = self._records[checkpoint.path][1]
         return record is not None and (
             record.manager == self._identity
-            or (record.owner == self.owner and checkpoint.saved_at < self._made_at)
+            or (record.owner == self.owner and checkpoint.saved_at < self._created_at)
         )
 
     def _intact(self, checkpoint: SavedCheckpoint, coordinator: Coordinator) -> bool:
         key = _key(checkpoint)
         if key not in self._verified:
             try:
-                self._format.verify(
+                self._backend.verify(
                     checkpoint.path, quick=self._check == "quick", progress=coordinator.progress
                 )
                 self._verified[key] = True
             except BROKEN as error:
-                warnings.warn(
-                    f"{checkpoint.path} is broken, and does not count: {error.message}",
-                    stacklevel=7,
-                )
+                warn(f"{checkpoint.path} is corrupted and does not count: {error.message}")
                 self._verified[key] = False
         return self._verified[key]
 
     def _look(self, path: str) -> SavedCheckpoint | None:
-        """The checkpoint at a path, if it is one of this manager's; raises if it is broken."""
+        """The checkpoint at a path, if this manager sees it. Raises if it is corrupted."""
         try:
-            signature = self._format.signature(path)
+            signature = self._backend.signature(path)
             if self._records.get(path, (None, None))[0] != signature:
-                self._records[path] = signature, _record(path, self._format.record(path))
+                self._records[path] = signature, _record(path, self._backend.record(path))
         except (NotACheckpointError, CheckpointNotFoundError, OSError):
             return None
         record = self._records[path][1]
-        ours = record is not None and (self.label is None or record.label == self.label)
-        return record.checkpoint if ours and record is not None else None
+        if record is None or self.label not in (None, record.label):
+            return None
+        return record.checkpoint
 
 
 def _key(checkpoint: SavedCheckpoint) -> str:
     return f"{checkpoint.path} {checkpoint.saved_at}"
 
 
-def _pass_over(path: str, message: str) -> None:
-    warnings.warn(f"{path} is broken and passed over: {message}", stacklevel=2)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Record:
-    """What a checkpoint says under RECORD. Earlier versions saved a label in place of an owner."""
+    """The entry RECORD of a checkpoint. Earlier versions saved a label in place of an owner."""
 
     label: str | None
     owner: str | None
@@ -436,7 +545,7 @@ class _Record:
 
 
 class _Facts(msgspec.Struct, kw_only=True):
-    """The plain data of a record."""
+    """The entry RECORD as it is saved."""
 
     label: str | None
     step: int
@@ -447,7 +556,7 @@ class _Facts(msgspec.Struct, kw_only=True):
 
 
 def _record(path: str, record: Any) -> _Record | None:
-    """None for anything that no manager has saved."""
+    """None if no manager saved the checkpoint."""
     try:
         facts = msgspec.convert(record, _Facts)
     except msgspec.ValidationError:
@@ -468,30 +577,29 @@ def _name_of(template: str, *, step: int) -> str:
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise StateError(
             "Invalid template for the names of checkpoints",
-            expected='a text with the field {step}, as in "step-{step}"',
+            expected='a string with the field {step}, such as "step-{step}"',
             actual=f"{template!r}: {type(error).__name__}: {error}",
         ) from error
 
 
 def _checked_name(name: str) -> str:
-    """Raises StateError for the name of a checkpoint that is not in the manager's folder, or that
-    the manager would not find again."""
+    """Check that the manager can save and find a name in its folder. Raises StateError."""
     if not name or "/" in name or "\0" in name or name.startswith("."):
         raise StateError(
             "Invalid name for a checkpoint",
             expected="the name of a directory in the manager's folder, without a leading dot",
             actual=repr(name),
-            remedy="choose another folder= of the manager to save elsewhere",
+            remedy="create another manager to save in another folder",
         )
     return name
 
 
 def _owner(name: str, keep: Sequence[Retention]) -> str:
-    """What tells a manager without a label from others: its names and its kinds of policies."""
-    kinds = [
-        f"KeepBest {policy.metric} {policy.mode}"
+    """The owner of a manager without a label: its template and its policies without counts."""
+    policies = [
+        f"KeepBest {policy.monitor} {policy.mode}"
         if isinstance(policy, KeepBest)
         else getattr(policy, "__qualname__", type(policy).__name__)
         for policy in keep
     ]
-    return " | ".join([name, *sorted(kinds)])
+    return " | ".join([name, *sorted(policies)])

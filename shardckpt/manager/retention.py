@@ -1,4 +1,4 @@
-"""Which checkpoints of a job stay: policies, pure functions of what has been saved."""
+"""Retention policies: pure functions that choose which checkpoints of a job are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,20 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedCheckpoint:
-    """A checkpoint of a CheckpointManager: `saved_at` in seconds since 1970, by rank 0's clock."""
+    """A checkpoint of a CheckpointManager.
+
+    Attributes:
+        path: Its directory.
+        step: The step that was passed to `save`.
+        metrics: The metrics that were passed to `save`.
+        saved_at: The time of the save by rank 0's clock, in seconds since 1970.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> manager = shardckpt.CheckpointManager("run")
+        >>> manager.save(7, {"weight": torch.ones(3)}, metrics={"loss": 0.5}).metrics["loss"]
+        0.5
+    """
 
     path: str
     step: int
@@ -32,13 +45,16 @@ class SavedCheckpoint:
 
 
 Retention = Callable[[Sequence[SavedCheckpoint]], Iterable[SavedCheckpoint]]
-"""A policy: of the intact checkpoints, oldest first, those that it wants to keep."""
+"""A policy takes the intact checkpoints, oldest first, and returns those to keep."""
 
 
 def to_remove(
     saved: Sequence[SavedCheckpoint], policies: Iterable[Retention]
 ) -> list[SavedCheckpoint]:
-    """What no policy keeps, oldest first. The newest always stays; no policy at all keeps all."""
+    """The checkpoints that no policy keeps, oldest first. The newest is always kept.
+
+    Without policies all are kept.
+    """
     policies = list(policies)
     if not policies or not saved:
         return []
@@ -49,18 +65,21 @@ def to_remove(
 
 
 def ranked(
-    saved: Iterable[SavedCheckpoint], metric: str, mode: Literal["min", "max"]
+    saved: Iterable[SavedCheckpoint], monitor: str, mode: Literal["min", "max"]
 ) -> list[SavedCheckpoint]:
-    """Those that have a metric, best first; of equals the newest; NaN counts as absent."""
-    known = [c for c in saved if not math.isnan(c.metrics.get(metric, math.nan))]
+    """The checkpoints that have the metric `monitor`, best first; of equals the newest first.
+
+    A metric that is NaN counts as missing.
+    """
+    known = [c for c in saved if not math.isnan(c.metrics.get(monitor, math.nan))]
     sign = 1 if mode == "min" else -1
-    return sorted(known, key=lambda c: (sign * c.metrics[metric], -c.step, -c.saved_at))
+    return sorted(known, key=lambda c: (sign * c.metrics[monitor], -c.step, -c.saved_at))
 
 
 def _check_count(value: object, what: str) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
         raise StateError(
-            f"A retention policy was given a bad {what}",
+            f"Invalid {what} for a retention policy",
             expected="a number above 0",
             actual=repr(value),
         )
@@ -68,7 +87,18 @@ def _check_count(value: object, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class KeepLast:
-    """Keep the newest `count`."""
+    """Keeps the newest checkpoints.
+
+    Args:
+        count: How many to keep.
+
+    Raises:
+        StateError: `count` is not above 0.
+
+    Example:
+        >>> import shardckpt
+        >>> manager = shardckpt.CheckpointManager("run", keep=[shardckpt.KeepLast(3)])
+    """
 
     count: int
 
@@ -76,33 +106,58 @@ class KeepLast:
         _check_count(self.count, "count")
 
     def __call__(self, saved: Sequence[SavedCheckpoint]) -> Iterable[SavedCheckpoint]:
-        """Those to keep."""
+        """Return the checkpoints to keep."""
         return saved[-self.count :]
 
 
 @dataclass(frozen=True, slots=True)
 class KeepBest:
-    """Keep the best `count` by a metric; `mode` says which is better, "min" or "max"."""
+    """Keeps the best checkpoints by a metric.
+
+    Args:
+        count: How many to keep.
+        monitor: The name of the metric. Checkpoints without it are not kept by this policy.
+        mode: Whether "min" or "max" is best.
+
+    Raises:
+        StateError: `count` is not above 0, or `mode` is invalid.
+
+    Example:
+        >>> import shardckpt
+        >>> keep = [shardckpt.KeepBest(1, "accuracy", mode="max")]
+        >>> manager = shardckpt.CheckpointManager("run", keep=keep)
+    """
 
     count: int
-    metric: str
+    monitor: str
     mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
         _check_count(self.count, "count")
         if self.mode not in ("min", "max"):
             raise StateError(
-                "Unknown value for mode", expected='"min" or "max"', actual=repr(self.mode)
+                "Invalid value for mode", expected='"min" or "max"', actual=repr(self.mode)
             )
 
     def __call__(self, saved: Sequence[SavedCheckpoint]) -> Iterable[SavedCheckpoint]:
-        """Those to keep."""
-        return ranked(saved, self.metric, self.mode)[: self.count]
+        """Return the checkpoints to keep."""
+        return ranked(saved, self.monitor, self.mode)[: self.count]
 
 
 @dataclass(frozen=True, slots=True)
 class KeepEverySteps:
-    """Keep those whose step is a multiple of `steps`."""
+    """Keeps the checkpoints whose step is a multiple of `steps`.
+
+    Args:
+        steps: The interval in steps.
+
+    Raises:
+        StateError: `steps` is not above 0.
+
+    Example:
+        >>> import shardckpt
+        >>> manager = shardckpt.CheckpointManager("run", keep=[shardckpt.KeepEverySteps(1000)])
+    """
 
     steps: int
 
@@ -110,14 +165,24 @@ class KeepEverySteps:
         _check_count(self.steps, "number of steps")
 
     def __call__(self, saved: Sequence[SavedCheckpoint]) -> Iterable[SavedCheckpoint]:
-        """Those to keep."""
+        """Return the checkpoints to keep."""
         return [checkpoint for checkpoint in saved if checkpoint.step % self.steps == 0]
 
 
 @dataclass(frozen=True, slots=True)
 class KeepEveryHours:
-    """Keep the first, and then the first that is at least `hours` younger than the one kept
-    before."""
+    """Keeps the first checkpoint, and then one at least `hours` after the last that was kept.
+
+    Args:
+        hours: The interval in hours.
+
+    Raises:
+        StateError: `hours` is not above 0.
+
+    Example:
+        >>> import shardckpt
+        >>> manager = shardckpt.CheckpointManager("run", keep=[shardckpt.KeepEveryHours(6)])
+    """
 
     hours: float
 
@@ -125,7 +190,7 @@ class KeepEveryHours:
         _check_count(self.hours, "number of hours")
 
     def __call__(self, saved: Sequence[SavedCheckpoint]) -> Iterable[SavedCheckpoint]:
-        """Those to keep."""
+        """Return the checkpoints to keep."""
         kept: list[SavedCheckpoint] = []
         for checkpoint in saved:
             if not kept or checkpoint.saved_at - kept[-1].saved_at >= self.hours * 3600:

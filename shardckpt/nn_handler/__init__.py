@@ -1,8 +1,8 @@
 """NNHandler: a model with its optimizer, loss and loaders, trained, saved and loaded as one."""
 
 from shardckpt.nn_handler.auto_saver import AutoSaver
+from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.callbacks import (
-    Callback,
     CSVLogger,
     EarlyStopping,
     LearningRateMonitor,
@@ -11,6 +11,9 @@ from shardckpt.nn_handler.callbacks import (
     TensorBoardLogger,
 )
 from shardckpt.nn_handler.handler import NNHandler
+from shardckpt.nn_handler.recording import install
+
+install()
 
 __all__ = [
     "AutoSaver",

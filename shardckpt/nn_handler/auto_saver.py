@@ -6,21 +6,20 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from shardckpt.coordination.base import exchange
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import StateError
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
+from shardckpt.manager.retention import ranked
 from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file, state_on_all
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
+from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.storage.paths import local_path
 from shardckpt.storage.posix import translated
-
-if TYPE_CHECKING:
-    from shardckpt.nn_handler.handler import NNHandler
 
 __all__ = ["AutoSaver"]
 
@@ -72,6 +71,7 @@ class AutoSaver:
         self._suffix = os.path.splitext(self.plan.name)[1] if self.one_file else ""
         self._manager: CheckpointManager | None = None
         self._last: CheckpointManager | None = None
+        self._fresh: list[str] = []
         self._number = 0
         self._saved_step = -1
         self._saved_at = time.monotonic()
@@ -91,13 +91,42 @@ class AutoSaver:
         """Whether to save on SIGTERM and SIGINT."""
         return bool(self.options["on_signal"])
 
+    def _best(self) -> SavedCheckpoint | None:
+        if self._manager is None or self.plan.monitor is None:
+            return None
+        found = ranked(self._manager.checkpoints(), self.plan.monitor, self.plan.mode)
+        return found[0] if found else None
+
+    @property
+    def best_path(self) -> str | None:
+        """The best of its checkpoints that are there, by `monitor`; None before the first."""
+        best = self._best()
+        return None if best is None else best.path
+
+    @property
+    def best_score(self) -> float | None:
+        """The monitored metric of `best_path`."""
+        best = self._best()
+        return None if best is None else best.metrics[self.plan.monitor or ""]
+
+    def take_fresh(self) -> list[str]:
+        """The paths saved to since the last call."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
     def description(self) -> dict[str, Any]:
         """What makes it anew, as plain data."""
         return {**self.options, **asdict(self.plan)}
 
-    def begin(self, handler: NNHandler, *, number: int = 0) -> bool:
+    def begin(
+        self,
+        handler: TrainingState,
+        *,
+        number: int = 0,
+        restore: Callable[[str], None] | None = None,
+    ) -> bool:
         """Before training; collective. `number`: of this one among those with the same label.
-        Whether the handler was resumed from a checkpoint."""
+        Whether the handler was resumed from a checkpoint, by `restore`."""
         self._number = number
         self.plan.check_names(handler.metric_names())
         if self.plan.saves() or self.options["save_last"]:
@@ -105,9 +134,14 @@ class AutoSaver:
         if self.one_file:
             check_config(handler, self.plan.name)  # else the first save would tell, too late
         resumed = False
-        if self.options["resume"] and handler.step == 0 and handler.epoch == 0:
-            every = CheckpointManager(self.folder, label=None, format=self._format())
-            found = every.first_that_loads(handler.restore, _newest_first)
+        if (
+            restore is not None
+            and self.options["resume"]
+            and handler.step == 0
+            and handler.epoch == 0
+        ):
+            every = CheckpointManager(self.folder, label=None, backend=self._format())
+            found = every.first_that_loads(restore, _newest_first)
             resumed = found is not None
         if handler.run_id is None:
             with operation("NNHandler: the id of this run") as coordinator:
@@ -120,11 +154,11 @@ class AutoSaver:
             keep=self.plan.policies(),
             asynchronous=bool(self.options["asynchronous"]),
             label=self._label(handler),
-            format=self._format(),
+            backend=self._format(),
         )
         if self.options["save_last"]:
             label = f"{self.label} last {handler.run_id}"
-            self._last = CheckpointManager(self.folder, label=label, format=self._format())
+            self._last = CheckpointManager(self.folder, label=label, backend=self._format())
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return resumed
 
@@ -141,7 +175,7 @@ class AutoSaver:
         with operation(f"NNHandler: the folder {self.folder}") as coordinator:
             exchange(coordinator, "make", lambda: b"", make)
 
-    def _label(self, handler: NNHandler) -> str:
+    def _label(self, handler: TrainingState) -> str:
         number = f" {self._number}" if self._number else ""
         return f"{self.label}{number} {handler.run_id}"
 
@@ -152,13 +186,13 @@ class AutoSaver:
         """Whether it is time to save, by this process's clock."""
         return self.plan.due_by_time((time.monotonic() - self._saved_at) / 60)
 
-    def within_epoch(self, handler: NNHandler, *, now: bool) -> None:
+    def within_epoch(self, handler: TrainingState, *, now: bool) -> None:
         """Between two steps; collective. `now`: the time has come."""
         if now or self.plan.due_at_step(handler.step, saved_at=self._saved_step):
             self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
 
     def after_epoch(
-        self, handler: NNHandler, results: Mapping[str, float], *, last: bool, save_last: bool
+        self, handler: TrainingState, results: Mapping[str, float], *, last: bool, save_last: bool
     ) -> None:
         """After an epoch, with its metrics; collective."""
         if self.plan.due_after_epoch(handler.epoch, last=last, save_last=save_last):
@@ -170,11 +204,11 @@ class AutoSaver:
                 state_on_all(handler),
                 metrics=results,
                 name="last" + self._suffix,
-                if_exists="replace",
+                if_exists="overwrite",
             )
 
     def save(
-        self, handler: NNHandler, metrics: Mapping[str, float], *, name: str
+        self, handler: TrainingState, metrics: Mapping[str, float], *, name: str
     ) -> SavedCheckpoint:
         """Save now; collective."""
         assert self._manager is not None, "begin comes first"
@@ -183,12 +217,13 @@ class AutoSaver:
             state_on_all(handler),
             metrics=metrics,
             name=name,
-            if_exists="replace" if self.plan.overwrite else "number",
+            if_exists="overwrite" if self.plan.overwrite else "number",
         )
         self._saved_step, self._saved_at = handler.step, time.monotonic()
+        self._fresh.append(saved.path)
         return saved
 
-    def emergency(self, handler: NNHandler, *, process_group: Any = None) -> None:
+    def emergency(self, handler: TrainingState, *, process_group: Any = None) -> None:
         """Save because training ends; collective, or over a group of one. Waits until the
         checkpoint is there."""
         name = f"step{handler.step}{self._suffix}"
@@ -199,17 +234,17 @@ class AutoSaver:
             manager = CheckpointManager(
                 self.folder,
                 label=self._label(handler),
-                format=self._format(),
+                backend=self._format(),
                 process_group=process_group,
             )
             # the module itself: of DDP's buffers only rank 0's would count
             state = {**state_on_all(handler, process_group), "model": handler.module}
             manager.save(handler.step, state, name=name, if_exists="number")
 
-    def staged(self) -> None:
+    def wait_staged(self) -> None:
         """Wait until what is being saved in the background may change."""
         if self._manager is not None:
-            self._manager.staged()
+            self._manager.wait_staged()
 
     def close(self) -> None:
         """Wait for a save in the background; collective."""

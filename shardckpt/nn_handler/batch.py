@@ -2,44 +2,162 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from shardckpt.errors import StateError
+from shardckpt.nn_handler.training_state import TrainingState
 
-if TYPE_CHECKING:
-    from shardckpt.nn_handler.handler import NNHandler
-
-__all__ = ["forward", "to_device"]
+__all__ = ["Result", "batch_size", "call_model", "forward", "split", "to_device"]
 
 
-def forward(handler: NNHandler, batch: Any, *, use_amp: bool) -> tuple[torch.Tensor, Any, Any]:
-    """(loss, outputs, targets) of a batch, which is a pair of inputs and targets."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+@dataclass(slots=True)
+class Result:
+    """What a batch gave: the loss, the terms that a loss names beside it, what metrics look at."""
+
+    loss: torch.Tensor
+    outputs: Any = None
+    targets: Any = None
+    terms: dict[str, Any] = field(default_factory=dict)
+    size: int = 1
+
+
+def forward(handler: TrainingState, batch: Any, autocast: Any = None) -> Result | None:
+    """The loss, outputs and targets of a batch; None if a training step of the user's own has
+    updated the weights by itself."""
+    batch = to_device(batch, handler.device)
+    with autocast or nullcontext():
+        if handler.training_step is not None:
+            return _of_step(handler.training_step(handler, batch), batch)
+        inputs, targets = split(batch, handler.module)
+        outputs = call_model(handler.model, inputs, handler.module)
+        if handler.loss_fn is None:
+            found = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            found = getattr(outputs, "loss", None) if found is None else found
+            if found is None:
+                raise StateError(
+                    "The handler has no loss, and the outputs of the model bring none",
+                    expected='outputs with a "loss"',
+                    actual=type(outputs).__name__,
+                    remedy="call set_loss_fn first",
+                )
+        else:
+            found = handler.loss_fn(outputs, targets)
+    size = batch_size(targets)
+    return _result(found, outputs, targets, size)
+
+
+def _of_step(found: Any, batch: Any) -> Result | None:
+    if found is None:
+        return None
+    extra = dict(found) if isinstance(found, Mapping) else {"loss": found}
+    outputs, targets = extra.pop("outputs", None), extra.pop("targets", None)
+    return _result(extra, outputs, targets, batch_size(batch if targets is None else targets))
+
+
+def _result(found: Any, outputs: Any, targets: Any, size: int) -> Result:
+    terms = dict(found) if isinstance(found, Mapping) else {"loss": found}
+    loss = terms.pop("loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
         raise StateError(
-            "A batch is not what training needs",
-            expected="(inputs, targets)",
-            actual=type(batch).__name__,
-            remedy="give the loader a dataset of pairs, or a collate_fn that makes them",
+            "The loss is not a scalar tensor",
+            expected='a tensor with one element, or a dict {"loss": tensor, "<term>": number}',
+            actual=f"{type(found if loss is None else loss).__name__}{shape}",
+            remedy="return the sum to be minimised; give its terms by name beside it: "
+            '{"loss": a + b, "a": a, "b": b}',
         )
-    assert handler.loss_fn is not None
-    inputs, targets = (to_device(part, handler.device) for part in batch)
-    kind = handler.device.type
-    dtype = torch.float16 if kind == "cuda" else torch.bfloat16
-    with torch.autocast(kind, dtype=dtype) if use_amp else nullcontext():
-        outputs = handler.model(inputs)
-        return handler.loss_fn(outputs, targets), outputs, targets
+    return Result(loss.reshape(()), outputs, targets, terms, size)
+
+
+def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:
+    """(inputs, targets) of a batch. A dict is both: the model takes what it has parameters for,
+    loss and metrics get the whole."""
+    if isinstance(batch, Mapping):
+        return batch, batch
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, (tuple, list)) and len(batch) > 2 and _binds(module, batch[:-1], {}):
+        return tuple(batch[:-1]), batch[-1]
+    raise StateError(
+        "A batch is not what training needs",
+        expected="(inputs, targets), (input, ..., targets) or a dict",
+        actual=f"{type(batch).__name__}"
+        + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""),
+        remedy="give the loader a dataset of pairs, or a collate_fn that makes them, or take "
+        "batches of any kind in a step of your own: handler.set_training_step(step)",
+    )
+
+
+def call_model(model: nn.Module, inputs: Any, module: nn.Module) -> Any:
+    """model(inputs). A dict whose keys are parameters of forward is given by name, and a tuple
+    that forward can't take as one item by item."""
+    names = inspect.signature(module.forward).parameters
+    if isinstance(inputs, Mapping):
+        own = {key: item for key, item in inputs.items() if key in names}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
+        given = inputs if own and takes_any else own
+        if own and _binds(module, (), given):
+            return model(**given)
+    plain = type(inputs) in (tuple, list)
+    if plain and not _binds(module, (inputs,), {}) and _binds(module, inputs, {}):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _binds(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A nested value with its tensors on a device."""
-    if isinstance(value, torch.Tensor):
+    """A nested value with its tensors on a device. Containers keep their types; what has a method
+    `to`, as PackedSequence and BatchEncoding do, is asked."""
+    if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
         return value.to(device)
+    if isinstance(value, dict):
+        moved = {key: to_device(item, device) for key, item in value.items()}
+        return moved if type(value) is dict else _like(value, moved)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(to_device(item, device) for item in value)
     if isinstance(value, (list, tuple)):
         return type(value)(to_device(item, device) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        moved = {name: to_device(item, device) for name, item in fields.items()}
+        return dataclasses.replace(value, **moved)
     return value
+
+
+def _like(value: dict[Any, Any], moved: dict[Any, Any]) -> dict[Any, Any]:
+    made = copy.copy(value)
+    made.update(moved)
+    return made
+
+
+def batch_size(targets: Any) -> int:
+    """Of a tensor, of collated containers of tensors, or of a list with an item a sample."""
+    if isinstance(targets, nn.utils.rnn.PackedSequence):
+        return int(targets.batch_sizes[0])
+    if isinstance(targets, torch.Tensor):
+        return len(targets) if targets.dim() else 1
+    if not isinstance(targets, (Mapping, list, tuple)):
+        return 1
+    items = list(targets.values()) if isinstance(targets, Mapping) else list(targets)
+    sizes = {len(i) for i in items if isinstance(i, torch.Tensor) and i.dim()}
+    if isinstance(targets, Mapping) and sizes:
+        return next(len(i) for i in items if isinstance(i, torch.Tensor) and i.dim())
+    return sizes.pop() if len(sizes) == 1 else max(len(items), 1)

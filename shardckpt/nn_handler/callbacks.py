@@ -1,4 +1,4 @@
-"""Hooks into training. A plain function of (handler, metrics) is called after each epoch."""
+"""The callbacks that come with the package: early stopping, saving, logging, progress."""
 
 from __future__ import annotations
 
@@ -9,84 +9,23 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from shardckpt.errors import DependencyError, StateError
 from shardckpt.nn_handler.auto_saver import AutoSaver
+from shardckpt.nn_handler.callback import Callback, Metrics
+from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.storage.atomic_write import write_file
 from shardckpt.storage.paths import local_path
 
-if TYPE_CHECKING:
-    from shardckpt.nn_handler.handler import NNHandler
-
 __all__ = [
     "CSVLogger",
-    "Callback",
     "EarlyStopping",
-    "Hook",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ProgressBar",
     "TensorBoardLogger",
 ]
-
-Metrics = Mapping[str, float]
-
-
-class Callback:
-    """Base of callbacks: override what you need. Every rank calls each hook at the same point.
-
-    The constructor's arguments are noted and saved with a checkpoint, as are what state_dict
-    returns (plain data, the same on all ranks); load makes each instance anew from them.
-    `handler.stop_training = True` ends training after the step or epoch. An exception ends
-    training, after a save if auto_save is set so.
-    """
-
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    writes_files = False
-    """Whether it writes where its arguments say: after a load the program must confirm that."""
-    confirmed = True
-    """False for one that a load has made, until handler.confirm(): it must write no files."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
-        """Note the constructor's arguments."""
-        made = super().__new__(cls)
-        made.arguments = args, kwargs
-        return made
-
-    def on_train_start(self, handler: NNHandler) -> None:
-        """Before the first epoch of a call of train, after a resume."""
-
-    def on_epoch_start(self, handler: NNHandler) -> None:
-        """Before an epoch, not where one is gone on with."""
-
-    def on_step_end(self, handler: NNHandler, loss: float) -> None:
-        """After a step of the optimizer; `loss` is that of this rank's last batch."""
-
-    def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
-        """After an epoch and its validation; before auto_save."""
-
-    def on_train_end(self, handler: NNHandler) -> None:
-        """After the last epoch of a call of train, or an early stop."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict returned."""
-
-
-class Hook(Callback):
-    """A plain function, called after each epoch."""
-
-    def __init__(self, function: Callable[[NNHandler, Metrics], Any]) -> None:
-        self.function = function
-
-    def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
-        """Call it."""
-        self.function(handler, metrics)
 
 
 def _better(value: float, best: float, mode: str, min_delta: float) -> bool:
@@ -111,11 +50,11 @@ class EarlyStopping(Callback):
         self.best = math.inf if mode == "min" else -math.inf
         self.waited = 0
 
-    def on_train_start(self, handler: NNHandler) -> None:
+    def on_train_start(self, handler: TrainingState) -> None:
         """Check that the metric will appear."""
-        check_monitor(self.monitor, handler)
+        handler.check_monitor(self.monitor)
 
-    def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
+    def on_epoch_end(self, handler: TrainingState, metrics: Metrics) -> None:
         """Compare, and stop."""
         if self.monitor not in metrics:
             return
@@ -133,17 +72,6 @@ class EarlyStopping(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See state_dict."""
         self.best, self.waited = float(state["best"]), int(state["waited"])
-
-
-def check_monitor(monitor: str, handler: NNHandler) -> None:
-    """Raise StateError for a metric that training never brings."""
-    if monitor not in handler.metric_names():
-        raise StateError(
-            "The monitored metric never appears",
-            expected=f"one of {', '.join(sorted(handler.metric_names()))}",
-            actual=monitor,
-            remedy="correct monitor, or add the metric; val_ ones need a validation loader",
-        )
 
 
 class ModelCheckpoint(Callback):
@@ -176,7 +104,7 @@ class ModelCheckpoint(Callback):
             label=f"ModelCheckpoint {name} {monitor} {mode} {keep_best} {interval}",
         )
 
-    def on_train_start(self, handler: NNHandler) -> None:
+    def on_train_start(self, handler: TrainingState) -> None:
         """Check the name and the metric."""
         if not self.confirmed:
             return
@@ -184,7 +112,7 @@ class ModelCheckpoint(Callback):
         alike = [saver for saver in others if saver.label == self.saver.label]
         self.saver.begin(handler, number=alike.index(self.saver) if self.saver in alike else 0)
 
-    def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
+    def on_epoch_end(self, handler: TrainingState, metrics: Metrics) -> None:
         """Save if it is due, and the metric is there."""
         if self.monitor not in metrics:
             return
@@ -208,7 +136,7 @@ class LearningRateMonitor(Callback):
     def __init__(self) -> None:
         self.rates: list[list[float]] = []
 
-    def on_step_end(self, handler: NNHandler, loss: float) -> None:
+    def on_step_end(self, handler: TrainingState, loss: float) -> None:
         """Note the rates."""
         if handler.optimizer is not None:
             self.rates.append([float(group["lr"]) for group in handler.optimizer.param_groups])
@@ -235,7 +163,7 @@ class CSVLogger(Callback):
         self.path = local_path(path)
         self.rows: list[dict[str, Any]] = []
 
-    def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
+    def on_epoch_end(self, handler: TrainingState, metrics: Metrics) -> None:
         """Write the file anew."""
         self.rows.append({"epoch": handler.epoch, "step": handler.step, **metrics})
         if handler.rank or not self.confirmed:
@@ -265,7 +193,7 @@ class TensorBoardLogger(Callback):
         self.folder = local_path(folder)
         self._writer: Any = None
 
-    def on_train_start(self, handler: NNHandler) -> None:
+    def on_train_start(self, handler: TrainingState) -> None:
         """Open the log; what epochs that are trained again had written is dropped."""
         if handler.rank or not self.confirmed:
             return
@@ -278,14 +206,14 @@ class TensorBoardLogger(Callback):
             ) from error
         self._writer = tensorboard.SummaryWriter(self.folder, purge_step=handler.epoch + 1)
 
-    def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
+    def on_epoch_end(self, handler: TrainingState, metrics: Metrics) -> None:
         """Write the metrics."""
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, handler.epoch)
             self._writer.flush()
 
-    def on_train_end(self, handler: NNHandler) -> None:
+    def on_train_end(self, handler: TrainingState) -> None:
         """Close the log."""
         if self._writer is not None:
             self._writer.close()
@@ -298,7 +226,7 @@ class ProgressBar(Callback):
     def __init__(self) -> None:
         self._shown = 0.0
 
-    def on_step_end(self, handler: NNHandler, loss: float) -> None:
+    def on_step_end(self, handler: TrainingState, loss: float) -> None:
         """Ten times a second at most."""
         if handler.rank == 0 and sys.stderr.isatty() and time.monotonic() - self._shown > 0.1:
             self._shown = time.monotonic()
@@ -309,7 +237,7 @@ class ProgressBar(Callback):
                 flush=True,
             )
 
-    def on_epoch_end(self, handler: NNHandler, metrics: Metrics) -> None:
+    def on_epoch_end(self, handler: TrainingState, metrics: Metrics) -> None:
         """The metrics."""
         if handler.rank == 0:
             clear = "\r\x1b[K" if sys.stderr.isatty() else ""

@@ -1,38 +1,33 @@
-"""What a handler consists of: the setters of its parts, and what a checkpoint holds of them."""
+"""The setters of a handler's parts."""
 
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.optim.lr_scheduler import LRScheduler
 
-import shardckpt
 from shardckpt.errors import StateError
+from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
-from shardckpt.nn_handler.callbacks import Callback, Hook
-from shardckpt.nn_handler.data import Position, TrainData, ValData
-from shardckpt.nn_handler.ema import EMA
+from shardckpt.nn_handler.callback import Callback, Hook, Metrics
+from shardckpt.nn_handler.data import TrainData, ValData
 from shardckpt.nn_handler.groups import Groups, grouped
 from shardckpt.nn_handler.model_code import collect_code
-from shardckpt.nn_handler.objects import describe, warn_of_absent
-from shardckpt.nn_handler.parallel import Layout, Parallel, start, wrap
-from shardckpt.nn_handler.random_state import random_state, seed_generators
+from shardckpt.nn_handler.parallel import Buffers, Layout, Parallel, start, wrap
+from shardckpt.nn_handler.random_state import seed_generators
 from shardckpt.nn_handler.scheduling import Interval, Scheduler
+from shardckpt.nn_handler.training_state import TrainingState
 
-if TYPE_CHECKING:
-    from shardckpt.nn_handler.handler import NNHandler
-
-__all__ = ["Parts", "check_compile"]
+__all__ = ["Components", "check_compile"]
 
 
-class Parts:
-    """A model with its optimizer, scheduler, loss, loaders, metrics and callbacks."""
+class Components(TrainingState):
+    """The setters of a handler's parts, and what a load does with what it may not decide."""
 
     def __init__(
         self,
@@ -43,71 +38,16 @@ class Parts:
         parallel: Parallel = "auto",
         device_mesh: Any = None,
         tp_plan: Mapping[str, Any] | None = None,
+        parallel_options: Mapping[str, Any] | None = None,
+        buffers: Buffers = "rank0",
         **model_kwargs: Any,
     ) -> None:
-        self.layout: Layout = start(parallel, device, device_mesh, tp_plan)
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.scheduler: Scheduler | None = None
-        self.scaler: Any = None
-        self.ema: EMA | None = None
-        self.loss_fn: Callable[..., Any] | None = None
-        self.metrics: dict[str, Callable[..., Any]] = {}
-        self.callbacks: list[Callback] = []
-        self.train_data: TrainData | None = None
-        self.val_data: ValData | None = None
-        self.auto_saver: AutoSaver | None = None
-        self.epoch = 0
-        self.step = 0
-        self.history: dict[str, list[float]] = {}
-        self.stop_training = False
-        self.validates = True  # whether the call of train does so at all
-        self.model_code: dict[str, str] | None = None
-        # What the trainer goes on from; see Trainer, and begin_run.
-        self.position = Position()
-        self.boundary: dict[str, Any] | None = None
-        self.rate = 0.0
-        self.seed_value = 0
-        self.runs: list[int] = []
-        self.run_id: str | None = None
-        self._replayed: int | None = None
-        self._frozen: list[str] = []
-        self._compile: dict[str, Any] | None = None
-        self._optimizer: dict[str, Any] | None = None
-        self._warned: set[str] = set()
-        # What a checkpoint says and the program has not: see await_part, propose and confirm.
-        self._awaited: dict[str, Any] = {}
-        self._loss_tensors: nn.Module | None = None
-        self._proposed: dict[str, Any] = {}
+        layout = start(
+            parallel, device, device_mesh, tp_plan, options=parallel_options, buffers=buffers
+        )
+        super().__init__(layout=layout)
         self._save_code = save_model_code
-        self._class_name: Any = None
         self.set_model(model_class, **model_kwargs)
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return self.layout.device
-
-    @property
-    def parallel(self) -> Parallel:
-        """How the job is spread, as resolved."""
-        return self.layout.mode
-
-    @property
-    def rank(self) -> int:
-        """This process's rank, 0 without a process group."""
-        return self.layout.rank
-
-    @property
-    def world_size(self) -> int:
-        """The number of ranks."""
-        return dist.get_world_size() if dist.is_initialized() else 1
-
-    @property
-    def module(self) -> nn.Module:
-        """The model as its class made it, without DDP around it."""
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            return self.model.module  # type: ignore[no-any-return]
-        return self.model
 
     def set_model(self, model_class: Callable[..., nn.Module], **model_kwargs: Any) -> None:
         """Make another model; collective. Before set_optimizer, which holds its parameters."""
@@ -123,10 +63,17 @@ class Parts:
                 remedy="give the class and its arguments, as in NNHandler(Net, width=32): "
                 "a checkpoint holds them, and load makes the model anew",
             )
+        if not callable(model_class):
+            raise StateError(
+                "The model's class is not callable",
+                expected="a class, or a function that makes the model",
+                actual=repr(model_class)[:200],
+            )
         self.model_class, self.model_kwargs = model_class, model_kwargs
         self.model = wrap(model_class(**model_kwargs), self.layout)
-        self.ema = None
-        self._frozen, self._compile, self._class_name = [], None, None
+        self.wrapped_for = [p.requires_grad for p in self.module.parameters()]
+        self.ema, self.probed = None, False
+        self.frozen, self.compiling, self.class_name = [], None, None
         self.model_code = collect_code(model_class) if self._save_code else None
 
     def set_optimizer(
@@ -136,12 +83,20 @@ class Parts:
         groups: Groups | None = None,
         **options: Any,
     ) -> None:
-        """Optimise the model's parameters that are not frozen.
+        """Optimise the model's parameters that are not frozen, and those of the loss.
 
         `groups` gives some of them options of their own: a dict of name prefix -> options, or a
-        list of dicts as torch has it, whose "params" are parameters, names or prefixes.
+        list of dicts as torch has it, whose "params" are parameters, names or prefixes. A
+        scheduler that was set before begins anew.
         """
-        chosen, named = grouped(self.module, groups)
+        check_class(optimizer_class, torch.optim.Optimizer, "optimizer", "torch.optim.Adam, lr=0.1")
+        self.make_optimizer(optimizer_class, groups, options)
+
+    def make_optimizer(
+        self, optimizer_class: Any, groups: Any, options: dict[str, Any], *, exact: bool = False
+    ) -> None:
+        """See set_optimizer; `exact`: the groups are all there are."""
+        chosen, named = grouped(self.module, groups, self.loss_module, exact=exact)
         optimizer = optimizer_class(chosen, **options)
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -151,8 +106,11 @@ class Parts:
                 actual=type(optimizer).__name__,
             )
         self.optimizer = optimizer
-        self.rate = float(self.optimizer.param_groups[0]["lr"])
-        self._optimizer = {"class": optimizer_class, "groups": named, "options": options}
+        self.optimizer_recipe = {"class": optimizer_class, "groups": named, "options": options}
+        if self.scheduler is not None:
+            self.scheduler = self.scheduler.anew(optimizer)
+            warn("The scheduler begins anew, with the new optimizer")
+        self.rate = float(optimizer.param_groups[0]["lr"])
 
     def set_scheduler(
         self,
@@ -168,6 +126,7 @@ class Parts:
         after each step of the optimizer. ReduceLROnPlateau looks at the metric `monitor`. The
         option `schedulers` of SequentialLR and ChainedScheduler is a list of (class, options).
         """
+        check_class(scheduler_class, LRScheduler, "scheduler", "StepLR, step_size=10")
         if self.optimizer is None:
             raise StateError("A scheduler needs an optimizer", remedy="call set_optimizer first")
         self.scheduler = Scheduler(
@@ -175,40 +134,74 @@ class Parts:
         )
         self.rate = float(self.optimizer.param_groups[0]["lr"])
 
-    def set_grad_scaler(self, **options: Any) -> None:
-        """A torch.amp.GradScaler for use_amp; on CUDA train makes one if there is none."""
-        kind = "cuda" if self.device.type == "cuda" else "cpu"
-        self.scaler = torch.amp.GradScaler(kind, **options)
-
     def set_loss_fn(self, loss_fn: Callable[..., Any]) -> None:
-        """loss_fn(outputs, targets) -> a scalar tensor, the mean over the batch."""
+        """loss_fn(outputs, targets) -> a scalar tensor, the mean over the batch, or a dict of it as
+        "loss" and of its terms by name, which the history gets too. Parameters of a loss that is a
+        module are trained with the model's. Without a loss, that of the outputs is taken."""
+        check_function(loss_fn, "loss", "set_loss_fn(nn.CrossEntropyLoss())")
         placed = isinstance(loss_fn, nn.Module) and self.device.type != "meta"
-        if isinstance(loss_fn, nn.Module) and self._loss_tensors is not None:
+        if isinstance(loss_fn, nn.Module) and self.loss_tensors is not None:
             try:
-                loss_fn.load_state_dict(self._loss_tensors.state_dict())
+                loss_fn.load_state_dict(self.loss_tensors.state_dict())
             except RuntimeError as error:
-                warnings.warn(f"The loss does not take its saved tensors: {error}", stacklevel=2)
+                warn(f"The loss does not take its saved tensors: {error}")
+        former = self.loss_module
         self.loss_fn = loss_fn.to(self.device) if placed else loss_fn  # type: ignore[attr-defined]
-        self._awaited.pop("loss_fn", None)
-        self._loss_tensors = None
+        self.awaited.pop("loss_fn", None)
+        self.loss_tensors = None
+        loss = self.loss_module
+        if loss is not None and self.parallel != "none" and self.device.type != "meta":
+            for tensor in (*loss.parameters(), *loss.buffers()):
+                dist.broadcast(tensor.data, 0)
+        if (former or loss) and former is not loss and self.optimizer is not None:
+            assert self.optimizer_recipe is not None
+            recipe = self.optimizer_recipe
+            groups = [
+                {**group, "params": names}
+                for group in recipe["groups"]
+                if (names := [n for n in group["params"] if not n.startswith("loss_fn.")])
+            ]
+            if loss is not None:
+                groups.append({"params": [f"loss_fn.{n}" for n, _ in loss.named_parameters()]})
+            self.make_optimizer(recipe["class"], groups, recipe["options"], exact=True)
 
-    def add_metric(self, name: str, metric: Callable[..., Any]) -> None:
+    def set_training_step(self, step: Callable[..., Any]) -> None:
+        """step(handler, batch) -> the loss, for training and validation in place of the model and
+        the loss function. Not collective.
+
+        Args:
+            step: Gets this handler and a batch on its device. It returns a scalar tensor, or a
+                dict with it as "loss", terms by name, and for metrics "outputs" and "targets".
+                The trainer does backward and the update. A step that returns None does both by
+                itself. A checkpoint does not hold it: give it again after load.
+        """
+        check_function(step, "training step", "set_training_step(step)")
+        self.training_step = step
+        self.awaited.pop("own_step", None)
+
+    def add_metric(self, name: str, metric: Any) -> None:
         """metric(outputs, targets) -> a number, the mean over the batch; for training and
-        validation (as `val_<name>`)."""
+        validation (as `val_<name>`). An object with update, compute and reset, as those of
+        torchmetrics, takes in the batches of an epoch, and computes over all ranks at its end."""
         if not name or name in ("loss", "lr", "epoch", "step") or name.startswith("val_"):
             raise StateError("This name of a metric is taken", actual=repr(name))
+        check_function(metric, "metric", f"add_metric({name!r}, metric)")
         self.metrics[name] = metric
-        self._awaited.pop(f"metrics.{name}", None)
+        self.awaited.pop(f"metrics.{name}", None)
 
-    def set_train_loader(self, data: Dataset[Any] | DataLoader[Any], **loader_options: Any) -> None:
-        """A Dataset with a DataLoader's options, or a DataLoader; each rank sees its part."""
+    def set_train_loader(self, data: Any, **loader_options: Any) -> None:
+        """A Dataset with a DataLoader's options, a DataLoader, or any iterable of batches.
+
+        A Dataset, and that of a plain DataLoader, is divided among the ranks; all else is used as
+        it is: with its sampler, batch sampler, generator or class.
+        """
         self.train_data = TrainData(data, loader_options, self.layout)
 
-    def set_val_loader(self, data: Dataset[Any] | DataLoader[Any], **loader_options: Any) -> None:
+    def set_val_loader(self, data: Any, **loader_options: Any) -> None:
         """As set_train_loader; every sample is seen by one rank, once."""
         self.val_data = ValData(data, loader_options, self.layout)
 
-    def add_callback(self, callback: Callback | Callable[[NNHandler, Any], Any]) -> None:
+    def add_callback(self, callback: Callback | Callable[[Any, Metrics], Any]) -> None:
         """A Callback, or a function of (handler, metrics) that is called after each epoch."""
         if isinstance(callback, type) or not callable(callback) | isinstance(callback, Callback):
             raise StateError(
@@ -234,35 +227,55 @@ class Parts:
                 actual=name,
             )
         module.requires_grad_(not freeze)
-        self._frozen = [n for n in self._frozen if n != name] + ([name] if freeze else [])
-        if self.parallel == "ddp":  # DDP counts on the parameters that it saw when it was made
-            self.model = wrap(self.module, self.layout)
+        self.frozen = [n for n in self.frozen if n != name] + ([name] if freeze else [])
+        self.wrap_again()
+
+    def set_hyperparameters(self, **options: Any) -> None:
+        """Change options of the optimizer in all its groups, such as lr and weight_decay, and keep
+        its moments. Holds after a resume too: what a checkpoint says gives way. Not collective.
+
+        A scheduler goes on with the new rate as its base.
+
+        Raises:
+            StateError: The optimizer has no such option.
+
+        Example:
+            >>> handler.set_optimizer(torch.optim.AdamW, lr=0.01)
+            >>> handler.set_hyperparameters(lr=0.003)
+        """
+        self.hyperparameters.update(options)
+        self.apply_hyperparameters()
+
+    def remove_callback(self, callback: Callback | type[Callback]) -> None:
+        """Remove a callback, or all of a class. Not collective.
+
+        Raises:
+            StateError: There is none.
+        """
+        kept = [
+            c
+            for c in self.callbacks
+            if c is not callback and not (isinstance(callback, type) and isinstance(c, callback))
+        ]
+        if len(kept) == len(self.callbacks):
+            raise StateError(
+                "The handler does not have this callback",
+                expected=", ".join(type(c).__name__ for c in self.callbacks) or "none is there",
+                actual=repr(callback),
+            )
+        self.callbacks[:] = kept
 
     def compile_model(self, **options: Any) -> None:
         """torch.compile the model, in place: names of parameters stay as they are."""
         self.model.compile(**options)
-        self._compile = options
-        self._proposed.pop("compile", None)
+        self.compiling = options
+        self.proposed.pop("compile", None)
 
     def await_part(self, at: str, described: Any, tensors: nn.Module | None) -> None:
         """Note a loss or metric ("loss_fn", "metrics.<name>") that a checkpoint names and that is
         to be given before training; `tensors` holds those of a loss until then."""
-        self._awaited[at] = described
-        self._loss_tensors = tensors or self._loss_tensors
-
-    def check_given(self) -> None:
-        """Raise StateError for a loss or metrics of a checkpoint that are still to be given."""
-        if self._awaited:
-            ways = [
-                "set_loss_fn(...)" if at == "loss_fn" else f"add_metric({at[8:]!r}, ...)"
-                for at in self._awaited
-            ]
-            raise StateError(
-                "The checkpoint names a loss or metrics that load could not resolve",
-                expected=", ".join(f"{at}: {text}" for at, text in self._awaited.items()),
-                remedy=f"call {', '.join(ways)}, or before load shardckpt.trust the module that "
-                "defines them",
-            )
+        self.awaited[at] = described
+        self.loss_tensors = tensors or self.loss_tensors
 
     def propose(self, part: str, options: Any) -> None:
         """Keep what a checkpoint says about "auto_saver" or "compile", until it is confirmed;
@@ -271,13 +284,13 @@ class Parts:
             AutoSaver(**{**options, "resume": None})
         else:
             check_compile(options)
-        self._proposed[part] = options
+        self.proposed[part] = options
 
     @property
     def unconfirmed(self) -> list[str]:
         """What came with a checkpoint and does nothing before `confirm`: the auto-saver, callbacks
         that write files, the compilation of the model."""
-        waiting = [f"{part}: {options}" for part, options in self._proposed.items()]
+        waiting = [f"{part}: {options}" for part, options in self.proposed.items()]
         return waiting + [
             f"{type(c).__name__}: {c.arguments}"
             for c in self.callbacks
@@ -295,7 +308,7 @@ class Parts:
             >>> print(handler.unconfirmed)
             >>> handler.confirm()
         """
-        saver, compiling = (self._proposed.pop(part, None) for part in ("auto_saver", "compile"))
+        saver, compiling = (self.proposed.pop(part, None) for part in ("auto_saver", "compile"))
         if saver is not None:
             self.auto_saver = AutoSaver(**{**saver, "resume": None})
         if compiling is not None:
@@ -303,130 +316,38 @@ class Parts:
         for callback in self.callbacks:
             callback.confirmed = True
 
-    def train_mode(self) -> None:
-        """Training mode for all but frozen modules."""
-        self.model.train()
-        for name in self._frozen:
-            self.module.get_submodule(name).eval()
-
-    def metric_names(self) -> set[str]:
-        """The names that epochs bring metrics under."""
-        names = {"loss", *self.metrics}
-        if self.val_data is not None and self.validates:
-            names |= {f"val_{name}" for name in names}
-        return names | {"epoch", "step", "lr"}
-
-    def replaying(self) -> bool:
-        """Whether the next call of train was begun before a resume."""
-        return self._replayed is not None and self._replayed < len(self.runs)
-
-    def begin_run(self, epochs: int, *, resumed: bool) -> int:
-        """Note a call of train; the epoch at which it ends. After a resume the calls that were
-        made before are met again, and end where they would have ended."""
-        if resumed:
-            self._replayed = 0
-        if self.replaying():
-            assert self._replayed is not None
-            begun = self.runs[self._replayed]
-            self._replayed += 1
-            return begun + epochs
-        self.stop_training = False
-        self.runs.append(self.epoch)
-        return self.epoch + epochs
-
-    def config(self) -> dict[str, Any]:
-        """What rebuilds the handler, as plain data; see shardckpt.nn_handler.objects."""
-        config: dict[str, Any] = {
-            "model": describe({"class": self.model_class, "kwargs": self.model_kwargs}),
-            "optimizer": describe(self._optimizer),
-            "scheduler": self.scheduler and self.scheduler.description(),
-            "loss_fn": describe(self.loss_fn),
-            "metrics": describe(self.metrics),
-            "callbacks": describe(
-                [
-                    {"class": type(c), "args": list(c.arguments[0]), "kwargs": c.arguments[1]}
-                    for c in self.callbacks
-                ]
-            ),
-            "auto_saver": self.auto_saver and self.auto_saver.description(),
-            "frozen": list(self._frozen),
-            "compile": describe(self._compile),
-            "code": self.model_code,
-        }
-        for at, described in self._awaited.items():
-            part, _, name = at.partition(".")
-            config[part] = {**config[part], name: described} if name else described
-        config.update(self._proposed)
-        if self._class_name is not None:
-            config["model"]["class"] = self._class_name
-        return config
-
-    def callback_states(self) -> dict[str, Any]:
-        """The kind and state of each callback, as plain data."""
-        return {
-            str(number): {"kind": type(callback).__name__, "state": callback.state_dict()}
-            for number, callback in enumerate(self.callbacks)
-        }
-
     def adopt_code(self, code: dict[str, str] | None, class_name: Any) -> None:
         """Keep the source that came with a checkpoint, and the name of a class made by it."""
-        self.model_code, self._class_name = code, class_name
+        self.model_code, self.class_name = code, class_name
 
     def use_device(self, device: torch.device) -> None:
         """Send inputs to another device."""
         self.layout = Layout(mode="none", device=device)
 
-    def random_now(self) -> dict[str, Any]:
-        """The state of this process's random-number generators."""
-        return random_state()
 
-    def tensor_state(self) -> dict[str, Any]:
-        """The part of the state that is loaded in place."""
-        state: dict[str, Any] = {"model": self.model}
-        if self.optimizer is not None:
-            state["optimizer"] = self.optimizer
-        if isinstance(self.loss_fn, nn.Module) and self.loss_fn.state_dict():
-            state["loss_fn"] = self.loss_fn
-        elif self._loss_tensors is not None:
-            state["loss_fn"] = self._loss_tensors
-        return state
+def check_class(given: Any, base: type, what: str, example: str) -> None:
+    """Raise StateError for anything that can't make an optimizer or a scheduler."""
+    if isinstance(given, base) or not callable(given):
+        raise StateError(
+            f"The class of the {what} was expected",
+            expected=f"a class and its arguments, as in set_{what}({example})",
+            actual=f"an instance of {type(given).__name__}",
+            remedy=f"give the class: set_{what}({type(given).__name__}, ...)"
+            if isinstance(given, base)
+            else "give the class itself",
+        )
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, as shardckpt.save takes it."""
-        config = self.config()
-        if self.rank == 0:
-            warn_of_absent(config, self._warned)
-        position = self.position
-        boundary = self.boundary or {"random": random_state(), "sums": None}
-        state = self.tensor_state()
-        if self.scheduler is not None:
-            state["scheduler"] = self.scheduler.state_dict()
-        if self.scaler is not None:
-            state["scaler"] = self.scaler.state_dict()
-        if self.ema is not None:
-            state["ema"] = {"decay": self.ema.decay, "weights": self.ema.weights}
-        return {
-            **state,
-            "progress": {
-                "epoch": self.epoch,
-                "step": self.step,
-                "position": {
-                    "samples": position.samples,
-                    "batches": position.batches,
-                    "length": position.length,
-                    "seed": position.seed,
-                },
-                "runs": self.runs,
-                "run_id": self.run_id,
-                "history": self.history,
-                "rate": self.rate,
-                "seed": self.seed_value,
-                "stopped": self.stop_training,
-            },
-            "callbacks": self.callback_states(),
-            "ranks": shardckpt.PerRank({**boundary, "epoch_random": position.random}),
-            "config": config,
-        }
+
+def check_function(given: Any, what: str, example: str) -> None:
+    """Raise StateError for a class in place of an instance, or what can't be called."""
+    if isinstance(given, type) or not (callable(given) or hasattr(given, "update")):
+        name = given.__name__ if isinstance(given, type) else repr(given)[:100]
+        raise StateError(
+            f"A {what} must be an instance or a function",
+            expected=f"as in {example}",
+            actual=f"the class {name}" if isinstance(given, type) else name,
+            remedy=f"make an instance: {name}(...)" if isinstance(given, type) else None,
+        )
 
 
 _COMPILING: dict[str, tuple[Any, ...]] = {

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -19,10 +20,11 @@ from torch.utils.data import (
 )
 
 from shardckpt.errors import StateError
+from shardckpt.logs import warn
 from shardckpt.nn_handler.parallel import Layout
-from shardckpt.nn_handler.random_state import set_random_state
+from shardckpt.nn_handler.random_state import random_state, set_random_state
 
-__all__ = ["Position", "TrainData", "ValData"]
+__all__ = ["Position", "TrainData", "ValData", "set_epoch"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,24 +70,24 @@ class EpochSampler(Sampler[int]):
 
 
 class TrainData:
-    """What to train on: a Dataset with a DataLoader's options, or a DataLoader.
+    """What to train on: a Dataset with a DataLoader's options, a DataLoader, or any iterable of
+    batches.
 
-    A dataset that has an order is divided among the ranks, and goes on from any position. A
-    loader with a sampler of its own, and a dataset that is only iterated, are used as they are:
-    their ranks divide the data themselves, and to find a position again their batches are
+    A dataset is divided among the ranks, and goes on from any position. So is the one of a plain
+    DataLoader, whose order is none or a shuffle of each sample once. Everything else is used as
+    it is: a loader with a sampler, a batch sampler or a generator of its own, one of a subclass, a
+    stream. Its ranks divide the data themselves, and to find a position again its batches are
     drawn and dropped, with the random numbers of the epoch's beginning.
     """
 
-    def __init__(
-        self, data: Dataset[Any] | DataLoader[Any], options: dict[str, Any], layout: Layout
-    ) -> None:
-        dataset, options = take_apart(data, options)
+    def __init__(self, data: Any, options: dict[str, Any], layout: Layout) -> None:
         self.sampler: EpochSampler | None = None
         self.layout = layout
-        own = "sampler" in options or options.get("batch_sampler") is not None
-        if own or not _has_order(dataset):
-            self.loader = data if isinstance(data, DataLoader) else DataLoader(dataset, **options)
+        taken = take_apart(data, options)
+        if taken is None:
+            self.loader = as_it_is(data, options, layout)
             return
+        dataset, options = taken
         if options.get("batch_size", 1) is None:
             raise StateError("A train loader needs batches", remedy="give batch_size")
         shuffle = bool(options.pop("shuffle", False))
@@ -106,18 +108,26 @@ class TrainData:
         """Whether an epoch that was begun can be gone on with: not on other data."""
         return self.sampler is None or position.length in (0, self.sampler.length)
 
+    def random_now(self) -> dict[str, Any]:
+        """The state of every generator that an epoch's batches follow from."""
+        generators = _generators(self.loader) if self.sampler is None else []
+        own = {"loader": [g.get_state() for g in generators]} if generators else {}
+        return {**random_state(), **own}
+
     def batches(self, epoch: int, position: Position) -> Iterator[Any]:
         """The batches of an epoch (counted from 0) from a position on."""
+        set_epoch(self.loader, epoch)
         if self.sampler is not None:
             self.sampler.seed = position.seed + epoch
             self.sampler.start = position.samples
             cast(torch.Generator, self.loader.generator).manual_seed(position.seed + epoch)
             return iter(self.loader)
-        if hasattr(self.loader.sampler, "set_epoch"):
-            self.loader.sampler.set_epoch(epoch)
         if position.batches and position.random is not None:
             set_random_state(position.random)
-        found = iter(self.loader)
+            own = zip(_generators(self.loader), position.random.get("loader", ()), strict=False)
+            for generator, state in own:
+                generator.set_state(state)
+        found: Iterator[Any] = iter(self.loader)
         for _ in itertools.islice(found, position.batches):
             pass
         return found
@@ -137,6 +147,48 @@ class TrainData:
         return self.sampler is not None
 
 
+def as_it_is(data: Any, options: dict[str, Any], layout: Layout) -> Any:
+    """A loader that is not taken apart; a warning where ranks would see the same samples."""
+    loader = data
+    if isinstance(data, Dataset) or hasattr(data, "__getitem__"):
+        loader = DataLoader(data, **options)
+    elif options:
+        raise _with_options(data, options)
+    if layout.data[1] > 1 and not any(map(_divides, _parts(loader))):
+        warn(
+            f"{type(loader).__name__} is used as it is on each of {layout.data[1]} ranks: unless "
+            "its data or its sampler differ by rank, all of them see the same samples. Give a "
+            "Dataset, or a DistributedSampler, to divide them"
+        )
+    return loader
+
+
+def _divides(part: Any) -> bool:
+    return hasattr(part, "num_replicas") or isinstance(part, IterableDataset)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the epoch to every part of a loader that wants to know it."""
+    for part in _parts(loader):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def _parts(loader: Any) -> list[Any]:
+    """A loader with its dataset, sampler and batch sampler, each once."""
+    inner = getattr(loader, "batch_sampler", None)
+    parts = [loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None)]
+    parts += [inner, getattr(inner, "sampler", None)]
+    found = {id(part): part for part in parts if part is not None}
+    return list(found.values())
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators of a loader and its samplers, each once."""
+    owned = [getattr(part, "generator", None) for part in _parts(loader)]
+    return list({id(g): g for g in owned if isinstance(g, torch.Generator)}.values())
+
+
 def _has_order(dataset: Any) -> bool:
     # every Dataset has a __getitem__, if only one that raises
     indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
@@ -154,29 +206,54 @@ _KEPT = (
     "multiprocessing_context",
     "prefetch_factor",
     "persistent_workers",
+    "in_order",
 )
 
 
-def take_apart(
-    data: Dataset[Any] | DataLoader[Any], options: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The dataset and the options of a DataLoader for it, copied."""
+def take_apart(data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """The dataset and the options of a DataLoader for it, whose order this module may make; None
+    for what must be used as it is."""
+    _check_data(data, options)
     if not isinstance(data, DataLoader):
-        options = dict(options)
-        options.pop("generator", None)
-        return data, options
-    if options:
+        own = any(options.get(n) is not None for n in ("sampler", "batch_sampler", "generator"))
+        return None if own or not _has_order(data) else (data, dict(options))
+    sampler = data.sampler
+    plain = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
+        and sampler.generator is None
+    )
+    whole = getattr(sampler, "data_source", None) is data.dataset
+    inner: Any = data.batch_sampler
+    batched = type(inner) is BatchSampler and inner.sampler is sampler
+    usual = type(data) is DataLoader and data.generator is None and _has_order(data.dataset)
+    if not (plain and whole and batched and usual):
+        return None
+    found = {name: getattr(data, name) for name in _KEPT if hasattr(data, name)}
+    return data.dataset, {**found, "shuffle": type(sampler) is RandomSampler}
+
+
+def _check_data(data: Any, options: dict[str, Any]) -> None:
+    if isinstance(data, DataLoader) and options:
+        raise _with_options(data, options)
+    if isinstance(data, type) or not (
+        isinstance(data, Dataset) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    ):
         raise StateError(
-            "A DataLoader was given together with options for one",
-            actual=", ".join(options),
-            remedy="give a Dataset with options, or a DataLoader without",
+            "Invalid data for a loader",
+            expected="a Dataset, a DataLoader, or an iterable of batches",
+            actual=f"the class {data.__name__}" if isinstance(data, type) else repr(data)[:200],
+            remedy="give one, as in set_train_loader(dataset, batch_size=32)",
         )
-    found = {name: getattr(data, name) for name in _KEPT}
-    if found["batch_size"] is None or type(data) is not DataLoader:
-        return data.dataset, {**found, "batch_sampler": data.batch_sampler or data}
-    if type(data.sampler) not in (RandomSampler, SequentialSampler):
-        return data.dataset, {**found, "sampler": data.sampler}
-    return data.dataset, {**found, "shuffle": isinstance(data.sampler, RandomSampler)}
+
+
+def _with_options(data: Any, options: dict[str, Any]) -> StateError:
+    return StateError(
+        f"A {type(data).__name__} was given together with options for a DataLoader",
+        actual=", ".join(options),
+        remedy="give a Dataset with options, or a loader without",
+    )
 
 
 class _EveryNth(Sampler[list[int]]):
@@ -202,28 +279,33 @@ class _EveryNth(Sampler[list[int]]):
 
 
 class ValData:
-    """What to validate on: every sample of a Dataset on one rank, once. `counted`: so many of
-    the loader's batches count."""
+    """What to validate or predict on: every sample of a Dataset on one rank, once, or a loader as
+    it is (see TrainData). `counted`: so many of the loader's batches count; None: all do.
+    `length`: the number of samples where they are divided."""
 
-    def __init__(
-        self, data: Dataset[Any] | DataLoader[Any], options: dict[str, Any], layout: Layout
-    ) -> None:
-        dataset, options = take_apart(data, options)
+    def __init__(self, data: Any, options: dict[str, Any], layout: Layout) -> None:
+        self.layout = layout
+        self.counted: int | None = None
+        self.length: int | None = None
+        taken = take_apart(data, options)
+        if taken is None or taken[1].get("batch_size", 1) is None:
+            self.loader = as_it_is(data, options, layout)
+            return
+        dataset, options = taken
+        if len(dataset) == 0:
+            raise StateError(
+                "The validation set is empty",
+                expected="at least one sample",
+                actual=f"a {type(dataset).__name__} of length 0",
+                remedy="give other data, or leave the validation loader out",
+            )
         batch_size = options.pop("batch_size", 1)
         for name in ("shuffle", "drop_last"):
             options.pop(name, None)
-        own = options.pop("sampler", None) or options.pop("batch_sampler", None)
-        if own is not None or not _has_order(dataset) or len(dataset) == 0:
-            raise StateError(
-                "A validation set needs samples, a length and an order",
-                expected="a Dataset with __getitem__ and __len__, which is not 0",
-                actual=type(dataset).__name__,
-                remedy="give the Dataset itself",
-            )
         batches = _EveryNth(len(dataset), batch_size, layout)
-        self.counted = batches.counted
-        self.loader: DataLoader[Any] = DataLoader(
-            cast(Dataset[Any], dataset),
+        self.counted, self.length = batches.counted, len(dataset)
+        self.loader = DataLoader(
+            dataset,
             batch_sampler=batches,
             generator=torch.Generator().manual_seed(0),
             **options,

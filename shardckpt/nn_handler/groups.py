@@ -11,23 +11,27 @@ from torch import nn
 from shardckpt.errors import StateError
 from shardckpt.state.module_state import parameter_names
 
-__all__ = ["Groups", "grouped"]
+__all__ = ["Groups", "group_names", "grouped"]
 
 Groups = Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]]
 
 
 def grouped(
-    module: nn.Module, groups: Groups | None
+    module: nn.Module,
+    groups: Groups | None,
+    loss: nn.Module | None = None,
+    *,
+    exact: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Groups for an optimizer, and the same with names in place of parameters.
 
-    Parameters that need gradients and are in no group make the first one; groups that name
-    theirs one by one, as a checkpoint does, take also those that need none.
+    Parameters that need gradients and are in no group make the first one, unless the groups are
+    `exact`, as a checkpoint's are. Groups that name theirs one by one take also those that need
+    no gradients. Those of a loss are named `loss_fn.<name>`.
     """
     if isinstance(groups, Mapping):
         groups = [{"params": [prefix], **options} for prefix, options in groups.items()]
-    by_id = parameter_names(module)
-    parameters = {by_id[id(p)]: p for p in module.parameters()}
+    by_id, parameters = _named(module, loss)
     taken: dict[str, None] = {}
     chosen, named = [], []
     for group in groups or ():
@@ -49,10 +53,38 @@ def grouped(
         chosen.append({"params": [parameters[name] for name in names], **options})
         named.append({"params": names, **options})
     rest = [name for name, p in parameters.items() if name not in taken and p.requires_grad]
-    if rest:
+    if rest and not exact:
         chosen.insert(0, {"params": [parameters[name] for name in rest]})
         named.insert(0, {"params": rest})
+    if not chosen:
+        raise StateError(
+            "The optimizer would have no parameter",
+            expected="a model with parameters that need gradients",
+            actual=f"{len(parameters)} parameters, all frozen",
+            remedy="unfreeze some first: handler.freeze_module(name, freeze=False)",
+        )
     return chosen, named
+
+
+def group_names(
+    optimizer: torch.optim.Optimizer, module: nn.Module, loss: nn.Module | None
+) -> list[list[str]]:
+    """The names of the parameters in each group of an optimizer, as `grouped` takes them."""
+    by_id, _ = _named(module, loss)
+    return [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _named(
+    module: nn.Module, loss: nn.Module | None
+) -> tuple[dict[int, str], dict[str, nn.Parameter]]:
+    """id -> name, and name -> parameter, of a model and its loss."""
+    by_id = parameter_names(module)
+    parameters = {by_id[id(p)]: p for p in module.parameters()}
+    for name, parameter in loss.named_parameters() if loss is not None else ():
+        if id(parameter) not in by_id:
+            by_id[id(parameter)] = f"loss_fn.{name}"
+            parameters[f"loss_fn.{name}"] = parameter
+    return by_id, parameters
 
 
 def _listed(wanted: Any) -> Iterable[Any]:

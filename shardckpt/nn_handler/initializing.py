@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
-import shardckpt
+from shardckpt import api
 from shardckpt.convert.convert import open_source
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.loading.memory_checkpoint import MemoryStorage
 from shardckpt.maintenance.rewritable import Source
+from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.state.module_state import canonical_names
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
-
-if TYPE_CHECKING:
-    from shardckpt.nn_handler.handler import NNHandler
 
 __all__ = ["fill_weights", "weight_names"]
 
@@ -27,7 +24,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def fill_weights(
-    handler: NNHandler, path: str, *, strict: bool, prefix: str | None, ema: bool
+    handler: TrainingState, path: str, *, strict: bool, prefix: str | None, ema: bool
 ) -> None:
     """Fill a handler's model from a checkpoint; collective."""
     own = set(canonical_names(handler.model).values())
@@ -35,7 +32,7 @@ def fill_weights(
         prefix = "ema.weights"
     storage: Storage = LocalStorage()
     if os.path.isfile(os.path.join(path, MANIFEST_NAME)):
-        with shardckpt.open_checkpoint(path, storage=storage) as checkpoint:
+        with api.open_checkpoint(path, storage=storage) as checkpoint:
             targets = weight_names(checkpoint.tensors(), own, prefix=prefix)
             leaves = set(checkpoint)
     else:
@@ -54,7 +51,7 @@ def fill_weights(
             return f"model.{targets[name]}"
         return f"other.{name}" if name in leaves else name
 
-    shardckpt.load({"model": handler.model}, path, strict=strict, rename=rename, storage=storage)
+    api.load({"model": handler.model}, path, strict=strict, rename=rename, storage=storage)
 
 
 def _whole(source: Source, name: str) -> torch.Tensor:

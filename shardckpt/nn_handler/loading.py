@@ -7,26 +7,29 @@ from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import msgspec
 import torch
 from torch import nn
 
-import shardckpt
+from shardckpt import api
 from shardckpt.convert.single_files import INDEX, is_one_file_there, read_many, read_one
 from shardckpt.coordination.resolve import alone
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.loading.memory_checkpoint import MemoryStorage
+from shardckpt.logs import warn
 from shardckpt.nn_handler.bounds import Bounds
-from shardckpt.nn_handler.callbacks import Callback
+from shardckpt.nn_handler.callback import Callback
+from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.model_code import class_of_code
 from shardckpt.nn_handler.objects import Given, Names, making
 from shardckpt.nn_handler.parallel import Parallel
 from shardckpt.nn_handler.placement import place
-from shardckpt.nn_handler.random_state import seed_generators, set_random_state
+from shardckpt.nn_handler.random_state import random_state, seed_generators, set_random_state
 from shardckpt.nn_handler.saved import (
     CallbackState,
     Config,
@@ -40,13 +43,11 @@ from shardckpt.nn_handler.saved import (
 )
 from shardckpt.nn_handler.trust import Slot
 from shardckpt.plan.device_map import DeviceMap
-from shardckpt.state.matching import Mismatches
+from shardckpt.state.markers import PerRank
+from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
-
-if TYPE_CHECKING:
-    from shardckpt.nn_handler.handler import NNHandler
 
 __all__ = ["LoadOptions", "Source", "load", "open_source", "restore"]
 
@@ -64,7 +65,7 @@ class Source:
 
     def values(self) -> Saved:
         """All of a handler's checkpoint that is small, read on this rank; not collective."""
-        found = shardckpt.load_state(self.path, keys=_VALUES, storage=self.storage)
+        found = api.load_state(self.path, keys=_VALUES, storage=self.storage)
         config = found.get("config") if isinstance(found, dict) else None
         if not isinstance(config, dict) or "model" not in config:
             raise NotACheckpointError(
@@ -78,7 +79,7 @@ class Source:
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """The shapes of all tensors by name; not collective."""
-        with shardckpt.open_checkpoint(self.path, storage=self.storage) as checkpoint:
+        with api.open_checkpoint(self.path, storage=self.storage) as checkpoint:
             return {name: tensor.shape for name, tensor in checkpoint.tensors().items()}
 
 
@@ -129,13 +130,13 @@ class LoadOptions:
         return part not in self.skip and not left_out
 
 
-def load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNHandler:
+def load(handler_class: type[Components], path: str, options: LoadOptions) -> Components:
     """Rebuild a handler; collective, but with a device map. See NNHandler.load."""
     with alone() if options.device_map is not None else nullcontext():
         return _load(handler_class, path, options)
 
 
-def _load(handler_class: type[NNHandler], path: str, options: LoadOptions) -> NNHandler:
+def _load(handler_class: type[Components], path: str, options: LoadOptions) -> Components:
     source = open_source(path)
     saved = source.values()
     config = saved.config
@@ -186,12 +187,12 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
 
 
 def _with_model(
-    handler_class: type[NNHandler],
+    handler_class: type[Components],
     names: Names,
     parts: dict[str, Any],
     source: Source,
     options: LoadOptions,
-) -> NNHandler:
+) -> Components:
     """A handler with its model, whose weights are not loaded yet; collective."""
     chosen = names.make(parts["model.class"], "model.class")
     kwargs = names.make(parts["model.kwargs"], "model.kwargs")
@@ -230,12 +231,13 @@ def _with_model(
             strict=options.strict,
         )
         handler.use_device(inputs)
+        handler.model.eval()
     handler.model_class, handler.model_kwargs = chosen, kwargs
     return handler
 
 
 def _set_parts(
-    handler: NNHandler,
+    handler: Components,
     names: Names,
     parts: dict[str, Any],
     source: Source,
@@ -243,15 +245,16 @@ def _set_parts(
     options: LoadOptions,
 ) -> None:
     made = {at: names.make(tree, at) for at, tree in parts.items() if not at.startswith("model.")}
-    with making("frozen", source.path):
-        for name in config.frozen:
-            handler.freeze_module(name)
+    _set_trained(handler, config, source.path)
+    _set_functions(handler, names, source, config, options)
     if "optimizer.class" in made:
+        _check_loss(handler, made["optimizer.groups"], source.path)
         with making("optimizer", source.path):
-            handler.set_optimizer(
+            handler.make_optimizer(
                 made["optimizer.class"],
-                groups=made["optimizer.groups"],
-                **made["optimizer.options"],
+                made["optimizer.groups"],
+                made["optimizer.options"],
+                exact=True,
             )
     if "scheduler.class" in made and config.scheduler is not None:
         with making("scheduler", source.path):
@@ -261,7 +264,8 @@ def _set_parts(
                 monitor=config.scheduler.monitor,
                 **made["scheduler.options"],
             )
-    _set_functions(handler, names, source, config, options)
+    if config.own_step:
+        handler.await_part("own_step", "the training step of the program that saved", None)
     _check_used(names, options)
     for part in ("auto_saver", "compile"):
         proposed = options.objects.get(part, getattr(config, part))
@@ -271,6 +275,34 @@ def _set_parts(
     for at, callback in made.items():
         if at.startswith("callbacks."):
             _add_callback(handler, callback, at, source.path)
+
+
+def _set_trained(handler: Components, config: Config, path: str) -> None:
+    """Freeze modules and parameters as they were when the checkpoint was saved; collective."""
+    with making("frozen", path):
+        for name in config.frozen:
+            handler.freeze_module(name)
+        if config.untrained is not None:
+            parameters = dict(handler.module.named_parameters())
+            for name in config.untrained:
+                if name not in parameters:
+                    raise StateError("The model has no such parameter", actual=name)
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name not in config.untrained)
+            handler.frozen[:] = config.frozen
+    handler.wrap_again()
+
+
+def _check_loss(handler: Components, groups: Any, path: str) -> None:
+    names = [name for group in groups or () for name in group.get("params", ())]
+    if handler.loss_module is None and any(str(n).startswith("loss_fn.") for n in names):
+        raise CheckpointError(
+            "The optimizer of the checkpoint trains the parameters of a loss that load could not "
+            "resolve",
+            path=path,
+            tensor="loss_fn",
+            remedy="give it to load: loss_fn=..., or load with skip_optimizer=True",
+        )
 
 
 def _check_used(names: Names, options: LoadOptions) -> None:
@@ -292,7 +324,7 @@ def _check_used(names: Names, options: LoadOptions) -> None:
 
 
 def _set_functions(
-    handler: NNHandler, names: Names, source: Source, config: Config, options: LoadOptions
+    handler: Components, names: Names, source: Source, config: Config, options: LoadOptions
 ) -> None:
     """Loss and metrics; what does not resolve is to be given before training, and no hindrance to
     anything else."""
@@ -320,7 +352,7 @@ def _loss_tensors(source: Source) -> nn.Module | None:
         return None
     holder = nn.Module()
     with making("loss_fn", source.path):
-        found = shardckpt.load_state(source.path, keys="loss_fn", storage=source.storage)
+        found = api.load_state(source.path, keys="loss_fn", storage=source.storage)
         for name, tensor in found["loss_fn"].items():
             *outer, last = name.split(".")
             module = holder
@@ -332,7 +364,7 @@ def _loss_tensors(source: Source) -> nn.Module | None:
     return holder
 
 
-def _add_callback(handler: NNHandler, made: Any, at: str, path: str) -> None:
+def _add_callback(handler: Components, made: Any, at: str, path: str) -> None:
     given = not isinstance(made, tuple)
     with making(at, path):
         callback = made if given else made[0](*made[1], **made[2])
@@ -341,7 +373,7 @@ def _add_callback(handler: NNHandler, made: Any, at: str, path: str) -> None:
         handler.add_callback(callback)
 
 
-def _check_names(handler: NNHandler, source: Source) -> None:
+def _check_names(handler: Components, source: Source) -> None:
     """A checkpoint of another model is told before an optimizer is made for the wrong one."""
     own = set(canonical_names(handler.model).values())
     saved = {n.removeprefix("model.") for n in source.shapes if n.startswith("model.")}
@@ -354,7 +386,7 @@ def _check_names(handler: NNHandler, source: Source) -> None:
 
 
 def restore(
-    handler: NNHandler,
+    handler: Components,
     source: Source,
     saved: Saved | None = None,
     *,
@@ -367,6 +399,7 @@ def restore(
     if saved is None:  # the handler was not made of the checkpoint
         saved = source.values()
         _check_parts(handler.config(), saved.config, path)
+        _follow(handler, saved.config, path)
     state = {} if placed else handler.tensor_state()
     if placed or "optimizer" in skip or saved.config.optimizer is None:
         state.pop("optimizer", None)
@@ -376,8 +409,8 @@ def restore(
             ema = EMA(handler.model, saved.ema.decay)
         state["ema"] = {"weights": ema.weights}
     if source.ranks is None:
-        state["ranks"] = shardckpt.PerRank({}, on_resize=lambda every: {"every": every})
-    shardckpt.load(state, path, strict=strict, storage=source.storage)
+        state["ranks"] = PerRank({}, on_resize=lambda every: {"every": every})
+    api.load(state, path, strict=strict, storage=source.storage)
     handler.ema = ema or (EMA(handler.model, handler.ema.decay) if handler.ema else None)
     if handler.scheduler is not None and saved.scheduler is not None and "scheduler" not in skip:
         with making("scheduler", path):
@@ -385,6 +418,7 @@ def restore(
     if saved.scaler and not placed:
         _scaler(handler, saved.scaler, path)
     _progress(handler, saved.progress, history="history" not in skip)
+    handler.apply_hyperparameters()
     if "callbacks" not in skip:
         _callbacks(handler.callbacks, saved.callbacks, path)
     if source.ranks is None:
@@ -393,6 +427,57 @@ def restore(
         same = len(source.ranks) == handler.world_size
         own = source.ranks[handler.rank] if same else {"every": source.ranks}
         _own(handler, own, path)
+
+
+def _follow(handler: Components, saved: Config, path: str) -> None:
+    """Take up what was frozen, and the groups of the optimizer, as callbacks had changed them by
+    the time of the save; warn of options that the script has changed since."""
+    if saved.untrained is None:
+        return
+    own = handler.config()
+    if (own["untrained"], own["frozen"]) != (saved.untrained, saved.frozen):
+        for name, parameter in handler.module.named_parameters():
+            parameter.requires_grad_(name not in saved.untrained)
+        handler.frozen[:] = [n for n in saved.frozen if n in dict(handler.module.named_modules())]
+        handler.wrap_again()
+    recipe = handler.optimizer_recipe
+    if recipe is None or saved.optimizer is None:
+        return
+    groups = saved.optimizer.groups or []
+    held = [group["params"] for group in own["optimizer"]["groups"]]
+    if held != [group.get("params") for group in groups]:
+        with making("optimizer.groups", path), catch_warnings():
+            simplefilter("ignore")  # that the scheduler begins anew: its state comes next
+            handler.make_optimizer(
+                recipe["class"],
+                [{"params": group.get("params")} for group in groups],
+                recipe["options"],
+                exact=True,
+            )
+    _warn_of_options(own, saved, handler)
+
+
+def _warn_of_options(own: dict[str, Any], saved: Config, handler: Components) -> None:
+    """Say which options of the optimizer and the scheduler the checkpoint replaces."""
+    changed = []
+    for part in ("optimizer", "scheduler"):
+        found = getattr(saved, part)
+        if found is None or not own[part]:
+            continue
+        mine, theirs = own[part]["options"], found.options
+        changed += [
+            f"{part} {name}: {theirs.get(name, 'its default')!r} in the checkpoint, "
+            f"{mine.get(name, 'its default')!r} in the script"
+            for name in dict.fromkeys([*mine, *theirs])
+            if mine.get(name) != theirs.get(name)
+            and not (part == "optimizer" and name in handler.hyperparameters)
+        ]
+    if changed:
+        warn(
+            f"The checkpoint's options are taken: {'; '.join(changed)[:1000]}. To change those of "
+            "the optimizer and keep its moments, call "
+            "handler.set_hyperparameters(lr=...) before train"
+        )
 
 
 def _check_parts(own: dict[str, Any], saved: Config, path: str) -> None:
@@ -412,7 +497,7 @@ def _check_parts(own: dict[str, Any], saved: Config, path: str) -> None:
         )
 
 
-def _scaler(handler: NNHandler, saved: dict[str, Any], path: str) -> None:
+def _scaler(handler: Components, saved: dict[str, Any], path: str) -> None:
     checked(saved, Scaler, "scaler", path=path)
     if handler.scaler is None:
         handler.set_grad_scaler()
@@ -420,10 +505,11 @@ def _scaler(handler: NNHandler, saved: dict[str, Any], path: str) -> None:
     handler.scaler.load_state_dict(saved)
 
 
-def _progress(handler: NNHandler, saved: Progress, *, history: bool) -> None:
+def _progress(handler: Components, saved: Progress, *, history: bool) -> None:
     handler.epoch, handler.step = saved.epoch, saved.step
     handler.position = Position(**msgspec.to_builtins(saved.position))
     handler.runs, handler.run_id = list(saved.runs), saved.run_id
+    handler.run_steps, handler.validations = list(saved.run_steps), list(saved.validations)
     handler.rate, handler.seed_value = saved.rate, saved.seed
     handler.stop_training = saved.stopped
     handler.history = saved.history if history else {}
@@ -438,14 +524,15 @@ def _callbacks(callbacks: list[Callback], saved: dict[str, CallbackState], path:
             tensor="callbacks",
             expected=[type(callback).__name__ for callback in callbacks],
             actual=kinds,
-            remedy="add the same callbacks in the same order, or load with skip_callbacks=True",
+            remedy="add the same callbacks in the same order, or use "
+            "NNHandler.load(path, skip_callbacks=True)",
         )
     for callback, (number, state) in zip(callbacks, saved.items(), strict=True):
         with making(f"callbacks.{number}.state", path):
             callback.load_state_dict(state.state)
 
 
-def _own(handler: NNHandler, own: Any, path: str) -> None:
+def _own(handler: Components, own: Any, path: str) -> None:
     """What each rank has of its own; on another number of ranks, sums go to rank 0 and random
     numbers begin anew."""
     every = own.get("every") if isinstance(own, dict) else None
@@ -463,7 +550,7 @@ def _own(handler: NNHandler, own: Any, path: str) -> None:
         set_random_state(state.random)
     handler.boundary = None
     if sums is not None:
-        handler.boundary = {"random": handler.random_now(), "sums": msgspec.to_builtins(sums)}
+        handler.boundary = {"random": random_state(), "sums": msgspec.structs.asdict(sums)}
 
 
 def _own_state(own: Any, path: str) -> OwnState:
@@ -478,9 +565,12 @@ def _added(every: list[Sums | None], *, times: int) -> Sums | None:
     sums = [part for part in every if part is not None]
     if len(sums) < len(every):
         return None
+    names = dict.fromkeys(name for part in sums for name in part.sums)
+
+    def count(part: Sums, name: str) -> int:
+        return part.counts.get(name, part.count if name in part.sums else 0)
+
     return Sums(
-        count=times * sum(part.count for part in sums),
-        sums={
-            name: times * sum(part.sums.get(name, 0.0) for part in sums) for name in sums[0].sums
-        },
+        sums={name: times * sum(part.sums.get(name, 0.0) for part in sums) for name in names},
+        counts={name: times * sum(count(part, name) for part in sums) for name in names},
     )

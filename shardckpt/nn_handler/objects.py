@@ -6,10 +6,10 @@ What a name may stand for is said in shardckpt.nn_handler.trust.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +19,18 @@ from typing import Any
 from torch import nn
 
 from shardckpt.errors import CheckpointError, ShardckptError, StateError
+from shardckpt.logs import warn
 from shardckpt.nn_handler.bounds import Bounds
-from shardckpt.nn_handler.trust import Slot, import_name, is_function, is_functional, resolve
+from shardckpt.nn_handler.recording import recorded
+from shardckpt.nn_handler.trust import (
+    Slot,
+    import_name,
+    is_function,
+    is_functional,
+    is_torch_module,
+    resolve,
+)
+from shardckpt.state.flatten import flatten
 from shardckpt.state.module_state import has_state
 
 __all__ = ["Described", "Given", "Names", "absent", "describe", "making", "warn_of_absent"]
@@ -35,8 +45,8 @@ _LONGEST_RANGE, _LISTED = 1 << 20, 50
 
 
 def describe(value: Any) -> Described:
-    """Plain data for a value: functions and classes by name, losses and the like by class and
-    arguments, which are read from attributes of the same name as torch's classes have them."""
+    """Plain data for a value: functions and classes by name, modules by class and the arguments
+    that they were made of. What can't be described, a logger for one, is absent."""
     value = getattr(value, _HELD, value) if is_function(value) else value
     if isinstance(value, dict):
         return {key: describe(item) for key, item in value.items()}
@@ -51,30 +61,55 @@ def describe(value: Any) -> Described:
         kind = type(value)
         name, arguments = import_name(kind), _arguments(value)
         if name is None or arguments is None:
-            return {_ABSENT: repr(value)}
+            return {_ABSENT: _text(value)}
         return {_IMPORT: name, _ARGUMENTS: describe(arguments)}
-    return value
+    return value if _is_plain(value) else {_ABSENT: _text(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold a value as it is."""
+    if has_state(value) or dataclasses.is_dataclass(value):
+        return False
+    try:
+        flatten({"value": value}, rank=0)
+    except ShardckptError:
+        return False
+    return True
+
+
+def _text(value: Any) -> str:
+    return repr(value)[:200]
 
 
 def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
-    """What an object was made of; None if that is not to be seen on it."""
+    """What an object was made of; None if that is not known."""
     if type(value) is nn.Sequential:
         numbered = [str(number) for number in range(len(value))] == list(value._modules)
         return list(value) if numbered else None
     if type(value) in (nn.ModuleList, nn.ModuleDict):
         return {"modules": list(value) if type(value) is nn.ModuleList else dict(value.items())}
+    if isinstance(value, nn.Module):
+        made = recorded(value)
+        return _of_torch(value, made or {}) if is_torch_module(type(value)) else made
+    if dataclasses.is_dataclass(value) and not hasattr(value, "__post_init__"):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    plain = type(value).__init__ is object.__init__ and not vars(value)
+    return {} if plain else None
+
+
+def _of_torch(value: nn.Module, made: dict[str, Any]) -> dict[str, Any] | None:
+    """Arguments of one of torch's modules: its attributes of the same names, which torch's
+    classes keep, and for what is no attribute the arguments that were noted."""
     arguments: dict[str, Any] = {}
-    is_torch = type(value).__module__.startswith("torch.")
-    try:
-        parameters = inspect.signature(type(value)).parameters
-    except ValueError:
-        return None
-    for parameter in parameters.values():
-        if hasattr(value, parameter.name):
-            found = getattr(value, parameter.name)
+    for parameter in inspect.signature(type(value)).parameters.values():
+        name = parameter.name
+        if hasattr(value, name):
+            found = getattr(value, name)
             flag = type(parameter.default) is bool and type(found) is not bool
-            arguments[parameter.name] = found is not None if flag else found  # Linear's bias
-        elif parameter.default is parameter.empty or not is_torch:
+            arguments[name] = found is not None if flag else found  # Linear's bias
+        elif name in made:
+            arguments[name] = made[name]
+        elif parameter.default is parameter.empty:
             return None
     return arguments
 
@@ -97,11 +132,11 @@ def warn_of_absent(described: Described, known: set[str]) -> None:
     for name, text in absent(described, "").items():
         if name not in known:
             known.add(name)
-            warnings.warn(
-                f"{name}, which is {text}, has no importable name: it is not in the checkpoint, "
-                f"and load will ask for it, as objects={{{name!r}: ...}}. Define it at the top "
-                "level of a module to have it saved by name",
-                stacklevel=2,
+            warn(
+                f"{name}, which is {text}, has no importable name or can't be made from plain "
+                "arguments: it is not in the checkpoint, and load will ask for it, as "
+                f"objects={{{name!r}: ...}}. Define it at the top level of a module, and its "
+                "arguments as plain values, to have it saved by name"
             )
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from shardckpt.config import current
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.mpi.launch import several_ranks
 from shardckpt.coordination.process_group import init_from_mpi
+from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.shutdown import leave_at_exit
 from shardckpt.errors import StateError
 
@@ -23,17 +27,22 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "Buffers",
     "Layout",
     "Parallel",
+    "average_gradients",
+    "checked_device",
     "clip_gradients",
     "largest",
     "mean_over_ranks",
     "start",
+    "synchronise_buffers",
     "synchronise_gradients",
     "wrap",
 ]
 
 Parallel = Literal["auto", "none", "ddp", "fsdp"]
+Buffers = Literal["rank0", "mean"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +54,8 @@ class Layout:
     device: torch.device
     mesh: DeviceMesh | None = None
     tp_plan: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    buffers: Buffers = "rank0"
 
     @property
     def rank(self) -> int:
@@ -68,6 +79,9 @@ def start(
     device: str | torch.device | None,
     mesh: DeviceMesh | None = None,
     tp_plan: Mapping[str, Any] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    buffers: Buffers = "rank0",
 ) -> Layout:
     """Join the process group of the launcher, if there is one.
 
@@ -81,9 +95,11 @@ def start(
             expected='"auto", "none", "ddp" or "fsdp"',
             actual=repr(parallel),
         )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    if buffers not in get_args(Buffers):
+        raise StateError(
+            "Unknown value for buffers", expected='"rank0" or "mean"', actual=repr(buffers)
+        )
+    device = checked_device(device)
     if parallel != "none" and not dist.is_initialized():
         _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda" and device.index is None:
@@ -97,10 +113,63 @@ def start(
             expected='the dimensions "dp", "tp" or both, and parallel="fsdp"; "tp" for a tp_plan',
             actual=f"dimensions {names}, parallel={parallel!r}",
         )
-    if not dist.is_initialized():
-        return Layout(mode="none", device=device)
     mode: Parallel = parallel if parallel != "auto" else ("ddp" if mesh is None else "fsdp")
-    return Layout(mode=mode, device=device, mesh=mesh, tp_plan=tp_plan)
+    if not dist.is_initialized():
+        mode = "none"
+    elif options:
+        _check_options(mode, options)
+    return Layout(
+        mode=mode,
+        device=device,
+        mesh=mesh if mode != "none" else None,
+        tp_plan=tp_plan,
+        options=dict(options or {}),
+        buffers=buffers,
+    )
+
+
+def checked_device(device: Any) -> torch.device:
+    """A device that exists, by default "cuda" where there is one; else StateError."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError(f"{type(device).__name__} is not a device")
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise StateError(
+            "Invalid device",
+            expected='"cpu", "cuda", "cuda:0" or a torch.device',
+            actual=f"{device!r}: {error}".partition("\n")[0],
+            remedy="give arguments of the model by name, as in NNHandler(Net, width=32)",
+        ) from error
+    if found.type in ("cpu", "meta"):
+        return found
+    module = getattr(torch, found.type, None)
+    count = module.device_count() if module is not None and module.is_available() else 0
+    if (found.index or 0) >= count:
+        raise StateError(
+            "The device does not exist on this machine",
+            expected=f"one of {count} {found.type} devices" if count else 'device="cpu"',
+            actual=str(found),
+            remedy='give device="cpu", or leave device out',
+        )
+    return found
+
+
+def _check_options(mode: Parallel, options: Mapping[str, Any]) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    made: Any = nn.parallel.DistributedDataParallel if mode == "ddp" else fully_shard
+    known = {*inspect.signature(made).parameters} - {"module", "mesh", "kwargs"}
+    known |= {"wrap"} if mode == "fsdp" else set()
+    unknown = options.keys() - known
+    if unknown:
+        raise StateError(
+            f"Unknown parallel_options for {mode}",
+            expected=", ".join(sorted(known)),
+            actual=", ".join(sorted(unknown)),
+        )
 
 
 def _join(backend: str) -> None:
@@ -113,14 +182,28 @@ def _join(backend: str) -> None:
         init_from_mpi(backend, timeout_s=current().arrival_deadline_s)
 
 
-def wrap(model: nn.Module, layout: Layout) -> nn.Module:
-    """The model on its device, the same on all ranks, under DDP, FSDP2 or tensor parallelism."""
+def wrap(model: nn.Module, layout: Layout, *, find_unused: bool = False) -> nn.Module:
+    """The model on its device, the same on all ranks, under DDP, FSDP2 or tensor parallelism.
+
+    `find_unused`: the default of DDP's option find_unused_parameters.
+    """
     if any(parameter.is_meta for parameter in model.parameters()):
         return model
     model = model.to(layout.device)
     if layout.mode == "ddp":
-        trained = any(parameter.requires_grad for parameter in model.parameters())
-        return nn.parallel.DistributedDataParallel(model) if trained else model
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, 0)
+            return model
+        options = {
+            "find_unused_parameters": find_unused,
+            # synchronise_buffers does it after each step, so that all ranks save the same
+            "broadcast_buffers": False,
+            **layout.options,
+        }
+        return nn.parallel.DistributedDataParallel(model, **options)
     if layout.mode == "fsdp":
         # fully_shard takes every rank's own values: they start from rank 0's
         for tensor in (*model.parameters(), *model.buffers()):
@@ -138,13 +221,66 @@ def _shard(model: nn.Module, layout: Layout) -> None:
         parallelize_module(model, layout.mesh["tp"], dict(layout.tp_plan or {}))
     if layout.mesh is not None and "dp" not in names:
         return
-    options: dict[str, Any] = {} if layout.mesh is None else {"mesh": layout.mesh["dp"]}
-    for module in model.modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            for block in module:
-                if any(p.requires_grad for p in block.parameters()):
-                    fully_shard(block, **options)
+    options = dict(layout.options)
+    wrapped = options.pop("wrap", None)
+    options |= {} if layout.mesh is None else {"mesh": layout.mesh["dp"]}
+    for block in _blocks(model, wrapped):
+        if any(p.requires_grad for p in block.parameters()):
+            fully_shard(block, **options)
     fully_shard(model, **options)
+
+
+def _blocks(model: nn.Module, wrapped: Any) -> list[nn.Module]:
+    """What is sharded by itself, inner modules first: modules of the classes `wrapped`, or by
+    default the items of every ModuleList and Sequential."""
+    if wrapped is not None:
+        found = [m for m in model.modules() if isinstance(m, wrapped) and m is not model]
+        return found[::-1]
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    return [block for listed in lists for block in listed]
+
+
+@torch.no_grad()
+def synchronise_buffers(model: nn.Module, layout: Layout) -> None:
+    """Give the model's buffers the same values on all ranks, by layout.buffers; collective."""
+    if layout.mode == "none":
+        return
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for buffer in dict.fromkeys(model.buffers()):
+        if not hasattr(buffer, "to_local") and buffer.numel():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for dtype, buffers in by_dtype.items():
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        if layout.buffers == "mean" and dtype.is_floating_point:
+            flat /= dist.get_world_size()
+            dist.all_reduce(flat)
+        else:
+            dist.broadcast(flat, 0)
+        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> list[bool]:
+    """Average gradients over the ranks, as DDP does, of a model that is not wrapped; collective.
+
+    Returns for each parameter whether any rank has a gradient for it.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained or not dist.is_initialized():
+        return [parameter.grad is not None for parameter in trained]
+    here = trained[0].device
+    used = torch.tensor([int(p.grad is not None) for p in trained], device=here)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    found = [bool(one) for one in used.tolist()]
+    for parameter, is_used in zip(trained, found, strict=True):
+        if is_used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad /= dist.get_world_size()
+            dist.all_reduce(parameter.grad)
+    return found
 
 
 def synchronise_gradients(model: nn.Module, *, now: bool) -> None:
@@ -157,10 +293,10 @@ def synchronise_gradients(model: nn.Module, *, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
-def clip_gradients(model: nn.Module, norm: float) -> None:
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:
     """Scale all gradients so that their norm, over all of them and all ranks, is at most `norm`."""
     by_mesh: dict[Any, list[torch.Tensor]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.grad is not None:
             mesh = getattr(parameter.grad, "device_mesh", None)
             by_mesh.setdefault(mesh, []).append(parameter)
@@ -176,13 +312,27 @@ def clip_gradients(model: nn.Module, norm: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(group, norm, total)
 
 
-def mean_over_ranks(sums: dict[str, float], count: int, device: torch.device) -> dict[str, float]:
-    """Sums over this rank's samples as means over all ranks' samples; collective."""
-    totals = torch.tensor([*sums.values(), count], dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    *means, total = totals.tolist()
-    return {n: value / total if total else math.nan for n, value in zip(sums, means, strict=True)}
+def mean_over_ranks(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """(sum, count) by name on this rank as means over all ranks; collective. A rank may lack
+    names that others have."""
+
+    def add(payloads: list[bytes]) -> bytes:
+        every = [msgspec.msgpack.decode(p, type=dict[str, tuple[float, float]]) for p in payloads]
+        names = dict.fromkeys(name for one in every for name in one)
+        totals = {
+            name: [sum(one.get(name, (0.0, 0.0))[at] for one in every) for at in (0, 1)]
+            for name in names
+        }
+        means = {name: value / n if n else math.nan for name, (value, n) in totals.items()}
+        return msgspec.msgpack.encode(means)
+
+    own = msgspec.msgpack.encode(sums)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        found = add([own])
+    else:
+        with operation("NNHandler: the means of an epoch") as coordinator:
+            found = exchange(coordinator, "means", lambda: own, add)
+    return msgspec.msgpack.decode(found, type=dict[str, float])
 
 
 def largest(flags: list[int], device: torch.device) -> list[int]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import shardckpt
-from shardckpt.errors import LoadMismatchError
+from shardckpt import api
+from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.plan.device_map import DeviceMap
 from shardckpt.storage.base import Storage
 
@@ -34,9 +34,8 @@ def place(
 ) -> torch.device:
     """Give a model on the meta device the tensors of a handler's checkpoint, each on its device;
     where inputs go. `make` makes the model anew, for what no checkpoint holds."""
-    saved = shardckpt.load_state(
-        path, keys="model", device_map=below_model(device_map), storage=storage
-    )
+    _check_prefixes(model, device_map, path)
+    saved = api.load_state(path, keys="model", device_map=below_model(device_map), storage=storage)
     try:
         model.load_state_dict(saved.get("model", {}), strict=strict, assign=True)
     except RuntimeError as error:  # names or shapes
@@ -57,6 +56,22 @@ def place(
             if own is not None:
                 module.register_forward_pre_hook(_mover(own.device), with_kwargs=True)
     return inputs
+
+
+def _check_prefixes(model: nn.Module, device_map: DeviceMap, path: str) -> None:
+    """A prefix that names no part of the model would silently place nothing."""
+    if not isinstance(device_map, Mapping):
+        return
+    names = {*dict(model.named_modules(remove_duplicate=False)), *model.state_dict()}
+    wrong = [prefix for prefix in device_map if prefix.rstrip(".") not in names]
+    if wrong:
+        raise StateError(
+            "The device map names parts that the model does not have",
+            path=path,
+            expected=", ".join(sorted(filter(None, names))[:30]),
+            actual=", ".join(map(repr, wrong)),
+            remedy="correct these prefixes, or leave them out",
+        )
 
 
 def _fill_buffers(model: nn.Module, make: Callable[[], nn.Module], device: torch.device) -> None:

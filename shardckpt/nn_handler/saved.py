@@ -68,6 +68,8 @@ class Config(_Struct):
     callbacks: list[Callback] = []
     auto_saver: dict[str, Any] | None = None
     frozen: list[str] = []
+    untrained: list[str] | None = None
+    own_step: bool = False
     compile: dict[str, Any] | None = None
     code: dict[str, str] | None = None
 
@@ -93,6 +95,8 @@ class Progress(_Struct):
     rate: float
     seed: int
     stopped: bool
+    run_steps: list[_Count] = []
+    validations: list[dict[str, float]] = []
 
 
 class CallbackState(_Struct):
@@ -132,8 +136,10 @@ class Saved(_Struct):
 class Sums(_Struct):
     """The running sums of an epoch."""
 
-    count: _Count
     sums: dict[str, float]
+    count: _Count = 0  # of all sums, in checkpoints of 0.1
+    counts: dict[str, _Count] = {}
+    metrics: dict[str, dict[str, Any]] = {}
 
 
 class OwnState(_Struct):
@@ -172,6 +178,8 @@ def check_random(state: Any, at: str, *, path: str) -> None:
         torch.Generator().set_state(state["torch"])
         _, internal, gauss = state["python"]
         name, keys, index, has_gauss, cached = state["numpy"]
+        for own in state.get("loader", []):
+            torch.Generator().set_state(own)
         ints = [*internal, *keys.tolist(), index, has_gauss]
         right = (
             (name, len(internal), tuple(keys.shape)) == ("MT19937", 625, (624,))

@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-import shardckpt
+from shardckpt import api
 from shardckpt.convert.single_files import (
     FileFormat,
     check_loads,
@@ -25,12 +25,14 @@ from shardckpt.convert.single_files import (
     write_many,
     write_one,
 )
-from shardckpt.coordination.base import Coordinator, WorkBroken, exchange
+from shardckpt.coordination.base import Coordinator, WorkBroken
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import RankFailedError, RankMismatchError, StateError
 from shardckpt.loading.memory_checkpoint import MemoryStorage
 from shardckpt.manager.backends import RECORD, Signature, signature_of
 from shardckpt.nn_handler.emergency import is_echo
+from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.state.flatten import Ties
@@ -38,9 +40,6 @@ from shardckpt.state.module_state import has_state
 from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.atomic_write import sweep_writes
 from shardckpt.storage.posix import System, translated
-
-if TYPE_CHECKING:
-    from shardckpt.nn_handler.handler import NNHandler
 
 __all__ = [
     "OneFile",
@@ -55,15 +54,15 @@ __all__ = [
 ]
 
 
-def save(handler: NNHandler, path: str, *, overwrite: bool) -> None:
+def save(handler: TrainingState, path: str, *, overwrite: bool) -> None:
     """Save a handler; collective. See NNHandler.save."""
     if is_one_file(path):
         save_single_file(handler, path, overwrite=overwrite)
     else:
-        shardckpt.save(state_on_all(handler), path, overwrite=overwrite)
+        api.save(state_on_all(handler), path, overwrite=overwrite)
 
 
-def state_on_all(handler: NNHandler, process_group: Any = None) -> dict[str, Any]:
+def state_on_all(handler: TrainingState, process_group: Any = None) -> dict[str, Any]:
     """The state of a handler; collective. What a part of it raises on one rank, such as a
     callback, the others hear at once, before they wait for that rank in the save."""
     states: list[dict[str, Any]] = []
@@ -77,7 +76,7 @@ def state_on_all(handler: NNHandler, process_group: Any = None) -> dict[str, Any
     return states[0]
 
 
-def save_single_file(handler: NNHandler, path: str, *, overwrite: bool) -> None:
+def save_single_file(handler: TrainingState, path: str, *, overwrite: bool) -> None:
     """Save a handler as one file; collective. See NNHandler.save_single_file."""
     if not is_one_file(path):
         raise StateError(
@@ -93,7 +92,7 @@ def save_single_file(handler: NNHandler, path: str, *, overwrite: bool) -> None:
 
 
 def save_multi_files(
-    handler: NNHandler, folder: str, file_format: FileFormat, *, overwrite: bool
+    handler: TrainingState, folder: str, file_format: FileFormat, *, overwrite: bool
 ) -> None:
     """Save a handler as one file a component; collective. See NNHandler.save_multi_files."""
     _check_format(file_format)
@@ -128,7 +127,7 @@ def _check_format(file_format: str) -> None:
         )
 
 
-def check_config(handler: NNHandler, path: str) -> None:
+def check_config(handler: TrainingState, path: str) -> None:
     """Raise UnsupportedLeafError if an argument of a part can't stand in a file of this kind."""
     if not path.endswith(".safetensors"):
         check_loads(handler.config(), path)
@@ -350,9 +349,7 @@ class OneFile:
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """See Format.load."""
         storage = MemoryStorage(read_one(path))
-        return shardckpt.load(
-            state, path, strict=strict, process_group=process_group, storage=storage
-        )
+        return api.load(state, path, strict=strict, process_group=process_group, storage=storage)
 
     def signature(self, path: str) -> Signature:
         """See Format.signature."""

@@ -52,6 +52,18 @@ class Scheduler:
         self.monitor = monitor
         self._class, self._options = scheduler_class, dict(options)
 
+    def anew(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        """The same for another optimizer, from the beginning."""
+        return Scheduler(
+            optimizer, self._class, self._options, interval=self.interval, monitor=self.monitor
+        )
+
+    def set_base(self, rate: float) -> None:
+        """Make another rate the one that the schedule scales."""
+        for scheduler in (self.torch, *getattr(self.torch, "_schedulers", ())):
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+
     @property
     def needs_metric(self) -> bool:
         """Whether it looks at the metric `monitor`."""

@@ -9,73 +9,41 @@ next, so that they save, stop and fail together.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
+from shardckpt.coordination.exchange import exchange
+from shardckpt.coordination.resolve import operation
 from shardckpt.errors import CoordinationError, RankFailedError, StateError
+from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
-from shardckpt.nn_handler.batch import forward
-from shardckpt.nn_handler.callbacks import Callback, ModelCheckpoint, ProgressBar, check_monitor
+from shardckpt.nn_handler.callback import Callback
+from shardckpt.nn_handler.callbacks import ModelCheckpoint, ProgressBar
+from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import Position
-from shardckpt.nn_handler.ema import EMA, check_decay
+from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_echo, meet
 from shardckpt.nn_handler.epoch_metrics import EpochSums
-from shardckpt.nn_handler.parallel import clip_gradients, largest, synchronise_gradients
+from shardckpt.nn_handler.loading import open_source, restore
+from shardckpt.nn_handler.parallel import largest
 from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.nn_handler.signals import leave, stop_requests
+from shardckpt.nn_handler.train_options import TrainOptions
+from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.nn_handler.updating import Updater
+from shardckpt.nn_handler.validation import validate
 from shardckpt.state.flatten import flatten
 
-if TYPE_CHECKING:
-    from shardckpt.nn_handler.handler import NNHandler
-
-__all__ = ["TrainOptions", "Trainer"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
-    """The arguments of NNHandler.train."""
-
-    epochs: int
-    validate_every: int = 1
-    gradient_accumulation_steps: int = 1
-    use_amp: bool = False
-    gradient_clipping_norm: float | None = None
-    ema_decay: float = 0.0
-    progress_bar: bool = True
-    save_on_last_epoch: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 0),
-            ("validate_every", 0),
-            ("gradient_accumulation_steps", 1),
-        ):
-            number = getattr(self, name)
-            if type(number) is not int or number < least:
-                raise StateError(
-                    f"train was given a bad {name}",
-                    expected=f"an int from {least}",
-                    actual=repr(number),
-                )
-        norm = self.gradient_clipping_norm
-        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
-            raise StateError(
-                "train was given a bad gradient_clipping_norm",
-                expected="None, or a number above 0",
-                actual=repr(norm),
-            )
-        check_decay(self.ema_decay)
+__all__ = ["Trainer"]
 
 
 class Trainer:
     """One call of NNHandler.train."""
 
-    def __init__(self, handler: NNHandler, options: TrainOptions) -> None:
+    def __init__(self, handler: Components, options: TrainOptions) -> None:
         self.handler = handler
         self.options = options
         self.failure: BaseException | None = None  # of this rank, to be told to the others
@@ -83,67 +51,98 @@ class Trainer:
         self.alone = False  # the ranks can't talk any more
         self.at: Literal["boundary", "forward", "update"] = "boundary"
         self.buffers: BufferCopies | None = None
-        handler.validates = options.validate_every > 0
-        _check_ready(handler)
+        self.saver: AutoSaver | None = None if options.fast_dev_run else handler.auto_saver
+        self.bar = [ProgressBar()] if options.progress_bar else []
+        self.updater = Updater(handler, options, self._note_point, self._guard)
+        self.end = self.end_step = 0
+        handler.validates = options.validate_every > 0 or options.validate_every_steps is not None
 
     def run(self) -> None:
         """Train; collective."""
-        handler, saver = self.handler, self.handler.auto_saver
-        if self.options.ema_decay and handler.ema is None:
-            handler.ema = EMA(handler.model, self.options.ema_decay)
-        if self.options.use_amp and handler.device.type == "cuda" and handler.scaler is None:
-            handler.set_grad_scaler()
-        resumed = saver is not None and saver.begin(handler)
-        if self.options.ema_decay and handler.ema is not None:
-            handler.ema.decay = self.options.ema_decay
-        end = handler.begin_run(self.options.epochs, resumed=resumed)
-        self.bar = [ProgressBar()] if self.options.progress_bar else []
-        if saver is not None and saver.on_exception:
-            self.buffers = BufferCopies(handler.module)
+        handler, saver = self.handler, self.saver
+        _check_on_all(handler)
+        resumed = self._prepare()
+        self.end, self.end_step = handler.begin_run(
+            self.options.epochs, self.options.max_steps, resumed=resumed
+        )
         with stop_requests(enabled=saver is not None and saver.on_signal) as self.requests:
             try:
                 self._hooks(lambda callback: callback.on_train_start(handler))
                 self._agree()
-                while handler.epoch < end and not handler.stop_training:
-                    self._epoch(end)
+                while handler.epoch < self.end and not handler.stop_training:
+                    self._epoch()
                 self._hooks(lambda callback: callback.on_train_end(handler))
                 self._agree()
             except BaseException as error:
+                self._tell(error)
                 if (raised := self._emergency(error)) is not error:
                     raise raised from error
                 raise
+            finally:
+                handler.sums = None
             if saver is not None:
                 saver.close()
 
-    def _epoch(self, end: int) -> None:
-        handler, position = self.handler, self.handler.position
-        assert handler.train_data is not None
-        self.sums = EpochSums(handler)
-        if not handler.train_data.fits(position):
-            warnings.warn(
-                f"The train loader has not the {position.length} samples of when the epoch was "
-                "begun: the epoch begins anew",
-                stacklevel=4,
+    def _prepare(self) -> bool:
+        """Make what training needs, and resume; whether it did. Collective."""
+        handler, options, saver = self.handler, self.options, self.saver
+        if options.ema_decay and handler.ema is None:
+            handler.ema = EMA(handler.model, options.ema_decay)
+        if options.scales(handler.device) and handler.scaler is None:
+            handler.set_grad_scaler()
+        resumed = saver is not None and saver.begin(
+            handler, restore=lambda path: restore(handler, open_source(path))
+        )
+        if options.ema_decay and handler.ema is not None:
+            handler.ema.decay = options.ema_decay
+        handler.wrap_again()
+        self._warn_of_untrained()
+        if saver is not None and saver.on_exception:
+            self.buffers = BufferCopies(handler.module)
+        return resumed
+
+    def _epoch(self) -> None:
+        handler = self.handler
+        batches = self._begin_epoch()
+        more = True
+        while more and not handler.stop_training:
+            more = self._step(batches)
+            if handler.step >= self.end_step:
+                handler.stop_training = True
+        if more and self._unfinished():
+            self._save_within()
+        else:
+            self._finish_epoch()
+
+    def _begin_epoch(self) -> Iterator[Any]:
+        """The batches of an epoch, from the position on at which training stands."""
+        handler, data, position = self.handler, self.handler.train_data, self.handler.position
+        assert data is not None
+        self.sums = handler.sums = EpochSums(handler)
+        if not data.fits(position):
+            warn(
+                f"The train loader does not have the {position.length} samples of when the epoch "
+                "was begun: the epoch begins anew"
             )
             handler.position = position = Position()
         if position.batches == 0:
-            handler.position = position = Position(seed=handler.seed_value, random=random_state())
+            position = Position(seed=handler.seed_value, random=data.random_now())
+            handler.position = position
             self._hooks(lambda callback: callback.on_epoch_start(handler))
-        elif handler.boundary is not None:
+            self._agree()
+            handler.wrap_again()
+            self._warn_of_untrained()
+        elif handler.boundary is not None and handler.boundary["sums"] is not None:
             self.sums.load(handler.boundary["sums"])
-        batches = handler.train_data.batches(handler.epoch, position)
+        batches = data.batches(handler.epoch, position)
         if handler.boundary is not None and position.batches:
             set_random_state(handler.boundary["random"])
+        limit = self.options.limit_train_batches
+        if limit is not None:
+            batches = itertools.islice(batches, max(0, limit - position.batches))
         handler.train_mode()
         self._mark()
-        while self._step(batches):
-            pass
-        self._finish_epoch(end)
-
-    def _mark(self) -> None:
-        """Note a boundary."""
-        self.handler.boundary = {"random": random_state(), "sums": self.sums.state()}
-        self.at = "boundary"
+        return batches
 
     def _step(self, batches: Iterator[Any]) -> bool:
         """One step of the optimizer; False where the epoch has no more batches."""
@@ -158,28 +157,97 @@ class Trainer:
             )
         group = group[: self._agree(len(group))]
         if not group or handler.stop_training:
-            return False
-        loss = self._optimise(group)
+            return bool(group)
+        for number, batch in enumerate(group):
+            self._hooks("on_batch_start", batch, number)
+        if self.buffers is not None:
+            self.buffers.note()
+        loss = self.updater.step(group, self.sums)
         handler.step += 1
         handler.train_data.advance(handler.position, len(group))
         self._mark()
-        self._hooks(lambda callback: callback.on_step_end(handler, loss))
+        self._hooks("on_step_end", loss)
+        every = self.options.validate_every_steps
+        if every and handler.step % every == 0 and handler.val_data is not None:
+            results = {"step": float(handler.step), **self._validate()}
+            handler.validations.append(results)
+            self._hooks("on_validation_end", results)
         return True
 
-    def _agree(self, batches: int | None = None) -> int:
+    def _finish_epoch(self) -> None:
+        handler, saver = self.handler, self.saver
+        epoch = handler.epoch + 1
+        results = {**self.sums.means(), "lr": handler.rate}
+        if handler.val_data is not None and self._validates(epoch):
+            found = self._validate()
+            results |= found
+            self._hooks("on_validation_end", found)
+        self.at = "update"
+        if handler.scheduler is not None:
+            handler.scheduler.after_epoch(results)
+        handler.epoch = epoch
+        handler.position = Position()
+        for name, value in results.items():
+            handler.history.setdefault(name, []).append(value)
+        handler.boundary = None
+        self.at = "boundary"
+        self._hooks("on_epoch_end", results)
+        self._tell_saves()
+        self._agree()
+        if saver is not None:
+            with self._saving():
+                saver.after_epoch(
+                    handler,
+                    results,
+                    last=epoch == self.end or handler.stop_training,
+                    save_last=self.options.save_on_last_epoch,
+                )
+
+    def _validates(self, epoch: int) -> bool:
+        every, saver = self.options.validate_every, self.saver
+        if not every:
+            return False
+        saves = saver is not None and saver.plan.due_after_epoch(
+            epoch, last=epoch == self.end, save_last=self.options.save_on_last_epoch
+        )
+        return epoch % every == 0 or (saves and saver is not None and saver.plan.needs_validation())
+
+    def _validate(self) -> dict[str, float]:
+        self._hooks("on_validation_start")
+        found = validate(
+            self.handler,
+            autocast=self.options.autocast(self.handler.device),
+            limit=self.options.limit_val_batches,
+            guard=self._guard,
+            agree=lambda more: self._agree(int(more), boundary=False),
+        )
+        return {f"val_{name}": value for name, value in found.items()}
+
+    def _mark(self) -> None:
+        """Note a boundary."""
+        self.handler.boundary = {"random": random_state(), "sums": self.sums.state()}
+        self.at = "boundary"
+
+    def _note_point(self, point: Literal["forward", "update"]) -> None:
+        if point == "update" and self.saver is not None:
+            self.saver.wait_staged()
+        self.at = point
+
+    def _agree(self, batches: int | None = None, *, boundary: bool = True) -> int:
         """The ranks tell each other what they know, and all act on it alike; collective.
 
-        Saves, stops and raises; returns how many batches every rank has. `batches` is None
-        outside of an epoch.
+        Saves, stops and raises; returns how many batches every rank has, or outside of a
+        `boundary` any rank. `batches` is None outside of an epoch.
         """
-        handler, saver = self.handler, self.handler.auto_saver
-        signal, failed, stop, minutes, fewest = largest(
+        handler, saver = self.handler, self.saver
+        sign = -1 if boundary else 1
+        signal, failed, stop, minutes, found = largest(
             [
                 self.requests.received,
                 handler.rank + 1 if self.failure is not None else 0,
                 int(handler.stop_training),
                 int(saver is not None and handler.rank == 0 and saver.minutes_due()),
-                -(batches or 0),
+                sign * (batches or 0),
             ],
             handler.device,
         )
@@ -196,10 +264,10 @@ class Trainer:
             if saver is not None:
                 saver.emergency(handler)
             leave(signal)
-        if saver is not None and batches is not None:
+        if saver is not None and batches is not None and boundary:
             with self._saving():
                 saver.within_epoch(handler, now=bool(minutes))
-        return -fewest
+        return sign * found
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
@@ -211,6 +279,18 @@ class Trainer:
             self.alone = True
             raise
         self.told = False
+        self._tell_saves()
+
+    def _tell_saves(self) -> None:
+        savers = [c.saver for c in self.handler.callbacks if isinstance(c, ModelCheckpoint)]
+        for saver in [*savers, *([self.saver] if self.saver is not None else [])]:
+            for path in saver.take_fresh():
+                self._hooks("on_save", path)
+
+    def _save_within(self) -> None:
+        if self.saver is not None:
+            with self._saving():
+                self.saver.within_epoch(self.handler, now=True)
 
     def _guard(self, act: Callable[[], Any]) -> None:
         """Do what may fail on this rank alone; the next boundary tells the others."""
@@ -219,115 +299,51 @@ class Trainer:
         except BaseException as error:
             self.failure = self.failure or error
 
-    def _hooks(self, call: Callable[[Callback], None]) -> None:
+    def _hooks(self, hook: str | Callable[[Callback], None], *args: Any) -> None:
+        """Call a hook of all callbacks; those that save come last."""
         callbacks = [*self.bar, *self.handler.callbacks]
+        if self.options.fast_dev_run:
+            callbacks = [callback for callback in callbacks if not callback.writes_files]
         callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
         for callback in callbacks:
             if self.failure is None:
-                self._guard(lambda callback=callback: call(callback))  # type: ignore[misc]
-
-    def _optimise(self, group: list[Any]) -> float:
-        handler, clip = self.handler, self.options.gradient_clipping_norm
-        assert handler.optimizer is not None
-        scaler = handler.scaler if self.options.use_amp else None
-        if self.buffers is not None:
-            self.buffers.note()
-        self.at = "forward"
-        handler.optimizer.zero_grad()
-        for number, batch in enumerate(group, 1):
-            synchronise_gradients(handler.model, now=number == len(group))
-            loss, outputs, targets = forward(handler, batch, use_amp=self.options.use_amp)
-            part = loss / len(group)
-            torch.autograd.backward(part if scaler is None else scaler.scale(part))
-            self._guard(lambda a=loss, b=outputs, c=targets: self.sums.add(a, b, c))  # type: ignore[misc]
-        if clip is not None:
-            if scaler is not None:
-                scaler.unscale_(handler.optimizer)
-            clip_gradients(handler.model, clip)
-        handler.rate = float(handler.optimizer.param_groups[0]["lr"])
-        if handler.auto_saver is not None:
-            handler.auto_saver.staged()
-        self.at = "update"
-        skipped = False
-        if scaler is None:
-            handler.optimizer.step()
-        else:
-            before = scaler.get_scale()
-            scaler.step(handler.optimizer)
-            scaler.update()
-            skipped = scaler.get_scale() < before
-        if handler.scheduler is not None and not skipped:
-            handler.scheduler.after_step()
-        if handler.ema is not None:
-            handler.ema.update(handler.model)
-        return float(loss.detach())
-
-    def _finish_epoch(self, end: int) -> None:
-        handler, saver = self.handler, self.handler.auto_saver
-        if handler.stop_training and self._unfinished():
-            if saver is not None:
-                with self._saving():
-                    saver.within_epoch(handler, now=True)
-            return
-        epoch = handler.epoch + 1
-        results = {**self.sums.means(), "lr": handler.rate}
-        if handler.val_data is not None and self._validates(epoch, end):
-            results |= {f"val_{name}": value for name, value in self._validate().items()}
-        self.at = "update"
-        if handler.scheduler is not None:
-            handler.scheduler.after_epoch(results)
-        handler.epoch = epoch
-        handler.position = Position()
-        for name, value in results.items():
-            handler.history.setdefault(name, []).append(value)
-        handler.boundary = None
-        self.at = "boundary"
-        self._hooks(lambda callback: callback.on_epoch_end(handler, results))
-        self._agree()
-        if saver is not None:
-            with self._saving():
-                saver.after_epoch(
-                    handler,
-                    results,
-                    last=epoch == end or handler.stop_training,
-                    save_last=self.options.save_on_last_epoch,
-                )
+                call = hook if callable(hook) else _caller(hook, self.handler, args)
+                self._guard(lambda call=call, callback=callback: call(callback))  # type: ignore[misc]
 
     def _unfinished(self) -> bool:
-        """Whether a callback has ended training within the epoch."""
+        """Whether training has ended within the epoch."""
         data, position = self.handler.train_data, self.handler.position
-        return data is not None and data.even and position.samples < len(data.loader.dataset)  # type: ignore[arg-type]
-
-    def _validates(self, epoch: int, end: int) -> bool:
-        every, saver = self.options.validate_every, self.handler.auto_saver
-        if not every:
+        limit = self.options.limit_train_batches
+        if data is None or (limit is not None and position.batches >= limit):
             return False
-        saves = saver is not None and saver.plan.due_after_epoch(
-            epoch, last=epoch == end, save_last=self.options.save_on_last_epoch
-        )
-        return epoch % every == 0 or (saves and saver is not None and saver.plan.needs_validation())
+        return not data.even or position.samples < position.length
 
-    @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        handler = self.handler
-        assert handler.val_data is not None
-        handler.model.eval()
-        sums = EpochSums(handler)
-        try:
-            for number, batch in enumerate(handler.val_data.loader):
-                loss, outputs, targets = forward(handler, batch, use_amp=self.options.use_amp)
-                if number < handler.val_data.counted:
-                    self._guard(lambda a=loss, b=outputs, c=targets: sums.add(a, b, c))  # type: ignore[misc]
-        finally:
-            handler.train_mode()
-        return sums.means()
+    def _warn_of_untrained(self) -> None:
+        names = self.handler.untrained()
+        key = f"untrained {names}"
+        if names and key not in self.handler.warned:
+            self.handler.warned.add(key)
+            some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            warn(
+                f"{len(names)} parameters need gradients, but the optimizer does not hold them, "
+                f"so they stay as they are: {some}. Call set_optimizer again after unfreezing, "
+                'or handler.optimizer.add_param_group({"params": [...]})'
+            )
+
+    def _tell(self, error: BaseException) -> None:
+        """Let the callbacks see an error; what they raise themselves must not hide it."""
+        for callback in self.handler.callbacks:
+            try:
+                callback.on_exception(self.handler, error)
+            except Exception as second:
+                warn(f"{type(callback).__name__}.on_exception raised {second!r}")
 
     def _emergency(self, error: BaseException) -> BaseException:
         """Save before an error ends training, if the state of the last boundary can be had whole.
 
         Returns what to raise: the error, or of one that is but the echo of another rank's, this.
         """
-        handler, saver = self.handler, self.handler.auto_saver
+        handler, saver = self.handler, self.saver
         exits = isinstance(error, (KeyboardInterrupt, SystemExit)) and error is not self.failure
         if exits or self.alone:
             return error
@@ -346,7 +362,7 @@ class Trainer:
             if hasattr(raised, "add_note"):
                 raised.add_note(text)
             else:  # Python 3.10
-                warnings.warn(text, stacklevel=3)
+                warn(text)
         return raised
 
     def _save_emergency(self, saver: AutoSaver, failure: Failure) -> None:
@@ -364,11 +380,40 @@ class Trainer:
             saver.emergency(handler, process_group=group_of_one())
 
 
-def _check_ready(handler: NNHandler) -> None:
+def _caller(hook: str, handler: TrainingState, args: Any) -> Callable[[Callback], None]:
+    def call(callback: Callback) -> None:
+        own = getattr(type(callback), hook, None)
+        if own is not getattr(Callback, hook):
+            found = (float(a) if isinstance(a, torch.Tensor) and not a.dim() else a for a in args)
+            getattr(callback, hook)(handler, *found)
+
+    return call
+
+
+def _check_on_all(handler: TrainingState) -> None:
+    """Raise StateError for a handler that can't train, on all ranks; collective. What one rank
+    raises, such as a callback in state_dict, the others hear at once."""
+
+    def check() -> bytes:
+        _check_ready(handler)
+        return b""
+
+    if handler.world_size == 1:
+        _check_ready(handler)
+        return
+    with operation("NNHandler: the beginning of training") as coordinator:
+        exchange(coordinator, "ready", check, lambda payloads: b"")
+
+
+def _check_ready(handler: TrainingState) -> None:
     handler.check_given()
+    if handler.averaging:
+        raise StateError(
+            "Training inside ema_weights() would be undone at the end of the with block",
+            remedy="call train after it",
+        )
     missing = {
         "set_optimizer": handler.optimizer,
-        "set_loss_fn": handler.loss_fn,
         "set_train_loader": handler.train_data,
     }
     for setter, value in missing.items():
@@ -376,6 +421,6 @@ def _check_ready(handler: NNHandler) -> None:
             raise StateError("The handler can't train yet", remedy=f"call {setter} first")
     scheduler = handler.scheduler
     if scheduler is not None and scheduler.needs_metric:
-        check_monitor(scheduler.monitor, handler)
+        handler.check_monitor(scheduler.monitor)
     # what can't be saved is told now, not at the first save
     flatten({"config": handler.config(), "callbacks": handler.callback_states()}, rank=handler.rank)

@@ -107,8 +107,11 @@ class SavePlan:
                 "The monitored metric never appears",
                 expected=f"one of {', '.join(sorted(known))}",
                 actual=self.monitor,
-                remedy="correct monitor, or add the metric; val_ ones need a validation loader",
+                remedy="correct monitor, or add the metric; val_ ones need a validation loader, "
+                "and names that you log are announced by handler.will_log.add(name)",
             )
+        samples = {name: 1 if name in ("epoch", "step") else 0.5 for name in known}
+        checkpoint_name(self.name, samples)  # what can't be a name is told before the first step
 
     def needs_validation(self) -> bool:
         """Whether a save after an epoch needs the metrics of validation."""
@@ -154,7 +157,8 @@ def _unknown(field: str, template: str, known: set[str]) -> StateError:
         "The name of a checkpoint asks for a metric that is not there",
         expected=f"one of {', '.join(sorted(known))}",
         actual=f"{{{field}}} in {template!r}",
-        remedy="correct the name, or add the metric; val_ ones need a validation loader",
+        remedy="correct the name, or add the metric; val_ ones need a validation loader, and names "
+        "that you log are announced by handler.will_log.add(name)",
     )
 
 

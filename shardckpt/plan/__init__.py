@@ -1,1 +1,1 @@
-"""Who writes what, who reads what, what goes where: numbers only, without I/O or clock."""
+"""Plans: which rank writes and reads which bytes. Pure computations, without I/O and clock."""

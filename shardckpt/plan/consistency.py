@@ -1,4 +1,4 @@
-"""Where replicas of a tensor differ, said in words."""
+"""Compare the digests of replicas."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["compare_replicas"]
 
 
 def compare_replicas(plan: GlobalPlan, digests: Sequence[NDArray[np.uint64]]) -> None:
-    """Raise ReplicaMismatchError where replicas differ: `digests[r]` are those of the local chunks
-    that rank r compares, 0 for one that was not compared."""
+    """Raise ReplicaMismatchError if replicas differ. `digests[r]` are those of the local chunks
+    that rank r compares, 0 for a chunk that was not compared."""
     every, group = np.concatenate(digests), plan.group
     if len(every) == 0:
         return
@@ -30,11 +30,11 @@ def compare_replicas(plan: GlobalPlan, digests: Sequence[NDArray[np.uint64]]) ->
     name = plan.specs[int(plan.replicated[differing[0]])].name
     others = sorted({int(r) for r in rank[(every != first) & (group == differing[0])]})
     raise ReplicaMismatchError(
-        "Ranks hold different values of a tensor that should be the same on all of them",
+        "The replicas of a tensor differ between ranks",
         rank=tuple(others),
         tensor=name,
-        expected=f"the bytes that rank {int(rank[group == differing[0]][0])} holds",
-        actual=f"other bytes; {len(set(differing.tolist()))} tensors differ in all",
-        remedy="broadcast it from one rank before saving, or mark it with PerRank(...) if it is "
-        "meant to differ",
+        expected=f"the bytes of rank {int(rank[group == differing[0]][0])}",
+        actual=f"different bytes; {len(set(differing.tolist()))} tensors differ",
+        remedy="broadcast the tensor from one rank before you save, or mark it with PerRank(...) "
+        "if it differs on purpose",
     )

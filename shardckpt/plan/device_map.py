@@ -1,4 +1,4 @@
-"""Device maps: which device each saved tensor goes to when a state is built anew."""
+"""Device maps: the device of each saved tensor when a state is built without a template."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from shardckpt.state.saved_tree import under
 __all__ = ["DeviceMap", "place", "resolve_device_map"]
 
 DeviceMap = str | int | torch.device | Mapping[str, Any] | None
-"""None or "cpu"; a device; "meta"; "disk"; "auto"; "balanced"; or prefixes of names -> these."""
+""""cpu" or None; a device; "meta"; "disk"; "auto"; "balanced"; or a dict from prefixes of names to
+these."""
 
-_RESERVE = 0.1  # of a device's free memory, for activations
+_RESERVE = 0.1  # the share of the free memory of a device that is kept for activations
 
 
 def resolve_device_map(
     device_map: DeviceMap, sizes_bytes: Mapping[str, int], free_bytes: Mapping[str, int]
 ) -> Callable[[str], torch.device | str]:
-    """Name -> a torch.device, or "disk". `sizes_bytes` are those of all tensors, by name;
-    `free_bytes` those of the devices, in the order in which "auto" fills them.
+    """A function from name to device: a torch.device or "disk".
 
-    Raises StateError for a device that is not there, and for a name that a mapping leaves out.
+    `sizes_bytes` has the size of each tensor by name, `free_bytes` the free memory of each device,
+    in the order in which "auto" fills them.
+
+    Raises StateError for an unknown device, and for a name without a prefix in a dict.
     """
     if isinstance(device_map, str) and device_map in ("auto", "balanced"):
         devices = place(sizes_bytes, free_bytes, balanced=device_map == "balanced")
@@ -47,7 +50,7 @@ def resolve_device_map(
             tensor=name,
             expected="a prefix of its name",
             actual=f"prefixes {sorted(prefixes)}",
-            remedy='add the prefix, or "" for all that have none',
+            remedy='add the prefix, or "" for all other names',
         )
 
     return find
@@ -62,7 +65,7 @@ def _device(device: Any) -> torch.device | str:
             torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise StateError(
-            "A device of the device map is not there",
+            "A device of the device map is not available",
             expected='"cpu", "meta", "disk", or a device of this machine',
             actual=repr(device),
             remedy=str(error).splitlines()[0],
@@ -73,11 +76,11 @@ def _device(device: Any) -> torch.device | str:
 def place(
     sizes_bytes: Mapping[str, int], free_bytes: Mapping[str, int], *, balanced: bool
 ) -> dict[str, torch.device | str]:
-    """A device for each tensor, blocks kept whole, what fits nowhere on "disk". Pure.
+    """Assign each tensor to a device. Pure.
 
-    A block is all below a numbered layer (`layers.3.`), or a tensor that lies in none. Blocks
-    go to the devices in order, as many as fit in 90% of the free bytes; `balanced` gives
-    each accelerator an even share instead of filling the first.
+    The tensors of a numbered layer (`layers.3.`) form a block; any other tensor is a block of its
+    own. Blocks go to the devices in order, as many as fit in 90% of the free bytes, and to "disk"
+    after the last device. `balanced` fills the accelerators evenly, not one after another.
     """
     blocks: dict[str, list[str]] = {}
     for name in sizes_bytes:

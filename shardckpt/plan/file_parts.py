@@ -1,4 +1,4 @@
-"""Who writes what of files that several ranks write together: parts of even size. Pure."""
+"""Divide files that several ranks write together into parts of even size. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["FilePart", "file_parts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePart:
-    """Bytes of a file: from `begin` to `end`, both at the beginning of a block; None is the end of
+    """The bytes of a file from `begin` to `end`. Both are multiples of a block; None is the end of
     the file."""
 
     file: int
@@ -24,16 +24,16 @@ class FilePart:
 
 
 def file_parts(sizes_bytes: Sequence[int], *, rank: int, world_size: int) -> Iterator[FilePart]:
-    """The parts that a rank writes of files with so many bytes of data each, in order.
+    """The parts that a rank writes, given the bytes of data of each file, in order.
 
-    The parts of all ranks make up every file, the one at `begin` 0 with its header. No part is
-    shorter than a block, but for whole files.
+    The parts of all ranks cover every file. The part with `begin` 0 includes the header. A part is
+    at least a block long, unless it is a full file.
     """
     ends = list(itertools.accumulate(size + HEADER_ALIGN for size in sizes_bytes))
     begins = [0, *ends]
 
     def cut(bound: int) -> tuple[int, int]:
-        """The file and byte where the parts meet that are nearest to the bound."""
+        """The file and byte of the boundary between parts that is nearest to `bound`."""
         if bound >= begins[-1]:
             return len(ends), 0
         file = bisect_right(ends, bound)

@@ -1,8 +1,8 @@
-"""Plans in columns: what travels between ranks instead of lists of objects.
+"""The local plan of a rank, as tables that can be sent between ranks.
 
-Boxes of all tensors stand in one int64 array [n, 2, D] (offsets, sizes), D being the
-largest number of dimensions; unused dimensions hold offset 0 and size 1, so that
-volumes and comparisons need no special cases.
+The boxes of all tensors are in one int64 array [n, 2, D] of offsets and sizes, where D is the
+largest number of dimensions. Unused dimensions have offset 0 and size 1, so that volumes and
+comparisons need no special cases.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Ints = NDArray[np.int64]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
-    """A global tensor: its name, safetensors dtype and shape."""
+    """A global tensor: its name, the name of its dtype, and its shape."""
 
     name: str
     dtype: str
@@ -53,7 +53,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkTable:
-    """Chunks in columns: `tensor` [n] indexes a list of TensorSpec, `boxes` [n, 2, D]."""
+    """A table of n chunks: `tensor` [n] indexes a list of TensorSpec; `boxes` [n, 2, D]."""
 
     tensor: Ints
     boxes: Ints
@@ -62,12 +62,12 @@ class ChunkTable:
         return len(self.tensor)
 
     def pack(self) -> bytes:
-        """As bytes."""
+        """Encode the table as bytes."""
         return pack_columns(np.column_stack([self.tensor, flat_boxes(self.boxes)]))
 
     @classmethod
     def unpack(cls, data: bytes) -> ChunkTable:
-        """The table that `pack` made these bytes of."""
+        """Decode the bytes of `pack`."""
         columns = unpack_columns(data)
         count, width = columns.shape
         return cls(tensor=columns[:, 0], boxes=columns[:, 1:].reshape(count, 2, (width - 1) // 2))
@@ -77,8 +77,8 @@ _TYPES = {1: "u1", 2: "<u2", 4: "<u4", 8: "<i8"}
 
 
 def pack_columns(columns: Ints) -> bytes:
-    """Columns [n, k] as few bytes: each in the narrowest type that holds it, then deflated. The
-    boxes of a rank are alike, and all ranks send theirs to one."""
+    """Encode columns [n, k] as few bytes: each in its narrowest type, then compressed. The boxes of
+    a rank are similar, and rank 0 receives those of all ranks."""
     parts = []
     for column in columns.T:
         low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
@@ -90,7 +90,7 @@ def pack_columns(columns: Ints) -> bytes:
 
 
 def unpack_columns(data: bytes) -> Ints:
-    """The columns [n, k] that `pack_columns` made these bytes of."""
+    """Decode the bytes of `pack_columns`: columns [n, k]."""
     count, length = struct.unpack_from("<IQ", data)
     widths, body = data[12 : 12 + count], zlib.decompress(data[12 + count :])
     columns = np.empty((length, count), dtype=np.int64)
@@ -102,7 +102,7 @@ def unpack_columns(data: bytes) -> Ints:
 
 
 def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
-    """(offsets, sizes) pairs of any number of dimensions as one array [n, 2, D]."""
+    """Combine (offsets, sizes) pairs of any ndim into one array [n, 2, D]."""
     ndim = np.array([len(offsets) for offsets, _ in boxes], dtype=np.int64)
     dims = int(ndim.max(initial=0))
     table = np.empty((len(boxes), 2, dims), dtype=np.int64)
@@ -117,19 +117,19 @@ def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
 
 
 def pad_shapes(shapes: Sequence[Sequence[int]], *, dims: int) -> Ints:
-    """Shapes as one array [n, dims]; unused dimensions are of size 1."""
+    """Combine shapes into one array [n, dims]. Unused dimensions have size 1."""
     ones = (1,) * dims
     rows = [(*shape, *ones[len(shape) :]) for shape in shapes]
     return np.array(rows, dtype=np.int64).reshape(len(rows), dims)
 
 
 def flat_boxes(boxes: Ints) -> Ints:
-    """Boxes [n, 2, D] as rows [n, 2 * D]."""
+    """Reshape boxes [n, 2, D] into rows [n, 2 * D]."""
     return boxes.reshape(len(boxes), 2 * boxes.shape[2])
 
 
 def widen_boxes(boxes: Ints, *, dims: int) -> Ints:
-    """Boxes [n, 2, d] with unused dimensions added, [n, 2, dims]."""
+    """Add unused dimensions to boxes [n, 2, d], giving [n, 2, dims]."""
     if boxes.shape[2] == dims:
         return boxes
     wide = np.empty((len(boxes), 2, dims), dtype=np.int64)
@@ -139,7 +139,7 @@ def widen_boxes(boxes: Ints, *, dims: int) -> Ints:
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """What of a rank's state others may have as well; see LocalPlan, which has these fields."""
+    """The part of a local plan that ranks compare; its fields are those of LocalPlan."""
 
     common: tuple[TensorSpec, ...]
     tree: bytes
@@ -148,14 +148,19 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPlan:
-    """What one rank holds.
+    """The tensors and values of one rank.
 
-    `common` are the tensors that every rank knows, `own` those of this rank alone (their
-    rows in `chunks` count on from len(common)); `kind` [len(common) + len(own)] says how they
-    change. `chunks` are the boxes held here; row i of it is `data[i]`, which never leaves the
-    rank. `shared[i]` says whether other ranks may hold the same box. `tree` and `own_trees`
-    are typed JSON, encoded; `rank0_trees` too, by name, which rank 0 has of what is marked with
-    FromRank0. `unions` are the names of the dicts that are marked with Union.
+    Attributes:
+        common: The tensors that every rank knows.
+        own: The tensors that only this rank knows. In `chunks` they are numbered from len(common).
+        kind: The file group of each tensor [len(common) + len(own)]; see state.file_groups.
+        chunks: The boxes that this rank holds. Row i describes `data[i]`.
+        shared: Whether other ranks may hold the same box, for each row of `chunks`.
+        tree: The values, as encoded typed JSON.
+        own_trees: The PerRank values, as encoded typed JSON.
+        data: The tensors of the chunks. They are not sent to other ranks.
+        rank0_trees: The values that FromRank0 marks, by name, on rank 0.
+        unions: The names of the dicts that Union marks.
     """
 
     common: tuple[TensorSpec, ...]
@@ -170,11 +175,11 @@ class LocalPlan:
     unions: tuple[str, ...] = ()
 
     def offer(self, *, whole: bool) -> Offer:
-        """What all ranks should have in common; without `whole` the values alone."""
+        """The part of the plan that ranks compare; without `whole` only the values."""
         return Offer(self.common if whole else (), self.tree, self.unions)
 
     def digests(self) -> tuple[str, str, str]:
-        """Digests of the structure (names, dtypes, shapes), the values and the boxes held."""
+        """Digests of the structure (names, dtypes, shapes), of the values, and of the boxes."""
         structure = text_digest(msgspec.msgpack.encode(self.common))
         tensor, boxes = self.chunks.tensor, self.chunks.boxes
         own = msgspec.msgpack.encode((boxes.shape, self.own))
@@ -183,7 +188,7 @@ class LocalPlan:
         return structure, text_digest(self.tree), text_digest(b"".join(rows))
 
     def pack(self, *, whole: bool) -> bytes:
-        """As bytes for rank 0; `whole` adds what all ranks should have in common."""
+        """Encode the plan for rank 0. `whole` includes the part that ranks compare."""
         return msgspec.msgpack.encode(
             {
                 "own": self.own,
@@ -199,7 +204,7 @@ class LocalPlan:
 
     @classmethod
     def unpack(cls, data: bytes) -> LocalPlan:
-        """The plan, without its data, that `pack` made these bytes of."""
+        """Decode the bytes of `pack`. The plan has no data."""
         packed = _decode(data)
         chunks = ChunkTable.unpack(packed.chunks)
         shared = np.unpackbits(np.frombuffer(packed.shared, dtype=np.uint8), count=len(chunks))
@@ -231,12 +236,12 @@ _decode = msgspec.msgpack.Decoder(_Packed).decode
 
 @lru_cache(maxsize=16)
 def _kinds(data: bytes) -> Ints:
-    """Mostly the same of all ranks. Not to be written to."""
+    """Shared between ranks on rank 0: do not write to it."""
     return unpack_columns(data)[:, 0]
 
 
 def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
-    """The plan of one of `world_size` ranks from its flattened state. Not collective."""
+    """Make the local plan of a flattened state. Not collective."""
     specs: list[TensorSpec] = []
     owner: list[int] = []
     shared: list[bool] = []
@@ -246,10 +251,10 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
         (flat.tensors, True),
         (flat.own, False),
     )
-    with torch.no_grad():  # to_local() and detach() are free then
+    with torch.no_grad():  # then to_local() and detach() cost nothing
         for tensors, common in groups:
             for name, tensor in tensors.items():
-                if type(tensor) in PLAIN and name not in flat.foreign:  # as most are
+                if type(tensor) in PLAIN and name not in flat.foreign:  # the most frequent case
                     shape = tuple(tensor.shape)
                     owner.append(len(specs))
                     shared.append(common)
@@ -282,17 +287,17 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
 
 
 def filled(tree: bytes, rank0_trees: Mapping[str, bytes]) -> bytes:
-    """The tree with rank 0's values where FromRank0 stood. Raises RankMismatchError where rank 0
-    has none."""
+    """The tree with rank 0's values in place of FromRank0. Raises RankMismatchError if rank 0 lacks
+    one."""
     for name, own in rank0_trees.items():
-        # Nowhere else are these the bytes: a text has its quotation marks escaped.
+        # These bytes occur nowhere else: inside a JSON string, quotation marks are escaped.
         tree = tree.replace(msgspec.json.encode(placeholder(name)), own)
     if b'{"$from_rank0":' in tree:
         missing = tree.partition(b'{"$from_rank0":')[2].partition(b"}")[0]
         raise RankMismatchError(
-            "An entry that is marked with FromRank0 is not there on rank 0",
+            "An entry that is marked with FromRank0 is missing on rank 0",
             rank=0,
             tensor=msgspec.json.decode(missing),
-            remedy="hand over FromRank0(...) under the same name on every rank",
+            remedy="pass FromRank0(...) under the same name on every rank",
         )
     return tree

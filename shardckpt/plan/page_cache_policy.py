@@ -1,4 +1,4 @@
-"""Which ranks read what other ranks of their machine read, and so leave it to the page cache."""
+"""Choose which reads bypass the page cache: those of data that one rank of a machine reads."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ import xxhash
 from shardckpt.format.entries import TensorEntry
 from shardckpt.state.local_chunks import LocalChunk
 
-__all__ = ["ALWAYS", "MOSTLY", "NEVER", "Share", "past_cache", "share_of"]
+__all__ = ["ALWAYS", "MOSTLY", "NEVER", "ReadSummary", "past_cache", "summarise_reads"]
 
 ALWAYS, MOSTLY, NEVER = 0.0, 0.8, math.inf
-"""Neighbouring blocks are read past the page cache by whoever wants at least this part of them."""
+"""A rank reads neighbouring blocks past the page cache if it wants at least this part of them."""
 
 
-class Share(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank reads: `wanted_bytes` of tensors of `whole_bytes`, which `tensors` stands for."""
+class ReadSummary(msgspec.Struct, array_like=True, frozen=True):
+    """The reads of a rank in short.
+
+    Attributes:
+        machine: The name of its machine.
+        tensors: A digest of the tensors that it reads from.
+        wanted_bytes: The bytes that it reads.
+        tensor_bytes: The bytes of these tensors.
+    """
 
     machine: str
     tensors: int
     wanted_bytes: int
-    whole_bytes: int
+    tensor_bytes: int
 
 
-def share_of(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> Share:
-    """The share of a rank with these reads. Pure."""
-    return Share(
+def summarise_reads(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> ReadSummary:
+    """Return the summary of a rank's reads. Pure."""
+    return ReadSummary(
         machine,
         xxhash.xxh3_64_intdigest(b"".join(entry.chunks.data for entry, _ in reads)),
         sum(chunk.data.nbytes for _, chunk in reads),
@@ -37,18 +44,21 @@ def share_of(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> S
     )
 
 
-def past_cache(shares: Sequence[Share]) -> list[float]:
-    """For each rank what it reads past the page cache: ALWAYS where no other rank of its machine
-    reads of the same tensors; NEVER where they want, together, much more than these tensors are;
-    else MOSTLY, as what a rank does not want of a block is what another one wants of it."""
+def past_cache(summaries: Sequence[ReadSummary]) -> list[float]:
+    """For each rank, the part of a block that it must want to read it past the page cache.
+
+    ALWAYS if no other rank of its machine reads the same tensors. NEVER if these ranks together
+    want much more than the bytes of the tensors: they read the same boxes. Otherwise MOSTLY: the
+    rest of a block is wanted by another rank.
+    """
     wanted: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for share in shares:
-        wanted[share.machine, share.tensors].append(share.wanted_bytes)
+    for rank in summaries:
+        wanted[rank.machine, rank.tensors].append(rank.wanted_bytes)
 
-    def of(share: Share) -> float:
-        together = wanted[share.machine, share.tensors]
-        if len(together) == 1:
+    def least_part(rank: ReadSummary) -> float:
+        wanted_bytes = wanted[rank.machine, rank.tensors]
+        if len(wanted_bytes) == 1:
             return ALWAYS
-        return MOSTLY if sum(together) <= share.whole_bytes + share.whole_bytes // 4 else NEVER
+        return MOSTLY if sum(wanted_bytes) <= rank.tensor_bytes * 5 // 4 else NEVER
 
-    return [of(share) for share in shares]
+    return [least_part(rank) for rank in summaries]

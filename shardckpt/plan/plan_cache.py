@@ -1,7 +1,7 @@
-"""Plans of earlier saves, kept by the digest of what they were made from, so they can't be stale.
+"""A cache of plans of earlier saves.
 
-A plan follows from the local plans of all ranks and from nothing else. So its id is the digest
-of their digests: a state, a layout or a world that changes has another id.
+A plan depends only on the local plans of all ranks. Its id is the digest of their digests. Another
+state, placement or world size has another id, so that a cached plan is never stale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LIMIT_PLANS = 8
 
 
 class KnownPlan:
-    """A plan on rank 0, and the tensors of its manifest, which change as little as it does.
+    """A plan on rank 0, with the encoded tensors of its manifest.
 
     `partial` are the names of the tensors that only some ranks hold.
     """
@@ -35,8 +35,8 @@ class KnownPlan:
         self._files: Ints | None = None
 
     def encoded_tensors(self, files: Ints) -> bytes:
-        """The member `tensors` of the manifest: `files` [s, 2] are the number of chunks in each
-        file, and the size of its header in bytes."""
+        """The member `tensors` of the manifest. `files` [s, 2] are the number of chunks and the
+        bytes of the header of each file."""
         if self._files is None or not np.array_equal(self._files, files):
             plan = self.plan
             bounds = np.cumsum(np.append(0, files[:, 0]))
@@ -49,21 +49,21 @@ class KnownPlan:
 
     @property
     def size_bytes(self) -> int:
-        """The memory that it takes, more or less."""
+        """The approximate memory of the plan in bytes."""
         chunks = self.plan.chunks
         return chunks.tensor.nbytes + chunks.boxes.nbytes + len(self._encoded)
 
 
 class PlanCache:
-    """The newest plans: on every rank what it writes, on rank 0 also what all do."""
+    """The latest plans: on every rank what it writes, on rank 0 also the global plans."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # saves in the background use it too
+        self._lock = threading.Lock()  # background saves use the cache too
         self._plans: OrderedDict[str, KnownPlan] = OrderedDict()
         self._writes: OrderedDict[tuple[str, ...], tuple[str, RankWrites]] = OrderedDict()
 
     def plan(self, identity: str) -> KnownPlan | None:
-        """The plan of this id."""
+        """The plan with an id."""
         with self._lock:
             known = self._plans.get(identity)
             if known is not None:
@@ -71,7 +71,7 @@ class PlanCache:
             return known
 
     def add_plan(self, identity: str, known: KnownPlan) -> None:
-        """Keep a plan; the oldest ones make room."""
+        """Add a plan, and remove the oldest ones if the cache is full."""
         with self._lock:
             self._plans[identity] = known
             while len(self._plans) > _LIMIT_PLANS or (
@@ -81,7 +81,8 @@ class PlanCache:
                 self._plans.popitem(last=False)
 
     def writes(self, local: tuple[str, ...]) -> tuple[str, RankWrites] | None:
-        """The id of the last plan that a rank's local plan was a part of, and what it wrote."""
+        """The id of the latest global plan that includes a local plan, and what this rank writes in
+        it."""
         with self._lock:
             found = self._writes.get(local)
             if found is not None:
@@ -89,7 +90,7 @@ class PlanCache:
             return found
 
     def add_writes(self, local: tuple[str, ...], identity: str, writes: RankWrites) -> None:
-        """Keep what this rank writes by a plan."""
+        """Add what this rank writes in a plan."""
         with self._lock:
             self._writes[local] = identity, writes
             while len(self._writes) > _LIMIT_PLANS:

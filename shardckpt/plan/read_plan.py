@@ -1,7 +1,7 @@
-"""Which bytes of which shards fill a tensor, and where they go.
+"""Plan reads: which bytes of which shards fill which part of a tensor.
 
-A read is a run of bytes of a shard, and its place: an address, where the run lands as it
-is, or a tensor view that it is copied into (strided, of another dtype, or on a device).
+A read is a run of bytes of a shard, with its target: an address, if the bytes need no change, or a
+view of a tensor to copy into (strided, of another dtype, or on a device).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]
 Ints = NDArray[np.int64]
 
 WINDOW_BYTES = 4 << 20
-"""Shards are read in windows of this size, at multiples of it; no read crosses one unless its
-bytes land as they are."""
+"""The window in bytes in which shards are read. A read does not cross a multiple of it, unless its
+bytes go to an address."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyRead:
-    """Bytes [begin, end) hold a box of `sizes` elements with `strides` (in elements) of
-    `dtype`, beginning at `begin`; it is copied into `into`."""
+    """Bytes [begin, end) of a shard, from which a box is copied into `into`. The box has `sizes`
+    elements with `strides` (in elements) of `dtype`."""
 
     shard: int
     begin: int
@@ -45,19 +45,22 @@ class CopyRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
-    """What to read. `direct` [n, 4], a row for each run of bytes that lands as it is: number of
-    the shard, begin and end in its file, address in memory. `copies` are all others. Whoever
-    carries them out keeps the tensors alive."""
+    """The reads of a load.
+
+    `direct` [n, 4] has a row for each run of bytes that goes to an address: number of the shard,
+    begin and end in the file, address. `copies` has all other reads. The caller must keep the
+    tensors alive.
+    """
 
     direct: Ints
     copies: list[CopyRead]
 
 
 def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
-    """The reads that fill boxes of saved tensors. Pure.
+    """Plan the reads that fill boxes of saved tensors. Pure.
 
-    The data of a chunk have the sizes of its box; their dtype and device may differ from what
-    was saved (copying casts).
+    The data of a chunk have the sizes of its box. Their dtype and device may differ from the saved
+    ones; copying casts them.
     """
     by_dims: dict[int, list[tuple[TensorEntry, LocalChunk]]] = {}
     for pair in wanted:
@@ -71,7 +74,7 @@ def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
 
 
 def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
-    """As plan_reads for tensors of `dims` dimensions."""
+    """As plan_reads, for tensors of `dims` dimensions."""
     chunks = np.concatenate([entry.chunks for entry, _ in pairs])
     owner = np.repeat(np.arange(len(pairs)), [len(entry.chunks) for entry, _ in pairs])
     held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
@@ -104,7 +107,7 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
 
 
 def _rows(numbers: list[tuple[int, ...]], dims: int) -> Ints:
-    """Tuples of `dims` numbers as an array [n, dims]."""
+    """Convert tuples of `dims` numbers to an array [n, dims]."""
     flat = itertools.chain.from_iterable(numbers)
     return np.fromiter(flat, np.int64, len(numbers) * dims).reshape(len(numbers), dims)
 
@@ -118,9 +121,11 @@ def _strides(sizes: Ints) -> Ints:
 
 
 def _are_runs(part: Ints, whole: Ints) -> NDArray[np.bool_]:
-    """Whether boxes of sizes `part` in row-major arrays of sizes `whole` are one run of bytes."""
+    """Whether boxes of sizes `part` are contiguous in row-major arrays of sizes `whole`."""
     run = np.ones(len(part), dtype=np.bool_)
-    inside = np.zeros(len(part), dtype=np.bool_)  # a dimension of more than one has come
+    inside = np.zeros(
+        len(part), dtype=np.bool_
+    )  # whether a dimension of more than one element has occurred
     for dim in range(part.shape[1]):
         run &= ~inside | (part[:, dim] == whole[:, dim])
         inside |= part[:, dim] > 1
@@ -135,10 +140,10 @@ def _cut_reads(
     into: torch.Tensor,
     whole: list[int],
 ) -> Iterator[CopyRead]:
-    """CopyReads for a box of a row-major array of sizes `whole`; none crosses a window's border.
+    """CopyReads for a box of a row-major array of sizes `whole`. None crosses a border of a window.
 
-    A box that does is cut along its first dimension: what comes before the border, the row
-    that lies across it (cut in turn), and the rest.
+    A box that crosses a border is divided along its first dimension: the rows before the border,
+    the row across it (divided in turn), and the rows after it.
     """
     width, memory = itemsize(dtype), memory_dtype(dtype)
     products = itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1)
@@ -172,5 +177,5 @@ def _cut_reads(
 
 
 def _span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a strided box, both included."""
+    """The number of elements from the first to the last of a strided box, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))

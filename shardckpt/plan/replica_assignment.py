@@ -1,8 +1,8 @@
-"""Who of several ranks that hold the same chunk writes it.
+"""Choose which of the ranks that hold the same chunk writes it.
 
-Chunks with replicas are strung together, in order, into one long run of bytes for each set of
-replicas, and the run is cut where every rank has the same number of bytes to write in all: so a
-replicated state costs each rank 1/N of its bytes, few tensors are cut, and small ones never are.
+The replicated chunks of each set of ranks form one sequence of bytes. It is divided so that all
+ranks write the same number of bytes in total. Each rank of a replicated state therefore writes 1/N
+of its bytes; few tensors are divided, and small ones never are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from shardckpt.plan.local_plan import Ints
 __all__ = ["Rows", "divide", "group_equal", "joined"]
 
 SPLIT_BYTES = 1 << 20
-"""A replicated chunk smaller than this is written whole by one rank."""
+"""A smaller replicated chunk, in bytes, is never divided."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Rows:
-    """The chunks of all ranks, one row each: whose it is, which of its local chunks, which
-    tensor, the box [n, 2, D], and the size in bytes."""
+    """The chunks of all ranks, one in each row: its rank, its row in the local chunks, its tensor,
+    its box [n, 2, D], and its size in bytes."""
 
     rank: Ints
     row: Ints
@@ -37,12 +37,12 @@ class Rows:
         return len(self.rank)
 
     def take(self, index: NDArray[np.generic]) -> Rows:
-        """The rows of an index or mask."""
+        """Select the rows of an index or mask."""
         return Rows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
-    """All rows, one part after the other."""
+    """Concatenate tables."""
     parts = [part for part in parts if len(part)] or list(parts[:1])
     if len(parts) == 1:
         return parts[0]
@@ -51,8 +51,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 def group_equal(keys: Ints) -> tuple[Ints, Ints]:
-    """Index of the first row of each set of equal rows of `keys` [n, k], and for each row the
-    number of its set. Sets are numbered as they first appear."""
+    """The first row of each set of equal rows of `keys` [n, k], and the number of the set of each
+    row. Sets are numbered by first occurrence."""
     if len(keys) == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     mixed = np.zeros(len(keys), dtype=np.uint64)
@@ -60,7 +60,7 @@ def group_equal(keys: Ints) -> tuple[Ints, Ints]:
         mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
     _, first, group = np.unique(mixed, return_index=True, return_inverse=True)
-    if not np.array_equal(keys[first[group]], keys):  # two different rows with one hash
+    if not np.array_equal(keys[first[group]], keys):  # two different rows with the same hash
         _, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
     rank_of = np.empty(len(first), dtype=np.int64)
@@ -69,11 +69,11 @@ def group_equal(keys: Ints) -> tuple[Ints, Ints]:
 
 
 def divide(rows: Rows, group: Ints, loads: NDArray[np.float64]) -> Rows:
-    """The chunks of `rows`, each or each part of it left to one of the ranks that hold it.
+    """Assign each of the chunks in `rows`, or each part of it, to one of the ranks that hold it.
 
-    `group` [n] numbers the sets of equal chunks. `loads` are the bytes that each rank has to
-    write anyway; they become what it has to write in all. Small sets of replicas come first:
-    those that many ranks hold even things out.
+    `group` [n] numbers the sets of equal chunks. `loads` are the bytes that each rank writes; they
+    are updated. Sets with few ranks are assigned first, as the chunks of large sets can balance all
+    ranks.
     """
     order = np.lexsort((rows.rank, group))
     rows, group = rows.take(order), group[order]
@@ -103,8 +103,7 @@ def divide(rows: Rows, group: Ints, loads: NDArray[np.float64]) -> Rows:
 
 
 def _fill(loads: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
-    """How much of `amount` each of several unequal loads takes, so that they end up as even as
-    can be: water filled into vessels of one level."""
+    """Divide `amount` among unequal loads, to make them as even as possible (water filling)."""
     rising = np.sort(loads)
     levels = (amount + np.cumsum(rising)) / np.arange(1, len(rising) + 1)
     level = levels[int(np.append(levels[:-1] <= rising[1:], True).argmax())]
@@ -113,14 +112,14 @@ def _fill(loads: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
 
 
 def _row_dim(boxes: Ints) -> Ints:
-    """For each box the first dimension along which it can be cut into runs of neighbouring
-    bytes: the first of a size above 1."""
+    """For each box, the first dimension of a size above 1, along which it can be divided into
+    contiguous runs of bytes."""
     dims: Ints = (boxes[:, 1] > 1).argmax(axis=1)
     return dims
 
 
 def _row_bytes(rows: Rows, starts: Ints) -> Ints:
-    """The bytes of one index along that dimension, of the chunks at `starts`; at least 1 each."""
+    """The bytes of one index along that dimension, for the chunks at `starts`; at least 1."""
     boxes, size_bytes = rows.boxes[starts], rows.size_bytes[starts]
     if boxes.shape[2] == 0:
         return np.maximum(size_bytes, 1)
@@ -130,8 +129,8 @@ def _row_bytes(rows: Rows, starts: Ints) -> Ints:
 
 
 def _bounds(sizes: Ints, row_bytes: Ints, quota: NDArray[np.float64]) -> Ints:
-    """Where each rank's part of the run begins, and the end of the run: the places nearest to its
-    quota where it may be cut, at a row of a large chunk or the edge of a small one."""
+    """The begin of the part of each rank, and the end of the sequence. Each is the nearest position
+    to its quota at a row of a large chunk or at the border of a small one."""
     edges = np.concatenate([[0], np.cumsum(sizes)])
     at = np.cumsum(quota)[:-1]
     chunk = np.minimum(np.searchsorted(edges, at, side="right") - 1, len(sizes) - 1)
@@ -144,8 +143,8 @@ def _bounds(sizes: Ints, row_bytes: Ints, quota: NDArray[np.float64]) -> Ints:
 
 
 def _parts(sizes: Ints, bounds: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """The parts into which `bounds` cut the chunks of a run: (chunk, position of the replica that
-    writes it, begin and end within the chunk)."""
+    """The parts into which `bounds` divide a sequence of chunks: (chunk, position of the replica
+    that writes it, begin and end within the chunk)."""
     edges = np.concatenate([[0], np.cumsum(sizes)])
     first = np.searchsorted(bounds, edges[:-1], side="right") - 1
     last = np.searchsorted(bounds, edges[1:], side="left") - 1
@@ -162,7 +161,7 @@ def _parts(sizes: Ints, bounds: Ints) -> tuple[Ints, Ints, Ints, Ints]:
 
 
 def _cut(rows: Rows, low: Ints, high: Ints) -> Rows:
-    """Rows narrowed to the bytes [low, high) of each, which are multiples of its row."""
+    """Restrict the box of each row to its bytes [low, high), which are multiples of a row."""
     cut = np.flatnonzero(high - low < rows.size_bytes)
     if len(cut):
         boxes = rows.boxes[cut]

@@ -1,8 +1,8 @@
-"""Who writes what: from every rank's local plan to the chunks that each rank writes.
+"""Make the global plan of a save: from the local plans of all ranks to the chunks that each writes.
 
-Chunks that one rank alone holds are written by it: it knows that by itself. Chunks with replicas
-are divided among the ranks that hold them (planning/replicas), and each is told its share. Frozen
-weights are divided by themselves, so that their files don't depend on what else is saved.
+A rank writes the chunks that it alone holds, without being asked. Chunks with replicas are divided
+among the ranks that hold them (plan.replica_assignment), and rank 0 sends each its share. Frozen
+weights are divided separately, so that their files do not depend on the other entries.
 """
 
 from __future__ import annotations
@@ -35,18 +35,17 @@ from shardckpt.state.file_groups import FROZEN, KINDS, MAIN, files_of
 __all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
 
 SMALL_BYTES = 16 << 10
-"""Chunks of less than this lie side by side in their file: counters, biases, norms."""
+"""Smaller chunks, in bytes, are stored side by side in their file: counters, biases, norms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWrites:
-    """What one rank writes, in the order of its shard.
+    """The chunks that one rank writes, in the order of its shard.
 
-    `row` [m]: which of the rank's local chunks; `boxes` [m, 2, D]: the part of the global
-    tensor to write of it. `files`: the kind (see planning/kinds) of each file of the shard, and
-    how many of the chunks it holds. `compare`: local rows that other ranks hold as well.
-    `layouts`: of each kind, once its file has been laid out, the header and the file's size in
-    bytes, which follow from the plan alone.
+    `row` [m] is the row of the local chunk, and `boxes` [m, 2, D] the box of the global tensor to
+    write. `files` has the kind of each file of the shard (see state.file_groups) with its number of
+    chunks. `compare` has the local rows that other ranks hold too. `layouts` has the header and the
+    size in bytes of each file by kind, once its layout is known.
     """
 
     row: Ints
@@ -58,7 +57,7 @@ class RankWrites:
     @classmethod
     def of(cls, local: LocalPlan, share: bytes) -> RankWrites:
         """What a rank writes: the chunks that it alone holds, and its share of the replicated
-        ones, which came from rank 0 (GlobalPlan.shares)."""
+        chunks (GlobalPlan.shares)."""
         replicated, compare, kinds = msgspec.msgpack.decode(share, type=tuple[bytes, bytes, bytes])
         won = ChunkTable.unpack(replicated)
         held = local.chunks
@@ -69,7 +68,7 @@ class RankWrites:
         specs = (*local.common, *local.own)
         chunks = ChunkTable(tensor=held.tensor[row], boxes=boxes)
         kind = local.kind
-        if kinds:  # as rank 0 sees the tensors in common
+        if kinds:  # rank 0 sees the common tensors
             kind = np.append(unpack_columns(kinds)[:, 0], kind[len(local.common) :])
         file = files_of(kind[chunks.tensor], chunk_bytes(specs, chunks))
         order = layout_order(specs, chunks, file)
@@ -84,12 +83,11 @@ class RankWrites:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalPlan:
-    """The plan of a save: all tensors, and what each rank writes of them.
+    """The plan of a save: all tensors, and what each rank writes.
 
     Rank r writes the chunks in rows `bounds[r]` to `bounds[r + 1]` of `chunks`, in this order.
-    `shares[r]` is for RankWrites.of. Rank r compares as many replicas as `compared[r]` says;
-    `group` numbers the sets of replicas that they belong to, of all ranks in turn, and
-    `replicated` [g] are the tensors of these sets.
+    `shares[r]` is the input of RankWrites.of. Rank r compares `compared[r]` replicas; `group` has
+    the sets of these replicas, of all ranks in turn, and `replicated` [g] the tensor of each set.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -101,16 +99,18 @@ class GlobalPlan:
     replicated: Ints
 
     def of_rank(self, rank: int) -> ChunkTable:
-        """The chunks in a rank's shard."""
+        """The chunks in the shard of a rank."""
         rows = slice(self.bounds[rank], self.bounds[rank + 1])
         return ChunkTable(tensor=self.chunks.tensor[rows], boxes=self.chunks.boxes[rows])
 
 
 def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | None = None) -> Ints:
-    """The order of chunks on disk: file by file, if `file` [n] numbers them; by falling item size,
-    so that each lies aligned in its file without padding; the small ones last, side by side as
-    whoever reads one reads a block, and behind all that is written from where it was staged, as
-    some of them are written by other ranks; then as in the state."""
+    """The order of chunks on disk.
+
+    File by file, if `file` [n] numbers them. By falling item size, so that chunks are aligned
+    without padding. Small chunks come last, side by side, since they are read in one block and some
+    are written by other ranks. Finally in the order of the state.
+    """
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
     widths = np.unique(items)[::-1]
     small = chunk_bytes(specs, chunks) < SMALL_BYTES
@@ -128,8 +128,9 @@ def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | N
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """The tensors of all ranks, numbered. `kind` [n] is what the first rank that has a tensor says
-    of it; `of_common[r]` are the numbers of rank r's tensors in common, all of its own follow."""
+    """The tensors of all ranks, numbered. `kind` [n] is the file group on the first rank that has
+    the tensor. `of_common[r]` are the numbers of the common tensors of rank r; those of its own
+    follow."""
 
     specs: tuple[TensorSpec, ...]
     kind: Ints
@@ -171,7 +172,7 @@ class _Numbers:
             if len(plan.own):
                 own = np.arange(len(plan.own)) + self.own_offset[rank]
                 tensor = np.concatenate([at, own])[tensor]
-            elif at is not self.of_common[0]:  # which are numbered from 0
+            elif at is not self.of_common[0]:  # numbered from 0
                 tensor = at[tensor]
             columns.append(tensor)
         return np.concatenate(columns)
@@ -180,11 +181,10 @@ class _Numbers:
 def global_plan(
     plans: Sequence[LocalPlan], common: Sequence[tuple[TensorSpec, ...]] | None = None
 ) -> GlobalPlan:
-    """Plan a save from the local plans of all ranks, in rank order. Pure.
+    """Make the global plan from the local plans of all ranks, in rank order. Pure.
 
-    The tensors in common are taken from the first plan; `common` gives those of each rank, if
-    they are not the same. Raises CoverageError where the chunks of a tensor overlap, leave a hole
-    or reach beyond it.
+    The common tensors are those of the first plan, or `common[r]` if they differ between ranks.
+    Raises CoverageError if the chunks of a tensor overlap, leave a gap or are out of bounds.
     """
     numbers = _Numbers.of(plans, common)
     specs, kind = numbers.specs, numbers.kind
@@ -193,9 +193,9 @@ def global_plan(
     replicated = rows.take(shared)
     keys = np.column_stack([replicated.tensor, flat_boxes(replicated.boxes)])
     first, group = group_equal(keys)
-    each_once = joined([solo, replicated.take(first)])
-    table = ChunkTable(tensor=each_once.tensor, boxes=each_once.boxes)
-    check_coverage(specs, table, each_once.rank)
+    unique_keys = joined([solo, replicated.take(first)])
+    table = ChunkTable(tensor=unique_keys.tensor, boxes=unique_keys.boxes)
+    check_coverage(specs, table, unique_keys.rank)
     ranks = np.arange(len(plans) + 1)
     won = _divide(solo, replicated, group, kind >= FROZEN, world_size=len(plans))
     won = won.take(stable_order(won.rank, below=len(plans)))
@@ -221,8 +221,7 @@ def global_plan(
 def _divide(
     solo: Rows, replicated: Rows, group: Ints, frozen: NDArray[np.bool_], *, world_size: int
 ) -> Rows:
-    """Who writes what of the replicated chunks: of the frozen tensors and of all others, each of
-    which evens out its own bytes."""
+    """Assign the replicated chunks to ranks. Frozen tensors are balanced separately."""
     divided = []
     for these in (frozen, ~frozen):
         mine, held = these[replicated.tensor], these[solo.tensor]
@@ -241,8 +240,8 @@ def _shares(
     won_bounds: Ints,
     compared: Ints,
 ) -> tuple[bytes, ...]:
-    """What each rank is told: the replicated chunks that it writes, those that it compares, and the
-    kinds of the tensors in common where it does not see them as the first rank that has them."""
+    """The message to each rank: the replicated chunks that it writes and compares, and the file
+    groups of the common tensors if they differ from those of the first rank that has them."""
 
     def share(part: slice, rows: Ints, kinds: Ints | None) -> bytes:
         table = ChunkTable(tensor=won.row[part], boxes=won.boxes[part])
@@ -264,7 +263,7 @@ def _shares(
 
 
 def _gather_rows(plans: Sequence[LocalPlan], numbers: _Numbers) -> tuple[Rows, NDArray[np.bool_]]:
-    """The chunks of all ranks, and for each whether it may have replicas."""
+    """The chunks of all ranks, with a mask of those that may have replicas."""
     dims = max((plan.chunks.boxes.shape[2] for plan in plans), default=0)
     counts = [len(plan.chunks) for plan in plans]
     rank = np.repeat(np.arange(len(plans)), counts)
@@ -281,7 +280,8 @@ def _gather_rows(plans: Sequence[LocalPlan], numbers: _Numbers) -> tuple[Rows, N
 
 
 def check_coverage(specs: Sequence[TensorSpec], chunks: ChunkTable, rank: Ints) -> None:
-    """Raise CoverageError unless the chunks tile each tensor; `rank` [n] says whose they are."""
+    """Raise CoverageError unless the chunks tile each tensor. `rank` [n] has the rank of each
+    chunk."""
     dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
     shapes = pad_shapes([spec.shape for spec in specs], dims=dims)
     order = stable_order(chunks.tensor, below=len(specs))
@@ -298,15 +298,15 @@ def check_coverage(specs: Sequence[TensorSpec], chunks: ChunkTable, rank: Ints) 
     )
     if kind == "overlap":
         holding = ((low < end) & (high > begin)).all(axis=1)
-    else:  # nobody holds what is in a hole
+    else:  # no rank holds a hole
         holding = ((low == begin) & (high == end)).all(axis=1)
     spec = specs[index]
     offsets, sizes = offsets[: len(spec.shape)], sizes[: len(spec.shape)]
     raise CoverageError(
-        f"The chunks that the ranks hold don't make up the tensor: {kind}",
+        f"The chunks of the ranks do not tile the tensor: {kind}",
         tensor=spec.name,
         rank=tuple(np.unique(rank[order][rows][holding]).tolist()) or None,
         expected=f"every element of shape {list(spec.shape)} exactly once",
         actual=f"{kind} at offsets {list(offsets)}, sizes {list(sizes)}",
-        remedy="save the state of all ranks of the mesh, each with its own part",
+        remedy="save the state on all ranks of the mesh, each with its own part",
     )

@@ -1,4 +1,4 @@
-"""From what the ranks have written to the manifest."""
+"""The layout of shards: file names, chunk sizes, and the entries of tensors in the manifest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["chunk_bytes", "shard_name", "tensor_entries"]
 
 
 def shard_name(*, rank: int, world_size: int, kind: int = MAIN) -> str:
-    """The name of the file that holds a rank's chunks of a kind."""
+    """The name of the file with the chunks of a rank in a file group."""
     return f"shard-{rank:05d}-of-{world_size:05d}{file_suffix(kind)}.safetensors"
 
 
 def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:
-    """The size in bytes of each chunk [n]."""
+    """The size of each chunk in bytes [n]."""
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
     size_bytes: Ints = items[chunks.tensor]
     for sizes in chunks.boxes[:, 1].T:  # many times as fast as prod(axis=1)
@@ -32,10 +32,11 @@ def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:
 def tensor_entries(
     specs: Sequence[TensorSpec], chunks: ChunkTable, *, bounds: Ints, header_bytes: Ints
 ) -> dict[str, TensorEntry]:
-    """The manifest's tensors: where each chunk of each lies. Chunks are sorted by their offsets.
+    """The entries of tensors in the manifest, with the position of each chunk. Chunks are sorted by
+    offsets.
 
-    Rows bounds[s] to bounds[s + 1] of `chunks` are those of shard s, in file order, after its
-    header of header_bytes[s] bytes.
+    Rows bounds[s] to bounds[s + 1] of `chunks` are those of shard s, in the order of the file,
+    after a header of header_bytes[s] bytes.
     """
     dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
     tensor, boxes = chunks.tensor, widen_boxes(chunks.boxes, dims=dims)
@@ -64,7 +65,7 @@ def tensor_entries(
 
 
 def _by_offsets(tensor: Ints, boxes: Ints, count: int) -> Ints:
-    """The order of chunks by tensor, then by their offsets; mostly ranks hold them so."""
+    """The order of chunks by tensor and offsets. Usually they are in that order."""
     order = stable_order(tensor, below=count)
     sorted_so_far = np.diff(tensor[order]) > 0
     for offsets in boxes[:, 0].T:

@@ -1,12 +1,12 @@
-"""One state from the states of ranks that don't hold the same: of pipeline stages, for example.
+"""Merge the states of ranks that hold different entries, such as pipeline stages.
 
-Tensors: those that only some ranks hold are accepted where every rank holds some that another
-one lacks, as ranks of different stages do. A rank that lacks some and holds none of its own beside
-them has most likely got a key too few, or another one a key too many: that is an error.
+Tensors: that only some ranks hold a tensor is accepted if every rank holds tensors that another
+rank lacks, as pipeline stages do. If a rank lacks tensors and has none of its own, a key is most
+likely missing there: that is an error.
 
-Values: a key of a dict that only some ranks have is accepted where it comes with such a tensor,
-below it or beside it in the same dict; in the state of an optimizer, which goes by parameter; and
-in a dict that is marked with Union. Whatever several ranks hold must be the same on all of them.
+Values: a key that only some ranks have is accepted if it comes with such a tensor, below it or
+beside it in the same dict; in the state of an optimizer; and in a dict that is marked with Union.
+An entry that several ranks have must be equal on all of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["Merged", "merge"]
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What all ranks hold together: the values, which tensors each rank lists, and the names of
-    those that not all of them do."""
+    """The merged state of all ranks: the values, the tensors that each rank lists, and the names of
+    the tensors that only some ranks hold."""
 
     tree: bytes
     common: tuple[tuple[TensorSpec, ...], ...]
@@ -37,12 +37,13 @@ class Merged:
 
 
 def merge(offers: Sequence[Offer], *, partial: frozenset[str] | None = None) -> Merged:
-    """The states of all ranks as one. Pure. `partial`: the names of the tensors that only some
-    ranks hold, if that is known from an earlier save; then the offers need no tensors.
+    """Merge the states of all ranks. Pure.
 
-    Raises RankMismatchError or ReplicaMismatchError, which name the entry and a rank.
+    `partial` are the names of the tensors that only some ranks hold, if they are known from an
+    earlier save; then the offers need no tensors. Raises RankMismatchError or ReplicaMismatchError,
+    which name the entry and a rank.
     """
-    parties: dict[Offer, int] = {}  # ranks with the same state count as one
+    parties: dict[Offer, int] = {}  # ranks with equal states count once
     for rank, offer in enumerate(offers):
         parties.setdefault(offer, rank)
     common = tuple(offer.common for offer in offers)
@@ -58,7 +59,8 @@ def merge(offers: Sequence[Offer], *, partial: frozenset[str] | None = None) -> 
 
 
 def _check_tensors(names: dict[int, dict[str, TensorSpec]], unions: set[str]) -> frozenset[str]:
-    """The tensors that only some ranks hold, if they may and all ranks see them alike."""
+    """The tensors that only some ranks hold. Raises an error if that is not accepted, or if the
+    ranks describe them differently."""
     every: dict[str, tuple[int, TensorSpec]] = {}
     for rank, specs in names.items():
         for name, spec in specs.items():
@@ -85,42 +87,41 @@ def _different_tensors(
     first: int, known: TensorSpec, rank: int, spec: TensorSpec
 ) -> ShardckptError:
     return RankMismatchError(
-        "The ranks hand over a tensor with different dtypes or shapes",
+        "The ranks pass a tensor with different dtypes or shapes",
         rank=rank,
         tensor=spec.name,
         expected=f"{known.dtype} {list(known.shape)}, as on rank {first}",
         actual=f"{spec.dtype} {list(spec.shape)}",
-        remedy="hand over DTensors for parts of a tensor, PerRank(...) for what differs by rank",
+        remedy="pass DTensors for parts of a tensor, PerRank(...) for entries that differ by rank",
     )
 
 
 def _different_keys(names: Sequence[str], having: int, a: int, b: int) -> ShardckptError:
     lacking = b if having == a else a
     return RankMismatchError(
-        "The ranks hand over states with different keys",
+        "The ranks pass states with different keys",
         rank=max(a, b),
         tensor=names[0],
-        expected="the same keys on every rank, or tensors of its own on each, as pipeline stages "
-        "have them",
-        actual=f"rank {having} has it, rank {lacking} does not; {len(names)} keys differ in all",
-        remedy="give every rank the same keys; mark a dict whose keys differ by rank with "
-        "Union(...), and what belongs to one rank with PerRank(...) or FromRank0(...)",
+        expected="the same keys on every rank, or tensors of its own on each rank",
+        actual=f"rank {having} has the key, rank {lacking} does not; {len(names)} keys differ",
+        remedy="pass the same keys on every rank; mark a dict whose keys differ by rank with "
+        "Union(...), and an entry of one rank with PerRank(...) or FromRank0(...)",
     )
 
 
 def _different_values(name: str, first: int, mine: Any, rank: int, theirs: Any) -> ShardckptError:
     return ReplicaMismatchError(
-        "The ranks hand over different values",
+        "The ranks pass different values",
         rank=rank,
         tensor=name,
         expected=f"{repr(mine)[:200]}, as on rank {first}",
         actual=repr(theirs)[:200],
-        remedy="give every rank the same value, or mark it with PerRank(...) or FromRank0(...)",
+        remedy="pass the same value on every rank, or mark it with PerRank(...) or FromRank0(...)",
     )
 
 
 Nodes = list[tuple[int, Any]]
-"""(rank, typed JSON) of each party that has an entry."""
+"""(rank, typed JSON) of each rank that has an entry."""
 
 
 class _Merger:
@@ -129,7 +130,7 @@ class _Merger:
         self.partial = partial
 
     def merge(self, nodes: Nodes, name: str, free: bool) -> Any:
-        """One node for those of several ranks. `free`: keys of dicts may differ."""
+        """Merge the nodes of several ranks. `free`: keys of dicts may differ."""
         first_rank, first = nodes[0]
         if len(nodes) == 1:
             return first
@@ -143,18 +144,18 @@ class _Merger:
                 bodies = [(rank, node["$tuple"]) for rank, node in nodes]
                 return {"$tuple": self.sequence(bodies, name, free)}
             if tags == {"$deque"} or tags == {"$record"}:
-                (tag,) = tags  # [how many it takes, or the name of the class; what is in it]
+                (tag,) = tags  # [number of arguments or name of the class, content]
                 if len({node[tag][0] for _, node in nodes}) == 1:
                     bodies = [(rank, node[tag][1]) for rank, node in nodes]
                     return {tag: [first[tag][0], self.merge(bodies, name, free)]}
         text = msgspec.json.encode(first)
         for rank, node in nodes:
-            if msgspec.json.encode(node) != text:  # as text: 1, 1.0 and True differ
+            if msgspec.json.encode(node) != text:  # compare as text: 1, 1.0 and True differ
                 raise _different_values(name, first_rank, first, rank, node)
         return first
 
     def sequence(self, nodes: Nodes, name: str, free: bool) -> Any:
-        """A list, item by item; longer on some ranks where they hold tensors of their own."""
+        """Merge lists item by item. Lists may be longer on ranks with tensors of their own."""
         length = max(len(node) for _, node in nodes)
         items = []
         for index in range(length):
@@ -167,7 +168,7 @@ class _Merger:
         return items
 
     def mapping(self, nodes: Nodes, name: str, free: bool) -> Any:
-        """A dict, key by key."""
+        """Merge dicts key by key."""
         if not free and all(_is_optimizer(node) for _, node in nodes):
             return self.optimizer(nodes, name)
         plain = all(tag_of(node) is None for _, node in nodes)
@@ -188,7 +189,7 @@ class _Merger:
         return dict(merged) if plain else {"$dict": merged}
 
     def optimizer(self, nodes: Nodes, name: str) -> Any:
-        """An optimizer: its state goes by parameter, and groups with the same options are one."""
+        """Merge optimizers: their state by parameter, and groups with equal options into one."""
         parts = {
             "state": self.merge(
                 [(r, node["state"]) for r, node in nodes], below(name, "state"), True
@@ -201,8 +202,8 @@ class _Merger:
         return {**parts, **self.mapping(rest, name, False)}
 
     def groups(self, nodes: Nodes, name: str) -> Any:
-        """The parameter groups of all ranks. Parameters that several ranks have must have the same
-        options; those of one rank alone join a group with theirs, or are one by themselves."""
+        """Merge the parameter groups of all ranks. Parameters on several ranks must have equal
+        options. Parameters of one rank join a group with their options, or form a new one."""
         merged: list[dict[str, Any]] = []
         options: list[tuple[int, dict[str, Any]]] = []
         place: dict[str, int] = {}
@@ -228,7 +229,7 @@ class _Merger:
         return merged
 
     def comes_with_tensors(self, having: Nodes) -> bool:
-        """Whether a tensor that only some ranks hold is in one of the nodes."""
+        """Whether one of the nodes contains a tensor that only some ranks hold."""
         return any(
             tag != "$per_rank" and target in self.partial
             for _, node in having
@@ -243,7 +244,7 @@ class _Merger:
 
 
 _LISTS = {"params", "param_names"}
-"""What a parameter group has for each parameter."""
+"""The options of a parameter group that have an item for each parameter."""
 
 
 def _same(mine: Any, theirs: Any) -> bool:

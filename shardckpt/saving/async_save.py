@@ -1,7 +1,7 @@
-"""Saves in the background: staged by one thread, written by another, in the order of the calls.
+"""Saves in the background: one thread stages, another writes, in the order of the calls.
 
-Between the call and the end of staging the state must not change. What changes it is the
-step of an optimizer, so the step of every torch optimizer waits here, by itself.
+The state must not change between the call and the end of staging. Steps of optimizers change it, so
+the step of every torch optimizer waits until staging has ended.
 """
 
 from __future__ import annotations
@@ -25,66 +25,106 @@ from shardckpt.io.gc_pause import collector_paused
 from shardckpt.logs import logger
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport
-from shardckpt.saving.staging import Image, ImagePool, current_events, stage, staged_bytes
+from shardckpt.saving.staging import StagingBuffer, StagingPool, current_events, stage, staged_bytes
 from shardckpt.state.flatten import flatten
 from shardckpt.state.snapshot import Snapshot, take_snapshot
 
 __all__ = ["SaveHandle", "start", "wait_until_staged"]
 
 _HEAD_START_S = 0.001
-"""async_save returns first: a thread that starts takes the interpreter lock for up to 5 ms."""
+"""Staging waits for async_save to return: a thread that starts takes the interpreter lock for up to
+5 ms."""
 
 Save = Callable[[Callable[[], LocalPlan]], SaveReport]
 
 
 class SaveHandle:
-    """A save under way: what async_save returns."""
+    """A save in the background, as `async_save` returns it.
+
+    Args:
+        path: The checkpoint.
+        staging: The end of the staging.
+        saving: The end of the save, with its report.
+
+    Example:
+        >>> import shardckpt, torch
+        >>> state = {"weight": torch.ones(3)}
+        >>> handle = shardckpt.async_save(state, "run/step-1")
+        >>> handle.wait_staged()
+        >>> state["weight"] += 1  # the state may change now
+        >>> handle.result().world_size
+        1
+    """
 
     def __init__(self, path: str, staging: Future[None], saving: Future[SaveReport]) -> None:
         self.path = path
         self._staging = staging
         self._saving = saving
-        self._told = False
+        self._error_raised = False
 
-    def staged(self, timeout_s: float | None = None) -> None:
-        """Return once the state may change again, whatever came of the staging.
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Wait until the state is staged: from then on it may change. Not collective.
 
-        TimeoutError past `timeout_s` seconds; the save goes on.
+        An error of the staging is not raised here, but by `result`.
+
+        Args:
+            timeout: Seconds to wait; None waits without a limit.
+
+        Raises:
+            TimeoutError: The state is not staged in time. The save continues.
         """
-        if not wait([self._staging], timeout_s).done:
-            raise TimeoutError(f"the state for {self.path} is not staged after {timeout_s} s")
+        if not wait([self._staging], timeout).done:
+            raise TimeoutError(f"the state for {self.path} is not staged after {timeout} s")
 
-    def result(self, timeout_s: float | None = None) -> SaveReport:
-        """Wait for the save and return its report, or raise what it raised.
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Wait for the save. Not collective.
 
-        TimeoutError past `timeout_s` seconds; the save goes on.
+        Args:
+            timeout: Seconds to wait; None waits without a limit.
+
+        Returns:
+            The report of the save.
+
+        Raises:
+            TimeoutError: The save has not ended in time. It continues.
+            ShardckptError: The error with which the save failed; see `save`.
         """
-        if not wait([self._saving], timeout_s).done:
-            raise TimeoutError(f"the save to {self.path} is not done after {timeout_s} s")
-        self._told = True
+        if not wait([self._saving], timeout).done:
+            raise TimeoutError(f"the save to {self.path} is not done after {timeout} s")
+        self._error_raised = True
         return self._saving.result()
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Ask, without waiting, whether the save has ended.
+
+        Returns:
+            True if it has succeeded or failed, False while it runs. Not collective.
+        """
         return self._saving.done()
 
-    def _take_untold_error(self) -> BaseException | None:
-        if self._told or not self.done():
+    def _take_unraised_error(self) -> BaseException | None:
+        if self._error_raised or not self.done():
             return None
-        self._told = True
+        self._error_raised = True
         return self._saving.exception()
 
 
 def start(state: Any, path: str, *, rank: int, world_size: int, save: Save) -> SaveHandle:
-    """Take a snapshot of the state; stage and `save` it in the background.
+    """Take a snapshot of the state; stage and save it in the background.
 
-    `save` is given what returns the staged plan, or raises what became of it. Where an earlier
-    save has failed and nobody has asked for its result, its error is raised here. The new save
-    goes on nonetheless: ranks that learn of an error at different times stay in step.
+    If an earlier save has failed and its result was never asked for, its error is raised here. The
+    new save still starts: ranks that learn of an error at different times stay in step.
+
+    Args:
+        state: The state.
+        path: Where the checkpoint goes.
+        rank: This rank.
+        world_size: The number of ranks.
+        save: Saves a plan. Its argument returns the staged plan, or raises the error of staging.
     """
     job = _Job(state, rank=rank, world_size=world_size, save=save)
     background = _the_background()
-    errors = background.untold_errors()
+    errors = background.unraised_errors()
     handle = background.submit(path, job)
     for error in errors:
         raise error
@@ -92,7 +132,7 @@ def start(state: Any, path: str, *, rank: int, world_size: int, save: Save) -> S
 
 
 def wait_until_staged() -> None:
-    """Wait for all staging that is under way; then the state may change."""
+    """Wait until every save that has begun is staged; then the state may change."""
     if _background is not None:
         for staging in _background.stagings:
             wait([staging])
@@ -113,31 +153,31 @@ class _Job:
                 self.snapshot = take_snapshot(
                     state, small_bytes=current().copy_at_once_bytes, rank=rank
                 )
-        except Exception as error:  # told to all ranks by the save itself
+        except Exception as error:  # raised on all ranks by the save
             self.error = error
         self.events = current_events()
         self.plan: LocalPlan | None = None
-        self.image: Image | None = None
+        self.buffer: StagingBuffer | None = None
         self.seconds = {"snapshot": time.perf_counter() - start}
 
-    def stage(self, images: ImagePool) -> None:
-        """Copy the state; what goes wrong is kept for the save."""
+    def stage(self, pool: StagingPool) -> None:
+        """Copy the state. An error is kept for the save."""
         time.sleep(_HEAD_START_S)
         start = time.perf_counter()
         try:
             if self.error is None:
-                self._stage(images)
+                self._stage(pool)
         except Exception as error:
             self.error = error
         self.snapshot = Snapshot()  # lets go of the state
         self.seconds["stage"] = time.perf_counter() - start
 
-    def _stage(self, images: ImagePool) -> None:
+    def _stage(self, pool: StagingPool) -> None:
         flat = flatten(self.snapshot.state, rank=self.rank)
         plan = local_plan(flat, world_size=self.world_size)
         on_gpu = any(data.is_cuda for data in plan.data)
-        self.image = images.take(staged_bytes(plan), pinned=on_gpu)
-        self.plan = stage(plan, self.image, self.events)
+        self.buffer = pool.take(staged_bytes(plan), pinned=on_gpu)
+        self.plan = stage(plan, self.buffer, self.events)
         changed = self.snapshot.changed(flat)
         if changed is not None:
             raise StateError(
@@ -145,13 +185,13 @@ class _Job:
                 tensor=changed,
                 expected="no change between async_save and the end of its staging",
                 actual="a change in place, by something else than the step of a torch optimizer",
-                remedy="call handle.staged() before changing it",
+                remedy="call handle.wait_staged() before changing it",
             )
 
-    def save(self, staging: Future[None], images: ImagePool) -> SaveReport:
+    def save(self, staging: Future[None], pool: StagingPool) -> SaveReport:
         """Write and commit it."""
 
-        def staged() -> LocalPlan:
+        def staged_plan() -> LocalPlan:
             staging.result()
             if self.error is not None:
                 raise self.error
@@ -160,21 +200,21 @@ class _Job:
 
         wait([staging])
         try:
-            report = self.save_plan(staged)
+            report = self.save_plan(staged_plan)
             return dataclasses.replace(report, seconds={**self.seconds, **report.seconds})
         finally:
             self.plan = None
-            if self.image is not None:
-                images.give_back(self.image)
+            if self.buffer is not None:
+                pool.give_back(self.buffer)
 
 
 class _Background:
-    """The threads, and the saves that they have not ended or that failed untold."""
+    """The threads, the saves that run, and the failed ones whose error was not raised yet."""
 
     def __init__(self) -> None:
         self.stager = ThreadPoolExecutor(1, "shardckpt-stage")
         self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_give_way)
-        self.images = ImagePool()
+        self.pool = StagingPool()
         self.stagings: tuple[Future[None], ...] = ()
         self.handles: list[SaveHandle] = []
         self.lock = threading.Lock()
@@ -183,24 +223,24 @@ class _Background:
         """Queue a save."""
         with self.lock:
             # Each in a copy of the caller's context: with the options of the call.
-            staging = self.stager.submit(copy_context().run, job.stage, self.images)
-            saving = self.saver.submit(copy_context().run, job.save, staging, self.images)
+            staging = self.stager.submit(copy_context().run, job.stage, self.pool)
+            saving = self.saver.submit(copy_context().run, job.save, staging, self.pool)
             handle = SaveHandle(path, staging, saving)
             self.handles.append(handle)
             self.stagings = (*(s for s in self.stagings if not s.done()), staging)
         return handle
 
-    def untold_errors(self) -> list[BaseException]:
-        """Errors of saves that nobody has asked for; from now on they count as told."""
+    def unraised_errors(self) -> list[BaseException]:
+        """Return the errors of ended saves that were not raised yet, each only once."""
         with self.lock:
             ended = [handle for handle in self.handles if handle.done()]
             self.handles = [handle for handle in self.handles if handle not in ended]
-        return [error for handle in ended if (error := handle._take_untold_error())]
+        return [error for handle in ended if (error := handle._take_unraised_error())]
 
     def finish(self) -> list[BaseException]:
-        """Wait for all saves; the errors of those that failed untold."""
+        """Wait for all saves; returns the errors that were not raised yet."""
         wait([handle._saving for handle in self.handles])
-        return self.untold_errors()
+        return self.unraised_errors()
 
 
 _background: _Background | None = None
@@ -220,19 +260,22 @@ def _the_background() -> _Background:
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """A hook of all optimizers, those that wait in no state included; it is never removed, as
-    that is not safe while another thread steps, and costs nothing where nothing is staged."""
+    """Wait before the step of any optimizer.
+
+    The hook is never removed: that is not safe while another thread steps. It costs nothing while
+    no state is being staged.
+    """
     wait_until_staged()
 
 
 def _at_exit() -> None:
-    """Wait for what is under way; an interpreter that exits has all the time that it takes."""
+    """Wait for the saves that run, however long they take."""
     for error in _background.finish() if _background is not None else ():
         logger.error("a save in the background failed", exc_info=error)
 
 
 def _forget() -> None:
-    """In a forked child, which has none of the threads."""
+    """Start anew in a forked child, which has none of the threads."""
     global _background, _lock
     _background, _lock = None, threading.Lock()
 
@@ -241,7 +284,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _give_way() -> None:
-    """Let this thread, and those that it starts, run when others leave the processor free."""
+    """Lower the priority of this thread and of those that it starts."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         thread = threading.get_native_id()
         nice = os.getpriority(os.PRIO_PROCESS, thread) + current().background_nice

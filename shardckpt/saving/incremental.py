@@ -1,7 +1,7 @@
-"""The base of a save: an earlier checkpoint, whose files are taken over where nothing changed.
+"""Incremental saves: files that have not changed are linked from an earlier checkpoint, the base.
 
-A file is taken over if it has the name, the size and the digest of every block that the new
-one would have. Nothing about a base ever fails a save: what can't be taken over is written.
+A file is linked if its name, its size and the digest of every block are those of the new file. A
+base never fails a save: files that can't be linked are written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 import xxhash
 
-from shardckpt.errors import CorruptionError, ShardckptError
+from shardckpt.errors import CorruptionError, ShardckptError, StateError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.lazy_manifest import Outline
@@ -24,11 +24,22 @@ from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.loading.shard_reader import bad_blocks, check_size
 from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
 
-__all__ = ["Base", "OpenCheckpoint", "open_base"]
+__all__ = ["Base", "OpenCheckpoint", "check_verify_base", "open_base"]
 
 _SAMPLE = 16
-"""Of a file taken over, one block in so many is read back: damage is found, and mended by
-writing the file anew, within a few saves, for little time."""
+"""One block in this many of a linked file is read back. Corruption is found within a few saves, and
+the file is then written instead."""
+
+
+def check_verify_base(base: object, *, verify_base: bool) -> None:
+    """Refuse verify_base where there is no base to verify."""
+    if verify_base and base is None:
+        raise StateError(
+            "verify_base needs a base",
+            expected="base=, an earlier checkpoint whose files are linked and verified",
+            actual="verify_base=True and no base",
+            remedy="pass base=, or leave verify_base out",
+        )
 
 
 class OpenCheckpoint(Protocol):
@@ -44,7 +55,7 @@ class OpenCheckpoint(Protocol):
 
 
 class Base:
-    """An open base. `problems`: why nothing, or not a file that is unchanged, was taken over."""
+    """An open base. `problems` says why unchanged files could not be linked."""
 
     def __init__(
         self, files: CheckpointFiles | None, shards: Iterable[ShardEntry], *, verify: bool
@@ -64,20 +75,21 @@ class Base:
         data: Iterable[torch.Tensor],
         progress: Callable[[int], None],
     ) -> ShardEntry | None:
-        """Link the file of this name into the transaction, if it is what would be written.
+        """Link the file of this name into the transaction, if the base has the same bytes.
 
-        Returns what the base's manifest has on it, or None if it must be written.
+        Returns:
+            The entry in the base's manifest; None if the file must be written.
         """
         shard = self._shards.get(name)
         if self._files is None or shard is None or shard.size_bytes != size_bytes:
             return None
         blocks = enumerate(_block_digests(header, data), start=1)
         expected = iter(shard.digests.tolist())
-        for number, found in blocks:
-            if found != next(expected, None):
+        for number, digest in blocks:
+            if digest != next(expected, None):
                 return None
             progress(number * BLOCK_BYTES)
-        if next(expected, None) is not None:  # as above, tensors that were resized
+        if next(expected, None) is not None:  # tensors were resized meanwhile
             return None
         try:
             self._check(self._files, shard)
@@ -89,7 +101,7 @@ class Base:
         return None
 
     def _check(self, files: CheckpointFiles, shard: ShardEntry) -> None:
-        """Raise for a file that is gone, of another size, or rotten where it is looked at."""
+        """Raise for a file that is missing, of another size, or corrupted where it is read."""
         check_size(files, shard)
         blocks = len(shard.digests)
         step = 1 if self._verify else min(_SAMPLE, blocks)
@@ -100,11 +112,11 @@ class Base:
             files.readinto(shard.name, [view], offset=low)
             if bad_blocks(shard, low, view):
                 raise CorruptionError(
-                    "A file of the base is damaged; it was written anew",
+                    "A file of the base is corrupted; it was written anew",
                     path=f"{files.path}/{shard.name}",
                     expected="the bytes that were saved",
                     actual=f"other bytes in block {block}",
-                    remedy="don't trust the base; this checkpoint is whole",
+                    remedy="don't load the base; this checkpoint is intact",
                 )
 
 
@@ -112,11 +124,15 @@ class Base:
 def open_base(
     base: str | OpenCheckpoint | None, storage: Storage, *, verify: bool
 ) -> Iterator[Base | None]:
-    """The base if there is one, for the length of a with block; one that can't be opened has no
-    files.
+    """Open the base of a save, if there is one, for a with block. Not collective.
 
-    `verify` reads every block of what is taken over, instead of a sample. An open checkpoint
-    stays open. Not collective: each rank looks at its own files alone.
+    A base that can't be opened has no files, and says why in `problems`. An open checkpoint stays
+    open.
+
+    Args:
+        base: A path, an open checkpoint, or None.
+        storage: Where the path is.
+        verify: Read every block of a linked file back, instead of a sample.
     """
     if base is None:
         yield None
@@ -130,11 +146,11 @@ def open_base(
             files = storage.open(base)
             check_text(data := files.manifest(), path=files.path)
             shards = Outline(data, path=files.path).all_shards()
-            found = Base(files, shards, verify=verify)
+            opened = Base(files, shards, verify=verify)
         except (ShardckptError, OSError) as error:
-            found = Base(None, (), verify=verify)
-            found.problems.append(str(error))
-        yield found
+            opened = Base(None, (), verify=verify)
+            opened.problems.append(str(error))
+        yield opened
     finally:
         if files is not None:
             files.close()

@@ -1,4 +1,4 @@
-"""Write the files of a rank's shard, side by side."""
+"""Write the shards of one rank, side by side."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import msgspec
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import StorageError
 from shardckpt.format.dtypes import shard_form
 from shardckpt.format.safetensors_header import build_header, chunk_name
 from shardckpt.io.gc_pause import collector_paused
-from shardckpt.plan.local_plan import ChunkTable, TensorSpec
+from shardckpt.plan.local_plan import ChunkTable, LocalPlan, TensorSpec
+from shardckpt.plan.save_plan import RankWrites
 from shardckpt.plan.shard_layout import chunk_bytes, shard_name
 from shardckpt.reports import Stopwatch
+from shardckpt.saving.agreement import Agreement
 from shardckpt.saving.incremental import Base
+from shardckpt.saving.replicas import replica_digests
 from shardckpt.saving.shard_writer import write_shard
+from shardckpt.state.local_chunks import box_slices
 from shardckpt.storage.base import WriteTransaction
 
-__all__ = ["ShardFile", "ShardResult", "layout", "write_rank"]
+__all__ = ["RankShards", "ShardFile", "ShardResult", "layout", "write_agreed", "write_rank"]
 
 
 class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
-    """A file that a rank has written: its first `chunks` chunks that no file before it holds."""
+    """A file that a rank has written; `chunks` is the number of chunks in it."""
 
     name: str
     chunks: int
@@ -38,7 +43,7 @@ class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
 
 
 class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
-    """What a rank tells rank 0 of the files that it has written."""
+    """The files that a rank has written, as it reports them to rank 0."""
 
     files: tuple[ShardFile, ...]
     problems: tuple[str, ...] = ()
@@ -53,89 +58,220 @@ class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
 
     @property
     def linked_bytes(self) -> int:
-        """Of these, bytes of files that the base has given."""
+        """Bytes of the files that were linked from the base."""
         return sum(file.size_bytes for file in self.files if file.linked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankShards:
+    """The chunks that one rank writes, and the files that they go to.
+
+    Attributes:
+        rank: The rank.
+        world_size: The number of ranks, for the names of the files.
+        specs: The tensors; `chunks` refers to them.
+        chunks: The chunks in the order of the files.
+        files: The file group of each file and the number of chunks in it.
+        data: Returns the elements of a slice of the chunks, in order. It is called once or twice
+            for each file, from any thread.
+        layouts: The layouts known from an earlier save, see RankWrites; new ones are added.
+        staged: Nothing changes the data while it is written.
+    """
+
+    rank: int
+    world_size: int
+    specs: Sequence[TensorSpec]
+    chunks: ChunkTable
+    files: Sequence[tuple[int, int]]
+    data: Callable[[slice], Iterable[torch.Tensor]]
+    layouts: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+    staged: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        local: LocalPlan,
+        writes: RankWrites,
+        *,
+        rank: int,
+        world_size: int,
+        staged: bool = False,
+    ) -> RankShards:
+        """Return what a rank writes of its local plan."""
+        data = _planned_data(local, writes)
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            specs=(*local.common, *local.own),
+            chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
+            files=writes.files,
+            data=lambda rows: data[rows],
+            layouts=writes.layouts,
+            staged=staged,
+        )
+
+
+def _planned_data(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
+    """The data of each write: a local chunk, or the box of it that this rank writes."""
+    held = local.chunks.boxes
+    data = []
+    for row, complete, box in zip(
+        writes.row.tolist(),
+        (held[writes.row] == writes.boxes[:, :, : held.shape[2]]).all(axis=(1, 2)).tolist(),
+        writes.boxes,
+        strict=True,
+    ):
+        tensor = local.data[row]
+        if not complete:
+            dims = tensor.dim()
+            offsets, sizes = box[:, :dims].tolist()
+            tensor = tensor[box_slices(held[row, 0, :dims].tolist(), offsets, sizes)]
+        data.append(tensor)
+    return data
+
+
+def write_agreed(
+    agreement: Agreement,
+    coordinator: Coordinator,
+    base: AbstractContextManager[Base | None],
+    work: Stopwatch,
+    *,
+    check_replicas: bool,
+    staged: bool,
+) -> ShardResult:
+    """Write this rank's part of what was agreed on, durably. Not collective.
+
+    `work` counts the seconds of "write", "sync" and "compare".
+    """
+    local, writes = agreement.local, agreement.writes
+    with work.phase("write"), base as opened_base:
+        with collector_paused(), torch.no_grad():
+            shards = RankShards.of(
+                local,
+                writes,
+                rank=coordinator.rank,
+                world_size=coordinator.world_size,
+                staged=staged,
+            )
+        result = write_rank(
+            agreement.transaction, shards, base=opened_base, progress=coordinator.progress
+        )
+    work.seconds["write"] -= result.seconds["sync"]
+    with work.phase("compare"):
+        result.replicas = replica_digests(
+            local, writes, everything=check_replicas, sampled=agreement.merged
+        )
+    result.own_trees = local.own_trees
+    work.seconds.update(result.seconds)
+    result.seconds = work.seconds
+    return result
 
 
 def write_rank(
     transaction: WriteTransaction,
+    shards: RankShards,
     *,
-    rank: int,
-    world_size: int,
-    specs: Sequence[TensorSpec],
-    chunks: ChunkTable,
-    files: Sequence[tuple[int, int]],
-    data: Callable[[slice], Iterable[torch.Tensor]],
-    layouts: dict[int, tuple[bytes, int]] | None = None,
     base: Base | None = None,
-    staged: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> ShardResult:
     """Write a rank's files, durably. Not collective.
 
-    `files`: the kind of each and how many of the chunks, in order, it holds. `data(part)` are
-    the elements of these chunks in order; it is called once for each file, from any thread.
-    `layouts`: see RankWrites. `progress` is called with the bytes handed to the file system so far.
-    What `base` holds already is linked, not written. `staged`: nobody changes the data meanwhile.
+    Args:
+        transaction: The checkpoint being written.
+        shards: What to write.
+        base: Files that are in it already are linked instead of written.
+        progress: Called with the bytes handed to the file system so far.
     """
     total = _Total(progress)
-    watches = {kind: Stopwatch() for kind, _ in files}
-    ends = list(itertools.accumulate(count for _, count in files))
+    ends = list(itertools.accumulate(count for _, count in shards.files))
+    jobs = [
+        (group, slice(end - count, end))
+        for (group, count), end in zip(shards.files, ends, strict=True)
+    ]
+    watches = [Stopwatch() for _ in jobs]
 
-    def write(kind: int, begin: int, end: int) -> ShardFile:
-        part = slice(begin, end)
-        own = ChunkTable(tensor=chunks.tensor[part], boxes=chunks.boxes[part])
-        name = shard_name(rank=rank, world_size=world_size, kind=kind)
-        header, size_bytes = _layout_once(kind, {} if layouts is None else layouts, specs, own)
-        shard = base and base.take_over(
-            transaction,
-            name,
-            size_bytes=size_bytes,
-            header=header,
-            data=data(part),
-            progress=total.of(name),
-        )
-        digests = (
-            shard.digests
-            if shard
-            else _write_file(
-                transaction,
-                name,
-                rank=rank,
-                header=header,
-                size_bytes=size_bytes,
-                data=data(part),
-                staged=staged,
-                progress=total.of(name),
-                watch=watches[kind],
-            )
-        )
-        return ShardFile(
-            name=name,
-            chunks=len(own),
-            header_bytes=len(header),
-            size_bytes=size_bytes,
-            digests=digests.astype("<u8").tobytes(),
-            linked=shard is not None,
-        )
+    def write(index: int) -> ShardFile:
+        group, rows = jobs[index]
+        return _write_file(transaction, shards, group, rows, base, total, watches[index])
 
-    jobs = [(kind, end - count, end) for (kind, count), end in zip(files, ends, strict=True)]
     # Side by side, so that one file's way to the disk (fsync) does not hold up another.
     with ThreadPoolExecutor(len(jobs), "shardckpt-file") as pool:
-        written = [pool.submit(write, *job) for job in jobs[1:]]
+        others = [pool.submit(write, index) for index in range(1, len(jobs))]
         try:
-            first = write(*jobs[0])
+            first = write(0)
         finally:
-            wait(written)
+            wait(others)
         return ShardResult(
-            files=(first, *(file.result() for file in written)),
+            files=(first, *(file.result() for file in others)),
             problems=tuple(base.problems) if base else (),
-            seconds={"sync": max(watch.seconds.get("sync", 0.0) for watch in watches.values())},
+            seconds={"sync": max(watch.seconds.get("sync", 0.0) for watch in watches)},
         )
+
+
+def _write_file(
+    transaction: WriteTransaction,
+    shards: RankShards,
+    group: int,
+    rows: slice,
+    base: Base | None,
+    total: _Total,
+    watch: Stopwatch,
+) -> ShardFile:
+    """Link one file from the base, or write it."""
+    chunks = ChunkTable(tensor=shards.chunks.tensor[rows], boxes=shards.chunks.boxes[rows])
+    name = shard_name(rank=shards.rank, world_size=shards.world_size, kind=group)
+    header, size_bytes = _layout_once(group, shards.layouts, shards.specs, chunks)
+    progress = total.of(name)
+    linked = base and base.take_over(
+        transaction,
+        name,
+        size_bytes=size_bytes,
+        header=header,
+        data=shards.data(rows),
+        progress=progress,
+    )
+    if linked:
+        digests = linked.digests
+    else:
+        file = transaction.create(name, size_bytes=size_bytes)
+        try:
+            written_bytes, digests = write_shard(
+                file,
+                header=header,
+                tensors=shards.data(rows),
+                staged=shards.staged,
+                progress=progress,
+            )
+            if written_bytes != size_bytes:
+                raise _resized(f"{transaction.path}/{name}", shards.rank, size_bytes, written_bytes)
+            with watch.phase("sync"):
+                file.close(size_bytes=size_bytes)
+        except BaseException:
+            file.discard()
+            raise
+    return ShardFile(
+        name=name,
+        chunks=len(chunks),
+        header_bytes=len(header),
+        size_bytes=size_bytes,
+        digests=digests.astype("<u8").tobytes(),
+        linked=linked is not None,
+    )
+
+
+def _resized(path: str, rank: int, planned_bytes: int, written_bytes: int) -> StorageError:
+    return StorageError(
+        "A shard has another size than was planned",
+        path=path,
+        rank=rank,
+        expected=f"{planned_bytes} bytes",
+        actual=f"{written_bytes} bytes",
+        remedy="don't resize tensors while they are being saved",
+    )
 
 
 class _Total:
-    """The sum of what several files have come to."""
+    """The sum of the bytes of several files."""
 
     def __init__(self, progress: Callable[[int], None]) -> None:
         self._progress = progress
@@ -153,65 +289,31 @@ class _Total:
         return progress
 
 
-def _write_file(
-    transaction: WriteTransaction,
-    name: str,
-    *,
-    rank: int,
-    header: bytes,
-    size_bytes: int,
-    data: Iterable[torch.Tensor],
-    staged: bool,
-    progress: Callable[[int], None],
-    watch: Stopwatch,
-) -> NDArray[np.uint64]:
-    file = transaction.create(name, size_bytes=size_bytes)
-    try:
-        size, digests = write_shard(
-            file, header=header, tensors=data, staged=staged, progress=progress
-        )
-        if size != size_bytes:
-            raise StorageError(
-                "A shard has another size than was planned",
-                path=f"{transaction.path}/{name}",
-                rank=rank,
-                expected=f"{size_bytes} bytes",
-                actual=f"{size} bytes",
-                remedy="don't resize tensors while they are being saved",
-            )
-        with watch.phase("sync"):
-            file.close(size_bytes=size)
-    except BaseException:
-        file.discard()
-        raise
-    return digests
-
-
 def _layout_once(
-    kind: int,
+    group: int,
     known: dict[int, tuple[bytes, int]],
     specs: Sequence[TensorSpec],
     chunks: ChunkTable,
 ) -> tuple[bytes, int]:
-    if kind not in known:
+    if group not in known:
         with collector_paused():
-            known[kind] = layout(specs, chunks)
-    return known[kind]
+            known[group] = layout(specs, chunks)
+    return known[group]
 
 
 def layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]:
-    """The header of a file that holds the chunks, and the size of the file in bytes."""
+    """Return the header of a file that holds the chunks, and the size of the file in bytes."""
     sizes = chunk_bytes(specs, chunks).tolist()
     entries = []
     dtypes: dict[str, str] = {}
     for index, box, size in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), sizes, strict=True):
         spec, dims = specs[index], len(specs[index].shape)
         shape = tuple(box[1][:dims])
-        own = chunk_name(spec.name, spec.shape, tuple(box[0][:dims]), shape)
-        entries.append((own, *shard_form(spec.dtype, shape), size))
+        entry = chunk_name(spec.name, spec.shape, tuple(box[0][:dims]), shape)
+        entries.append((entry, *shard_form(spec.dtype, shape), size))
         if entries[-1][1] != spec.dtype:
             dtypes[spec.name] = spec.dtype
     # Nothing that differs from save to save: what did not change must be the same bytes.
-    told = {"dtypes": msgspec.json.encode(dtypes).decode()} if dtypes else {}
-    header = build_header(entries, {"format": "shardckpt", **told})
+    extra = {"dtypes": msgspec.json.encode(dtypes).decode()} if dtypes else {}
+    header = build_header(entries, {"format": "shardckpt", **extra})
     return header, len(header) + sum(sizes)

@@ -1,9 +1,9 @@
-"""Write one shard: copy, hash, write, as a pipeline over a few large buffers.
+"""Write one shard: copy, hash and write, as a pipeline over a few large buffers.
 
-The calling thread copies tensors into a page-aligned buffer and hashes each block while
-it is in the cache; threads write full buffers past the page cache where the file takes
-it. All three give up the interpreter lock. What has been staged in the file's own order
-is written from where it lies.
+The calling thread copies tensors to a page-aligned buffer and hashes each block while it is in the
+processor's cache. Other threads write full buffers, past the page cache if the file allows it. All
+three steps release the interpreter lock. Staged data that is in the order of the file is written
+without another copy.
 """
 
 from __future__ import annotations
@@ -38,21 +38,29 @@ def write_shard(
     staged: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> tuple[int, NDArray[np.uint64]]:
-    """Write a shard's header and its tensors, in order; the file is left open.
+    """Write a shard's header and its tensors, in order; the file stays open.
 
-    Or a part of it, which begins at the first byte of a block, `begin`: of the header and the
-    tensors what follows that. `staged` says that nobody changes the tensors meanwhile, so that
-    what was hashed is what is written. Returns where that ends, in bytes, and the digest of each
-    block. Raises StorageError where the file system refuses; nothing is being written any more
-    when it does. `progress` is called with the bytes handed to the file so far.
+    Args:
+        file: The file.
+        header: The header; for a part of a shard, the rest of the header from `begin` on.
+        tensors: The tensors; for a part, those that follow.
+        begin: Where the part begins: at the first byte of a block.
+        staged: Nothing changes the tensors meanwhile, so large ones are not copied.
+        progress: Called with the bytes handed to the file so far.
+
+    Returns:
+        Where the written bytes end, and the digest of each block.
+
+    Raises:
+        StorageError: The file system refused. No thread writes any more then.
     """
     with workers(_THREADS, "shardckpt-write", buffers=_BUFFERS) as (pool, buffers):
         stream = _Stream(file, buffers, pool, progress, begin)
         head = [torch.frombuffer(bytearray(header), dtype=torch.uint8)] if header else []
-        whole = list(_runs(tensors)) if staged else tensors
-        for tensor in itertools.chain(head, whole):
-            for part in contiguous_parts(tensor):
-                stream.put(part.data_ptr(), part.nbytes, staged=staged)
+        joined = list(_runs(tensors)) if staged else tensors
+        for tensor in itertools.chain(head, joined):
+            for piece in contiguous_parts(tensor):
+                stream.put(piece.data_ptr(), piece.nbytes, staged=staged)
         return stream.finish()
 
 

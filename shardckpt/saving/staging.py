@@ -1,4 +1,4 @@
-"""Staging: a local plan's data copied into one piece of CPU memory, reused from save to save."""
+"""Staging: the data of a local plan is copied to CPU memory that later saves reuse."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from shardckpt.plan.shard_layout import chunk_bytes
 from shardckpt.state.file_groups import files_of
 from shardckpt.state.local_chunks import lies_as_saved
 
-__all__ = ["Image", "ImagePool", "current_events", "stage", "staged_bytes"]
+__all__ = ["StagingBuffer", "StagingPool", "current_events", "stage", "staged_bytes"]
 
 _PAGE_BYTES = 4096
 _LARGE_BYTES = 256 << 10
 
 
 def _rounded(size_bytes: int) -> int:
-    """To whole huge pages."""
+    """The size, rounded up to a multiple of a huge page."""
     return max(HUGE_PAGE_BYTES, size_bytes + -size_bytes % HUGE_PAGE_BYTES)
 
 
-class Image:
-    """CPU memory for one staged state; page-locked where accelerators copy into it.
+class StagingBuffer:
+    """CPU memory for one staged state, page-locked if accelerators copy to it.
 
-    Its first pages are ordinary ones: fresh huge pages may be memory that the host of a virtual
-    machine has yet to give, which makes a first staging take several times as long.
+    The first staging uses ordinary pages: the host of a virtual machine may still have to provide
+    huge pages, and the first staging would take several times as long.
     """
 
     def __init__(self, size_bytes: int, *, pinned: bool) -> None:
@@ -49,12 +49,12 @@ class Image:
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
     def settle(self) -> None:
-        """Once it has been filled: from huge pages the disk takes more at once."""
+        """Ask for huge pages once it is filled: a disk takes more of them in one request."""
         if not self.pinned:
             ask_for_huge_pages(self._memory)
 
     def views(self, plan: LocalPlan) -> list[torch.Tensor]:
-        """Where each row of the plan goes: in the order of the files, each from a page's start."""
+        """Return the memory for each row of the plan: file after file, each from a new page."""
         specs, chunks = (*plan.common, *plan.own), plan.chunks
         dtypes = [specs[index].dtype for index in chunks.tensor.tolist()]
         layout = (dtypes, chunks.pack(), plan.kind.tobytes())
@@ -71,18 +71,19 @@ class Image:
         return self._views[1]
 
 
-class ImagePool:
-    """Images in use, up to a budget, and one kept for the next save."""
+class StagingPool:
+    """Buffers in use, up to a budget, and one kept for the next save."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._used_bytes = 0
-        self._spare: Image | None = None
+        self._spare: StagingBuffer | None = None
 
-    def take(self, size_bytes: int, *, pinned: bool) -> Image:
-        """An image of that size; waits while those in use fill the budget.
+    def take(self, size_bytes: int, *, pinned: bool) -> StagingBuffer:
+        """Return a buffer of at least that size; wait while those in use fill the budget.
 
-        Raises StateError when none comes free within STALL_DEADLINE_S.
+        Raises:
+            StateError: None was given back within SHARDCKPT_STALL_DEADLINE_S seconds.
         """
         size_bytes = _rounded(size_bytes)
         budget_bytes = current().staging_bytes or 2 * size_bytes
@@ -98,32 +99,34 @@ class ImagePool:
                     actual=f"{self._used_bytes} bytes in use, {size_bytes} needed",
                     remedy="save less often, or raise SHARDCKPT_STAGING_BYTES",
                 )
-            image, self._spare = self._spare, None
-            if image is None or image.size_bytes < size_bytes or image.pinned != pinned:
-                image = Image(size_bytes, pinned=pinned)
-            image.used_bytes = size_bytes  # a larger one that is at hand counts for what it holds
+            buffer, self._spare = self._spare, None
+            if buffer is None or buffer.size_bytes < size_bytes or buffer.pinned != pinned:
+                buffer = StagingBuffer(size_bytes, pinned=pinned)
+            buffer.used_bytes = size_bytes  # a larger one that is at hand counts for what it holds
             self._used_bytes += size_bytes
-            return image
+            return buffer
 
-    def give_back(self, image: Image) -> None:
-        """Take it back; nothing may look into it any more."""
-        image.settle()
+    def give_back(self, buffer: StagingBuffer) -> None:
+        """Take a buffer back. Its memory must not be used any more."""
+        buffer.settle()
         with self._changed:
-            self._used_bytes -= image.used_bytes
-            if self._spare is None or self._spare.size_bytes < image.size_bytes:
-                self._spare = image
+            self._used_bytes -= buffer.used_bytes
+            if self._spare is None or self._spare.size_bytes < buffer.size_bytes:
+                self._spare = buffer
             self._changed.notify_all()
 
 
 def staged_bytes(plan: LocalPlan) -> int:
-    """The size of an image that holds the plan's data."""
+    """Return the size of a buffer that holds the plan's data."""
     size_bytes = sum(data.numel() * data.element_size() for data in plan.data)
     return size_bytes + _PAGE_BYTES * len(np.unique(plan.kind))
 
 
 def current_events() -> dict[torch.device, Any]:
-    """An event on the current stream of each CUDA device in use: what is there by now has been
-    computed once it has come to pass."""
+    """Record an event on the current stream of each CUDA device in use.
+
+    All work that was submitted before is done once the event has passed.
+    """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
     return {
@@ -133,12 +136,18 @@ def current_events() -> dict[torch.device, Any]:
     }
 
 
-def stage(plan: LocalPlan, image: Image, events: dict[torch.device, Any]) -> LocalPlan:
-    """Copy the plan's data into the image; the same plan over the copies. Done when it returns.
+def stage(plan: LocalPlan, buffer: StagingBuffer, events: dict[torch.device, Any]) -> LocalPlan:
+    """Copy the plan's data into the buffer. The copy is complete when this returns.
 
-    `events` are those of the moment that the plan is of.
+    Args:
+        plan: The plan.
+        buffer: The buffer.
+        events: Those recorded when the snapshot was taken; copies wait for them.
+
+    Returns:
+        The same plan, with the copies as its data.
     """
-    views = image.views(plan)
+    views = buffer.views(plan)
     devices: dict[torch.device, list[int]] = {}
     specs = (*plan.common, *plan.own)
     for row, (data, index) in enumerate(zip(plan.data, plan.chunks.tensor.tolist(), strict=True)):

@@ -26,9 +26,10 @@ from torch.optim import Optimizer
 
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import typed_json as values
-from shardckpt.format.dtypes import dtype_name
+from shardckpt.format.dtypes import SAVED, dtype_name
+from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.state.file_groups import OPTIMIZER, frozen_entries, kind_of
-from shardckpt.state.local_chunks import AnyTensor, Shards, check_dense, local_tensor
+from shardckpt.state.local_chunks import PLAIN, AnyTensor, Shards, check_dense, local_tensor
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
     ModuleState,
@@ -156,10 +157,31 @@ class _Flattener:
         self.take(name)
         if depth > _DEPTH_LIMIT:
             raise _TooDeepError(name)
-        return [
-            (key, self.walk(item, f"{name}.{key}" if name else str(key), depth + 1))
-            for key, item in items
-        ]
+        nodes = []
+        for key, item in items:
+            inner = f"{name}.{key}" if name else str(key)
+            node = self.plain(item, inner) if type(item) in PLAIN else None
+            nodes.append((key, node or self.walk(item, inner, depth + 1)))
+        return nodes
+
+    def plain(self, tensor: torch.Tensor, name: str) -> Any:
+        """As `tensor` for one as most are: with its own memory, and a new name in plain text. None
+        for any other, of which nothing is noted then."""
+        if (
+            self.inside is not None
+            or name in self.names
+            or not name.isascii()
+            or hasattr(tensor, "global_shape")  # of a part
+            or tensor.dtype not in SAVED
+            or not owns_memory(tensor)
+            or not (address := tensor.data_ptr())  # 0: it has no elements
+        ):
+            return None
+        self.names.add(name)
+        first = self.ties.first_at(address, tensor, name)
+        if first == name:
+            self.flat.tensors[name] = tensor
+        return {"$tensor": first}
 
     def tensor(self, tensor: Any, name: str, depth: int) -> Any:
         try:

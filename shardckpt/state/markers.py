@@ -1,4 +1,4 @@
-"""Marks on parts of a state that are not the same on every rank."""
+"""Markers for entries of a state that differ by rank."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ __all__ = ["FromRank0", "PerRank", "Union"]
 
 @dataclass(frozen=True, slots=True)
 class PerRank:
-    """Marks a part of the state that differs by rank: random-number state, loader position.
+    """Marks an entry whose value differs by rank, such as random-number state or a loader position.
 
-    Every rank's own value is saved. On load by as many ranks as saved, each gets its own
-    back. On another number of ranks `on_resize` says what happens: "keep" leaves what the
-    state holds (and the report names it), "wrap" takes the value of rank % saved world
-    size, "error" raises, and a function is called with the list of all saved values, in
-    rank order, and returns this rank's.
+    The value of every rank is saved. A load with as many ranks gives each rank its own value.
+
+    Args:
+        value: The value of this rank.
+        on_resize: What a load with another number of ranks does: "keep" leaves the value of the
+            state, and the LoadReport lists it; "wrap" loads the value of rank % saved world size;
+            "error" raises LoadMismatchError; a function gets the list of all saved values, in rank
+            order, and returns the value of this rank.
 
     Example:
-        state = {"model": model, "random": PerRank(torch.get_rng_state())}
+        >>> import torch, shardckpt
+        >>> state = {"random": shardckpt.PerRank(torch.get_rng_state())}
+        >>> report = shardckpt.save(state, "run/step-1")
+        >>> len(shardckpt.load_state("run/step-1")["random"])
+        1
     """
 
     value: Any
@@ -29,18 +36,24 @@ class PerRank:
 
 @dataclass(frozen=True, slots=True)
 class Union:
-    """Marks a dict whose keys differ by rank, as the state of a data loader by data-parallel rank.
+    """Marks a dict whose keys differ by rank, such as the state of a loader by data-parallel rank.
 
-    The checkpoint holds the keys of all ranks, in this dict and in the dicts in it. Where several
-    ranks have a key, its value must be the same on all of them: if it is not, save raises
-    ReplicaMismatchError, which names the key. On load each rank gets the keys that its own dict
-    has, or all of them if that is empty.
+    The checkpoint holds the keys of all ranks, in this dict and in the dicts in it. If several
+    ranks have a key, its value must be equal on them; otherwise save raises ReplicaMismatchError.
+    A load gives each rank the keys that its own dict has, or all keys if its dict is empty.
 
-    `value` is a dict, or an object whose state_dict() returns one. Tensors that only some ranks
-    hold need no mark where every rank has some that another one lacks, as pipeline stages do.
+    Tensors that only some ranks hold need no mark if every rank holds tensors that another one
+    lacks, as pipeline stages do.
+
+    Args:
+        value: A dict, or an object whose state_dict() returns one.
 
     Example:
-        state = {"model": model, "loader": Union({f"dp_rank_{rank}": position})}
+        >>> import shardckpt
+        >>> state = {"loader": shardckpt.Union({"dp_rank_0": 17})}
+        >>> report = shardckpt.save(state, "run/step-1")
+        >>> shardckpt.load_state("run/step-1")
+        {'loader': {'dp_rank_0': 17}}
     """
 
     value: Any
@@ -48,13 +61,20 @@ class Union:
 
 @dataclass(frozen=True, slots=True)
 class FromRank0:
-    """Marks a part of the state of which rank 0's value is saved, as the state of callbacks.
+    """Marks an entry of which only the value of rank 0 is saved, such as the state of callbacks.
 
-    What other ranks hold is ignored: it is neither read nor compared. On load every rank gets
-    what rank 0 saved. Every rank hands over the mark, under the same name.
+    The values of other ranks are neither read nor compared. A load gives every rank the value of
+    rank 0. Every rank must pass the mark under the same name.
+
+    Args:
+        value: The value. Only that of rank 0 is used.
 
     Example:
-        state = {"model": model, "callbacks": FromRank0(callback_states)}
+        >>> import shardckpt
+        >>> state = {"callbacks": shardckpt.FromRank0({"best": 0.5})}
+        >>> report = shardckpt.save(state, "run/step-1")
+        >>> shardckpt.load_state("run/step-1")
+        {'callbacks': {'best': 0.5}}
     """
 
     value: Any

@@ -14,7 +14,7 @@ import torch
 
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import TensorEntry
-from shardckpt.format.typed_json import Record, TensorRef
+from shardckpt.format.typed_json import Record, TensorRef, UnknownEnum, unknown_enum
 from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, local_chunks
@@ -72,8 +72,11 @@ class Builder:
                 return self._leaf(node, name)
             if type(node) is Record:
                 return types.SimpleNamespace()
+            _check_known(node, name)
             # What was decoded stays as it was, whatever is done to what is built of it.
             return copy.copy(node) if type(node) in _MUTABLE else node
+        for key, _ in items:
+            _check_known(key, below(name, key))
         values = [(key, self.build(item, below(name, key))) for key, item in items]
         if type(node) is Record:
             return types.SimpleNamespace(**dict(values))
@@ -103,3 +106,13 @@ class Builder:
             self.reads += [(entry, chunk) for chunk in local_chunks(tensor, name=name)]
         self._tied[ref] = tensor.numpy() if ref.kind == "numpy" and tensor.is_cpu else tensor
         return self._tied[ref]
+
+
+def _check_known(value: Any, name: str) -> None:
+    """Raise CheckpointError for a member of an enum that the program does not have, or a set or a
+    tuple that holds one."""
+    if type(value) in (tuple, set, frozenset, Counter):
+        for item in value:
+            _check_known(item, name)
+    if type(value) is UnknownEnum:
+        raise unknown_enum(value, name=name)

@@ -3,48 +3,50 @@
 from __future__ import annotations
 
 import collections
+import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from shardckpt.state.local_chunks import Shards, local_tensor
+from shardckpt.state.match_context import Finish, Match, MatchContext
 from shardckpt.state.materialize import NOTHING
 from shardckpt.state.module_state import aliases, canonical_names, is_wrapped
 from shardckpt.state.saved_tree import below
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
 
-if TYPE_CHECKING:
-    from shardckpt.state.matching import Finish, Matcher
-
 __all__ = ["match_module", "runs_own_code"]
 
 
-def match_module(matcher: Matcher, template: nn.Module, name: str) -> Finish:
-    """Fill a module's own tensors; what is not its own memory goes through load_state_dict, and
-    so does all of it where a load_state_dict or hooks of the module's author have to run."""
-    matcher.owned.append(name)
-    matcher.used.add(name)
+def match_module(context: MatchContext, template: nn.Module, name: str, match: Match) -> Finish:
+    """Fill a module's own tensors in place.
+
+    Entries that are not the module's own memory go through its load_state_dict. All entries do if
+    the module overrides load_state_dict or has hooks on it.
+    """
+    context.owners.append(name)
+    context.used.add(name)
     module = _unwrapped(template)
     names = canonical_names(module)
     state = aliases(module)
-    parts = {
-        key: _extra(matcher, value, below(name, names[key]))
+    entries = {
+        key: _extra(context, value, below(name, names[key]))
         if _is_extra(key)
-        else matcher.match(value, below(name, names[key]))
+        else match(context, value, below(name, names[key]))
         for key, value in state.items()
     }
     own = {at for t in (*module.parameters(), *module.buffers()) for at in storages_of(t)}
     # Buffers that a module does not save, on the meta device: no load can fill them.
-    matcher.mismatches.missing += [
+    context.mismatches.missing += [
         below(name, key) for key, t in module.named_buffers() if t.is_meta and key not in state
     ]
 
     def finish() -> nn.Module:
         assign, hand_over, every = (_like(state) for _ in range(3))
-        for key, part in parts.items():
-            before, after = state[key], part()
+        for key, entry in entries.items():
+            before, after = state[key], entry()
             every[key] = after
             if isinstance(before, torch.Tensor) and before.is_meta:
                 if after is not before:
@@ -65,10 +67,11 @@ def match_module(matcher: Matcher, template: nn.Module, name: str) -> Finish:
 
 
 def _like(state: Any) -> Any:
-    """An empty state dict with the versions of the modules that this one is of."""
+    """An empty state dict with the versions of the modules that this one is of, as a copy: torch
+    notes `assign` in them."""
     empty = collections.OrderedDict[str, Any]()
     if hasattr(state, "_metadata"):
-        empty._metadata = state._metadata  # type: ignore[attr-defined]
+        empty._metadata = copy.deepcopy(state._metadata)  # type: ignore[attr-defined]
     return empty
 
 
@@ -76,10 +79,10 @@ def _is_extra(key: str) -> bool:
     return key.rpartition(".")[2] == "_extra_state"
 
 
-def _extra(matcher: Matcher, value: Any, name: str) -> Finish:
+def _extra(context: MatchContext, value: Any, name: str) -> Finish:
     """What a module's set_extra_state takes: as saved, whatever get_extra_state returns now."""
-    found = matcher.build(name, like=value)
-    return lambda: value if found is NOTHING else found
+    saved = context.build(name, like=value)
+    return lambda: value if saved is NOTHING else saved
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

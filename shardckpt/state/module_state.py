@@ -177,14 +177,15 @@ def own_state(module: nn.Module, *, keep_vars: bool = True) -> OwnState:
 def aliases(module: nn.Module) -> dict[str, Any]:
     """The state dict of a module, of tensors without gradients that share its memory. Unlike
     state_dict(), it keeps what parameters say of how they are sharded."""
-    return {
-        key: carry_layout(value, value.detach())
-        if isinstance(value, torch.Tensor)
-        and not is_lazy(value)
-        and (is_parameter(value) or value.requires_grad)
-        else value
-        for key, value in module.state_dict(keep_vars=True).items()
-    }
+    state = module.state_dict(keep_vars=True)
+    for key, value in state.items():
+        if (
+            isinstance(value, torch.Tensor)
+            and not is_lazy(value)
+            and (is_parameter(value) or value.requires_grad)
+        ):
+            state[key] = carry_layout(value, value.detach())
+    return state
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
+from shardckpt.state.match_context import Finish, MatchContext
 from shardckpt.state.materialize import NOTHING
 from shardckpt.state.optimizer_state import (
     TORCH_KEYS,
@@ -25,10 +27,8 @@ from shardckpt.state.optimizer_state import (
 )
 from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout, describes_itself, shards_of
+from shardckpt.state.tensor_matching import match_tensor
 from shardckpt.state.wrapper_tensors import facts_of
-
-if TYPE_CHECKING:
-    from shardckpt.state.matching import Finish, Matcher
 
 __all__ = ["match_optimizer"]
 
@@ -38,26 +38,26 @@ _OF_THE_DEVICE = ("capturable", "foreach", "fused")
 _RATES = ("lr", "initial_lr")
 
 
-def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish:
+def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> Finish:
     """Fill an optimizer's state by parameter name, whatever state it has had so far.
 
     Afterwards its state is what was saved: state that a parameter had not yet is made like
     the parameter, state that was not saved is dropped. Of a parameter that does not fit the
     saved one no state is loaded; the mismatches say so.
     """
-    if name not in matcher.saved.nodes:
-        if matcher.saved.selected(name):
-            matcher.mismatches.missing.append(name)
+    if name not in context.saved.nodes:
+        if context.saved.selected(name):
+            context.mismatches.missing.append(name)
         return lambda: optimizer
-    matcher.owned.append(name)
+    context.owners.append(name)
     forms = TorchForms(optimizer)
     own: list[_TorchForm] = []
 
     def match(packed: Any, place: str) -> Finish:
         owner = forms.owner(packed)
-        node = matcher.saved.nodes.get(place)
+        node = context.saved.nodes.get(place)
         if owner is not None:
-            form = _TorchForm(matcher, owner, packed, place)
+            form = _TorchForm(context, owner, packed, place)
             own.append(form)
             keys = dict.fromkeys((*packed, *(node if isinstance(node, dict) else ())))
             rest = {
@@ -71,10 +71,10 @@ def match_optimizer(matcher: Matcher, optimizer: Optimizer, name: str) -> Finish
 
             return whole
         if isinstance(packed, Mapping) and isinstance(node, dict) and node:
-            matcher.used.add(place)
+            context.used.add(place)
             parts = {key: match(packed.get(key), below(place, key)) for key in node}
             return lambda: {key: part() for key, part in parts.items()}
-        value = matcher.build(place, like=packed)
+        value = context.build(place, like=packed)
         return lambda: packed if value is NOTHING else value
 
     loaded = match(packed_state(optimizer, at=name), name)
@@ -92,15 +92,15 @@ class _TorchForm:
     """A dict of the form of torch's optimizers, to be filled with saved state."""
 
     def __init__(
-        self, matcher: Matcher, owner: Optimizer, packed: Mapping[str, Any], name: str
+        self, context: MatchContext, owner: Optimizer, packed: Mapping[str, Any], name: str
     ) -> None:
-        self.matcher = matcher
+        self.context = context
         self.owner = owner
         self.packed = packed
         self.name = name
         self.parameters = flat_parameters(owner)
         self.numbers = [number for group in packed["param_groups"] for number in group["params"]]
-        groups = matcher.build(below(name, "param_groups"))
+        groups = context.build(below(name, "param_groups"))
         self.saved_groups: list[dict[str, Any]] = groups if isinstance(groups, list) else []
         self.group_of = self._saved_names()
         self.names = self._best_names()
@@ -140,7 +140,7 @@ class _TorchForm:
     def _saved_names(self) -> dict[str, dict[str, Any]]:
         """Name of a saved parameter, as renamed -> the options of its group."""
         prefix = below(self.name, "state.")
-        renamed = self.matcher.saved.renamed
+        renamed = self.context.saved.renamed
         return {
             renamed(f"{prefix}{fqn}").removeprefix(prefix): group
             for group in self.saved_groups
@@ -151,7 +151,7 @@ class _TorchForm:
         """The names of the parameters, as far as possible those that were saved."""
         best: dict[int, str] = {}
         agreeing = -1
-        for candidate in self.matcher.parameter_names.candidates(self.parameters, at=self.name):
+        for candidate in self.context.parameter_names.candidates(self.parameters, at=self.name):
             count = len(self.group_of.keys() & candidate.values())
             if count > agreeing:
                 best, agreeing = candidate, count
@@ -173,7 +173,7 @@ class _TorchForm:
 
     def _match_groups(self) -> list[dict[str, Any]]:
         """For each parameter group the options that were saved for its parameters."""
-        place, mismatches = below(self.name, "param_groups"), self.matcher.mismatches
+        place, mismatches = below(self.name, "param_groups"), self.context.mismatches
         local = set(self.names)
         missing, unexpected = local - self.group_of.keys(), self.group_of.keys() - local
         mismatches.missing += [f"{place}.{fqn}" for fqn in sorted(missing)]
@@ -222,19 +222,19 @@ class _TorchForm:
         ]
 
     def _match_state(self) -> None:
-        matcher, place = self.matcher, below(self.name, "state")
-        matcher.used.add(place)
-        node = matcher.saved.nodes.get(place)
+        context, place = self.context, below(self.name, "state")
+        context.used.add(place)
+        node = context.saved.nodes.get(place)
         self.saved_state = node if isinstance(node, dict) else {}
         self.beside = {
-            key: matcher.build(below(place, key), like=self.packed["state"].get(key))
+            key: context.build(below(place, key), like=self.packed["state"].get(key))
             for key in self.saved_state
             if key not in self.group_of and key not in self.names
         }
         for number, fqn, parameter in zip(self.numbers, self.names, self.parameters, strict=True):
             if not is_own(self.owner, parameter):
-                matcher.used.update(
-                    n for n in matcher.saved.leaves if n.startswith(f"{place}.{fqn}.")
+                context.used.update(
+                    n for n in context.saved.leaves if n.startswith(f"{place}.{fqn}.")
                 )
                 continue
             mine = self.packed["state"].get(number)
@@ -249,11 +249,11 @@ class _TorchForm:
     def _state_of(self, parameter: torch.Tensor, mine: Any, name: str) -> Any:
         """The saved state of one parameter, its tensors to be read; None where there was none;
         `mine`, with the mismatches noted, where it does not fit."""
-        matcher = self.matcher
-        node = matcher.saved.nodes.get(name)
+        context = self.context
+        node = context.saved.nodes.get(name)
         if node is None:
             return None
-        matcher.used.add(name)
+        context.used.add(name)
         if parameter.is_meta:
             raise StateError(
                 "An optimizer over parameters on the meta device can't be loaded",
@@ -263,23 +263,23 @@ class _TorchForm:
                 remedy="materialise the module first (to_empty), then create the optimizer",
             )
         saved = self._saved_parameter(parameter)
-        if saved is not None and not matcher.fits(saved, _read_out(parameter, name)):
+        if saved is not None and not context.fits(saved, _read_out(parameter, name)):
             self._skip(node, parameter, saved, name)
             return mine
         if not isinstance(node, dict):
-            return matcher.build(name, like=mine)
+            return context.build(name, like=mine)
 
         def new(_name: str, _source: str, entry: TensorEntry) -> tuple[torch.Tensor, bool]:
             tensor = self._like(parameter, entry, saved)
             if tensor.dtype != DTYPES[entry.dtype]:
-                matcher.cast.append((_name, str(DTYPES[entry.dtype]), str(tensor.dtype)))
+                context.cast.append((_name, str(DTYPES[entry.dtype]), str(tensor.dtype)))
             return tensor, True
 
         targets: dict[str, torch.Tensor] = {}
         wrappers: dict[str, torch.Tensor] = {}
         for key, ref in node.items():
             if isinstance(ref, TensorRef) and ref.kind == "tensor":
-                entry = matcher.saved.manifest.tensors[ref.name]
+                entry = context.saved.manifest.tensors[ref.name]
                 own = _dense(mine.get(key))
                 place = below(name, key)
                 fits = (
@@ -287,30 +287,30 @@ class _TorchForm:
                     and tuple(_read_out(own, place).shape) == entry.shape
                 )
                 targets[key] = own if fits else self._like(parameter, entry, saved)
-                if not matcher.fits(entry, _read_out(targets[key], place)):
-                    matcher.agrees(entry, _read_out(targets[key], place), place)
+                if not context.fits(entry, _read_out(targets[key], place)):
+                    context.agrees(entry, _read_out(targets[key], place), place)
             elif (facts := facts_of(ref)) is not None:
                 if not isinstance(mine.get(key), torch.Tensor):
                     raise _no_class(below(name, key), facts)
                 wrappers[key] = mine[key]
         if any(not self._fits(node[key], tensor) for key, tensor in targets.items()):
-            matcher.used.update(below(name, key) for key in node)
+            context.used.update(below(name, key) for key in node)
             return mine
         return {
-            key: matcher.tensor({**targets, **wrappers}[key], below(name, key))
+            key: match_tensor(context, {**targets, **wrappers}[key], below(name, key))
             if key in targets or key in wrappers
-            else matcher.build(below(name, key), like=mine.get(key), new=new)
+            else context.build(below(name, key), like=mine.get(key), new=new)
             for key in node
         }
 
     def _fits(self, ref: TensorRef, tensor: torch.Tensor) -> bool:
-        entry = self.matcher.saved.manifest.tensors[ref.name]
-        return self.matcher.fits(entry, _read_out(tensor, ref.name))
+        entry = self.context.saved.manifest.tensors[ref.name]
+        return self.context.fits(entry, _read_out(tensor, ref.name))
 
     def _saved_parameter(self, parameter: torch.Tensor) -> TensorEntry | None:
         """The entry of the parameter itself, where the checkpoint has it under the same name."""
-        saved = self.matcher.saved
-        for place in self.matcher.parameter_names.places(id(parameter)):
+        saved = self.context.saved
+        for place in self.context.parameter_names.places(id(parameter)):
             ref = saved.nodes.get(place)
             name = ref.name if isinstance(ref, TensorRef) and ref.kind == "tensor" else place
             if name in saved.manifest.tensors:
@@ -323,11 +323,11 @@ class _TorchForm:
         for key, ref in node.items() if isinstance(node, dict) else ():
             if not (isinstance(ref, TensorRef) and ref.kind == "tensor"):
                 continue
-            entry = self.matcher.saved.manifest.tensors[ref.name]
+            entry = self.context.saved.manifest.tensors[ref.name]
             own = _read_out(parameter, name)
-            if entry.shape == saved.shape and not self.matcher.fits(entry, own):
-                self.matcher.used.add(below(name, key))
-                self.matcher.agrees(entry, own, below(name, key))
+            if entry.shape == saved.shape and not self.context.fits(entry, own):
+                self.context.used.add(below(name, key))
+                self.context.agrees(entry, own, below(name, key))
 
     def _like(
         self, parameter: torch.Tensor, entry: TensorEntry, saved: TensorEntry | None
@@ -336,7 +336,7 @@ class _TorchForm:
         dtype="cast", state that had the saved parameter's dtype gets the parameter's."""
         dtype = DTYPES[entry.dtype]
         if (
-            self.matcher.may_cast
+            self.context.may_cast
             and entry.shape
             and dtype.is_floating_point
             and (saved is None or saved.dtype == entry.dtype)
@@ -349,9 +349,21 @@ class _TorchForm:
             return torch.empty((), dtype=dtype)
         if not isinstance(parameter, DTensor):
             return torch.empty(entry.shape, dtype=dtype, device=parameter.device)
-        local = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
-        mesh = parameter.device_mesh
-        return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        empty = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
+        placements = [
+            placement if _is_cut_alike(placement, parameter, empty) else Replicate()
+            for placement in parameter.placements
+        ]
+        return distribute_tensor(empty, parameter.device_mesh, placements, src_data_rank=None)
+
+
+def _is_cut_alike(placement: Any, parameter: torch.Tensor, state: torch.Tensor) -> bool:
+    """Whether a placement of the parameter cuts state of another shape into the same rows."""
+    return (
+        state.dim() == parameter.dim()
+        and isinstance(placement, Shard)
+        and state.shape[placement.dim] == parameter.shape[placement.dim]
+    )
 
 
 def _common_path(names: Iterable[str]) -> str:
@@ -432,6 +444,8 @@ def _without_casts(now: Any, saved: Any) -> Any:
         return saved.to(now.device) if differs else now
     if type(saved) is dict and type(now) is dict and saved.keys() == now.keys():
         return {key: _without_casts(now[key], value) for key, value in saved.items()}
+    if type(saved) is deque:  # torch makes it again without its length
+        return saved
     if type(saved) in (list, tuple) and type(now) is type(saved) and len(now) == len(saved):
         return type(saved)(map(_without_casts, now, saved))
     return saved if isinstance(saved, str) else now

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from shardckpt.errors import StateError
 from shardckpt.format import typed_json as values
@@ -17,6 +17,7 @@ __all__ = ["Rename", "SavedState", "Select", "below", "children", "rebuilt", "un
 Rename = Mapping[str, str] | Callable[[str], str] | None
 Select = str | Iterable[str] | None
 
+T = TypeVar("T")
 _SEQUENCES = {list, tuple, collections.deque}
 
 
@@ -69,7 +70,7 @@ class SavedState:
         self.manifest = manifest
         self.selected = select_function(keys)
         self.renamed = rename_function(rename)
-        self.tree = values.decode(manifest.state, tensor=_keep)
+        self.tree = values.decode(manifest.state, tensor=_keep, unknown=_keep)
         if keys is not None or rename is not None:
             self.tree = _rewrite(self.tree, self.selected, self.renamed)
         self.nodes: dict[str, Any] = {}
@@ -80,7 +81,9 @@ class SavedState:
     def per_rank(self, ref: TensorRef, *, rank: int) -> Any:
         """The value that `rank` saved inside a PerRank."""
         if rank not in self._per_rank:
-            self._per_rank[rank] = values.decode(self.manifest.per_rank[rank], tensor=_keep)
+            self._per_rank[rank] = values.decode(
+                self.manifest.per_rank[rank], tensor=_keep, unknown=_keep
+            )
         return self._per_rank[rank][int(ref.name)]
 
     def leaves_below(self, name: str) -> list[str]:
@@ -185,5 +188,5 @@ def _same_name(name: str) -> StateError:
     )
 
 
-def _keep(ref: TensorRef) -> TensorRef:
-    return ref
+def _keep(stand_in: T) -> T:
+    return stand_in

@@ -1,4 +1,4 @@
-"""Arrays that are no tensors: numpy's, and parts of one that a program divides itself."""
+"""Arrays of numpy, and parts of an array that a program divides itself."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ __all__ = ["ShardedArray", "fits_tensor", "from_numpy"]
 class ShardedArray:
     """This rank's part of a global array, for programs that divide their arrays themselves.
 
-    `local`, a numpy array or a plain tensor, strided as it may be, holds the box of its own
-    shape that begins at `offsets` in an array of shape `global_shape`. A rank without a part
-    hands over one with a size of 0. In a state it stands on every rank under the same name:
-    `save` writes each part once and refuses parts that overlap or leave a hole; `load` fills
-    `local` in place, whatever the parts were when saved; `load_state` gives the whole array.
+    It has the same name on every rank. `save` writes each part once, and refuses parts that overlap
+    or leave a gap. `load` fills `local` in place, whatever the saved parts were. `load_state`
+    returns the full array. `save` and `load` report invalid arguments, on all ranks at once.
 
-        ShardedArray(u[1:-1, 1:-1], global_shape=(512, 512), offsets=(row, column))
+    Args:
+        local: The part of this rank, a numpy array or a plain tensor with any strides. A rank
+            without a part passes an array with a size of 0.
+        global_shape: The shape of the global array.
+        offsets: Where the part begins in the global array, in elements of each dimension.
 
-    What can't be right is reported by save and load, on all ranks at once.
+    Example:
+        >>> import numpy as np, shardckpt
+        >>> grid = np.zeros((4, 6))  # with a border of one row on each side
+        >>> part = shardckpt.ShardedArray(grid[1:-1], global_shape=(2, 6), offsets=(0, 0))
+        >>> report = shardckpt.save({"grid": part}, "run/step-1")
+        >>> shardckpt.load_state("run/step-1")["grid"].shape
+        (2, 6)
     """
 
     def __init__(
@@ -68,7 +76,11 @@ class ShardedArray:
         return self._tensor
 
     def copy(self) -> ShardedArray:
-        """The same part, with its data copied."""
+        """Copy the part, with its data.
+
+        Returns:
+            The copy.
+        """
         if isinstance(self.local, torch.Tensor):
             if not owns_memory(self.local):
                 return self  # check() refuses it by name
@@ -76,7 +88,18 @@ class ShardedArray:
         return ShardedArray(self.local.copy(), self.shape, self.offsets)
 
     def check(self, name: str) -> ShardedArray:
-        """Itself, if its facts fit together; else StateError or UnsupportedLeafError."""
+        """Check the part.
+
+        Args:
+            name: The name of the entry, for errors.
+
+        Returns:
+            This object.
+
+        Raises:
+            StateError: Shape and offsets do not match.
+            UnsupportedLeafError: The type or dtype can't be saved.
+        """
         if isinstance(self.local, np.ndarray):
             if self._tensor is None or not np.may_share_memory(self.local, self._tensor.numpy()):
                 self._tensor = from_numpy(self.local, name=name)

@@ -12,21 +12,16 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardckpt.errors import UnsupportedLeafError
-from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, Shards, local_layout
-from shardckpt.state.saved_tree import below, under
 from shardckpt.state.sharded_tensors import describes_itself, shards_of
 
-if TYPE_CHECKING:
-    from shardckpt.state.matching import Matcher
-
-__all__ = ["WRAPPER", "Wrapped", "facts_of", "match_wrapped", "read_out"]
+__all__ = ["WRAPPER", "Wrapped", "facts_of", "read_out"]
 
 WRAPPER = "@wrapper"
 """The key of the facts beside the inner tensors."""
@@ -159,46 +154,6 @@ def facts_of(node: Any) -> dict[str, Any] | None:
     """The facts in a saved node that is a wrapper tensor's; None for any other."""
     facts = node.get(WRAPPER) if isinstance(node, dict) else None
     return facts if isinstance(facts, dict) else None
-
-
-def match_wrapped(matcher: Matcher, target: Wrapped, name: str) -> torch.Tensor:
-    """Fill the inner tensors of one that wraps others, if the saved one was alike."""
-    node: Any = matcher.saved.nodes.get(name)
-    tensor = target.source
-    if name not in matcher.saved.nodes:
-        if matcher.saved.selected(name):
-            matcher.mismatches.missing.append(name)
-        return tensor
-    saved = facts_of(node)
-    if saved is None:
-        matcher.used.add(name)
-        kind = "a tensor" if isinstance(node, TensorRef) else type(node).__name__
-        matcher.mismatches.wrong_dtype.append((name, f"a {target.facts['class']}", kind))
-        return tensor
-    matcher.build(below(name, WRAPPER))  # which notes that it is used
-    mine = {**target.facts, "inner": sorted(target.parts)}
-    theirs = {**saved, "inner": sorted(key for key in node if key != WRAPPER)}
-    if mine != theirs:
-        matcher.used.update(leaf for leaf in matcher.saved.leaves if under(leaf, name))
-        differing = [key for key in mine if mine[key] != theirs.get(key)]
-        expected, found = ({key: of.get(key) for key in differing} for of in (mine, theirs))
-        noted = matcher.mismatches.wrong_dtype
-        if differing == ["shape"]:
-            noted, expected, found = matcher.mismatches.wrong_shape, mine["shape"], theirs["shape"]
-        noted.append((name, expected, found))
-        return tensor
-    parts = {key: matcher.tensor(part, below(name, key)) for key, part in target.parts.items()}
-    matcher.filled.append(tensor)
-    if all(parts[key] is part for key, part in target.parts.items()):
-        return tensor
-    made: torch.Tensor = _rebuilt(tensor, parts)
-    return made
-
-
-def _rebuilt(tensor: Any, parts: dict[str, torch.Tensor]) -> Any:
-    """A tensor like this one, of the caller's, around other inner tensors."""
-    _, context = tensor.__tensor_flatten__()
-    return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
 
 
 def _refused(

@@ -1,14 +1,22 @@
-"""What a place for checkpoints must do. `shardckpt.testing` holds tests for new ones."""
+"""The interface of a storage, a set of places for checkpoints.
+
+A storage of your own subclasses these four classes and defines their abstract methods. Everything
+else has a default that is right, if slower than it could be. `shardckpt.testing.StorageTests`
+checks a storage; docs/how-to/storage.md shows a complete one.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn
+
+from shardckpt.errors import StateError
 
 __all__ = [
     "MANIFEST_NAME",
     "CheckpointFiles",
-    "Done",
+    "OnFilled",
     "Storage",
     "WouldWait",
     "WritableFile",
@@ -17,94 +25,193 @@ __all__ = [
 
 MANIFEST_NAME = "manifest.json"
 
-Done = Callable[[memoryview], object]
+OnFilled = Callable[[memoryview], object]
 """Called with a buffer once it is full."""
 
 
 class WouldWait(Exception):
-    """Raised by CheckpointFiles.readinto for bytes that are not at hand."""
+    """Raised by CheckpointFiles.readinto if the bytes are not in memory and `wait` is false."""
 
 
-class Storage(Protocol):
-    """A place for checkpoints, each known by a path. Nothing here is collective."""
+class Storage(ABC):
+    """The interface of a storage for checkpoints, each with a path. No method is collective.
 
-    def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
-        """Begin a checkpoint; rank 0 alone. Nothing is visible at `path` before commit.
+    A read-only storage implements only `open`. `shardckpt.testing` has tests for new storages, and
+    `shardckpt.LocalStorage` is the default.
 
-        Raises CheckpointExistsError if the path is taken and `overwrite` is false,
-        NotACheckpointError if what stands there is no checkpoint, CheckpointBusyError if
-        another save to it is under way.
-        """
+    Example:
+        >>> import torch, shardckpt
+        >>> storage = shardckpt.LocalStorage()
+        >>> isinstance(storage, shardckpt.Storage)
+        True
+        >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1", storage=storage)
+    """
 
-    def join(self, path: str, *, token: str) -> WriteTransaction:
-        """Take part in what rank 0 began; `token` is its transaction's.
-
-        Raises DirectoryNotSharedError if this rank does not see it.
-        """
-
+    @abstractmethod
     def open(self, path: str) -> CheckpointFiles:
         """Open a committed checkpoint, on any rank.
 
-        Raises CheckpointNotFoundError or NotACheckpointError.
+        Args:
+            path: The checkpoint.
+
+        Returns:
+            Its files.
+
+        Raises:
+            CheckpointNotFoundError: The path does not exist.
+            NotACheckpointError: The path does not hold a checkpoint.
         """
 
+    def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
+        """Begin a checkpoint, on rank 0 alone. Nothing is visible at the path before commit.
 
-class WriteTransaction(Protocol):
-    """A checkpoint being written. `token` is what other ranks need to join."""
+        Args:
+            path: Where the checkpoint goes.
+            checkpoint_id: Its id, 32 hex digits that no other checkpoint has.
+            overwrite: Replace a checkpoint at the path.
+
+        Returns:
+            The transaction, in which rank 0 creates files and commits.
+
+        Raises:
+            CheckpointExistsError: The path exists, and `overwrite` is false.
+            NotACheckpointError: The path does not hold a checkpoint.
+            CheckpointBusyError: Another save to the path is under way.
+        """
+        self._refuse_writing(path)
+
+    def join(self, path: str, *, token: str) -> WriteTransaction:
+        """Take part in the checkpoint that rank 0 began, on any other rank.
+
+        Args:
+            path: As for begin.
+            token: The token of rank 0's transaction.
+
+        Returns:
+            The transaction, in which this rank creates files.
+
+        Raises:
+            DirectoryNotSharedError: This rank does not see what rank 0 began.
+        """
+        self._refuse_writing(path)
+
+    def _refuse_writing(self, path: str) -> NoReturn:
+        raise StateError(
+            "This storage can't be written to",
+            path=path,
+            expected="a storage that defines begin and join",
+            actual=type(self).__qualname__,
+            remedy="save to a LocalStorage",
+        )
+
+
+class WriteTransaction(ABC):
+    """A checkpoint being written, on one rank.
+
+    Attributes:
+        path: Where the checkpoint goes.
+        token: A text by which other ranks join.
+    """
 
     path: str
     token: str
 
+    @abstractmethod
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
-        """A new file in it; it must not exist. Space for `size_bytes` is set aside if possible.
+        """Create a file in the checkpoint.
 
-        `shared`: several ranks call this, and each writes a part of the file, from one multiple of
-        1 MiB to another or the end. Each makes what it has written durable when it closes.
+        Args:
+            name: The file's name. Only a shared file may exist already.
+            size_bytes: The size that it will have, to set space aside.
+            shared: Several ranks create the file, and each writes a part of it: from one multiple
+                of 1 MiB to another one, or to the end.
+
+        Raises:
+            StorageError: The file exists, or there is no space for it.
         """
+
+    @abstractmethod
+    def commit(self, manifest: bytes) -> None:
+        """Write the manifest and make the checkpoint visible, all of it at once; on rank 0 alone.
+
+        The checkpoint is durable when this returns.
+        """
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Remove what was written, as far as that is possible. Never raises. Does nothing after
+        commit, and nothing when called again."""
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
-        """Take the file of this name over from an open checkpoint, durably and without writing it
-        anew; on any rank. The file stays whole whatever becomes of the source.
+        """Take over a file from an open checkpoint without writing it anew, durably; on any rank.
 
-        False where that is not possible, for any reason; nothing has been made then, and the
-        name can be created. A storage may always say so.
+        The file must stay intact whatever becomes of the source.
+
+        Returns:
+            False if that is not possible: nothing has been made, and the file can be created. The
+            default always returns False.
+        """
+        return False
+
+    def close(self) -> None:  # noqa: B027
+        """Release what is held. Never raises. The default holds nothing."""
+
+
+class WritableFile(ABC):
+    """A file being written.
+
+    Attributes:
+        direct: Buffers, offsets and lengths must be multiples of 4096.
+    """
+
+    direct: bool = False
+
+    @abstractmethod
+    def write(self, data: memoryview, *, offset: int) -> None:
+        """Write all of `data` at `offset`; from any thread, best without the interpreter lock."""
+
+    @abstractmethod
+    def close(self, *, size_bytes: int) -> None:
+        """Cut the file to its size, make it durable, and close it.
+
+        Raises:
+            StorageError: The bytes may not be durable.
         """
 
-    def commit(self, manifest: bytes) -> None:
-        """Write the manifest and make all visible at once; durable on return. Rank 0 alone."""
-
-    def abandon(self) -> None:
-        """Remove what was written, as far as that works; never raises. No-op after commit."""
-
-    def close(self) -> None:
-        """Release what is held; never raises."""
+    def discard(self) -> None:  # noqa: B027
+        """Close the file after an error. Never raises. The default holds nothing."""
 
 
-class WritableFile(Protocol):
-    """A file being written. If `direct`, buffers, offsets and lengths must be multiples of 4096."""
+class CheckpointFiles(ABC):
+    """The files of a committed checkpoint.
 
-    direct: bool
-
-    def write(self, data: memoryview, *, offset: int) -> None:
-        """Write all of `data` at `offset`; from any thread, without the interpreter lock."""
-
-    def close(self, *, size_bytes: int) -> None:
-        """Cut to size, make durable, close. Raises StorageError if that can't be assured."""
-
-    def discard(self) -> None:
-        """Close without more ado; never raises."""
-
-
-class CheckpointFiles(Protocol):
-    """The files of a committed checkpoint."""
+    Attributes:
+        path: Where the checkpoint is.
+        in_memory: Reads never wait for a disk or another machine.
+    """
 
     path: str
+    in_memory: bool = False
 
+    @abstractmethod
     def manifest(self) -> bytes:
-        """The manifest's bytes."""
+        """Return the bytes of the manifest."""
 
+    @abstractmethod
     def size_bytes(self, name: str) -> int:
-        """The size of a shard; CorruptionError if it is missing or no regular file."""
+        """Return the size of a shard.
+
+        Raises:
+            CorruptionError: The shard is missing, or not a regular file.
+        """
+
+    @abstractmethod
+    def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
+        """Fill a buffer with the bytes of a shard from `offset` on; from any thread.
+
+        Raises:
+            CorruptionError: The shard is missing, or ends before the buffer is full.
+        """
 
     def readinto(
         self,
@@ -112,33 +219,62 @@ class CheckpointFiles(Protocol):
         buffers: Sequence[memoryview],
         *,
         offset: int,
-        done: Done = lambda buffer: None,
+        on_filled: OnFilled = lambda buffer: None,
         wait: bool = True,
     ) -> None:
-        """Fill the buffers, one after another, from `offset` on; from any thread.
+        """Fill buffers one after another, as `read` fills one; from any thread.
 
-        `done` is called with each as soon as it is full: its bytes are still in the processor's
-        cache then. CorruptionError where the shard is missing or ends before they are full.
-        If `wait` is false, WouldWait where a disk or another machine has to be asked, or may have
-        to be; a storage may always raise that.
+        Args:
+            name: The shard.
+            buffers: The buffers.
+            offset: Where in the shard the first one begins.
+            on_filled: Called with each buffer as soon as it is full, while its bytes are in the
+                processor's cache.
+            wait: If false, raise WouldWait instead of asking a disk or another machine. The default
+                raises it unless `in_memory`.
         """
+        if not wait and not self.in_memory:
+            raise WouldWait(name)
+        for buffer in buffers:
+            self.read(name, buffer, offset=offset)
+            offset += len(buffer)
+            on_filled(buffer)
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
     ) -> bool:
-        """Read `size_bytes` from `offset` on into the beginning of a buffer, and leave them out of
-        the page cache; from any thread. Raises as readinto.
+        """Fill the beginning of a buffer without the page cache; from any thread.
 
-        False, and nothing read, where the page cache has them already or can't be passed by:
-        `readinto` is the way then. A storage may always say so. Buffer and offset are multiples of
-        4096, and the buffer has room for as many bytes, rounded up to such a multiple.
+        Args:
+            name: The shard.
+            buffer: A buffer at a multiple of 4096, with room for `size_bytes` rounded up to one.
+            offset: Where in the shard to begin, a multiple of 4096.
+            size_bytes: The bytes to read.
+
+        Returns:
+            False, and nothing is read, if the page cache has the bytes or can't be passed by. The
+            default always returns False.
         """
+        return False
 
     def map(self, name: str) -> memoryview:
-        """A shard mapped into memory, copied on write; stays valid after close."""
+        """Map a shard into memory, copied on write. The map stays valid after close.
+
+        The default reads the shard.
+        """
+        data = memoryview(bytearray(self.size_bytes(name)))
+        self.read(name, data, offset=0)
+        return data
 
     def duplicate(self) -> CheckpointFiles:
-        """The same files, to be closed by themselves. Raises StorageError."""
+        """Return the same files, which can be used after these are closed.
 
-    def close(self) -> None:
-        """Release what is held; never raises."""
+        The default returns this object; define it together with `close`.
+
+        Raises:
+            StorageError: The files can't be opened again.
+        """
+        return self
+
+    def close(self) -> None:  # noqa: B027
+        """Release what is held. Never raises. The default holds nothing."""

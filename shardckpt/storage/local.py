@@ -25,7 +25,13 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
-from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles, Storage
+from shardckpt.storage.base import (
+    MANIFEST_NAME,
+    CheckpointFiles,
+    Storage,
+    WritableFile,
+    WriteTransaction,
+)
 from shardckpt.storage.deletion import (
     collect_leftovers,
     directories_in,
@@ -61,8 +67,17 @@ def checkpoint_path(path: object, storage: Storage | None, *, fixed: bool = Fals
     return absolute(local_path(path)) if fixed else local_path(path)
 
 
-class LocalStorage:
-    """Checkpoints in directories. `system` makes the system calls."""
+class LocalStorage(Storage):
+    """Checkpoints in directories of a file system that all ranks share.
+
+    Args:
+        system: Performs the system calls.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> storage = shardckpt.LocalStorage()
+        >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1", storage=storage)
+    """
 
     def __init__(self, system: System | None = None) -> None:
         self.system = system or System()
@@ -191,8 +206,8 @@ def _describe(found: os.stat_result) -> str:
     return "a directory" if stat.S_ISDIR(found.st_mode) else "a file of another kind"
 
 
-class LocalTransaction:
-    """A checkpoint being written; see WriteTransaction."""
+class LocalTransaction(WriteTransaction):
+    """A checkpoint being written to a temporary directory."""
 
     def __init__(
         self,
@@ -303,8 +318,8 @@ class LocalTransaction:
             lock.release()
 
 
-class LocalFile:
-    """A file being written; see WritableFile. O_DIRECT where the file system takes it."""
+class LocalFile(WritableFile):
+    """A file being written, with O_DIRECT if the file system takes it."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from shardckpt.errors import (
     CorruptionError,
     NotACheckpointError,
 )
-from shardckpt.storage.base import MANIFEST_NAME, Done, WouldWait
+from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles, OnFilled, WouldWait
 from shardckpt.storage.names import beside
 from shardckpt.storage.posix import System, translated
 
@@ -50,11 +50,11 @@ class _Shard:
             self.users -= 1
 
 
-class LocalFiles:
-    """A committed checkpoint; see CheckpointFiles.
+class LocalFiles(CheckpointFiles):
+    """A committed checkpoint in a directory.
 
-    Everything is opened below the directory found at first, so a checkpoint that takes its
-    place meanwhile is never mixed in.
+    Every file is opened below the directory that was opened first, so files of a checkpoint that
+    replaces it are never mixed in.
     """
 
     def __init__(self, system: System, path: str, *, directory: int | None = None) -> None:
@@ -145,13 +145,17 @@ class LocalFiles:
         with translated(f"{self.path}/{name}"), self._using(name) as shard:
             return self._system.fstat(shard.fd).st_size
 
+    def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
+        """See CheckpointFiles.read."""
+        self.readinto(name, [buffer], offset=offset)
+
     def readinto(
         self,
         name: str,
         buffers: Sequence[memoryview],
         *,
         offset: int,
-        done: Done = lambda buffer: None,
+        on_filled: OnFilled = lambda buffer: None,
         wait: bool = True,
     ) -> None:
         """See CheckpointFiles.readinto."""
@@ -160,7 +164,7 @@ class LocalFiles:
             for buffer in buffers:
                 self._fill(shard.fd, name, buffer, offset, wait)
                 offset += len(buffer)
-                done(buffer)
+                on_filled(buffer)
 
     def _fill(self, fd: int, name: str, buffer: memoryview, offset: int, wait: bool = True) -> None:
         while buffer:

@@ -65,7 +65,7 @@ def test_all_of_a_lightning_folder(tmp_path, name):
     assert state["hyper_parameters"] == {"args": {"width": 5}, "root": "/data/x", "lr": 0.25}
     assert (report.source_format, report.writer) == ("DCP", "Lightning 2.6.6")
     assert report.files == (".metadata", "__0_0.distcp", "meta.pt")
-    assert report.left == LIGHTNING_LEFT
+    assert report.left_out == LIGHTNING_LEFT
     assert report.changed == {
         "hyper_parameters.args": "argparse.Namespace, taken as dict",
         "hyper_parameters.root": "pathlib.PosixPath, taken as text",
@@ -79,7 +79,7 @@ def test_a_meta_pt_that_can_not_be_read_is_listed(tmp_path):
     (tmp_path / "c" / "meta.pt").write_bytes(b"PK\3\4 and nothing more")
     report, state = loaded(tmp_path / "c")
     assert state.keys() == {"state_dict", "optimizer_0"}
-    assert "by itself" not in report.left["meta.pt"]
+    assert "pass this path" not in report.left_out["meta.pt"]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -95,7 +95,7 @@ def test_a_lightning_file(tmp_path, legacy):
         state["optimizer_states"][0]["state"][0]["exp_avg"],
         torch.full_like(next(model.parameters()), 0.1),
     )
-    assert report.left == LIGHTNING_LEFT
+    assert report.left_out == LIGHTNING_LEFT
     assert report.writer == "Lightning 2.6.6"
 
 
@@ -116,20 +116,20 @@ def test_the_folder_of_a_trainer(tmp_path, capsys):
     layouts.trainer_folder(folder, model)
     report, state = loaded(folder)
     assert same_weights(state, model)
-    assert report.left.keys() == TRAINER_LEFT
+    assert report.left_out.keys() == TRAINER_LEFT
     assert report.writer == "transformers' Trainer"
     assert main(["convert", str(folder), str(tmp_path / "d")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(any(name in line for line in lines if " left " in line) for name in TRAINER_LEFT)
     assert main(["convert", str(folder), str(tmp_path / "e"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["left"] == report.left
+    assert json.loads(capsys.readouterr().out)["left_out"] == report.left_out
 
 
 def test_random_numbers_and_optimizer_of_a_trainer_by_themselves(tmp_path):
     layouts.trainer_folder(tmp_path / "t", Net(width=5))
     want = torch.load(tmp_path / "t" / "rng_state.pth", weights_only=False)
     report, state = loaded(tmp_path / "t" / "rng_state.pth")
-    assert not report.left
+    assert not report.left_out
     assert state["python"] == want["python"]
     name, keys, *rest = state["numpy"]
     assert (name, rest) == (want["numpy"][0], list(want["numpy"][2:]))
@@ -146,7 +146,7 @@ def test_the_folder_of_accelerate(tmp_path, safe):
     report, state = loaded(tmp_path / "c")
     assert same_weights(state, model)
     names = {"custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl", "scheduler.bin"}
-    assert report.left.keys() == names
+    assert report.left_out.keys() == names
     assert report.writer == "accelerate"
     _, state = loaded(tmp_path / "c" / "random_states_0.pkl")
     assert state["step"] == 7
@@ -158,7 +158,7 @@ def test_the_folders_of_fsdp(tmp_path):
     report, state = loaded(tmp_path / "c")
     assert same_weights(state["model"], model)
     assert state["optimizer"]["state"]["w"].tolist() == [1, 1]
-    assert report.left.keys() == {"random_states_0.pkl", "scheduler.bin"}
+    assert report.left_out.keys() == {"random_states_0.pkl", "scheduler.bin"}
     assert report.writer == "accelerate"
 
 
@@ -171,8 +171,8 @@ def test_what_lies_beside_the_weights_goes_to_hugging_faces_layout(tmp_path):
     for overwrite in (False, True):
         report = convert(str(folder), str(tmp_path / "hf"), to="hf", overwrite=overwrite)
         assert set(report.copied) == companions
-        assert "special_tokens_map.json" in report.left
-        assert not companions & report.left.keys()
+        assert "special_tokens_map.json" in report.left_out
+        assert not companions & report.left_out.keys()
         assert json.loads((tmp_path / "hf" / "config.json").read_text()) == layouts.CONFIG
         weights = {n for n in os.listdir(tmp_path / "hf") if n not in companions}
         assert all(name.startswith("model") for name in weights)
@@ -198,7 +198,7 @@ def test_files_beside_shards_are_listed(tmp_path):
     shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
     (tmp_path / "c" / "tokenizer.json").write_text("{}")
     report, _ = loaded(tmp_path / "c")
-    assert report.left.keys() == {"tokenizer.json"}
+    assert report.left_out.keys() == {"tokenizer.json"}
     assert report.source_format == "shardckpt"
 
 
@@ -254,8 +254,8 @@ def test_megatron(tmp_path):
     assert same_weights({k[6:]: v for k, v in state.items() if k[:6] == "model."}, model)
     assert (state["iteration"], state["args"]) == (100, {"tp": 1})
     assert report.writer == "Megatron-Core"
-    assert report.left.keys() == {".metadata: mcore_data", "backend", "metadata.json"}
-    assert "megatron.core" in report.left["backend"]
+    assert report.left_out.keys() == {".metadata: mcore_data", "backend", "metadata.json"}
+    assert "megatron.core" in report.left_out["backend"]
 
 
 def test_dcp_of_a_newer_torch(tmp_path):
@@ -264,8 +264,8 @@ def test_dcp_of_a_newer_torch(tmp_path):
     report, state = loaded(tmp_path / "c")
     assert same_weights(state["model"], model)
     assert state["step"] == 5
-    assert report.left.keys() == {".metadata: layout_version", "odd"}
-    assert "torch.distributed.checkpoint.encodings.TensorEncoding" in report.left["odd"]
+    assert report.left_out.keys() == {".metadata: layout_version", "odd"}
+    assert "torch.distributed.checkpoint.encodings.TensorEncoding" in report.left_out["odd"]
 
 
 def test_dcp_of_torch_2_2(tmp_path):
@@ -345,9 +345,9 @@ def test_values_of_all_kinds(tmp_path, dcp):
     else:
         torch.save(state, tmp_path / "c")
     report, found = loaded(tmp_path / "c")
-    assert report.left.keys() == {f"left.{name}" for name in state["left"]}
-    assert "tests.convert.layouts.Loss" in report.left["left.in a tuple"]
-    assert "builtins.len" in report.left["left.function"]
+    assert report.left_out.keys() == {f"left.{name}" for name in state["left"]}
+    assert "tests.convert.layouts.Loss" in report.left_out["left.in a tuple"]
+    assert "builtins.len" in report.left_out["left.function"]
     for name, (_, want) in TAKEN.items():
         value = found["taken"][name]
         assert (value.tolist() if isinstance(value, np.ndarray) else value) == want, name
@@ -359,7 +359,7 @@ def test_keys_that_are_objects_and_containers_that_stand_twice(tmp_path):
     report, state = loaded(tmp_path / "x.pt")
     assert state.keys() == {"a", "b", "n"}
     assert state["b"][0]["w"] is state["a"]["w"]
-    assert set(report.left) == {"a.o", "tests.convert.test_imports.Config"}
+    assert set(report.left_out) == {"a.o", "tests.convert.test_imports.Config"}
 
 
 def test_a_container_that_holds_itself(tmp_path):
@@ -409,7 +409,7 @@ def test_nothing_that_a_file_names_is_called(tmp_path, kind):
         report = convert(str(path), str(target), overwrite=True)
         assert not os.path.exists(mark), name
         assert report.tensors == ("w",)
-        assert len(report.left) == 1, name
+        assert len(report.left_out) == 1, name
     pickle.loads(pickle.dumps(call))  # the harness can see it
     assert os.path.exists(mark)
 
@@ -424,7 +424,7 @@ def test_arrays_take_no_memory_that_the_file_has_not(tmp_path):
 
     torch.save({"w": torch.ones(2), "x": Huge()}, tmp_path / "x.pt")
     report, _ = loaded(tmp_path / "x.pt")
-    assert "elements" in report.left["x"]
+    assert "elements" in report.left_out["x"]
 
 
 def test_safe_globals_of_the_program_stay_and_hold(tmp_path):

@@ -235,5 +235,5 @@ def test_mpi_without_threads(monkeypatch, channel, level):
 
 
 def test_init_from_mpi_outside_of_mpi():
-    with pytest.raises(errors.CoordinationError, match="neither mpirun nor srun"):
+    with pytest.raises(errors.CoordinationError, match="Neither mpirun nor srun"):
         shardckpt.init_from_mpi()

@@ -18,9 +18,9 @@ import shardckpt
 from shardckpt.coordination import store as torch_store
 from shardckpt.coordination import store_connection as line_module
 from shardckpt.coordination import store_keys as many_keys
-from shardckpt.coordination.base import exchange
+from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.store import StoreCoordinator
-from shardckpt.coordination.store_connection import Lines
+from shardckpt.coordination.store_connection import StoreConnections
 from shardckpt.errors import RankFailedError
 from tests.ranks import run_ranks
 
@@ -41,7 +41,7 @@ def together(connect, work, ranks=RANKS):
     """What `work` returns or raises on each rank, and the keys that are left."""
 
     def run(rank):
-        coordinator = StoreCoordinator(Lines(connect), "op", rank=rank, world_size=ranks)
+        coordinator = StoreCoordinator(StoreConnections(connect), "op", rank=rank, world_size=ranks)
         try:
             return work(coordinator), coordinator
         except Exception as error:
@@ -125,7 +125,9 @@ def test_a_rank_that_comes_just_as_it_is_given_up(connect, monkeypatch, next_cal
         return uuid.uuid4()
 
     def call(rank, subject):
-        with torch_store._operation(Lines(connect), "p", subject, rank=rank, world_size=2):
+        with torch_store._operation(
+            StoreConnections(connect), "p", subject, rank=rank, world_size=2
+        ):
             return subject
 
     def come_late():
@@ -153,7 +155,7 @@ def test_a_store_that_takes_no_connection(monkeypatch):
     monkeypatch.setenv("SHARDCKPT_DEADLINE_S", str(0.2))
     done = threading.Event()
     with pytest.raises(RankFailedError, match="does not answer") as caught:
-        StoreCoordinator(Lines(lambda: done.wait(60)), "op", rank=1, world_size=2)
+        StoreCoordinator(StoreConnections(lambda: done.wait(60)), "op", rank=1, world_size=2)
     done.set()
     assert caught.value.facts["phase"] == "begin"
 
@@ -165,36 +167,36 @@ def test_connections_are_kept(connect, monkeypatch):
         made.append(connect())
         return made[-1]
 
-    lines = Lines(counted)
+    connections = StoreConnections(counted)
     for _ in range(3):
-        with lines.line() as line, lines.line() as other:
+        with connections.connection() as line, connections.connection() as other:
             line.below("a").set("key", "value")
             assert line.below("a").check(["key"])  # set() does not wait for the store
             assert other.below("a").check(["key"])
     assert len(made) == 2
-    with pytest.raises(ZeroDivisionError), lines.line() as line:
+    with pytest.raises(ZeroDivisionError), connections.connection() as line:
         line.ask(lambda: 1 / 0)
     for _ in range(2):  # the one that has failed is gone
-        with lines.line(), lines.line():
+        with connections.connection(), connections.connection():
             pass
     assert len(made) == 3
     monkeypatch.setattr(line_module, "_FORGOTTEN_S", 0.0)
-    with lines.line():
+    with connections.connection():
         pass
     assert len(made) == 4
-    lines.close()
+    connections.close()
 
 
 def test_an_interrupted_call_takes_its_answer_along(connect):
     """Ctrl-c while a call is under way: its answer must not be taken for that of the next one."""
-    lines = Lines(connect)
-    with lines.line() as first:
+    connections = StoreConnections(connect)
+    with connections.connection() as first:
         first.below("a").set("key", "value")
 
     def interrupted(timeout):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), lines.line() as line:
+    with pytest.raises(KeyboardInterrupt), connections.connection() as line:
         assert line is first
         answers = line._answers
         line._answers = SimpleNamespace(get=interrupted, put=answers.put)
@@ -202,9 +204,9 @@ def test_an_interrupted_call_takes_its_answer_along(connect):
             line.below("a").check(["key"])
         finally:
             line._answers = answers
-    with lines.line() as line:
+    with connections.connection() as line:
         assert line.below("a").get("key") == b"value"
-    lines.close()
+    connections.close()
 
 
 def test_a_message_is_bounded(monkeypatch):
@@ -234,18 +236,18 @@ def test_a_message_is_bounded(monkeypatch):
 def several_saves(folder: str) -> tuple[int, int]:
     """Connections made for five saves, and groups that are remembered at the end."""
     made = []
-    connect = line_module.Line.__init__
+    connect = line_module.StoreConnection.__init__
 
     def counted(line, *arguments):
         made.append(line)
         connect(line, *arguments)
 
-    line_module.Line.__init__ = counted
+    line_module.StoreConnection.__init__ = counted
     for number in range(5):
         shardckpt.save({"a": torch.ones(3)}, f"{folder}/{number}")
     dist.destroy_process_group()
     gc.collect()
-    return len(made), len(torch_store._lines)
+    return len(made), len(torch_store._connections)
 
 
 @pytest.mark.ranks

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.loading import pipeline as load_driver
-from shardckpt.saving import pipeline as save_driver
+from shardckpt.loading import agreement as load_agreement
+from shardckpt.loading import pipeline as load_pipeline
+from shardckpt.saving import agreement, commit
 from tests.ranks import run_ranks, start_ranks
 
 pytestmark = pytest.mark.ranks
@@ -27,9 +28,9 @@ FAULTS = {
 }
 
 
-def plant(module, phase: str, fault: str) -> None:
+def plant(modules, phase: str, fault: str) -> None:
     """Let this rank fail where it does its part of a phase."""
-    exchange = module.exchange
+    exchange = modules[0].exchange
 
     def faulty(coordinator, name, local, decide):
         def part():
@@ -39,7 +40,8 @@ def plant(module, phase: str, fault: str) -> None:
 
         return exchange(coordinator, name, part, decide)
 
-    module.exchange = faulty
+    for module in modules:
+        module.exchange = faulty
 
 
 def deadlines(arrival_s: float = 10.0) -> None:
@@ -51,9 +53,9 @@ def save_with_fault(folder: str, phase: str, rank: int, fault: str) -> tuple[obj
     deadlines()
     state = {"w": torch.arange(10.0), "step": 1}
     shardckpt.save(state, f"{folder}/before")
-    exchange = save_driver.exchange
+    exchange = agreement.exchange
     if dist.get_rank() == rank:
-        plant(save_driver, phase, fault)
+        plant((agreement, commit), phase, fault)
     begun = time.monotonic()
     error: object = None
     try:
@@ -63,7 +65,7 @@ def save_with_fault(folder: str, phase: str, rank: int, fault: str) -> tuple[obj
     except errors.RankFailedError as other:
         error = ("other", other.rank, other.facts.get("phase"))
     took_s = time.monotonic() - begun
-    save_driver.exchange = exchange
+    agreement.exchange = commit.exchange = exchange
     if fault == "raise":
         shardckpt.save(state, f"{folder}/after")
     return (error, took_s)
@@ -95,7 +97,7 @@ def test_a_rank_fails_while_saving(tmp_path, phase, rank, fault):
 def load_with_fault(folder: str, phase: str, rank: int, fault: str) -> object:
     deadlines()
     if dist.get_rank() == rank:
-        plant(load_driver, phase, fault)
+        plant((load_agreement, load_pipeline), phase, fault)
     try:
         shardckpt.load({"w": torch.zeros(10)}, f"{folder}/c")
     except ValueError as own:

@@ -52,6 +52,23 @@ class Pair(optim.Optimizer):
                 p.sub_(pair[1], alpha=group["lr"])
 
 
+class Factored(optim.Optimizer):
+    """State of rows, as DTensors of another shape than the parameter. (torch's own Adafactor can't
+    step over parameters that are sharded on several ranks.)"""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                rows = p.grad.square().mean(dim=-1, keepdim=True)
+                own = self.state[p].setdefault("rows", torch.zeros_like(rows))
+                own.lerp_(rows, 0.5)
+                p.sub_(p.grad / (own.sqrt() + 1e-3), alpha=group["lr"])
+
+
 class Wrapped(optim.Optimizer):
     """Wraps AdamW; its state_dict has a form of its own."""
 
@@ -87,6 +104,7 @@ JOBS = {
     "wrapped": (sharded, Wrapped),
     "zero": (ddp, zero),
     "local": (ddp, local),
+    "factored": (sharded, Factored),
 }
 
 

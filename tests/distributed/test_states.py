@@ -219,7 +219,7 @@ def asynchronous(folder: str) -> None:
     for number in range(3):
         state = {"t": torch.full((4,), float(number)), "mine": PerRank(rank + number)}
         handles.append(shardckpt.async_save(state, f"{folder}/{number}"))
-        handles[-1].staged()
+        handles[-1].wait_staged()
         state["t"].zero_()
         dist.all_reduce(torch.ones(1))  # training goes on with its own group
     for number, handle in enumerate(handles):

@@ -15,7 +15,7 @@ import shardckpt
 from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
 from shardckpt.loading import shard_reader as reader
 from shardckpt.maintenance.reshard import reshard
-from shardckpt.storage.base import MANIFEST_NAME, Done
+from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles, Storage
 from shardckpt.storage.local import LocalStorage
 from tests.faults.disk import ROOT, Content, Disk
 
@@ -24,8 +24,10 @@ Files = dict[str, bytes]
 FLIPS_A_TRIAL = 4000
 
 
-class Shelf:
-    """A Storage of one checkpoint whose files are bytes in memory; to be read alone."""
+class Shelf(Storage, CheckpointFiles):
+    """A storage of one checkpoint whose files are bytes in memory."""
+
+    in_memory = True
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -44,36 +46,11 @@ class Shelf:
             raise CorruptionError("missing", path=f"{self.path}/{name}")
         return len(self.files[name])
 
-    def readinto(
-        self,
-        name: str,
-        buffers: Sequence[memoryview],
-        *,
-        offset: int,
-        done: Done = lambda buffer: None,
-        wait: bool = True,
-    ) -> None:
-        for buffer in buffers:
-            part = self.files.get(name, b"")[offset : offset + len(buffer)]
-            if len(part) < len(buffer):
-                raise CorruptionError("a file ends early", path=f"{self.path}/{name}")
-            buffer[:] = part
-            offset += len(part)
-            done(buffer)
-
-    def read_past_cache(
-        self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
-    ) -> bool:
-        return False
-
-    def map(self, name: str) -> memoryview:
-        return memoryview(bytearray(self.files[name]))
-
-    def duplicate(self) -> Shelf:
-        return self
-
-    def close(self) -> None:
-        pass
+    def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
+        data = self.files.get(name, b"")[offset : offset + len(buffer)]
+        if len(data) < len(buffer):
+            raise CorruptionError("a file ends early", path=f"{self.path}/{name}")
+        buffer[:] = data
 
 
 def state_of(step: int) -> dict[str, object]:

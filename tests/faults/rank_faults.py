@@ -20,9 +20,10 @@ from torch import nn
 import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.convert.single_files import write_one
-from shardckpt.loading import pipeline as load_driver
+from shardckpt.loading import agreement as load_agreement
+from shardckpt.loading import pipeline as load_pipeline
 from shardckpt.nn_handler import saving
-from shardckpt.saving import pipeline as save_driver
+from shardckpt.saving import agreement, commit
 from tests.ranks import start_ranks
 
 DEADLINE_S = 5.0
@@ -98,10 +99,10 @@ def plant(case: Case) -> None:
 
         saving._Whole.gather = failing
         return
-    module: Any = save_driver
+    modules: tuple[Any, ...] = (agreement, commit)
     if case.operation in ("load", "file", "handler"):
-        module = load_driver if case.operation == "load" else saving
-    exchange = module.exchange
+        modules = (load_agreement, load_pipeline) if case.operation == "load" else (saving,)
+    exchange = modules[0].exchange
 
     def faulty(coordinator, name, local, decide):  # type: ignore[no-untyped-def]
         def part() -> bytes:
@@ -112,7 +113,8 @@ def plant(case: Case) -> None:
 
         return exchange(coordinator, name, part, decide)
 
-    module.exchange = faulty
+    for module in modules:
+        module.exchange = faulty
 
 
 def operate(folder: str, case: Case) -> tuple[str, object, object, float]:

@@ -15,7 +15,7 @@ import torch
 import shardckpt
 from shardckpt import CheckpointManager, KeepEverySteps, KeepLast
 from shardckpt.errors import ShardckptError
-from shardckpt.manager.backends import Sharded
+from shardckpt.manager.backends import ShardedBackend
 from shardckpt.manager.retention import Retention
 from shardckpt.state import file_groups as kinds
 from shardckpt.storage.local import LocalStorage
@@ -49,7 +49,7 @@ class Job:
         folder: str = FOLDER,
         elements: int = 300,
         asynchronous: bool = False,
-        form: Callable[[Any], Sharded] = Sharded,
+        form: Callable[[Any], ShardedBackend] = ShardedBackend,
         keep: tuple[Retention, ...] | None = None,
     ) -> None:
         self.disk = disk
@@ -64,7 +64,7 @@ class Job:
     def start(self) -> None:
         """As a process does that has found nothing out yet."""
         self.manager = CheckpointManager(
-            self.folder, keep=self.keep, asynchronous=self.asynchronous, format=self.format
+            self.folder, keep=self.keep, asynchronous=self.asynchronous, backend=self.format
         )
 
     def save(self, *, again: bool = False) -> None:
@@ -77,7 +77,7 @@ class Job:
                 self.version // STEP,
                 # What is frozen is linked from one checkpoint to the next.
                 {**state_of(self.version, elements=self.elements), "frozen": FROZEN},
-                if_exists="replace",
+                if_exists="overwrite",
             )
             self.manager.wait()
         self.disk.mark("acknowledged", self.version)
@@ -109,7 +109,7 @@ class Job:
 
 def versions_at(disk: System, folder: str = FOLDER) -> dict[int, int]:
     """The version of each step that a manager finds; AssertionError for one that is broken."""
-    checkpoints, broken = CheckpointManager(folder, format=Sharded(disk))._scan()
+    checkpoints, broken = CheckpointManager(folder, backend=ShardedBackend(disk))._scan()
     assert not broken, f"not whole: {broken}"
     found = {}
     for checkpoint in checkpoints:

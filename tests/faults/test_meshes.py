@@ -21,8 +21,8 @@ from shardckpt.format.dtypes import dtype_name
 from shardckpt.plan.local_plan import ChunkTable, LocalPlan, TensorSpec, pad_boxes
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import RankWrites, global_plan
-from shardckpt.saving.pipeline import commit, file_table, planned_parts
-from shardckpt.saving.rank_writer import write_rank
+from shardckpt.saving.commit import commit_manifest, file_table
+from shardckpt.saving.rank_writer import RankShards, write_rank
 from shardckpt.storage.local import LocalStorage
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -89,19 +89,13 @@ def save(
     results = []
     for rank, local in enumerate(plans):
         writes = RankWrites.of(local, plan.shares[rank])
-        parts = planned_parts(local, writes)
         result = write_rank(
             storage.join(path, token=transaction.token),
-            rank=rank,
-            world_size=world_size,
-            specs=specs,
-            chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
-            files=writes.files,
-            data=lambda chosen, parts=parts: parts[chosen],
+            RankShards.of(local, writes, rank=rank, world_size=world_size),
         )
         result.own_trees = b"[]"
         results.append(result)
-    commit(
+    commit_manifest(
         transaction,
         checkpoint_id="0" * 32,
         tensors=KnownPlan(plan).encoded_tensors(file_table(results)),

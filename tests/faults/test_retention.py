@@ -8,7 +8,7 @@ import random
 import pytest
 
 from shardckpt import KeepLast
-from shardckpt.manager.backends import Sharded
+from shardckpt.manager.backends import ShardedBackend
 from shardckpt.storage import deletion as removal
 from shardckpt.storage.names import beside
 from tests.faults import crash, retention
@@ -60,7 +60,7 @@ def at_ease(system, path):
     removal.remove_tree(system, hidden)
 
 
-class Hasty(Sharded):
+class Hasty(ShardedBackend):
     """Removes the oldest before the new one is there."""
 
     def save(self, state, path, **options):

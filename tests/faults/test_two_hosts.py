@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.saving import pipeline as save_driver
+from shardckpt.saving import agreement, commit
 from tests.ranks import PRELOAD
 
 pytestmark = pytest.mark.ranks
@@ -71,7 +71,7 @@ def rank_on(host: str, rank: int, number: int, folder: str, results: Any) -> Non
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     state = {"w": torch.arange(100.0), "step": 1}
     shardckpt.save(state, f"{folder}/before")
-    exchange = save_driver.exchange
+    exchange = agreement.exchange
 
     def faulty(coordinator, name, local, decide):
         def part():
@@ -84,7 +84,7 @@ def rank_on(host: str, rank: int, number: int, folder: str, results: Any) -> Non
 
         return exchange(coordinator, name, part, decide)
 
-    save_driver.exchange = faulty
+    agreement.exchange = commit.exchange = faulty
     begun = time.monotonic()
     try:
         shardckpt.save({**state, "new": torch.ones(3)}, f"{folder}/c")

@@ -82,7 +82,7 @@ def test_checkpoint_ids_name_the_path(tmp_path):
         lambda: dcp.save(a_state(), storage_writer=ShardWriter()),
         lambda: dcp.load(zeros(), storage_reader=ShardReader()),
     ):
-        with pytest.raises(CheckpointException, match="given no path"):
+        with pytest.raises(CheckpointException, match="has no path"):
             call()
 
 
@@ -121,7 +121,7 @@ def test_a_users_load_planner(tmp_path):
 def test_partial_loads_and_casts(tmp_path):
     shardckpt.save({"w": torch.ones(3), "more": 1}, tmp_path / "c")
     state = {"w": torch.zeros(3, dtype=torch.float64), "absent": torch.zeros(2)}
-    planner = ReshardLoadPlanner(allow_partial_load=True, cast=True)
+    planner = ReshardLoadPlanner(allow_partial_load=True, dtype="cast")
     dcp.load(state, storage_reader=ShardReader(tmp_path / "c"), planner=planner)
     assert state["w"].tolist() == [1, 1, 1]
     for options in ({}, {"allow_partial_load": True}):
@@ -138,7 +138,7 @@ def test_partial_loads_and_casts(tmp_path):
                 target, storage_reader=ShardReader(tmp_path / "c"), planner=ReshardLoadPlanner()
             )
     cast = {"w": torch.zeros(3, dtype=torch.float64)}
-    dcp.load(cast, storage_reader=ShardReader(tmp_path / "c", cast=True))
+    dcp.load(cast, storage_reader=ShardReader(tmp_path / "c", dtype="cast"))
     assert cast["w"].tolist() == [1, 1, 1]
 
 

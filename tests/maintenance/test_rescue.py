@@ -53,7 +53,7 @@ def equal(found, expected):
 def test_a_whole_checkpoint_is_saved_whole(damaged):
     report, state, _ = rescued(damaged)
     assert not report.lost
-    assert not report.mended
+    assert not report.repaired
     assert equal(state, STATE)
 
 
@@ -74,8 +74,8 @@ def test_a_flipped_bit_is_turned_back(damaged):
     change(damaged / SHARDS[1], 1_100_000, flip=4)
     report, state, notes = rescued(damaged)
     assert not report.lost
-    assert "bit 2 of byte 1100000" in report.mended[0]
-    assert "1100000" in notes["rescued: mended"]
+    assert "bit 2 of byte 1100000" in report.repaired[0]
+    assert "1100000" in notes["rescued: repaired"]
     assert equal(state, STATE)
 
 

@@ -18,7 +18,7 @@ from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.manifest import from_bytes
 from shardckpt.maintenance import verify
-from shardckpt.maintenance.verify import ShardDamage, survey, verify_shards
+from shardckpt.maintenance.verify import ShardDamage, find_damage, verify_shards
 from tests.faults.damage import Shelf, a_checkpoint
 
 SHARD = "shard-00000-of-00001.safetensors"
@@ -85,7 +85,7 @@ def test_all_is_well(files):
     told, size = [], len(files[SHARD])
     report = check(files, progress=told.append)
     assert (report.path, report.checked_bytes, sum(told)) == ("shelf", size, size)
-    assert (report.hurt, report.whole, report.damage) == ((), tuple(NAMES), ())
+    assert (report.corrupted, report.intact, report.errors) == ((), tuple(NAMES), ())
     assert size // BLOCK_BYTES == BLOCKS - 1
 
 
@@ -102,7 +102,7 @@ def test_no_more_is_read_than_is_checked(files):
             return False
 
     shelf = Counting(files)
-    assert not check(files, shelf).damage
+    assert not check(files, shelf).errors
     assert shelf.most == 2 * BLOCK_BYTES
 
 
@@ -144,9 +144,9 @@ def test_parts_together_check_all(files, parts, no_search):
     windows = [set(range(low, min(low + 2, BLOCKS))) for low in range(0, BLOCKS, 2)]
     for part, report in enumerate(reports):
         expected = sorted(block for window in windows[part::parts] for block in window)
-        (error,) = report.damage
+        (error,) = report.errors
         shown = ", ".join(map(str, expected[:8])) + (", ..." if len(expected) > 8 else "")
-        assert error.expected == f"the digests of the manifest for block {shown}"
+        assert error.expected == f"the digests in the manifest for block {shown}"
 
 
 @pytest.mark.parametrize("subset", [(0, 3), (4, 3), (2, 1), (-1, 3)])
@@ -157,25 +157,25 @@ def test_parts_that_there_are_not(files, subset):
 
 def test_survey(files, no_search):
     for blocks in ((0, 3), (10,)):
-        (damage,) = survey(Shelf(hurt(files, *blocks)), manifest_of(files))
+        (damage,) = find_damage(Shelf(hurt(files, *blocks)), manifest_of(files))
         assert (damage.shard, damage.blocks, damage.flips) == (0, blocks, ())
-    assert survey(Shelf(files), manifest_of(files)) == []
+    assert find_damage(Shelf(files), manifest_of(files)) == []
 
 
 def test_only_the_tensors_in_a_block_are_hurt(files, no_search):
     report = check(hurt(files, 3))
-    assert report.hurt == ("t2", "t3")
-    assert report.whole == tuple(name for name in NAMES if name not in ("t2", "t3"))
-    (error,) = report.damage
-    assert error.message == "A shard's bytes are not those that were saved"
+    assert report.corrupted == ("t2", "t3")
+    assert report.intact == tuple(name for name in NAMES if name not in ("t2", "t3"))
+    (error,) = report.errors
+    assert error.message == "A shard is corrupted"
     assert (error.path, error.tensor) == (f"shelf/{SHARD}", "t2, t3")
-    assert error.expected == "the digests of the manifest for block 3"
+    assert error.expected == "the digests in the manifest for block 3"
     assert "rescue" in error.remedy
 
 
 @pytest.mark.parametrize(("count", "shown"), [(8, "0, 1, 2, 3, 4, 5, 6, 7"), (9, "7, ...")])
 def test_eight_blocks_are_named(files, count, shown, no_search):
-    (error,) = check(hurt(files, *range(count))).damage
+    (error,) = check(hurt(files, *range(count))).errors
     assert error.expected.endswith(shown)
 
 
@@ -192,11 +192,11 @@ def test_a_few_blocks_are_searched_for_a_flipped_bit(files, monkeypatch, blocks,
         return 4000, 2
 
     monkeypatch.setattr(verify, "find_flipped_bit", find)
-    (damage,) = survey(Shelf(damaged), manifest_of(files))
+    (damage,) = find_damage(Shelf(damaged), manifest_of(files))
     assert len(seen) == (len(blocks) if searched else 0)
     places = [block * BLOCK_BYTES + 4000 for block in blocks]
     if searched:
-        assert damage.what == "Single bits were flipped in a shard"
+        assert damage.message == "Single bits were flipped in a shard"
         assert damage.flips == tuple((place, 2) for place in places)
         assert damage.actual == ", ".join(f"bit 2 of byte {place}" for place in places) + " flipped"
     assert damage.blocks == blocks
@@ -205,9 +205,9 @@ def test_a_few_blocks_are_searched_for_a_flipped_bit(files, monkeypatch, blocks,
 def test_bits_that_are_not_found_are_not_told(files, monkeypatch):
     answers = iter([(1, 1), None])
     monkeypatch.setattr(verify, "find_flipped_bit", lambda data, digest: next(answers))
-    (damage,) = survey(Shelf(hurt(files, 1, 2)), manifest_of(files))
+    (damage,) = find_damage(Shelf(hurt(files, 1, 2)), manifest_of(files))
     assert damage.flips == ()
-    assert damage.actual == "other bytes, or unreadable ones"
+    assert damage.actual == "different or unreadable bytes"
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -226,18 +226,18 @@ def test_a_flipped_bit_hurts_the_tensor_it_lies_in_alone(monkeypatch, last):
     data = bytearray(files[file])
     data[byte] ^= 1
     report = verify_shards(Shelf({**files, file: bytes(data)}), manifest)
-    assert report.hurt == (name,)
-    (error,) = report.damage
+    assert report.corrupted == (name,)
+    (error,) = report.errors
     assert error.message == "A single bit was flipped in a shard"
     assert error.actual == f"bit 0 of byte {byte} flipped"
 
 
 def test_a_shard_that_is_missing(files):
     report = check({"manifest.json": files["manifest.json"]})
-    assert report.hurt == tuple(NAMES)
+    assert report.corrupted == tuple(NAMES)
     assert report.checked_bytes == 0
-    (error,) = report.damage
-    assert error.message == "A shard is missing, or no regular file"
+    (error,) = report.errors
+    assert error.message == "A shard is missing, or is not a regular file"
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_a_shard_that_is_missing(files):
 )
 def test_a_shard_that_is_cut(files, size, lost, checked):
     cut = {**files, SHARD: files[SHARD][:size]}
-    (damage,) = survey(Shelf(cut), manifest_of(files))
-    assert (damage.what, damage.blocks) == ("A shard is cut", tuple(lost))
+    (damage,) = find_damage(Shelf(cut), manifest_of(files))
+    assert (damage.message, damage.blocks) == ("A shard is truncated", tuple(lost))
     assert (damage.expected, damage.actual) == (f"{len(files[SHARD])} bytes", f"{size} bytes")
     assert check(cut).checked_bytes == checked * BLOCK_BYTES
 
@@ -261,22 +261,22 @@ def test_a_shard_that_is_cut(files, size, lost, checked):
 def test_damage_before_a_cut_is_told_too(files, no_search):
     damaged = hurt(files, 1)
     damaged[SHARD] = damaged[SHARD][: 9 * BLOCK_BYTES]
-    (damage,) = survey(Shelf(damaged), manifest_of(files))
+    (damage,) = find_damage(Shelf(damaged), manifest_of(files))
     assert damage.blocks == (1, 9, 10)
 
 
 def test_something_appended_hurts_no_tensor(files):
     report = check({**files, SHARD: files[SHARD] + b"more"})
-    assert report.hurt == ()
-    (error,) = report.damage
-    assert error.message == "Something was appended to a shard"
+    assert report.corrupted == ()
+    (error,) = report.errors
+    assert error.message == "Bytes were appended to a shard"
     assert error.tensor is None
 
 
 def test_a_block_that_the_disk_can_not_read(files):
-    (error,) = check(files, Faulty(files, code=errno.EIO, blocks=[3, 10])).damage
-    assert error.expected == "the digests of the manifest for block 3, 10"
-    assert error.actual == "other bytes, or unreadable ones"
+    (error,) = check(files, Faulty(files, code=errno.EIO, blocks=[3, 10])).errors
+    assert error.expected == "the digests in the manifest for block 3, 10"
+    assert error.actual == "different or unreadable bytes"
 
 
 def test_another_error_ends_the_check(files):
@@ -316,8 +316,8 @@ def renamed(files, names):
 def test_a_header_that_tells_another_story(files, names):
     """The first place in a shard is told."""
     forged, manifest = renamed(files, names)
-    (error,) = verify_shards(Shelf(forged), manifest).damage
-    assert error.message == "A shard and the manifest disagree"
+    (error,) = verify_shards(Shelf(forged), manifest).errors
+    assert error.message == "The header of a shard does not match the manifest"
     assert (error.path, error.tensor) == (f"shelf/{SHARD}", "t1")
     assert error.actual == "no such chunk"
     assert str(error.expected).startswith("('U8', ")
@@ -331,7 +331,7 @@ def test_a_header_that_is_none(files):
     digests = manifest.shards[0].digests.copy()
     digests[0] = block_digest(data[:BLOCK_BYTES])
     manifest = replace(manifest, shards=(replace(manifest.shards[0], digests=digests),))
-    (error,) = verify_shards(Shelf({**forged, SHARD: bytes(data)}), manifest).damage
+    (error,) = verify_shards(Shelf({**forged, SHARD: bytes(data)}), manifest).errors
     assert error.path == f"shelf/{SHARD}"
 
 
@@ -348,10 +348,10 @@ def test_damage_of_one_shard_hides_no_other(no_search):
         manifest, shards=(replace(manifest.shards[0], digests=digest), manifest.shards[1])
     )
     damaged = {**files, first: bytes(data), second: files[second][:-1]}
-    found = verify_shards(Shelf(damaged), manifest).damage
+    found = verify_shards(Shelf(damaged), manifest).errors
     assert [error.message for error in found] == [
-        "A shard is cut",
-        "A shard and the manifest disagree",
+        "A shard is truncated",
+        "The header of a shard does not match the manifest",
     ]
 
 
@@ -363,11 +363,11 @@ def test_values_are_checked(files):
     with pytest.raises(errors.CorruptionError):
         verify_shards(Shelf(files), replace(manifest, per_rank=({"$bytes": "!"},)))
     strange = {**manifest.state, "enum": {"$enum": ["no.such.module", "Kind", "ONE"]}}
-    assert not verify_shards(Shelf(files), replace(manifest, state=strange)).damage
+    assert not verify_shards(Shelf(files), replace(manifest, state=strange)).errors
 
 
 def test_damage_is_a_value():
-    facts = {"shard": 0, "what": "", "expected": "", "actual": "", "blocks": ()}
+    facts = {"shard": 0, "message": "", "expected": "", "actual": "", "blocks": ()}
     damage = ShardDamage(**facts)
     with pytest.raises(dataclasses.FrozenInstanceError):
         damage.shard = 1

@@ -97,7 +97,7 @@ def test_a_loop_of_ones_own(tmp_path):
     assert manager.restore_best(target, "loss", "max").step == 4
     with pytest.raises(errors.CheckpointExistsError):
         manager.save(4, state())
-    manager.save(4, state(44), if_exists="replace")
+    manager.save(4, state(44), if_exists="overwrite")
     manager.save(4, state(45), if_exists="number")
     assert manager.restore_latest(target)
     assert target["step"] == 45
@@ -127,7 +127,7 @@ def test_a_broken_newest_is_passed_over_aloud(tmp_path, how):
         (newest / "manifest.json").unlink()
         restored = CheckpointManager(tmp_path).restore_latest(target)
     else:
-        with pytest.warns(UserWarning, match=r"step-2 is broken"):
+        with pytest.warns(UserWarning, match=r"step-2 is corrupted"):
             restored = CheckpointManager(tmp_path).restore_latest(target)
         assert restored.skipped == (str(newest),)
     assert restored.step == 1
@@ -139,7 +139,7 @@ def test_where_all_are_broken(tmp_path):
     damage(tmp_path / "step-1")
     with (
         pytest.warns(UserWarning, match="broken"),
-        pytest.raises(errors.CorruptionError, match="None of the checkpoints"),
+        pytest.raises(errors.CorruptionError, match="All checkpoints are corrupted"),
     ):
         CheckpointManager(tmp_path).restore_latest(state())
 
@@ -156,7 +156,7 @@ def test_broken_ones_are_not_counted_nor_removed(tmp_path):
     manager.save(2, state(2))
     damage(tmp_path / "step-2")
     fresh = CheckpointManager(tmp_path, keep=[KeepLast(2)])
-    with pytest.warns(UserWarning, match=r"step-2 is broken, and does not count"):
+    with pytest.warns(UserWarning, match=r"step-2 is corrupted and does not count"):
         fresh.save(3, state(3))
     assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2", "step-3"]
     fresh.save(4, state(4))
@@ -174,7 +174,7 @@ def test_the_newest_that_verifies_is_never_removed(tmp_path, monkeypatch):
         damage(tmp_path / "step-2")
 
     monkeypatch.setattr(api, "save", bad_disk)
-    with pytest.warns(UserWarning, match="step-2 is broken"):
+    with pytest.warns(UserWarning, match="step-2 is corrupted"):
         manager.save(2, state(2))
     assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2"]
 
@@ -207,7 +207,7 @@ def test_frozen_weights_are_linked_and_mended(tmp_path, monkeypatch):
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.warns(UserWarning, match=r"step-3 is broken, and does not count"):
+    with pytest.warns(UserWarning, match=r"step-3 is corrupted and does not count"):
         manager.save(3, {"model": model, **state(3)})  # takes it over, and finds it broken
     manager.save(4, {"model": model, **state(4)})
     target = {"model": torch.nn.Linear(1024, 512), **state()}
@@ -256,7 +256,7 @@ def test_a_failure_in_the_background_is_raised(tmp_path):
     manager = CheckpointManager(tmp_path, asynchronous=True)
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-1" / "file").write_text("in the way")
-    manager.save(1, state(1), if_exists="replace")
+    manager.save(1, state(1), if_exists="overwrite")
     with pytest.raises(errors.NotACheckpointError):
         manager.wait()
     manager.wait()
@@ -349,7 +349,7 @@ def test_a_checkpoint_with_files_of_the_user_is_not_removed(tmp_path):
         manager.save(2, state(2))
     assert manager.all_steps() == [1, 2]
     (tmp_path / "step-1" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    manager.save(2, state(3), if_exists="replace")
+    manager.save(2, state(3), if_exists="overwrite")
     assert sorted(os.listdir(tmp_path)) == ["step-2", "tokenizer.json"]
 
 

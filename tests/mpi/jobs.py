@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 import shardckpt
 from shardckpt import ShardedArray, errors
-from shardckpt.saving import pipeline as save_driver
+from shardckpt.saving import agreement, commit, rank_writer
 from tests.mpi.launch import WHOLE
 
 comm = MPI.COMM_WORLD
@@ -134,7 +134,7 @@ def failing(folder: str) -> list[Any]:
     """A rank raises in each phase; one comes late, to a fresh communicator and to a used one."""
     os.environ["SHARDCKPT_DEADLINE_S"] = str(20.0)
     os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(60.0)
-    state, exchange, found = {"w": torch.arange(10.0)}, save_driver.exchange, []
+    state, exchange, found = {"w": torch.arange(10.0)}, agreement.exchange, []
     for phase in ("plan", "divide", "write"):
 
         def faulty(coordinator: Any, name: str, local: Any, decide: Any, phase: str = phase) -> Any:
@@ -145,14 +145,14 @@ def failing(folder: str) -> list[Any]:
 
             return exchange(coordinator, name, part, decide)
 
-        save_driver.exchange = faulty
+        agreement.exchange = commit.exchange = faulty
         try:
             shardckpt.save({**state, phase: 1}, f"{folder}/raised")
         except ValueError:
             found.append("own")
         except errors.RankFailedError as error:
             found.append([error.rank, error.facts["phase"]])
-    save_driver.exchange = exchange
+    agreement.exchange = commit.exchange = exchange
     fresh = comm.Dup()
     for used in (False, True):
         for number in range(2):
@@ -186,7 +186,7 @@ def stopped(folder: str, fault: str) -> Any:
     shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/before", comm=comm)
     if comm.rank == 1:
         number = signal.SIGSTOP if fault == "stop" else signal.SIGKILL
-        save_driver.write_rank = lambda *_, **__: os.kill(os.getpid(), number)
+        rank_writer.write_rank = lambda *_, **__: os.kill(os.getpid(), number)
     begun = time.monotonic()
     try:
         shardckpt.save({"w": torch.zeros(10)}, f"{folder}/faulty", comm=comm)
@@ -289,14 +289,14 @@ def over_two_hosts(folder: str, private: str) -> list[Any]:
 def cut_off(folder: str, over: Any) -> Any:
     """What this rank raises where the other one is cut off while it writes."""
     os.environ["SHARDCKPT_DEADLINE_S"] = str(4.0)
-    write = save_driver.write_rank
+    write = rank_writer.write_rank
 
     def slow(*arguments: Any, **options: Any) -> Any:
         open(f"{folder}/writing", "w").close()
         time.sleep(3.0)
         return write(*arguments, **options)
 
-    save_driver.write_rank = slow
+    rank_writer.write_rank = slow
     begun = time.monotonic()
     try:
         shardckpt.save({"w": torch.arange(10.0)}, f"{folder}/cut", comm=over)
@@ -344,7 +344,7 @@ def elastic(folder: str) -> Any:
     for step in range(state["step"] + 1, 9):
         u += np.arange(begin, end) * step
         if step == 5 and "LOST" in os.environ:  # dies while it writes
-            save_driver.write_rank = lambda *_, **__: time.sleep(3600)
+            rank_writer.write_rank = lambda *_, **__: time.sleep(3600)
         state["step"] = step
         shardckpt.save(state, f"{folder}/step-{step}", overwrite=True)
     return [size, state["step"]]

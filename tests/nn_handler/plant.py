@@ -52,9 +52,9 @@ PLANTS = [
         1,
         "the last checkpoint is removed before the next is saved",
         MANAGER,
-        "        checkpoint, base = self._agree(",
-        "        [self._format.remove(c.path) for c in self.checkpoints() if self.keep]\n"
-        "        checkpoint, base = self._agree(",
+        "        checkpoint, base, manager = self._agree(",
+        "        [self._backend.remove(c.path) for c in self.checkpoints() if self.keep]\n"
+        "        checkpoint, base, manager = self._agree(",
         f"{BASIC}::test_a_failed_save_keeps_the_last_good_one",
     ),
     plant(

@@ -1,8 +1,7 @@
-"""The page docs/nn_handler.md: every block of code on it runs, as does the example."""
+"""A script for NNHandler runs as it stands, with and without torchrun."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,32 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_script
-
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "nn_handler.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.ranks
-def test_every_block_of_the_page_runs(tmp_path):
-    python = [code for kind, code in BLOCKS if kind == "python"]
-    assert len(python) == 15
-    (tmp_path / "page.py").write_text("\n".join(python))
-    (printed,) = run_script(tmp_path / "page.py")
-    assert "class Classifier" in printed
-
-
-@pytest.mark.ranks
-def test_the_script_for_several_ranks(tmp_path):
-    python = [code for kind, code in BLOCKS if kind == "python"]
-    (console,) = [code for kind, code in BLOCKS if kind == "console"]
-    (main,) = [code for code in python if code.startswith("# train.py")]
-    setup = python[0].rpartition("\n\nhandler = ")[0]
-    (tmp_path / "train.py").write_text(f"{setup}\n\n{main}")
-    assert console == "torchrun --nproc-per-node 2 train.py\n"
-    run_script(tmp_path / "train.py", ranks=2)
-    assert [p.name for p in (tmp_path / "runs" / "c").iterdir()] == ["epoch2"]
-
 
 EXAMPLE = """
 import os

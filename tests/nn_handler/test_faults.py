@@ -301,7 +301,7 @@ def test_22_auto_resume_falls_back(tmp_path, how):
     shard.write_bytes(whole[:-1] if how == "cut" else whole[:-1] + bytes([whole[-1] ^ 1]))
     resumed = a_handler()
     resumed.auto_save(interval=1, save_path=tmp_path, resume="auto")
-    with pytest.warns(UserWarning, match="epoch2 is broken"):
+    with pytest.warns(UserWarning, match="epoch2 is corrupted"):
         quiet(resumed, 2)
     assert same(weights(resumed), weights(handler))
     assert resumed.history == handler.history

@@ -21,7 +21,7 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.io.buffers import have_huge_pages
 from shardckpt.saving import async_save as background
-from shardckpt.saving.staging import ImagePool
+from shardckpt.saving.staging import StagingPool
 from shardckpt.storage.local import LocalStorage
 
 
@@ -159,7 +159,7 @@ def test_a_change_before_staging_is_an_error_that_names_the_tensor(tmp_path, slo
         model[0].weight.mul_(2)
     with pytest.raises(errors.StateError, match=r"m\.0\.weight") as error:
         handle.result(30)
-    assert "staged()" in error.value.remedy
+    assert "wait_staged()" in error.value.remedy
     assert not (tmp_path / "c").exists()
 
 
@@ -225,9 +225,9 @@ def test_saves_are_written_in_the_order_of_the_calls(tmp_path):
     gate = Gate()
     state = {"t": torch.arange(100_000)}
     handles = [shardckpt.async_save(state, tmp_path / str(n), storage=gate) for n in range(4)]
-    handles[1].staged(30)  # the budget has room for two
+    handles[1].wait_staged(30)  # the budget has room for two
     with pytest.raises(TimeoutError):
-        handles[2].staged(0.2)
+        handles[2].wait_staged(0.2)
     with pytest.raises(TimeoutError):
         handles[0].result(0.01)
     gate.open_it.set()
@@ -247,7 +247,7 @@ def test_a_budget_below_one_state_lets_one_in(tmp_path, monkeypatch):
 
 def test_staging_memory_is_used_again(monkeypatch):
     monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1 << 30))
-    pool = ImagePool()
+    pool = StagingPool()
     first = pool.take(5 << 20, pinned=False)
     pool.give_back(first)
     again = pool.take(4 << 20, pinned=False)
@@ -274,17 +274,17 @@ def memory_flags(address):
 
 @pytest.mark.skipif(not have_huge_pages(), reason="no huge pages, or nothing that tells of them")
 def test_a_first_staging_takes_ordinary_pages():
-    pool = ImagePool()
-    image = pool.take(5 << 20, pinned=False)
-    address = image._bytes.data_ptr() + (4 << 20)
+    pool = StagingPool()
+    buffer = pool.take(5 << 20, pinned=False)
+    address = buffer._bytes.data_ptr() + (4 << 20)
     assert {"hg", "dc"} & set(memory_flags(address)) == {"dc"}
-    pool.give_back(image)
+    pool.give_back(buffer)
     assert {"hg", "dc"} <= set(memory_flags(address))
 
 
 def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
     monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
-    pool = ImagePool()
+    pool = StagingPool()
     pool.give_back(pool.take(9 << 20, pinned=False))
     pool.take(1, pinned=False)
     pool.take(1, pinned=False)  # there is room for two like this
@@ -293,7 +293,7 @@ def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
 def test_staging_memory_that_never_comes_free_is_an_error(monkeypatch):
     monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
     monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1))
-    pool = ImagePool()
+    pool = StagingPool()
     pool.take(1, pinned=False)
     with pytest.raises(errors.StateError, match="memory"):
         pool.take(1, pinned=False)

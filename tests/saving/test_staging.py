@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.io.buffers import BUFFER_BYTES
 from shardckpt.saving import shard_writer as writer
-from shardckpt.saving.staging import Image
+from shardckpt.saving.staging import StagingBuffer
 
 
 class File:
@@ -29,7 +29,7 @@ class File:
         self.data[offset : offset + len(view)] = view
 
 
-IMAGE = Image(32 << 20, pinned=False)._bytes
+IMAGE = StagingBuffer(32 << 20, pinned=False)._bytes
 IMAGE.copy_(torch.arange(IMAGE.numel()) % 251)
 
 

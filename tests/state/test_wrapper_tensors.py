@@ -16,7 +16,7 @@ from shardckpt.io.buffers import contiguous_parts
 from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.read_plan import plan_reads
-from shardckpt.saving.staging import Image, stage, staged_bytes
+from shardckpt.saving.staging import StagingBuffer, stage, staged_bytes
 from shardckpt.state.flatten import flatten
 from shardckpt.state.local_chunks import LocalChunk
 from tests.ranks import run_ranks
@@ -138,7 +138,7 @@ def test_memory_that_is_freed_after_planning_is_not_touched():
     plan = local_plan(flatten({"w": tensor}, rank=0), world_size=1)
     tensor.untyped_storage().resize_(0)
     with pytest.raises(errors.UnsupportedLeafError, match="w"):
-        stage(plan, Image(staged_bytes(plan), pinned=False), {})
+        stage(plan, StagingBuffer(staged_bytes(plan), pinned=False), {})
     with pytest.raises(errors.UnsupportedLeafError):
         list(contiguous_parts(tensor))
     entry = TensorEntry(dtype="F32", shape=(4,), chunks=np.array([[0, 0, 16, 0, 4]]))

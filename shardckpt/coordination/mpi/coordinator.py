@@ -1,7 +1,7 @@
-"""A Coordinator over an mpi4py communicator, with the semantics of the one over torch's store.
+"""The coordinator of an mpi4py communicator, with the semantics of the coordinator of a store.
 
-The ranks meet as coordination/rendezvous describes. Then each phase is one message from each rank
-to rank 0, and an answer to each. Meanwhile all ranks send signs of life.
+The ranks meet as `coordination.rendezvous` describes. Each phase is then one message from each rank
+to rank 0, and one answer to each. All ranks send heartbeats meanwhile.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from shardckpt.errors import CoordinationError, RankFailedError
 
 __all__ = ["MpiCoordinator", "check_communicator", "mpi_coordinator"]
 
-_ROLL_CALL_S = 5.0  # rank 0 knows who is missing: it gets so much longer to tell the others
+_ROLL_CALL_S = (
+    5.0  # rank 0 knows which ranks are missing: it gets this much longer to inform the others
+)
 _LAST_WORDS_S = 0.5
 
 
 def check_communicator(comm: Any, *, channel: str) -> int:
-    """The number of ranks of a communicator that can be used here; else CoordinationError."""
+    """The number of ranks of a communicator. Raises CoordinationError if it can't be used."""
     mpi = load_mpi()
     if not isinstance(comm, mpi.Comm):
         raise _unusable("an intracommunicator of mpi4py", repr(comm))
@@ -55,18 +57,18 @@ def _unusable(expected: str, actual: str) -> CoordinationError:
         "This communicator can't be used",
         expected=expected,
         actual=actual,
-        remedy="give an open communicator that holds this rank, by default MPI.COMM_WORLD; and "
-        "leave mpi4py.rc.thread_level as it is",
+        remedy="pass an open communicator that includes this rank, by default MPI.COMM_WORLD, and "
+        "do not change mpi4py.rc.thread_level",
     )
 
 
 @contextmanager
 def mpi_coordinator(link: Link, *, channel: str, subject: str) -> Iterator[MpiCoordinator]:
-    """The ranks of a link for one operation; collective.
+    """The ranks of a link for one operation. Collective.
 
-    The link is claimed for it, and released at its end.
-    `subject` says what it is about, alike on all ranks. Operations of different channels may
-    run at once; those of one channel begin one after another.
+    The link is claimed for the operation, and released at its end. `subject` describes the
+    operation and is the same on all ranks. Operations of different channels may run at the same
+    time; those of one channel begin one after another.
     """
     try:
         with mpi_errors("begin"):
@@ -82,7 +84,7 @@ def mpi_coordinator(link: Link, *, channel: str, subject: str) -> Iterator[MpiCo
 
 
 def _begin(link: Link, channel: str, subject: str) -> str:
-    """Meet the other ranks; the id of the operation."""
+    """Meet the other ranks. Returns the id of the operation."""
     patience_s = current().arrival_deadline_s
     if not poll(lambda: link.ready() or link.summoned, patience_s):
         patience_s = min(patience_s, _ROLL_CALL_S)
@@ -102,7 +104,7 @@ def _send(link: Link, ranks: Iterable[int], message: Message) -> None:
 
 
 def _ask(link: Link, channel: str, subject: str, patience_s: float) -> str:
-    """Ask rank 0 to let this rank in; the id of the operation."""
+    """Ask rank 0 to take part. Returns the id of the operation."""
     link.pump()
     if link.late.pop(channel, None) == subject:
         raise too_late(link.rank)
@@ -134,7 +136,7 @@ def _ask(link: Link, channel: str, subject: str, patience_s: float) -> str:
 
 
 def _let_in(link: Link, channel: str, subject: str, patience_s: float) -> str:
-    """Wait for all ranks to call with this subject; the id of the operation."""
+    """Wait for all ranks to call with this subject. Returns the id of the operation."""
 
     def all_called() -> bool:
         link.pump()
@@ -171,8 +173,8 @@ class MpiCoordinator(HeartbeatCoordinator):
         self._pulse.start()
 
     def watch(self, work: Callable[[], None], *, phase: str) -> None:
-        """See Coordinator.watch. Torch has no collectives here: without a process group there is
-        nothing to wait for."""
+        """See Coordinator.watch. Only collectives of torch need watching, and there is no process
+        group."""
         work()
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
@@ -197,16 +199,16 @@ class MpiCoordinator(HeartbeatCoordinator):
             return payloads[0]
 
     def close(self) -> None:
-        """Stop the pulse once the last messages are out, and forget the operation."""
+        """Stop the heartbeat once the last messages are sent, and forget the operation."""
         with suppress(Exception):
-            # Nothing drives MPI once this has returned: what is still here would stay here.
+            # Nothing drives MPI after this returns, so all messages must be sent by then.
             self._link.flush(self._identity, _LAST_WORDS_S if self._alone else current().deadline_s)
         self._stopped.set()
         self._pulse.join(timeout=current().deadline_s)
         self._link.inboxes.pop(self._identity, None)
 
     def _receive(self, phase: str, kind: str) -> dict[int, bytes]:
-        """Every partner's message of this phase."""
+        """The messages of all partners in this phase."""
         found: dict[int, bytes] = {}
 
         def missing() -> list[int]:
@@ -238,6 +240,6 @@ class MpiCoordinator(HeartbeatCoordinator):
 
     def _beat_until_stopped(self) -> None:
         while not self._stopped.wait(beat_interval_s()):
-            with suppress(Exception):  # a beat that fails must not end those after it
+            with suppress(Exception):  # a failed heartbeat must not end the later ones
                 _send(self._link, self._partners, Message("beat", self._identity, self._progress))
                 self._link.pump()

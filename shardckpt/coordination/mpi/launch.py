@@ -1,4 +1,4 @@
-"""What the environment tells of the launcher: mpirun (Open MPI, MPICH), srun or torchrun."""
+"""Read from the environment how the launcher started this process: mpirun, srun or torchrun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ __all__ = ["Launch", "mpi_launch", "several_ranks", "slurm_launch", "torch_launc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """This process among those that a launcher started; `host` is rank 0's, where known."""
+    """The rank of this process among those that a launcher started. `host` is that of rank 0, if
+    known."""
 
     launcher: str
     rank: int
@@ -20,7 +21,7 @@ class Launch:
     host: str | None = None
 
 
-# launcher, world size, rank, rank on this host; the first that fits
+# launcher, world size, rank, rank on this host; the first row whose variables are set
 _MPI = (
     ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("mpiexec", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
@@ -29,9 +30,10 @@ _MPI = (
 
 
 def mpi_launch() -> Launch | None:
-    """The MPI job that this process is a rank of, by mpirun, mpiexec or srun --mpi=...; else None.
+    """The MPI job of which this process is a rank, started by mpirun, mpiexec or srun --mpi=...;
+    otherwise None.
 
-    None under torchrun too, whatever started torchrun itself.
+    None under torchrun, whatever started torchrun itself.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return None
@@ -47,10 +49,11 @@ def mpi_launch() -> Launch | None:
 
 
 def slurm_launch() -> Launch | None:
-    """The job step that this process is a task of, by srun, with MPI or without; else None.
+    """The job step of which this process is a task, started by srun with or without MPI; otherwise
+    None.
 
-    Outside a step, as in the batch script itself, SLURM_STEP_NUM_TASKS is not set. In a shell that
-    srun --pty has opened it is, though nothing but the shell runs.
+    Outside a step, such as in a batch script, SLURM_STEP_NUM_TASKS is not set. It is set in a shell
+    that srun --pty opened, although only the shell runs.
     """
     size, rank = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_PROCID")
     other = {"TORCHELASTIC_RUN_ID", "SLURM_PTY_PORT"} & os.environ.keys()
@@ -66,8 +69,8 @@ def slurm_launch() -> Launch | None:
 
 
 def torch_launch() -> Launch | None:
-    """The job that this process is a rank of, by torchrun or another launcher that sets RANK and
-    WORLD_SIZE as it does; else None."""
+    """The job of which this process is a rank, started by torchrun or another launcher that sets
+    RANK and WORLD_SIZE; otherwise None."""
     size, rank = _number("WORLD_SIZE"), _number("RANK")
     if size is None or rank is None:
         return None
@@ -76,13 +79,14 @@ def torch_launch() -> Launch | None:
 
 
 def several_ranks() -> Launch | None:
-    """The job of several ranks that this process is one of, by mpirun or srun; else None."""
+    """The job of several ranks that mpirun or srun started, if this process is one of them;
+    otherwise None."""
     launch = mpi_launch() or slurm_launch()
     return launch if launch is not None and launch.world_size > 1 else None
 
 
 def first_host(hosts: str) -> str | None:
-    """The first host of SLURM's compressed list: "gpu[07-09,12],login" is gpu07."""
+    """The first host of a compressed list of SLURM: "gpu[07-09,12],login" is gpu07."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0]) if found else None
 

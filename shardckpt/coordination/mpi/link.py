@@ -1,11 +1,11 @@
-"""Messages between the ranks of one MPI communicator, none of which can block.
+"""Messages between the ranks of an MPI communicator. No call can block.
 
-They travel over a duplicate of the communicator, so that no receive of the program's own can
-take them. It is made without waiting (MPI_Comm_idup) by the first operation, and kept with the
-communicator. Until all ranks have come for it, the few messages that find out who is missing
-go over the communicator itself, with a tag of their own.
+They use a duplicate of the communicator, so that no receive of the program can take them. The first
+operation creates it without waiting (MPI_Comm_idup), and it is kept with the communicator. Until it
+is ready, the few messages that find out which rank is missing use the communicator itself, with a
+tag of their own.
 
-Every call into MPI returns at once, and one lock lets a single thread of ours in at a time.
+Every call of MPI returns immediately, and a lock admits one thread at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardckpt.logs import logger
 
 __all__ = ["Inbox", "Link", "Message", "link_of", "load_mpi", "mpi_errors"]
 
-_TAG = 32_712  # MPI lets tags go up to 32,767 at least
+_TAG = 32_712  # every MPI supports tags up to 32,767
 
 _lock = threading.RLock()
 _keyval: int | None = None
@@ -36,7 +36,7 @@ _lost: set[int] = set()
 
 
 class Message(msgspec.Struct, array_like=True):
-    """What one rank tells another.
+    """A message from one rank to another.
 
     kind        from, to    about           number    text             payload
     call        r, 0        channel                   nonce subject
@@ -45,8 +45,8 @@ class Message(msgspec.Struct, array_like=True):
     late        0, r        channel                   subject
     noted       r, 0        channel
     summons     0, r
-    part        r, 0        operation       phase                      what the rank sends
-    answer      0, r        operation       phase                      rank 0's answer
+    part        r, 0        operation       phase                      the payload of the rank
+    answer      0, r        operation       phase                      the answer of rank 0
     beat        both        operation       progress
     given-up    0, r        operation                 ranks
     """
@@ -60,8 +60,8 @@ class Message(msgspec.Struct, array_like=True):
 
 @dataclass(slots=True)
 class Inbox:
-    """What has come for one operation: payloads by (kind, phase, rank); by rank, how many messages
-    have come and the latest progress."""
+    """The messages received for one operation: payloads by (kind, phase, rank), and for each rank
+    the number of its messages and its latest progress."""
 
     received: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
     heard: dict[int, int] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Inbox:
     given_up: str = ""
 
     def take(self, source: int, message: Message) -> None:
-        """Put a message where the waiting thread looks for it."""
+        """File a message for the waiting thread."""
         self.heard[source] = self.heard.get(source, 0) + 1
         if message.kind == "given-up":
             self.given_up = message.text
@@ -80,7 +80,8 @@ class Inbox:
 
 
 def load_mpi() -> Any:
-    """mpi4py.MPI, which starts MPI; DependencyError where it, or an MPI library, is missing."""
+    """Import mpi4py.MPI, which starts MPI. Raises DependencyError if mpi4py or an MPI library is
+    missing."""
     try:
         return importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:
@@ -94,7 +95,7 @@ def load_mpi() -> Any:
 
 @contextmanager
 def mpi_errors(phase: str) -> Iterator[None]:
-    """Errors of MPI itself as RankFailedError."""
+    """Raise errors of MPI as RankFailedError."""
     mpi = load_mpi()
     try:
         yield
@@ -102,14 +103,14 @@ def mpi_errors(phase: str) -> Iterator[None]:
         raise RankFailedError(
             "MPI reports an error",
             phase=phase,
-            expected="a communicator whose ranks all live",
+            expected="a communicator whose ranks are all alive",
             actual=str(error),
-            remedy="look at the logs of the other ranks and of mpirun; nothing was committed",
+            remedy="read the logs of the other ranks and of mpirun; nothing was committed",
         ) from error
 
 
 def link_of(comm: Any) -> Link:
-    """The link over a communicator, made when first asked for. Not collective by itself."""
+    """The link of a communicator, created at first use. Not collective."""
     global _keyval
     mpi = load_mpi()
     with _lock:
@@ -127,8 +128,11 @@ def _forget(comm: Any, keyval: int, link: Link) -> None:
 
 
 def _leave() -> None:
-    """MPI ends a process only when all have come to its end: without those that were given up,
-    that would be never. So the job is aborted instead, which mpirun then reports."""
+    """Abort the job if ranks were given up.
+
+    MPI ends a process only when all ranks have come to the end, which the lost ranks never do.
+    mpirun reports the abort.
+    """
     if _lost and not (mpi := load_mpi()).Is_finalized():
         sys.stdout.flush()
         logger.error("rank %s does not answer; MPI_Abort", ", ".join(map(str, sorted(_lost))))
@@ -136,7 +140,8 @@ def _leave() -> None:
 
 
 class Link:
-    """See the module. Fields are changed by `pump` alone, which any thread may call."""
+    """The messages of a communicator; see the module. Only `pump`, which any thread may call,
+    changes the fields."""
 
     def __init__(self, comm: Any) -> None:
         self._mpi = load_mpi()
@@ -159,25 +164,27 @@ class Link:
         self._arriving: list[tuple[int, Any, bytearray]] = []
 
     def ready(self) -> bool:
-        """Whether all ranks have come for the duplicate; takes in messages as `pump` does."""
+        """Whether all ranks have created the duplicate. Receives messages as `pump` does."""
         self.pump()
         return self._request is None
 
     def claim(self) -> None:
-        """An operation will use this link, until `release`."""
+        """Claim the link for an operation, until `release`."""
         self._claims += 1
 
     def release(self) -> None:
-        """An operation has ended."""
+        """Release the link after an operation."""
         with _lock:
             self._claims -= 1
             self._free_unused()
 
     def free(self) -> None:
-        """The communicator is being freed, on all its ranks; operations under way go on."""
-        gone = self._raw in (None, self._mpi.COMM_NULL)  # MPICH tells of it when all use has ended
+        """Handle that all ranks free the communicator. Running operations continue."""
+        gone = self._raw in (None, self._mpi.COMM_NULL)  # MPICH reports it after the last use
         if self._claims and self._request is not None and not gone:
-            poll(self.ready, current().deadline_s)  # Open MPI crashes if it goes while duplicated
+            poll(
+                self.ready, current().deadline_s
+            )  # Open MPI crashes if it is freed during duplication
         with _lock:
             if self._raw != self._mpi.COMM_WORLD:
                 self._raw = None
@@ -188,21 +195,21 @@ class Link:
             self._own.Free()
 
     def send(self, rank: int, message: Message, *, until_taken: bool = False) -> None:
-        """Send, without waiting; `until_taken`: not done (see flush) before it is received."""
+        """Send without waiting. `until_taken`: `flush` waits until the message is received."""
         data = self._encode(message)
         with _lock:
             comm = self._own if self._request is None else self._raw
             if comm is None:
                 raise CoordinationError(
-                    "The communicator was freed before all ranks had come for this",
-                    remedy="free it after result() of its saves",
+                    "The communicator was freed before all ranks had joined the operation",
+                    remedy="free the communicator after result() of its saves",
                 )
             start = comm.Issend if until_taken else comm.Isend
             request = start([data, self._mpi.BYTE], rank, _TAG)
             self._sending.append((request, data, message.about))
 
     def flush(self, about: str, deadline_s: float) -> None:
-        """Wait until all messages about something are on their way, or past the deadline."""
+        """Wait until all messages about a subject are sent, or until the deadline."""
 
         def done() -> bool:
             self.pump()
@@ -211,7 +218,7 @@ class Link:
         poll(done, deadline_s)
 
     def pump(self) -> None:
-        """Take in every message that has come, and let those under way get on."""
+        """Receive all messages that have arrived, and drive those being sent."""
         with _lock:
             if self._request is not None and self._request.Test():
                 self._request = None
@@ -221,7 +228,7 @@ class Link:
             for comm in (self._raw, self._own) if self._request is None else (self._raw,):
                 if comm is not None:
                     self._receive(comm)
-            blocked: set[int] = set()  # messages of one rank are taken in order
+            blocked: set[int] = set()  # messages of one rank are received in order
             waiting = []
             for source, request, data in self._arriving:
                 if source not in blocked and request.Test():
@@ -241,7 +248,9 @@ class Link:
     def _deliver(self, source: int, message: Message) -> None:
         if message.kind == "call":
             nonce, _, subject = message.text.partition(" ")
-            if self._not_noted.get((message.about, source)) != subject:  # else it is told already
+            if (
+                self._not_noted.get((message.about, source)) != subject
+            ):  # otherwise it is informed already
                 self.calls.setdefault(message.about, {})[source] = (nonce, subject)
         elif message.kind == "withdraw":
             calls = self.calls.setdefault(message.about, {})
@@ -250,7 +259,7 @@ class Link:
         elif message.kind == "verdict":
             if message.about in self.asked:
                 verdict, _, identity = message.text.partition(" ")
-                if verdict == "go":  # before anything else of the operation can come
+                if verdict == "go":  # before any other message of the operation can arrive
                     self.inboxes[identity] = Inbox()
                     self.late.pop(self.asked[message.about], None)
                 self.verdicts[message.about] = message.text
@@ -265,12 +274,12 @@ class Link:
             self.inboxes[message.about].take(source, message)
 
     def take_calls(self, channel: str) -> dict[int, tuple[str, str]]:
-        """Every rank's (nonce, subject) that has called; they are taken away."""
+        """The (nonce, subject) of every rank that has called. They are removed."""
         with _lock:
             return self.calls.pop(channel, {})
 
     def tell_late(self, ranks: list[int], channel: str, subject: str) -> None:
-        """Tell ranks that rank 0 has given up their call, which may be on its way."""
+        """Inform ranks that rank 0 has given up their call, which may still arrive."""
         with _lock:
             for rank in ranks:
                 self._not_noted[channel, rank] = subject
@@ -279,14 +288,16 @@ class Link:
                 self.send(rank, Message("late", channel, text=subject))
 
     def all_here(self) -> None:
-        """All ranks take part in an operation: none of them is lost any more."""
+        """All ranks take part in an operation: none is lost any more."""
         if _lost:
             _lost.difference_update(self._in_world(list(range(self.world_size))))
 
     def give_up(self, ranks: list[int]) -> None:
-        """Remember ranks that don't answer, so that this process can end without them."""
+        """Remember ranks that do not respond, so that this process can end without them."""
         _lost.update(self._in_world(ranks))
-        atexit.unregister(_leave)  # the last one registered is called first: a process group may
+        atexit.unregister(
+            _leave
+        )  # the last function registered is called first: a process group may
         atexit.register(_leave)  # wait for the lost rank when it is destroyed
 
     def _in_world(self, ranks: list[int]) -> list[int]:

@@ -1,9 +1,9 @@
-"""shardckpt as planner and storage of torch.distributed.checkpoint (DCP).
+"""Planners and storage of shardckpt for torch.distributed.checkpoint (DCP).
 
     dcp.save(state, storage_writer=ShardWriter(path), planner=ShardSavePlanner())
     dcp.load(state, storage_reader=ShardReader(path), planner=ReshardLoadPlanner())
 
-Any other DCP planner works with ShardWriter and ShardReader too. Tried with torch 2.13.
+Other DCP planners work with ShardWriter and ShardReader too. Tested with torch 2.13.
 """
 
 from shardckpt.integrations.dcp.driver import save_with_planner

@@ -1,4 +1,4 @@
-"""shardckpt.save with a DCP planner: dcp.save with shardckpt's storage and errors."""
+"""shardckpt.save with a DCP planner: dcp.save with ShardWriter, and the errors of shardckpt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardckpt.coordination.process_group import group_for_dcp
 from shardckpt.coordination.resolve import check_launcher, is_alone
 from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.integrations.dcp.writer import ShardWriter, check_comparable
-from shardckpt.loading.pipeline import open_manifest
+from shardckpt.loading.agreement import open_manifest
 from shardckpt.reports import SaveReport
 from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.base import Storage
@@ -36,7 +36,7 @@ def save_with_planner(
     verify_base: bool,
     storage: Storage,
 ) -> SaveReport:
-    """Save a state as a DCP SavePlanner plans it; collective, over DCP's collectives."""
+    """Save a state with a DCP SavePlanner. Collective; see shardckpt.save."""
     group_for_dcp(path, comm=comm)
     alone = process_group is None and (is_alone() or not dist.is_initialized())
     if alone:
@@ -59,7 +59,7 @@ def save_with_planner(
             process_group=process_group,
             no_dist=alone,
         )
-    except CheckpointException as failure:  # a BaseException: nobody's `except Exception` sees it
+    except CheckpointException as failure:  # a BaseException
         writer.abandon()
         raise _first_error(failure, path) from failure
     except BaseException:
@@ -93,5 +93,5 @@ def _first_error(failure: CheckpointException, path: str) -> Exception:
         path=path,
         rank=tuple(failure.failures),
         actual=f"{type(error).__name__}: {error}",
-        remedy="look at that rank's own error; nothing was committed",
+        remedy="read the log of that rank; nothing was committed",
     )

@@ -1,11 +1,10 @@
-"""DCP planners that send packed columns instead of plan items."""
+"""DCP planners that exchange packed tables of chunks in place of plan items."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -16,19 +15,20 @@ from shardckpt.plan.local_plan import LocalPlan, filled, local_plan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.state_merge import merge
 from shardckpt.state.flatten import flatten
-from shardckpt.state.matching import Matcher, Mismatches, check_untaken
+from shardckpt.state.matching import DtypePolicy, MatchedState, casts, match_state
+from shardckpt.state.mismatches import Mismatches, check_untaken
 from shardckpt.state.saved_tree import SavedState
 
 __all__ = ["ReshardLoadPlanner", "ShardMetadata", "ShardSavePlanner", "ShardStorageMeta"]
 
 
 class ShardStorageMeta(StorageMeta):
-    """How ShardWriter makes itself known to planners."""
+    """The storage metadata by which planners recognise ShardWriter."""
 
 
 @dataclass
 class ShardMetadata(Metadata):
-    """The metadata of one of shardckpt's checkpoints, with the saved state itself."""
+    """The metadata of a checkpoint of shardckpt, with its saved state."""
 
     saved: SavedState | None = None
     cast: bool = False
@@ -36,34 +36,47 @@ class ShardMetadata(Metadata):
 
 def _needs(planner: object, partner: str) -> ShardckptError:
     return StateError(
-        f"{type(planner).__name__} works with shardckpt's own storage alone",
+        f"{type(planner).__name__} needs shardckpt's own storage",
         expected=f"shardckpt.{partner}",
-        actual="storage of another kind",
+        actual="another storage",
         remedy=f"pass a shardckpt.{partner}, or one of DCP's default planners",
     )
 
 
 class ShardSavePlanner(DefaultSavePlanner):
-    """Plans a dcp.save as shardckpt.save does: divided by bytes, checked, int keys kept.
+    """Plans a dcp.save as shardckpt.save does. For ShardWriter.
 
-    For ShardWriter. DefaultSavePlanner's options have no use here, and are refused. Ranks whose
-    keys, shapes or values differ as shardckpt.save does not take them get RankMismatchError or
-    ReplicaMismatchError (inside DCP's CheckpointException).
+    It divides replicas by bytes, checks the states of the ranks against each other, and keeps int
+    keys. States that differ between ranks raise RankMismatchError or ReplicaMismatchError inside
+    DCP's CheckpointException. Collective, as a part of dcp.save.
+
+    Args:
+        **options: None are accepted; the options of DefaultSavePlanner do not apply.
+
+    Raises:
+        StateError: An option was passed.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> planner = shardckpt.ShardSavePlanner()
+        >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1", planner=planner)
+        >>> report.world_size
+        1
     """
 
     local: LocalPlan
     writes: RankWrites
     global_writes: GlobalPlan
     tree: bytes
-    merging: bool  # the ranks don't hold the same
+    merging: bool  # whether the ranks hold different entries
 
     def __init__(self, **options: Any) -> None:
         if options:
             raise StateError(
                 "ShardSavePlanner takes no options",
                 actual=", ".join(options),
-                remedy="leave them out: names are always flat, replicas are divided among their "
-                "ranks by bytes, and plans that don't change are not made again",
+                remedy="leave them out: names are always flat, replicas are divided by bytes, and "
+                "unchanged plans are reused",
             )
         super().__init__()
 
@@ -73,14 +86,14 @@ class ShardSavePlanner(DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state; see SavePlanner."""
+        """See SavePlanner.set_up_planner."""
         if not isinstance(storage_meta, ShardStorageMeta):
             raise _needs(self, "ShardWriter")
         self.state_dict = state_dict
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's chunks, packed."""
+        """See SavePlanner.create_local_plan. The plan has the chunks of this rank, packed."""
         rank, world_size = 0, 1
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -88,7 +101,7 @@ class ShardSavePlanner(DefaultSavePlanner):
         return SavePlan([], planner_data=self.local.pack(whole=True))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Who writes what, on the coordinator."""
+        """See SavePlanner.create_global_plan."""
         locals_ = [LocalPlan.unpack(plan.planner_data) for plan in all_plans]
         merged = merge([local.offer(whole=True) for local in locals_])
         self.tree = filled(merged.tree, self.local.rank0_trees)
@@ -98,23 +111,42 @@ class ShardSavePlanner(DefaultSavePlanner):
         return plans, Metadata(state_dict_metadata={})
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Take what this rank writes."""
+        """See SavePlanner.finish_plan."""
         share, self.merging = new_plan.planner_data
         self.writes = RankWrites.of(self.local, share)
         return new_plan
 
 
 class ReshardLoadPlanner(DefaultLoadPlanner):
-    """Plans a dcp.load as shardckpt.load does: strict shapes and dtypes, every mismatch listed.
+    """Plans a dcp.load as shardckpt.load does. For ShardReader.
 
-    For ShardReader. `allow_partial_load` loads what is there; `cast` converts dtypes.
+    Shapes and dtypes must match, and one LoadMismatchError lists every mismatch. Collective, as a
+    part of dcp.load.
+
+    Args:
+        allow_partial_load: Skip mismatched entries, as strict=False of `shardckpt.load` does.
+        dtype: "strict", or "cast" to convert saved dtypes to those of the state.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> import torch.distributed.checkpoint as dcp
+        >>> _ = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
+        >>> state = {"weight": torch.zeros(3, dtype=torch.float16)}
+        >>> dcp.load(
+        ...     state,
+        ...     storage_reader=shardckpt.ShardReader("run/step-1"),
+        ...     planner=shardckpt.ReshardLoadPlanner(dtype="cast"),
+        ...     no_dist=True,
+        ... )
+        >>> state["weight"]
+        tensor([1., 1., 1.], dtype=torch.float16)
     """
 
-    matcher: Matcher
+    matched: MatchedState
 
-    def __init__(self, *, allow_partial_load: bool = False, cast: bool = False) -> None:
+    def __init__(self, *, allow_partial_load: bool = False, dtype: DtypePolicy = "strict") -> None:
         super().__init__(allow_partial_load=allow_partial_load)
-        self.may_cast = cast
+        self.may_cast = casts(dtype)
 
     def set_up_planner(
         self,
@@ -122,35 +154,34 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state; see LoadPlanner."""
+        """See LoadPlanner.set_up_planner."""
         if not isinstance(metadata, ShardMetadata) or metadata.saved is None:
             raise _needs(self, "ShardReader")
         self.original_state_dict = state_dict
-        initialised = dist.is_initialized()
-        self.matcher = Matcher(
-            state_dict,
-            metadata.saved,
-            rank=dist.get_rank() if initialised else 0,
-            world_size=dist.get_world_size() if initialised else 1,
-            cast=self.may_cast or metadata.cast,
-        )
+        self._saved = metadata.saved
+        self._cast = self.may_cast or metadata.cast
 
     def create_local_plan(self) -> LoadPlan:
         """Match the state against the saved one; the reads stay with this planner."""
-        with torch.no_grad():
-            self.finish_load = self.matcher.match(self.original_state_dict)
-        self.matcher.settle()
-        found = Mismatches() if self.allow_partial_load else self.matcher.strict_part()
-        error = found.error("")
-        if error is not None and not found.only_unexpected:
+        initialised = dist.is_initialized()
+        self.matched = match_state(
+            self.original_state_dict,
+            self._saved,
+            rank=dist.get_rank() if initialised else 0,
+            world_size=dist.get_world_size() if initialised else 1,
+            cast=self._cast,
+        )
+        refused = Mismatches() if self.allow_partial_load else self.matched.strict_mismatches
+        error = refused.error("")
+        if error is not None and not refused.only_unexpected:
             raise error
-        return LoadPlan([], planner_data=found.unexpected)
+        return LoadPlan([], planner_data=refused.unexpected)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """See that some rank takes whatever modules and optimizers should take."""
+        """See LoadPlanner.create_global_plan. Checks that every entry of a module is loaded."""
         check_untaken([plan.planner_data for plan in global_plan], "")
         return global_plan
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
-        """Nothing to change."""
+        """See LoadPlanner.finish_plan. Returns the plan as it is."""
         return new_plan

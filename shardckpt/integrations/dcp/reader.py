@@ -25,12 +25,13 @@ from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
-from shardckpt.loading.pipeline import open_manifest
+from shardckpt.loading.agreement import open_manifest
 from shardckpt.loading.shard_reader import read_all
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk, check_dense
-from shardckpt.state.matching import Mismatches
+from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.materialize import Builder
+from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.storage.local import LocalStorage, checkpoint_path
@@ -40,39 +41,56 @@ __all__ = ["ShardReader", "dcp_entries"]
 
 
 class ShardReader(StorageReader):
-    """Reads a shardckpt checkpoint for dcp.load, onto any world size; verifies what it reads.
+    """Reads a checkpoint of shardckpt for dcp.load, with any world size. Verifies what it reads.
 
-    `path` may be left out where dcp gets a checkpoint_id. Works with DCP's planners, with
-    ReshardLoadPlanner, and with a user's own. A target of another dtype than was saved is a
-    LoadMismatchError, unless `cast`, or that of ReshardLoadPlanner, converts it.
+    Collective: every rank passes one to dcp.load. It works with DCP's planners, with
+    ReshardLoadPlanner and with your own.
+
+    Args:
+        path: The checkpoint. Leave it out if you pass `checkpoint_id` to dcp.load.
+        dtype: "cast" converts saved dtypes to those of the state. With "strict", here and in
+            ReshardLoadPlanner, another dtype raises LoadMismatchError.
+        storage: See `shardckpt.save`.
+
+    Raises:
+        StateError: The path is invalid.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> import torch.distributed.checkpoint as dcp
+        >>> _ = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
+        >>> state = {"weight": torch.zeros(3)}
+        >>> dcp.load(state, storage_reader=shardckpt.ShardReader("run/step-1"), no_dist=True)
+        >>> state["weight"]
+        tensor([1., 1., 1.])
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        cast: bool = False,
+        dtype: DtypePolicy = "strict",
         storage: Storage | None = None,
     ) -> None:
         self.checkpoint_id = None if path is None else checkpoint_path(path, storage)
-        self.cast = cast
+        self.cast = casts(dtype)
         self.storage = storage or LocalStorage()
         self._opened: tuple[CheckpointFiles, Manifest] | None = None
         self._saved: SavedState | None = None
-        self._nodes: dict[str, Any] = {}  # the leaves, as DCP's planners see them
+        self._nodes: dict[str, Any] = {}  # name in DCP -> saved leaf
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin anew, at the path that dcp was called with, if any."""
+        """See StorageReader.reset."""
         if checkpoint_id:
             self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage)
         self._close()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What was saved, in DCP's terms: every tensor with its chunks, every value."""
+        """See StorageReader.read_metadata. Lists every tensor with its chunks, and every value."""
         if not self.checkpoint_id:
             raise StateError(
-                "ShardReader was given no path",
-                remedy="ShardReader(path), or dcp.load(..., checkpoint_id=path)",
+                "ShardReader has no path",
+                remedy="call ShardReader(path), or dcp.load(..., checkpoint_id=path)",
             )
         self._close()
         self._opened = open_manifest(self.storage, self.checkpoint_id)
@@ -100,24 +118,23 @@ class ShardReader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing to add: read_metadata has opened the checkpoint."""
+        """See StorageReader.set_up_storage_reader. read_metadata has opened the checkpoint."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Nothing to add."""
+        """See StorageReader.prepare_local_plan. Returns the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to add."""
+        """See StorageReader.prepare_global_plan. Returns the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the planner asks for."""
+        """See StorageReader.read_data."""
         assert self._opened is not None, "read_metadata comes first"
         files, manifest = self._opened
         if isinstance(planner, ReshardLoadPlanner):
-            read_all(files, manifest, plan_reads(planner.matcher.reads))
-            planner.matcher.mark_changed()
-            planner.finish_load()
+            read_all(files, manifest, plan_reads(planner.matched.reads))
+            planner.matched.place()
         else:
             self._read_items(plan, planner)
         self._close()
@@ -158,13 +175,13 @@ class ShardReader(StorageReader):
             planner.commit_tensor(item, target)
         for item, value in loaded:
             stream = io.BytesIO()
-            torch.save(value, stream)  # what planners expect; made here, from decoded values
+            torch.save(value, stream)  # planners expect bytes of torch.save
             stream.seek(0)
             planner.load_bytes(item, stream)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this may be a path."""
+        """See StorageReader.validate_checkpoint_id."""
         try:
             return bool(local_path(checkpoint_id))
         except StateError:
@@ -189,8 +206,8 @@ def _describe(entry: TensorEntry) -> TensorStorageMetadata:
 
 
 def dcp_entries(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The leaves of a saved tree as DCP's planners see them: a list or tuple without tensors or
-    dicts is one value, and so is an empty dict."""
+    """The leaves of a saved tree with their paths in DCP. A list or tuple without tensors or dicts
+    is one value, and so is an empty dict."""
     if isinstance(node, dict) and node:
         items: Any = ((key, value) for key, value in node.items())
     elif isinstance(node, list) and any(map(_is_inner, node)):

@@ -23,19 +23,21 @@ from torch.futures import Future
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.process_group import group_for_dcp
 from shardckpt.coordination.resolve import check_launcher
-from shardckpt.errors import RankMismatchError, StateError, UnsupportedLeafError
+from shardckpt.errors import CoverageError, RankMismatchError, StateError, UnsupportedLeafError
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import dtype_name, memory_view
 from shardckpt.format.manifest import encode_tensors
 from shardckpt.integrations.dcp.planners import ShardSavePlanner, ShardStorageMeta
 from shardckpt.plan.consistency import compare_replicas
-from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes, widen_boxes
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec, flat_boxes, pad_boxes, widen_boxes
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import check_coverage, layout_order
 from shardckpt.plan.shard_layout import tensor_entries
-from shardckpt.saving.incremental import open_base
-from shardckpt.saving.pipeline import commit, file_table, new_id, planned_parts, replica_digests
-from shardckpt.saving.rank_writer import ShardResult, write_rank
+from shardckpt.saving.agreement import new_id
+from shardckpt.saving.commit import commit_manifest, file_table
+from shardckpt.saving.incremental import Base, check_verify_base, open_base
+from shardckpt.saving.rank_writer import RankShards, ShardResult, write_rank
+from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.file_groups import MAIN
 from shardckpt.state.local_chunks import check_dense
 from shardckpt.storage.base import Storage, WriteTransaction
@@ -46,7 +48,7 @@ __all__ = ["ShardWriter", "check_comparable"]
 
 
 class _Written(msgspec.Struct, array_like=True):
-    """What a rank tells of the items of a planner that is not shardckpt's."""
+    """The message of a rank that wrote the items of another planner than ShardSavePlanner."""
 
     result: ShardResult
     specs: tuple[TensorSpec, ...]
@@ -55,14 +57,37 @@ class _Written(msgspec.Struct, array_like=True):
 
 
 class ShardWriter(StorageWriter):
-    """Writes a dcp.save or dcp.async_save as a shardckpt checkpoint, atomically.
+    """Writes a checkpoint of shardckpt for dcp.save and dcp.async_save, atomically.
 
-    `path` may be left out where dcp gets a checkpoint_id. `overwrite` replaces a checkpoint
-    there. `base` is an earlier checkpoint, whose unchanged files are linked; `verify_base` reads
-    all of them back. With ShardSavePlanner all that shardckpt.save promises holds; with another
-    planner its items are written as they come, and that they cover every tensor exactly once is
-    checked before anything appears. `check_replicas` needs ShardSavePlanner. Under mpirun and srun
-    it is made on every rank, and calls init_from_mpi() where there is no process group.
+    Collective: every rank passes one to dcp.save. With ShardSavePlanner the guarantees of
+    shardckpt.save hold. Other planners choose the items to write; before the commit the writer
+    checks that these cover every tensor exactly once. Under mpirun and srun, create the writer on
+    every rank: it calls init_from_mpi() if there is no process group.
+
+    Args:
+        path: The directory of the checkpoint. Leave it out if you pass `checkpoint_id` to dcp.save.
+        overwrite: Replace a checkpoint at the path.
+        check_replicas: See `shardckpt.save`. Needs ShardSavePlanner.
+        base: See `shardckpt.save`.
+        verify_base: See `shardckpt.save`.
+        storage: See `shardckpt.save`.
+
+    Raises:
+        StateError: The path is invalid.
+        CoordinationError: The ranks are not connected.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> import torch.distributed.checkpoint as dcp
+        >>> writer = shardckpt.ShardWriter("run/step-1")
+        >>> _ = dcp.save(
+        ...     {"weight": torch.ones(3)},
+        ...     storage_writer=writer,
+        ...     planner=shardckpt.ShardSavePlanner(),
+        ...     no_dist=True,
+        ... )
+        >>> shardckpt.load_state("run/step-1")
+        {'weight': tensor([1., 1., 1.])}
     """
 
     def __init__(
@@ -79,6 +104,7 @@ class ShardWriter(StorageWriter):
         group_for_dcp(self.checkpoint_id)
         self.overwrite = overwrite
         self.check_replicas = check_replicas
+        check_verify_base(base, verify_base=verify_base)
         if base is not None and not isinstance(base, Checkpoint):
             base = checkpoint_path(base, storage, fixed=True)
         self.base = base
@@ -89,27 +115,27 @@ class ShardWriter(StorageWriter):
         self._rank = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin anew, at the path that dcp was called with, if any."""
+        """See StorageWriter.reset."""
         if checkpoint_id:
             self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage, fixed=True)
 
     def storage_meta(self) -> StorageMeta:
-        """How planners know this writer."""
+        """See StorageWriter.storage_meta. ShardSavePlanner accepts no other writer."""
         return ShardStorageMeta(checkpoint_id=self.checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Learn this rank. (DCP looks for a parameter that is named `kwargs`.)"""
+        """See StorageWriter.set_up_storage_writer. (DCP requires the name `kwargs`.)"""
         check_launcher()
         self._rank = int(kwargs.get("rank", 0))
         if not self.checkpoint_id:
             raise StateError(
-                "ShardWriter was given no path",
+                "ShardWriter has no path",
                 rank=self._rank,
-                remedy="ShardWriter(path), or dcp.save(..., checkpoint_id=path)",
+                remedy="call ShardWriter(path), or dcp.save(..., checkpoint_id=path)",
             )
         if not kwargs.get("use_collectives", True):
             raise StateError(
-                "ShardWriter needs the ranks to agree on one plan",
+                "ShardWriter needs a global plan",
                 rank=self._rank,
                 expected="use_collectives=True",
                 actual="use_collectives=False",
@@ -117,18 +143,18 @@ class ShardWriter(StorageWriter):
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing to add."""
+        """See StorageWriter.prepare_local_plan. Returns the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Begin the checkpoint, on the coordinator; all ranks learn where."""
+        """See StorageWriter.prepare_global_plan. Begins the checkpoint on the coordinator."""
         assert self.checkpoint_id is not None
         identity = new_id()
         transaction = self.storage.begin(
             self.checkpoint_id, checkpoint_id=identity, overwrite=self.overwrite
         )
         self._transaction = transaction
-        # DCP tells a writer nothing of a save that failed: what is left goes with the writer.
+        # DCP does not tell the writer about a failed save: remove its files with the writer.
         weakref.finalize(self, transaction.abandon)
         order = (transaction.token, len(plans))
         return [
@@ -137,14 +163,14 @@ class ShardWriter(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's shard; it is durable when this returns."""
+        """See StorageWriter.write_data. On return the shard of this rank is durable."""
         assert self.checkpoint_id is not None
         check_comparable(planner, check_replicas=self.check_replicas, rank=self._rank)
         if getattr(planner, "_enable_plan_caching", False):
             raise StateError(
-                "ShardWriter does not work with DCP's cache of plans, which ignores dtypes",
+                "ShardWriter does not support DCP's cache of plans, which ignores dtypes",
                 rank=self._rank,
-                remedy="enable_plan_caching=False, or ShardSavePlanner, which needs none",
+                remedy="pass enable_plan_caching=False, or use ShardSavePlanner",
             )
         rank, token, world_size = plan.storage_data
         self._planner = planner
@@ -152,35 +178,37 @@ class ShardWriter(StorageWriter):
             transaction = self.storage.join(self.checkpoint_id, token=token)
         else:
             transaction = self._transaction
-        where: dict[str, Any] = {
-            "transaction": transaction,
-            "rank": rank,
-            "world_size": world_size,
-        }
         try:
-            with open_base(self.base, self.storage, verify=self.verify_base) as where["base"]:
+            with open_base(self.base, self.storage, verify=self.verify_base) as base:
                 if isinstance(planner, ShardSavePlanner):
-                    written = self._write_planned(planner, where)
+                    written = self._write_planned(
+                        planner, transaction, base, rank=rank, world_size=world_size
+                    )
                 else:
-                    written = _write_items(plan, planner, where)
+                    written = _write_items(
+                        plan, planner, transaction, base, rank=rank, world_size=world_size
+                    )
         except BaseException:
             transaction.abandon()
             raise
-        # DCP reads none of this; msgpack, as results travel between ranks.
+        # DCP passes the results between ranks, and does not read them.
         result = WriteResult(index=None, size_in_bytes=0, storage_data=written)  # type: ignore[arg-type]
         future: Future[list[WriteResult]] = Future()
         future.set_result([result])
         return future
 
-    def _write_planned(self, planner: ShardSavePlanner, where: dict[str, Any]) -> bytes:
+    def _write_planned(
+        self,
+        planner: ShardSavePlanner,
+        transaction: WriteTransaction,
+        base: Base | None,
+        *,
+        rank: int,
+        world_size: int,
+    ) -> bytes:
         local, writes = planner.local, planner.writes
-        parts = planned_parts(local, writes)
         result = write_rank(
-            **where,
-            specs=(*local.common, *local.own),
-            chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
-            files=writes.files,
-            data=lambda part: parts[part],
+            transaction, RankShards.of(local, writes, rank=rank, world_size=world_size), base=base
         )
         result.replicas = replica_digests(
             local, writes, everything=self.check_replicas, sampled=planner.merging
@@ -189,7 +217,7 @@ class ShardWriter(StorageWriter):
         return msgspec.msgpack.encode(result)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the manifest and make the checkpoint visible, on the coordinator."""
+        """See StorageWriter.finish. Commits the checkpoint on the coordinator."""
         assert self._transaction is not None
         payloads: list[bytes] = [result[0].storage_data for result in results]
         planner = self._planner
@@ -206,19 +234,19 @@ class ShardWriter(StorageWriter):
             written = [msgspec.msgpack.decode(payload, type=_Written) for payload in payloads]
             facts = _union(written, metadata.planner_data)
         identity = self._transaction.token
-        commit(self._transaction, checkpoint_id=identity, **facts)
+        commit_manifest(self._transaction, checkpoint_id=identity, **facts)
         self._transaction.close()
         self._transaction = None
 
     def abandon(self) -> None:
-        """Remove what a failed save has left; else that happens when the writer is collected."""
+        """Remove the files of a failed save, which otherwise remain until the writer is deleted."""
         transaction, self._transaction = self._transaction, None
         if transaction is not None:
             transaction.abandon()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this may be a path."""
+        """See StorageWriter.validate_checkpoint_id."""
         try:
             return bool(local_path(checkpoint_id))
         except StateError:
@@ -229,19 +257,27 @@ class ShardWriter(StorageWriter):
 
 
 def check_comparable(planner: object, *, check_replicas: bool, rank: int | None = None) -> None:
-    """Refuse check_replicas with a planner that leaves each replica to one rank."""
+    """Raise StateError if `check_replicas` is set and the planner removes replicas."""
     if check_replicas and not isinstance(planner, ShardSavePlanner):
         raise StateError(
-            "check_replicas works with ShardSavePlanner alone",
+            "check_replicas needs ShardSavePlanner",
             rank=rank,
-            expected="shardckpt.ShardSavePlanner, which compares replicas",
-            actual=f"{type(planner).__qualname__}, which leaves each replica to one rank",
+            expected="shardckpt.ShardSavePlanner",
+            actual=f"{type(planner).__qualname__}, which assigns each replica to one rank",
             remedy="leave out check_replicas, or pass planner=ShardSavePlanner()",
         )
 
 
-def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) -> bytes:
-    """Write the items of any planner; what was written, for finish."""
+def _write_items(
+    plan: SavePlan,
+    planner: SavePlanner,
+    transaction: WriteTransaction,
+    base: Base | None,
+    *,
+    rank: int,
+    world_size: int,
+) -> bytes:
+    """Write the items of any planner; returns what `finish` needs to know of them."""
     specs: dict[str, TensorSpec] = {}
     rows: list[int] = []
     boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -265,21 +301,40 @@ def _write_items(plan: SavePlan, planner: SavePlanner, where: dict[str, Any]) ->
         data.append(memory_view(tensor.detach()))
     table, index = pad_boxes(boxes), np.array(rows, dtype=np.int64)
     names = tuple(specs.values())
+    _check_written_once(names, ChunkTable(tensor=index, boxes=table))
     order = layout_order(names, ChunkTable(tensor=index, boxes=table))
     chunks = ChunkTable(tensor=index[order], boxes=table[order])
-    result = write_rank(
-        **where,
+    shards = RankShards(
+        rank=rank,
+        world_size=world_size,
         specs=names,
         chunks=chunks,
         files=((MAIN, len(data)),),
-        data=lambda part: [data[at] for at in order[part].tolist()],
+        data=lambda rows: [data[at] for at in order[rows].tolist()],
     )
+    result = write_rank(transaction, shards, base=base)
     return msgspec.msgpack.encode(_Written(result, names, chunks.pack(), encoded))
 
 
+def _check_written_once(specs: tuple[TensorSpec, ...], chunks: ChunkTable) -> None:
+    """Raise CoverageError for a chunk that a planner gives to this rank several times."""
+    rows = np.column_stack([chunks.tensor, flat_boxes(chunks.boxes)])
+    distinct, counts = np.unique(rows, axis=0, return_counts=True)
+    for (number, *box), count in zip(distinct.tolist(), counts.tolist(), strict=True):
+        if count > 1:
+            dims = len(box) // 2
+            raise CoverageError(
+                "A planner writes a chunk of a tensor several times",
+                tensor=specs[number].name,
+                expected="each chunk once",
+                actual=f"{count} times offsets {box[:dims]}, sizes {box[dims:]}",
+                remedy="correct the planner's create_global_plan",
+            )
+
+
 def _value(planner: SavePlanner, item: WriteItem) -> Any:
-    """A byte item as typed JSON: it comes as what torch.save makes, and is read with
-    weights_only; what that refuses has no place in a checkpoint."""
+    """A byte item as typed JSON. DCP passes it as bytes of torch.save; it is read with
+    weights_only=True."""
     stream = planner.resolve_data(item)
     assert isinstance(stream, io.BytesIO)
     stream.seek(0)
@@ -291,21 +346,21 @@ def _value(planner: SavePlanner, item: WriteItem) -> Any:
             raise UnsupportedLeafError(
                 "A value of this planner can't be saved without pickle",
                 tensor=item.index.fqn,
-                expected="what torch.load(weights_only=True) takes",
+                expected="a value that torch.load(weights_only=True) accepts",
                 actual=str(error).splitlines()[0],
-                remedy="leave it out, or convert it",
+                remedy="remove it from the state, or convert it to plain values",
             ) from error
         value = lookup(item.index)
     return values.encode(value, at=item.index.fqn)
 
 
 def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) -> dict[str, Any]:
-    """What commit needs, from what each rank wrote of a planner that is not shardckpt's."""
+    """The arguments of commit, from the messages of all ranks."""
     numbers: dict[str, int] = {}
     specs: list[TensorSpec] = []
     shards: list[ChunkTable] = []
-    for rank, own in enumerate(written):
-        for spec in own.specs:
+    for rank, message in enumerate(written):
+        for spec in message.specs:
             number = numbers.setdefault(spec.name, len(specs))
             if number == len(specs):
                 specs.append(spec)
@@ -316,10 +371,10 @@ def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) ->
                     tensor=spec.name,
                     expected=f"{specs[number].dtype} {list(specs[number].shape)}",
                     actual=f"{spec.dtype} {list(spec.shape)}",
-                    remedy="look at the planner",
+                    remedy="correct the planner",
                 )
-        table = ChunkTable.unpack(own.chunks)
-        renumber = np.array([numbers[spec.name] for spec in own.specs], dtype=np.int64)
+        table = ChunkTable.unpack(message.chunks)
+        renumber = np.array([numbers[spec.name] for spec in message.specs], dtype=np.int64)
         shards.append(ChunkTable(tensor=renumber[table.tensor], boxes=table.boxes))
     dims = max((table.boxes.shape[2] for table in shards), default=0)
     chunks = ChunkTable(
@@ -328,9 +383,9 @@ def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) ->
     )
     check_coverage(specs, chunks, np.repeat(np.arange(len(shards)), list(map(len, shards))))
     leaves = {name: {"$tensor": name} for name in numbers}
-    for own in written:
-        leaves.update(own.values)
-    results = [own.result for own in written]
+    for message in written:
+        leaves.update(message.values)
+    results = [message.result for message in written]
     files = file_table(results)
     bounds = np.cumsum(np.append(0, files[:, 0]))
     entries = tensor_entries(specs, chunks, bounds=bounds, header_bytes=files[:, 1])
@@ -342,7 +397,7 @@ def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) ->
 
 
 def _nest(leaves: dict[str, Any], paths: dict[str, tuple[Any, ...]]) -> Any:
-    """The tree of encoded leaves; ints in paths are places in lists, as DCP has it."""
+    """Nest encoded leaves by their paths. As in DCP, ints in paths are indices of lists."""
     root: dict[Any, Any] = {}
     for name, leaf in leaves.items():
         *above, last = paths.get(name, (name,))

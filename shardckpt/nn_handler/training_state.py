@@ -1,0 +1,373 @@
+"""TrainingState: what a step of training changes, and what else a checkpoint holds.
+
+The trainer, the savers, loading and the callbacks work on it. NNHandler adds the setters and the
+verbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardckpt.errors import StateError
+from shardckpt.nn_handler.callback import Callback
+from shardckpt.nn_handler.data import Position, TrainData, ValData
+from shardckpt.nn_handler.ema import EMA
+from shardckpt.nn_handler.groups import group_names
+from shardckpt.nn_handler.objects import describe, warn_of_absent
+from shardckpt.nn_handler.parallel import Layout, Parallel, wrap
+from shardckpt.nn_handler.random_state import random_state
+from shardckpt.nn_handler.scheduling import Scheduler
+from shardckpt.state.markers import PerRank
+
+__all__ = ["TrainingState"]
+
+_NEVER = 1 << 62
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class TrainingState:
+    """A model, all that trains it, and how far training has come.
+
+    `position`, `boundary`, `rate`, `seed_value`, `runs` and `run_id` are what the trainer goes on
+    from; see Trainer. `awaited` and `proposed` are what a checkpoint says and the program has not
+    given or confirmed yet.
+    """
+
+    layout: Layout
+    model: nn.Module = field(init=False)
+    model_class: Any = field(init=False)
+    model_kwargs: dict[str, Any] = field(init=False)
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: Scheduler | None = None
+    scaler: Any = None
+    ema: EMA | None = None
+    loss_fn: Callable[..., Any] | None = None
+    metrics: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    callbacks: list[Callback] = field(default_factory=list)
+    train_data: TrainData | None = None
+    val_data: ValData | None = None
+    auto_saver: Any = None  # an AutoSaver, which works on a TrainingState
+    training_step: Callable[..., Any] | None = None
+    epoch: int = 0
+    step: int = 0
+    history: dict[str, list[float]] = field(default_factory=dict)
+    stop_training: bool = False
+    validates: bool = True  # whether the call of train does so at all
+    position: Position = field(default_factory=Position)
+    boundary: dict[str, Any] | None = None
+    rate: float = 0.0
+    seed_value: int = 0
+    runs: list[int] = field(default_factory=list)
+    run_id: str | None = None
+    replayed: int | None = None
+    model_code: dict[str, str] | None = None
+    frozen: list[str] = field(default_factory=list)
+    compiling: dict[str, Any] | None = None
+    optimizer_recipe: dict[str, Any] | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    averaging: bool = False  # inside ema_weights()
+    sums: Any = None  # the EpochSums that `log` adds to
+    probed: bool = False  # whether DDP is known to find a gradient for every parameter
+    wrapped_for: list[bool] = field(default_factory=list)  # what needed gradients then
+    validations: list[dict[str, float]] = field(default_factory=list)  # those between epochs
+    run_steps: list[int] = field(default_factory=list)
+    will_log: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
+    awaited: dict[str, Any] = field(default_factory=dict)
+    proposed: dict[str, Any] = field(default_factory=dict)
+    loss_tensors: nn.Module | None = None
+    class_name: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.layout.device
+
+    @property
+    def parallel(self) -> Parallel:
+        """How the job is spread, as resolved."""
+        return self.layout.mode
+
+    @property
+    def rank(self) -> int:
+        """This process's rank, 0 without a process group."""
+        return self.layout.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as its class made it, without DDP around it."""
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.module  # type: ignore[no-any-return]
+        return self.model
+
+    @property
+    def loss_module(self) -> nn.Module | None:
+        """The loss, if it is a module with parameters to train."""
+        loss = self.loss_fn
+        trained = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
+        return loss if trained and isinstance(loss, nn.Module) else None
+
+    def train_mode(self) -> None:
+        """Training mode for all but frozen modules."""
+        self.model.train()
+        for name in self.frozen:
+            self.module.get_submodule(name).eval()
+
+    def wrap_again(self) -> None:
+        """Wrap the model anew if DDP was made for other trained parameters; collective."""
+        trained = [parameter.requires_grad for parameter in self.module.parameters()]
+        if self.parallel == "ddp" and self.wrapped_for != trained:
+            self.rewrap()
+            self.probed = False
+        self.wrapped_for = trained
+
+    def rewrap(self, *, find_unused: bool = False) -> None:
+        """Put another DDP around the model; collective."""
+        self.model = wrap(self.module, self.layout, find_unused=find_unused)
+        if self.compiling is not None:
+            self.model.compile(**self.compiling)
+
+    def apply_hyperparameters(self) -> None:
+        """Put `hyperparameters` into the optimizer, and the rate into the scheduler's base."""
+        optimizer = self.optimizer
+        for name, value in self.hyperparameters.items() if optimizer is not None else ():
+            assert optimizer is not None
+            if name not in optimizer.defaults:
+                raise StateError(
+                    "The optimizer has no such option",
+                    expected=", ".join(sorted(optimizer.defaults)),
+                    actual=name,
+                )
+            optimizer.defaults[name] = value
+            for group in optimizer.param_groups:
+                base = group.get("initial_lr")
+                if name != "lr" or not base:
+                    group[name] = value
+                elif base != value:
+                    group["lr"], group["initial_lr"] = group["lr"] * value / base, value
+            if name == "lr" and self.scheduler is not None:
+                self.scheduler.set_base(float(value))
+        if optimizer is not None and self.hyperparameters:
+            self.rate = float(optimizer.param_groups[0]["lr"])
+
+    def untrained(self) -> list[str]:
+        """Names of the parameters that need gradients and are in no group of the optimizer."""
+        assert self.optimizer is not None
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return [
+            name
+            for name, p in self.module.named_parameters()
+            if p.requires_grad and id(p) not in held
+        ]
+
+    def metric_names(self) -> set[str]:
+        """The names that epochs bring metrics under."""
+        names = {"loss", *self.metrics}
+        if self.val_data is not None and self.validates:
+            names |= {f"val_{name}" for name in names}
+        return names | {"epoch", "step", "lr"} | self.will_log
+
+    def check_monitor(self, monitor: str) -> None:
+        """Raise StateError for a metric that training never brings."""
+        if monitor not in self.metric_names():
+            raise StateError(
+                "The monitored metric never appears",
+                expected=f"one of {', '.join(sorted(self.metric_names()))}",
+                actual=monitor,
+                remedy="correct monitor, or add the metric; val_ ones need a validation loader, "
+                "and names that you log are announced by handler.will_log.add(name)",
+            )
+
+    def replaying(self) -> bool:
+        """Whether the next call of train was begun before a resume."""
+        return self.replayed is not None and self.replayed < len(self.runs)
+
+    def begin_run(
+        self, epochs: int | None, max_steps: int | None, *, resumed: bool
+    ) -> tuple[int, int]:
+        """Note a call of train; the epoch and the step at which it ends. After a resume the calls
+        that were made before are met again, and end where they would have ended."""
+        if resumed:
+            self.replayed = 0
+        if self.replayed is not None and self.replaying():
+            number = self.replayed
+            self.replayed += 1
+        else:
+            number = len(self.runs)
+            self.stop_training = False
+            self.runs.append(self.epoch)
+            self.run_steps.append(self.step)
+        begun = self.run_steps[number] if number < len(self.run_steps) else self.step
+        return (
+            _NEVER if epochs is None else self.runs[number] + epochs,
+            _NEVER if max_steps is None else begun + max_steps,
+        )
+
+    def set_grad_scaler(self, **options: Any) -> None:
+        """A torch.amp.GradScaler for float16; train makes one if there is none."""
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.scaler = torch.amp.GradScaler(kind, **options)
+
+    def log(self, name: str, value: Any) -> None:
+        """Add a value to an epoch's metrics, from a callback, a loss or a training step.
+
+        The history gets the mean over the epoch and the ranks, under `name`, or `val_<name>` for
+        what is logged during validation. Not collective.
+
+        Args:
+            name: The metric. To monitor it or use it in a file name, announce it before train:
+                `handler.will_log.add(name)`.
+            value: A number, or a tensor with one element.
+
+        Raises:
+            StateError: No epoch is being trained or validated, or the value is not a number.
+        """
+        if self.sums is None:
+            raise StateError(
+                "log was called outside of an epoch",
+                actual=name,
+                remedy="call it from a training step, a loss, or the hooks of batches and steps",
+            )
+        self.sums.log(name, value)
+
+    def check_given(self) -> None:
+        """Raise StateError for a loss or metrics of a checkpoint that are still to be given."""
+        if self.awaited:
+            setters = {"loss_fn": "set_loss_fn(...)", "own_step": "set_training_step(...)"}
+            ways = [setters.get(at, f"add_metric({at[8:]!r}, ...)") for at in self.awaited]
+            raise StateError(
+                "The checkpoint names a loss, metrics or a step that load could not resolve",
+                expected=", ".join(f"{at}: {text}" for at, text in self.awaited.items()),
+                remedy=f"call {', '.join(ways)}, or before load shardckpt.trust the module that "
+                "defines them",
+            )
+
+    def config(self) -> dict[str, Any]:
+        """What rebuilds the handler, as plain data; see shardckpt.nn_handler.objects."""
+        config: dict[str, Any] = {
+            "model": describe({"class": self.model_class, "kwargs": self.model_kwargs}),
+            "optimizer": describe(self._optimizer_now()),
+            "scheduler": self.scheduler and self.scheduler.description(),
+            "loss_fn": describe(self.loss_fn),
+            "metrics": describe(self.metrics),
+            "callbacks": describe(
+                [
+                    {"class": type(c), "args": list(c.arguments[0]), "kwargs": c.arguments[1]}
+                    for c in self.callbacks
+                ]
+            ),
+            "auto_saver": self.auto_saver and self.auto_saver.description(),
+            "frozen": list(self.frozen),
+            "own_step": self.training_step is not None,
+            "untrained": [n for n, p in self.module.named_parameters() if not p.requires_grad],
+            "compile": describe(self.compiling),
+            "code": self.model_code,
+        }
+        for at, described in self.awaited.items():
+            part, _, name = at.partition(".")
+            config[part] = {**config[part], name: described} if name else described
+        config.update(self.proposed)
+        if self.class_name is not None:
+            config["model"]["class"] = self.class_name
+        return config
+
+    def _optimizer_now(self) -> dict[str, Any] | None:
+        """The arguments of set_optimizer, with the groups that the optimizer has now."""
+        if self.optimizer is None or self.optimizer_recipe is None:
+            return None
+        recipe, defaults = self.optimizer_recipe, self.optimizer.defaults
+        begun = recipe["groups"]
+        groups = [
+            {
+                "params": names,
+                **(
+                    {k: v for k, v in begun[number].items() if k != "params"}
+                    if number < len(begun)
+                    else {k: v for k, v in group.items() if k in defaults}
+                ),
+            }
+            for number, (names, group) in enumerate(
+                zip(
+                    group_names(self.optimizer, self.module, self.loss_module),
+                    self.optimizer.param_groups,
+                    strict=True,
+                )
+            )
+        ]
+        return {**recipe, "groups": groups}
+
+    def callback_states(self) -> dict[str, Any]:
+        """The kind and state of each callback, as plain data."""
+        return {
+            str(number): {"kind": type(callback).__name__, "state": callback.state_dict()}
+            for number, callback in enumerate(self.callbacks)
+        }
+
+    def tensor_state(self) -> dict[str, Any]:
+        """The part of the state that is loaded in place."""
+        state: dict[str, Any] = {"model": self.model}
+        if self.optimizer is not None:
+            state["optimizer"] = self.optimizer
+        if isinstance(self.loss_fn, nn.Module) and self.loss_fn.state_dict():
+            state["loss_fn"] = self.loss_fn
+        elif self.loss_tensors is not None:
+            state["loss_fn"] = self.loss_tensors
+        return state
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, as shardckpt.save takes it."""
+        config = self.config()
+        if self.rank == 0:
+            warn_of_absent(config, self.warned)
+        position = self.position
+        boundary = self.boundary or {"random": random_state(), "sums": None}
+        boundary = {**boundary, "sums": _plain_sums(boundary["sums"])}
+        state = self.tensor_state()
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler.state_dict()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        if self.ema is not None:
+            state["ema"] = {"decay": self.ema.decay, "weights": self.ema.weights}
+        return {
+            **state,
+            "progress": {
+                "epoch": self.epoch,
+                "step": self.step,
+                "position": {
+                    "samples": position.samples,
+                    "batches": position.batches,
+                    "length": position.length,
+                    "seed": position.seed,
+                },
+                "runs": self.runs,
+                "run_steps": self.run_steps,
+                "validations": self.validations,
+                "run_id": self.run_id,
+                "history": self.history,
+                "rate": self.rate,
+                "seed": self.seed_value,
+                "stopped": self.stop_training,
+            },
+            "callbacks": self.callback_states(),
+            "ranks": PerRank({**boundary, "epoch_random": position.random}),
+            "config": config,
+        }
+
+
+def _plain_sums(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The running sums of an epoch as plain numbers; see EpochSums."""
+    if state is None:
+        return None
+    return {**state, "sums": {name: float(value) for name, value in state["sums"].items()}}

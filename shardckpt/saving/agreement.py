@@ -1,0 +1,259 @@
+"""The agreement of all ranks on one save: which rank writes which boxes, and where.
+
+Every rank sends the digests of its local plan. Rank 0 answers with a Verdict and begins the
+checkpoint. If nothing has changed since an earlier save, each rank writes what it wrote then;
+otherwise the ranks send their plans, and rank 0 divides the work.
+"""
+
+from __future__ import annotations
+
+import enum
+import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+import msgspec
+
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import Attempt, attempt, exchange
+from shardckpt.format.digests import text_digest
+from shardckpt.format.entries import FORMAT_VERSION
+from shardckpt.io.gc_pause import collector_paused
+from shardckpt.plan.local_plan import LocalPlan, Offer, TensorSpec, filled
+from shardckpt.plan.plan_cache import KnownPlan, PlanCache
+from shardckpt.plan.save_plan import RankWrites, global_plan
+from shardckpt.plan.state_merge import merge
+from shardckpt.reports import Stopwatch
+from shardckpt.storage.base import Storage, WriteTransaction
+
+__all__ = ["Agreement", "Target", "agree", "new_id"]
+
+_cache = PlanCache()
+
+
+def new_id() -> str:
+    """Return a fresh checkpoint id: 32 hex digits."""
+    return uuid.uuid4().hex
+
+
+class Target(NamedTuple):
+    """Where a checkpoint goes."""
+
+    path: str
+    storage: Storage
+    overwrite: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What all ranks agreed on. A with block that raises abandons the checkpoint.
+
+    Attributes:
+        local: This rank's plan.
+        writes: This rank's part of the global plan.
+        transaction: The checkpoint being written.
+        checkpoint_id: Its id.
+        merged: The ranks hold different entries or values.
+        plan: The global plan, on rank 0.
+        tree: The typed JSON of the state, on rank 0.
+    """
+
+    local: LocalPlan
+    writes: RankWrites
+    transaction: WriteTransaction
+    checkpoint_id: str
+    merged: bool
+    plan: KnownPlan | None = None
+    tree: bytes = b""
+
+    def __enter__(self) -> Agreement:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error_type is not None:
+            self.transaction.abandon()
+        self.transaction.close()
+
+
+class _Verdict(enum.Enum):
+    """Rank 0's answer to the digests of the local plans."""
+
+    KNOWN = "same"  # every rank knows from an earlier save what it writes
+    DIVIDE = "send"  # the ranks send their plans, and rank 0 divides the work
+    MERGE = "merge"  # the ranks send their entries and values, and rank 0 merges them
+    MERGE_VALUES = "merge values"  # the same with values alone: rank 0 knows the entries
+
+
+class _Digests(msgspec.Struct, array_like=True, frozen=True):
+    """A local plan in short; `known` is the id of the global plan that this rank remembers."""
+
+    structure: str
+    values: str
+    rows: str
+    known: str
+
+
+class _Answer(msgspec.Struct, array_like=True, frozen=True):
+    verdict: _Verdict
+    plan_id: str
+    token: str
+    checkpoint_id: str
+
+
+class _Summary(NamedTuple):
+    """The digests of this rank's plan, its key in the plan cache, and its writes if remembered."""
+
+    digests: _Digests
+    key: tuple[str, str, str]
+    writes: RankWrites | None
+
+
+_encode = msgspec.msgpack.encode
+_decode_digests = msgspec.msgpack.Decoder(_Digests).decode
+_decode_answer = msgspec.msgpack.Decoder(_Answer).decode
+_decode_offer = msgspec.msgpack.Decoder(Offer).decode
+
+
+def agree(
+    coordinator: Coordinator, local: Attempt[LocalPlan], target: Target, work: Stopwatch
+) -> Agreement:
+    """Agree on which rank writes what, and begin the checkpoint; collective.
+
+    Args:
+        coordinator: The ranks.
+        local: This rank's plan, or the error that it met.
+        target: Where the checkpoint goes.
+        work: Counts this rank's own work.
+
+    Raises:
+        RankMismatchError: The states of the ranks don't go together.
+        ShardckptError: The error in `local`, on the rank that met it; the other ranks raise one
+            that names it.
+    """
+    with ExitStack() as on_error:
+        lead = _Lead(local, target, work, on_error)
+        agreement = _agree(coordinator, local, target, lead, on_error)
+        on_error.pop_all()
+    return agreement
+
+
+def _agree(
+    coordinator: Coordinator,
+    local: Attempt[LocalPlan],
+    target: Target,
+    lead: _Lead,
+    on_error: ExitStack,
+) -> Agreement:
+    summary = local.then(_summary, coordinator.world_size, lead.work)
+    answer = _decode_answer(
+        exchange(coordinator, "plan", lambda: _encode(summary.get().digests), lead.compare)
+    )
+    plan, (_, key, writes) = local.get(), summary.get()
+    merged = answer.verdict in (_Verdict.MERGE, _Verdict.MERGE_VALUES)
+    if merged:
+        offer = _encode(plan.offer(whole=answer.verdict is _Verdict.MERGE))
+        answer = _decode_answer(exchange(coordinator, "compare", lambda: offer, lead.merge))
+
+    # Every rank looks at what rank 0 has begun before anyone writes: a directory may not be shared.
+    def join() -> WriteTransaction:
+        if lead.transaction is not None:
+            return lead.transaction
+        return _abandoned_by(on_error, target.storage.join(target.path, token=answer.token))
+
+    transaction = attempt(join)
+    if answer.verdict is _Verdict.DIVIDE:
+        packed = transaction.then(lambda _: plan.pack(whole=coordinator.rank == 0))
+        writes = RankWrites.of(plan, exchange(coordinator, "divide", packed.get, lead.divide))
+        _cache.add_writes(key, answer.plan_id, writes)
+    else:
+        exchange(coordinator, "join", transaction.then(lambda _: b"").get, lambda payloads: b"")
+    assert writes is not None, "rank 0 says KNOWN only if every rank knows"
+    return Agreement(
+        local=plan,
+        writes=writes,
+        transaction=transaction.get(),
+        checkpoint_id=answer.checkpoint_id,
+        merged=merged,
+        plan=lead.plan,
+        tree=lead.tree,
+    )
+
+
+def _summary(local: LocalPlan, world_size: int, work: Stopwatch) -> _Summary:
+    with work.phase("plan"), collector_paused():
+        structure, values, rows = local.digests()
+    key = structure, rows, str(world_size)
+    known, writes = _cache.writes(key) or ("", None)
+    return _Summary(_Digests(structure, values, rows, known), key, writes)
+
+
+def _abandoned_by(on_error: ExitStack, transaction: WriteTransaction) -> WriteTransaction:
+    on_error.callback(transaction.close)
+    on_error.callback(transaction.abandon)
+    return transaction
+
+
+class _Lead:
+    """The decisions of rank 0. Its methods run on rank 0 alone; elsewhere it stays empty."""
+
+    def __init__(
+        self, local: Attempt[LocalPlan], target: Target, work: Stopwatch, on_error: ExitStack
+    ) -> None:
+        self.local = local
+        self.target = target
+        self.work = work
+        self.on_error = on_error
+        self.transaction: WriteTransaction | None = None
+        self.plan: KnownPlan | None = None
+        self.plan_id = ""
+        self.tree = b""
+        self.common: tuple[tuple[TensorSpec, ...], ...] | None = None  # by rank, if merged
+        self.partial: frozenset[str] = frozenset()
+
+    def compare(self, payloads: list[bytes]) -> bytes:
+        """Compare the digests of all ranks."""
+        digests = [_decode_digests(payload) for payload in payloads]
+        self.plan_id = text_digest(
+            _encode((FORMAT_VERSION, [(rank.structure, rank.rows) for rank in digests]))
+        )
+        if {rank.known for rank in digests} == {self.plan_id}:
+            self.plan = _cache.plan(self.plan_id)
+        if len({(rank.structure, rank.values) for rank in digests}) > 1:
+            verdict = _Verdict.MERGE_VALUES if self.plan else _Verdict.MERGE
+            return _encode(_Answer(verdict, self.plan_id, "", ""))
+        self.tree = self.local.get().tree
+        return self._begin()
+
+    def merge(self, payloads: list[bytes]) -> bytes:
+        """Merge the states of all ranks into one."""
+        with self.work.phase("plan"), collector_paused():
+            offers = [_decode_offer(payload) for payload in payloads]
+            merged = merge(offers, partial=self.plan.partial if self.plan else None)
+        self.tree, self.common, self.partial = merged.tree, merged.common, merged.partial
+        return self._begin()
+
+    def divide(self, payloads: list[bytes]) -> list[bytes]:
+        """Divide the work among the ranks."""
+        with self.work.phase("divide"), collector_paused():
+            plan = global_plan([LocalPlan.unpack(payload) for payload in payloads], self.common)
+            self.plan = KnownPlan(plan, self.partial)
+        _cache.add_plan(self.plan_id, self.plan)
+        return list(plan.shares)
+
+    def _begin(self) -> bytes:
+        """Begin the checkpoint, with the values that all ranks agree on."""
+        self.tree = filled(self.tree, self.local.get().rank0_trees)
+        path, storage, overwrite = self.target
+        identity = new_id()
+        self.transaction = _abandoned_by(
+            self.on_error, storage.begin(path, checkpoint_id=identity, overwrite=overwrite)
+        )
+        verdict = _Verdict.DIVIDE if self.plan is None else _Verdict.KNOWN
+        return _encode(_Answer(verdict, self.plan_id, self.transaction.token, identity))

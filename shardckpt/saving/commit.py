@@ -1,0 +1,183 @@
+"""The commit: rank 0 compares replicas, writes the manifest, and makes the checkpoint visible."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from shardckpt._version import __version__
+from shardckpt.coordination.base import Coordinator
+from shardckpt.coordination.exchange import Attempt, exchange
+from shardckpt.format.entries import Manifest, ShardEntry
+from shardckpt.format.manifest import to_bytes
+from shardckpt.io.gc_pause import collector_paused
+from shardckpt.plan.consistency import compare_replicas
+from shardckpt.plan.local_plan import Ints
+from shardckpt.reports import Stopwatch
+from shardckpt.saving.agreement import Agreement
+from shardckpt.saving.rank_writer import ShardResult
+from shardckpt.storage.base import WriteTransaction
+
+__all__ = ["Committed", "commit", "commit_manifest", "file_table"]
+
+
+class Committed(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """The facts of a commit that every rank reports.
+
+    `shard_bytes` and `linked_bytes` hold one int64 a rank, deflated: thousands of ranks each
+    receive the sizes of all.
+    """
+
+    checkpoint_id: str
+    manifest_bytes: int
+    shard_bytes: bytes
+    linked_bytes: bytes
+    base_problems: tuple[str, ...]
+
+    def report(self) -> dict[str, Any]:
+        """Return the fields of a SaveReport."""
+        return {
+            "checkpoint_id": self.checkpoint_id,
+            "manifest_bytes": self.manifest_bytes,
+            "bytes_by_rank": _inflated(self.shard_bytes),
+            "linked_by_rank": _inflated(self.linked_bytes),
+            "base_problems": self.base_problems,
+        }
+
+
+def _deflated(sizes: list[int]) -> bytes:
+    return zlib.compress(np.array(sizes, dtype="<i8").tobytes())
+
+
+def _inflated(column: bytes) -> tuple[int, ...]:
+    return tuple(np.frombuffer(zlib.decompress(column), dtype="<i8").tolist())
+
+
+_decode_result = msgspec.msgpack.Decoder(ShardResult).decode
+
+
+def commit(
+    coordinator: Coordinator, written: Attempt[ShardResult], agreement: Agreement, work: Stopwatch
+) -> tuple[Committed, dict[int, dict[str, float]]]:
+    """Commit what all ranks have written; collective.
+
+    Args:
+        coordinator: The ranks.
+        written: The result of this rank's writing, or the error that it met.
+        agreement: What the ranks agreed on.
+        work: Counts this rank's own work.
+
+    Returns:
+        The facts of the commit, and the seconds of work by rank and phase: of all ranks on rank 0,
+        of this rank elsewhere.
+
+    Raises:
+        ReplicaMismatchError: Ranks hold different values of a tensor.
+        ShardckptError: The error in `written`, on the rank that met it; the other ranks raise one
+            that names it.
+    """
+    profile: dict[int, dict[str, float]] = {}
+
+    def decide(payloads: list[bytes]) -> bytes:
+        results = [_decode_result(payload) for payload in payloads]
+        with work.phase("commit"):
+            committed = _commit(agreement, results)
+        profile.update({rank: result.seconds for rank, result in enumerate(results)})
+        return msgspec.msgpack.encode(committed)
+
+    answer = exchange(coordinator, "write", lambda: msgspec.msgpack.encode(written.get()), decide)
+    profile[coordinator.rank] = work.seconds
+    return msgspec.msgpack.decode(answer, type=Committed), profile
+
+
+def _commit(agreement: Agreement, results: Sequence[ShardResult]) -> Committed:
+    assert agreement.plan is not None, "rank 0 has it"
+    digests = [np.frombuffer(result.replicas, dtype="<u8") for result in results]
+    compare_replicas(agreement.plan.plan, digests)
+    with collector_paused():
+        tensors = agreement.plan.encoded_tensors(file_table(results))
+    return commit_manifest(
+        agreement.transaction,
+        checkpoint_id=agreement.checkpoint_id,
+        tensors=tensors,
+        results=results,
+        tree=agreement.tree,
+    )
+
+
+def commit_manifest(
+    transaction: WriteTransaction,
+    *,
+    checkpoint_id: str,
+    tensors: bytes,
+    results: Sequence[ShardResult],
+    tree: bytes,
+    saved_by: Manifest | None = None,
+) -> Committed:
+    """Write the manifest and make the checkpoint visible; on rank 0 alone.
+
+    Args:
+        transaction: The checkpoint being written.
+        checkpoint_id: Its id.
+        tensors: The member `tensors` of the manifest, encoded.
+        results: The files of each rank.
+        tree: The typed JSON of the state.
+        saved_by: The manifest of the save whose content these files repeat; world size, PerRank
+            values and notes are taken from it.
+    """
+    own_trees = tuple(msgspec.Raw(result.own_trees) for result in results)
+    has_own = any(result.own_trees != b"[]" for result in results)
+    manifest = to_bytes(
+        Manifest(
+            checkpoint_id=checkpoint_id,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            library=f"shardckpt {__version__}",
+            world_size=saved_by.world_size if saved_by else len(results),
+            shards=tuple(
+                ShardEntry(
+                    name=file.name,
+                    size_bytes=file.size_bytes,
+                    digests=np.frombuffer(file.digests, dtype="<u8"),
+                )
+                for result in results
+                for file in result.files
+            ),
+            tensors={},
+            state=msgspec.Raw(tree),
+            per_rank=saved_by.per_rank if saved_by else own_trees if has_own else (),
+            notes=saved_by.notes if saved_by else {},
+        ),
+        tensors=tensors,
+    )
+    transaction.commit(manifest)
+    return Committed(
+        checkpoint_id=checkpoint_id,
+        manifest_bytes=len(manifest),
+        shard_bytes=_deflated([result.size_bytes for result in results]),
+        linked_bytes=_deflated([result.linked_bytes for result in results]),
+        base_problems=_without_repeats([result.problems for result in results]),
+    )
+
+
+def _without_repeats(problems: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The problems of all ranks with their bases, each once, and at most eight."""
+    ranks: dict[str, list[int]] = {}
+    for rank, problems_of_rank in enumerate(problems):
+        for problem in problems_of_rank:
+            ranks.setdefault(problem, []).append(rank)
+    return tuple(
+        f"rank {having[0]}{f' and {len(having) - 1} more' if having[1:] else ''}: {problem}"
+        for problem, having in itertools.islice(ranks.items(), 8)
+    )
+
+
+def file_table(results: Sequence[ShardResult]) -> Ints:
+    """Return [number of chunks, size of the header in bytes] of each file, in order."""
+    rows = [(file.chunks, file.header_bytes) for result in results for file in result.files]
+    return np.array(rows, dtype=np.int64)

@@ -1,0 +1,175 @@
+"""Matching containers, values, markers and stateful objects of a caller's state."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeGuard
+
+from shardckpt.errors import StateError
+from shardckpt.format.typed_json import TensorRef, record_of
+from shardckpt.state.local_chunks import PLAIN
+from shardckpt.state.markers import FromRank0, PerRank, Union
+from shardckpt.state.match_context import Finish, Match, MatchContext
+from shardckpt.state.materialize import NOTHING, Builder
+from shardckpt.state.saved_tree import below
+
+__all__ = [
+    "is_per_rank",
+    "match_from_rank0",
+    "match_mapping",
+    "match_per_rank",
+    "match_record",
+    "match_sequence",
+    "match_stateful",
+    "match_union",
+    "match_value",
+]
+
+
+def match_mapping(context: MatchContext, template: Any, name: str, match: Match) -> Finish:
+    """Match each item of a dict. Other saved entries beside them stay unused."""
+    items: dict[Any, Finish] = {}
+    for key, value in template.items():
+        inner = below(name, key)
+        plain = type(value) in PLAIN and context.saved.selected(inner)
+        if plain and context.fill_plain(value, inner):
+            continue  # most tensors: nothing is left to do once they are read
+        items[key] = match(context, value, inner)
+
+    def finish() -> Any:
+        for key, item in items.items():
+            if (value := item()) is not template[key]:
+                template[key] = value
+        return template
+
+    return finish
+
+
+def match_sequence(context: MatchContext, template: Any, name: str, match: Match) -> Finish:
+    """Match each item of a list or tuple that holds tensors."""
+    items = [match(context, value, below(name, index)) for index, value in enumerate(template)]
+
+    def finish() -> Any:
+        values = [item() for item in items]
+        if isinstance(template, list):
+            template[:] = values
+            return template
+        return template._make(values) if hasattr(template, "_fields") else tuple(values)
+
+    return finish
+
+
+def match_record(context: MatchContext, template: Any, name: str, match: Match) -> Finish:
+    """Match each field of a dataclass or the like. A frozen one is replaced by a copy, as its
+    class makes it: nothing is called but copy.copy."""
+    fields = match_mapping(context, dict(record_of(template) or {}), name, match)
+
+    def finish() -> Any:
+        target, values = template, fields()
+        changed = {k: v for k, v in values.items() if v is not getattr(template, k, values)}
+        try:
+            for key, value in changed.items():
+                setattr(target, key, value)
+        except AttributeError:  # frozen
+            target = copy.copy(template)
+            for key, value in changed.items():
+                object.__setattr__(target, key, value)
+        return target
+
+    return finish
+
+
+def match_value(context: MatchContext, template: Any, name: str) -> Finish:
+    """Replace a value by the saved one. An empty dict or list takes all entries below its name."""
+    value = context.build(name)
+    if value is NOTHING:
+        return lambda: template
+    named = getattr(template, "_fields", None) if isinstance(template, tuple) else None
+    if named is not None and isinstance(value, tuple) and len(value) != len(named):
+        context.mismatches.wrong_shape.append((name, list(named), f"{len(value)} items"))
+        return lambda: template
+
+    def finish() -> Any:
+        if isinstance(template, dict) and type(value) is dict:  # a Counter would add
+            template.update(value)
+            return template
+        if isinstance(template, list) and isinstance(value, list):
+            template[:] = value
+            return template
+        if named is not None and isinstance(value, tuple):
+            return template._make(value)
+        return value
+
+    return finish
+
+
+def match_stateful(context: MatchContext, template: Any, name: str) -> Finish:
+    """Hand the saved value to an object's load_state_dict. Tensors of its state_dict are filled in
+    place where shape and dtype agree."""
+    value = context.build(name, like=template.state_dict())
+    if value is NOTHING:
+        return lambda: template
+
+    def finish() -> Any:
+        template.load_state_dict(value)
+        return template
+
+    return finish
+
+
+def match_from_rank0(
+    context: MatchContext, template: FromRank0, name: str, *, has_tensors: bool, match: Match
+) -> Finish:
+    """Match the value in a FromRank0 marker. One without tensors is replaced by rank 0's."""
+    if has_tensors:
+        inner = match(context, template.value, name)
+        return lambda: FromRank0(inner())
+    value = context.build(name)
+    return lambda: template if value is NOTHING else FromRank0(value)
+
+
+def match_union(context: MatchContext, template: Union, name: str, match: Match) -> Finish:
+    """Match the dict in a Union marker."""
+    inner = match(context, template.value, name)
+    return lambda: Union(inner())
+
+
+def is_per_rank(node: Any) -> TypeGuard[TensorRef]:
+    """Whether a saved node stands for a value of each rank."""
+    return isinstance(node, TensorRef) and node.kind == "per_rank"
+
+
+def match_per_rank(context: MatchContext, template: PerRank, name: str, match: Match) -> Finish:
+    """Match this rank's own value; if the number of ranks differs, do what on_resize says."""
+    node = context.saved.nodes.get(name)
+    if not is_per_rank(node):
+        inner = match(context, template.value, name)
+        return lambda: PerRank(inner(), template.on_resize)
+    if not context.saved.selected(name):
+        return lambda: template
+    context.used.add(name)
+    saved_world = context.saved.manifest.world_size
+    rank = context.rank
+    if saved_world != context.world_size:
+        if callable(policy := template.on_resize):
+            every = Builder(context.saved, context.reads).build(node, name)
+            return lambda: PerRank(policy(every), policy)
+        if policy == "error":
+            raise StateError(
+                "A PerRank entry does not fit another number of ranks",
+                tensor=name,
+                expected=f"{saved_world} ranks, as saved",
+                actual=f"{context.world_size} ranks",
+                remedy='load with as many ranks, or mark it with another on_resize="keep"',
+            )
+        if policy == "keep":
+            context.kept.append(name)
+            return lambda: template
+        rank %= saved_world
+    outer = context.saved
+    context.saved = outer.with_node(outer.per_rank(node, rank=rank), name)
+    try:
+        inner = match(context, template.value, name)
+    finally:
+        context.saved = outer
+    return lambda: PerRank(inner(), template.on_resize)

@@ -1,0 +1,124 @@
+"""Matching tensors and arrays of a caller's state: each is filled in place by reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.state.local_chunks import check_dense
+from shardckpt.state.match_context import Finish, MatchContext
+from shardckpt.state.saved_tree import below, under
+from shardckpt.state.sharded_array import ShardedArray, from_numpy
+from shardckpt.state.sharded_tensors import materialised
+from shardckpt.state.wrapper_tensors import WRAPPER, Wrapped, facts_of, read_out
+
+__all__ = ["match_array", "match_generator", "match_sharded_array", "match_tensor"]
+
+
+def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
+    """Fill a tensor in place and return it; for one on the meta device, a new tensor like it."""
+    target = read_out(template, name=name)
+    if isinstance(target, Wrapped):
+        return _match_wrapped(context, target, name)
+    if not context.saved.selected(name) or context.fill_plain(template, name):
+        return template
+    check_dense(target, name=name)
+    saved = context.find(name)
+    if saved is None or not context.agrees(saved[1], target, name):
+        return template
+    if target.is_meta:
+        template = materialised(template, name)
+        target = read_out(template, name=name)
+    context.fill(saved, target, name)
+    if type(template) is DTensor:
+        context.filled.append(template)
+    return template
+
+
+def _match_wrapped(context: MatchContext, target: Wrapped, name: str) -> torch.Tensor:
+    """Fill the inner tensors of one that wraps others, if the saved one was alike."""
+    node: Any = context.saved.nodes.get(name)
+    tensor = target.source
+    if name not in context.saved.nodes:
+        if context.saved.selected(name):
+            context.mismatches.missing.append(name)
+        return tensor
+    saved = facts_of(node)
+    if saved is None:
+        context.used.add(name)
+        actual = "a tensor" if isinstance(node, TensorRef) else type(node).__name__
+        context.mismatches.wrong_dtype.append((name, f"a {target.facts['class']}", actual))
+        return tensor
+    context.build(below(name, WRAPPER))  # which notes that it is used
+    mine = {**target.facts, "inner": sorted(target.parts)}
+    theirs = {**saved, "inner": sorted(key for key in node if key != WRAPPER)}
+    if mine != theirs:
+        context.used.update(leaf for leaf in context.saved.leaves if under(leaf, name))
+        differing = [key for key in mine if mine[key] != theirs.get(key)]
+        pair: Any = tuple({key: of.get(key) for key in differing} for of in (mine, theirs))
+        noted = context.mismatches.wrong_dtype
+        if differing == ["shape"]:
+            noted, pair = context.mismatches.wrong_shape, (mine["shape"], theirs["shape"])
+        noted.append((name, *pair))
+        return tensor
+    inner = {
+        key: match_tensor(context, value, below(name, key)) for key, value in target.parts.items()
+    }
+    context.filled.append(tensor)
+    if all(inner[key] is value for key, value in target.parts.items()):
+        return tensor
+    rebuilt: torch.Tensor = _rebuilt(tensor, inner)
+    return rebuilt
+
+
+def _rebuilt(tensor: Any, inner: dict[str, torch.Tensor]) -> Any:
+    """A tensor like the caller's, around other inner tensors."""
+    _, facts = tensor.__tensor_flatten__()
+    return type(tensor).__tensor_unflatten__(inner, facts, tensor.shape, tensor.stride())
+
+
+def match_array(context: MatchContext, template: np.ndarray[Any, Any], name: str) -> Finish:
+    """Fill a writeable array in place, whatever its byte order and strides."""
+    tensor = from_numpy(template, name=name)
+    match_tensor(context, tensor, name)
+
+    def finish() -> Any:
+        read = tensor.numpy()
+        if not np.may_share_memory(template, read):
+            template[...] = read
+        return template
+
+    return finish
+
+
+def match_sharded_array(context: MatchContext, template: ShardedArray, name: str) -> Finish:
+    """Fill this rank's part of an array in place."""
+    saved = context.find(name) if context.saved.selected(name) else None
+    if saved is None or not context.agrees(saved[1], template.check(name), name):
+        return lambda: template
+    template.check_writeable(name)
+    context.fill(saved, template, name)
+
+    def finish() -> Any:
+        template.loaded()
+        return template
+
+    return finish
+
+
+def match_generator(context: MatchContext, template: torch.Generator, name: str) -> Finish:
+    """Set a random-number generator to the state that was saved."""
+    state, before = template.get_state(), len(context.reads)
+    match_tensor(context, state, name)
+    if len(context.reads) == before:
+        return lambda: template
+
+    def finish() -> Any:
+        template.set_state(state)
+        return template
+
+    return finish

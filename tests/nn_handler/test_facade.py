@@ -1,0 +1,757 @@
+"""What a user of Lightning, Keras or the Trainer of transformers expects of NNHandler."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import logging
+import os
+import signal
+import threading
+import time
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from shardckpt import NNHandler
+from shardckpt.errors import StateError
+from shardckpt.nn_handler import Callback, ModelCheckpoint
+from shardckpt.nn_handler.batch import batch_size, to_device
+from tests.nn_handler.models import NormNet, accuracy, data, same, weights
+
+X = torch.randn(96, 4, generator=torch.Generator().manual_seed(3))
+Y = X[:, :3].argmax(1)
+DS = TensorDataset(X, Y)
+
+
+class Body(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, width), nn.ReLU())
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def make(model=Body, **kwargs) -> NNHandler:
+    torch.manual_seed(0)
+    handler = NNHandler(model, device="cpu", **kwargs)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    handler.set_train_loader(DS, batch_size=16)
+    handler.set_val_loader(DS, batch_size=16)
+    return handler
+
+
+def train(handler: NNHandler, epochs: int | None = 1, **options) -> NNHandler:
+    handler.train(epochs, progress_bar=False, **options)
+    return handler
+
+
+# Freezing
+
+
+def frozen_by_module(handler):
+    handler.freeze_module("body")
+
+
+def frozen_by_hand(handler):
+    handler.module.body.requires_grad_(False)
+
+
+def one_frozen_by_hand(handler):
+    handler.module.body[0].bias.requires_grad = False
+
+
+@pytest.mark.parametrize("freeze", [frozen_by_module, frozen_by_hand, one_frozen_by_hand])
+@pytest.mark.parametrize("unfreeze", [False, True])
+def test_what_is_frozen_comes_back(tmp_path, freeze, unfreeze):
+    handler = NNHandler(Body, device="cpu")
+    freeze(handler)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    handler.set_train_loader(DS, batch_size=16)
+    train(handler)
+    if unfreeze:
+        handler.module.requires_grad_(True)
+    handler.save(tmp_path / "a")
+    loaded = NNHandler.load(tmp_path / "a")
+    flags = [p.requires_grad for p in loaded.module.parameters()]
+    assert flags == [p.requires_grad for p in handler.module.parameters()]
+    assert len(loaded.optimizer.param_groups[0]["params"]) == len(
+        handler.optimizer.param_groups[0]["params"]
+    )
+
+
+class Unfreeze(Callback):
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_epoch_start(self, handler):
+        if handler.epoch == 1:
+            handler.freeze_module("body", freeze=False)
+            if self.how == "anew":
+                handler.set_optimizer(torch.optim.SGD, lr=0.1)
+            else:
+                body = handler.module.body.parameters()
+                handler.optimizer.add_param_group({"params": list(body), "lr": 0.01})
+
+
+@pytest.mark.parametrize("how", ["anew", "group"])
+def test_gradual_unfreezing_resumes(tmp_path, how):
+    def job(folder, epochs):
+        torch.manual_seed(0)
+        handler = NNHandler(Body, device="cpu")
+        handler.freeze_module("body")
+        handler.set_optimizer(torch.optim.SGD, lr=0.1)
+        handler.set_loss_fn(nn.CrossEntropyLoss())
+        handler.set_train_loader(DS, batch_size=16)
+        handler.add_callback(Unfreeze(how))
+        handler.auto_save(interval=1, save_path=folder, resume="auto")
+        return train(handler, epochs)
+
+    job(tmp_path / "a", 2)
+    resumed, never = job(tmp_path / "a", 3), job(tmp_path / "b", 3)
+    assert resumed.epoch == 3
+    assert same(weights(resumed), weights(never))
+    assert len(resumed.optimizer.param_groups) == len(never.optimizer.param_groups)
+
+
+def test_unfrozen_parameters_that_no_optimizer_holds_are_named():
+    handler = NNHandler(Body, device="cpu")
+    handler.freeze_module("body")
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    handler.set_train_loader(DS, batch_size=16)
+    train(handler)
+    handler.freeze_module("body", freeze=False)
+    with pytest.warns(UserWarning, match=r"body\.0\.weight"):
+        train(handler)
+
+
+# Data as it is handed over
+
+
+class Seen(Dataset):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, index):
+        self.seen.append(index)
+        return X[index], Y[index]
+
+
+def loaders(dataset):
+    def g(seed):
+        return torch.Generator().manual_seed(seed)
+
+    return {
+        "replacement": lambda s: DataLoader(
+            dataset,
+            16,
+            sampler=RandomSampler(dataset, replacement=True, num_samples=320, generator=g(s)),
+        ),
+        "generator": lambda s: DataLoader(dataset, 16, shuffle=True, generator=g(s)),
+        "weighted": lambda s: DataLoader(
+            dataset, 16, sampler=WeightedRandomSampler([1.0] * 96, 40, generator=g(s))
+        ),
+        "batch sampler": lambda s: DataLoader(
+            dataset, batch_sampler=BatchSampler(RandomSampler(dataset, generator=g(s)), 10, False)
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", loaders(DS))
+def test_a_loader_gives_the_samples_that_it_gives_by_itself(kind):
+    for seed in (1, 2):
+        own, used = Seen(), Seen()
+        list(loaders(own)[kind](seed))
+        handler = make()
+        handler.set_train_loader(loaders(used)[kind](seed))
+        train(handler)
+        assert used.seen == own.seen
+
+
+@pytest.mark.parametrize("kind", loaders(DS))
+def test_a_loader_of_its_own_order_resumes_within_an_epoch(tmp_path, kind):
+    def job(folder, stop):
+        handler = make()
+        handler.set_train_loader(loaders(DS)[kind](5))
+        handler.add_callback(StopAt(stop))
+        handler.auto_save(interval=-1, save_path=tmp_path / folder, resume="auto")
+        return handler
+
+    never = train(job("never", 0), 2)
+    with pytest.raises(KeyError):
+        train(job("c", 2), 2)
+    assert same(weights(train(job("c", 0), 2)), weights(never))
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, handler, loss):
+        if handler.step == self.step:
+            raise KeyError("planted")
+
+
+class Epochs:
+    def __init__(self) -> None:
+        self.epoch, self.seen = -1, []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class Batches(Epochs):
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self):
+        self.seen.append(self.epoch)
+        return iter([list(range(16 * i, 16 * i + 16)) for i in range(6)])
+
+
+class Stream(Epochs, IterableDataset):
+    def __iter__(self):
+        self.seen.append(self.epoch)
+        return zip(X, Y, strict=True)
+
+
+def test_set_epoch_is_called_wherever_it_exists():
+    batches, stream = Batches(), Stream()
+    handler = make()
+    handler.set_train_loader(DS, batch_sampler=batches)
+    handler.set_val_loader(stream, batch_size=16)
+    train(handler, 2)
+    assert (batches.seen, stream.seen) == ([0, 1], [0, 1])
+
+
+class Mine(DataLoader):
+    pass
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda: DataLoader(DS, 16, sampler=SubsetRandomSampler(range(10))),
+        lambda: DataLoader(Stream(), 16),
+        lambda: Mine(DS, 16),
+        lambda: types.SimpleNamespace(__iter__=None) and [(X[:8], Y[:8]), (X[8:16], Y[8:16])],
+    ],
+)
+def test_validation_takes_what_training_takes(loader):
+    handler = make()
+    if isinstance(loader(), list):
+        handler.set_val_loader(DataLoader(loader(), batch_size=None))
+    else:
+        handler.set_val_loader(loader())
+    assert train(handler).history["val_loss"][0] > 0
+
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+class Two(Body):
+    def forward(self, a, b):
+        return super().forward(a + b)
+
+
+class OfPair(Body):
+    def forward(self, pair):
+        return super().forward(pair[0] + pair[1])
+
+
+class ByName(Body):
+    def forward(self, x, scale=None, **extra):
+        return super().forward(x if scale is None else x * scale[:, None].float())
+
+
+class ListOf(Dataset):
+    def __init__(self, make_sample) -> None:
+        self.make_sample = make_sample
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, i):
+        return self.make_sample(i)
+
+
+@pytest.mark.parametrize(
+    ("model", "sample"),
+    [
+        (OfPair, lambda i: (Pair(X[i], X[i]), Y[i])),
+        (OfPair, lambda i: ((X[i], X[i]), Y[i])),
+        (Two, lambda i: ((X[i], X[i]), Y[i])),
+        (Two, lambda i: (X[i], X[i], Y[i])),
+        (Two, lambda i: ({"a": X[i], "b": X[i]}, Y[i])),
+        (ByName, lambda i: ({"x": X[i], "scale": 2.0}, Y[i])),
+    ],
+)
+def test_several_inputs_reach_the_model(model, sample):
+    handler = make(model)
+    handler.set_train_loader(ListOf(sample), batch_size=16)
+    handler.set_val_loader(ListOf(sample), batch_size=16)
+    assert train(handler).step == 2
+
+
+class WithLoss(Body):
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_dict_batch_and_the_loss_of_the_outputs():
+    handler = NNHandler(WithLoss, device="cpu")
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_train_loader(ListOf(lambda i: {"x": X[i], "labels": Y[i]}), batch_size=16)
+    assert train(handler).history["loss"][0] > 0
+
+
+def test_containers_keep_their_types_on_the_way_to_the_device():
+    packed = pack_sequence([torch.ones(3), torch.ones(2)])
+    value = {"p": Pair(packed, torch.ones(1)), "d": collections.OrderedDict(a=torch.ones(2))}
+    moved = to_device(value, torch.device("meta"))
+    assert type(moved["p"]) is Pair
+    assert type(moved["p"].a) is PackedSequence
+    assert moved["p"].a.data.is_meta
+    assert type(moved["d"]) is collections.OrderedDict
+    assert batch_size(packed) == 2
+
+
+def two_terms(outputs, targets):
+    ce = nn.functional.cross_entropy(outputs, targets)
+    return {"loss": ce + 1.0, "ce": ce}
+
+
+def test_the_terms_of_a_loss_are_in_the_history():
+    handler = make()
+    handler.set_loss_fn(two_terms)
+    history = train(handler).history
+    assert history["loss"][0] == pytest.approx(history["ce"][0] + 1.0)
+    assert "val_ce" in history
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.scale = scale / 2
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets) * self.scale * self.factor
+
+
+@pytest.mark.parametrize("first", ["optimizer", "loss"])
+def test_a_loss_with_parameters_is_trained_saved_and_rebuilt(tmp_path, first):
+    handler = NNHandler(Body, device="cpu")
+    for what in (first, {"optimizer": "loss", "loss": "optimizer"}[first]):
+        if what == "loss":
+            handler.set_loss_fn(Scaled(4.0))
+        else:
+            handler.set_optimizer(torch.optim.Adam, lr=0.1)
+    handler.set_train_loader(DS, batch_size=16)
+    train(handler)
+    assert handler.loss_fn.factor != 1.0
+    handler.save(tmp_path / "a")
+    loaded = NNHandler.load(tmp_path / "a")
+    assert loaded.loss_fn.scale == 2.0  # its argument was 4.0
+    assert torch.equal(loaded.loss_fn.factor, handler.loss_fn.factor)
+    held = [id(p) for group in loaded.optimizer.param_groups for p in group["params"]]
+    assert id(loaded.loss_fn.factor) in held
+
+
+def test_a_copied_loss_is_not_guessed(tmp_path):
+    handler = make()
+    handler.set_loss_fn(copy.deepcopy(Scaled(4.0)))
+    with pytest.warns(UserWarning, match="loss_fn"):
+        handler.save(tmp_path / "a")
+
+
+# Arguments of models
+
+
+@dataclasses.dataclass
+class Config:
+    width: int = 8
+
+
+class OfConfig(Body):
+    def __init__(self, config, log=None) -> None:
+        super().__init__(config.width)
+
+
+class Wrap(nn.Module):
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    "config", [Config(), types.SimpleNamespace(width=8), type("Own", (), {"width": 8})()]
+)
+def test_a_model_with_a_config_object_trains_and_is_asked_for_at_load(tmp_path, config):
+    handler = make(OfConfig, config=config, log=logging.getLogger("x"))
+    with pytest.warns(UserWarning, match=r"model\.kwargs"):
+        train(handler).save(tmp_path / "a")
+    given = {"model.kwargs.config": config, "model.kwargs.log": None}
+    loaded = NNHandler.load(tmp_path / "a", objects=given)
+    assert same(weights(loaded), weights(handler))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda: nn.Linear(4, 3),
+        lambda: nn.Sequential(nn.Linear(4, 3)),
+        lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3, bias=False)),
+        lambda: Body(width=5),
+    ],
+)
+def test_modules_as_arguments_come_back(tmp_path, body):
+    handler = make(Wrap, body=body())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handler.save(tmp_path / "a")
+    assert same(weights(NNHandler.load(tmp_path / "a")), weights(handler))
+
+
+# Savers, names, resumes
+
+
+def minus_epoch(outputs, targets):
+    return float(-Count.epoch)
+
+
+class Count(Callback):
+    epoch = 0
+
+    def on_epoch_start(self, handler):
+        Count.epoch = handler.epoch
+
+
+def test_two_checkpoints_in_one_folder_keep_their_own_best(tmp_path):
+    handler = make()
+    handler.add_callback(Count())
+    handler.add_metric("m", minus_epoch)
+    handler.add_callback(ModelCheckpoint(tmp_path, monitor="val_loss"))
+    handler.add_callback(ModelCheckpoint(tmp_path, monitor="val_m", mode="max"))
+    train(handler, 4)
+    by_loss, by_m = (c.saver.best_path for c in handler.callbacks[1:])
+    assert (NNHandler.load(by_loss).epoch, NNHandler.load(by_m).epoch) == (4, 1)
+    assert handler.best_path == by_loss
+    assert handler.best_score == min(handler.history["val_loss"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a/{epoch}", "../x{epoch}", ".h{epoch}", "e{val_loss:d}", "e{epoch:.2q}", "", "{loss.x}"],
+)
+def test_a_name_that_can_not_work_is_told_before_the_first_step(tmp_path, name):
+    handler = make()
+    with pytest.raises(StateError):
+        handler.auto_save(interval=1, save_path=tmp_path, name=name)
+        train(handler)
+    assert handler.step == 0
+
+
+def one(outputs, targets):
+    return 1.0
+
+
+def test_a_metric_that_is_added_before_a_resume_counts_its_own_samples(tmp_path):
+    def job(stop):
+        handler = make()
+        handler.add_callback(StopAt(stop))
+        handler.auto_save(interval=1, save_path=tmp_path, resume="auto")
+        return handler
+
+    with pytest.raises(KeyError):
+        train(job(3))
+    handler = job(0)
+    handler.add_metric("one", one)
+    assert train(handler).history["one"] == [1.0]
+
+
+def test_changed_options_are_told_and_set_hyperparameters_changes_them(tmp_path):
+    def job(epochs, change=False, **options):
+        handler = make()
+        handler.set_optimizer(torch.optim.SGD, momentum=0.9, **options)
+        if change:
+            handler.set_hyperparameters(lr=0.5)
+        handler.auto_save(interval=1, save_path=tmp_path, resume="auto")
+        return train(handler, epochs)
+
+    job(1, lr=0.1)
+    with pytest.warns(UserWarning, match="optimizer lr: 0.1"):
+        assert job(2, lr=0.5).history["lr"] == [0.1, 0.1]
+    changed = job(3, change=True, lr=0.1)
+    assert changed.history["lr"] == [0.1, 0.1, 0.5]
+    assert changed.optimizer.state
+
+
+def test_a_typo_in_a_device_map_is_an_error(tmp_path):
+    make().save(tmp_path / "a")
+    with pytest.raises(StateError, match="bdoy"):
+        NNHandler.load(tmp_path / "a", device_map={"": "cpu", "bdoy": "disk"})
+    assert not NNHandler.load(tmp_path / "a", device_map="cpu").model.training
+
+
+def test_training_inside_ema_weights_is_refused():
+    handler = train(make(), ema_decay=0.9)
+    with handler.ema_weights(), pytest.raises(StateError, match="ema_weights"):
+        train(handler)
+    train(handler)
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda h: h.set_optimizer(torch.optim.Adam(h.model.parameters())),
+        lambda h: h.set_scheduler(torch.optim.lr_scheduler.StepLR(h.optimizer, 1)),
+        lambda h: h.set_loss_fn(nn.CrossEntropyLoss),
+        lambda h: h.set_loss_fn(None),
+        lambda h: h.add_metric("a", nn.L1Loss),
+        lambda h: h.add_metric("a", None),
+        lambda h: h.set_train_loader(None),
+        lambda h: h.set_val_loader(None),
+        lambda h: h.set_train_loader(TensorDataset),
+        lambda h: NNHandler(Body, 32),
+        lambda h: NNHandler(Body, "gpu"),
+        lambda h: NNHandler(Body, "cuda:99"),
+        lambda h: NNHandler(None),
+        lambda h: (h.set_loss_fn(lambda o, t: (o.sum(), 1)), train(h)),
+        lambda h: (h.set_loss_fn(lambda o, t: o), train(h)),
+        lambda h: h.train(progress_bar=False),
+        lambda h: h.train(1, precision="bf61"),
+        lambda h: h.log("a", 1),
+        lambda h: h.remove_callback(Callback),
+    ],
+)
+def test_a_wrong_argument_is_a_state_error(call):
+    with pytest.raises(StateError):
+        call(make())
+
+
+# Ctrl-C in validation
+
+
+class Slow(Dataset):
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, index):
+        if index == 0:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        time.sleep(0.05)
+        return X[0], Y[0]
+
+
+def test_a_signal_stops_validation_within_a_batch(tmp_path):
+    handler = make()
+    handler.set_val_loader(Slow(), batch_size=2)
+    handler.auto_save(interval=1, save_path=tmp_path, resume="auto")
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train(handler)
+    assert time.monotonic() - begun < 15
+    assert os.listdir(tmp_path) == ["step6"]
+
+
+# Verbs
+
+
+def test_evaluate_and_predict():
+    handler = make()
+    handler.add_metric("accuracy", accuracy)
+    train(handler, ema_decay=0.9)
+    found = handler.evaluate()
+    assert found["loss"] == pytest.approx(handler.history["val_loss"][-1])
+    assert handler.evaluate(DS, batch_size=7)["accuracy"] == pytest.approx(found["accuracy"])
+    outputs = handler.predict(DS, batch_size=7)
+    assert torch.allclose(outputs, handler.predict(X))
+    averaged = handler.predict(DataLoader(DS, 5), ema=True)
+    assert not torch.allclose(outputs, averaged)
+    assert averaged.shape == outputs.shape
+    assert handler.model.training
+
+
+def test_steps_limits_and_validation_by_steps():
+    handler = train(make(), None, max_steps=8, validate_every_steps=3)
+    assert (handler.step, handler.epoch) == (8, 1)
+    assert [found["step"] for found in handler.validations] == [3.0, 6.0]
+    handler = train(make(), 2, limit_train_batches=2, limit_val_batches=1)
+    assert (handler.step, handler.epoch) == (4, 2)
+    handler = make()
+    handler.auto_save(save_path="/proc/nowhere")
+    assert train(handler, 5, fast_dev_run=True).step == 1
+
+
+def test_max_steps_resumes(tmp_path):
+    def job(stop):
+        handler = make()
+        handler.add_callback(StopAt(stop))
+        handler.auto_save(interval=-1, save_path=tmp_path, resume="auto")
+        return train(handler, None, max_steps=8)
+
+    with pytest.raises(KeyError):
+        job(7)
+    assert job(0).step == 8
+    assert job(0).step == 8
+
+
+def own_step(handler, batch):
+    inputs, targets = batch
+    outputs = handler.model(inputs)
+    handler.log("size", len(inputs))
+    loss = nn.functional.cross_entropy(outputs, targets)
+    return {"loss": loss, "outputs": outputs, "targets": targets}
+
+
+def test_a_training_step_of_ones_own(tmp_path):
+    handler, usual = make(), train(make())
+    handler.set_training_step(own_step)
+    handler.will_log.add("size")
+    train(handler)
+    assert same(weights(handler), weights(usual))
+    assert handler.history["size"] == [16.0]
+    handler.save(tmp_path / "a")
+    loaded = NNHandler.load(tmp_path / "a")
+    loaded.set_train_loader(DS, batch_size=16)
+    with pytest.raises(StateError, match="set_training_step"):
+        train(loaded)
+
+
+def explodes(outputs, targets):
+    return outputs.sum() * (float("nan") if Count.epoch == 0 else 1.0)
+
+
+def test_the_nan_guard():
+    Count.epoch = 0
+    handler = make()
+    handler.set_loss_fn(explodes)
+    before = weights(handler)
+    with pytest.warns(UserWarning, match="not finite"):
+        train(handler, nan_guard="skip")
+    assert same(before, weights(handler))
+    with pytest.raises(StateError, match="not finite"):
+        train(handler, nan_guard="stop")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
+def test_precision_by_name(precision):
+    handler = train(make(), precision=precision)
+    assert (handler.scaler is not None) == (precision == "fp16")
+
+
+class Counts:
+    """As the metrics of torchmetrics behave."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.right = self.all = 0
+
+    def update(self, outputs, targets) -> None:
+        self.right += int((outputs.argmax(1) == targets).sum())
+        self.all += len(targets)
+
+    def compute(self) -> float:
+        return self.right / self.all
+
+
+def test_metrics_that_take_in_a_whole_epoch():
+    handler = make()
+    handler.add_metric("counted", Counts())
+    handler.add_metric("accuracy", accuracy)
+    history = train(handler, 2).history
+    assert history["counted"] == pytest.approx(history["accuracy"])
+    assert history["val_counted"] == pytest.approx(history["val_accuracy"])
+
+
+class Hooks(Callback):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_batch_start(self, handler, batch, number):
+        self.seen.append(f"batch {number}")
+
+    def on_validation_start(self, handler):
+        self.seen.append("validation")
+
+    def on_validation_end(self, handler, metrics):
+        self.seen.append(",".join(metrics))
+
+    def on_save(self, handler, path):
+        self.seen.append(os.path.basename(path))
+
+    def on_exception(self, handler, error):
+        self.seen.append(type(error).__name__)
+
+
+def test_hooks_and_remove_callback(tmp_path):
+    handler, hooks = make(), Hooks()
+    handler.add_callback(hooks)
+    handler.add_callback(StopAt(3))
+    handler.set_train_loader(data(16), batch_size=8)
+    handler.auto_save(save_path=tmp_path)
+    with pytest.raises(KeyError):
+        train(handler, 2, gradient_accumulation_steps=1)
+    assert hooks.seen == ["batch 0"] * 2 + [
+        "validation",
+        "val_loss",
+        "epoch1",
+        "batch 0",
+        "KeyError",
+    ]
+    handler.remove_callback(hooks)
+    handler.remove_callback(StopAt)
+    assert handler.callbacks == []
+
+
+def test_a_summary_and_the_number_of_parameters():
+    handler = make()
+    handler.freeze_module("body")
+    assert handler.count_parameters() == 67
+    assert handler.count_parameters(trainable=True) == 27
+    assert "head" in repr(handler)
+    assert "67 parameters, 27 trained" in repr(handler)
+
+
+def test_batch_norm_with_an_average_and_a_plateau(tmp_path):
+    def job(epochs):
+        handler = make(NormNet)
+        handler.set_scheduler(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0)
+        handler.auto_save(save_path=tmp_path, resume="auto")
+        return train(handler, epochs, ema_decay=0.9, use_amp=True)
+
+    job(1)
+    assert job(2).epoch == 2
