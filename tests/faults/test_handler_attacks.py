@@ -44,7 +44,7 @@ def attempts(folder: Path, cases, form: str, hole: str = "") -> list[dict]:
         [sys.executable, "-m", "tests.faults.handler_child", str(folder), hole],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0 or hole, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

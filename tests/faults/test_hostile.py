@@ -87,7 +87,7 @@ class Corpus:
             [sys.executable, "-m", "tests.faults.hostile_child", str(self.folder)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             cwd=self.folder,
             env={
                 **os.environ,
