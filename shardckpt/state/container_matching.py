@@ -49,8 +49,8 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
     def finish() -> Any:
         values = {key: item() for key, item in items.items()}
         changed = {key: value for key, value in values.items() if value is not template[key]}
-        if changed and isinstance(template, types.MappingProxyType):
-            return types.MappingProxyType({**template, **changed})
+        if isinstance(template, types.MappingProxyType):
+            return types.MappingProxyType({**template, **changed}) if changed else template
         for key, value in changed.items():
             template[key] = value
         return template
