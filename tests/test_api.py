@@ -295,8 +295,8 @@ def test_slices_cost_their_blocks(tmp_path):
         read = []
         files, readinto = checkpoint.files, type(checkpoint.files).readinto
 
-        def counted(self, name, buffers, *, offset, done=None, wait=True):
-            readinto(self, name, buffers, offset=offset, done=done, wait=wait)
+        def counted(self, name, buffers, *, offset, on_filled=None, wait=True):
+            readinto(self, name, buffers, offset=offset, on_filled=on_filled, wait=wait)
             read.append(sum(map(len, buffers)))
 
         with pytest.MonkeyPatch.context() as patch:

@@ -105,7 +105,7 @@ def test_a_planner_without_options():
 )
 def test_options_that_a_target_has_no_use_for(tmp_path, target, options):
     shardckpt.save({"w": torch.ones(3)}, tmp_path / "source")
-    with pytest.raises(errors.StateError, match="takes no number of shards or size of files"):
+    with pytest.raises(errors.StateError, match="has no number of shards or size of files"):
         convert(str(tmp_path / "source"), str(tmp_path / target), **options)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

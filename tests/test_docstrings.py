@@ -108,7 +108,9 @@ def test_a_public_docstring_has_its_sections(name):
 def test_the_examples_of_a_public_name_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for test in doctest.DocTestFinder().find(PUBLIC[name], name, globs={}):
+    for test in doctest.DocTestFinder(recurse=name not in ELSEWHERE).find(
+        PUBLIC[name], name, globs={}
+    ):
         output: list[str] = []
         runner.run(test, out=output.append)
         assert runner.summarize(verbose=False).failed == 0, "".join(output)

@@ -260,7 +260,10 @@ class DcpCheckpoint:
                 if end > len(view):
                     raise ValueError(f"it ends at byte {end} of {len(view)}")
                 with view[info.offset : end] as part:
-                    return load_torch_part(part, path, load)
+                    try:
+                        return load_torch_part(part, path, load)
+                    except NotACheckpointError as error:  # a part of a data file is corrupted
+                        raise ValueError(f"{error.message}, {error.actual}") from error
         except (CorruptionError, NotACheckpointError):
             raise
         except pickle.UnpicklingError as error:

@@ -121,7 +121,7 @@ def test_ranks_of_torchrun_without_a_group(tmp_path, launched_by, monkeypatch, m
             call()
         shutil.rmtree(path, ignore_errors=True)
         assert name
-    with pytest.raises(CheckpointException, match="CoordinationError: This is one of several"):
+    with pytest.raises(CheckpointException, match="CoordinationError: This process is one"):
         dcp.save(dict(STATE), storage_writer=shardckpt.ShardWriter(path))
     with shardckpt.alone():
         dcp.save(dict(STATE), storage_writer=shardckpt.ShardWriter(path))

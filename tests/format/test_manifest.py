@@ -162,7 +162,7 @@ def test_white_space_and_repeated_keys():
         body.replace(b"shardckpt test", b"shardckpt \\u0074est"),
     ):
         assert other != body
-        with pytest.raises(errors.CorruptionError, match="rule of the format"):
+        with pytest.raises(errors.CorruptionError, match="violates the format"):
             from_bytes(other + f',"digest":"{text_digest(other)}"}}\n'.encode(), path="p")
 
 

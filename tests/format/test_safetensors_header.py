@@ -105,7 +105,7 @@ def test_lengths_that_lie(length):
 def test_a_key_that_stands_twice():
     entry = '"a":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
     text = f"{{{entry},{entry}}}".encode()
-    with pytest.raises(errors.CorruptionError, match="rules of the safetensors"):
+    with pytest.raises(errors.CorruptionError, match="violates the safetensors"):
         parse_header(struct.pack("<Q", len(text)) + text, file_size_bytes=8 + len(text), path="p")
 
 

@@ -67,6 +67,8 @@ CALLS = {
     "load": lambda path: shardckpt.load(STATE, path),
     "load_state": shardckpt.load_state,
     "open_checkpoint": shardckpt.open_checkpoint,
+    "metadata": shardckpt.metadata,
+    "verify": shardckpt.verify,
     "Checkpoint": lambda path: Checkpoint(path, storage=LocalStorage()),
     "ShardWriter": ShardWriter,
     "ShardWriter base": lambda path: ShardWriter("new", base=path),
@@ -148,8 +150,10 @@ def test_every_callable_that_takes_a_path_is_tried():
         if callable(member) and (not name.startswith("_"))
         if {"path", "folder", "save_path", "source", "target"} & set(_parameters(member))
     }
-    results = {n for n in shardckpt.__all__ if n.endswith(("Report", "Error", "Handle", "Tensor"))}
-    assert taking - results <= {*CALLS, "convert"}  # its two paths are tried by themselves
+    endings = ("Report", "Error", "Handle", "Tensor", "Metadata", "SavedCheckpoint", "Restored")
+    results = {name for name in shardckpt.__all__ if name.endswith(endings)}
+    # the paths of these are tried one by one
+    assert taking - results <= {*CALLS, "convert", "rescue", "reshard"}
     assert len(taking) > 15
 
 
