@@ -103,7 +103,7 @@ CALLS = {
 }
 COMMANDS = {
     "inspect": lambda path: command("inspect", path),
-    "verify": lambda path: command("verify", path),
+    "verify of": lambda path: command("verify", path),
     "rescue from": lambda path: command("rescue", path, "new"),
     "rescue to": lambda path: command("rescue", given(), path),
     "reshard from": lambda path: command("reshard", path, "new", "--world-size", "1"),
