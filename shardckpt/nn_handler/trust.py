@@ -29,7 +29,7 @@ __all__ = [
     "trust",
 ]
 
-_CALLBACKS = "shardckpt.nn_handler.callbacks"
+_CALLBACKS = ("shardckpt.nn_handler.callback", "shardckpt.nn_handler.callbacks")
 _prefixes: set[str] = set()
 _objects: dict[str, Any] = {}
 
@@ -155,7 +155,7 @@ def _is_class_for(kind: Any, slot: Slot, *, instance: bool) -> bool:
     if home.partition(".")[0] == "torch":  # torch itself imports far more than a program uses
         lazy = issubclass(kind, nn.modules.lazy.LazyModuleMixin)
         return (is_torch_module(kind) and not lazy) or _is_torch_optimizer(kind)
-    return home == _CALLBACKS or home.partition(".")[0] != "shardckpt"
+    return home in _CALLBACKS or home.partition(".")[0] != "shardckpt"
 
 
 def _is_torch_optimizer(kind: Any) -> bool:

@@ -39,7 +39,16 @@ def _converted(to: Format, state: dict[str, Any], path: str, system: System) -> 
     if to == "hf":
         state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     source = foreign("a state", "memory", state)
-    convert_source(source, path, to=to, shards=2, file_bytes=400, overwrite=True, system=system)
+    shards, file_bytes = 2 if to == "dcp" else None, 400 if to == "hf" else None
+    convert_source(
+        source,
+        path,
+        to=to,
+        shards=shards,
+        file_bytes=file_bytes,
+        overwrite=True,
+        system=system,
+    )
 
 
 Write = Callable[[dict[str, Any], str, System], None]
