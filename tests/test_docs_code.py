@@ -33,6 +33,7 @@ def in_folder(folder: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ.update(PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     os.chdir(folder)
+    sys.path.insert(0, folder)
     runpy.run_path("page.py", run_name="__main__")
 
 

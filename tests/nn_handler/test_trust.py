@@ -123,7 +123,8 @@ def test_what_can_not_be_trusted(bad):
 
 
 def test_a_class_that_the_slot_does_not_ask_for_needs_trust(tmp_path, untrusted):
-    NNHandler(Configured, config=Config(5)).save(tmp_path / "c")
+    with pytest.warns(UserWarning, match=r"model\.kwargs\.config"):
+        NNHandler(Configured, config=Config(5)).save(tmp_path / "c")
     with pytest.raises(errors.CheckpointError, match=r"model\.kwargs\.config") as caught:
         NNHandler.load(tmp_path / "c")
     assert f"shardckpt.trust({__name__!r})" in caught.value.remedy
