@@ -193,7 +193,9 @@ class TorchForms:
     are: its own, or those of an optimizer that it wraps."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._left = [*_inner(optimizer, seen={id(optimizer)}), optimizer]
+        # The optimizer inside a ZeroRedundancyOptimizer has the same parameters in another order.
+        inner = () if _is_zero(optimizer) else _inner(optimizer, seen={id(optimizer)})
+        self._left = [*inner, optimizer]
         self._all = tuple(self._left)
 
     def owner(self, packed: Any) -> Optimizer | None:

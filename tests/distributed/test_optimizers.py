@@ -134,10 +134,7 @@ def load(name, path):
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("name", JOBS)
-def test_goes_on_on_another_number_of_ranks(tmp_path, request, name, world_size):
-    if (name, world_size) == ("zero", 1):
-        reason = "moments of a ZeroRedundancyOptimizer go to other parameters on one rank"
-        request.node.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+def test_goes_on_on_another_number_of_ranks(tmp_path, name, world_size):
     weight = run_ranks(2, save, name, tmp_path)[0]
     for found in run_ranks(world_size, load, name, tmp_path):
         for other in found:
