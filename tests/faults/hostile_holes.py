@@ -24,7 +24,7 @@ def metadata_unpickled() -> None:
 
 
 def torch_file_unpickled() -> None:
-    whole_files.load_torch_file = lambda path: torch.load(path, weights_only=False)
+    whole_files.load_torch_file = lambda path, *_: torch.load(path, weights_only=False)
 
 
 def torch_file_unchecked() -> None:
@@ -38,7 +38,7 @@ def pickle_not_scanned() -> None:
 def kind_of_file_unchecked() -> None:
     for module in (foreign_file, whole_files, dcp):
         module.check_regular = os.stat  # type: ignore[attr-defined]
-    whole_files.load_torch_file = lambda path: Path(path).read_bytes()
+    whole_files.load_torch_file = lambda path, *_: Path(path).read_bytes()
 
 
 def names_followed() -> None:
