@@ -195,7 +195,7 @@ class TorchForms:
     def __init__(self, optimizer: Optimizer) -> None:
         # The optimizer inside a ZeroRedundancyOptimizer has the same parameters in another order.
         inner = () if _is_zero(optimizer) else _inner(optimizer, seen={id(optimizer)})
-        self._left = [*inner, optimizer]
+        self._left: list[Optimizer] = [*inner, optimizer]
         self._all = tuple(self._left)
 
     def owner(self, packed: Any) -> Optimizer | None:
