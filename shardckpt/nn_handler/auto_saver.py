@@ -241,6 +241,11 @@ class AutoSaver:
             state = {**state_on_all(handler, process_group), "model": handler.module}
             manager.save(handler.step, state, name=name, if_exists="number")
 
+    def go_back(self, load: Callable[[str], None]) -> bool:
+        """Load the newest checkpoint of this run that is intact; False without one. Collective."""
+        assert self._manager is not None, "begin comes first"
+        return self._manager.first_that_loads(load) is not None
+
     def wait_staged(self) -> None:
         """Wait until what is being saved in the background may change."""
         if self._manager is not None:

@@ -50,7 +50,8 @@ def forward(handler: TrainingState, batch: Any, autocast: Any = None) -> Result 
                     remedy="call set_loss_fn first",
                 )
         else:
-            found = handler.loss_fn(outputs, targets)
+            epoch = {"epoch": handler.epoch} if handler.passes_epoch else {}
+            found = handler.loss_fn(outputs, targets, **handler.loss_arguments, **epoch)
     size = batch_size(targets)
     return _result(found, outputs, targets, size)
 

@@ -138,8 +138,7 @@ class LearningRateMonitor(Callback):
 
     def on_step_end(self, handler: TrainingState, loss: float) -> None:
         """Note the rates."""
-        if handler.optimizer is not None:
-            self.rates.append([float(group["lr"]) for group in handler.optimizer.param_groups])
+        self.rates.append([rate for one in handler.optimizations.values() for rate in one.rates])
 
     def state_dict(self) -> dict[str, Any]:
         """All rates so far."""

@@ -1,9 +1,8 @@
-"""The setters of a handler's parts."""
+"""Components: the setters of a handler."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.callback import Callback, Hook, Metrics
 from shardckpt.nn_handler.data import TrainData, ValData
-from shardckpt.nn_handler.groups import Groups, grouped
+from shardckpt.nn_handler.groups import Choice, Groups, group_names, grouped
 from shardckpt.nn_handler.model_code import collect_code
+from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Buffers, Layout, Parallel, start, wrap
 from shardckpt.nn_handler.random_state import seed_generators
 from shardckpt.nn_handler.scheduling import Interval, Scheduler
@@ -27,7 +27,7 @@ __all__ = ["Components", "check_compile"]
 
 
 class Components(TrainingState):
-    """The setters of a handler's parts, and what a load does with what it may not decide."""
+    """The setters of a handler, and what a load leaves to be given or confirmed."""
 
     def __init__(
         self,
@@ -50,10 +50,26 @@ class Components(TrainingState):
         self.set_model(model_class, **model_kwargs)
 
     def set_model(self, model_class: Callable[..., nn.Module], **model_kwargs: Any) -> None:
-        """Make another model; collective. Before set_optimizer, which holds its parameters."""
-        if self.optimizer is not None:
+        """Create another model, before set_optimizer. Collective.
+
+        Args:
+            model_class: The class, or a function that creates the model.
+            model_kwargs: The arguments of the class.
+
+        Raises:
+            StateError: An optimizer exists already, or `model_class` is an instance.
+
+        Example:
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_model(nn.Linear, in_features=4, out_features=3)
+            >>> handler.model.out_features
+            3
+        """
+        if self.optimizations:
             raise StateError(
-                "The optimizer holds the parameters of the model so far",
+                "An optimizer holds the parameters of the current model",
                 remedy="call set_model before set_optimizer",
             )
         if isinstance(model_class, nn.Module):
@@ -61,83 +77,170 @@ class Components(TrainingState):
                 "A model was given, where its class was expected",
                 actual=type(model_class).__name__,
                 remedy="give the class and its arguments, as in NNHandler(Net, width=32): "
-                "a checkpoint holds them, and load makes the model anew",
+                "a checkpoint holds them, and load creates the model from them",
             )
         if not callable(model_class):
             raise StateError(
                 "The model's class is not callable",
-                expected="a class, or a function that makes the model",
+                expected="a class, or a function that creates the model",
                 actual=repr(model_class)[:200],
             )
         self.model_class, self.model_kwargs = model_class, model_kwargs
         self.model = wrap(model_class(**model_kwargs), self.layout)
         self.wrapped_for = [p.requires_grad for p in self.module.parameters()]
         self.ema, self.probed = None, False
-        self.frozen, self.compiling, self.class_name = [], None, None
+        self.frozen, self.kept_eval, self.compiling, self.class_name = [], [], None, None
         self.model_code = collect_code(model_class) if self._save_code else None
 
     def set_optimizer(
         self,
         optimizer_class: Callable[..., torch.optim.Optimizer],
         *,
+        name: str = MAIN,
+        params: Choice | Iterable[Choice] | None = None,
         groups: Groups | None = None,
         **options: Any,
     ) -> None:
-        """Optimise the model's parameters that are not frozen, and those of the loss.
+        """Set an optimizer. Not collective.
 
-        `groups` gives some of them options of their own: a dict of name prefix -> options, or a
-        list of dicts as torch has it, whose "params" are parameters, names or prefixes. A
-        scheduler that was set before begins anew.
+        Optimizers with different names share the parameters of the model. Each of them steps after
+        every backward pass, unless a training step of your own calls `update`. An optimizer of the
+        same name is replaced, and its scheduler starts again.
+
+        A parameter is chosen by its name, a prefix of names, a pattern such as `"*.bias"`, the
+        tensor itself, or a function of (name, parameter).
+
+        Args:
+            optimizer_class: A class such as torch.optim.AdamW.
+            name: The name of the optimizer. The names appear in `optimizers` and in checkpoints.
+            params: The parameters of this optimizer. By default all that need gradients and that
+                no other optimizer holds, with those of the loss.
+            groups: Groups with options of their own: a dict from a choice of parameters to options,
+                or a list of dicts with "params" and options. Parameters in no group form the first
+                group.
+            options: The arguments of the class.
+
+        Raises:
+            StateError: The arguments are invalid, or two optimizers would hold one parameter.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.Muon, params="weight", lr=0.02)
+            >>> handler.set_optimizer(torch.optim.AdamW, name="rest", lr=0.001)
+            >>> [group["params"][0].shape for group in handler.optimizers["rest"].param_groups]
+            [torch.Size([2])]
         """
         check_class(optimizer_class, torch.optim.Optimizer, "optimizer", "torch.optim.Adam, lr=0.1")
-        self.make_optimizer(optimizer_class, groups, options)
+        if not isinstance(name, str) or not name.isidentifier():
+            raise StateError("Invalid name of an optimizer", expected="a word", actual=repr(name))
+        self.make_optimizer(optimizer_class, groups, options, name=name, params=params)
 
     def make_optimizer(
-        self, optimizer_class: Any, groups: Any, options: dict[str, Any], *, exact: bool = False
+        self,
+        optimizer_class: Any,
+        groups: Any,
+        options: dict[str, Any],
+        *,
+        name: str = MAIN,
+        params: Any = None,
+        exact: bool = False,
     ) -> None:
-        """See set_optimizer; `exact`: the groups are all there are."""
-        chosen, named = grouped(self.module, groups, self.loss_module, exact=exact)
+        """Set an optimizer; see set_optimizer. `exact`: leave out parameters in no group."""
+        loss = self.loss_module
+        held = {
+            parameter: other
+            for other, one in self.optimizations.items()
+            if other != name
+            for names in group_names(one.optimizer, self.module, loss)
+            for parameter in names
+        }
+        chosen, named = grouped(self.module, groups, loss, params=params, held=held, exact=exact)
         optimizer = optimizer_class(chosen, **options)
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise StateError(
-                "This optimizer computes the loss several times a step, which train does not",
-                expected="an optimizer whose step needs no closure",
-                actual=type(optimizer).__name__,
-            )
-        self.optimizer = optimizer
-        self.optimizer_recipe = {"class": optimizer_class, "groups": named, "options": options}
-        if self.scheduler is not None:
-            self.scheduler = self.scheduler.anew(optimizer)
-            warn("The scheduler begins anew, with the new optimizer")
-        self.rate = float(optimizer.param_groups[0]["lr"])
+        recipe = {"class": optimizer_class, "groups": named, "options": options}
+        former = self.optimizations.get(name)
+        made = Optimization(optimizer=optimizer, recipe=recipe)
+        if former is not None and former.scheduler is not None:
+            made.scheduler = former.scheduler.anew(optimizer)
+            warn("The scheduler starts again with the new optimizer")
+        self.optimizations[name] = made
+        self.note_rates()
 
     def set_scheduler(
         self,
         scheduler_class: Callable[..., Any],
         *,
+        optimizer: str = MAIN,
         interval: Interval | None = None,
         monitor: str = "val_loss",
         **options: Any,
     ) -> None:
-        """A learning-rate scheduler; needs the optimizer first.
+        """Set the learning-rate scheduler of an optimizer. Not collective.
 
-        Stepped after each epoch, or with interval="step" (the default of OneCycleLR and CyclicLR)
-        after each step of the optimizer. ReduceLROnPlateau looks at the metric `monitor`. The
-        option `schedulers` of SequentialLR and ChainedScheduler is a list of (class, options).
+        The option `schedulers` of SequentialLR and ChainedScheduler is a list of pairs: a class and
+        its options.
+
+        Args:
+            scheduler_class: A class such as torch.optim.lr_scheduler.StepLR.
+            optimizer: The name of the optimizer.
+            interval: Step after each "epoch", or after each "step" of the optimizer, which is the
+                default of OneCycleLR and CyclicLR.
+            monitor: The metric that ReduceLROnPlateau watches.
+            options: The arguments of the class.
+
+        Raises:
+            StateError: The arguments are invalid, or the optimizer does not exist.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.SGD, lr=0.1)
+            >>> handler.set_scheduler(torch.optim.lr_scheduler.StepLR, step_size=10)
+            >>> handler.scheduler.interval
+            'epoch'
         """
         check_class(scheduler_class, LRScheduler, "scheduler", "StepLR, step_size=10")
-        if self.optimizer is None:
+        if not self.optimizations:
             raise StateError("A scheduler needs an optimizer", remedy="call set_optimizer first")
-        self.scheduler = Scheduler(
-            self.optimizer, scheduler_class, options, interval=interval, monitor=monitor
+        if optimizer not in self.optimizations:
+            raise StateError(
+                "The handler has no optimizer of this name",
+                expected=", ".join(self.optimizations),
+                actual=repr(optimizer),
+            )
+        one = self.optimizations[optimizer]
+        one.scheduler = Scheduler(
+            one.optimizer, scheduler_class, options, interval=interval, monitor=monitor
         )
-        self.rate = float(self.optimizer.param_groups[0]["lr"])
+        self.note_rates()
 
-    def set_loss_fn(self, loss_fn: Callable[..., Any]) -> None:
-        """loss_fn(outputs, targets) -> a scalar tensor, the mean over the batch, or a dict of it as
-        "loss" and of its terms by name, which the history gets too. Parameters of a loss that is a
-        module are trained with the model's. Without a loss, that of the outputs is taken."""
+    def set_loss_fn(
+        self, loss_fn: Callable[..., Any], *, pass_epoch_to_loss: bool = False, **arguments: Any
+    ) -> None:
+        """Set the loss: `loss_fn(outputs, targets)`. Collective if it is a module.
+
+        Without a loss function, training uses the `loss` of the model's outputs. Parameters of a
+        loss module are trained with those of the model.
+
+        Args:
+            loss_fn: Returns a scalar tensor, the mean over the batch, or a dict with that as "loss"
+                and with the terms of the loss, which appear in the history.
+            pass_epoch_to_loss: Also pass `epoch=`, the number of completed epochs.
+            arguments: More keyword arguments of each call.
+
+        Raises:
+            StateError: `loss_fn` is a class, or is not callable.
+
+        Example:
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_loss_fn(nn.functional.cross_entropy, label_smoothing=0.1)
+        """
         check_function(loss_fn, "loss", "set_loss_fn(nn.CrossEntropyLoss())")
         placed = isinstance(loss_fn, nn.Module) and self.device.type != "meta"
         if isinstance(loss_fn, nn.Module) and self.loss_tensors is not None:
@@ -147,110 +250,182 @@ class Components(TrainingState):
                 warn(f"The loss does not take its saved tensors: {error}")
         former = self.loss_module
         self.loss_fn = loss_fn.to(self.device) if placed else loss_fn  # type: ignore[attr-defined]
+        if arguments or pass_epoch_to_loss or "loss_fn" not in self.awaited:
+            self.loss_arguments, self.passes_epoch = arguments, pass_epoch_to_loss
         self.awaited.pop("loss_fn", None)
         self.loss_tensors = None
         loss = self.loss_module
         if loss is not None and self.parallel != "none" and self.device.type != "meta":
             for tensor in (*loss.parameters(), *loss.buffers()):
                 dist.broadcast(tensor.data, 0)
-        if (former or loss) and former is not loss and self.optimizer is not None:
-            assert self.optimizer_recipe is not None
-            recipe = self.optimizer_recipe
-            groups = [
-                {**group, "params": names}
-                for group in recipe["groups"]
-                if (names := [n for n in group["params"] if not n.startswith("loss_fn.")])
-            ]
-            if loss is not None:
-                groups.append({"params": [f"loss_fn.{n}" for n, _ in loss.named_parameters()]})
-            self.make_optimizer(recipe["class"], groups, recipe["options"], exact=True)
+        if (former or loss) and former is not loss and MAIN in self.optimizations:
+            self._optimize_loss(loss)
+
+    def _optimize_loss(self, loss: nn.Module | None) -> None:
+        """Replace the parameters of the former loss in the main optimizer."""
+        recipe = self.optimizations[MAIN].recipe
+        groups = [
+            {**group, "params": names}
+            for group in recipe["groups"]
+            if (names := [n for n in group["params"] if not n.startswith("loss_fn.")])
+        ]
+        if loss is not None:
+            groups.append({"params": [f"loss_fn.{n}" for n, _ in loss.named_parameters()]})
+        self.make_optimizer(recipe["class"], groups, recipe["options"], exact=True)
 
     def set_training_step(self, step: Callable[..., Any]) -> None:
-        """step(handler, batch) -> the loss, for training and validation in place of the model and
-        the loss function. Not collective.
+        """Set a function that replaces the model call and the loss. Not collective.
+
+        The step is used in training and in validation. A checkpoint does not hold it: set it again
+        after a load.
 
         Args:
-            step: Gets this handler and a batch on its device. It returns a scalar tensor, or a
-                dict with it as "loss", terms by name, and for metrics "outputs" and "targets".
-                The trainer does backward and the update. A step that returns None does both by
-                itself. A checkpoint does not hold it: give it again after load.
+            step: Called with the handler and a batch on its device. It returns a scalar tensor, or
+                a dict with that as "loss", with the terms of the loss by name and, for metrics,
+                "outputs" and "targets". Training then runs the backward pass and the optimizers.
+                A step that calls `handler.update` itself returns None.
+
+        Raises:
+            StateError: `step` is not callable.
+
+        Example:
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> def step(handler, batch):
+            ...     return nn.functional.mse_loss(handler.model(batch[0]), batch[1])
+            >>> handler.set_training_step(step)
         """
         check_function(step, "training step", "set_training_step(step)")
         self.training_step = step
         self.awaited.pop("own_step", None)
 
-    def add_metric(self, name: str, metric: Any) -> None:
-        """metric(outputs, targets) -> a number, the mean over the batch; for training and
-        validation (as `val_<name>`). An object with update, compute and reset, as those of
-        torchmetrics, takes in the batches of an epoch, and computes over all ranks at its end."""
-        if not name or name in ("loss", "lr", "epoch", "step") or name.startswith("val_"):
-            raise StateError("This name of a metric is taken", actual=repr(name))
+    def add_metric(self, name: str, metric: Any, *, whole_epoch: bool = False) -> None:
+        """Add a metric of training and, as `val_<name>`, of validation. Not collective.
+
+        Args:
+            name: The name in the history.
+            metric: A function of (outputs, targets) that returns the mean over a batch. Or an
+                object with `update`, `compute` and `reset`, such as those of torchmetrics. If such
+                an object has no method `sync`, its values are averaged over the ranks.
+            whole_epoch: Call the function once, with all outputs and targets of the epoch and of
+                all ranks, on the CPU. For metrics that are not means of batches, such as F1.
+
+        Raises:
+            StateError: The name is taken, or `metric` is not callable.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> def correct(outputs, targets):
+            ...     return (outputs.argmax(1) == targets).float().mean()
+            >>> handler.add_metric("accuracy", correct)
+        """
+        taken = ("loss", "epoch", "step")
+        if not name or name in taken or name == "lr" or name.startswith(("val_", "lr_")):
+            raise StateError("The name of this metric is taken", actual=repr(name))
         check_function(metric, "metric", f"add_metric({name!r}, metric)")
+        if whole_epoch and not callable(metric):
+            raise StateError(
+                "whole_epoch=True needs a function of (outputs, targets)",
+                actual=type(metric).__name__,
+            )
         self.metrics[name] = metric
+        self.whole_epoch = [n for n in self.whole_epoch if n != name]
+        self.whole_epoch += [name] if whole_epoch else []
         self.awaited.pop(f"metrics.{name}", None)
 
     def set_train_loader(self, data: Any, **loader_options: Any) -> None:
-        """A Dataset with a DataLoader's options, a DataLoader, or any iterable of batches.
+        """Set the data to train on. Not collective.
 
-        A Dataset, and that of a plain DataLoader, is divided among the ranks; all else is used as
-        it is: with its sampler, batch sampler, generator or class.
+        A Dataset, and the dataset of a plain DataLoader, is divided among the ranks. Any other
+        loader is used as it is, with its sampler, batch sampler, generator and class.
+
+        Args:
+            data: A Dataset, a DataLoader, or any iterable of batches.
+            loader_options: The arguments of a DataLoader, if `data` is a Dataset.
+
+        Raises:
+            StateError: The data or the options are invalid.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> dataset = TensorDataset(torch.randn(8, 4), torch.randn(8, 2))
+            >>> handler.set_train_loader(dataset, batch_size=4, shuffle=True)
         """
         self.train_data = TrainData(data, loader_options, self.layout)
 
     def set_val_loader(self, data: Any, **loader_options: Any) -> None:
-        """As set_train_loader; every sample is seen by one rank, once."""
+        """Set the data to validate on. Not collective.
+
+        Each sample of a Dataset is used by one rank, once.
+
+        Args:
+            data: See set_train_loader.
+            loader_options: See set_train_loader.
+
+        Raises:
+            StateError: The data or the options are invalid.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> dataset = TensorDataset(torch.randn(8, 4), torch.randn(8, 2))
+            >>> handler.set_val_loader(dataset, batch_size=4)
+        """
         self.val_data = ValData(data, loader_options, self.layout)
 
     def add_callback(self, callback: Callback | Callable[[Any, Metrics], Any]) -> None:
-        """A Callback, or a function of (handler, metrics) that is called after each epoch."""
+        """Add a callback. Not collective.
+
+        Args:
+            callback: A Callback, or a function of (handler, metrics) to call after each epoch.
+
+        Raises:
+            StateError: `callback` is a class, or neither a Callback nor callable.
+
+        Example:
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> from shardckpt.nn_handler import EarlyStopping
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.add_callback(EarlyStopping("val_loss", patience=3))
+        """
         if isinstance(callback, type) or not callable(callback) | isinstance(callback, Callback):
             raise StateError(
-                "This is no callback",
+                "Invalid callback",
                 expected="an instance of Callback, or a function",
                 actual=repr(callback),
             )
         self.callbacks.append(callback if isinstance(callback, Callback) else Hook(callback))
 
-    def seed(self, seed: int) -> None:
-        """Seed random numbers (rank r with seed + r) and the order of the data."""
-        self.seed_value = int(seed)
-        seed_generators(self.seed_value + self.layout.data[0])
+    def remove_callback(self, callback: Callback | type[Callback]) -> None:
+        """Remove a callback. Not collective.
 
-    def freeze_module(self, name: str, *, freeze: bool = True) -> None:
-        """Don't train the submodule of a name, and leave it in evaluation mode; or do again."""
-        modules = dict(self.module.named_modules(remove_duplicate=False))
-        module = modules.get(name)
-        if module is None:
-            raise StateError(
-                "The model has no such module",
-                expected=", ".join(filter(None, modules)),
-                actual=name,
-            )
-        module.requires_grad_(not freeze)
-        self.frozen = [n for n in self.frozen if n != name] + ([name] if freeze else [])
-        self.wrap_again()
-
-    def set_hyperparameters(self, **options: Any) -> None:
-        """Change options of the optimizer in all its groups, such as lr and weight_decay, and keep
-        its moments. Holds after a resume too: what a checkpoint says gives way. Not collective.
-
-        A scheduler goes on with the new rate as its base.
+        Args:
+            callback: The callback, or a class whose instances are all removed.
 
         Raises:
-            StateError: The optimizer has no such option.
+            StateError: The handler does not have the callback.
 
         Example:
-            >>> handler.set_optimizer(torch.optim.AdamW, lr=0.01)
-            >>> handler.set_hyperparameters(lr=0.003)
-        """
-        self.hyperparameters.update(options)
-        self.apply_hyperparameters()
-
-    def remove_callback(self, callback: Callback | type[Callback]) -> None:
-        """Remove a callback, or all of a class. Not collective.
-
-        Raises:
-            StateError: There is none.
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> from shardckpt.nn_handler import EarlyStopping
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.add_callback(EarlyStopping("val_loss"))
+            >>> handler.remove_callback(EarlyStopping)
+            >>> handler.callbacks
+            []
         """
         kept = [
             c
@@ -260,26 +435,138 @@ class Components(TrainingState):
         if len(kept) == len(self.callbacks):
             raise StateError(
                 "The handler does not have this callback",
-                expected=", ".join(type(c).__name__ for c in self.callbacks) or "none is there",
+                expected=", ".join(type(c).__name__ for c in self.callbacks) or "no callback",
                 actual=repr(callback),
             )
         self.callbacks[:] = kept
 
+    def seed(self, seed: int) -> None:
+        """Seed the random numbers and the order of the data. Not collective.
+
+        Args:
+            seed: Rank r seeds its generators of torch, numpy and Python with seed + r.
+
+        Example:
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.seed(7)
+        """
+        self.seed_value = int(seed)
+        seed_generators(self.seed_value + self.layout.data[0])
+
+    def freeze_module(self, name: str, *, freeze: bool = True) -> None:
+        """Stop training a submodule, and keep it in evaluation mode. Collective under DDP.
+
+        Args:
+            name: The name of the submodule.
+            freeze: False trains it again. The optimizer must hold its parameters: call
+                set_optimizer again, or `handler.optimizer.add_param_group`.
+
+        Raises:
+            StateError: The model has no such submodule.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Transformer, d_model=8, nhead=2, dim_feedforward=8)
+            >>> handler.freeze_module("encoder")
+            >>> handler.count_parameters(trainable=True) < handler.count_parameters()
+            True
+        """
+        self._submodule(name).requires_grad_(not freeze)
+        self.frozen = [n for n in self.frozen if n != name] + ([name] if freeze else [])
+        self.wrap_again()
+
+    def keep_eval_on_module(self, name: str, *, keep: bool = True) -> None:
+        """Keep a submodule in evaluation mode while its parameters are trained. Not collective.
+
+        For a BatchNorm whose running means must not change, for example.
+
+        Args:
+            name: The name of the submodule.
+            keep: False lets it follow the mode of the model again.
+
+        Raises:
+            StateError: The model has no such submodule.
+
+        Example:
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Transformer, d_model=8, nhead=2, dim_feedforward=8)
+            >>> handler.keep_eval_on_module("encoder.norm")
+        """
+        self._submodule(name)
+        self.kept_eval = [n for n in self.kept_eval if n != name] + ([name] if keep else [])
+
+    def _submodule(self, name: str) -> nn.Module:
+        modules: dict[str, nn.Module] = dict(self.module.named_modules(remove_duplicate=False))
+        if name not in modules:
+            raise StateError(
+                "The model has no such module",
+                expected=", ".join(filter(None, modules)),
+                actual=name,
+            )
+        return modules[name]
+
+    def set_hyperparameters(self, *, optimizer: str = MAIN, **options: Any) -> None:
+        """Change options of an optimizer and keep its moments. Not collective.
+
+        The change also holds after a resume: it replaces the options of the checkpoint. A
+        scheduler continues with a new rate as its base.
+
+        Args:
+            optimizer: The name of the optimizer.
+            options: Options of the optimizer such as `lr` and `weight_decay`, for all groups.
+
+        Raises:
+            StateError: The optimizer has no such option.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.AdamW, lr=0.01)
+            >>> handler.set_hyperparameters(lr=0.003)
+            >>> handler.optimizer.param_groups[0]["lr"]
+            0.003
+        """
+        self.hyperparameters.setdefault(optimizer, {}).update(options)
+        self.apply_hyperparameters()
+
     def compile_model(self, **options: Any) -> None:
-        """torch.compile the model, in place: names of parameters stay as they are."""
+        """Compile the model in place with torch.compile. Not collective.
+
+        The names of parameters do not change.
+
+        Args:
+            options: The arguments of torch.compile.
+
+        Example:
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.compile_model(backend="eager")
+        """
         self.model.compile(**options)
         self.compiling = options
         self.proposed.pop("compile", None)
 
     def await_part(self, at: str, described: Any, tensors: nn.Module | None) -> None:
-        """Note a loss or metric ("loss_fn", "metrics.<name>") that a checkpoint names and that is
-        to be given before training; `tensors` holds those of a loss until then."""
+        """Internal. Note a part that a checkpoint names and that must be given before training.
+
+        `at` is "loss_fn", "own_step" or "metrics.<name>". `tensors` holds those of the loss.
+        """
         self.awaited[at] = described
         self.loss_tensors = tensors or self.loss_tensors
 
     def propose(self, part: str, options: Any) -> None:
-        """Keep what a checkpoint says about "auto_saver" or "compile", until it is confirmed;
-        StateError for options that can't be taken."""
+        """Internal. Keep the options of "auto_saver" or "compile" until they are confirmed.
+
+        Raises StateError for invalid options.
+        """
         if part == "auto_saver":
             AutoSaver(**{**options, "resume": None})
         else:
@@ -288,8 +575,10 @@ class Components(TrainingState):
 
     @property
     def unconfirmed(self) -> list[str]:
-        """What came with a checkpoint and does nothing before `confirm`: the auto-saver, callbacks
-        that write files, the compilation of the model."""
+        """The parts of a loaded checkpoint that are inactive until `confirm` is called.
+
+        The auto-saver, callbacks that write files, and the compilation of the model.
+        """
         waiting = [f"{part}: {options}" for part, options in self.proposed.items()]
         return waiting + [
             f"{type(c).__name__}: {c.arguments}"
@@ -298,15 +587,23 @@ class Components(TrainingState):
         ]
 
     def confirm(self) -> None:
-        """Let all that is `unconfirmed` do as the checkpoint says. Not collective.
+        """Activate all that is `unconfirmed`. Not collective.
 
-        Look at `unconfirmed` first, if you did not make the checkpoint: the auto-saver and the
-        callbacks write to the paths that it names, and remove what their policies say.
+        Look at `unconfirmed` first if you did not save the checkpoint: the auto-saver and the
+        callbacks write to the paths in it, and remove what their policies say.
 
         Example:
-            >>> handler = NNHandler.load("models/final")
-            >>> print(handler.unconfirmed)
-            >>> handler.confirm()
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.auto_save(save_path="runs")
+            >>> handler.save("models/final")
+            >>> loaded = NNHandler.load("models/final")
+            >>> len(loaded.unconfirmed)
+            1
+            >>> loaded.confirm()
+            >>> loaded.unconfirmed
+            []
         """
         saver, compiling = (self.proposed.pop(part, None) for part in ("auto_saver", "compile"))
         if saver is not None:
@@ -317,16 +614,16 @@ class Components(TrainingState):
             callback.confirmed = True
 
     def adopt_code(self, code: dict[str, str] | None, class_name: Any) -> None:
-        """Keep the source that came with a checkpoint, and the name of a class made by it."""
+        """Internal. Keep the source in a checkpoint, and the name of a class created from it."""
         self.model_code, self.class_name = code, class_name
 
     def use_device(self, device: torch.device) -> None:
-        """Send inputs to another device."""
+        """Internal. Send inputs to another device."""
         self.layout = Layout(mode="none", device=device)
 
 
 def check_class(given: Any, base: type, what: str, example: str) -> None:
-    """Raise StateError for anything that can't make an optimizer or a scheduler."""
+    """Raise StateError unless `given` can create an optimizer or a scheduler."""
     if isinstance(given, base) or not callable(given):
         raise StateError(
             f"The class of the {what} was expected",
@@ -339,14 +636,14 @@ def check_class(given: Any, base: type, what: str, example: str) -> None:
 
 
 def check_function(given: Any, what: str, example: str) -> None:
-    """Raise StateError for a class in place of an instance, or what can't be called."""
+    """Raise StateError for a class in place of an instance, and for what can't be called."""
     if isinstance(given, type) or not (callable(given) or hasattr(given, "update")):
         name = given.__name__ if isinstance(given, type) else repr(given)[:100]
         raise StateError(
             f"A {what} must be an instance or a function",
             expected=f"as in {example}",
             actual=f"the class {name}" if isinstance(given, type) else name,
-            remedy=f"make an instance: {name}(...)" if isinstance(given, type) else None,
+            remedy=f"create an instance: {name}(...)" if isinstance(given, type) else None,
         )
 
 
@@ -366,8 +663,10 @@ _COMPILING: dict[str, tuple[Any, ...]] = {
 
 
 def check_compile(options: dict[str, Any]) -> None:
-    """Raise StateError for options of torch.compile that a checkpoint must not choose: a backend
-    by name is imported, and `options` can name the compiler that is run."""
+    """Raise StateError for options of torch.compile that a checkpoint must not choose.
+
+    torch imports a backend by its name, and `options` can name a compiler to run.
+    """
     for name, value in options.items():
         if value not in _COMPILING.get(name, ()):
             raise StateError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import nn
 from shardckpt.errors import StateError
 from shardckpt.state.module_state import parameter_names
 
-__all__ = ["Groups", "group_names", "grouped"]
+__all__ = ["Choice", "Groups", "group_names", "grouped"]
 
+Choice = str | torch.Tensor | Callable[[str, nn.Parameter], bool]
+"""Parameters: a name, a prefix of names, a pattern such as `*.bias`, a parameter, or a function of
+(name, parameter)."""
 Groups = Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]]
 
 
@@ -21,33 +25,41 @@ def grouped(
     groups: Groups | None,
     loss: nn.Module | None = None,
     *,
+    params: Choice | Iterable[Choice] | None = None,
+    held: Mapping[str, str] | None = None,
     exact: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Groups for an optimizer, and the same with names in place of parameters.
+    """Build the groups of an optimizer, once with parameters and once with their names.
 
-    Parameters that need gradients and are in no group make the first one, unless the groups are
-    `exact`, as a checkpoint's are. Groups that name theirs one by one take also those that need
-    no gradients. Those of a loss are named `loss_fn.<name>`.
+    Parameters of the loss have the prefix `loss_fn.` in their names.
+
+    Args:
+        module: The model.
+        groups: See NNHandler.set_optimizer.
+        loss: The loss, if it has parameters.
+        params: The parameters of the optimizer; None means all that no other optimizer holds.
+        held: The parameters of other optimizers: their names, and those of the optimizers.
+        exact: Leave out parameters that are in no group. Otherwise those that need gradients
+            become the first group.
+
+    Raises:
+        StateError: A group is empty, there is no group, or another optimizer holds a parameter.
     """
     if isinstance(groups, Mapping):
         groups = [{"params": [prefix], **options} for prefix, options in groups.items()]
+    held = held or {}
     by_id, parameters = _named(module, loss)
+    if params is None:
+        parameters = {name: p for name, p in parameters.items() if name not in held}
+    else:
+        chosen_names = _choose(params, by_id, parameters, module)
+        _check_free(chosen_names, held)
+        parameters = {name: parameters[name] for name in chosen_names}
     taken: dict[str, None] = {}
     chosen, named = [], []
     for group in groups or ():
-        names = [
-            name
-            for wanted in _listed(group.get("params"))
-            for name in _matching(wanted, by_id, parameters)
-            if name not in taken
-        ]
-        if not names:
-            raise StateError(
-                "A parameter group holds no parameter",
-                expected="parameters of the model, their names, or prefixes of them",
-                actual=repr(group.get("params")),
-                remedy="choose among " + ", ".join(sorted(dict(module.named_children()))),
-            )
+        wanted = group.get("params")
+        names = [n for n in _choose(wanted, by_id, parameters, module) if n not in taken]
         taken.update(dict.fromkeys(names))
         options = {key: value for key, value in group.items() if key != "params"}
         chosen.append({"params": [parameters[name] for name in names], **options})
@@ -59,11 +71,57 @@ def grouped(
     if not chosen:
         raise StateError(
             "The optimizer would have no parameter",
-            expected="a model with parameters that need gradients",
-            actual=f"{len(parameters)} parameters, all frozen",
-            remedy="unfreeze some first: handler.freeze_module(name, freeze=False)",
+            expected="a parameter that needs gradients and that no other optimizer holds",
+            actual=f"{len(parameters)} free parameters, all frozen",
+            remedy="choose the parameters of each optimizer with params=, or unfreeze some: "
+            "handler.freeze_module(name, freeze=False)",
         )
     return chosen, named
+
+
+def _choose(
+    wanted: Any, by_id: Mapping[int, str], parameters: Mapping[str, Any], module: nn.Module
+) -> list[str]:
+    """The names that one choice or several select, each once; StateError if there are none."""
+    choices = [wanted] if isinstance(wanted, (str, torch.Tensor)) or callable(wanted) else wanted
+    found = [name for choice in choices or () for name in _matching(choice, by_id, parameters)]
+    if not found:
+        raise StateError(
+            "A parameter group holds no parameter",
+            expected="parameters of the model, their names, prefixes or patterns of them, or a "
+            "function of (name, parameter)",
+            actual=repr(wanted)[:200],
+            remedy="choose among " + ", ".join(sorted(dict(module.named_children()))),
+        )
+    return list(dict.fromkeys(found))
+
+
+def _matching(wanted: Any, by_id: Mapping[int, str], parameters: Mapping[str, Any]) -> list[str]:
+    if isinstance(wanted, torch.Tensor):
+        name = by_id.get(id(wanted))
+        return [name] if name in parameters and name is not None else []
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    if callable(wanted):
+        return [name for name, parameter in trained.items() if wanted(name, parameter)]
+    pattern = str(wanted)
+    if any(sign in pattern for sign in "*?["):
+        return [name for name in trained if fnmatch.fnmatchcase(name, pattern)]
+    prefix = pattern.rstrip(".")
+    return [
+        name
+        for name in parameters
+        if name == prefix or (name.startswith(f"{prefix}.") and name in trained)
+    ]
+
+
+def _check_free(names: Collection[str], held: Mapping[str, str]) -> None:
+    taken = [name for name in names if name in held]
+    if taken:
+        raise StateError(
+            "Two optimizers would hold the same parameters",
+            actual=f"{', '.join(taken[:4])}: held by the optimizer {held[taken[0]]!r}",
+            remedy="choose the parameters of each optimizer with params=",
+        )
 
 
 def group_names(
@@ -77,7 +135,7 @@ def group_names(
 def _named(
     module: nn.Module, loss: nn.Module | None
 ) -> tuple[dict[int, str], dict[str, nn.Parameter]]:
-    """id -> name, and name -> parameter, of a model and its loss."""
+    """The name of each parameter id, and the parameter of each name, of a model and its loss."""
     by_id = parameter_names(module)
     parameters = {by_id[id(p)]: p for p in module.parameters()}
     for name, parameter in loss.named_parameters() if loss is not None else ():
@@ -85,20 +143,3 @@ def _named(
             by_id[id(parameter)] = f"loss_fn.{name}"
             parameters[f"loss_fn.{name}"] = parameter
     return by_id, parameters
-
-
-def _listed(wanted: Any) -> Iterable[Any]:
-    if isinstance(wanted, (str, torch.Tensor)):
-        return [wanted]
-    return list(wanted or ())
-
-
-def _matching(wanted: Any, by_id: Mapping[int, str], parameters: Mapping[str, Any]) -> list[str]:
-    if isinstance(wanted, torch.Tensor):
-        return [by_id[id(wanted)]] if id(wanted) in by_id else []
-    prefix = str(wanted).rstrip(".")
-    return [
-        name
-        for name, parameter in parameters.items()
-        if name == prefix or (f"{name}.".startswith(f"{prefix}.") and parameter.requires_grad)
-    ]

@@ -27,12 +27,14 @@ from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.model_code import class_of_code
 from shardckpt.nn_handler.objects import Given, Names, making
+from shardckpt.nn_handler.optimization import MAIN
 from shardckpt.nn_handler.parallel import Parallel
 from shardckpt.nn_handler.placement import place
 from shardckpt.nn_handler.random_state import random_state, seed_generators, set_random_state
 from shardckpt.nn_handler.saved import (
     CallbackState,
     Config,
+    NamedOptimizer,
     OwnState,
     Progress,
     Saved,
@@ -49,9 +51,9 @@ from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 
-__all__ = ["LoadOptions", "Source", "load", "open_source", "restore"]
+__all__ = ["LoadOptions", "Source", "load", "open_source", "restore", "restore_tensors"]
 
-_VALUES = ("config", "progress", "callbacks", "scheduler", "scaler", "ema.decay")
+_VALUES = ("config", "progress", "callbacks", "scheduler", "schedulers", "scaler", "ema.decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +168,15 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
         parts["model.class"] = Given(class_of_code(config.code or {}, name, path=names.path))
     else:
         parts["model.class"] = names.resolve(model.kind, "model.class", Slot.MODEL)
-    for part, slot in (("optimizer", Slot.OPTIMIZER), ("scheduler", Slot.SCHEDULER)):
-        found = getattr(config, part)
-        if found is not None and config.optimizer is not None and options.takes(part):
-            parts[f"{part}.class"] = names.resolve(found.kind, f"{part}.class", slot)
-            parts[f"{part}.options"] = names.resolve(found.options, f"{part}.options")
-    if "optimizer.class" in parts:
-        assert config.optimizer is not None
-        parts["optimizer.groups"] = names.resolve(config.optimizer.groups, "optimizer.groups")
+    for name, saved in _optimizers(config).items():
+        for part, slot in (("optimizer", Slot.OPTIMIZER), ("scheduler", Slot.SCHEDULER)):
+            found, at = getattr(saved, part), _place(name, part)
+            if found is not None and options.takes(part):
+                parts[f"{at}.class"] = names.resolve(found.kind, f"{at}.class", slot)
+                parts[f"{at}.options"] = names.resolve(found.options, f"{at}.options")
+        if options.takes("optimizer"):
+            at = f"{_place(name, 'optimizer')}.groups"
+            parts[at] = names.resolve(saved.optimizer.groups, at)
     if options.takes("callbacks"):
         for number, callback in enumerate(config.callbacks):
             at = f"callbacks.{number}"
@@ -184,6 +187,18 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
             )
     names.raise_missing()
     return parts
+
+
+def _optimizers(config: Config) -> dict[str, NamedOptimizer]:
+    """All optimizers of a checkpoint by name, each with its scheduler."""
+    main = config.optimizer
+    named = {MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)} if main else {}
+    return {**named, **config.optimizers}
+
+
+def _place(name: str, part: str) -> str:
+    """The place of an optimizer or a scheduler in the configuration."""
+    return part if name == MAIN else f"optimizers.{name}.{part}"
 
 
 def _with_model(
@@ -247,23 +262,27 @@ def _set_parts(
     made = {at: names.make(tree, at) for at, tree in parts.items() if not at.startswith("model.")}
     _set_trained(handler, config, source.path)
     _set_functions(handler, names, source, config, options)
-    if "optimizer.class" in made:
-        _check_loss(handler, made["optimizer.groups"], source.path)
-        with making("optimizer", source.path):
-            handler.make_optimizer(
-                made["optimizer.class"],
-                made["optimizer.groups"],
-                made["optimizer.options"],
-                exact=True,
-            )
-    if "scheduler.class" in made and config.scheduler is not None:
-        with making("scheduler", source.path):
-            handler.set_scheduler(
-                made["scheduler.class"],
-                interval=config.scheduler.interval,
-                monitor=config.scheduler.monitor,
-                **made["scheduler.options"],
-            )
+    for name, saved in _optimizers(config).items():
+        at, scheduler_at = _place(name, "optimizer"), _place(name, "scheduler")
+        if f"{at}.class" in made:
+            _check_loss(handler, made[f"{at}.groups"], source.path)
+            with making(at, source.path):
+                handler.make_optimizer(
+                    made[f"{at}.class"],
+                    made[f"{at}.groups"],
+                    made[f"{at}.options"],
+                    name=name,
+                    exact=True,
+                )
+        if f"{scheduler_at}.class" in made and saved.scheduler is not None:
+            with making(scheduler_at, source.path):
+                handler.set_scheduler(
+                    made[f"{scheduler_at}.class"],
+                    optimizer=name,
+                    interval=saved.scheduler.interval,
+                    monitor=saved.scheduler.monitor,
+                    **made[f"{scheduler_at}.options"],
+                )
     if config.own_step:
         handler.await_part("own_step", "the training step of the program that saved", None)
     _check_used(names, options)
@@ -290,6 +309,8 @@ def _set_trained(handler: Components, config: Config, path: str) -> None:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name not in config.untrained)
             handler.frozen[:] = config.frozen
+        for name in config.kept_eval:
+            handler.keep_eval_on_module(name)
     handler.wrap_again()
 
 
@@ -342,8 +363,14 @@ def _set_functions(
         elif at == "loss_fn":
             handler.set_loss_fn(made)
         else:
+            name = at.partition(".")[2]
             with making(at, source.path):
-                handler.add_metric(at.partition(".")[2], made)
+                handler.add_metric(name, made, whole_epoch=name in config.whole_epoch)
+    at = "loss_arguments"
+    names.missing.clear()
+    handler.loss_arguments = names.make(names.resolve(config.loss_arguments, at), at)
+    handler.passes_epoch = config.pass_epoch_to_loss
+    names.raise_missing()
 
 
 def _loss_tensors(source: Source) -> nn.Module | None:
@@ -401,8 +428,9 @@ def restore(
         _check_parts(handler.config(), saved.config, path)
         _follow(handler, saved.config, path)
     state = {} if placed else handler.tensor_state()
-    if placed or "optimizer" in skip or saved.config.optimizer is None:
+    if placed or "optimizer" in skip or not _optimizers(saved.config):
         state.pop("optimizer", None)
+        state.pop("optimizers", None)
     ema = None
     if saved.ema is not None and not placed and "ema" not in skip:
         with making("ema.decay", path):
@@ -412,9 +440,11 @@ def restore(
         state["ranks"] = PerRank({}, on_resize=lambda every: {"every": every})
     api.load(state, path, strict=strict, storage=source.storage)
     handler.ema = ema or (EMA(handler.model, handler.ema.decay) if handler.ema else None)
-    if handler.scheduler is not None and saved.scheduler is not None and "scheduler" not in skip:
-        with making("scheduler", path):
-            handler.scheduler.load_state_dict(saved.scheduler)
+    states = {**({MAIN: saved.scheduler} if saved.scheduler else {}), **saved.schedulers}
+    for name, scheduler in handler.schedulers.items():
+        if name in states and "scheduler" not in skip:
+            with making(_place(name, "scheduler"), path):
+                scheduler.load_state_dict(states[name])
     if saved.scaler and not placed:
         _scaler(handler, saved.scaler, path)
     _progress(handler, saved.progress, history="history" not in skip)
@@ -429,6 +459,14 @@ def restore(
         _own(handler, own, path)
 
 
+def restore_tensors(handler: Components, source: Source) -> None:
+    """Load the weights, averages and optimizers of a checkpoint, and nothing else. Collective."""
+    state = handler.tensor_state()
+    if handler.ema is not None:
+        state["ema"] = {"weights": handler.ema.weights}
+    api.load(state, source.path, storage=source.storage)
+
+
 def _follow(handler: Components, saved: Config, path: str) -> None:
     """Take up what was frozen, and the groups of the optimizer, as callbacks had changed them by
     the time of the save; warn of options that the script has changed since."""
@@ -440,56 +478,77 @@ def _follow(handler: Components, saved: Config, path: str) -> None:
             parameter.requires_grad_(name not in saved.untrained)
         handler.frozen[:] = [n for n in saved.frozen if n in dict(handler.module.named_modules())]
         handler.wrap_again()
-    recipe = handler.optimizer_recipe
-    if recipe is None or saved.optimizer is None:
-        return
-    groups = saved.optimizer.groups or []
-    held = [group["params"] for group in own["optimizer"]["groups"]]
-    if held != [group.get("params") for group in groups]:
-        with making("optimizer.groups", path), catch_warnings():
-            simplefilter("ignore")  # that the scheduler begins anew: its state comes next
-            handler.make_optimizer(
-                recipe["class"],
-                [{"params": group.get("params")} for group in groups],
-                recipe["options"],
-                exact=True,
-            )
-    _warn_of_options(own, saved, handler)
+    for name, theirs in _optimizers(saved).items():
+        groups = theirs.optimizer.groups or []
+        described = own["optimizer"] if name == MAIN else own["optimizers"][name]["optimizer"]
+        held = [group["params"] for group in described["groups"]]
+        if held != [group.get("params") for group in groups]:
+            recipe = handler.optimizations[name].recipe
+            with making(f"{_place(name, 'optimizer')}.groups", path), catch_warnings():
+                simplefilter("ignore")  # the scheduler starts again: its state comes next
+                handler.make_optimizer(
+                    recipe["class"],
+                    [{"params": group.get("params")} for group in groups],
+                    recipe["options"],
+                    name=name,
+                    exact=True,
+                )
+    _warn_of_options(_own_parts(own), saved, handler)
+
+
+def _own_parts(own: dict[str, Any]) -> dict[str, Any]:
+    """The optimizers and schedulers in a handler's own configuration, by their place."""
+    parts = {"optimizer": own["optimizer"], "scheduler": own["scheduler"]}
+    for name, one in own["optimizers"].items():
+        parts |= {_place(name, part): one[part] for part in ("optimizer", "scheduler")}
+    return {at: part for at, part in parts.items() if part}
+
+
+def _saved_parts(config: Config) -> dict[str, Any]:
+    """The optimizers and schedulers in a checkpoint, by their place."""
+    parts: dict[str, Any] = {"scheduler": config.scheduler}
+    for name, one in _optimizers(config).items():
+        parts |= {_place(name, "optimizer"): one.optimizer}
+        parts |= {_place(name, "scheduler"): one.scheduler}
+    return {at: part for at, part in parts.items() if part}
 
 
 def _warn_of_options(own: dict[str, Any], saved: Config, handler: Components) -> None:
-    """Say which options of the optimizer and the scheduler the checkpoint replaces."""
+    """Warn of options of optimizers and schedulers that the checkpoint replaces."""
     changed = []
-    for part in ("optimizer", "scheduler"):
-        found = getattr(saved, part)
-        if found is None or not own[part]:
-            continue
-        mine, theirs = own[part]["options"], found.options
+    for at, found in _saved_parts(saved).items():
+        mine, theirs = own[at]["options"], found.options
+        name = at.split(".")[1] if "." in at else MAIN
+        set_anew = handler.hyperparameters.get(name, {}) if at.endswith("optimizer") else {}
         changed += [
-            f"{part} {name}: {theirs.get(name, 'its default')!r} in the checkpoint, "
-            f"{mine.get(name, 'its default')!r} in the script"
-            for name in dict.fromkeys([*mine, *theirs])
-            if mine.get(name) != theirs.get(name)
-            and not (part == "optimizer" and name in handler.hyperparameters)
+            f"{at} {option}: {theirs.get(option, 'its default')!r} in the checkpoint, "
+            f"{mine.get(option, 'its default')!r} in the script"
+            for option in dict.fromkeys([*mine, *theirs])
+            if mine.get(option) != theirs.get(option) and option not in set_anew
         ]
     if changed:
         warn(
-            f"The checkpoint's options are taken: {'; '.join(changed)[:1000]}. To change those of "
+            f"The checkpoint's options are used: {'; '.join(changed)[:1000]}. To change those of "
             "the optimizer and keep its moments, call "
             "handler.set_hyperparameters(lr=...) before train"
         )
 
 
 def _check_parts(own: dict[str, Any], saved: Config, path: str) -> None:
-    """An optimizer or a scheduler that is missing, or is of another class, is no detail."""
-    for part in ("optimizer", "scheduler"):
-        found = getattr(saved, part)
-        kinds = [own[part]["class"] if own[part] else None, found.kind if found else None]
+    """Raise LoadMismatchError if an optimizer or scheduler is missing or of another class."""
+    mine, theirs = _own_parts(own), _saved_parts(saved)
+    for at in dict.fromkeys([*mine, *theirs]):
+        kinds = [
+            mine[at]["class"] if at in mine else None,
+            theirs[at].kind if at in theirs else None,
+        ]
         if kinds[0] == kinds[1] or all(kind and "shardckpt.absent" in kind for kind in kinds):
             continue
+        part = at.rpartition(".")[2]
         raise LoadMismatchError(
             f"The handler has another {part} than the checkpoint",
             path=path,
+            tensor=at if "." in at else None,
             expected=next(iter((kinds[0] or {"": "none"}).values())),
             actual=next(iter((kinds[1] or {"": "none"}).values()), None),
             remedy=f"set_{part} as it was when this was saved; to change it, NNHandler.load with "
@@ -510,7 +569,8 @@ def _progress(handler: Components, saved: Progress, *, history: bool) -> None:
     handler.position = Position(**msgspec.to_builtins(saved.position))
     handler.runs, handler.run_id = list(saved.runs), saved.run_id
     handler.run_steps, handler.validations = list(saved.run_steps), list(saved.validations)
-    handler.rate, handler.seed_value = saved.rate, saved.seed
+    handler.rates = dict(saved.rates) or {"lr": saved.rate}
+    handler.seed_value = saved.seed
     handler.stop_training = saved.stopped
     handler.history = saved.history if history else {}
 

@@ -167,6 +167,8 @@ def _remedy(at: str) -> str:
         "model": 'give it to load: model_class=..., objects={"model.kwargs": {...}}',
         "loss_fn": "give it to load: loss_fn=...",
         "metrics": f"give it to load: metrics={{{name!r}: ...}}",
+        "optimizers": "load with skip_optimizer=True",
+        "loss_arguments": f"give it to load: objects={{{at!r}: ...}}",
         "auto_saver": 'leave it out of the load: objects={"auto_saver": None}',
         "compile": 'leave it out of the load: objects={"compile": None}',
     }
@@ -304,6 +306,7 @@ class Names:
         more = f", and {len(self.missing) - _LISTED} more" if len(self.missing) > _LISTED else ""
         ways = [f"objects={{{', '.join(f'{at!r}: ...' for at in wanted)}}}"]
         ways += ["model_class=..."] if "model.class" in self.missing else []
+        parts |= {"optimizer"} if "optimizers" in parts else set()
         ways += [f"skip_{part}=True" for part in ("optimizer", "scheduler") if part in parts]
         ways += ["skip_callbacks=True"] if "callbacks" in parts else []
         named = {n.partition(":")[0] for n in self.missing.values() if ":" in n}

@@ -36,8 +36,8 @@ __all__ = [
     "largest",
     "mean_over_ranks",
     "start",
-    "synchronise_buffers",
-    "synchronise_gradients",
+    "synchronize_buffers",
+    "synchronize_gradients",
     "wrap",
 ]
 
@@ -199,7 +199,7 @@ def wrap(model: nn.Module, layout: Layout, *, find_unused: bool = False) -> nn.M
             return model
         options = {
             "find_unused_parameters": find_unused,
-            # synchronise_buffers does it after each step, so that all ranks save the same
+            # synchronize_buffers does it after each step, so that all ranks save the same
             "broadcast_buffers": False,
             **layout.options,
         }
@@ -241,7 +241,7 @@ def _blocks(model: nn.Module, wrapped: Any) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def synchronise_buffers(model: nn.Module, layout: Layout) -> None:
+def synchronize_buffers(model: nn.Module, layout: Layout) -> None:
     """Give the model's buffers the same values on all ranks, by layout.buffers; collective."""
     if layout.mode == "none":
         return
@@ -283,7 +283,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> list[bool]:
     return found
 
 
-def synchronise_gradients(model: nn.Module, *, now: bool) -> None:
+def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
     """Whether the next backward adds gradients up over ranks, or leaves that to a later one."""
     from torch.distributed.fsdp import FSDPModule
 

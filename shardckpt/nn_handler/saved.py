@@ -10,7 +10,7 @@ import torch
 
 from shardckpt.errors import CheckpointError
 
-__all__ = ["Config", "OwnState", "Progress", "Saved", "checked"]
+__all__ = ["Config", "NamedOptimizer", "OwnState", "Progress", "Saved", "checked"]
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _Name = dict[str, Any]
@@ -49,6 +49,13 @@ class Scheduler(_Struct):
     monitor: str
 
 
+class NamedOptimizer(_Struct):
+    """An optimizer beside the main one, and its scheduler."""
+
+    optimizer: Optimizer
+    scheduler: Scheduler | None = None
+
+
 class Callback(_Struct):
     """The class of a callback, and its arguments."""
 
@@ -57,21 +64,32 @@ class Callback(_Struct):
     kwargs: dict[str, Any]
 
 
-class Config(_Struct):
+class Config(msgspec.Struct, kw_only=True):
     """What rebuilds a handler."""
 
     model: Model
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
+    optimizers: dict[str, NamedOptimizer] = {}
     loss_fn: Any = None
+    loss_arguments: dict[str, Any] = {}
+    pass_epoch_to_loss: bool = False
     metrics: dict[str, Any] = {}
+    whole_epoch: list[str] = []
     callbacks: list[Callback] = []
     auto_saver: dict[str, Any] | None = None
     frozen: list[str] = []
+    kept_eval: list[str] = []
     untrained: list[str] | None = None
     own_step: bool = False
     compile: dict[str, Any] | None = None
     code: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        """The names of optimizers are part of the names of entries."""
+        wrong = [name for name in self.optimizers if not name.isidentifier() or name == "main"]
+        if wrong:
+            raise ValueError("Expected words other than main as names of optimizers")
 
 
 class SavedPosition(_Struct):
@@ -95,6 +113,7 @@ class Progress(_Struct):
     rate: float
     seed: int
     stopped: bool
+    rates: dict[str, float] = {}
     run_steps: list[_Count] = []
     validations: list[dict[str, float]] = []
 
@@ -129,6 +148,7 @@ class Saved(_Struct):
     progress: Progress
     callbacks: dict[str, CallbackState]
     scheduler: dict[str, Any] | None = None
+    schedulers: dict[str, dict[str, Any]] = {}
     scaler: dict[str, Any] | None = None
     ema: Average | None = None
 

@@ -18,8 +18,8 @@ def summary(handler: TrainingState) -> str:
     lines.append(f"  {'all':<41} {_size(module)}")
     loss = handler.loss_fn
     parts = {
-        "optimizer": handler.optimizer and type(handler.optimizer).__name__,
-        "scheduler": handler.scheduler and type(handler.scheduler.torch).__name__,
+        "optimizer": ", ".join(type(one).__name__ for one in handler.optimizers.values()),
+        "scheduler": ", ".join(type(one.torch).__name__ for one in handler.schedulers.values()),
         "loss": getattr(loss, "__name__", type(loss).__name__) if loss else None,
         "metrics": ", ".join(handler.metrics),
         "callbacks": ", ".join(type(callback).__name__ for callback in handler.callbacks),

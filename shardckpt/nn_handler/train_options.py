@@ -15,7 +15,7 @@ from shardckpt.nn_handler.ema import check_decay
 __all__ = ["NanGuard", "Precision", "TrainOptions", "matmul_precision"]
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-NanGuard = Literal["stop", "skip"]
+NanGuard = Literal["stop", "skip", "restore"]
 
 _LEAST = {
     "epochs": 0,
@@ -25,6 +25,7 @@ _LEAST = {
     "gradient_accumulation_steps": 1,
     "limit_train_batches": 1,
     "limit_val_batches": 1,
+    "sanity_val_batches": 0,
 }
 _OPTIONAL = {"epochs", "max_steps", "validate_every_steps", "limit_train_batches"}
 _OPTIONAL |= {"limit_val_batches"}
@@ -41,6 +42,7 @@ class TrainOptions:
     gradient_accumulation_steps: int = 1
     limit_train_batches: int | None = None
     limit_val_batches: int | None = None
+    sanity_val_batches: int = 1
     use_amp: bool = False
     precision: Precision | None = None
     gradient_clipping_norm: float | None = None
@@ -71,7 +73,7 @@ class TrainOptions:
         check_decay(self.ema_decay)
 
     def autocast(self, device: torch.device) -> torch.autocast | None:
-        """The context of a forward, if it is to compute in a smaller precision."""
+        """The context of a forward pass in a smaller precision, or None."""
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         usual = torch.float16 if device.type == "cuda" else torch.bfloat16
         dtype = dtypes.get(self.precision or "", usual if self.use_amp else None)
@@ -84,12 +86,12 @@ class TrainOptions:
 
 
 def _bad(name: str, expected: str, actual: Any) -> StateError:
-    return StateError(f"train was given a bad {name}", expected=expected, actual=repr(actual))
+    return StateError(f"Invalid {name} for train", expected=expected, actual=repr(actual))
 
 
 @contextmanager
 def matmul_precision(precision: Precision | None) -> Iterator[None]:
-    """Inside the with block float32 products on CUDA are computed as "tf32" or "fp32" say."""
+    """Set the precision of float32 products on CUDA to that of "tf32" or "fp32"."""
     before = torch.get_float32_matmul_precision()
     if precision in ("tf32", "fp32"):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

@@ -1,8 +1,8 @@
 """The training loop.
 
-Between two steps of the optimizer lies a boundary. What a checkpoint holds is the state at the
-last boundary: weights change after it in the optimizer's step alone, and the loader's position,
-the random numbers and the running sums are noted at it. There the ranks agree on what happens
+A boundary lies between two steps of the optimizer. A checkpoint holds the state at the last
+boundary: the trainer notes the position in the data, the random numbers and the running sums there,
+and after it only the optimizer changes weights. At each boundary the ranks agree on what happens
 next, so that they save, stop and fail together.
 """
 
@@ -27,7 +27,7 @@ from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_echo, meet
 from shardckpt.nn_handler.epoch_metrics import EpochSums
-from shardckpt.nn_handler.loading import open_source, restore
+from shardckpt.nn_handler.loading import open_source, restore, restore_tensors
 from shardckpt.nn_handler.parallel import largest
 from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.nn_handler.signals import leave, stop_requests
@@ -46,22 +46,29 @@ class Trainer:
     def __init__(self, handler: Components, options: TrainOptions) -> None:
         self.handler = handler
         self.options = options
-        self.failure: BaseException | None = None  # of this rank, to be told to the others
+        self.failure: BaseException | None = None  # of this rank; the others learn of it
         self.told = False  # all ranks know that training fails
-        self.alone = False  # the ranks can't talk any more
+        self.alone = False  # the ranks can no longer exchange messages
         self.at: Literal["boundary", "forward", "update"] = "boundary"
         self.buffers: BufferCopies | None = None
         self.saver: AutoSaver | None = None if options.fast_dev_run else handler.auto_saver
         self.bar = [ProgressBar()] if options.progress_bar else []
-        self.updater = Updater(handler, options, self._note_point, self._guard)
+        self.updater: Updater | None = None
         self.end = self.end_step = 0
         handler.validates = options.validate_every > 0 or options.validate_every_steps is not None
 
     def run(self) -> None:
-        """Train; collective."""
+        """Train. Collective."""
         handler, saver = self.handler, self.saver
         _check_on_all(handler)
         resumed = self._prepare()
+        self.updater = Updater(
+            handler,
+            self.options,
+            note=self._note_point,
+            guard=self._guard,
+            go_back=self._go_back,
+        )
         self.end, self.end_step = handler.begin_run(
             self.options.epochs, self.options.max_steps, resumed=resumed
         )
@@ -69,6 +76,8 @@ class Trainer:
             try:
                 self._hooks(lambda callback: callback.on_train_start(handler))
                 self._agree()
+                if not resumed:
+                    self._try_validation()
                 while handler.epoch < self.end and not handler.stop_training:
                     self._epoch()
                 self._hooks(lambda callback: callback.on_train_end(handler))
@@ -84,8 +93,13 @@ class Trainer:
                 saver.close()
 
     def _prepare(self) -> bool:
-        """Make what training needs, and resume; whether it did. Collective."""
+        """Create what training needs, and resume; whether it resumed. Collective."""
         handler, options, saver = self.handler, self.options, self.saver
+        if options.nan_guard == "restore" and (saver is None or not saver.plan.saves()):
+            raise StateError(
+                'nan_guard="restore" needs checkpoints to go back to',
+                remedy="call auto_save first, with every_steps= for example",
+            )
         if options.ema_decay and handler.ema is None:
             handler.ema = EMA(handler.model, options.ema_decay)
         if options.scales(handler.device) and handler.scaler is None:
@@ -115,14 +129,14 @@ class Trainer:
             self._finish_epoch()
 
     def _begin_epoch(self) -> Iterator[Any]:
-        """The batches of an epoch, from the position on at which training stands."""
+        """The remaining batches of the epoch."""
         handler, data, position = self.handler, self.handler.train_data, self.handler.position
         assert data is not None
         self.sums = handler.sums = EpochSums(handler)
         if not data.fits(position):
             warn(
-                f"The train loader does not have the {position.length} samples of when the epoch "
-                "was begun: the epoch begins anew"
+                f"The length of the train loader is no longer {position.length}: the epoch starts "
+                "again"
             )
             handler.position = position = Position()
         if position.batches == 0:
@@ -145,9 +159,10 @@ class Trainer:
         return batches
 
     def _step(self, batches: Iterator[Any]) -> bool:
-        """One step of the optimizer; False where the epoch has no more batches."""
+        """One step of the optimizer; False at the end of the epoch."""
         handler = self.handler
         assert handler.train_data is not None
+        assert self.updater is not None
         group: list[Any] = []
         if self.failure is None:
             self._guard(
@@ -177,14 +192,14 @@ class Trainer:
     def _finish_epoch(self) -> None:
         handler, saver = self.handler, self.saver
         epoch = handler.epoch + 1
-        results = {**self.sums.means(), "lr": handler.rate}
+        results = {**self.sums.means(), **handler.rates}
         if handler.val_data is not None and self._validates(epoch):
             found = self._validate()
             results |= found
             self._hooks("on_validation_end", found)
         self.at = "update"
-        if handler.scheduler is not None:
-            handler.scheduler.after_epoch(results)
+        for scheduler in handler.schedulers.values():
+            scheduler.after_epoch(results)
         handler.epoch = epoch
         handler.position = Position()
         for name, value in results.items():
@@ -212,6 +227,35 @@ class Trainer:
         )
         return epoch % every == 0 or (saves and saver is not None and saver.plan.needs_validation())
 
+    def _try_validation(self) -> None:
+        """Validate on a few batches before training, so that mistakes show at once.
+
+        Not on a loader that is used as it is: one more pass could change what it gives later.
+        """
+        data, batches = self.handler.val_data, self.options.sanity_val_batches
+        if data is None or data.counted is None or not (batches and self.handler.validates):
+            return
+        validate(
+            self.handler,
+            autocast=self.options.autocast(self.handler.device),
+            limit=batches,
+            guard=self._guard,
+            agree=lambda more: self._agree(int(more), boundary=False),
+        )
+        self._agree()
+
+    def _go_back(self) -> None:
+        """Load the weights and the optimizers of the last checkpoint. Collective."""
+        handler, saver = self.handler, self.saver
+        assert saver is not None
+        self.at = "update"
+        if not saver.go_back(lambda path: restore_tensors(handler, open_source(path))):
+            raise StateError(
+                'nan_guard="restore" found no checkpoint to go back to',
+                actual=f"step {handler.step}",
+                remedy="save earlier: auto_save(every_steps=...)",
+            )
+
     def _validate(self) -> dict[str, float]:
         self._hooks("on_validation_start")
         found = validate(
@@ -234,10 +278,10 @@ class Trainer:
         self.at = point
 
     def _agree(self, batches: int | None = None, *, boundary: bool = True) -> int:
-        """The ranks tell each other what they know, and all act on it alike; collective.
+        """Exchange what the ranks know, then save, stop or raise on all of them. Collective.
 
-        Saves, stops and raises; returns how many batches every rank has, or outside of a
-        `boundary` any rank. `batches` is None outside of an epoch.
+        `batches` is the number of batches that this rank has; None outside of an epoch. Returns
+        the smallest number of all ranks, or the largest outside of a `boundary`.
         """
         handler, saver = self.handler, self.saver
         sign = -1 if boundary else 1
@@ -271,7 +315,7 @@ class Trainer:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """A save that fails does so on all ranks."""
+        """Mark that a failure in the with block happens on all ranks."""
         self.told = True
         try:
             yield
@@ -293,14 +337,14 @@ class Trainer:
                 self.saver.within_epoch(self.handler, now=True)
 
     def _guard(self, act: Callable[[], Any]) -> None:
-        """Do what may fail on this rank alone; the next boundary tells the others."""
+        """Call what may fail on this rank alone; the others learn of it at the next boundary."""
         try:
             act()
         except BaseException as error:
             self.failure = self.failure or error
 
     def _hooks(self, hook: str | Callable[[Callback], None], *args: Any) -> None:
-        """Call a hook of all callbacks; those that save come last."""
+        """Call a hook of all callbacks; ModelCheckpoints come last."""
         callbacks = [*self.bar, *self.handler.callbacks]
         if self.options.fast_dev_run:
             callbacks = [callback for callback in callbacks if not callback.writes_files]
@@ -311,7 +355,7 @@ class Trainer:
                 self._guard(lambda call=call, callback=callback: call(callback))  # type: ignore[misc]
 
     def _unfinished(self) -> bool:
-        """Whether training has ended within the epoch."""
+        """Whether the epoch has samples left."""
         data, position = self.handler.train_data, self.handler.position
         limit = self.options.limit_train_batches
         if data is None or (limit is not None and position.batches >= limit):
@@ -325,13 +369,13 @@ class Trainer:
             self.handler.warned.add(key)
             some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             warn(
-                f"{len(names)} parameters need gradients, but the optimizer does not hold them, "
-                f"so they stay as they are: {some}. Call set_optimizer again after unfreezing, "
+                f"{len(names)} parameters need gradients, but no optimizer holds them, so they are "
+                f"not trained: {some}. Call set_optimizer again after unfreezing, "
                 'or handler.optimizer.add_param_group({"params": [...]})'
             )
 
     def _tell(self, error: BaseException) -> None:
-        """Let the callbacks see an error; what they raise themselves must not hide it."""
+        """Call on_exception of all callbacks; errors that they raise become warnings."""
         for callback in self.handler.callbacks:
             try:
                 callback.on_exception(self.handler, error)
@@ -339,9 +383,10 @@ class Trainer:
                 warn(f"{type(callback).__name__}.on_exception raised {second!r}")
 
     def _emergency(self, error: BaseException) -> BaseException:
-        """Save before an error ends training, if the state of the last boundary can be had whole.
+        """Save before an error ends training, if the state of the last boundary is complete.
 
-        Returns what to raise: the error, or of one that is but the echo of another rank's, this.
+        Returns the error to raise. If this rank's error only follows from that of another rank, it
+        is a RankFailedError.
         """
         handler, saver = self.handler, self.saver
         exits = isinstance(error, (KeyboardInterrupt, SystemExit)) and error is not self.failure
@@ -366,7 +411,7 @@ class Trainer:
         return raised
 
     def _save_emergency(self, saver: AutoSaver, failure: Failure) -> None:
-        """Under DDP every rank has the whole state, so that one can save alone."""
+        """Save with all ranks or, under DDP, where each rank has the whole state, alone."""
         handler = self.handler
         if self.at == "update":
             raise StateError("A step of the optimizer was cut short")
@@ -391,8 +436,8 @@ def _caller(hook: str, handler: TrainingState, args: Any) -> Callable[[Callback]
 
 
 def _check_on_all(handler: TrainingState) -> None:
-    """Raise StateError for a handler that can't train, on all ranks; collective. What one rank
-    raises, such as a callback in state_dict, the others hear at once."""
+    """Raise StateError for a handler that can't train. Collective: an error on one rank, such as
+    one of a callback's state_dict, is raised on all ranks at once."""
 
     def check() -> bytes:
         _check_ready(handler)
@@ -409,18 +454,18 @@ def _check_ready(handler: TrainingState) -> None:
     handler.check_given()
     if handler.averaging:
         raise StateError(
-            "Training inside ema_weights() would be undone at the end of the with block",
-            remedy="call train after it",
+            "Training inside ema_weights() is not possible: its end restores the weights",
+            remedy="call train after the with block",
         )
     missing = {
-        "set_optimizer": handler.optimizer,
+        "set_optimizer": handler.optimizations or None,
         "set_train_loader": handler.train_data,
     }
     for setter, value in missing.items():
         if value is None:
             raise StateError("The handler can't train yet", remedy=f"call {setter} first")
-    scheduler = handler.scheduler
-    if scheduler is not None and scheduler.needs_metric:
-        handler.check_monitor(scheduler.monitor)
-    # what can't be saved is told now, not at the first save
+    for scheduler in handler.schedulers.values():
+        if scheduler.needs_metric:
+            handler.check_monitor(scheduler.monitor)
+    # an error of what can't be saved is raised now, not by the first save
     flatten({"config": handler.config(), "callbacks": handler.callback_states()}, rank=handler.rank)

@@ -18,8 +18,8 @@ from shardckpt.errors import StateError
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.data import Position, TrainData, ValData
 from shardckpt.nn_handler.ema import EMA
-from shardckpt.nn_handler.groups import group_names
 from shardckpt.nn_handler.objects import describe, warn_of_absent
+from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Layout, Parallel, wrap
 from shardckpt.nn_handler.random_state import random_state
 from shardckpt.nn_handler.scheduling import Scheduler
@@ -34,7 +34,7 @@ _NEVER = 1 << 62
 class TrainingState:
     """A model, all that trains it, and how far training has come.
 
-    `position`, `boundary`, `rate`, `seed_value`, `runs` and `run_id` are what the trainer goes on
+    `position`, `boundary`, `rates`, `seed_value`, `runs` and `run_id` are what the trainer goes on
     from; see Trainer. `awaited` and `proposed` are what a checkpoint says and the program has not
     given or confirmed yet.
     """
@@ -43,12 +43,14 @@ class TrainingState:
     model: nn.Module = field(init=False)
     model_class: Any = field(init=False)
     model_kwargs: dict[str, Any] = field(init=False)
-    optimizer: torch.optim.Optimizer | None = None
-    scheduler: Scheduler | None = None
+    optimizations: dict[str, Optimization] = field(default_factory=dict)
     scaler: Any = None
     ema: EMA | None = None
     loss_fn: Callable[..., Any] | None = None
     metrics: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    whole_epoch: list[str] = field(default_factory=list)  # metrics of all outputs together
+    loss_arguments: dict[str, Any] = field(default_factory=dict)
+    passes_epoch: bool = False
     callbacks: list[Callback] = field(default_factory=list)
     train_data: TrainData | None = None
     val_data: ValData | None = None
@@ -61,18 +63,19 @@ class TrainingState:
     validates: bool = True  # whether the call of train does so at all
     position: Position = field(default_factory=Position)
     boundary: dict[str, Any] | None = None
-    rate: float = 0.0
+    rates: dict[str, float] = field(default_factory=dict)
     seed_value: int = 0
     runs: list[int] = field(default_factory=list)
     run_id: str | None = None
     replayed: int | None = None
     model_code: dict[str, str] | None = None
     frozen: list[str] = field(default_factory=list)
+    kept_eval: list[str] = field(default_factory=list)
     compiling: dict[str, Any] | None = None
-    optimizer_recipe: dict[str, Any] | None = None
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     averaging: bool = False  # inside ema_weights()
     sums: Any = None  # the EpochSums that `log` adds to
+    updater: Any = None  # the Updater of the step that is being trained
     probed: bool = False  # whether DDP is known to find a gradient for every parameter
     wrapped_for: list[bool] = field(default_factory=list)  # what needed gradients then
     validations: list[dict[str, float]] = field(default_factory=list)  # those between epochs
@@ -121,7 +124,7 @@ class TrainingState:
     def train_mode(self) -> None:
         """Training mode for all but frozen modules."""
         self.model.train()
-        for name in self.frozen:
+        for name in (*self.frozen, *self.kept_eval):
             self.module.get_submodule(name).eval()
 
     def wrap_again(self) -> None:
@@ -138,33 +141,53 @@ class TrainingState:
         if self.compiling is not None:
             self.model.compile(**self.compiling)
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The main optimizer."""
+        main = self.optimizations.get(MAIN)
+        return None if main is None else main.optimizer
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """The scheduler of the main optimizer."""
+        main = self.optimizations.get(MAIN)
+        return None if main is None else main.scheduler
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """All optimizers by name; the one without a name is "main"."""
+        return {name: one.optimizer for name, one in self.optimizations.items()}
+
+    @property
+    def schedulers(self) -> dict[str, Scheduler]:
+        """The schedulers by the names of their optimizers."""
+        found = {name: one.scheduler for name, one in self.optimizations.items()}
+        return {name: one for name, one in found.items() if one is not None}
+
     def apply_hyperparameters(self) -> None:
-        """Put `hyperparameters` into the optimizer, and the rate into the scheduler's base."""
-        optimizer = self.optimizer
-        for name, value in self.hyperparameters.items() if optimizer is not None else ():
-            assert optimizer is not None
-            if name not in optimizer.defaults:
-                raise StateError(
-                    "The optimizer has no such option",
-                    expected=", ".join(sorted(optimizer.defaults)),
-                    actual=name,
-                )
-            optimizer.defaults[name] = value
-            for group in optimizer.param_groups:
-                base = group.get("initial_lr")
-                if name != "lr" or not base:
-                    group[name] = value
-                elif base != value:
-                    group["lr"], group["initial_lr"] = group["lr"] * value / base, value
-            if name == "lr" and self.scheduler is not None:
-                self.scheduler.set_base(float(value))
-        if optimizer is not None and self.hyperparameters:
-            self.rate = float(optimizer.param_groups[0]["lr"])
+        """Put `hyperparameters` into the optimizers, and rates into the bases of schedulers."""
+        for name, options in self.hyperparameters.items():
+            if name in self.optimizations:
+                self.optimizations[name].set_options(options)
+        if self.hyperparameters:
+            self.note_rates()
+
+    def note_rates(self) -> None:
+        """Note the rate of every group as it is now: `lr`, `lr_1`, `lr_<optimizer>`."""
+        self.rates = {
+            "_".join(["lr", *([] if name == MAIN else [name]), *([str(at)] if at else [])]): rate
+            for name, one in self.optimizations.items()
+            for at, rate in enumerate(one.rates)
+        }
 
     def untrained(self) -> list[str]:
         """Names of the parameters that need gradients and are in no group of the optimizer."""
-        assert self.optimizer is not None
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        held = {
+            id(p)
+            for optimizer in self.optimizers.values()
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         return [
             name
             for name, p in self.module.named_parameters()
@@ -176,7 +199,7 @@ class TrainingState:
         names = {"loss", *self.metrics}
         if self.val_data is not None and self.validates:
             names |= {f"val_{name}" for name in names}
-        return names | {"epoch", "step", "lr"} | self.will_log
+        return names | {"epoch", "step", *self.rates} | self.will_log
 
     def check_monitor(self, monitor: str) -> None:
         """Raise StateError for a metric that training never brings."""
@@ -241,6 +264,54 @@ class TrainingState:
             )
         self.sums.log(name, value)
 
+    def update(self, loss: torch.Tensor, optimizer: str = MAIN) -> None:
+        """Run the backward pass and step one optimizer, in a training step of your own.
+
+        Clears the gradients of the optimizer, averages them over the ranks, applies the options of
+        `train` (precision, clipping, nan_guard), and steps the scheduler. In validation it does
+        nothing. The history gets the mean loss, as `loss` or `loss_<optimizer>`. Collective.
+
+        Args:
+            loss: A scalar tensor.
+            optimizer: The name of the optimizer; see set_optimizer.
+
+        Raises:
+            StateError: The handler has no such optimizer, or no step is being trained.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.SGD, lr=0.1)
+            >>> handler.set_train_loader([torch.ones(8, 4)])
+            >>> def step(handler, batch):
+            ...     handler.update(handler.module(batch).square().mean())
+            >>> handler.set_training_step(step)
+            >>> history = handler.train(2, progress_bar=False)
+            >>> history["loss"][1] < history["loss"][0]
+            True
+        """
+        if optimizer not in self.optimizations:
+            raise StateError(
+                "The handler has no optimizer of this name",
+                expected=", ".join(self.optimizations),
+                actual=repr(optimizer),
+            )
+        if self.sums is None:
+            raise StateError(
+                "update was called outside of training",
+                remedy="call it in a training step; see set_training_step",
+            )
+        if self.updater is not None:
+            self.updater.update(loss, optimizer)
+        else:  # in validation
+            self.log_loss(loss, optimizer)
+
+    def log_loss(self, loss: torch.Tensor, optimizer: str) -> None:
+        """Internal. Add the loss of one optimizer to an epoch's metrics."""
+        self.log("loss" if optimizer == MAIN else f"loss_{optimizer}", loss.detach())
+
     def check_given(self) -> None:
         """Raise StateError for a loss or metrics of a checkpoint that are still to be given."""
         if self.awaited:
@@ -255,12 +326,22 @@ class TrainingState:
 
     def config(self) -> dict[str, Any]:
         """What rebuilds the handler, as plain data; see shardckpt.nn_handler.objects."""
+        described: dict[str, Any] = {
+            name: {
+                "optimizer": one.description(self.module, self.loss_module),
+                "scheduler": one.scheduler and one.scheduler.description(),
+            }
+            for name, one in self.optimizations.items()
+        }
         config: dict[str, Any] = {
             "model": describe({"class": self.model_class, "kwargs": self.model_kwargs}),
-            "optimizer": describe(self._optimizer_now()),
-            "scheduler": self.scheduler and self.scheduler.description(),
+            **described.pop(MAIN, {"optimizer": None, "scheduler": None}),
+            "optimizers": described,
             "loss_fn": describe(self.loss_fn),
+            "loss_arguments": describe(self.loss_arguments),
+            "pass_epoch_to_loss": self.passes_epoch,
             "metrics": describe(self.metrics),
+            "whole_epoch": list(self.whole_epoch),
             "callbacks": describe(
                 [
                     {"class": type(c), "args": list(c.arguments[0]), "kwargs": c.arguments[1]}
@@ -269,6 +350,7 @@ class TrainingState:
             ),
             "auto_saver": self.auto_saver and self.auto_saver.description(),
             "frozen": list(self.frozen),
+            "kept_eval": list(self.kept_eval),
             "own_step": self.training_step is not None,
             "untrained": [n for n, p in self.module.named_parameters() if not p.requires_grad],
             "compile": describe(self.compiling),
@@ -282,31 +364,6 @@ class TrainingState:
             config["model"]["class"] = self.class_name
         return config
 
-    def _optimizer_now(self) -> dict[str, Any] | None:
-        """The arguments of set_optimizer, with the groups that the optimizer has now."""
-        if self.optimizer is None or self.optimizer_recipe is None:
-            return None
-        recipe, defaults = self.optimizer_recipe, self.optimizer.defaults
-        begun = recipe["groups"]
-        groups = [
-            {
-                "params": names,
-                **(
-                    {k: v for k, v in begun[number].items() if k != "params"}
-                    if number < len(begun)
-                    else {k: v for k, v in group.items() if k in defaults}
-                ),
-            }
-            for number, (names, group) in enumerate(
-                zip(
-                    group_names(self.optimizer, self.module, self.loss_module),
-                    self.optimizer.param_groups,
-                    strict=True,
-                )
-            )
-        ]
-        return {**recipe, "groups": groups}
-
     def callback_states(self) -> dict[str, Any]:
         """The kind and state of each callback, as plain data."""
         return {
@@ -317,8 +374,12 @@ class TrainingState:
     def tensor_state(self) -> dict[str, Any]:
         """The part of the state that is loaded in place."""
         state: dict[str, Any] = {"model": self.model}
-        if self.optimizer is not None:
-            state["optimizer"] = self.optimizer
+        others = self.optimizers
+        main = others.pop(MAIN, None)
+        if main is not None:
+            state["optimizer"] = main
+        if others:
+            state["optimizers"] = others
         if isinstance(self.loss_fn, nn.Module) and self.loss_fn.state_dict():
             state["loss_fn"] = self.loss_fn
         elif self.loss_tensors is not None:
@@ -334,8 +395,11 @@ class TrainingState:
         boundary = self.boundary or {"random": random_state(), "sums": None}
         boundary = {**boundary, "sums": _plain_sums(boundary["sums"])}
         state = self.tensor_state()
-        if self.scheduler is not None:
-            state["scheduler"] = self.scheduler.state_dict()
+        schedulers = {name: one.state_dict() for name, one in self.schedulers.items()}
+        if MAIN in schedulers:
+            state["scheduler"] = schedulers.pop(MAIN)
+        if schedulers:
+            state["schedulers"] = schedulers
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         if self.ema is not None:
@@ -356,7 +420,8 @@ class TrainingState:
                 "validations": self.validations,
                 "run_id": self.run_id,
                 "history": self.history,
-                "rate": self.rate,
+                "rate": self.rates.get("lr", 0.0),
+                "rates": self.rates,
                 "seed": self.seed_value,
                 "stopped": self.stop_training,
             },

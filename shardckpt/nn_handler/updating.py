@@ -1,24 +1,26 @@
-"""One step of the optimizer: forward, backward, gradients over the ranks, update."""
+"""One step of training: forward, backward, gradients over the ranks, update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shardckpt.errors import StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.batch import forward
 from shardckpt.nn_handler.epoch_metrics import EpochSums
+from shardckpt.nn_handler.optimization import Optimization
 from shardckpt.nn_handler.parallel import (
     average_gradients,
     clip_gradients,
     largest,
-    synchronise_buffers,
-    synchronise_gradients,
+    synchronize_buffers,
+    synchronize_gradients,
 )
 from shardckpt.nn_handler.train_options import TrainOptions
 from shardckpt.nn_handler.training_state import TrainingState
@@ -29,61 +31,165 @@ __all__ = ["Updater"]
 class Updater:
     """Makes the steps of one call of NNHandler.train.
 
-    `note` hears that a forward or an update begins; `guard` does what may fail on this rank
-    alone.
+    `note` is told when a forward pass or an update begins. `guard` calls a function that may fail
+    on this rank alone. `go_back` loads the last checkpoint; see the option `nan_guard`.
     """
 
     def __init__(
         self,
         handler: TrainingState,
         options: TrainOptions,
+        *,
         note: Callable[[Literal["forward", "update"]], None],
         guard: Callable[[Callable[[], Any]], None],
+        go_back: Callable[[], None],
     ) -> None:
-        self.handler, self.options, self.note, self.guard = handler, options, note, guard
+        self.handler, self.options = handler, options
+        self.note, self.guard, self.go_back = note, guard, go_back
         self.autocast = options.autocast(handler.device)
+        self.scaler: Any = handler.scaler if self.autocast is not None else None
+        self.closure = _needs_closure(handler, options)
+        self._updates = False  # whether the step of the user has updated weights by itself
 
     def step(self, group: list[Any], sums: EpochSums) -> torch.Tensor | float:
-        """One step over a group of batches; the loss of the last one."""
-        handler = self.handler
-        assert handler.optimizer is not None
+        """Train on a group of batches; return the loss of the last one."""
         self.note("forward")
-        handler.optimizer.zero_grad()
-        scaler = handler.scaler if self.autocast is not None else None
-        probes = self._probes()
-        with self._unwrapped() if probes else _as_it_is():
-            loss = self._backward(group, sums, scaler)
-        if loss is None:  # a step of the user's own that updates the weights by itself
-            self._after_update()
-            return 0.0
-        self._gradients_of_ranks(probes)
-        updates = self._finite(loss)
-        if updates and self.options.gradient_clipping_norm is not None:
-            if scaler is not None:
-                scaler.unscale_(handler.optimizer)
-            clip_gradients(self._parameters(), self.options.gradient_clipping_norm)
-        handler.rate = float(handler.optimizer.param_groups[0]["lr"])
-        self.note("update")
-        if updates and self._update(scaler) and handler.scheduler is not None:
-            handler.scheduler.after_step()
+        self.handler.updater = self
+        try:
+            loss = self._step(group, sums)
+        finally:
+            self.handler.updater = None
         self._after_update()
+        return 0.0 if loss is None else loss
+
+    def _step(self, group: list[Any], sums: EpochSums) -> torch.Tensor | None:
+        self._updates = False
+        if self.closure is not None:
+            return self._step_with_closure(self.closure, group, sums)
+        self._zero_gradients()
+        probes = self._probes()
+        with self._unwrapped() if probes else nullcontext():
+            loss = self._backward(group, sums)[0]
+        if loss is not None:  # otherwise the user's own step has updated the weights
+            self._average_over_ranks(probes)
+            self._update_all(loss)
         return loss
 
-    def _backward(self, group: list[Any], sums: EpochSums, scaler: Any) -> torch.Tensor | None:
-        handler, loss = self.handler, None
+    def _zero_gradients(self) -> None:
+        for optimizer in self.handler.optimizers.values():
+            optimizer.zero_grad()
+
+    def _backward(
+        self, group: list[Any], sums: EpochSums | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Add up gradients; return the loss of the last batch, and the mean over all."""
+        handler, loss, mean = self.handler, None, None
         for number, batch in enumerate(group, 1):
-            synchronise_gradients(handler.model, now=number == len(group))
+            synchronize_gradients(handler.model, now=number == len(group))
             result = forward(handler, batch, self.autocast)
             if result is None:
+                self._check_updates(group)
                 continue
             part = result.loss / len(group)
-            torch.autograd.backward(part if scaler is None else scaler.scale(part))
+            torch.autograd.backward(part if self.scaler is None else self.scaler.scale(part))
             loss = result.loss.detach()
-            self.guard(lambda result=result: sums.add(result))  # type: ignore[misc]
-        return loss
+            mean = part.detach() if mean is None else mean + part.detach()
+            if sums is not None:
+                self.guard(lambda result=result: sums.add(result))  # type: ignore[misc]
+        return loss, mean
+
+    def _check_updates(self, group: list[Any]) -> None:
+        if len(group) > 1:
+            raise StateError(
+                "A training step that calls update can't accumulate gradients",
+                actual=f"gradient_accumulation_steps={len(group)}",
+                remedy="leave it out, or return the loss from the step",
+            )
+        if not self._updates:
+            raise StateError(
+                "The training step returned None and did not call handler.update",
+                remedy="return the loss, or call handler.update(loss)",
+            )
+
+    def update(self, loss: torch.Tensor, name: str) -> None:
+        """Run the backward pass of a loss and step one optimizer; see TrainingState.update."""
+        handler, one = self.handler, self.handler.optimizations[name]
+        self._updates = True
+        handler.log_loss(loss, name)
+        one.optimizer.zero_grad()
+        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+        parameters = [p for group in one.optimizer.param_groups for p in group["params"]]
+        if handler.parallel == "ddp":
+            average_gradients(parameters)
+        self._update([one], parameters, loss.detach())
+
+    def _update_all(self, loss: torch.Tensor) -> None:
+        loss_module = self.handler.loss_module
+        own = loss_module.parameters() if loss_module is not None else ()
+        parameters = [*self.handler.model.parameters(), *own]
+        self._update(list(self.handler.optimizations.values()), parameters, loss)
+
+    def _update(
+        self, chosen: list[Optimization], parameters: list[nn.Parameter], loss: torch.Tensor
+    ) -> None:
+        """Clip gradients and step optimizers and their schedulers, if the loss is finite."""
+        if not self._is_finite(loss):
+            return
+        if self.options.gradient_clipping_norm is not None:
+            for one in chosen if self.scaler is not None else ():
+                self.scaler.unscale_(one.optimizer)
+            clip_gradients(parameters, self.options.gradient_clipping_norm)
+        self.handler.note_rates()
+        self.note("update")
+        if self._step_optimizers(chosen):
+            for one in chosen:
+                if one.scheduler is not None:
+                    one.scheduler.after_step()
+
+    def _step_optimizers(self, chosen: list[Optimization]) -> bool:
+        """Step optimizers; False if the scaler skipped the step."""
+        if self.scaler is None:
+            for one in chosen:
+                one.optimizer.step()
+            return True
+        before = self.scaler.get_scale()
+        for one in chosen:
+            self.scaler.step(one.optimizer)
+        self.scaler.update()
+        return bool(self.scaler.get_scale() >= before)
+
+    def _step_with_closure(
+        self, one: Optimization, group: list[Any], sums: EpochSums
+    ) -> torch.Tensor:
+        """One step of an optimizer that computes the loss several times, such as LBFGS."""
+        handler, norm = self.handler, self.options.gradient_clipping_norm
+        losses: list[torch.Tensor] = []
+
+        def closure() -> torch.Tensor:
+            self._zero_gradients()
+            probes = self._probes()
+            with self._unwrapped() if probes else nullcontext():
+                last, mean = self._backward(group, None if losses else sums)
+            assert last is not None
+            assert mean is not None
+            self._average_over_ranks(probes)
+            if handler.parallel != "none":  # all ranks must take the same decisions
+                dist.all_reduce(mean.div_(handler.world_size))
+            if norm is not None:
+                clip_gradients(handler.model.parameters(), norm)
+            if not losses:
+                handler.note_rates()
+                self.note("update")
+            losses.append(last)
+            return mean
+
+        one.optimizer.step(closure)  # type: ignore[arg-type]
+        if one.scheduler is not None:
+            one.scheduler.after_step()
+        return losses[0]
 
     def _probes(self) -> bool:
-        """Whether this step is to find out if DDP must look for parameters without gradients."""
+        """Whether this step finds out if DDP must look for parameters without gradients."""
         handler = self.handler
         asked = {"find_unused_parameters", "static_graph"} & handler.layout.options.keys()
         wrapped = isinstance(handler.model, nn.parallel.DistributedDataParallel)
@@ -97,7 +203,8 @@ class Updater:
         finally:
             self.handler.model = wrapped
 
-    def _gradients_of_ranks(self, probes: bool) -> None:
+    def _average_over_ranks(self, probes: bool) -> None:
+        """Average the gradients that no wrapper of the model averages; collective."""
         handler = self.handler
         if probes:
             handler.probed = True
@@ -107,45 +214,52 @@ class Updater:
         if handler.loss_module is not None and handler.parallel != "none":
             average_gradients(handler.loss_module.parameters())
 
-    def _parameters(self) -> list[nn.Parameter]:
-        loss = self.handler.loss_module
-        return [*self.handler.model.parameters(), *(loss.parameters() if loss is not None else ())]
-
-    def _finite(self, loss: torch.Tensor) -> bool:
+    def _is_finite(self, loss: torch.Tensor) -> bool:
         """Whether the weights may be updated, by the nan_guard; collective if there is one."""
         if self.options.nan_guard is None:
             return True
-        bad = largest([int(not bool(torch.isfinite(loss)))], self.handler.device)[0]
-        if bad and self.options.nan_guard == "stop":
+        if not largest([int(not bool(torch.isfinite(loss)))], self.handler.device)[0]:
+            return True
+        if self.options.nan_guard == "stop":
             raise StateError(
                 "The loss is not finite",
-                expected="a number on every rank",
+                expected="a finite number on every rank",
                 actual=f"{float(loss)} on rank {self.handler.rank}, step {self.handler.step}",
-                remedy='lower the rate, clip gradients, or skip such steps: nan_guard="skip"',
+                remedy="lower the learning rate, clip gradients, or skip such steps with "
+                'nan_guard="skip"',
             )
-        if bad:
-            warn(f"Step {self.handler.step} is skipped: the loss is not finite on some rank")
-        return not bad
-
-    def _update(self, scaler: Any) -> bool:
-        """Step the optimizer; False if the scaler skipped that."""
-        optimizer = self.handler.optimizer
-        assert optimizer is not None
-        if scaler is None:
-            optimizer.step()
-            return True
-        before = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        return bool(scaler.get_scale() >= before)
+        text = f"The loss of step {self.handler.step} is not finite on some rank"
+        if self.options.nan_guard == "restore":
+            if self.handler.rank == 0:
+                warn(f"{text}: the weights of the last checkpoint are loaded")
+            self.go_back()
+        elif self.handler.rank == 0:
+            warn(f"{text}: the step is skipped")
+        return False
 
     def _after_update(self) -> None:
         handler = self.handler
-        synchronise_buffers(handler.module, handler.layout)
+        synchronize_buffers(handler.module, handler.layout)
         if handler.ema is not None:
             handler.ema.update(handler.model)
 
 
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
+def _needs_closure(handler: TrainingState, options: TrainOptions) -> Optimization | None:
+    """The optimizer that needs a closure; StateError if training can't give it one."""
+    found = [one for one in handler.optimizations.values() if one.needs_closure]
+    if not found:
+        return None
+    problems = {
+        "other optimizers beside it": len(handler.optimizations) > 1,
+        "a gradient scaler (fp16)": options.scales(handler.device),
+        "a nan_guard": options.nan_guard is not None,
+        "parallel='fsdp'": handler.parallel == "fsdp",
+    }
+    wrong = [text for text, present in problems.items() if present]
+    if wrong:
+        raise StateError(
+            f"{type(found[0].optimizer).__name__} computes the loss several times in each step",
+            expected="one optimizer in full precision or bf16, on one process or under DDP",
+            actual=", ".join(wrong),
+        )
+    return found[0]

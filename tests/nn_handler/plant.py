@@ -253,6 +253,24 @@ PLANTS = [
         f"{FAULTS}::test_15_parameter_groups_of_any_kind",
     ),
     plant(
+        15,
+        "a scheduler is dropped",
+        f"{HANDLER}/loading.py",
+        'for part in ("optimizer", "scheduler"):\n        found = getattr(saved, part)\n'
+        "        kinds",
+        'for part in ("optimizer",):\n        found = getattr(saved, part)\n        kinds',
+        "tests/nn_handler/test_odd_input.py::test_no_part_is_dropped_or_mixed_up_by_a_resume",
+    ),
+    plant(
+        16,
+        "names differ by rank",
+        f"{HANDLER}/parallel.py",
+        "    if not dist.is_initialized() or dist.get_world_size() == 1:\n"
+        "        found = add([own])",
+        "    if True:\n        found = add([own])",
+        f"{RANKS}::test_metrics_and_names_are_the_same_on_all_ranks",
+    ),
+    plant(
         16,
         "a missing metric is written out raw",
         f"{HANDLER}/trainer_saving.py",

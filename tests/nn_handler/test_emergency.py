@@ -16,13 +16,19 @@ from shardckpt.nn_handler import emergency
 HERE = threading.local()
 
 
+LATE = "after the others have given up"
+
+
 @pytest.fixture
 def meet(monkeypatch):
-    """meet(delay of each rank, their places, whether each heard it from others) -> Failures."""
-    monkeypatch.setenv("SHARDCKPT_DEADLINE_S", str(0.6))
+    """meet(delay of each rank, their places, whether each heard it from others) -> Failures.
+
+    A delay is a number of seconds, LATE, or None for a rank that never comes.
+    """
     monkeypatch.setattr(emergency, "_meetings", itertools.repeat(0))
 
-    def run(delays_s, places=None, echoes=None):
+    def run(delays_s, places=None, echoes=None, *, deadline_s=0.6):
+        monkeypatch.setenv("SHARDCKPT_DEADLINE_S", str(deadline_s))
         store, size = dist.HashStore(), len(delays_s)
         world = SimpleNamespace(get_group_store=lambda: store)
         ranks = SimpleNamespace(
@@ -38,7 +44,10 @@ def meet(monkeypatch):
             HERE.rank = number
             if delays_s[number] is None:
                 return None
-            time.sleep(delays_s[number])
+            if delays_s[number] == LATE:
+                store.wait(["shardckpt/emergency/0/elected"])
+            else:
+                time.sleep(delays_s[number])
             place, echo = (places or "a" * size)[number], (echoes or [False] * size)[number]
             return emergency.meet(place, echo=echo, patient=True)
 
@@ -49,17 +58,17 @@ def meet(monkeypatch):
 
 
 def test_all_fail_at_one_step(meet):
-    assert {f.together for f in meet([0, 0.02, 0])} == {True}
+    assert {f.together for f in meet([0, 0.02, 0], deadline_s=60.0)} == {True}
 
 
 def test_they_fail_at_different_steps(meet):
-    found = meet([0, 0, 0], places="aab")
+    found = meet([0, 0, 0], places="aab", deadline_s=60.0)
     assert not any(f.together or f.elected for f in found)
     assert "['a', 'b']" in found[0].problem
 
 
 def test_one_fails_and_the_others_hear_of_it(meet):
-    found = meet([0.4, 0, 0.4], echoes=[True, False, True])
+    found = meet([LATE, 0, LATE], echoes=[True, False, True])
     assert [f.culprits for f in found] == [(1,)] * 3
     assert [f.elected for f in found] == [False, True, False]
     assert not any(f.together for f in found)

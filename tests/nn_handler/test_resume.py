@@ -270,6 +270,6 @@ def test_a_call_after_the_resumed_one_is_new(tmp_path):
     go(everything(tmp_path))
     handler = go(everything(tmp_path))
     assert handler.epoch == 3
-    handler.scheduler = None
+    handler.optimizations["main"].scheduler = None
     handler.train(1, progress_bar=False)
     assert handler.epoch == 4

@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,16 @@ class Config:
         raise AssertionError
 
 
+@dataclass
+class Clamp:
+    """An activation that is an object, made of plain values."""
+
+    least: float
+
+    def __call__(self, inputs):
+        return inputs.clamp(min=self.least)
+
+
 class Configured(Net):
     def __init__(self, config) -> None:
         super().__init__(config.width)
@@ -130,6 +141,18 @@ def test_an_argument_that_can_not_be_recorded_is_asked_for(tmp_path, untrusted):
     assert "objects={'model.kwargs.config': ...}" in caught.value.remedy
     given = NNHandler.load(tmp_path / "c", objects={"model.kwargs.config": Config(5)})
     assert given.module.head.in_features == 5
+
+
+def test_an_object_as_an_argument_needs_trust(tmp_path, untrusted):
+    NNHandler(Block, activation=Clamp(0.5)).save(tmp_path / "c")
+    with pytest.raises(errors.CheckpointError, match=r"model\.kwargs\.activation") as caught:
+        NNHandler.load(tmp_path / "c")
+    assert f"shardckpt.trust({__name__!r})" in caught.value.remedy
+    shardckpt.trust(Clamp)
+    assert NNHandler.load(tmp_path / "c").module.activation == Clamp(0.5)
+    trust._objects.clear()
+    shardckpt.trust(__name__)
+    assert NNHandler.load(tmp_path / "c").module.activation == Clamp(0.5)
 
 
 def test_one_error_lists_all_names(tmp_path, untrusted):
