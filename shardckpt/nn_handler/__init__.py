@@ -2,15 +2,10 @@
 
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.callback import Callback
-from shardckpt.nn_handler.callbacks import (
-    CSVLogger,
-    EarlyStopping,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ProgressBar,
-    TensorBoardLogger,
-)
+from shardckpt.nn_handler.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from shardckpt.nn_handler.handler import NNHandler
+from shardckpt.nn_handler.loggers import CSVLogger, ExperimentLogger, LogFile, TensorBoardLogger
+from shardckpt.nn_handler.progress import ProgressBar
 from shardckpt.nn_handler.recording import install
 
 install()
@@ -20,7 +15,9 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "EarlyStopping",
+    "ExperimentLogger",
     "LearningRateMonitor",
+    "LogFile",
     "ModelCheckpoint",
     "NNHandler",
     "ProgressBar",

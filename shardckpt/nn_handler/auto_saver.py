@@ -15,7 +15,14 @@ from shardckpt.coordination.resolve import operation
 from shardckpt.errors import StateError
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.manager.retention import ranked
-from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file, state_on_all
+from shardckpt.nn_handler.saving import (
+    OneFile,
+    check_config,
+    check_suffix,
+    is_one_file,
+    link,
+    state_on_all,
+)
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.storage.paths import local_path
@@ -25,13 +32,28 @@ __all__ = ["AutoSaver"]
 
 
 class AutoSaver:
-    """Saves a handler while it trains, as a SavePlan says, through a CheckpointManager.
+    """Saves a handler while it trains; see NNHandler.auto_save.
 
-    `save_last`: after every epoch also `last`, which replaces the one before. `on_exception` and
-    `on_signal` (SIGTERM, SIGINT): save before training ends so. `asynchronous`: training goes on
-    while a save is written; those on exceptions and signals are waited for. `resume="auto"`:
-    train begins with the newest checkpoint in the folder that loads. It removes only
-    checkpoints that this very run, or the one that it resumed, has saved.
+    It removes only checkpoints that this run, or the run that it resumed, has saved.
+
+    Args:
+        save_path: See NNHandler.auto_save.
+        save_last: See NNHandler.auto_save.
+        on_exception: See NNHandler.auto_save.
+        on_signal: See NNHandler.auto_save.
+        asynchronous: See NNHandler.auto_save.
+        resume: See NNHandler.auto_save.
+        links: See NNHandler.auto_save.
+        label: Distinguishes the checkpoints of several savers in one folder.
+        plan: The other arguments of NNHandler.auto_save.
+
+    Raises:
+        StateError: An argument is invalid.
+
+    Example:
+        >>> from shardckpt.nn_handler import AutoSaver
+        >>> AutoSaver(save_path="runs", every_steps=100, keep_last=2).plan.keep_last
+        2
     """
 
     def __init__(
@@ -43,14 +65,21 @@ class AutoSaver:
         on_signal: bool = True,
         asynchronous: bool = False,
         resume: Literal["auto"] | None = None,
+        links: bool = False,
         label: str = "auto_save",
         **plan: Any,
     ) -> None:
+        if links and save_last:
+            raise StateError(
+                "save_last=True saves a checkpoint under the name of the link `last`",
+                remedy="leave out save_last or links",
+            )
         if resume not in (None, "auto"):
             raise StateError(
-                "Unknown value for resume", expected='"auto" or None', actual=repr(resume)
+                "Invalid value for resume", expected='"auto" or None', actual=repr(resume)
             )
         self.plan = SavePlan(**plan)
+        check_suffix(self.plan.name)
         self.one_file = is_one_file(self.plan.name)
         if self.one_file and asynchronous:
             raise StateError(
@@ -58,7 +87,7 @@ class AutoSaver:
                 actual=self.plan.name,
                 remedy="leave .pth, .pt or .safetensors out of the name, or asynchronous=True",
             )
-        local_path(save_path)  # a path that can't be one is told here, not by the first save
+        local_path(save_path)  # raises for an invalid path here, rather than in the first save
         self.options = {
             "save_path": os.fspath(save_path),
             "save_last": save_last,
@@ -66,6 +95,7 @@ class AutoSaver:
             "on_signal": on_signal,
             "asynchronous": asynchronous,
             "resume": resume,
+            "links": links,
         }
         self.label = label
         self._suffix = os.path.splitext(self.plan.name)[1] if self.one_file else ""
@@ -73,6 +103,7 @@ class AutoSaver:
         self._last: CheckpointManager | None = None
         self._fresh: list[str] = []
         self._number = 0
+        self._handler: TrainingState | None = None
         self._saved_step = -1
         self._saved_at = time.monotonic()
 
@@ -99,7 +130,7 @@ class AutoSaver:
 
     @property
     def best_path(self) -> str | None:
-        """The best of its checkpoints that are there, by `monitor`; None before the first."""
+        """The path of the best checkpoint by `monitor`; None before the first."""
         best = self._best()
         return None if best is None else best.path
 
@@ -110,12 +141,12 @@ class AutoSaver:
         return None if best is None else best.metrics[self.plan.monitor or ""]
 
     def take_fresh(self) -> list[str]:
-        """The paths saved to since the last call."""
+        """Internal. The paths saved to since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
     def description(self) -> dict[str, Any]:
-        """What makes it anew, as plain data."""
+        """Internal. Its arguments, as plain data."""
         return {**self.options, **asdict(self.plan)}
 
     def begin(
@@ -125,14 +156,16 @@ class AutoSaver:
         number: int = 0,
         restore: Callable[[str], None] | None = None,
     ) -> bool:
-        """Before training; collective. `number`: of this one among those with the same label.
-        Whether the handler was resumed from a checkpoint, by `restore`."""
-        self._number = number
+        """Internal. Prepare for training, and resume with `restore`; whether it resumed.
+
+        Collective. `number` counts the savers with the same label before this one.
+        """
+        self._number, self._handler = number, handler
         self.plan.check_names(handler.metric_names())
         if self.plan.saves() or self.options["save_last"]:
             self._make_folder()
         if self.one_file:
-            check_config(handler, self.plan.name)  # else the first save would tell, too late
+            check_config(handler, self.plan.name)  # raises here, rather than in the first save
         resumed = False
         if (
             restore is not None
@@ -163,7 +196,7 @@ class AutoSaver:
         return resumed
 
     def _make_folder(self) -> None:
-        """A path that can't be written to is told before training; collective, on rank 0."""
+        """Create the folder, or raise StorageError before training. Collective."""
 
         def make(payloads: list[bytes]) -> bytes:
             with translated(self.folder):
@@ -183,18 +216,18 @@ class AutoSaver:
         return OneFile() if self.one_file else None
 
     def minutes_due(self) -> bool:
-        """Whether it is time to save, by this process's clock."""
+        """Internal. Whether `every_minutes` have passed, by the clock of this process."""
         return self.plan.due_by_time((time.monotonic() - self._saved_at) / 60)
 
     def within_epoch(self, handler: TrainingState, *, now: bool) -> None:
-        """Between two steps; collective. `now`: the time has come."""
+        """Internal. Save between two steps if a save is due, or `now`. Collective."""
         if now or self.plan.due_at_step(handler.step, saved_at=self._saved_step):
             self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
 
     def after_epoch(
         self, handler: TrainingState, results: Mapping[str, float], *, last: bool, save_last: bool
     ) -> None:
-        """After an epoch, with its metrics; collective."""
+        """Internal. Save after an epoch if a save is due. Collective."""
         if self.plan.due_after_epoch(handler.epoch, last=last, save_last=save_last):
             metrics = {"epoch": handler.epoch, "step": handler.step, **results}
             self.save(handler, results, name=checkpoint_name(self.plan.name, metrics))
@@ -210,7 +243,7 @@ class AutoSaver:
     def save(
         self, handler: TrainingState, metrics: Mapping[str, float], *, name: str
     ) -> SavedCheckpoint:
-        """Save now; collective."""
+        """Internal. Save now. Collective."""
         assert self._manager is not None, "begin comes first"
         saved = self._manager.save(
             handler.step,
@@ -221,11 +254,27 @@ class AutoSaver:
         )
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         self._fresh.append(saved.path)
+        self._link(handler)
         return saved
 
+    def _link(self, handler: TrainingState) -> None:
+        """Point the links `last` and `best` at the newest and the best complete checkpoint."""
+        if handler.rank or not self.options["links"] or self._manager is None:
+            return
+        newest, best = self._manager.checkpoints()[-1:], self._best()
+        targets = {
+            "last": newest[0] if newest and self.label == "auto_save" else None,
+            "best": best,
+        }
+        for name, checkpoint in targets.items():
+            if checkpoint is not None:
+                link(self.folder, name + self._suffix, os.path.basename(checkpoint.path))
+
     def emergency(self, handler: TrainingState, *, process_group: Any = None) -> None:
-        """Save because training ends; collective, or over a group of one. Waits until the
-        checkpoint is there."""
+        """Internal. Save before training ends, and wait for the save. Collective.
+
+        `process_group` is a group of one rank if the others can't take part.
+        """
         name = f"step{handler.step}{self._suffix}"
         if process_group is None:
             self.save(handler, {}, name=name)
@@ -237,24 +286,26 @@ class AutoSaver:
                 backend=self._format(),
                 process_group=process_group,
             )
-            # the module itself: of DDP's buffers only rank 0's would count
+            # the module itself: of a DDP model only the buffers of rank 0 are saved
             state = {**state_on_all(handler, process_group), "model": handler.module}
             manager.save(handler.step, state, name=name, if_exists="number")
 
     def go_back(self, load: Callable[[str], None]) -> bool:
-        """Load the newest checkpoint of this run that is intact; False without one. Collective."""
+        """Internal. Load the newest intact checkpoint of this run; whether there is one."""
         assert self._manager is not None, "begin comes first"
         return self._manager.first_that_loads(load) is not None
 
     def wait_staged(self) -> None:
-        """Wait until what is being saved in the background may change."""
+        """Internal. Wait until the state of a save in the background may change."""
         if self._manager is not None:
             self._manager.wait_staged()
 
     def close(self) -> None:
-        """Wait for a save in the background; collective."""
+        """Internal. Wait for a save in the background. Collective."""
         if self._manager is not None:
             self._manager.close()
+            if self._handler is not None:
+                self._link(self._handler)
 
 
 def _newest_first(found: list[SavedCheckpoint]) -> list[SavedCheckpoint]:

@@ -16,7 +16,7 @@ from torch import nn
 from shardckpt.errors import StateError
 from shardckpt.nn_handler.training_state import TrainingState
 
-__all__ = ["Result", "batch_size", "call_model", "forward", "split", "to_device"]
+__all__ = ["Result", "batch_size", "call_model", "forward", "joined", "split", "to_device"]
 
 
 @dataclass(slots=True)
@@ -162,3 +162,24 @@ def batch_size(targets: Any) -> int:
     if isinstance(targets, Mapping) and sizes:
         return next(len(i) for i in items if isinstance(i, torch.Tensor) and i.dim())
     return sizes.pop() if len(sizes) == 1 else max(len(items), 1)
+
+
+def joined(parts: list[Any]) -> Any:
+    """Concatenate the outputs of several batches along their first dimension."""
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat([part if part.dim() else part.reshape(1) for part in parts])
+    if isinstance(first, Mapping):
+        return {key: joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, tuple) and hasattr(first, "_make"):
+        return first._make(joined(list(items)) for items in zip(*parts, strict=True))
+    if isinstance(first, (list, tuple)):
+        return type(first)(joined(list(items)) for items in zip(*parts, strict=True))
+    if first is None:
+        return None
+    raise StateError(
+        "The outputs of the model can't be concatenated",
+        expected="tensors, or tuples, lists and dicts of them",
+        actual=type(first).__name__,
+        remedy="call predict with one batch at a time",
+    )

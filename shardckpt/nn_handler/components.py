@@ -148,7 +148,7 @@ class Components(TrainingState):
         params: Any = None,
         exact: bool = False,
     ) -> None:
-        """Set an optimizer; see set_optimizer. `exact`: leave out parameters in no group."""
+        """Internal. Set an optimizer; `exact`: leave out parameters that are in no group."""
         loss = self.loss_module
         held = {
             parameter: other
@@ -470,7 +470,7 @@ class Components(TrainingState):
             >>> import torch
             >>> from torch import nn
             >>> from shardckpt import NNHandler
-            >>> handler = NNHandler(nn.Transformer, d_model=8, nhead=2, dim_feedforward=8)
+            >>> handler = NNHandler(nn.Transformer, d_model=8, nhead=2, batch_first=True)
             >>> handler.freeze_module("encoder")
             >>> handler.count_parameters(trainable=True) < handler.count_parameters()
             True
@@ -494,7 +494,7 @@ class Components(TrainingState):
         Example:
             >>> from torch import nn
             >>> from shardckpt import NNHandler
-            >>> handler = NNHandler(nn.Transformer, d_model=8, nhead=2, dim_feedforward=8)
+            >>> handler = NNHandler(nn.Transformer, d_model=8, nhead=2, batch_first=True)
             >>> handler.keep_eval_on_module("encoder.norm")
         """
         self._submodule(name)

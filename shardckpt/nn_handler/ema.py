@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shardckpt.errors import StateError
 from shardckpt.state.module_state import canonical_names, module_state
@@ -19,39 +21,62 @@ def check_decay(decay: float) -> None:
     """Raise StateError unless 0 <= decay < 1."""
     if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
         raise StateError(
-            "train was given a bad ema_decay",
+            "Invalid ema_decay for train",
             expected="a number from 0 up to, not including, 1",
             actual=repr(decay),
         )
 
 
 class EMA:
-    """`weights`: canonical name -> average, laid out as the model's own tensors.
+    """`weights`: the average of each tensor by its canonical name, laid out as in the model.
 
-    Each update makes an average `decay * average + (1 - decay) * weight`; buffers, and what is
-    no floating point number, are copied.
+    The averages of parameters are those of torch.optim.swa_utils: each update makes them
+    `decay * average + (1 - decay) * weight`. Buffers and integers are copied. AveragedModel of
+    swa_utils is not used: it copies the model with deepcopy, which fails for wrapped models, and
+    its names are not those of the model.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         check_decay(decay)
         self.decay = float(decay)
         self.weights = {name: _copy(tensor) for name, tensor in _tensors(model).items()}
+        self._tensors: list[torch.Tensor] = []  # for which the pairs below were found
+        self._averaged: list[tuple[str, torch.Tensor]] = []
+        self._copied: list[tuple[str, torch.Tensor]] = []
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after a step of the optimizer. Not collective."""
+        """Add the weights after a step of the optimizer. Not collective."""
+        tensors = [*model.parameters(), *model.buffers()]
+        if len(tensors) != len(self._tensors) or any(map(operator.is_not, tensors, self._tensors)):
+            self._find_pairs(model)
+            self._tensors = tensors
+        if self._averaged:
+            averages, own = self._locals(self._averaged)
+            get_ema_multi_avg_fn(self.decay)(averages, own, None)  # type: ignore[no-untyped-call]
+        if self._copied:
+            torch._foreach_copy_(*self._locals(self._copied))
+
+    def _find_pairs(self, model: nn.Module) -> None:
+        """Find the name of the average of each tensor of the model."""
         names = canonical_names(model)
-        averaged = {names[raw] for raw, _ in model.named_parameters()}
+        parameters = {names[raw] for raw, _ in model.named_parameters()}
+        self._averaged, self._copied = [], []
         for name, tensor in _tensors(model).items():
-            average, own = _local(self.weights[name]), _local(tensor)
-            if name in averaged and average.is_floating_point():
-                average.lerp_(own, 1 - self.decay)
-            else:
-                average.copy_(own)
+            averaged = name in parameters and tensor.is_floating_point()
+            (self._averaged if averaged else self._copied).append((name, tensor))
+
+    def _locals(
+        self, pairs: list[tuple[str, torch.Tensor]]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return (
+            [_local(self.weights[name]) for name, _ in pairs],
+            [_local(tensor) for _, tensor in pairs],
+        )
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside the with block, and its own after it."""
+        """Give the model the averaged weights inside the with block, and its own after it."""
         tensors = _tensors(model)
         own = {name: _copy(tensor) for name, tensor in tensors.items()}
         try:

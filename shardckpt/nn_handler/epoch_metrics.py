@@ -1,34 +1,90 @@
-"""Loss and metrics of an epoch."""
+"""The loss and the metrics of an epoch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from shardckpt.errors import StateError
-from shardckpt.nn_handler.batch import Result
-from shardckpt.nn_handler.parallel import mean_over_ranks
+from shardckpt.nn_handler.batch import Result, joined, to_device
+from shardckpt.nn_handler.parallel import Layout, gathered, mean_over_ranks
 from shardckpt.nn_handler.training_state import TrainingState
 
 __all__ = ["EpochSums", "accumulates"]
 
+_CPU = torch.device("cpu")
+
 
 def accumulates(metric: Any) -> bool:
-    """Whether a metric is an object that takes in batches and computes at the end, as those of
-    torchmetrics are."""
+    """Whether a metric has update, compute and reset, as those of torchmetrics have."""
     return not isinstance(metric, type) and all(
         callable(getattr(metric, name, None)) for name in ("update", "compute", "reset")
     )
 
 
+class WholeEpoch:
+    """A function of all outputs and targets of an epoch, in the form of an object."""
+
+    sync = True  # `compute` gathers from all ranks
+
+    def __init__(self, function: Callable[[Any, Any], Any], layout: Layout) -> None:
+        self.function, self.layout = function, layout
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an epoch. The lists of the previous one may be part of a state that is saved."""
+        self.outputs: list[Any] = []
+        self.targets: list[Any] = []
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Add a batch."""
+        self.outputs.append(_detached(to_device(outputs, _CPU)))
+        self.targets.append(_detached(to_device(targets, _CPU)))
+
+    def compute(self) -> Any:
+        """The value over the batches of all ranks; collective."""
+        own = (joined(self.outputs), joined(self.targets)) if self.outputs else None
+        there = [part for part in gathered(own, self.layout) if part is not None]
+        if not there:
+            return float("nan")
+        return self.function(*(joined([part[at] for part in there]) for at in (0, 1)))
+
+    def state(self) -> _Batches:
+        """The batches so far."""
+        return _Batches(self.outputs, self.targets, len(self.outputs))
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.reset()
+        if "outputs" in state and "targets" in state:
+            self.update(state["outputs"], state["targets"])
+
+
+class _Batches:
+    """The first batches of growing lists. Taking it costs nothing: a step may be followed by a
+    save, but mostly is not."""
+
+    def __init__(self, outputs: list[Any], targets: list[Any], count: int) -> None:
+        self.outputs, self.targets, self.count = outputs, targets, count
+
+    def plain(self) -> dict[str, Any]:
+        """The form that a checkpoint holds."""
+        if not self.count:
+            return {}
+        return {
+            "outputs": joined(self.outputs[: self.count]),
+            "targets": joined(self.targets[: self.count]),
+        }
+
+
 class EpochSums:
     """Loss, terms and metrics over this rank's samples of an epoch, each with its own count.
 
-    Sums stay on the device until they are asked for. Objects with update, compute and reset
-    take in the batches by themselves; for validation they are copied.
+    Sums stay on the device until the end of the epoch. Metrics that are objects add batches by
+    themselves; validation uses copies of them.
     """
 
     def __init__(self, handler: TrainingState, *, validation: bool = False) -> None:
@@ -41,10 +97,12 @@ class EpochSums:
             metric.reset()
             if callable(getattr(metric, "to", None)):
                 metric.to(handler.device)
+        for name in handler.whole_epoch:
+            self.objects[name] = WholeEpoch(handler.metrics[name], handler.layout)
 
     @torch.no_grad()
     def add(self, result: Result) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         self._add("loss", result.loss.detach(), result.size)
         for name, value in result.terms.items():
             self._add(name, value, result.size)
@@ -57,7 +115,7 @@ class EpochSums:
                 self._add(name, metric(result.outputs, result.targets), result.size)
 
     def log(self, name: str, value: Any) -> None:
-        """Take in a value that the user logs."""
+        """Add a value that the user logs."""
         self._add(name, value, 1)
 
     def _add(self, name: str, value: Any, size: int) -> None:
@@ -65,34 +123,56 @@ class EpochSums:
         self.counts[name] = self.counts.get(name, 0) + size
 
     def means(self) -> dict[str, float]:
-        """Over all ranks' samples; collective."""
+        """The means over the samples of all ranks. Collective."""
         found = {n: (float(value), float(self.counts[n])) for n, value in self.sums.items()}
+        computed = {n: float(_number(m.compute(), n)) for n, m in self.objects.items()}
+        synced = {n for n, metric in self.objects.items() if getattr(metric, "sync", None)}
+        # an object that does not gather from all ranks by itself has a value for each rank
+        found |= {n: (value, 1.0) for n, value in computed.items() if n not in synced}
         means = mean_over_ranks(found)
-        for name, metric in self.objects.items():
-            means[name] = float(_number(metric.compute(), name))
+        means |= {n: value for n, value in computed.items() if n in synced}
         first = ["loss", *self.handler.metrics]
         return {name: means[name] for name in (*first, *means) if name in means}
 
     def state(self) -> dict[str, Any]:
-        """What `plain_sums` makes plain data of, when it is saved."""
+        """The sums so far. TrainingState.state makes plain data of them."""
         states = {name: _state_of(metric) for name, metric in self.objects.items()}
         return {"sums": dict(self.sums), "counts": dict(self.counts), "metrics": states}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what state returned."""
+        """Continue from the plain form of a state."""
         counts = state.get("counts") or dict.fromkeys(state["sums"], state.get("count", 0))
         self.sums.update(state["sums"])
         self.counts.update({name: counts.get(name, 0) for name in state["sums"]})
         for name, metric in self.objects.items():
-            for key, value in (state.get("metrics") or {}).get(name, {}).items():
+            saved = (state.get("metrics") or {}).get(name, {})
+            if isinstance(metric, WholeEpoch):
+                metric.load(saved.plain() if isinstance(saved, _Batches) else saved)
+                continue
+            for key, value in saved.items():
                 if key in _state_of(metric):
                     setattr(metric, key, copy.deepcopy(value))
 
 
-def _state_of(metric: Any) -> dict[str, Any]:
-    """The states of an object of torchmetrics; other objects have none that is known."""
+def _state_of(metric: Any) -> Any:
+    """The state of a metric of torchmetrics. Other objects have none that is known."""
+    if isinstance(metric, WholeEpoch):
+        return metric.state()
     defaults = getattr(metric, "_defaults", {})
     return {name: copy.deepcopy(getattr(metric, name)) for name in defaults}
+
+
+def _detached(value: Any) -> Any:
+    """A nested value without the graph of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(_detached, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_detached, value))
+    return value
 
 
 def _number(value: Any, name: str) -> Any:
@@ -103,7 +183,7 @@ def _number(value: Any, name: str) -> Any:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise StateError(
-            f"The metric {name!r} gave no number",
+            f"The metric {name!r} returned no number",
             expected="a number, or a tensor with one element",
             actual=f"{type(value).__name__}: {error}",
         ) from error

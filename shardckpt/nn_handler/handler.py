@@ -1,9 +1,9 @@
-"""NNHandler: the calls that train, save and load what its parts make up."""
+"""NNHandler: a model with all that trains it, and the calls that train, save and load it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from shardckpt.nn_handler.data import ValData
 from shardckpt.nn_handler.initializing import fill_weights
 from shardckpt.nn_handler.loading import LoadOptions, load, open_source, restore
 from shardckpt.nn_handler.parallel import Parallel, largest
+from shardckpt.nn_handler.plots import plot
 from shardckpt.nn_handler.prediction import is_data, predictions
 from shardckpt.nn_handler.summary import summary
 from shardckpt.nn_handler.train_options import NanGuard, Precision, TrainOptions, matmul_precision
@@ -36,16 +37,55 @@ Path = str | os.PathLike[str]
 
 
 class NNHandler(Components):
-    """A model with its optimizer, scheduler, loss, loaders, metrics and callbacks.
+    """A model with its optimizers, schedulers, loss, loaders, metrics and callbacks.
 
-    The same script runs under python and torchrun: `parallel` is "auto" (DDP where a launcher
-    started several processes), "none", "ddp" or "fsdp" (FSDP2). `device_mesh` has a dimension
-    "dp", "tp" or both, and `tp_plan` is that of parallelize_module. All ranks begin with rank
-    0's weights. `device` is by default "cuda" where there is one. With `save_model_code`
-    checkpoints hold the model's source (`model_code`).
+    The same script runs under python, torchrun and mpirun. A checkpoint holds plain data: classes
+    and functions are saved by their import names. `save` warns of an object without one, and `load`
+    asks for it.
 
-    What a checkpoint holds is plain data: classes and functions are saved by their import
-    names. What has none is warned of when saving, and asked for when loading, or training.
+    Args:
+        model_class: The class of the model, or a function that creates it. All ranks start with
+            the weights of rank 0.
+        device: Where the model and its inputs go; by default "cuda" if there is a GPU. Under
+            several ranks, "cuda" is the GPU of LOCAL_RANK.
+        save_model_code: Save the source of the model in checkpoints; see `load` for `trust_code`.
+        parallel: "none", "ddp", "fsdp" (FSDP2), or "auto": DDP if a launcher started several
+            processes, FSDP2 with a device mesh.
+        device_mesh: A DeviceMesh with the dimension "dp", "tp" or both, for FSDP2.
+        tp_plan: The plan of parallelize_module, for the dimension "tp".
+        parallel_options: Options of DistributedDataParallel, such as `find_unused_parameters`, or
+            of fully_shard, such as `mp_policy`. For FSDP2 also `wrap`: the classes of the modules
+            to shard, instead of the items of every ModuleList and Sequential.
+        buffers: How buffers that differ by rank, such as the running means of BatchNorm, are made
+            equal after each step: "rank0" or "mean".
+        model_kwargs: The arguments of `model_class`.
+
+    Attributes:
+        model: The model, under DDP or FSDP2 if it is parallel.
+        module: The model without DDP.
+        optimizer: The main optimizer; `optimizers` holds all by name.
+        history: The values of each metric by epoch; `history_epochs` the numbers of these epochs.
+        epoch: The number of completed epochs.
+        step: The number of completed optimizer steps.
+        stop_training: Set to True to end training after the current step.
+
+    Raises:
+        StateError: An argument is invalid.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> from shardckpt import NNHandler
+        >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+        >>> handler.set_optimizer(torch.optim.AdamW, lr=0.01)
+        >>> handler.set_loss_fn(nn.MSELoss())
+        >>> dataset = TensorDataset(torch.randn(16, 4), torch.randn(16, 2))
+        >>> handler.set_train_loader(dataset, batch_size=4, shuffle=True)
+        >>> history = handler.train(epochs=3, progress_bar=False)
+        >>> handler.save("models/final")
+        >>> NNHandler.load("models/final").epoch
+        3
     """
 
     def auto_save(
@@ -66,11 +106,45 @@ class NNHandler(Components):
         on_signal: bool = True,
         asynchronous: bool = False,
         resume: Literal["auto"] | None = None,
+        links: bool = False,
     ) -> None:
-        """Save while training; see SavePlan and AutoSaver for the arguments.
+        """Save while training. Not collective.
 
-        The name's fields are `epoch`, `step`, `loss`, `lr`, `val_loss`, and every metric, also
-        as `val_<metric>`; saves within an epoch are named `step<step>`.
+        Only checkpoints of this run, or of the run that it resumed, are ever removed.
+
+        Args:
+            interval: Save after every so many epochs. -1 saves after the last epoch or an early
+                stop, 0 and None never.
+            save_path: The folder of the checkpoints.
+            name: The template of their names, with the fields `epoch`, `step`, `loss`, `lr`,
+                `val_loss` and every metric, also as `val_<metric>`. The suffix chooses the format,
+                as in `save`. Saves within an epoch are named `step<step>`.
+            overwrite: Keep only the newest checkpoint.
+            every_steps: Also save after every so many steps.
+            every_minutes: Also save after so many minutes.
+            keep_last: The number of the newest checkpoints to keep.
+            keep_best: The number of the best checkpoints to keep, by `monitor`.
+            monitor: A metric.
+            mode: Whether "min" or "max" of the metric is best.
+            save_last: After each epoch also save `last`, which replaces the previous one.
+            on_exception: Save before an exception ends training.
+            on_signal: Save before SIGTERM or Ctrl-C ends training.
+            asynchronous: Continue training while a checkpoint is written.
+            resume: "auto" lets `train` start with the newest checkpoint in the folder that loads.
+            links: Keep symlinks `last` and, with a `monitor`, `best` in the folder.
+
+        Raises:
+            StateError: An argument is invalid.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.auto_save(
+            ...     interval=1, save_path="runs/a", keep_last=2, keep_best=1, monitor="val_loss"
+            ... )
         """
         arguments = {key: value for key, value in locals().items() if key != "self"}
         self.auto_saver = AutoSaver(**arguments)
@@ -97,41 +171,57 @@ class NNHandler(Components):
         nan_guard: NanGuard | None = None,
         fast_dev_run: bool = False,
     ) -> dict[str, list[float]]:
-        """Train for so many epochs or steps more; collective.
+        """Train for more epochs or steps. Collective.
 
-        With auto_save(resume="auto") a script that runs again does what is left of its calls.
+        With auto_save(resume="auto"), a script that runs again completes the calls of `train` that
+        it made before it was stopped.
 
         Args:
-            epochs: So many epochs more; may be left out with max_steps.
-            validate_every: Validate after so many epochs; 0: never.
-            gradient_accumulation_steps: Batches per step of the optimizer.
-            use_amp: float16 with a gradient scaler on CUDA, bfloat16 on the CPU.
+            epochs: The number of additional epochs. Optional with `max_steps`.
+            validate_every: Validate after every so many epochs; 0: never.
+            gradient_accumulation_steps: The number of batches for each step of the optimizer.
+            use_amp: Use float16 with a gradient scaler on CUDA, and bfloat16 on the CPU.
             gradient_clipping_norm: The largest norm of all gradients together.
-            ema_decay: Above 0 keeps an average of the weights (`ema`); an average that was loaded
-                goes on in any case.
+            ema_decay: Above 0, keep an exponential moving average of the weights; see
+                `ema_weights`. An average that was loaded continues without it.
             seed: See `seed`.
-            progress_bar: Show progress on stderr, on rank 0.
-            save_on_last_epoch: Let auto_save save after the last epoch in any case.
-            max_steps: End after so many steps of the optimizer, if epochs does not end it before.
-            validate_every_steps: Validate after so many steps too; the results are in
-                `validations`, and go to the hook on_validation_end.
-            limit_train_batches: End each epoch after so many batches of each rank.
-            limit_val_batches: End each validation after so many batches of each rank.
-            precision: "bf16", "fp16" (with a gradient scaler), "tf32" or "fp32", by name.
-            nan_guard: What to do if the loss of a step is not finite: "stop" with an error before
-                the weights change, or "skip" the step.
+            progress_bar: Show the progress on stderr, on rank 0; see ProgressBar.
+            save_on_last_epoch: Let auto_save save after the last epoch, whatever its interval.
+            max_steps: End after so many steps, if `epochs` does not end training before.
+            validate_every_steps: Also validate after every so many steps. The results are appended
+                to `validations`, and passed to the hook on_validation_end.
+            limit_train_batches: End each epoch after so many batches on each rank.
+            limit_val_batches: End each validation after so many batches on each rank.
+            sanity_val_batches: Validate on so many batches before training, to find mistakes
+                early. The results are dropped. Only on a Dataset, and not after a resume.
+            precision: "bf16", "fp16" (with a gradient scaler), "tf32" or "fp32".
+            nan_guard: What to do when the loss of a step is not finite: "stop" raises an error
+                before the weights change, "skip" skips the step, and "restore" loads the weights
+                and the optimizers of the last checkpoint of this run, and continues with the next
+                batch.
             fast_dev_run: Try one batch of training and one of validation. Nothing is saved, and
-                callbacks that write files are left out.
+                callbacks that write files are not called.
 
         Returns:
-            The history: metric -> its values by epoch.
+            The history: the values of each metric by epoch.
 
         Raises:
-            StateError: Something is missing or contradicts itself.
-            RankFailedError: Another rank has failed.
+            StateError: An argument is invalid, or a part of the handler is missing.
+            RankFailedError: Training failed on another rank.
 
         Example:
-            >>> history = handler.train(epochs=2, precision="bf16")
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.SGD, lr=0.1)
+            >>> handler.set_loss_fn(nn.MSELoss())
+            >>> dataset = TensorDataset(torch.randn(16, 4), torch.randn(16, 2))
+            >>> handler.set_train_loader(dataset, batch_size=4)
+            >>> history = handler.train(epochs=2, precision="bf16", progress_bar=False)
+            >>> len(history["loss"])
+            2
         """
         options = TrainOptions(
             epochs=1 if fast_dev_run else epochs,
@@ -164,55 +254,73 @@ class NNHandler(Components):
         if waiting and self.rank == 0:
             self.warned.update(waiting)
             warn(
-                "What came with the checkpoint does nothing until you confirm it, by "
+                "These parts of the checkpoint are inactive until you confirm them with "
                 f"handler.confirm() or NNHandler.load(..., confirm=True): {'; '.join(waiting)}"
             )
 
     def evaluate(
         self, data: Any = None, *, ema: bool = False, **loader_options: Any
     ) -> dict[str, float]:
-        """Loss and metrics over data, in evaluation mode; collective.
+        """Compute the loss and the metrics, in evaluation mode. Collective.
 
         Args:
-            data: As set_val_loader takes it; None means the validation loader.
-            ema: Measure the averaged weights.
-            loader_options: Of a DataLoader, if data is a Dataset.
+            data: See set_val_loader; by default the validation data.
+            ema: Use the averaged weights.
+            loader_options: The arguments of a DataLoader, if `data` is a Dataset.
 
         Returns:
-            Metric -> its value over all ranks' samples, without `val_`.
+            The value of each metric over the samples of all ranks, without the prefix `val_`.
 
         Raises:
-            StateError: There is no data, or ema=True without an average.
+            StateError: There is no data, or no average.
 
         Example:
-            >>> accuracy = handler.evaluate(test_set, batch_size=32)["accuracy"]
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_loss_fn(nn.MSELoss())
+            >>> dataset = TensorDataset(torch.zeros(6, 4), torch.zeros(6, 2))
+            >>> sorted(handler.evaluate(dataset, batch_size=2))
+            ['loss']
         """
         self.check_given()
         found = self.val_data if data is None else ValData(data, loader_options, self.layout)
         if found is None:
             raise StateError(
-                "There is nothing to evaluate on", remedy="give data, or set_val_loader"
+                "There is no data to evaluate on", remedy="pass data, or call set_val_loader first"
             )
         with self._weights(ema):
             return validate(self, found, guard=lambda act: act(), agree=self._any_rank)
 
     @torch.no_grad()
     def predict(self, inputs: Any, *, ema: bool = False, **loader_options: Any) -> Any:
-        """The model's outputs, in evaluation mode.
+        """Compute the outputs of the model, in evaluation mode.
+
+        Collective for data that is divided among the ranks, and for a sharded model.
 
         Args:
-            inputs: A batch for the model; or a Dataset, with a DataLoader's options, or a loader.
-                Of batches that are pairs the model gets the first item.
+            inputs: A batch for the model, or a Dataset or loader. If its batches are pairs, the
+                model gets their first items.
             ema: Use the averaged weights.
-            loader_options: Of a DataLoader, if inputs is a Dataset.
+            loader_options: The arguments of a DataLoader, if `inputs` is a Dataset.
 
         Returns:
-            The outputs; of a Dataset or loader those of all batches and ranks, on the CPU, one
-            after another in the order of the samples. Collective for data that is divided, and for
-            a sharded model.
+            The outputs for the batch. For a Dataset or loader, the outputs of all batches and
+            ranks, concatenated on the CPU in the order of the samples.
+
+        Raises:
+            StateError: There is no average, or the outputs can't be concatenated.
 
         Example:
-            >>> outputs = handler.predict(test_set, batch_size=32)
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.predict(TensorDataset(torch.zeros(6, 4)), batch_size=4).shape
+            torch.Size([6, 2])
         """
         with self._weights(ema):
             self.model.eval()
@@ -235,8 +343,24 @@ class NNHandler(Components):
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside the with block the model has its averaged weights, if there are any. Training
-        inside it is refused."""
+        """Give the model its averaged weights, if there are any, inside a with block.
+
+        Training inside the block raises an error. Not collective.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.SGD, lr=0.1)
+            >>> handler.set_loss_fn(nn.MSELoss())
+            >>> dataset = TensorDataset(torch.randn(16, 4), torch.randn(16, 2))
+            >>> handler.set_train_loader(dataset, batch_size=4)
+            >>> _ = handler.train(epochs=1, ema_decay=0.9, progress_bar=False)
+            >>> with handler.ema_weights():
+            ...     outputs = handler.predict(torch.zeros(1, 4))
+        """
         before, self.averaging = self.averaging, self.ema is not None
         try:
             with self.ema.applied(self.model) if self.ema is not None else nullcontext():
@@ -245,14 +369,86 @@ class NNHandler(Components):
             self.averaging = before
 
     def count_parameters(self, *, trainable: bool = False) -> int:
-        """The number of the model's parameters, or of those that are trained; not collective."""
+        """Count the parameters of the model. Not collective.
+
+        Args:
+            trainable: Count only those that need gradients.
+
+        Returns:
+            The number of elements.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.count_parameters()
+            10
+        """
         found = self.module.parameters()
         return sum(p.numel() for p in found if p.requires_grad or not trainable)
 
+    def plot_history(self, path: Path | None = None, names: Sequence[str] | None = None) -> Any:
+        """Plot metrics by epoch, each beside its validation. Needs the extra `plot`.
+
+        Not collective.
+
+        Args:
+            path: Also save the plot to this file; the suffix chooses the format.
+            names: The metrics, without the prefix `val_`; by default all.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            StateError: The history has no such metric.
+            DependencyError: matplotlib is not installed.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.SGD, lr=0.1)
+            >>> handler.set_loss_fn(nn.MSELoss())
+            >>> dataset = TensorDataset(torch.randn(16, 4), torch.randn(16, 2))
+            >>> handler.set_train_loader(dataset, batch_size=4)
+            >>> _ = handler.train(epochs=2, progress_bar=False)
+            >>> figure = handler.plot_history("history.png")
+        """
+        return plot(
+            self.history, self.history_epochs, names, None if path is None else local_path(path)
+        )
+
+    def plot_losses(self, path: Path | None = None) -> Any:
+        """Plot the losses of training and validation. Needs the extra `plot`. Not collective.
+
+        Args:
+            path: Also save the plot to this file; the suffix chooses the format.
+
+        Returns:
+            A matplotlib Figure.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.SGD, lr=0.1)
+            >>> handler.set_loss_fn(nn.MSELoss())
+            >>> dataset = TensorDataset(torch.randn(16, 4), torch.randn(16, 2))
+            >>> handler.set_train_loader(dataset, batch_size=4)
+            >>> _ = handler.train(epochs=2, progress_bar=False)
+            >>> figure = handler.plot_losses("losses.png")
+        """
+        return self.plot_history(path, ["loss"])
+
     @property
     def best_path(self) -> str | None:
-        """Where the best checkpoint so far lies, of the first ModelCheckpoint or the auto-saver
-        with keep_best."""
+        """The best checkpoint of the first ModelCheckpoint, or of auto_save with `monitor`."""
         return next((saver.best_path for saver in self._savers() if saver.best_path), None)
 
     @property
@@ -268,32 +464,139 @@ class NNHandler(Components):
         return summary(self)
 
     def save(self, path: Path, *, overwrite: bool = True) -> None:
-        """Save everything; collective. A path that ends in .pth, .pt or .safetensors is one file,
-        written by rank 0; any other is a sharded checkpoint, written by all ranks."""
+        """Save everything. Collective.
+
+        Args:
+            path: A path that ends in .pth or .pt is a torch file, one that ends in .safetensors a
+                safetensors file; rank 0 writes it. A path without a suffix is a sharded checkpoint,
+                which all ranks write.
+            overwrite: Replace an existing checkpoint. It stays until the new one is complete.
+
+        Raises:
+            StateError: The path has another suffix, or a part of the handler can't be saved.
+            CheckpointExistsError: The path exists, and `overwrite` is False.
+            StorageError: The file system refused an operation.
+            CoordinationError: A rank failed.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.save("models/final")
+            >>> handler.save("models/final.pth")
+        """
         saving.save(self, local_path(path), overwrite=overwrite)
 
     def save_single_file(self, path: Path, *, overwrite: bool = True) -> None:
-        """Save everything in one torch (.pth, .pt) or safetensors file; collective."""
+        """Save everything in one file. Collective.
+
+        Args:
+            path: A path that ends in .pth, .pt or .safetensors.
+            overwrite: Replace an existing file.
+
+        Raises:
+            StateError: The path has another suffix.
+            CheckpointExistsError: The path exists, and `overwrite` is False.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.save_single_file("models/final.safetensors")
+        """
         saving.save_single_file(self, local_path(path), overwrite=overwrite)
 
     def save_multi_files(
-        self, folder: Path, file_format: FileFormat = "torch", *, overwrite: bool = True
+        self,
+        folder: Path,
+        file_format: FileFormat = "torch",
+        *,
+        overwrite: bool = True,
+        keys_to_save: Collection[str] | None = None,
     ) -> None:
-        """Save the components in files of their own, in a directory; collective."""
-        saving.save_multi_files(self, local_path(folder), file_format, overwrite=overwrite)
+        """Save each component in a file of its own. Collective.
+
+        Args:
+            folder: The directory.
+            file_format: "torch" or "safetensors".
+            overwrite: Replace an existing directory.
+            keys_to_save: The components to save, such as ["model", "ema"]; by default all. With
+                some of them only initialize_from_checkpoint reads the directory.
+
+        Raises:
+            StateError: An argument is invalid.
+            CheckpointExistsError: The directory exists, and `overwrite` is False.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.save_multi_files("models/parts")
+            >>> handler.save_multi_files("models/weights", "safetensors", keys_to_save=["model"])
+        """
+        saving.save_multi_files(
+            self,
+            local_path(folder),
+            file_format,
+            overwrite=overwrite,
+            keys_to_save=keys_to_save,
+        )
 
     @staticmethod
     def save_multi_from_single(
         path: Path, folder: Path, file_format: FileFormat = "torch", *, overwrite: bool = False
     ) -> None:
-        """Turn a single file into a directory of several. Not collective."""
+        """Turn a single file into a directory with a file for each component. Not collective.
+
+        Args:
+            path: The file.
+            folder: The directory.
+            file_format: "torch" or "safetensors".
+            overwrite: Replace an existing directory.
+
+        Raises:
+            CheckpointExistsError: The directory exists, and `overwrite` is False.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.save("models/final.pth")
+            >>> NNHandler.save_multi_from_single("models/final.pth", "models/split")
+        """
         saving.save_multi_from_single(
             local_path(path), local_path(folder), file_format, overwrite=overwrite
         )
 
     @staticmethod
     def save_single_from_multi(folder: Path, path: Path, *, overwrite: bool = False) -> None:
-        """Turn a directory of several files into a single one. Not collective."""
+        """Turn a directory with a file for each component into a single file. Not collective.
+
+        Args:
+            folder: The directory.
+            path: The file.
+            overwrite: Replace an existing file.
+
+        Raises:
+            CheckpointExistsError: The file exists, and `overwrite` is False.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.save_multi_files("models/parts")
+            >>> NNHandler.save_single_from_multi("models/parts", "models/joined.pth")
+        """
         saving.save_single_from_multi(local_path(folder), local_path(path), overwrite=overwrite)
 
     @classmethod
@@ -319,22 +622,59 @@ class NNHandler(Components):
         trust_code: bool = False,
         confirm: bool = False,
     ) -> NNHandler:
-        """Rebuild a handler from what any of its saves wrote, on any number of ranks; collective.
+        """Create a handler from a checkpoint that a handler saved, on any number of ranks.
 
-        Loaders are given anew. A name in the checkpoint is data: it stands for a class of torch,
-        for a callback of shardckpt, or for a model, optimizer, scheduler or callback whose module
-        the program has imported (see `trust` and docs/security.md). Nothing is imported, and no
-        function is called. A loss or metric that is not found is to be given before training;
-        anything else is an error that lists all names. `model_class`, `loss_fn`, `metrics` and
-        `objects` (by position, as in {"model.kwargs.block": Block}) stand in for names. With
-        `trust_code` the model is made by the source in the checkpoint, which is run.
+        Collective, unless `device_map` is given. Set the loaders again after it. A name in a
+        checkpoint resolves to a class of torch, to a callback of shardckpt, or to a model,
+        optimizer, scheduler or callback that the program has imported; see `shardckpt.trust`.
+        Nothing is imported, and no function that a checkpoint names is called during the load.
 
-        The auto-saver, callbacks that write files and the compilation of the model do nothing
-        before `handler.confirm()`; `confirm=True` is for checkpoints of your own.
+        Args:
+            path: Any path that a handler saved to.
+            device: See NNHandler.
+            device_map: For inference in this process: the devices of the model's tensors, as in
+                load_state, with prefixes of names in the model. The handler is in evaluation mode,
+                without optimizers, schedulers and averages.
+            strict: Raise an error if the names of the model's tensors differ from the checkpoint.
+            skip_optimizer: Leave out the optimizers and their schedulers.
+            skip_scheduler: Leave out the schedulers.
+            skip_history: Leave out the history.
+            skip_callbacks: Leave out the callbacks.
+            skip_ema: Leave out the averaged weights.
+            parallel: See NNHandler.
+            device_mesh: See NNHandler.
+            tp_plan: See NNHandler.
+            model_class: The class of the model, in place of the saved name.
+            loss_fn: The loss, in place of the saved one.
+            metrics: Metrics by name, in place of the saved ones.
+            objects: Other objects by their place in the checkpoint, as an error or a warning names
+                it: {"optimizer.class": Lion, "model.kwargs.config": config}.
+            trust_code: Create the model from the source in the checkpoint. That code can do
+                everything that you can.
+            confirm: Activate the auto-saver, callbacks that write files, and the compilation of the
+                model. For checkpoints of your own; see `confirm`.
 
-        With `device_map` the handler is for inference in this process alone: the model's tensors
-        go where the map says (see load_state; its prefixes are names in the model), inputs
-        follow them, and optimizer, scheduler and average are left out.
+        Returns:
+            The handler.
+
+        Raises:
+            CheckpointNotFoundError: The path does not exist.
+            NotACheckpointError: The path is not a checkpoint of a handler.
+            CheckpointError: A name does not resolve, or a part can't be created.
+            LoadMismatchError: The model differs from the checkpoint.
+            CorruptionError: A digest differs.
+            StateError: An argument is invalid.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.save("models/final")
+            >>> loaded = NNHandler.load("models/final", device="cpu")
+            >>> loaded.module.out_features
+            2
         """
         given = dict(objects or {})
         given.update({f"metrics.{name}": metric for name, metric in (metrics or {}).items()})
@@ -376,11 +716,39 @@ class NNHandler(Components):
         parallel: Parallel = "auto",
         **model_kwargs: Any,
     ) -> NNHandler:
-        """A new handler with the weights alone of any checkpoint: what a handler saved, another
-        sharded checkpoint, a torch or safetensors file, a directory of DCP's; collective.
+        """Create a new handler with only the weights of a checkpoint. Collective.
 
-        The weights are found below `prefix`, by default below the one that fits best, and names
-        lose what DDP and torch.compile put into them. `ema`: a handler's averaged weights.
+        Names lose the prefixes of wrappers: `module.` and `_orig_mod.`.
+
+        Args:
+            path: A checkpoint of a handler, another sharded checkpoint, a torch file (.pth, .pt,
+                .ckpt, .bin), a safetensors file, or a folder of Hugging Face or DCP.
+            model_class: See NNHandler.
+            device: See NNHandler.
+            strict: Raise an error if the names differ.
+            prefix: The prefix of the weights in the checkpoint; by default the best match.
+            ema: Use the averaged weights of a handler's checkpoint.
+            parallel: See NNHandler.
+            model_kwargs: See NNHandler.
+
+        Returns:
+            The handler.
+
+        Raises:
+            CheckpointNotFoundError: The path does not exist.
+            NotACheckpointError: The format is unknown.
+            LoadMismatchError: The model differs from the checkpoint.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> torch.save(handler.module.state_dict(), "weights.ckpt")
+            >>> fresh = NNHandler.initialize_from_checkpoint(
+            ...     "weights.ckpt", nn.Linear, in_features=4, out_features=2
+            ... )
         """
         path = local_path(path)
         handler = cls(model_class, device, parallel=parallel, **model_kwargs)
@@ -388,5 +756,23 @@ class NNHandler(Components):
         return handler
 
     def restore(self, path: Path) -> None:
-        """Fill this handler, whose parts are set, with everything in a checkpoint; collective."""
+        """Load a checkpoint into this handler, whose parts are already set. Collective.
+
+        Args:
+            path: Any path that a handler saved to.
+
+        Raises:
+            LoadMismatchError: Optimizers, schedulers, callbacks or the model differ from the
+                checkpoint.
+            CorruptionError: A digest differs.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch.utils.data import TensorDataset
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.save("models/final")
+            >>> handler.restore("models/final")
+        """
         restore(self, open_source(local_path(path)))

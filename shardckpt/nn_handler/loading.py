@@ -20,6 +20,7 @@ from shardckpt.coordination.resolve import alone
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.loading.memory_checkpoint import MemoryStorage
 from shardckpt.logs import warn
+from shardckpt.nn_handler.batch import joined
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.components import Components
@@ -573,6 +574,10 @@ def _progress(handler: Components, saved: Progress, *, history: bool) -> None:
     handler.seed_value = saved.seed
     handler.stop_training = saved.stopped
     handler.history = saved.history if history else {}
+    handler.history_epochs = {  # checkpoints of 0.1 have none
+        name: saved.history_epochs.get(name, list(range(1, len(values) + 1)))
+        for name, values in handler.history.items()
+    }
 
 
 def _callbacks(callbacks: list[Callback], saved: dict[str, CallbackState], path: str) -> None:
@@ -622,6 +627,7 @@ def _own_state(own: Any, path: str) -> OwnState:
 
 
 def _added(every: list[Sums | None], *, times: int) -> Sums | None:
+    """The sums of all ranks for rank 0 (`times` 1), and zeros for the other ranks."""
     sums = [part for part in every if part is not None]
     if len(sums) < len(every):
         return None
@@ -633,4 +639,22 @@ def _added(every: list[Sums | None], *, times: int) -> Sums | None:
     return Sums(
         sums={name: times * sum(part.sums.get(name, 0.0) for part in sums) for name in names},
         counts={name: times * sum(count(part, name) for part in sums) for name in names},
+        metrics=_joined_metrics(sums) if times else {},
     )
+
+
+def _joined_metrics(sums: list[Sums]) -> dict[str, dict[str, Any]]:
+    """The batches that metrics of whole epochs have seen; other metrics start again."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for part in sums for name in part.metrics):
+        states = [state for part in sums if (state := part.metrics.get(name))]
+        if not states:
+            continue
+        if all(state.keys() == {"outputs", "targets"} for state in states):
+            found[name] = {key: joined([state[key] for state in states]) for key in states[0]}
+        else:
+            warn(
+                f"The metric {name!r} starts again within the epoch: its state is that of another "
+                "number of ranks"
+            )
+    return found

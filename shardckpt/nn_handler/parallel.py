@@ -33,6 +33,7 @@ __all__ = [
     "average_gradients",
     "checked_device",
     "clip_gradients",
+    "gathered",
     "largest",
     "mean_over_ranks",
     "start",
@@ -333,6 +334,17 @@ def mean_over_ranks(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]
         with operation("NNHandler: the means of an epoch") as coordinator:
             found = exchange(coordinator, "means", lambda: own, add)
     return msgspec.msgpack.decode(found, type=dict[str, float])
+
+
+def gathered(value: Any, layout: Layout) -> list[Any]:
+    """The values of all ranks that see different data, in order; collective."""
+    _, places = layout.data
+    if places == 1:
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (layout.data[0], value))
+    by_place = dict(reversed(every))  # of ranks that see the same data, the first one
+    return [by_place[place] for place in range(places)]
 
 
 def largest(flags: list[int], device: torch.device) -> list[int]:

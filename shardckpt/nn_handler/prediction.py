@@ -1,4 +1,4 @@
-"""The outputs of a model for a whole data set, over all ranks."""
+"""The outputs of a model for a data set, gathered from all ranks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from shardckpt.errors import StateError
-from shardckpt.nn_handler.batch import call_model, to_device
+from shardckpt.nn_handler.batch import call_model, joined, to_device
 from shardckpt.nn_handler.data import ValData
-from shardckpt.nn_handler.parallel import largest
+from shardckpt.nn_handler.parallel import gathered, largest
 from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.nn_handler.validation import each_batch
 
@@ -20,14 +18,14 @@ __all__ = ["is_data", "predictions"]
 
 
 def is_data(value: Any) -> bool:
-    """Whether a value is data to draw batches from, and not a batch."""
+    """Whether a value gives batches, rather than being one."""
     return isinstance(value, (Dataset, DataLoader)) or (
         hasattr(value, "__iter__") and hasattr(value, "dataset")
     )
 
 
 def predictions(handler: TrainingState, data: ValData) -> Any:
-    """The outputs for all of the data, one after another on the CPU; collective."""
+    """The outputs for all of the data, concatenated on the CPU. Collective."""
     found: list[Any] = []
 
     def act(batch: Any, counts: bool) -> None:
@@ -43,49 +41,19 @@ def predictions(handler: TrainingState, data: ValData) -> Any:
         act,
         agree=lambda more: largest([int(more)], handler.device)[0],
     )
-    own = _joined(found) if found else None
-    _, places = data.layout.data
-    if places == 1:
-        return own
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    if data.layout.mesh is not None:  # ranks that see the same data give the same outputs
-        by_place: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(by_place, data.layout.data[0])
-        every = [every[by_place.index(place)] for place in range(places)]
-    there = [outputs for outputs in every if outputs is not None]
-    return _joined(there) if data.length is None else _woven(there, data.length)
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Outputs of several batches as one, along their first dimension."""
-    first = parts[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat([part if part.dim() else part.reshape(1) for part in parts])
-    if isinstance(first, Mapping):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple) and hasattr(first, "_make"):
-        return first._make(_joined(list(items)) for items in zip(*parts, strict=True))
-    if isinstance(first, (list, tuple)):
-        return type(first)(_joined(list(items)) for items in zip(*parts, strict=True))
-    if first is None:
-        return None
-    raise StateError(
-        "The outputs of the model can't be joined",
-        expected="tensors, or tuples, lists and dicts of them",
-        actual=type(first).__name__,
-        remedy="call predict with one batch at a time",
-    )
+    own = joined(found) if found else None
+    there = [outputs for outputs in gathered(own, data.layout) if outputs is not None]
+    return joined(there) if data.length is None or len(there) == 1 else _woven(there, data.length)
 
 
 def _woven(parts: list[Any], length: int) -> Any:
-    """Outputs of ranks that took turns in the samples, in the order of the samples."""
-    joined = _joined(parts)
+    """The outputs of ranks that took turns in the samples, in the order of the samples."""
+    whole = joined(parts)
     places = len(parts)
     order = [index for place in range(places) for index in range(place, length, places)]
     back = torch.empty(length, dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(length)
-    return _taken(joined, back)
+    return _taken(whole, back)
 
 
 def _taken(value: Any, order: torch.Tensor) -> Any:

@@ -114,6 +114,7 @@ class Progress(_Struct):
     seed: int
     stopped: bool
     rates: dict[str, float] = {}
+    history_epochs: dict[str, list[_Count]] = {}
     run_steps: list[_Count] = []
     validations: list[dict[str, float]] = []
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Collection
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +46,9 @@ from shardckpt.storage.posix import System, translated
 __all__ = [
     "OneFile",
     "check_config",
+    "check_suffix",
     "is_one_file",
+    "link",
     "save",
     "save_multi_files",
     "save_multi_from_single",
@@ -56,6 +60,7 @@ __all__ = [
 
 def save(handler: TrainingState, path: str, *, overwrite: bool) -> None:
     """Save a handler; collective. See NNHandler.save."""
+    check_suffix(path)
     if is_one_file(path):
         save_single_file(handler, path, overwrite=overwrite)
     else:
@@ -92,17 +97,65 @@ def save_single_file(handler: TrainingState, path: str, *, overwrite: bool) -> N
 
 
 def save_multi_files(
-    handler: TrainingState, folder: str, file_format: FileFormat, *, overwrite: bool
+    handler: TrainingState,
+    folder: str,
+    file_format: FileFormat,
+    *,
+    overwrite: bool,
+    keys_to_save: Collection[str] | None = None,
 ) -> None:
-    """Save a handler as one file a component; collective. See NNHandler.save_multi_files."""
+    """Save a handler as one file for each component. Collective. See NNHandler.save_multi_files."""
     _check_format(file_format)
     _save_whole(
         handler.state,
         folder,
         lambda s, progress: write_many(
-            s, folder, file_format, overwrite=overwrite, progress=progress
+            _only(s, keys_to_save), folder, file_format, overwrite=overwrite, progress=progress
         ),
     )
+
+
+def _only(state: dict[str, Any], keys: Collection[str] | None) -> dict[str, Any]:
+    """The components of a state that the user wants."""
+    if keys is None:
+        return state
+    unknown = [key for key in keys if key not in state]
+    if unknown or isinstance(keys, str):
+        raise StateError(
+            "keys_to_save names components that the handler does not have",
+            expected=f"a list of {', '.join(state)}",
+            actual=repr(keys) if isinstance(keys, str) else ", ".join(map(repr, unknown)),
+        )
+    return {key: state[key] for key in keys}
+
+
+_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
+
+
+def check_suffix(path: str) -> None:
+    """Raise StateError for a path that seems to name a file of a kind that is not written."""
+    suffix = _SUFFIX.search(path)
+    if suffix is not None and not is_one_file(path):
+        raise StateError(
+            "Unknown suffix",
+            path=path,
+            expected=".pth, .pt or .safetensors for one file, no suffix for a sharded checkpoint",
+            actual=suffix[0],
+            remedy="change the suffix, or leave it out",
+        )
+
+
+def link(folder: str, name: str, target: str) -> None:
+    """Make a name in a folder a symlink to another one, in place of an earlier symlink."""
+    path = os.path.join(folder, name)
+    with translated(path):
+        if os.path.lexists(path) and not os.path.islink(path):
+            raise FileExistsError(errno.EEXIST, "The name of the link is taken", path)
+        temporary = os.path.join(folder, f".{name}.{os.getpid()}.link")
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        os.symlink(target, temporary)
+        os.replace(temporary, path)
 
 
 def save_multi_from_single(

@@ -21,7 +21,7 @@ from shardckpt.errors import CoordinationError, RankFailedError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.callback import Callback
-from shardckpt.nn_handler.callbacks import ModelCheckpoint, ProgressBar
+from shardckpt.nn_handler.callbacks import ModelCheckpoint
 from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
@@ -29,6 +29,7 @@ from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, 
 from shardckpt.nn_handler.epoch_metrics import EpochSums
 from shardckpt.nn_handler.loading import open_source, restore, restore_tensors
 from shardckpt.nn_handler.parallel import largest
+from shardckpt.nn_handler.progress import ProgressBar
 from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.nn_handler.signals import leave, stop_requests
 from shardckpt.nn_handler.train_options import TrainOptions
@@ -52,7 +53,8 @@ class Trainer:
         self.at: Literal["boundary", "forward", "update"] = "boundary"
         self.buffers: BufferCopies | None = None
         self.saver: AutoSaver | None = None if options.fast_dev_run else handler.auto_saver
-        self.bar = [ProgressBar()] if options.progress_bar else []
+        bar = ProgressBar(options.gradient_accumulation_steps, options.limit_train_batches)
+        self.bar = [bar] if options.progress_bar else []
         self.updater: Updater | None = None
         self.end = self.end_step = 0
         handler.validates = options.validate_every > 0 or options.validate_every_steps is not None
@@ -177,7 +179,7 @@ class Trainer:
             self._hooks("on_batch_start", batch, number)
         if self.buffers is not None:
             self.buffers.note()
-        loss = self.updater.step(group, self.sums)
+        loss = torch.as_tensor(self.updater.step(group, self.sums))
         handler.step += 1
         handler.train_data.advance(handler.position, len(group))
         self._mark()
@@ -204,6 +206,7 @@ class Trainer:
         handler.position = Position()
         for name, value in results.items():
             handler.history.setdefault(name, []).append(value)
+            handler.history_epochs.setdefault(name, []).append(epoch)
         handler.boundary = None
         self.at = "boundary"
         self._hooks("on_epoch_end", results)
@@ -264,6 +267,7 @@ class Trainer:
             limit=self.options.limit_val_batches,
             guard=self._guard,
             agree=lambda more: self._agree(int(more), boundary=False),
+            on_batch=lambda batch, number: self._hooks("on_validation_batch_start", batch, number),
         )
         return {f"val_{name}": value for name, value in found.items()}
 
@@ -376,7 +380,7 @@ class Trainer:
 
     def _tell(self, error: BaseException) -> None:
         """Call on_exception of all callbacks; errors that they raise become warnings."""
-        for callback in self.handler.callbacks:
+        for callback in (*self.bar, *self.handler.callbacks):
             try:
                 callback.on_exception(self.handler, error)
             except Exception as second:
@@ -429,8 +433,7 @@ def _caller(hook: str, handler: TrainingState, args: Any) -> Callable[[Callback]
     def call(callback: Callback) -> None:
         own = getattr(type(callback), hook, None)
         if own is not getattr(Callback, hook):
-            found = (float(a) if isinstance(a, torch.Tensor) and not a.dim() else a for a in args)
-            getattr(callback, hook)(handler, *found)
+            getattr(callback, hook)(handler, *args)
 
     return call
 

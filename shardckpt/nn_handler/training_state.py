@@ -1,7 +1,7 @@
-"""TrainingState: what a step of training changes, and what else a checkpoint holds.
+"""TrainingState: all that a checkpoint of a handler holds.
 
-The trainer, the savers, loading and the callbacks work on it. NNHandler adds the setters and the
-verbs.
+The trainer, the savers, loading and the callbacks use it. NNHandler adds the setters, and the calls
+that train, save and load.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _NEVER = 1 << 62
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class TrainingState:
-    """A model, all that trains it, and how far training has come.
+    """A model, all that trains it, and the progress of training.
 
-    `position`, `boundary`, `rates`, `seed_value`, `runs` and `run_id` are what the trainer goes on
-    from; see Trainer. `awaited` and `proposed` are what a checkpoint says and the program has not
-    given or confirmed yet.
+    The trainer resumes from `position`, `boundary`, `rates`, `seed_value`, `runs` and `run_id`; see
+    Trainer. `awaited` and `proposed` hold parts of a checkpoint that the program must give or
+    confirm.
     """
 
     layout: Layout
@@ -59,6 +59,7 @@ class TrainingState:
     epoch: int = 0
     step: int = 0
     history: dict[str, list[float]] = field(default_factory=dict)
+    history_epochs: dict[str, list[int]] = field(default_factory=dict)
     stop_training: bool = False
     validates: bool = True  # whether the call of train does so at all
     position: Position = field(default_factory=Position)
@@ -89,12 +90,12 @@ class TrainingState:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device of inputs."""
         return self.layout.device
 
     @property
     def parallel(self) -> Parallel:
-        """How the job is spread, as resolved."""
+        """The resolved mode: "none", "ddp" or "fsdp"."""
         return self.layout.mode
 
     @property
@@ -122,13 +123,13 @@ class TrainingState:
         return loss if trained and isinstance(loss, nn.Module) else None
 
     def train_mode(self) -> None:
-        """Training mode for all but frozen modules."""
+        """Internal. Set the training mode of all modules that are not frozen or kept in evaluation."""
         self.model.train()
         for name in (*self.frozen, *self.kept_eval):
             self.module.get_submodule(name).eval()
 
     def wrap_again(self) -> None:
-        """Wrap the model anew if DDP was made for other trained parameters; collective."""
+        """Internal. Wrap the model again if the parameters that need gradients changed. Collective."""
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
         if self.parallel == "ddp" and self.wrapped_for != trained:
             self.rewrap()
@@ -136,7 +137,7 @@ class TrainingState:
         self.wrapped_for = trained
 
     def rewrap(self, *, find_unused: bool = False) -> None:
-        """Put another DDP around the model; collective."""
+        """Internal. Create a new DDP around the model. Collective."""
         self.model = wrap(self.module, self.layout, find_unused=find_unused)
         if self.compiling is not None:
             self.model.compile(**self.compiling)
@@ -165,7 +166,7 @@ class TrainingState:
         return {name: one for name, one in found.items() if one is not None}
 
     def apply_hyperparameters(self) -> None:
-        """Put `hyperparameters` into the optimizers, and rates into the bases of schedulers."""
+        """Internal. Set `hyperparameters` in the optimizers and the bases of schedulers."""
         for name, options in self.hyperparameters.items():
             if name in self.optimizations:
                 self.optimizations[name].set_options(options)
@@ -173,7 +174,7 @@ class TrainingState:
             self.note_rates()
 
     def note_rates(self) -> None:
-        """Note the rate of every group as it is now: `lr`, `lr_1`, `lr_<optimizer>`."""
+        """Internal. Note the rate of every group as it is now: `lr`, `lr_1`, `lr_<optimizer>`."""
         self.rates = {
             "_".join(["lr", *([] if name == MAIN else [name]), *([str(at)] if at else [])]): rate
             for name, one in self.optimizations.items()
@@ -181,7 +182,7 @@ class TrainingState:
         }
 
     def untrained(self) -> list[str]:
-        """Names of the parameters that need gradients and are in no group of the optimizer."""
+        """Internal. The names of parameters that need gradients and that no optimizer holds."""
         held = {
             id(p)
             for optimizer in self.optimizers.values()
@@ -195,14 +196,14 @@ class TrainingState:
         ]
 
     def metric_names(self) -> set[str]:
-        """The names that epochs bring metrics under."""
+        """Internal. The names of all metrics of an epoch."""
         names = {"loss", *self.metrics}
         if self.val_data is not None and self.validates:
             names |= {f"val_{name}" for name in names}
         return names | {"epoch", "step", *self.rates} | self.will_log
 
     def check_monitor(self, monitor: str) -> None:
-        """Raise StateError for a metric that training never brings."""
+        """Internal. Raise StateError for a metric that training never brings."""
         if monitor not in self.metric_names():
             raise StateError(
                 "The monitored metric never appears",
@@ -213,14 +214,16 @@ class TrainingState:
             )
 
     def replaying(self) -> bool:
-        """Whether the next call of train was begun before a resume."""
+        """Internal. Whether the next call of train repeats one from before a resume."""
         return self.replayed is not None and self.replayed < len(self.runs)
 
     def begin_run(
         self, epochs: int | None, max_steps: int | None, *, resumed: bool
     ) -> tuple[int, int]:
-        """Note a call of train; the epoch and the step at which it ends. After a resume the calls
-        that were made before are met again, and end where they would have ended."""
+        """Internal. Note a call of train, and return the epoch and the step at which it ends.
+
+        After a resume, the calls before it are made again, and end where they would have ended.
+        """
         if resumed:
             self.replayed = 0
         if self.replayed is not None and self.replaying():
@@ -238,29 +241,55 @@ class TrainingState:
         )
 
     def set_grad_scaler(self, **options: Any) -> None:
-        """A torch.amp.GradScaler for float16; train makes one if there is none."""
+        """Set the gradient scaler for float16. By default train creates one. Not collective.
+
+        Args:
+            options: The arguments of torch.amp.GradScaler.
+
+        Example:
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_grad_scaler(init_scale=1024.0)
+        """
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.scaler = torch.amp.GradScaler(kind, **options)
 
     def log(self, name: str, value: Any) -> None:
-        """Add a value to an epoch's metrics, from a callback, a loss or a training step.
+        """Add a value to the metrics of an epoch, from a step, a loss or a callback.
 
-        The history gets the mean over the epoch and the ranks, under `name`, or `val_<name>` for
-        what is logged during validation. Not collective.
+        The history gets the mean over the epoch and the ranks, as `name`, or as `val_<name>` if it
+        is logged during validation. Not collective.
 
         Args:
-            name: The metric. To monitor it or use it in a file name, announce it before train:
-                `handler.will_log.add(name)`.
+            name: The metric. To monitor it or to use it in the name of a checkpoint, announce it
+                before training with `handler.will_log.add(name)`.
             value: A number, or a tensor with one element.
 
         Raises:
             StateError: No epoch is being trained or validated, or the value is not a number.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from shardckpt import NNHandler
+            >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
+            >>> handler.set_optimizer(torch.optim.SGD, lr=0.1)
+            >>> handler.set_train_loader([torch.ones(8, 4)])
+            >>> def step(handler, batch):
+            ...     outputs = handler.model(batch)
+            ...     handler.log("largest", outputs.max())
+            ...     return outputs.square().mean()
+            >>> handler.set_training_step(step)
+            >>> sorted(handler.train(1, progress_bar=False))
+            ['largest', 'loss', 'lr']
         """
         if self.sums is None:
             raise StateError(
                 "log was called outside of an epoch",
                 actual=name,
-                remedy="call it from a training step, a loss, or the hooks of batches and steps",
+                remedy="call it in a training step, in a loss, or in the hooks of batches and "
+                "steps",
             )
         self.sums.log(name, value)
 
@@ -313,7 +342,7 @@ class TrainingState:
         self.log("loss" if optimizer == MAIN else f"loss_{optimizer}", loss.detach())
 
     def check_given(self) -> None:
-        """Raise StateError for a loss or metrics of a checkpoint that are still to be given."""
+        """Internal. Raise StateError if a loss or metric of a checkpoint must still be given."""
         if self.awaited:
             setters = {"loss_fn": "set_loss_fn(...)", "own_step": "set_training_step(...)"}
             ways = [setters.get(at, f"add_metric({at[8:]!r}, ...)") for at in self.awaited]
@@ -325,7 +354,7 @@ class TrainingState:
             )
 
     def config(self) -> dict[str, Any]:
-        """What rebuilds the handler, as plain data; see shardckpt.nn_handler.objects."""
+        """Internal. The arguments of all parts as plain data; see shardckpt.nn_handler.objects."""
         described: dict[str, Any] = {
             name: {
                 "optimizer": one.description(self.module, self.loss_module),
@@ -365,14 +394,14 @@ class TrainingState:
         return config
 
     def callback_states(self) -> dict[str, Any]:
-        """The kind and state of each callback, as plain data."""
+        """Internal. The kind and state of each callback, as plain data."""
         return {
             str(number): {"kind": type(callback).__name__, "state": callback.state_dict()}
             for number, callback in enumerate(self.callbacks)
         }
 
     def tensor_state(self) -> dict[str, Any]:
-        """The part of the state that is loaded in place."""
+        """Internal. The part of the state that is loaded in place."""
         state: dict[str, Any] = {"model": self.model}
         others = self.optimizers
         main = others.pop(MAIN, None)
@@ -387,7 +416,7 @@ class TrainingState:
         return state
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, as shardckpt.save takes it."""
+        """Internal. The state that a checkpoint holds."""
         config = self.config()
         if self.rank == 0:
             warn_of_absent(config, self.warned)
@@ -420,6 +449,7 @@ class TrainingState:
                 "validations": self.validations,
                 "run_id": self.run_id,
                 "history": self.history,
+                "history_epochs": self.history_epochs,
                 "rate": self.rates.get("lr", 0.0),
                 "rates": self.rates,
                 "seed": self.seed_value,
@@ -432,7 +462,12 @@ class TrainingState:
 
 
 def _plain_sums(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The running sums of an epoch as plain numbers; see EpochSums."""
+    """The state of EpochSums as plain data."""
     if state is None:
         return None
-    return {**state, "sums": {name: float(value) for name, value in state["sums"].items()}}
+    metrics = state.get("metrics") or {}
+    return {
+        **state,
+        "sums": {name: float(value) for name, value in state["sums"].items()},
+        "metrics": {n: one if isinstance(one, dict) else one.plain() for n, one in metrics.items()},
+    }

@@ -29,7 +29,7 @@ __all__ = [
     "trust",
 ]
 
-_CALLBACKS = ("shardckpt.nn_handler.callback", "shardckpt.nn_handler.callbacks")
+_CALLBACKS = tuple(f"shardckpt.nn_handler.{n}" for n in ("callbacks", "loggers", "progress"))
 _prefixes: set[str] = set()
 _objects: dict[str, Any] = {}
 

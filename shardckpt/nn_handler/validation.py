@@ -27,20 +27,32 @@ def validate(
     limit: int | None = None,
     guard: Callable[[Callable[[], Any]], None],
     agree: Callable[[bool], int],
+    on_batch: Callable[[Any, int], None] = lambda batch, number: None,
 ) -> dict[str, float]:
-    """Loss and metrics over all ranks' samples; collective. Random numbers go on as if there had
-    been no validation. `agree` tells the ranks whether any has a batch, before each one."""
+    """The loss and the metrics over the samples of all ranks. Collective.
+
+    The random numbers of training do not change. `agree` is called before each batch, and says
+    whether any rank has one. `guard` calls a metric, which may fail on this rank alone.
+    """
     data = data or handler.val_data
     assert data is not None
     before = random_state()
     sums, training, handler.sums = EpochSums(handler, validation=True), handler.sums, None
     handler.sums = sums
+    numbers = itertools.count()
+
+    def act(batch: Any, counts: bool) -> None:
+        on_batch(batch, next(numbers))
+        result = forward(handler, batch, autocast)
+        if counts and result is not None:
+            guard(lambda: sums.add(result))
+
     handler.model.eval()
     try:
         each_batch(
             data,
             handler.epoch,
-            lambda batch, counts: _measure(handler, batch, counts, autocast, sums, guard),
+            act,
             limit=limit,
             agree=agree,
         )
@@ -51,14 +63,6 @@ def validate(
         set_random_state(before)
 
 
-def _measure(
-    handler: TrainingState, batch: Any, counts: bool, autocast: Any, sums: EpochSums, guard: Any
-) -> None:
-    result = forward(handler, batch, autocast)
-    if counts and result is not None:
-        guard(lambda: sums.add(result))
-
-
 def each_batch(
     data: ValData,
     epoch: int,
@@ -67,9 +71,11 @@ def each_batch(
     limit: int | None = None,
     agree: Callable[[bool], int],
 ) -> None:
-    """act(batch, whether it counts) for each batch of this rank. A rank that has no more goes on
-    with its last one, which does not count, while others have some: a sharded model's forward
-    needs every rank."""
+    """Call act(batch, whether it counts) for each batch of this rank.
+
+    The forward pass of a sharded model needs every rank. So a rank without batches repeats its last
+    one, which does not count, while others have some.
+    """
     set_epoch(data.loader, epoch)
     batches = itertools.islice(data.loader, limit)
     last: Any = None
@@ -80,7 +86,7 @@ def each_batch(
         if batch is None and last is None:
             raise StateError(
                 "This rank has no batch to validate on, while others have some",
-                remedy="give a Dataset, whose samples are divided evenly",
+                remedy="give a Dataset, whose samples are divided evenly among the ranks",
             )
         counts = batch is not None and (data.counted is None or number < data.counted)
         last = last if batch is None else batch
