@@ -150,7 +150,9 @@ class TrainData:
 def as_it_is(data: Any, options: dict[str, Any], layout: Layout) -> Any:
     """A loader that is not taken apart; a warning where ranks would see the same samples."""
     loader = data
-    if isinstance(data, Dataset) or hasattr(data, "__getitem__"):
+    if _is_batches(data, options):
+        loader = data
+    elif isinstance(data, Dataset) or hasattr(data, "__getitem__"):
         loader = DataLoader(data, **options)
     elif options:
         raise _with_options(data, options)
@@ -214,6 +216,8 @@ def take_apart(data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     """The dataset and the options of a DataLoader for it, whose order this module may make; None
     for what must be used as it is."""
     _check_data(data, options)
+    if _is_batches(data, options):
+        return None
     if not isinstance(data, DataLoader):
         own = any(options.get(n) is not None for n in ("sampler", "batch_sampler", "generator"))
         return None if own or not _has_order(data) else (data, dict(options))
@@ -232,6 +236,11 @@ def take_apart(data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]
         return None
     found = {name: getattr(data, name) for name in _KEPT if hasattr(data, name)}
     return data.dataset, {**found, "shuffle": type(sampler) is RandomSampler}
+
+
+def _is_batches(data: Any, options: dict[str, Any]) -> bool:
+    """Whether data is a list of batches, rather than one of samples for a DataLoader."""
+    return type(data) in (list, tuple) and not options
 
 
 def _check_data(data: Any, options: dict[str, Any]) -> None:

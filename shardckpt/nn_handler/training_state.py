@@ -123,13 +123,13 @@ class TrainingState:
         return loss if trained and isinstance(loss, nn.Module) else None
 
     def train_mode(self) -> None:
-        """Internal. Set the training mode of all modules that are not frozen or kept in evaluation."""
+        """Internal. Set the training mode, except for modules frozen or kept in evaluation."""
         self.model.train()
         for name in (*self.frozen, *self.kept_eval):
             self.module.get_submodule(name).eval()
 
     def wrap_again(self) -> None:
-        """Internal. Wrap the model again if the parameters that need gradients changed. Collective."""
+        """Internal. Wrap the model again if other parameters need gradients. Collective."""
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
         if self.parallel == "ddp" and self.wrapped_for != trained:
             self.rewrap()

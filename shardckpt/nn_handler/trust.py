@@ -160,7 +160,7 @@ def _is_class_for(kind: Any, slot: Slot, *, instance: bool) -> bool:
 
 def _is_torch_optimizer(kind: Any) -> bool:
     if issubclass(kind, Optimizer):
-        return _home(kind).startswith("torch.optim.")
+        return f"{_home(kind)}.".startswith("torch.optim.")
     return issubclass(kind, LRScheduler) and _home(kind) in (
         lr_scheduler.__name__,
         swa_utils.__name__,

@@ -39,11 +39,18 @@ def resumed_alike(handler: NNHandler, path, *prepare, **options) -> NNHandler:
     loaded = with_data(NNHandler.load(path))
     for act in prepare:
         act(loaded)
+    continued_alike(handler, loaded, **options)
+    return loaded
+
+
+def continued_alike(handler: NNHandler, loaded: NNHandler, **options) -> None:
+    """Train both, from the random numbers that the load has set, and compare them."""
+    random = torch.get_rng_state()
     for each in (handler, loaded):
+        torch.set_rng_state(random)
         quiet(each, **options)
     assert same(weights(loaded), weights(handler))
     assert loaded.history == handler.history
-    return loaded
 
 
 # Several optimizers
@@ -89,10 +96,7 @@ def test_a_gan_trains_two_optimizers_and_resumes(tmp_path, name):
     with pytest.raises(errors.StateError, match="set_training_step"):
         quiet(loaded)
     loaded.set_training_step(gan_step)
-    for each in (handler, loaded):
-        quiet(each, 2)
-    assert same(weights(loaded), weights(handler))
-    assert loaded.history == handler.history
+    continued_alike(handler, loaded, epochs=2)
     assert handler.history["lr_discriminator"] == [0.1, 0.05, 0.025]
 
 
@@ -104,7 +108,8 @@ def test_a_resume_of_two_optimizers_compares_them(tmp_path):
     again.auto_save(save_path=tmp_path, resume="auto")
     assert quiet(again, 2).epoch == 2
     other = a_gan()
-    other.set_optimizer(torch.optim.Adam, name="discriminator", params="discriminator")
+    with pytest.warns(UserWarning, match="scheduler starts again"):
+        other.set_optimizer(torch.optim.Adam, name="discriminator", params="discriminator")
     other.auto_save(save_path=tmp_path, resume="auto")
     with pytest.raises(errors.LoadMismatchError, match="another optimizer"):
         quiet(other, 2)
@@ -113,7 +118,7 @@ def test_a_resume_of_two_optimizers_compares_them(tmp_path):
 def test_a_step_of_ones_own_that_does_nothing_is_an_error():
     handler = a_gan()
     handler.set_training_step(lambda handler, batch: None)
-    with pytest.raises(errors.StateError, match="did not call handler.update"):
+    with pytest.raises(errors.StateError, match=r"did not call handler\.update"):
         quiet(handler)
     handler.set_training_step(gan_step)
     with pytest.raises(errors.StateError, match="accumulate"):
@@ -142,8 +147,8 @@ def test_muon_beside_adamw(tmp_path):
     loaded = resumed_alike(handler, tmp_path / "c")
     assert set(loaded.optimizers) == {"main", "rest"}
     assert set(loaded.history) >= {"lr", "lr_rest", "lr_rest_1"}
-    with pytest.warns(UserWarning, match="rest.optimizer lr"):
-        loaded.set_optimizer(torch.optim.AdamW, name="rest", lr=0.5)
+    loaded.set_optimizer(torch.optim.AdamW, name="rest", lr=0.5)
+    with pytest.warns(UserWarning, match=r"rest\.optimizer lr"):
         loaded.restore(tmp_path / "c")
 
 
@@ -247,30 +252,42 @@ class OwnObject:
 # Guards
 
 
+class NotFinite(nn.Module):
+    """The loss of the fifth call is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        factor = math.nan if self.calls == 5 else 1.0
+        return nn.functional.cross_entropy(outputs, targets) * factor
+
+
+class Watch(Callback):
+    """Keeps the weights after each step."""
+
+    def __init__(self) -> None:
+        self.seen = {}
+
+    def on_step_end(self, handler, loss):
+        self.seen[handler.step] = weights(handler)
+
+
 def test_the_nan_guard_goes_back_to_the_last_checkpoint(tmp_path):
-    seen = []
-
-    def loss(outputs, targets):
-        seen.append(len(seen))
-        return nn.functional.cross_entropy(outputs, targets) * (math.nan if len(seen) == 5 else 1)
-
     handler = a_handler()
-    handler.set_loss_fn(loss)
+    handler.set_loss_fn(NotFinite())
     with pytest.raises(errors.StateError, match="needs checkpoints"):
         quiet(handler, nan_guard="restore")
     handler.auto_save(save_path=tmp_path, every_steps=2)
-    before = {}
-
-    class Watch(Callback):
-        def on_step_end(self, handler, loss):
-            before[handler.step] = weights(handler)
-
-    handler.add_callback(Watch())
+    watch = Watch()
+    handler.add_callback(watch)
     with pytest.warns(UserWarning, match="the weights of the last checkpoint are loaded"):
         quiet(handler, nan_guard="restore", validate_every=0)
     assert handler.step == 6
-    assert same(before[5], before[4])  # of step 4, which was saved
-    assert not same(before[6], before[5])
+    assert same(watch.seen[5], watch.seen[4])  # of step 4, which was saved
+    assert not same(watch.seen[6], watch.seen[5])
     assert all(torch.isfinite(w).all() for w in weights(handler).values())
 
 

@@ -47,7 +47,7 @@ def test_other_data_within_an_epoch_begin_it_anew_aloud(tmp_path, samples):
     resumed = with_data(NNHandler.load(tmp_path / "step4"))
     resumed.auto_save(None)
     resumed.set_train_loader(data(samples), batch_size=4, shuffle=True)
-    with pytest.warns(UserWarning, match="the epoch begins anew"):
+    with pytest.warns(UserWarning, match="the epoch starts again"):
         resumed.train(1, progress_bar=False)
     assert (resumed.epoch, resumed.step) == (1, 4 + samples // 4)
 
@@ -149,7 +149,7 @@ def without_scheduler() -> NNHandler:
 
 def other_optimizer() -> NNHandler:
     handler = a_handler()
-    with pytest.warns(UserWarning, match="scheduler begins anew"):
+    with pytest.warns(UserWarning, match="scheduler starts again"):
         handler.set_optimizer(torch.optim.SGD, lr=0.01)
     return handler
 

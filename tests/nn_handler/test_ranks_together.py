@@ -1,0 +1,164 @@
+"""One world of two ranks for what NNHandler does on several ranks beside saving and stopping."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardckpt import NNHandler
+from shardckpt.errors import RankFailedError, StateError
+from shardckpt.nn_handler import Callback
+from tests.nn_handler.models import Net, NormNet, a_handler, data, same, weights, with_data
+from tests.nn_handler.test_features import OwnObject, a_gan, f1, gan_step
+from tests.ranks import run_ranks
+
+
+def quiet(handler: NNHandler, epochs: int | None = 1, **options) -> NNHandler:
+    handler.train(epochs, progress_bar=False, **options)
+    return handler
+
+
+def same_on_all(value: object) -> bool:
+    every: list = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return all(one == every[0] for one in every)
+
+
+def numbers(handler: NNHandler) -> dict[str, list]:
+    return {name: tensor.tolist() for name, tensor in weights(handler).items()}
+
+
+def a_norm_net(parallel: str, buffers: str) -> NNHandler:
+    torch.manual_seed(0)
+    handler = NNHandler(NormNet, parallel=parallel, buffers=buffers)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    return with_data(handler)
+
+
+class Fails(Callback):
+    """Fails on rank 1: in a step, or when its state is saved."""
+
+    def __init__(self, step: int = 0, state_from_step: int = 1 << 30) -> None:
+        self.step, self.state_from_step, self.now = step, state_from_step, 0
+
+    def on_step_end(self, handler, loss):
+        self.now = handler.step
+        if (handler.step, handler.rank) == (self.step, 1):
+            raise ValueError("planted")
+
+    def state_dict(self):
+        if self.now >= self.state_from_step and dist.get_rank() == 1:
+            raise ValueError("planted")
+        return {}
+
+
+def running_means(folder: str) -> None:
+    """Item 1: buffers that differ by rank are made equal, also those of the averages."""
+    found = {}
+    for parallel in ("ddp", "fsdp"):
+        for buffers in ("rank0", "mean"):
+            path = f"{folder}/{parallel}-{buffers}"
+            handler = quiet(a_norm_net(parallel, buffers), ema_decay=0.9)
+            assert same_on_all(numbers(handler))
+            handler.save(path)
+            handler.save(f"{path}.pth")
+            for name in (path, f"{path}.pth"):
+                loaded = NNHandler.load(name, parallel=parallel)
+                assert same(weights(loaded), weights(handler))
+                for key, average in handler.ema.weights.items():
+                    assert torch.equal(_whole(loaded.ema.weights[key]), _whole(average)), key
+            found[parallel, buffers] = numbers(handler)["body.1.running_mean"]
+        failing = a_norm_net(parallel, "rank0")
+        failing.auto_save(save_path=f"{folder}/{parallel}-emergency")
+        failing.add_callback(Fails(step=2))
+        with pytest.raises(ValueError if dist.get_rank() == 1 else RankFailedError):
+            quiet(failing, ema_decay=0.9)
+        assert os.listdir(f"{folder}/{parallel}-emergency") == ["step2"]
+    assert found["ddp", "rank0"] != found["ddp", "mean"]
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def failures_of_one_rank(folder: str) -> None:
+    """Item 8: the others hear at once which rank has failed, and why they end."""
+    for name in ("c", "c.pth", None):  # None: while training
+        handler = a_handler("ddp")
+        if name is None:
+            handler.auto_save(save_path=f"{folder}/auto", every_steps=2)
+        handler.add_callback(Fails(state_from_step=2 if name is None else 0))
+        began = time.monotonic()
+        with pytest.raises((RankFailedError, ValueError)) as caught:
+            if name is None:
+                quiet(handler)
+            else:
+                handler.save(f"{folder}/{name}")
+        took_s = time.monotonic() - began
+        if dist.get_rank() == 0:
+            assert isinstance(caught.value, RankFailedError)
+            assert caught.value.rank in (1, (1,))
+        assert took_s < 20, took_s  # the deadline of training is 60 s, that of gloo minutes
+    assert not os.path.exists(f"{folder}/c")
+    assert not os.path.exists(f"{folder}/c.pth")
+
+
+def metrics_of_all_ranks() -> None:
+    handler = a_handler("ddp")
+    handler.add_metric("f1", f1, whole_epoch=True)
+    handler.add_metric("seen", OwnObject())
+    quiet(handler)
+    assert same_on_all(handler.history)
+    inputs, targets = data(15).tensors
+    expected = float(f1(handler.predict(inputs), targets))
+    assert handler.history["val_f1"] == [pytest.approx(expected)]
+    assert handler.history["seen"] == [24.0]  # the mean of both ranks
+
+
+def two_networks(folder: str) -> None:
+    for parallel in ("ddp", "fsdp"):
+        handler = quiet(a_gan(parallel), gradient_clipping_norm=1.0, ema_decay=0.9)
+        assert same_on_all(numbers(handler))
+        handler.save(f"{folder}/gan-{parallel}")
+        other = "fsdp" if parallel == "ddp" else "ddp"
+        for kind in (parallel, other):
+            loaded = with_data(NNHandler.load(f"{folder}/gan-{parallel}", parallel=kind))
+            assert same(weights(loaded), weights(handler))
+            loaded.set_training_step(gan_step)
+        quiet(loaded)
+        assert loaded.step == 6
+
+
+def second_order() -> None:
+    handler = a_handler("ddp")
+    handler.optimizations.clear()
+    handler.set_optimizer(torch.optim.LBFGS, max_iter=3)
+    quiet(handler, gradient_accumulation_steps=2)
+    assert same_on_all(numbers(handler))
+    handler = a_handler("fsdp")
+    handler.optimizations.clear()
+    handler.set_optimizer(torch.optim.LBFGS)
+    with pytest.raises(StateError, match="fsdp"):
+        quiet(handler)
+
+
+def everything(folder: str) -> None:
+    running_means(folder)
+    failures_of_one_rank(folder)
+    metrics_of_all_ranks()
+    two_networks(folder)
+    second_order()
+
+
+@pytest.mark.ranks
+def test_buffers_failures_metrics_and_several_optimizers_on_two_ranks(tmp_path):
+    run_ranks(2, everything, str(tmp_path), timeout_s=200)
+    for path in ("ddp-mean", "fsdp-rank0", "ddp-emergency/step2", "gan-fsdp"):
+        assert NNHandler.load(tmp_path / path, parallel="none").world_size == 1
+    assert Net
