@@ -21,7 +21,7 @@ __all__ = ["Result", "batch_size", "call_model", "forward", "joined", "split", "
 
 @dataclass(slots=True)
 class Result:
-    """What a batch gave: the loss, the terms that a loss names beside it, what metrics look at."""
+    """The result of a batch: the loss and its terms, and the inputs of metrics."""
 
     loss: torch.Tensor
     outputs: Any = None
@@ -31,8 +31,10 @@ class Result:
 
 
 def forward(handler: TrainingState, batch: Any, autocast: Any = None) -> Result | None:
-    """The loss, outputs and targets of a batch; None if a training step of the user's own has
-    updated the weights by itself."""
+    """The loss, outputs and targets of a batch.
+
+    None if a training step of the user's own has updated the weights by itself.
+    """
     batch = to_device(batch, handler.device)
     with autocast or nullcontext():
         if handler.training_step is not None:
@@ -44,7 +46,7 @@ def forward(handler: TrainingState, batch: Any, autocast: Any = None) -> Result 
             found = getattr(outputs, "loss", None) if found is None else found
             if found is None:
                 raise StateError(
-                    "The handler has no loss, and the outputs of the model bring none",
+                    "The handler has no loss, and the outputs of the model have none",
                     expected='outputs with a "loss"',
                     actual=type(outputs).__name__,
                     remedy="call set_loss_fn first",
@@ -73,15 +75,18 @@ def _result(found: Any, outputs: Any, targets: Any, size: int) -> Result:
             "The loss is not a scalar tensor",
             expected='a tensor with one element, or a dict {"loss": tensor, "<term>": number}',
             actual=f"{type(found if loss is None else loss).__name__}{shape}",
-            remedy="return the sum to be minimised; give its terms by name beside it: "
+            remedy="return the sum to minimize, and its terms by name beside it: "
             '{"loss": a + b, "a": a, "b": b}',
         )
     return Result(loss.reshape(()), outputs, targets, terms, size)
 
 
 def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:
-    """(inputs, targets) of a batch. A dict is both: the model takes what it has parameters for,
-    loss and metrics get the whole."""
+    """The inputs and the targets of a batch.
+
+    A dict is both: the model gets the items that its forward has parameters for, the loss and the
+    metrics get all items.
+    """
     if isinstance(batch, Mapping):
         return batch, batch
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -89,18 +94,21 @@ def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)) and len(batch) > 2 and _binds(module, batch[:-1], {}):
         return tuple(batch[:-1]), batch[-1]
     raise StateError(
-        "A batch is not what training needs",
+        "A batch has an unknown form",
         expected="(inputs, targets), (input, ..., targets) or a dict",
         actual=f"{type(batch).__name__}"
         + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""),
-        remedy="give the loader a dataset of pairs, or a collate_fn that makes them, or take "
-        "batches of any kind in a step of your own: handler.set_training_step(step)",
+        remedy="use a dataset of pairs, or a collate_fn that returns them; or handle batches of "
+        "any form in a step of your own: handler.set_training_step(step)",
     )
 
 
 def call_model(model: nn.Module, inputs: Any, module: nn.Module) -> Any:
-    """model(inputs). A dict whose keys are parameters of forward is given by name, and a tuple
-    that forward can't take as one item by item."""
+    """Call the model.
+
+    A dict whose keys are parameters of forward is passed by name. The items of a tuple are passed
+    one by one if forward does not take one argument.
+    """
     names = inspect.signature(module.forward).parameters
     if isinstance(inputs, Mapping):
         own = {key: item for key, item in inputs.items() if key in names}
@@ -123,8 +131,11 @@ def _binds(module: nn.Module, args: Any, kwargs: Any) -> bool:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A nested value with its tensors on a device. Containers keep their types; what has a method
-    `to`, as PackedSequence and BatchEncoding do, is asked."""
+    """Move the tensors of a nested value to a device.
+
+    Containers keep their types. Objects with a method `to` move themselves, such as PackedSequence
+    and BatchEncoding.
+    """
     if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
         return value.to(device)
     if isinstance(value, dict):
@@ -150,7 +161,7 @@ def _like(value: dict[Any, Any], moved: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def batch_size(targets: Any) -> int:
-    """Of a tensor, of collated containers of tensors, or of a list with an item a sample."""
+    """The number of samples in a tensor, in collated containers of tensors, or in a list."""
     if isinstance(targets, nn.utils.rnn.PackedSequence):
         return int(targets.batch_sizes[0])
     if isinstance(targets, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Limits on the modules that a checkpoint asks for: what its own tensors can fill."""
+"""Limits on the modules that a checkpoint may create: no larger than its own tensors."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from shardckpt.nn_handler.trust import is_torch_module
 
 __all__ = ["Bounds"]
 
-_FEW_ELEMENTS, _FEW_TENSORS = 1 << 16, 64  # what no checkpoint need hold: buffers, a metric's own
-_MANY_ELEMENTS, _TIMES = 1 << 26, 16  # what a class of the user's may hold for a while
+_FEW_ELEMENTS, _FEW_TENSORS = 1 << 16, 64  # for tensors that are not saved, such as buffers
+_MANY_ELEMENTS, _TIMES = 1 << 26, 16  # for the largest parameter of a class of the user
 
 
 class Bounds:
-    """Makes modules, within what a checkpoint's tensors can fill.
+    """Creates modules that are no larger than a checkpoint.
 
-    torch's own modules are first made on the meta device, where they take no memory, and may hold
-    as many elements and tensors as the checkpoint. `shapes` asks for its tensors' shapes. Of any
-    other class a single parameter must not be far above that, unless the caller gave the class.
+    A module of torch is first created on the meta device, where it takes no memory. It may hold as
+    many elements and tensors as the checkpoint. In a module of another class, no parameter may be
+    far larger than the checkpoint, unless the caller gave the class. `shapes` returns the shapes of
+    the checkpoint's tensors.
     """
 
     def __init__(self, shapes: Callable[[], Sequence[Sequence[int]]], *, path: str) -> None:
@@ -40,18 +41,18 @@ class Bounds:
 
     @cached_property
     def elements(self) -> int:
-        """So many elements the checkpoint's tensors have, and a few."""
+        """The limit on elements: those of the checkpoint, and a few more."""
         return _FEW_ELEMENTS + sum(math.prod(shape) for shape in self._shapes())
 
     @cached_property
     def tensors(self) -> int:
-        """So many tensors the checkpoint holds, and a few."""
+        """The limit on tensors: those of the checkpoint, and a few more."""
         return _FEW_TENSORS + len(self._shapes())
 
     def construct(
         self, kind: Any, args: Sequence[Any], kwargs: dict[str, Any], *, given: bool = False
     ) -> Any:
-        """kind(*args, **kwargs); `given`: the class is the caller's choice."""
+        """Return kind(*args, **kwargs). `given`: the caller chose the class."""
         if not issubclass(type(kind), type) or not issubclass(kind, nn.Module):
             return kind(*args, **kwargs)
         if is_torch_module(kind):
@@ -66,9 +67,9 @@ class Bounds:
             raise self._too_large(f"a parameter of shape {tuple(parameter.shape)}")
 
     def _probe(self, kind: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Raise CheckpointError if one of torch's modules would hold more than the checkpoint."""
+        """Raise CheckpointError if a module of torch would be larger than the checkpoint."""
         if args and kind is not nn.Sequential:
-            raise TypeError("arguments by name expected")
+            raise TypeError("expected keyword arguments")
         bound = inspect.signature(kind).bind(*args, **kwargs)
         values = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         layers = [n for name, n in values.items() if "layers" in name and type(n) is int]
@@ -96,8 +97,8 @@ class Bounds:
             path=self.path,
             expected=f"at most {self.elements} elements in {self.tensors} tensors",
             actual=actual,
-            remedy="if the arguments are right, make the model by yourself and take the weights "
-            "with NNHandler.initialize_from_checkpoint",
+            remedy="if the arguments are right, load the weights into a model of your own with "
+            "NNHandler.initialize_from_checkpoint",
         )
 
 
@@ -107,8 +108,10 @@ def _elements(module: nn.Module) -> int:
 
 @contextmanager
 def _registering(see: Callable[..., None]) -> Iterator[None]:
-    """Inside the with block each parameter and buffer that this thread's modules register is
-    seen, before it is filled."""
+    """Call `see` for each parameter and buffer that a module of this thread registers.
+
+    It is called before the tensor is filled, for all modules that are created in the with block.
+    """
     thread = threading.get_ident()
 
     def hook(is_buffer: bool) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Which samples a rank sees, in which order, from any position of an epoch."""
+"""The samples of each rank, in their order, from any position of an epoch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,15 @@ __all__ = ["Position", "TrainData", "ValData", "set_epoch"]
 
 @dataclass(slots=True, kw_only=True)
 class Position:
-    """Where in an epoch training is: so many samples of the epoch's order seen by all ranks
-    together, so many batches by this one, of a dataset of `length` (0: not known). `seed` makes the
-    order; `random` are the generators as the epoch began."""
+    """The position of training in an epoch.
+
+    Attributes:
+        samples: The number of samples that all ranks together have used.
+        batches: The number of batches that this rank has used.
+        length: The length of the dataset; 0 if it is unknown.
+        seed: The seed of the order.
+        random: The state of the generators at the start of the epoch.
+    """
 
     samples: int = 0
     batches: int = 0
@@ -41,11 +47,11 @@ class Position:
 
 
 class EpochSampler(Sampler[int]):
-    """This rank's part of an epoch's order, from a position on.
+    """The part of an epoch's order that this rank uses, from a position on.
 
-    The order follows from seed and epoch alone. Ranks take turns in it, so what they have seen is
-    always a beginning of the order, and any number of ranks can go on from there. The last turn
-    repeats samples where there are too few for all ranks.
+    The order depends only on the seed and the epoch. Ranks take samples from it in turn. So the
+    samples that were used are always the first ones of the order, and any number of ranks can
+    continue. The last turn repeats samples if there are too few for all ranks.
     """
 
     def __init__(self, length: int, *, shuffle: bool, layout: Layout) -> None:
@@ -70,14 +76,14 @@ class EpochSampler(Sampler[int]):
 
 
 class TrainData:
-    """What to train on: a Dataset with a DataLoader's options, a DataLoader, or any iterable of
-    batches.
+    """The data to train on; see NNHandler.set_train_loader.
 
-    A dataset is divided among the ranks, and goes on from any position. So is the one of a plain
-    DataLoader, whose order is none or a shuffle of each sample once. Everything else is used as
-    it is: a loader with a sampler, a batch sampler or a generator of its own, one of a subclass, a
-    stream. Its ranks divide the data themselves, and to find a position again its batches are
-    drawn and dropped, with the random numbers of the epoch's beginning.
+    A dataset, and the dataset of a plain DataLoader, is divided among the ranks, and continues from
+    any position. A DataLoader is plain if it uses each sample once, in order or shuffled. All other
+    loaders are used as they are: those with a sampler, a batch sampler or a generator of their own,
+    those of a subclass, streams. They must divide the data among the ranks themselves. To find a
+    position again, their batches are drawn and dropped, with the random numbers of the start of the
+    epoch.
     """
 
     def __init__(self, data: Any, options: dict[str, Any], layout: Layout) -> None:
@@ -92,8 +98,8 @@ class TrainData:
             raise StateError("A train loader needs batches", remedy="give batch_size")
         shuffle = bool(options.pop("shuffle", False))
         self.sampler = EpochSampler(len(dataset), shuffle=shuffle, layout=layout)
-        # Its own generator: a loader draws a number when it is iterated, which must not change
-        # those that training sees.
+        # A loader draws a number when it is iterated. Its own generator keeps this from changing
+        # the random numbers of training.
         self.loader = DataLoader(
             dataset, sampler=self.sampler, generator=torch.Generator(), **options
         )
@@ -105,17 +111,17 @@ class TrainData:
             )
 
     def fits(self, position: Position) -> bool:
-        """Whether an epoch that was begun can be gone on with: not on other data."""
+        """Whether the epoch of a position can continue: the dataset has the same length."""
         return self.sampler is None or position.length in (0, self.sampler.length)
 
     def random_now(self) -> dict[str, Any]:
-        """The state of every generator that an epoch's batches follow from."""
+        """The state of all generators on which the batches of an epoch depend."""
         generators = _generators(self.loader) if self.sampler is None else []
         own = {"loader": [g.get_state() for g in generators]} if generators else {}
         return {**random_state(), **own}
 
     def batches(self, epoch: int, position: Position) -> Iterator[Any]:
-        """The batches of an epoch (counted from 0) from a position on."""
+        """The batches of an epoch, counted from 0, from a position on."""
         set_epoch(self.loader, epoch)
         if self.sampler is not None:
             self.sampler.seed = position.seed + epoch
@@ -133,7 +139,7 @@ class TrainData:
         return found
 
     def advance(self, position: Position, batches: int) -> None:
-        """Note batches that this rank has seen, and each other one too."""
+        """Note that each rank has used so many more batches."""
         position.batches += batches
         if self.sampler is not None:
             size = cast(int, self.loader.batch_size)
@@ -148,7 +154,7 @@ class TrainData:
 
 
 def as_it_is(data: Any, options: dict[str, Any], layout: Layout) -> Any:
-    """A loader that is not taken apart; a warning where ranks would see the same samples."""
+    """A loader to use as it is. Warns if the ranks would use the same samples."""
     loader = data
     if _is_batches(data, options):
         loader = data
@@ -158,8 +164,8 @@ def as_it_is(data: Any, options: dict[str, Any], layout: Layout) -> Any:
         raise _with_options(data, options)
     if layout.data[1] > 1 and not any(map(_divides, _parts(loader))):
         warn(
-            f"{type(loader).__name__} is used as it is on each of {layout.data[1]} ranks: unless "
-            "its data or its sampler differ by rank, all of them see the same samples. Give a "
+            f"{type(loader).__name__} is used as it is on each of {layout.data[1]} ranks. Unless "
+            "its data or its sampler differ by rank, all ranks use the same samples. Pass a "
             "Dataset, or a DistributedSampler, to divide them"
         )
     return loader
@@ -170,7 +176,7 @@ def _divides(part: Any) -> bool:
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the epoch to every part of a loader that wants to know it."""
+    """Call set_epoch on every part of a loader that has it."""
     for part in _parts(loader):
         if callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
@@ -192,7 +198,7 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def _has_order(dataset: Any) -> bool:
-    # every Dataset has a __getitem__, if only one that raises
+    # every Dataset has a __getitem__, which may only raise
     indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
     return indexed and isinstance(dataset, Sized)
 
@@ -213,8 +219,7 @@ _KEPT = (
 
 
 def take_apart(data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The dataset and the options of a DataLoader for it, whose order this module may make; None
-    for what must be used as it is."""
+    """The dataset of a plain loader, and the options of a DataLoader for it; otherwise None."""
     _check_data(data, options)
     if _is_batches(data, options):
         return None
@@ -266,10 +271,10 @@ def _with_options(data: Any, options: dict[str, Any]) -> StateError:
 
 
 class _EveryNth(Sampler[list[int]]):
-    """Batches of the samples place, place + places, ...: each sample once over all ranks.
+    """Batches of the samples place, place + places, ...: one rank uses each sample, once.
 
-    Ranks that have a batch less than others get one more, of sample 0, which is not counted:
-    a sharded model's forward needs every rank.
+    The forward pass of a sharded model needs every rank. So a rank with fewer batches gets one more
+    of sample 0, which does not count.
     """
 
     def __init__(self, length: int, batch_size: int, layout: Layout) -> None:
@@ -288,9 +293,12 @@ class _EveryNth(Sampler[list[int]]):
 
 
 class ValData:
-    """What to validate or predict on: every sample of a Dataset on one rank, once, or a loader as
-    it is (see TrainData). `counted`: so many of the loader's batches count; None: all do.
-    `length`: the number of samples where they are divided."""
+    """The data to validate or predict on; see NNHandler.set_val_loader.
+
+    Attributes:
+        counted: The number of batches of the loader that count; None if all do.
+        length: The number of samples, if they are divided among the ranks.
+    """
 
     def __init__(self, data: Any, options: dict[str, Any], layout: Layout) -> None:
         self.layout = layout

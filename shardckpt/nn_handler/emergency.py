@@ -1,4 +1,4 @@
-"""When training fails: which ranks fail, whether they stand at one point, and what to put back."""
+"""What the ranks do when training fails: find out which ranks failed, and where."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ _meetings = itertools.count()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What ranks know of each other when training fails. `together`: all have failed, at one
-    point. `culprits`: those that failed by themselves, or fell silent. `problem`: why they are not
-    together. `elected`: if they are not, this rank is the one that may act for all."""
+    """The result of a meeting of ranks when training fails.
+
+    Attributes:
+        together: All ranks stopped at the same point.
+        culprits: The ranks that failed by themselves, or did not answer.
+        problem: The reason why the ranks are not together.
+        elected: This rank may save for all, if the ranks are not together.
+    """
 
     together: bool = True
     culprits: tuple[int, ...] = ()
@@ -31,7 +36,7 @@ class Failure:
     elected: bool = False
 
     def error(self) -> RankFailedError:
-        """What to raise on a rank that hears of it."""
+        """The error to raise on the other ranks."""
         return RankFailedError(
             "Training fails on another rank",
             rank=self.culprits,
@@ -41,21 +46,21 @@ class Failure:
 
 
 def is_echo(error: BaseException) -> bool:
-    """Whether an error says that a collective broke: it is another rank that has failed."""
+    """Whether an error says that a collective broke, because another rank failed."""
     by_gloo = any(text in str(error) for text in ("gloo/", "Application timeout caused"))
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and by_gloo)
 
 
 def meet(where: str, *, echo: bool, patient: bool) -> Failure:
-    """Tell the other ranks that this one has failed at a point, and hear what they tell.
+    """Tell the other ranks that this one failed at a point, and learn what happened to them.
 
-    The ranks talk through the store of the process group. One that fails alone, within a step,
-    leaves the others in a collective that nothing but its own end, or the group's timeout, can
-    cut short (torch 2.13: neither abort nor shutdown does with gloo). So a `patient` one waits
-    for a while, in which they come if they fail as well, then tells that it has given up. They
-    find that once their collective breaks. `echo`: this rank's error is such a break.
+    The ranks use the store of the process group. A rank that fails alone, within a step, leaves the
+    others in a collective. Only the end of its process or the timeout of the group ends that: with
+    gloo in torch 2.13, neither abort nor shutdown does. So a `patient` rank waits for a while for
+    others that fail too, and then writes that it has given up. The others read this when their
+    collective breaks. `echo`: the error of this rank is such a break.
 
-    Raises RankFailedError where the store itself does not answer any more.
+    Raises RankFailedError if the store does not answer.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Failure()
@@ -63,9 +68,9 @@ def meet(where: str, *, echo: bool, patient: bool) -> Failure:
         return _meet(where, echo=echo, patient=patient)
     except (RuntimeError, dist.DistError) as error:
         raise RankFailedError(
-            "Training fails, and the other ranks can't be asked any more",
+            "Training fails, and the other ranks can no longer be reached",
             actual=str(error).splitlines()[0],
-            remedy="look at the end of rank 0, or of the launcher: one of them held the store",
+            remedy="look at the output of rank 0 and of the launcher: one of them held the store",
         ) from error
 
 
@@ -81,7 +86,7 @@ def _meet(where: str, *, echo: bool, patient: bool) -> Failure:
         if store.check([f"{begin}/verdict"]) or time.monotonic() > give_up_at:
             break
         time.sleep(0.05)
-    # The first to know decides for all: else one could give up as the last one comes.
+    # The first rank decides for all. Otherwise one could give up while the last one arrives.
     verdict = store.compare_set(f"{begin}/verdict", "", "met" if here else "given up").decode()
     told = {r: store.get(key).decode().split("\n") for r, key in keys.items() if store.check([key])}
     missing = tuple(rank for rank in keys if rank not in told)
@@ -102,13 +107,16 @@ def _meet(where: str, *, echo: bool, patient: bool) -> Failure:
 
 
 def group_of_one() -> Any:
-    """A process group of this rank alone, for a save without the others. Not collective."""
+    """A process group of only this rank, for a save without the others. Not collective."""
     return dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 class BufferCopies:
-    """A model's buffers as they were at a boundary: a forward that fails may have changed some,
-    running means for one. A module's are copied when one of them has changed since."""
+    """Copies of the buffers of a model at a boundary.
+
+    A forward pass that fails may have changed some, such as running means. The buffers of a module
+    are copied when one of them has changed.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [m for m in model.modules() if list(m.buffers(recurse=False))]
@@ -116,9 +124,9 @@ class BufferCopies:
         self.versions: dict[int, list[tuple[int, int]]] = {}
 
     def note(self) -> None:
-        """Copy what has changed; at a boundary."""
+        """Copy the buffers that have changed. Called at a boundary."""
         for number, module in enumerate(self.modules):
-            # batch norms count in `num_batches_tracked`, their means change without a sign
+            # the counter `num_batches_tracked` of a BatchNorm shows that its means have changed
             versions = [(id(b), b._version) for b in module.buffers(recurse=False)]
             if self.versions.get(number) != versions:
                 self.versions[number] = versions
@@ -127,7 +135,7 @@ class BufferCopies:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make the buffers what they were at the last boundary."""
+        """Restore the buffers of the last boundary."""
         for number, copies in self.copies.items():
             for name, copy in copies.items():
                 buffer = getattr(self.modules[number], name)

@@ -1,4 +1,4 @@
-"""A new handler with the weights of any checkpoint that the package can read."""
+"""The weights of any checkpoint that the package can read, for a new handler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 def fill_weights(
     handler: TrainingState, path: str, *, strict: bool, prefix: str | None, ema: bool
 ) -> None:
-    """Fill a handler's model from a checkpoint; collective."""
+    """Fill the model of a handler from a checkpoint. Collective."""
     own = set(canonical_names(handler.model).values())
     if ema:
         prefix = "ema.weights"
@@ -62,11 +62,10 @@ def _whole(source: Source, name: str) -> torch.Tensor:
 def weight_names(
     saved: Iterable[str], own: set[str], *, prefix: str | None = None
 ) -> dict[str, str]:
-    """Saved name -> name in the model, of the tensors below `prefix`; pure.
+    """Map the saved names below `prefix` to the names in the model.
 
-    Without a prefix it is the one, as in `model.`, `state_dict.` or none at all, below which the
-    most names are the model's own. Names lose what wrappers put into them: `module.`,
-    `_orig_mod.`.
+    Without a prefix, the one with the most names of the model is chosen, such as `model.`,
+    `state_dict.` or the empty one. Names lose the prefixes of wrappers: `module.`, `_orig_mod.`.
     """
     saved = list(saved)
     module_is_ours = any(name.startswith("module.") for name in own)

@@ -1,4 +1,4 @@
-"""Rebuilding a handler, or filling one, from anything that the package can read."""
+"""Loading a handler: create it from a checkpoint, or fill one whose parts are set."""
 
 from __future__ import annotations
 
@@ -59,15 +59,14 @@ _VALUES = ("config", "progress", "callbacks", "scheduler", "schedulers", "scaler
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint, of whatever kind, as a Storage sees it; `ranks`, of a whole file, what each
-    rank had of its own."""
+    """A checkpoint of any format as a Storage. `ranks` holds the values of each rank of a file."""
 
     path: str
     storage: Storage
     ranks: list[Any] | None = None
 
     def values(self) -> Saved:
-        """All of a handler's checkpoint that is small, read on this rank; not collective."""
+        """Read the values of a handler's checkpoint on this rank. Not collective."""
         found = api.load_state(self.path, keys=_VALUES, storage=self.storage)
         config = found.get("config") if isinstance(found, dict) else None
         if not isinstance(config, dict) or "model" not in config:
@@ -81,7 +80,7 @@ class Source:
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """The shapes of all tensors by name; not collective."""
+        """The shapes of all tensors by name. Not collective."""
         with api.open_checkpoint(self.path, storage=self.storage) as checkpoint:
             return {name: tensor.shape for name, tensor in checkpoint.tensors().items()}
 
@@ -96,7 +95,7 @@ def open_source(path: str) -> Source:
         return Source(path=path, storage=LocalStorage())
     if not isinstance(state, Mapping):
         raise NotACheckpointError(
-            "This file holds no dict",
+            "The file does not hold a dict",
             path=path,
             expected="a dict of tensors and values",
             actual=type(state).__name__,
@@ -124,17 +123,17 @@ class LoadOptions:
 
     @property
     def placed(self) -> bool:
-        """Whether the handler is for inference over the devices of a device map."""
+        """Whether the handler is for inference on the devices of a device map."""
         return self.device_map is not None
 
     def takes(self, part: str) -> bool:
-        """Whether a part of the checkpoint is wanted."""
+        """Whether to load a part of the checkpoint."""
         left_out = self.placed and part in ("optimizer", "scheduler", "ema")
         return part not in self.skip and not left_out
 
 
 def load(handler_class: type[Components], path: str, options: LoadOptions) -> Components:
-    """Rebuild a handler; collective, but with a device map. See NNHandler.load."""
+    """Create a handler. Collective, except with a device map. See NNHandler.load."""
     with alone() if options.device_map is not None else nullcontext():
         return _load(handler_class, path, options)
 
@@ -160,8 +159,10 @@ def _load(handler_class: type[Components], path: str, options: LoadOptions) -> C
 
 
 def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, Any]:
-    """What names and arguments of each part stand for, before anything is made of them; one
-    CheckpointError for all names that stand for nothing."""
+    """Resolve the names of all parts and their arguments, before anything is created.
+
+    Raises one CheckpointError for all names that do not resolve.
+    """
     model = config.model
     parts: dict[str, Any] = {"model.kwargs": names.resolve(model.kwargs, "model.kwargs")}
     if options.trust_code and "model.class" not in options.objects:
@@ -209,7 +210,7 @@ def _with_model(
     source: Source,
     options: LoadOptions,
 ) -> Components:
-    """A handler with its model, whose weights are not loaded yet; collective."""
+    """Create a handler with its model, without the saved weights. Collective."""
     chosen = names.make(parts["model.class"], "model.class")
     kwargs = names.make(parts["model.kwargs"], "model.kwargs")
     given = "model.class" in options.objects
@@ -298,7 +299,7 @@ def _set_parts(
 
 
 def _set_trained(handler: Components, config: Config, path: str) -> None:
-    """Freeze modules and parameters as they were when the checkpoint was saved; collective."""
+    """Freeze modules and parameters as in the checkpoint. Collective."""
     with making("frozen", path):
         for name in config.frozen:
             handler.freeze_module(name)
@@ -319,8 +320,7 @@ def _check_loss(handler: Components, groups: Any, path: str) -> None:
     names = [name for group in groups or () for name in group.get("params", ())]
     if handler.loss_module is None and any(str(n).startswith("loss_fn.") for n in names):
         raise CheckpointError(
-            "The optimizer of the checkpoint trains the parameters of a loss that load could not "
-            "resolve",
+            "The optimizer of the checkpoint holds parameters of a loss that does not resolve",
             path=path,
             tensor="loss_fn",
             remedy="give it to load: loss_fn=..., or load with skip_optimizer=True",
@@ -328,7 +328,7 @@ def _check_loss(handler: Components, groups: Any, path: str) -> None:
 
 
 def _check_used(names: Names, options: LoadOptions) -> None:
-    """What the caller gave must have stood in for something."""
+    """Raise StateError for objects of the caller that were not used."""
     unused = [
         at
         for at in options.objects.keys() - names.used - {"auto_saver", "compile"}
@@ -336,7 +336,7 @@ def _check_used(names: Names, options: LoadOptions) -> None:
     ]
     if unused:
         raise StateError(
-            "objects= names what the checkpoint does not have",
+            "objects= has keys that the checkpoint does not have",
             path=names.path,
             expected="positions in it, as model.class, model.kwargs.width, optimizer.class, "
             "optimizer.options.lr, scheduler.class, callbacks.0, callbacks.0.args.0",
@@ -348,8 +348,7 @@ def _check_used(names: Names, options: LoadOptions) -> None:
 def _set_functions(
     handler: Components, names: Names, source: Source, config: Config, options: LoadOptions
 ) -> None:
-    """Loss and metrics; what does not resolve is to be given before training, and no hindrance to
-    anything else."""
+    """Set the loss and the metrics. Those that do not resolve must be given before training."""
     wanted: dict[str, Any] = {"loss_fn": config.loss_fn}
     wanted |= {f"metrics.{name}": metric for name, metric in config.metrics.items()}
     wanted |= {at: None for at in options.objects if at.startswith("metrics.")}
@@ -375,7 +374,7 @@ def _set_functions(
 
 
 def _loss_tensors(source: Source) -> nn.Module | None:
-    """A module that holds the tensors of a loss that is to be given."""
+    """A module with the tensors of a loss that must still be given."""
     if not any(name.startswith("loss_fn.") for name in source.shapes):
         return None
     holder = nn.Module()
@@ -402,7 +401,7 @@ def _add_callback(handler: Components, made: Any, at: str, path: str) -> None:
 
 
 def _check_names(handler: Components, source: Source) -> None:
-    """A checkpoint of another model is told before an optimizer is made for the wrong one."""
+    """Raise LoadMismatchError for another model, before an optimizer is created for it."""
     own = set(canonical_names(handler.model).values())
     saved = {n.removeprefix("model.") for n in source.shapes if n.startswith("model.")}
     error = Mismatches(
@@ -422,9 +421,9 @@ def restore(
     skip: Collection[str] = (),
     placed: bool = False,
 ) -> None:
-    """Fill a handler, whose parts are set, with what a checkpoint holds; collective."""
+    """Load a checkpoint into a handler whose parts are set. Collective."""
     path = source.path
-    if saved is None:  # the handler was not made of the checkpoint
+    if saved is None:  # the handler was not created from the checkpoint
         saved = source.values()
         _check_parts(handler.config(), saved.config, path)
         _follow(handler, saved.config, path)
@@ -469,8 +468,10 @@ def restore_tensors(handler: Components, source: Source) -> None:
 
 
 def _follow(handler: Components, saved: Config, path: str) -> None:
-    """Take up what was frozen, and the groups of the optimizer, as callbacks had changed them by
-    the time of the save; warn of options that the script has changed since."""
+    """Apply what was frozen, and the groups of the optimizers, as callbacks had changed them.
+
+    Warns of options that the script has changed since.
+    """
     if saved.untrained is None:
         return
     own = handler.config()
@@ -598,8 +599,10 @@ def _callbacks(callbacks: list[Callback], saved: dict[str, CallbackState], path:
 
 
 def _own(handler: Components, own: Any, path: str) -> None:
-    """What each rank has of its own; on another number of ranks, sums go to rank 0 and random
-    numbers begin anew."""
+    """Restore the values of this rank.
+
+    On another number of ranks, rank 0 gets all sums, and random numbers start again.
+    """
     every = own.get("every") if isinstance(own, dict) else None
     if every is not None:
         states = [_own_state(state, path) for state in checked(every, list, "ranks", path=path)]

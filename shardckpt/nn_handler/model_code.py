@@ -1,4 +1,4 @@
-"""The source of a model: its class's module, and the modules of the same package that it uses."""
+"""The source of a model: the module of its class, and the modules of its package that it uses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from typing import Any
 
 from shardckpt.errors import CheckpointError, StateError
 
-__all__ = ["class_of_code", "collect_code"]
+__all__ = ["class_of_code", "collect_code", "in_notebook"]
 
 
 def collect_code(model_class: Any) -> dict[str, str]:
-    """Module name -> source, of the class's module and of what it imports, directly or not, from
-    its own top-level package or, for a module that lies in none, from beside it.
+    """Collect the source of a class by the names of modules.
 
-    Of `__main__` only imports, definitions and constants are taken: the script itself is not
-    to run again. Raises StateError for a class whose source is not to be found.
+    These are the module of the class, and the modules that it imports, directly or not, from its
+    top-level package or, without a package, from its folder. Of `__main__`, a script or the cells
+    of a notebook, only imports, definitions and constants are collected, so that the rest does not
+    run again. Raises StateError if the source of the class can't be found.
     """
     found: dict[str, str] = {}
     waiting = [model_class.__module__]
@@ -32,26 +33,47 @@ def collect_code(model_class: Any) -> dict[str, str]:
         if name in found or not _is_users(name, model_class.__module__):
             continue
         try:
-            source = inspect.getsource(sys.modules[name])
+            source = _source(name)
         except (KeyError, OSError, TypeError) as error:
             if name == model_class.__module__:
                 raise StateError(
-                    "The source of the model's class is not to be found",
-                    expected="a class that is defined in a file",
+                    "The source of the model's class can't be found",
+                    expected="a class that is defined in a file or in a cell of a notebook",
                     actual=f"{name}:{model_class.__qualname__}",
                     remedy="define it in a file, or leave out save_model_code=True",
                 ) from error
             if name not in sys.modules:
                 continue
-            source = ""  # getsource says that of an empty file too
+            source = ""  # getsource raises OSError for an empty file too
         found[name] = _definitions(source) if name == "__main__" else source
         waiting += _imports(source, name, is_package=hasattr(sys.modules[name], "__path__"))
         waiting += [name.rpartition(".")[0]] if "." in name else []
     return dict(sorted(found.items()))
 
 
+def in_notebook() -> bool:
+    """Whether `__main__` consists of the cells of a notebook or of an interactive session."""
+    main = sys.modules.get("__main__")
+    return not hasattr(main, "__file__") and isinstance(getattr(main, "In", None), list)
+
+
+def _source(name: str) -> str:
+    if name == "__main__" and in_notebook():
+        return "\n".join(filter(_is_python, vars(sys.modules[name])["In"]))
+    return inspect.getsource(sys.modules[name])
+
+
+def _is_python(cell: str) -> bool:
+    """Whether a cell can be parsed: not one with commands of IPython, such as `%time`."""
+    try:
+        ast.parse(cell)
+    except SyntaxError:
+        return False
+    return True
+
+
 def _is_users(name: str, own: str) -> bool:
-    """Whether a module belongs to the code that the model's module belongs to."""
+    """Whether a module belongs to the same code as the module of the model."""
     if name == own or name.partition(".")[0] == own.partition(".")[0]:
         return True
     file, own_file = (getattr(sys.modules.get(n), "__file__", None) for n in (name, own))
@@ -96,8 +118,10 @@ def _is_constant(node: ast.expr) -> bool:
 
 
 def class_of_code(code: Mapping[str, str], name: str, *, path: str) -> Any:
-    """Run saved source and return the class named `module:qualname`. It can do whatever the user
-    can: callers must have been told to trust it."""
+    """Run saved source and return the class named `module:qualname`.
+
+    The source can do everything that the user can. Call this only with trust_code=True.
+    """
     module, _, qualname = name.partition(":")
     if module not in code:
         raise CheckpointError(
@@ -114,14 +138,16 @@ def class_of_code(code: Mapping[str, str], name: str, *, path: str) -> Any:
 
 
 def _run_as(module: str) -> str:
-    # code under a test for __main__ must not run
+    # code under `if __name__ == "__main__"` must not run
     return "shardckpt_saved_main" if module == "__main__" else module
 
 
 @contextmanager
 def _imported_from(code: Mapping[str, str]) -> Iterator[None]:
-    """Inside the with block saved modules are imported from their source, and others as ever;
-    what was imported under these names before is there again after it."""
+    """Import saved modules from their source inside the with block.
+
+    Modules of the same names that were imported before are restored after it.
+    """
     sources = {_run_as(name): source for name, source in code.items()}
     before = {name: sys.modules.pop(name) for name in sources if name in sys.modules}
     finder = _Finder(sources)

@@ -1,7 +1,7 @@
-"""Classes, functions and objects by name: what a checkpoint holds in place of pickles.
+"""Classes, functions and objects by name, as a checkpoint holds them in place of pickles.
 
-Whatever has no importable name is noted as absent: saving warns of it, and loading asks for it.
-What a name may stand for is said in shardckpt.nn_handler.trust.
+An object without an importable name is saved as absent: a save warns of it, and a load asks for it.
+shardckpt.nn_handler.trust says what a name may resolve to.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shardckpt.state.module_state import has_state
 __all__ = ["Described", "Given", "Names", "absent", "describe", "making", "warn_of_absent"]
 
 Described = Any
-"""Plain data in which these stand for classes, functions and objects."""
+"""Plain data, in which dicts with these keys describe classes, functions and objects."""
 
 _IMPORT, _ARGUMENTS, _ABSENT = "shardckpt.import", "arguments", "shardckpt.absent"
 _HELD = "shardckpt_held"
@@ -45,8 +45,11 @@ _LONGEST_RANGE, _LISTED = 1 << 20, 50
 
 
 def describe(value: Any) -> Described:
-    """Plain data for a value: functions and classes by name, modules by class and the arguments
-    that they were made of. What can't be described, a logger for one, is absent."""
+    """Describe a value as plain data.
+
+    Functions and classes are described by name, modules by their class and its arguments. A value
+    that can't be described, such as a logger, is absent.
+    """
     value = getattr(value, _HELD, value) if is_function(value) else value
     if isinstance(value, dict):
         return {key: describe(item) for key, item in value.items()}
@@ -67,7 +70,7 @@ def describe(value: Any) -> Described:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold a value as it is."""
+    """Whether a checkpoint can hold the value itself."""
     if has_state(value) or dataclasses.is_dataclass(value):
         return False
     try:
@@ -82,7 +85,7 @@ def _text(value: Any) -> str:
 
 
 def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
-    """What an object was made of; None if that is not known."""
+    """The arguments of an object; None if they are unknown."""
     if type(value) is nn.Sequential:
         numbered = [str(number) for number in range(len(value))] == list(value._modules)
         return list(value) if numbered else None
@@ -98,8 +101,11 @@ def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
 
 
 def _of_torch(value: nn.Module, made: dict[str, Any]) -> dict[str, Any] | None:
-    """Arguments of one of torch's modules: its attributes of the same names, which torch's
-    classes keep, and for what is no attribute the arguments that were noted."""
+    """The arguments of a module of torch.
+
+    They are its attributes of the same names, which classes of torch keep. Arguments without an
+    attribute are those that were noted.
+    """
     arguments: dict[str, Any] = {}
     for parameter in inspect.signature(type(value)).parameters.values():
         name = parameter.name
@@ -115,7 +121,7 @@ def _of_torch(value: nn.Module, made: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def absent(described: Described, at: str) -> dict[str, str]:
-    """Name -> text of everything absent in a description."""
+    """The text of everything absent in a description, by its place."""
     if isinstance(described, Mapping):
         if _ABSENT in described:
             return {at: described[_ABSENT]}
@@ -128,21 +134,20 @@ def absent(described: Described, at: str) -> dict[str, str]:
 
 
 def warn_of_absent(described: Described, known: set[str]) -> None:
-    """One warning for each thing absent that is not in `known`, which then knows it."""
+    """Warn of each absent object that is not in `known`, and add it."""
     for name, text in absent(described, "").items():
         if name not in known:
             known.add(name)
             warn(
-                f"{name}, which is {text}, has no importable name or can't be made from plain "
-                "arguments: it is not in the checkpoint, and load will ask for it, as "
-                f"objects={{{name!r}: ...}}. Define it at the top level of a module, and its "
-                "arguments as plain values, to have it saved by name"
+                f"{name} is not in the checkpoint: {text} has no importable name, or its arguments "
+                f"are not plain values. Pass it to load: objects={{{name!r}: ...}}. To save it by "
+                "name, define it at the top level of a module, with plain values as arguments"
             )
 
 
 @contextmanager
 def making(at: str, path: str) -> Iterator[None]:
-    """An error of what is made from a checkpoint's words is an error in the checkpoint."""
+    """Turn errors of objects that are created from a checkpoint into CheckpointErrors."""
     try:
         yield
     except Exception as error:
@@ -151,7 +156,7 @@ def making(at: str, path: str) -> Iterator[None]:
             raise
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
-            "A part of the handler can't be made as the checkpoint says",
+            "A part of the handler can't be created from the checkpoint",
             path=path,
             tensor=at,
             actual=error.message if isinstance(error, StateError) else text,
@@ -160,7 +165,7 @@ def making(at: str, path: str) -> Iterator[None]:
 
 
 def _remedy(at: str) -> str:
-    """What to do about a part of a checkpoint that can't be made."""
+    """The remedy for a part of a checkpoint that can't be created."""
     part, _, name = at.partition(".")
     ways = {
         **{p: f"load with skip_{p}=True" for p in ("optimizer", "scheduler", "callbacks", "ema")},
@@ -177,14 +182,14 @@ def _remedy(at: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What the caller gave to load, or what a name stands for: taken as it is."""
+    """An object that the caller gave to load, or that a name resolved to."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class _Instance:
-    """An instance of a class, to be made once every name is resolved."""
+    """An instance of a class, to be created when all names are resolved."""
 
     kind: Any
     arguments: Any
@@ -198,11 +203,10 @@ class _Gate:
 
 
 class Names:
-    """The names in a checkpoint, resolved first, all of them, and then made into objects.
+    """Resolves all names in a checkpoint, and then creates the objects.
 
-    `given` stands in by position ("loss_fn", "model.kwargs.block"). `bounds` limits what torch's
-    own modules may hold. Functions that are handed to constructors as arguments are not called
-    before `open`.
+    `given` holds objects by place, such as "loss_fn" or "model.kwargs.block". `bounds` limits the
+    size of modules. Functions among the arguments of constructors can't be called before `open`.
     """
 
     def __init__(self, given: Mapping[str, Any], bounds: Bounds, *, path: str) -> None:
@@ -212,11 +216,11 @@ class Names:
         self._gate = _Gate()
 
     def open(self) -> None:
-        """The load is done: functions may be called."""
+        """Allow calls of functions, at the end of the load."""
         self._gate.is_open = True
 
     def resolve(self, described: Described, at: str, slot: Slot = Slot.ARGUMENT) -> Any:
-        """A tree for `make`; what can't be resolved is noted in `missing`."""
+        """Build a tree for `make`. Names that do not resolve are added to `missing`."""
         if (given := self.given_at(at)) is not None:
             return given
         if type(described) is dict:
@@ -233,7 +237,7 @@ class Names:
         return described
 
     def given_at(self, at: str) -> Given | None:
-        """What the caller gave in place of a whole part."""
+        """The object that the caller gave for a place."""
         if at not in self.given:
             return None
         self.used.add(at)
@@ -273,10 +277,13 @@ class Names:
         )
 
     def _held(self, function: Callable[..., Any], at: str) -> Callable[..., Any]:
-        """The function, which can't be called before the load is done. A scheduler asks for a
-        factor when it is made, which its state then replaces."""
+        """Wrap a function so that it can't be called before the end of the load.
+
+        A scheduler calls its function for a factor when it is created. The factor is 1 then, and
+        the saved state replaces it.
+        """
         if is_functional(function) and not at.startswith("scheduler."):
-            return function  # torch's modules compare functions by identity
+            return function  # modules of torch compare functions by identity
 
         gate, path = self._gate, self.path  # not self, which holds the checkpoint
 
@@ -298,7 +305,7 @@ class Names:
         return held
 
     def raise_missing(self) -> None:
-        """One CheckpointError for all names that did not resolve."""
+        """Raise one CheckpointError for all names that did not resolve."""
         if not self.missing:
             return
         parts = {at.partition(".")[0] for at in self.missing}
@@ -325,7 +332,7 @@ class Names:
         )
 
     def make(self, tree: Any, at: str) -> Any:
-        """Objects for a tree whose names are all resolved."""
+        """Create the objects of a tree whose names are all resolved."""
         with making(at, self.path):
             return self._make(tree)
 
@@ -346,7 +353,7 @@ class Names:
 
 
 def _importable(module: str) -> bool:
-    """Whether a message may tell the user to import or trust a module: not the library's own."""
+    """Whether a message may ask the user to import or trust a module."""
     top = module.partition(".")[0]
     names = all(part.isidentifier() for part in module.split("."))
     return names and top not in ("__main__", "torch", "shardckpt", *sys.stdlib_module_names)

@@ -1,4 +1,4 @@
-"""One script for one process and for many: process group, devices, wrapping, sums over ranks."""
+"""One process or several: the process group, devices, DDP and FSDP2, means over ranks."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ Buffers = Literal["rank0", "mean"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a job is spread: `mode` as resolved, and this process's place among those that see
-    different data (with tensor parallelism, several ranks see the same)."""
+    """How a job is divided among ranks.
+
+    `mode` is the resolved one. With tensor parallelism, several ranks use the same data.
+    """
 
     mode: Parallel
     device: torch.device
@@ -65,7 +67,7 @@ class Layout:
 
     @property
     def data(self) -> tuple[int, int]:
-        """(place, number of places) in the division of the data."""
+        """This rank's place in the division of the data, and the number of places."""
         if self.mode == "none" or not dist.is_initialized():
             return 0, 1
         if self.mesh is None:
@@ -84,11 +86,10 @@ def start(
     options: Mapping[str, Any] | None = None,
     buffers: Buffers = "rank0",
 ) -> Layout:
-    """Join the process group of the launcher, if there is one.
+    """Join the process group of the launcher, if there is one; see NNHandler.
 
-    "auto" is "fsdp" with a device mesh; else "ddp" where torchrun, mpirun, srun (or another
-    launcher that sets WORLD_SIZE) started several processes, else "none". A mesh has the
-    dimension "dp", "tp" or both; `tp_plan` is that of torch's parallelize_module.
+    "auto" is "fsdp" with a device mesh. Otherwise it is "ddp" if torchrun, mpirun, srun or another
+    launcher that sets WORLD_SIZE started several processes, and "none" if not.
     """
     if str(parallel) not in get_args(Parallel):
         raise StateError(
@@ -130,7 +131,7 @@ def start(
 
 
 def checked_device(device: Any) -> torch.device:
-    """A device that exists, by default "cuda" where there is one; else StateError."""
+    """The device, by default "cuda" if there is one; StateError if it does not exist."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -174,7 +175,7 @@ def _check_options(mode: Parallel, options: Mapping[str, Any]) -> None:
 
 
 def _join(backend: str) -> None:
-    """The group of torchrun's ranks, or of those of mpirun or srun."""
+    """Join the group of the ranks of torchrun, mpirun or srun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         timeout = datetime.timedelta(seconds=current().arrival_deadline_s)
         dist.init_process_group(backend, timeout=timeout)
@@ -184,9 +185,9 @@ def _join(backend: str) -> None:
 
 
 def wrap(model: nn.Module, layout: Layout, *, find_unused: bool = False) -> nn.Module:
-    """The model on its device, the same on all ranks, under DDP, FSDP2 or tensor parallelism.
+    """Put the model on its device, with the weights of rank 0, under DDP, FSDP2 or TP.
 
-    `find_unused`: the default of DDP's option find_unused_parameters.
+    `find_unused` is the default of the option find_unused_parameters of DDP.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return model
@@ -200,13 +201,13 @@ def wrap(model: nn.Module, layout: Layout, *, find_unused: bool = False) -> nn.M
             return model
         options = {
             "find_unused_parameters": find_unused,
-            # synchronize_buffers does it after each step, so that all ranks save the same
+            # synchronize_buffers makes them equal after each step instead
             "broadcast_buffers": False,
             **layout.options,
         }
         return nn.parallel.DistributedDataParallel(model, **options)
     if layout.mode == "fsdp":
-        # fully_shard takes every rank's own values: they start from rank 0's
+        # fully_shard takes the values of each rank, so they must be equal
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.data, 0)
         _shard(model, layout)
@@ -232,8 +233,11 @@ def _shard(model: nn.Module, layout: Layout) -> None:
 
 
 def _blocks(model: nn.Module, wrapped: Any) -> list[nn.Module]:
-    """What is sharded by itself, inner modules first: modules of the classes `wrapped`, or by
-    default the items of every ModuleList and Sequential."""
+    """The modules to shard by themselves, inner ones first.
+
+    They are those of the classes `wrapped`, or by default the items of every ModuleList and
+    Sequential.
+    """
     if wrapped is not None:
         found = [m for m in model.modules() if isinstance(m, wrapped) and m is not model]
         return found[::-1]
@@ -243,7 +247,7 @@ def _blocks(model: nn.Module, wrapped: Any) -> list[nn.Module]:
 
 @torch.no_grad()
 def synchronize_buffers(model: nn.Module, layout: Layout) -> None:
-    """Give the model's buffers the same values on all ranks, by layout.buffers; collective."""
+    """Make the buffers of the model equal on all ranks, as layout.buffers says. Collective."""
     if layout.mode == "none":
         return
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -264,9 +268,9 @@ def synchronize_buffers(model: nn.Module, layout: Layout) -> None:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> list[bool]:
-    """Average gradients over the ranks, as DDP does, of a model that is not wrapped; collective.
+    """Average the gradients of a model that is not wrapped over the ranks. Collective.
 
-    Returns for each parameter whether any rank has a gradient for it.
+    Returns whether any rank has a gradient, for each parameter.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained or not dist.is_initialized():
@@ -285,7 +289,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> list[bool]:
 
 
 def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
-    """Whether the next backward adds gradients up over ranks, or leaves that to a later one."""
+    """Let the next backward pass average gradients over the ranks, or leave it to a later one."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -295,7 +299,7 @@ def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:
-    """Scale all gradients so that their norm, over all of them and all ranks, is at most `norm`."""
+    """Scale all gradients so that the norm of all of them, over all ranks, is at most `norm`."""
     by_mesh: dict[Any, list[torch.Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -314,8 +318,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:
 
 
 def mean_over_ranks(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """(sum, count) by name on this rank as means over all ranks; collective. A rank may lack
-    names that others have."""
+    """The means over all ranks of sums and counts by name. Collective.
+
+    A rank may lack names that others have.
+    """
 
     def add(payloads: list[bytes]) -> bytes:
         every = [msgspec.msgpack.decode(p, type=dict[str, tuple[float, float]]) for p in payloads]
@@ -348,7 +354,7 @@ def gathered(value: Any, layout: Layout) -> list[Any]:
 
 
 def largest(flags: list[int], device: torch.device) -> list[int]:
-    """The largest of every rank's numbers, place by place; collective."""
+    """The largest value of all ranks, for each of the numbers. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flags
     here = torch.device("cpu") if "gloo" in str(dist.get_backend_config()) else device

@@ -1,4 +1,4 @@
-"""A model for inference over the devices of a device map, never whole in one memory."""
+"""A model for inference on the devices of a device map."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["below_model", "place"]
 
 
 def below_model(device_map: DeviceMap) -> DeviceMap:
-    """A device map by names in the model, as one by names in a handler's checkpoint."""
+    """Turn a device map of names in the model into one of names in a handler's checkpoint."""
     if not isinstance(device_map, Mapping):
         return device_map
     return {f"model.{prefix}".rstrip("."): device for prefix, device in device_map.items()}
@@ -32,8 +32,11 @@ def place(
     device_map: DeviceMap,
     strict: bool,
 ) -> torch.device:
-    """Give a model on the meta device the tensors of a handler's checkpoint, each on its device;
-    where inputs go. `make` makes the model anew, for what no checkpoint holds."""
+    """Fill a model on the meta device from a handler's checkpoint, each tensor on its device.
+
+    `make` creates the model again, for buffers that no checkpoint holds. Returns the device of
+    inputs.
+    """
     _check_prefixes(model, device_map, path)
     saved = api.load_state(path, keys="model", device_map=below_model(device_map), storage=storage)
     try:
@@ -59,7 +62,7 @@ def place(
 
 
 def _check_prefixes(model: nn.Module, device_map: DeviceMap, path: str) -> None:
-    """A prefix that names no part of the model would silently place nothing."""
+    """Raise StateError for a prefix that names no part of the model."""
     if not isinstance(device_map, Mapping):
         return
     names = {*dict(model.named_modules(remove_duplicate=False)), *model.state_dict()}
@@ -75,7 +78,7 @@ def _check_prefixes(model: nn.Module, device_map: DeviceMap, path: str) -> None:
 
 
 def _fill_buffers(model: nn.Module, make: Callable[[], nn.Module], device: torch.device) -> None:
-    """Buffers that are not persistent follow from the model's arguments alone."""
+    """Fill the buffers that are not persistent: those of a new model have the same values."""
     saved = set(model.state_dict())
     missing = [
         name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved

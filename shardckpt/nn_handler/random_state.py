@@ -1,4 +1,4 @@
-"""The random-number generators of a process: their state, and seeding."""
+"""The random-number generators of a process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators where random_state found them."""
+    """Restore the state that random_state returned."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -1,9 +1,13 @@
-"""The arguments of modules, noted when the modules are made.
+"""The constructor arguments of modules.
 
-A checkpoint says how a loss or a block was made, so load can make it anew. Attributes do not
-tell: one may have the name of an argument and another value. So importing NNHandler puts a
-`__new__` on torch.nn.Module that notes the arguments, by weak references to modules and tensors
-among them. A copied or unpickled module was not made of arguments, and has none noted.
+A checkpoint holds the arguments of a loss and of modules among the arguments of a model, so that
+load can create them again. Attributes are not enough: an attribute can have the name of an argument
+and another value. Users create these modules before a handler sees them. So the import of NNHandler
+sets `torch.nn.Module.__new__`, which notes the arguments of each module that is created later.
+
+Nothing else changes: the arguments are kept outside of the module, in a dict with weak keys, with
+weak references to the modules and tensors among them. Modules that were copied or unpickled have no
+arguments. `import shardckpt` alone sets nothing. tests/nn_handler/test_recording.py shows all this.
 """
 
 from __future__ import annotations
@@ -22,17 +26,17 @@ _GONE = object()
 
 
 def install() -> None:
-    """Note the arguments of modules from now on."""
+    """Note the arguments of all modules that are created from now on."""
     if "__new__" in vars(nn.Module):
         return
     set_state: Any = nn.Module.__setstate__
 
     def new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-        other: Any = super(nn.Module, cls).__new__  # of another base, where there is one
+        other: Any = super(nn.Module, cls).__new__  # that of another base class, if there is one
         made: nn.Module = other(cls) if other is object.__new__ else other(cls, *args, **kwargs)
         try:
             _made[made] = _weak(args), _weak(kwargs)
-        except TypeError:  # a class without a hash
+        except TypeError:  # the class defines __eq__ without __hash__
             pass
         return made
 
@@ -45,7 +49,7 @@ def install() -> None:
 
 
 def recorded(module: nn.Module) -> dict[str, Any] | None:
-    """The arguments by name that a module was made of; None if they are not known by name."""
+    """The arguments of a module by name; None if they are unknown or have no names."""
     try:
         args, kwargs = _made[module]
         bound = inspect.signature(type(module)).bind(*_strong(args), **_strong(kwargs))

@@ -1,5 +1,7 @@
-"""The plain data of a handler's checkpoint, typed: what is malformed is refused by name before
-anything is made of it."""
+"""The types of the values in a handler's checkpoint.
+
+They are checked before anything is created from them. An error names the malformed field.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ _Name = dict[str, Any]
 
 
 class _Struct(msgspec.Struct, kw_only=True):
-    """Of a struct that has a seed, torch must be able to take it."""
+    """The base of the structs. A field `seed` must be one that torch can take."""
 
     def __post_init__(self) -> None:
         if not -(1 << 63) <= getattr(self, "seed", 0) < 1 << 64:
@@ -65,7 +67,7 @@ class Callback(_Struct):
 
 
 class Config(msgspec.Struct, kw_only=True):
-    """What rebuilds a handler."""
+    """The arguments of all parts of a handler."""
 
     model: Model
     optimizer: Optimizer | None = None
@@ -102,7 +104,7 @@ class SavedPosition(_Struct):
 
 
 class Progress(_Struct):
-    """How far training has come."""
+    """The progress of training."""
 
     epoch: _Count
     step: _Count
@@ -120,7 +122,7 @@ class Progress(_Struct):
 
 
 class CallbackState(_Struct):
-    """The class's name of a callback, and what its state_dict returned."""
+    """The name of a callback's class, and the result of its state_dict."""
 
     kind: str
     state: dict[str, Any]
@@ -137,13 +139,13 @@ class Scaler(_Struct):
 
 
 class Average(_Struct):
-    """What is saved of an EMA beside its weights."""
+    """The values of an EMA, besides its weights."""
 
     decay: float
 
 
 class Saved(_Struct):
-    """All of a handler's checkpoint that is small."""
+    """All values of a handler's checkpoint."""
 
     config: Config
     progress: Progress
@@ -164,7 +166,7 @@ class Sums(_Struct):
 
 
 class OwnState(_Struct):
-    """What each rank has of its own."""
+    """The values of one rank."""
 
     random: Any
     sums: Sums | None
@@ -175,10 +177,10 @@ _T = TypeVar("_T")
 
 
 def checked(value: Any, kind: type[_T], at: str, *, path: str) -> _T:
-    """A value as a struct; CheckpointError that names the field if it is malformed."""
+    """Convert a value to a struct; CheckpointError with the field if it is malformed."""
     try:
         return msgspec.convert(value, kind)
-    except Exception as error:  # msgspec asks anything odd, such as a tensor, for its items
+    except Exception as error:  # msgspec iterates over odd values such as tensors
         text, _, place = str(error).partition(" - at ")
         field = place.strip("`").removeprefix("key` in `").removeprefix("$")
         if "missing required field" in text:
@@ -194,7 +196,7 @@ def checked(value: Any, kind: type[_T], at: str, *, path: str) -> _T:
 
 
 def check_random(state: Any, at: str, *, path: str) -> None:
-    """CheckpointError unless the generators of torch, numpy and Python can take a state."""
+    """Raise CheckpointError unless torch, numpy and Python can restore a state."""
     try:
         torch.Generator().set_state(state["torch"])
         _, internal, gauss = state["python"]
@@ -206,7 +208,7 @@ def check_random(state: Any, at: str, *, path: str) -> None:
             (name, len(internal), tuple(keys.shape)) == ("MT19937", 625, (624,))
             and all(type(number) is int for number in ints)
             and all(0 <= number < 1 << 32 for number in ints)
-            and max(index, internal[-1]) <= 624  # beyond it, numpy reads what is not its own
+            and max(index, internal[-1]) <= 624  # with larger ones numpy reads beyond its memory
             and all(isinstance(g, (float, type(None))) for g in (gauss, cached))
         )
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Saving a handler: a sharded checkpoint by all ranks, or files for interchange by rank 0."""
+"""Saving a handler: as a sharded checkpoint by all ranks, or as files by rank 0."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def save(handler: TrainingState, path: str, *, overwrite: bool) -> None:
-    """Save a handler; collective. See NNHandler.save."""
+    """Save a handler. Collective. See NNHandler.save."""
     check_suffix(path)
     if is_one_file(path):
         save_single_file(handler, path, overwrite=overwrite)
@@ -68,8 +68,10 @@ def save(handler: TrainingState, path: str, *, overwrite: bool) -> None:
 
 
 def state_on_all(handler: TrainingState, process_group: Any = None) -> dict[str, Any]:
-    """The state of a handler; collective. What a part of it raises on one rank, such as a
-    callback, the others hear at once, before they wait for that rank in the save."""
+    """The state of a handler. Collective.
+
+    An error on one rank, such as one of a callback's state_dict, is raised on all ranks at once.
+    """
     states: list[dict[str, Any]] = []
 
     def make() -> bytes:
@@ -82,10 +84,10 @@ def state_on_all(handler: TrainingState, process_group: Any = None) -> dict[str,
 
 
 def save_single_file(handler: TrainingState, path: str, *, overwrite: bool) -> None:
-    """Save a handler as one file; collective. See NNHandler.save_single_file."""
+    """Save a handler as one file. Collective. See NNHandler.save_single_file."""
     if not is_one_file(path):
         raise StateError(
-            "This path does not say which kind of file to write",
+            "The suffix of a single file is missing or unknown",
             path=path,
             expected="a path that ends in .pth, .pt or .safetensors",
         )
@@ -174,14 +176,14 @@ def save_single_from_multi(folder: str, path: str, *, overwrite: bool) -> None:
 def _check_format(file_format: str) -> None:
     if file_format not in ("torch", "safetensors"):
         raise StateError(
-            "Unknown value for file_format",
+            "Invalid value for file_format",
             expected='"torch" or "safetensors"',
             actual=repr(file_format),
         )
 
 
 def check_config(handler: TrainingState, path: str) -> None:
-    """Raise UnsupportedLeafError if an argument of a part can't stand in a file of this kind."""
+    """Raise UnsupportedLeafError if a file of this kind can't hold an argument of a part."""
     if not path.endswith(".safetensors"):
         check_loads(handler.config(), path)
 
@@ -193,10 +195,10 @@ def _save_whole(
     *,
     process_group: Any = None,
 ) -> None:
-    """Gather a handler's state and have rank 0 write it; collective.
+    """Gather the state of a handler on rank 0, which writes it. Collective.
 
-    `make` gives the state. `write` writes one without distributed tensors, and calls the function
-    that it is given now and then.
+    `make` returns the state. `write` gets the state without distributed tensors, and a function to
+    call from time to time with the number of bytes written.
     """
     made: list[_Whole] = []
 
@@ -224,7 +226,10 @@ def _save_whole(
 
 
 def _check_alike(payloads: list[bytes]) -> None:
-    """Raise if the ranks hold different distributed tensors: they would wait for each other."""
+    """Raise RankMismatchError if the ranks hold different distributed tensors.
+
+    Their collectives would wait for each other.
+    """
     for rank, payload in enumerate(payloads):
         if payload != payloads[0]:
             expected, actual = (
@@ -243,7 +248,7 @@ def _check_alike(payloads: list[bytes]) -> None:
 
 
 def _gather(state: _Whole, names: list[str], coordinator: Coordinator) -> None:
-    """Gather distributed tensors on rank 0; collective, by the collectives of their own groups."""
+    """Gather distributed tensors on rank 0, with collectives of their own groups. Collective."""
 
     def gather() -> bytes:
         try:
@@ -272,13 +277,13 @@ def _gather(state: _Whole, names: list[str], coordinator: Coordinator) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """Stands for a tensor in a state: the one that came first of those with the same memory."""
+    """The place of a tensor in a state. `name` is the first one of the tensors in its memory."""
 
     name: str
 
 
 class _Whole:
-    """A state that becomes one of plain CPU tensors on rank 0, tied ones still tied."""
+    """A state that is turned into plain CPU tensors on rank 0. Tied tensors stay tied."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self._ranks = state.pop("ranks")
@@ -300,7 +305,7 @@ class _Whole:
         return self._read(value.state_dict(), name) if has_state(value) else value
 
     def summary(self) -> bytes:
-        """The distributed tensors, to be the same on all ranks."""
+        """The distributed tensors, which must be the same on all ranks."""
         found = [
             (name, f"{tensor.dtype} {list(tensor.shape)}")
             for name, tensor in self._tensors.items()
@@ -315,7 +320,7 @@ class _Whole:
 
     @torch.no_grad()
     def gather(self, names: list[str], coordinator: Coordinator) -> None:
-        """Put whole CPU tensors in the place of distributed ones on rank 0; collective."""
+        """Replace distributed tensors by full CPU tensors on rank 0. Collective."""
         for name in names:
             tensor = self._tensors[name]
             assert isinstance(tensor, DTensor)
@@ -325,19 +330,19 @@ class _Whole:
             coordinator.progress(0)
 
     def own(self) -> bytes:
-        """This rank's own values."""
+        """The values of this rank."""
         buffer = io.BytesIO()
         torch.save(self._ranks.value, buffer)
         return buffer.getvalue()
 
     def whole(self) -> Any:
-        """The state; after `gather`, on rank 0."""
+        """The complete state. Called on rank 0 after `gather`."""
         plain = {name: _plain(self._tensors[name]) for name in self._used}
         return _filled(self._state, plain)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU that is all of its memory: torch.save writes all that a tensor uses."""
+    """A tensor on the CPU that fills its memory: torch.save writes all memory of a tensor."""
     plain = tensor.detach().cpu()
     if plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes:
         return plain
@@ -359,19 +364,19 @@ def _device_of(device: torch.device) -> Any:
 
 
 class OneFile:
-    """Single files as a CheckpointManager's checkpoints; see shardckpt.manager.backends.Format."""
+    """Stores the checkpoints of a CheckpointManager as single files."""
 
     def names(self, folder: str) -> list[str]:
-        """See Format.names."""
+        """See CheckpointBackend.names."""
         found = os.listdir(folder) if os.path.isdir(folder) else []
         return sorted(name for name in found if not name.startswith("."))
 
     def sweep(self, folder: str) -> None:
-        """See Format.sweep."""
+        """See CheckpointBackend.sweep."""
         sweep_writes(System(), os.path.realpath(folder))
 
     def exists(self, path: str) -> bool:
-        """See Format.exists."""
+        """See CheckpointBackend.exists."""
         return os.path.lexists(path)
 
     def save(
@@ -384,7 +389,7 @@ class OneFile:
         process_group: Any,
         base: str | None,
     ) -> SaveHandle | None:
-        """See Format.save. Files are written whole, and at once."""
+        """See CheckpointBackend.save. Files are written whole, and at once."""
         if asynchronous:
             raise StateError(
                 "A single file is not saved in the background",
@@ -400,24 +405,24 @@ class OneFile:
         return None
 
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
-        """See Format.load."""
+        """See CheckpointBackend.load."""
         storage = MemoryStorage(read_one(path))
         return api.load(state, path, strict=strict, process_group=process_group, storage=storage)
 
     def signature(self, path: str) -> Signature:
-        """See Format.signature."""
+        """See CheckpointBackend.signature."""
         return signature_of(os.stat(path))
 
     def record(self, path: str) -> Any:
-        """See Format.record."""
+        """See CheckpointBackend.record."""
         found = read_one(path, check=False) if is_one_file_there(path) else None
         return found.get(RECORD) if isinstance(found, dict) else None
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
-        """See Format.verify."""
+        """See CheckpointBackend.verify."""
         read_one(path)
 
     def remove(self, path: str) -> None:
-        """See Format.remove."""
+        """See CheckpointBackend.remove."""
         with translated(path):
             os.unlink(path)

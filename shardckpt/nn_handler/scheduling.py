@@ -1,4 +1,4 @@
-"""A learning-rate scheduler, described so that it can be made anew, stepped when it is due."""
+"""A learning-rate scheduler, with the arguments that made it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Interval = Literal["epoch", "step"]
 
 
 class Scheduler:
-    """Makes scheduler_class(optimizer, **options); `torch` is what that made.
+    """Creates the scheduler `torch` as scheduler_class(optimizer, **options).
 
-    An option `schedulers` (SequentialLR, ChainedScheduler) is a list of pairs of a class and its
-    options. `interval` None is "step" for OneCycleLR and CyclicLR, "epoch" for all others.
+    The option `schedulers` of SequentialLR and ChainedScheduler is a list of pairs: a class and its
+    options. The `interval` None is "step" for OneCycleLR and CyclicLR, and "epoch" for all others.
     """
 
     def __init__(
@@ -42,40 +42,44 @@ class Scheduler:
     ) -> None:
         if interval not in (None, "epoch", "step"):
             raise StateError(
-                "Unknown value for interval", expected='"epoch" or "step"', actual=repr(interval)
+                "Invalid value for interval", expected='"epoch" or "step"', actual=repr(interval)
             )
         self.torch = _make(optimizer, scheduler_class, options)
         if interval == "step" and self.needs_metric:
-            raise StateError("ReduceLROnPlateau needs the metrics of an epoch", actual="by step")
+            raise StateError(
+                "ReduceLROnPlateau needs the metrics of an epoch",
+                expected='interval="epoch"',
+                actual='interval="step"',
+            )
         by_step = isinstance(self.torch, (OneCycleLR, CyclicLR))
         self.interval: Interval = interval or ("step" if by_step else "epoch")
         self.monitor = monitor
         self._class, self._options = scheduler_class, dict(options)
 
     def anew(self, optimizer: torch.optim.Optimizer) -> Scheduler:
-        """The same for another optimizer, from the beginning."""
+        """A new scheduler of the same kind for another optimizer."""
         return Scheduler(
             optimizer, self._class, self._options, interval=self.interval, monitor=self.monitor
         )
 
     def set_base(self, rate: float) -> None:
-        """Make another rate the one that the schedule scales."""
+        """Set the rate that the schedule scales."""
         for scheduler in (self.torch, *getattr(self.torch, "_schedulers", ())):
             if hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
 
     @property
     def needs_metric(self) -> bool:
-        """Whether it looks at the metric `monitor`."""
+        """Whether it needs the metric `monitor`."""
         return isinstance(self.torch, ReduceLROnPlateau)
 
     def after_step(self) -> None:
-        """To be called after each step of the optimizer."""
+        """Step, if the interval is "step". Called after each step of the optimizer."""
         if self.interval == "step":
             self.torch.step()
 
     def after_epoch(self, results: Mapping[str, float]) -> None:
-        """To be called after each epoch, with its metrics."""
+        """Step, if the interval is "epoch". Called after each epoch."""
         if self.needs_metric:
             if self.monitor in results:
                 self.torch.step(results[self.monitor])
@@ -83,7 +87,7 @@ class Scheduler:
             self.torch.step()
 
     def description(self) -> dict[str, Any]:
-        """What makes it anew, as plain data."""
+        """Its arguments, as plain data."""
         return {
             "class": describe(self._class),
             "options": describe(self._options),
@@ -92,12 +96,12 @@ class Scheduler:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the torch scheduler, which holds functions by nothing but their presence."""
+        """The state of the torch scheduler, without functions."""
         state: dict[str, Any] = _without_functions(self.torch.state_dict())
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state; counters come back as such."""
+        """Restore what state_dict returned. Dicts become Counters again."""
         _load(self.torch, dict(state))
 
 
@@ -136,7 +140,10 @@ def _restore_counters(scheduler: Any, state: dict[str, Any]) -> None:
 
 
 def _check_state(scheduler: Any, state: Any) -> None:
-    """A scheduler takes a state as its attributes: values must not stand in for its methods."""
+    """Raise StateError for a state that would replace a method.
+
+    Schedulers of torch set each item of a state as an attribute.
+    """
     for name in state:
         own = inspect.getattr_static(type(scheduler), name, None)
         if callable(own) or isinstance(own, property) or name == "optimizer":

@@ -1,4 +1,4 @@
-"""Requests from outside to stop: SIGTERM and SIGINT, heard of between two steps."""
+"""SIGTERM and SIGINT, which end training between two steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequests:
-    """`received`: the first signal, 0 before it. A second SIGINT raises KeyboardInterrupt."""
+    """`received` is the first signal, or 0. A second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received = 0
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """To be called with a signal."""
+        """Handle a signal."""
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number
@@ -28,8 +28,10 @@ class StopRequests:
 
 @contextmanager
 def stop_requests(*, enabled: bool) -> Iterator[StopRequests]:
-    """Inside the with block SIGTERM and SIGINT are noted; in threads other than the main one,
-    where Python allows no handlers, nothing is heard."""
+    """Note SIGTERM and SIGINT inside the with block.
+
+    Only in the main thread: Python allows no signal handlers in others.
+    """
     requests = StopRequests()
     heard = enabled and threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, requests.note) for n in _SIGNALS} if heard else {}
@@ -37,12 +39,12 @@ def stop_requests(*, enabled: bool) -> Iterator[StopRequests]:
         yield requests
     finally:
         for number, handler in before.items():
-            # None stands for one that was not set from Python, and can't be from here
+            # None means a handler of C, which can't be set again from Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def leave(number: int) -> None:
-    """End as a process does that got a signal: KeyboardInterrupt, or exit with 128 + number."""
+    """End as signals usually end a process: KeyboardInterrupt, or exit with 128 + number."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""A handler as text: its model, what is frozen, how far training has come."""
+"""The text of a handler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["summary"]
 
 
 def summary(handler: TrainingState) -> str:
-    """Some lines: the model's parts with their parameters and sizes, then the other parts."""
+    """List the parts of the model with their parameters and sizes, then the other parts."""
     module = handler.module
     rows = [(name, child) for name, child in module.named_children()]
     lines = [f"NNHandler({type(module).__name__}, {handler.device}, parallel={handler.parallel})"]
@@ -35,4 +35,4 @@ def _size(module: nn.Module) -> str:
     count = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     mib = sum(p.numel() * p.element_size() for p in parameters) / 2**20
-    return f"{count:,} parameters, {trained:,} trained, {mib:.2f} MiB"
+    return f"{count:,} parameters, {trained:,} trainable, {mib:.2f} MiB"

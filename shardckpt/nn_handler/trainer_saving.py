@@ -1,5 +1,7 @@
-"""The logic of saving while training, apart: when to save, under which name, and what becomes of
-the saves before. Pure: nothing here knows a file system, a clock or other ranks."""
+"""When to save while training, under which name, and which checkpoints to keep.
+
+Nothing here uses a file system, a clock or other ranks.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,9 @@ __all__ = ["SavePlan", "checkpoint_name", "name_fields"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavePlan:
-    """When to save, and what to keep; raises StateError for what makes no sense.
+    """When to save, and what to keep; see NNHandler.auto_save.
 
-    `interval`: every so many epochs (-1: the last one alone; 0 or None: never). `every_steps`,
-    `every_minutes`: within epochs too. `keep_last`, `keep_best` (by `monitor`; `mode` "min" or
-    "max" is better): how many stay; without either all do. `overwrite`: the newest alone stays.
+    Raises StateError for invalid or contradictory arguments.
     """
 
     interval: int | None = 1
@@ -36,7 +36,7 @@ class SavePlan:
     def __post_init__(self) -> None:
         if self.interval is not None and (type(self.interval) is not int or self.interval < -1):
             raise StateError(
-                "This is no interval for saving",
+                "Invalid interval for saving",
                 expected="a number of epochs, -1 for the last one, 0 or None for never",
                 actual=repr(self.interval),
             )
@@ -49,31 +49,30 @@ class SavePlan:
             value = getattr(self, what)
             if value is not None and (type(value) not in kinds or not value > 0):
                 raise StateError(
-                    f"This is no {what} for saving",
+                    f"Invalid {what} for saving",
                     expected="None, or a number above 0",
                     actual=repr(value),
                 )
         if self.keep_best is not None and self.monitor is None:
-            raise StateError("Best by which metric?", remedy='give monitor=, such as "val_loss"')
+            raise StateError("keep_best needs a metric", remedy='pass monitor=, such as "val_loss"')
         if self.mode not in ("min", "max"):
             raise StateError(
-                "Unknown value for mode", expected='"min" or "max"', actual=repr(self.mode)
+                "Invalid value for mode", expected='"min" or "max"', actual=repr(self.mode)
             )
         if self.overwrite and (self.keep_last or self.keep_best):
             raise StateError(
-                "overwrite=True keeps the newest save alone",
+                "overwrite=True keeps only the newest checkpoint",
                 actual="keep_last or keep_best beside it",
                 remedy="leave one of them out",
             )
         name_fields(self.name)
 
     def saves(self) -> bool:
-        """Whether there are saves at all, but for those on exceptions and signals."""
+        """Whether there are any saves, besides those on exceptions and signals."""
         return bool(self.interval or self.every_steps or self.every_minutes)
 
     def due_after_epoch(self, epoch: int, *, last: bool, save_last: bool = True) -> bool:
-        """Whether to save after an epoch (counted from 1); `last`: training ends with it, be it
-        by an early stop."""
+        """Whether to save after an epoch, counted from 1. `last`: training ends with it."""
         if not self.interval:
             return False
         return (last and (save_last or self.interval < 0)) or (
@@ -81,15 +80,15 @@ class SavePlan:
         )
 
     def due_at_step(self, step: int, *, saved_at: int) -> bool:
-        """Whether to save after a step of the optimizer (counted from 1)."""
+        """Whether to save after a step of the optimizer, counted from 1."""
         return bool(self.every_steps) and step != saved_at and step % (self.every_steps or 1) == 0
 
     def due_by_time(self, minutes: float) -> bool:
-        """Whether to save so many minutes after the last save."""
+        """Whether to save this many minutes after the last save."""
         return self.every_minutes is not None and minutes >= self.every_minutes
 
     def policies(self) -> list[Retention]:
-        """What to keep, for a CheckpointManager."""
+        """The retention policies, for a CheckpointManager."""
         kept: list[Retention] = []
         if self.overwrite or self.keep_last:
             kept.append(KeepLast(self.keep_last or 1))
@@ -98,7 +97,7 @@ class SavePlan:
         return kept
 
     def check_names(self, known: set[str]) -> None:
-        """Raise StateError for a field of the name, or a monitor, that no epoch will bring."""
+        """Raise StateError if a field of the name, or the monitor, is not among the metrics."""
         for field in name_fields(self.name):
             if field not in known:
                 raise _unknown(field, self.name, known)
@@ -111,7 +110,7 @@ class SavePlan:
                 "and names that you log are announced by handler.will_log.add(name)",
             )
         samples = {name: 1 if name in ("epoch", "step") else 0.5 for name in known}
-        checkpoint_name(self.name, samples)  # what can't be a name is told before the first step
+        checkpoint_name(self.name, samples)  # raises for an invalid name before the first step
 
     def needs_validation(self) -> bool:
         """Whether a save after an epoch needs the metrics of validation."""
@@ -120,7 +119,7 @@ class SavePlan:
 
 
 def name_fields(template: str) -> list[str]:
-    """The metrics that a template for names asks for; StateError for one that is malformed."""
+    """The fields of a template for names; StateError for a malformed template."""
     try:
         return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except (ValueError, TypeError) as error:
@@ -145,16 +144,16 @@ def checkpoint_name(template: str, metrics: Mapping[str, Any]) -> str:
         raise _malformed(template, error) from error
     if name.startswith(".") or not name or "/" in name or "\0" in name:
         raise StateError(
-            "This is no name for a checkpoint",
+            "Invalid name of a checkpoint",
+            expected="a name without / and NUL that does not begin with a dot",
             actual=repr(name),
-            remedy="leave out / and NUL, and don't begin with a dot",
         )
     return name
 
 
 def _unknown(field: str, template: str, known: set[str]) -> StateError:
     return StateError(
-        "The name of a checkpoint asks for a metric that is not there",
+        "The name of a checkpoint has an unknown field",
         expected=f"one of {', '.join(sorted(known))}",
         actual=f"{{{field}}} in {template!r}",
         remedy="correct the name, or add the metric; val_ ones need a validation loader, and names "

@@ -18,6 +18,7 @@ from shardckpt.errors import StateError
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.data import Position, TrainData, ValData
 from shardckpt.nn_handler.ema import EMA
+from shardckpt.nn_handler.model_code import in_notebook
 from shardckpt.nn_handler.objects import describe, warn_of_absent
 from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Layout, Parallel, wrap
@@ -393,6 +394,18 @@ class TrainingState:
             config["model"]["class"] = self.class_name
         return config
 
+    def _warn_of_notebook(self) -> None:
+        """Warn once if the class of the model lives in a notebook: nothing can import it there."""
+        name = getattr(self.model_class, "__name__", "")
+        lives_here = getattr(self.model_class, "__module__", "") == "__main__"
+        if lives_here and in_notebook() and "notebook" not in self.warned:
+            self.warned.add("notebook")
+            warn(
+                f"The class {name} is defined in a notebook. Another program loads the checkpoint "
+                f"with NNHandler.load(..., model_class={name}), or, if the handler was made with "
+                "save_model_code=True, with trust_code=True"
+            )
+
     def callback_states(self) -> dict[str, Any]:
         """Internal. The kind and state of each callback, as plain data."""
         return {
@@ -420,6 +433,7 @@ class TrainingState:
         config = self.config()
         if self.rank == 0:
             warn_of_absent(config, self.warned)
+            self._warn_of_notebook()
         position = self.position
         boundary = self.boundary or {"random": random_state(), "sums": None}
         boundary = {**boundary, "sums": _plain_sums(boundary["sums"])}

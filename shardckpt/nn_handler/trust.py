@@ -1,7 +1,7 @@
-"""What a name in a checkpoint may stand for.
+"""The rules for names in checkpoints.
 
-A name is data. It is looked up among what the program has imported, and nothing is imported for
-it. What is found there counts only if a rule below allows it in the slot that it fills.
+A name is data. It is looked up in the modules that the program has imported, and nothing is
+imported for it. It resolves only if a rule below allows the object in the slot that it fills.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _objects: dict[str, Any] = {}
 
 
 class Slot(enum.Enum):
-    """What a name fills."""
+    """The place that a name fills."""
 
     MODEL = "model"
     OPTIMIZER = "optimizer"
@@ -56,18 +56,18 @@ _BASES: dict[Slot, tuple[type, ...]] = {
 
 
 def trust(*trusted: str | type | types.FunctionType) -> None:
-    """Let names in checkpoints stand for classes and functions of yours, in this process.
+    """Let names in checkpoints resolve to your classes and functions, in this process.
 
-    NNHandler.load resolves by itself what docs/security.md lists: classes of torch.nn,
-    torch.optim and its schedulers, shardckpt's callbacks, and models, optimizers, schedulers and
-    callbacks whose modules your program has imported. For losses, metrics and arguments of other
-    kinds it needs your word. No module is imported, and load calls no function. Not collective.
+    Without it, NNHandler.load resolves only what docs/security.md lists: classes of torch.nn, of
+    torch.optim and its schedulers, callbacks of shardckpt, and models, optimizers, schedulers and
+    callbacks whose modules your program has imported. Losses, metrics and other arguments must be
+    trusted. No module is imported, and load calls no function. Not collective.
 
     Args:
-        trusted: Prefixes of modules ("mylab" also means "mylab.metrics"), classes, functions.
+        trusted: Names of modules, classes or functions. "mylab" includes "mylab.metrics".
 
     Raises:
-        StateError: Something is neither a module's name nor a class or function with a name.
+        StateError: An argument is neither the name of a module nor a class or function.
 
     Example:
         >>> import shardckpt
@@ -90,15 +90,15 @@ def import_name(value: Any) -> str | None:
     """`module:qualname` of a class or function; None if it can't be found so."""
     module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     if is_functional(value):
-        module = functional.__name__  # gelu and others name a hidden module
+        module = functional.__name__  # the module of gelu and others is hidden
     found = _unwrapped(imported(module or "", qualname))
     return f"{module}:{qualname}" if found is value else None
 
 
 def resolve(name: str, slot: Slot, *, instance: bool) -> Any:
-    """The class or function that a name stands for in a slot; None if no rule allows it.
+    """Resolve a name in a slot; None if no rule allows it.
 
-    `instance`: an instance of the class is wanted, not the class itself.
+    `instance`: the checkpoint describes an instance of the class, not the class.
     """
     module, _, qualname = name.partition(":")
     found = _objects.get(name) or _unwrapped(imported(module, qualname))
@@ -110,7 +110,7 @@ def resolve(name: str, slot: Slot, *, instance: bool) -> Any:
 
 
 def is_function(value: Any) -> bool:
-    """Whether a value is a plain function, of Python or, as some of torch.nn.functional, of C."""
+    """Whether a value is a plain function of Python or C."""
     return type(value) in (types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -123,7 +123,7 @@ def is_functional(value: Any) -> bool:
 
 
 def is_torch_module(kind: Any) -> bool:
-    """Whether a class is one of torch.nn's modules."""
+    """Whether a class is a module of torch.nn."""
     public = issubclass(kind, nn.Module) and vars(nn).get(kind.__name__) is kind
     return public and _home(kind).startswith("torch.nn.modules.")
 
@@ -133,7 +133,7 @@ def _unwrapped(found: Any) -> Any:
 
 
 def _home(value: Any) -> str:
-    """The module that a class or function says it is from."""
+    """The value of __module__ of a class or function."""
     get = type.__getattribute__ if issubclass(type(value), type) else object.__getattribute__
     home = get(value, "__module__")
     return home if type(home) is str else ""
@@ -152,7 +152,7 @@ def _is_class_for(kind: Any, slot: Slot, *, instance: bool) -> bool:
     if not issubclass(kind, nn.Module if instance else _BASES[slot]):
         return False
     home = _home(kind)
-    if home.partition(".")[0] == "torch":  # torch itself imports far more than a program uses
+    if home.partition(".")[0] == "torch":  # torch imports far more than a program uses
         lazy = issubclass(kind, nn.modules.lazy.LazyModuleMixin)
         return (is_torch_module(kind) and not lazy) or _is_torch_optimizer(kind)
     return home in _CALLBACKS or home.partition(".")[0] != "shardckpt"
@@ -168,7 +168,7 @@ def _is_torch_optimizer(kind: Any) -> bool:
 
 
 def _is_allowed(function: Any) -> bool:
-    """Of torch.nn.functional, of the script itself, or trusted."""
+    """Whether a function is one of torch.nn.functional or of the main script, or is trusted."""
     plain = type(function) is types.FunctionType
     own = plain and (_home(function) == "__main__" or _is_trusted(function))
     return own or is_functional(function)

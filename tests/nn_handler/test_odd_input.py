@@ -122,7 +122,7 @@ def test_told_before_training(tmp_path, act, kind, text):
 def test_a_metric_that_is_no_number_is_named(value):
     handler = a_handler()
     handler.add_metric("odd", lambda outputs, targets: value)
-    with pytest.raises(errors.StateError, match="'odd' gave no number"):
+    with pytest.raises(errors.StateError, match="'odd' returned no number"):
         handler.train(1, progress_bar=False)
 
 
