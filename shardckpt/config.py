@@ -44,6 +44,9 @@ class Options:
         copy_at_once_bytes: async_save copies tensors up to this size before it returns, if
             they are neither parameters nor optimizer state.
         background_nice: By how much the background threads lower their priority (see nice(1)).
+        store_deadline_s: Seconds for which a request to an object store is repeated.
+        leftover_age_s: Seconds after which objects that no manifest names are leftovers of a dead
+            save. No save may take longer.
     """
 
     arrival_deadline_s: float = _option(600.0, least=0.1)
@@ -55,6 +58,8 @@ class Options:
     staging_bytes: int = _option(0, least=0)
     copy_at_once_bytes: int = _option(64 << 10, least=0)
     background_nice: int = _option(10, least=0)
+    store_deadline_s: float = _option(60.0, least=0.1)
+    leftover_age_s: float = _option(86400.0, least=1.0)
 
 
 _FIELDS: Mapping[str, Field[Any]] = MappingProxyType({f.name: f for f in fields(Options)})

@@ -16,12 +16,12 @@ from shardckpt.plan.shard_layout import shard_name
 from shardckpt.state.flatten import flatten
 from shardckpt.storage.base import CheckpointFiles, Storage
 
-__all__ = ["MemoryStorage"]
+__all__ = ["StateStorage"]
 
 _HEAD = bytes(8)  # where a file would have the length of its header
 
 
-class MemoryStorage(Storage):
+class StateStorage(Storage):
     """A storage of one checkpoint, a state of plain CPU tensors. It can only be read."""
 
     def __init__(self, state: Any) -> None:

@@ -45,6 +45,9 @@ STEP_BYTES = BLOCK_BYTES // 2
 """As much is read from the page cache before the digest takes it up: where it came from and where
 it went are then still in the processor's own cache."""
 
+_LEAST_REMOTE_READS = 8
+"""Requests to another machine wait for its answer most of the time."""
+
 _POLL_S = 0.2
 
 
@@ -77,8 +80,9 @@ def read_all(
         windows = _windows(reads)
     if not windows:  # values alone were asked for: no thread, no buffer
         return 0
-    for shard in {window.shard for window in windows}:
-        check_size(files, manifest.shards[shard])
+    if not files.remote:
+        for shard in {window.shard for window in windows}:
+            check_size(files, manifest.shards[shard])
     if len(windows) == 1:  # from the page cache it comes in less time than a thread starts
         with suppress(WouldWait), lease(1) as (buffer,):
             return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
@@ -86,7 +90,10 @@ def read_all(
         past_cache = NEVER
     source = _Source(files, manifest, past_cache=past_cache)
     # What comes from the page cache keeps a processor busy; what comes from the disk does not.
-    threads = min(current().read_threads * (1 if past_cache == NEVER else 2), len(windows))
+    threads = current().read_threads * (1 if past_cache == NEVER else 2)
+    if files.remote:
+        threads = max(threads, _LEAST_REMOTE_READS)
+    threads = min(threads, len(windows))
     queue = iter(windows)  # next() on it is atomic: the workers share it
     stop = threading.Event()
     read_bytes = [0] * threads
@@ -198,8 +205,9 @@ def _read_window(source: _Source, window: _Window, buffer: Buffer) -> int:
     total = 0
     run: list[_Read] = []
     low = high = 0
+    gap = BLOCK_BYTES if source.files.remote else 0
     for read in window.reads:
-        if run and read[0] > high and _floor(read[0]) > high:
+        if run and _floor(read[0]) > high + gap:
             _read_run(source, window, (low, high), run, buffer)
             total += high - low
             run = []

@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 
 from shardckpt.config import current
@@ -25,6 +25,7 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
+from shardckpt.storage import deletion
 from shardckpt.storage.base import (
     MANIFEST_NAME,
     CheckpointFiles,
@@ -38,33 +39,19 @@ from shardckpt.storage.deletion import (
     exists,
     make_directories,
     not_ours,
+    old_name,
     remove_tree,
     sync_directory,
 )
 from shardckpt.storage.local_reader import LocalFiles
 from shardckpt.storage.lock import Lock
 from shardckpt.storage.names import beside
-from shardckpt.storage.paths import absolute, local_path
+from shardckpt.storage.paths import is_alias, local_path
 from shardckpt.storage.posix import UNSUPPORTED, System, translated
 
-__all__ = ["LocalStorage", "checkpoint_path"]
+__all__ = ["LocalStorage"]
 
 _WRITE = os.O_CREAT | os.O_WRONLY
-
-
-def checkpoint_path(path: object, storage: Storage | None, *, fixed: bool = False) -> str:
-    """The path of a checkpoint in a storage, by default the local file system; see local_path. For
-    another storage any non-empty text is a path.
-
-    Args:
-        fixed: Make the path absolute, for what is done after this call returns.
-
-    Raises:
-        StateError: It is not a path.
-    """
-    if storage is not None and not isinstance(storage, LocalStorage) and isinstance(path, str):
-        return path or local_path(path)
-    return absolute(local_path(path)) if fixed else local_path(path)
 
 
 class LocalStorage(Storage):
@@ -81,6 +68,44 @@ class LocalStorage(Storage):
 
     def __init__(self, system: System | None = None) -> None:
         self.system = system or System()
+
+    def full_path(self, path: str) -> str:
+        """See Storage.full_path. `~` is expanded, and `file:///folder` becomes `/folder`."""
+        return local_path(path)
+
+    def names(self, folder: str) -> list[str]:
+        """See Storage.names. Includes a checkpoint that a failed overwrite moved."""
+        with translated(folder):
+            try:
+                names = self.system.listdir(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        moved = {name for name in map(old_name, names) if name}
+        visible = (
+            name for name in names if not name.startswith(".") and not is_alias(folder, name)
+        )
+        return sorted({*visible, *moved})
+
+    def exists(self, path: str) -> bool:
+        """See Storage.exists. Anything counts, also a symbolic link to nothing."""
+        return exists(self.system, path)
+
+    def version(self, path: str) -> Hashable:
+        """See Storage.version: inode, time of change and size of the manifest. Cheap."""
+        with translated(path):
+            try:
+                found = self.system.stat(os.path.join(path, MANIFEST_NAME))
+            except FileNotFoundError:
+                found = self.system.stat(os.path.join(beside(path, "old"), MANIFEST_NAME))
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def remove(self, path: str) -> None:
+        """See Storage.remove. A checkpoint that holds files of other programs stays."""
+        deletion.remove(self.system, path)
+
+    def sweep(self, folder: str) -> None:
+        """See Storage.sweep. A save that is alive holds its lock."""
+        deletion.sweep(self.system, folder)
 
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> LocalTransaction:
         """See Storage.begin. Directories above the path are made."""

@@ -26,9 +26,9 @@ from torch import nn
 
 import shardckpt
 from shardckpt import NNHandler, errors
+from shardckpt.api import rescue
 from shardckpt.cli.main import main as command
 from shardckpt.convert.convert import FORMATS, convert
-from shardckpt.maintenance.rescue import rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.storage.local import LocalStorage
 from tests.faults.hostile_holes import HOLES
