@@ -55,13 +55,26 @@ class CheckpointBackend(Protocol):
         """A value that changes when the checkpoint is replaced. Cheap."""
 
     def record(self, path: str) -> Any:
-        """The saved entry RECORD of a complete checkpoint; None if it has none."""
+        """Return the entry RECORD of a complete checkpoint. None if it has no such entry."""
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
-        """Raise an error if the checkpoint is corrupted."""
+        """Verify the checkpoint.
+
+        Args:
+            path: The checkpoint.
+            quick: Read only the manifest and the sizes of files.
+            progress: Called with the number of bytes verified so far.
+
+        Raises:
+            CorruptionError: The checkpoint is corrupted.
+        """
 
     def remove(self, path: str) -> None:
-        """Remove the checkpoint. Raises StorageError."""
+        """Remove the checkpoint.
+
+        Raises:
+            StorageError: The checkpoint can't be removed.
+        """
 
 
 class ShardedBackend:
@@ -87,27 +100,18 @@ class ShardedBackend:
         state: Any,
         path: str,
         *,
-        overwrite: bool,
         asynchronous: bool,
-        process_group: Any,
-        base: str | None,
+        **options: Any,
     ) -> SaveHandle | None:
         """See CheckpointBackend.save."""
-        options: Any = {
-            "overwrite": overwrite,
-            "process_group": process_group,
-            "base": base,
-            "storage": self._storage,
-        }
         if asynchronous:
-            return api.async_save(state, path, **options)
-        api.save(state, path, **options)
+            return api.async_save(state, path, storage=self._storage, **options)
+        api.save(state, path, storage=self._storage, **options)
         return None
 
-    def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
+    def load(self, state: Any, path: str, **options: Any) -> LoadReport:
         """See CheckpointBackend.load."""
-        options: Any = {"process_group": process_group, "storage": self._storage}
-        return api.load(state, path, strict=strict, **options)
+        return api.load(state, path, storage=self._storage, **options)
 
     def version(self, path: str) -> Hashable:
         """See CheckpointBackend.version."""

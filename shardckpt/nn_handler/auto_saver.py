@@ -62,7 +62,7 @@ class AutoSaver:
             )
         # A path that can't be one is told here, not by the first save.
         self._storage, _ = resolve(save_path, LocalStorage() if self.one_file else None)
-        self.options = {
+        self.options: dict[str, Any] = {
             "save_path": save_path.full_path("")
             if isinstance(save_path, Storage)
             else os.fspath(save_path),

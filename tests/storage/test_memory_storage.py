@@ -111,13 +111,11 @@ def test_auto_save_takes_a_url(url):
     def handler():
         made = shardckpt.NNHandler(nn.Linear, device="cpu", in_features=2, out_features=2)
         made.set_optimizer(torch.optim.SGD, lr=0.1)
-        made.set_criterion(nn.MSELoss())
-        made.set_train_loader(
-            torch.utils.data.DataLoader(
-                torch.utils.data.TensorDataset(torch.ones(4, 2), torch.ones(4, 2)), batch_size=2
-            )
-        )
-        return made.auto_save(save_path=url, interval=1, save_last=True, resume="auto")
+        made.set_loss_fn(nn.MSELoss())
+        data = torch.utils.data.TensorDataset(torch.ones(4, 2), torch.ones(4, 2))
+        made.set_train_loader(torch.utils.data.DataLoader(data, batch_size=2))
+        made.auto_save(save_path=url, interval=1, save_last=True, resume="auto")
+        return made
 
     handler().train(2)
     again = handler()
