@@ -59,6 +59,9 @@ class Storage(ABC):
         Args:
             path: A path that a user gave.
 
+        Returns:
+            The full path.
+
         Raises:
             StateError: The path is invalid in this storage.
         """
@@ -67,7 +70,15 @@ class Storage(ABC):
         return path
 
     def child(self, folder: str, name: str) -> str:
-        """Return the path of a name in a folder. The default joins them with `/`."""
+        """Return the path of a name in a folder. The default joins them with `/`.
+
+        Args:
+            folder: The full path of the folder.
+            name: The name, without `/`.
+
+        Returns:
+            The full path of the name.
+        """
         return f"{folder.rstrip('/')}/{name}"
 
     @abstractmethod
@@ -123,13 +134,26 @@ class Storage(ABC):
 
         Names that lead to another name in the folder are left out.
 
+        Args:
+            folder: The full path of the folder.
+
+        Returns:
+            The names.
+
         Raises:
             StorageError: The folder can't be read.
         """
         self._refuse("This storage can't list a folder", folder, "a storage that defines names")
 
     def exists(self, path: str) -> bool:
-        """Ask whether there is something at a path. The default opens it as a checkpoint."""
+        """Ask whether there is something at a path. The default opens it as a checkpoint.
+
+        Args:
+            path: The path.
+
+        Returns:
+            True if a save to the path would replace something.
+        """
         try:
             self.open(path).close()
         except CheckpointNotFoundError:
@@ -140,6 +164,12 @@ class Storage(ABC):
         """Return a value that changes when the checkpoint at the path is replaced.
 
         The default reads the manifest.
+
+        Args:
+            path: The checkpoint.
+
+        Returns:
+            The value.
 
         Raises:
             CheckpointError: There is no checkpoint at the path.
@@ -153,6 +183,9 @@ class Storage(ABC):
     def remove(self, path: str) -> None:
         """Remove a checkpoint: all at once from its path, then its files as far as that works.
 
+        Args:
+            path: The checkpoint.
+
         Raises:
             CheckpointBusyError: A save to the path is under way.
             StorageError: The checkpoint is not removed.
@@ -163,6 +196,9 @@ class Storage(ABC):
         """Remove what dead saves and removals left in a folder, as far as that works.
 
         Never raises OSError. The default leaves everything.
+
+        Args:
+            folder: The full path of the folder.
         """
 
     def _refuse_writing(self, path: str) -> NoReturn:

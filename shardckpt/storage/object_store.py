@@ -134,7 +134,7 @@ class ObjectStorage(Storage):
             )
         transaction = ObjectTransaction(objects, path, prefix, checkpoint_id, leads=True)
         transaction.replaces = version
-        transaction.old_keys = _keys_of(text, prefix) if text is not None else []
+        transaction.old = text
         transaction.overwrite = overwrite
         _put_marker(objects, f"{prefix}{checkpoint_id}/{_BEGUN}")
         return transaction
@@ -204,7 +204,7 @@ class ObjectStorage(Storage):
                 unavailable = error
         else:
             raise unavailable
-        objects.delete(_keys_of(text, prefix))
+        _delete_shards(objects, prefix, text)
         _delete_tombstone(objects, prefix)
 
     def sweep(self, folder: str) -> None:
@@ -219,13 +219,13 @@ class ObjectTransaction(WriteTransaction):
 
     Attributes:
         replaces: The version of the manifest that the commit replaces; None for a new one.
-        old_keys: The keys of the shards of the checkpoint that is replaced.
+        old: The manifest that is replaced.
         overwrite: See Storage.begin.
     """
 
     shares_files = False
     replaces: str | None = None
-    old_keys: Sequence[str] = ()
+    old: bytes | None = None
     overwrite = False
 
     def __init__(
@@ -293,7 +293,9 @@ class ObjectTransaction(WriteTransaction):
             unavailable.remedy = "load it to find out; or save again with overwrite=True"
             raise unavailable
         with suppress(StorageError):
-            self._objects.delete([self._own + _BEGUN, *self.old_keys])
+            self._objects.delete([self._own + _BEGUN])
+            if self.old is not None:
+                _delete_shards(self._objects, self._prefix, self.old)
 
     def _lost(self) -> StorageError:
         if not self.overwrite:
@@ -491,14 +493,16 @@ def _id_of(manifest: bytes) -> str | None:
     return found[1].decode() if found else None
 
 
-def _keys_of(manifest: bytes, prefix: str) -> list[str]:
-    """The keys of the shards that a manifest names, without trust in its other content."""
+def _delete_shards(objects: Objects, prefix: str, manifest: bytes) -> None:
+    """Delete the shards of a manifest that is not there any more: those that it names, in case a
+    list lacks them, and those in the list, in case its text is corrupted."""
     identity = _id_of(manifest)
-    names = re.findall(rb'\{"name":"(shard-[a-z0-9.-]+)","size":', manifest)
-    texts = [name.decode() for name in names]
     if identity is None:
-        return []
-    return [f"{prefix}{identity}/{name}" for name in texts if is_shard_name(name)]
+        return
+    names = {name.decode() for name in re.findall(rb'"name":"(shard-[a-z0-9.-]+)"', manifest)}
+    keys = {f"{prefix}{identity}/{name}" for name in names if is_shard_name(name)}
+    keys.update(found.key for found in objects.list(f"{prefix}{identity}/"))
+    objects.delete(sorted(keys))
 
 
 def _exists(path: str) -> CheckpointExistsError:
