@@ -25,7 +25,12 @@ OpenStorage = Callable[[str], Storage]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+")
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>//?)(?P<rest>.*)", re.DOTALL)
-_BUILT_IN = {"memory": "memory"}
+_BUILT_IN = {
+    "memory": "memory",
+    "s3": "object_clients",
+    "gs": "object_clients",
+    "az": "object_clients",
+}
 """Scheme -> module with a function `open_url`. Imported at first use: it may need an extra."""
 
 _registered: dict[str, OpenStorage] = {}
