@@ -10,10 +10,10 @@ from shardckpt import api
 from shardckpt.loading.shard_reader import check_size
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.storage import deletion as removal
+from shardckpt.storage import deletion
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.names import beside
+from shardckpt.storage.names import hidden_path
 from shardckpt.storage.posix import System, translated
 
 __all__ = ["RECORD", "CheckpointBackend", "ShardedBackend", "Signature", "signature_of"]
@@ -23,11 +23,11 @@ RECORD = "checkpoint_manager"
 
 
 Signature = tuple[int, int, int]
-"""Inode, time of change in nanoseconds, and size in bytes of a file."""
+"""The inode, the time of change in nanoseconds, and the size in bytes of a file."""
 
 
 def signature_of(status: os.stat_result) -> Signature:
-    """The signature of a file that is replaced whenever its checkpoint is replaced."""
+    """Return the signature of a file, which changes when the file is replaced."""
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
@@ -38,7 +38,10 @@ class CheckpointBackend(Protocol):
     """
 
     def names(self, folder: str) -> list[str]:
-        """The names in a folder that may be checkpoints, sorted. Empty if the folder is missing."""
+        """List the names in a folder that may be checkpoints, sorted.
+
+        Returns an empty list if the folder does not exist.
+        """
 
     def sweep(self, folder: str) -> None:
         """Remove the leftovers of failed saves and removals from a folder, as far as possible."""
@@ -65,76 +68,84 @@ class CheckpointBackend(Protocol):
         """Load a checkpoint into a state. Collective."""
 
     def signature(self, path: str) -> Signature:
-        """A value that changes when the checkpoint is replaced. Cheap."""
+        """Return a value that changes when the checkpoint is replaced. The call is cheap."""
 
     def record(self, path: str) -> Any:
-        """The saved entry RECORD of a complete checkpoint; None if it has none."""
+        """Return the entry RECORD of a complete checkpoint. None if it has no such entry."""
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
-        """Raise an error if the checkpoint is corrupted."""
+        """Verify the checkpoint.
+
+        Args:
+            path: The checkpoint.
+            quick: Read only the manifest and the sizes of files.
+            progress: Called with the number of bytes verified so far.
+
+        Raises:
+            CorruptionError: The checkpoint is corrupted.
+        """
 
     def remove(self, path: str) -> None:
-        """Remove the checkpoint. Raises StorageError."""
+        """Remove the checkpoint.
+
+        Raises:
+            StorageError: The checkpoint can't be removed.
+        """
 
 
 class ShardedBackend:
-    """Directories of shards; see CheckpointBackend. `system` performs the system calls."""
+    """Stores checkpoints as directories of shards; see CheckpointBackend.
+
+    Args:
+        system: Performs the system calls.
+    """
 
     def __init__(self, system: System | None = None) -> None:
         self._system = system or System()
         self._storage = LocalStorage(self._system)
 
     def names(self, folder: str) -> list[str]:
-        """See CheckpointBackend.names. Includes a checkpoint that a failed overwrite moved."""
+        """See CheckpointBackend.names. Includes checkpoints that a failed overwrite has moved."""
         with translated(folder):
             try:
                 names = self._system.listdir(folder)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        moved = {name for name in map(removal.old_name, names) if name}
+        moved = {name for name in map(deletion.old_name, names) if name}
         return sorted({name for name in names if not name.startswith(".")} | moved)
 
     def sweep(self, folder: str) -> None:
         """See CheckpointBackend.sweep."""
-        removal.sweep(self._system, folder)
+        deletion.sweep(self._system, folder)
 
     def exists(self, path: str) -> bool:
         """See CheckpointBackend.exists."""
-        return removal.exists(self._system, path)
+        return deletion.exists(self._system, path)
 
     def save(
         self,
         state: Any,
         path: str,
         *,
-        overwrite: bool,
         asynchronous: bool,
-        process_group: Any,
-        base: str | None,
+        **options: Any,
     ) -> SaveHandle | None:
         """See CheckpointBackend.save."""
-        options: Any = {
-            "overwrite": overwrite,
-            "process_group": process_group,
-            "base": base,
-            "storage": self._storage,
-        }
         if asynchronous:
-            return api.async_save(state, path, **options)
-        api.save(state, path, **options)
+            return api.async_save(state, path, storage=self._storage, **options)
+        api.save(state, path, storage=self._storage, **options)
         return None
 
-    def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
+    def load(self, state: Any, path: str, **options: Any) -> LoadReport:
         """See CheckpointBackend.load."""
-        options: Any = {"process_group": process_group, "storage": self._storage}
-        return api.load(state, path, strict=strict, **options)
+        return api.load(state, path, storage=self._storage, **options)
 
     def signature(self, path: str) -> Signature:
         """See CheckpointBackend.signature."""
         try:
             status = self._system.stat(os.path.join(path, MANIFEST_NAME))
         except FileNotFoundError:
-            status = self._system.stat(os.path.join(beside(path, "old"), MANIFEST_NAME))
+            status = self._system.stat(os.path.join(hidden_path(path, "old"), MANIFEST_NAME))
         return signature_of(status)
 
     def record(self, path: str) -> Any:
@@ -157,4 +168,4 @@ class ShardedBackend:
 
     def remove(self, path: str) -> None:
         """See CheckpointBackend.remove."""
-        removal.remove(self._system, path)
+        deletion.remove(self._system, path)

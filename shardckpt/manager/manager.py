@@ -88,13 +88,14 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     Args:
         folder: The folder of the checkpoints. The first save creates it.
         keep: The retention policies: KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your
-            own function. A checkpoint is kept if any policy keeps it. Without policies all are.
+            own function. A checkpoint is kept if any policy keeps it. Without policies, all
+            checkpoints are kept.
         name: The template of the names, with the field `{step}`.
         asynchronous: Save in the background, see `async_save`. The next `save`, `wait` or `close`
             raises the error of a failed save.
         check: How to verify before pruning: "full" reads all bytes, "quick" reads the manifest and
             compares the sizes of the shards.
-        label: Managers with different labels share a folder, and don't see each other's
+        label: Managers with different labels can share a folder. They don't see each other's
             checkpoints. A manager with label None sees all checkpoints.
         process_group: The ranks; see `save`.
         backend: How checkpoints are stored; by default as directories of shards.
@@ -220,7 +221,11 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     def _agree(
         self, subject: str, step: int, metrics: dict[str, float], name: str | None, if_exists: str
     ) -> tuple[SavedCheckpoint, str | None, str]:
-        """Rank 0's decision: the new checkpoint, the path of its base, and rank 0's manager."""
+        """Let rank 0 decide on the new checkpoint. Collective.
+
+        Returns:
+            The new checkpoint, the path of its base, and the identity of rank 0's manager.
+        """
 
         def decide(payloads: list[bytes]) -> bytes:
             self._backend.sweep(self.folder)
@@ -240,7 +245,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                     path=path,
                     remedy='give another step or name, or if_exists="overwrite"',
                 )
-            # The files of a corrupted checkpoint may be linked to older ones: then write all files.
+            # A corrupted checkpoint must not be the base, as its files would be linked again.
             newest = self.checkpoints()[-1:]
             base = next((c.path for c in newest if self._verified.get(_key(c), True)), None)
             encoded_base = base and os.fsencode(base)
@@ -296,7 +301,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return self._scan()[0]
 
     def _scan(self) -> tuple[list[SavedCheckpoint], list[tuple[str, str]]]:
-        """The complete checkpoints, oldest first, and (path, message) of each corrupted one."""
+        """List the complete checkpoints, oldest first, and (path, message) of corrupted ones."""
         complete, corrupted = [], []
         for name in self._backend.names(self.folder):
             path = os.path.join(self.folder, name)
@@ -406,7 +411,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         Args:
             load: Called with a path; collective.
-            order: Sorts the checkpoints, of which it is given the oldest first.
+            order: Takes the checkpoints, oldest first, and returns them in the order of attempts.
 
         Returns:
             The checkpoint, what `load` returned, and the paths of the corrupted ones before it.
@@ -517,7 +522,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return self._verified[key]
 
     def _look(self, path: str) -> SavedCheckpoint | None:
-        """The checkpoint at a path, if this manager sees it. Raises if it is corrupted."""
+        """Return the checkpoint at a path if this manager sees it. Raises CorruptionError."""
         try:
             signature = self._backend.signature(path)
             if self._records.get(path, (None, None))[0] != signature:
@@ -556,7 +561,7 @@ class _Facts(msgspec.Struct, kw_only=True):
 
 
 def _record(path: str, record: Any) -> _Record | None:
-    """None if no manager saved the checkpoint."""
+    """Convert the entry RECORD. Returns None if no manager saved the checkpoint."""
     try:
         facts = msgspec.convert(record, _Facts)
     except msgspec.ValidationError:
@@ -595,7 +600,7 @@ def _checked_name(name: str) -> str:
 
 
 def _owner(name: str, keep: Sequence[Retention]) -> str:
-    """The owner of a manager without a label: its template and its policies without counts."""
+    """Return the owner of a manager without a label: its template and policies without counts."""
     policies = [
         f"KeepBest {policy.monitor} {policy.mode}"
         if isinstance(policy, KeepBest)

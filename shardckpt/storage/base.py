@@ -1,8 +1,8 @@
-"""The interface of a storage, a set of places for checkpoints.
+"""The base classes of a storage of checkpoints.
 
-A storage of your own subclasses these four classes and defines their abstract methods. Everything
-else has a default that is right, if slower than it could be. `shardckpt.testing.StorageTests`
-checks a storage; docs/how-to/storage.md shows a complete one.
+A storage of your own subclasses these four classes and defines their abstract methods. All other
+methods have defaults, which are correct but may be slow. `shardckpt.testing.StorageTests` tests a
+storage. docs/how-to/storage.md shows a complete one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 
 OnFilled = Callable[[memoryview], object]
-"""Called with a buffer once it is full."""
+"""A function that is called with each buffer when it is full."""
 
 
 class WouldWait(Exception):
@@ -34,9 +34,9 @@ class WouldWait(Exception):
 
 
 class Storage(ABC):
-    """The interface of a storage for checkpoints, each with a path. No method is collective.
+    """The base class of storages, which find checkpoints by path. No method is collective.
 
-    A read-only storage implements only `open`. `shardckpt.testing` has tests for new storages, and
+    A read-only storage defines only `open`. `shardckpt.testing` has tests for new storages.
     `shardckpt.LocalStorage` is the default.
 
     Example:
@@ -66,12 +66,12 @@ class Storage(ABC):
         """Begin a checkpoint, on rank 0 alone. Nothing is visible at the path before commit.
 
         Args:
-            path: Where the checkpoint goes.
+            path: The path of the new checkpoint.
             checkpoint_id: Its id, 32 hex digits that no other checkpoint has.
             overwrite: Replace a checkpoint at the path.
 
         Returns:
-            The transaction, in which rank 0 creates files and commits.
+            The transaction, with which rank 0 creates files and commits.
 
         Raises:
             CheckpointExistsError: The path exists, and `overwrite` is false.
@@ -81,14 +81,14 @@ class Storage(ABC):
         self._refuse_writing(path)
 
     def join(self, path: str, *, token: str) -> WriteTransaction:
-        """Take part in the checkpoint that rank 0 began, on any other rank.
+        """Join the checkpoint that rank 0 began, on any other rank.
 
         Args:
-            path: As for begin.
+            path: The path that rank 0 gave to `begin`.
             token: The token of rank 0's transaction.
 
         Returns:
-            The transaction, in which this rank creates files.
+            The transaction, with which this rank creates files.
 
         Raises:
             DirectoryNotSharedError: This rank does not see what rank 0 began.
@@ -106,11 +106,11 @@ class Storage(ABC):
 
 
 class WriteTransaction(ABC):
-    """A checkpoint being written, on one rank.
+    """A checkpoint that is being written, on one rank.
 
     Attributes:
-        path: Where the checkpoint goes.
-        token: A text by which other ranks join.
+        path: The path of the new checkpoint.
+        token: The text with which other ranks join.
     """
 
     path: str
@@ -122,72 +122,77 @@ class WriteTransaction(ABC):
 
         Args:
             name: The file's name. Only a shared file may exist already.
-            size_bytes: The size that it will have, to set space aside.
-            shared: Several ranks create the file, and each writes a part of it: from one multiple
-                of 1 MiB to another one, or to the end.
+            size_bytes: The final size of the file. The storage may allocate it in advance.
+            shared: Several ranks create this file, and each rank writes its own range of it. A
+                range begins at a multiple of 1 MiB, and ends at another one or at the end.
+
+        Returns:
+            The file, open for writing.
 
         Raises:
-            StorageError: The file exists, or there is no space for it.
+            StorageError: The file exists, or there is not enough space.
         """
 
     @abstractmethod
     def commit(self, manifest: bytes) -> None:
-        """Write the manifest and make the checkpoint visible, all of it at once; on rank 0 alone.
+        """Write the manifest, and make the whole checkpoint visible in one step, on rank 0 alone.
 
         The checkpoint is durable when this returns.
         """
 
     @abstractmethod
     def abandon(self) -> None:
-        """Remove what was written, as far as that is possible. Never raises. Does nothing after
-        commit, and nothing when called again."""
+        """Remove the written files, as far as possible. Never raises.
+
+        After commit, and when called again, it does nothing.
+        """
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
-        """Take over a file from an open checkpoint without writing it anew, durably; on any rank.
+        """Add a file of an earlier checkpoint without copying its bytes, durably, on any rank.
 
-        The file must stay intact whatever becomes of the source.
+        The new file must stay intact when the source is replaced or removed.
 
         Returns:
-            False if that is not possible: nothing has been made, and the file can be created. The
-            default always returns False.
+            Whether the file was added. If not, nothing was made, and the caller creates the file.
+            The default always returns False.
         """
         return False
 
     def close(self) -> None:  # noqa: B027
-        """Release what is held. Never raises. The default holds nothing."""
+        """Release locks and other resources. Never raises. The default does nothing."""
 
 
 class WritableFile(ABC):
-    """A file being written.
+    """A file that is being written.
 
     Attributes:
-        direct: Buffers, offsets and lengths must be multiples of 4096.
+        direct: Whether addresses of buffers, offsets and lengths must be multiples of 4096 bytes.
     """
 
     direct: bool = False
 
     @abstractmethod
     def write(self, data: memoryview, *, offset: int) -> None:
-        """Write all of `data` at `offset`; from any thread, best without the interpreter lock."""
+        """Write all of `data` at `offset`. Called from any thread; should release the GIL."""
 
     @abstractmethod
     def close(self, *, size_bytes: int) -> None:
-        """Cut the file to its size, make it durable, and close it.
+        """Truncate the file to its size, make it durable, and close it.
 
         Raises:
             StorageError: The bytes may not be durable.
         """
 
     def discard(self) -> None:  # noqa: B027
-        """Close the file after an error. Never raises. The default holds nothing."""
+        """Close the file after an error. Never raises. The default does nothing."""
 
 
 class CheckpointFiles(ABC):
     """The files of a committed checkpoint.
 
     Attributes:
-        path: Where the checkpoint is.
-        in_memory: Reads never wait for a disk or another machine.
+        path: The path of the checkpoint.
+        in_memory: Whether reads never wait for a disk or another machine.
     """
 
     path: str
@@ -207,10 +212,10 @@ class CheckpointFiles(ABC):
 
     @abstractmethod
     def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
-        """Fill a buffer with the bytes of a shard from `offset` on; from any thread.
+        """Fill a buffer with the bytes of a shard from `offset` on. Called from any thread.
 
         Raises:
-            CorruptionError: The shard is missing, or ends before the buffer is full.
+            CorruptionError: The shard is missing or truncated.
         """
 
     def readinto(
@@ -222,16 +227,20 @@ class CheckpointFiles(ABC):
         on_filled: OnFilled = lambda buffer: None,
         wait: bool = True,
     ) -> None:
-        """Fill buffers one after another, as `read` fills one; from any thread.
+        """Fill several buffers with consecutive bytes of a shard. Called from any thread.
 
         Args:
             name: The shard.
             buffers: The buffers.
-            offset: Where in the shard the first one begins.
+            offset: The offset of the first byte in the shard.
             on_filled: Called with each buffer as soon as it is full, while its bytes are in the
                 processor's cache.
-            wait: If false, raise WouldWait instead of asking a disk or another machine. The default
-                raises it unless `in_memory`.
+            wait: Whether the read may wait for a disk or another machine. If false, it raises
+                WouldWait instead. The default raises it unless `in_memory`.
+
+        Raises:
+            WouldWait: `wait` is false, and the bytes are not in memory.
+            CorruptionError: The shard is missing or truncated.
         """
         if not wait and not self.in_memory:
             raise WouldWait(name)
@@ -243,22 +252,23 @@ class CheckpointFiles(ABC):
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
     ) -> bool:
-        """Fill the beginning of a buffer without the page cache; from any thread.
+        """Fill the beginning of a buffer, bypassing the page cache. Called from any thread.
 
         Args:
             name: The shard.
-            buffer: A buffer at a multiple of 4096, with room for `size_bytes` rounded up to one.
-            offset: Where in the shard to begin, a multiple of 4096.
-            size_bytes: The bytes to read.
+            buffer: A buffer whose address is a multiple of 4096. Its size is at least `size_bytes`
+                rounded up to a multiple of 4096.
+            offset: The offset of the first byte in the shard, a multiple of 4096.
+            size_bytes: The number of bytes to read.
 
         Returns:
-            False, and nothing is read, if the page cache has the bytes or can't be passed by. The
+            Whether the bytes were read. False if the page cache has them or can't be bypassed. The
             default always returns False.
         """
         return False
 
     def map(self, name: str) -> memoryview:
-        """Map a shard into memory, copied on write. The map stays valid after close.
+        """Map a shard into private memory. The map stays valid after close.
 
         The default reads the shard.
         """
@@ -267,9 +277,9 @@ class CheckpointFiles(ABC):
         return data
 
     def duplicate(self) -> CheckpointFiles:
-        """Return the same files, which can be used after these are closed.
+        """Return another object for the same files, which stays open when this one is closed.
 
-        The default returns this object; define it together with `close`.
+        The default returns this object. Define it if you define `close`.
 
         Raises:
             StorageError: The files can't be opened again.
@@ -277,4 +287,4 @@ class CheckpointFiles(ABC):
         return self
 
     def close(self) -> None:  # noqa: B027
-        """Release what is held. Never raises. The default holds nothing."""
+        """Close the files. Never raises. The default does nothing."""

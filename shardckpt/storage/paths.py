@@ -1,4 +1,4 @@
-"""The paths that users give: one function makes a local path of each, or refuses it."""
+"""Check the paths that users pass, and convert them to local paths."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<second>/?)(?P<rest>
 
 
 def local_path(path: object) -> str:
-    """The path on a local file system that a user means; idempotent, and makes no system call.
+    """Convert a user's path to a path of the local file system. Makes no system call.
 
-    `~` and `~user` are expanded, and `file:///folder` becomes `/folder`. Any other URL is refused,
-    also one that pathlib has shortened to `s3:/bucket`. A folder named `s3:` is `./s3:`.
+    `~` and `~user` are expanded, and `file:///folder` becomes `/folder`. Any other URL raises an
+    error, also one that pathlib has shortened to `s3:/bucket`. A folder named `s3:` can be given as
+    `./s3:`. A second call with the result returns it unchanged.
 
     Raises:
-        StateError: `path` is a URL, neither a str nor an os.PathLike[str], empty, or has a
-            character that no file name can have, or names a user that does not exist.
+        StateError: `path` is another URL, is neither a str nor an os.PathLike[str], is empty, has a
+            character that file names can't have, or names a user who does not exist.
     """
     try:
         text = os.fspath(path)  # type: ignore[call-overload]
@@ -60,7 +61,7 @@ def _of_url(text: str, url: re.Match[str]) -> str:
     if scheme == "file" and url["second"] and host in ("", "localhost") and slash and rest:
         return _checked(text, "/" + unquote(rest))
     raise StateError(
-        "This is a URL, and checkpoints are saved to and loaded from local paths",
+        "The path is a URL, but checkpoints are saved to and loaded from local paths",
         path=text,
         expected="a path of a mounted file system, or file:///folder",
         actual=f"the scheme {url['scheme']}",
@@ -75,7 +76,7 @@ def _checked(text: str, path: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """The same path wherever the program changes its working directory to.
+    """Make a path absolute, so that it stays valid when the working directory changes.
 
     Raises:
         StorageError: The working directory has been removed.

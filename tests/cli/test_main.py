@@ -168,8 +168,8 @@ def newer(path):
 @pytest.mark.parametrize(
     ("harm", "code", "word"),
     [
-        (lambda path: os.rename(path, f"{path}-gone"), 5, "nothing at this path"),
-        (lambda path: (path / "manifest.json").unlink(), 5, "no shardckpt checkpoint"),
+        (lambda path: os.rename(path, f"{path}-gone"), 5, "checkpoint does not exist"),
+        (lambda path: (path / "manifest.json").unlink(), 5, "not a shardckpt checkpoint"),
         (newer, 5, "newer"),
         (cut, 6, "cut"),
     ],
