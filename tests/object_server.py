@@ -18,6 +18,7 @@ from pathlib import Path
 
 KEY, SECRET, REGION = "key", "secret", "us-east-1"
 _START_S = 120
+_started: list[subprocess.Popen[bytes]] = []  # they outlive the tests
 
 
 def free_ports(count: int) -> list[int]:
@@ -120,14 +121,17 @@ def shared_server(folder: Path) -> dict[str, str]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = folder / "variables.json"
         if not found.exists():
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.object_server", str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=open(folder / "errors", "wb"),  # noqa: SIM115
-                start_new_session=True,
-                cwd=Path(__file__).parents[1],
-            )
+            with open(folder / "errors", "wb") as errors:
+                _started.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.object_server", str(folder)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=errors,
+                        start_new_session=True,
+                        cwd=Path(__file__).parents[1],
+                    )
+                )
             give_up_at = time.monotonic() + _START_S
             while not found.exists():
                 if time.monotonic() > give_up_at:

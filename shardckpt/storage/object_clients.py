@@ -113,7 +113,7 @@ class ClientObjects(Objects):
         from obstore import store
 
         self.url = url
-        retried = {
+        retried: dict[str, Any] = {
             "backoff": {
                 "init_backoff": timedelta(seconds=0.1),
                 "max_backoff": timedelta(seconds=5),
@@ -121,7 +121,7 @@ class ClientObjects(Objects):
             },
             "retry_timeout": timedelta(seconds=current().store_deadline_s),
         }
-        options = {
+        options: dict[str, Any] = {
             "config": {key: value for key, value in settings.items() if key not in _CLIENT},
             "client_options": {
                 "timeout": timedelta(seconds=current().stall_deadline_s),
@@ -131,13 +131,12 @@ class ClientObjects(Objects):
             },
         }
         try:
-            self._store: Any = store.from_url(
+            open_store: Any = store.from_url  # its overloads depend on the scheme
+            self._store: Any = open_store(
                 url, retry_config={"max_retries": 10, **retried}, **options
             )
             # One attempt tells for sure whether a condition has failed.
-            self._once: Any = store.from_url(
-                url, retry_config={"max_retries": 0, **retried}, **options
-            )
+            self._once: Any = open_store(url, retry_config={"max_retries": 0, **retried}, **options)
         except Exception as error:
             raise StateError(
                 "The store can't be opened with these settings",
