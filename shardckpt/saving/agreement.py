@@ -163,7 +163,7 @@ def _agree(
     plan, (_, key, writes) = local.get(), summary.get()
     merged = answer.verdict in (_Verdict.MERGE, _Verdict.MERGE_VALUES)
     if merged:
-        offer = _encode(plan.offer(whole=answer.verdict is _Verdict.MERGE))
+        offer = _encode(plan.offer(tensors=answer.verdict is _Verdict.MERGE))
         answer = _decode_answer(exchange(coordinator, "compare", lambda: offer, lead.merge))
 
     # Every rank joins the transaction before any rank writes, as a directory may not be shared.
@@ -174,7 +174,7 @@ def _agree(
 
     transaction = attempt(join)
     if answer.verdict is _Verdict.DIVIDE:
-        packed = transaction.then(lambda _: plan.pack(whole=coordinator.rank == 0))
+        packed = transaction.then(lambda _: plan.pack(complete=coordinator.rank == 0))
         writes = RankWrites.of(plan, exchange(coordinator, "divide", packed.get, lead.divide))
         _cache.add_writes(key, answer.plan_id, writes)
     else:

@@ -166,7 +166,7 @@ def commit_manifest(
 
 
 def _without_repeats(problems: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The problems of all ranks with their bases, each once, and at most eight."""
+    """Return the problems of all ranks with their bases, each once, and at most eight."""
     ranks: dict[str, list[int]] = {}
     for rank, problems_of_rank in enumerate(problems):
         for problem in problems_of_rank:

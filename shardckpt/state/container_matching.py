@@ -36,7 +36,7 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
             tensor=name,
             expected="a dict, another mutable mapping, or a MappingProxyType",
             actual=f"{type(template).__module__}.{type(template).__qualname__}",
-            remedy="hand over dict(...) of it",
+            remedy="pass dict(...) of it",
         )
     items: dict[Any, Finish] = {}
     for key, value in template.items():

@@ -210,7 +210,7 @@ class TorchForms:
         self._all = tuple(self._left)
 
     def owner(self, packed: Any) -> Optimizer | None:
-        """The optimizer whose parameters a dict of torch's form numbers; None for any other."""
+        """Return the optimizer to which a dict of torch's form belongs. None for any other dict."""
         if not (
             isinstance(packed, Mapping)
             and isinstance(packed.get("state"), Mapping)

@@ -73,7 +73,7 @@ def expansion_unbounded() -> None:
 
 
 def sharing_unbounded() -> None:
-    torch_file._PLACES = 1 << 62
+    torch_file._SHARED_VALUES = 1 << 62
 
 
 HOLES: dict[str, Callable[[], None]] = {
