@@ -1,4 +1,4 @@
-"""The prose of documentation and package has none of the unclear patterns that scripts/prose finds."""
+"""Documentation and package have none of the unclear patterns that scripts/prose finds."""
 
 from __future__ import annotations
 

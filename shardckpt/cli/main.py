@@ -218,7 +218,7 @@ _group = click.Group(
                 _path("source"),
                 _path("target"),
                 click.Option(
-                    ["--world-size"], type=int, required=True, help="The number of shards."
+                    ["--shards"], type=int, required=True, help="The number of shards."
                 ),
                 OVERWRITE,
                 JOBS,

@@ -169,7 +169,7 @@ def test_the_commands(damaged, capsys):
     assert SHARDS[0] in err
     assert main(["rescue", str(damaged), str(damaged.parent / "r")]) == 0
     out = capsys.readouterr().out
-    assert "lost   model.w" in out
+    assert "lost     model.w" in out
     assert "2 tensors saved, 1 lost" in out
     with pytest.raises(SystemExit):
         main(["verify", str(damaged), "--subset", "3/2"])
