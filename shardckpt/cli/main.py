@@ -217,9 +217,7 @@ _group = click.Group(
             [
                 _path("source"),
                 _path("target"),
-                click.Option(
-                    ["--shards"], type=int, required=True, help="The number of shards."
-                ),
+                click.Option(["--shards"], type=int, required=True, help="The number of shards."),
                 OVERWRITE,
                 JOBS,
             ],

@@ -90,7 +90,7 @@ def _named(
 def _listed(wanted: Any) -> Iterable[Any]:
     if isinstance(wanted, (str, torch.Tensor)):
         return [wanted]
-    return list(wanted or ())
+    return wanted if isinstance(wanted, Iterable) else ()
 
 
 def _matching(wanted: Any, by_id: Mapping[int, str], parameters: Mapping[str, Any]) -> list[str]:

@@ -248,8 +248,8 @@ def _set_parts(
     _set_trained(handler, config, source.path)
     _set_functions(handler, names, source, config, options)
     if "optimizer.class" in made:
-        _check_loss(handler, made["optimizer.groups"], source.path)
         with making("optimizer", source.path):
+            _check_loss(handler, made["optimizer.groups"], source.path)
             handler.make_optimizer(
                 made["optimizer.class"],
                 made["optimizer.groups"],

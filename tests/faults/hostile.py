@@ -234,7 +234,9 @@ ATTACKS: dict[str, Attack] = {
     "a layout that torch would import": value({"$layout": "_inductor"}),
     "a set of ints that have one hash": value({"$set": EQUAL_HASHES}),
     "keys that have one hash": value({"$dict": [[key, 0] for key in EQUAL_HASHES]}),
-    "keys that are tuples of one hash": value({"$dict": [[{"$tuple": [k]}, 0] for k in EQUAL_HASHES]}),
+    "keys that are tuples of one hash": value(
+        {"$dict": [[{"$tuple": [k]}, 0] for k in EQUAL_HASHES]}
+    ),
     "a counter of keys that have one hash": value({"$counter": [[key, 0] for key in EQUAL_HASHES]}),
     "an enum that is a proxy": value({"$enum": ["tests.faults.hostile_child", "proxy", "x"]}),
     "a set of lists": value({"$set": [[1]]}),
