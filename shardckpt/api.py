@@ -64,7 +64,7 @@ def _ignore(size_bytes: int) -> None:
 def _ranks_given(
     subject: str, process_group: ProcessGroup | None, comm: Any
 ) -> AbstractContextManager[Coordinator]:
-    """The ranks of `process_group` or `comm`, or this process alone if both are None."""
+    """Return the ranks of `process_group` or `comm`, or this process alone if both are None."""
     if process_group is None and comm is None:
         return nullcontext(SingleCoordinator())
     return operation(subject, process_group, comm=comm)

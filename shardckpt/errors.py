@@ -66,8 +66,10 @@ __all__ = [
 
 
 def printable(text: str) -> str:
-    """Text whose control characters, but line ends, are escaped: names in a checkpoint must not
-    drive a terminal, nor be what no terminal can show."""
+    """Escape all control characters of a text except line ends.
+
+    Names in a checkpoint could otherwise control a terminal.
+    """
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -78,13 +80,13 @@ class ShardckptError(Exception):
     pickled, so that they can travel between processes.
 
     Args:
-        message: What went wrong, in one sentence.
+        message: The problem, in one sentence.
         path: The file or directory.
         rank: The rank that failed, or a tuple of ranks.
         tensor: The name of the entry, or several names joined with commas.
-        expected: What was expected.
-        actual: What was found instead.
-        remedy: What the user can do.
+        expected: The expected value or situation.
+        actual: The actual value or situation.
+        remedy: An action of the user that solves the problem.
         **facts: Further facts. They are kept in the attribute `facts`, by name.
 
     Attributes:

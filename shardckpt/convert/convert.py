@@ -19,7 +19,7 @@ from shardckpt.convert.safetensors_files import (
 from shardckpt.convert.single_files import (
     INDEX,
     is_one_file,
-    is_one_file_there,
+    is_single_file,
     read_many,
     write_one,
 )
@@ -147,7 +147,7 @@ def open_source(
 
 def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
     path = place.path
-    if is_one_file_there(path):
+    if is_single_file(path):
         if path.endswith(".safetensors"):
             return open_safetensors(path, check=check)
         return open_torch_file(path, check=check)
@@ -302,7 +302,7 @@ def _write_torch(
 
 
 def _format_of(target: str, to: Format | None) -> Format:
-    """The format of the target. The suffix of the path decides for single files."""
+    """Return the format of the target. The suffix of the path decides for single files."""
     by_suffix: Format = "shardckpt"
     if is_one_file(target):
         by_suffix = "safetensors" if target.endswith(".safetensors") else "torch"

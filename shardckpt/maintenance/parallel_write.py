@@ -1,4 +1,4 @@
-"""Files that several ranks write together, each a part of even size, in bounded memory."""
+"""Several ranks write the same files, each an equal part, in bounded memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
     digests: bytes
 
     def of_blocks(self) -> NDArray[np.uint64]:
-        """The digests as an array."""
+        """Return the digests as an array."""
         return np.frombuffer(self.digests, dtype="<u8").astype(np.uint64)
 
 
@@ -112,7 +112,7 @@ def _write_part(
 
 
 def joined_parts(payloads: Sequence[bytes]) -> list[WrittenFile]:
-    """All files in order, from the messages of all ranks, in rank order."""
+    """Return all files in order, from the messages of all ranks, in rank order."""
     decode = msgspec.msgpack.Decoder(list[WrittenFile]).decode
     files: list[WrittenFile] = []
     for part in (part for payload in payloads for part in decode(payload)):

@@ -77,7 +77,7 @@ def rescue(
 
 
 def _manifest(files: CheckpointFiles) -> tuple[Manifest, dict[str, str], list[str], bool]:
-    """The manifest, the lost tensors, the repaired bits, and whether it was rebuilt."""
+    """Return the manifest, the lost tensors, the repaired bits, and whether it was rebuilt."""
     try:
         data = files.manifest()
         repair = repair_manifest(data)
@@ -94,7 +94,7 @@ def _manifest(files: CheckpointFiles) -> tuple[Manifest, dict[str, str], list[st
 def _without(
     manifest: Manifest, lost: dict[str, str], repaired: list[str], *, rebuilt: bool
 ) -> Manifest:
-    gone = lost.keys() & manifest.tensors.keys()
+    lost_tensors = lost.keys() & manifest.tensors.keys()
     notes = {
         "rescued": "The manifest was rebuilt from the headers of the shards. All values are lost, "
         "and no tensor could be verified."
@@ -105,9 +105,9 @@ def _without(
     }
     return replace(
         manifest,
-        tensors={name: entry for name, entry in manifest.tensors.items() if name not in gone},
-        state=without_tensors(manifest.state, gone),
-        per_rank=tuple(without_tensors(values, gone) for values in manifest.per_rank),
+        tensors={name: entry for name, entry in manifest.tensors.items() if name not in lost},
+        state=without_tensors(manifest.state, lost_tensors),
+        per_rank=tuple(without_tensors(values, lost_tensors) for values in manifest.per_rank),
         notes={**manifest.notes, **{name: text for name, text in notes.items() if text}},
     )
 
@@ -125,7 +125,9 @@ def explain_manifest(error: CorruptionError, place: Place) -> None:
 
 
 class _RepairedFiles(CheckpointFiles):
-    """Files with another manifest, with the sizes in that, and with flipped bits turned back."""
+    """Files of a corrupted checkpoint with another manifest. Flipped bits are repaired when
+    read.
+    """
 
     def __init__(
         self, files: CheckpointFiles, manifest: Manifest, flips: dict[str, list[tuple[int, int]]]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shardckpt import api
-from shardckpt.convert.single_files import INDEX, is_one_file_there, read_many, read_one
+from shardckpt.convert.single_files import INDEX, is_single_file, read_many, read_one
 from shardckpt.coordination.resolve import alone
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.loading.memory_checkpoint import StateStorage
@@ -89,7 +89,7 @@ def open_source(path: str) -> Source:
     place = resolve(path)
     if not isinstance(place.storage, LocalStorage):
         return Source(path=place.path, storage=place.storage)
-    if is_one_file_there(path):
+    if is_single_file(path):
         state = read_one(path)
     elif os.path.isfile(os.path.join(path, INDEX)):
         state = read_many(path)

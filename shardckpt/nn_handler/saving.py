@@ -19,7 +19,7 @@ from shardckpt.convert.single_files import (
     FileFormat,
     check_loads,
     is_one_file,
-    is_one_file_there,
+    is_single_file,
     read_many,
     read_one,
     write_many,
@@ -359,7 +359,7 @@ class OneFile:
 
     def record(self, path: str) -> Any:
         """See Format.record."""
-        found = read_one(path, check=False) if is_one_file_there(path) else None
+        found = read_one(path, check=False) if is_single_file(path) else None
         return found.get(RECORD) if isinstance(found, dict) else None
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:

@@ -26,7 +26,7 @@ class FilePart:
 def file_parts(
     sizes_bytes: Sequence[int], *, rank: int, world_size: int, whole_files: bool = False
 ) -> Iterator[FilePart]:
-    """The parts that a rank writes, given the bytes of data of each file, in order.
+    """Yield the parts that a rank writes, given the bytes of data of each file, in order.
 
     The parts of all ranks cover every file. The part with `begin` 0 includes the header. A part is
     at least a block long, unless it is a full file. With `whole_files` each part is one.
@@ -35,7 +35,7 @@ def file_parts(
     begins = [0, *ends]
 
     def cut(bound: int) -> tuple[int, int]:
-        """The file and byte of the boundary between parts that is nearest to `bound`."""
+        """Return the file and byte of the boundary between parts that is nearest to `bound`."""
         if bound >= begins[-1]:
             return len(ends), 0
         file = bisect_right(ends, bound)

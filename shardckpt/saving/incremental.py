@@ -28,12 +28,13 @@ from shardckpt.storage.resolve import Place
 __all__ = ["Base", "OpenCheckpoint", "check_verify_base", "open_base"]
 
 _SAMPLE = 16
-"""One block in this many of a linked file is read back. Corruption is found within a few saves, and
-the file is then written instead."""
+"""The interval of the blocks that are read back of each linked file. A corrupted block is found
+within a few saves, and the file is then written instead of linked.
+"""
 
 
 def check_verify_base(base: object, *, verify_base: bool) -> None:
-    """Refuse verify_base where there is no base to verify."""
+    """Raise StateError if `verify_base` is set without a base."""
     if verify_base and base is None:
         raise StateError(
             "verify_base needs a base",
@@ -56,7 +57,7 @@ class OpenCheckpoint(Protocol):
 
 
 class Base:
-    """An open base. `problems` says why unchanged files could not be linked."""
+    """An open base. `problems` lists why unchanged files could not be linked."""
 
     def __init__(
         self, files: CheckpointFiles | None, shards: Iterable[ShardEntry], *, verify: bool
@@ -90,7 +91,7 @@ class Base:
             if digest != next(expected, None):
                 return None
             progress(number * BLOCK_BYTES)
-        if next(expected, None) is not None:  # tensors were resized meanwhile
+        if next(expected, None) is not None:  # tensors were resized in the meantime
             return None
         try:
             self._check(self._files, shard)
@@ -102,7 +103,7 @@ class Base:
         return None
 
     def _check(self, files: CheckpointFiles, shard: ShardEntry) -> None:
-        """Raise for a file that is missing, of another size, or corrupted where it is read."""
+        """Raise an error if a file is missing, has another size, or has a corrupted block."""
         check_size(files, shard)
         blocks = len(shard.digests)
         step = 1 if self._verify else min(_SAMPLE, blocks)
@@ -113,7 +114,7 @@ class Base:
             files.readinto(shard.name, [view], offset=low)
             if bad_blocks(shard, low, view):
                 raise CorruptionError(
-                    "A file of the base is corrupted; it was written anew",
+                    "A file of the base is corrupted and was written again",
                     path=f"{files.path}/{shard.name}",
                     expected="the bytes that were saved",
                     actual=f"other bytes in block {block}",
@@ -125,12 +126,15 @@ class Base:
 def open_base(base: Place | OpenCheckpoint | None, *, verify: bool) -> Iterator[Base | None]:
     """Open the base of a save, if there is one, for a with block. Not collective.
 
-    A base that can't be opened has no files, and says why in `problems`. An open checkpoint stays
-    open.
+    A base that can't be opened has no files, and `problems` has the reason. An open checkpoint
+    stays open.
 
     Args:
         base: A path in its storage, an open checkpoint, or None.
-        verify: Read every block of a linked file back, instead of a sample.
+        verify: Read back every block of a linked file, instead of a sample.
+
+    Yields:
+        The base, or None.
     """
     if base is None:
         yield None
@@ -155,7 +159,7 @@ def open_base(base: Place | OpenCheckpoint | None, *, verify: bool) -> Iterator[
 
 
 def _block_digests(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[int]:
-    """The digest of each block of the file that the header and the tensors would make."""
+    """Yield the digest of each block of the file that holds the header and the tensors."""
     digest = xxhash.xxh3_64()
     room = BLOCK_BYTES
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8)

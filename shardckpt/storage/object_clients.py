@@ -44,7 +44,7 @@ _PARTS_IN_FLIGHT = 4  # for each object being uploaded
 _PARTS = 10_000  # at most, in S3
 _EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
 _UNAVAILABLE = re.compile(r"status code: (408|409|429|5\d\d)\b|HTTP error: (?!builder)")
-"""What obstore says, in text alone, of errors after which the same request may succeed."""
+"""The texts of errors after which the same request may succeed. obstore has no types for them."""
 
 _CUT = "response body error"
 _READS = 3  # of a body that was cut: obstore repeats all other reads by itself
@@ -177,7 +177,7 @@ class ClientObjects(Objects):
 
     @contextmanager
     def _writing(self, key: str) -> Iterator[None]:
-        """As _errors, for a request to which the store must not answer that there is no object."""
+        """Turn errors into those of Objects, for a request that needs no object."""
         try:
             with self._errors(key):
                 yield

@@ -10,8 +10,8 @@ The commit is one put of the manifest under a condition: there is none, or it is
 `begin` read. Of several saves to one path one wins; each loser deletes its own objects. Keys are
 never used again, so no reader ever sees the bytes of two checkpoints.
 
-What a save leaves that died has an id that its manifest does not name. It is deleted once its
-newest object is older than the option `leftover_age_s`.
+The objects of a save that died have an id that no manifest names. They are deleted once the newest
+of them is older than the option `leftover_age_s`.
 """
 
 from __future__ import annotations

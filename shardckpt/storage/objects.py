@@ -115,7 +115,7 @@ class Objects(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects. Those that do not exist are no error."""
+        """Delete objects, as far as they exist."""
 
     @abstractmethod
     def copy(self, source: str, target: str) -> None:

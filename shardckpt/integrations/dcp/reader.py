@@ -78,7 +78,7 @@ class ShardReader(StorageReader):
         if path is not None:
             self._find(path)
         self._saved: SavedState | None = None
-        self._nodes: dict[str, Any] = {}  # name in DCP -> saved leaf
+        self._nodes: dict[str, Any] = {}  # the saved leaf of each name in DCP
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """See StorageReader.reset."""
@@ -126,11 +126,11 @@ class ShardReader(StorageReader):
         """See StorageReader.set_up_storage_reader. read_metadata has opened the checkpoint."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """See StorageReader.prepare_local_plan. Returns the plan as it is."""
+        """See StorageReader.prepare_local_plan. Returns the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """See StorageReader.prepare_global_plan. Returns the plans as they are."""
+        """See StorageReader.prepare_global_plan. Returns the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -211,8 +211,10 @@ def _describe(entry: TensorEntry) -> TensorStorageMetadata:
 
 
 def dcp_entries(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The leaves of a saved tree with their paths in DCP. A list or tuple without tensors or dicts
-    is one value, and so is an empty dict."""
+    """Yield the leaves of a saved tree with their paths in DCP.
+
+    A list or tuple without tensors or dicts is one value, and so is an empty dict.
+    """
     if isinstance(node, dict) and node:
         items: Any = ((key, value) for key, value in node.items())
     elif isinstance(node, list) and any(map(_is_inner, node)):

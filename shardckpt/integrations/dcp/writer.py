@@ -150,7 +150,7 @@ class ShardWriter(StorageWriter):
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """See StorageWriter.prepare_local_plan. Returns the plan as it is."""
+        """See StorageWriter.prepare_local_plan. Returns the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -281,7 +281,7 @@ def _write_items(
     rank: int,
     world_size: int,
 ) -> bytes:
-    """Write the items of any planner; returns what `finish` needs to know of them."""
+    """Write the items of any planner. Returns the message for `finish`."""
     specs: dict[str, TensorSpec] = {}
     rows: list[int] = []
     boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -337,8 +337,10 @@ def _check_written_once(specs: tuple[TensorSpec, ...], chunks: ChunkTable) -> No
 
 
 def _value(planner: SavePlanner, item: WriteItem) -> Any:
-    """A byte item as typed JSON. DCP passes it as bytes of torch.save; it is read with
-    weights_only=True."""
+    """Return a byte item as typed JSON.
+
+    DCP passes the item as bytes of torch.save, which are read with weights_only=True.
+    """
     stream = planner.resolve_data(item)
     assert isinstance(stream, io.BytesIO)
     stream.seek(0)
@@ -359,7 +361,7 @@ def _value(planner: SavePlanner, item: WriteItem) -> Any:
 
 
 def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) -> dict[str, Any]:
-    """The arguments of commit, from the messages of all ranks."""
+    """Return the arguments of commit, from the messages of all ranks."""
     numbers: dict[str, int] = {}
     specs: list[TensorSpec] = []
     shards: list[ChunkTable] = []
