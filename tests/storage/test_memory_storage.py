@@ -84,7 +84,7 @@ def test_the_commands_take_a_url(url, tmp_path, capsys):
     shardckpt.save(STATE, f"{url}/a")
     assert main(["verify", f"{url}/a"]) == 0
     assert main(["inspect", f"{url}/a"]) == 0
-    assert main(["reshard", f"{url}/a", f"{url}/b", "--world-size", "2"]) == 0
+    assert main(["reshard", f"{url}/a", f"{url}/b", "--shards", "2"]) == 0
     assert main(["rescue", f"{url}/b", f"{url}/c"]) == 0
     assert main(["convert", f"{url}/c", str(tmp_path / "d")]) == 0
     assert main(["convert", str(tmp_path / "d"), f"{url}/e"]) == 0

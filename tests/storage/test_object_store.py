@@ -160,7 +160,7 @@ def test_several_ranks(s3, object_server):
 
 def test_several_processes_reshard(s3):
     shardckpt.save(STATE, s3)
-    command = ["reshard", s3, f"{s3}-3", "--world-size", "3", "--jobs", "2"]
+    command = ["reshard", s3, f"{s3}-3", "--shards", "3", "--jobs", "2"]
     subprocess.run([sys.executable, "-m", "shardckpt", *command], check=True, timeout=120)
     assert loads(f"{s3}-3")
     assert len(shardckpt.metadata(f"{s3}-3").shards) == 3
