@@ -193,7 +193,7 @@ CALLS: dict[str, Callable[[Path], None]] = {
     "shardckpt verify": run("verify", "PATH", "--jobs", "1"),
     "shardckpt convert": run("convert", "PATH", "OUT", "--jobs", "1"),
     "shardckpt rescue": run("rescue", "PATH", "OUT"),
-    "shardckpt reshard": run("reshard", "PATH", "OUT", "--world-size", "1", "--jobs", "1"),
+    "shardckpt reshard": run("reshard", "PATH", "OUT", "--shards", "1", "--jobs", "1"),
 }
 
 

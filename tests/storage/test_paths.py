@@ -106,8 +106,8 @@ COMMANDS = {
     "verify of": lambda path: command("verify", path),
     "rescue from": lambda path: command("rescue", path, "new"),
     "rescue to": lambda path: command("rescue", given(), path),
-    "reshard from": lambda path: command("reshard", path, "new", "--world-size", "1"),
-    "reshard to": lambda path: command("reshard", given(), path, "--world-size", "1"),
+    "reshard from": lambda path: command("reshard", path, "new", "--shards", "1"),
+    "reshard to": lambda path: command("reshard", given(), path, "--shards", "1"),
     "convert from": lambda path: command("convert", path, "new"),
     "convert to": lambda path: command("convert", given(), path),
 }
