@@ -1,4 +1,5 @@
-"""All code on the pages of the documentation runs."""
+"""All code on the pages of the documentation runs. scripts/docs runs the pages; the default tests
+only check that all code is run."""
 
 from __future__ import annotations
 
@@ -42,6 +43,7 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.ranks
+@pytest.mark.pages
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if RUN & {block.language for block in blocks(page.read_text())}],

@@ -25,7 +25,7 @@ def owns_memory(tensor: torch.Tensor) -> bool:
         storage = tensor.untyped_storage()
         size_bytes: int = storage.nbytes()
         offset = int(tensor.storage_offset())
-        # Where the tensor begins with its storage, both have the same address.
+        # If the offset is 0, tensor and storage have the same address.
         if not tensor.data_ptr() or (offset and not storage.data_ptr()):
             return False
         if not tensor.is_contiguous():
@@ -38,22 +38,25 @@ def owns_memory(tensor: torch.Tensor) -> bool:
 
 
 def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:
-    """Raise UnsupportedLeafError, which names the tensor, unless owns_memory."""
+    """Raise UnsupportedLeafError, which names the tensor, if it does not own its memory."""
     if owns_memory(tensor):
         return
-    kind = type(tensor)
+    cls = type(tensor)
     raise UnsupportedLeafError(
         "A tensor does not own memory for its elements",
         tensor=name or None,
         expected="a dense tensor whose storage holds all its elements",
-        actual=f"{kind.__module__}.{kind.__qualname__} of shape {tuple(tensor.shape)}, "
+        actual=f"{cls.__module__}.{cls.__qualname__} of shape {tuple(tensor.shape)}, "
         f"{tensor.layout}, whose storage is missing, freed or too small",
         remedy="save the tensors that it wraps, or a copy made while its storage is allocated",
     )
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """The address of the first element. Raises UnsupportedLeafError for a tensor without memory of
-    its own."""
+    """Return the address of the first element.
+
+    Raises:
+        UnsupportedLeafError: The tensor does not own memory.
+    """
     check_memory(tensor)
     return tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""The checkpoints of one job: saved by step, pruned by policies, restored by age or by metric."""
+"""CheckpointManager, which saves, prunes and restores the checkpoints of one job."""
 
 from shardckpt.manager.manager import CheckpointManager, Restored
 from shardckpt.manager.retention import (

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 from shardckpt import api
 from shardckpt.loading.shard_reader import check_size
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.storage import deletion as removal
-from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.names import beside
-from shardckpt.storage.posix import System, translated
 
-__all__ = ["RECORD", "CheckpointBackend", "ShardedBackend", "Signature", "signature_of"]
+__all__ = ["RECORD", "CheckpointBackend", "ShardedBackend"]
 
 RECORD = "checkpoint_manager"
 """The key of the entry with a checkpoint's label, owner, step, metrics and time."""
-
-
-Signature = tuple[int, int, int]
-"""Inode, time of change in nanoseconds, and size in bytes of a file."""
-
-
-def signature_of(status: os.stat_result) -> Signature:
-    """The signature of a file that is replaced whenever its checkpoint is replaced."""
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class CheckpointBackend(Protocol):
@@ -38,7 +25,7 @@ class CheckpointBackend(Protocol):
     """
 
     def names(self, folder: str) -> list[str]:
-        """The names in a folder that may be checkpoints, sorted. Empty if the folder is missing."""
+        """The names in a folder that may be checkpoints; see Storage.names."""
 
     def sweep(self, folder: str) -> None:
         """Remove the leftovers of failed saves and removals from a folder, as far as possible."""
@@ -64,78 +51,71 @@ class CheckpointBackend(Protocol):
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """Load a checkpoint into a state. Collective."""
 
-    def signature(self, path: str) -> Signature:
+    def version(self, path: str) -> Hashable:
         """A value that changes when the checkpoint is replaced. Cheap."""
 
     def record(self, path: str) -> Any:
-        """The saved entry RECORD of a complete checkpoint; None if it has none."""
+        """Return the entry RECORD of a complete checkpoint. None if it has no such entry."""
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
-        """Raise an error if the checkpoint is corrupted."""
+        """Verify the checkpoint.
+
+        Args:
+            path: The checkpoint.
+            quick: Read only the manifest and the sizes of files.
+            progress: Called with the number of bytes verified so far.
+
+        Raises:
+            CorruptionError: The checkpoint is corrupted.
+        """
 
     def remove(self, path: str) -> None:
-        """Remove the checkpoint. Raises StorageError."""
+        """Remove the checkpoint.
+
+        Raises:
+            StorageError: The checkpoint can't be removed.
+        """
 
 
 class ShardedBackend:
-    """Directories of shards; see CheckpointBackend. `system` performs the system calls."""
+    """Checkpoints of shards in a storage; see CheckpointBackend."""
 
-    def __init__(self, system: System | None = None) -> None:
-        self._system = system or System()
-        self._storage = LocalStorage(self._system)
+    def __init__(self, storage: Storage | None = None) -> None:
+        self._storage = storage or LocalStorage()
 
     def names(self, folder: str) -> list[str]:
-        """See CheckpointBackend.names. Includes a checkpoint that a failed overwrite moved."""
-        with translated(folder):
-            try:
-                names = self._system.listdir(folder)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-        moved = {name for name in map(removal.old_name, names) if name}
-        return sorted({name for name in names if not name.startswith(".")} | moved)
+        """See CheckpointBackend.names."""
+        return self._storage.names(folder)
 
     def sweep(self, folder: str) -> None:
         """See CheckpointBackend.sweep."""
-        removal.sweep(self._system, folder)
+        self._storage.sweep(folder)
 
     def exists(self, path: str) -> bool:
         """See CheckpointBackend.exists."""
-        return removal.exists(self._system, path)
+        return self._storage.exists(path)
 
     def save(
         self,
         state: Any,
         path: str,
         *,
-        overwrite: bool,
         asynchronous: bool,
-        process_group: Any,
-        base: str | None,
+        **options: Any,
     ) -> SaveHandle | None:
         """See CheckpointBackend.save."""
-        options: Any = {
-            "overwrite": overwrite,
-            "process_group": process_group,
-            "base": base,
-            "storage": self._storage,
-        }
         if asynchronous:
-            return api.async_save(state, path, **options)
-        api.save(state, path, **options)
+            return api.async_save(state, path, storage=self._storage, **options)
+        api.save(state, path, storage=self._storage, **options)
         return None
 
-    def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
+    def load(self, state: Any, path: str, **options: Any) -> LoadReport:
         """See CheckpointBackend.load."""
-        options: Any = {"process_group": process_group, "storage": self._storage}
-        return api.load(state, path, strict=strict, **options)
+        return api.load(state, path, storage=self._storage, **options)
 
-    def signature(self, path: str) -> Signature:
-        """See CheckpointBackend.signature."""
-        try:
-            status = self._system.stat(os.path.join(path, MANIFEST_NAME))
-        except FileNotFoundError:
-            status = self._system.stat(os.path.join(beside(path, "old"), MANIFEST_NAME))
-        return signature_of(status)
+    def version(self, path: str) -> Hashable:
+        """See CheckpointBackend.version."""
+        return self._storage.version(path)
 
     def record(self, path: str) -> Any:
         """See CheckpointBackend.record."""
@@ -157,4 +137,4 @@ class ShardedBackend:
 
     def remove(self, path: str) -> None:
         """See CheckpointBackend.remove."""
-        removal.remove(self._system, path)
+        self._storage.remove(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -26,11 +26,13 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.logs import warn
-from shardckpt.manager.backends import RECORD, CheckpointBackend, ShardedBackend, Signature
+from shardckpt.manager.backends import RECORD, CheckpointBackend, ShardedBackend
 from shardckpt.manager.retention import KeepBest, Retention, SavedCheckpoint, ranked, to_remove
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.storage.paths import absolute, local_path
+from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["CheckpointManager", "Restored"]
 
@@ -86,18 +88,22 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     of `process_group`.
 
     Args:
-        folder: The folder of the checkpoints. The first save creates it.
+        folder: The folder of the checkpoints: a path, a URL such as `s3://bucket/run`, or a storage
+            that has a root. The first save creates it.
         keep: The retention policies: KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your
-            own function. A checkpoint is kept if any policy keeps it. Without policies all are.
+            own function. A checkpoint is kept if any policy keeps it. Without policies, all
+            checkpoints are kept.
         name: The template of the names, with the field `{step}`.
         asynchronous: Save in the background, see `async_save`. The next `save`, `wait` or `close`
             raises the error of a failed save.
         check: How to verify before pruning: "full" reads all bytes, "quick" reads the manifest and
             compares the sizes of the shards.
-        label: Managers with different labels share a folder, and don't see each other's
+        label: Managers with different labels can share a folder. They don't see each other's
             checkpoints. A manager with label None sees all checkpoints.
         process_group: The ranks; see `save`.
-        backend: How checkpoints are stored; by default as directories of shards.
+        storage: The storage of the folder; see `save`.
+        backend: How checkpoints are stored; by default as shards. With a backend of your own the
+            folder is a local path.
 
     Raises:
         StateError: An argument is invalid.
@@ -117,7 +123,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Storage,
         *,
         keep: Sequence[Retention] = (),
         name: str = "step-{step}",
@@ -125,13 +131,16 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         check: Literal["full", "quick"] = "full",
         label: str | None = "",
         process_group: Any = None,
+        storage: Storage | None = None,
         backend: CheckpointBackend | None = None,
     ) -> None:
         if check not in ("full", "quick"):
             raise StateError(
                 "Invalid value for check", expected='"full" or "quick"', actual=repr(check)
             )
-        self.folder = absolute(local_path(folder))
+        if backend is not None and storage is None:
+            storage = LocalStorage()
+        self._storage, self.folder = resolve(folder, storage, fixed=True)
         _checked_name(_name_of(name, step=0))
         self.keep = tuple(keep)
         self.label = label
@@ -142,9 +151,9 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         self._asynchronous = asynchronous
         self._check = check
         self._group = process_group
-        self._backend: CheckpointBackend = backend or ShardedBackend()
+        self._backend: CheckpointBackend = backend or ShardedBackend(self._storage)
         self._pending: SaveHandle | None = None
-        self._records: dict[str, tuple[Signature, _Record | None]] = {}
+        self._records: dict[str, tuple[Hashable, _Record | None]] = {}
         self._verified: dict[str, bool] = {}
 
     def save(
@@ -220,11 +229,15 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     def _agree(
         self, subject: str, step: int, metrics: dict[str, float], name: str | None, if_exists: str
     ) -> tuple[SavedCheckpoint, str | None, str]:
-        """Rank 0's decision: the new checkpoint, the path of its base, and rank 0's manager."""
+        """Let rank 0 decide on the new checkpoint. Collective.
+
+        Returns:
+            The new checkpoint, the path of its base, and the identity of rank 0's manager.
+        """
 
         def decide(payloads: list[bytes]) -> bytes:
             self._backend.sweep(self.folder)
-            wanted = os.path.join(
+            wanted = self._storage.child(
                 self.folder, _checked_name(name or _name_of(self._name, step=step))
             )
             path, number = wanted, 0
@@ -240,7 +253,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                     path=path,
                     remedy='give another step or name, or if_exists="overwrite"',
                 )
-            # The files of a corrupted checkpoint may be linked to older ones: then write all files.
+            # A corrupted checkpoint must not be the base, as its files would be linked again.
             newest = self.checkpoints()[-1:]
             base = next((c.path for c in newest if self._verified.get(_key(c), True)), None)
             encoded_base = base and os.fsencode(base)
@@ -296,25 +309,17 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return self._scan()[0]
 
     def _scan(self) -> tuple[list[SavedCheckpoint], list[tuple[str, str]]]:
-        """The complete checkpoints, oldest first, and (path, message) of each corrupted one."""
+        """List the complete checkpoints, oldest first, and (path, message) of corrupted ones."""
         complete, corrupted = [], []
         for name in self._backend.names(self.folder):
-            path = os.path.join(self.folder, name)
+            path = self._storage.child(self.folder, name)
             try:
                 checkpoint = self._look(path)
             except (CorruptionError, FormatVersionError) as error:
-                corrupted += [] if self._is_alias(path) else [(path, error.message)]
+                corrupted.append((path, error.message))
             else:
-                complete += [checkpoint] if checkpoint and not self._is_alias(path) else []
+                complete += [checkpoint] if checkpoint else []
         return sorted(complete, key=lambda c: (c.step, c.saved_at)), corrupted
-
-    def _is_alias(self, path: str) -> bool:
-        """Whether the path is a symlink to a name in the folder, such as `latest` to `step-7`.
-
-        An alias must not be counted as a second checkpoint, nor be removed.
-        """
-        real, folder = os.path.realpath(path), os.path.realpath(self.folder)
-        return os.path.dirname(real) == folder and os.path.basename(real) != os.path.basename(path)
 
     def all_steps(self) -> list[int]:
         """List the steps of `checkpoints()`. Not collective.
@@ -406,7 +411,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         Args:
             load: Called with a path; collective.
-            order: Sorts the checkpoints, of which it is given the oldest first.
+            order: Takes the checkpoints, oldest first, and returns them in the order of attempts.
 
         Returns:
             The checkpoint, what `load` returned, and the paths of the corrupted ones before it.
@@ -517,11 +522,11 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return self._verified[key]
 
     def _look(self, path: str) -> SavedCheckpoint | None:
-        """The checkpoint at a path, if this manager sees it. Raises if it is corrupted."""
+        """Return the checkpoint at a path if this manager sees it. Raises CorruptionError."""
         try:
-            signature = self._backend.signature(path)
-            if self._records.get(path, (None, None))[0] != signature:
-                self._records[path] = signature, _record(path, self._backend.record(path))
+            version = self._backend.version(path)
+            if self._records.get(path, (None, None))[0] != version:
+                self._records[path] = version, _record(path, self._backend.record(path))
         except (NotACheckpointError, CheckpointNotFoundError, OSError):
             return None
         record = self._records[path][1]
@@ -556,7 +561,7 @@ class _Facts(msgspec.Struct, kw_only=True):
 
 
 def _record(path: str, record: Any) -> _Record | None:
-    """None if no manager saved the checkpoint."""
+    """Convert the entry RECORD. Returns None if no manager saved the checkpoint."""
     try:
         facts = msgspec.convert(record, _Facts)
     except msgspec.ValidationError:
@@ -595,7 +600,7 @@ def _checked_name(name: str) -> str:
 
 
 def _owner(name: str, keep: Sequence[Retention]) -> str:
-    """The owner of a manager without a label: its template and its policies without counts."""
+    """Return the owner of a manager without a label: its template and policies without counts."""
     policies = [
         f"KeepBest {policy.monitor} {policy.mode}"
         if isinstance(policy, KeepBest)

@@ -1,4 +1,4 @@
-"""Retention policies: pure functions that choose which checkpoints of a job are kept."""
+"""Retention policies, which choose the checkpoints of a job that are kept."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class SavedCheckpoint:
 
 
 Retention = Callable[[Sequence[SavedCheckpoint]], Iterable[SavedCheckpoint]]
-"""A policy takes the intact checkpoints, oldest first, and returns those to keep."""
+"""A retention policy takes the intact checkpoints, oldest first, and returns those to keep."""
 
 
 def to_remove(
     saved: Sequence[SavedCheckpoint], policies: Iterable[Retention]
 ) -> list[SavedCheckpoint]:
-    """The checkpoints that no policy keeps, oldest first. The newest is always kept.
+    """Return the checkpoints that no policy keeps, oldest first.
 
-    Without policies all are kept.
+    The newest checkpoint is always kept. Without policies, all are kept.
     """
     policies = list(policies)
     if not policies or not saved:
@@ -67,9 +67,9 @@ def to_remove(
 def ranked(
     saved: Iterable[SavedCheckpoint], monitor: str, mode: Literal["min", "max"]
 ) -> list[SavedCheckpoint]:
-    """The checkpoints that have the metric `monitor`, best first; of equals the newest first.
+    """Sort the checkpoints that have the metric `monitor`, best first.
 
-    A metric that is NaN counts as missing.
+    Of equal ones, the newest comes first. A metric that is NaN counts as missing.
     """
     known = [c for c in saved if not math.isnan(c.metrics.get(monitor, math.nan))]
     sign = 1 if mode == "min" else -1

@@ -25,8 +25,10 @@ from shardckpt.nn_handler.saving import (
 )
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 from shardckpt.nn_handler.training_state import TrainingState
-from shardckpt.storage.paths import local_path
+from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import translated
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["AutoSaver"]
 
@@ -59,7 +61,7 @@ class AutoSaver:
     def __init__(
         self,
         *,
-        save_path: str | os.PathLike[str],
+        save_path: str | os.PathLike[str] | Storage,
         save_last: bool = False,
         on_exception: bool = True,
         on_signal: bool = True,
@@ -87,9 +89,12 @@ class AutoSaver:
                 actual=self.plan.name,
                 remedy="leave .pth, .pt or .safetensors out of the name, or asynchronous=True",
             )
-        local_path(save_path)  # raises for an invalid path here, rather than in the first save
-        self.options = {
-            "save_path": os.fspath(save_path),
+        # raises for an invalid path here, rather than in the first save
+        self._storage, _ = resolve(save_path, LocalStorage() if self.one_file else None)
+        self.options: dict[str, Any] = {
+            "save_path": save_path.full_path("")
+            if isinstance(save_path, Storage)
+            else os.fspath(save_path),
             "save_last": save_last,
             "on_exception": on_exception,
             "on_signal": on_signal,
@@ -110,7 +115,7 @@ class AutoSaver:
     @property
     def folder(self) -> str:
         """The directory of the checkpoints."""
-        return local_path(self.options["save_path"])
+        return self._storage.full_path(self.options["save_path"])
 
     @property
     def on_exception(self) -> bool:
@@ -173,7 +178,7 @@ class AutoSaver:
             and handler.step == 0
             and handler.epoch == 0
         ):
-            every = CheckpointManager(self.folder, label=None, backend=self._format())
+            every = CheckpointManager(self.folder, label=None, **self._place())
             found = every.first_that_loads(restore, _newest_first)
             resumed = found is not None
         if handler.run_id is None:
@@ -187,16 +192,18 @@ class AutoSaver:
             keep=self.plan.policies(),
             asynchronous=bool(self.options["asynchronous"]),
             label=self._label(handler),
-            backend=self._format(),
+            **self._place(),
         )
         if self.options["save_last"]:
             label = f"{self.label} last {handler.run_id}"
-            self._last = CheckpointManager(self.folder, label=label, backend=self._format())
+            self._last = CheckpointManager(self.folder, label=label, **self._place())
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return resumed
 
     def _make_folder(self) -> None:
         """Create the folder, or raise StorageError before training. Collective."""
+        if not isinstance(self._storage, LocalStorage):
+            return
 
         def make(payloads: list[bytes]) -> bytes:
             with translated(self.folder):
@@ -212,8 +219,9 @@ class AutoSaver:
         number = f" {self._number}" if self._number else ""
         return f"{self.label}{number} {handler.run_id}"
 
-    def _format(self) -> OneFile | None:
-        return OneFile() if self.one_file else None
+    def _place(self) -> dict[str, Any]:
+        """The storage and the backend of the managers."""
+        return {"storage": self._storage, "backend": OneFile() if self.one_file else None}
 
     def minutes_due(self) -> bool:
         """Internal. Whether `every_minutes` have passed, by the clock of this process."""
@@ -259,7 +267,8 @@ class AutoSaver:
 
     def _link(self, handler: TrainingState) -> None:
         """Point the links `last` and `best` at the newest and the best complete checkpoint."""
-        if handler.rank or not self.options["links"] or self._manager is None:
+        local = isinstance(self._storage, LocalStorage)
+        if handler.rank or not self.options["links"] or self._manager is None or not local:
             return
         newest, best = self._manager.checkpoints()[-1:], self._best()
         targets = {
@@ -283,7 +292,7 @@ class AutoSaver:
             manager = CheckpointManager(
                 self.folder,
                 label=self._label(handler),
-                backend=self._format(),
+                **self._place(),
                 process_group=process_group,
             )
             # the module itself: of a DDP model only the buffers of rank 0 are saved

@@ -84,7 +84,8 @@ def _choose(
 ) -> list[str]:
     """The names that one choice or several select, each once; StateError if there are none."""
     choices = [wanted] if isinstance(wanted, (str, torch.Tensor)) or callable(wanted) else wanted
-    found = [name for choice in choices or () for name in _matching(choice, by_id, parameters)]
+    choices = choices if isinstance(choices, Iterable) else ()
+    found = [name for choice in choices for name in _matching(choice, by_id, parameters)]
     if not found:
         raise StateError(
             "A parameter group holds no parameter",

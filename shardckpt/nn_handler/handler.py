@@ -30,6 +30,7 @@ from shardckpt.nn_handler.trainer import Trainer
 from shardckpt.nn_handler.validation import validate
 from shardckpt.plan.device_map import DeviceMap
 from shardckpt.storage.paths import local_path
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["NNHandler"]
 
@@ -487,7 +488,7 @@ class NNHandler(Components):
             >>> handler.save("models/final")
             >>> handler.save("models/final.pth")
         """
-        saving.save(self, local_path(path), overwrite=overwrite)
+        saving.save(self, resolve(path).path, overwrite=overwrite)
 
     def save_single_file(self, path: Path, *, overwrite: bool = True) -> None:
         """Save everything in one file. Collective.
@@ -699,7 +700,7 @@ class NNHandler(Components):
             trust_code=trust_code,
             confirm=confirm,
         )
-        found = load(cls, local_path(path), options)
+        found = load(cls, resolve(path).path, options)
         assert isinstance(found, cls)
         return found
 
@@ -750,7 +751,7 @@ class NNHandler(Components):
             ...     "weights.ckpt", nn.Linear, in_features=4, out_features=2
             ... )
         """
-        path = local_path(path)
+        path = resolve(path).path
         handler = cls(model_class, device, parallel=parallel, **model_kwargs)
         fill_weights(handler, path, strict=strict, prefix=prefix, ema=ema)
         return handler
@@ -775,4 +776,4 @@ class NNHandler(Components):
             >>> handler.save("models/final")
             >>> handler.restore("models/final")
         """
-        restore(self, open_source(local_path(path)))
+        restore(self, open_source(resolve(path).path))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardckpt.errors import StateError
+from shardckpt.logs import warn
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.data import Position, TrainData, ValData
 from shardckpt.nn_handler.ema import EMA

@@ -1,4 +1,4 @@
-"""What can't be saved, told all at once."""
+"""One error for all entries that can't be saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAMED = 20
 
 
 def all_refused(errors: Sequence[StateError]) -> StateError:
-    """One error for all entries that were refused: the first one's, with a line for each entry."""
+    """Return one error for several: that of the first entry, with a line for each entry."""
     first = errors[0]
     if len(errors) == 1:
         return first

@@ -1,1 +1,1 @@
-"""Where checkpoints lie: one Protocol, and the local file system."""
+"""Storages of checkpoints: the base classes, and the local file system."""

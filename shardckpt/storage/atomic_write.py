@@ -1,16 +1,16 @@
-"""Files and folders that appear under their name at once, when they are durable.
+"""Write single files and folders atomically: they appear under their name when they are durable.
 
-A write to NAME keeps these beside its target, HASH being a digest of NAME (32 hex digits):
+While NAME is written, its folder also has these files. HASH is a digest of NAME, and ID is new for
+each write. Both are 32 hexadecimal digits.
 
-    .shardckpt-HASH.lock        locked while the write is alive; holds MARK and NAME
-    .shardckpt-HASH.ID.part     what is being written, ID being new (32 hex digits); once the names
-                                are exchanged, what has been replaced
-    .shardckpt-HASH.old         a replaced folder, where the file system can't exchange names
+    .shardckpt-HASH.lock        holds MARK and NAME, and is locked while the write runs
+    .shardckpt-HASH.ID.part     the new file or folder; after an exchange of names, the old one
+    .shardckpt-HASH.old         the old folder, if the file system can't exchange names
 
-The lock file is durable before the others are made, and goes after them. So whatever carries such
-a name without a lock file that holds MARK belongs to someone else, and is never touched; and what
-has a lock file that nobody locks was left by a process that died. Every write collects those in
-its folder. docs/durability.md tells each step.
+The lock file is made durable before the others are created, and is removed after them. A file with
+such a name but without a lock file that holds MARK therefore belongs to the user, and is never
+changed. A file whose lock file is not locked was left by a process that died. Every write removes
+such leftovers from its folder. docs/durability.md describes each step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shardckpt.errors import (
 from shardckpt.storage.deletion import exists, make_directories, remove_files, sync_directory
 from shardckpt.storage.local import LocalFile
 from shardckpt.storage.lock import Lock
-from shardckpt.storage.names import beside_file, is_beside_file
+from shardckpt.storage.names import hidden_file_path, is_hidden_file
 from shardckpt.storage.posix import UNSUPPORTED, System, translated
 
 __all__ = ["AtomicWrite", "atomic_write", "stream_to", "sweep_writes", "write_file"]
@@ -43,7 +43,7 @@ _READ = os.O_RDONLY | os.O_NONBLOCK
 _STREAM_BYTES = 1 << 20
 
 Foreign = Callable[[Sequence[str]], Sequence[str]]
-"""Of the names in a folder, those that are not part of the checkpoint in it."""
+"""A function that returns those names in a folder that are not part of the checkpoint in it."""
 
 
 @contextmanager
@@ -55,27 +55,28 @@ def atomic_write(
     foreign: Foreign = lambda names: (),
     system: System | None = None,
 ) -> Iterator[AtomicWrite]:
-    """A file or folder that takes its name at the end of the with block, durably. Not collective.
+    """Write a file or folder that becomes visible and durable at the end of the with block.
 
-    If the block raises, nothing of it remains. A symlink at `path` is followed. Folders above are
-    made. An existing folder is replaced only by a folder, and only if it holds a file named
-    `index` and nothing that `foreign` picks from its names.
+    If the block raises, nothing remains of the write. A symlink at `path` is followed. Missing
+    parent folders are made. An existing folder is replaced only by a folder, and only if it holds
+    a file named `index` and no name that `foreign` returns. Not collective.
 
     Args:
         path: The file or folder.
-        overwrite: Replace what is there.
-        index: A file that a folder of this kind holds; empty for a file.
-        foreign: Picks the names in an existing folder that must not be removed.
-        system: Makes the system calls.
+        overwrite: Replace an existing file or folder.
+        index: The name of a file in each folder of this format. Empty to write a single file.
+        foreign: Returns the names in an existing folder that must not be removed.
+        system: Performs the system calls.
 
     Yields:
-        What creates the files.
+        The write, with methods that create the files.
 
     Raises:
-        CheckpointExistsError: Something is there, and `overwrite` is false.
-        NotACheckpointError: What is there is not of this kind.
-        CheckpointBusyError: Another write to this path is under way.
-        StorageError: The file system refused. The error says if the new one is visible already.
+        CheckpointExistsError: The path exists, and `overwrite` is false.
+        NotACheckpointError: The path holds something else than this format.
+        CheckpointBusyError: Another write to this path is running.
+        StorageError: The file system refused an operation. The message says if the new file or
+            folder is visible already.
     """
     system = system or System()
     with translated(path):
@@ -97,13 +98,13 @@ def atomic_write(
 
 
 def write_file(path: str, data: bytes, *, overwrite: bool, system: System | None = None) -> None:
-    """Write a file atomically. Raises as atomic_write. Not collective."""
+    """Write a file atomically. Raises the errors of `atomic_write`. Not collective."""
     with atomic_write(path, overwrite=overwrite, system=system) as write:
         write.add_bytes(data)
 
 
 class AtomicWrite:
-    """One write; see atomic_write. `path` is where it is built."""
+    """A running write; see `atomic_write`. `path` is the temporary path."""
 
     def __init__(
         self,
@@ -116,14 +117,14 @@ class AtomicWrite:
         foreign: Foreign,
     ) -> None:
         self.system, self.target = system, target
-        self.path = beside_file(target, f"{uuid.uuid4().hex}.part")
-        self._old = beside_file(target, "old")
+        self.path = hidden_file_path(target, f"{uuid.uuid4().hex}.part")
+        self._old = hidden_file_path(target, "old")
         self._lock = lock
         self._overwrite, self._index, self._foreign = overwrite, index, foreign
         self._to_remove = [self.path]
 
     def check_target(self) -> None:
-        """Raise if what stands at the target must not be replaced."""
+        """Raise an error if the target must not be replaced."""
         try:
             mode = self.system.stat(self.target).st_mode
         except FileNotFoundError:
@@ -133,14 +134,14 @@ class AtomicWrite:
             return
         if not self._overwrite:
             raise CheckpointExistsError(
-                "There is something at this path already",
+                "The path exists already",
                 errno=errno.EEXIST,
                 path=self.target,
                 remedy="pass overwrite=True, or save to another path",
             )
         if not (self._index in names if self._index else stat.S_ISREG(mode)):
             raise NotACheckpointError(
-                "overwrite=True replaces a checkpoint of the same kind, and nothing else",
+                "overwrite=True replaces only a checkpoint of the same format",
                 path=self.target,
                 expected=f"a folder with {self._index}" if self._index else "a regular file",
                 actual=_describe(mode),
@@ -157,13 +158,13 @@ class AtomicWrite:
             )
 
     def create(self, name: str = "", *, size_bytes: int = 0, direct: bool = True) -> LocalFile:
-        """A new file: this one, or one in this folder. Its close makes it durable."""
+        """Create the file, or a file in the folder. Closing it makes it durable."""
         path = os.path.join(self.path, name) if name else self.path
         with translated(path):
             return LocalFile(self.system, path, size_bytes=size_bytes, direct=direct)
 
     def add_bytes(self, data: bytes, name: str = "") -> None:
-        """Create a file with these bytes."""
+        """Create a file that holds `data`."""
         file = self.create(name, size_bytes=len(data), direct=False)
         try:
             file.write(memoryview(data), offset=0)
@@ -173,15 +174,15 @@ class AtomicWrite:
             raise
 
     def make_folder(self) -> None:
-        """Make this a folder."""
+        """Create the folder, under its temporary name."""
         self.system.mkdir(self.path)
 
     def publish(self) -> None:
-        """Give it its name, durably."""
+        """Move the new file or folder to the target, durably."""
         if self._index:
             sync_directory(self.system, self.path)
         self.check_target()
-        # Until it is known which of them are durable, neither the new nor the old one is removed.
+        # Neither the new nor the old one is removed before the new one is known to be durable.
         self._to_remove = []
         try:
             self._take_name()
@@ -193,14 +194,14 @@ class AtomicWrite:
                 sync_directory(self.system, os.path.dirname(self.target))
         except StorageError as error:
             error.message = (
-                f"What was saved is visible under its name, but may not be durable. {error.message}"
+                f"The new checkpoint is visible, but may not be durable. {error.message}"
             )
             error.remedy = f"{error.remedy}; then save again"
             raise
         self._to_remove = [self.path, self._old]
 
     def _take_name(self) -> None:
-        """Rename to the target; what was there is at `path` or at `_old` after that."""
+        """Rename to the target. This moves an old file or folder to `path` or `_old`."""
         if not exists(self.system, self.target):
             self.system.rename(self.path, self.target)
             return
@@ -221,9 +222,9 @@ class AtomicWrite:
             raise
 
     def end(self) -> None:
-        """Remove what is left and release the lock; never raises OSError.
+        """Remove the remaining files and release the lock. Never raises OSError.
 
-        What can't be removed keeps its lock file, so that the next write collects it.
+        If a file can't be removed, the lock file stays, so that the next write removes both.
         """
         clean = False
         try:
@@ -238,10 +239,14 @@ class AtomicWrite:
 def stream_to(
     file: LocalFile, progress: Callable[[int], None] = lambda written_bytes: None
 ) -> Iterator[BinaryIO]:
-    """A file as a stream, for libraries that write to one; durable at the end of the with block.
+    """Open a file as a stream, for libraries that write to streams.
 
-    An error of the file system is raised as it was, whatever the library makes of it. `progress`
-    is called with the bytes written so far.
+    The file is durable at the end of the with block. An error of the file system is raised
+    unchanged, also if the library replaces it by an error of its own.
+
+    Args:
+        file: The file.
+        progress: Called with the number of bytes written so far.
     """
     sink = _Sink(file, progress)
     stream = io.BufferedWriter(cast(Any, sink), _STREAM_BYTES)
@@ -262,7 +267,7 @@ def stream_to(
 
 
 class _Sink(io.RawIOBase):
-    """Appends to a file. After an error it takes everything: libraries write on while they end."""
+    """Appends to a file. After an error it ignores writes, as libraries write while they close."""
 
     def __init__(self, file: LocalFile, progress: Callable[[int], None]) -> None:
         self.file, self.progress = file, progress
@@ -282,7 +287,7 @@ class _Sink(io.RawIOBase):
                     self.file.write(view.cast("B"), offset=self.end)
                 except BaseException as error:
                     self.error = _without_frames(error)
-                    del data  # nor may this frame keep it
+                    del data  # this frame must not keep the data either
                     raise self.error from self.error.__cause__
                 self.end += view.nbytes
                 self.progress(self.end)
@@ -290,7 +295,7 @@ class _Sink(io.RawIOBase):
 
 
 def _without_frames(error: BaseException) -> BaseException:
-    """An error whose traceback does not keep the data: their memory is the library's."""
+    """Remove the tracebacks of an error, as they would keep the library's buffers alive."""
     cause: BaseException | None = error
     while cause is not None:
         cause.__traceback__ = None
@@ -299,20 +304,20 @@ def _without_frames(error: BaseException) -> BaseException:
 
 
 def sweep_writes(system: System, folder: str) -> None:
-    """Remove what dead writes left in a folder; never raises OSError. Not collective.
+    """Remove the leftovers of dead writes from a folder. Never raises OSError. Not collective.
 
-    A write that is alive holds its lock. Where the file system has no locks, nothing is removed.
+    A running write holds its lock. If the file system has no locks, nothing is removed.
     """
     with suppress(OSError):
         for name in system.listdir(folder):
-            if is_beside_file(name) and name.endswith(".lock"):
+            if is_hidden_file(name) and name.endswith(".lock"):
                 with suppress(OSError):
                     _sweep_one(system, folder, os.path.join(folder, name))
 
 
 def _sweep_one(system: System, folder: str, path: str) -> None:
     target = _marked_target(system, path)
-    if target is None or beside_file(target, "lock") != path:
+    if target is None or hidden_file_path(target, "lock") != path:
         return
     try:
         lock = Lock(system, path)
@@ -326,12 +331,12 @@ def _sweep_one(system: System, folder: str, path: str) -> None:
 
 
 def _take_lock(system: System, target: str) -> Lock:
-    """The lock of a target, whose file holds the mark, durably."""
-    path = beside_file(target, "lock")
+    """Lock a target. The lock file durably holds the mark."""
+    path = hidden_file_path(target, "lock")
     mark = MARK + os.fsencode(os.path.basename(target)) + b"\n"
     if exists(system, path) and not mark.startswith(_content(system, path)):
         raise StorageError(
-            "A file that shardckpt did not make stands where its lock file has to be",
+            "The path of the lock file is taken by a file that shardckpt did not make",
             errno=errno.EEXIST,
             path=path,
             remedy="move it to another place",
@@ -351,7 +356,7 @@ def _take_lock(system: System, target: str) -> Lock:
 
 
 def _marked_target(system: System, path: str) -> str | None:
-    """The target that a lock file names; None if it does not hold the mark."""
+    """Read the target from a lock file. None if the file does not hold the mark."""
     content = _content(system, path)
     if not (content.startswith(MARK) and content.endswith(b"\n")):
         return None
@@ -359,7 +364,7 @@ def _marked_target(system: System, path: str) -> str | None:
 
 
 def _content(system: System, path: str) -> bytes:
-    """The first bytes of a lock file; of what is not a regular file, a text that is no mark."""
+    """Read the first bytes of a lock file. For other than regular files, return another text."""
     fd = system.open(path, _READ)
     try:
         if not stat.S_ISREG(system.fstat(fd).st_mode):
@@ -371,34 +376,38 @@ def _content(system: System, path: str) -> bytes:
 
 
 def _collect(system: System, folder: str, target: str) -> bool:
-    """Remove what dead writes to a target left, under its lock; whether nothing remains."""
-    begin, old = os.path.basename(beside_file(target, "")), beside_file(target, "old")
-    lock = beside_file(target, "lock")
-    found = [
+    """Remove the leftovers of dead writes to a target. The caller holds its lock.
+
+    Returns:
+        Whether all were removed.
+    """
+    prefix, old = os.path.basename(hidden_file_path(target, "")), hidden_file_path(target, "old")
+    lock = hidden_file_path(target, "lock")
+    hidden = [
         os.path.join(folder, name)
         for name in system.listdir(folder)
-        if name.startswith(begin) and is_beside_file(name)
+        if name.startswith(prefix) and is_hidden_file(name)
     ]
-    left = [path for path in found if path != lock]
-    if old in left and not exists(system, target):
+    leftovers = [path for path in hidden if path != lock]
+    if old in leftovers and not exists(system, target):
         system.rename(old, target)  # a write died between its two renames
-        left.remove(old)
+        leftovers.remove(old)
         sync_directory(system, folder)
-    if left:
-        # What a dead write has published may not be durable yet. It must be before what it
-        # replaced, perhaps one of these, goes.
+    if leftovers:
+        # One leftover may be the old file, if a write died after it exchanged the names. The new
+        # file must be durable before the old one is removed.
         sync_directory(system, folder)
-    return _remove(system, left)
+    return _remove(system, leftovers)
 
 
 def _remove(system: System, paths: list[str]) -> bool:
-    """Remove files and folders, durably; whether that worked."""
-    there = [path for path in paths if exists(system, path)]
-    for path in there:
+    """Remove files and folders durably. Returns whether all were removed."""
+    existing = [path for path in paths if exists(system, path)]
+    for path in existing:
         remove_files(system, path)
-    if there:
-        sync_directory(system, os.path.dirname(there[0]))
-    return not any(exists(system, path) for path in there)
+    if existing:
+        sync_directory(system, os.path.dirname(existing[0]))
+    return not any(exists(system, path) for path in existing)
 
 
 def _release(lock: Lock, *, remove: bool) -> None:

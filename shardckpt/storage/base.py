@@ -1,17 +1,18 @@
-"""The interface of a storage, a set of places for checkpoints.
+"""The base classes of a storage of checkpoints.
 
-A storage of your own subclasses these four classes and defines their abstract methods. Everything
-else has a default that is right, if slower than it could be. `shardckpt.testing.StorageTests`
-checks a storage; docs/how-to/storage.md shows a complete one.
+A storage of your own subclasses these four classes and defines their abstract methods. All other
+methods have defaults, which are correct but may be slow. `shardckpt.testing.StorageTests` tests a
+storage. docs/how-to/storage.md shows a complete one.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn
 
-from shardckpt.errors import StateError
+from shardckpt.errors import CheckpointNotFoundError, StateError
 
 __all__ = [
     "MANIFEST_NAME",
@@ -26,7 +27,7 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 
 OnFilled = Callable[[memoryview], object]
-"""Called with a buffer once it is full."""
+"""A function that is called with each buffer when it is full."""
 
 
 class WouldWait(Exception):
@@ -34,9 +35,12 @@ class WouldWait(Exception):
 
 
 class Storage(ABC):
-    """The interface of a storage for checkpoints, each with a path. No method is collective.
+    """The base class of storages, which find checkpoints by path. No method is collective.
 
-    A read-only storage implements only `open`. `shardckpt.testing` has tests for new storages, and
+    A path is a text whose parts are separated by `/`. Only the storage knows what it means.
+
+    A read-only storage implements only `open`. One that a CheckpointManager uses also implements
+    `names` and `remove`. `shardckpt.testing` has tests for new storages, and
     `shardckpt.LocalStorage` is the default.
 
     Example:
@@ -46,6 +50,36 @@ class Storage(ABC):
         True
         >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1", storage=storage)
     """
+
+    def full_path(self, path: str) -> str:
+        """Return the path in full: the text by which reports and errors name it.
+
+        Calling it with its own result changes nothing. The default returns the path.
+
+        Args:
+            path: A path that a user gave.
+
+        Returns:
+            The full path.
+
+        Raises:
+            StateError: The path is invalid in this storage.
+        """
+        if not path:
+            raise StateError("Invalid path", expected="a non-empty text", actual=repr(path))
+        return path
+
+    def child(self, folder: str, name: str) -> str:
+        """Return the path of a name in a folder. The default joins them with `/`.
+
+        Args:
+            folder: The full path of the folder.
+            name: The name, without `/`.
+
+        Returns:
+            The full path of the name.
+        """
+        return f"{folder.rstrip('/')}/{name}"
 
     @abstractmethod
     def open(self, path: str) -> CheckpointFiles:
@@ -66,12 +100,12 @@ class Storage(ABC):
         """Begin a checkpoint, on rank 0 alone. Nothing is visible at the path before commit.
 
         Args:
-            path: Where the checkpoint goes.
+            path: The path of the new checkpoint.
             checkpoint_id: Its id, 32 hex digits that no other checkpoint has.
             overwrite: Replace a checkpoint at the path.
 
         Returns:
-            The transaction, in which rank 0 creates files and commits.
+            The transaction, with which rank 0 creates files and commits.
 
         Raises:
             CheckpointExistsError: The path exists, and `overwrite` is false.
@@ -81,40 +115,119 @@ class Storage(ABC):
         self._refuse_writing(path)
 
     def join(self, path: str, *, token: str) -> WriteTransaction:
-        """Take part in the checkpoint that rank 0 began, on any other rank.
+        """Join the checkpoint that rank 0 began, on any other rank.
 
         Args:
-            path: As for begin.
+            path: The path that rank 0 gave to `begin`.
             token: The token of rank 0's transaction.
 
         Returns:
-            The transaction, in which this rank creates files.
+            The transaction, with which this rank creates files.
 
         Raises:
             DirectoryNotSharedError: This rank does not see what rank 0 began.
         """
         self._refuse_writing(path)
 
+    def names(self, folder: str) -> list[str]:
+        """List the names in a folder that may be checkpoints, sorted; none in a missing folder.
+
+        Names that lead to another name in the folder are left out.
+
+        Args:
+            folder: The full path of the folder.
+
+        Returns:
+            The names.
+
+        Raises:
+            StorageError: The folder can't be read.
+        """
+        self._refuse("This storage can't list a folder", folder, "a storage that defines names")
+
+    def exists(self, path: str) -> bool:
+        """Ask whether there is something at a path. The default opens it as a checkpoint.
+
+        Args:
+            path: The path.
+
+        Returns:
+            True if a save to the path would replace something.
+        """
+        try:
+            self.open(path).close()
+        except CheckpointNotFoundError:
+            return False
+        return True
+
+    def version(self, path: str) -> Hashable:
+        """Return a value that changes when the checkpoint at the path is replaced.
+
+        The default reads the manifest.
+
+        Args:
+            path: The checkpoint.
+
+        Returns:
+            The value.
+
+        Raises:
+            CheckpointError: There is no checkpoint at the path.
+        """
+        files = self.open(path)
+        try:
+            return hashlib.sha256(files.manifest()).digest()
+        finally:
+            files.close()
+
+    def remove(self, path: str) -> None:
+        """Remove a checkpoint: all at once from its path, then its files as far as that works.
+
+        Args:
+            path: The checkpoint.
+
+        Raises:
+            CheckpointBusyError: A save to the path is under way.
+            StorageError: The checkpoint is not removed.
+        """
+        self._refuse("This storage can't remove", path, "a storage that defines remove")
+
+    def sweep(self, folder: str) -> None:  # noqa: B027
+        """Remove what dead saves and removals left in a folder, as far as that works.
+
+        Never raises OSError. The default leaves everything.
+
+        Args:
+            folder: The full path of the folder.
+        """
+
     def _refuse_writing(self, path: str) -> NoReturn:
+        self._refuse(
+            "This storage can't be written to", path, "a storage that defines begin and join"
+        )
+
+    def _refuse(self, message: str, path: str, expected: str) -> NoReturn:
         raise StateError(
-            "This storage can't be written to",
+            message,
             path=path,
-            expected="a storage that defines begin and join",
+            expected=expected,
             actual=type(self).__qualname__,
-            remedy="save to a LocalStorage",
+            remedy="use another storage, such as a LocalStorage",
         )
 
 
 class WriteTransaction(ABC):
-    """A checkpoint being written, on one rank.
+    """A checkpoint that is being written, on one rank.
 
     Attributes:
-        path: Where the checkpoint goes.
-        token: A text by which other ranks join.
+        path: The path of the new checkpoint.
+        token: The text with which other ranks join.
+        shares_files: Several ranks can write parts of one file; see `create`.
     """
 
     path: str
     token: str
+    shares_files: bool = True
 
     @abstractmethod
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
@@ -122,76 +235,85 @@ class WriteTransaction(ABC):
 
         Args:
             name: The file's name. Only a shared file may exist already.
-            size_bytes: The size that it will have, to set space aside.
-            shared: Several ranks create the file, and each writes a part of it: from one multiple
-                of 1 MiB to another one, or to the end.
+            size_bytes: The final size of the file. The storage may allocate it in advance.
+            shared: Several ranks create this file, and each rank writes its own range of it. A
+                range begins at a multiple of 1 MiB, and ends at another one or at the end.
+
+        Returns:
+            The file, open for writing.
 
         Raises:
-            StorageError: The file exists, or there is no space for it.
+            StorageError: The file exists, or there is not enough space.
         """
 
     @abstractmethod
     def commit(self, manifest: bytes) -> None:
-        """Write the manifest and make the checkpoint visible, all of it at once; on rank 0 alone.
+        """Write the manifest, and make the whole checkpoint visible in one step, on rank 0 alone.
 
-        The checkpoint is durable when this returns.
+        The checkpoint is durable when this returns. The manifest begins with
+        `{"format":"shardckpt","version":1,"id":"ID"`, with the id of `begin`.
         """
 
     @abstractmethod
     def abandon(self) -> None:
-        """Remove what was written, as far as that is possible. Never raises. Does nothing after
-        commit, and nothing when called again."""
+        """Remove the written files, as far as possible. Never raises.
+
+        After commit, and when called again, it does nothing.
+        """
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
-        """Take over a file from an open checkpoint without writing it anew, durably; on any rank.
+        """Add a file of an earlier checkpoint without copying its bytes, durably, on any rank.
 
-        The file must stay intact whatever becomes of the source.
+        The new file must stay intact when the source is replaced or removed.
 
         Returns:
-            False if that is not possible: nothing has been made, and the file can be created. The
-            default always returns False.
+            Whether the file was added. If not, nothing was made, and the caller creates the file.
+            The default always returns False.
         """
         return False
 
     def close(self) -> None:  # noqa: B027
-        """Release what is held. Never raises. The default holds nothing."""
+        """Release locks and other resources. Never raises. The default does nothing."""
 
 
 class WritableFile(ABC):
-    """A file being written.
+    """A file that is being written.
 
     Attributes:
-        direct: Buffers, offsets and lengths must be multiples of 4096.
+        direct: Whether addresses of buffers, offsets and lengths must be multiples of 4096 bytes.
     """
 
     direct: bool = False
 
     @abstractmethod
     def write(self, data: memoryview, *, offset: int) -> None:
-        """Write all of `data` at `offset`; from any thread, best without the interpreter lock."""
+        """Write all of `data` at `offset`. Called from any thread; should release the GIL."""
 
     @abstractmethod
     def close(self, *, size_bytes: int) -> None:
-        """Cut the file to its size, make it durable, and close it.
+        """Truncate the file to its size, make it durable, and close it.
 
         Raises:
             StorageError: The bytes may not be durable.
         """
 
     def discard(self) -> None:  # noqa: B027
-        """Close the file after an error. Never raises. The default holds nothing."""
+        """Close the file after an error. Never raises. The default does nothing."""
 
 
 class CheckpointFiles(ABC):
     """The files of a committed checkpoint.
 
     Attributes:
-        path: Where the checkpoint is.
-        in_memory: Reads never wait for a disk or another machine.
+        path: The path of the checkpoint.
+        in_memory: Whether reads never wait for a disk or another machine.
+        remote: Each call is a request to another machine. Then a load does not ask for sizes before
+            it reads, reads across gaps of up to a block, and has at least 8 reads in flight.
     """
 
     path: str
     in_memory: bool = False
+    remote: bool = False
 
     @abstractmethod
     def manifest(self) -> bytes:
@@ -207,10 +329,10 @@ class CheckpointFiles(ABC):
 
     @abstractmethod
     def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
-        """Fill a buffer with the bytes of a shard from `offset` on; from any thread.
+        """Fill a buffer with the bytes of a shard from `offset` on. Called from any thread.
 
         Raises:
-            CorruptionError: The shard is missing, or ends before the buffer is full.
+            CorruptionError: The shard is missing or truncated.
         """
 
     def readinto(
@@ -222,16 +344,20 @@ class CheckpointFiles(ABC):
         on_filled: OnFilled = lambda buffer: None,
         wait: bool = True,
     ) -> None:
-        """Fill buffers one after another, as `read` fills one; from any thread.
+        """Fill several buffers with consecutive bytes of a shard. Called from any thread.
 
         Args:
             name: The shard.
             buffers: The buffers.
-            offset: Where in the shard the first one begins.
+            offset: The offset of the first byte in the shard.
             on_filled: Called with each buffer as soon as it is full, while its bytes are in the
                 processor's cache.
-            wait: If false, raise WouldWait instead of asking a disk or another machine. The default
-                raises it unless `in_memory`.
+            wait: Whether the read may wait for a disk or another machine. If false, it raises
+                WouldWait instead. The default raises it unless `in_memory`.
+
+        Raises:
+            WouldWait: `wait` is false, and the bytes are not in memory.
+            CorruptionError: The shard is missing or truncated.
         """
         if not wait and not self.in_memory:
             raise WouldWait(name)
@@ -243,22 +369,27 @@ class CheckpointFiles(ABC):
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
     ) -> bool:
-        """Fill the beginning of a buffer without the page cache; from any thread.
+        """Fill the beginning of a buffer, bypassing the page cache. Called from any thread.
 
         Args:
             name: The shard.
-            buffer: A buffer at a multiple of 4096, with room for `size_bytes` rounded up to one.
-            offset: Where in the shard to begin, a multiple of 4096.
-            size_bytes: The bytes to read.
+            buffer: A buffer whose address is a multiple of 4096. Its size is at least `size_bytes`
+                rounded up to a multiple of 4096.
+            offset: The offset of the first byte in the shard, a multiple of 4096.
+            size_bytes: The number of bytes to read.
 
         Returns:
-            False, and nothing is read, if the page cache has the bytes or can't be passed by. The
+            Whether the bytes were read. False if the page cache has them or can't be bypassed. The
             default always returns False.
         """
         return False
 
+    def names(self) -> list[str]:
+        """List the names of all files, for tools that repair. The default has none."""
+        return []
+
     def map(self, name: str) -> memoryview:
-        """Map a shard into memory, copied on write. The map stays valid after close.
+        """Map a shard into private memory. The map stays valid after close.
 
         The default reads the shard.
         """
@@ -267,9 +398,9 @@ class CheckpointFiles(ABC):
         return data
 
     def duplicate(self) -> CheckpointFiles:
-        """Return the same files, which can be used after these are closed.
+        """Return another object for the same files, which stays open when this one is closed.
 
-        The default returns this object; define it together with `close`.
+        The default returns this object. Define it if you define `close`.
 
         Raises:
             StorageError: The files can't be opened again.
@@ -277,4 +408,4 @@ class CheckpointFiles(ABC):
         return self
 
     def close(self) -> None:  # noqa: B027
-        """Release what is held. Never raises. The default holds nothing."""
+        """Close the files. Never raises. The default does nothing."""

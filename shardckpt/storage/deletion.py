@@ -1,8 +1,8 @@
-"""Removal of checkpoints, and of what dead saves and removals have left beside them.
+"""Remove checkpoints, and the leftovers of dead saves and removals beside them.
 
-A checkpoint gets a hidden name `.NAME.tmp-ID` before anything in it is removed, so that no crash
-leaves a part of a checkpoint under its name. Under such a name a directory is removed only if each
-file in it has a name that shardckpt gives: what others have made stays.
+A checkpoint is renamed to a hidden name `.NAME.tmp-ID` before any of its files is removed, so that
+a crash never leaves a part of a checkpoint under its name. A directory with such a name is removed
+only if all files in it have names of shards or of the manifest. Other files are never removed.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from contextlib import suppress
 from shardckpt.errors import CheckpointBusyError, StorageError
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.lock import Lock
-from shardckpt.storage.names import beside, is_cut, is_ours, parse
+from shardckpt.storage.names import hidden_path, is_checkpoint_file, is_shortened, parse
 from shardckpt.storage.posix import System, translated
 
 __all__ = [
     "collect_leftovers",
-    "directories_in",
+    "foreign_directories",
     "exists",
     "make_directories",
-    "not_ours",
+    "foreign_names",
     "old_name",
     "remove",
     "remove_files",
@@ -35,23 +35,23 @@ __all__ = [
 
 
 def sync_directory(system: System, path: str) -> None:
-    """Make the names in a directory durable."""
+    """Call fsync on a directory, which makes the names in it durable."""
     fd = system.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         system.fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that have no such thing say EINVAL
+        if error.errno != errno.EINVAL:  # the file system does not support it
             raise
     finally:
         system.close(fd)
 
 
 def make_directories(system: System, path: str) -> None:
-    """Make a directory and those above it, each of which is durable in the one above."""
+    """Make a directory and its parents, durably."""
     above = os.path.dirname(path)
     try:
         system.stat(path)
-        # A process that died may have made it, and not got so far as to sync its name.
+        # A process may have made it and died before it called fsync.
         with suppress(PermissionError):
             sync_directory(system, above)
     except FileNotFoundError:
@@ -62,10 +62,10 @@ def make_directories(system: System, path: str) -> None:
 
 
 def remove_files(system: System, path: str) -> None:
-    """Remove a file, or a directory and the files in it; never raises OSError.
+    """Remove a file, or a directory and the files in it. Never raises OSError.
 
-    Only for what this write has made. A symlink is removed, not followed. A directory inside stays,
-    and with it its parent.
+    The caller has made these files. A symlink is removed, not followed. A directory inside the
+    directory is kept, and so is its parent.
     """
     with suppress(OSError):
         if not _is_directory(system, path):
@@ -77,96 +77,117 @@ def remove_files(system: System, path: str) -> None:
         system.rmdir(path)
 
 
-def remove_tree(system: System, path: str, *, beside_target: str = "") -> None:
-    """Remove a directory and the files in it that are ours, as far as that works; never raises
-    OSError.
+def remove_tree(system: System, path: str, *, kept_in: str = "") -> None:
+    """Remove a checkpoint's directory with its files, as far as possible. Never raises OSError.
 
-    The manifest is removed first, so that what a crash leaves is not a checkpoint. See `not_ours`
-    for what stays, and with it the directory.
+    The manifest is removed first, so that a crash leaves no checkpoint with missing shards. Files
+    that `foreign_names` returns are kept, and so is the directory that holds them.
+
+    Args:
+        system: Performs the system calls.
+        path: The directory.
+        kept_in: Another directory. A user's file that is also linked there is removed.
     """
     with suppress(OSError):
         names = system.listdir(path)
-        stay = not_ours(system, path, names, target=beside_target)
-        for name in sorted(set(names).difference(stay), key=lambda name: name != MANIFEST_NAME):
+        foreign = foreign_names(system, path, names, kept_in=kept_in)
+        for name in sorted(set(names).difference(foreign), key=lambda name: name != MANIFEST_NAME):
             with suppress(IsADirectoryError):
                 system.unlink(os.path.join(path, name))
         system.rmdir(path)
 
 
-def not_ours(system: System, path: str, names: list[str], *, target: str = "") -> list[str]:
-    """Which names in a checkpoint's directory shardckpt has not made, without those of files that
-    `target`, another directory, has under the same name."""
+def foreign_names(system: System, path: str, names: list[str], *, kept_in: str = "") -> list[str]:
+    """Select the names in a checkpoint's directory that shardckpt has not made.
+
+    Args:
+        system: Performs the system calls.
+        path: The directory.
+        names: The names in it.
+        kept_in: Another directory. Names under which it holds the same files are left out.
+    """
     return [
         name
         for name in names
-        if not is_ours(name)
-        and not (target and _same(system, os.path.join(path, name), os.path.join(target, name)))
+        if not is_checkpoint_file(name)
+        and not (kept_in and _same(system, os.path.join(path, name), os.path.join(kept_in, name)))
     ]
 
 
-def directories_in(system: System, path: str, names: list[str]) -> list[str]:
-    """Which names in a checkpoint's directory are directories: others made them, perhaps to keep
-    checkpoints there."""
-    strange = not_ours(system, path, names)
-    return [name for name in strange if _is_directory(system, os.path.join(path, name))]
+def foreign_directories(system: System, path: str, names: list[str]) -> list[str]:
+    """Select the directories in a checkpoint's directory, which may hold other checkpoints."""
+    foreign = foreign_names(system, path, names)
+    return [name for name in foreign if _is_directory(system, os.path.join(path, name))]
 
 
 def collect_leftovers(system: System, target: str) -> bool:
-    """Remove what dead saves to this target left, under its lock, so that none is alive; whether
-    there was anything."""
-    parent, old = os.path.split(beside(target, "old"))
-    hidden = parse(old)
-    assert hidden is not None
-    found = [n for n in system.listdir(parent) if n == old or parse(n) == (hidden[0], "tmp")]
-    aside = os.path.join(parent, old)
-    if old in found and not exists(system, target) and exists(system, f"{aside}/{MANIFEST_NAME}"):
-        # A replacing save died between its two renames: the old checkpoint comes back.
-        found.remove(old)
-        if not is_cut(os.path.basename(target)):  # else the next save to the real name does it
-            system.rename(aside, target)
-    paths = [os.path.join(parent, name) for name in found]
+    """Remove the leftovers of dead saves to a target. The caller holds its lock.
+
+    Returns:
+        Whether there were leftovers.
+    """
+    parent, old = os.path.split(hidden_path(target, "old"))
+    parsed = parse(old)
+    assert parsed is not None
+    names = [n for n in system.listdir(parent) if n == old or parse(n) == (parsed.stem, "tmp")]
+    old_path = os.path.join(parent, old)
+    if (
+        old in names
+        and not exists(system, target)
+        and exists(system, f"{old_path}/{MANIFEST_NAME}")
+    ):
+        # A save died between its two renames. Restore the old checkpoint.
+        names.remove(old)
+        # The stem of a long name is not the name. The next save to the name restores it.
+        if not is_shortened(os.path.basename(target)):
+            system.rename(old_path, target)
+    paths = [os.path.join(parent, name) for name in names]
     leftovers = [path for path in paths if _is_leftover(system, path, target)]
     if leftovers:
-        # What a dead save has published may not be durable yet. It must be before the
-        # checkpoint that it replaced, perhaps one of these, goes.
+        # One leftover may be the old checkpoint, if a save died after it exchanged the names. The
+        # new checkpoint must be durable before the old one is removed.
         sync_directory(system, parent)
     for leftover in leftovers:
-        remove_tree(system, leftover, beside_target=target)
+        remove_tree(system, leftover, kept_in=target)
     return bool(leftovers)
 
 
 def _is_leftover(system: System, path: str, target: str) -> bool:
-    """Whether a save made what stands under a hidden name: a directory that holds files of ours
-    alone, or of the user's that the checkpoint at `target` still has."""
+    """Whether a hidden directory was made by a save.
+
+    It then holds only files of a checkpoint, and user's files that `target` holds too.
+    """
     if not _is_directory(system, path):
         return False
     names = system.listdir(path)
-    return not not_ours(system, path, names, target=target)
+    return not foreign_names(system, path, names, kept_in=target)
 
 
 def remove(system: System, path: str) -> None:
-    """Remove a checkpoint: its name first and for good, then its files as far as that works.
+    """Remove a checkpoint: first its name, durably, then its files, as far as possible.
 
-    Raises CheckpointBusyError while a save to this path is under way, StorageError where there is
-    anything in it that shardckpt has not made.
+    Raises:
+        CheckpointBusyError: A save to this path is running.
+        StorageError: The directory holds a file that shardckpt has not made, or the file system
+            refused an operation.
     """
     with translated(path):
         target = os.path.realpath(path)
         parent = os.path.dirname(target)
-        lock = Lock(system, beside(target, "lock"))
+        lock = Lock(system, hidden_path(target, "lock"))
         try:
             if collect_leftovers(system, target):
-                sync_directory(system, parent)  # or an old checkpoint could come back in part
-            inside = not_ours(system, target, system.listdir(target))
-            if inside:
+                sync_directory(system, parent)  # otherwise a part of an old checkpoint may reappear
+            foreign = foreign_names(system, target, system.listdir(target))
+            if foreign:
                 raise StorageError(
-                    "A checkpoint is not removed while it holds files that shardckpt has not made",
+                    "The checkpoint holds files that shardckpt has not made, and is not removed",
                     errno=errno.ENOTEMPTY,
                     path=target,
-                    actual=", ".join(sorted(inside)[:5]),
+                    actual=", ".join(sorted(foreign)[:5]),
                     remedy="move them to another place",
                 )
-            hidden = beside(target, f"tmp-{uuid.uuid4().hex}")
+            hidden = hidden_path(target, f"tmp-{uuid.uuid4().hex}")
             system.rename(target, hidden)
             sync_directory(system, parent)
             remove_tree(system, hidden)
@@ -175,18 +196,20 @@ def remove(system: System, path: str) -> None:
 
 
 def sweep(system: System, folder: str) -> None:
-    """Remove what dead saves and removals left in a folder, of all checkpoints; never raises
-    OSError. What is alive holds its lock; where there are no locks, nothing is removed."""
+    """Remove the leftovers of all dead saves and removals from a folder. Never raises OSError.
+
+    A running save holds its lock. If the file system has no locks, nothing is removed.
+    """
     with suppress(OSError):
         folder = os.path.realpath(folder)
-        found = [hidden for name in system.listdir(folder) if (hidden := parse(name))]
-        for stem in sorted({stem for stem, _ in found}):
+        parsed = [hidden for name in system.listdir(folder) if (hidden := parse(name))]
+        for stem in sorted({hidden.stem for hidden in parsed}):
             _sweep_one(system, os.path.join(folder, stem))
 
 
 def _sweep_one(system: System, target: str) -> None:
     with suppress(CheckpointBusyError, OSError):
-        lock = Lock(system, beside(target, "lock"))
+        lock = Lock(system, hidden_path(target, "lock"))
         try:
             if lock.held:
                 collect_leftovers(system, target)
@@ -195,9 +218,9 @@ def _sweep_one(system: System, target: str) -> None:
 
 
 def old_name(name: str) -> str | None:
-    """The checkpoint that a hidden name holds, set aside by a save that did not get on."""
+    """Return the checkpoint whose old version a hidden name holds. None for any other name."""
     hidden = parse(name)
-    return hidden[0] if hidden and hidden[1] == "old" else None
+    return hidden.stem if hidden and hidden.role == "old" else None
 
 
 def _is_directory(system: System, path: str) -> bool:
@@ -207,13 +230,12 @@ def _is_directory(system: System, path: str) -> bool:
 def _same(system: System, one: str, other: str) -> bool:
     """Whether two paths are names of the same file."""
     with suppress(OSError):
-        found = [system.stat(path) for path in (one, other)]
-        return found[0].st_ino == found[1].st_ino and found[0].st_dev == found[1].st_dev
+        return os.path.samestat(system.stat(one), system.stat(other))
     return False
 
 
 def exists(system: System, path: str) -> bool:
-    """Whether there is anything at a path, be it a symlink to nothing."""
+    """Whether a path exists. A broken symlink exists."""
     try:
         system.stat(path)
     except (FileNotFoundError, NotADirectoryError):

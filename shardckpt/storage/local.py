@@ -1,10 +1,9 @@
 """Checkpoints as directories of a file system that all ranks share.
 
-A save writes into `.NAME.tmp-ID` beside its target, and renames that to NAME once every file
-and the directory are durable; docs/durability.md tells each step. A lock is held meanwhile
-(storage/names has all hidden names). A save that finds leftovers of a dead one under these names
-removes them, as does storage/removal, which removes checkpoints. Files that others have laid into
-a checkpoint are carried over to the one that replaces it.
+A save writes into `.NAME.tmp-ID` beside its target, and renames that directory to NAME when all
+files and the directory are durable. It holds a lock until then. storage/names lists all hidden
+names, and docs/durability.md describes each step. A save first removes the leftovers of dead saves
+(storage/deletion). A user's files in a checkpoint are linked into the checkpoint that replaces it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 
 from shardckpt.config import current
@@ -25,6 +24,7 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
+from shardckpt.storage import deletion
 from shardckpt.storage.base import (
     MANIFEST_NAME,
     CheckpointFiles,
@@ -34,37 +34,23 @@ from shardckpt.storage.base import (
 )
 from shardckpt.storage.deletion import (
     collect_leftovers,
-    directories_in,
     exists,
+    foreign_directories,
+    foreign_names,
     make_directories,
-    not_ours,
+    old_name,
     remove_tree,
     sync_directory,
 )
 from shardckpt.storage.local_reader import LocalFiles
 from shardckpt.storage.lock import Lock
-from shardckpt.storage.names import beside
-from shardckpt.storage.paths import absolute, local_path
+from shardckpt.storage.names import hidden_path
+from shardckpt.storage.paths import is_alias, local_path
 from shardckpt.storage.posix import UNSUPPORTED, System, translated
 
-__all__ = ["LocalStorage", "checkpoint_path"]
+__all__ = ["LocalStorage"]
 
 _WRITE = os.O_CREAT | os.O_WRONLY
-
-
-def checkpoint_path(path: object, storage: Storage | None, *, fixed: bool = False) -> str:
-    """The path of a checkpoint in a storage, by default the local file system; see local_path. For
-    another storage any non-empty text is a path.
-
-    Args:
-        fixed: Make the path absolute, for what is done after this call returns.
-
-    Raises:
-        StateError: It is not a path.
-    """
-    if storage is not None and not isinstance(storage, LocalStorage) and isinstance(path, str):
-        return path or local_path(path)
-    return absolute(local_path(path)) if fixed else local_path(path)
 
 
 class LocalStorage(Storage):
@@ -82,18 +68,56 @@ class LocalStorage(Storage):
     def __init__(self, system: System | None = None) -> None:
         self.system = system or System()
 
+    def full_path(self, path: str) -> str:
+        """See Storage.full_path. `~` is expanded, and `file:///folder` becomes `/folder`."""
+        return local_path(path)
+
+    def names(self, folder: str) -> list[str]:
+        """See Storage.names. Includes a checkpoint that a failed overwrite moved."""
+        with translated(folder):
+            try:
+                names = self.system.listdir(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        moved = {name for name in map(old_name, names) if name}
+        visible = (
+            name for name in names if not name.startswith(".") and not is_alias(folder, name)
+        )
+        return sorted({*visible, *moved})
+
+    def exists(self, path: str) -> bool:
+        """See Storage.exists. Anything counts, also a symbolic link to nothing."""
+        return exists(self.system, path)
+
+    def version(self, path: str) -> Hashable:
+        """See Storage.version: inode, time of change and size of the manifest. Cheap."""
+        with translated(path):
+            try:
+                found = self.system.stat(os.path.join(path, MANIFEST_NAME))
+            except FileNotFoundError:
+                found = self.system.stat(os.path.join(hidden_path(path, "old"), MANIFEST_NAME))
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def remove(self, path: str) -> None:
+        """See Storage.remove. A checkpoint that holds files of other programs stays."""
+        deletion.remove(self.system, path)
+
+    def sweep(self, folder: str) -> None:
+        """See Storage.sweep. A save that is alive holds its lock."""
+        deletion.sweep(self.system, folder)
+
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> LocalTransaction:
-        """See Storage.begin. Directories above the path are made."""
+        """See Storage.begin. Missing parent directories are made."""
         path = local_path(path)
         with translated(path):
             target = os.path.realpath(path)
             _check_replaceable(target)
             make_directories(self.system, os.path.dirname(target))
-            lock = Lock(self.system, beside(target, "lock"))
+            lock = Lock(self.system, hidden_path(target, "lock"))
             try:
                 collect_leftovers(self.system, target)
                 _check_target(self.system, target, overwrite=overwrite)
-                temporary = beside(target, f"tmp-{checkpoint_id}")
+                temporary = hidden_path(target, f"tmp-{checkpoint_id}")
                 self.system.mkdir(temporary)
             except BaseException:
                 lock.release()
@@ -107,27 +131,27 @@ class LocalStorage(Storage):
         path = local_path(path)
         with translated(path):
             target = os.path.realpath(path)
-        temporary = beside(target, f"tmp-{token}")
+        temporary = hidden_path(target, f"tmp-{token}")
         give_up_at = time.monotonic() + current().shared_deadline_s
         while True:
             try:
                 self.system.stat(temporary)
                 return LocalTransaction(self.system, path, target, token)
             except FileNotFoundError:
-                pass  # a network file system may show it later
+                pass  # A network file system may show the directory later.
             except OSError:
                 with translated(temporary):
                     raise
             if time.monotonic() > give_up_at:
                 raise DirectoryNotSharedError(
-                    "This rank does not see the directory that rank 0 made",
+                    "This rank does not see the directory that rank 0 created",
                     path=path,
                     expected=temporary,
                     actual="nothing there",
                     remedy="save to a file system that all ranks share, under the same path",
                 )
             with suppress(OSError):
-                self.system.listdir(os.path.dirname(target))  # makes NFS look again
+                self.system.listdir(os.path.dirname(target))  # updates the cache of NFS
             time.sleep(0.05)
 
     def open(self, path: str) -> LocalFiles:
@@ -138,13 +162,13 @@ class LocalStorage(Storage):
 
 
 def _check_replaceable(target: str) -> None:
-    """Raise for a directory that can't be replaced: a save renames another one to its path."""
+    """Raise an error for the root and the working directory, which a rename can't replace."""
     working = ""
-    with suppress(FileNotFoundError):  # somebody has removed it
+    with suppress(FileNotFoundError):  # the working directory was removed
         working = os.path.realpath(os.getcwd())
     if target in ("/", working):
         raise StateError(
-            "A checkpoint can't take the place of the root or of the working directory",
+            "A checkpoint can't replace the root or the working directory",
             path=target,
             expected="a path below it, or another directory",
             remedy='save to a directory in it, as in "./checkpoint"',
@@ -152,45 +176,45 @@ def _check_replaceable(target: str) -> None:
 
 
 def _check_target(system: System, target: str, *, overwrite: bool) -> None:
-    """Raise unless a checkpoint may take the place of what stands at a path."""
+    """Raise an error if a checkpoint must not be saved to a path."""
     try:
-        found = system.stat(target)
+        status = system.stat(target)
     except FileNotFoundError:
         return
-    directory = stat.S_ISDIR(found.st_mode)
+    directory = stat.S_ISDIR(status.st_mode)
     names = system.listdir(target) if directory else []
     if directory and not names:
         return
     if not overwrite:
         raise CheckpointExistsError(
-            "There is something at this path already",
+            "The path exists already",
             errno=errno.EEXIST,
             path=target,
-            expected="nothing, or an empty directory",
-            actual="a checkpoint" if MANIFEST_NAME in names else _describe(found),
+            expected="a free path, or an empty directory",
+            actual="a checkpoint" if MANIFEST_NAME in names else _describe(status),
             remedy="save to another path, or pass overwrite=True to replace a checkpoint",
         )
     if not _is_checkpoint(system, target, names):
         raise NotACheckpointError(
-            "overwrite=True replaces a checkpoint, and nothing else",
+            "overwrite=True replaces only a checkpoint",
             path=target,
             expected=f"a directory with a {MANIFEST_NAME} of shardckpt",
-            actual=_describe(found),
+            actual=_describe(status),
             remedy="move it out of the way, or save to another path",
         )
-    inside = directories_in(system, target, names)
-    if inside:
+    directories = foreign_directories(system, target, names)
+    if directories:
         raise NotACheckpointError(
-            "overwrite=True replaces a checkpoint, and nothing else",
+            "overwrite=True replaces only a checkpoint, but the path also holds directories",
             path=target,
             expected="files of a checkpoint",
-            actual=f"directories as well: {', '.join(inside[:5])}",
+            actual=f"directories: {', '.join(directories[:5])}",
             remedy="move them to another place, or save to another path",
         )
 
 
 def _is_checkpoint(system: System, target: str, names: list[str]) -> bool:
-    """Whether shardckpt wrote a directory: a damaged manifest counts beside a shard."""
+    """Whether a directory is a checkpoint. If it has a shard, its manifest may be corrupted."""
     if MANIFEST_NAME not in names or any(map(is_shard_name, names)):
         return MANIFEST_NAME in names
     head = memoryview(bytearray(len(MANIFEST_HEAD)))
@@ -202,12 +226,12 @@ def _is_checkpoint(system: System, target: str, names: list[str]) -> bool:
     return bytes(head) == MANIFEST_HEAD
 
 
-def _describe(found: os.stat_result) -> str:
-    return "a directory" if stat.S_ISDIR(found.st_mode) else "a file of another kind"
+def _describe(status: os.stat_result) -> str:
+    return "a directory" if stat.S_ISDIR(status.st_mode) else "a file"
 
 
 class LocalTransaction(WriteTransaction):
-    """A checkpoint being written to a temporary directory."""
+    """A checkpoint that is being written to a temporary directory; see WriteTransaction."""
 
     def __init__(
         self,
@@ -223,7 +247,7 @@ class LocalTransaction(WriteTransaction):
         self.token = token
         self._system = system
         self._target = target
-        self._temporary = beside(target, f"tmp-{token}")
+        self._temporary = hidden_path(target, f"tmp-{token}")
         self._lock = lock
         self._overwrite = overwrite
         self._published = False
@@ -235,13 +259,13 @@ class LocalTransaction(WriteTransaction):
             return LocalFile(self._system, path, size_bytes=size_bytes, shared=shared)
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
-        """See WriteTransaction.link. The fsync of the directory, in commit, makes it durable."""
+        """See WriteTransaction.link. The link becomes durable in `commit`."""
         path = os.path.join(self._temporary, name)
         return isinstance(source, LocalFiles) and source.share(name, path)
 
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit."""
-        assert self._lock is not None, "rank 0 alone commits"
+        assert self._lock is not None, "only rank 0 commits"
         with translated(self._target):
             path = os.path.join(self._temporary, MANIFEST_NAME)
             file = LocalFile(self._system, path, size_bytes=len(manifest), direct=False)
@@ -251,31 +275,31 @@ class LocalTransaction(WriteTransaction):
             except BaseException:
                 file.discard()
                 raise
-            # Others may have put something there in the meantime.
+            # The path may have changed since `begin`.
             _check_target(self._system, self._target, overwrite=self._overwrite)
             self._carry_over()
             sync_directory(self._system, self._temporary)
-            # From here on the temporary name may be that of the old checkpoint: it must not be
-            # removed before the new one is known to be durable.
+            # From here on, the temporary directory may be the old checkpoint. It must not be
+            # removed before the new checkpoint is known to be durable.
             self._published = True
             replaced = self._publish()
             sync_directory(self._system, os.path.dirname(self._target))
         if replaced is not None:
-            remove_tree(self._system, replaced, beside_target=self._target)
+            remove_tree(self._system, replaced, kept_in=self._target)
 
     def _carry_over(self) -> None:
-        """Link the files that others have laid into the checkpoint that is to be replaced."""
+        """Link the user's files in the old checkpoint into the new one."""
         if not exists(self._system, self._target):
             return
         directory = self._system.open(self._target, os.O_RDONLY | os.O_DIRECTORY)
         try:
             names = self._system.listdir(directory)
-            for name in not_ours(self._system, self._target, names):
+            for name in foreign_names(self._system, self._target, names):
                 path = os.path.join(self._temporary, name)
                 self._system.link(name, path, dir_fd=directory)
         except OSError as error:
             raise StorageError(
-                "A file that shardckpt has not made can't be kept in the checkpoint",
+                "The checkpoint holds a file that shardckpt has not made and can't keep",
                 errno=error.errno,
                 path=self._target,
                 expected="a file system with hard links",
@@ -286,7 +310,7 @@ class LocalTransaction(WriteTransaction):
             self._system.close(directory)
 
     def _publish(self) -> str | None:
-        """Give the new checkpoint its name; where the old one has gone, if there was one."""
+        """Rename the new checkpoint to its path. Returns the new path of an old checkpoint."""
         try:
             self._system.rename(self._temporary, self._target)
             return None
@@ -299,8 +323,8 @@ class LocalTransaction(WriteTransaction):
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-        # One name: were there several, nobody could tell which of them is the newest.
-        old = beside(self._target, "old")
+        # The name for an old checkpoint is fixed, so that there is never more than one.
+        old = hidden_path(self._target, "old")
         self._system.rename(self._target, old)
         self._system.rename(self._temporary, self._target)
         return old
@@ -308,7 +332,7 @@ class LocalTransaction(WriteTransaction):
     def abandon(self) -> None:
         """See WriteTransaction.abandon."""
         if self._lock is not None and not self._published:
-            remove_tree(self._system, self._temporary, beside_target=self._target)
+            remove_tree(self._system, self._temporary, kept_in=self._target)
         self.close()
 
     def close(self) -> None:
@@ -319,7 +343,15 @@ class LocalTransaction(WriteTransaction):
 
 
 class LocalFile(WritableFile):
-    """A file being written, with O_DIRECT if the file system takes it."""
+    """A file that is being written, with O_DIRECT if possible; see WritableFile.
+
+    Args:
+        system: Performs the system calls.
+        path: The path of the file.
+        size_bytes: The final size of the file.
+        direct: Try O_DIRECT.
+        shared: The file may exist already.
+    """
 
     def __init__(
         self,
@@ -344,7 +376,7 @@ class LocalFile(WritableFile):
             raise
 
     def _can(self, call: Callable[[], None]) -> bool:
-        """Make a call that some file systems don't know; whether this one does."""
+        """Make a call. Returns whether the file system supports it."""
         try:
             call()
         except OSError as error:
@@ -365,7 +397,7 @@ class LocalFile(WritableFile):
                     self._buffered()
                     continue
                 if written <= 0:
-                    raise OSError(errno.EIO, "a write took nothing", self._path)
+                    raise OSError(errno.EIO, "no bytes were written", self._path)
                 data, offset = data[written:], offset + written
                 if data and written % 4096:
                     self._buffered()
@@ -375,7 +407,7 @@ class LocalFile(WritableFile):
         self.direct = False
 
     def close(self, *, size_bytes: int) -> None:
-        """See WritableFile.close. A failed fsync is final: asked again, the kernel forgets it."""
+        """See WritableFile.close. A failed fsync is not repeated, as Linux reports errors once."""
         with translated(self._path):
             self._system.truncate(self._fd, size_bytes=size_bytes)
             self._system.fsync(self._fd)

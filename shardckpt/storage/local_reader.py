@@ -18,73 +18,80 @@ from shardckpt.errors import (
     NotACheckpointError,
 )
 from shardckpt.storage.base import MANIFEST_NAME, CheckpointFiles, OnFilled, WouldWait
-from shardckpt.storage.names import beside
+from shardckpt.storage.names import hidden_path
 from shardckpt.storage.posix import System, translated
 
 __all__ = ["LocalFiles"]
 
 _READ = os.O_RDONLY | os.O_NONBLOCK  # a FIFO in a shard's place must not block
-_MOST_OPEN = 64  # shards, with two descriptors each; a process may have 1024, mostly
+_MOST_OPEN = 64  # shards, with two descriptors each; the usual limit of a process is 1024
 _PAGE_BYTES = 4096
 _MANIFEST_LIMIT_BYTES = 2 << 30
 
 
 @dataclass(slots=True)
 class _Shard:
-    """An open shard, and how many are using it; `direct` is its descriptor past the page cache.
+    """An open shard. A with block ends one use of it.
 
-    The end of a with block is the end of one use.
+    Attributes:
+        fd: Its descriptor.
+        lock: Guards the other attributes.
+        direct: Its descriptor with O_DIRECT. None if there is none, or not yet.
+        tried_direct: Whether an attempt was made to open `direct`.
+        users: The number of running reads.
     """
 
     fd: int
     lock: threading.Lock
     direct: int | None = None
-    tried: bool = False  # to open `direct`
+    tried_direct: bool = False
     users: int = 0
 
     def __enter__(self) -> _Shard:
         return self
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+    def __exit__(self, *error: object) -> None:
         with self.lock:
             self.users -= 1
 
 
 class LocalFiles(CheckpointFiles):
-    """A committed checkpoint in a directory.
+    """A committed checkpoint in a directory; see CheckpointFiles.
 
-    Every file is opened below the directory that was opened first, so files of a checkpoint that
-    replaces it are never mixed in.
+    All files are opened relative to one open directory. If another checkpoint replaces this one,
+    the files of the two are never mixed.
     """
 
     def __init__(self, system: System, path: str, *, directory: int | None = None) -> None:
         self.path = path
         self._system = system
         self._lock = threading.Lock()
-        self._open: dict[str, _Shard] = {}  # the one used last comes last
-        self._directory = self._find(os.path.realpath(path)) if directory is None else directory
+        self._open: dict[str, _Shard] = {}  # sorted by the time of the last use
+        if directory is None:
+            directory = self._open_directory(os.path.realpath(path))
+        self._directory = directory
 
-    def _find(self, path: str) -> int:
+    def _open_directory(self, path: str) -> int:
         try:
             return self._system.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except NotADirectoryError as error:
             raise NotACheckpointError(
-                "There is a file at this path, no checkpoint",
+                "The path is a file, not the directory of a checkpoint",
                 path=self.path,
                 expected="a directory that shardckpt.save wrote",
                 actual="a file",
                 remedy="give the checkpoint's directory",
             ) from error
         except FileNotFoundError as error:
-            # A replacing save that died between its two renames left the old one aside.
+            # A save that died between its two renames left the old checkpoint under this name.
             with suppress(OSError):
-                return self._system.open(beside(path, "old"), os.O_RDONLY | os.O_DIRECTORY)
+                return self._system.open(hidden_path(path, "old"), os.O_RDONLY | os.O_DIRECTORY)
             raise CheckpointNotFoundError(
-                "There is nothing at this path",
+                "The checkpoint does not exist",
                 path=self.path,
                 expected="a checkpoint",
                 actual="no such file or directory",
-                remedy="check the path; a save that did not return leaves nothing",
+                remedy="check the path, and whether the save to it has succeeded",
             ) from error
 
     def manifest(self) -> bytes:
@@ -96,34 +103,32 @@ class LocalFiles(CheckpointFiles):
         try:
             fd = self._system.open(MANIFEST_NAME, _READ, dir_fd=self._directory)
         except FileNotFoundError as error:
-            now = self._at_path()
-            if now != self._system.fstat(self._directory).st_ino:
-                raise self._replaced(MANIFEST_NAME, now) from error
+            self._raise_if_replaced(MANIFEST_NAME, error)
             raise NotACheckpointError(
-                "This directory is no shardckpt checkpoint",
+                "This directory is not a shardckpt checkpoint",
                 path=self.path,
                 expected=f"a {MANIFEST_NAME} in it",
                 actual=self._contents(),
-                remedy="give a directory that shardckpt.save wrote; one of "
-                "torch.distributed.checkpoint loads with dcp.load",
+                remedy="give a directory that shardckpt.save wrote. Checkpoints of "
+                "torch.distributed.checkpoint can be loaded with dcp.load",
             ) from error
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            self._no_regular_file(MANIFEST_NAME)
+            self._refuse_irregular(MANIFEST_NAME)
         try:
-            found = self._system.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                self._no_regular_file(MANIFEST_NAME)
-            if found.st_size > _MANIFEST_LIMIT_BYTES:
+            status = self._system.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                self._refuse_irregular(MANIFEST_NAME)
+            if status.st_size > _MANIFEST_LIMIT_BYTES:
                 raise CorruptionError(
                     "The manifest is too large",
                     path=f"{self.path}/{MANIFEST_NAME}",
                     expected=f"at most {_MANIFEST_LIMIT_BYTES} bytes",
-                    actual=f"{found.st_size} bytes",
+                    actual=f"{status.st_size} bytes",
                     remedy="load another checkpoint",
                 )
-            data = bytearray(found.st_size)
+            data = bytearray(status.st_size)
             self._fill(fd, MANIFEST_NAME, memoryview(data), 0)
             return bytes(data)
         finally:
@@ -136,7 +141,7 @@ class LocalFiles(CheckpointFiles):
         return f"{len(names)} files: {', '.join(names[:5])}" if names else "an empty directory"
 
     def names(self) -> list[str]:
-        """The names of all files in the directory, for tools that mend."""
+        """List the names of all files in the directory, for rescues."""
         with translated(self.path):
             return self._system.listdir(self._directory)
 
@@ -160,7 +165,7 @@ class LocalFiles(CheckpointFiles):
     ) -> None:
         """See CheckpointFiles.readinto."""
         with translated(f"{self.path}/{name}"), self._using(name) as shard:
-            # Nothing but what it takes: a cache full of data has forgotten the code.
+            # This loop is kept short, as the data has evicted the code from the processor's cache.
             for buffer in buffers:
                 self._fill(shard.fd, name, buffer, offset, wait)
                 offset += len(buffer)
@@ -175,7 +180,7 @@ class LocalFiles(CheckpointFiles):
                     raise
                 raise WouldWait(name) from error
             if count == 0:
-                raise self._cut(name, offset, len(buffer))
+                raise self._truncated(name, offset, len(buffer))
             buffer, offset = buffer[count:], offset + count
 
     def read_past_cache(
@@ -191,21 +196,21 @@ class LocalFiles(CheckpointFiles):
                 try:
                     count = self._system.read(fd, [buffer[done:room]], offset=offset + done)
                 except OSError:
-                    # No O_DIRECT here after all, or not from where the last read ended; of an error
-                    # of the disk, readinto will tell.
+                    # O_DIRECT is not possible here, or not at the offset where the last read ended.
+                    # If the disk has an error, the readinto that follows raises it.
                     return False
                 if count == 0:
-                    raise self._cut(name, offset + done, size_bytes - done)
+                    raise self._truncated(name, offset + done, size_bytes - done)
                 done += count
             return True
 
-    def _cut(self, name: str, end: int, missing_bytes: int) -> CorruptionError:
+    def _truncated(self, name: str, end: int, missing_bytes: int) -> CorruptionError:
         return CorruptionError(
-            "A file ends before its time",
+            "A file is truncated",
             path=f"{self.path}/{name}",
             expected=f"{missing_bytes} more bytes",
-            actual=f"its end at byte {end}",
-            remedy="load another checkpoint; `shardckpt verify` lists all damage",
+            actual=f"the file ends at byte {end}",
+            remedy="load another checkpoint; `shardckpt verify` lists all corrupted files",
         )
 
     def map(self, name: str) -> memoryview:
@@ -221,9 +226,13 @@ class LocalFiles(CheckpointFiles):
         return LocalFiles(self._system, self.path, directory=directory)
 
     def share(self, name: str, path: str) -> bool:
-        """Make `path` a hard link to a shard, or a clone of it where there can be none (too many
-        links, another owner, no such thing here); whether it is one. Durable once the directory
-        that holds `path` is."""
+        """Make `path` a hard link to a shard. If the file system refuses, clone the shard.
+
+        The new file is durable when its directory is.
+
+        Returns:
+            Whether the file was made.
+        """
         try:
             with self._using(name) as shard:
                 return self._link(name, shard.fd, path) or self._clone(shard.fd, path)
@@ -235,9 +244,8 @@ class LocalFiles(CheckpointFiles):
             self._system.link(name, path, dir_fd=self._directory)
         except OSError:
             return False
-        with suppress(OSError):  # the name may lead to another file than the one opened
-            made, held = self._system.stat(path), self._system.fstat(fd)
-            if (made.st_dev, made.st_ino) == (held.st_dev, held.st_ino):
+        with suppress(OSError):  # the name may have been given to another file
+            if os.path.samestat(self._system.stat(path), self._system.fstat(fd)):
                 return True
         with suppress(OSError):
             self._system.unlink(path)
@@ -261,7 +269,7 @@ class LocalFiles(CheckpointFiles):
                 self._system.close(target)
 
     def _using(self, name: str) -> _Shard:
-        """A shard's file, for a with block; beyond a number those that nobody uses are closed."""
+        """Open a shard for a with block. Closes shards that are not in use above a limit."""
         with self._lock:
             shard = self._open.pop(name, None) or _Shard(self._open_shard(name), self._lock)
             self._open[name] = shard
@@ -273,13 +281,13 @@ class LocalFiles(CheckpointFiles):
         return shard
 
     def _past_cache(self, name: str, shard: _Shard) -> int | None:
-        """A descriptor that leaves the page cache alone; None where there is none."""
+        """Return the descriptor of a shard with O_DIRECT. None if that is not possible."""
         with self._lock:
-            if not shard.tried:
-                shard.tried, shard.direct = True, self._open_direct(name, shard.fd)
+            if not shard.tried_direct:
+                shard.tried_direct, shard.direct = True, self._open_direct(name, shard.fd)
             return shard.direct
 
-    def _open_direct(self, name: str, held: int) -> int | None:
+    def _open_direct(self, name: str, buffered_fd: int) -> int | None:
         if not hasattr(os, "O_DIRECT"):
             return None
         try:
@@ -287,8 +295,7 @@ class LocalFiles(CheckpointFiles):
         except (OSError, CheckpointError):
             return None
         with suppress(OSError):
-            opened, other = self._system.fstat(fd), self._system.fstat(held)
-            if (opened.st_dev, opened.st_ino) == (other.st_dev, other.st_ino):
+            if os.path.samestat(self._system.fstat(fd), self._system.fstat(buffered_fd)):
                 return fd
         with suppress(OSError):
             self._system.close(fd)
@@ -298,49 +305,46 @@ class LocalFiles(CheckpointFiles):
         try:
             fd = self._system.open(name, _READ | flags, dir_fd=self._directory)
         except FileNotFoundError as error:
-            self._missing(name, error)
+            self._refuse_missing(name, error)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                self._no_regular_file(name)
+                self._refuse_irregular(name)
             raise
         try:
             if not stat.S_ISREG(self._system.fstat(fd).st_mode):
-                self._no_regular_file(name)
+                self._refuse_irregular(name)
         except BaseException:
             self._system.close(fd)
             raise
         return fd
 
-    def _missing(self, name: str, error: OSError) -> NoReturn:
-        now = self._at_path()
-        if now != self._system.fstat(self._directory).st_ino:
-            raise self._replaced(name, now) from error
+    def _refuse_missing(self, name: str, error: OSError) -> NoReturn:
+        self._raise_if_replaced(name, error)
         raise CorruptionError(
             "A shard is missing",
             path=f"{self.path}/{name}",
             expected="the file",
             actual="no such file",
-            remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
+            remedy="load another checkpoint; `shardckpt verify` lists all corrupted files",
         ) from error
 
-    def _at_path(self) -> int | None:
-        """What stands at the path now, by its inode."""
-        with suppress(OSError):
-            return self._system.stat(os.path.realpath(self.path)).st_ino
-        return None
+    def _raise_if_replaced(self, name: str, error: OSError) -> None:
+        """Raise CheckpointNotFoundError if the path no longer leads to the open directory."""
+        inode = None
+        with suppress(OSError):  # the path no longer exists
+            inode = self._system.stat(os.path.realpath(self.path)).st_ino
+        if inode != self._system.fstat(self._directory).st_ino:
+            raise CheckpointNotFoundError(
+                "The checkpoint was replaced or removed while it was being read",
+                path=self.path,
+                expected=name,
+                actual="another checkpoint" if inode else "no checkpoint",
+                remedy="load again",
+            ) from error
 
-    def _replaced(self, name: str, now: int | None) -> CheckpointNotFoundError:
-        return CheckpointNotFoundError(
-            "The checkpoint was replaced or removed while it was being read",
-            path=self.path,
-            expected=name,
-            actual="another checkpoint" if now else "nothing",
-            remedy="load again",
-        )
-
-    def _no_regular_file(self, name: str) -> NoReturn:
+    def _refuse_irregular(self, name: str) -> NoReturn:
         raise CorruptionError(
-            "A file of the checkpoint is no regular file",
+            "A file of the checkpoint is not a regular file",
             path=f"{self.path}/{name}",
             expected="a regular file",
             actual="a link, pipe, device or directory",

@@ -1,6 +1,6 @@
-"""A lock beside a checkpoint: one process at a time saves there, or removes it.
+"""The lock of a checkpoint: only one process at a time saves to its path or removes it.
 
-A lock is an empty file. A file with content is not ours, and is neither changed nor removed.
+The lock file is empty. A file with content belongs to the user, and is neither changed nor removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ __all__ = ["Lock"]
 
 
 class Lock:
-    """A lock file, held until released. Where the file system has no locks, `held` is false."""
+    """A lock file that this process holds until `release`.
+
+    Attributes:
+        held: Whether the file is locked. False if the file system does not support locks.
+        fd: The descriptor of the lock file.
+        path: The path of the lock file.
+
+    Raises:
+        CheckpointBusyError: Another process or another call holds the lock.
+        OSError: The file system refused an operation.
+    """
 
     def __init__(self, system: System, path: str) -> None:
         self.system = system
@@ -32,26 +42,27 @@ class Lock:
             except BlockingIOError as error:
                 system.close(self.fd)
                 raise CheckpointBusyError(
-                    "Another save to this path is under way",
+                    "Another save to this path is running",
                     errno=errno.EAGAIN,
                     path=path,
                     remedy="wait for it, or save to another path",
                 ) from error
             except FileNotFoundError:
-                pass  # removed by its holder, as below
+                pass  # The previous holder has removed the file, as in the case below.
             except OSError as error:
                 if error.errno in (*UNSUPPORTED, errno.ENOLCK):
                     self.held = False
                     return
                 system.close(self.fd)
                 raise
-            system.close(self.fd)  # its holder removed it in the meantime: once more
+            # This file is not the one at the path any more: try again with a new one.
+            system.close(self.fd)
 
     def release(self) -> None:
-        """Remove and unlock it; never raises OSError."""
+        """Remove the lock file and unlock it. Never raises OSError."""
         with suppress(OSError):
-            found = self.system.fstat(self.fd)
-            if stat.S_ISREG(found.st_mode) and found.st_size == 0:
+            status = self.system.fstat(self.fd)
+            if stat.S_ISREG(status.st_mode) and status.st_size == 0:
                 self.system.unlink(self.path)
         with suppress(OSError):
             self.system.unlock(self.fd)

@@ -1,13 +1,13 @@
-"""The hidden names beside a checkpoint or file, and which names in a directory are shardckpt's.
+"""The hidden names beside a checkpoint or file, and the names that files of a checkpoint have.
 
-A save of a checkpoint NAME makes `.NAME.tmp-ID`, ID being 32 hexadecimal digits that are new each
-time. Its lock is `.NAME.MARK.lock`, and `.NAME.MARK.old` holds the checkpoint that it replaces
-where the file system can't swap names; MARK is 32 hexadecimal digits that follow from NAME. A long
-NAME is cut in them, so that no hidden name is longer than 138 bytes.
+A save of a checkpoint NAME writes to `.NAME.tmp-ID`. ID is 32 hexadecimal digits, new for each
+save. Its lock is `.NAME.HASH.lock`. Where the file system can't exchange names,
+`.NAME.HASH.old` holds the checkpoint that is being replaced. HASH is a hash of NAME, 32 hexadecimal
+digits. A long NAME is shortened, so that no hidden name is longer than 138 bytes.
 
-A write of a file or folder in another format makes `.shardckpt-HASH.ID.part`, with the lock
-`.shardckpt-HASH.lock` and, as above, `.shardckpt-HASH.old`; HASH follows from NAME. Such files hold
-nothing by which they could be told from a user's, so the lock file says that they are shardckpt's.
+A write of a file or folder in another format uses `.shardckpt-HASH.ID.part`,
+`.shardckpt-HASH.lock` and `.shardckpt-HASH.old` in the same way. The content of such files does not
+show who made them. The lock file holds a text which shows that they are shardckpt's.
 """
 
 from __future__ import annotations
@@ -15,61 +15,82 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from typing import NamedTuple
 
 import xxhash
 
 from shardckpt.format.manifest import is_shard_name
 from shardckpt.storage.base import MANIFEST_NAME
 
-__all__ = ["Hidden", "beside", "beside_file", "is_beside_file", "is_cut", "is_ours", "parse"]
+__all__ = [
+    "Hidden",
+    "hidden_file_path",
+    "hidden_path",
+    "is_checkpoint_file",
+    "is_hidden_file",
+    "is_shortened",
+    "parse",
+]
 
 _STEM_BYTES = 100
-_TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<kind>tmp)-[0-9a-f]{32}", re.DOTALL)
-_FIXED = re.compile(r"\.(?P<stem>.+)\.(?P<mark>[0-9a-f]{32})\.(?P<kind>old|lock)", re.DOTALL)
+_TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<role>tmp)-[0-9a-f]{32}", re.DOTALL)
+_FIXED = re.compile(r"\.(?P<stem>.+)\.(?P<hash>[0-9a-f]{32})\.(?P<role>old|lock)", re.DOTALL)
 _OF_FILE = re.compile(r"\.shardckpt-[0-9a-f]{32}\.(?:lock|old|[0-9a-f]{32}\.part)")
-_CUT = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
-
-Hidden = tuple[str, str]
-"""The stem of a hidden name, and its kind: "tmp", "old" or "lock"."""
+_SHORTENED = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
 
 
-def beside(target: str, kind: str) -> str:
-    """The hidden path beside a target, of a kind: "lock", "old" or "tmp-ID"."""
+class Hidden(NamedTuple):
+    """A parsed hidden name: the name that it belongs to, and its role.
+
+    Attributes:
+        stem: The name of the checkpoint, shortened if it is long.
+        role: "tmp", "old" or "lock".
+    """
+
+    stem: str
+    role: str
+
+
+def hidden_path(target: str, role: str) -> str:
+    """Return the hidden path beside a checkpoint. The role is "lock", "old" or "tmp-ID"."""
     parent, name = os.path.split(target)
     stem = _stem(name)
-    middle = f"{_mark(stem)}." if kind in ("lock", "old") else ""
-    return os.path.join(parent, f".{stem}.{middle}{kind}")
+    middle = f"{_hash(stem)}." if role in ("lock", "old") else ""
+    return os.path.join(parent, f".{stem}.{middle}{role}")
 
 
-def beside_file(target: str, kind: str) -> str:
-    """The hidden path beside a file or folder in another format: "lock", "old" or "ID.part"."""
+def hidden_file_path(target: str, role: str) -> str:
+    """Return the hidden path beside a file or folder in another format.
+
+    The role is "lock", "old" or "ID.part".
+    """
     folder, name = os.path.split(target)
-    mark = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
-    return os.path.join(folder, f".shardckpt-{mark}.{kind}")
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return os.path.join(folder, f".shardckpt-{digest}.{role}")
 
 
-def is_beside_file(name: str) -> bool:
-    """Whether `beside_file` could have made a name; who made it, the lock file says."""
+def is_hidden_file(name: str) -> bool:
+    """Whether a name has the form of `hidden_file_path`. A user's file may have it too."""
     return _OF_FILE.fullmatch(name) is not None
 
 
 def parse(name: str) -> Hidden | None:
-    """What a hidden name that `beside` has made says; None for any other name."""
-    if found := _TEMPORARY.fullmatch(name):
-        return found["stem"], found["kind"]
-    found = _FIXED.fullmatch(name)
-    if found and found["mark"] == _mark(found["stem"]):
-        return found["stem"], found["kind"]
+    """Parse a name that `hidden_path` has made. Returns None for any other name."""
+    if temporary := _TEMPORARY.fullmatch(name):
+        return Hidden(temporary["stem"], temporary["role"])
+    fixed = _FIXED.fullmatch(name)
+    if fixed and fixed["hash"] == _hash(fixed["stem"]):
+        return Hidden(fixed["stem"], fixed["role"])
     return None
 
 
-def is_cut(stem: str) -> bool:
-    """Whether a stem is that of a name that was too long."""
-    return _CUT.fullmatch(stem) is not None
+def is_shortened(stem: str) -> bool:
+    """Whether a stem stands for a name that was too long."""
+    return _SHORTENED.fullmatch(stem) is not None
 
 
-def is_ours(name: str) -> bool:
-    """Whether a file of a checkpoint's directory has a name that shardckpt gives."""
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a name is that of a manifest or a shard. All other files belong to the user."""
     return name == MANIFEST_NAME or is_shard_name(name)
 
 
@@ -77,9 +98,9 @@ def _stem(name: str) -> str:
     data = os.fsencode(name)
     if len(data) <= _STEM_BYTES:
         return name
-    mark = _mark(name)
-    return data[: _STEM_BYTES - len(mark) - 1].decode(errors="ignore") + f"~{mark}"
+    digest = _hash(name)
+    return data[: _STEM_BYTES - len(digest) - 1].decode(errors="ignore") + f"~{digest}"
 
 
-def _mark(text: str) -> str:
+def _hash(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(b"shardckpt " + os.fsencode(text))

@@ -1,4 +1,4 @@
-"""The paths that users give: one function makes a local path of each, or refuses it."""
+"""Check the paths that users pass, and convert them to local paths."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from urllib.parse import unquote
 from shardckpt.errors import StateError
 from shardckpt.storage.posix import translated
 
-__all__ = ["absolute", "local_path"]
+__all__ = ["absolute", "is_alias", "local_path"]
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<second>/?)(?P<rest>.*)", re.DOTALL)
 
 
 def local_path(path: object) -> str:
-    """The path on a local file system that a user means; idempotent, and makes no system call.
+    """Convert a user's path to a path of the local file system. Makes no system call.
 
-    `~` and `~user` are expanded, and `file:///folder` becomes `/folder`. Any other URL is refused,
-    also one that pathlib has shortened to `s3:/bucket`. A folder named `s3:` is `./s3:`.
+    `~` and `~user` are expanded, and `file:///folder` becomes `/folder`. Any other URL raises an
+    error, also one that pathlib has shortened to `s3:/bucket`. A folder named `s3:` can be given as
+    `./s3:`. A second call with the result returns it unchanged.
 
     Raises:
-        StateError: `path` is a URL, neither a str nor an os.PathLike[str], empty, or has a
-            character that no file name can have, or names a user that does not exist.
+        StateError: `path` is another URL, is neither a str nor an os.PathLike[str], is empty, has a
+            character that file names can't have, or names a user who does not exist.
     """
     try:
         text = os.fspath(path)  # type: ignore[call-overload]
@@ -60,11 +61,12 @@ def _of_url(text: str, url: re.Match[str]) -> str:
     if scheme == "file" and url["second"] and host in ("", "localhost") and slash and rest:
         return _checked(text, "/" + unquote(rest))
     raise StateError(
-        "This is a URL, and checkpoints are saved to and loaded from local paths",
+        "This URL can't be used here",
         path=text,
-        expected="a path of a mounted file system, or file:///folder",
+        expected="a local path or file:///folder; for sharded checkpoints also a URL of s3://, "
+        "gs://, az:// or memory://, or of a scheme of register_storage",
         actual=f"the scheme {url['scheme']}",
-        remedy=f"mount the storage and give that path; a local folder of this name is ./{text}",
+        remedy=f"give a local path, or register a storage; a local folder of this name is ./{text}",
     )
 
 
@@ -75,10 +77,22 @@ def _checked(text: str, path: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """The same path wherever the program changes its working directory to.
+    """Make a path absolute, so that it stays valid when the working directory changes.
 
     Raises:
         StorageError: The working directory has been removed.
     """
     with translated(path):
         return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+
+
+def is_alias(folder: str, name: str) -> bool:
+    """Whether a name in a folder is a symlink to another name in it, such as `latest` to `step-7`.
+
+    An alias must not be counted as a second checkpoint, nor be removed.
+    """
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    real = os.path.realpath(path)
+    return os.path.dirname(real) == os.path.realpath(folder) and os.path.basename(real) != name

@@ -1,5 +1,7 @@
-"""The system calls that storage makes, one method each: the seam where tests inject faults; and
-their errors in shardckpt's terms."""
+"""The system calls of storage, and the conversion of their errors to StorageErrors.
+
+Each system call is one method of `System`, so that tests can inject faults.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from shardckpt.errors import NoSpaceError, ShardckptError, StorageError, Storage
 __all__ = ["UNSUPPORTED", "System", "translated"]
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
-"""What file systems say of calls that they don't know."""
+"""The errnos with which file systems answer calls that they don't support."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -31,10 +33,10 @@ _FICLONE = 0x40049409  # linux/fs.h
 
 
 class System:
-    """The operating system. Every method raises OSError as its namesake in os does."""
+    """The operating system. All methods raise OSError, as the functions of `os` do."""
 
     def open(self, path: str, flags: int, *, dir_fd: int | None = None) -> int:
-        """A descriptor that child processes don't inherit and that no symlink leads to."""
+        """Open a file without following a symlink. Child processes don't inherit it."""
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666, dir_fd=dir_fd)
 
     def close(self, fd: int) -> None:
@@ -42,14 +44,24 @@ class System:
         os.close(fd)
 
     def write(self, fd: int, data: memoryview, *, offset: int) -> int:
-        """Write some of `data` at an offset; how many bytes."""
+        """Write some of `data` at an offset. Returns the number of bytes written."""
         return os.pwrite(fd, data, offset)
 
     def read(
         self, fd: int, buffers: Sequence[memoryview], *, offset: int, wait: bool = True
     ) -> int:
-        """Read into buffers from an offset; how many bytes, 0 at the end of the file. If `wait` is
-        false, from the page cache alone: an OSError where that has nothing, or can't be asked."""
+        """Read into buffers from an offset.
+
+        Args:
+            fd: The file.
+            buffers: The buffers, filled in order.
+            offset: The offset of the first byte in the file.
+            wait: If false, read from the page cache only. Raises OSError if the cache has no byte
+                of the range, or if the system does not support such reads.
+
+        Returns:
+            The number of bytes read, 0 at the end of the file.
+        """
         if wait:
             return os.preadv(fd, buffers, offset)
         if not hasattr(os, "RWF_NOWAIT"):
@@ -57,10 +69,10 @@ class System:
         return os.preadv(fd, buffers, offset, os.RWF_NOWAIT)
 
     def cached(self, fd: int, *, offset: int, size_bytes: int) -> bool:
-        """Whether a part of a file is in the page cache, but for an eighth of its pages at most;
-        `offset` begins a page.
+        """Whether at least 7 of 8 pages of a range are in the page cache.
 
-        Also where it can't be told: some systems tell only those who may write to the file.
+        `offset` is the beginning of a page. Also true if the system does not say, as some systems
+        answer only processes that may write to the file.
         """
         pages = -(-size_bytes // mmap.PAGESIZE)
         held = self._cachestat(fd, offset, size_bytes)
@@ -69,22 +81,22 @@ class System:
         return held is None or 8 * held >= 7 * pages
 
     def _cachestat(self, fd: int, offset: int, size_bytes: int) -> int | None:
-        """How many pages are in the page cache; None before Linux 6.5."""
+        """Count the pages of a range in the page cache. None before Linux 6.5."""
         if sys.platform != "linux":
             return None
-        found = _Cachestat()
-        failed = _libc.syscall(_CACHESTAT, fd, _CachestatRange(offset, size_bytes), found, 0)
-        return None if failed else found[0]
+        counts = _Cachestat()
+        failed = _libc.syscall(_CACHESTAT, fd, _CachestatRange(offset, size_bytes), counts, 0)
+        return None if failed else counts[0]
 
     def _mincore(self, fd: int, offset: int, size_bytes: int) -> int | None:
-        """The same by a map of the file, which takes ten times as long."""
+        """Count the same pages through a map of the file, which takes ten times as long."""
         if not hasattr(_libc, "mincore"):
             return None
         try:
             pages = mmap.mmap(
                 fd, size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=offset
             )
-        except (OSError, ValueError):  # a file system that maps none; a file that is shorter
+        except (OSError, ValueError):  # the file system has no maps, or the file is shorter
             return None
         mapped = np.frombuffer(pages, np.uint8)
         held = np.zeros(-(-size_bytes // mmap.PAGESIZE), np.uint8)
@@ -93,15 +105,15 @@ class System:
         return None if failed else int((held & 1).sum())
 
     def allocate(self, fd: int, *, size_bytes: int) -> None:
-        """Set space aside, as fallocate(2) does: no emulation where the file system can't."""
+        """Allocate space with fallocate(2), without the emulation of posix_fallocate."""
         if not hasattr(_libc, "fallocate"):
             raise OSError(errno.EOPNOTSUPP, "no fallocate on this system")
         while _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes)):
-            if ctypes.get_errno() != errno.EINTR:  # Python makes its own calls again by itself
+            if ctypes.get_errno() != errno.EINTR:  # Python repeats only its own calls after EINTR
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def truncate(self, fd: int, *, size_bytes: int) -> None:
-        """Cut a file to size."""
+        """Set the size of a file."""
         os.ftruncate(fd, size_bytes)
 
     def direct(self, fd: int, *, on: bool) -> None:
@@ -110,19 +122,22 @@ class System:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
     def fsync(self, fd: int) -> None:
-        """Make a file or directory durable."""
+        """Write a file or directory to the disk."""
         os.fsync(fd)
 
     def lock(self, fd: int) -> None:
-        """Lock a file against other processes and descriptors; BlockingIOError if it is locked."""
+        """Lock a file against other descriptors. Raises BlockingIOError if it is locked."""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def unlock(self, fd: int) -> None:
-        """Unlock it, for children that inherited the descriptor as well."""
+        """Unlock a file, also for child processes that inherited the descriptor."""
         fcntl.flock(fd, fcntl.LOCK_UN)
 
     def map(self, fd: int, *, size_bytes: int) -> memoryview:
-        """The file in memory; writes to it stay private. Python's own maps keep a descriptor."""
+        """Map a file into memory, copied on write.
+
+        The `mmap` of Python is not used, because it keeps a descriptor open.
+        """
         access = mmap.PROT_READ | mmap.PROT_WRITE
         size = ctypes.c_size_t(size_bytes)
         address = _libc.mmap(None, size, access, mmap.MAP_PRIVATE, fd, ctypes.c_int64(0))
@@ -130,11 +145,11 @@ class System:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         pages = (ctypes.c_char * size_bytes).from_address(address)
         unmap = weakref.finalize(pages, _libc.munmap, ctypes.c_void_p(address), size)
-        unmap.atexit = False  # others may look into it until the end
+        unmap.atexit = False  # other views of the map may be used until the process ends
         return memoryview(pages).cast("B")
 
     def dup(self, fd: int) -> int:
-        """Another descriptor for the same."""
+        """Duplicate a descriptor."""
         return os.dup(fd)
 
     def mkdir(self, path: str) -> None:
@@ -142,11 +157,11 @@ class System:
         os.mkdir(path)
 
     def rename(self, source: str, target: str) -> None:
-        """Rename; a directory replaces an empty one, and no other."""
+        """Rename a file or directory. A directory can replace only an empty directory."""
         os.rename(source, target)
 
     def exchange(self, one: str, other: str) -> None:
-        """Swap two names in one step; ENOSYS or EINVAL where the system can't."""
+        """Exchange two names in one step. Fails with ENOSYS or EINVAL if that is unsupported."""
         if not hasattr(_libc, "renameat2"):
             raise OSError(errno.ENOSYS, "no renameat2 on this system")
         names = os.fsencode(one), os.fsencode(other)
@@ -155,12 +170,14 @@ class System:
             raise OSError(code, os.strerror(code), one, None, other)
 
     def link(self, name: str, target: str, *, dir_fd: int) -> None:
-        """Make `target` another name of the file `name` in an open directory; a symlink is
-        itself."""
+        """Make a hard link `target` to the file `name` in an open directory.
+
+        A symlink is linked, not followed.
+        """
         os.link(name, target, src_dir_fd=dir_fd, follow_symlinks=False)
 
     def clone(self, source_fd: int, target_fd: int) -> None:
-        """Give a file the blocks of another one, each its own when written to (FICLONE)."""
+        """Share the blocks of another file with a file, copied on write (FICLONE)."""
         fcntl.ioctl(target_fd, _FICLONE, source_fd)
 
     def unlink(self, path: str) -> None:
@@ -172,21 +189,23 @@ class System:
         os.rmdir(path)
 
     def listdir(self, path: str | int) -> list[str]:
-        """The names in a directory, which a path or a descriptor gives."""
+        """List the names in a directory, given as a path or a descriptor."""
         return os.listdir(path)
 
     def stat(self, path: str) -> os.stat_result:
-        """What stands at a path; a symlink is itself."""
+        """Return the status of a path, without following a symlink."""
         return os.lstat(path)
 
     def fstat(self, fd: int) -> os.stat_result:
-        """What a descriptor refers to."""
+        """Return the status of an open file."""
         return os.fstat(fd)
 
 
 class translated:
-    """OSErrors of the with block as the StorageErrors of shardckpt. Every read goes through it: so
-    it is no generator."""
+    """Raise each OSError of the with block as a StorageError with a path and a remedy.
+
+    This is a class, because a generator would slow down every read.
+    """
 
     __slots__ = ("path",)
 
@@ -196,10 +215,10 @@ class translated:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+    def __exit__(self, cls: object, error: BaseException | None, traceback: object) -> None:
         if not isinstance(error, OSError) or isinstance(error, ShardckptError):
             return
-        raised, remedy = _KINDS.get(error.errno or 0, (StorageError, _LOOK))
+        raised, remedy = _BY_ERRNO.get(error.errno or 0, (StorageError, _LOOK))
         raise raised(
             f"The file system refused: {error.strerror}",
             errno=error.errno,
@@ -208,10 +227,10 @@ class translated:
         ) from error
 
 
-_LOOK = "look at the path, and at what the system's log says of its file system"
+_LOOK = "look at the path, and at the messages of its file system in the system's log"
 _ALLOW = "ask for the right to read and write there, or choose another path"
-_FREE = "free some space or raise the quota; what was saved before is untouched"
-_KINDS: dict[int, tuple[type[StorageError], str]] = {
+_FREE = "free some space or raise the quota; earlier checkpoints are unchanged"
+_BY_ERRNO: dict[int, tuple[type[StorageError], str]] = {
     errno.EACCES: (StoragePermissionError, _ALLOW),
     errno.EPERM: (StoragePermissionError, _ALLOW),
     errno.EROFS: (StoragePermissionError, _ALLOW),

@@ -103,7 +103,7 @@ def differing(folder: str) -> tuple[int, ...]:
     base = f"{folder}/0" if dist.get_rank() else f"{folder}/nothing"
     report = shardckpt.save(state, f"{folder}/1", base=base)
     assert len(report.base_problems) == 1
-    assert report.base_problems[0].startswith("rank 0: There is nothing at this path")
+    assert report.base_problems[0].startswith("rank 0: The checkpoint does not exist")
     return report.linked_by_rank
 
 

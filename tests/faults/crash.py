@@ -16,7 +16,7 @@ import shardckpt
 from shardckpt.errors import CheckpointNotFoundError, ShardckptError, StorageError
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.state import file_groups as kinds
-from shardckpt.storage import deletion as removal
+from shardckpt.storage import deletion
 from shardckpt.storage.local import LocalStorage
 from tests.faults.crash_states import crash_states
 from tests.faults.disk import Content, Disk, Mark, ProcessDied
@@ -187,7 +187,7 @@ def _base_removed(run: Run) -> None:
     base = f"{FOLDER}-of-bases/c"
     run.based_save(path=base)
     run.based_save(base)
-    removal.remove(run.disk, base)
+    deletion.remove(run.disk, base)
     run.based_save()
 
 

@@ -236,7 +236,7 @@ HARMLESS: dict[str, Attack] = {
         put("scheduler.lr_lambdas", [None])(state),
     ),
     "a function of the script for a callback": lambda state: (
-        callback("shardckpt.nn_handler.callbacks:Hook", RECORD)(state),
+        callback("shardckpt.nn_handler.callback:Hook", RECORD)(state),
         put("callbacks.0", {"kind": "Hook", "state": {}})(state),
     ),
     "a saver with a path of its own": put(

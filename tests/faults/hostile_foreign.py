@@ -196,7 +196,7 @@ def laughs() -> bytes:
     lists = b"]q\x00"
     for i in range(40):
         lists += b"](h%ch%ceq%c" % (i, i, i + 1)
-    return state(lists)
+    return state(b"](" + lists + b"e")
 
 
 PICKLES: dict[str, bytes] = {

@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,44 +17,49 @@ import torch
 from shardckpt.convert import dcp, dcp_metadata, foreign_file, safetensors_files
 from shardckpt.convert import single_files as whole_files
 from shardckpt.convert import torch_reader as torch_file
-from shardckpt.format import typed_json as values
+from shardckpt.format import typed_json
+
+
+def replace(name: str, value: Any, *modules: ModuleType) -> None:
+    """Put a value in place of what the modules call by a name."""
+    for module in modules:
+        getattr(module, name)  # a hole in a wall that is gone would show nothing
+        setattr(module, name, value)
 
 
 def metadata_unpickled() -> None:
-    dcp.parse_metadata = lambda data: pickle.loads(bytes(data))  # type: ignore[assignment]
+    replace("parse_metadata", lambda data: pickle.loads(bytes(data)), dcp)
 
 
 def torch_file_unpickled() -> None:
-    whole_files.load_torch_file = lambda path, *_: torch.load(path, weights_only=False)
+    replace("load_torch_file", lambda path, *_: torch.load(path, weights_only=False), whole_files)
 
 
 def torch_file_unchecked() -> None:
-    torch_file.check_torch_file = lambda data, path: None
+    replace("check_torch_file", lambda data, path: None, torch_file)
 
 
 def pickle_not_scanned() -> None:
-    dcp_metadata.scan = len
+    replace("scan", len, dcp_metadata)
 
 
 def kind_of_file_unchecked() -> None:
-    for module in (foreign_file, whole_files, dcp):
-        module.check_regular = os.stat  # type: ignore[attr-defined]
-    whole_files.load_torch_file = lambda path, *_: Path(path).read_bytes()
+    replace("check_regular", os.stat, foreign_file, whole_files, dcp)
+    replace("load_torch_file", lambda path, *_: Path(path).read_bytes(), whole_files)
 
 
 def names_followed() -> None:
-    for module in (whole_files, safetensors_files, dcp):
-        module.file_in = os.path.join  # type: ignore[attr-defined]
+    replace("file_in", os.path.join, whole_files, safetensors_files, dcp)
 
 
 def seal_by_one_key() -> None:
-    for module in (whole_files, safetensors_files):
-        module.is_sealed = lambda path, metadata: whole_files.TREE in metadata  # type: ignore[attr-defined]
+    by_one = lambda path, metadata: whole_files.TREE in metadata  # noqa: E731
+    replace("is_sealed", by_one, whole_files, safetensors_files)
 
 
 def errors_untyped() -> None:
-    for module in (whole_files, safetensors_files):
-        module.errors_of = lambda path, remedy: contextlib.nullcontext()  # type: ignore[attr-defined]
+    untyped = lambda path, remedy: contextlib.nullcontext()  # noqa: E731
+    replace("errors_of", untyped, whole_files, safetensors_files)
 
 
 def index_of_any_size() -> None:
@@ -61,19 +67,20 @@ def index_of_any_size() -> None:
         with open(path, "rb") as file:
             return file.read()
 
-    safetensors_files.read_small = read
+    replace("read_small", read, safetensors_files)
 
 
 def enum_imported() -> None:
-    values._class_at = lambda module, name: getattr(importlib.import_module(module), name, None)
+    found = lambda module, name: getattr(importlib.import_module(module), name, None)  # noqa: E731
+    replace("imported", found, typed_json)
 
 
 def expansion_unbounded() -> None:
-    torch_file._SPREAD_BYTES = 1 << 62
+    replace("_SPREAD_BYTES", 1 << 62, torch_file)
 
 
 def sharing_unbounded() -> None:
-    torch_file._PLACES = 1 << 62
+    replace("_SHARED_VALUES", 1 << 62, torch_file)
 
 
 HOLES: dict[str, Callable[[], None]] = {

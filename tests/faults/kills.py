@@ -18,7 +18,7 @@ import torch
 
 import shardckpt
 from shardckpt.convert.single_files import write_one
-from shardckpt.storage import deletion as removal
+from shardckpt.storage import deletion
 from shardckpt.storage.posix import System
 from tests.faults import files, retention
 from tests.faults.crash import state_of
@@ -236,7 +236,7 @@ def _forget() -> None:
 
 def _remove_too_much() -> None:
     """Removal takes the newest as well."""
-    remove = removal.remove
+    remove = deletion.remove
 
     def both(system: System, path: str) -> None:
         folder = os.path.dirname(path)
@@ -244,7 +244,7 @@ def _remove_too_much() -> None:
         remove(system, path)
         remove(system, os.path.join(folder, f"step-{max(steps)}"))
 
-    removal.remove = both
+    deletion.remove = both
 
 
 PLANTED: dict[str, Callable[[], None]] = {"forget": _forget, "remove": _remove_too_much}

@@ -10,10 +10,9 @@ import random
 import pytest
 
 import shardckpt
-from shardckpt.storage import deletion as removal
-from shardckpt.storage import local
+from shardckpt.storage import deletion, local
 from shardckpt.storage.local import LocalStorage, LocalTransaction
-from shardckpt.storage.names import beside
+from shardckpt.storage.names import hidden_path
 from shardckpt.storage.posix import System
 from tests.faults import crash
 from tests.faults.disk import Data, Disk, Names
@@ -72,7 +71,7 @@ def notes_kept(marks, content, *, again, can_exchange):
         try:
             at = disk._inode(crash.PATH)
         except FileNotFoundError:
-            at = disk._inode(beside(crash.PATH, "old"))
+            at = disk._inode(hidden_path(crash.PATH, "old"))
         return disk.content.files[disk._inode("notes.txt", at)]
 
     disk = Disk(content, can_exchange=can_exchange)
@@ -93,8 +92,8 @@ def test_a_file_of_the_user_survives(can_exchange):
 
 
 def test_a_file_of_the_user_that_is_lost_is_seen(monkeypatch):
-    monkeypatch.setattr(local, "not_ours", lambda *args, **kwargs: [])
-    monkeypatch.setattr(removal, "not_ours", lambda *args, **kwargs: [])
+    monkeypatch.setattr(local, "foreign_names", lambda *args, **kwargs: [])
+    monkeypatch.setattr(deletion, "foreign_names", lambda *args, **kwargs: [])
     tried = crash.check(
         with_notes(can_exchange=True), per_prefix=2, rng=random.Random(SEED), oracle=notes_kept
     )

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from shardckpt.convert.convert import FORMATS
@@ -31,7 +32,7 @@ WARM_CALLS = sorted({*OWN_CALLS, *FOREIGN_CALLS})
 PLANTED = {
     "metadata of DCP is unpickled": "metadata: runs a command",
     "a torch file is unpickled": "torch: runs a command",
-    "a torch file is not checked": "torch file: records that inflate to 256 MB",
+    "a torch file is not checked": "torch: bytes after the end",
     "a pickle is not scanned": "metadata: a memo index of 2**24",
     "a file of any kind is opened": "a pipe for a torch file",
     "names and links are followed": "index: hugging face, absolute",
@@ -48,6 +49,8 @@ MAY_SUCCEED = {
     "convert to shardckpt", "convert to hf", "shardckpt convert",
 }  # fmt: skip
 """Calls that read a part of a checkpoint of ours, or carry its values over as they are."""
+READ_EVERY_VALUE = {"load", "load_in_place", "map", "NNHandler.load", "restore"}
+"""Calls that make every value of a checkpoint of ours; others leave the class of an enum alone."""
 CALL_OF_HOLE = {"an enum's module is imported": "load"}
 
 
@@ -111,8 +114,11 @@ def wrong(attempt) -> str | None:
         return what + f"{attempt['seconds']:.1f} s, {attempt['peak_bytes'] >> 20} MiB"
     if attempt["case"] == "good" or attempt["case"] in GOOD:
         return what + attempt["text"] if attempt["error"] else None
-    if "verify" in attempt["call"] and attempt["case"].startswith("an enum "):
-        return what + attempt["text"] if attempt["error"] else None
+    if attempt["case"].startswith("an enum ") and attempt["call"] not in READ_EVERY_VALUE:
+        if attempt["error"] is None:
+            return None
+        if "verify" in attempt["call"]:
+            return what + attempt["text"]
     if attempt["case"] == "index: hugging face, a sparse configuration" and not attempt["error"]:
         return None if attempt["call"] != "convert to hf" else what + "copied"
     if attempt["call"] in MAY_SUCCEED and attempt["case"] not in FOREIGN and not attempt["error"]:
@@ -124,20 +130,40 @@ def wrong(attempt) -> str | None:
     return None
 
 
-def test_hostile_checkpoints(tmp_path):
-    corpus = Corpus(tmp_path)
+PARTS = 6
+
+
+def try_part(folder: Path, part: int) -> int:
+    """Each hostile checkpoint with a part of the calls, other ones for each; how many calls."""
+
+    def some(calls: list[str]) -> list[str]:
+        return calls[(len(corpus.paths) + part) % PARTS :: PARTS]
+
+    corpus = Corpus(folder)
     corpus.add("good", ["load", "load_in_place", "map", "verify", "cut"])
     for name in hostile.ATTACKS:
-        corpus.add(name, OWN_CALLS)
+        corpus.add(name, some(OWN_CALLS))
     for name in hostile.HEADERS:
         corpus.add(name, ["verify", "shardckpt verify"])
     for name in FOREIGN:
-        corpus.add(name, FOREIGN_CALLS)
+        corpus.add(name, some(FOREIGN_CALLS))
     corpus.add("index: hugging face, a sparse configuration", ["convert to hf"])
     assert len(corpus.paths) > 200
     failures = [text for text in map(wrong, corpus.run()) if text]
     assert not failures, "\n".join(failures)
-    assert not (tmp_path / "shardckpt-was-here").exists()
+    assert not (folder / "shardckpt-was-here").exists()
+    return len(corpus.jobs)
+
+
+def trial(seed: int) -> int:
+    """A part of the corpus, for scripts/torture: six seeds make the whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        return try_part(Path(folder), seed % PARTS)
+
+
+def test_hostile_checkpoints(tmp_path):
+    """A sixth of the calls; scripts/torture --only hostile makes all."""
+    assert try_part(tmp_path, 0) > 500
 
 
 def test_good_files_of_every_format_are_read(tmp_path):

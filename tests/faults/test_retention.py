@@ -9,8 +9,8 @@ import pytest
 
 from shardckpt import KeepLast
 from shardckpt.manager.backends import ShardedBackend
-from shardckpt.storage import deletion as removal
-from shardckpt.storage.names import beside
+from shardckpt.storage import deletion
+from shardckpt.storage.names import hidden_path
 from tests.faults import crash, retention
 from tests.faults.disk import Disk
 from tests.faults.test_crash_states import SEED, careless
@@ -50,14 +50,14 @@ def test_crash_states_after_a_death():
 
 
 def in_place(system, path):
-    removal.remove_tree(system, path)
+    deletion.remove_tree(system, path)
 
 
 def at_ease(system, path):
     """The name goes, but not for good, before the files do."""
-    hidden = beside(path, "tmp-" + "0" * 32)
+    hidden = hidden_path(path, "tmp-" + "0" * 32)
     system.rename(path, hidden)
-    removal.remove_tree(system, hidden)
+    deletion.remove_tree(system, hidden)
 
 
 class Hasty(ShardedBackend):
@@ -75,7 +75,7 @@ class Hasty(ShardedBackend):
     ids=["removal in place", "no fsync before the files go", "no sweep"],
 )
 def test_planted_removals_are_seen(monkeypatch, what, instead):
-    monkeypatch.setattr(removal, what, instead)
+    monkeypatch.setattr(deletion, what, instead)
     tried = check(retention.record("retention"), per_prefix=8, enough=1)
     assert tried.failures, f"{tried.states} states, and none shows it"
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_set_aside_is_found():
     disk = Disk(can_exchange=False)
     job = retention.Job(disk)
     job.save()
-    disk.rename(f"{crash.FOLDER}/step-1", beside(f"{crash.FOLDER}/step-1", "old"))
+    disk.rename(f"{crash.FOLDER}/step-1", hidden_path(f"{crash.FOLDER}/step-1", "old"))
     assert retention.versions_at(disk) == {1: retention.STEP}
     job.start()
     job.save()

@@ -24,6 +24,8 @@ HARNESSES = {
     "errnos": ("tests.faults.errnos:trial", "system calls failed by the seam"),
     "files": ("tests.faults.files:crash_trial", "crash states of single files and conversions"),
     "file-damage": ("tests.faults.files:damage_trial", "flipped bits of single files"),
+    "hostile": ("tests.faults.test_hostile:trial", "calls with hostile checkpoints"),
+    "handler": ("tests.faults.test_handler_attacks:trial", "hostile checkpoints of a handler"),
     "manifest": ("tests.faults.fuzz:manifest_trial", "inputs for the parser of manifests"),
     "header": ("tests.faults.fuzz:header_trial", "inputs for the parser of shard headers"),
     "meshes": ("tests.faults.test_meshes:trial", "states saved on one mesh, loaded on another"),

@@ -16,7 +16,7 @@ import torch
 from shardckpt import errors
 from shardckpt.convert.single_files import read_many, read_one, write_many, write_one
 from shardckpt.storage.atomic_write import atomic_write, sweep_writes, write_file
-from shardckpt.storage.names import beside_file
+from shardckpt.storage.names import hidden_file_path
 from shardckpt.storage.posix import System
 
 ID = "0123456789abcdef" * 2
@@ -27,7 +27,7 @@ def listed(folder) -> list[str]:
 
 
 def lock_name(folder, name: str) -> str:
-    return os.path.basename(beside_file(str(folder / name), "lock"))
+    return os.path.basename(hidden_file_path(str(folder / name), "lock"))
 
 
 KILLED = """
@@ -185,7 +185,7 @@ def test_an_error_after_the_new_one_is_visible_says_so_and_keeps_the_old_one(tmp
             write_one(state, str(tmp_path / "x.pth"), overwrite=True, system=system)
 
     save(1.0, System())
-    with pytest.raises(errors.StorageError, match="visible under its name") as caught:
+    with pytest.raises(errors.StorageError, match="is visible, but may not be durable") as caught:
         save(2.0, NoSync())
     assert caught.value.errno == errno.EIO
     (old,) = [n for n in os.listdir(tmp_path) if n.endswith(".part")]

@@ -16,13 +16,13 @@ from shardckpt.errors import (
     StateError,
     StorageError,
 )
-from shardckpt.storage import deletion as removal
+from shardckpt.storage import deletion
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.names import beside
+from shardckpt.storage.names import hidden_path
 from shardckpt.storage.posix import System
 
 TOKEN = "0123456789abcdef" * 2
-OLD = beside("c", "old")
+OLD = hidden_path("c", "old")
 
 
 def saved(path) -> str:
@@ -31,10 +31,10 @@ def saved(path) -> str:
 
 
 def test_a_checkpoint_is_removed(tmp_path):
-    removal.remove(System(), saved(tmp_path / "c"))
+    deletion.remove(System(), saved(tmp_path / "c"))
     assert os.listdir(tmp_path) == []
     with pytest.raises(StorageError):
-        removal.remove(System(), str(tmp_path / "c"))
+        deletion.remove(System(), str(tmp_path / "c"))
     assert os.listdir(tmp_path) == []
 
 
@@ -54,7 +54,7 @@ def test_the_name_goes_first_and_for_good(tmp_path):
             super().unlink(path)
             calls.append(os.path.basename(path))
 
-    removal.remove(Watched(), saved(tmp_path / "c"))
+    deletion.remove(Watched(), saved(tmp_path / "c"))
     assert calls[:3] == ["rename", "fsync", "manifest.json"]
 
 
@@ -62,8 +62,8 @@ def test_not_while_a_save_goes_on(tmp_path):
     path = saved(tmp_path / "c")
     transaction = LocalStorage().begin(path, checkpoint_id=TOKEN, overwrite=True)
     with pytest.raises(CheckpointBusyError):
-        removal.remove(System(), path)
-    removal.sweep(System(), str(tmp_path))
+        deletion.remove(System(), path)
+    deletion.sweep(System(), str(tmp_path))
     assert os.path.isdir(tmp_path / f".c.tmp-{TOKEN}")  # alive
     transaction.abandon()
     assert shardckpt.load_state(path)["w"].tolist() == [1.0] * 3
@@ -79,14 +79,14 @@ def test_what_the_dead_left_is_swept(tmp_path):
     leftover(tmp_path, f".c.tmp-{TOKEN}")
     leftover(tmp_path, f".gone.tmp-{TOKEN}")
     leftover(tmp_path, OLD)
-    open(beside(str(tmp_path / "c"), "lock"), "x").close()
-    os.rename(saved(tmp_path / "d"), beside(str(tmp_path / "d"), "old"))
-    removal.sweep(System(), str(tmp_path))
+    open(hidden_path(str(tmp_path / "c"), "lock"), "x").close()
+    os.rename(saved(tmp_path / "d"), hidden_path(str(tmp_path / "d"), "old"))
+    deletion.sweep(System(), str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["c", "d"]
     assert shardckpt.load_state(tmp_path / "d")["w"].tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("collect", [removal.sweep, removal.collect_leftovers])
+@pytest.mark.parametrize("collect", [deletion.sweep, deletion.collect_leftovers])
 def test_what_others_left_is_not_collected(tmp_path, collect):
     names = [".c.old", ".c.lock", f".c.part-{TOKEN}", ".c.tmp-1", f"c.tmp-{TOKEN}"]
     names += [f".c.{TOKEN}.old", f".c.tmp-{TOKEN}0", f".c.tmp-{TOKEN.upper()}"]
@@ -98,13 +98,13 @@ def test_what_others_left_is_not_collected(tmp_path, collect):
     (tmp_path / theirs[0] / "thesis.txt").touch()
     (tmp_path / theirs[1] / "folder").mkdir()
     (tmp_path / theirs[2]).write_text("a file")
-    lock = tmp_path / os.path.basename(beside("c", "lock"))
+    lock = tmp_path / os.path.basename(hidden_path("c", "lock"))
     lock.write_text("not a lock of ours")
     before = sorted(map(str, tmp_path.rglob("*")))
     collect(
-        System(), str(tmp_path / "c") if collect is removal.collect_leftovers else str(tmp_path)
+        System(), str(tmp_path / "c") if collect is deletion.collect_leftovers else str(tmp_path)
     )
-    removal.sweep(System(), str(tmp_path / "nowhere"))
+    deletion.sweep(System(), str(tmp_path / "nowhere"))
     shardckpt.save({"w": torch.ones(3)}, tmp_path / "d")
     shardckpt.save({"w": torch.ones(3)}, tmp_path / "c")
     made = {"c", "d", "c/manifest.json", "d/manifest.json"}
@@ -120,7 +120,7 @@ def test_without_locks_nothing_is_swept(tmp_path):
             raise OSError(errno.ENOLCK, "no locks")
 
     leftover(tmp_path, f".c.tmp-{TOKEN}")
-    removal.sweep(Lockless(), str(tmp_path))
+    deletion.sweep(Lockless(), str(tmp_path))
     assert os.listdir(tmp_path) == [f".c.tmp-{TOKEN}"]
 
 
@@ -142,7 +142,7 @@ def test_an_old_one_does_not_come_back_in_part(tmp_path):
             calls.append("rename")
             super().rename(source, target)
 
-    removal.remove(Watched(), path)
+    deletion.remove(Watched(), path)
     assert calls == ["fsync", "old", "fsync", "rename", "fsync", ".c.tmp"]
 
 
@@ -172,7 +172,7 @@ def test_a_symlink_under_a_hidden_name_is_not_followed(tmp_path, name):
     saved(tmp_path / "c")
     leftover(tmp_path, "precious")
     (tmp_path / name).symlink_to(tmp_path / "precious")
-    removal.sweep(System(), str(tmp_path))
+    deletion.sweep(System(), str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == sorted(["c", "precious", name])
     assert os.listdir(tmp_path / "precious") == ["shard-00000-of-00001.safetensors"]
 
@@ -180,10 +180,10 @@ def test_a_symlink_under_a_hidden_name_is_not_followed(tmp_path, name):
 def test_what_others_keep_in_a_checkpoint_stays(tmp_path):
     """A checkpoint that was saved into another one does not go with it."""
     path, inner = saved(tmp_path / "c"), saved(tmp_path / "c" / "best" / "d")
-    with pytest.raises(NotACheckpointError, match="directories as well: best"):
+    with pytest.raises(NotACheckpointError, match="directories: best"):
         shardckpt.save({"w": torch.zeros(3)}, path, overwrite=True)
     with pytest.raises(StorageError, match="has not made") as caught:
-        removal.remove(System(), path)
+        deletion.remove(System(), path)
     assert caught.value.actual == "best"
     for kept in (path, inner):
         assert shardckpt.load_state(kept)["w"].tolist() == [1.0] * 3
@@ -208,7 +208,7 @@ def test_files_that_others_lay_beside_the_shards_are_kept(tmp_path, system):
         assert os.readlink(tmp_path / "c" / "lora.safetensors") == "/nowhere"
         assert os.listdir(tmp_path) == ["c"]
     with pytest.raises(StorageError, match="has not made") as caught:
-        removal.remove(System(), path)
+        deletion.remove(System(), path)
     assert caught.value.actual == "lora.safetensors, tokenizer.json"
     assert shardckpt.load_state(path)["w"].tolist() == [3.0] * 3
 
@@ -220,7 +220,7 @@ def test_a_file_that_can_not_be_kept_is_an_error(tmp_path):
 
     path = saved(tmp_path / "c")
     (tmp_path / "c" / "notes.txt").touch()
-    with pytest.raises(StorageError, match="can't be kept"):
+    with pytest.raises(StorageError, match="can't keep"):
         shardckpt.save({"w": 2}, path, overwrite=True, storage=LocalStorage(NoLinks()))
     assert shardckpt.load_state(path)["w"].tolist() == [1.0] * 3
     assert os.listdir(tmp_path) == ["c"]
@@ -246,7 +246,7 @@ def test_the_working_directory_and_the_root_are_not_replaced(tmp_path, monkeypat
     """An empty directory is replaced: its processes would be left in one without a name."""
     monkeypatch.chdir(tmp_path)
     for path in (".", tmp_path, "/", "/.."):
-        with pytest.raises(StateError, match="can't take the place"):
+        with pytest.raises(StateError, match="can't replace the root"):
             shardckpt.save({"w": 1}, path)
     assert os.listdir(tmp_path) == []
     assert os.path.samefile(os.getcwd(), tmp_path)
@@ -255,7 +255,7 @@ def test_the_working_directory_and_the_root_are_not_replaced(tmp_path, monkeypat
 def test_a_manifest_of_another_program_is_not_replaced(tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "manifest.json").write_text('{"name": "my web app"}')
-    with pytest.raises(NotACheckpointError, match="replaces a checkpoint"):
+    with pytest.raises(NotACheckpointError, match="replaces only a checkpoint"):
         shardckpt.save({"w": 2}, tmp_path / "app", overwrite=True)
     assert (tmp_path / "app" / "manifest.json").read_text() == '{"name": "my web app"}'
 
@@ -265,7 +265,7 @@ def test_of_many_files_of_others_five_are_named(tmp_path):
     for name in "abcdefg":
         os.mkdir(os.path.join(path, name))
     with pytest.raises(StorageError, match="has not made") as caught:
-        removal.remove(System(), path)
+        deletion.remove(System(), path)
     assert len(caught.value.actual.split(", ")) == 5
 
 
@@ -278,7 +278,7 @@ def test_shards_are_not_looked_at_one_by_one(tmp_path):
             looked.append(os.path.basename(path))
             return super().stat(path)
 
-    removal.remove(Watched(), path)
+    deletion.remove(Watched(), path)
     assert not [name for name in looked if name.endswith((".safetensors", ".json"))]
 
 
@@ -287,11 +287,11 @@ def test_a_folder_that_is_gone(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     os.rmdir(tmp_path / "gone")
-    removal.sweep(System(), ".")
+    deletion.sweep(System(), ".")
     for call in (
         lambda: shardckpt.save({"w": torch.ones(3)}, "c"),
         lambda: shardckpt.load_state("c"),
-        lambda: removal.remove(System(), "c"),
+        lambda: deletion.remove(System(), "c"),
         lambda: LocalStorage().join("c", token=TOKEN),
     ):
         with pytest.raises(StorageError):
@@ -301,14 +301,14 @@ def test_a_folder_that_is_gone(tmp_path, monkeypatch):
 def test_only_a_directory_is_synced(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
-        removal.sync_directory(System(), str(tmp_path / "file"))
+        deletion.sync_directory(System(), str(tmp_path / "file"))
 
 
 def test_which_hidden_name_holds_a_checkpoint():
     for held in ("c", "a\nb", "é" * 50, "\udcff", ".hidden"):
-        assert removal.old_name(beside(held, "old")) == held
-    for name in (f".c.tmp-{TOKEN}", beside("c", "lock"), ".c.old", f".c.{TOKEN}.old"):
-        assert removal.old_name(name) is None
+        assert deletion.old_name(hidden_path(held, "old")) == held
+    for name in (f".c.tmp-{TOKEN}", hidden_path("c", "lock"), ".c.old", f".c.{TOKEN}.old"):
+        assert deletion.old_name(name) is None
 
 
 @pytest.mark.parametrize("system", [System, NoExchange])
@@ -318,21 +318,21 @@ def test_any_name_that_the_file_system_takes(tmp_path, system, name):
     for value in (1, 2):
         shardckpt.save({"w": value}, tmp_path / name, overwrite=True, storage=storage)
         assert shardckpt.load_state(tmp_path / name)["w"] == value
-        leftovers = [beside(str(tmp_path / name), f"tmp-{TOKEN}"), beside(name, "old")]
+        leftovers = [hidden_path(str(tmp_path / name), f"tmp-{TOKEN}"), hidden_path(name, "old")]
         for leftover_name in leftovers:
             assert len(os.fsencode(os.path.basename(leftover_name))) <= 138
             leftover(tmp_path, os.path.basename(leftover_name))
-        removal.sweep(System(), str(tmp_path))
-        assert set(os.listdir(tmp_path)) <= {name, beside(name, "old")}
+        deletion.sweep(System(), str(tmp_path))
+        assert set(os.listdir(tmp_path)) <= {name, hidden_path(name, "old")}
     os.rename(tmp_path / name, tmp_path / "moved")
-    removal.collect_leftovers(System(), str(tmp_path / name))
-    os.rename(tmp_path / "moved", beside(str(tmp_path / name), "old"))
-    removal.sweep(System(), str(tmp_path))
+    deletion.collect_leftovers(System(), str(tmp_path / name))
+    os.rename(tmp_path / "moved", hidden_path(str(tmp_path / name), "old"))
+    deletion.sweep(System(), str(tmp_path))
     assert shardckpt.load_state(tmp_path / name)["w"] == 2
     with pytest.raises(CheckpointExistsError):
         shardckpt.save({"w": 3}, tmp_path / name)
     assert os.listdir(tmp_path) == [name]
-    removal.remove(System(), str(tmp_path / name))
+    deletion.remove(System(), str(tmp_path / name))
     assert os.listdir(tmp_path) == []
 
 

@@ -29,7 +29,7 @@ from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.storage import local_reader as files_module
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.names import beside
+from shardckpt.storage.names import hidden_path
 from shardckpt.storage.posix import System
 from shardckpt.testing import StorageTests, save
 
@@ -204,7 +204,7 @@ def test_a_file_that_is_cut_while_it_is_read(a_large_one, tmp_path, end):
             os.truncate(shard, end)
             return False
 
-    with pytest.raises(errors.CorruptionError, match="ends before its time"):
+    with pytest.raises(errors.CorruptionError, match="A file is truncated"):
         shardckpt.load_state(path, storage=LocalStorage(Cut()))
 
 
@@ -601,7 +601,7 @@ def test_the_order_of_a_commit(tmp_path):
 def test_leftovers_of_a_dead_save_are_collected(tmp_path):
     code = f"""
 import os, signal, torch, shardckpt
-from shardckpt.storage.names import beside
+from shardckpt.storage.names import hidden_path
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
 class Dies(System):
@@ -622,7 +622,7 @@ def test_a_replacing_save_that_died_between_its_renames(tmp_path):
     """Where names can't be exchanged the old one is aside for a moment: still loadable, and
     brought back by the next save."""
     shardckpt.save(OLD, tmp_path / "c")
-    os.rename(tmp_path / "c", beside(str(tmp_path / "c"), "old"))
+    os.rename(tmp_path / "c", hidden_path(str(tmp_path / "c"), "old"))
     assert loadable(tmp_path / "c") == (1, True)
     with pytest.raises(errors.CheckpointExistsError):
         shardckpt.save(STATE, tmp_path / "c")
@@ -688,7 +688,7 @@ def test_what_stands_at_the_path_is_told(tmp_path):
     for name, found in (
         ("checkpoint", "a checkpoint"),
         ("directory", "a directory"),
-        ("file", "a file of another kind"),
+        ("file", "a file"),
     ):
         with pytest.raises(errors.CheckpointExistsError) as exists:
             shardckpt.save(STATE, tmp_path / name)
@@ -720,7 +720,7 @@ def many_shards(tmp_path):
     state = {"w": torch.arange(4800 * 1024.0).reshape(-1, 1024), "n": torch.ones(7)}
     one, many = tmp_path / "one", tmp_path / "many"
     shardckpt.save(state, one)
-    assert main(["reshard", str(one), str(many), "--world-size", "300"]) == 0
+    assert main(["reshard", str(one), str(many), "--shards", "300"]) == 0
     with shardckpt.open_checkpoint(many) as opened:
         assert len(opened["w"].shards) == 300
     return many, state
@@ -735,7 +735,7 @@ for device_map in ("cpu", "disk"):
     state = shardckpt.load_state(path, device_map=device_map)
     assert torch.equal(state["w"] + 0, torch.arange(4800 * 1024.0).reshape(-1, 1024))
 assert main(["verify", path]) == 0
-assert main(["reshard", path, other, "--world-size", "200"]) == 0
+assert main(["reshard", path, other, "--shards", "200"]) == 0
 """
 
 
