@@ -202,7 +202,7 @@ def wrap(model: nn.Module, layout: Layout, *, find_unused: bool = False) -> nn.M
         options = {
             "find_unused_parameters": find_unused,
             # synchronize_buffers makes them equal after each step instead
-            "broadcast_buffers": False,
+            **({} if "broadcast_buffers" in layout.options else {"forward_sync_buffers": False}),
             **layout.options,
         }
         return nn.parallel.DistributedDataParallel(model, **options)

@@ -17,7 +17,7 @@ import torch
 
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
-from shardckpt.errors import CoordinationError, RankFailedError, StateError
+from shardckpt.errors import RankFailedError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.callback import Callback
@@ -49,7 +49,7 @@ class Trainer:
         self.options = options
         self.failure: BaseException | None = None  # of this rank; the others learn of it
         self.told = False  # all ranks know that training fails
-        self.alone = False  # the ranks can no longer exchange messages
+        self.save_failed = False  # another save would fail too, or wait for ranks that have left
         self.at: Literal["boundary", "forward", "update"] = "boundary"
         self.buffers: BufferCopies | None = None
         self.saver: AutoSaver | None = None if options.fast_dev_run else handler.auto_saver
@@ -323,8 +323,8 @@ class Trainer:
         self.told = True
         try:
             yield
-        except CoordinationError:
-            self.alone = True
+        except Exception:
+            self.save_failed = True
             raise
         self.told = False
         self._tell_saves()
@@ -394,7 +394,7 @@ class Trainer:
         """
         handler, saver = self.handler, self.saver
         exits = isinstance(error, (KeyboardInterrupt, SystemExit)) and error is not self.failure
-        if exits or self.alone:
+        if exits or self.save_failed:
             return error
         echo, saves = is_echo(error), saver is not None and saver.on_exception
         try:

@@ -89,7 +89,7 @@ def _whole(tensor):
 
 def failures_of_one_rank(folder: str) -> None:
     """Item 8: the others hear at once which rank has failed, and why they end."""
-    for name in ("c", "c.pth", None):  # None: while training
+    for name in ("c", "c.pth", None):  # None: a save while training, which is not tried again
         handler = a_handler("ddp")
         if name is None:
             handler.auto_save(save_path=f"{folder}/auto", every_steps=2)
