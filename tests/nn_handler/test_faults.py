@@ -312,8 +312,8 @@ def test_22_auto_resume_falls_back(tmp_path, how):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"name": "{nothing}"}, "not there"),
-        ({"name": "{val_nothing}"}, "not there"),
+        ({"name": "{nothing}"}, "unknown field"),
+        ({"name": "{val_nothing}"}, "unknown field"),
         ({"keep_best": 1, "monitor": "nothing"}, "never appears"),
     ],
 )

@@ -291,7 +291,7 @@ def test_what_came_with_a_checkpoint_writes_nothing_before_it_is_confirmed(tmp_p
     handler.save(tmp_path / "c")
     loaded = with_data(NNHandler.load(tmp_path / "c"))
     assert len(loaded.unconfirmed) == 5
-    with pytest.warns(UserWarning, match="until you confirm it"):
+    with pytest.warns(UserWarning, match="until you confirm"):
         loaded.train(1, progress_bar=False)
     loaded.train(1, progress_bar=False)  # warned of once
     assert not out.exists()
