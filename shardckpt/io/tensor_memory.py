@@ -6,7 +6,7 @@ import torch
 
 from shardckpt.errors import UnsupportedLeafError
 
-__all__ = ["address_of", "check_memory", "owns_memory"]
+__all__ = ["address_of", "check_memory", "owns_memory", "shares_elements"]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
@@ -35,6 +35,19 @@ def owns_memory(tensor: torch.Tensor) -> bool:
     except (RuntimeError, NotImplementedError, TypeError):  # no accessible storage
         return False
     return end <= size_bytes
+
+
+def shares_elements(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one address, as after expand() or unfold()."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return False
+    reach = 0  # of the dimensions with smaller strides
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False
 
 
 def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:

@@ -77,7 +77,7 @@ def disk_tensor(
     is written to them stays in memory. Any other is a DiskTensor.
     """
     if 0 in entry.shape:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
     for shard in entry.chunks[:, 0].tolist():  # mapped now: the files may be closed later
         check_size(files, manifest.shards[shard])
         files.map(manifest.shards[shard].name)
@@ -117,7 +117,7 @@ class DiskTensor(torch.Tensor):
         """The plain tensor, read on the first call."""
         if self._tensor is None:
             files, manifest, _, entry = self._source
-            tensor = torch.empty(entry.shape, dtype=self.dtype)
+            tensor = torch.empty(entry.shape, dtype=self.dtype, device="cpu")
             whole = LocalChunk((0,) * tensor.dim(), entry.shape, tensor)
             read_all(files, manifest, plan_reads([(entry, whole)]), past_cache=ALWAYS)
             self._tensor = tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import deque
 from collections.abc import MutableMapping
 from typing import Any, TypeGuard
 
@@ -59,13 +60,17 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
 
 
 def match_sequence(context: MatchContext, template: Any, name: str, match: Match) -> Finish:
-    """Match each item of a list or tuple that holds tensors."""
+    """Match each item of a list, tuple or deque that holds tensors."""
     items = [match(context, value, below(name, index)) for index, value in enumerate(template)]
 
     def finish() -> Any:
         values = [item() for item in items]
         if isinstance(template, list):
             template[:] = values
+            return template
+        if isinstance(template, deque):
+            template.clear()
+            template.extend(values)
             return template
         return template._make(values) if hasattr(template, "_fields") else tuple(values)
 

@@ -6,6 +6,7 @@ Names are those of the module as its author wrote it: without the `module.` of D
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardckpt.errors import UnsupportedLeafError
-from shardckpt.state.markers import Union
+from shardckpt.format.typed_json import record_of
+from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.sharded_tensors import carry_layout
 
 __all__ = [
@@ -69,7 +71,7 @@ def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     while stack:
         path, value = stack.pop()
-        if isinstance(value, Union):
+        if isinstance(value, (Union, PerRank, FromRank0)):
             value = value.value
         if isinstance(value, nn.Module):
             yield ".".join(path), value
@@ -77,8 +79,10 @@ def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
         items: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, Mapping):
             items = value.items()
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, deque)):
             items = enumerate(value)
+        elif not has_state(value) and (record := record_of(value)):
+            items = record.items()
         if items and id(value) not in seen:
             seen.add(id(value))
             stack.extend(

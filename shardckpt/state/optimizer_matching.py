@@ -80,9 +80,10 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
     loaded = match(packed_state(optimizer, at=name), name)
 
     def finish() -> Optimizer:
-        optimizer.load_state_dict(loaded())
-        for form in own:
-            form.undo_casts()
+        with torch.inference_mode(False):  # new tensors outlive the block of the caller
+            optimizer.load_state_dict(loaded())
+            for form in own:
+                form.undo_casts()
         return optimizer
 
     return finish
@@ -346,7 +347,7 @@ class _TorchForm:
             new = torch.zeros_like if hasattr(parameter, "global_shape") else torch.empty_like
             return carry_layout(parameter, new(parameter, dtype=dtype, requires_grad=False))
         if not entry.shape:
-            return torch.empty((), dtype=dtype)
+            return torch.empty((), dtype=dtype, device="cpu")
         if not isinstance(parameter, DTensor):
             return torch.empty(entry.shape, dtype=dtype, device=parameter.device)
         empty = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)

@@ -1,0 +1,147 @@
+"""Calls inside a default device or inference_mode() of the caller; states of unusual containers."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shardckpt
+
+
+def trained(seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("form", ["again", "again.pth", "again.safetensors", "dcp"])
+def test_convert_on_another_default_device(tmp_path, form):
+    shardckpt.save({"w": torch.arange(4.0)}, tmp_path / "c")
+    with torch.device("meta"):
+        to = "dcp" if form == "dcp" else None
+        shardckpt.convert(tmp_path / "c", tmp_path / form, to=to)
+        shardckpt.convert(tmp_path / form, tmp_path / "back")
+        shardckpt.reshard(tmp_path / "back", tmp_path / "two", shards=2)
+    assert shardckpt.load_state(tmp_path / "two")["w"].tolist() == [0, 1, 2, 3]
+
+
+def test_load_on_another_default_device(tmp_path):
+    state, fresh = trained(0), nn.Linear(2, 2)
+    target = {"model": fresh, "optimizer": torch.optim.AdamW(fresh.parameters()), "rest": {}}
+    shardckpt.save({**state, "rest": {"w": torch.arange(4.0)}}, tmp_path / "c")
+    with torch.device("meta"):
+        built = {"model": nn.Linear(2, 2)}
+        shardckpt.load(target, tmp_path / "c")
+        shardckpt.load(built, tmp_path / "c")
+        with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
+            rows = checkpoint["rest.w"][1:3]
+    assert rows.tolist() == [1, 2]
+    assert target["rest"]["w"].tolist() == [0, 1, 2, 3]
+    assert torch.equal(built["model"].weight, state["model"].weight)
+    for parameter in fresh.parameters():
+        assert target["optimizer"].state[parameter]["step"].item() == 1
+
+
+def test_load_in_inference_mode(tmp_path):
+    """What a load makes can be trained afterwards."""
+    shardckpt.save(trained(0), tmp_path / "c")
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torch.inference_mode():
+        shardckpt.load({"model": model, "optimizer": optimizer}, tmp_path / "c")
+        state = shardckpt.load_state(tmp_path / "c")
+        with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
+            rows = checkpoint["model.weight"][:1]
+    assert not state["model"]["weight"].is_inference()
+    assert not rows.is_inference()
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+
+
+@dataclasses.dataclass
+class Job:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+HOLDERS = {
+    "deque": lambda state: collections.deque(state.values(), 3),
+    "deque of dicts": lambda state: collections.deque([state]),
+    "dataclass": lambda state: Job(**state),
+    "namespace": lambda state: types.SimpleNamespace(**state),
+    "PerRank": lambda state: shardckpt.PerRank(dict(state)),
+    "FromRank0": lambda state: shardckpt.FromRank0(dict(state)),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_module_and_optimizer_in(tmp_path, name, asynchronous):
+    state, target = trained(0), trained(1)
+    save = shardckpt.async_save if asynchronous else shardckpt.save
+    saved: Any = save({"x": HOLDERS[name](state)}, tmp_path / "c")
+    if asynchronous:
+        saved.result()
+    shardckpt.load({"x": HOLDERS[name](target)}, tmp_path / "c")
+    assert torch.equal(target["model"].weight, state["model"].weight)
+    mine, theirs = (of["optimizer"].state_dict()["state"][0] for of in (target, state))
+    assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+
+
+def test_deque_of_tensors_takes_the_saved_length(tmp_path):
+    shardckpt.save({"x": collections.deque([torch.ones(1)] * 3, 5)}, tmp_path / "c")
+    state = {"x": collections.deque([torch.zeros(1)], 5)}
+    shardckpt.load(state, tmp_path / "c")
+    assert [t.item() for t in state["x"]] == [1, 1, 1]
+    assert state["x"].maxlen == 5
+
+
+class Windows:
+    """Has state whose tensor may be a view in which elements share memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"t": self.tensor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tensor = state["t"]
+
+
+SHARING = {
+    "expand": lambda: torch.zeros(1, 4).expand(3, 4),
+    "unfold": lambda: torch.zeros(6).unfold(0, 4, 1),
+    "as_strided": lambda: torch.zeros(6).as_strided((3, 4), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_elements_that_share_memory(tmp_path, name):
+    saved = torch.arange(12.0).view(3, 4)
+    shardckpt.save({"t": saved, "w": Windows(saved + 1)}, tmp_path / "c")
+    with pytest.raises(shardckpt.errors.StateError, match="share memory"):
+        shardckpt.load({"t": SHARING[name]()}, tmp_path / "c")
+    holder = Windows(SHARING[name]())
+    shardckpt.load({"w": holder}, tmp_path / "c")
+    assert torch.equal(holder.tensor, saved + 1)
+
+
+def test_transposed_and_sliced_tensors_are_filled(tmp_path):
+    shardckpt.save({"t": torch.arange(6.0).view(2, 3)}, tmp_path / "c")
+    for target in (
+        torch.zeros(3, 2).t(),
+        torch.zeros(4, 6)[::2, ::2],
+        torch.zeros(2, 3, 1)[..., 0],
+    ):
+        shardckpt.load({"t": target}, tmp_path / "c")
+        assert target.tolist() == [[0, 1, 2], [3, 4, 5]]
