@@ -6,7 +6,7 @@ Names are those of the module as its author wrote it: without the `module.` of D
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardckpt.errors import UnsupportedLeafError
+from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format.typed_json import record_of
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.sharded_tensors import carry_layout
@@ -144,19 +144,23 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
 
     # A shared submodule is walked once, under its first name; later names keep the prefix they
     # have, so wrappers inside it must be looked for there as well.
-    for raw, _ in module.named_modules(remove_duplicate=False):
+    owners: dict[str, nn.Module] = {}
+    for raw, part in module.named_modules(remove_duplicate=False):
+        owners[raw] = part
         if raw and f"{raw}." not in prefixes:
             parent, _, last = raw.rpartition(".")
             above = prefixes[f"{parent}." if parent else ""]
-            prefixes[f"{raw}."] = above if last in _WRAPPED else f"{above}{last}."
+            wrapped = is_wrapped(owners[parent], last)
+            prefixes[f"{raw}."] = above if wrapped else f"{above}{last}."
     return canonical
 
 
 def is_wrapped(owner: nn.Module, child: str) -> bool:
     """Whether the child of this name is all that the owner, a wrapper, holds."""
-    return child in _WRAPPED or (
-        child == "module"
-        and isinstance(owner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    if child in _WRAPPED:
+        return len(owner._modules) == 1 and not owner._parameters and not owner._buffers
+    return child == "module" and isinstance(
+        owner, (nn.parallel.DistributedDataParallel, nn.DataParallel)
     )
 
 
@@ -168,7 +172,17 @@ class OwnState:
     names: dict[str, str]
 
     def by_name(self) -> dict[str, Any]:
-        """The state dict under canonical names."""
+        """The state dict under canonical names. Raises StateError for two keys with one name."""
+        counts = Counter(self.names[key] for key in self.tensors)
+        if len(counts) < len(self.tensors):
+            ((name, _),) = counts.most_common(1)
+            raise StateError(
+                "Two entries of a module have the same name",
+                tensor=name,
+                expected="different names without the prefixes of wrappers",
+                actual=", ".join(key for key in self.tensors if self.names[key] == name),
+                remedy="rename one of them in the module's state_dict()",
+            )
         return {self.names[key]: value for key, value in self.tensors.items()}
 
 

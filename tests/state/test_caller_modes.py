@@ -105,6 +105,34 @@ def test_deque_of_tensors_takes_the_saved_length(tmp_path):
     assert state["x"].maxlen == 5
 
 
+class Renamed(nn.Module):
+    """Holds a module under the name that torch.compile uses, beside a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod = nn.Linear(2, 2)
+        self.again = self._orig_mod
+        self.weight = nn.Parameter(torch.randn(2, 2))
+
+
+def test_module_named_as_that_of_a_wrapper(tmp_path):
+    model, target = Renamed(), Renamed()
+    shardckpt.save({"model": model}, tmp_path / "c")
+    shardckpt.load({"model": target}, tmp_path / "c")
+    for key, value in model.state_dict().items():
+        assert torch.equal(target.state_dict()[key], value)
+
+
+def test_two_entries_of_a_module_with_one_name(tmp_path):
+    wrapper = nn.Sequential()
+    wrapper.x = torch.compile(nn.Linear(1, 1), backend="eager")
+    wrapper.register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: state.update({"x.weight": torch.zeros(1)})
+    )
+    with pytest.raises(shardckpt.errors.StateError, match="x.weight"):
+        shardckpt.save({"model": wrapper}, tmp_path / "c")
+
+
 class Windows:
     """Has state whose tensor may be a view in which elements share memory."""
 
