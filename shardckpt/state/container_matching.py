@@ -14,6 +14,7 @@ from shardckpt.state.local_chunks import PLAIN
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.match_context import Finish, Match, MatchContext
 from shardckpt.state.materialize import NOTHING, Builder
+from shardckpt.state.refusals import reading_state, setting_state
 from shardckpt.state.saved_tree import below
 
 __all__ = [
@@ -124,12 +125,15 @@ def match_value(context: MatchContext, template: Any, name: str) -> Finish:
 def match_stateful(context: MatchContext, template: Any, name: str) -> Finish:
     """Hand the saved value to an object's load_state_dict. Tensors of its state_dict are filled in
     place where shape and dtype agree."""
-    value = context.build(name, like=template.state_dict())
+    with reading_state(template, at=name):
+        own = template.state_dict()
+    value = context.build(name, like=own)
     if value is NOTHING:
         return lambda: template
 
     def finish() -> Any:
-        template.load_state_dict(value)
+        with setting_state(template, at=name):
+            template.load_state_dict(value)
         return template
 
     return finish

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format.typed_json import record_of
 from shardckpt.state.markers import FromRank0, PerRank, Union
+from shardckpt.state.refusals import reading_state
 from shardckpt.state.sharded_tensors import carry_layout
 
 __all__ = [
@@ -170,6 +171,7 @@ class OwnState:
 
     tensors: dict[str, Any]
     names: dict[str, str]
+    at: str = ""
 
     def by_name(self) -> dict[str, Any]:
         """The state dict under canonical names. Raises StateError for two keys with one name."""
@@ -178,7 +180,7 @@ class OwnState:
             ((name, _),) = counts.most_common(1)
             raise StateError(
                 "Two entries of a module have the same name",
-                tensor=name,
+                tensor=_join(self.at, name),
                 expected="different names without the prefixes of wrappers",
                 actual=", ".join(key for key in self.tensors if self.names[key] == name),
                 remedy="rename one of them in the module's state_dict()",
@@ -186,10 +188,12 @@ class OwnState:
         return {self.names[key]: value for key, value in self.tensors.items()}
 
 
-def own_state(module: nn.Module, *, keep_vars: bool = True) -> OwnState:
-    """Read a module; its tensors, or without `keep_vars` aliases of them."""
-    state = module.state_dict(keep_vars=True) if keep_vars else aliases(module)
-    return OwnState(state, _canonical_names(module, state))
+def own_state(module: nn.Module, *, at: str = "", keep_vars: bool = True) -> OwnState:
+    """Read a module, which stands at a name in the state; its tensors, or without `keep_vars`
+    aliases of them."""
+    with reading_state(module, at=at):
+        state = module.state_dict(keep_vars=True) if keep_vars else aliases(module)
+    return OwnState(state, _canonical_names(module, state), at)
 
 
 def aliases(module: nn.Module) -> dict[str, Any]:
@@ -206,9 +210,13 @@ def aliases(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def module_state(module: nn.Module) -> dict[str, Any]:
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def module_state(module: nn.Module, *, at: str = "") -> dict[str, Any]:
     """The module's state dict under canonical names; tensors alias the module's own."""
-    return own_state(module, keep_vars=False).by_name()
+    return own_state(module, at=at, keep_vars=False).by_name()
 
 
 def foreign_buffers(module: nn.Module) -> set[str]:

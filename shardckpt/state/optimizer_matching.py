@@ -25,6 +25,7 @@ from shardckpt.state.optimizer_state import (
     packed_state,
     state_of,
 )
+from shardckpt.state.refusals import setting_state
 from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout, describes_itself, shards_of
 from shardckpt.state.tensor_matching import match_tensor
@@ -80,7 +81,8 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
     loaded = match(packed_state(optimizer, at=name), name)
 
     def finish() -> Optimizer:
-        with torch.inference_mode(False):  # new tensors outlive the block of the caller
+        # New tensors outlive an inference_mode() of the caller.
+        with torch.inference_mode(False), setting_state(optimizer, at=name):
             optimizer.load_state_dict(loaded())
             for form in own:
                 form.undo_casts()

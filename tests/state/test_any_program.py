@@ -1,4 +1,4 @@
-"""Calls inside a default device or inference_mode() of the caller; states of unusual containers."""
+"""Loads and saves amid what programs do: default devices, inference_mode(), objects that refuse."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_two_entries_of_a_module_with_one_name(tmp_path):
     wrapper.register_state_dict_post_hook(
         lambda module, state, prefix, metadata: state.update({"x.weight": torch.zeros(1)})
     )
-    with pytest.raises(shardckpt.errors.StateError, match="x.weight"):
+    with pytest.raises(shardckpt.errors.StateError, match=r"model\.x\.weight"):
         shardckpt.save({"model": wrapper}, tmp_path / "c")
 
 
@@ -173,3 +173,67 @@ def test_transposed_and_sliced_tensors_are_filled(tmp_path):
     ):
         shardckpt.load({"t": target}, tmp_path / "c")
         assert target.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+class Refusing:
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"a": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise self.error("planted")
+
+
+class RefusingModule(nn.Linear):
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        raise KeyError("planted")
+
+
+class Unready(nn.Linear):
+    def get_extra_state(self) -> Any:
+        raise RuntimeError("planted")
+
+
+class Own(Exception):
+    pass
+
+
+def test_objects_that_refuse_their_state(tmp_path):
+    """Python's own exceptions become typed errors that name the entry, others pass."""
+    shardckpt.save({"x": {"y": Refusing(ValueError)}}, tmp_path / "c")
+    with pytest.raises(shardckpt.errors.StateError, match=r"x\.y[\s\S]*ValueError: planted"):
+        shardckpt.load({"x": {"y": Refusing(ValueError)}}, tmp_path / "c")
+    with pytest.raises(Own):
+        shardckpt.load({"x": {"y": Refusing(Own)}}, tmp_path / "c")
+    shardckpt.save({"m": nn.Linear(1, 1)}, tmp_path / "m")
+    with pytest.raises(shardckpt.errors.StateError, match=r"tensor: m\n[\s\S]*KeyError"):
+        shardckpt.load({"m": RefusingModule(1, 1)}, tmp_path / "m")
+    for save in (shardckpt.save, lambda *given: shardckpt.async_save(*given).result()):
+        with pytest.raises(
+            shardckpt.errors.StateError, match=r"tensor: m\n[\s\S]*RuntimeError: planted"
+        ):
+            save({"m": Unready(1, 1)}, tmp_path / "n")
+
+
+def test_state_of_another_optimizer(tmp_path):
+    state = trained(0)
+    shardckpt.save(state, tmp_path / "c")
+    other = torch.optim.NAdam(state["model"].parameters())
+    with pytest.raises(shardckpt.errors.StateError, match=r"optimizer[\s\S]*mu_product"):
+        shardckpt.load({**state, "optimizer": other}, tmp_path / "c")
+
+
+def test_state_of_an_optimizer_under_the_name_of_a_parameter(tmp_path):
+    state = trained(0)
+    state["optimizer"].state["weight"] = {"x": 1}
+    with pytest.raises(shardckpt.errors.StateError, match=r"optimizer\.state\.weight"):
+        shardckpt.save(state, tmp_path / "c")
+
+
+def test_a_generator_refuses_what_is_no_state(tmp_path):
+    zeros = torch.zeros_like(torch.Generator().get_state())
+    shardckpt.save({"g": zeros}, tmp_path / "c")
+    with pytest.raises(shardckpt.errors.StateError, match=r"tensor: g\n"):
+        shardckpt.load({"g": torch.Generator()}, tmp_path / "c")
