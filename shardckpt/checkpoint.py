@@ -41,7 +41,7 @@ class SavedTensor:
     Args:
         checkpoint: The open checkpoint. `checkpoint[name]` creates the SavedTensor.
         name: The name of the entry.
-        source: The name of the tensor in the manifest: of tied tensors, the saved one.
+        source: The name of the tensor in the manifest. Tied tensors share one.
 
     Attributes:
         name: The name of the entry.
@@ -89,11 +89,13 @@ class SavedTensor:
 
 
 def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
-    """Offsets and sizes of the box that an index selects, and the shape of the result. None for
-    an index that selects no box."""
+    """Return offsets and sizes of the box that an index selects, and the shape of the result.
+
+    Returns None for an index that selects no box.
+    """
     parts = list(index) if isinstance(index, tuple) else [index]
     ellipses = [at for at, part in enumerate(parts) if part is Ellipsis]
-    if ellipses:  # a second one fails below
+    if ellipses:  # a second ellipsis fails below
         parts[ellipses[0] : ellipses[0] + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
     parts += [slice(None)] * (len(shape) - len(parts))
     if len(parts) > len(shape):
@@ -130,7 +132,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
 
     Args:
         path: The checkpoint; see `open_checkpoint`.
-        storage: Where the checkpoint is stored.
+        storage: The storage of the checkpoint.
 
     Raises:
         CheckpointError: The checkpoint can't be read; see `open_checkpoint`.
@@ -185,7 +187,9 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         return f"Checkpoint({self.path!r}, {len(self)} entries)"
 
     def __getitem__(self, name: str) -> Any:
-        """The tensor or value of a name. A PerRank entry is a list with the value of each rank."""
+        """Return the tensor or value of a name. A PerRank entry is a list of the values of all
+        ranks.
+        """
         if "manifest" not in vars(self) and (source := self._outline.find(name)) is not None:
             return SavedTensor(self, name, source)
         if name not in self._saved.leaves:
@@ -324,10 +328,10 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         Args:
             build: Called with a Builder; returns the part, with tensors that are not read yet.
             saved: The saved state, with its selected names; by default all of it.
-            new: Creates a tensor and tells whether to read it; see Builder.
+            new: Creates a tensor, and returns whether it must be read; see Builder.
 
         Returns:
-            What `build` returned, with its tensors read.
+            The result of `build`, with its tensors read.
         """
         pending: list[tuple[TensorEntry, LocalChunk]] = []
         builder = Builder(saved or self._saved, pending, **({"new": new} if new else {}))
@@ -343,7 +347,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
 
         Args:
             name: The name of the tensor in the manifest.
-            offsets: Where the box begins, in elements of each dimension.
+            offsets: The offset of the box in each dimension, in elements.
             sizes: The size of the box in each dimension, in elements.
 
         Returns:
@@ -362,7 +366,9 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
             return read_box(self._files, self.manifest, entry, offsets, sizes)
 
     def _described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
-        """The entry of a tensor, with the outline or, if that is parsed or needed, the manifest."""
+        """Return the entry of a tensor, with the outline, or with the manifest if it is parsed or
+        needed.
+        """
         if "manifest" not in vars(self) and (entry := self._outline.tensor(name)) is not None:
             return self._outline, entry
         return self.manifest, self.manifest.tensors[name]

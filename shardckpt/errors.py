@@ -20,6 +20,7 @@
     │   ├── CheckpointBusyError(BlockingIOError)   another save to this path is running
     │   ├── StoragePermissionError(PermissionError)
     │   ├── NoSpaceError
+    │   ├── StoreUnavailableError              an object store that does not answer, or throttles
     │   └── StalledError(TimeoutError)         a read or write that does not return
     ├── CoordinationError(RuntimeError)    the ranks can't work together
     │   ├── RankFailedError                    a rank raised an error, died or hangs
@@ -59,13 +60,16 @@ __all__ = [
     "StateError",
     "StorageError",
     "StoragePermissionError",
+    "StoreUnavailableError",
     "UnsupportedLeafError",
 ]
 
 
 def printable(text: str) -> str:
-    """Text whose control characters, but line ends, are escaped: names in a checkpoint must not
-    drive a terminal, nor be what no terminal can show."""
+    """Escape all control characters of a text except line ends.
+
+    Names in a checkpoint could otherwise control a terminal.
+    """
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -76,13 +80,13 @@ class ShardckptError(Exception):
     pickled, so that they can travel between processes.
 
     Args:
-        message: What went wrong, in one sentence.
+        message: The problem, in one sentence.
         path: The file or directory.
         rank: The rank that failed, or a tuple of ranks.
         tensor: The name of the entry, or several names joined with commas.
-        expected: What was expected.
-        actual: What was found instead.
-        remedy: What the user can do.
+        expected: The expected value or situation.
+        actual: The actual value or situation.
+        remedy: An action of the user that solves the problem.
         **facts: Further facts. They are kept in the attribute `facts`, by name.
 
     Attributes:
@@ -226,7 +230,7 @@ class CorruptionError(CheckpointError):
 
 
 class StorageError(ShardckptError, OSError):
-    """The file system refused an operation.
+    """The file system or the object store refused an operation.
 
     Args:
         message: See ShardckptError, as for all other facts.
@@ -259,6 +263,12 @@ class StoragePermissionError(StorageError, PermissionError):
 
 class NoSpaceError(StorageError):
     """The disk or the quota is full."""
+
+
+class StoreUnavailableError(StorageError):
+    """An object store does not answer, or asks for fewer requests. The same call may succeed later.
+
+    A request that failed so may have been carried out."""
 
 
 class StalledError(StorageError, TimeoutError):

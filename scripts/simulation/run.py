@@ -57,7 +57,7 @@ class Others:
         if phase == "plan":
             return [encode((*digests, self.known)) for digests in self.digests[1:]]
         if phase == "divide":
-            return [plan.pack(whole=False) for plan in self.plans[1:]]
+            return [plan.pack(complete=False) for plan in self.plans[1:]]
         return [b""] * (self.world.ranks - 1) if phase == "join" else self.results
 
     def write(self, shares: list[bytes]) -> None:

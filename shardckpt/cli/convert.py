@@ -19,7 +19,7 @@ from shardckpt.reports import ConvertReport
 
 __all__ = ["CONVERT_HELP", "CONVERT_PARAMETERS", "run_convert"]
 
-_MOST_LINES = 40  # of what was left out, changed or copied
+_MOST_LINES = 40  # for each of the lists of copied, changed and left out entries
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -50,7 +50,7 @@ CONVERT_PARAMETERS = (
         type=click.Choice(FORMATS),
         help="The format of the target. The default follows from its suffix.",
     ),
-    click.Option(["--world-size"], type=int, help="The number of shards, or of files of dcp."),
+    click.Option(["--shards"], type=int, help="The number of shards, or of files of dcp."),
     click.Option(
         ["--max-file-size"],
         type=_size,
@@ -72,18 +72,18 @@ def run_convert(options: SimpleNamespace) -> None:
             options.source,
             keys=options.keys,
             rename=dict(options.rename) if options.rename else None,
-            check=options.rank == 0,  # once is enough
+            check=options.rank == 0,  # only one rank checks
         )
 
     with shared(options, options.source, opened) as (coordinator, source):
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
-        own = total // coordinator.world_size
-        with progress_bar("convert", total_bytes=own, shown=options.rank == 0) as bar:
+        rank_bytes = total // coordinator.world_size
+        with progress_bar("convert", total_bytes=rank_bytes, shown=options.rank == 0) as bar:
             report = convert_source(
                 source,
                 options.target,
                 to=options.format,
-                shards=options.world_size,
+                shards=options.shards,
                 file_bytes=options.max_file_size,
                 overwrite=options.overwrite,
                 coordinator=coordinator,
@@ -96,7 +96,9 @@ def run_convert(options: SimpleNamespace) -> None:
 
 
 def _lines(report: ConvertReport) -> Iterator[str]:
-    """The report for people: what was taken, then each thing that was not, or not as it is."""
+    """Yield the lines of the report: a summary, then each entry that was copied, changed or left
+    out.
+    """
     values = f", {len(report.values)} values" if report.values else ""
     size = size_text(report.size_bytes)
     yield f"{report.path}: {len(report.tensors)} tensors{values}, {size}"

@@ -1,4 +1,4 @@
-"""What `shardckpt inspect` shows: a page for people, or JSON for programs."""
+"""The output of `shardckpt inspect`: text for people, or JSON for programs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from shardckpt.state.saved_tree import SavedState, Select, below, children
 __all__ = ["facts", "page"]
 
 _VALUE_WIDTH = 80
-_MANY = 40  # tensors; from here on, those alike in numbered layers share a line
+_MANY = 40  # from this number of tensors on, equal tensors of numbered layers share a line
 
 
 def facts(checkpoint: Checkpoint, *, keys: Select = None) -> dict[str, Any]:
-    """All that a checkpoint says of itself, JSON-able; values in the format's typed JSON."""
+    """Return all facts about a checkpoint as JSON. Values are typed JSON."""
     manifest = checkpoint.manifest
     saved = _saved(manifest, keys)
     return {
@@ -56,10 +56,10 @@ def facts(checkpoint: Checkpoint, *, keys: Select = None) -> dict[str, Any]:
 
 
 def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = False) -> Iterator[str]:
-    """The lines of a page about a checkpoint.
+    """Yield the lines of a page about a checkpoint.
 
-    Many tensors that differ in the numbers of their layers alone share a line, unless they
-    were asked for by `keys` or with `everything`.
+    If there are many tensors, those that differ only in the numbers of their layers share a line,
+    unless `keys` or `everything` is given.
     """
     manifest = checkpoint.manifest
     saved = _saved(manifest, keys)
@@ -92,7 +92,7 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
 
 
 def _saved(manifest: Manifest, keys: Select) -> SavedState:
-    """The saved names. An enum is a text here: its class need not be importable."""
+    """Return the saved names. Enums become text, as their classes need not be importable."""
 
     def texts(node: Any) -> Any:
         if isinstance(node, list):
@@ -110,15 +110,20 @@ def _saved(manifest: Manifest, keys: Select) -> SavedState:
 
 
 def _tensors(saved: SavedState) -> Iterator[tuple[str, str, TensorEntry]]:
-    """(name, name of what it is tied to or its own, entry) of each tensor and array."""
+    """Yield (name, saved name, entry) of each tensor and array. The names differ for tied
+    tensors.
+    """
     for name, node in saved.leaves.items():
         if isinstance(node, TensorRef) and node.kind != "per_rank":
             yield name, node.name, saved.manifest.tensors[node.name]
 
 
 def _values(saved: SavedState, manifest: Manifest) -> Iterator[tuple[str, Any]]:
-    """(name, value), a list or tuple without tensors or dicts being one value; a list with every
-    rank's for a PerRank."""
+    """Yield (name, value) of each value.
+
+    A list or tuple without tensors or dicts is one value. A PerRank is a list of the values of all
+    ranks.
+    """
     stack = [("", saved.tree)]
     while stack:
         name, node = stack.pop()
@@ -134,14 +139,14 @@ def _values(saved: SavedState, manifest: Manifest) -> Iterator[tuple[str, Any]]:
 
 
 def _holds_more(node: Any) -> bool:
-    """Whether a node is a tensor or dict, or a list or tuple with one in it."""
+    """Whether a node is a tensor or dict, or a list or tuple that contains one."""
     if isinstance(node, (list, tuple)):
         return any(map(_holds_more, node))
     return isinstance(node, (dict, TensorRef))
 
 
 def _text(value: Any) -> str:
-    """As Python would print it, with tensors by name."""
+    """Return a value as Python prints it, with the names of tensors."""
     if isinstance(value, TensorRef):
         return f"<tensor {value.name}>"
     if isinstance(value, dict):
@@ -169,7 +174,7 @@ def _dtype(entry: TensorEntry) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers as 0-3,7."""
+    """Format sorted numbers as ranges, such as 0-3,7."""
     runs = []
     for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         first, *rest = [number for _, number in run]
@@ -178,24 +183,26 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _row(name: str, source: str, entry: TensorEntry) -> tuple[str, ...]:
-    place = f"shard {_ranges(_shards(entry))}" if len(entry.chunks) else ""
-    where = place if source == name else f"tied to {source}"
-    return name, _dtype(entry), str(list(entry.shape)), size_text(entry.size_bytes), where
+    shards = f"shard {_ranges(_shards(entry))}" if len(entry.chunks) else ""
+    location = shards if source == name else f"tied to {source}"
+    return name, _dtype(entry), str(list(entry.shape)), size_text(entry.size_bytes), location
 
 
 def _parts(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, ...]]:
-    """For each key of the state at the top: how many tensors, how many bytes, ties once."""
-    found: dict[str, dict[str, int]] = {}
+    """List the number and the bytes of the tensors below each key at the top. Ties count once."""
+    by_key: dict[str, dict[str, int]] = {}
     for name, source, entry in tensors:
-        found.setdefault(name.split(".", 1)[0], {})[source] = entry.size_bytes
+        by_key.setdefault(name.split(".", 1)[0], {})[source] = entry.size_bytes
     return [
         (name, _count(len(sizes), "tensor"), size_text(sum(sizes.values())))
-        for name, sizes in found.items()
+        for name, sizes in by_key.items()
     ]
 
 
 def _folded(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, ...]]:
-    """Rows, one for all tensors whose names differ in whole numbers alone, if they are alike."""
+    """Return the rows of the table. Equal tensors whose names differ only in numbers share a
+    row.
+    """
     groups: dict[tuple[Any, ...], list[tuple[str, str, TensorEntry]]] = {}
     for name, source, entry in tensors:
         form = re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
@@ -210,7 +217,7 @@ def _folded(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, 
             continue
         texts = iter(_ranges(column) for column in columns)
         shown = re.sub("#", lambda _, texts=texts: _braced(next(texts)), form)  # type: ignore[misc]
-        place = _ranges(sorted({shard for member in members for shard in _shards(member[2])}))
+        shards = _ranges(sorted({shard for member in members for shard in _shards(member[2])}))
         size = f"{len(members)} x {size_text(members[0][2].size_bytes)}"
         rows.append(
             (
@@ -218,7 +225,7 @@ def _folded(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, 
                 _dtype(members[0][2]),
                 str(list(shape)),
                 size,
-                f"shard {place}" if place else "",
+                f"shard {shards}" if shards else "",
             )
         )
     return rows
@@ -229,7 +236,7 @@ def _braced(text: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
-    """Rows as aligned lines."""
+    """Yield the rows as aligned lines."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for column in range(len(rows[0])):
         table.add_column(justify="right" if column in right else "left", no_wrap=True)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +24,7 @@ from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptErro
 from shardckpt.maintenance.rescue import explain_manifest, rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.maintenance.verify import verify_shards
-from shardckpt.storage.base import MANIFEST_NAME
-from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["main"]
 
@@ -65,18 +65,20 @@ def _run(body: Callable[[Any], None], options: SimpleNamespace) -> int:
         if isinstance(error, NotACheckpointError):
             print(printable(_checkpoints_below(error.path)), end="", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return 0
 
 
 def _checkpoints_below(path: str | None) -> str:
-    """A hint for the folder of a job: the checkpoints in it."""
-    try:
-        names = sorted(os.listdir(path or "."))
-    except OSError:
-        return ""
-    found = [n for n in names if os.path.isfile(os.path.join(path or ".", n, MANIFEST_NAME))]
+    """Return a hint that lists the checkpoints in a folder. Empty if there are none."""
+    found = []
+    with suppress(ShardckptError):
+        storage, folder = resolve(path)
+        for name in storage.names(folder):
+            with suppress(ShardckptError):
+                storage.version(storage.child(folder, name))
+                found.append(name)
     return f"  checkpoints in it: {', '.join(found[:20])}\n" if found else ""
 
 
@@ -104,7 +106,7 @@ def _verify(options: SimpleNamespace) -> None:
         try:
             return open_checkpoint(options.path)
         except CorruptionError as error:
-            explain_manifest(error, options.path, storage=LocalStorage())
+            explain_manifest(error, resolve(options.path))
             raise
 
     with shared(options, options.path, opened) as (coordinator, checkpoint):
@@ -118,38 +120,37 @@ def _verify(options: SimpleNamespace) -> None:
                 progress=bar.advance,
                 coordinator=coordinator,
             )
-        for word, names in (("hurt", report.corrupted), ("whole", report.intact)):
+        for word, names in (("corrupted", report.corrupted), ("intact", report.intact)):
             if report.errors:
-                say(coordinator, "\n".join(f"{word:6} {name}" for name in names))
+                say(coordinator, "\n".join(f"{word:9} {name}" for name in names))
         report.raise_if_corrupted()
         part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
         say(
             coordinator,
             f"{options.path}: {len(checkpoint.manifest.shards)} shards, "
             f"{len(checkpoint.manifest.tensors)} tensors, {size_text(report.checked_bytes)}: "
-            f"whole{part}",
+            f"intact{part}",
         )
 
 
 def _rescue(options: SimpleNamespace) -> None:
     with progress_bar("rescue", total_bytes=0) as bar:
         report = rescue(
-            options.source,
-            options.target,
-            storage=LocalStorage(),
+            resolve(options.source),
+            resolve(options.target),
             overwrite=options.overwrite,
             progress=bar.reach,
         )
     for bit in report.repaired:
         print(printable(f"repaired {bit}"))
     for name, why in report.lost.items():
-        print(printable(f"lost   {name}: {why}"))
+        print(printable(f"lost     {name}: {why}"))
     summary = f"{options.target}: {len(report.saved)} tensors saved, {len(report.lost)} lost"
     print(printable(summary))
     if report.rebuilt:
         print(
-            "The manifest was rebuilt from the shards' headers: values are lost, and nothing could "
-            "be verified. Look at what you load."
+            "The manifest was rebuilt from the headers of the shards. All values are lost, and no "
+            "tensor could be verified: check the tensors that you load."
         )
 
 
@@ -157,20 +158,21 @@ def _reshard(options: SimpleNamespace) -> None:
     def opened() -> Checkpoint:
         return open_checkpoint(options.source)
 
+    target = resolve(options.target)
     with shared(options, options.source, opened) as (coordinator, checkpoint):
         total = sum(entry.size_bytes for entry in checkpoint.manifest.tensors.values())
-        own = total // coordinator.world_size
-        with progress_bar("reshard", total_bytes=own, shown=options.rank == 0) as bar:
+        rank_bytes = total // coordinator.world_size
+        with progress_bar("reshard", total_bytes=rank_bytes, shown=options.rank == 0) as bar:
             reshard(
                 checkpoint,
-                options.target,
-                shards=options.world_size,
-                storage=LocalStorage(),
+                target.path,
+                shards=options.shards,
+                storage=target.storage,
                 coordinator=coordinator,
                 overwrite=options.overwrite,
                 progress=bar.reach,
             )
-        say(coordinator, f"{options.target}: {options.world_size} shards, {size_text(total)}")
+        say(coordinator, f"{options.target}: {options.shards} shards, {size_text(total)}")
 
 
 def _print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -217,9 +219,7 @@ _group = click.Group(
             [
                 _path("source"),
                 _path("target"),
-                click.Option(
-                    ["--world-size"], type=int, required=True, help="The number of shards."
-                ),
+                click.Option(["--shards"], type=int, required=True, help="The number of shards."),
                 OVERWRITE,
                 JOBS,
             ],

@@ -1,4 +1,4 @@
-"""Commands that several processes share: the ranks of mpirun or srun, or --jobs processes here."""
+"""Run one command in several processes: the ranks of mpirun or srun, or --jobs processes here."""
 
 from __future__ import annotations
 
@@ -38,9 +38,13 @@ Opened = TypeVar("Opened", bound=Source)
 def shared(
     options: Any, path: str, open_it: Callable[[], Opened]
 ) -> Iterator[tuple[Coordinator, Opened]]:
-    """The processes that share a command about the checkpoint at `path`, which each opens.
+    """Open the checkpoint at `path` in all processes of a command.
 
-    Under mpirun or srun they are its ranks; else this one and `options.jobs` - 1 that it starts.
+    Under mpirun or srun they are its ranks. Otherwise they are this process and `options.jobs` - 1
+    others, which it starts.
+
+    Yields:
+        The coordinator of the processes, and the open checkpoint.
     """
     jobs = options.jobs
     if jobs is None:
@@ -52,7 +56,7 @@ def shared(
         opened.append(open_it())
         return opened[0].manifest.checkpoint_id.encode()
 
-    with _team(subject, jobs=jobs, arguments=options.arguments) as coordinator:
+    with _coordinator(subject, jobs=jobs, arguments=options.arguments) as coordinator:
         options.rank = coordinator.rank
         try:
             exchange(coordinator, "open", identity, same_checkpoint(path))
@@ -63,20 +67,20 @@ def shared(
 
 
 def say(coordinator: Coordinator, text: str) -> None:
-    """Print, once for all."""
+    """Print a text on rank 0."""
     if coordinator.rank == 0:
         print(printable(text))
 
 
 def _jobs_for(open_it: Callable[[], Source]) -> int:
-    """One process for each GiB, at most one a processor."""
+    """Return the number of processes: one for each GiB, at most one for each processor."""
     with closing(open_it()) as source:
         size_bytes = sum(entry.size_bytes for entry in source.manifest.tensors.values())
     return max(1, min(os.cpu_count() or 1, size_bytes // _BYTES_PER_JOB))
 
 
 @contextmanager
-def _team(subject: str, *, jobs: int, arguments: Sequence[str]) -> Iterator[Coordinator]:
+def _coordinator(subject: str, *, jobs: int, arguments: Sequence[str]) -> Iterator[Coordinator]:
     if job := os.environ.get(_JOB):
         rank, number, port = map(int, job.split("/"))
         _connect(port).set(f"up/{rank}", "")
@@ -104,7 +108,7 @@ def _started(jobs: int, arguments: Sequence[str]) -> Iterator[Coordinator]:
             command,
             env={**os.environ, _JOB: f"{rank}/{jobs}/{server.port}"},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # this process speaks for all
+            stdout=subprocess.DEVNULL,  # only this process prints
             stderr=subprocess.DEVNULL,
         )
         for rank in range(1, jobs)
@@ -134,13 +138,13 @@ def _ended(processes: list[subprocess.Popen[bytes]]) -> bool:
 
 @contextmanager
 def _joined(port: int, *, rank: int, number: int) -> Iterator[Coordinator]:
-    lines = StoreConnections(lambda: _connect(port))
-    coordinator = StoreCoordinator(lines, "", rank=rank, world_size=number)
+    connections = StoreConnections(lambda: _connect(port))
+    coordinator = StoreCoordinator(connections, "", rank=rank, world_size=number)
     try:
         yield coordinator
     finally:
         coordinator.close()
-        lines.close()
+        connections.close()
 
 
 def _connect(port: int) -> Any:

@@ -19,13 +19,13 @@ def separate(arguments: Sequence[str]) -> list[str]:
 
 def _separated(arguments: Sequence[str]) -> Iterator[str]:
     option, values = "", 0
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         if option and (argument.startswith("-") and argument != "-"):
             if not values:
-                yield option  # without a value: an error
+                yield option  # an option without a value, which is an error
             option = ""
         if argument == "--":
-            yield from arguments[place:]
+            yield from arguments[index:]
             return
         if argument in _SEVERAL:
             option, values = argument, 0

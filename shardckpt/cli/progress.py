@@ -19,13 +19,13 @@ _EVERY_S = 0.2
 
 
 def size_text(size_bytes: int) -> str:
-    """A number of bytes as text, such as 1.5 MiB."""
+    """Return a number of bytes as text, such as 1.5 MiB."""
     unit, suffix = pick_unit_and_suffix(size_bytes, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], 1024)
     return f"{size_bytes} B" if unit == 1 else f"{size_bytes / unit:.1f} {suffix}"
 
 
 class Progress:
-    """Bytes done; `advance` and `reach` may be called from any thread."""
+    """Counts the bytes that are done, from any thread."""
 
     def __init__(self, show: Callable[[int], None]) -> None:
         self._show = show
@@ -34,11 +34,11 @@ class Progress:
         self._shown = time.monotonic() + _SHOW_AFTER_S - _EVERY_S
 
     def advance(self, amount_bytes: int) -> None:
-        """So many bytes more."""
+        """Add bytes to those that are done."""
         self.reach(self._done + amount_bytes, add=amount_bytes)
 
     def reach(self, done_bytes: int, *, add: int | None = None) -> None:
-        """So many bytes in all."""
+        """Set the number of bytes that are done."""
         with self._lock:
             self._done = done_bytes if add is None else self._done + add
             if time.monotonic() - self._shown >= _EVERY_S:
@@ -48,7 +48,7 @@ class Progress:
 
 @contextmanager
 def progress_bar(title: str, *, total_bytes: int, shown: bool = True) -> Iterator[Progress]:
-    """A bar for the length of a with block; nothing is shown for work of half a second."""
+    """Show a bar during a with block. Nothing is shown for work of half a second."""
     if not shown:
         yield Progress(lambda done: None)
         return

@@ -68,8 +68,8 @@ class DcpCheckpoint:
     def __init__(self, path: str) -> None:
         self.path = path
         if not is_dcp(path):
-            kind = NotACheckpointError if os.path.lexists(path) else CheckpointNotFoundError
-            raise kind(
+            error_type = NotACheckpointError if os.path.lexists(path) else CheckpointNotFoundError
+            raise error_type(
                 "No DCP checkpoint exists at this path",
                 path=path,
                 expected=f"a directory with {_METADATA}",
@@ -106,22 +106,24 @@ class DcpCheckpoint:
         )
         names = {info.relative_path for info in self._metadata.storage_data.values()}
         paths = [file_in(self.path, name) for name in sorted(names)]
-        there = sum(check_regular(path).st_size for path in paths if os.path.lexists(path))
-        if declared > there:
+        actual = sum(check_regular(path).st_size for path in paths if os.path.lexists(path))
+        if declared > actual:
             raise CorruptionError(
                 "The files of this DCP checkpoint are smaller than its tensors",
                 path=self.path,
                 expected=f"at least {declared} bytes",
-                actual=f"{there} bytes in {len(paths)} files",
+                actual=f"{actual} bytes in {len(paths)} files",
                 remedy="load another checkpoint",
             )
 
     def source(self) -> Foreign:
-        """The full checkpoint as a source to convert. Values are read now, tensors one box at a
-        time.
+        """Return the full checkpoint as a source to convert.
 
-        Objects that only unpickling could read are left out, and listed in `origin`. Raises
-        CorruptionError for a value that calls the operating system.
+        Values are read now, and tensors one box at a time. Objects that only unpickling could read
+        are left out, and listed in `origin`.
+
+        Raises:
+            CorruptionError: A value calls the operating system.
         """
         objects = ObjectsLoader()
         state, reads = self.state(objects)
@@ -137,7 +139,9 @@ class DcpCheckpoint:
         return foreign(self.path, "DCP", state, reads=reads, identity=self.identity, origin=origin)
 
     def state(self, objects: ObjectsLoader) -> tuple[dict[Any, Any], dict[int, ReadBox]]:
-        """The nested state and, for the id of each tensor in it, how to read it; see foreign."""
+        """Return the nested state and, for the id of each tensor in it, the function that
+        reads it.
+        """
         entries: dict[str, Any] = {}
         reads: dict[int, ReadBox] = {}
         objects.left_out.update(self._read_metadata.unknown)
@@ -281,14 +285,16 @@ class DcpCheckpoint:
 
 
 def fsdp_parts(path: str) -> list[str]:
-    """The DCP folders in which accelerate and the Trainer of transformers store an FSDP model and
-    its optimizer. Empty for other folders."""
+    """Return the DCP folders in which accelerate and transformers' Trainer store FSDP state.
+
+    The list is empty for other folders.
+    """
     parts = [n for n in ("pytorch_model_fsdp_0", "optimizer_0") if is_dcp(os.path.join(path, n))]
     return parts if parts[:1] == ["pytorch_model_fsdp_0"] else []
 
 
 def open_fsdp(path: str) -> Foreign:
-    """Such a folder as a source: {"model": ..., "optimizer": ...}."""
+    """Open such a folder as a source: {"model": ..., "optimizer": ...}."""
     objects = ObjectsLoader()
     state: dict[Any, Any] = {}
     reads: dict[int, ReadBox] = {}
@@ -311,8 +317,10 @@ def open_fsdp(path: str) -> Foreign:
 
 
 def _nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dict[Any, Any]:
-    """The nested state, from the names of DCP. `paths` have keys of dicts (str) and indices of
-    lists (int)."""
+    """Build the nested state from the names of DCP.
+
+    `paths` have keys of dicts (str) and indices of lists (int).
+    """
     root: dict[Any, Any] = {}
     for name, value in flat.items():
         *above, last = paths.get(name, (name,))

@@ -121,7 +121,7 @@ class DcpFolder(Folder):
         return writer
 
     def _items(self, number: int) -> list[WriteItem]:
-        """The content of a file."""
+        """List the items of a file."""
         chunks = self.plan.of_rank(number)
         items = []
         for index, box in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), strict=True):

@@ -75,7 +75,7 @@ def parse_metadata(data: Readable) -> ReadMetadata:
 
 
 def _facts(node: Any, kind: str) -> dict[str, Any]:
-    """The fields of a dataclass for which a stand-in was created."""
+    """Return the fields of a dataclass for which a stand-in was created."""
     name = node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
     if name != kind:
         raise TypeError(f"{name} in place of {kind}")
@@ -95,7 +95,7 @@ def _text(node: Any) -> str:
 
 
 def _sizes(node: Any, dims: int | None = None) -> torch.Size:
-    """A shape, or offsets."""
+    """Convert a stand-in of a shape or of offsets."""
     if type(node) not in (tuple, list) or len(node) > _MOST_DIMS or dims not in (None, len(node)):
         raise ValueError(f"{str(node)[:80]} in place of {dims} sizes")
     return torch.Size([_number(n) for n in node])

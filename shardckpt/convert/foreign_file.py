@@ -28,7 +28,7 @@ __all__ = [
 
 JSON_LIMIT_BYTES = 64 << 20
 _DISTRUST = "load another checkpoint; this one was not made by a program that saves checkpoints"
-_KINDS = {
+_TYPES = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -38,18 +38,20 @@ _KINDS = {
 
 
 def check_regular(path: str) -> os.stat_result:
-    """The status of a regular file. Raises NotACheckpointError for any other file. Does not open
-    the file: opening a pipe would wait, and opening a device may have effects."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    """Return the status of a regular file. Raises NotACheckpointError for any other file.
+
+    The file is not opened, as opening a pipe would wait, and opening a device may have effects.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise NotACheckpointError(
             "The path is not a regular file",
             path=path,
             expected="a regular file",
-            actual=_KINDS.get(stat.S_IFMT(found.st_mode), "something else"),
+            actual=_TYPES.get(stat.S_IFMT(status.st_mode), "another file"),
             remedy="check the path; if it is right, load another checkpoint",
         )
-    return found
+    return status
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -95,7 +97,7 @@ def mapped(path: str) -> Iterator[mmap.mmap | bytes]:
 
 @contextmanager
 def utf8_path(path: str) -> Iterator[str]:
-    """A path to open the same file by, for libraries that take no path but in UTF-8."""
+    """Yield a path that opens the same file, for libraries that need paths in UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -106,9 +108,12 @@ def utf8_path(path: str) -> Iterator[str]:
 
 
 def file_in(folder: str, name: object) -> str:
-    """The path of a file that the index of a folder names. Raises CorruptionError if the name leads
-    out of the folder, by its parts or by a symbolic link, unless to a blob of the cache of the
-    hub."""
+    """Return the path of a file that the index of a folder names.
+
+    Raises:
+        CorruptionError: The name leads out of the folder, by its parts or by a symbolic link. Links
+            to blobs of the cache of the hub are allowed.
+    """
     if type(name) is not str or name in ("", ".", "..") or set(name) & {"/", "\0", os.sep}:
         raise CorruptionError(
             "The index of this checkpoint names a file outside its directory",
@@ -132,6 +137,8 @@ def file_in(folder: str, name: object) -> str:
 
 
 def _hub_blobs(home: str) -> str | None:
-    """models--x/blobs for the folder models--x/snapshots/REVISION of the cache of the hub."""
+    """Return models--x/blobs for the folder models--x/snapshots/REVISION of the cache of the
+    hub.
+    """
     above, revisions = os.path.split(os.path.dirname(home))
     return os.path.join(above, "blobs") if revisions == "snapshots" else None

@@ -1,7 +1,9 @@
-"""The folder layouts of other libraries: which library wrote a folder, and what each file is.
+"""The folder layouts of other libraries: the library that wrote a folder, and the role of each
+file.
 
-Decided by file names alone; no file is opened. From transformers 5.24 (Trainer), accelerate 1.15,
-lightning 2.6, torchtune 0.6, deepspeed 0.19, megatron-core 0.15, peft, diffusers, nemo.
+Only file names decide; no file is opened. The names are those of transformers 5.24 (Trainer),
+accelerate 1.15, lightning 2.6, torchtune 0.6, deepspeed 0.19, megatron-core 0.15, peft, diffusers
+and nemo.
 """
 
 from __future__ import annotations
@@ -67,13 +69,13 @@ _ROLES = tuple(
 
 
 def names_in(path: str) -> list[str]:
-    """The sorted names in a folder."""
+    """Return the sorted names in a folder."""
     with translated(path):
         return sorted(os.listdir(path))
 
 
 def companions(path: str) -> tuple[str, ...]:
-    """The files beside the weights of a model that its users need: configuration and tokenizer.
+    """Return the files beside the weights that users of a model need: configuration and tokenizer.
 
     A symbolic link is resolved within the cache of the hub of Hugging Face. Other links out of the
     folder are ignored, since they could lead to any file of this machine.
@@ -89,7 +91,7 @@ def companions(path: str) -> tuple[str, ...]:
 
 
 def left_beside(path: str, used: Collection[str]) -> dict[str, str]:
-    """The files in a folder that are not read: name -> description."""
+    """Return the files in a folder that are not read, with a description of each."""
     return {name: _role(name) for name in names_in(path) if name not in used}
 
 
@@ -99,11 +101,11 @@ def _role(name: str) -> str:
     for pattern, role in _ROLES:
         if pattern.fullmatch(name):
             return role
-    return "convert reads no such file"
+    return "convert does not read files of this name"
 
 
 def writer_of(path: str) -> str | None:
-    """The library that wrote a folder, if the names of its files show it."""
+    """Return the library that wrote a folder, if the names of its files show it."""
     names = set(names_in(path))
     if {"trainer_state.json", "training_args.bin"} & names:
         return "transformers' Trainer"

@@ -46,8 +46,12 @@ _LONG, _LONG_BYTES, _MOST_ALIKE = 0x8A, 8, 256
 
 
 def scan(data: Readable, begin: int = 0) -> int:
-    """The end of the pickle that begins at `begin`. Raises UnpicklingError for opcodes that a saved
-    state does not need, and for lengths and memo indices that exceed the pickle."""
+    """Return the end of the pickle that begins at `begin`.
+
+    Raises:
+        UnpicklingError: It has opcodes that a saved state does not need, or lengths and memo
+            indices that exceed the pickle.
+    """
     at, end, marks = begin, len(data), 0
     alike: dict[int, set[bytes]] = {}
     while at < end:
@@ -98,25 +102,25 @@ class Named:
     items: list[Any]
 
     def __new__(cls, *args: Any) -> Named:
-        """Called by the pickle to create an object."""
+        """Create an object, as the pickle requests."""
         made = super().__new__(cls)
         made.args, made.state, made.items = args, None, []
         return made
 
     def __setstate__(self, state: Any) -> None:
-        """Called by the pickle to set the state of an object."""
+        """Set the state of an object, as the pickle requests."""
         self.state = state
 
     def append(self, item: Any) -> None:
-        """Items of a subclass of list."""
+        """Add an item of a subclass of list."""
         self.items.append(item)
 
     def __setitem__(self, key: Any, item: Any) -> None:
-        """Items of a subclass of dict."""
+        """Add an item of a subclass of dict."""
         self.items += key, item
 
     def __call__(self, *args: Any) -> Any:
-        """A call as of a bound method, which torch refuses."""
+        """Refuse a call such as that of a bound method, which torch also refuses."""
         raise pickle.UnpicklingError("Trying to call reduce for unrecognized function")
 
 
@@ -140,7 +144,7 @@ class Names(pickle.Unpickler):
         self._classes: dict[str, Any] = dict(_PLAIN)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Types that can't be changed are returned themselves."""
+        """Return a stand-in for a name. Immutable types are returned themselves."""
         full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)
         if not self._allowed(full):
             raise pickle.UnpicklingError(f"{full} is not allowed in this pickle")

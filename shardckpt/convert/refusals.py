@@ -17,8 +17,8 @@ _NEWER_PROTOCOLS = {"149", "67"}  # FRAME and SHORT_BINBYTES, which begin protoc
 
 
 _MADE_TO_DO_HARM = (
-    "This file calls a function of the operating system: it was made to do harm",
-    "don't load it with pickle either; ask who made it for the tensors alone",
+    "This file is malicious: it calls a function of the operating system",
+    "don't load it with pickle either; ask its author for a file of only tensors",
 )
 _HARMFUL = re.compile(
     r"(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|breakpoint|input)"
@@ -28,13 +28,12 @@ _HARMFUL = re.compile(
 
 
 def is_harmful(name: str) -> bool:
-    """Whether no program that saves a state names this function: it starts programs, runs code or
-    opens files."""
+    """Whether a function starts programs, runs code or opens files, as no saved state does."""
     return _HARMFUL.fullmatch(name) is not None
 
 
 def plain_text(error: BaseException) -> str:
-    """The line of an error message that has the reason, without terminal codes."""
+    """Return the line of an error message that has the reason, without terminal codes."""
     lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines()]
     if len(lines) > 1 and lines[0].startswith("Weights only load failed"):
         reasons = [line for line in lines if re.match(r"WeightsUnpickler error: \S", line)]
@@ -45,7 +44,7 @@ def plain_text(error: BaseException) -> str:
 
 
 def refused_name(error: BaseException) -> str | None:
-    """The full name of the class or function that torch.load refused."""
+    """Return the full name of the class or function that torch.load refused, or None."""
     found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
     if found is None:
         return None
@@ -53,19 +52,21 @@ def refused_name(error: BaseException) -> str | None:
 
 
 def wrong_container(error: BaseException) -> tuple[str, str] | None:
-    """("dict" or "list", name of a class) if a file fills an object like a dict or list."""
+    """Return the container that a file fills, "dict" or "list", and the name of its class, or
+    None.
+    """
     pattern = r"Can only (SETITEMS?|append|extend)\b.*but got <class '([^']+)'>"
     found = re.search(pattern, str(error))
     return found and ("dict" if found[1].startswith("SET") else "list", found[2])
 
 
 def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> CheckpointError:
-    """The typed error for a file, or one entry of it, that torch.load refused."""
+    """Return the typed error for a file, or one entry of it, that torch.load refused."""
     text = str(error)
-    kind: type[CheckpointError] = NotACheckpointError
+    error_type: type[CheckpointError] = NotACheckpointError
     name = refused_name(error)
     if name and is_harmful(name):
-        kind, actual = CorruptionError, f"a call of {name}"
+        error_type, actual = CorruptionError, f"a call of {name}"
         message, remedy = _MADE_TO_DO_HARM
     elif name:
         message = "This file holds objects of classes, which only unpickling could read"
@@ -79,7 +80,7 @@ def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> Ch
         actual = "an object made by a function that the file makes itself, as a bound method"
         remedy = "save it again where you trust it, with tensors and plain values alone"
     elif found := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", text):
-        kind, actual = CorruptionError, f"a call of {found[1]}"
+        error_type, actual = CorruptionError, f"a call of {found[1]}"
         message, remedy = _MADE_TO_DO_HARM
     elif (operand := re.search(r"Unsupported operand (\d+)", text)) and (
         operand[1] in _NEWER_PROTOCOLS
@@ -98,7 +99,7 @@ def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> Ch
         message, actual = "This file has the tar format of torch before 0.1.10", "legacy .tar"
         remedy = "load it where you trust it, weights_only=False, and save it again with torch.save"
     else:
-        kind, actual = CorruptionError, f"{type(error).__name__}: {plain_text(error)}"
+        error_type, actual = CorruptionError, f"{type(error).__name__}: {plain_text(error)}"
         message = "This file can't be read"
         remedy = "load another checkpoint; pickled objects are never loaded"
-    return kind(message, path=path, tensor=tensor, actual=actual, remedy=remedy)
+    return error_type(message, path=path, tensor=tensor, actual=actual, remedy=remedy)

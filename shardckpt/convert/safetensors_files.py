@@ -118,7 +118,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
 
 
 def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors of a file in order, and its metadata."""
+    """Return the tensors of a file in order, and its metadata."""
     metadata = read_metadata(path)
     with utf8_path(path) as openable:
         file: Any = safe_open(openable, "pt")

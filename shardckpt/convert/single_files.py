@@ -68,7 +68,7 @@ __all__ = [
     "errors_of",
     "is_one_file",
     "is_sealed",
-    "is_one_file_there",
+    "is_single_file",
     "read_many",
     "read_metadata",
     "read_one",
@@ -96,7 +96,7 @@ def is_one_file(path: str) -> bool:
     return path.endswith((".pth", ".pt", ".safetensors"))
 
 
-def is_one_file_there(path: str) -> bool:
+def is_single_file(path: str) -> bool:
     """Whether to read a path as a single file. True for any file, whatever its suffix. False for
     directories: sharded checkpoints of Lightning are directories named `.ckpt`."""
     return os.path.isfile(path) or (is_one_file(path) and not os.path.isdir(path))
@@ -159,7 +159,7 @@ def write_many(
 
 
 def _not_indexed(folder: str, names: Sequence[str], system: System) -> list[str]:
-    """The names in a folder of components that are not in its index."""
+    """Return the names in a folder of components that are not in its index."""
     try:
         index = json.loads(b"".join(_blocks(os.path.join(folder, INDEX), system)))
         known = {INDEX, *(entry["name"] for entry in index["files"].values())}
@@ -193,7 +193,7 @@ def read_many(folder: str) -> dict[str, Any]:
     return state
 
 
-def _whole(tensor: AnyTensor, name: str) -> torch.Tensor:
+def _full_tensor(tensor: AnyTensor, name: str) -> torch.Tensor:
     if isinstance(tensor, torch.Tensor):
         plain_dtype(dtype_name(tensor.dtype, tensor=name), tensor=name)
         return tensor
@@ -242,7 +242,7 @@ def _write_safetensors(
     flat = flatten(state, rank=0)
     tree = msgspec.json.encode(flat.tree).decode()
     tensors = {
-        key: _whole(tensor, key)
+        key: _full_tensor(tensor, key)
         for key, tensor in sorted(flat.tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     }
     header = build_header(
@@ -317,8 +317,11 @@ def _read_safetensors(path: str, *, check: bool) -> Any:
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """The metadata of a safetensors file, after checks that the safetensors library lacks: a
-    regular file, a header within it, unique keys."""
+    """Read the metadata of a safetensors file.
+
+    It checks rules that the safetensors library does not check: a regular file, a header within the
+    file, and unique keys.
+    """
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -340,7 +343,7 @@ def is_sealed(path: str, metadata: Mapping[str, str]) -> bool:
 
 
 def corrupted(path: str, expected: str, actual: str) -> CorruptionError:
-    """The error for a file with another digest."""
+    """Return the error for a file with another digest."""
     return CorruptionError(
         "A file of the checkpoint is corrupted",
         path=path,
@@ -353,23 +356,23 @@ def corrupted(path: str, expected: str, actual: str) -> CorruptionError:
 def seal(file: WritableFile, header: bytes, digests: NDArray[np.uint64]) -> None:
     """Write the digest into a safetensors file whose header holds UNSEALED in its place. `digests`
     are those of its blocks."""
-    place = header.index(_MARK) + len(_MARK)
-    file.write(memoryview(_digest_of(digests).encode()), offset=place)
+    offset = header.index(_MARK) + len(_MARK)
+    file.write(memoryview(_digest_of(digests).encode()), offset=offset)
 
 
 def check_sealed(path: str) -> None:
     """Read a safetensors file of shardckpt completely. Raises CorruptionError if its digest does
     not match."""
-    place = _place_of_digest(path)
+    offset = _offset_of_digest(path)
     with open(path, "rb") as file:
-        file.seek(place)
+        file.seek(offset)
         expected = file.read(len(UNSEALED)).decode("latin-1")
-    actual = _file_digest(path, place)
+    actual = _file_digest(path, offset)
     if expected != actual:
         raise corrupted(path, f"digest {expected}", f"digest {actual}")
 
 
-def _place_of_digest(path: str) -> int:
+def _offset_of_digest(path: str) -> int:
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         found = file.read(length).find(_MARK)
@@ -378,9 +381,9 @@ def _place_of_digest(path: str) -> int:
     return 8 + found + len(_MARK)
 
 
-def _file_digest(path: str, place: int) -> str:
+def _file_digest(path: str, offset: int) -> str:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        mapped[place : place + len(UNSEALED)] = UNSEALED.encode()
+        mapped[offset : offset + len(UNSEALED)] = UNSEALED.encode()
         with memoryview(mapped) as view:
             blocks = range(0, len(view), BLOCK_BYTES)
             digests = [block_digest(view[at : at + BLOCK_BYTES]) for at in blocks]

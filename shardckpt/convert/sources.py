@@ -41,8 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The origin of a source: its `format`, the library that wrote it (if known), and what is not
-    converted.
+    """The origin of a source: its format, the library that wrote it, and the unconverted entries.
 
     `left_out`: entry or file -> why it is not converted. `changed`: entry -> its new form. `files`:
     the files that were read, if the folder holds others too. `companions`: files of the folder to
@@ -129,8 +128,10 @@ def foreign(
     identity: object = None,
     origin: Origin | None = None,
 ) -> Foreign:
-    """A nested state of CPU tensors as a source. `reads`: id of a tensor -> how to read boxes of
-    it."""
+    """Make a source of a nested state of CPU tensors.
+
+    `reads` has a function that reads boxes of a tensor, by the id of the tensor.
+    """
     flat = flatten(state, rank=0)
     lazy = {}
     for name, tensor in flat.tensors.items():
@@ -204,7 +205,7 @@ class Selected(AbstractContextManager["Selected"]):
 
 
 def origin_of(source: Source) -> Origin:
-    """The origin of a source."""
+    """Return the origin of a source."""
     if isinstance(source, Selected):
         return origin_of(source.source)
     if isinstance(source, Foreign):
@@ -215,8 +216,10 @@ def origin_of(source: Source) -> Origin:
 
 
 def plain_tree(manifest: Manifest, node: Any) -> Any:
-    """The typed JSON of the state, with lists of the values of all ranks in place of PerRank
-    values."""
+    """Return the typed JSON of the state, with lists in place of PerRank values.
+
+    A list has the values of all ranks.
+    """
     if isinstance(node, list):
         return [plain_tree(manifest, item) for item in node]
     if not isinstance(node, dict):
@@ -230,8 +233,11 @@ def plain_tree(manifest: Manifest, node: Any) -> Any:
 
 
 def state_of(source: Source, node: Any) -> Any:
-    """Build the values of typed JSON in memory: PerRank values as in plain_tree, numpy arrays as
-    tensors, which torch loads without unpickling."""
+    """Build the values of typed JSON in memory.
+
+    PerRank values become lists, as in plain_tree. numpy arrays become tensors, which torch loads
+    without unpickling.
+    """
     made: dict[str, torch.Tensor] = {}
 
     def tensor(ref: TensorRef) -> torch.Tensor:

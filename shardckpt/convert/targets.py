@@ -51,7 +51,7 @@ class Target:
         return os.fsencode(self.temporary)
 
     def foreign(self, names: Sequence[str]) -> Sequence[str]:
-        """The names in a folder that must not be removed when the folder is replaced."""
+        """Return the names in a folder that must not be removed when the folder is replaced."""
         return ()
 
     def make(self, write: AtomicWrite) -> None:
@@ -83,7 +83,7 @@ class Target:
         return b""
 
     def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
-        """Complete the target, given what `write` returned on the ranks."""
+        """Complete the target. `payloads` are the results of `write` on the ranks."""
         raise NotImplementedError
 
     def abandon(self) -> None:

@@ -103,7 +103,9 @@ class ObjectsLoader:
         raise AssertionError("the last pass returns or raises")
 
     def _learn_names(self, file: str | BinaryIO) -> None:
-        """Know the classes that stand in a file, as far as torch can tell without loading it."""
+        """Learn the names of the classes in a file, as far as torch finds them without loading
+        it.
+        """
         with suppress(Exception):
             for name in torch.serialization.get_unsafe_globals_in_checkpoint(file):
                 if name not in self._stand_ins and not is_harmful(name):
@@ -147,7 +149,7 @@ class ObjectsLoader:
         none can be converted. Entries of dicts are left out one by one, a list or tuple with all
         its items."""
         if id(value) in self._containers:
-            self.changed[name] = f"{self._containers[id(value)][1]}, taken as {_kind(value)}"
+            self.changed[name] = f"{self._containers[id(value)][1]}, taken as {_type_name(value)}"
         is_dict = isinstance(value, Mapping) and not isinstance(value, Counter)  # a single value
         if is_dict or type(value) in (list, tuple):
             if id(value) not in self._done:
@@ -187,7 +189,7 @@ class ObjectsLoader:
         return kept
 
     def _taken(self, made: StandIn, name: str) -> Any:
-        """The plain form of an object, if its class has one."""
+        """Return the plain form of an object, if its class has one. Otherwise the object itself."""
         try:
             if made.name == "numpy.ndarray" or made.name.endswith("multiarray._reconstruct"):
                 return _array(made)
@@ -214,7 +216,7 @@ class _Cycle(StandIn):
 
 
 def why(lost: StandIn) -> str:
-    """Why an entry is left out."""
+    """Return the reason why an entry is left out."""
     return lost.state if type(lost) is StandIn else f"holds an object of {lost.name}"
 
 
@@ -228,7 +230,7 @@ def _is_lost(value: Any) -> bool:
     return isinstance(value, StandIn)
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return "list" if isinstance(value, list) else "dict"
 
 

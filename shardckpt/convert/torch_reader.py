@@ -28,7 +28,7 @@ _MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the format of torch
 _SPREAD, _SPREAD_BYTES = 4, 64 << 20
 """Tensors may take so many times the bytes of their file, and so many bytes more: those that share
 memory, or are expanded."""
-_PLACES = 200_000  # values in a state, beside one for each byte of its pickle: lists may be shared
+_SHARED_VALUES = 200_000  # a state may have so many more values than its pickle has bytes
 _MOST_LEVELS = 1000
 _PICKLE_LIMIT_BYTES = 1 << 30
 _REMEDY = "load another checkpoint; don't trust this one"
@@ -138,7 +138,7 @@ class _ZipCheck:
         _check_pickle(text, storage_bytes, len(self.data), self.path)
 
     def _read_directory(self) -> str:
-        """The records of the archive, and the name of their folder."""
+        """Read the records of the archive. Returns the name of their folder."""
         # Without a comment, and without bytes before or between records, all zip readers agree.
         end = len(self.data)
         size, offset = struct.unpack("<II", self.data[end - 10 : end - 2])
@@ -157,7 +157,7 @@ class _ZipCheck:
                 _refuse(self.path, "records that are not compressed", info.filename[:200])
             self.records[info.filename] = info
         if len({name.casefold() for name in self.records}) < max(len(infos), 1):
-            _refuse(self.path, "records of different names", "a name that stands twice, or none")
+            _refuse(self.path, "records of different names", "a name that occurs twice, or none")
         if (total := sum(info.file_size for info in infos)) > offset:
             _refuse(self.path, f"records of {offset} bytes at most", f"{total} bytes")
         return infos[0].filename.split("/")[0]
@@ -190,7 +190,7 @@ class _Reader(io.RawIOBase):
 
 
 def _check_legacy(data: Readable, path: str) -> None:
-    """Magic number, protocol, system, state and keys, each a pickle. Then the storages."""
+    """Check a file of torch before 1.6: five pickles, then the storages."""
     ends = [0]
     for _ in range(5):
         ends.append(scan(data, ends[-1]))
@@ -208,24 +208,28 @@ def _check_legacy(data: Readable, path: str) -> None:
 def _check_pickle(
     text: bytes, storage_bytes: Callable[[_Storage], int], file_bytes: int, path: str
 ) -> None:
-    """The bytes of a storage in the file; -1 if they are missing."""
+    """Check the pickle of a torch file against the bytes of its storages.
+
+    `storage_bytes` returns the bytes of a storage in the file, -1 if they are missing.
+    """
 
     def storage(pid: Any) -> _Storage:
-        kind, key, numel = (
+        storage_type, key, numel = (
             (pid[1], pid[2], pid[4]) if type(pid) is tuple and len(pid) > 4 else [0] * 3
         )
-        if not isinstance(kind, type) or type(numel) is not int or numel < 0:
+        if not isinstance(storage_type, type) or type(numel) is not int or numel < 0:
             raise pickle.UnpicklingError("a persistent id that is not a storage's")
-        found = re.fullmatch(r"torch\.(\w+)Storage", getattr(kind, "name", ""))
+        found = re.fullmatch(r"torch\.(\w+)Storage", getattr(storage_type, "name", ""))
         item_bytes = _STORAGE_ITEM_BYTES.get(found[1], 1) if found else 1
         made = _Storage(str(key), item_bytes, numel)
-        there = storage_bytes(made)
-        if made.size_bytes > there:
-            _refuse(path, f"{made.size_bytes} bytes of the storage {key}"[:200], f"{max(there, 0)}")
+        in_file = storage_bytes(made)
+        if made.size_bytes > in_file:
+            expected = f"{made.size_bytes} bytes of the storage {key}"[:200]
+            _refuse(path, expected, f"{max(in_file, 0)}")
         return made
 
     root = Names(text, allowed=lambda name: True, storage=storage).load()
-    tensors = _Structure(path, most_places=_PLACES + len(text)).tensors_below(root)
+    tensors = _Structure(path, most_values=_SHARED_VALUES + len(text)).tensors_below(root)
     total = sum(math.prod(size) * item_bytes for (_, _, size, _, item_bytes) in tensors)
     limit = _SPREAD * file_bytes + _SPREAD_BYTES
     if total > limit:
@@ -245,13 +249,13 @@ _View = tuple[str, int, tuple[int, ...], tuple[int, ...], int]
 class _Structure:
     """Visits all objects of a pickle, each once."""
 
-    def __init__(self, path: str, *, most_places: int) -> None:
-        self.path, self.most_places = path, most_places
-        self.places: dict[int, int] = {}  # id of an object -> values below it; 0: being visited
+    def __init__(self, path: str, *, most_values: int) -> None:
+        self.path, self.most_values = path, most_values
+        self.counts: dict[int, int] = {}  # id of an object -> values below it; 0 during the visit
         self.views: set[_View] = set()
 
     def tensors_below(self, root: Any) -> set[_View]:
-        """The tensors, after a check of the structure."""
+        """Check the structure, and return its tensors."""
         todo, levels = [(root, False)], 0
         while todo:
             node, seen = todo.pop()
@@ -259,17 +263,17 @@ class _Structure:
                 continue
             below = self._below(node)
             if seen:
-                count = 1 + sum(self.places.get(id(item), 1) for item in below)
-                if count > self.most_places:
-                    self._refuse(f"at most {self.most_places} values", "more, in shared lists")
-                self.places[id(node)] = count
+                count = 1 + sum(self.counts.get(id(item), 1) for item in below)
+                if count > self.most_values:
+                    self._refuse(f"at most {self.most_values} values", "more, in shared lists")
+                self.counts[id(node)] = count
                 levels -= 1
                 continue
-            if id(node) in self.places:
-                if not self.places[id(node)]:
+            if id(node) in self.counts:
+                if not self.counts[id(node)]:
                     self._refuse("values that don't contain themselves", "a cycle")
                 continue
-            self.places[id(node)] = 0
+            self.counts[id(node)] = 0
             levels += 1
             if levels > _MOST_LEVELS:
                 self._refuse(f"at most {_MOST_LEVELS} levels of nesting", "more")

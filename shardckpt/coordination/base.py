@@ -39,5 +39,4 @@ class Coordinator(Protocol):
         """
 
     def progress(self, amount: int) -> None:
-        """Report that this rank is alive and makes progress. Called often, from its working
-        threads."""
+        """Report that this rank makes progress. Called often, from its working threads."""

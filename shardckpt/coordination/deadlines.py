@@ -15,8 +15,7 @@ _LONGEST_WAIT_PER_RANK_S = 20e-6  # a store of torch answers about 100,000 reque
 
 
 def next_wait(pause_s: float, *, ranks: int = 1) -> float:
-    """The next sleep in seconds, after one of `pause_s` that was too short, if this many ranks
-    poll."""
+    """Return the seconds of the next sleep after one of `pause_s`, if `ranks` ranks poll."""
     return min(pause_s * 1.5, max(_LONGEST_WAIT_S, ranks * _LONGEST_WAIT_PER_RANK_S))
 
 
@@ -32,11 +31,11 @@ def poll(ready: Callable[[], bool], deadline_s: float) -> bool:
 
 
 def rank_failed(ranks: Iterable[int], phase: str, what: str) -> RankFailedError:
-    """The error for ranks that died, do not respond or did not call."""
-    found = tuple(ranks)
+    """Return the error for ranks that died, do not respond or did not call."""
+    failed = tuple(ranks)
     return RankFailedError(
-        f"Rank {', '.join(map(str, found))} failed in phase {phase!r}",
-        rank=found,
+        f"Rank {', '.join(map(str, failed))} failed in phase {phase!r}",
+        rank=failed,
         phase=phase,
         expected="every rank to make this call, and to stay alive",
         actual=what,
@@ -45,7 +44,9 @@ def rank_failed(ranks: Iterable[int], phase: str, what: str) -> RankFailedError:
 
 
 def ranks_disagree(rank: int, theirs: str, subject: str | None) -> RankMismatchError:
-    """The error for a rank whose call differs from that of rank 0, which is `subject` if known."""
+    """Return the error for a rank whose call differs from that of rank 0, which is `subject` if
+    known.
+    """
     return RankMismatchError(
         "The ranks make different calls, or pass different paths",
         rank=rank,

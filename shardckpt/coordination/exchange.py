@@ -89,9 +89,9 @@ def exchange(
         The answer to this rank.
 
     Raises:
-        BaseException: What `local` raised on this rank, or what `decide` raised on rank 0.
-        ShardckptError: Another rank raised. The error names it, and has the same class if that is
-            one of shardckpt's; else it is a RankFailedError.
+        BaseException: The error of `local` on this rank, or of `decide` on rank 0.
+        ShardckptError: Another rank raised an error. This one names that rank. It has the class of
+            the original error if that is one of shardckpt's. Otherwise it is a RankFailedError.
     """
     own_error: BaseException | None = None
     try:
@@ -162,7 +162,7 @@ def _encodable(fact: Any) -> Any:
 
 
 def _rebuild(failure: _Failure, phase: str) -> ShardckptError:
-    """The error that a rank raises for a failure on another rank, or in the decision of rank 0."""
+    """Return the error of this rank for a failure on another rank, or in the decision of rank 0."""
     facts = dict(failure.facts)
     facts.setdefault("phase", phase)
     if isinstance(facts.get("rank"), list):

@@ -1,7 +1,7 @@
-"""Heartbeats between the ranks of an operation, for all kinds of coordinators.
+"""Heartbeats between the ranks of an operation, for all coordinators.
 
 Every rank sends a number that grows while the rank lives, and its progress. A rank that waits for
-others checks both: a rank without heartbeats has failed, and one with heartbeats but without
+others checks both: a rank without heartbeats has failed, and a rank with heartbeats but without
 progress has stalled.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["HeartbeatCoordinator", "beat_interval_s"]
 
 
 def beat_interval_s() -> float:
-    """The interval between heartbeats in seconds."""
+    """Return the interval between heartbeats in seconds."""
     return min(current().deadline_s / 5, 1.0)
 
 
@@ -49,11 +49,11 @@ class HeartbeatCoordinator(ABC):
 
     @abstractmethod
     def _signs(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
-        """The latest (beat, progress) of each rank; (0, 0) before the first."""
+        """Return the latest (beat, progress) of each rank, (0, 0) before the first."""
 
     @abstractmethod
     def _given_up(self) -> list[int]:
-        """The ranks that rank 0 has given up. Asked on other ranks."""
+        """Return the ranks that rank 0 has given up. Called on other ranks."""
 
     @abstractmethod
     def _give_up(self, ranks: list[int]) -> None:

@@ -109,7 +109,9 @@ def group_for_dcp(path: str | None, *, comm: Any = None) -> None:
 
 
 def _mpi_store(comm: Any) -> tuple[int, int, Any]:
-    """Rank, world size, and a store that all ranks have connected to. Collective over MPI."""
+    """Return rank, world size, and a store that all ranks have connected to. Collective over
+    MPI.
+    """
     opened: list[Any] = []
 
     with operation("init_from_mpi", comm=comm) as coordinator:
@@ -164,7 +166,7 @@ def _mpi_store(comm: Any) -> tuple[int, int, Any]:
 
 
 def _slurm_store(slurm: Launch) -> Any:
-    """As _mpi_store, if srun started plain processes. Job and step determine the port."""
+    """Return the store of processes that srun started without MPI. Job and step give the port."""
     job, step = (int(os.environ.get(f"SLURM_{name}", "0") or 0) for name in ("JOB_ID", "STEP_ID"))
     port = int(os.environ.get("MASTER_PORT", "0")) or 20_000 + (job * 64 + step) % 12_000
     host = os.environ.get("MASTER_ADDR") or slurm.host or "127.0.0.1"
@@ -208,7 +210,7 @@ def _export(rank: int, world_size: int, local_rank: int, host: str, port: int) -
 
 
 def _reachable(hosts: list[str], port: int, *, one_host: bool) -> str:
-    """The first address of rank 0 that answers."""
+    """Return the first address of rank 0 that answers."""
     for host in hosts:
         with suppress(OSError), socket.create_connection((host, port), _CONNECT_S) as connection:
             if not one_host:
@@ -230,7 +232,7 @@ def _use_network(address: str) -> None:
 
 
 def _addresses() -> list[str]:
-    """The IPv4 addresses of this host. The address of its name is first."""
+    """List the IPv4 addresses of this host. The address of its name comes first."""
     found = [address for _, address in _interfaces() if not address.startswith("127.")]
     with suppress(OSError):
         named = socket.gethostbyname(socket.gethostname())
@@ -239,7 +241,7 @@ def _addresses() -> list[str]:
 
 
 def _interfaces() -> list[tuple[str, str]]:
-    """(name, IPv4 address) of the network interfaces with an address."""
+    """List (name, IPv4 address) of the network interfaces with an address."""
     siocgifaddr = 0x8915  # linux/sockios.h; the address is in bytes 20 to 24 of a struct ifreq
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -1,4 +1,4 @@
-"""The rendezvous: how ranks meet at the start of an operation, for all kinds of coordinators.
+"""The rendezvous: how ranks meet at the start of an operation, for all coordinators.
 
 Every rank calls rank 0 with the subject of its operation. Rank 0 waits for all calls, decides, and
 sends each rank one of these texts:
@@ -65,10 +65,10 @@ def follow(answer: str, subject: str, *, rank: int) -> str:
 
 
 def never_called(ranks: list[int]) -> ShardckptError:
-    """The error for ranks that did not call before the deadline."""
+    """Return the error for ranks that did not call before the deadline."""
     return rank_failed(ranks, "begin", f"no call within {current().arrival_deadline_s:g} s")
 
 
 def too_late(rank: int) -> ShardckptError:
-    """The error on a rank that calls after the other ranks have given it up."""
+    """Return the error for a rank that calls after the other ranks have given it up."""
     return rank_failed([rank], "begin", "this rank came too late: the others have given up")

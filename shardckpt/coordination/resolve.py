@@ -16,7 +16,7 @@ from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks,
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import CoordinationError
 
-if dist.is_available():  # now and not at the first async_save, which must return quickly
+if dist.is_available():  # imported here, as the first async_save must return quickly
     from shardckpt.coordination.store import store_coordinator
 
 __all__ = ["Operation", "alone", "check_launcher", "is_alone", "operation"]
@@ -157,8 +157,9 @@ def _of_communicator(comm: Any, subject: str, channel: str) -> Operation:
 
 
 def _world() -> Any:
-    """MPI.COMM_WORLD if mpirun started several ranks or the program has started MPI. Otherwise
-    None."""
+    """Return MPI.COMM_WORLD if mpirun started several ranks or the program has started MPI, or
+    None.
+    """
     launch = several_ranks()
     loaded = sys.modules.get("mpi4py.MPI")
     started = loaded is not None and loaded.Is_initialized() and not loaded.Is_finalized()
@@ -184,7 +185,7 @@ def _world() -> Any:
 
 
 def _strangers(launch: Launch | None) -> CoordinationError:
-    """The error for tasks of srun that are not connected. Each would act as the only one."""
+    """Return the error for tasks of srun that are not connected. Each would act as the only one."""
     return CoordinationError(
         "srun started several tasks, but nothing connects them",
         expected="MPI (srun --mpi=pmix), or a process group of torch.distributed",

@@ -7,7 +7,7 @@ Keys below the name of the group and the channel:
 
     join/RANK       "nonce subject" of a rank that calls; rank 0 removes it
     answer/NONCE    the answer of rank 0; see rendezvous
-    late/RANK       the subject of a call that rank 0 waited for in vain
+    late/RANK       the subject of a call that rank 0 did not receive in time
 
 Keys below the id of an operation, which is unique:
 
@@ -53,7 +53,7 @@ _PIECE_BYTES = 4 << 20  # TCPStore refuses values of more than 8 MiB
 _traces: dict[tuple[str, str], list[str]] = {}
 # The ranks that may not know yet that rank 0 has given them up, by prefix.
 _unread: dict[str, set[int]] = {}
-# By process group.
+# The connections of each process group.
 _connections: weakref.WeakKeyDictionary[Any, StoreConnections] = weakref.WeakKeyDictionary()
 os.register_at_fork(after_in_child=_connections.clear)  # a forked child has none of the threads
 
@@ -61,11 +61,11 @@ os.register_at_fork(after_in_child=_connections.clear)  # a forked child has non
 def store_coordinator(
     group: Any, *, channel: str, subject: str
 ) -> AbstractContextManager[StoreCoordinator]:
-    """The ranks of a process group for one operation. Entering it is collective.
+    """Connect the ranks of a process group for one operation. Entering it is collective.
 
     Once entered, the group itself is not needed. `subject` describes the operation and is the same
-    on all ranks. Operations of different channels may run at the same time; those of one channel
-    run one after another.
+    on all ranks. Operations of different channels may run at the same time. Operations of one
+    channel run one after another.
     """
     if group not in _connections:
         _connections[group] = StoreConnections(group.get_group_store().clone)
@@ -89,7 +89,7 @@ def _operation(
             identity = _ask(store, subject, rank=rank)
         else:
             unread = _unread.setdefault(prefix, set())
-            identity = _let_in(store, subject, unread, world_size=world_size)
+            identity = _gather_calls(store, subject, unread, world_size=world_size)
     coordinator = StoreCoordinator(
         connections, f"{prefix}/{identity}", rank=rank, world_size=world_size
     )
@@ -98,7 +98,7 @@ def _operation(
     finally:
         with suppress(Exception):
             store = coordinator.connection.below(prefix)
-            for old in _traces.pop((prefix, str(rank)), ()):  # all ranks have passed that point
+            for old in _traces.pop((prefix, str(rank)), ()):  # no rank reads them any more
                 store.delete_key(old)
         coordinator.close()
         _traces[prefix, str(rank)] = [f"{identity}/{key}" for key in coordinator.traces()]
@@ -127,7 +127,7 @@ def _ask(store: Any, subject: str, *, rank: int) -> str:
     return follow(text, subject, rank=rank)
 
 
-def _let_in(store: Any, subject: str, unread: set[int], *, world_size: int) -> str:
+def _gather_calls(store: Any, subject: str, unread: set[int], *, world_size: int) -> str:
     """Wait for all ranks to call with this subject. Returns the id of the operation."""
     ranks = range(1, world_size)
     keys = [f"join/{rank}" for rank in ranks]
@@ -142,7 +142,7 @@ def _let_in(store: Any, subject: str, unread: set[int], *, world_size: int) -> s
     here = [rank for rank in ranks if rank not in set(late)]
     joined = get_many(store, [f"join/{rank}" for rank in here])
     calls = {rank: call.decode().partition(" ") for rank, call in zip(here, joined, strict=True)}
-    subjects = {rank: theirs for rank, (_, _, theirs) in calls.items()}
+    subjects = {rank: text for rank, (_, _, text) in calls.items()}
     decision = decide(subjects, subject, world_size=world_size)
     for rank in calls:
         store.delete_key(f"join/{rank}")
@@ -157,8 +157,7 @@ def _let_in(store: Any, subject: str, unread: set[int], *, world_size: int) -> s
 
 
 def _gave_up_on_this_call(store: Any, rank: int, unread: set[int]) -> bool:
-    """Whether a rank called just after rank 0 had given it up, and could not know. If so, inform
-    it."""
+    """Whether a rank called just after rank 0 had given it up. If so, answer the call."""
     unread.discard(rank)
     if not store.check([f"late/{rank}"]):
         return False
@@ -309,7 +308,7 @@ class StoreCoordinator(HeartbeatCoordinator):
         self._connections.give_back(self.connection)
 
     def traces(self) -> list[str]:
-        """The keys to remove once every rank has ended this operation."""
+        """Return the keys to remove when every rank has ended this operation."""
         return [f"beat/{self.rank}", *self._later, *([] if self.rank else ["given-up"])]
 
     def _put(self, key: str, payload: bytes) -> list[str]:
@@ -320,7 +319,7 @@ class StoreCoordinator(HeartbeatCoordinator):
         return list(pieces)
 
     def _get(self, keys: list[str]) -> list[bytes]:
-        """The payloads at the keys."""
+        """Return the payloads of the keys."""
         values = []
         for key, first in zip(keys, get_many(self._store, keys), strict=True):
             more = range(1, int.from_bytes(first[:4], "little"))
@@ -341,7 +340,7 @@ class StoreCoordinator(HeartbeatCoordinator):
             self._store.set("given-up", ",".join(map(str, ranks)))
 
     def _missing(self) -> list[int]:
-        """The ranks that have not sent yet."""
+        """Return the ranks that have not sent yet."""
         sent = [f"{self._phase}/s/{rank}" for rank in range(1, self.world_size)]
         missing = [
             key

@@ -91,7 +91,7 @@ class StoreConnection:
         self._store = self.ask(connect)
 
     def below(self, prefix: str) -> Any:
-        """The methods of the store, for keys below a prefix."""
+        """Return the methods of the store for keys below a prefix."""
         return _Below(self, PrefixStore(prefix, self._store))
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ def all_there(store: Any, keys: Sequence[str]) -> bool:
 
 
 def get_many(store: Any, keys: Sequence[str]) -> list[bytes]:
-    """The values of existing keys."""
+    """Return the values of existing keys."""
     if not store.has_extended_api():
         return [store.get(key) for key in keys]
     return [value for some in batches(keys) for value in store.multi_get(list(some))]

@@ -17,7 +17,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def block_digest(data: bytes | bytearray | memoryview) -> int:
-    """The digest of a block."""
+    """Return the digest of a block."""
     return xxhash.xxh3_64_intdigest(data)
 
 
@@ -34,5 +34,5 @@ def digests_from_hex(text: str) -> NDArray[np.uint64]:
 
 
 def text_digest(data: bytes | bytearray | memoryview) -> str:
-    """The digest of a text: 32 hex digits."""
+    """Return the digest of a text, 32 hex digits."""
     return xxhash.xxh3_128_hexdigest(data)

@@ -67,7 +67,11 @@ _ITEMSIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype, *, tensor: str) -> str:
-    """The name of a torch dtype. Raises UnsupportedLeafError, which names the tensor."""
+    """Return the name of a torch dtype.
+
+    Raises:
+        UnsupportedLeafError: The dtype can't be saved. The error names the tensor.
+    """
     name = _NAMES.get(dtype)
     if name is None:
         raise UnsupportedLeafError(
@@ -81,12 +85,12 @@ def dtype_name(dtype: torch.dtype, *, tensor: str) -> str:
 
 
 def itemsize(name: str) -> int:
-    """The bytes of one element of the dtype with this name."""
+    """Return the bytes of one element of the dtype with this name."""
     return _ITEMSIZES[name]
 
 
 def shard_form(name: str, sizes: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The safetensors dtype and shape of a chunk in its shard."""
+    """Return the safetensors dtype and shape of a chunk in its shard."""
     if name in _PAIRS:
         return _PAIRS[name], (*sizes, 2)
     if DTYPES[name] in OPAQUE:
@@ -108,12 +112,12 @@ def plain_dtype(name: str, *, tensor: str) -> str:
 
 
 def memory_dtype(name: str) -> torch.dtype:
-    """The torch dtype with which elements are copied. Torch can't copy integers of 1 to 7 bits."""
+    """Return the torch dtype for copies of elements. Torch can't copy integers of 1 to 7 bits."""
     return torch.uint8 if name in _NOT_COPYABLE else DTYPES[name]
 
 
 def memory_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of the tensor with its memory_dtype."""
+    """Return a view of the tensor with its memory_dtype."""
     if tensor.dtype in OPAQUE and _NAMES[tensor.dtype] in _NOT_COPYABLE:
         return tensor.view(torch.uint8)
     return tensor

@@ -59,13 +59,17 @@ class Outline:
         self.tensors: dict[str, TensorEntry] = {}  # parsed so far
 
     def all_shards(self) -> tuple[ShardEntry, ...]:
-        """All shards in order. Raises CorruptionError, also if two have the same name."""
+        """Return all shards in order.
+
+        Raises:
+            CorruptionError: A shard is invalid, or two shards have the same name.
+        """
         return tuple(shard_entries(self._document.shards, self._path))
 
     def find(self, name: str) -> str | None:
-        """The name of the saved tensor or array of an entry of the state.
+        """Return the name of the saved tensor or array of an entry of the state.
 
-        None unless exactly one path of string keys leads to a tensor under that name.
+        Returns None unless exactly one path of string keys leads to a tensor under that name.
         """
         node, at = self._document.state, 0
         while True:
@@ -87,9 +91,10 @@ class Outline:
         return self._levels[name]
 
     def tensor(self, name: str) -> TensorEntry | None:
-        """A saved tensor, kept in `tensors`; None if from_bytes is needed.
+        """Return a saved tensor, which is kept in `tensors`. None if from_bytes is needed.
 
-        Raises CorruptionError if the manifest describes a shard of the tensor incorrectly.
+        Raises:
+            CorruptionError: The manifest describes a shard of the tensor incorrectly.
         """
         if name not in self.tensors:
             try:
@@ -142,7 +147,7 @@ class _Shards(dict[int, ShardEntry]):
 
 
 def _target(node: msgspec.Raw) -> str | None:
-    """The tensor that a node of the state refers to; None if the node is not a reference."""
+    """Return the tensor that a node of the state refers to. None if the node is not a reference."""
     try:
         reference = _decode_reference(node)
     except _ERRORS:

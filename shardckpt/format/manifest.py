@@ -131,7 +131,7 @@ _encode = msgspec.json.encode
 
 
 def digest_tail(body: bytes | memoryview) -> bytes:
-    """The last bytes of a manifest: the digest of all bytes before them."""
+    """Return the last bytes of a manifest: the digest of all bytes before them."""
     return f',"digest":"{text_digest(body)}"}}\n'.encode()
 
 
@@ -287,7 +287,7 @@ def _columns(entries: dict[str, _Tensor[Any]], path: str) -> Iterator[Columns]:
 
 
 def _numbers(chunks: list[Any], path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The length of each tensor's list of chunks, and all numbers of the lists.
+    """Return the length of each tensor's list of chunks, and all numbers of the lists.
 
     Raises struct.error for numbers of more than 64 bits.
     """

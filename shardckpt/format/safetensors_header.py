@@ -50,8 +50,11 @@ class ShardTensor:
 def chunk_name(
     name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
 ) -> str:
-    """The name of a chunk in its shard: the name of the tensor, and the box unless it is the full
-    tensor, as in `w[0:256,0:1024]`. (The reserved name `__metadata__` always has the box.)"""
+    """Return the name of a chunk in its shard.
+
+    It is the name of the tensor, and the box unless it is the full tensor, such as
+    `w[0:256,0:1024]`. The reserved name `__metadata__` always has the box.
+    """
     if tuple(sizes) == tuple(shape) and name != "__metadata__":
         return name
     box = ",".join(f"{a}:{a + size}" for a, size in zip(offsets, sizes, strict=True))
@@ -59,7 +62,7 @@ def chunk_name(
 
 
 def parse_chunk_name(text: str) -> tuple[str, Box | None]:
-    """The tensor and box (offsets, sizes) of a chunk. The box is None for a full tensor."""
+    """Parse the tensor and box (offsets, sizes) of a chunk. The box is None for a full tensor."""
     match = re.fullmatch(r"(.*)\[((?:\d+:\d+)(?:,\d+:\d+)*|)\]", text, re.DOTALL)
     if match is None:
         return text, None
@@ -92,7 +95,11 @@ def build_header(
 
 
 def header_bytes(head: bytes, *, file_size_bytes: int, path: str) -> int:
-    """The bytes before the data, from the first 8 bytes of the file. Raises CorruptionError."""
+    """Return the number of bytes before the data, from the first 8 bytes of the file.
+
+    Raises:
+        CorruptionError: The number is invalid.
+    """
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
     if not 2 <= length <= min(_HEADER_LIMIT, file_size_bytes - 8):
         raise _broken(path, f"a header of 2 to {_HEADER_LIMIT} bytes within the file", length)

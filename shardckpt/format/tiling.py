@@ -23,8 +23,10 @@ _GRID_CELLS = 1 << 22  # a larger grid is checked slab by slab
 
 
 def stable_order(keys: Ints, *, below: int) -> Ints:
-    """Stable argsort of keys in range(below). Linear if the keys fit in 16 bits: numpy then uses a
-    radix sort."""
+    """Sort keys in range(below), and return the stable order.
+
+    Takes linear time if the keys fit in 16 bits, as numpy then uses a radix sort.
+    """
     narrow = keys.astype(np.uint16) if below <= 1 << 16 else keys
     return np.argsort(narrow, kind="stable")
 
@@ -50,9 +52,9 @@ def first_gap(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> tuple[i
 
 
 def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArray[np.bool_]:
-    """For each tensor, whether its boxes are the cells of a grid over it, each once.
+    """Return, for each tensor, whether its boxes are the cells of a grid over it, each once.
 
-    That is so if along each dimension the distinct intervals follow each other from end to end, and
+    This holds if along each dimension the distinct intervals follow each other from end to end, and
     if the boxes differ and are as many as the cells.
     """
     counts = np.diff(bounds)
@@ -89,10 +91,13 @@ def _are_grids(shapes: Ints, bounds: Ints, offsets: Ints, sizes: Ints) -> NDArra
 
 
 def _intervals(of: Ints, low: Ints, size: Ints, full: Ints) -> tuple[NDArray[np.bool_], Ints]:
-    """For each tensor, whether its distinct intervals follow each other from 0 to its full size,
-    and their number.
+    """Check, for each tensor, whether its distinct intervals follow each other from 0 to its full
+    size.
 
     `full` [t] are the sizes of the tensors, `of` [n] the tensors of the intervals.
+
+    Returns:
+        The result for each tensor, and the number of its distinct intervals.
     """
     high = low + size
     new = ~_repeats(of)
@@ -116,7 +121,7 @@ def _ascends(new: NDArray[np.bool_], low: Ints, size: Ints) -> bool:
 
 
 def _repeats(column: Ints) -> NDArray[np.bool_]:
-    """For each row, whether it equals the row before."""
+    """Return, for each row, whether it equals the row before."""
     same = np.zeros(len(column), dtype=bool)
     np.equal(column[1:], column[:-1], out=same[1:])
     return same
@@ -158,7 +163,7 @@ _Range = tuple[str, NDArray[np.int64], NDArray[np.int64]]
 def _gap(
     full: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], dims: list[int]
 ) -> _Range | None:
-    """As find_gap, for boxes [low, high) that differ only in `dims`."""
+    """Find a gap among the boxes [low, high), which differ only in `dims`. See find_gap."""
     if len(low) == 0:
         return "hole", np.zeros_like(full), full
     dims = [dim for dim in dims if (low[:, dim] > 0).any() or (high[:, dim] < full[dim]).any()]
@@ -203,7 +208,7 @@ def _gap_in_grid(
     dims: list[int],
     edges: list[NDArray[np.int64]],
 ) -> _Range | None:
-    """Count the boxes over each cell of the grid that all edges form, by differences at corners."""
+    """Count the boxes over each cell of the grid of all edges, by differences at corners."""
     counts = np.zeros([len(edge) for edge in edges], dtype=np.int32)
     begins = [np.searchsorted(edge, low[:, d]) for d, edge in zip(dims, edges, strict=True)]
     ends = [np.searchsorted(edge, high[:, d]) for d, edge in zip(dims, edges, strict=True)]

@@ -62,11 +62,11 @@ _NUMPY_DTYPE = re.compile(r"[<>|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
 _ARRAY_BYTES = 1 << 20
 """The largest array, in bytes, that is stored in the manifest if its dtype is not a dtype of
 tensors."""
-_MOST_ALIKE = 256
+_MOST_EQUAL_HASHES = 256
 """The maximum number of keys of a dict, or items of a set, with the same hash. (Tuples of -1 and -2
 have equal hashes.)"""
 _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
-_KINDS: dict[str, Any] = {tag: kind for kind, tag in _REFS.items()}
+_REF_TYPES: dict[str, Any] = {tag: ref_type for ref_type, tag in _REFS.items()}
 
 
 class TensorRef(msgspec.Struct, frozen=True):
@@ -101,7 +101,7 @@ class UnknownEnum(msgspec.Struct, frozen=True):
 
 
 def unknown_enum(value: UnknownEnum, *, name: str | None = None) -> CheckpointError:
-    """The error for an entry with an unknown enum."""
+    """Return the error for an entry with an unknown enum."""
     return CheckpointError(
         "An entry is a member of an enum that the program does not have",
         tensor=name,
@@ -116,8 +116,11 @@ def _refuse_unknown(value: UnknownEnum) -> Any:
 
 
 def record_of(value: Any) -> Record | None:
-    """The fields of a dataclass, an attrs object, types.SimpleNamespace or argparse.Namespace. None
-    for other objects."""
+    """Return the fields of a dataclass, an attrs object, a SimpleNamespace or an
+    argparse.Namespace.
+
+    Returns None for other objects.
+    """
     kind = type(value)
     if isinstance(value, Record):
         return value
@@ -230,7 +233,7 @@ def _hashable(value: Any, at: str) -> Any:
 
 
 def tag_of(node: dict[str, Any]) -> str | None:
-    """The tag of an object of typed JSON. None for a dict with plain keys."""
+    """Return the tag of an object of typed JSON. None for a dict with plain keys."""
     tag = next(iter(node), "") if len(node) == 1 else ""
     return tag if tag[:1] == "$" else None
 
@@ -279,8 +282,8 @@ def decode(
         if decoder is not None:
             value = decoder(body, item)
             return unknown(value) if type(value) is UnknownEnum else value
-        if tag in _KINDS:
-            return tensor(TensorRef(_checked(body, str), _KINDS[tag]))
+        if tag in _REF_TYPES:
+            return tensor(TensorRef(_checked(body, str), _REF_TYPES[tag]))
         if tag == "$record":
             type_name, fields = _checked(body, list)
             return record(_checked(type_name, str), _checked(item(fields), dict))
@@ -321,9 +324,9 @@ class Form(NamedTuple):
     exact: bool = False
 
 
-def _checked(body: Any, kind: type[Any]) -> Any:
-    if type(body) is not kind:
-        raise TypeError(f"{kind.__name__} expected")
+def _checked(body: Any, cls: type[Any]) -> Any:
+    if type(body) is not cls:
+        raise TypeError(f"{cls.__name__} expected")
     return body
 
 
@@ -336,9 +339,13 @@ def _of_hashes(make: Callable[[list[Any]], Any]) -> Callable[[Any, Any], Any]:
 
 
 def _keys(keys: list[Any]) -> list[Any]:
-    """The keys, unless so many of them have one hash that to look them up would take for ever."""
-    if len(keys) > _MOST_ALIKE and max(Counter(map(hash, keys)).values()) > _MOST_ALIKE:
-        raise ValueError(f"more than {_MOST_ALIKE} keys with the same hash")
+    """Return the keys. Raises ValueError if so many have the same hash that lookups would be
+    slow.
+    """
+    if len(keys) > _MOST_EQUAL_HASHES:
+        most = max(Counter(map(hash, keys)).values())
+        if most > _MOST_EQUAL_HASHES:
+            raise ValueError(f"more than {_MOST_EQUAL_HASHES} keys with the same hash")
     return keys
 
 
@@ -385,7 +392,7 @@ def _pairs(body: Any, item: Any) -> Any:
     _keys([key for key, _ in pairs])
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return result
 
 
@@ -397,7 +404,7 @@ def _deque(body: Any, item: Any) -> Any:
 
 
 def imported(module: str, qualname: str) -> Any:
-    """The object with a name in an imported module. None if there is none.
+    """Return the object with a name in an imported module, or None.
 
     Only the dictionaries of modules and classes are searched, so that no `__getattr__` of a module,
     no lazy module and no descriptor runs.
@@ -492,17 +499,17 @@ def _array(body: Any, item: Any) -> Any:
     return np.frombuffer(_unbase64(_checked(raw, str)), dtype=dtype).reshape(shape).copy()
 
 
-def _torch(kind: type) -> Form:
-    """The form of a type whose values are named constants of torch."""
+def _torch(cls: type) -> Form:
+    """Return the form of a type whose values are named constants of torch."""
 
     def found(name: str) -> Any:
-        # Not getattr: it imports what torch imports when it is asked for.
-        if not isinstance(constant := vars(torch)[name], kind):
-            raise TypeError(f"a {kind} expected")
+        # getattr is not used, as torch imports modules on demand.
+        if not isinstance(constant := vars(torch)[name], cls):
+            raise TypeError(f"a {cls} expected")
         return constant
 
-    tag = f"${kind.__name__}"
-    return Form(tag, kind, lambda value, at: str(value).removeprefix("torch."), _text(found))
+    tag = f"${cls.__name__}"
+    return Form(tag, cls, lambda value, at: str(value).removeprefix("torch."), _text(found))
 
 
 def _device(name: str) -> torch.device:
@@ -642,7 +649,7 @@ for _form in FORMS:
 
 @functools.lru_cache(maxsize=256)
 def _form_of(kind: type) -> Form | None:
-    """The form of values whose type has no form of its own."""
+    """Return the form of values whose type has no form of its own."""
     base = next((form for form in FORMS if issubclass(kind, form.type)), None)
     return None if base is None or base.exact else base
 

@@ -75,7 +75,7 @@ def check_chunks(columns: Sequence[Columns], shards: tuple[ShardEntry, ...], pat
 
 
 def _overlaps(shard: Ints, begin: Ints, end: Ints, shards: int) -> NDArray[np.bool_]:
-    """A mask of the chunks that begin before the previous chunk of their shard ends."""
+    """Return a mask of the chunks that begin before the previous chunk of their shard ends."""
     order = stable_order(shard, below=shards)
     same = shard[order][1:] == shard[order][:-1]
     if (

@@ -1,1 +1,1 @@
-"""Buffers, threads, memory and devices, which reading and writing share."""
+"""Buffers, threads, memory and devices, shared by reading and writing."""

@@ -1,4 +1,4 @@
-"""Buffers on huge pages for reads and writes of disks, which are reused; copies between addresses.
+"""Reusable buffers on huge pages for disk I/O, and copies between addresses.
 
 One request to a disk has a limited number of memory segments. With pages of 4 KiB a request has
 less than a megabyte, and O_DIRECT is slower than the page cache. With huge pages a request is as
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shardckpt.io.tensor_memory import check_memory
+from shardckpt.io.tensor_memory import check_memory, holds_elements
 
 __all__ = [
     "BUFFER_BYTES",
@@ -39,7 +39,7 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 def private_memory(size_bytes: int) -> memoryview:
-    """New private memory, aligned to a huge page. Forked children do not inherit it."""
+    """Allocate private memory, aligned to a huge page. Forked children do not inherit it."""
     spare = HUGE_PAGE_BYTES - mmap.PAGESIZE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, size_bytes + spare, flags=flags)
@@ -49,13 +49,15 @@ def private_memory(size_bytes: int) -> memoryview:
 
 
 def ask_for_huge_pages(memory: memoryview) -> None:
-    """Ask the system for huge pages for private_memory. Pages touched later are huge at once;
-    others when the kernel moves them."""
+    """Ask the system for huge pages for `private_memory`.
+
+    Pages that are touched later are huge at once. The kernel converts the other pages later.
+    """
     _advise(memory.obj, "MADV_HUGEPAGE")
 
 
 def huge_pages(size_bytes: int) -> memoryview:
-    """New private memory, on huge pages if the system supports them."""
+    """Allocate private memory, on huge pages if the system supports them."""
     memory = private_memory(size_bytes)
     ask_for_huge_pages(memory)
     return memory
@@ -121,7 +123,7 @@ _WRITABLE = 0x200  # PyBUF_WRITE
 
 
 def view_at(address: int, size_bytes: int) -> memoryview:
-    """A view of the memory at an address. Its owner must outlive the view."""
+    """Return a view of the memory at an address. Its owner must outlive the view."""
     view: memoryview = _memory_at(address, size_bytes, _WRITABLE)
     return view
 
@@ -129,22 +131,26 @@ def view_at(address: int, size_bytes: int) -> memoryview:
 _move_in_between = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
-_SHORT_BYTES = 64 << 10  # a shorter copy takes less time than to reacquire the interpreter lock
+_SHORT_BYTES = 64 << 10  # a shorter copy takes less time than to reacquire the GIL
 
 
 def copy_bytes(target: int, source: int, size_bytes: int) -> None:
-    """Copy between addresses, without the interpreter lock if the copy is long."""
+    """Copy between addresses. Long copies release the GIL."""
     (_move_in_between if size_bytes < _SHORT_BYTES else ctypes.memmove)(target, source, size_bytes)
 
 
 def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the elements of a tensor in row-major order, as contiguous CPU tensors.
 
-    A contiguous CPU tensor is returned as it is. Others are copied in parts of at most
-    BUFFER_BYTES, so that a view takes the memory of a buffer, not of its storage. Raises
-    UnsupportedLeafError for a tensor without memory of its own.
+    A contiguous CPU tensor is yielded unchanged. Other tensors are copied in parts of at most
+    BUFFER_BYTES, so that a view takes the memory of a buffer, not of its storage.
+
+    Raises:
+        UnsupportedLeafError: The tensor does not own memory.
     """
-    check_memory(tensor)
+    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    if not (plain and tensor.is_contiguous() and holds_elements(tensor)):
+        check_memory(tensor)
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         yield tensor
         return

@@ -8,8 +8,7 @@ __all__ = ["free_memory"]
 
 
 def free_memory() -> dict[str, int]:
-    """Free bytes of each visible accelerator and of the CPU, in the order in which "auto" fills
-    them."""
+    """Return the free bytes of each visible accelerator and of the CPU, in the order of "auto"."""
     free: dict[str, int] = {}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -20,8 +20,10 @@ _resume = False
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the collector in all threads during the with block. For milliseconds of computing, not
-    for I/O."""
+    """Pause the collector in all threads during the with block.
+
+    Use it for milliseconds of computing, not for I/O.
+    """
     global _pauses, _resume
     with _lock:
         if not _pauses:

@@ -6,7 +6,7 @@ import torch
 
 from shardckpt.errors import UnsupportedLeafError
 
-__all__ = ["address_of", "check_memory", "owns_memory", "shares_elements"]
+__all__ = ["address_of", "check_memory", "holds_elements", "owns_memory", "shares_elements"]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
@@ -18,23 +18,32 @@ def owns_memory(tensor: torch.Tensor) -> bool:
     """
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    extent = tensor.numel()
-    if not extent or not (tensor.is_cpu or tensor.is_cuda):
+    if not (tensor.is_cpu or tensor.is_cuda):
         return True  # on other devices no code uses the address
+    extent = tensor.numel()
+    if not extent:
+        return True
     try:
         storage = tensor.untyped_storage()
         size_bytes: int = storage.nbytes()
-        offset = int(tensor.storage_offset())
-        # Where the tensor begins with its storage, both have the same address.
+        offset = tensor.storage_offset()
+        # If the offset is 0, tensor and storage have the same address.
         if not tensor.data_ptr() or (offset and not storage.data_ptr()):
             return False
         if not tensor.is_contiguous():
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             extent = 1 + sum((size - 1) * stride for size, stride in steps)
-        end = (offset + extent) * tensor.itemsize
+        return bool((offset + extent) * tensor.itemsize <= size_bytes)
     except (RuntimeError, NotImplementedError, TypeError):  # no accessible storage
         return False
-    return end <= size_bytes
+
+
+def holds_elements(tensor: torch.Tensor) -> bool:
+    """Whether all elements of a plain, contiguous tensor are in its storage. Faster than
+    owns_memory.
+    """
+    end = tensor.storage_offset() + tensor.numel()
+    return bool(end * tensor.itemsize <= tensor.untyped_storage().nbytes())
 
 
 def shares_elements(tensor: torch.Tensor) -> bool:
@@ -51,22 +60,25 @@ def shares_elements(tensor: torch.Tensor) -> bool:
 
 
 def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:
-    """Raise UnsupportedLeafError, which names the tensor, unless owns_memory."""
+    """Raise UnsupportedLeafError, which names the tensor, if it does not own its memory."""
     if owns_memory(tensor):
         return
-    kind = type(tensor)
+    cls = type(tensor)
     raise UnsupportedLeafError(
         "A tensor does not own memory for its elements",
         tensor=name or None,
         expected="a dense tensor whose storage holds all its elements",
-        actual=f"{kind.__module__}.{kind.__qualname__} of shape {tuple(tensor.shape)}, "
+        actual=f"{cls.__module__}.{cls.__qualname__} of shape {tuple(tensor.shape)}, "
         f"{tensor.layout}, whose storage is missing, freed or too small",
         remedy="save the tensors that it wraps, or a copy made while its storage is allocated",
     )
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """The address of the first element. Raises UnsupportedLeafError for a tensor without memory of
-    its own."""
+    """Return the address of the first element.
+
+    Raises:
+        UnsupportedLeafError: The tensor does not own memory.
+    """
     check_memory(tensor)
     return tensor.data_ptr()

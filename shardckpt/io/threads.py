@@ -1,4 +1,4 @@
-"""Threads that read or write, with their buffers. A thread that hangs is abandoned."""
+"""Threads for reads and writes, with their buffers. A thread that hangs is abandoned."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ _left_behind: list[object] = []
 def workers(
     threads: int, name: str, *, buffers: int
 ) -> Iterator[tuple[ThreadPoolExecutor, list[Buffer]]]:
-    """Provide a pool of threads and buffers for the with block. The end of the block waits for the
-    threads.
+    """Provide a pool of threads, and buffers, for the with block.
 
-    If the block ends in StalledError, it does not wait: a thread that hangs in the kernel can't be
-    stopped. The thread keeps its buffers, and all memory that it may still write to: what the
-    traceback of the error refers to.
+    The end of the block waits for the threads. If the block ends in StalledError, it does not wait,
+    as a thread that hangs in the kernel can't be stopped. The thread then keeps its buffers and all
+    other memory that it may still write to, through the traceback of the error.
     """
     pool = ThreadPoolExecutor(threads, name)
     with ExitStack() as stack:
@@ -42,7 +41,7 @@ def workers(
 
 
 def stalled(what: str, path: str | None = None) -> StalledError:
-    """The error for a read or write that exceeds its deadline."""
+    """Return the error for a read or write that exceeds its deadline. `what` is its subject."""
     return StalledError(
         f"{what} makes no progress",
         path=path,

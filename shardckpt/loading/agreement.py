@@ -1,4 +1,4 @@
-"""The agreement of all ranks on one load: one checkpoint is open, and it fits their states."""
+"""The agreement of all ranks on one load: the same checkpoint is open, and it fits their states."""
 
 from __future__ import annotations
 
@@ -39,23 +39,24 @@ def agree_on_reads(
     *,
     strict: bool,
 ) -> float:
-    """Agree that the load can go on, before anything is changed; collective.
+    """Agree that the checkpoint fits, before any rank changes its state. Collective.
 
     Args:
         coordinator: The ranks.
         path: The checkpoint.
         opened: The checkpoint that this rank opened.
-        matched: This rank's state, matched against it; or the error that this rank met.
-        strict: Refuse mismatches.
+        matched: This rank's state, matched against the checkpoint, or the error of the match.
+        strict: Raise an error for mismatches.
 
     Returns:
-        The part of a block that this rank must want to read it past the page cache.
+        The fraction of a block that this rank must need for a read that bypasses the page cache.
+        See plan/page_cache_policy.
 
     Raises:
         DirectoryNotSharedError: Ranks opened different checkpoints.
         LoadMismatchError: The checkpoint does not fit the states.
-        ShardckptError: The error in `matched`, on the rank that met it; the other ranks raise one
-            that names it.
+        ShardckptError: The error in `matched`, on its rank. The other ranks raise an error that
+            names that rank.
     """
     several = coordinator.world_size > 1
 
@@ -81,9 +82,9 @@ def agree_on_reads(
 
 
 def same_checkpoint(path: str) -> Callable[[list[bytes]], bytes]:
-    """Return the decision of an exchange of checkpoint ids.
+    """Return the function with which rank 0 compares the checkpoint ids of an exchange.
 
-    It raises DirectoryNotSharedError if they differ.
+    The function raises DirectoryNotSharedError if they differ.
     """
 
     def decide(payloads: list[bytes]) -> bytes:

@@ -1,4 +1,4 @@
-"""Tensors that stay on the disk until they are touched."""
+"""Tensors that stay on the disk until they are used."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ __all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
 
 
 class MappedFiles(CheckpointFiles):
-    """Shards in memory maps, which outlive the open checkpoint and its removal.
+    """The shards of a checkpoint in memory maps, which stay valid when the checkpoint is closed or
+    removed.
 
-    Pages that no map holds yet are read past the page cache, while the files are there.
+    Pages that are not in memory yet are read past the page cache, while the files exist.
     """
 
     def __init__(self, files: CheckpointFiles) -> None:
@@ -52,7 +53,7 @@ class MappedFiles(CheckpointFiles):
         """See CheckpointFiles.read_past_cache."""
         try:
             return self._files.read_past_cache(name, buffer, offset=offset, size_bytes=size_bytes)
-        except CheckpointError:  # removed or replaced: the map still has what was there
+        except CheckpointError:  # removed or replaced; the map still has the bytes
             return False
 
     def manifest(self) -> bytes:
@@ -64,21 +65,21 @@ class MappedFiles(CheckpointFiles):
         return MappedFiles(self._files)
 
     def close(self) -> None:
-        """See CheckpointFiles.close; the maps stay."""
+        """See CheckpointFiles.close. The maps stay valid."""
         self._files.close()
 
 
 def disk_tensor(
     files: MappedFiles, manifest: Manifest, name: str, entry: TensorEntry
 ) -> torch.Tensor:
-    """A saved tensor, without reading it.
+    """Return a saved tensor without reading it.
 
-    One that lies in one piece is mapped: pages come as they are touched, unverified, and what
-    is written to them stays in memory. Any other is a DiskTensor.
+    A tensor in one chunk is mapped: pages are read when they are used, without verification, and
+    changes stay in memory. A tensor in several chunks becomes a DiskTensor.
     """
     if 0 in entry.shape:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
-    for shard in entry.chunks[:, 0].tolist():  # mapped now: the files may be closed later
+    for shard in entry.chunks[:, 0].tolist():  # mapped now, as the files may be closed later
         check_size(files, manifest.shards[shard])
         files.map(manifest.shards[shard].name)
     if len(entry.chunks) > 1:
@@ -91,14 +92,17 @@ def disk_tensor(
 
 
 class DiskTensor(torch.Tensor):
-    """A CPU tensor that lies on the disk in several pieces: read, and verified, by the first
-    operation on it, and kept from then on. Operations return plain tensors."""
+    """A CPU tensor in several chunks on the disk.
+
+    The first operation on it reads and verifies it, and the data is kept from then on. Operations
+    return plain tensors.
+    """
 
     @staticmethod
     def __new__(
         cls, files: MappedFiles, manifest: Manifest, name: str, entry: TensorEntry
     ) -> DiskTensor:
-        """A tensor without memory, of the saved shape and dtype."""
+        """Create a tensor without memory, of the saved shape and dtype."""
         made: DiskTensor = torch.Tensor._make_wrapper_subclass(
             cls, entry.shape, dtype=DTYPES[entry.dtype]
         )
@@ -114,7 +118,7 @@ class DiskTensor(torch.Tensor):
         return f"DiskTensor({self._source[2]!r}, {self.dtype}, shape={list(self.shape)})"
 
     def read(self) -> torch.Tensor:
-        """The plain tensor, read on the first call."""
+        """Return the plain tensor, which the first call reads."""
         if self._tensor is None:
             files, manifest, _, entry = self._source
             tensor = torch.empty(entry.shape, dtype=self.dtype, device="cpu")

@@ -1,4 +1,6 @@
-"""A nested state in memory, seen as a checkpoint: what a torch file held loads like any other."""
+"""A nested state in memory that can be read like a checkpoint, such as the state of a torch
+file.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,13 @@ from shardckpt.plan.shard_layout import shard_name
 from shardckpt.state.flatten import flatten
 from shardckpt.storage.base import CheckpointFiles, Storage
 
-__all__ = ["MemoryStorage"]
+__all__ = ["StateStorage"]
 
-_HEAD = bytes(8)  # where a file would have the length of its header
+_HEAD = bytes(8)  # in place of the length of a header
 
 
-class MemoryStorage(Storage):
-    """A storage of one checkpoint, a state of plain CPU tensors. It can only be read."""
+class StateStorage(Storage):
+    """A read-only storage of one checkpoint: a state of plain CPU tensors."""
 
     def __init__(self, state: Any) -> None:
         plan = local_plan(flatten(state, rank=0), world_size=1)
@@ -41,7 +43,7 @@ class MemoryStorage(Storage):
             tensors[spec.name] = TensorEntry(
                 dtype=spec.dtype, shape=spec.shape, chunks=np.array([chunk], dtype=np.int64)
             )
-        # Ranks that hold the same state must see the same checkpoint.
+        # Ranks that hold the same state must have the same checkpoint id.
         identity = b"".join([plan.tree, *(entry.digests.tobytes() for entry in entries)])
         self._manifest = to_bytes(
             Manifest(
@@ -64,7 +66,7 @@ class MemoryStorage(Storage):
         return np.array(digests, dtype=np.uint64)
 
     def open(self, path: str) -> _MemoryFiles:
-        """See Storage.open; `path` is where the state came from."""
+        """See Storage.open. `path` is the source of the state, for errors."""
         return _MemoryFiles(path, self._manifest, self._shards)
 
 

@@ -1,9 +1,9 @@
-"""Load: from a checkpoint into a state.
+"""The stages of a load, from a checkpoint into a state.
 
     open -> match -> plan -> read -> place
 
-Each stage takes what the stage before it returned. After the match the ranks agree that the
-checkpoint fits; until then nothing is changed. An error on any rank ends the load on all of them.
+Each stage takes the result of the stage before it. After the match the ranks agree that the
+checkpoint fits. No state changes before that. An error on any rank ends the load on all ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run_load(
     keys: Select,
     rename: Rename,
 ) -> LoadReport:
-    """Load into a state, in place; collective over the coordinator's ranks. See shardckpt.load."""
+    """Load into a state, in place. Collective. See shardckpt.load."""
     watch, work = Stopwatch(), Stopwatch()
     with ExitStack() as closing:
         with watch.phase("plan"):
@@ -84,7 +84,7 @@ def _read(
     coordinator: Coordinator,
     work: Stopwatch,
 ) -> int:
-    """Plan the reads and fill the tensors; returns the bytes read."""
+    """Plan the reads and fill the tensors. Returns the number of bytes read."""
     files, manifest = opened
     with work.phase("read"):
         with collector_paused():
@@ -95,7 +95,7 @@ def _read(
 
 
 def _place(matched: MatchedState, work: Stopwatch) -> None:
-    """Put values, modules and optimizers in their places."""
+    """Put values, modules and optimizers back into the state."""
     with work.phase("place"):
         matched.place()
 
@@ -103,8 +103,12 @@ def _place(matched: MatchedState, work: Stopwatch) -> None:
 def _finish(
     coordinator: Coordinator, placed: Attempt[None], work: Stopwatch
 ) -> dict[int, dict[str, float]]:
-    """End the load on all ranks; returns the seconds of work by rank and phase: of all ranks on
-    rank 0, of this rank elsewhere."""
+    """End the load on all ranks.
+
+    Returns:
+        The seconds of work by rank and phase. Rank 0 gets those of all ranks, other ranks only
+        their own.
+    """
     profile: dict[int, dict[str, float]] = {coordinator.rank: work.seconds}
 
     def gather(payloads: list[bytes]) -> bytes:
@@ -118,7 +122,7 @@ def _finish(
 
 
 def _differences(matched: MatchedState) -> dict[str, Any]:
-    """The fields of a LoadReport that say where state and checkpoint differ."""
+    """Return the fields of a LoadReport that list differences of state and checkpoint."""
     mismatches = matched.mismatches
     return {
         "missing": tuple(mismatches.missing),

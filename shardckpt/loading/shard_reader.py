@@ -1,10 +1,10 @@
-"""Read from shards: whole blocks, verified as they come, several windows at a time.
+"""Read from shards: whole blocks, verified as they are read, several windows at a time.
 
-A shard is read in windows at fixed places. Within a window, neighbouring blocks that are
-needed and not in the page cache are one read past it, into a buffer. Else each block is a
-read, which scatters large runs straight into their destination and the rest into a buffer.
-Each block's digest is checked over where its bytes have landed, and what lies in the buffer
-is copied from there.
+A shard is read in windows of a fixed size. In a window, neighbouring blocks that are needed and are
+not in the page cache become one read that bypasses the page cache, into a buffer. Otherwise each
+block is one read, which places large runs directly into their destination and all other bytes into
+a buffer. The digest of each block is checked after its bytes have been read. Then the bytes in the
+buffer are copied to their destinations.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ from shardckpt.storage.base import CheckpointFiles, WouldWait
 __all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "read_box", "tensors_in"]
 
 DIRECT_BYTES = 128 << 10
-"""A run shorter than this goes through the buffer: fewer, larger pieces for each system call."""
+"""Shorter runs are read into the buffer, so that a system call has fewer and larger pieces."""
 
 STEP_BYTES = BLOCK_BYTES // 2
-"""As much is read from the page cache before the digest takes it up: where it came from and where
-it went are then still in the processor's own cache."""
+"""The number of bytes that are read before they are hashed. Source and target then still fit into
+the processor's cache.
+"""
+
+_LEAST_REMOTE_READS = 8
+"""Requests to another machine wait for its answer most of the time."""
 
 _POLL_S = 0.2
 
@@ -56,37 +60,41 @@ def read_all(
     past_cache: float = NEVER,
     progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> int:
-    """Carry out reads and verify every block that they touch. Not collective.
+    """Perform reads, and verify every block that they touch. Not collective.
 
     Args:
         files: The checkpoint.
         manifest: Its manifest.
-        reads: The reads. Their destinations are complete only if this returns.
-        past_cache: A block that is not in the page cache is read past it, which is faster, if at
-            least this part of it is wanted. See plan/page_cache_policy.
-        progress: Called with the bytes read so far.
+        reads: The reads. If this call raises, their destinations are undefined.
+        past_cache: The fraction of a block that must be needed, so that the block is read past the
+            page cache if it is not in it. See plan/page_cache_policy.
+        progress: Called with the number of bytes read so far.
 
     Returns:
-        The bytes read.
+        The number of bytes read.
 
     Raises:
-        CorruptionError: A shard is missing, truncated or changed. It names the file, the block and
-            the tensors that it affects.
+        CorruptionError: A shard is missing, truncated or corrupted. The error names the file, the
+            block and the affected tensors.
     """
     with collector_paused():
         windows = _windows(reads)
-    if not windows:  # values alone were asked for: no thread, no buffer
+    if not windows:  # only values are loaded: start no threads
         return 0
-    for shard in {window.shard for window in windows}:
-        check_size(files, manifest.shards[shard])
-    if len(windows) == 1:  # from the page cache it comes in less time than a thread starts
+    if not files.remote:
+        for shard in {window.shard for window in windows}:
+            check_size(files, manifest.shards[shard])
+    if len(windows) == 1:  # a read from the page cache takes less time than starting a thread
         with suppress(WouldWait), lease(1) as (buffer,):
             return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
     if not (current().read_past_cache and have_huge_pages()):
         past_cache = NEVER
     source = _Source(files, manifest, past_cache=past_cache)
-    # What comes from the page cache keeps a processor busy; what comes from the disk does not.
-    threads = min(current().read_threads * (1 if past_cache == NEVER else 2), len(windows))
+    # Reads from the page cache keep a processor busy. Reads from the disk do not.
+    threads = current().read_threads * (1 if past_cache == NEVER else 2)
+    if files.remote:
+        threads = max(threads, _LEAST_REMOTE_READS)
+    threads = min(threads, len(windows))
     queue = iter(windows)  # next() on it is atomic: the workers share it
     stop = threading.Event()
     read_bytes = [0] * threads
@@ -122,7 +130,7 @@ def read_box(
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> torch.Tensor:
-    """Read the box (offsets, sizes) of a tensor of the manifest, as a new CPU tensor."""
+    """Read the box (offsets, sizes) of a tensor of the manifest into a new CPU tensor."""
     with torch.inference_mode(False):
         part = torch.empty(sizes, dtype=DTYPES[entry.dtype], device="cpu")
     read_all(files, manifest, plan_reads([(entry, LocalChunk(offsets, sizes, memory_view(part)))]))
@@ -130,22 +138,21 @@ def read_box(
 
 
 def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:
-    """Raise CorruptionError for a shard that is missing or of another size than was saved."""
-    found = files.size_bytes(shard.name)
-    if found != shard.size_bytes:
+    """Raise CorruptionError if a shard is missing or does not have the saved size."""
+    actual_bytes = files.size_bytes(shard.name)
+    if actual_bytes != shard.size_bytes:
         raise CorruptionError(
-            "A shard is cut, or something was appended to it",
+            "A shard does not have the saved size",
             path=f"{files.path}/{shard.name}",
             expected=f"{shard.size_bytes} bytes",
-            actual=f"{found} bytes",
-            remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
+            actual=f"{actual_bytes} bytes",
+            remedy="load another checkpoint; `shardckpt verify` lists all corrupted files",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where to read from, and how: what of it past the page cache (see read_all), and whether to
-    wait or raise WouldWait."""
+    """The source of reads, and how to read: see `past_cache` of read_all and `wait` of readinto."""
 
     files: CheckpointFiles
     manifest: Manifest | Outline
@@ -154,12 +161,12 @@ class _Source:
 
 
 _Read = Sequence[Any]
-"""(begin, end, address or CopyRead) of a read in its shard's file."""
+"""(begin, end, address or CopyRead) of a read. Begin and end are offsets in the shard."""
 
 
 @dataclass(slots=True)
 class _Window:
-    """The reads of one window of a shard, by their begin; `base` is where it begins."""
+    """The reads of one window of a shard, sorted by offset. `base` is the offset of the window."""
 
     shard: int
     base: int
@@ -167,7 +174,7 @@ class _Window:
 
 
 def _windows(reads: Reads) -> list[_Window]:
-    """All windows that hold reads, in the order of the files; direct reads are cut at borders."""
+    """Group reads into windows, in the order of the files. Direct reads are split at borders."""
     shard, begin, end, address = reads.direct.T
     first, parts = begin // WINDOW_BYTES, (end - 1) // WINDOW_BYTES - begin // WINDOW_BYTES + 1
     row = np.repeat(np.arange(len(begin)), parts)
@@ -176,31 +183,33 @@ def _windows(reads: Reads) -> list[_Window]:
     high = np.minimum(end[row], (number + 1) * WINDOW_BYTES)
     into = address[row] + low - begin[row]
     order = np.lexsort((high, low, shard[row]))
-    found: dict[tuple[int, int], _Window] = {}
-    places = np.column_stack([shard[row], number])[order]
-    cuts = np.flatnonzero((places[1:] != places[:-1]).any(axis=1)) + 1
+    by_key: dict[tuple[int, int], _Window] = {}
+    keys = np.column_stack([shard[row], number])[order]
+    cuts = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
     rows = np.column_stack([low, high, into])[order].tolist()
     for at, to in itertools.pairwise([0, *cuts.tolist(), len(rows)] if rows else []):
-        index, place = places[at].tolist()
-        found[index, place] = _Window(index, place * WINDOW_BYTES, rows[at:to])
+        index, window_number = keys[at].tolist()
+        base = window_number * WINDOW_BYTES
+        by_key[index, window_number] = _Window(index, base, rows[at:to])
     for copy in reads.copies:
         key = copy.shard, copy.begin // WINDOW_BYTES
-        window = found.setdefault(key, _Window(copy.shard, key[1] * WINDOW_BYTES, []))
+        window = by_key.setdefault(key, _Window(copy.shard, key[1] * WINDOW_BYTES, []))
         window.reads.append((copy.begin, copy.end, copy))
     if reads.copies:
-        for window in found.values():
+        for window in by_key.values():
             window.reads.sort(key=lambda read: (read[0], read[1]))
-    return [found[key] for key in sorted(found)]
+    return [by_key[key] for key in sorted(by_key)]
 
 
 def _read_window(source: _Source, window: _Window, buffer: Buffer) -> int:
-    """Read, verify and place all reads of one window; the bytes read."""
+    """Perform all reads of one window. Returns the number of bytes read."""
     size_bytes = source.manifest.shards[window.shard].size_bytes
     total = 0
     run: list[_Read] = []
     low = high = 0
+    gap = BLOCK_BYTES if source.files.remote else 0
     for read in window.reads:
-        if run and read[0] > high and _floor(read[0]) > high:
+        if run and _floor(read[0]) > high + gap:
             _read_run(source, window, (low, high), run, buffer)
             total += high - low
             run = []
@@ -220,7 +229,7 @@ def _floor(offset: int) -> int:
 def _read_run(
     source: _Source, window: _Window, span: tuple[int, int], reads: list[_Read], buffer: Buffer
 ) -> None:
-    """Read the bytes of a span, which are whole blocks, and serve `reads` from them."""
+    """Read the blocks of a span, verify them, and copy bytes to the destinations of `reads`."""
     files, shard, base = source.files, source.manifest.shards[window.shard], window.base
     low, high = span
     if _passes_cache(source, span, reads) and files.read_past_cache(
@@ -233,14 +242,14 @@ def _read_run(
     if bad:
         raise damaged_blocks(source.manifest, bad, shard=window.shard, path=files.path)
     held_at = buffer.address - base
-    for begin, end, place in later:
-        if type(place) is int:
-            copy_bytes(place, held_at + begin, end - begin)
+    for begin, end, target in later:
+        if type(target) is int:
+            copy_bytes(target, held_at + begin, end - begin)
             continue
-        count = (end - begin) // place.dtype.itemsize
-        held = torch.frombuffer(buffer.view, dtype=place.dtype, count=count, offset=begin - base)
-        with torch.inference_mode():  # tensors made in it take nothing outside it
-            place.into.copy_(held.as_strided(place.sizes, place.strides))
+        count = (end - begin) // target.dtype.itemsize
+        held = torch.frombuffer(buffer.view, dtype=target.dtype, count=count, offset=begin - base)
+        with torch.inference_mode():  # the views need no autograd
+            target.into.copy_(held.as_strided(target.sizes, target.strides))
 
 
 def _passes_cache(source: _Source, span: tuple[int, int], reads: list[_Read]) -> bool:
@@ -253,24 +262,27 @@ def _passes_cache(source: _Source, span: tuple[int, int], reads: list[_Read]) ->
 def _scattered(
     base: int, span: tuple[int, int], reads: list[_Read], buffer: Buffer
 ) -> tuple[list[memoryview], list[_Read]]:
-    """Where the bytes of a span go: large runs to their place, all others into the buffer; and the
-    reads that are served from there."""
+    """Choose the destination of each byte of a span: large runs are read directly.
+
+    Returns:
+        The memory for the bytes of the span, in order, and the reads to copy from the buffer.
+    """
     low, high = span
     large = [read for read in reads if read[1] - read[0] >= DIRECT_BYTES]
-    # Bytes that two reads want can land in one place only: then all go through the buffer.
+    # If two reads need the same bytes, all bytes are read into the buffer.
     if not large or any(a[1] > b[0] for a, b in itertools.pairwise(reads)):
         return [buffer.view[low - base : high - base]], reads
     pieces: list[memoryview] = []
     later: list[_Read] = []
     at = low
     for read in reads:
-        begin, end, place = read
-        if end - begin < DIRECT_BYTES or isinstance(place, CopyRead):
+        begin, end, target = read
+        if end - begin < DIRECT_BYTES or isinstance(target, CopyRead):
             later.append(read)
             continue
         if begin > at:
             pieces.append(buffer.view[at - base : begin - base])
-        pieces.append(view_at(place, end - begin))
+        pieces.append(view_at(target, end - begin))
         at = end
     if at < high:
         pieces.append(buffer.view[at - base : high - base])
@@ -280,8 +292,7 @@ def _scattered(
 def _read_checked(
     source: _Source, shard: ShardEntry, span: tuple[int, int], pieces: list[memoryview]
 ) -> list[int]:
-    """Read a span, which is whole blocks, into pieces; numbers of the blocks whose digest
-    differs."""
+    """Read a span of whole blocks into memory. Returns the numbers of the corrupted blocks."""
     at, high = span
     steps: list[memoryview] = []
     for piece in pieces:
@@ -306,7 +317,7 @@ def _read_checked(
 
 
 def bad_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
-    """Numbers of the blocks whose digest differs, of whole blocks from byte `low` on."""
+    """Return the numbers of the corrupted blocks among whole blocks that begin at offset `low`."""
     return [
         number
         for number, at in enumerate(range(0, len(blocks), BLOCK_BYTES), low // BLOCK_BYTES)
@@ -317,23 +328,23 @@ def bad_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
 def damaged_blocks(
     manifest: Manifest | Outline, blocks: Sequence[int], *, shard: int, path: str
 ) -> CorruptionError:
-    """The error for blocks whose bytes are not those that were saved."""
+    """Return the error for corrupted blocks."""
     ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in blocks]
-    hurt = tensors_in(manifest, ranges, shard=shard)
+    affected = tensors_in(manifest, ranges, shard=shard)
     return CorruptionError(
-        "A shard's bytes are not those that were saved",
+        "A shard is corrupted",
         path=f"{path}/{manifest.shards[shard].name}",
-        tensor=", ".join(hurt) or None,
+        tensor=", ".join(affected) or None,
         expected=f"the digests of the manifest for block {', '.join(map(str, blocks[:8]))}",
-        actual="other bytes",
-        remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
+        actual="other digests",
+        remedy="load another checkpoint; `shardckpt verify` lists all corrupted files",
     )
 
 
 def tensors_in(
     manifest: Manifest | Outline, ranges: Sequence[tuple[int, int]], *, shard: int
 ) -> list[str]:
-    """Names of the tensors with bytes in any of the [begin, end) ranges of a shard's file."""
+    """Return the names of the tensors with bytes in any of the [begin, end) ranges of a shard."""
     return [
         name
         for name, entry in manifest.tensors.items()

@@ -49,7 +49,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 def find_flipped_bit(data: bytes | bytearray | memoryview, digest: int) -> tuple[int, int] | None:
-    """The (byte, bit) whose flip gives `data` this xxh3-64 digest. None if there is no single one.
+    """Return the (byte, bit) whose flip gives `data` this xxh3-64 digest, or None.
 
     Takes up to a minute of one processor for a block of 1 MiB, less than a second for 64 KiB.
     """
@@ -62,10 +62,10 @@ def find_flipped_bit(data: bytes | bytearray | memoryview, digest: int) -> tuple
 
 
 def find_flipped_bit_of_text(data: bytes, digest: str) -> tuple[int, int] | None:
-    """The (byte, bit) whose flip gives `data` this xxh3-128 digest of 32 hex digits. None if there
-    is no single one.
+    """Return the (byte, bit) whose flip gives `data` this xxh3-128 digest of 32 hex digits, or
+    None.
 
-    Hashes again for each bit: for short texts.
+    It hashes the text again for each bit, so it is for short texts.
     """
     before = xxhash.xxh3_128()
     rest = bytearray(data)
@@ -180,7 +180,7 @@ def _search(
 
 
 def _last_words(block: bytearray, total: int) -> _Words:
-    """The sums after the last scramble: of the remaining full stripes, and of the last 64 bytes."""
+    """Return the sums after the last scramble: of the full stripes, and of the last 64 bytes."""
     stripes = (len(block) - 1 - total * _STRETCH) // 64
     data = np.frombuffer(block, "<u8", stripes * 8, total * _STRETCH).reshape(stripes, 8)
     end = np.frombuffer(bytes(block[-64:]), "<u8")
@@ -199,7 +199,7 @@ def _fold(lanes: _Words, pair: int) -> int:
 
 
 def _fold_lanes(lanes: _Words, pair: int) -> _Words:
-    """As _fold for [2, n] lanes: 64 x 64 bits from products of halves."""
+    """Apply `_fold` to [2, n] lanes, with 64 x 64 bits from products of halves."""
     first, second = struct.unpack_from("<QQ", _SECRET, 11 + 16 * pair)
     a, b = lanes[0] ^ np.uint64(first), lanes[1] ^ np.uint64(second)
     a_low, a_high, b_low, b_high = a & _LOW, a >> _THIRTY_TWO, b & _LOW, b >> _THIRTY_TWO
@@ -211,7 +211,7 @@ def _fold_lanes(lanes: _Words, pair: int) -> _Words:
 
 
 def _unavalanche(digest: int) -> int:
-    """The sum from which the last step of XXH3 computes the digest."""
+    """Return the sum from which the last step of XXH3 computes the digest."""
     value = digest ^ digest >> 32
     value = value * pow(0x165667919E3779F9, -1, 1 << 64) & _MASK
     return value ^ value >> 37

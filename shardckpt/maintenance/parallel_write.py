@@ -1,4 +1,4 @@
-"""Files that several ranks write together, each a part of even size, in bounded memory."""
+"""Several ranks write the same files, each an equal part, in bounded memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
     digests: bytes
 
     def of_blocks(self) -> NDArray[np.uint64]:
-        """The digests as an array."""
+        """Return the digests as an array."""
         return np.frombuffer(self.digests, dtype="<u8").astype(np.uint64)
 
 
@@ -50,16 +50,21 @@ def write_together(
     new_file: Callable[[int], NewFile],
     ranks: Coordinator,
     progress: Callable[[int], None],
+    *,
+    whole_files: bool = False,
 ) -> bytes:
     """Write the parts of this rank, durably. Not collective. `sizes` are the bytes of data of each
     file.
 
     `new_file(n)` lays out file n, equally on all ranks. `progress` is called with the bytes that
-    this rank wrote so far. Returns the message for joined_parts.
+    this rank wrote so far. With `whole_files` each file is written by one rank. Returns the message
+    for joined_parts.
     """
     written: list[WrittenFile] = []
     done_bytes = 0
-    for part in file_parts(sizes_bytes, rank=ranks.rank, world_size=ranks.world_size):
+    for part in file_parts(
+        sizes_bytes, rank=ranks.rank, world_size=ranks.world_size, whole_files=whole_files
+    ):
 
         def advance(size_bytes: int, before: int = done_bytes) -> None:
             ranks.progress(before + size_bytes)
@@ -107,7 +112,7 @@ def _write_part(
 
 
 def joined_parts(payloads: Sequence[bytes]) -> list[WrittenFile]:
-    """All files in order, from the messages of all ranks, in rank order."""
+    """Return all files in order, from the messages of all ranks, in rank order."""
     decode = msgspec.msgpack.Decoder(list[WrittenFile]).decode
     files: list[WrittenFile] = []
     for part in (part for payload in payloads for part in decode(payload)):

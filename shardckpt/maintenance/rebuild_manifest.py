@@ -21,7 +21,7 @@ from shardckpt.format.safetensors_header import ShardTensor, parse_chunk_name, p
 from shardckpt.format.tiling import find_gap
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.maintenance.verify import read_header
-from shardckpt.storage.local_reader import LocalFiles
+from shardckpt.storage.base import CheckpointFiles
 
 __all__ = ["rebuild_manifest"]
 
@@ -29,11 +29,14 @@ _Piece = tuple[int, ShardTensor, tuple[int, ...] | None]
 """(shard number, tensor in the shard, offsets of its box or None for a full tensor)"""
 
 
-def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
-    """The rebuilt manifest, and what could not be included: tensor or file -> reason.
+def rebuild_manifest(files: CheckpointFiles) -> tuple[Manifest, dict[str, str]]:
+    """Rebuild a manifest.
 
     The digests are those of the current bytes. The nesting of the state follows the dots in the
     names.
+
+    Returns:
+        The manifest, and the reason for each tensor or file that could not be included.
     """
     names = sorted(name for name in files.names() if is_shard_name(name))
     lost: dict[str, str] = {}
@@ -73,7 +76,7 @@ def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
     return manifest, lost
 
 
-def _read_shard(files: LocalFiles, name: str) -> tuple[ShardEntry, list[ShardTensor]]:
+def _read_shard(files: CheckpointFiles, name: str) -> tuple[ShardEntry, list[ShardTensor]]:
     size_bytes = files.size_bytes(name)
     header = read_header(files, name, size_bytes=size_bytes)
     tensors, facts = parse_header(header, file_size_bytes=None, path=f"{files.path}/{name}")
@@ -88,7 +91,7 @@ def _read_shard(files: LocalFiles, name: str) -> tuple[ShardEntry, list[ShardTen
 
 
 def _dtypes(facts: dict[str, str]) -> dict[str, str]:
-    """Name -> dtype of the tensors that are stored as another dtype."""
+    """Return the dtype of each tensor that is stored as another dtype."""
     try:
         return msgspec.json.decode(facts.get("dtypes", "{}"), type=dict[str, str])
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
@@ -104,16 +107,16 @@ def _as_saved(tensor: ShardTensor, dtypes: dict[str, str]) -> ShardTensor:
 
 
 def _all_files(names: list[str]) -> bool:
-    """Whether all files are there: every rank has one, and all have the same file groups."""
+    """Whether no file is missing: every rank has one, and all ranks have the same file groups."""
     parts = [name.removesuffix(".safetensors").split("-", 4) for name in names]
-    found = {(int(part[1]), *part[4:]) for part in parts}
-    kinds = {tuple(part[4:]) for part in parts}
+    files = {(int(part[1]), *part[4:]) for part in parts}
+    groups = {tuple(part[4:]) for part in parts}
     sizes = {int(part[3]) for part in parts}
-    return len(sizes) == 1 and len(found) == len(kinds) * max(sizes)
+    return len(sizes) == 1 and len(files) == len(groups) * max(sizes)
 
 
 def _entry(pieces: list[_Piece], *, complete: bool) -> TensorEntry | str:
-    """The tensor that these pieces form, or the reason why they form none."""
+    """Return the tensor that these pieces form, or the reason why they do not form one."""
     dtypes = {tensor.dtype for _, tensor, _ in pieces}
     dims = {len(tensor.shape) for _, tensor, _ in pieces}
     if len(dtypes) > 1 or len(dims) > 1:
@@ -136,7 +139,7 @@ def _entry(pieces: list[_Piece], *, complete: bool) -> TensorEntry | str:
 
 
 def _nested(names: list[str]) -> dict[str, Any]:
-    """References to the tensors, nested by their names; at the top level where names conflict."""
+    """Nest references to the tensors by their names. References with conflicts stay at the top."""
     tree: dict[str, Any] = {}
     for name in names:
         *above, last = name.split(".")

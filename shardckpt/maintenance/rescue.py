@@ -19,18 +19,15 @@ from shardckpt.maintenance.verify import find_damage
 from shardckpt.reports import RescueReport
 from shardckpt.state.name_filters import without_tensors
 from shardckpt.storage.base import CheckpointFiles
-from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.local_reader import LocalFiles
-from shardckpt.storage.paths import local_path
+from shardckpt.storage.resolve import Place
 
 __all__ = ["explain_manifest", "rescue"]
 
 
 def rescue(
-    source: str,
-    target: str,
+    source: Place,
+    target: Place,
     *,
-    storage: LocalStorage,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> RescueReport:
@@ -39,8 +36,7 @@ def rescue(
     Not collective. `progress` is called with the bytes written so far. Raises CorruptionError if
     nothing can be saved.
     """
-    source, target = local_path(source), local_path(target)
-    files = storage.open(source)
+    files = source.storage.open(source.path)
     try:
         manifest, lost, repaired, rebuilt = _manifest(files)
         flips: dict[str, list[tuple[int, int]]] = {}
@@ -56,28 +52,32 @@ def rescue(
         if rebuilt and not kept.tensors:
             raise CorruptionError(
                 "Nothing in this checkpoint can be saved",
-                path=source,
+                path=source.path,
                 expected="at least one intact tensor",
                 actual="; ".join(f"{name}: {why}" for name, why in lost.items())[:500] or "none",
                 remedy="load another checkpoint",
             )
         reshard(
             _RepairedSource(_RepairedFiles(files, kept, flips), kept),
-            target,
+            target.path,
             shards=max(len(kept.shards), 1),
-            storage=storage,
+            storage=target.storage,
             overwrite=overwrite,
             progress=progress,
         )
     finally:
         files.close()
     return RescueReport(
-        path=target, saved=tuple(kept.tensors), lost=lost, repaired=tuple(repaired), rebuilt=rebuilt
+        path=target.path,
+        saved=tuple(kept.tensors),
+        lost=lost,
+        repaired=tuple(repaired),
+        rebuilt=rebuilt,
     )
 
 
-def _manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str], list[str], bool]:
-    """The manifest, the lost tensors, the repaired bits, and whether it was rebuilt."""
+def _manifest(files: CheckpointFiles) -> tuple[Manifest, dict[str, str], list[str], bool]:
+    """Return the manifest, the lost tensors, the repaired bits, and whether it was rebuilt."""
     try:
         data = files.manifest()
         repair = repair_manifest(data)
@@ -94,7 +94,7 @@ def _manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str], list[str], b
 def _without(
     manifest: Manifest, lost: dict[str, str], repaired: list[str], *, rebuilt: bool
 ) -> Manifest:
-    gone = lost.keys() & manifest.tensors.keys()
+    lost_tensors = lost.keys() & manifest.tensors.keys()
     notes = {
         "rescued": "The manifest was rebuilt from the headers of the shards. All values are lost, "
         "and no tensor could be verified."
@@ -105,16 +105,16 @@ def _without(
     }
     return replace(
         manifest,
-        tensors={name: entry for name, entry in manifest.tensors.items() if name not in gone},
-        state=without_tensors(manifest.state, gone),
-        per_rank=tuple(without_tensors(values, gone) for values in manifest.per_rank),
+        tensors={name: entry for name, entry in manifest.tensors.items() if name not in lost},
+        state=without_tensors(manifest.state, lost_tensors),
+        per_rank=tuple(without_tensors(values, lost_tensors) for values in manifest.per_rank),
         notes={**manifest.notes, **{name: text for name, text in notes.items() if text}},
     )
 
 
-def explain_manifest(error: CorruptionError, path: str, *, storage: LocalStorage) -> None:
+def explain_manifest(error: CorruptionError, place: Place) -> None:
     """Add the flipped bit to an error about a corrupted manifest, if a single bit was flipped."""
-    files = storage.open(path)
+    files = place.storage.open(place.path)
     try:
         repair = repair_manifest(files.manifest())
     finally:
@@ -125,7 +125,9 @@ def explain_manifest(error: CorruptionError, path: str, *, storage: LocalStorage
 
 
 class _RepairedFiles(CheckpointFiles):
-    """Files with another manifest, with the sizes in that, and with flipped bits turned back."""
+    """Files of a corrupted checkpoint with another manifest. Flipped bits are repaired when
+    read.
+    """
 
     def __init__(
         self, files: CheckpointFiles, manifest: Manifest, flips: dict[str, list[tuple[int, int]]]

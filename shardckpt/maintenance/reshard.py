@@ -66,29 +66,32 @@ def rewrite(work: Rewriting, ranks: Coordinator, progress: Callable[[int], None]
 
 class Rewriting(Protocol):
     """One rank's part in writing a new file or folder. Every rank writes; rank 0 begins and
-    commits."""
+    commits.
+    """
 
     def begin(self, payloads: list[bytes]) -> bytes:
-        """On rank 0: create the target. Returns what the other ranks need to join."""
+        """Create the target, on rank 0. Returns the token with which the other ranks join."""
 
     def join(self, token: str) -> bytes:
-        """On the other ranks: open the target."""
+        """Open the target, on the other ranks."""
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """Write the part of this rank. Returns the message for `commit`."""
 
     def commit(self, payloads: list[bytes]) -> bytes:
-        """On rank 0: write the index of all files, and make the target visible."""
+        """Write the index of all files and make the target visible, on rank 0."""
 
     def abandon(self) -> None:
-        """Remove what was written. Called while the error is handled."""
+        """Remove the written files. Called while the error is handled."""
 
     def close(self) -> None:
         """Release all resources."""
 
 
 def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
-    """The plan of a rank that holds all entries, and the global plan of `shards` such ranks."""
+    """Return the plan of a rank that holds all entries, and the global plan of `shards` such
+    ranks.
+    """
     if shards < 1:
         raise StateError("Invalid number of shards", expected="1 or more", actual=shards)
     tensors = source.manifest.tensors
@@ -130,7 +133,7 @@ class _Reshard:
         self.files = self._files()
 
     def _files(self) -> list[_File]:
-        """All files by shard. Their rows follow the order of the plan."""
+        """List all files by shard. Their rows follow the order of the plan."""
         files, begin = [], 0
         for shard in range(self.shards):
             for file_group, count in RankWrites.of(self.local_plan, self.plan.shares[shard]).files:
@@ -153,7 +156,15 @@ class _Reshard:
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         ends = np.append(0, np.cumsum(chunk_bytes(self.plan.specs, self.plan.chunks)))
         sizes = [int(ends[file.rows.stop] - ends[file.rows.start]) for file in self.files]
-        return write_together(self.source, sizes, self._new_file, ranks, progress)
+        assert self.transaction is not None
+        return write_together(
+            self.source,
+            sizes,
+            self._new_file,
+            ranks,
+            progress,
+            whole_files=not self.transaction.shares_files,
+        )
 
     def _new_file(self, number: int) -> NewFile:
         assert self.transaction is not None
@@ -204,7 +215,7 @@ class _Reshard:
 
 
 def _file_groups(manifest: Manifest) -> Ints:
-    """The file group of each tensor: that of the file with its first chunk."""
+    """Return the file group of each tensor: that of the file with its first chunk."""
     groups = [group_in_name(shard.name) for shard in manifest.shards]
     return np.array(
         [groups[e.chunks[0, 0]] if len(e.chunks) else MAIN for e in manifest.tensors.values()],

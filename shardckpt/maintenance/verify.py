@@ -53,9 +53,9 @@ class ShardDamage:
 
     Attributes:
         shard: The number of the shard.
-        message: What is wrong, in one sentence.
-        expected: What was expected.
-        actual: What was found.
+        message: The problem, in one sentence.
+        expected: The expected size or digests.
+        actual: The actual size or digests.
         blocks: The numbers of the corrupted blocks. Empty if bytes were appended to the shard.
         flips: For each block its flipped bit, as (byte of the file, bit), if every corrupted
             block has a single flipped bit; otherwise empty.
@@ -69,14 +69,14 @@ class ShardDamage:
     flips: tuple[tuple[int, int], ...] = ()
 
     def tensors(self, manifest: Manifest) -> list[str]:
-        """The names of the tensors with bytes that are, or may be, corrupted."""
+        """Return the names of the tensors with bytes that are, or may be, corrupted."""
         ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in self.blocks]
         if self.flips:
             ranges = [(byte, byte + 1) for byte, _ in self.flips]
         return tensors_in(manifest, ranges, shard=self.shard)
 
     def error(self, manifest: Manifest, path: str) -> CorruptionError:
-        """The error that names the file and the tensors."""
+        """Return the error that names the file and the tensors."""
         return CorruptionError(
             self.message,
             path=f"{path}/{manifest.shards[self.shard].name}",
@@ -135,8 +135,8 @@ def verify_shards(
     def check() -> bytes:
         _check_subset(subset)
         _check_values(manifest)
-        mine = (part + parts * ranks.rank, parts * ranks.world_size)
-        return _encode(_check_blocks(files, manifest, subset=mine, progress=advance))
+        own_subset = (part + parts * ranks.rank, parts * ranks.world_size)
+        return _encode(_check_blocks(files, manifest, subset=own_subset, progress=advance))
 
     def merge(payloads: list[bytes]) -> bytes:
         results = [msgspec.msgpack.decode(payload, type=_Checked) for payload in payloads]
@@ -219,7 +219,7 @@ def _check_subset(subset: tuple[int, int]) -> None:
 def _check_blocks(
     files: CheckpointFiles, manifest: Manifest, *, subset: tuple[int, int], progress: Progress
 ) -> _Checked:
-    """The numbers of the corrupted blocks of each shard, and the number of bytes read."""
+    """Verify blocks. Returns the numbers of the corrupted ones by shard, and the bytes read."""
     part, parts = subset
     ends = [min(_size(files, shard) or 0, shard.size_bytes) for shard in manifest.shards]
     jobs = [(index, low) for index, end in enumerate(ends) for low in range(0, end, BUFFER_BYTES)][
@@ -264,7 +264,7 @@ def _diagnose(
 
 
 def _size(files: CheckpointFiles, shard: ShardEntry) -> int | None:
-    """The size of a shard in bytes; None if it is missing or not a regular file."""
+    """Return the size of a shard in bytes. None if it is missing or not a regular file."""
     try:
         return files.size_bytes(shard.name)
     except CorruptionError:
@@ -272,7 +272,7 @@ def _size(files: CheckpointFiles, shard: ShardEntry) -> int | None:
 
 
 def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> list[int]:
-    """The numbers of the blocks in [low, high) that are corrupted or that the disk can't read."""
+    """Return the numbers of the blocks in [low, high) that are corrupted or unreadable."""
     with lease(1) as (buffer,):
         view = buffer.view[: high - low]
         try:
@@ -339,7 +339,7 @@ def _shard_damage(
 def _flips(
     files: CheckpointFiles, shard: ShardEntry, blocks: list[int]
 ) -> tuple[tuple[int, int], ...] | None:
-    """The flipped bit of each block as (byte of the file, bit), if each has a single one."""
+    """Return the flipped bit of each block as (byte of the file, bit), if each has a single one."""
     flips = []
     for number in blocks:
         low = number * BLOCK_BYTES
@@ -368,7 +368,7 @@ def read_header(files: CheckpointFiles, name: str, *, size_bytes: int) -> bytes:
 def _disagreements(
     files: CheckpointFiles, manifest: Manifest, indices: list[int]
 ) -> Iterator[CorruptionError]:
-    """The first difference between the header of each shard and the manifest."""
+    """Yield an error for each shard whose header does not match the manifest."""
     planned: list[dict[str, tuple[str, int, int]]] = [{} for _ in manifest.shards]
     for name, entry in manifest.tensors.items():
         dims = len(entry.shape)

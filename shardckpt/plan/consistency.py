@@ -14,12 +14,14 @@ __all__ = ["compare_replicas"]
 
 
 def compare_replicas(plan: GlobalPlan, digests: Sequence[NDArray[np.uint64]]) -> None:
-    """Raise ReplicaMismatchError if replicas differ. `digests[r]` are those of the local chunks
-    that rank r compares, 0 for a chunk that was not compared."""
+    """Raise ReplicaMismatchError if replicas differ.
+
+    `digests[r]` has the digest of each local chunk that rank r compares, 0 if it was not compared.
+    """
     every, group = np.concatenate(digests), plan.group
     if len(every) == 0:
         return
-    rank = np.repeat(np.arange(len(digests)), [len(own) for own in digests])
+    rank = np.repeat(np.arange(len(digests)), [len(of_rank) for of_rank in digests])
     order = np.lexsort((rank, group))
     every, group, rank = every[order], group[order], rank[order]
     starts = np.flatnonzero(np.diff(group, prepend=-1))

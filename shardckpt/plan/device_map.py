@@ -11,7 +11,7 @@ import torch
 from shardckpt.errors import StateError
 from shardckpt.state.saved_tree import under
 
-__all__ = ["DeviceMap", "place", "resolve_device_map"]
+__all__ = ["DeviceMap", "assign_devices", "resolve_device_map"]
 
 DeviceMap = str | int | torch.device | Mapping[str, Any] | None
 """"cpu" or None; a device; "meta"; "disk"; "auto"; "balanced"; or a dict from prefixes of names to
@@ -23,15 +23,18 @@ _RESERVE = 0.1  # the share of the free memory of a device that is kept for acti
 def resolve_device_map(
     device_map: DeviceMap, sizes_bytes: Mapping[str, int], free_bytes: Mapping[str, int]
 ) -> Callable[[str], torch.device | str]:
-    """A function from name to device: a torch.device or "disk".
+    """Return the function that maps a name to its device: a torch.device or "disk".
 
-    `sizes_bytes` has the size of each tensor by name, `free_bytes` the free memory of each device,
-    in the order in which "auto" fills them.
+    Args:
+        device_map: The device map.
+        sizes_bytes: The size of each tensor by name.
+        free_bytes: The free memory of each device, in the order in which "auto" fills them.
 
-    Raises StateError for an unknown device, and for a name without a prefix in a dict.
+    Raises:
+        StateError: A device is unknown, or a dict has no prefix for a name.
     """
     if isinstance(device_map, str) and device_map in ("auto", "balanced"):
-        devices = place(sizes_bytes, free_bytes, balanced=device_map == "balanced")
+        devices = assign_devices(sizes_bytes, free_bytes, balanced=device_map == "balanced")
         return devices.__getitem__
     if not isinstance(device_map, Mapping):
         device = _device("cpu" if device_map is None else device_map)
@@ -60,9 +63,9 @@ def _device(device: Any) -> torch.device | str:
     if device == "disk":
         return "disk"
     try:
-        found = torch.device(device)
-        if found.type not in ("cpu", "meta"):
-            torch.empty(0, device=found)
+        known = torch.device(device)
+        if known.type not in ("cpu", "meta"):
+            torch.empty(0, device=known)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise StateError(
             "A device of the device map is not available",
@@ -70,10 +73,10 @@ def _device(device: Any) -> torch.device | str:
             actual=repr(device),
             remedy=str(error).splitlines()[0],
         ) from error
-    return found
+    return known
 
 
-def place(
+def assign_devices(
     sizes_bytes: Mapping[str, int], free_bytes: Mapping[str, int], *, balanced: bool
 ) -> dict[str, torch.device | str]:
     """Assign each tensor to a device. Pure.
@@ -99,9 +102,9 @@ def place(
         need = sum(sizes_bytes[name] for name in names)
         while current < len(order) and room[order[current]] < need:
             current += 1
-        where: torch.device | str = "disk"
+        device: torch.device | str = "disk"
         if current < len(order):
             room[order[current]] -= need
-            where = torch.device(order[current])
-        placed.update(dict.fromkeys(names, where))
+            device = torch.device(order[current])
+        placed.update(dict.fromkeys(names, device))
     return placed

@@ -174,31 +174,35 @@ class LocalPlan:
     rank0_trees: Mapping[str, bytes] = field(default_factory=dict)
     unions: tuple[str, ...] = ()
 
-    def offer(self, *, whole: bool) -> Offer:
-        """The part of the plan that ranks compare; without `whole` only the values."""
-        return Offer(self.common if whole else (), self.tree, self.unions)
+    def offer(self, *, tensors: bool) -> Offer:
+        """Return the part of the plan that ranks compare. Without `tensors`, it has only the
+        values.
+        """
+        return Offer(self.common if tensors else (), self.tree, self.unions)
 
     def digests(self) -> tuple[str, str, str]:
-        """Digests of the structure (names, dtypes, shapes), of the values, and of the boxes."""
+        """Return the digests of the structure (names, dtypes, shapes), of the values, and of the
+        boxes.
+        """
         structure = text_digest(msgspec.msgpack.encode(self.common))
         tensor, boxes = self.chunks.tensor, self.chunks.boxes
-        own = msgspec.msgpack.encode((boxes.shape, self.own))
-        held = (tensor, boxes, self.shared, self.file_group)
-        rows = [own, *(column.tobytes() for column in held)]
+        own_specs = msgspec.msgpack.encode((boxes.shape, self.own))
+        columns = (tensor, boxes, self.shared, self.file_group)
+        rows = [own_specs, *(column.tobytes() for column in columns)]
         return structure, text_digest(self.tree), text_digest(b"".join(rows))
 
-    def pack(self, *, whole: bool) -> bytes:
-        """Encode the plan for rank 0. `whole` includes the part that ranks compare."""
+    def pack(self, *, complete: bool) -> bytes:
+        """Encode the plan for rank 0. If `complete`, include the part that ranks compare."""
         return msgspec.msgpack.encode(
             {
                 "own": self.own,
                 "file_group": pack_columns(self.file_group.reshape(-1, 1)),
                 "chunks": self.chunks.pack(),
                 "shared": np.packbits(self.shared).tobytes(),
-                "common": self.common if whole else (),
-                "tree": self.tree if whole else b"",
+                "common": self.common if complete else (),
+                "tree": self.tree if complete else b"",
                 "own_trees": self.own_trees,
-                "unions": self.unions if whole else (),
+                "unions": self.unions if complete else (),
             }
         )
 
@@ -236,7 +240,7 @@ _decode = msgspec.msgpack.Decoder(_Packed).decode
 
 @lru_cache(maxsize=16)
 def _file_groups(data: bytes) -> Ints:
-    """Mostly the same of all ranks. Not to be written to."""
+    """Decode the file groups, which are mostly equal on all ranks. Do not modify the result."""
     return unpack_columns(data)[:, 0]
 
 
@@ -287,8 +291,11 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
 
 
 def filled(tree: bytes, rank0_trees: Mapping[str, bytes]) -> bytes:
-    """The tree with rank 0's values in place of FromRank0. Raises RankMismatchError if rank 0 lacks
-    one."""
+    """Return the tree with rank 0's values in place of FromRank0.
+
+    Raises:
+        RankMismatchError: Rank 0 lacks such a value.
+    """
     for name, own in rank0_trees.items():
         # These bytes occur nowhere else: inside a JSON string, quotation marks are escaped.
         tree = tree.replace(msgspec.json.encode(placeholder(name)), own)

@@ -15,11 +15,11 @@ from shardckpt.state.local_chunks import LocalChunk
 __all__ = ["ALWAYS", "MOSTLY", "NEVER", "ReadSummary", "past_cache", "summarise_reads"]
 
 ALWAYS, MOSTLY, NEVER = 0.0, 0.8, math.inf
-"""A rank reads neighbouring blocks past the page cache if it wants at least this part of them."""
+"""The least fraction of neighbouring blocks that a rank must need to read past the page cache."""
 
 
 class ReadSummary(msgspec.Struct, array_like=True, frozen=True):
-    """The reads of a rank in short.
+    """A summary of the reads of a rank.
 
     Attributes:
         machine: The name of its machine.
@@ -45,11 +45,11 @@ def summarise_reads(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: st
 
 
 def past_cache(summaries: Sequence[ReadSummary]) -> list[float]:
-    """For each rank, the part of a block that it must want to read it past the page cache.
+    """Return, for each rank, the fraction of a block that it must need to read past the page cache.
 
-    ALWAYS if no other rank of its machine reads the same tensors. NEVER if these ranks together
-    want much more than the bytes of the tensors: they read the same boxes. Otherwise MOSTLY: the
-    rest of a block is wanted by another rank.
+    The result is ALWAYS if no other rank of the machine reads the same tensors. It is NEVER if
+    these ranks together need much more than the bytes of the tensors, as they then read the same
+    boxes. Otherwise it is MOSTLY, as another rank needs the rest of a block.
     """
     wanted: dict[tuple[str, int], list[int]] = defaultdict(list)
     for rank in summaries:

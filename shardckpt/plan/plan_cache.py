@@ -35,12 +35,14 @@ class KnownPlan:
         self._files: Ints | None = None
 
     def encoded_tensors(self, files: Ints) -> bytes:
-        """The member `tensors` of the manifest. `files` [s, 2] are the number of chunks and the
-        bytes of the header of each file."""
+        """Return the encoded member `tensors` of the manifest.
+
+        `files` [s, 2] are the number of chunks and the bytes of the header of each file.
+        """
         if self._files is None or not np.array_equal(self._files, files):
             plan = self.plan
             bounds = np.cumsum(np.append(0, files[:, 0]))
-            assert np.isin(plan.bounds, bounds).all(), "every chunk in a file of its rank"
+            assert np.isin(plan.bounds, bounds).all(), "every chunk must be in a file of its rank"
             entries = tensor_entries(
                 plan.specs, plan.chunks, bounds=bounds, header_bytes=files[:, 1]
             )
@@ -55,7 +57,7 @@ class KnownPlan:
 
 
 class PlanCache:
-    """The latest plans: on every rank what it writes, on rank 0 also the global plans."""
+    """The latest plans: on every rank its part of them, on rank 0 also the global plans."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # background saves use the cache too
@@ -63,7 +65,7 @@ class PlanCache:
         self._writes: OrderedDict[tuple[str, ...], tuple[str, RankWrites]] = OrderedDict()
 
     def plan(self, identity: str) -> KnownPlan | None:
-        """The plan with an id."""
+        """Return the plan with an id, or None."""
         with self._lock:
             known = self._plans.get(identity)
             if known is not None:
@@ -81,16 +83,17 @@ class PlanCache:
                 self._plans.popitem(last=False)
 
     def writes(self, local: tuple[str, ...]) -> tuple[str, RankWrites] | None:
-        """The id of the latest global plan that includes a local plan, and what this rank writes in
-        it."""
+        """Return the id of the latest global plan that includes a local plan, and this rank's part
+        of it.
+        """
         with self._lock:
-            found = self._writes.get(local)
-            if found is not None:
+            known = self._writes.get(local)
+            if known is not None:
                 self._writes.move_to_end(local)
-            return found
+            return known
 
     def add_writes(self, local: tuple[str, ...], identity: str, writes: RankWrites) -> None:
-        """Add what this rank writes in a plan."""
+        """Add this rank's part of a plan."""
         with self._lock:
             self._writes[local] = identity, writes
             while len(self._writes) > _LIMIT_PLANS:

@@ -1,4 +1,4 @@
-"""Plan reads: which bytes of which shards fill which part of a tensor.
+"""Plan reads: the bytes of shards that fill boxes of tensors.
 
 A read is a run of bytes of a shard, with its target: an address, if the bytes need no change, or a
 view of a tensor to copy into (strided, of another dtype, or on a device).
@@ -66,15 +66,15 @@ def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
     for pair in wanted:
         if 0 not in pair[1].sizes:
             by_dims.setdefault(len(pair[0].shape), []).append(pair)
-    found = [_reads_of(dims, pairs) for dims, pairs in by_dims.items()]
+    plans = [_reads_of(dims, pairs) for dims, pairs in by_dims.items()]
     return Reads(
-        direct=np.concatenate([np.empty((0, 4), np.int64), *(part.direct for part in found)]),
-        copies=[copy for part in found for copy in part.copies],
+        direct=np.concatenate([np.empty((0, 4), np.int64), *(plan.direct for plan in plans)]),
+        copies=[copy for plan in plans for copy in plan.copies],
     )
 
 
 def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
-    """As plan_reads, for tensors of `dims` dimensions."""
+    """Plan the reads for tensors of `dims` dimensions. See plan_reads."""
     chunks = np.concatenate([entry.chunks for entry, _ in pairs])
     owner = np.repeat(np.arange(len(pairs)), [len(entry.chunks) for entry, _ in pairs])
     held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
@@ -99,9 +99,9 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     for row in np.flatnonzero(~as_is).tolist():
         entry, target = pairs[owner[row]]
         sizes = size[row].tolist()
-        place = target.data.detach()[box_slices(target.offsets, low[row].tolist(), sizes)]
+        into_view = target.data.detach()[box_slices(target.offsets, low[row].tolist(), sizes)]
         shard, at = int(chunks[row, 0]), int(begin[row])
-        copies += _cut_reads(shard, at, entry.dtype, sizes, place, held[row].tolist())
+        copies += _cut_reads(shard, at, entry.dtype, sizes, into_view, held[row].tolist())
     direct = np.column_stack([chunks[:, 0], begin, end, into])[as_is]
     return Reads(direct=direct, copies=copies)
 
@@ -113,21 +113,20 @@ def _rows(numbers: list[tuple[int, ...]], dims: int) -> Ints:
 
 
 def _strides(sizes: Ints) -> Ints:
-    """The row-major strides of boxes of these sizes, both [n, d]."""
+    """Return the row-major strides of boxes of these sizes, both [n, d]."""
     strides = np.ones_like(sizes)
     for dim in range(sizes.shape[1] - 2, -1, -1):
         strides[:, dim] = strides[:, dim + 1] * sizes[:, dim + 1]
     return strides
 
 
-def _are_runs(part: Ints, whole: Ints) -> NDArray[np.bool_]:
-    """Whether boxes of sizes `part` are contiguous in row-major arrays of sizes `whole`."""
+def _are_runs(part: Ints, full: Ints) -> NDArray[np.bool_]:
+    """Whether boxes of sizes `part` are contiguous in row-major arrays of sizes `full`."""
     run = np.ones(len(part), dtype=np.bool_)
-    inside = np.zeros(
-        len(part), dtype=np.bool_
-    )  # whether a dimension of more than one element has occurred
+    # Whether a dimension of more than one element has occurred.
+    inside = np.zeros(len(part), dtype=np.bool_)
     for dim in range(part.shape[1]):
-        run &= ~inside | (part[:, dim] == whole[:, dim])
+        run &= ~inside | (part[:, dim] == full[:, dim])
         inside |= part[:, dim] > 1
     return run
 
@@ -138,16 +137,17 @@ def _cut_reads(
     dtype: str,
     sizes: list[int],
     into: torch.Tensor,
-    whole: list[int],
+    full: list[int],
 ) -> Iterator[CopyRead]:
-    """CopyReads for a box of a row-major array of sizes `whole`. None crosses a border of a window.
+    """Yield CopyReads for a box of a row-major array of sizes `full`. None crosses a window's
+    border.
 
     A box that crosses a border is divided along its first dimension: the rows before the border,
     the row across it (divided in turn), and the rows after it.
     """
     width, memory = itemsize(dtype), memory_dtype(dtype)
-    products = itertools.accumulate(reversed(whole[1:]), operator.mul, initial=1)
-    strides = tuple(products)[::-1] if whole else ()
+    products = itertools.accumulate(reversed(full[1:]), operator.mul, initial=1)
+    strides = tuple(products)[::-1] if full else ()
 
     def cut(
         begin: int, sizes: tuple[int, ...], strides: tuple[int, ...], into: torch.Tensor
@@ -177,5 +177,5 @@ def _cut_reads(
 
 
 def _span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """The number of elements from the first to the last of a strided box, both included."""
+    """Return the number of elements from the first to the last one of a strided box."""
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))

@@ -51,8 +51,12 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 def group_equal(keys: Ints) -> tuple[Ints, Ints]:
-    """The first row of each set of equal rows of `keys` [n, k], and the number of the set of each
-    row. Sets are numbered by first occurrence."""
+    """Group equal rows of `keys` [n, k].
+
+    Returns:
+        The first row of each group, and the number of the group of each row. Groups are numbered by
+        first occurrence.
+    """
     if len(keys) == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     mixed = np.zeros(len(keys), dtype=np.uint64)
@@ -112,14 +116,17 @@ def _fill(loads: NDArray[np.float64], amount: float) -> NDArray[np.float64]:
 
 
 def _row_dim(boxes: Ints) -> Ints:
-    """For each box, the first dimension of a size above 1, along which it can be divided into
-    contiguous runs of bytes."""
+    """Return, for each box, the first dimension of a size above 1, along which it can be
+    divided.
+    """
     dims: Ints = (boxes[:, 1] > 1).argmax(axis=1)
     return dims
 
 
 def _row_bytes(rows: Rows, starts: Ints) -> Ints:
-    """The bytes of one index along that dimension, for the chunks at `starts`; at least 1."""
+    """Return the bytes of one index along that dimension, for the chunks at `starts`; at least
+    1.
+    """
     boxes, size_bytes = rows.boxes[starts], rows.size_bytes[starts]
     if boxes.shape[2] == 0:
         return np.maximum(size_bytes, 1)
@@ -129,8 +136,11 @@ def _row_bytes(rows: Rows, starts: Ints) -> Ints:
 
 
 def _bounds(sizes: Ints, row_bytes: Ints, quota: NDArray[np.float64]) -> Ints:
-    """The begin of the part of each rank, and the end of the sequence. Each is the nearest position
-    to its quota at a row of a large chunk or at the border of a small one."""
+    """Return the begin of the part of each rank, and the end of the sequence.
+
+    Each is the position nearest to its quota at a row of a large chunk or at the border of a small
+    one.
+    """
     edges = np.concatenate([[0], np.cumsum(sizes)])
     at = np.cumsum(quota)[:-1]
     chunk = np.minimum(np.searchsorted(edges, at, side="right") - 1, len(sizes) - 1)
@@ -143,8 +153,10 @@ def _bounds(sizes: Ints, row_bytes: Ints, quota: NDArray[np.float64]) -> Ints:
 
 
 def _parts(sizes: Ints, bounds: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """The parts into which `bounds` divide a sequence of chunks: (chunk, position of the replica
-    that writes it, begin and end within the chunk)."""
+    """Return the parts into which `bounds` divide a sequence of chunks.
+
+    They are (chunk, position of the replica that writes it, begin and end within the chunk).
+    """
     edges = np.concatenate([[0], np.cumsum(sizes)])
     first = np.searchsorted(bounds, edges[:-1], side="right") - 1
     last = np.searchsorted(bounds, edges[1:], side="left") - 1

@@ -40,15 +40,15 @@ SMALL_BYTES = 16 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWrites:
-    """What one rank writes, in the order of its files.
+    """The chunks that one rank writes, in the order of its files.
 
     Attributes:
         row: The row of each chunk [m] in the rank's local plan.
         boxes: The boxes of the global tensors to write [m, 2, D].
         files: The file group of each file, and the number of chunks in it.
         compare: Rows of the local plan that other ranks hold as well.
-        layouts: File group -> header of the file and its size in bytes. They follow from the plan
-            alone, and are kept for the next save.
+        layouts: The header and the size in bytes of each file, by file group. They follow from the
+            plan alone, and are kept for the next save.
     """
 
     row: Ints
@@ -59,21 +59,25 @@ class RankWrites:
 
     @classmethod
     def of(cls, local: LocalPlan, share: bytes) -> RankWrites:
-        """What a rank writes: the chunks that it alone holds, and its share of the replicated
-        ones, which came from rank 0 (GlobalPlan.shares)."""
+        """Combine the chunks that only this rank holds, and its share of the replicated chunks.
+
+        `share` is the message of rank 0 (GlobalPlan.shares).
+        """
         replicated, compare, file_groups = msgspec.msgpack.decode(
             share, type=tuple[bytes, bytes, bytes]
         )
-        won = ChunkTable.unpack(replicated)
+        assigned = ChunkTable.unpack(replicated)
         held = local.chunks
         solo = np.flatnonzero(~local.shared)
-        dims = max(held.boxes.shape[2], won.boxes.shape[2])
-        row = np.concatenate([solo, won.tensor])
-        boxes = np.concatenate([widen_boxes(b, dims=dims) for b in (held.boxes[solo], won.boxes)])
+        dims = max(held.boxes.shape[2], assigned.boxes.shape[2])
+        row = np.concatenate([solo, assigned.tensor])
+        boxes = np.concatenate(
+            [widen_boxes(b, dims=dims) for b in (held.boxes[solo], assigned.boxes)]
+        )
         specs = (*local.common, *local.own)
         chunks = ChunkTable(tensor=held.tensor[row], boxes=boxes)
         file_group = local.file_group
-        if file_groups:  # as rank 0 sees the tensors in common
+        if file_groups:  # those that rank 0 has chosen for the tensors in common
             file_group = np.append(
                 unpack_columns(file_groups)[:, 0], file_group[len(local.common) :]
             )
@@ -90,11 +94,12 @@ class RankWrites:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalPlan:
-    """The plan of a save: all tensors, and what each rank writes.
+    """The plan of a save: all tensors, and the chunks that each rank writes.
 
     Rank r writes the chunks in rows `bounds[r]` to `bounds[r + 1]` of `chunks`, in this order.
-    `shares[r]` is the input of RankWrites.of. Rank r compares `compared[r]` replicas; `group` has
-    the sets of these replicas, of all ranks in turn, and `replicated` [g] the tensor of each set.
+    `shares[r]` is the input of RankWrites.of. Rank r compares `compared[r]` replicas. `group` has
+    the sets of these replicas, of all ranks in turn, and `replicated` [g] has the tensor of each
+    set.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -106,17 +111,18 @@ class GlobalPlan:
     replicated: Ints
 
     def of_rank(self, rank: int) -> ChunkTable:
-        """The chunks in the shard of a rank."""
+        """Return the chunks in the shard of a rank."""
         rows = slice(self.bounds[rank], self.bounds[rank + 1])
         return ChunkTable(tensor=self.chunks.tensor[rows], boxes=self.chunks.boxes[rows])
 
 
 def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | None = None) -> Ints:
-    """The order of chunks on disk.
+    """Return the order of chunks on disk.
 
-    File by file, if `file` [n] numbers them. By falling item size, so that chunks are aligned
-    without padding. Small chunks come last, side by side, since they are read in one block and some
-    are written by other ranks. Finally in the order of the state.
+    Chunks are sorted by file, if `file` [n] has their files, then by falling item size, so that
+    chunks are aligned without padding. Small chunks come last, as they are read in one block and
+    some are written by other ranks. Chunks that are equal in this respect keep the order of the
+    state.
     """
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
     widths = np.unique(items)[::-1]
@@ -163,15 +169,15 @@ class _Numbers:
             [np.zeros(len(every), np.int64)]
             + [plan.file_group[len(at) :] for plan, at in zip(plans, of_common, strict=True)]
         )
-        said = range(len(plans)) if common is not None else (0,)
-        for rank in reversed(said):
+        ranks = range(len(plans)) if common is not None else (0,)
+        for rank in reversed(ranks):
             file_group[of_common[rank]] = plans[rank].file_group[: len(of_common[rank])]
         own_offset = len(every) + np.cumsum(counts) - counts
         every += [spec for plan in plans for spec in plan.own]
         return cls(tuple(every), file_group, of_common, own_offset)
 
     def of_chunks(self, plans: Sequence[LocalPlan]) -> Ints:
-        """The tensor of each chunk, of all ranks in turn."""
+        """Return the tensor of each chunk, of all ranks in turn."""
         columns = []
         for rank, plan in enumerate(plans):
             tensor, at = plan.chunks.tensor, self.of_common[rank]
@@ -203,13 +209,13 @@ def global_plan(
     table = ChunkTable(tensor=unique_keys.tensor, boxes=unique_keys.boxes)
     check_coverage(specs, table, unique_keys.rank)
     ranks = np.arange(len(plans) + 1)
-    won = _divide(solo, replicated, group, file_group >= FROZEN, world_size=len(plans))
-    won = won.take(stable_order(won.rank, below=len(plans)))
+    assigned = _divide(solo, replicated, group, file_group >= FROZEN, world_size=len(plans))
+    assigned = assigned.take(stable_order(assigned.rank, below=len(plans)))
     several = np.bincount(group, minlength=len(first))[group] > 1
     compare = replicated.row[several]
-    won_bounds = np.searchsorted(won.rank, ranks)
+    assigned_bounds = np.searchsorted(assigned.rank, ranks)
     compared = np.searchsorted(replicated.rank[several], ranks)
-    written = joined([solo, won])
+    written = joined([solo, assigned])
     chunks = ChunkTable(tensor=written.tensor, boxes=written.boxes)
     file = files_of(file_group[written.tensor], written.size_bytes, written.rank)
     order = layout_order(specs, chunks, written.rank * GROUP_COUNT + file)
@@ -217,7 +223,7 @@ def global_plan(
         specs=specs,
         chunks=ChunkTable(tensor=chunks.tensor[order], boxes=chunks.boxes[order]),
         bounds=np.searchsorted(written.rank[order], ranks),
-        shares=_shares(plans, numbers, won, compare, won_bounds, compared),
+        shares=_shares(plans, numbers, assigned, compare, assigned_bounds, compared),
         compared=np.diff(compared),
         group=group[several],
         replicated=replicated.tensor[first],
@@ -229,28 +235,31 @@ def _divide(
 ) -> Rows:
     """Assign the replicated chunks to ranks. Frozen tensors are balanced separately."""
     divided = []
-    for these in (frozen, ~frozen):
-        mine, held = these[replicated.tensor], these[solo.tensor]
+    for selected in (frozen, ~frozen):
+        shared, held = selected[replicated.tensor], selected[solo.tensor]
         loads: NDArray[np.float64] = np.bincount(
             solo.rank[held], weights=solo.size_bytes[held], minlength=world_size
         ).astype(np.float64)
-        divided.append(divide(replicated.take(mine), group[mine], loads))
+        divided.append(divide(replicated.take(shared), group[shared], loads))
     return joined(divided)
 
 
 def _shares(
     plans: Sequence[LocalPlan],
     numbers: _Numbers,
-    won: Rows,
+    assigned: Rows,
     compare: Ints,
-    won_bounds: Ints,
+    assigned_bounds: Ints,
     compared: Ints,
 ) -> tuple[bytes, ...]:
-    """The message to each rank: the replicated chunks that it writes, those that it compares, and
-    the file groups of the tensors in common, unless they are those of its own plan."""
+    """Return the message to each rank.
+
+    It has the replicated chunks that the rank writes, and those that it compares. It has the file
+    groups of the tensors in common, if they differ from those of the rank's own plan.
+    """
 
     def share(part: slice, rows: Ints, file_groups: Ints | None) -> bytes:
-        table = ChunkTable(tensor=won.row[part], boxes=won.boxes[part])
+        table = ChunkTable(tensor=assigned.row[part], boxes=assigned.boxes[part])
         columns = pack_columns(rows.reshape(-1, 1))
         packed = b"" if file_groups is None else pack_columns(file_groups.reshape(-1, 1))
         return msgspec.msgpack.encode((table.pack(), columns, packed))
@@ -258,7 +267,7 @@ def _shares(
     nothing = share(slice(0, 0), compare[:0], None)
     shares = []
     for rank, plan in enumerate(plans):
-        part = slice(won_bounds[rank], won_bounds[rank + 1])
+        part = slice(assigned_bounds[rank], assigned_bounds[rank + 1])
         rows = compare[compared[rank] : compared[rank + 1]]
         at = numbers.of_common[rank]
         file_groups = numbers.file_group[at]
@@ -269,7 +278,7 @@ def _shares(
 
 
 def _gather_rows(plans: Sequence[LocalPlan], numbers: _Numbers) -> tuple[Rows, NDArray[np.bool_]]:
-    """The chunks of all ranks, with a mask of those that may have replicas."""
+    """Return the chunks of all ranks, with a mask of those that may have replicas."""
     dims = max((plan.chunks.boxes.shape[2] for plan in plans), default=0)
     counts = [len(plan.chunks) for plan in plans]
     rank = np.repeat(np.arange(len(plans)), counts)
@@ -286,33 +295,35 @@ def _gather_rows(plans: Sequence[LocalPlan], numbers: _Numbers) -> tuple[Rows, N
 
 
 def check_coverage(specs: Sequence[TensorSpec], chunks: ChunkTable, rank: Ints) -> None:
-    """Raise CoverageError unless the chunks tile each tensor. `rank` [n] has the rank of each
-    chunk."""
+    """Raise CoverageError if the chunks do not tile each tensor.
+
+    `rank` [n] has the rank of each chunk.
+    """
     dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
     shapes = pad_shapes([spec.shape for spec in specs], dims=dims)
     order = stable_order(chunks.tensor, below=len(specs))
     boxes = widen_boxes(chunks.boxes[order], dims=dims)
     bounds = np.searchsorted(chunks.tensor[order], np.arange(len(specs) + 1))
-    found = first_gap(shapes, bounds, boxes[:, 0], boxes[:, 1])
-    if found is None:
+    gap = first_gap(shapes, bounds, boxes[:, 0], boxes[:, 1])
+    if gap is None:
         return
-    index, (kind, offsets, sizes) = found
+    index, (problem, offsets, sizes) = gap
     rows = slice(bounds[index], bounds[index + 1])
     (low, high), (begin, end) = (
         (at, at + size)
         for at, size in ((boxes[rows, 0], boxes[rows, 1]), (np.array(offsets), np.array(sizes)))
     )
-    if kind == "overlap":
+    if problem == "overlap":
         holding = ((low < end) & (high > begin)).all(axis=1)
     else:  # no rank holds a hole
         holding = ((low == begin) & (high == end)).all(axis=1)
     spec = specs[index]
     offsets, sizes = offsets[: len(spec.shape)], sizes[: len(spec.shape)]
     raise CoverageError(
-        f"The chunks of the ranks do not tile the tensor: {kind}",
+        f"The chunks of the ranks do not tile the tensor: {problem}",
         tensor=spec.name,
         rank=tuple(np.unique(rank[order][rows][holding]).tolist()) or None,
         expected=f"every element of shape {list(spec.shape)} exactly once",
-        actual=f"{kind} at offsets {list(offsets)}, sizes {list(sizes)}",
+        actual=f"{problem} at offsets {list(offsets)}, sizes {list(sizes)}",
         remedy="save the state on all ranks of the mesh, each with its own part",
     )

@@ -21,7 +21,7 @@ def shard_name(*, rank: int, world_size: int, file_group: int = MAIN) -> str:
 
 
 def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:
-    """The size of each chunk in bytes [n]."""
+    """Return the size of each chunk in bytes [n]."""
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
     size_bytes: Ints = items[chunks.tensor]
     for sizes in chunks.boxes[:, 1].T:  # many times as fast as prod(axis=1)
@@ -32,11 +32,10 @@ def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:
 def tensor_entries(
     specs: Sequence[TensorSpec], chunks: ChunkTable, *, bounds: Ints, header_bytes: Ints
 ) -> dict[str, TensorEntry]:
-    """The entries of tensors in the manifest, with the position of each chunk. Chunks are sorted by
-    offsets.
+    """Return the entries of tensors in the manifest, with the position of each chunk.
 
     Rows bounds[s] to bounds[s + 1] of `chunks` are those of shard s, in the order of the file,
-    after a header of header_bytes[s] bytes.
+    after a header of header_bytes[s] bytes. The chunks of a tensor are sorted by offsets.
     """
     dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
     tensor, boxes = chunks.tensor, widen_boxes(chunks.boxes, dims=dims)
@@ -65,7 +64,7 @@ def tensor_entries(
 
 
 def _by_offsets(tensor: Ints, boxes: Ints, count: int) -> Ints:
-    """The order of chunks by tensor and offsets. Usually they are in that order."""
+    """Return the order of chunks by tensor and offsets. They are usually sorted already."""
     order = stable_order(tensor, below=count)
     sorted_so_far = np.diff(tensor[order]) > 0
     for offsets in boxes[:, 0].T:

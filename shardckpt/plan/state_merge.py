@@ -1,12 +1,12 @@
 """Merge the states of ranks that hold different entries, such as pipeline stages.
 
-Tensors: that only some ranks hold a tensor is accepted if every rank holds tensors that another
-rank lacks, as pipeline stages do. If a rank lacks tensors and has none of its own, a key is most
-likely missing there: that is an error.
+Tensors: only some ranks may hold a tensor if every rank holds tensors that another rank lacks, as
+pipeline stages do. A rank that lacks tensors and has none of its own most likely misses a key,
+which is an error.
 
-Values: a key that only some ranks have is accepted if it comes with such a tensor, below it or
-beside it in the same dict; in the state of an optimizer; and in a dict that is marked with Union.
-An entry that several ranks have must be equal on all of them.
+Values: only some ranks may have a key if it comes with such a tensor, below it or in the same dict.
+The same holds in the state of an optimizer, and in a dict that is marked with Union. An entry of
+several ranks must be equal on all of them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def merge(offers: Sequence[Offer], *, partial: frozenset[str] | None = None) -> 
 
 
 def _check_tensors(names: dict[int, dict[str, TensorSpec]], unions: set[str]) -> frozenset[str]:
-    """The tensors that only some ranks hold. Raises an error if that is not accepted, or if the
-    ranks describe them differently."""
+    """Return the tensors that only some ranks hold.
+
+    Raises RankMismatchError if that is not accepted, or if the ranks describe a tensor differently.
+    """
     every: dict[str, tuple[int, TensorSpec]] = {}
     for rank, specs in names.items():
         for name, spec in specs.items():
@@ -73,9 +75,10 @@ def _check_tensors(names: dict[int, dict[str, TensorSpec]], unions: set[str]) ->
             rank: {name for name in partial & specs.keys() if not _any_over(unions, name)}
             for rank, specs in names.items()
         }
-        for (a, mine), (b, theirs) in itertools.combinations(stage.items(), 2):
-            if mine < theirs or theirs < mine:
-                raise _different_keys(sorted(mine ^ theirs), a if theirs < mine else b, a, b)
+        for (a, names_a), (b, names_b) in itertools.combinations(stage.items(), 2):
+            if names_a < names_b or names_b < names_a:
+                having = a if names_b < names_a else b
+                raise _different_keys(sorted(names_a ^ names_b), having, a, b)
     return partial
 
 
@@ -109,13 +112,13 @@ def _different_keys(names: Sequence[str], having: int, a: int, b: int) -> Shardc
     )
 
 
-def _different_values(name: str, first: int, mine: Any, rank: int, theirs: Any) -> ShardckptError:
+def _different_values(name: str, first: int, value: Any, rank: int, other: Any) -> ShardckptError:
     return ReplicaMismatchError(
         "The ranks pass different values",
         rank=rank,
         tensor=name,
-        expected=f"{repr(mine)[:200]}, as on rank {first}",
-        actual=repr(theirs)[:200],
+        expected=f"{repr(value)[:200]}, as on rank {first}",
+        actual=repr(other)[:200],
         remedy="pass the same value on every rank, or mark it with PerRank(...) or FromRank0(...)",
     )
 
@@ -130,7 +133,7 @@ class _Merger:
         self.partial = partial
 
     def merge(self, nodes: Nodes, name: str, free: bool) -> Any:
-        """Merge the nodes of several ranks. `free`: keys of dicts may differ."""
+        """Merge the nodes of several ranks. If `free` is set, keys of dicts may differ."""
         first_rank, first = nodes[0]
         if len(nodes) == 1:
             return first
@@ -161,9 +164,9 @@ class _Merger:
         for index in range(length):
             having = [(rank, node[index]) for rank, node in nodes if index < len(node)]
             if len(having) < len(nodes) and not self.comes_with_tensors(having):
-                (first, mine), *others = nodes
-                rank, theirs = next((r, node) for r, node in others if len(node) != len(mine))
-                raise _different_values(name, first, mine, rank, theirs)
+                (first, value), *others = nodes
+                rank, other = next((r, node) for r, node in others if len(node) != len(value))
+                raise _different_values(name, first, value, rank, other)
             items.append(self.merge(having, below(name, index), free))
         return items
 
@@ -173,17 +176,17 @@ class _Merger:
             return self.optimizer(nodes, name)
         plain = all(tag_of(node) is None for _, node in nodes)
         pairs = [(rank, _pairs(node)) for rank, node in nodes]
-        keys = {text: key for _, own in pairs for text, (key, _) in own.items()}
-        stage = any(self.is_partial(item) for _, own in pairs for _, item in own.values())
+        keys = {text: key for _, items in pairs for text, (key, _) in items.items()}
+        stage = any(self.is_partial(item) for _, items in pairs for _, item in items.values())
         merged = []
         for text, key in keys.items():
-            having = [(rank, own[text][1]) for rank, own in pairs if text in own]
+            having = [(rank, items[text][1]) for rank, items in pairs if text in items]
             inner = below(name, key)
             if len(having) < len(nodes):
                 may = free or stage or self.comes_with_tensors(having)
                 if not may or any(tag == "$per_rank" for _, i in having for tag, _ in _refs(i)):
                     rank = having[0][0]
-                    lacking = next(r for r, own in pairs if text not in own)
+                    lacking = next(r for r, items in pairs if text not in items)
                     raise _different_keys([inner], rank, rank, lacking)
             merged.append([key, self.merge(having, inner, free)])
         return dict(merged) if plain else {"$dict": merged}
@@ -206,26 +209,27 @@ class _Merger:
         options. Parameters of one rank join a group with their options, or form a new one."""
         merged: list[dict[str, Any]] = []
         options: list[tuple[int, dict[str, Any]]] = []
-        place: dict[str, int] = {}
+        group_of: dict[str, int] = {}
         for rank, groups in nodes:
             for number, group in enumerate(groups):
-                own = {key: value for key, value in group.items() if key not in _LISTS}
-                known = {place[fqn] for fqn in group["params"] if fqn in place}
+                group_options = {key: v for key, v in group.items() if key not in _LISTS}
+                known = {group_of[fqn] for fqn in group["params"] if fqn in group_of}
                 for index in known:
-                    self.merge([options[index], (rank, own)], below(name, number), False)
-                alike = [at for at, (_, theirs) in enumerate(options) if _same(theirs, own)]
+                    pair = [options[index], (rank, group_options)]
+                    self.merge(pair, below(name, number), False)
+                equal = [at for at, (_, o) in enumerate(options) if _same(o, group_options)]
                 if known:
                     index = min(known)
-                elif alike:
-                    index = number if number in alike else alike[0]
+                elif equal:
+                    index = number if number in equal else equal[0]
                 else:
                     index = len(merged)
                     merged.append({**group, **{key: [] for key in _LISTS if key in group}})
-                    options.append((rank, own))
-                new = [at for at, fqn in enumerate(group["params"]) if fqn not in place]
+                    options.append((rank, group_options))
+                new = [at for at, fqn in enumerate(group["params"]) if fqn not in group_of]
                 for key in _LISTS & group.keys() & merged[index].keys():
                     merged[index][key] += [group[key][at] for at in new]
-                place.update((group["params"][at], index) for at in new)
+                group_of.update((group["params"][at], index) for at in new)
         return merged
 
     def comes_with_tensors(self, having: Nodes) -> bool:
@@ -247,8 +251,8 @@ _LISTS = {"params", "param_names"}
 """The options of a parameter group that have an item for each parameter."""
 
 
-def _same(mine: Any, theirs: Any) -> bool:
-    return msgspec.json.encode(mine) == msgspec.json.encode(theirs)
+def _same(one: Any, other: Any) -> bool:
+    return msgspec.json.encode(one) == msgspec.json.encode(other)
 
 
 def _is_optimizer(node: dict[str, Any]) -> bool:
@@ -262,13 +266,13 @@ def _is_optimizer(node: dict[str, Any]) -> bool:
 
 
 def _pairs(node: dict[str, Any]) -> dict[bytes, tuple[Any, Any]]:
-    """The items of a dict in typed JSON, by the text of their keys."""
+    """Return the items of a dict in typed JSON, by the text of their keys."""
     items = node["$dict"] if tag_of(node) == "$dict" else node.items()
     return {msgspec.json.encode(key): (key, item) for key, item in items}
 
 
 def _refs(node: Any) -> Iterator[tuple[str, str]]:
-    """(tag, target) of the references in a node."""
+    """Yield (tag, target) of the references in a node."""
     stack = [node]
     while stack:
         node = stack.pop()

@@ -1,1 +1,1 @@
-"""From a state to a committed checkpoint."""
+"""The stages of a save."""

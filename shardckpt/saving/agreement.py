@@ -1,8 +1,8 @@
-"""The agreement of all ranks on one save: which rank writes which boxes, and where.
+"""The agreement of all ranks on one save: the boxes that each rank writes, and their files.
 
-Every rank sends the digests of its local plan. Rank 0 answers with a Verdict and begins the
-checkpoint. If nothing has changed since an earlier save, each rank writes what it wrote then;
-otherwise the ranks send their plans, and rank 0 divides the work.
+Every rank sends the digests of its local plan. Rank 0 answers with a verdict and begins the
+checkpoint. If nothing has changed since an earlier save, each rank writes the same boxes as in that
+save. Otherwise the ranks send their plans, and rank 0 divides the chunks among them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def new_id() -> str:
 
 
 class Target(NamedTuple):
-    """Where a checkpoint goes."""
+    """The target of a save: its path, its storage, and whether it replaces a checkpoint."""
 
     path: str
     storage: Storage
@@ -53,9 +53,9 @@ class Agreement:
     Attributes:
         local: This rank's plan.
         writes: This rank's part of the global plan.
-        transaction: The checkpoint being written.
+        transaction: The checkpoint that is being written.
         checkpoint_id: Its id.
-        merged: The ranks hold different entries or values.
+        merged: Whether the ranks hold different entries or values.
         plan: The global plan, on rank 0.
         tree: The typed JSON of the state, on rank 0.
     """
@@ -85,14 +85,14 @@ class Agreement:
 class _Verdict(enum.Enum):
     """Rank 0's answer to the digests of the local plans."""
 
-    KNOWN = "same"  # every rank knows from an earlier save what it writes
+    KNOWN = "same"  # every rank has its part of the global plan from an earlier save
     DIVIDE = "send"  # the ranks send their plans, and rank 0 divides the work
     MERGE = "merge"  # the ranks send their entries and values, and rank 0 merges them
-    MERGE_VALUES = "merge values"  # the same with values alone: rank 0 knows the entries
+    MERGE_VALUES = "merge values"  # the ranks send only their values: rank 0 has the entries
 
 
 class _Digests(msgspec.Struct, array_like=True, frozen=True):
-    """A local plan in short; `known` is the id of the global plan that this rank remembers."""
+    """The digests of a local plan, and the id of the global plan that this rank remembers."""
 
     structure: str
     values: str
@@ -101,6 +101,8 @@ class _Digests(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Answer(msgspec.Struct, array_like=True, frozen=True):
+    """Rank 0's answer: its verdict, and the ids of the plan, the transaction and the checkpoint."""
+
     verdict: _Verdict
     plan_id: str
     token: str
@@ -124,18 +126,21 @@ _decode_offer = msgspec.msgpack.Decoder(Offer).decode
 def agree(
     coordinator: Coordinator, local: Attempt[LocalPlan], target: Target, work: Stopwatch
 ) -> Agreement:
-    """Agree on which rank writes what, and begin the checkpoint; collective.
+    """Agree on the part of each rank, and begin the checkpoint. Collective.
 
     Args:
         coordinator: The ranks.
-        local: This rank's plan, or the error that it met.
-        target: Where the checkpoint goes.
-        work: Counts this rank's own work.
+        local: This rank's plan, or the error of its making.
+        target: The target of the save.
+        work: Counts the seconds of this rank's own work.
+
+    Returns:
+        The agreement, with this rank's part of the global plan.
 
     Raises:
-        RankMismatchError: The states of the ranks don't go together.
-        ShardckptError: The error in `local`, on the rank that met it; the other ranks raise one
-            that names it.
+        RankMismatchError: The states of the ranks contradict each other.
+        ShardckptError: The error in `local`, on its rank. The other ranks raise an error that names
+            that rank.
     """
     with ExitStack() as on_error:
         lead = _Lead(local, target, work, on_error)
@@ -158,10 +163,10 @@ def _agree(
     plan, (_, key, writes) = local.get(), summary.get()
     merged = answer.verdict in (_Verdict.MERGE, _Verdict.MERGE_VALUES)
     if merged:
-        offer = _encode(plan.offer(whole=answer.verdict is _Verdict.MERGE))
+        offer = _encode(plan.offer(tensors=answer.verdict is _Verdict.MERGE))
         answer = _decode_answer(exchange(coordinator, "compare", lambda: offer, lead.merge))
 
-    # Every rank looks at what rank 0 has begun before anyone writes: a directory may not be shared.
+    # Every rank joins the transaction before any rank writes, as a directory may not be shared.
     def join() -> WriteTransaction:
         if lead.transaction is not None:
             return lead.transaction
@@ -169,12 +174,12 @@ def _agree(
 
     transaction = attempt(join)
     if answer.verdict is _Verdict.DIVIDE:
-        packed = transaction.then(lambda _: plan.pack(whole=coordinator.rank == 0))
+        packed = transaction.then(lambda _: plan.pack(complete=coordinator.rank == 0))
         writes = RankWrites.of(plan, exchange(coordinator, "divide", packed.get, lead.divide))
         _cache.add_writes(key, answer.plan_id, writes)
     else:
         exchange(coordinator, "join", transaction.then(lambda _: b"").get, lambda payloads: b"")
-    assert writes is not None, "rank 0 says KNOWN only if every rank knows"
+    assert writes is not None, "rank 0 answers KNOWN only if every rank has its plan"
     return Agreement(
         local=plan,
         writes=writes,
@@ -201,7 +206,7 @@ def _abandoned_by(on_error: ExitStack, transaction: WriteTransaction) -> WriteTr
 
 
 class _Lead:
-    """The decisions of rank 0. Its methods run on rank 0 alone; elsewhere it stays empty."""
+    """The decisions of rank 0. Its methods run only on rank 0; on other ranks it stays empty."""
 
     def __init__(
         self, local: Attempt[LocalPlan], target: Target, work: Stopwatch, on_error: ExitStack
@@ -248,7 +253,7 @@ class _Lead:
         return list(plan.shares)
 
     def _begin(self) -> bytes:
-        """Begin the checkpoint, with the values that all ranks agree on."""
+        """Begin the checkpoint, with the values that all ranks agree on. Returns the answer."""
         self.tree = filled(self.tree, self.local.get().rank0_trees)
         path, storage, overwrite = self.target
         identity = new_id()

@@ -1,4 +1,4 @@
-"""Saves in the background: one thread stages, another writes, in the order of the calls.
+"""Saves in the background: one thread stages the states and another one writes, in call order.
 
 The state must not change between the call and the end of staging. Steps of optimizers change it, so
 the step of every torch optimizer waits until staging has ended.
@@ -32,19 +32,18 @@ from shardckpt.state.snapshot import Snapshot, take_snapshot
 __all__ = ["SaveHandle", "start", "wait_until_staged"]
 
 _HEAD_START_S = 0.001
-"""Staging waits for async_save to return: a thread that starts takes the interpreter lock for up to
-5 ms."""
+"""Staging waits until async_save has returned, as a new thread can hold the GIL for 5 ms."""
 
 Save = Callable[[Callable[[], LocalPlan]], SaveReport]
 
 
 class SaveHandle:
-    """A save in the background, as `async_save` returns it.
+    """A save in the background, returned by `async_save`.
 
     Args:
         path: The checkpoint.
-        staging: The end of the staging.
-        saving: The end of the save, with its report.
+        staging: A future that is done when the state is staged.
+        saving: A future of the report of the save.
 
     Example:
         >>> import shardckpt, torch
@@ -63,9 +62,9 @@ class SaveHandle:
         self._error_raised = False
 
     def wait_staged(self, timeout: float | None = None) -> None:
-        """Wait until the state is staged: from then on it may change. Not collective.
+        """Wait until the state is staged, and may change. Not collective.
 
-        An error of the staging is not raised here, but by `result`.
+        An error of the staging is raised by `result`.
 
         Args:
             timeout: Seconds to wait; None waits without a limit.
@@ -95,7 +94,7 @@ class SaveHandle:
         return self._saving.result()
 
     def done(self) -> bool:
-        """Ask, without waiting, whether the save has ended.
+        """Return whether the save has ended, without waiting for it.
 
         Returns:
             True if it has succeeded or failed, False while it runs. Not collective.
@@ -110,17 +109,21 @@ class SaveHandle:
 
 
 def start(state: Any, path: str, *, rank: int, world_size: int, save: Save) -> SaveHandle:
-    """Take a snapshot of the state; stage and save it in the background.
+    """Take a snapshot of the state, and stage and save it in the background.
 
-    If an earlier save has failed and its result was never asked for, its error is raised here. The
-    new save still starts: ranks that learn of an error at different times stay in step.
+    If an earlier save has failed and `result` of its handle was not called, its error is raised
+    here. The new save still starts, so that ranks that learn of the error at different times make
+    the same saves.
 
     Args:
         state: The state.
-        path: Where the checkpoint goes.
+        path: The path of the checkpoint.
         rank: This rank.
         world_size: The number of ranks.
         save: Saves a plan. Its argument returns the staged plan, or raises the error of staging.
+
+    Returns:
+        The handle of the save.
     """
     job = _Job(state, rank=rank, world_size=world_size, save=save)
     background = _the_background()
@@ -132,7 +135,7 @@ def start(state: Any, path: str, *, rank: int, world_size: int, save: Save) -> S
 
 
 def wait_until_staged() -> None:
-    """Wait until every save that has begun is staged; then the state may change."""
+    """Wait until all saves that have begun are staged, so that their states may change."""
     if _background is not None:
         for staging in _background.stagings:
             wait([staging])
@@ -169,7 +172,7 @@ class _Job:
                 self._stage(pool)
         except Exception as error:
             self.error = error
-        self.snapshot = Snapshot()  # lets go of the state
+        self.snapshot = Snapshot()  # drops the references to the state
         self.seconds["stage"] = time.perf_counter() - start
 
     def _stage(self, pool: StagingPool) -> None:
@@ -184,12 +187,12 @@ class _Job:
                 "A tensor was changed before it was staged",
                 tensor=changed,
                 expected="no change between async_save and the end of its staging",
-                actual="a change in place, by something else than the step of a torch optimizer",
+                actual="a change in place, not by the step of a torch optimizer",
                 remedy="call handle.wait_staged() before changing it",
             )
 
     def save(self, staging: Future[None], pool: StagingPool) -> SaveReport:
-        """Write and commit it."""
+        """Wait for the staging, then write and commit the checkpoint."""
 
         def staged_plan() -> LocalPlan:
             staging.result()
@@ -209,7 +212,7 @@ class _Job:
 
 
 class _Background:
-    """The threads, the saves that run, and the failed ones whose error was not raised yet."""
+    """The threads, the running saves, and the failed saves whose error was not raised yet."""
 
     def __init__(self) -> None:
         self.stager = ThreadPoolExecutor(1, "shardckpt-stage")
@@ -222,7 +225,7 @@ class _Background:
     def submit(self, path: str, job: _Job) -> SaveHandle:
         """Queue a save."""
         with self.lock:
-            # Each in a copy of the caller's context: with the options of the call.
+            # Each job runs in a copy of the caller's context, which holds the options of the call.
             staging = self.stager.submit(copy_context().run, job.stage, self.pool)
             saving = self.saver.submit(copy_context().run, job.save, staging, self.pool)
             handle = SaveHandle(path, staging, saving)
@@ -238,7 +241,7 @@ class _Background:
         return [error for handle in ended if (error := handle._take_unraised_error())]
 
     def finish(self) -> list[BaseException]:
-        """Wait for all saves; returns the errors that were not raised yet."""
+        """Wait for all saves. Returns the errors that were not raised yet."""
         wait([handle._saving for handle in self.handles])
         return self.unraised_errors()
 
@@ -253,8 +256,8 @@ def _the_background() -> _Background:
         if _background is None:
             _background = _Background()
             register_optimizer_step_pre_hook(_before_step)
-            # Before the executors of this process refuse work, which is before atexit. Private;
-            # tried with Python 3.11.
+            # Executors refuse work before atexit functions run, so register an earlier callback.
+            # The function is private; tried with Python 3.11.
             getattr(threading, "_register_atexit", atexit.register)(_at_exit)
         return _background
 
@@ -262,20 +265,20 @@ def _the_background() -> _Background:
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     """Wait before the step of any optimizer.
 
-    The hook is never removed: that is not safe while another thread steps. It costs nothing while
-    no state is being staged.
+    The hook is never removed, as that is not safe while another thread steps. It costs nothing
+    while no state is being staged.
     """
     wait_until_staged()
 
 
 def _at_exit() -> None:
-    """Wait for the saves that run, however long they take."""
+    """Wait for the running saves without a limit, and log their errors."""
     for error in _background.finish() if _background is not None else ():
         logger.error("a save in the background failed", exc_info=error)
 
 
 def _forget() -> None:
-    """Start anew in a forked child, which has none of the threads."""
+    """Reset the module in a forked child, which does not inherit the threads."""
     global _background, _lock
     _background, _lock = None, threading.Lock()
 
@@ -285,7 +288,7 @@ os.register_at_fork(after_in_child=_forget)
 
 def _give_way() -> None:
     """Lower the priority of this thread and of those that it starts."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
+    if sys.platform == "linux":  # other systems have no priority by thread
         thread = threading.get_native_id()
         nice = os.getpriority(os.PRIO_PROCESS, thread) + current().background_nice
         os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -30,8 +30,8 @@ __all__ = ["Committed", "commit", "commit_manifest", "file_table"]
 class Committed(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """The facts of a commit that every rank reports.
 
-    `shard_bytes` and `linked_bytes` hold one int64 a rank, deflated: thousands of ranks each
-    receive the sizes of all.
+    `shard_bytes` and `linked_bytes` hold one int64 for each rank. They are compressed, as
+    every rank receives all of them.
     """
 
     checkpoint_id: str
@@ -65,22 +65,22 @@ _decode_result = msgspec.msgpack.Decoder(ShardResult).decode
 def commit(
     coordinator: Coordinator, written: Attempt[ShardResult], agreement: Agreement, work: Stopwatch
 ) -> tuple[Committed, dict[int, dict[str, float]]]:
-    """Commit what all ranks have written; collective.
+    """Commit the files of all ranks. Collective.
 
     Args:
         coordinator: The ranks.
-        written: The result of this rank's writing, or the error that it met.
+        written: The result of this rank's writing, or its error.
         agreement: The agreement of the ranks.
-        work: Counts this rank's own work.
+        work: Counts the seconds of this rank's own work.
 
     Returns:
-        The facts of the commit, and the seconds of work by rank and phase: of all ranks on rank 0,
-        of this rank elsewhere.
+        The facts of the commit, and the seconds of work by rank and phase. Rank 0 gets those of all
+        ranks, other ranks only their own.
 
     Raises:
         ReplicaMismatchError: Ranks hold different values of a tensor.
-        ShardckptError: The error in `written`, on the rank that met it; the other ranks raise one
-            that names it.
+        ShardckptError: The error in `written`, on its rank. The other ranks raise an error that
+            names that rank.
     """
     profile: dict[int, dict[str, float]] = {}
 
@@ -97,7 +97,7 @@ def commit(
 
 
 def _commit(agreement: Agreement, results: Sequence[ShardResult]) -> Committed:
-    assert agreement.plan is not None, "rank 0 has it"
+    assert agreement.plan is not None, "the plan is on rank 0"
     digests = [np.frombuffer(result.replicas, dtype="<u8") for result in results]
     compare_replicas(agreement.plan.plan, digests)
     with collector_paused():
@@ -120,16 +120,16 @@ def commit_manifest(
     tree: bytes,
     saved_by: Manifest | None = None,
 ) -> Committed:
-    """Write the manifest and make the checkpoint visible; on rank 0 alone.
+    """Write the manifest and make the checkpoint visible, on rank 0 only.
 
     Args:
-        transaction: The checkpoint being written.
+        transaction: The checkpoint that is being written.
         checkpoint_id: Its id.
         tensors: The member `tensors` of the manifest, encoded.
         results: The files of each rank.
         tree: The typed JSON of the state.
-        saved_by: The manifest of the save whose content these files repeat; world size, PerRank
-            values and notes are taken from it.
+        saved_by: The manifest of the original save, if these files repeat its content. World size,
+            PerRank values and notes are copied from it.
     """
     own_trees = tuple(msgspec.Raw(result.own_trees) for result in results)
     has_own = any(result.own_trees != b"[]" for result in results)
@@ -166,7 +166,7 @@ def commit_manifest(
 
 
 def _without_repeats(problems: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The problems of all ranks with their bases, each once, and at most eight."""
+    """Return the problems of all ranks with their bases, each once, and at most eight."""
     ranks: dict[str, list[int]] = {}
     for rank, problems_of_rank in enumerate(problems):
         for problem in problems_of_rank:

@@ -22,17 +22,19 @@ from shardckpt.format.lazy_manifest import Outline
 from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.loading.shard_reader import bad_blocks, check_size
-from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
+from shardckpt.storage.base import CheckpointFiles, WriteTransaction
+from shardckpt.storage.resolve import Place
 
 __all__ = ["Base", "OpenCheckpoint", "check_verify_base", "open_base"]
 
 _SAMPLE = 16
-"""One block in this many of a linked file is read back. Corruption is found within a few saves, and
-the file is then written instead."""
+"""The interval of the blocks that are read back of each linked file. A corrupted block is found
+within a few saves, and the file is then written instead of linked.
+"""
 
 
 def check_verify_base(base: object, *, verify_base: bool) -> None:
-    """Refuse verify_base where there is no base to verify."""
+    """Raise StateError if `verify_base` is set without a base."""
     if verify_base and base is None:
         raise StateError(
             "verify_base needs a base",
@@ -55,7 +57,7 @@ class OpenCheckpoint(Protocol):
 
 
 class Base:
-    """An open base. `problems` says why unchanged files could not be linked."""
+    """An open base. `problems` lists why unchanged files could not be linked."""
 
     def __init__(
         self, files: CheckpointFiles | None, shards: Iterable[ShardEntry], *, verify: bool
@@ -89,7 +91,7 @@ class Base:
             if digest != next(expected, None):
                 return None
             progress(number * BLOCK_BYTES)
-        if next(expected, None) is not None:  # tensors were resized meanwhile
+        if next(expected, None) is not None:  # tensors were resized in the meantime
             return None
         try:
             self._check(self._files, shard)
@@ -101,7 +103,7 @@ class Base:
         return None
 
     def _check(self, files: CheckpointFiles, shard: ShardEntry) -> None:
-        """Raise for a file that is missing, of another size, or corrupted where it is read."""
+        """Raise an error if a file is missing, has another size, or has a corrupted block."""
         check_size(files, shard)
         blocks = len(shard.digests)
         step = 1 if self._verify else min(_SAMPLE, blocks)
@@ -112,7 +114,7 @@ class Base:
             files.readinto(shard.name, [view], offset=low)
             if bad_blocks(shard, low, view):
                 raise CorruptionError(
-                    "A file of the base is corrupted; it was written anew",
+                    "A file of the base is corrupted and was written again",
                     path=f"{files.path}/{shard.name}",
                     expected="the bytes that were saved",
                     actual=f"other bytes in block {block}",
@@ -121,29 +123,29 @@ class Base:
 
 
 @contextmanager
-def open_base(
-    base: str | OpenCheckpoint | None, storage: Storage, *, verify: bool
-) -> Iterator[Base | None]:
+def open_base(base: Place | OpenCheckpoint | None, *, verify: bool) -> Iterator[Base | None]:
     """Open the base of a save, if there is one, for a with block. Not collective.
 
-    A base that can't be opened has no files, and says why in `problems`. An open checkpoint stays
-    open.
+    A base that can't be opened has no files, and `problems` has the reason. An open checkpoint
+    stays open.
 
     Args:
-        base: A path, an open checkpoint, or None.
-        storage: Where the path is.
-        verify: Read every block of a linked file back, instead of a sample.
+        base: A path in its storage, an open checkpoint, or None.
+        verify: Read back every block of a linked file, instead of a sample.
+
+    Yields:
+        The base, or None.
     """
     if base is None:
         yield None
         return
-    if not isinstance(base, str):
+    if not isinstance(base, Place):
         yield Base(base.files, base.manifest.shards, verify=verify)
         return
     files: CheckpointFiles | None = None
     try:
         try:
-            files = storage.open(base)
+            files = base.storage.open(base.path)
             check_text(data := files.manifest(), path=files.path)
             shards = Outline(data, path=files.path).all_shards()
             opened = Base(files, shards, verify=verify)
@@ -157,7 +159,7 @@ def open_base(
 
 
 def _block_digests(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[int]:
-    """The digest of each block of the file that the header and the tensors would make."""
+    """Yield the digest of each block of the file that holds the header and the tensors."""
     digest = xxhash.xxh3_64()
     room = BLOCK_BYTES
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8)

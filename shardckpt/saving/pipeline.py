@@ -1,10 +1,10 @@
-"""Save: from a state to a committed checkpoint.
+"""The stages of a save, from a state to a committed checkpoint.
 
     flatten -> plan -> agree -> write -> commit
 
-Each stage takes what the stage before it returned. An error on any rank ends the save on all of
-them in the next exchange, and nothing appears at the path. In the background, async_save stages
-the plan (see saving/async_save) before the ranks agree.
+Each stage takes the result of the stage before it. An error on any rank ends the save on all ranks
+in the next exchange, and the path stays as it was. For async_save, the plan is staged before the
+ranks agree (saving/async_save).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["plan_state", "run_save"]
 
 
 def plan_state(state: Any, coordinator: Coordinator) -> LocalPlan:
-    """Flatten a state and plan what this rank holds of it. Not collective."""
+    """Flatten a state, and plan the boxes of this rank. Not collective."""
     return local_plan(flatten(state, rank=coordinator.rank), world_size=coordinator.world_size)
 
 
@@ -42,15 +42,18 @@ def run_save(
     check_replicas: bool,
     staged: bool = False,
 ) -> SaveReport:
-    """Save what this rank's plan holds; collective. See shardckpt.save.
+    """Save the boxes of this rank's plan. Collective. See shardckpt.save.
 
     Args:
-        plan: Returns this rank's plan: plan_state, or one that waits until the plan is staged.
-        target: Where the checkpoint goes.
+        plan: Returns this rank's plan: `plan_state`, or a function that waits for the staged plan.
+        target: The target of the save.
         coordinator: The ranks.
         base: Opens the base of an incremental save.
         check_replicas: Compare replicas of any size.
-        staged: Nothing changes the plan's data while it is written.
+        staged: The plan's data does not change while it is written.
+
+    Returns:
+        The report of the save.
     """
     watch, work = Stopwatch(), Stopwatch()
     with watch.phase("plan"):

@@ -1,4 +1,4 @@
-"""Write the shards of one rank, side by side."""
+"""Write the shards of one rank, in parallel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["RankShards", "ShardFile", "ShardResult", "layout", "write_agreed", "
 
 
 class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
-    """A file that a rank has written; `chunks` is the number of chunks in it."""
+    """A file that a rank has written. `chunks` is the number of chunks in it."""
 
     name: str
     chunks: int
@@ -53,12 +53,12 @@ class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files."""
+        """The size of all files in bytes."""
         return sum(file.size_bytes for file in self.files)
 
     @property
     def linked_bytes(self) -> int:
-        """Bytes of the files that were linked from the base."""
+        """The size of the files that were linked from the base, in bytes."""
         return sum(file.size_bytes for file in self.files if file.linked)
 
 
@@ -75,7 +75,7 @@ class RankShards:
         data: Returns the elements of a slice of the chunks, in order. It is called once or twice
             for each file, from any thread.
         layouts: The layouts known from an earlier save, see RankWrites; new ones are added.
-        staged: Nothing changes the data while it is written.
+        staged: The data does not change while it is written.
     """
 
     rank: int
@@ -97,7 +97,7 @@ class RankShards:
         world_size: int,
         staged: bool = False,
     ) -> RankShards:
-        """Return what a rank writes of its local plan."""
+        """Return the chunks that a rank writes of its local plan."""
         data = _planned_data(local, writes)
         return cls(
             rank=rank,
@@ -112,7 +112,7 @@ class RankShards:
 
 
 def _planned_data(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
-    """The data of each write: a local chunk, or the box of it that this rank writes."""
+    """Return the data of each write: a local chunk, or the part of it that this rank writes."""
     held = local.chunks.boxes
     data = []
     for row, complete, box in zip(
@@ -139,9 +139,12 @@ def write_agreed(
     check_replicas: bool,
     staged: bool,
 ) -> ShardResult:
-    """Write this rank's part of what was agreed on, durably. Not collective.
+    """Write this rank's part of the agreed plan, durably. Not collective.
 
     `work` counts the seconds of "write", "sync" and "compare".
+
+    Returns:
+        The written files, for the commit.
     """
     local, writes = agreement.local, agreement.writes
     with work.phase("write"), base as opened_base:
@@ -177,10 +180,10 @@ def write_rank(
     """Write a rank's files, durably. Not collective.
 
     Args:
-        transaction: The checkpoint being written.
+        transaction: The checkpoint that is being written.
         shards: The chunks to write.
-        base: Files that are in it already are linked instead of written.
-        progress: Called with the bytes handed to the file system so far.
+        base: An earlier checkpoint. Files that have not changed since are linked, not written.
+        progress: Called with the number of bytes written so far.
     """
     total = _Total(progress)
     ends = list(itertools.accumulate(count for _, count in shards.files))
@@ -194,7 +197,7 @@ def write_rank(
         group, rows = jobs[index]
         return _write_file(transaction, shards, group, rows, base, total, watches[index])
 
-    # Side by side, so that one file's way to the disk (fsync) does not hold up another.
+    # Files are written in parallel, so that the fsync of one file does not delay another one.
     with ThreadPoolExecutor(len(jobs), "shardckpt-file") as pool:
         others = [pool.submit(write, index) for index in range(1, len(jobs))]
         try:
@@ -261,7 +264,7 @@ def _write_file(
 
 def _resized(path: str, rank: int, planned_bytes: int, written_bytes: int) -> StorageError:
     return StorageError(
-        "A shard has another size than was planned",
+        "A shard does not have the planned size",
         path=path,
         rank=rank,
         expected=f"{planned_bytes} bytes",
@@ -279,7 +282,7 @@ class _Total:
         self._bytes: dict[str, int] = {}
 
     def of(self, name: str) -> Callable[[int], None]:
-        """The progress of one file."""
+        """Return the function that counts the bytes of one file."""
 
         def progress(written_bytes: int) -> None:
             with self._lock:
@@ -313,7 +316,7 @@ def layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]
         entries.append((entry, *shard_form(spec.dtype, shape), size))
         if entries[-1][1] != spec.dtype:
             dtypes[spec.name] = spec.dtype
-    # Nothing that differs from save to save: what did not change must be the same bytes.
+    # The metadata must not differ from save to save: unchanged tensors must give the same bytes.
     extra = {"dtypes": msgspec.json.encode(dtypes).decode()} if dtypes else {}
     header = build_header(entries, {"format": "shardckpt", **extra})
     return header, len(header) + sum(sizes)

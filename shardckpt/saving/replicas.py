@@ -1,4 +1,4 @@
-"""Digests of the chunks that several ranks hold, by which rank 0 compares replicas."""
+"""Digests of the chunks that several ranks hold. Rank 0 compares them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardckpt.plan.save_plan import RankWrites
 __all__ = ["replica_digests"]
 
 SMALL_BYTES = 64 << 10
-"""Replicas up to this size are always compared; larger ones when asked for."""
+"""Replicas up to this size are always compared. Larger ones are compared on request."""
 
 
 def replica_digests(
@@ -24,7 +24,7 @@ def replica_digests(
     Args:
         local: This rank's plan.
         writes: This rank's part of the global plan.
-        everything: Compare chunks of any size, instead of those up to SMALL_BYTES.
+        everything: Compare chunks of any size, instead of only those up to SMALL_BYTES.
         sampled: Compare large chunks by their first SMALL_BYTES.
     """
     digests = np.zeros(len(writes.compare), dtype="<u8")
@@ -42,7 +42,7 @@ def replica_digests(
 
 
 def _beginning(data: torch.Tensor) -> torch.Tensor:
-    """The first elements of a large tensor, of up to SMALL_BYTES."""
+    """Return the first elements of a large tensor, up to SMALL_BYTES."""
     while (size := data.numel() * data.element_size()) > SMALL_BYTES:
         rows = len(data) * SMALL_BYTES // size
         data = data[:rows] if rows else data[0]

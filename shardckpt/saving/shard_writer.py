@@ -1,9 +1,9 @@
 """Write one shard: copy, hash and write, as a pipeline over a few large buffers.
 
-The calling thread copies tensors to a page-aligned buffer and hashes each block while it is in the
-processor's cache. Other threads write full buffers, past the page cache if the file allows it. All
-three steps release the interpreter lock. Staged data that is in the order of the file is written
-without another copy.
+The calling thread copies tensors to a page-aligned buffer, and hashes each block while it is in the
+processor's cache. Other threads write full buffers, with O_DIRECT if the file supports it. All
+three steps release the GIL. Staged data that has the order of the file is written without another
+copy.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def write_shard(
     staged: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> tuple[int, NDArray[np.uint64]]:
-    """Write a shard's header and its tensors, in order; the file stays open.
+    """Write a shard's header and its tensors, in order. The file stays open.
 
     Args:
         file: The file.
-        header: The header; for a part of a shard, the rest of the header from `begin` on.
-        tensors: The tensors; for a part, those that follow.
-        begin: Where the part begins: at the first byte of a block.
-        staged: Nothing changes the tensors meanwhile, so large ones are not copied.
-        progress: Called with the bytes handed to the file so far.
+        header: The header. If `begin` is above 0, the rest of the header from there on.
+        tensors: The tensors that follow.
+        begin: The offset of the first byte to write, a multiple of the block size.
+        staged: The tensors do not change while they are written, so large ones are not copied.
+        progress: Called with the number of bytes written so far.
 
     Returns:
-        Where the written bytes end, and the digest of each block.
+        The offset at which the written bytes end, and the digest of each block.
 
     Raises:
-        StorageError: The file system refused. No thread writes any more then.
+        StorageError: The file system refused a write. No thread writes any more.
     """
     with workers(_THREADS, "shardckpt-write", buffers=_BUFFERS) as (pool, buffers):
         stream = _Stream(file, buffers, pool, progress, begin)
@@ -65,7 +65,7 @@ def write_shard(
 
 
 def _runs(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The tensors' bytes, with neighbours in one storage joined."""
+    """Yield the bytes of the tensors. Neighbours in one storage are joined to one tensor."""
     begin = end = 0
     storage: torch.UntypedStorage | None = None
     for tensor in tensors:
@@ -110,8 +110,8 @@ class _Stream:
         self.pending: list[Future[None] | None] = [None] * len(buffers)
         self.current = 0
         self.filled = 0  # bytes in the current buffer
-        self.hashed = 0  # of these, bytes in blocks that have their digest
-        self.submitted = begin  # bytes of the file up to here are handed to the threads
+        self.hashed = 0  # bytes in the current buffer whose block has a digest
+        self.submitted = begin  # the end of the bytes that were given to the threads
         self.digests: list[int] = []
 
     def put(self, address: int, size_bytes: int, *, staged: bool) -> None:
@@ -123,7 +123,7 @@ class _Stream:
             elif (
                 staged
                 and size_bytes >= BUFFER_BYTES
-                and take == BLOCK_BYTES  # `submitted` is at a block's begin always
+                and take == BLOCK_BYTES  # `submitted` is always the beginning of a block
                 and not address % HEADER_ALIGN
             ):
                 if self.filled:
@@ -142,7 +142,7 @@ class _Stream:
                     self.flush()
 
     def write_from(self, address: int) -> None:
-        """Append BUFFER_BYTES at an address, without a copy."""
+        """Append BUFFER_BYTES from an address, without a copy."""
         view = view_at(address, BUFFER_BYTES)
         self.submit(view, BUFFER_BYTES)
         for begin in range(0, BUFFER_BYTES, BLOCK_BYTES):
@@ -154,7 +154,7 @@ class _Stream:
         self.hashed = self.filled
 
     def flush(self) -> None:
-        """Hand the current buffer to the threads, and wait until the next one is free."""
+        """Give the current buffer to the threads, and wait until the next one is free."""
         size = self.filled
         view = self.buffers[self.current].view
         if self.file.direct and size % HEADER_ALIGN:

@@ -1,4 +1,4 @@
-"""Staging: the data of a local plan is copied to CPU memory that later saves reuse."""
+"""Staging: copy the data of a local plan to CPU memory, which later saves reuse."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _LARGE_BYTES = 256 << 10
 
 
 def _rounded(size_bytes: int) -> int:
-    """The size, rounded up to a multiple of a huge page."""
+    """Round a size up to a multiple of a huge page."""
     return max(HUGE_PAGE_BYTES, size_bytes + -size_bytes % HUGE_PAGE_BYTES)
 
 
 class StagingBuffer:
     """CPU memory for one staged state, page-locked if accelerators copy to it.
 
-    The first staging uses ordinary pages: the host of a virtual machine may still have to provide
-    huge pages, and the first staging would take several times as long.
+    The first staging uses ordinary pages. A virtual machine may not have huge pages at hand, and
+    then the first staging would take several times as long.
     """
 
     def __init__(self, size_bytes: int, *, pinned: bool) -> None:
@@ -51,12 +51,16 @@ class StagingBuffer:
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
     def settle(self) -> None:
-        """Ask for huge pages once it is filled: a disk takes more of them in one request."""
+        """Ask for huge pages after the first staging, as disks then take more bytes in one
+        request.
+        """
         if not self.pinned:
             ask_for_huge_pages(self._memory)
 
     def views(self, plan: LocalPlan) -> list[torch.Tensor]:
-        """Return the memory for each row of the plan: file after file, each from a new page."""
+        """Return the memory for each row of the plan. The data of each file begins at a new
+        page.
+        """
         specs, chunks = (*plan.common, *plan.own), plan.chunks
         dtypes = [specs[index].dtype for index in chunks.tensor.tolist()]
         layout = (dtypes, chunks.pack(), plan.file_group.tobytes())
@@ -74,7 +78,7 @@ class StagingBuffer:
 
 
 class StagingPool:
-    """Buffers in use, up to a budget, and one kept for the next save."""
+    """The buffers in use, up to a budget, and one spare buffer for the next save."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -82,10 +86,11 @@ class StagingPool:
         self._spare: StagingBuffer | None = None
 
     def take(self, size_bytes: int, *, pinned: bool) -> StagingBuffer:
-        """Return a buffer of at least that size; wait while those in use fill the budget.
+        """Return a buffer of at least the given size. Waits while the buffers in use fill the
+        budget.
 
         Raises:
-            StateError: None was given back within SHARDCKPT_STALL_DEADLINE_S seconds.
+            StateError: No memory became free within SHARDCKPT_STALL_DEADLINE_S seconds.
         """
         size_bytes = _rounded(size_bytes)
         budget_bytes = current().staging_bytes or 2 * size_bytes
@@ -96,7 +101,7 @@ class StagingPool:
             )
             if not free:
                 raise StateError(
-                    "No memory to stage the state in came free",
+                    "No memory for staging became free",
                     expected=f"an earlier save to end within {current().stall_deadline_s:g} s",
                     actual=f"{self._used_bytes} bytes in use, {size_bytes} needed",
                     remedy="save less often, or raise SHARDCKPT_STAGING_BYTES",
@@ -104,7 +109,7 @@ class StagingPool:
             buffer, self._spare = self._spare, None
             if buffer is None or buffer.size_bytes < size_bytes or buffer.pinned != pinned:
                 buffer = StagingBuffer(size_bytes, pinned=pinned)
-            buffer.used_bytes = size_bytes  # a larger one that is at hand counts for what it holds
+            buffer.used_bytes = size_bytes  # a larger buffer counts only for the bytes in use
             self._used_bytes += size_bytes
             return buffer
 
@@ -127,7 +132,8 @@ def staged_bytes(plan: LocalPlan) -> int:
 def current_events() -> dict[torch.device, Any]:
     """Record an event on the current stream of each CUDA device in use.
 
-    All work that was submitted before is done once the event has passed.
+    Returns:
+        The event of each device. It passes when all work that was submitted before is done.
     """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
@@ -144,7 +150,7 @@ def stage(plan: LocalPlan, buffer: StagingBuffer, events: dict[torch.device, Any
     Args:
         plan: The plan.
         buffer: The buffer.
-        events: Those recorded when the snapshot was taken; copies wait for them.
+        events: The events of the time of the snapshot. Copies wait for them.
 
     Returns:
         The same plan, with the copies as its data.
@@ -153,10 +159,10 @@ def stage(plan: LocalPlan, buffer: StagingBuffer, events: dict[torch.device, Any
     devices: dict[torch.device, list[int]] = {}
     specs = (*plan.common, *plan.own)
     for row, (data, index) in enumerate(zip(plan.data, plan.chunks.tensor.tolist(), strict=True)):
-        check_memory(data, name=specs[index].name)  # it may have been freed since it was planned
+        check_memory(data, name=specs[index].name)  # it may have been freed since the plan was made
         size_bytes = data.numel() * data.element_size()
         if size_bytes >= _LARGE_BYTES and lies_as_saved(data, specs[index].dtype):
-            # A sixth faster than torch copies.
+            # This is a sixth faster than a copy by torch.
             copy_bytes(views[row].data_ptr(), data.data_ptr(), size_bytes)
         else:
             devices.setdefault(data.device, []).append(row)
@@ -164,7 +170,7 @@ def stage(plan: LocalPlan, buffer: StagingBuffer, events: dict[torch.device, Any
         for device, rows in devices.items():
             to, of = [views[row] for row in rows], [plan.data[row] for row in rows]
             if device.type != "cuda":
-                # One call, which leaves the interpreter lock alone; semi-public, torch 2.13.
+                # This single call releases the GIL. It is semi-public in torch 2.13.
                 torch._foreach_copy_(to, of)
                 continue
             stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,1 +1,1 @@
-"""What the user hands over and gets back: flattened, captured, matched and rebuilt."""
+"""The user's state: flatten it, take snapshots of it, and match it with a saved one."""

@@ -31,21 +31,21 @@ __all__ = [
 
 
 def match_mapping(context: MatchContext, template: Any, name: str, match: Match) -> Finish:
-    """Match each item of a dict. Other saved entries beside them stay unused."""
+    """Match each item of a dict. Saved entries for other keys stay unused."""
     if not isinstance(template, (MutableMapping, types.MappingProxyType)):
         raise StateError(
-            "A mapping that can't be changed can't be loaded into",
+            "A read-only mapping can't be loaded into",
             tensor=name,
             expected="a dict, another mutable mapping, or a MappingProxyType",
             actual=f"{type(template).__module__}.{type(template).__qualname__}",
-            remedy="hand over dict(...) of it",
+            remedy="pass dict(...) of it",
         )
     items: dict[Any, Finish] = {}
     for key, value in template.items():
         inner = below(name, key)
         plain = type(value) in PLAIN and context.saved.selected(inner)
         if plain and context.fill_plain(value, inner):
-            continue  # most tensors: nothing is left to do once they are read
+            continue  # most tensors: the read fills them, and nothing else is to be done
         items[key] = match(context, value, inner)
 
     def finish() -> Any:
@@ -79,8 +79,11 @@ def match_sequence(context: MatchContext, template: Any, name: str, match: Match
 
 
 def match_record(context: MatchContext, template: Any, name: str, match: Match) -> Finish:
-    """Match each field of a dataclass or the like. A frozen one is replaced by a copy, as its
-    class makes it: nothing is called but copy.copy."""
+    """Match each field of a dataclass or a similar object.
+
+    A frozen object is replaced by a copy, which `copy.copy` makes. No other code of its class is
+    called.
+    """
     fields = match_mapping(context, dict(record_of(template) or {}), name, match)
 
     def finish() -> Any:
@@ -99,7 +102,9 @@ def match_record(context: MatchContext, template: Any, name: str, match: Match) 
 
 
 def match_value(context: MatchContext, template: Any, name: str) -> Finish:
-    """Replace a value by the saved one. An empty dict or list takes all entries below its name."""
+    """Replace a value by the saved one. An empty dict or list receives all entries below its
+    name.
+    """
     value = context.build(name)
     if value is NOTHING:
         return lambda: template
@@ -109,7 +114,9 @@ def match_value(context: MatchContext, template: Any, name: str) -> Finish:
         return lambda: template
 
     def finish() -> Any:
-        if isinstance(template, dict) and type(value) is dict:  # a Counter would add
+        if (
+            isinstance(template, dict) and type(value) is dict
+        ):  # Counter.update would add the counts
             template.update(value)
             return template
         if isinstance(template, list) and isinstance(value, list):
@@ -123,8 +130,10 @@ def match_value(context: MatchContext, template: Any, name: str) -> Finish:
 
 
 def match_stateful(context: MatchContext, template: Any, name: str) -> Finish:
-    """Hand the saved value to an object's load_state_dict. Tensors of its state_dict are filled in
-    place where shape and dtype agree."""
+    """Pass the saved value to an object's load_state_dict.
+
+    Tensors of its state_dict are filled in place if shape and dtype match.
+    """
     with reading_state(template, at=name):
         own = template.state_dict()
     value = context.build(name, like=own)
@@ -142,7 +151,9 @@ def match_stateful(context: MatchContext, template: Any, name: str) -> Finish:
 def match_from_rank0(
     context: MatchContext, template: FromRank0, name: str, *, has_tensors: bool, match: Match
 ) -> Finish:
-    """Match the value in a FromRank0 marker. One without tensors is replaced by rank 0's."""
+    """Match the value in a FromRank0 marker. A value without tensors is replaced by that of
+    rank 0.
+    """
     if has_tensors:
         inner = match(context, template.value, name)
         return lambda: FromRank0(inner())
@@ -157,12 +168,12 @@ def match_union(context: MatchContext, template: Union, name: str, match: Match)
 
 
 def is_per_rank(node: Any) -> TypeGuard[TensorRef]:
-    """Whether a saved node stands for a value of each rank."""
+    """Whether a saved node refers to the values of a PerRank marker."""
     return isinstance(node, TensorRef) and node.kind == "per_rank"
 
 
 def match_per_rank(context: MatchContext, template: PerRank, name: str, match: Match) -> Finish:
-    """Match this rank's own value; if the number of ranks differs, do what on_resize says."""
+    """Match this rank's own value. If the number of ranks differs, on_resize decides."""
     node = context.saved.nodes.get(name)
     if not is_per_rank(node):
         inner = match(context, template.value, name)

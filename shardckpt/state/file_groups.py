@@ -1,7 +1,7 @@
-"""File groups: tensors that change alike between saves share a file.
+"""File groups: tensors that change at the same saves share a file.
 
-An incremental save links a file whose bytes have not changed (docs/adr/0006). So frozen weights and
-optimizer state have files of their own if a rank holds enough of them.
+An incremental save links a file whose bytes have not changed (docs/adr/0006). Frozen weights and
+optimizer state therefore have their own files, if a rank holds enough of them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,24 @@ __all__ = [
 ]
 
 MAIN, OPTIMIZER, FROZEN = 0, 1, 2
-"""The file groups: trained weights and tensors about which nothing is known; optimizer state; and
-from FROZEN on the frozen weights of one module each, because one module may be trained again (or
-be an average that is updated by hand) while another stays frozen."""
+"""The file groups. MAIN holds trained weights and all other tensors, and OPTIMIZER optimizer state.
+FROZEN and the following groups each hold the frozen weights of one module, as one module may be
+trained again, or be an average that is updated by hand, while another one stays frozen."""
 
-_LAST = FROZEN + 7  # for all further modules: a rank has at most ten files
+_LAST = FROZEN + 7  # shared by all further modules, so that a rank has at most ten files
 GROUP_COUNT = _LAST + 1
 
 FROZEN_FILE_BYTES = 4 << 20
-"""A frozen module with fewer bytes on a rank goes to the main file: one more file takes as long as
-writing some MiB."""
+"""A frozen module with fewer bytes on a rank is written to the main file, as another file takes the
+time of writing some MiB.
+"""
 
 OPTIMIZER_FILE_BYTES = 256 << 20
-"""Optimizer state changes with the weights. A file of its own, which a copy for inference can leave
-out, must take almost no time: so it and the main file both have at least this many bytes."""
+"""The least size of the optimizer's own file, and of the main file beside it.
+
+Optimizer state changes with the weights. Its own file, which a copy for inference can leave out,
+must take almost no time.
+"""
 
 _SMALL_BUFFER_BYTES = 64 << 10
 
@@ -53,7 +57,7 @@ def file_suffix(file_group: int) -> str:
 
 
 def group_in_name(name: str) -> int:
-    """Return the file group in the name of a file; MAIN for any other name."""
+    """Return the file group in the name of a file. MAIN for any other name."""
     for file_group in range(_LAST, MAIN, -1):
         if name.endswith(f"{file_suffix(file_group)}.safetensors"):
             return file_group
@@ -61,17 +65,17 @@ def group_in_name(name: str) -> int:
 
 
 def frozen_group(module_number: int) -> int:
-    """Return the file group of the frozen weights of a module; modules count from 0."""
+    """Return the file group of the frozen weights of a module. Modules are numbered from 0."""
     return min(FROZEN + module_number, _LAST)
 
 
 def files_of(file_group: Ints, size_bytes: Ints, rank: Ints | None = None) -> Ints:
-    """Return the file that each chunk goes to, as the file group that names it. Pure.
+    """Return the file that each chunk is written to, as the file group in its name. Pure.
 
     Args:
         file_group: The file group of each chunk [m].
         size_bytes: The size of each chunk [m].
-        rank: The rank of each chunk [m]; None if all are on one rank.
+        rank: The rank of each chunk [m]. None if all are on one rank.
     """
     at = file_group if rank is None else rank * GROUP_COUNT + file_group
     ranks = 1 if len(file_group) == 0 else int(at.max()) // GROUP_COUNT + 1
@@ -89,7 +93,7 @@ def files_of(file_group: Ints, size_bytes: Ints, rank: Ints | None = None) -> In
 def frozen_entries(module: nn.Module) -> set[str]:
     """Return the canonical names of the parameters and buffers that probably don't change.
 
-    An incremental save compares the bytes: a wrong guess only makes it write a file.
+    An incremental save compares the bytes, so a wrong guess only costs the writing of a file.
     """
     frozen = {
         name
@@ -98,7 +102,7 @@ def frozen_entries(module: nn.Module) -> set[str]:
     }
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, buffer in owner.named_buffers(recurse=False):
-            # Counters and running statistics change in modules without trained weights as well.
+            # Counters and running statistics also change in modules without trained weights.
             large = buffer.numel() * buffer.element_size() >= _SMALL_BUFFER_BYTES
             if (
                 large

@@ -7,8 +7,8 @@ becomes
     tensors: {"model.w": tensor}
     tree:    {"model": {"w": {"$tensor": "model.w"}, "tied": {"$tensor": "model.w"}}, "step": 7}
 
-Names join the keys of the path with dots. A tensor that appears twice (the same memory
-seen in the same way) is kept once; both places refer to it.
+A name joins the keys of the path with dots. Tied tensors (the same memory with the same dtype,
+shape and strides) are kept once, and all their entries refer to one name.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class FlatState:
     """A flattened state, returned by flatten.
 
     Attributes:
-        tensors: Name -> tensor that every rank has. Some ranks may hold no part of it.
-        own: Name -> tensor of this rank alone, from inside PerRank or FromRank0.
-        foreign: Names among `tensors` whose values are those of another rank.
-        file_groups: Name -> file group, of the tensors that are not in MAIN.
+        tensors: The tensors that every rank has, by name. A rank may hold no shard of a tensor.
+        own: The tensors of this rank only, by name, from inside PerRank or FromRank0.
+        foreign: The names in `tensors` for which the values of another rank are saved.
+        file_groups: The file groups of the tensors that are not in MAIN, by name.
         tree: The typed JSON of the state, the same on every rank. A placeholder stands for each
             FromRank0.
         own_trees: The typed JSON of the PerRank values.
-        rank0_trees: On rank 0, name -> the typed JSON of each FromRank0 value.
+        rank0_trees: On rank 0, the typed JSON of each FromRank0 value, by name.
         unions: The names of the dicts in a Union marker.
     """
 
@@ -75,16 +75,20 @@ class FlatState:
 
 
 def flatten(state: Any, *, rank: int) -> FlatState:
-    """Flatten a nested state; modules, optimizers and objects with state_dict are asked for theirs.
+    """Flatten a nested state. Not collective; changes nothing.
 
-    Not collective, changes nothing. Raises UnsupportedLeafError naming the path of a leaf
-    that can't be saved, StateError where two entries have the same name.
+    For modules, optimizers and objects with state_dict, the result of their state_dict is
+    flattened.
+
+    Raises:
+        UnsupportedLeafError: A leaf can't be saved. The error names it.
+        StateError: Two entries have the same name.
     """
     flattener = _Flattener(state, rank=rank)
     try:
-        with torch.no_grad():  # to_local() is free then
+        with torch.no_grad():  # to_local() then costs nothing
             flattener.flat.tree = flattener.walk(state, "", 0)
-    except RecursionError as error:  # sets in sets: all else is counted on the way
+    except RecursionError as error:  # from sets in sets; the depth of other containers is counted
         raise _too_deep(error.name if isinstance(error, _TooDeepError) else "") from error
     if flattener.refused:
         raise all_refused(flattener.refused)
@@ -96,15 +100,15 @@ class _Flattener:
         self.flat = FlatState()
         self.rank = rank
         self.state = state
-        self.inside: type | None = None  # the marker that this part of the state stands in
+        self.inside: type | None = None  # the marker around the current value
         self.ties, self.own_ties = Ties(), Ties()
         self.names: set[str] = set()
-        self.refused: list[StateError] = []  # all of them are named, not the first alone
+        self.refused: list[StateError] = []  # one error names all of them
         self.frozen_modules = 0
         self.parameter_names = ParameterNames(modules_in(state))
 
     def walk(self, value: Any, name: str, depth: int) -> Any:
-        """The typed JSON of the value at `name`, with references where tensors stand."""
+        """Return the typed JSON of the value at `name`. Tensors become references."""
         try:
             return self.container(value, name, depth)
         except UnsupportedLeafError as error:
@@ -112,7 +116,7 @@ class _Flattener:
             return None
 
     def container(self, value: Any, name: str, depth: int) -> Any:
-        """As walk; raises what can't be saved."""
+        """Return the typed JSON of a value. Raises UnsupportedLeafError if it can't be saved."""
         if isinstance(value, (torch.Tensor, Shards, Wrapped)):
             return self.tensor(value, name, depth)
         if isinstance(value, Mapping) and not isinstance(value, (Counter, values.Record)):
@@ -159,7 +163,7 @@ class _Flattener:
         return values.encode(value, at=name)
 
     def items(self, items: Iterable[tuple[Any, Any]], name: str, depth: int) -> Any:
-        """(key, typed JSON) of the items of the container at `name`."""
+        """List (key, typed JSON) of the items of the container at `name`."""
         self.take(name)
         if depth > _DEPTH_LIMIT:
             raise _TooDeepError(name)
@@ -171,13 +175,16 @@ class _Flattener:
         return nodes
 
     def plain(self, tensor: torch.Tensor, name: str) -> Any:
-        """As `tensor` for one as most are: with its own memory, and a new name in plain text. None
-        for any other, of which nothing is noted then."""
+        """Add a tensor of the most common form: with its own memory, and a new ASCII name.
+
+        Returns:
+            Its reference. None for any other tensor, which is not added.
+        """
         if (
             self.inside is not None
             or name in self.names
             or not name.isascii()
-            or hasattr(tensor, "global_shape")  # of a part
+            or hasattr(tensor, "global_shape")  # it describes its shards
             or tensor.dtype not in SAVED
             or not owns_memory(tensor)
             or not (address := tensor.data_ptr())  # 0: it has no elements
@@ -216,7 +223,7 @@ class _Flattener:
         return node
 
     def take(self, name: str) -> None:
-        """Note the name of an entry, which no other has: loads go by names."""
+        """Register the name of an entry, which must be unique, as loads find entries by name."""
         if self.inside is PerRank:
             name = f"{name}@rank{self.rank}"
         if name in self.names:
@@ -230,17 +237,18 @@ class _Flattener:
         self.names.add(name)
 
     def add(self, tensor: AnyTensor, name: str) -> str:
-        """Take a tensor; the name that it is saved under, another one if it is tied."""
+        """Add a tensor. Returns the name under which it is saved, which differs if it is tied."""
         if not name:
             raise StateError(
-                "A tensor by itself has no name", remedy='put it into a dict: {"name": tensor}'
+                "A tensor must be in a dict, which gives it a name",
+                remedy='put it into a dict: {"name": tensor}',
             )
         self.take(name)
         if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
             raise StateError(
-                "The name of a tensor is no valid text",
+                "The name of a tensor is not valid Unicode",
                 tensor=ascii(name),
-                expected="Unicode without lone surrogates",
+                expected="text without lone surrogates",
                 remedy="rename the key",
             )
         _check_leaf(tensor, name)
@@ -257,9 +265,9 @@ class _Flattener:
     def sharded(self, value: ShardedArray, name: str) -> ShardedArray:
         if self.inside is not None:
             raise StateError(
-                f"A ShardedArray inside {self.inside.__name__}",
+                f"A ShardedArray can't be inside {self.inside.__name__}",
                 tensor=name,
-                remedy="put it beside: it knows that the ranks hold different parts",
+                remedy="move it out of the marker, which it does not need",
             )
         return value.check(name)
 
@@ -275,12 +283,12 @@ class _Flattener:
         return placeholder(name)
 
     def marked(self, value: PerRank | FromRank0, name: str, depth: int) -> Any:
-        """The typed JSON of what is in a marker."""
+        """Return the typed JSON of the value in a marker."""
         if self.inside is not None:
             raise StateError(
-                f"{type(value).__name__} inside {self.inside.__name__}",
+                f"{type(value).__name__} can't be inside {self.inside.__name__}",
                 tensor=name,
-                remedy="mark it once",
+                remedy="use one marker",
             )
         self.inside = type(value)
         try:
@@ -296,7 +304,7 @@ class _Flattener:
                 tensor=name,
                 expected="a dict, or an object whose state_dict() returns one",
                 actual=type(value.value).__name__,
-                remedy="leave the mark away, or use PerRank for a value that differs by rank",
+                remedy="remove the marker, or use PerRank for a value that differs by rank",
             )
         self.flat.unions.append(name)
         return node
@@ -332,22 +340,24 @@ def _too_deep(name: str) -> UnsupportedLeafError:
 
 
 def placeholder(name: str) -> dict[str, str]:
-    """What stands on every rank for the FromRank0 of this name, until rank 0 puts its value there:
-    see plan/local_plan."""
+    """Return the placeholder that every rank saves for a FromRank0.
+
+    Rank 0 replaces it by its value, see plan/local_plan.
+    """
     return {"$from_rank0": ascii(name)[1:-1]}
 
 
 class Ties:
-    """Tells which tensors are the same memory seen in the same way."""
+    """Finds tied tensors: the same memory with the same dtype, shape and strides."""
 
     def __init__(self) -> None:
-        # Most tensors begin where no other does: all else about them is looked at only if not.
+        # Most tensors have a unique address. Only for others are all the facts compared.
         self._at: dict[int, tuple[torch.Tensor, str]] = {}
         self._same: dict[tuple[Any, ...], str] = {}
 
     def first(self, tensor: AnyTensor, name: str) -> str:
-        """The name under which this tensor came first: `name`, if it is new."""
-        if isinstance(tensor, (ShardedArray, Shards)):  # ranks may have no part of it, or any
+        """Return the name under which this memory was first seen: `name`, if it is new."""
+        if isinstance(tensor, (ShardedArray, Shards)):  # a rank may hold any shards, or none
             return self._same.setdefault(_described_key(tensor), name)
         local = local_tensor(tensor)
         if local is not None and (address := local.data_ptr()):  # 0: it has no elements
@@ -355,7 +365,7 @@ class Ties:
         return self._same.setdefault(_memory_key(tensor), name)
 
     def first_at(self, address: int, tensor: torch.Tensor, name: str) -> str:
-        """As `first` for a tensor whose memory begins there."""
+        """Return what `first` returns, for a tensor whose memory begins at `address`."""
         other, known = self._at.setdefault(address, (tensor, name))
         if other is tensor:
             return known
@@ -364,7 +374,7 @@ class Ties:
 
 
 def _described_key(tensor: ShardedArray | Shards) -> tuple[Any, ...]:
-    """As _memory_key for what says itself which parts of a global tensor it is."""
+    """Return the key of _memory_key for a tensor that describes its shards."""
     source: Any = tensor.source if isinstance(tensor, Shards) else tensor
     if not hasattr(source, "global_shape"):
         return (id(source),)
@@ -373,9 +383,9 @@ def _described_key(tensor: ShardedArray | Shards) -> tuple[Any, ...]:
 
 
 def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors that are the same memory seen in the same way.
+    """Return a key that is equal for tied tensors.
 
-    The storage is known by its address as an object, which even empty local shards have.
+    The key uses the identity of the storage, which also empty local shards have.
     """
     local = local_tensor(tensor)
     if local is None:

@@ -1,8 +1,7 @@
-"""Which boxes of a global tensor this rank holds, and where their data lie.
+"""Find the boxes of a global tensor that this rank holds, and the memory of their data.
 
-A box is (offsets, sizes), one number a dimension. Plain tensors are one box that
-covers all; a DTensor's boxes follow from its mesh and placements; a ShardedTensor
-says its own.
+A box is (offsets, sizes), with one number for each dimension. A plain tensor is one box. The boxes
+of a DTensor follow from its mesh and placements. A ShardedTensor lists its own.
 """
 
 from __future__ import annotations
@@ -48,8 +47,15 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class LocalChunk(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """A box of a global tensor, and the local tensor (of the box's sizes) that holds it; of one
-    that lies_as_saved, if that has been looked up, its `address`."""
+    """A box of a global tensor, and the local tensor that holds its data.
+
+    Attributes:
+        offsets: The offsets of the box.
+        sizes: The sizes of the box, which are the shape of `data`.
+        data: The local tensor.
+        address: The address of the data, if it is known to lie as saved (`lies_as_saved`).
+            Otherwise 0.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -59,7 +65,7 @@ class LocalChunk(msgspec.Struct, frozen=True, eq=False, gc=False):
 
 @dataclass(eq=False, slots=True)
 class Shards:
-    """The boxes of a global tensor that this rank holds, as a tensor says itself (`source`)."""
+    """The boxes of a global tensor that this rank holds, as the tensor `source` describes them."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -68,16 +74,18 @@ class Shards:
 
     @property
     def is_meta(self) -> bool:
-        """Whether it has no data."""
+        """Whether a box is on the meta device."""
         return any(chunk.data.is_meta for chunk in self.chunks)
 
 
 AnyTensor = torch.Tensor | ShardedArray | Shards
-"""What a flattened state holds of a tensor."""
+"""The types of the tensors in a flattened state."""
 
 
 def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Any:
-    """The index that cuts the box (offsets, sizes) out of a tensor that begins at `outer`."""
+    """Return the index that cuts the box (offsets, sizes) out of a tensor that begins at
+    `outer`.
+    """
     return tuple(
         slice(offset - start, offset - start + size)
         for start, offset, size in zip(outer, offsets, sizes, strict=True)
@@ -85,15 +93,17 @@ def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int
 
 
 def is_distributed(tensor: torch.Tensor) -> bool:
-    """Whether the tensor knows its own part of a global tensor."""
+    """Whether a tensor is a DTensor or a ShardedTensor."""
     return type(tensor) is not torch.Tensor and (
         isinstance(tensor, DTensor) or is_sharded_tensor(tensor)
     )
 
 
 def may_have_replicas(tensor: AnyTensor, *, world_size: int) -> bool:
-    """Whether other ranks may hold the same box: all but ShardedArrays, and DTensors whose mesh
-    is the whole world and shards along each of its dimensions. (A smaller mesh may have siblings.)
+    """Whether other ranks may hold the same box.
+
+    False for a ShardedArray, and for a DTensor whose mesh has all ranks and that is sharded along
+    every dimension of the mesh. A smaller mesh may have siblings with the same boxes.
     """
     if type(tensor) in PLAIN:
         return True
@@ -106,13 +116,16 @@ def may_have_replicas(tensor: AnyTensor, *, world_size: int) -> bool:
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The memory that this rank holds: the tensor itself, or a DTensor's local part; None where
-    it is not one dense tensor. Free inside torch.no_grad()."""
+    """Return the dense tensor in the memory of this rank: a plain tensor or the local part of a
+    DTensor.
+
+    Returns None for all other tensors. Free inside torch.no_grad().
+    """
     if type(tensor) in PLAIN:
         return tensor if tensor.layout is torch.strided else None
     if isinstance(tensor, DTensor):
         local: Any = tensor.to_local()
-        if hasattr(local, "wait"):  # an AsyncCollectiveTensor, not finished yet
+        if hasattr(local, "wait"):  # an unfinished AsyncCollectiveTensor
             local = local.wait()
         return local if local.layout is torch.strided else None
     if is_distributed(tensor) or hasattr(tensor, "__tensor_flatten__"):
@@ -121,11 +134,13 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def local_chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
-    """The boxes of `tensor` that this rank holds; none where its mesh does not hold this rank.
+    """Return the boxes of `tensor` that this rank holds. Not collective.
 
-    Not collective. Boxes without elements are left out, except that a global tensor
-    without elements is one empty box. Raises PartialPlacementError for a DTensor of
-    partial sums. See check_dense for what else is refused.
+    Boxes without elements are left out, but a global tensor without elements is one empty box. The
+    list is empty if the tensor's mesh does not include this rank.
+
+    Raises:
+        PartialPlacementError: The tensor is a DTensor of partial sums.
     """
     chunks = _chunks(tensor, name=name)
     if tensor.dtype in OPAQUE:
@@ -145,7 +160,7 @@ def _chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
     elif isinstance(tensor, DTensor):
         chunks = _dtensor_chunks(tensor, name=name)
     else:
-        # An operation on a tensor that lies on the disk makes it a plain one; see DiskTensor.
+        # detach() turns a DiskTensor into a plain tensor.
         chunks = [LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor.detach())]
     if 0 in tensor.shape:
         return chunks
@@ -153,7 +168,9 @@ def _chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
 
 
 def lies_as_saved(data: torch.Tensor, dtype: str) -> bool:
-    """Whether the elements lie in CPU memory as in a file: row-major, of this safetensors dtype."""
+    """Whether the elements are in CPU memory in the layout of a file: row-major, with the same
+    dtype.
+    """
     return (
         data.layout is torch.strided
         and not data.is_nested
@@ -166,24 +183,25 @@ def lies_as_saved(data: torch.Tensor, dtype: str) -> bool:
 
 
 def is_sharded_tensor(tensor: torch.Tensor) -> bool:
-    """Whether this is torch's ShardedTensor."""
-    # Imported late: the class lives in a private package (tried with torch 2.13), and a
-    # state that has one has imported it already.
+    """Whether a tensor is torch's ShardedTensor."""
+    # The class is not imported, as it is in a private package (tried with torch 2.13).
     return type(tensor).__name__ == "ShardedTensor" and hasattr(tensor, "local_shards")
 
 
 def check_dense(tensor: AnyTensor, *, name: str) -> None:
-    """Raise UnsupportedLeafError, naming the tensor, for one whose elements don't lie in memory
-    as strides say: sparse, quantized, nested, not initialised, freed, or of a class that wraps
-    others."""
+    """Raise UnsupportedLeafError, which names the tensor, if its memory does not hold its elements.
+
+    This is the case for sparse, quantized, nested, uninitialised and freed tensors, and for
+    subclasses that wrap other tensors.
+    """
     if isinstance(tensor, ShardedArray):
         tensor = tensor.tensor
-    kind = type(tensor)
+    cls = type(tensor)
     if isinstance(tensor, Shards):
         for chunk in tensor.chunks:
             check_dense(chunk.data, name=name)
         return
-    if kind in PLAIN:
+    if cls in PLAIN:
         if tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested):
             if not tensor.is_meta:
                 check_memory(tensor, name=name)
@@ -191,19 +209,19 @@ def check_dense(tensor: AnyTensor, *, name: str) -> None:
         also = ", quantized" if tensor.is_quantized else ", nested" if tensor.is_nested else ""
         actual, remedy = f"{tensor.layout}{also}", "convert it first: to_dense(), dequantize() ..."
     elif isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-        actual, remedy = "a lazy parameter", "run the module once, which gives it its shape"
+        actual, remedy = "a lazy parameter", "run the module once, which sets its shape"
     elif isinstance(tensor, DTensor):
         local: Any = tensor._local_tensor  # private in torch 2.13
-        if not hasattr(local, "wait"):  # of one that does, memory is there once it is finished
+        if not hasattr(local, "wait"):  # otherwise its memory exists when the collective is done
             check_dense(local, name=name)
         return
     elif tensor.is_meta or _has_data(tensor):
         return
     else:
-        actual = f"{kind.__module__}.{kind.__qualname__}, which wraps other tensors or has none"
-        remedy = "save what it wraps, or convert it to a plain tensor first"
+        actual = f"{cls.__module__}.{cls.__qualname__}, which wraps other tensors or has no memory"
+        remedy = "save the tensors that it wraps, or convert it to a plain tensor first"
     raise UnsupportedLeafError(
-        "A tensor of this kind can't be saved or loaded",
+        "A tensor of this type can't be saved or loaded",
         tensor=name,
         expected="a dense tensor, DTensor or ShardedTensor",
         actual=actual,
@@ -212,41 +230,48 @@ def check_dense(tensor: AnyTensor, *, name: str) -> None:
 
 
 def _has_data(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of some subclass is its own data, or detach() makes it a plain tensor, as
-    one that lies on the disk. Those that wrap others announce it, semi-public in torch 2.13."""
+    """Whether a tensor of a subclass has its own memory, or detach() makes a plain tensor of it.
+
+    Subclasses that wrap other tensors define `__tensor_flatten__` (semi-public in torch 2.13).
+    """
     if hasattr(tensor, "__tensor_flatten__"):
         return False
     if owns_memory(tensor):
         return True
     try:
         plain = tensor.detach()
-    except Exception:  # of the subclass
+    except Exception:  # raised by the code of the subclass
         return False
     return type(plain) in PLAIN and owns_memory(plain)
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """All that follows from a DTensor's spec; `depends_on` it."""
+    """The facts that follow from the spec of a DTensor. `depends_on` holds the parts of the
+    spec.
+    """
 
     depends_on: tuple[Any, Any, Any]
     mesh_size: int
     replicated: bool
     partial: bool
-    boxes: list[Box] | None  # None: the mesh does not hold this rank
+    boxes: list[Box] | None  # None if the mesh does not include this rank
 
 
 _layouts: dict[int, _Layout] = {}
 
 
 def _layout_of(tensor: DTensor) -> _Layout:
-    """The layout, remembered by the identity of the spec, as asking for its parts is slow. The
-    spec is private in torch 2.13, and lives as long as the parameter or optimizer state does."""
+    """Return the layout of a DTensor, cached by the identity of its spec.
+
+    The cache avoids slow attributes of DTensor. The spec is private in torch 2.13, and exists as
+    long as the parameter or optimizer state.
+    """
     spec: Any = tensor._spec
     layout = _layouts.get(id(spec))
     if layout is not None:
-        own, placements, meta = layout.depends_on
-        if own is spec and placements is spec.placements and meta is spec.tensor_meta:
+        same_spec, placements, meta = layout.depends_on
+        if same_spec is spec and placements is spec.placements and meta is spec.tensor_meta:
             return layout
     mesh, placements = tensor.device_mesh, tensor.placements
     partial = any(placement.is_partial() for placement in placements)
@@ -268,7 +293,9 @@ def _layout_of(tensor: DTensor) -> _Layout:
 
 
 def local_layout(tensor: DTensor) -> list[Box]:
-    """The boxes of a DTensor that this rank holds; none where its mesh does not hold this rank."""
+    """Return the boxes of a DTensor that this rank holds, empty if its mesh does not include this
+    rank.
+    """
     return _layout_of(tensor).boxes or []
 
 
@@ -276,7 +303,7 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
     layout = _layout_of(tensor)
     if layout.partial:
         raise PartialPlacementError(
-            "A DTensor with a Partial placement holds sums that are not finished",
+            "A DTensor with a Partial placement holds unreduced sums",
             tensor=name,
             expected="Shard or Replicate placements",
             actual=str(tensor.placements),
@@ -288,7 +315,7 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
     if type(local) is not torch.Tensor:
         with torch.no_grad():
             local = local_tensor(tensor)
-    assert local is not None, "DTensors are dense"
+    assert local is not None, "a DTensor is dense"
     boxes = layout.boxes
     if len(boxes) == 1:
         (offsets, sizes) = boxes[0]
@@ -301,10 +328,10 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
 
 @lru_cache(maxsize=65_536)
 def _boxes(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> list[Box]:
-    """The boxes that this rank holds of a DTensor, in row-major order of the local tensor.
+    """Return the boxes of a DTensor on this rank, in row-major order of the local tensor.
 
-    One box, but for strided shards that interleave (a dimension sharded by one mesh
-    dimension inside another): there, one box for each run of neighbouring indices.
+    There is one box, except for strided shards: if a dimension is sharded by one mesh dimension
+    inside another, there is one box for each run of neighbouring indices.
     """
     if all(placement.is_replicate() for placement in placements):
         return [((0,) * len(shape), shape)]
@@ -316,7 +343,7 @@ def _boxes(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> li
 
 
 def _along(placements: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
-    """The placements of a 1-D tensor that is sharded as dimension `dim` of the whole is."""
+    """Return the placements of a 1-D tensor that is sharded like dimension `dim` of a tensor."""
     along: list[Any] = []
     for placement in placements:
         if getattr(placement, "dim", None) != dim:
@@ -330,10 +357,10 @@ def _along(placements: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=4_096)
 def _runs(size: int, mesh: Any, placements: tuple[Any, ...]) -> list[tuple[int, int]]:
-    """(start, length) of the runs of indices of a dimension that this rank holds.
+    """Return (start, length) of the runs of indices of a dimension that this rank holds.
 
-    Plain shards are cut by torch.chunk, mesh dimension by mesh dimension. Strided ones
-    go by what DTensor itself does with a tensor of indices; no communication happens.
+    Plain shards are divided by the rule of torch.chunk, for each mesh dimension in turn. For
+    strided shards, DTensor shards a tensor of indices, without communication.
     """
     if not any(hasattr(placement, "split_factor") for placement in placements):
         start, length = 0, size
@@ -355,7 +382,7 @@ def _runs(size: int, mesh: Any, placements: tuple[Any, ...]) -> list[tuple[int, 
 
 
 def _local_cuts(boxes: list[Box]) -> list[Any]:
-    """Where each of the boxes lies in the local tensor: along each dimension, runs in order."""
+    """Return the index of each box in the local tensor, in which the runs follow each other."""
     begins: list[dict[int, int]] = []
     for dim in range(len(boxes[0][0])):
         runs = dict.fromkeys((offsets[dim], sizes[dim]) for offsets, sizes in boxes)

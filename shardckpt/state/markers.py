@@ -17,9 +17,9 @@ class PerRank:
 
     Args:
         value: The value of this rank.
-        on_resize: What a load with another number of ranks does: "keep" leaves the value of the
-            state, and the LoadReport lists it; "wrap" loads the value of rank % saved world size;
-            "error" raises LoadMismatchError; a function gets the list of all saved values, in rank
+        on_resize: The rule for a load with another number of ranks. "keep" leaves the value of the
+            state, and the LoadReport lists it. "wrap" loads the value of rank % saved world size.
+            "error" raises StateError. A function takes the list of all saved values, in rank
             order, and returns the value of this rank.
 
     Example:

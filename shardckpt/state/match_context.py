@@ -1,7 +1,7 @@
-"""The notes of a match of a caller's state against a saved one.
+"""The record of a match of a caller's state against a saved one.
 
-The modules that match tensors, containers, modules and optimizers all note their reads and
-mismatches in one MatchContext.
+The modules that match tensors, containers, modules and optimizers add their reads and mismatches to
+one MatchContext.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.io.tensor_memory import owns_memory, shares_elements
+from shardckpt.io.tensor_memory import holds_elements, shares_elements
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, AnyTensor, LocalChunk, lies_as_saved, local_chunks
 from shardckpt.state.materialize import NOTHING, Allocate, Builder, allocate
@@ -28,7 +28,7 @@ from shardckpt.state.saved_tree import SavedState, below, under
 __all__ = ["Finish", "Match", "MatchContext"]
 
 Finish = Callable[[], Any]
-"""Puts a matched value in its place, after the reads, and returns it."""
+"""A function that puts a matched value back into the state after the reads, and returns it."""
 
 
 class MatchContext:
@@ -38,14 +38,14 @@ class MatchContext:
         saved: The saved state.
         rank: This rank.
         world_size: The number of ranks that load.
-        may_cast: Saved dtypes may be converted.
+        may_cast: Whether saved dtypes may be converted.
         reads: The reads that fill the state's tensors.
-        mismatches: The entries that disagree.
+        mismatches: The mismatched entries.
         cast: (name, saved dtype, dtype in the state) of the tensors that are converted.
-        kept: Names of PerRank entries that stay as they are.
-        used: Names of the saved entries that something in the state took.
-        filled: Tensors whose memory is that of other tensors.
-        owners: Names of modules and optimizers, which take all entries below them.
+        kept: Names of PerRank entries that keep their value.
+        used: Names of the saved entries that the state uses.
+        filled: Tensors that consist of other tensors, which the reads fill.
+        owners: Names of modules and optimizers, to which all entries below their names belong.
         parameter_names: The names of the state's parameters.
     """
 
@@ -64,21 +64,23 @@ class MatchContext:
         self.filled: list[torch.Tensor] = []
         self.owners: list[str] = []
         self.parameter_names = ParameterNames(modules_in(state))
-        self._memory = Ties()  # memory -> the saved tensor that fills it
+        self._memory = Ties()  # finds the saved tensor that fills a memory
 
     def mark_changed(self) -> None:
-        """Tell autograd, after the reads, what was written to, as after any change in place."""
+        """Increment the autograd versions of the filled tensors, as a change in place does."""
         tensors = [*self.filled, *(chunk.data for _, chunk in self.reads)]
         with torch._C.DisableTorchFunctionSubclass():  # private in torch 2.13
             increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
     def note_unused(self) -> None:
-        """Note the saved entries that nothing took, once all is matched."""
+        """Add the saved entries that the state has not used to the mismatches, after the match."""
         self.mismatches.unexpected += [n for n in self.saved.leaves if n not in self.used]
 
     def strict_mismatches(self) -> Mismatches:
-        """Return the mismatches that a strict load refuses: of the unexpected entries only those
-        below a module or optimizer."""
+        """Return the mismatches that fail a strict load.
+
+        An unexpected entry fails it only below the name of a module or an optimizer.
+        """
         every = self.mismatches
         unexpected = [
             name for name in every.unexpected if any(under(name, owner) for owner in self.owners)
@@ -86,9 +88,11 @@ class MatchContext:
         return Mismatches(every.missing, unexpected, every.wrong_shape, every.wrong_dtype)
 
     def find(self, name: str) -> tuple[str, TensorEntry] | None:
-        """Find the saved tensor for a name and note it as used.
+        """Find the saved tensor for a name, and mark it as used.
 
-        Returns its name in the manifest and its entry; None, noted as a mismatch, if there is none.
+        Returns:
+            Its name in the manifest and its entry. None if there is no such tensor, which is noted
+            as a mismatch.
         """
         node = self.saved.nodes.get(name, NOTHING)
         if node is NOTHING:
@@ -101,9 +105,11 @@ class MatchContext:
         return None
 
     def fill_plain(self, template: torch.Tensor, name: str) -> bool:
-        """Fill a plain tensor whose CPU memory has the layout of the saved one; most tensors do.
+        """Fill a plain tensor whose CPU memory has the layout of the saved one, as most tensors
+        have.
 
-        False for any other tensor, and nothing is noted then.
+        Returns:
+            Whether the tensor is filled. If not, nothing is noted.
         """
         ref = self.saved.nodes.get(name)
         if type(template) not in PLAIN or type(ref) is not TensorRef or ref.kind == "per_rank":
@@ -112,8 +118,8 @@ class MatchContext:
         if (
             not lies_as_saved(template, entry.dtype)
             or (shape := template.shape) != entry.shape
-            or hasattr(template, "global_shape")  # of a part
-            or not owns_memory(template)
+            or hasattr(template, "global_shape")  # it describes its shards
+            or not holds_elements(template)
             or not (address := template.data_ptr())
             or self._memory.first_at(address, template, ref.name) != ref.name
         ):
@@ -123,7 +129,7 @@ class MatchContext:
         return True
 
     def agrees(self, entry: TensorEntry, template: AnyTensor, name: str) -> bool:
-        """Whether a saved tensor can fill the template. Notes the mismatch, or the cast."""
+        """Return whether a saved tensor can fill the template. Notes a mismatch or a cast."""
         if template.shape != entry.shape:
             self.mismatches.wrong_shape.append((name, list(template.shape), list(entry.shape)))
             return False
@@ -136,19 +142,19 @@ class MatchContext:
         return True
 
     def may_convert(self, saved: torch.dtype, wanted: torch.dtype) -> bool:
-        """Whether dtype="cast" converts a saved dtype to a wanted one."""
+        """Return whether dtype="cast" converts a saved dtype to a wanted one."""
         opaque = saved in OPAQUE or wanted in OPAQUE
         return self.may_cast and not opaque and (wanted.is_complex or not saved.is_complex)
 
     def fits(self, entry: TensorEntry, template: AnyTensor) -> bool:
-        """Whether a saved tensor can fill the template. Notes nothing."""
+        """Return whether a saved tensor can fill the template. Notes nothing."""
         saved, wanted = DTYPES[entry.dtype], template.dtype
         return template.shape == entry.shape and (
             wanted == saved or self.may_convert(saved, wanted)
         )
 
     def fill(self, saved: tuple[str, TensorEntry], tensor: AnyTensor, name: str) -> None:
-        """Note the reads that fill a tensor, once for tied ones."""
+        """Note the reads that fill a tensor. Tied tensors are read once."""
         source, entry = saved
         first = self._memory.first(tensor, source)
         if first != source:
@@ -156,31 +162,31 @@ class MatchContext:
                 "Two saved tensors would be loaded into the same memory",
                 tensor=name,
                 expected=f"tied entries in the checkpoint, as in the state: {first}",
-                actual=f"{source}, saved apart",
-                remedy="leave one of them out with keys=, or untie the tensors first",
+                actual=f"{source}, saved as a separate tensor",
+                remedy="exclude one of them with keys=, or untie the tensors first",
             )
         for chunk in local_chunks(tensor, name=name):
             if shares_elements(chunk.data):
                 raise StateError(
                     "A tensor whose elements share memory can't be filled",
                     tensor=name,
-                    expected="memory of its own for each element",
+                    expected="separate memory for each element",
                     actual=f"shape {list(chunk.sizes)}, strides {chunk.data.stride()}",
-                    remedy="clone() it first: expand(), unfold() or as_strided() made it",
+                    remedy="clone() it first: it was made by expand(), unfold() or as_strided()",
                 )
             self.reads.append((entry, chunk))
 
     def build(self, name: str, like: Any = None, new: Allocate = allocate) -> Any:
-        """Build what was saved at a name.
+        """Build the saved value of a name.
 
         Args:
             name: The name.
-            like: A nested value whose tensors are filled where shape and dtype agree.
-            new: Makes the other tensors.
+            like: A nested value. Its tensors are filled if shape and dtype match.
+            new: Creates the other tensors.
 
         Returns:
-            The value, its tensors still to be read; NOTHING, noted as missing, if nothing was
-            saved.
+            The value. Its tensors are filled by later reads. NOTHING if the name was not saved,
+            which is noted as missing.
         """
         if name not in self.saved.nodes:
             if self.saved.selected(name):
@@ -194,11 +200,13 @@ class MatchContext:
 
 
 Match = Callable[[MatchContext, Any, str], Finish]
-"""Matches one value of the caller's state, of any type, against the saved entry of that name."""
+"""A function that matches one value of the caller's state, of any type, against the saved entry of
+that name.
+"""
 
 
 def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the tensors in a nested value."""
+    """List (name, tensor) of the tensors in a nested value."""
     if isinstance(value, torch.Tensor):
         return [(name, value)]
     items: Any = ()

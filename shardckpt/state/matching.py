@@ -1,8 +1,9 @@
-"""Match: the caller's state against a saved one.
+"""Match the caller's state against a saved one.
 
-`match_state` walks the caller's state, notes the reads that fill its tensors and every mismatch.
-Once the tensors have been read, `MatchedState.place` puts everything else in its place. Tensors,
-containers, modules and optimizers are each matched by a module of their own; `_match` chooses.
+`match_state` walks the caller's state, and notes the reads that fill its tensors and every
+mismatch. After the reads, `MatchedState.place` puts all other values back into the state. `_match`
+chooses the module that matches a value: there is one for tensors, containers, modules and
+optimizers each.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ from shardckpt.state.tensor_matching import (
 __all__ = ["DtypePolicy", "MatchedState", "casts", "match_state"]
 
 DtypePolicy = Literal["strict", "cast"]
-"""What a load does with a saved dtype that is not the dtype of the state."""
+"""The policy of a load for a saved dtype that differs from the dtype in the state."""
 
 
 def casts(dtype: DtypePolicy) -> bool:
-    """Whether a dtype policy converts. Raises StateError for an unknown one."""
+    """Whether a dtype policy converts.
+
+    Raises:
+        StateError: The policy is unknown.
+    """
     if dtype not in ("strict", "cast"):
         raise StateError(
             "Unknown value for dtype", expected='"strict" or "cast"', actual=repr(dtype)
@@ -64,14 +69,14 @@ def casts(dtype: DtypePolicy) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class MatchedState:
-    """A caller's state, matched against a saved one.
+    """A caller's state that was matched against a saved one.
 
     Attributes:
         reads: The reads that fill its tensors: saved tensor, and the box to fill.
-        mismatches: The entries that disagree.
-        strict_mismatches: Those of them that a strict load refuses.
+        mismatches: The mismatched entries.
+        strict_mismatches: The mismatches that fail a strict load.
         cast: (name, saved dtype, dtype in the state) of the tensors that are converted.
-        kept: Names of PerRank entries that stay as they are.
+        kept: Names of PerRank entries that keep their value.
     """
 
     reads: list[tuple[TensorEntry, LocalChunk]]
@@ -83,10 +88,10 @@ class MatchedState:
     _finish: Finish
 
     def place(self) -> Any:
-        """Put values, modules and optimizers in their places, once all reads are done.
+        """Put values, modules and optimizers back into the state, after all reads.
 
         Returns:
-            The state: the object that was matched, unless it is a value that can't be changed.
+            The state. It is the object that was matched, unless that is an immutable value.
         """
         self._context.mark_changed()
         return self._finish()
@@ -103,6 +108,9 @@ def match_state(
         rank: This rank.
         world_size: The number of ranks that load.
         cast: Saved dtypes may be converted.
+
+    Returns:
+        The reads, the mismatches, and the values to place after the reads.
     """
     context = MatchContext(state, saved, rank=rank, world_size=world_size, cast=cast)
     # New tensors outlive an inference_mode() of the caller. to_local() is free without gradients.
@@ -161,7 +169,7 @@ def _match(context: MatchContext, template: Any, name: str) -> Finish:
 
 
 def _fills_in_place(array: np.ndarray[Any, Any]) -> bool:
-    """Whether an array can be written to, and a tensor has its dtype."""
+    """Whether an array is writeable and has a dtype that tensors support."""
     return array.flags.writeable and fits_tensor(array.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Saved values built anew, without a template: containers, values, and tensors to be read."""
+"""Build saved values without a template: containers, values, and tensors that reads fill."""
 
 from __future__ import annotations
 
@@ -26,24 +26,35 @@ __all__ = ["NOTHING", "Allocate", "Builder", "allocate"]
 _MUTABLE = {dict, list, set, bytearray, Counter, deque, io.BytesIO, io.StringIO, np.ndarray}
 
 NOTHING = object()
-"""Stands for what was not saved."""
+"""Stands for a value that was not saved."""
 
 Allocate = Callable[[str, str, TensorEntry], tuple[torch.Tensor, bool]]
-"""(name in the state, name in the manifest, what was saved) -> the tensor that stands for it,
-and whether it is to be filled by reads."""
+"""A function that makes a tensor. It takes the name in the state, the name in the manifest and the
+saved entry, and returns the tensor and whether reads must fill it.
+"""
 
 
 def allocate(name: str, source: str, entry: TensorEntry) -> tuple[torch.Tensor, bool]:
-    """A CPU tensor for a saved one."""
+    """Allocate a CPU tensor for a saved one. See Allocate."""
     return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu"), True
 
 
 class Builder:
-    """Builds saved nodes; the reads that fill their tensors are appended to `reads`.
+    """Builds the values of saved nodes, and collects the reads that fill their tensors.
 
-    Tensors are those of `like` where one of that name has the same shape and dtype, else
-    they come from `new`. `filled`: memory -> the saved tensor that it is filled with, so that
-    no memory is filled twice. Tied tensors are one tensor. `built` are the names of all leaves.
+    Tied tensors become one tensor.
+
+    Args:
+        saved: The saved state.
+        reads: The list to which the reads are appended.
+        like: Tensors by name. A tensor with the saved shape and dtype is filled; for all others,
+            `new` makes a tensor.
+        filled: Finds the saved tensor that already fills a memory, so that no memory is filled
+            twice.
+        new: Makes tensors.
+
+    Attributes:
+        built: The names of all leaves that were built.
     """
 
     def __init__(
@@ -64,7 +75,7 @@ class Builder:
         self._tied: dict[TensorRef, Any] = {}
 
     def build(self, node: Any, name: str) -> Any:
-        """The value of the saved node at `name`."""
+        """Build the value of the saved node at `name`."""
         items = children(node)
         if not items:
             self.built.append(name)
@@ -73,7 +84,7 @@ class Builder:
             if type(node) is Record:
                 return types.SimpleNamespace()
             _check_known(node, name)
-            # What was decoded stays as it was, whatever is done to what is built of it.
+            # The caller may change the built value. The decoded node must not change.
             return copy.copy(node) if type(node) in _MUTABLE else node
         for key, _ in items:
             _check_known(key, name)
@@ -101,7 +112,7 @@ class Builder:
         ):
             tensor, to_read = self.new(name, ref.name, entry)
         elif self.filled.first(tensor, ref.name) != ref.name:
-            tensor = torch.empty_like(tensor)  # tied where it is, but not as it was saved
+            tensor = torch.empty_like(tensor)  # tied in the state, but saved as two tensors
         if to_read:
             self.reads += [(entry, chunk) for chunk in local_chunks(tensor, name=name)]
         self._tied[ref] = tensor.numpy() if ref.kind == "numpy" and tensor.is_cpu else tensor
@@ -109,8 +120,9 @@ class Builder:
 
 
 def _check_known(value: Any, name: str) -> None:
-    """Raise CheckpointError for a member of an enum that the program does not have, or a set or a
-    tuple that holds one."""
+    """Raise CheckpointError if a value is or contains a member of an enum that the program
+    lacks.
+    """
     if type(value) in (tuple, set, frozenset, Counter):
         for item in value:
             _check_known(item, name)

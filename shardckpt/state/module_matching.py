@@ -1,4 +1,4 @@
-"""Matching modules of a caller's state against a saved one."""
+"""Match modules of a caller's state against a saved one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["match_module", "runs_own_code"]
 def match_module(context: MatchContext, template: nn.Module, name: str, match: Match) -> Finish:
     """Fill a module's own tensors in place.
 
-    Entries that are not the module's own memory go through its load_state_dict. All entries do if
-    the module overrides load_state_dict or has hooks on it.
+    Entries whose memory is not that of the module's tensors are loaded with its load_state_dict. If
+    the module overrides load_state_dict or has hooks on it, all entries are.
     """
     context.owners.append(name)
     context.used.add(name)
@@ -40,13 +40,13 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
         for key, value in state.items()
     }
     own = {at for t in (*module.parameters(), *module.buffers()) for at in storages_of(t)}
-    # Buffers that a module does not save, on the meta device: no load can fill them.
+    # Non-persistent buffers on the meta device are missing, as no load can fill them.
     context.mismatches.missing += [
         below(name, key) for key, t in module.named_buffers() if t.is_meta and key not in state
     ]
 
     def finish() -> nn.Module:
-        assign, hand_over, every = (_like(state) for _ in range(3))
+        assign, not_filled, every = (_like(state) for _ in range(3))
         for key, entry in entries.items():
             before, after = state[key], entry()
             every[key] = after
@@ -56,22 +56,23 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
             elif _is_extra(key) or not (
                 isinstance(before, torch.Tensor) and storages_of(before) <= own
             ):
-                hand_over[key] = after
+                not_filled[key] = after
         with setting_state(template, at=name):
             if assign:
                 _assign(module, assign)
             if runs_own_code(module):
                 _load_state_dict(module, every)
-            elif hand_over:
-                module.load_state_dict(hand_over, strict=False)
+            elif not_filled:
+                module.load_state_dict(not_filled, strict=False)
         return template
 
     return finish
 
 
 def _like(state: Any) -> Any:
-    """An empty state dict with the versions of the modules that this one is of, as a copy: torch
-    notes `assign` in them."""
+    """Return an empty state dict with a copy of the module versions, in which torch notes
+    `assign`.
+    """
     empty = collections.OrderedDict[str, Any]()
     if hasattr(state, "_metadata"):
         empty._metadata = copy.deepcopy(state._metadata)  # type: ignore[attr-defined]
@@ -83,13 +84,15 @@ def _is_extra(key: str) -> bool:
 
 
 def _extra(context: MatchContext, value: Any, name: str) -> Finish:
-    """What a module's set_extra_state takes: as saved, whatever get_extra_state returns now."""
+    """Build the saved argument of a module's set_extra_state."""
     saved = context.build(name, like=value)
     return lambda: value if saved is NOTHING else saved
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside wrappers, whose load_state_dict would not call that of the module."""
+    """Return the module inside wrappers, as their load_state_dict would not call that of the
+    module.
+    """
     while type(module).load_state_dict is nn.Module.load_state_dict:
         children = dict(module.named_children())
         inner = next((children[n] for n in children if is_wrapped(module, n)), None)
@@ -100,8 +103,10 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def runs_own_code(module: nn.Module) -> bool:
-    """Whether code that is not torch's own runs in load_state_dict: an override of it or of
-    _load_from_state_dict, or a hook. torch's own does nothing to tensors filled in place."""
+    """Whether load_state_dict runs other code than torch's: an override or a hook.
+
+    torch's own code does nothing to tensors that were filled in place.
+    """
     if not _is_torchs(module.load_state_dict):
         return True
     for part in module.modules():
@@ -117,13 +122,15 @@ def runs_own_code(module: nn.Module) -> bool:
 def _is_torchs(function: Any) -> bool:
     while (inner := getattr(function, "hook", None) or getattr(function, "func", None)) is not None:
         function = inner  # torch's _WrappedHook, functools.partial
-    where = getattr(function, "__module__", None) or type(function).__module__
-    return where == "torch" or (where.startswith("torch.") and not where.startswith("torch.ao."))
+    origin = getattr(function, "__module__", None) or type(function).__module__
+    return origin == "torch" or (origin.startswith("torch.") and not origin.startswith("torch.ao."))
 
 
 def _load_state_dict(module: nn.Module, state: Any) -> None:
-    """Call a module's load_state_dict with what its own tensors hold already: torch copies no
-    tensor onto itself, so that this costs little more than the code of the module's author."""
+    """Call a module's load_state_dict with its own, already filled tensors.
+
+    torch does not copy a tensor onto itself, so this costs little more than the module's own code.
+    """
     taken = inspect.signature(module.load_state_dict).parameters
     if "strict" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         module.load_state_dict(state, strict=False)
@@ -132,7 +139,7 @@ def _load_state_dict(module: nn.Module, state: Any) -> None:
 
 
 def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:
-    """Put new tensors in place of those on the meta device; tied parameters stay tied."""
+    """Replace tensors on the meta device by new ones. Tied parameters stay tied."""
     tied: dict[int, list[str]] = {}
     for key, parameter in module.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(key)
@@ -144,11 +151,11 @@ def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:
 
 
 def storages_of(tensor: torch.Tensor) -> set[int]:
-    """What the local memory of a tensor is known by; equal for views of one storage."""
-    found = read_out(tensor, name="")
-    if isinstance(found, Wrapped):
-        return {at for part in found.parts.values() for at in _storages(part)}
-    return _storages(found)
+    """Return the ids of the storages of a tensor's local memory, equal for views of one storage."""
+    tensor_or_shards = read_out(tensor, name="")
+    if isinstance(tensor_or_shards, Wrapped):
+        return {at for inner in tensor_or_shards.inner.values() for at in _storages(inner)}
+    return _storages(tensor_or_shards)
 
 
 def _storages(tensor: Any) -> set[int]:

@@ -1,7 +1,7 @@
 """Modules as plain dicts with canonical names.
 
-Names are those of the module as its author wrote it: without the `module.` of DDP, the
-`_orig_mod.` of torch.compile or the prefix of activation checkpointing.
+A canonical name is the name in the module as its author wrote it, without the prefixes `module.` of
+DDP, `_orig_mod.` of torch.compile, and that of activation checkpointing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format.typed_json import record_of
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.refusals import reading_state
+from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout
 
 __all__ = [
@@ -42,15 +43,20 @@ __all__ = [
 _LEAVES = (torch.Tensor, str, int, float, type(None))
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 
-# What the walks over a module found, with all that it depends on: most of the time a save takes.
+# Names of modules, cached with the facts that they depend on. The walks take most of a save's time.
 _canonical: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = WeakKeyDictionary()
 _by_identity: WeakKeyDictionary[nn.Module, tuple[Any, Any, dict[int, str]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleState:
-    """A module read out: its entries by canonical name, which of them may be taken to stay as
-    they are (see file_groups), and those that are another rank's (see foreign_buffers)."""
+    """The state of a module.
+
+    Attributes:
+        entries: Its entries by canonical name.
+        frozen: The names that probably don't change between saves (see file_groups).
+        foreign: The names for which the values of another rank are saved (see foreign_buffers).
+    """
 
     entries: dict[str, Any]
     frozen: Set[str]
@@ -58,7 +64,7 @@ class ModuleState:
 
 
 def has_state(value: Any) -> bool:
-    """Whether the value saves and restores itself through state_dict and load_state_dict."""
+    """Whether a value saves and restores itself through state_dict and load_state_dict."""
     return (
         not isinstance(value, (type, Mapping))
         and callable(getattr(value, "state_dict", None))
@@ -67,7 +73,7 @@ def has_state(value: Any) -> bool:
 
 
 def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every module in a nested state, outermost modules only."""
+    """Yield (name, module) of the outermost modules in a nested state."""
     stack: list[tuple[tuple[str, ...], Any]] = [((), state)]
     seen: set[int] = set()
     while stack:
@@ -89,14 +95,15 @@ def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
             stack.extend(
                 ((*path, str(key)), item)
                 for key, item in reversed(list(items))
-                if not isinstance(item, _LEAVES)  # as most are
+                if not isinstance(item, _LEAVES)  # most items are leaves
             )
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
-    """Key of `module.state_dict()` -> canonical name.
+    """Return the canonical name of each key of `module.state_dict()`.
 
-    Raises UnsupportedLeafError for FSDP1, whose flat parameters have no names of their own.
+    Raises:
+        UnsupportedLeafError: The module is an FSDP1 module, whose flat parameters have no names.
     """
     keys = dict.fromkeys(module.state_dict(keep_vars=True))
     keys.update(dict.fromkeys(name for name, _ in module.named_parameters()))
@@ -104,7 +111,7 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
 
 
 def _canonical_names(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    depends_on = (list(keys), _kinds(module))
+    depends_on = (list(keys), _classes(module))
     known = _canonical.get(module)
     if known is None or known[0] != depends_on:
         canonical = _canonicaliser(module)
@@ -112,7 +119,7 @@ def _canonical_names(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return known[1]
 
 
-def _kinds(module: nn.Module) -> list[type]:
+def _classes(module: nn.Module) -> list[type]:
     return [type(part) for part in module.modules()]
 
 
@@ -123,16 +130,16 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
         prefixes[raw] = canonical
         if type(owner).__name__ == "FullyShardedDataParallel":
             raise UnsupportedLeafError(
-                "An FSDP1 module can't be handed over directly",
+                "An FSDP1 module can't be saved or loaded directly",
                 tensor=canonical.rstrip(".") or None,
                 expected="a plain module, or one under DDP, FSDP2 (fully_shard) or torch.compile",
                 actual=type(owner).__qualname__,
-                remedy="hand over the dicts that torch.distributed.checkpoint.state_dict."
+                remedy="pass the dicts that torch.distributed.checkpoint.state_dict."
                 "get_state_dict() returns, or move to fully_shard",
             )
         for name, child in owner.named_children():
-            own = canonical if is_wrapped(owner, name) else f"{canonical}{name}."
-            walk(child, f"{raw}{name}.", own)
+            inner = canonical if is_wrapped(owner, name) else f"{canonical}{name}."
+            walk(child, f"{raw}{name}.", inner)
 
     walk(module, "", "")
 
@@ -143,8 +150,8 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
                 return prefixes[key[: cut + 1]] + key[cut + 1 :]
         return prefixes[""] + key
 
-    # A shared submodule is walked once, under its first name; later names keep the prefix they
-    # have, so wrappers inside it must be looked for there as well.
+    # A shared submodule was walked once, under its first name. Its other names keep their prefix,
+    # so wrappers must be found in these names too.
     owners: dict[str, nn.Module] = {}
     for raw, part in module.named_modules(remove_duplicate=False):
         owners[raw] = part
@@ -157,7 +164,7 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
 
 
 def is_wrapped(owner: nn.Module, child: str) -> bool:
-    """Whether the child of this name is all that the owner, a wrapper, holds."""
+    """Whether the owner is a wrapper, and the child of this name is the module that it wraps."""
     if child in _WRAPPED:
         return len(owner._modules) == 1 and not owner._parameters and not owner._buffers
     return child == "module" and isinstance(
@@ -167,20 +174,24 @@ def is_wrapped(owner: nn.Module, child: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OwnState:
-    """A module's state dict of its own tensors, and the canonical name of each key."""
+    """A module's state dict with its own tensors, and the canonical name of each key."""
 
     tensors: dict[str, Any]
     names: dict[str, str]
     at: str = ""
 
     def by_name(self) -> dict[str, Any]:
-        """The state dict under canonical names. Raises StateError for two keys with one name."""
+        """Return the state dict under canonical names.
+
+        Raises:
+            StateError: Two keys have the same name.
+        """
         counts = Counter(self.names[key] for key in self.tensors)
         if len(counts) < len(self.tensors):
             ((name, _),) = counts.most_common(1)
             raise StateError(
                 "Two entries of a module have the same name",
-                tensor=_join(self.at, name),
+                tensor=below(self.at, name),
                 expected="different names without the prefixes of wrappers",
                 actual=", ".join(key for key in self.tensors if self.names[key] == name),
                 remedy="rename one of them in the module's state_dict()",
@@ -189,16 +200,19 @@ class OwnState:
 
 
 def own_state(module: nn.Module, *, at: str = "", keep_vars: bool = True) -> OwnState:
-    """Read a module, which stands at a name in the state; its tensors, or without `keep_vars`
-    aliases of them."""
+    """Read the module at a name in the state. With `keep_vars=False` the tensors are aliases
+    without gradients.
+    """
     with reading_state(module, at=at):
         state = module.state_dict(keep_vars=True) if keep_vars else aliases(module)
     return OwnState(state, _canonical_names(module, state), at)
 
 
 def aliases(module: nn.Module) -> dict[str, Any]:
-    """The state dict of a module, of tensors without gradients that share its memory. Unlike
-    state_dict(), it keeps what parameters say of how they are sharded."""
+    """Return the state dict of a module, with tensors without gradients that share its memory.
+
+    Unlike state_dict(), it keeps the attributes with which parameters describe their shards.
+    """
     state = module.state_dict(keep_vars=True)
     for key, value in state.items():
         if (
@@ -210,20 +224,20 @@ def aliases(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def module_state(module: nn.Module, *, at: str = "") -> dict[str, Any]:
-    """The module's state dict under canonical names; tensors alias the module's own."""
+    """Return the module's state dict under canonical names. Its tensors alias those of the
+    module.
+    """
     return own_state(module, at=at, keep_vars=False).by_name()
 
 
 def foreign_buffers(module: nn.Module) -> set[str]:
-    """Canonical names of the buffers of which this rank's values count for nothing: DDP replaces
-    them by those of its rank 0 before each forward, and until then batch norms let them drift."""
+    """Return the canonical names of the buffers for which DDP uses the values of its rank 0.
+
+    DDP replaces these buffers before each forward. Until then, batch norms let them drift.
+    """
     names: dict[str, str] | None = None
-    found: set[str] = set()
+    foreign: set[str] = set()
     for prefix, part in module.named_modules():
         if (
             isinstance(part, nn.parallel.DistributedDataParallel)
@@ -232,29 +246,31 @@ def foreign_buffers(module: nn.Module) -> set[str]:
         ):
             names = names or canonical_names(module)
             raw = (key for key, _ in part.named_buffers(prefix=prefix))
-            found.update(names[key] for key in raw if key in names)
-    return found
+            foreign.update(names[key] for key in raw if key in names)
+    return foreign
 
 
 def parameter_names(module: nn.Module) -> dict[int, str]:
-    """id of a parameter -> its canonical name in its module."""
+    """Return the canonical name of each parameter of a module, by the id of the parameter."""
     return names_by_identity(module, own_state(module))
 
 
 def names_by_identity(module: nn.Module, state: OwnState) -> dict[int, str]:
-    """As parameter_names, of a module that has just been read."""
+    """Return what `parameter_names` returns, for a module that has just been read."""
     own = {key: id(value) for key, value in state.tensors.items() if is_parameter(value)}
     known = _by_identity.get(module)
     if known is not None and known[0] == own and known[1] is state.names:
         return known[2]
     canonical = canonical_names(module)
     names = {id(parameter): canonical[raw] for raw, parameter in module.named_parameters()}
-    if names.keys() <= set(own.values()):  # else it depends on more
+    if names.keys() <= set(own.values()):  # otherwise it depends on more than the state
         _by_identity[module] = own, state.names, names
     return names
 
 
 def is_parameter(value: Any) -> bool:
-    """isinstance(value, nn.Parameter), which is slow for DTensors; by the mark, private in torch
-    2.13, that it looks at."""
+    """Return isinstance(value, nn.Parameter), which is slow for DTensors.
+
+    It checks the attribute that nn.Parameter itself checks, private in torch 2.13.
+    """
     return type(value) is nn.Parameter or getattr(value, "_is_param", False)

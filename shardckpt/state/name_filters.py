@@ -11,10 +11,12 @@ _GONE = object()
 
 
 def without_tensors(node: Any, gone: Set[str]) -> Any:
-    """`node` without references to tensors named in `gone`: left out of dicts, None in lists,
-    tuples and sets."""
-    found = _prune(node, gone)
-    return None if found is _GONE else found
+    """Return `node` without references to the tensors in `gone`.
+
+    References are removed from dicts, and become None in lists, tuples and sets.
+    """
+    pruned = _prune(node, gone)
+    return None if pruned is _GONE else pruned
 
 
 def _prune(node: Any, gone: Set[str]) -> Any:

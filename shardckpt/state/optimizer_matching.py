@@ -1,4 +1,4 @@
-"""Matching optimizers of a caller's state against a saved one."""
+"""Match optimizers of a caller's state against a saved one."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from shardckpt.state.wrapper_tensors import facts_of
 __all__ = ["match_optimizer"]
 
 _OF_THE_DEVICE = ("capturable", "foreach", "fused")
-"""Options that say how an optimizer works on its device: they stay as the program set them."""
+"""The options for the device of an optimizer, which keep their values."""
 
 _RATES = ("lr", "initial_lr")
 
 
 def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> Finish:
-    """Fill an optimizer's state by parameter name, whatever state it has had so far.
+    """Match an optimizer's state by parameter name.
 
-    Afterwards its state is what was saved: state that a parameter had not yet is made like
-    the parameter, state that was not saved is dropped. Of a parameter that does not fit the
-    saved one no state is loaded; the mismatches say so.
+    After the load, the optimizer has exactly the saved state: missing state of a parameter is
+    created in the layout of the parameter, and state that was not saved is removed. If a parameter
+    does not match the saved one, its state is not loaded, which is noted as a mismatch.
     """
     if name not in context.saved.nodes:
         if context.saved.selected(name):
@@ -52,30 +52,25 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
         return lambda: optimizer
     context.owners.append(name)
     forms = TorchForms(optimizer)
-    own: list[_TorchForm] = []
+    torch_forms: list[_TorchForm] = []
 
-    def match(packed: Any, place: str) -> Finish:
+    def match(packed: Any, at: str) -> Finish:
         owner = forms.owner(packed)
-        node = context.saved.nodes.get(place)
+        node = context.saved.nodes.get(at)
         if owner is not None:
-            form = _TorchForm(context, owner, packed, place)
-            own.append(form)
+            form = _TorchForm(context, owner, packed, at)
+            torch_forms.append(form)
             keys = dict.fromkeys((*packed, *(node if isinstance(node, dict) else ())))
             rest = {
-                key: match(packed.get(key), below(place, key))
-                for key in keys
-                if key not in TORCH_KEYS
+                key: match(packed.get(key), below(at, key)) for key in keys if key not in TORCH_KEYS
             }
 
-            def whole() -> Any:
-                return {**form.finish(), **{key: part() for key, part in rest.items()}}
-
-            return whole
+            return lambda: {**form.finish(), **{key: item() for key, item in rest.items()}}
         if isinstance(packed, Mapping) and isinstance(node, dict) and node:
-            context.used.add(place)
-            parts = {key: match(packed.get(key), below(place, key)) for key in node}
-            return lambda: {key: part() for key, part in parts.items()}
-        value = context.build(place, like=packed)
+            context.used.add(at)
+            items = {key: match(packed.get(key), below(at, key)) for key in node}
+            return lambda: {key: item() for key, item in items.items()}
+        value = context.build(at, like=packed)
         return lambda: packed if value is NOTHING else value
 
     loaded = match(packed_state(optimizer, at=name), name)
@@ -84,7 +79,7 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
         # New tensors outlive an inference_mode() of the caller.
         with torch.inference_mode(False), setting_state(optimizer, at=name):
             optimizer.load_state_dict(loaded())
-            for form in own:
+            for form in torch_forms:
                 form.undo_casts()
         return optimizer
 
@@ -92,7 +87,7 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
 
 
 class _TorchForm:
-    """A dict of the form of torch's optimizers, to be filled with saved state."""
+    """A dict in the form of torch's optimizers, which is filled with saved state."""
 
     def __init__(
         self, context: MatchContext, owner: Optimizer, packed: Mapping[str, Any], name: str
@@ -112,27 +107,30 @@ class _TorchForm:
         self._match_state()
 
     def finish(self) -> dict[str, Any]:
-        """What load_state_dict takes, once the tensors have been read."""
+        """Return the argument of load_state_dict, after the reads."""
         shared: dict[tuple[int, int], torch.Tensor] = {}
         groups = [
-            {**own, **_options(own, saved, shared), "params": own["params"]}
-            for own, saved in zip(self.packed["param_groups"], self.groups, strict=True)
+            {**group, **_options(group, saved, shared), "params": group["params"]}
+            for group, saved in zip(self.packed["param_groups"], self.groups, strict=True)
         ]
         for group, names in zip(groups, self._param_names(), strict=True):
             if names is not None:
                 group["param_names"] = names
         number_of = dict(zip(self.names, self.numbers, strict=True))
         order = [number_of.get(key, key) for key in self.saved_state]
-        state = {**self.filled, **self.beside}
-        order += [key for key in state if key not in set(order)]
+        state = {**self.filled, **self.other_state}
+        listed = set(order)
+        order += [key for key in state if key not in listed]
         return {
             "state": {key: state[key] for key in order if key in state},
             "param_groups": groups,
         }
 
     def undo_casts(self) -> None:
-        """Put back what Optimizer.load_state_dict cast to the parameter's dtype: what was saved
-        wins, such as float32 moments of bfloat16 parameters."""
+        """Restore the saved dtypes of state that Optimizer.load_state_dict has cast.
+
+        It casts state to the parameter's dtype, such as float32 moments of bfloat16 parameters.
+        """
         state = state_of(self.owner)
         for number, parameter in zip(self.numbers, self.parameters, strict=True):
             saved, now = self.filled.get(number), state.get(parameter)
@@ -141,7 +139,7 @@ class _TorchForm:
                     now[key] = _without_casts(now[key], value)
 
     def _saved_names(self) -> dict[str, dict[str, Any]]:
-        """Name of a saved parameter, as renamed -> the options of its group."""
+        """Return the options of the group of each saved parameter, by the name after renaming."""
         prefix = below(self.name, "state.")
         renamed = self.context.saved.renamed
         return {
@@ -151,21 +149,23 @@ class _TorchForm:
         }
 
     def _best_names(self) -> list[str]:
-        """The names of the parameters, as far as possible those that were saved."""
+        """Return the names of the parameters. Of several possible names, those that were saved
+        win.
+        """
         best: dict[int, str] = {}
-        agreeing = -1
+        most = -1
         for candidate in self.context.parameter_names.candidates(self.parameters, at=self.name):
             count = len(self.group_of.keys() & candidate.values())
-            if count > agreeing:
-                best, agreeing = candidate, count
+            if count > most:
+                best, most = candidate, count
             if count == len(self.group_of):
                 break
         names = [best[id(parameter)] for parameter in self.parameters]
-        if agreeing == 0 and len(self.group_of) == len(names) > 0:
-            # Saved as parameters of a part of this module, or of a module that holds it.
-            saved, own = _common_path(self.group_of), _common_path(names)
-            moved = [f"{saved}{name[len(own) :]}" for name in names]
-            nested = f".{saved}".endswith(f".{own}") or f".{own}".endswith(f".{saved}")
+        if most == 0 and len(self.group_of) == len(names) > 0:
+            # The parameters were saved as those of a submodule, or of a module that contains it.
+            old, new = _common_path(self.group_of), _common_path(names)
+            moved = [f"{old}{name[len(new) :]}" for name in names]
+            nested = f".{old}".endswith(f".{new}") or f".{new}".endswith(f".{old}")
             if nested and set(moved) == self.group_of.keys():
                 return moved
         return names
@@ -175,46 +175,46 @@ class _TorchForm:
         return [[next(names) for _ in group["params"]] for group in self.packed["param_groups"]]
 
     def _match_groups(self) -> list[dict[str, Any]]:
-        """For each parameter group the options that were saved for its parameters."""
-        place, mismatches = below(self.name, "param_groups"), self.context.mismatches
+        """Return the saved options for each parameter group."""
+        prefix, mismatches = below(self.name, "param_groups"), self.context.mismatches
         local = set(self.names)
         missing, unexpected = local - self.group_of.keys(), self.group_of.keys() - local
-        mismatches.missing += [f"{place}.{fqn}" for fqn in sorted(missing)]
-        mismatches.unexpected += [f"{place}.{fqn}" for fqn in sorted(unexpected)]
+        mismatches.missing += [f"{prefix}.{fqn}" for fqn in sorted(missing)]
+        mismatches.unexpected += [f"{prefix}.{fqn}" for fqn in sorted(unexpected)]
         groups = []
         for number, names in enumerate(self._names_by_group()):
-            found = [self.group_of[fqn] for fqn in names if fqn in self.group_of]
-            if any(other is not found[0] for other in found):
+            saved = [self.group_of[fqn] for fqn in names if fqn in self.group_of]
+            if any(other is not saved[0] for other in saved):
                 raise StateError(
                     "A parameter group holds parameters that were saved in different groups",
-                    tensor=f"{place}.{number}",
+                    tensor=f"{prefix}.{number}",
                     expected="parameters grouped as they were when saved",
-                    actual=f"{len({id(other) for other in found})} saved groups in one",
+                    actual=f"{len({id(other) for other in saved})} saved groups in one",
                     remedy="create the optimizer with the same parameter groups",
                 )
-            groups.append(found[0] if found else {})
+            groups.append(saved[0] if saved else {})
         if isinstance(self.owner, torch.optim.LBFGS) and not missing | unexpected:
-            self._check_order(place)
+            self._check_order(prefix)
         return groups
 
-    def _check_order(self, place: str) -> None:
+    def _check_order(self, prefix: str) -> None:
         saved = list(self.group_of)
         if saved != self.names:
             raise StateError(
-                "The history of LBFGS needs its parameters in the order in which it was saved",
-                tensor=place,
+                "The parameters of LBFGS must have the same order as when they were saved",
+                tensor=prefix,
                 expected=", ".join(saved)[:500],
                 actual=", ".join(self.names)[:500],
-                remedy="hand the parameters over in this order",
+                remedy="create the optimizer with the parameters in this order",
             )
 
     def _param_names(self) -> list[list[str] | None]:
-        """For each group, torch's own names of its parameters, where it has any."""
+        """Return torch's own parameter names of each group, if there are any."""
         saved = {
             fqn: name
             for fqn, group in self.group_of.items()
-            for own, name in zip(group["params"], group.get("param_names", ()), strict=False)
-            if fqn == own
+            for other, name in zip(group["params"], group.get("param_names", ()), strict=False)
+            if fqn == other
         }
         return [
             group.get("param_names")
@@ -225,33 +225,36 @@ class _TorchForm:
         ]
 
     def _match_state(self) -> None:
-        context, place = self.context, below(self.name, "state")
-        context.used.add(place)
-        node = context.saved.nodes.get(place)
+        context, prefix = self.context, below(self.name, "state")
+        context.used.add(prefix)
+        node = context.saved.nodes.get(prefix)
         self.saved_state = node if isinstance(node, dict) else {}
-        self.beside = {
-            key: context.build(below(place, key), like=self.packed["state"].get(key))
+        self.other_state = {
+            key: context.build(below(prefix, key), like=self.packed["state"].get(key))
             for key in self.saved_state
             if key not in self.group_of and key not in self.names
         }
         for number, fqn, parameter in zip(self.numbers, self.names, self.parameters, strict=True):
             if not is_own(self.owner, parameter):
                 context.used.update(
-                    n for n in context.saved.leaves if n.startswith(f"{place}.{fqn}.")
+                    n for n in context.saved.leaves if n.startswith(f"{prefix}.{fqn}.")
                 )
                 continue
-            mine = self.packed["state"].get(number)
-            if mine is None:
-                mine = _first_state(self.owner, parameter, self.saved_state.get(fqn))
-            state = mine
+            current = self.packed["state"].get(number)
+            if current is None:
+                current = _first_state(self.owner, parameter, self.saved_state.get(fqn))
+            state = current
             if fqn in self.group_of:
-                state = self._state_of(parameter, mine or {}, below(place, fqn))
+                state = self._state_of(parameter, current or {}, below(prefix, fqn))
             if state is not None:
                 self.filled[number] = state
 
-    def _state_of(self, parameter: torch.Tensor, mine: Any, name: str) -> Any:
-        """The saved state of one parameter, its tensors to be read; None where there was none;
-        `mine`, with the mismatches noted, where it does not fit."""
+    def _state_of(self, parameter: torch.Tensor, current: Any, name: str) -> Any:
+        """Return the saved state of one parameter, whose tensors later reads fill.
+
+        Returns None if the parameter had no state. Returns `current`, and notes the mismatches, if
+        the saved state does not fit.
+        """
         context = self.context
         node = context.saved.nodes.get(name)
         if node is None:
@@ -268,9 +271,9 @@ class _TorchForm:
         saved = self._saved_parameter(parameter)
         if saved is not None and not context.fits(saved, _read_out(parameter, name)):
             self._skip(node, parameter, saved, name)
-            return mine
+            return current
         if not isinstance(node, dict):
-            return context.build(name, like=mine)
+            return context.build(name, like=current)
 
         def new(_name: str, _source: str, entry: TensorEntry) -> tuple[torch.Tensor, bool]:
             tensor = self._like(parameter, entry, saved)
@@ -278,65 +281,70 @@ class _TorchForm:
                 context.cast.append((_name, str(DTYPES[entry.dtype]), str(tensor.dtype)))
             return tensor, True
 
-        targets: dict[str, torch.Tensor] = {}
-        wrappers: dict[str, torch.Tensor] = {}
+        targets: dict[str, torch.Tensor] = {}  # tensors and wrapper tensors
+        mismatched = False
         for key, ref in node.items():
             if isinstance(ref, TensorRef) and ref.kind == "tensor":
                 entry = context.saved.manifest.tensors[ref.name]
-                own = _dense(mine.get(key))
-                place = below(name, key)
-                fits = (
-                    isinstance(own, torch.Tensor)
-                    and tuple(_read_out(own, place).shape) == entry.shape
-                )
-                targets[key] = own if fits else self._like(parameter, entry, saved)
-                if not context.fits(entry, _read_out(targets[key], place)):
-                    context.agrees(entry, _read_out(targets[key], place), place)
+                tensor = _dense(current.get(key))
+                at = below(name, key)
+                form = _read_out(tensor, at) if isinstance(tensor, torch.Tensor) else None
+                if form is None or form.shape != entry.shape:
+                    tensor = self._like(parameter, entry, saved)
+                    form = _read_out(tensor, at)
+                targets[key] = tensor
+                if not context.fits(entry, form):
+                    context.agrees(entry, form, at)
+                    mismatched = True
             elif (facts := facts_of(ref)) is not None:
-                if not isinstance(mine.get(key), torch.Tensor):
+                if not isinstance(current.get(key), torch.Tensor):
                     raise _no_class(below(name, key), facts)
-                wrappers[key] = mine[key]
-        if any(not self._fits(node[key], tensor) for key, tensor in targets.items()):
+                targets[key] = current[key]
+        if mismatched:
             context.used.update(below(name, key) for key in node)
-            return mine
+            return current
         return {
-            key: match_tensor(context, {**targets, **wrappers}[key], below(name, key))
-            if key in targets or key in wrappers
-            else context.build(below(name, key), like=mine.get(key), new=new)
+            key: match_tensor(context, targets[key], below(name, key))
+            if key in targets
+            else context.build(below(name, key), like=current.get(key), new=new)
             for key in node
         }
 
-    def _fits(self, ref: TensorRef, tensor: torch.Tensor) -> bool:
-        entry = self.context.saved.manifest.tensors[ref.name]
-        return self.context.fits(entry, _read_out(tensor, ref.name))
-
     def _saved_parameter(self, parameter: torch.Tensor) -> TensorEntry | None:
-        """The entry of the parameter itself, where the checkpoint has it under the same name."""
+        """Return the saved entry of the parameter itself, if the checkpoint has it under the same
+        name.
+        """
         saved = self.context.saved
-        for place in self.context.parameter_names.places(id(parameter)):
-            ref = saved.nodes.get(place)
-            name = ref.name if isinstance(ref, TensorRef) and ref.kind == "tensor" else place
+        for at in self.context.parameter_names.places(id(parameter)):
+            ref = saved.nodes.get(at)
+            name = ref.name if isinstance(ref, TensorRef) and ref.kind == "tensor" else at
             if name in saved.manifest.tensors:
                 return saved.manifest.tensors[name]
         return None
 
     def _skip(self, node: Any, parameter: torch.Tensor, saved: TensorEntry, name: str) -> None:
-        """Note the saved state of a parameter that does not fit: tensors of its shape by shape or
-        dtype; all else stays unused, which the report says."""
+        """Note the saved state of a mismatched parameter.
+
+        Tensors of its shape are mismatches in shape or dtype. Other entries stay unused, and the
+        report lists them.
+        """
         for key, ref in node.items() if isinstance(node, dict) else ():
             if not (isinstance(ref, TensorRef) and ref.kind == "tensor"):
                 continue
             entry = self.context.saved.manifest.tensors[ref.name]
-            own = _read_out(parameter, name)
-            if entry.shape == saved.shape and not self.context.fits(entry, own):
+            target = _read_out(parameter, name)
+            if entry.shape == saved.shape and not self.context.fits(entry, target):
                 self.context.used.add(below(name, key))
-                self.context.agrees(entry, own, below(name, key))
+                self.context.agrees(entry, target, below(name, key))
 
     def _like(
         self, parameter: torch.Tensor, entry: TensorEntry, saved: TensorEntry | None
     ) -> torch.Tensor:
-        """An empty tensor for saved state: sharded as the parameter if of its shape. With
-        dtype="cast", state that had the saved parameter's dtype gets the parameter's."""
+        """Create an empty tensor for saved state, sharded as the parameter if it has its shape.
+
+        With dtype="cast", state that had the dtype of the saved parameter gets the dtype of the
+        parameter.
+        """
         dtype = DTYPES[entry.dtype]
         if (
             self.context.may_cast
@@ -361,7 +369,7 @@ class _TorchForm:
 
 
 def _is_cut_alike(placement: Any, parameter: torch.Tensor, state: torch.Tensor) -> bool:
-    """Whether a placement of the parameter cuts state of another shape into the same rows."""
+    """Whether a placement of the parameter shards state of another shape into the same rows."""
     return (
         state.dim() == parameter.dim()
         and isinstance(placement, Shard)
@@ -370,7 +378,7 @@ def _is_cut_alike(placement: Any, parameter: torch.Tensor, state: torch.Tensor) 
 
 
 def _common_path(names: Iterable[str]) -> str:
-    """The path, up to a dot, with which all of the names begin."""
+    """Return the common beginning of the names, up to a dot."""
     first, last = min(names), max(names)
     while not last.startswith(first):
         first = first[: first.rstrip(".").rfind(".") + 1]
@@ -378,38 +386,44 @@ def _common_path(names: Iterable[str]) -> str:
 
 
 def _read_out(tensor: torch.Tensor, name: str) -> Any:
-    """A tensor that says how it is sharded as its shards, whose shape is the global one."""
+    """Return the shards of a tensor that describes them, whose shape is global. Or the tensor
+    itself.
+    """
     return shards_of(tensor, name=name) if describes_itself(tensor) else tensor
 
 
 def _first_state(optimizer: Any, parameter: torch.Tensor, node: Any) -> dict[str, Any] | None:
-    """Wrapper tensors of an optimizer without state, as torchao's optimizers make them at their
-    first step; None of all others. The method is private in torchao 0.18."""
+    """Create wrapper tensors for an optimizer without state, as torchao does in the first step.
+
+    Returns None for all other optimizers. The method is private in torchao 0.18.
+    """
     new = getattr(optimizer, "_new_buffer", None)
     if not callable(new) or not isinstance(node, dict):
         return None
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for key, item in node.items():
         if (facts := facts_of(item)) is not None:
             context = facts.get("context")
             signed = context[0] if isinstance(context, list) and context else True
-            found[key] = new(parameter, bool(signed))
-    return found or None
+            state[key] = new(parameter, bool(signed))
+    return state or None
 
 
 def _no_class(name: str, facts: dict[str, Any]) -> StateError:
     return StateError(
-        "Optimizer state of a tensor subclass has no tensor to be loaded into",
+        "Saved state of a wrapper tensor needs a tensor of the optimizer to load into",
         tensor=name,
         expected=f"state that holds a {facts.get('class')}",
         actual="an optimizer without state",
-        remedy="take one step first, which makes the state; all of it is replaced by what was "
-        "saved. Nothing that a checkpoint names is imported",
+        remedy="take one step first, which creates the state that the load then replaces. A load "
+        "never imports a class that a checkpoint names",
     )
 
 
 def _dense(value: Any) -> Any:
-    """The tensor that a ShardedArray of a whole tensor holds; anything else as it is."""
+    """Return the tensor in a ShardedArray of a full tensor. Any other value is returned
+    unchanged.
+    """
     local = getattr(value, "local", None)
     return (
         local if isinstance(local, torch.Tensor) and not isinstance(value, torch.Tensor) else value
@@ -417,22 +431,33 @@ def _dense(value: Any) -> Any:
 
 
 def _options(
-    own: Mapping[str, Any], saved: Mapping[str, Any], shared: dict[tuple[int, int], torch.Tensor]
+    current: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    shared: dict[tuple[int, int], torch.Tensor],
 ) -> dict[str, Any]:
-    """The options of a group: the saved ones, as copies of its own."""
+    """Return the saved options of a group, as copies, on the devices of the current ones."""
     options: dict[str, Any] = {}
     for key, value in saved.items():
-        mine = own.get(key)
+        value_now = current.get(key)
         if key in ("params", "param_names", *_OF_THE_DEVICE):
             continue
-        if key in _RATES and isinstance(mine, torch.Tensor) and isinstance(value, (int, float)):
-            options[key] = torch.full_like(mine, value)
-        elif key in _RATES and isinstance(mine, (int, float)) and isinstance(value, torch.Tensor):
+        if (
+            key in _RATES
+            and isinstance(value_now, torch.Tensor)
+            and isinstance(value, (int, float))
+        ):
+            options[key] = torch.full_like(value_now, value)
+        elif (
+            key in _RATES
+            and isinstance(value_now, (int, float))
+            and isinstance(value, torch.Tensor)
+        ):
             options[key] = value.item()
         elif isinstance(value, torch.Tensor):
-            # One tensor for several groups only where it is one in the optimizer and was one.
-            tied = (id(value), id(mine) if isinstance(mine, torch.Tensor) else id(own))
-            device = mine.device if isinstance(mine, torch.Tensor) else value.device
+            # Groups share a tensor only if they share it in the optimizer and in the checkpoint.
+            is_tensor = isinstance(value_now, torch.Tensor)
+            tied = (id(value), id(value_now) if is_tensor else id(current))
+            device = value_now.device if isinstance(value_now, torch.Tensor) else value.device
             shared.setdefault(tied, value.to(device, copy=True))
             options[key] = shared[tied]
         else:
@@ -441,13 +466,13 @@ def _options(
 
 
 def _without_casts(now: Any, saved: Any) -> Any:
-    """`now`, with what differs in dtype from `saved` replaced by that."""
+    """Return `now`, with the tensors of `saved` in place of those that were cast."""
     if isinstance(saved, torch.Tensor):
         differs = isinstance(now, torch.Tensor) and now.dtype != saved.dtype
         return saved.to(now.device) if differs else now
     if type(saved) is dict and type(now) is dict and saved.keys() == now.keys():
         return {key: _without_casts(now[key], value) for key, value in saved.items()}
-    if type(saved) is deque:  # torch makes it again without its length
+    if type(saved) is deque:  # torch rebuilds it without maxlen
         return saved
     if type(saved) in (list, tuple) and type(now) is type(saved) and len(now) == len(saved):
         return type(saved)(map(_without_casts, now, saved))

@@ -1,7 +1,7 @@
-"""Optimizers as nested dicts in which state goes by parameter name.
+"""Optimizers as nested dicts, with the names of parameters as keys.
 
-torch numbers the parameters of an optimizer; here each goes by its name in the module that
-owns it, so that neither the order of parameters nor what else the state holds matters.
+torch numbers the parameters of an optimizer. Here each has its name in the module that owns it, so
+the order of parameters and other entries of the state don't matter.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ TORCH_KEYS = ("state", "param_groups")
 
 @dataclass(frozen=True, slots=True)
 class OptimizerState:
-    """An optimizer read out; see optimizer_state."""
+    """The state of an optimizer, as optimizer_state returns it."""
 
     entries: dict[str, Any]
 
 
 class ParameterNames:
-    """Names of the parameters of a state's modules, by the identity of the parameter."""
+    """The names of the parameters of a state's modules, by the identity of the parameter."""
 
     def __init__(
         self,
@@ -62,8 +62,8 @@ class ParameterNames:
         *,
         read: Mapping[int, OwnState] | None = None,
     ) -> None:
-        """`read` holds, by id, modules that have just been read."""
-        self._found = list(modules)
+        """`read` holds the modules that have just been read, by id."""
+        self._named_modules = list(modules)
         self._read = read or {}
 
     @cached_property
@@ -73,22 +73,29 @@ class ParameterNames:
                 path,
                 names_by_identity(module, self._read.get(id(module)) or own_state(module, at=path)),
             )
-            for path, module in self._found
+            for path, module in self._named_modules
         ]
 
     def of(self, parameters: Sequence[torch.Tensor], *, at: str) -> dict[int, str]:
-        """id -> name of the parameters of the optimizer at `at`.
+        """Return the name of each parameter of the optimizer at `at`, by the id of the parameter.
 
-        The name is the one in the first module that has all of these parameters, whatever other
-        modules the state has. Where they come from several modules, it begins with the module's
-        own path in the state. Raises OptimizerModuleError for a parameter without a name.
+        A name is that in the first module that has all of these parameters; other modules don't
+        matter. If the parameters are in several modules, a name begins with the module's path in
+        the state.
+
+        Raises:
+            OptimizerModuleError: A parameter is in no module of the state.
         """
         return next(self.candidates(parameters, at=at))
 
     def candidates(
         self, parameters: Sequence[torch.Tensor], *, at: str
     ) -> Iterator[dict[int, str]]:
-        """All that `of` may have said of these parameters when another state was saved."""
+        """Yield all the names that `of` may have returned for these parameters when they were
+        saved.
+
+        The result of `of` depends on the other modules of a state.
+        """
         wanted = [id(parameter) for parameter in parameters]
         owners = [
             (path, names)
@@ -97,7 +104,7 @@ class ParameterNames:
         ]
         for _, names in owners:
             yield {identity: names[identity] for identity in wanted}
-        for path, names in owners:  # as version 0.1.0 names them in a state of several modules
+        for path, names in owners:  # the names of version 0.1.0 in a state of several modules
             yield {identity: _join(path, names[identity]) for identity in wanted}
         places = {identity: self.places(identity) for identity in wanted}
         for index, parameter in enumerate(parameters):
@@ -106,7 +113,7 @@ class ParameterNames:
         yield {identity: places[identity][0] for identity in wanted}
 
     def places(self, identity: int) -> list[str]:
-        """The paths in the state under which a parameter stands."""
+        """Return the names in the state of one parameter."""
         return [_join(path, names[identity]) for path, names in self._modules if identity in names]
 
 
@@ -120,22 +127,25 @@ def _without_module(index: int, parameter: torch.Tensor, at: str) -> OptimizerMo
         tensor=at,
         expected="every parameter of the optimizer in a module of the same state",
         actual=f"parameter {index} of shape {tuple(parameter.shape)}",
-        remedy='put the module beside it: {"model": model, "optimizer": optimizer}; '
-        "and create the optimizer after wrapping the model",
+        remedy='save both: {"model": model, "optimizer": optimizer}. Create the optimizer after '
+        "wrapping the model",
     )
 
 
 def flat_parameters(optimizer: Optimizer) -> list[torch.Tensor]:
-    """The parameters of an optimizer in the order of its groups."""
+    """List the parameters of an optimizer in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def optimizer_state(optimizer: Optimizer, names: ParameterNames, *, at: str) -> dict[str, Any]:
-    """The optimizer's state dict with parameter names in place of torch's numbers.
+    """Return the optimizer's state dict with parameter names in place of torch's numbers.
 
-    `{"state": {name: {key: value}}, "param_groups": [{"params": [name, ...], ...}], ...}`. A
-    state dict of another form stays as it is, except that dicts of torch's form inside it are
-    named in the same way. Raises OptimizerModuleError for a parameter without a name.
+    Its form is `{"state": {name: {key: value}}, "param_groups": [{"params": [name, ...], ...}],
+    ...}`. A state dict of another form is not changed, but dicts of torch's form inside it are
+    named in the same way.
+
+    Raises:
+        OptimizerModuleError: A parameter is in no module of the state.
     """
     forms = TorchForms(optimizer)
 
@@ -162,8 +172,8 @@ def optimizer_state(optimizer: Optimizer, names: ParameterNames, *, at: str) -> 
             return {
                 **{key: named(item) for key, item in packed.items() if key not in TORCH_KEYS},
                 "state": {
-                    by_number.get(key, key): _as_sharded(owners.get(key), own)
-                    for key, own in packed["state"].items()
+                    by_number.get(key, key): _as_sharded(owners.get(key), item)
+                    for key, item in packed["state"].items()
                 },
                 "param_groups": [
                     {**group, "params": [by_number[number] for number in group["params"]]}
@@ -176,21 +186,20 @@ def optimizer_state(optimizer: Optimizer, names: ParameterNames, *, at: str) -> 
             return type(packed)(map(named, packed))
         return packed
 
-    found = named(packed_state(optimizer, at=at))
-    if not isinstance(found, dict):
+    state = named(packed_state(optimizer, at=at))
+    if not isinstance(state, dict):
         raise StateError(
             "The state_dict of an optimizer is not a dict",
             tensor=at,
             expected="a dict",
-            actual=type(found).__qualname__,
+            actual=type(state).__qualname__,
             remedy="return a dict from its state_dict()",
         )
-    return found
+    return state
 
 
 def _as_sharded(parameter: torch.Tensor | None, state: Any) -> Any:
-    """The state of a parameter that says how it is sharded: tensors of its shape are cut as it
-    is."""
+    """Copy the shard description of a parameter to the tensors of its shape in its state."""
     if parameter is None or not hasattr(parameter, "global_shape") or not isinstance(state, dict):
         return state
     return {
@@ -202,8 +211,10 @@ def _as_sharded(parameter: torch.Tensor | None, state: Any) -> Any:
 
 
 class TorchForms:
-    """Finds dicts of the form of torch's own optimizers in the state dict of one, and whose they
-    are: its own, or those of an optimizer that it wraps."""
+    """Finds dicts in the form of torch's optimizers in a state dict, and the optimizer of each.
+
+    It is the optimizer itself, or one that it wraps.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         # The optimizer inside a ZeroRedundancyOptimizer has the same parameters in another order.
@@ -212,7 +223,7 @@ class TorchForms:
         self._all = tuple(self._left)
 
     def owner(self, packed: Any) -> Optimizer | None:
-        """The optimizer whose parameters a dict of torch's form numbers; None for any other."""
+        """Return the optimizer to which a dict of torch's form belongs. None for any other dict."""
         if not (
             isinstance(packed, Mapping)
             and isinstance(packed.get("state"), Mapping)
@@ -232,7 +243,9 @@ class TorchForms:
 
 
 def _inner(value: Any, *, seen: set[int]) -> Iterator[Optimizer]:
-    """The optimizers among the attributes of one, those in lists, tuples and dicts included."""
+    """Yield the optimizers in the attributes of an object, also those in lists, tuples and
+    dicts.
+    """
     attributes = getattr(value, "__dict__", {})
     for attribute in attributes.values():
         items: Iterable[Any] = (attribute,)
@@ -255,19 +268,22 @@ def is_own(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
     """Whether this rank keeps the optimizer's state of a parameter."""
     if not _is_zero(optimizer):
         return True
-    # Private in torch 2.13, as no public name says which rank has which parameter.
+    # Private in torch 2.13. There is no public way to find the rank of a parameter.
     owner = optimizer._param_to_rank[parameter]  # type: ignore[attr-defined]
     return bool(owner == optimizer.rank)  # type: ignore[attr-defined]
 
 
 def state_of(optimizer: Optimizer) -> Any:
-    """Where an optimizer keeps state by parameter."""
+    """Return the dict in which an optimizer keeps its state by parameter."""
     return optimizer.optim.state if _is_zero(optimizer) else optimizer.state  # type: ignore[attr-defined]
 
 
 def packed_state(optimizer: Optimizer, *, at: str) -> Any:
-    """What the optimizer's state_dict returns. A ZeroRedundancyOptimizer, whose ranks each keep a
-    part, need not be consolidated; tensors are ShardedArrays then."""
+    """Return the optimizer's state_dict.
+
+    A ZeroRedundancyOptimizer, whose ranks each keep a part, need not be consolidated. Its tensors
+    are ShardedArrays.
+    """
     if _is_zero(optimizer):
         return _packed_zero(optimizer, at=at)
     with reading_state(optimizer, at=at):
@@ -277,9 +293,9 @@ def packed_state(optimizer: Optimizer, *, at: str) -> Any:
 def _packed_zero(optimizer: Optimizer, *, at: str) -> dict[str, Any]:
     parameters = flat_parameters(optimizer)
     local = state_of(optimizer)
-    mine = [p for p in parameters if is_own(optimizer, p)]
-    example = next(((p, local[p]) for p in mine if local.get(p)), None)
-    if not mine:
+    local_parameters = [p for p in parameters if is_own(optimizer, p)]
+    example = next(((p, local[p]) for p in local_parameters if local.get(p)), None)
+    if not local_parameters:
         raise StateError(
             "A rank keeps no parameter of a ZeroRedundancyOptimizer",
             tensor=at,
@@ -291,32 +307,37 @@ def _packed_zero(optimizer: Optimizer, *, at: str) -> dict[str, Any]:
     for number, parameter in enumerate(parameters):
         if is_own(optimizer, parameter):
             if local.get(parameter):
-                state[number] = {key: _mine(item) for key, item in local[parameter].items()}
+                state[number] = {
+                    key: _as_full_array(item) for key, item in local[parameter].items()
+                }
         elif example is not None:
             like, entries = example
             state[number] = {
-                key: _another_ranks(item, like, parameter, at=f"{at}.state.{key}")
+                key: _as_empty_array(item, like, parameter, at=f"{at}.state.{key}")
                 for key, item in entries.items()
             }
     groups = Optimizer.state_dict(optimizer)["param_groups"]
     return {"state": state, "param_groups": groups}
 
 
-def _mine(item: Any) -> Any:
+def _as_full_array(item: Any) -> Any:
     if isinstance(item, torch.Tensor) and item.dim():
         return ShardedArray(item, item.shape, (0,) * item.dim())
     return item
 
 
-def _another_ranks(item: Any, like: torch.Tensor, parameter: torch.Tensor, *, at: str) -> Any:
-    """What another rank's state of a parameter must be, as this rank's own of `like` is `item`."""
+def _as_empty_array(item: Any, like: torch.Tensor, parameter: torch.Tensor, *, at: str) -> Any:
+    """Return an empty part in place of another rank's state of a parameter.
+
+    Its form is that of `item`, this rank's own state of the parameter `like`.
+    """
     if not isinstance(item, torch.Tensor):
         return item
     if not item.dim():
-        return item.clone()  # a step count, equal for all parameters; the save compares it
+        return item.clone()  # a step count, which is equal for all parameters; the save compares it
     if item.shape != like.shape:
         raise StateError(
-            "State of this form can't be saved out of a ZeroRedundancyOptimizer",
+            "A ZeroRedundancyOptimizer with state of this form can't be saved",
             tensor=at,
             expected="state of the shape of its parameter, or numbers",
             actual=f"shape {tuple(item.shape)} for a parameter of {tuple(like.shape)}",
@@ -328,7 +349,7 @@ def _another_ranks(item: Any, like: torch.Tensor, parameter: torch.Tensor, *, at
 
 
 def plain_state(state: Any) -> Any:
-    """A nested state with its modules and optimizers as dicts of canonical names."""
+    """Return a nested state with its modules and optimizers as dicts of canonical names."""
     names = ParameterNames(modules_in(state))
 
     def plain(value: Any, at: str) -> Any:

@@ -14,7 +14,7 @@ _NAMED = 20
 
 
 def all_refused(errors: Sequence[StateError]) -> StateError:
-    """One error for all entries that were refused: the first one's, with a line for each entry."""
+    """Return one error for several: that of the first entry, with a line for each entry."""
     first = errors[0]
     if len(errors) == 1:
         return first

@@ -1,4 +1,4 @@
-"""What a manifest says was saved, by name: every node of the saved tree, leaf or not."""
+"""The saved state of a manifest, by name: every node of its tree."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ _SEQUENCES = {list, tuple, collections.deque}
 
 
 def under(name: str, prefix: str) -> bool:
-    """Whether a name is `prefix` or lies below it, by whole keys."""
+    """Whether a name is `prefix` or begins with its keys."""
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
 def rename_function(rename: Rename) -> Callable[[str], str]:
-    """Saved name -> name looked for. A mapping renames prefixes; the longest one wins."""
+    """Return the function that maps a saved name to a new one.
+
+    A mapping renames prefixes. The longest prefix wins.
+    """
     if rename is None:
         return lambda name: name
     if callable(rename):
@@ -46,8 +49,10 @@ def rename_function(rename: Rename) -> Callable[[str], str]:
 
 
 def select_function(keys: Select) -> Callable[[str], bool]:
-    """Name -> whether it is selected by one of `keys`: prefixes of whole keys, or patterns
-    with *, ? and [] as in a shell."""
+    """Return the function that says whether a name is selected.
+
+    `keys` are prefixes of whole keys, or patterns with *, ? and [] as in a shell.
+    """
     if keys is None:
         return lambda name: True
     wanted = [keys] if isinstance(keys, str) else list(keys)
@@ -59,11 +64,14 @@ def select_function(keys: Select) -> Callable[[str], bool]:
 
 
 class SavedState:
-    """The saved tree, decoded: `nodes` by name, `leaves` among them.
+    """The decoded tree of a manifest. Tensors are TensorRefs.
 
-    Tensors stand in it as TensorRef. What `keys` does not select is left out, and `rename`
-    has been applied: an entry whose new name leaves its dict stands at the top, under its
-    whole name.
+    Entries that `keys` does not select are left out, and `rename` has been applied. An entry whose
+    new name does not begin with the name of its dict is moved to the top, under its full new name.
+
+    Attributes:
+        nodes: All nodes by name.
+        leaves: The leaves by name.
     """
 
     def __init__(self, manifest: Manifest, *, keys: Select = None, rename: Rename = None) -> None:
@@ -79,7 +87,7 @@ class SavedState:
         self._per_rank: dict[int, list[Any]] = {}
 
     def per_rank(self, ref: TensorRef, *, rank: int) -> Any:
-        """The value that `rank` saved inside a PerRank."""
+        """Return the value that `rank` saved in a PerRank."""
         if rank not in self._per_rank:
             self._per_rank[rank] = values.decode(
                 self.manifest.per_rank[rank], tensor=_keep, unknown=_keep
@@ -87,19 +95,19 @@ class SavedState:
         return self._per_rank[rank][int(ref.name)]
 
     def leaves_below(self, name: str) -> list[str]:
-        """The names of the leaves of the node at `name`."""
-        found: list[str] = []
+        """List the names of the leaves of the node at `name`."""
+        leaves: list[str] = []
         stack = [(name, self.nodes[name])] if name in self.nodes else []
         while stack:
-            place, node = stack.pop()
+            at, node = stack.pop()
             items = children(node)
-            stack += [(below(place, key), item) for key, item in items]
+            stack += [(below(at, key), item) for key, item in items]
             if not items:
-                found.append(place)
-        return found
+                leaves.append(at)
+        return leaves
 
     def with_node(self, node: Any, name: str) -> SavedState:
-        """The same, with `node` as all that was saved, under `name`."""
+        """Return a SavedState in which `node` is the only saved node, under `name`."""
         other = object.__new__(SavedState)
         other.__dict__.update(self.__dict__)
         other.nodes, other.leaves = {}, {}
@@ -113,22 +121,24 @@ class SavedState:
             self.leaves[name] = node
         for key, item in items:
             inner = below(name, key)
-            if type(item) is TensorRef and self.selected(inner):  # as most are
+            if type(item) is TensorRef and self.selected(inner):  # most items
                 self.nodes[inner] = self.leaves[inner] = item
             else:
                 self._index(item, inner)
 
 
 def children(node: Any) -> list[tuple[Any, Any]]:
-    """(key, item) of a saved node's items; none for a leaf, an empty container being one."""
-    kind = type(node)
-    if kind is dict or kind is Record:  # a Counter is one value
+    """List (key, item) of a saved node's items. Empty for a leaf, which an empty container
+    also is.
+    """
+    cls = type(node)
+    if cls is dict or cls is Record:  # a Counter is one value
         return list(node.items())
-    return list(enumerate(node)) if kind in _SEQUENCES else []
+    return list(enumerate(node)) if cls in _SEQUENCES else []
 
 
 def rebuilt(node: Any, items: Iterable[tuple[Any, Any]]) -> Any:
-    """A node like this one, with other items."""
+    """Return a node of the same type with other items."""
     if isinstance(node, Record):
         return Record(node.type_name, dict(items))
     if isinstance(node, dict):
@@ -140,12 +150,12 @@ def rebuilt(node: Any, items: Iterable[tuple[Any, Any]]) -> Any:
 
 
 def below(name: str, key: Any) -> str:
-    """The name of an item of the node at `name`."""
+    """Return the name of an item of the node at `name`."""
     return f"{name}.{key}" if name else str(key)
 
 
 def _rewrite(tree: Any, selected: Callable[[str], bool], renamed: Callable[[str], str]) -> Any:
-    """The tree with renamed keys, and without what is not selected (None in a list or tuple)."""
+    """Return the tree with renamed keys, without unselected entries (None in a list or tuple)."""
     moved: dict[str, Any] = {}
     nothing = object()
 

@@ -1,4 +1,4 @@
-"""Arrays of numpy, and parts of an array that a program divides itself."""
+"""numpy arrays, and shards of an array that a program divides itself."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ class ShardedArray:
 
     @property
     def kind(self) -> Literal["tensor", "numpy"]:
-        """What the whole is built as."""
+        """The type of the full array that `load_state` builds."""
         return "numpy" if isinstance(self.local, np.ndarray) else "tensor"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the elements."""
+        """The dtype of the elements."""
         return self.tensor.dtype
 
     @property
     def is_meta(self) -> bool:
-        """Whether it has no data."""
+        """Whether the part is on the meta device."""
         return self.tensor.is_meta
 
     @property
     def tensor(self) -> torch.Tensor:
-        """`local` as a tensor; only after `check`."""
+        """`local` as a tensor. Call `check` before."""
         assert self._tensor is not None
         return self._tensor
 
@@ -83,7 +83,7 @@ class ShardedArray:
         """
         if isinstance(self.local, torch.Tensor):
             if not owns_memory(self.local):
-                return self  # check() refuses it by name
+                return self  # check() raises an error that names it
             return ShardedArray(self.local.clone(), self.shape, self.offsets)
         return ShardedArray(self.local.copy(), self.shape, self.offsets)
 
@@ -111,7 +111,7 @@ class ShardedArray:
                 tensor=name,
                 expected="a numpy array or a plain tensor",
                 actual=f"{type(self.local).__module__}.{type(self.local).__qualname__}",
-                remedy="a DTensor stands in the state by itself",
+                remedy="put a DTensor into the state without a ShardedArray",
             )
         sizes = tuple(self.local.shape)
         try:
@@ -129,7 +129,7 @@ class ShardedArray:
                 tensor=name,
                 expected=f"offsets and sizes within {list(self.shape)}, whole numbers",
                 actual=f"offsets {list(self.offsets)}, sizes {list(sizes)}",
-                remedy="offsets say where the first element of `local` lies in the whole",
+                remedy="pass the position of the first element of `local` as offsets",
             )
         return self
 
@@ -161,7 +161,9 @@ class ShardedArray:
 
 @functools.lru_cache(maxsize=64)
 def fits_tensor(dtype: np.dtype[Any]) -> bool:
-    """Whether a tensor can hold an array of this dtype. Text and times are values, not tensors."""
+    """Whether tensors support a dtype of numpy. Arrays of text and times are values, not
+    tensors.
+    """
     try:
         return torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype in DTYPES.values()
     except TypeError:
@@ -169,7 +171,7 @@ def fits_tensor(dtype: np.dtype[Any]) -> bool:
 
 
 def from_numpy(array: np.ndarray[Any, Any], *, name: str) -> torch.Tensor:
-    """A tensor over the array's memory where torch allows it, else over a copy."""
+    """Return a tensor that shares the array's memory. If torch can't share it, return a copy."""
     if isinstance(array, np.ma.MaskedArray):
         raise UnsupportedLeafError(
             "A masked array can't be saved: its mask would be lost",
@@ -182,7 +184,7 @@ def from_numpy(array: np.ndarray[Any, Any], *, name: str) -> torch.Tensor:
     if any(stride < 0 for stride in native.strides) or not native.flags.writeable:
         native = native.copy()
     if any(stride % max(native.itemsize, 1) for stride in native.strides):
-        native = native.copy()  # a field of a structured array
+        native = native.copy()  # the array is a field of a structured array
     try:
         return torch.from_numpy(native)
     except TypeError as error:

@@ -1,9 +1,9 @@
-"""Tensors that say themselves which parts of a global tensor they hold.
+"""Tensors that describe the shards of a global tensor that they hold.
 
-Three forms: torch's CheckpointableTensor protocol (attributes of a local tensor; torch 2.15),
-DCP's methods `__create_chunk_list__`, `__create_write_items__` and `__get_tensor_shard__` (as
-Megatron-Core and torchrec have them, on a tensor or on the local part of a DTensor), and
-ShardedTensor.
+There are three forms. torch's CheckpointableTensor protocol uses attributes of a local tensor
+(torch 2.15). DCP uses the methods `__create_chunk_list__`, `__create_write_items__` and
+`__get_tensor_shard__`, which Megatron-Core and torchrec define on a tensor or on the local part of
+a DTensor. The third form is ShardedTensor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _METHODS = ("__create_chunk_list__", "__create_write_items__")
 
 
 def describes_itself(tensor: torch.Tensor) -> bool:
-    """Whether shards_of knows which parts of a global tensor this one holds."""
+    """Whether `shards_of` can find the shards of a tensor."""
     if type(tensor) is DTensor:  # the attribute is private in torch 2.13, to_local() is slow
         local: Any = tensor._local_tensor
         return type(local) is not torch.Tensor and _has_methods(local)
@@ -48,27 +48,28 @@ def _has_methods(tensor: torch.Tensor) -> bool:
 
 
 def shards_of(tensor: Any, *, name: str) -> Shards:
-    """The parts that a tensor which describes_itself holds on this rank.
+    """Return the shards that a tensor holds on this rank, as it describes them. Not collective.
 
-    Not collective. Raises StateError, naming the tensor, where what it says does not fit together.
+    Raises:
+        StateError: The description is inconsistent. The error names the tensor.
     """
     try:
         if is_sharded_tensor(tensor):
-            found = _of_sharded_tensor(tensor)
+            shards = _of_sharded_tensor(tensor)
         elif hasattr(tensor, "global_shape"):
-            found = _of_attributes(tensor, name)
+            shards = _of_attributes(tensor, name)
         else:
-            found = _of_methods(tensor, name)
+            shards = _of_methods(tensor, name)
     except StateError:
         raise
-    except Exception as error:  # of methods and attributes of other libraries
-        raise _unclear(name, "facts and shards that fit", f"{type(error).__name__}: {error}") from (
+    except Exception as error:  # other libraries define the methods and attributes
+        raise _unclear(name, "a consistent description", f"{type(error).__name__}: {error}") from (
             error
         )
-    for chunk in found.chunks:
-        _check(chunk, found.shape, name)
-    found.chunks = [chunk for chunk in found.chunks if 0 not in chunk.sizes or 0 in found.shape]
-    return found
+    for chunk in shards.chunks:
+        _check(chunk, shards.shape, name)
+    shards.chunks = [chunk for chunk in shards.chunks if 0 not in chunk.sizes or 0 in shards.shape]
+    return shards
 
 
 def _of_sharded_tensor(tensor: Any) -> Shards:
@@ -89,7 +90,7 @@ def _of_attributes(tensor: torch.Tensor, name: str) -> Shards:
     shape, *lists = (getattr(tensor, attribute) for attribute in _ATTRIBUTES)
     counts = {len(numbers) for numbers in lists}
     if len(counts) > 1:
-        raise _unclear(name, "offsets and sizes of as many shards", f"of {sorted(counts)}")
+        raise _unclear(name, "equally many offsets and sizes", f"{sorted(counts)} of them")
     data, chunks = tensor.detach(), []
     for offsets, at, sizes in zip(*map(_numbers, lists), strict=True):
         at = at or (0,) * len(sizes)
@@ -101,8 +102,8 @@ def _of_attributes(tensor: torch.Tensor, name: str) -> Shards:
             actual = f"local offsets {list(at)}, sizes {list(sizes)}"
             raise _unclear(name, f"shards within the local shape {list(data.shape)}", actual)
         chunks.append(LocalChunk(offsets, sizes, data[box_slices((0,) * len(at), at, sizes)]))
-    (whole,) = _numbers([shape])
-    return Shards(whole, tensor.dtype, chunks, tensor)
+    (global_shape,) = _numbers([shape])
+    return Shards(global_shape, tensor.dtype, chunks, tensor)
 
 
 def _of_methods(tensor: Any, name: str) -> Shards:
@@ -129,9 +130,9 @@ def _of_methods(tensor: Any, name: str) -> Shards:
             data = data.to_local()
         data = data.detach()
         if data.numel() == torch.Size(sizes).numel() and data.is_contiguous():
-            data = data.view(tuple(sizes))  # leading axes of size 1 may be left out
+            data = data.view(tuple(sizes))  # the data may lack leading axes of size 1
         chunks.append(LocalChunk(tuple(offsets), tuple(sizes), data))
-        dtype = data.dtype  # a wrapper says float32 whatever its shards are
+        dtype = data.dtype  # a wrapper may have another dtype than its shards
     return Shards(shape, dtype, chunks, tensor)
 
 
@@ -147,7 +148,7 @@ def _check(chunk: LocalChunk, shape: tuple[int, ...], name: str) -> None:
     if not fits or tuple(chunk.data.shape) != chunk.sizes:
         raise _unclear(
             name,
-            f"shards within the global shape {list(shape)}, each of the sizes of its data",
+            f"shards within the global shape {list(shape)}, with the shapes of their data",
             f"offsets {list(chunk.offsets)}, sizes {list(chunk.sizes)}, "
             f"data of shape {list(chunk.data.shape)}",
         )
@@ -155,7 +156,7 @@ def _check(chunk: LocalChunk, shape: tuple[int, ...], name: str) -> None:
 
 def _unclear(name: str, expected: str, actual: object) -> StateError:
     return StateError(
-        "What a tensor says of its shards does not fit together",
+        "A tensor describes its shards inconsistently",
         tensor=name,
         expected=expected,
         actual=actual,
@@ -164,8 +165,9 @@ def _unclear(name: str, expected: str, actual: object) -> StateError:
 
 
 def carry_layout(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The target, a copy or an alias of `source`, with the attributes that say how it is
-    sharded."""
+    """Return the target, a copy or an alias of `source`, with the attributes that describe its
+    shards.
+    """
     if hasattr(source, "global_shape"):
         for attribute in _ATTRIBUTES:
             if hasattr(source, attribute):
@@ -174,14 +176,16 @@ def carry_layout(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def materialised(tensor: Any, name: str) -> Any:
-    """A tensor like one on the meta device, with memory: on its mesh's device, or the default."""
+    """Return a tensor with memory like one on the meta device, on its mesh's device or the
+    default.
+    """
     if isinstance(tensor, Shards) or (describes_itself(tensor) and type(tensor) not in PLAIN):
         raise StateError(
-            "A tensor on the meta device that says itself how it is sharded can't be given memory",
+            "A tensor on the meta device that describes its own shards can't be given memory",
             tensor=name,
             expected="shards with memory",
             actual="device meta",
-            remedy="materialise it first, with to_empty() or as the library that it is of does",
+            remedy="materialise it first, with to_empty() or by the means of its library",
         )
     device: Any = torch.get_default_device()
     if is_distributed(tensor):

@@ -1,9 +1,9 @@
-"""A state as it is at one moment, taken in a millisecond or two, to be copied a little later.
+"""Snapshots: a state as it is at one moment, taken in a millisecond or two and staged later.
 
-Values and containers are copied, and so are the tensors that may change before the next
-optimizer step: buffers of modules, which forward changes, arrays, and small tensors that
-stand in the state by themselves. Parameters, optimizer state and large tensors are held as
-they are, with their version: whoever copies them later can tell whether they were changed.
+A snapshot copies values and containers, and the tensors that may change before the next optimizer
+step: buffers of modules, which forward changes, arrays, and small tensors outside modules.
+Parameters, optimizer state and large tensors are held without a copy, with their version. The
+staging later detects a change by the version.
 """
 
 from __future__ import annotations
@@ -46,23 +46,28 @@ from shardckpt.state.wrapper_tensors import Wrapped, read_out
 
 __all__ = ["Snapshot", "take_snapshot"]
 
-_DEPTH_LIMIT = 120  # beyond what can be saved: flatten says so
+_DEPTH_LIMIT = 120  # more than flatten allows, which raises the error
 _COPYABLE = (torch.Tensor, nn.Parameter, DTensor)
 _NEVER = -1.0
 
 
 @dataclass(slots=True)
 class Snapshot:
-    """`state`: nested containers of values and tensors, modules and optimizers read out.
-    `held`: id of a tensor that was not copied -> its version and address at that moment."""
+    """A snapshot of a state.
+
+    Attributes:
+        state: Nested containers of values and tensors. Modules and optimizers are replaced by their
+            state.
+        held: The version and address of each tensor that was not copied, by the id of the tensor.
+    """
 
     state: Any = None
     held: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def changed(self, flat: FlatState) -> str | None:
-        """The name of a tensor that was held and has been changed since, if any.
+        """Return the name of a held tensor that has changed since the snapshot, or None.
 
-        Seen is what torch itself does; not what goes through `.data`, numpy or other libraries.
+        Detects changes through torch, but not through `.data`, numpy or other libraries.
         """
         for name, tensor in (*flat.tensors.items(), *flat.own.items()):
             data = [c.data for c in tensor.chunks] if isinstance(tensor, Shards) else [tensor]
@@ -74,10 +79,14 @@ class Snapshot:
 
 
 def take_snapshot(state: Any, *, small_bytes: int, rank: int = 0) -> Snapshot:
-    """Take a snapshot of a rank's state; tensors by themselves of up to `small_bytes` are copied.
+    """Take a snapshot of a rank's state. Not collective; changes nothing.
 
-    Not collective, changes nothing. Raises what asking modules, optimizers and objects for
-    their state raises.
+    Raises the errors of the state_dict of modules, optimizers and objects.
+
+    Args:
+        state: The state.
+        small_bytes: The size up to which tensors outside modules are copied.
+        rank: This rank.
     """
     with torch.no_grad():
         taker = _Taker(state, rank)
@@ -93,7 +102,7 @@ class _Taker:
         self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
         self.parts: dict[int, ShardedArray] = {}
-        # First of all: what is copied of a module must be found wherever else it stands.
+        # Modules come first, so that the copies of their tensors are found for tied entries.
         self.own = {id(module): own_state(module, at=at) for at, module in self.modules}
         self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
 
@@ -102,7 +111,7 @@ class _Taker:
         return {_memory(p) for _, module in self.modules for p in module.parameters()}
 
     def walk(self, value: Any, at: str, *, copy_up_to: float, depth: int = 0) -> Any:
-        """The value without its modules and optimizers, containers copied, tensors taken."""
+        """Return a value with copied containers and values, and its tensors copied or held."""
         if isinstance(value, torch.Tensor):
             return self.take(value, copy_up_to)
         if value is None or isinstance(value, (str, int, float, torch.Size)):
@@ -134,8 +143,8 @@ class _Taker:
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
             names = ParameterNames(self.modules, read=self.own)
-            found = optimizer_state(value, names, at=at.removeprefix("."))
-            return OptimizerState(self.optimizer(found, at))
+            state = optimizer_state(value, names, at=at.removeprefix("."))
+            return OptimizerState(self.optimizer(state, at))
         if isinstance(value, PerRank):
             inner = self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth)
             return PerRank(inner, value.on_resize)
@@ -165,7 +174,7 @@ class _Taker:
 
     def module(self, module: nn.Module, at: str) -> ModuleState:
         entries = (self.own.get(id(module)) or own_state(module, at=at.removeprefix("."))).by_name()
-        plain = True  # trained weights alone
+        plain = True  # the module has only trained weights
         for key, item in entries.items():
             if is_parameter(item):
                 plain = plain and item.requires_grad
@@ -177,10 +186,12 @@ class _Taker:
             return ModuleState(entries, frozenset(), frozenset())
         return ModuleState(entries, frozen_entries(module), foreign_buffers(module))
 
-    def optimizer(self, found: dict[Any, Any], at: str) -> dict[Any, Any]:
-        """An optimizer's state dict: groups copied, as schedulers change them; all else held."""
+    def optimizer(self, state: dict[Any, Any], at: str) -> dict[Any, Any]:
+        """Take an optimizer's state dict: copy the groups, which schedulers change, and hold the
+        rest.
+        """
         taken: dict[Any, Any] = {}
-        for key, item in found.items():
+        for key, item in state.items():
             if key == "state" and type(item) is dict:
                 taken[key] = self.held_state(item, at)
             elif key == "param_groups":
@@ -192,7 +203,7 @@ class _Taker:
         return taken
 
     def held_state(self, state: dict[Any, Any], at: str) -> dict[Any, Any]:
-        """An optimizer's state by parameter; what only a step changes."""
+        """Hold an optimizer's state by parameter, which only a step changes."""
         return {
             name: {
                 key: self.hold(item)
@@ -206,55 +217,59 @@ class _Taker:
         }
 
     def take(self, tensor: torch.Tensor, copy_up_to: float) -> Any:
-        """A copy of a tensor of up to so many bytes that is no parameter; else itself."""
+        """Copy a tensor of up to `copy_up_to` bytes that is not a parameter. Hold any other
+        tensor.
+        """
         if copy_up_to < 0 or type(tensor) not in _COPYABLE or hasattr(tensor, "global_shape"):
             return self.hold(tensor, copy_up_to)
         if type(tensor) is DTensor and type(tensor._local_tensor) is not torch.Tensor:
             return self.hold(tensor, copy_up_to)
         large = tensor.numel() * tensor.element_size() > copy_up_to
-        if large and not self.modules:  # whose large buffers are copied
+        if large and not self.modules:  # it can't be tied to a large buffer, which is copied
             return self.hold(tensor)
         memory = _memory(tensor)
-        if memory not in self.copies:  # tied ones stay tied
+        if memory not in self.copies:  # tied tensors stay tied
             if large or memory in self.parameters:
                 return self.hold(tensor)
             self.copies[memory] = _copy(tensor)
         return self.copies[memory]
 
     def hold(self, tensor: torch.Tensor, copy_up_to: float = _NEVER) -> Any:
-        """The tensor with its version; one that consists of others with theirs, or copies."""
+        """Hold a tensor with its version. The inner tensors of others are held or copied."""
         try:
-            found = read_out(tensor, name="")
+            split = read_out(tensor, name="")
         except StateError:
-            return tensor  # flatten tells why, with the name
-        if isinstance(found, Wrapped):
-            parts = {key: self.part(part, copy_up_to) for key, part in found.parts.items()}
-            return dataclasses.replace(found, parts=parts)
-        if isinstance(found, Shards):
-            return self.part(found, copy_up_to)
-        kind = type(tensor)
-        if kind not in _COPYABLE:
-            return tensor  # one that can't be saved, or is known by its class alone
-        if tensor.is_inference():  # which has no version
+            return tensor  # flatten raises the error, with the name
+        if isinstance(split, Wrapped):
+            inner = {key: self.inner(item, copy_up_to) for key, item in split.inner.items()}
+            return dataclasses.replace(split, inner=inner)
+        if isinstance(split, Shards):
+            return self.inner(split, copy_up_to)
+        cls = type(tensor)
+        if cls not in _COPYABLE:
+            return tensor  # it can't be saved, or flatten handles its class
+        if tensor.is_inference():  # it has no version
             return _copy(tensor)
-        if kind is not DTensor:  # whose detach() is slow
-            tensor = tensor.detach()  # stays what it is after `parameter.data = ...`
+        if cls is not DTensor:  # the detach() of a DTensor is slow
+            tensor = tensor.detach()  # does not change with `parameter.data = ...`
         self.snapshot.held[id(tensor)] = _mark(tensor)
         return tensor
 
-    def part(self, part: Any, copy_up_to: float) -> Any:
-        """As `take` for one of the tensors that another one consists of."""
-        if not isinstance(part, Shards):
-            return self.take(part, copy_up_to)
+    def inner(self, inner: Any, copy_up_to: float) -> Any:
+        """Take one of the inner tensors or shards of another tensor."""
+        if not isinstance(inner, Shards):
+            return self.take(inner, copy_up_to)
         chunks = [
             LocalChunk(chunk.offsets, chunk.sizes, self.take(chunk.data, copy_up_to))
-            for chunk in part.chunks
+            for chunk in inner.chunks
         ]
-        return dataclasses.replace(part, chunks=chunks)
+        return dataclasses.replace(inner, chunks=chunks)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy without gradients; itself if it has no memory to copy, as flatten tells by name."""
+    """Copy a tensor without gradients. A tensor without memory is returned itself; flatten
+    raises.
+    """
     local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
     if local.is_meta or (local.layout is torch.strided and not owns_memory(local)):
         return tensor
@@ -262,7 +277,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     copied = plain.clone() if plain is local else plain.clone().view(local.dtype)
     if type(tensor) is not DTensor:
         return copied
-    # Its clone() asks what becomes of the placements. The constructor is private in torch 2.13.
+    # clone() of a DTensor computes placements. The constructor avoids that; private in torch 2.13.
     return DTensor(copied, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
@@ -273,7 +288,7 @@ def _mark(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory seen in the same way."""
+    """Return a key that is equal for tied tensors."""
     local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
     if not owns_memory(local) or not local.numel():
         return (id(tensor),)

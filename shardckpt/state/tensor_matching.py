@@ -1,4 +1,4 @@
-"""Matching tensors and arrays of a caller's state: each is filled in place by reads."""
+"""Match tensors and arrays of a caller's state. Reads fill them in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ __all__ = ["match_array", "match_generator", "match_sharded_array", "match_tenso
 
 
 def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
-    """Fill a tensor in place and return it; for one on the meta device, a new tensor like it."""
+    """Note the reads that fill a tensor in place, and return it.
+
+    For a tensor on the meta device, a new tensor of the same form is filled and returned.
+    """
     target = read_out(template, name=name)
     if isinstance(target, Wrapped):
         return _match_wrapped(context, target, name)
@@ -41,7 +44,9 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
 
 
 def _match_wrapped(context: MatchContext, target: Wrapped, name: str) -> torch.Tensor:
-    """Fill the inner tensors of one that wraps others, if the saved one was alike."""
+    """Match the inner tensors of a wrapper tensor, if the saved wrapper tensor had the same
+    facts.
+    """
     node: Any = context.saved.nodes.get(name)
     tensor = target.source
     if name not in context.saved.nodes:
@@ -54,36 +59,37 @@ def _match_wrapped(context: MatchContext, target: Wrapped, name: str) -> torch.T
         actual = "a tensor" if isinstance(node, TensorRef) else type(node).__name__
         context.mismatches.wrong_dtype.append((name, f"a {target.facts['class']}", actual))
         return tensor
-    context.build(below(name, WRAPPER))  # which notes that it is used
-    mine = {**target.facts, "inner": sorted(target.parts)}
-    theirs = {**saved, "inner": sorted(key for key in node if key != WRAPPER)}
-    if mine != theirs:
+    context.build(below(name, WRAPPER))  # marks the facts as used
+    wanted = {**target.facts, "inner": sorted(target.inner)}
+    actual_facts = {**saved, "inner": sorted(key for key in node if key != WRAPPER)}
+    if wanted != actual_facts:
         context.used.update(leaf for leaf in context.saved.leaves if under(leaf, name))
-        differing = [key for key in mine if mine[key] != theirs.get(key)]
-        pair: Any = tuple({key: of.get(key) for key in differing} for of in (mine, theirs))
-        noted = context.mismatches.wrong_dtype
+        differing = [key for key in wanted if wanted[key] != actual_facts.get(key)]
         if differing == ["shape"]:
-            noted, pair = context.mismatches.wrong_shape, (mine["shape"], theirs["shape"])
-        noted.append((name, *pair))
+            shapes = wanted["shape"], actual_facts["shape"]
+            context.mismatches.wrong_shape.append((name, *shapes))
+        else:
+            both: Any = [{key: of.get(key) for key in differing} for of in (wanted, actual_facts)]
+            context.mismatches.wrong_dtype.append((name, *both))
         return tensor
     inner = {
-        key: match_tensor(context, value, below(name, key)) for key, value in target.parts.items()
+        key: match_tensor(context, value, below(name, key)) for key, value in target.inner.items()
     }
     context.filled.append(tensor)
-    if all(inner[key] is value for key, value in target.parts.items()):
+    if all(inner[key] is value for key, value in target.inner.items()):
         return tensor
     rebuilt: torch.Tensor = _rebuilt(tensor, inner)
     return rebuilt
 
 
 def _rebuilt(tensor: Any, inner: dict[str, torch.Tensor]) -> Any:
-    """A tensor like the caller's, around other inner tensors."""
+    """Build a wrapper tensor like the caller's around other inner tensors."""
     _, facts = tensor.__tensor_flatten__()
     return type(tensor).__tensor_unflatten__(inner, facts, tensor.shape, tensor.stride())
 
 
 def match_array(context: MatchContext, template: np.ndarray[Any, Any], name: str) -> Finish:
-    """Fill a writeable array in place, whatever its byte order and strides."""
+    """Fill a writeable array in place, with any byte order and strides."""
     tensor = from_numpy(template, name=name)
     match_tensor(context, tensor, name)
 
@@ -112,7 +118,7 @@ def match_sharded_array(context: MatchContext, template: ShardedArray, name: str
 
 
 def match_generator(context: MatchContext, template: torch.Generator, name: str) -> Finish:
-    """Set a random-number generator to the state that was saved."""
+    """Set a random-number generator to its saved state."""
     state, before = template.get_state(), len(context.reads)
     match_tensor(context, state, name)
     if len(context.reads) == before:

@@ -52,7 +52,7 @@ class Hidden(NamedTuple):
 
 
 def hidden_path(target: str, role: str) -> str:
-    """The hidden path beside a checkpoint. The role is "lock", "old" or "tmp-ID"."""
+    """Return the hidden path beside a checkpoint. The role is "lock", "old" or "tmp-ID"."""
     parent, name = os.path.split(target)
     stem = _stem(name)
     middle = f"{_hash(stem)}." if role in ("lock", "old") else ""
@@ -60,7 +60,7 @@ def hidden_path(target: str, role: str) -> str:
 
 
 def hidden_file_path(target: str, role: str) -> str:
-    """The hidden path beside a file or folder in another format.
+    """Return the hidden path beside a file or folder in another format.
 
     The role is "lock", "old" or "ID.part".
     """

@@ -127,7 +127,7 @@ def test_classes_that_are_not_there_stand_in_no_way(tmp_path, capsys, monkeypatc
         patch.delitem(sys.modules, __name__)
         for more in (["inspect"], ["inspect", "--json"], ["verify"]):
             assert main([*more, str(tmp_path / "c")]) == 0
-        again = ["reshard", str(tmp_path / "c"), str(tmp_path / "d"), "--world-size", "2"]
+        again = ["reshard", str(tmp_path / "c"), str(tmp_path / "d"), "--shards", "2"]
         assert main(again) == 0
         assert "Phase.WARM" in capsys.readouterr().out
     assert shardckpt.load_state(tmp_path / "d")["phase"] is Phase.WARM
@@ -137,7 +137,7 @@ def test_reshard(tmp_path, capsys):
     state = {"t": torch.arange(1 << 20).reshape(-1, 8), "r": PerRank({"x": torch.ones(2)}), "n": 1}
     shardckpt.save(state, tmp_path / "c")
     target = str(tmp_path / "d")
-    assert main(["reshard", str(tmp_path / "c"), target, "--world-size", "3"]) == 0
+    assert main(["reshard", str(tmp_path / "c"), target, "--shards", "3"]) == 0
     assert "3 shards" in capsys.readouterr().out
     sizes = [path.stat().st_size for path in (tmp_path / "d").glob("*.safetensors")]
     assert len(sizes) == 3
@@ -149,10 +149,10 @@ def test_reshard(tmp_path, capsys):
     shardckpt.load(again, target)  # still a checkpoint of one rank
     assert again["r"].value["x"].tolist() == [1, 1]
     assert main(["verify", target]) == 0
-    assert main(["reshard", str(tmp_path / "c"), target, "--world-size", "1"]) == 7
-    arguments = ["reshard", str(tmp_path / "c"), target, "--world-size", "1", "--overwrite"]
+    assert main(["reshard", str(tmp_path / "c"), target, "--shards", "1"]) == 7
+    arguments = ["reshard", str(tmp_path / "c"), target, "--shards", "1", "--overwrite"]
     assert main(arguments) == 0
-    assert main(["reshard", str(tmp_path / "c"), str(tmp_path / "e"), "--world-size", "0"]) == 3
+    assert main(["reshard", str(tmp_path / "c"), str(tmp_path / "e"), "--shards", "0"]) == 3
 
 
 def cut(path):
@@ -177,7 +177,7 @@ def newer(path):
 def test_exit_codes(tmp_path, capsys, command, harm, code, word):
     save_some(tmp_path / "c")
     harm(tmp_path / "c")
-    more = [str(tmp_path / "d"), "--world-size", "1"] if command == "reshard" else []
+    more = [str(tmp_path / "d"), "--shards", "1"] if command == "reshard" else []
     if command == "inspect" and code == 6:
         code, word = 0, ""  # the manifest tells all
     assert main([command, str(tmp_path / "c"), *more]) == code

@@ -28,14 +28,14 @@ def same(state, path) -> bool:
 
 def test_processes_share_the_work(tmp_path, state, capsys):
     source, target = str(tmp_path / "c"), tmp_path / "d"
-    assert main(["reshard", source, str(target), "--world-size", "3", "--jobs", "2"]) == 0
+    assert main(["reshard", source, str(target), "--shards", "3", "--jobs", "2"]) == 0
     assert capsys.readouterr().out.count("3 shards") == 1
     assert same(state, target)
     (target / "shard-00001-of-00003.safetensors").unlink()
     assert main(["verify", str(target), "--jobs", "2"]) == 6
     told = capsys.readouterr()
     assert "shard-00001-of-00003.safetensors" in told.err
-    assert told.out.splitlines() == ["hurt   a", "whole  b"]
+    assert told.out.splitlines() == ["corrupted a", "intact    b"]
 
 
 def test_processes_share_a_conversion(tmp_path, state):

@@ -136,7 +136,7 @@ def deep(count: int) -> str:
     return "[" * count + "]" * count
 
 
-ALIKE = [{"$int": str(((1 << 61) - 1) * number)} for number in range(1, 10_000)]
+EQUAL_HASHES = [{"$int": str(((1 << 61) - 1) * number)} for number in range(1, 10_000)]
 ROW = [0, 4096, 4120, 0, 0, 2, 3]  # shard, begin, end, offsets, sizes of "a"
 PAIR = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 
@@ -232,10 +232,12 @@ ATTACKS: dict[str, Attack] = {
     "a dtype that is a function": value({"$dtype": "load"}),
     "a dtype that torch would import": value({"$dtype": "onnx"}),
     "a layout that torch would import": value({"$layout": "_inductor"}),
-    "a set of ints that have one hash": value({"$set": ALIKE}),
-    "keys that have one hash": value({"$dict": [[key, 0] for key in ALIKE]}),
-    "keys that are tuples of one hash": value({"$dict": [[{"$tuple": [k]}, 0] for k in ALIKE]}),
-    "a counter of keys that have one hash": value({"$counter": [[key, 0] for key in ALIKE]}),
+    "a set of ints that have one hash": value({"$set": EQUAL_HASHES}),
+    "keys that have one hash": value({"$dict": [[key, 0] for key in EQUAL_HASHES]}),
+    "keys that are tuples of one hash": value(
+        {"$dict": [[{"$tuple": [k]}, 0] for k in EQUAL_HASHES]}
+    ),
+    "a counter of keys that have one hash": value({"$counter": [[key, 0] for key in EQUAL_HASHES]}),
     "an enum that is a proxy": value({"$enum": ["tests.faults.hostile_child", "proxy", "x"]}),
     "a set of lists": value({"$set": [[1]]}),
     "a tag with another key": value({"$int": "1", "x": 1}),

@@ -80,7 +80,7 @@ def expansion_unbounded() -> None:
 
 
 def sharing_unbounded() -> None:
-    replace("_PLACES", 1 << 62, torch_file)
+    replace("_SHARED_VALUES", 1 << 62, torch_file)
 
 
 HOLES: dict[str, Callable[[], None]] = {

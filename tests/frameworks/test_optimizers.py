@@ -33,6 +33,11 @@ OPTIMIZERS = {
     "Lion": of("pytorch_optimizer", "Lion"),
     "MADGRAD": of("pytorch_optimizer", "MADGRAD"),
     "Fromage": of("pytorch_optimizer", "Fromage"),
+    "8-bit of torchao": of("torchao.optim", "AdamW8bit"),
+    "4-bit of torchao": of("torchao.optim", "AdamW4bit"),
+    "float8 of torchao": of("torchao.optim", "AdamWFp8"),
+    "8-bit of bitsandbytes": of("bitsandbytes.optim", "AdamW8bit", min_8bit_size=16),
+    "CAME": of("came_pytorch", "CAME"),
     "schedule-free": of("schedulefree", "AdamWScheduleFree"),
     "Adafactor of transformers": of(
         "transformers", "Adafactor", scale_parameter=False, relative_step=False
@@ -42,7 +47,8 @@ OPTIMIZERS = {
 
 def job(make, seed):
     torch.manual_seed(seed)
-    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    # torchao quantizes the moments of parameters with 4096 elements or more
+    module = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 3))
     optimizer = make(list(module.parameters()))
     if hasattr(optimizer, "train"):
         optimizer.train()
@@ -53,6 +59,14 @@ def step(module, optimizer):
     optimizer.zero_grad()
     module(INPUT).square().sum().backward()
     optimizer.step()
+
+
+@pytest.fixture(autouse=True)
+def not_compiled():
+    """torchao compiles its steps: without a compiler here."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
 
 
 @pytest.mark.filterwarnings("default")

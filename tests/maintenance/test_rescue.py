@@ -9,8 +9,8 @@ import torch
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.api import rescue
 from shardckpt.cli.main import main
-from shardckpt.maintenance.rescue import rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.storage.local import LocalStorage
 
@@ -134,7 +134,7 @@ def test_a_lost_manifest_is_rebuilt_and_marked(damaged, capsys):
     shardckpt.load({"model": model}, damaged.parent / "rescued")
     assert torch.equal(model["w"], STATE["model"]["w"])
     assert main(["rescue", str(damaged), str(damaged.parent / "again")]) == 0
-    assert "rebuilt from the shards' headers" in capsys.readouterr().out
+    assert "rebuilt from the headers of the shards" in capsys.readouterr().out
 
 
 def test_a_lost_manifest_and_a_lost_shard(damaged):
@@ -156,7 +156,7 @@ def test_nothing_left(damaged):
 
 def test_the_commands(damaged, capsys):
     assert main(["verify", str(damaged), "--subset", "1/2"]) == 0
-    assert "whole (part 1/2)" in capsys.readouterr().out
+    assert "intact (part 1/2)" in capsys.readouterr().out
     change(damaged / "manifest.json", 300, flip=1)
     assert main(["verify", str(damaged)]) == 6
     assert "bit 0 of byte 300 flipped" in capsys.readouterr().err
@@ -165,11 +165,11 @@ def test_the_commands(damaged, capsys):
         change(damaged / SHARDS[0], at, flip=0xFF)
     assert main(["verify", str(damaged)]) == 6
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["hurt   model.w", "whole  model.b", "whole  list.0"]
+    assert out.splitlines() == ["corrupted model.w", "intact    model.b", "intact    list.0"]
     assert SHARDS[0] in err
     assert main(["rescue", str(damaged), str(damaged.parent / "r")]) == 0
     out = capsys.readouterr().out
-    assert "lost   model.w" in out
+    assert "lost     model.w" in out
     assert "2 tensors saved, 1 lost" in out
     with pytest.raises(SystemExit):
         main(["verify", str(damaged), "--subset", "3/2"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardckpt import errors
-from shardckpt.plan.device_map import place, resolve_device_map
+from shardckpt.plan.device_map import assign_devices, resolve_device_map
 
 GIB = 1 << 30
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ def layers(count: int, size: int = GIB) -> dict[str, int]:
 
 def test_auto_fills_devices_in_order_and_keeps_layers_whole():
     free = {"cuda:0": 4 * GIB, "cuda:1": 4 * GIB, "cpu": 2 * GIB}
-    placed = place({"embed": GIB, **layers(9)}, free, balanced=False)
+    placed = assign_devices({"embed": GIB, **layers(9)}, free, balanced=False)
     assert placed["embed"] == FIRST
     for number in range(9):
         assert placed[f"layers.{number}.a"] == placed[f"layers.{number}.b"]
@@ -30,12 +30,12 @@ def test_auto_fills_devices_in_order_and_keeps_layers_whole():
 
 def test_balanced_gives_even_shares():
     free = {"cuda:0": 80 * GIB, "cuda:1": 80 * GIB, "cpu": 80 * GIB}
-    placed = place(layers(8), free, balanced=True)
+    placed = assign_devices(layers(8), free, balanced=True)
     on_first = sum(device == FIRST for device in placed.values())
     assert 8 <= on_first <= 10
     assert set(placed.values()) == {FIRST, SECOND}
-    assert set(place(layers(8), free, balanced=False).values()) == {FIRST}
-    assert set(place(layers(2), {"cpu": 80 * GIB}, balanced=True).values()) == {CPU}
+    assert set(assign_devices(layers(8), free, balanced=False).values()) == {FIRST}
+    assert set(assign_devices(layers(2), {"cpu": 80 * GIB}, balanced=True).values()) == {CPU}
 
 
 def test_the_longest_prefix_wins():

@@ -80,7 +80,7 @@ def worlds(draw):
 
 def travelled(plans):
     """What rank 0 gets of them."""
-    return [LocalPlan.unpack(plan.pack(whole=rank == 0)) for rank, plan in enumerate(plans)]
+    return [LocalPlan.unpack(plan.pack(complete=rank == 0)) for rank, plan in enumerate(plans)]
 
 
 def writes_of(plans, plan):
@@ -307,7 +307,7 @@ def test_what_travels_is_small():
     common = [TensorSpec(f"layers.{i}.weight", "F32", (16_384, 4096)) for i in range(1000)]
     held = [(i, (5 * 16, 0), (16, 4096), False) for i in range(1000)]
     plan = a_plan(common, (), held)
-    assert len(plan.pack(whole=False)) < 4 * 1000
+    assert len(plan.pack(complete=False)) < 4 * 1000
     (share,) = global_plan([a_plan(common[:1], (), [(0, (0, 0), (16_384, 4096), False)])]).shares
     assert len(share) < 64
 

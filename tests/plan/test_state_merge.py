@@ -20,7 +20,7 @@ def merged(*states):
         local_plan(flatten(state, rank=rank), world_size=len(states))
         for rank, state in enumerate(states)
     ]
-    offers = [plan.offer(whole=True) for plan in plans]
+    offers = [plan.offer(tensors=True) for plan in plans]
     return msgspec.json.decode(filled(merge(offers).tree, plans[0].rank0_trees))
 
 

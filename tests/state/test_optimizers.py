@@ -51,6 +51,9 @@ def a_step(model: nn.Module, optimizer: optim.Optimizer, scheduler=None) -> None
 
 def same(a, b) -> bool:
     if isinstance(a, torch.Tensor):
+        if hasattr(a, "__tensor_flatten__"):
+            names = a.__tensor_flatten__()[0]
+            return type(a) is type(b) and all(same(getattr(a, n), getattr(b, n)) for n in names)
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(value, b[key]) for key, value in a.items())

@@ -28,7 +28,11 @@ _LAST_WORDS_S = 0.5
 
 
 def check_communicator(comm: Any, *, channel: str) -> int:
-    """The number of ranks of a communicator. Raises CoordinationError if it can't be used."""
+    """Return the number of ranks of a communicator.
+
+    Raises:
+        CoordinationError: The communicator can't be used.
+    """
     mpi = load_mpi()
     if not isinstance(comm, mpi.Comm):
         raise _unusable("an intracommunicator of mpi4py", repr(comm))
@@ -64,11 +68,11 @@ def _unusable(expected: str, actual: str) -> CoordinationError:
 
 @contextmanager
 def mpi_coordinator(link: Link, *, channel: str, subject: str) -> Iterator[MpiCoordinator]:
-    """The ranks of a link for one operation. Collective.
+    """Connect the ranks of a link for one operation. Collective.
 
     The link is claimed for the operation, and released at its end. `subject` describes the
     operation and is the same on all ranks. Operations of different channels may run at the same
-    time; those of one channel begin one after another.
+    time. Operations of one channel begin one after another.
     """
     try:
         with mpi_errors("begin"):
@@ -93,7 +97,7 @@ def _begin(link: Link, channel: str, subject: str) -> str:
     try:
         if link.rank:
             return _ask(link, channel, subject, patience_s + _ROLL_CALL_S)
-        return _let_in(link, channel, subject, patience_s)
+        return _gather_calls(link, channel, subject, patience_s)
     finally:
         link.summoned = False
 
@@ -135,7 +139,7 @@ def _ask(link: Link, channel: str, subject: str, patience_s: float) -> str:
         raise
 
 
-def _let_in(link: Link, channel: str, subject: str, patience_s: float) -> str:
+def _gather_calls(link: Link, channel: str, subject: str, patience_s: float) -> str:
     """Wait for all ranks to call with this subject. Returns the id of the operation."""
 
     def all_called() -> bool:
@@ -144,7 +148,7 @@ def _let_in(link: Link, channel: str, subject: str, patience_s: float) -> str:
 
     poll(all_called, patience_s)
     calls = link.take_calls(channel)
-    subjects = {rank: theirs for rank, (_, theirs) in calls.items()}
+    subjects = {rank: text for rank, (_, text) in calls.items()}
     decision = decide(subjects, subject, world_size=link.world_size)
     if decision.error is None:
         link.inboxes[decision.identity] = Inbox()
@@ -159,7 +163,7 @@ def _let_in(link: Link, channel: str, subject: str, patience_s: float) -> str:
 
 
 class MpiCoordinator(HeartbeatCoordinator):
-    """See Coordinator."""
+    """The Coordinator of an MPI communicator; see Coordinator."""
 
     def __init__(self, link: Link, identity: str) -> None:
         super().__init__(link.rank, link.world_size)
@@ -208,21 +212,21 @@ class MpiCoordinator(HeartbeatCoordinator):
         self._link.inboxes.pop(self._identity, None)
 
     def _receive(self, phase: str, kind: str) -> dict[int, bytes]:
-        """The messages of all partners in this phase."""
-        found: dict[int, bytes] = {}
+        """Receive the messages of all partners in this phase."""
+        messages: dict[int, bytes] = {}
 
         def missing() -> list[int]:
-            return [rank for rank in self._partners if rank not in found]
+            return [rank for rank in self._partners if rank not in messages]
 
         def all_came() -> bool:
             self._link.pump()
             for rank in missing():
                 if (key := (kind, self._phase, rank)) in self._inbox.received:
-                    found[rank] = self._inbox.received.pop(key)
-            return len(found) == len(self._partners)
+                    messages[rank] = self._inbox.received.pop(key)
+            return len(messages) == len(self._partners)
 
         self._wait(phase, all_came, missing)
-        return found
+        return messages
 
     def _signs(self, ranks: Sequence[int]) -> list[tuple[int, int]]:
         heard, progress = self._inbox.heard, self._inbox.progress

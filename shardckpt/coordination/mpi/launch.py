@@ -11,8 +11,10 @@ __all__ = ["Launch", "mpi_launch", "several_ranks", "slurm_launch", "torch_launc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """The rank of this process among those that a launcher started. `host` is that of rank 0, if
-    known."""
+    """The rank of this process among the processes of a launcher.
+
+    `host` is the host of rank 0, if known.
+    """
 
     launcher: str
     rank: int
@@ -30,10 +32,9 @@ _MPI = (
 
 
 def mpi_launch() -> Launch | None:
-    """The MPI job of which this process is a rank, started by mpirun, mpiexec or srun --mpi=...;
-    otherwise None.
+    """Return the MPI job of this process, which mpirun, mpiexec or srun --mpi=... started.
 
-    None under torchrun, whatever started torchrun itself.
+    Returns None for other processes, and under torchrun, even if MPI started torchrun itself.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return None
@@ -49,8 +50,7 @@ def mpi_launch() -> Launch | None:
 
 
 def slurm_launch() -> Launch | None:
-    """The job step of which this process is a task, started by srun with or without MPI; otherwise
-    None.
+    """Return the job step of this process, which srun started with or without MPI, or None.
 
     Outside a step, such as in a batch script, SLURM_STEP_NUM_TASKS is not set. It is set in a shell
     that srun --pty opened, although only the shell runs.
@@ -69,8 +69,11 @@ def slurm_launch() -> Launch | None:
 
 
 def torch_launch() -> Launch | None:
-    """The job of which this process is a rank, started by torchrun or another launcher that sets
-    RANK and WORLD_SIZE; otherwise None."""
+    """Return the job of this process, started by torchrun or a launcher that sets RANK and
+    WORLD_SIZE.
+
+    Returns None for other processes.
+    """
     size, rank = _number("WORLD_SIZE"), _number("RANK")
     if size is None or rank is None:
         return None
@@ -79,14 +82,13 @@ def torch_launch() -> Launch | None:
 
 
 def several_ranks() -> Launch | None:
-    """The job of several ranks that mpirun or srun started, if this process is one of them;
-    otherwise None."""
+    """Return the job of this process if mpirun or srun started several ranks, or None."""
     launch = mpi_launch() or slurm_launch()
     return launch if launch is not None and launch.world_size > 1 else None
 
 
 def first_host(hosts: str) -> str | None:
-    """The first host of a compressed list of SLURM: "gpu[07-09,12],login" is gpu07."""
+    """Return the first host of a compressed list of SLURM: "gpu[07-09,12],login" gives gpu07."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0]) if found else None
 

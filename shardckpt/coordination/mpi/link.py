@@ -60,8 +60,14 @@ class Message(msgspec.Struct, array_like=True):
 
 @dataclass(slots=True)
 class Inbox:
-    """The messages received for one operation: payloads by (kind, phase, rank), and for each rank
-    the number of its messages and its latest progress."""
+    """The messages received for one operation.
+
+    Attributes:
+        received: Payloads by (type, phase, rank).
+        heard: The number of messages of each rank.
+        progress: The latest progress of each rank.
+        given_up: The ranks that rank 0 has given up.
+    """
 
     received: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
     heard: dict[int, int] = field(default_factory=dict)
@@ -69,7 +75,7 @@ class Inbox:
     given_up: str = ""
 
     def take(self, source: int, message: Message) -> None:
-        """File a message for the waiting thread."""
+        """Store a message for the waiting thread."""
         self.heard[source] = self.heard.get(source, 0) + 1
         if message.kind == "given-up":
             self.given_up = message.text
@@ -80,8 +86,11 @@ class Inbox:
 
 
 def load_mpi() -> Any:
-    """Import mpi4py.MPI, which starts MPI. Raises DependencyError if mpi4py or an MPI library is
-    missing."""
+    """Import mpi4py.MPI, which starts MPI.
+
+    Raises:
+        DependencyError: mpi4py or an MPI library is missing.
+    """
     try:
         return importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:
@@ -110,7 +119,7 @@ def mpi_errors(phase: str) -> Iterator[None]:
 
 
 def link_of(comm: Any) -> Link:
-    """The link of a communicator, created at first use. Not collective."""
+    """Return the link of a communicator. The first call creates it. Not collective."""
     global _keyval
     mpi = load_mpi()
     with _lock:
@@ -130,8 +139,8 @@ def _forget(comm: Any, keyval: int, link: Link) -> None:
 def _leave() -> None:
     """Abort the job if ranks were given up.
 
-    MPI ends a process only when all ranks have come to the end, which the lost ranks never do.
-    mpirun reports the abort.
+    MPI ends a process only when all ranks have ended, which the lost ranks never do. mpirun reports
+    the abort.
     """
     if _lost and not (mpi := load_mpi()).Is_finalized():
         sys.stdout.flush()
@@ -274,7 +283,7 @@ class Link:
             self.inboxes[message.about].take(source, message)
 
     def take_calls(self, channel: str) -> dict[int, tuple[str, str]]:
-        """The (nonce, subject) of every rank that has called. They are removed."""
+        """Remove and return the (nonce, subject) of every rank that has called."""
         with _lock:
             return self.calls.pop(channel, {})
 
@@ -288,7 +297,7 @@ class Link:
                 self.send(rank, Message("late", channel, text=subject))
 
     def all_here(self) -> None:
-        """All ranks take part in an operation: none is lost any more."""
+        """Record that all ranks take part in an operation, so none is lost."""
         if _lost:
             _lost.difference_update(self._in_world(list(range(self.world_size))))
 

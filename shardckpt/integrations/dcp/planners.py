@@ -44,7 +44,7 @@ def _needs(planner: object, partner: str) -> ShardckptError:
 
 
 class ShardSavePlanner(DefaultSavePlanner):
-    """Plans a dcp.save as shardckpt.save does. For ShardWriter.
+    """Plans a dcp.save to a ShardWriter as shardckpt.save does.
 
     It divides replicas by bytes, checks the states of the ranks against each other, and keeps int
     keys. States that differ between ranks raise RankMismatchError or ReplicaMismatchError inside
@@ -98,12 +98,12 @@ class ShardSavePlanner(DefaultSavePlanner):
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
         self.local = local_plan(flatten(self.state_dict, rank=rank), world_size=world_size)
-        return SavePlan([], planner_data=self.local.pack(whole=True))
+        return SavePlan([], planner_data=self.local.pack(complete=True))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """See SavePlanner.create_global_plan."""
         locals_ = [LocalPlan.unpack(plan.planner_data) for plan in all_plans]
-        merged = merge([local.offer(whole=True) for local in locals_])
+        merged = merge([local.offer(tensors=True) for local in locals_])
         self.tree = filled(merged.tree, self.local.rank0_trees)
         self.global_writes = global_plan(locals_, merged.common)
         merging = len(set(merged.common)) > 1
@@ -118,7 +118,7 @@ class ShardSavePlanner(DefaultSavePlanner):
 
 
 class ReshardLoadPlanner(DefaultLoadPlanner):
-    """Plans a dcp.load as shardckpt.load does. For ShardReader.
+    """Plans a dcp.load from a ShardReader as shardckpt.load does.
 
     Shapes and dtypes must match, and one LoadMismatchError lists every mismatch. Collective, as a
     part of dcp.load.
@@ -183,5 +183,5 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         return global_plan
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
-        """See LoadPlanner.finish_plan. Returns the plan as it is."""
+        """See LoadPlanner.finish_plan. Returns the plan unchanged."""
         return new_plan
