@@ -224,6 +224,7 @@ class ObjectTransaction(WriteTransaction):
     """
 
     shares_files = False
+    resumes = True
     replaces: str | None = None
     old: bytes | None = None
     overwrite = False
@@ -250,6 +251,14 @@ class ObjectTransaction(WriteTransaction):
                 "The file exists already", errno=errno.EEXIST, path=f"{self.path}/{name}"
             )
         self._names.add(name)
+
+    def has(self, name: str, *, size_bytes: int) -> bool:
+        """See WriteTransaction.has. An object appears complete."""
+        found = self._objects.head(self._own + name)
+        if found is None or found.size_bytes != size_bytes:
+            return False
+        self._names.add(name)
+        return True
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
         """See WriteTransaction.link. The store copies the object, so that none is shared."""
