@@ -71,8 +71,8 @@ class TieredStorage(Storage):
         >>> tiers = shardckpt.TieredStorage("run", "memory://bucket/run")
         >>> report = shardckpt.save({"weight": torch.ones(3)}, "step-1", storage=tiers)
         >>> tiers.wait()
-        >>> tiers.tiers("step-1")
-        {'run/step-1': 'durable', 'memory://bucket/run/step-1': 'durable'}
+        >>> list(tiers.tiers("step-1").values())
+        ['durable', 'durable']
         >>> with shardckpt.CheckpointManager(tiers) as manager:
         ...     _ = manager.save(2, {"weight": torch.ones(3)})
     """
@@ -232,7 +232,7 @@ class TieredStorage(Storage):
             self._drain.add((path, number), functools.partial(storage.remove, where))
 
     def sweep(self, folder: str) -> None:
-        """See Storage.sweep. What an earlier process has not copied is copied now."""
+        """See Storage.sweep. Copies that an earlier process left are made now."""
         folder = self.full_path(folder)
         fast, *slower = self._places(folder)
         fast.storage.sweep(fast.path)
