@@ -219,7 +219,12 @@ def async_save(
             )
 
     return background.start(
-        state, place.path, rank=ranks.rank, world_size=ranks.world_size, save=save_staged
+        state,
+        place.path,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        save=save_staged,
+        wait_for_tier=place.storage.wait_for_tier,
     )
 
 
