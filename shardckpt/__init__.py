@@ -31,6 +31,7 @@ from shardckpt.errors import (
     StateError,
     StorageError,
     StoragePermissionError,
+    StoreUnavailableError,
     UnsupportedLeafError,
 )
 
@@ -82,6 +83,8 @@ if TYPE_CHECKING:
     from shardckpt.state.sharded_array import ShardedArray
     from shardckpt.storage.base import Storage
     from shardckpt.storage.local import LocalStorage
+    from shardckpt.storage.memory import MemoryStorage
+    from shardckpt.storage.resolve import register_storage
 
 __all__ = [
     "Checkpoint",
@@ -106,6 +109,7 @@ __all__ = [
     "LoadMismatchError",
     "LoadReport",
     "LocalStorage",
+    "MemoryStorage",
     "NNHandler",
     "NoSpaceError",
     "NotACheckpointError",
@@ -133,6 +137,7 @@ __all__ = [
     "Storage",
     "StorageError",
     "StoragePermissionError",
+    "StoreUnavailableError",
     "TensorMetadata",
     "Union",
     "UnsupportedLeafError",
@@ -147,6 +152,7 @@ __all__ = [
     "metadata",
     "open_checkpoint",
     "options",
+    "register_storage",
     "rescue",
     "reshard",
     "save",
@@ -171,6 +177,7 @@ _HOMES = {
     "KeepLast": "manager",
     "LoadReport": "reports",
     "LocalStorage": "storage.local",
+    "MemoryStorage": "storage.memory",
     "NNHandler": "nn_handler",
     "PerRank": "state.markers",
     "RescueReport": "reports",
@@ -197,6 +204,7 @@ _HOMES = {
     "metadata": "api",
     "open_checkpoint": "api",
     "options": "config",
+    "register_storage": "storage.resolve",
     "rescue": "api",
     "reshard": "api",
     "save": "api",

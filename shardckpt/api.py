@@ -26,7 +26,7 @@ from shardckpt.saving.pipeline import plan_state, run_save
 from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
-from shardckpt.storage.local import LocalStorage, checkpoint_path
+from shardckpt.storage.resolve import Place, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,16 +44,17 @@ __all__ = [
     "verify",
 ]
 
-Path = str | os.PathLike[str]
+Path = str | os.PathLike[str] | Storage
+"""A path, a URL, or a storage with a root; see docs/how-to/storage.md."""
 
 
 def _base(
     base: Path | Checkpoint | None, storage: Storage | None, *, verify: bool
-) -> str | Checkpoint | None:
+) -> Place | Checkpoint | None:
     check_verify_base(base, verify_base=verify)
     if base is None or isinstance(base, Checkpoint):
         return base
-    return checkpoint_path(base, storage, fixed=True)
+    return resolve(base, storage, fixed=True)
 
 
 def _ignore(size_bytes: int) -> None:
@@ -96,7 +97,8 @@ def save(
         state: Nested dicts, lists and tuples. Their leaves are tensors (plain, DTensor,
             ShardedTensor; see docs/tensors.md), numpy arrays, Python values, modules, optimizers,
             and objects with state_dict and load_state_dict.
-        path: The directory of the new checkpoint. Missing parents are created.
+        path: The directory of the new checkpoint, or a URL such as `s3://bucket/run/step-7`.
+            Missing parents are created.
         overwrite: Replace a checkpoint at `path`. The old one can be loaded until the new one
             is complete.
         planner: A DCP SavePlanner, which decides what is saved.
@@ -110,7 +112,8 @@ def save(
             is missing or corrupted, everything is written and the report lists the reason.
         verify_base: Read back and verify all linked blocks, in place of one block in 16. It
             needs a base.
-        storage: Where checkpoints are stored; by default the file system.
+        storage: The storage of `path` and `base`. By default the scheme of a URL decides, and a
+            path without one is on the file system.
 
     Returns:
         Sizes in bytes and times in seconds.
@@ -128,13 +131,13 @@ def save(
         >>> report.world_size
         1
     """
-    target, earlier = checkpoint_path(path, storage), _base(base, storage, verify=verify_base)
+    place, earlier = resolve(path, storage), _base(base, storage, verify=verify_base)
     if planner is not None:
         from shardckpt.integrations.dcp import save_with_planner
 
         return save_with_planner(
             state,
-            target,
+            place,
             planner=planner,
             overwrite=overwrite,
             process_group=process_group,
@@ -142,15 +145,13 @@ def save(
             check_replicas=check_replicas,
             base=earlier,
             verify_base=verify_base,
-            storage=storage or LocalStorage(),
         )
-    storage = storage or LocalStorage()
-    with operation(f"save {target}", process_group, comm=comm) as coordinator:
+    with operation(f"save {place.path}", process_group, comm=comm) as coordinator:
         return run_save(
             lambda: plan_state(state, coordinator),
-            Target(target, storage, overwrite),
+            Target(place.path, place.storage, overwrite),
             coordinator=coordinator,
-            base=open_base(earlier, storage, verify=verify_base),
+            base=open_base(earlier, verify=verify_base),
             check_replicas=check_replicas,
         )
 
@@ -202,25 +203,23 @@ def async_save(
         >>> handle.result().path.endswith("step-1")
         True
     """
-    target = checkpoint_path(path, storage, fixed=True)
+    place = resolve(path, storage, fixed=True)
     earlier = _base(base, storage, verify=verify_base)
-    ranks = operation(f"async_save {path}", process_group, comm=comm, channel="async")
-
-    store = storage or LocalStorage()
+    ranks = operation(f"async_save {place.path}", process_group, comm=comm, channel="async")
 
     def save_staged(staged_plan: Callable[[], LocalPlan]) -> SaveReport:
         with ranks as coordinator:
             return run_save(
                 staged_plan,
-                Target(target, store, overwrite),
+                Target(place.path, place.storage, overwrite),
                 coordinator=coordinator,
-                base=open_base(earlier, store, verify=verify_base),
+                base=open_base(earlier, verify=verify_base),
                 check_replicas=check_replicas,
                 staged=True,
             )
 
     return background.start(
-        state, target, rank=ranks.rank, world_size=ranks.world_size, save=save_staged
+        state, place.path, rank=ranks.rank, world_size=ranks.world_size, save=save_staged
     )
 
 
@@ -276,14 +275,14 @@ def load(
         >>> state["weight"]
         tensor([1., 1., 1.])
     """
-    target, cast = checkpoint_path(path, storage), casts(dtype)
+    place, cast = resolve(path, storage), casts(dtype)
     background.wait_until_staged()
-    with operation(f"load {target}", process_group, comm=comm) as coordinator:
+    with operation(f"load {place.path}", process_group, comm=comm) as coordinator:
         return run_load(
             state,
-            target,
+            place.path,
             coordinator=coordinator,
-            storage=storage or LocalStorage(),
+            storage=place.storage,
             strict=strict,
             cast=cast,
             keys=keys,
@@ -356,7 +355,8 @@ def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint
         ...     checkpoint["weight"][2:4]
         tensor([2., 3.])
     """
-    return Checkpoint(checkpoint_path(path, storage), storage=storage or LocalStorage())
+    place = resolve(path, storage)
+    return Checkpoint(place.path, storage=place.storage)
 
 
 def metadata(path: Path, *, storage: Storage | None = None) -> CheckpointMetadata:
@@ -463,7 +463,7 @@ def reshard(
 
     Args:
         source: The checkpoint to read.
-        target: The directory of the new checkpoint.
+        target: The path of the new checkpoint.
         shards: The number of shards, at least 1.
         overwrite: Replace a checkpoint at `target`.
         process_group: The ranks that divide the work.
@@ -484,14 +484,14 @@ def reshard(
         >>> len(shardckpt.metadata("run/step-1-of-4").shards)
         4
     """
-    path = checkpoint_path(target, storage)
-    with _ranks_given(f"reshard {path}", process_group, comm) as ranks:  # noqa: SIM117
+    place = resolve(target, storage)
+    with _ranks_given(f"reshard {place.path}", process_group, comm) as ranks:  # noqa: SIM117
         with open_checkpoint(source, storage=storage) as checkpoint:
             run_reshard(
                 checkpoint,
-                path,
+                place.path,
                 shards=shards,
-                storage=storage or LocalStorage(),
+                storage=place.storage,
                 overwrite=overwrite,
                 coordinator=ranks,
                 progress=progress,
@@ -503,7 +503,7 @@ def rescue(
     target: Path,
     *,
     overwrite: bool = False,
-    storage: LocalStorage | None = None,
+    storage: Storage | None = None,
     progress: Callable[[int], None] = _ignore,
 ) -> RescueReport:
     """Write a new checkpoint with the intact tensors of a corrupted one. Not collective.
@@ -516,9 +516,9 @@ def rescue(
 
     Args:
         source: The corrupted checkpoint. It is not changed.
-        target: The directory of the new checkpoint.
+        target: The path of the new checkpoint.
         overwrite: Replace a checkpoint at `target`.
-        storage: The file system; other storages can't be rescued from.
+        storage: See `save`.
         progress: Called with the bytes written so far.
 
     Returns:
@@ -536,9 +536,8 @@ def rescue(
         ('weight',)
     """
     return run_rescue(
-        checkpoint_path(source, storage),
-        checkpoint_path(target, storage),
-        storage=storage or LocalStorage(),
+        resolve(source, storage),
+        resolve(target, storage),
         overwrite=overwrite,
         progress=progress,
     )

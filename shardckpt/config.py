@@ -6,6 +6,7 @@ An option is read when it is used. `options(...)` takes precedence over the envi
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,11 @@ class Options:
         copy_at_once_bytes: async_save copies tensors up to this size before it returns, if
             they are neither parameters nor optimizer state.
         background_nice: By how much the background threads lower their priority (see nice(1)).
+        store_deadline_s: Seconds for which a request to an object store is repeated.
+        leftover_age_s: Seconds after which objects that no manifest names are leftovers of a dead
+            save. No save may take longer.
+        storage: Settings of object stores by name, such as `{"endpoint": "http://127.0.0.1:9000"}`.
+            They take precedence over the store's own environment variables.
     """
 
     arrival_deadline_s: float = _option(600.0, least=0.1)
@@ -55,6 +61,9 @@ class Options:
     staging_bytes: int = _option(0, least=0)
     copy_at_once_bytes: int = _option(64 << 10, least=0)
     background_nice: int = _option(10, least=0)
+    store_deadline_s: float = _option(60.0, least=0.1)
+    leftover_age_s: float = _option(86400.0, least=1.0)
+    storage: Mapping[str, Any] = field(default_factory=dict, metadata={"least": None})
 
 
 _FIELDS: Mapping[str, Field[Any]] = MappingProxyType({f.name: f for f in fields(Options)})
@@ -76,7 +85,7 @@ def current() -> Options:
 
 
 @contextmanager
-def options(**changes: float) -> Iterator[None]:
+def options(**changes: Any) -> Iterator[None]:
     """Change options for the calls inside a with block. Not collective.
 
     An async_save that starts inside the block keeps its options until it has ended. The options
@@ -108,6 +117,8 @@ def _checked(name: str, value: Any, *, source: str) -> Any:
         )
     option = _FIELDS[name]
     least = option.metadata["least"]
+    if least is None:
+        return _checked_mapping(value, source=source)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -121,3 +132,21 @@ def _checked(name: str, value: Any, *, source: str) -> Any:
         )
     option_type: Any = type(option.default)
     return option_type(number)
+
+
+def _checked_mapping(value: Any, *, source: str) -> Mapping[str, Any]:
+    """A mapping with str keys, or its JSON."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            found = None
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise OptionError(
+            f"Invalid value for the option {source}",
+            expected="a dict with str keys, or a JSON object",
+            actual=type(value).__name__,  # it may hold a password
+            remedy=f"set {source} to a dict, or leave it out",
+        )
+    return MappingProxyType(dict(found))

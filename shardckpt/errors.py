@@ -20,6 +20,7 @@
     │   ├── CheckpointBusyError(BlockingIOError)   another save to this path is running
     │   ├── StoragePermissionError(PermissionError)
     │   ├── NoSpaceError
+    │   ├── StoreUnavailableError              an object store that does not answer, or throttles
     │   └── StalledError(TimeoutError)         a read or write that does not return
     ├── CoordinationError(RuntimeError)    the ranks can't work together
     │   ├── RankFailedError                    a rank raised an error, died or hangs
@@ -59,6 +60,7 @@ __all__ = [
     "StateError",
     "StorageError",
     "StoragePermissionError",
+    "StoreUnavailableError",
     "UnsupportedLeafError",
 ]
 
@@ -228,7 +230,7 @@ class CorruptionError(CheckpointError):
 
 
 class StorageError(ShardckptError, OSError):
-    """The file system refused an operation.
+    """The file system or the object store refused an operation.
 
     Args:
         message: See ShardckptError, as for all other facts.
@@ -261,6 +263,12 @@ class StoragePermissionError(StorageError, PermissionError):
 
 class NoSpaceError(StorageError):
     """The disk or the quota is full."""
+
+
+class StoreUnavailableError(StorageError):
+    """An object store does not answer, or asks for fewer requests. The same call may succeed later.
+
+    A request that failed so may have been carried out."""
 
 
 class StalledError(StorageError, TimeoutError):

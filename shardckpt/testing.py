@@ -36,6 +36,13 @@ _NAMES = ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"
 _DATA = bytes(range(256)) * 40  # 10,240 bytes: not a multiple of a page
 
 
+def _manifest(digit: str) -> bytes:
+    return b'{"format":"shardckpt","version":1,"id":"%s"}' % (digit.encode() * 32)
+
+
+_FIRST, _SECOND, _LATER, _NEW = map(_manifest, "abcd")
+
+
 class StorageTests:
     """Tests that every Storage must pass.
 
@@ -44,9 +51,9 @@ class StorageTests:
 
     def test_a_checkpoint_comes_back(self, storage: Storage, path: str) -> None:
         """After commit, the files of two ranks are read back, byte for byte."""
-        save(storage, path, b"first")
+        save(storage, path, _FIRST)
         files = storage.open(path)
-        assert files.manifest() == b"first"
+        assert files.manifest() == _FIRST
         for name in _NAMES:
             assert files.size_bytes(name) == len(_DATA)
             one, two = bytearray(1000), bytearray(5000)
@@ -65,7 +72,7 @@ class StorageTests:
 
     def test_a_map_outlives_its_checkpoint(self, storage: Storage, path: str) -> None:
         """A map stays valid after close, and changes of its content are private."""
-        save(storage, path, b"first")
+        save(storage, path, _FIRST)
         files = storage.open(path)
         mapped = files.map(_NAMES[0])
         files.close()
@@ -76,14 +83,14 @@ class StorageTests:
 
     def test_duplicates_are_closed_by_themselves(self, storage: Storage, path: str) -> None:
         """A duplicate can be read after the original is closed, and the other way round."""
-        save(storage, path, b"first")
+        save(storage, path, _FIRST)
         files = storage.open(path)
         other, third = files.duplicate(), files.duplicate()
         third.close()
         files.close()
         found = bytearray(len(_DATA))
         other.readinto(_NAMES[0], [memoryview(found)], offset=0)
-        assert (bytes(found), other.manifest()) == (_DATA, b"first")
+        assert (bytes(found), other.manifest()) == (_DATA, _FIRST)
         other.close()
 
     def test_nothing_is_visible_before_commit(self, storage: Storage, path: str) -> None:
@@ -95,7 +102,7 @@ class StorageTests:
         transaction.abandon()
         transaction.abandon()
         assert_absent(storage, path)
-        save(storage, path, b"later")
+        save(storage, path, _LATER)
 
     def test_files_are_made_once(self, storage: Storage, path: str) -> None:
         """To create a file twice is an error."""
@@ -106,9 +113,13 @@ class StorageTests:
         transaction.abandon()
 
     def test_a_file_of_two_ranks(self, storage: Storage, path: str) -> None:
-        """Two ranks open one file, write their parts and close it, in any order."""
+        """Two ranks open one file, write their parts and close it, in any order. Only storages
+        whose transactions have `shares_files` do this."""
         data = bytes(range(256)) * 4096 + _DATA
         transaction = storage.begin(path, checkpoint_id="a" * 32, overwrite=False)
+        if not transaction.shares_files:
+            transaction.abandon()
+            return
         other = storage.join(path, token=transaction.token)
         files = [
             each.create(_NAMES[0], size_bytes=len(data), shared=True)
@@ -117,7 +128,7 @@ class StorageTests:
         for file, begin, end in zip(files[::-1], (1 << 20, 0), (None, 1 << 20), strict=True):
             write(file, data[begin:end], begin=begin, size_bytes=len(data))
         other.close()
-        transaction.commit(b"first")
+        transaction.commit(_FIRST)
         found = storage.open(path)
         assert found.size_bytes(_NAMES[0]) == len(data)
         assert bytes(found.map(_NAMES[0])) == data
@@ -134,23 +145,23 @@ class StorageTests:
 
     def test_a_taken_path(self, storage: Storage, path: str) -> None:
         """Only overwrite replaces a checkpoint. The old one stays complete until commit."""
-        save(storage, path, b"first")
+        save(storage, path, _FIRST)
         with pytest.raises(CheckpointExistsError):
             storage.begin(path, checkpoint_id="b" * 32, overwrite=False)
         transaction = storage.begin(path, checkpoint_id="b" * 32, overwrite=True)
         write(transaction.create(_NAMES[0], size_bytes=len(_DATA)))
-        assert_manifest(storage, path, b"first")
+        assert_manifest(storage, path, _FIRST)
         transaction.abandon()
-        assert_manifest(storage, path, b"first")
-        save(storage, path, b"second", overwrite=True)
-        assert_manifest(storage, path, b"second")
+        assert_manifest(storage, path, _FIRST)
+        save(storage, path, _SECOND, overwrite=True)
+        assert_manifest(storage, path, _SECOND)
 
     def test_a_reader_of_a_replaced_checkpoint(self, storage: Storage, path: str) -> None:
         """A reader of a replaced checkpoint reads the old one or gets an error, never a mixture."""
-        save(storage, path, b"first")
+        save(storage, path, _FIRST)
         files = storage.open(path)
         files.manifest()
-        save(storage, path, b"second", overwrite=True, data=bytes(len(_DATA)))
+        save(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
         into = bytearray(len(_DATA))
         with suppress(CheckpointNotFoundError):  # the storage may refuse to read a replaced file
             files.readinto(_NAMES[0], [memoryview(into)], offset=0)
@@ -166,26 +177,26 @@ class StorageTests:
         try:
             second = storage.begin(path, checkpoint_id="b" * 32, overwrite=False)
             write(second.create(_NAMES[0], size_bytes=len(_DATA)))
-            second.commit(b"second")
+            second.commit(_SECOND)
         except StorageError:
             refused += 1
         try:
-            first.commit(b"first")
+            first.commit(_FIRST)
         except StorageError:
             refused += 1
             first.abandon()
         assert refused == 1
         files = storage.open(path)
-        assert files.manifest() in (b"first", b"second")
+        assert files.manifest() in (_FIRST, _SECOND)
         assert files.size_bytes(_NAMES[0]) == len(_DATA)
         files.close()
 
     def test_a_file_taken_over(self, storage: Storage, path: str) -> None:
         """A linked file stays intact when its source is replaced. If nothing was linked, the name
         is free."""
-        save(storage, path, b"first")
+        save(storage, path, _FIRST)
         source = storage.open(path)
-        transaction = storage.begin(path + "-new", checkpoint_id="a" * 32, overwrite=False)
+        transaction = storage.begin(path + "-new", checkpoint_id="d" * 32, overwrite=False)
         assert not transaction.link("shard-00007-of-00008.safetensors", source)
         other = storage.join(path + "-new", token=transaction.token)
         for each, name in zip((transaction, other), _NAMES, strict=True):
@@ -195,8 +206,8 @@ class StorageTests:
                 write(each.create(name, size_bytes=len(_DATA)))
         other.close()
         source.close()
-        transaction.commit(b"new")
-        save(storage, path, b"second", overwrite=True, data=bytes(len(_DATA)))
+        transaction.commit(_NEW)
+        save(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
         files = storage.open(path + "-new")
         for name in _NAMES:
             into = bytearray(len(_DATA))
@@ -207,7 +218,7 @@ class StorageTests:
 
     def test_reading_past_the_cache(self, storage: Storage, path: str) -> None:
         """A read past the cache returns the bytes of the file, also at its end, or nothing."""
-        save(storage, path, b"first")
+        save(storage, path, _FIRST)
         files = storage.open(path)
         with mmap.mmap(-1, 12288) as memory, memoryview(memory) as buffer:
             for offset in (0, 4096, 8192):
@@ -225,10 +236,33 @@ class StorageTests:
         with pytest.raises(DirectoryNotSharedError):
             storage.join(path, token="c" * 32).create(_NAMES[0], size_bytes=1)
 
+    def test_the_checkpoints_of_a_folder(self, storage: Storage, path: str) -> None:
+        """Checkpoints are listed, told apart by version, and removed. Only storages that define
+        `names` do this."""
+        if type(storage).names is Storage.names:
+            return
+        folder = storage.child(path, "folder")
+        one, two = storage.child(folder, "one"), storage.child(folder, "two")
+        assert storage.names(folder) == []
+        assert not storage.exists(one)
+        save(storage, one, _FIRST)
+        save(storage, two, _SECOND)
+        assert storage.names(folder) == ["one", "two"]
+        before = storage.version(one)
+        assert storage.version(one) == before != storage.version(two)
+        save(storage, one, _LATER, overwrite=True)
+        assert storage.version(one) != before
+        storage.remove(one)
+        storage.sweep(folder)
+        left = [n for n in storage.names(folder) if storage.exists(storage.child(folder, n))]
+        assert left == ["two"]
+        assert_absent(storage, one)
+        assert_manifest(storage, two, _SECOND)
+
     def test_reading_missing_files(self, storage: Storage, path: str) -> None:
         """Missing files, and reads past the end, raise CorruptionError."""
         assert_absent(storage, path)
-        save(storage, path, b"first")
+        save(storage, path, _FIRST)
         files = storage.open(path)
         with pytest.raises(CorruptionError):
             files.size_bytes("shard-00007-of-00008.safetensors")
@@ -241,9 +275,7 @@ def save(
     storage: Storage, path: str, manifest: bytes, *, overwrite: bool = False, data: bytes = _DATA
 ) -> None:
     """Save a checkpoint of two ranks. Rank 1 joins the transaction of rank 0."""
-    transaction = storage.begin(
-        path, checkpoint_id=manifest.hex().ljust(32, "0"), overwrite=overwrite
-    )
+    transaction = storage.begin(path, checkpoint_id=manifest[-34:-2].decode(), overwrite=overwrite)
     write(transaction.create(_NAMES[0], size_bytes=len(data)), data)
     other: WriteTransaction = storage.join(path, token=transaction.token)
     write(other.create(_NAMES[1], size_bytes=len(data)), data)

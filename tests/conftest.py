@@ -1,7 +1,27 @@
 """Settings for all tests."""
 
+import uuid
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.object_server import shared_server
 
 # A busy machine makes neither a property false nor its examples wrong.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory, worker_id):
+    """The environment variables of an object server, one for all workers of this run."""
+    folder = tmp_path_factory.getbasetemp()
+    return shared_server((folder if worker_id == "master" else folder.parent) / "object-server")
+
+
+@pytest.fixture
+def s3(object_server, monkeypatch):
+    """A URL below which there is nothing; the environment leads to the server."""
+    for name, value in object_server.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://tests/{uuid.uuid4().hex}"

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +24,7 @@ from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptErro
 from shardckpt.maintenance.rescue import explain_manifest, rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.maintenance.verify import verify_shards
-from shardckpt.storage.base import MANIFEST_NAME
-from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["main"]
 
@@ -72,11 +72,13 @@ def _run(body: Callable[[Any], None], options: SimpleNamespace) -> int:
 
 def _checkpoints_below(path: str | None) -> str:
     """Return a hint that lists the checkpoints in a folder. Empty if there are none."""
-    try:
-        names = sorted(os.listdir(path or "."))
-    except OSError:
-        return ""
-    found = [n for n in names if os.path.isfile(os.path.join(path or ".", n, MANIFEST_NAME))]
+    found = []
+    with suppress(ShardckptError):
+        storage, folder = resolve(path)
+        for name in storage.names(folder):
+            with suppress(ShardckptError):
+                storage.version(storage.child(folder, name))
+                found.append(name)
     return f"  checkpoints in it: {', '.join(found[:20])}\n" if found else ""
 
 
@@ -104,7 +106,7 @@ def _verify(options: SimpleNamespace) -> None:
         try:
             return open_checkpoint(options.path)
         except CorruptionError as error:
-            explain_manifest(error, options.path, storage=LocalStorage())
+            explain_manifest(error, resolve(options.path))
             raise
 
     with shared(options, options.path, opened) as (coordinator, checkpoint):
@@ -134,9 +136,8 @@ def _verify(options: SimpleNamespace) -> None:
 def _rescue(options: SimpleNamespace) -> None:
     with progress_bar("rescue", total_bytes=0) as bar:
         report = rescue(
-            options.source,
-            options.target,
-            storage=LocalStorage(),
+            resolve(options.source),
+            resolve(options.target),
             overwrite=options.overwrite,
             progress=bar.reach,
         )
@@ -157,15 +158,16 @@ def _reshard(options: SimpleNamespace) -> None:
     def opened() -> Checkpoint:
         return open_checkpoint(options.source)
 
+    target = resolve(options.target)
     with shared(options, options.source, opened) as (coordinator, checkpoint):
         total = sum(entry.size_bytes for entry in checkpoint.manifest.tensors.values())
         rank_bytes = total // coordinator.world_size
         with progress_bar("reshard", total_bytes=rank_bytes, shown=options.rank == 0) as bar:
             reshard(
                 checkpoint,
-                options.target,
+                target.path,
                 shards=options.shards,
-                storage=LocalStorage(),
+                storage=target.storage,
                 coordinator=coordinator,
                 overwrite=options.overwrite,
                 progress=bar.reach,

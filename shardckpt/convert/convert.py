@@ -35,10 +35,10 @@ from shardckpt.maintenance.reshard import reshard, rewrite
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import ConvertReport
 from shardckpt.state.saved_tree import Rename, SavedState, Select
-from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.paths import local_path
 from shardckpt.storage.posix import System
+from shardckpt.storage.resolve import Place, resolve
 
 __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 
@@ -54,8 +54,8 @@ _HUGGING_FACE_BYTES = 5_000_000_000  # the default of transformers
 
 
 def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Storage,
+    target: str | os.PathLike[str] | Storage,
     *,
     to: Format | None = None,
     keys: Select = None,
@@ -63,6 +63,7 @@ def convert(
     shards: int | None = None,
     file_bytes: int | None = None,
     overwrite: bool = False,
+    storage: Storage | None = None,
 ) -> ConvertReport:
     """Convert a checkpoint of any supported format. Not collective.
 
@@ -85,6 +86,8 @@ def convert(
         file_bytes: The largest size of a file, unless a tensor is larger. By default 5 GB. Only for
             "hf".
         overwrite: Replace a checkpoint at `target`.
+        storage: The storage of both; see `save`. Formats other than "shardckpt" are read from and
+            written to local files.
 
     Returns:
         The names that were converted, changed and left out.
@@ -102,11 +105,12 @@ def convert(
         >>> report.tensors, report.values
         (('weight',), ('step',))
     """
-    target = local_path(target)
-    with open_source(source, keys=keys, rename=rename) as opened:
+    place = resolve(target, storage)
+    with open_source(source, keys=keys, rename=rename, storage=storage) as opened:
         return convert_source(
             opened,
-            target,
+            place.path,
+            storage=place.storage,
             to=to,
             shards=shards,
             file_bytes=file_bytes,
@@ -115,15 +119,21 @@ def convert(
 
 
 def open_source(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Storage,
     *,
     keys: Select = None,
     rename: Rename = None,
     check: bool = True,
+    storage: Storage | None = None,
 ) -> Checkpoint | Foreign | Selected:
     """Open a checkpoint of any format as a source. `check`: read single files completely now, and
     verify them if they have digests. Raises CheckpointError."""
-    opened: Checkpoint | Foreign | Selected = _open(local_path(path), check=check)
+    place = resolve(path, storage)
+    opened: Checkpoint | Foreign | Selected
+    if isinstance(place.storage, LocalStorage):
+        opened = _open(place, check=check)
+    else:
+        opened = Checkpoint(place.path, storage=place.storage)
     try:
         if keys is not None:
             opened = Selected(opened, keys=keys)
@@ -135,7 +145,8 @@ def open_source(
     return opened
 
 
-def _open(path: str, *, check: bool) -> Checkpoint | Foreign:
+def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
+    path = place.path
     if is_single_file(path):
         if path.endswith(".safetensors"):
             return open_safetensors(path, check=check)
@@ -153,7 +164,7 @@ def _open(path: str, *, check: bool) -> Checkpoint | Foreign:
         if fsdp_parts(path):
             return open_fsdp(path)
         raise_unreadable(path)
-    return Checkpoint(path, storage=LocalStorage())
+    return Checkpoint(path, storage=place.storage)
 
 
 def convert_source(
@@ -166,14 +177,16 @@ def convert_source(
     overwrite: bool,
     coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
-    system: System | None = None,
+    storage: Storage | None = None,
 ) -> ConvertReport:
     """Convert an open source; see convert. Collective over the coordinator's ranks, which divide
     the bytes, or the files of DCP. `progress` is called with the bytes that this rank wrote so
-    far; `system` performs the system calls that write."""
+    far; `storage` is that of the target."""
     ranks = coordinator or SingleCoordinator()
-    target = local_path(target)
-    target_format = _format_of(target, to)
+    place = resolve(target, storage)
+    target_format = _format_of(place.path, to)
+    target = place.path if target_format == "shardckpt" else _local(place, target_format)
+    system = place.storage.system if isinstance(place.storage, LocalStorage) else None
     _refuse(
         target,
         shards is not None and target_format not in ("shardckpt", "dcp"),
@@ -191,7 +204,7 @@ def convert_source(
             source,
             target,
             shards=shards,
-            storage=LocalStorage(system),
+            storage=place.storage,
             overwrite=overwrite,
             coordinator=ranks,
             progress=progress,
@@ -210,6 +223,19 @@ def convert_source(
             work = SafetensorsFile(source, target, **options)
         rewrite(work, ranks, progress)
     return _report(source, target, target_format)
+
+
+def _local(place: Place, target_format: Format) -> str:
+    """The local path of a target in another format."""
+    if isinstance(place.storage, LocalStorage):
+        return place.path
+    raise StateError(
+        "Only checkpoints of shardckpt are written to a storage",
+        path=place.path,
+        expected="a local path",
+        actual=f"a path of {type(place.storage).__qualname__}, and the format {target_format}",
+        remedy="convert to a local path, and copy the files",
+    )
 
 
 def _report(source: Source, target: str, target_format: Format) -> ConvertReport:

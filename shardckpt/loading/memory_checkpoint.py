@@ -18,12 +18,12 @@ from shardckpt.plan.shard_layout import shard_name
 from shardckpt.state.flatten import flatten
 from shardckpt.storage.base import CheckpointFiles, Storage
 
-__all__ = ["MemoryStorage"]
+__all__ = ["StateStorage"]
 
 _HEAD = bytes(8)  # in place of the length of a header
 
 
-class MemoryStorage(Storage):
+class StateStorage(Storage):
     """A read-only storage of one checkpoint: a state of plain CPU tensors."""
 
     def __init__(self, state: Any) -> None:

@@ -46,6 +46,9 @@ STEP_BYTES = BLOCK_BYTES // 2
 the processor's cache.
 """
 
+_LEAST_REMOTE_READS = 8
+"""Requests to another machine wait for its answer most of the time."""
+
 _POLL_S = 0.2
 
 
@@ -78,8 +81,9 @@ def read_all(
         windows = _windows(reads)
     if not windows:  # only values are loaded: start no threads
         return 0
-    for shard in {window.shard for window in windows}:
-        check_size(files, manifest.shards[shard])
+    if not files.remote:
+        for shard in {window.shard for window in windows}:
+            check_size(files, manifest.shards[shard])
     if len(windows) == 1:  # a read from the page cache takes less time than starting a thread
         with suppress(WouldWait), lease(1) as (buffer,):
             return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
@@ -87,7 +91,10 @@ def read_all(
         past_cache = NEVER
     source = _Source(files, manifest, past_cache=past_cache)
     # Reads from the page cache keep a processor busy. Reads from the disk do not.
-    threads = min(current().read_threads * (1 if past_cache == NEVER else 2), len(windows))
+    threads = current().read_threads * (1 if past_cache == NEVER else 2)
+    if files.remote:
+        threads = max(threads, _LEAST_REMOTE_READS)
+    threads = min(threads, len(windows))
     queue = iter(windows)  # next() on it is atomic: the workers share it
     stop = threading.Event()
     read_bytes = [0] * threads
@@ -199,8 +206,9 @@ def _read_window(source: _Source, window: _Window, buffer: Buffer) -> int:
     total = 0
     run: list[_Read] = []
     low = high = 0
+    gap = BLOCK_BYTES if source.files.remote else 0
     for read in window.reads:
-        if run and read[0] > high and _floor(read[0]) > high:
+        if run and _floor(read[0]) > high + gap:
             _read_run(source, window, (low, high), run, buffer)
             total += high - low
             run = []

@@ -50,16 +50,21 @@ def write_together(
     new_file: Callable[[int], NewFile],
     ranks: Coordinator,
     progress: Callable[[int], None],
+    *,
+    whole_files: bool = False,
 ) -> bytes:
     """Write the parts of this rank, durably. Not collective. `sizes` are the bytes of data of each
     file.
 
     `new_file(n)` lays out file n, equally on all ranks. `progress` is called with the bytes that
-    this rank wrote so far. Returns the message for joined_parts.
+    this rank wrote so far. With `whole_files` each file is written by one rank. Returns the message
+    for joined_parts.
     """
     written: list[WrittenFile] = []
     done_bytes = 0
-    for part in file_parts(sizes_bytes, rank=ranks.rank, world_size=ranks.world_size):
+    for part in file_parts(
+        sizes_bytes, rank=ranks.rank, world_size=ranks.world_size, whole_files=whole_files
+    ):
 
         def advance(size_bytes: int, before: int = done_bytes) -> None:
             ranks.progress(before + size_bytes)

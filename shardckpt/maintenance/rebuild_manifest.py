@@ -21,7 +21,7 @@ from shardckpt.format.safetensors_header import ShardTensor, parse_chunk_name, p
 from shardckpt.format.tiling import find_gap
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.maintenance.verify import read_header
-from shardckpt.storage.local_reader import LocalFiles
+from shardckpt.storage.base import CheckpointFiles
 
 __all__ = ["rebuild_manifest"]
 
@@ -29,7 +29,7 @@ _Piece = tuple[int, ShardTensor, tuple[int, ...] | None]
 """(shard number, tensor in the shard, offsets of its box or None for a full tensor)"""
 
 
-def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
+def rebuild_manifest(files: CheckpointFiles) -> tuple[Manifest, dict[str, str]]:
     """Rebuild a manifest.
 
     The digests are those of the current bytes. The nesting of the state follows the dots in the
@@ -76,7 +76,7 @@ def rebuild_manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str]]:
     return manifest, lost
 
 
-def _read_shard(files: LocalFiles, name: str) -> tuple[ShardEntry, list[ShardTensor]]:
+def _read_shard(files: CheckpointFiles, name: str) -> tuple[ShardEntry, list[ShardTensor]]:
     size_bytes = files.size_bytes(name)
     header = read_header(files, name, size_bytes=size_bytes)
     tensors, facts = parse_header(header, file_size_bytes=None, path=f"{files.path}/{name}")

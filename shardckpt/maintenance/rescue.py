@@ -19,18 +19,15 @@ from shardckpt.maintenance.verify import find_damage
 from shardckpt.reports import RescueReport
 from shardckpt.state.name_filters import without_tensors
 from shardckpt.storage.base import CheckpointFiles
-from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.local_reader import LocalFiles
-from shardckpt.storage.paths import local_path
+from shardckpt.storage.resolve import Place
 
 __all__ = ["explain_manifest", "rescue"]
 
 
 def rescue(
-    source: str,
-    target: str,
+    source: Place,
+    target: Place,
     *,
-    storage: LocalStorage,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> RescueReport:
@@ -39,8 +36,7 @@ def rescue(
     Not collective. `progress` is called with the bytes written so far. Raises CorruptionError if
     nothing can be saved.
     """
-    source, target = local_path(source), local_path(target)
-    files = storage.open(source)
+    files = source.storage.open(source.path)
     try:
         manifest, lost, repaired, rebuilt = _manifest(files)
         flips: dict[str, list[tuple[int, int]]] = {}
@@ -56,27 +52,31 @@ def rescue(
         if rebuilt and not kept.tensors:
             raise CorruptionError(
                 "Nothing in this checkpoint can be saved",
-                path=source,
+                path=source.path,
                 expected="at least one intact tensor",
                 actual="; ".join(f"{name}: {why}" for name, why in lost.items())[:500] or "none",
                 remedy="load another checkpoint",
             )
         reshard(
             _RepairedSource(_RepairedFiles(files, kept, flips), kept),
-            target,
+            target.path,
             shards=max(len(kept.shards), 1),
-            storage=storage,
+            storage=target.storage,
             overwrite=overwrite,
             progress=progress,
         )
     finally:
         files.close()
     return RescueReport(
-        path=target, saved=tuple(kept.tensors), lost=lost, repaired=tuple(repaired), rebuilt=rebuilt
+        path=target.path,
+        saved=tuple(kept.tensors),
+        lost=lost,
+        repaired=tuple(repaired),
+        rebuilt=rebuilt,
     )
 
 
-def _manifest(files: LocalFiles) -> tuple[Manifest, dict[str, str], list[str], bool]:
+def _manifest(files: CheckpointFiles) -> tuple[Manifest, dict[str, str], list[str], bool]:
     """Return the manifest, the lost tensors, the repaired bits, and whether it was rebuilt."""
     try:
         data = files.manifest()
@@ -112,9 +112,9 @@ def _without(
     )
 
 
-def explain_manifest(error: CorruptionError, path: str, *, storage: LocalStorage) -> None:
+def explain_manifest(error: CorruptionError, place: Place) -> None:
     """Add the flipped bit to an error about a corrupted manifest, if a single bit was flipped."""
-    files = storage.open(path)
+    files = place.storage.open(place.path)
     try:
         repair = repair_manifest(files.manifest())
     finally:

@@ -156,7 +156,15 @@ class _Reshard:
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         ends = np.append(0, np.cumsum(chunk_bytes(self.plan.specs, self.plan.chunks)))
         sizes = [int(ends[file.rows.stop] - ends[file.rows.start]) for file in self.files]
-        return write_together(self.source, sizes, self._new_file, ranks, progress)
+        assert self.transaction is not None
+        return write_together(
+            self.source,
+            sizes,
+            self._new_file,
+            ranks,
+            progress,
+            whole_files=not self.transaction.shares_files,
+        )
 
     def _new_file(self, number: int) -> NewFile:
         assert self.transaction is not None

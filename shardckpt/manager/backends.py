@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 from shardckpt import api
 from shardckpt.loading.shard_reader import check_size
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.storage import deletion
-from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.names import hidden_path
-from shardckpt.storage.posix import System, translated
 
-__all__ = ["RECORD", "CheckpointBackend", "ShardedBackend", "Signature", "signature_of"]
+__all__ = ["RECORD", "CheckpointBackend", "ShardedBackend"]
 
 RECORD = "checkpoint_manager"
 """The key of the entry with a checkpoint's label, owner, step, metrics and time."""
-
-
-Signature = tuple[int, int, int]
-"""The inode, the time of change in nanoseconds, and the size in bytes of a file."""
-
-
-def signature_of(status: os.stat_result) -> Signature:
-    """Return the signature of a file, which changes when the file is replaced."""
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class CheckpointBackend(Protocol):
@@ -38,10 +25,7 @@ class CheckpointBackend(Protocol):
     """
 
     def names(self, folder: str) -> list[str]:
-        """List the names in a folder that may be checkpoints, sorted.
-
-        Returns an empty list if the folder does not exist.
-        """
+        """The names in a folder that may be checkpoints; see Storage.names."""
 
     def sweep(self, folder: str) -> None:
         """Remove the leftovers of failed saves and removals from a folder, as far as possible."""
@@ -67,8 +51,8 @@ class CheckpointBackend(Protocol):
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """Load a checkpoint into a state. Collective."""
 
-    def signature(self, path: str) -> Signature:
-        """Return a value that changes when the checkpoint is replaced. The call is cheap."""
+    def version(self, path: str) -> Hashable:
+        """A value that changes when the checkpoint is replaced. Cheap."""
 
     def record(self, path: str) -> Any:
         """Return the entry RECORD of a complete checkpoint. None if it has no such entry."""
@@ -94,33 +78,22 @@ class CheckpointBackend(Protocol):
 
 
 class ShardedBackend:
-    """Stores checkpoints as directories of shards; see CheckpointBackend.
+    """Checkpoints of shards in a storage; see CheckpointBackend."""
 
-    Args:
-        system: Performs the system calls.
-    """
-
-    def __init__(self, system: System | None = None) -> None:
-        self._system = system or System()
-        self._storage = LocalStorage(self._system)
+    def __init__(self, storage: Storage | None = None) -> None:
+        self._storage = storage or LocalStorage()
 
     def names(self, folder: str) -> list[str]:
-        """See CheckpointBackend.names. Includes checkpoints that a failed overwrite has moved."""
-        with translated(folder):
-            try:
-                names = self._system.listdir(folder)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-        moved = {name for name in map(deletion.old_name, names) if name}
-        return sorted({name for name in names if not name.startswith(".")} | moved)
+        """See CheckpointBackend.names."""
+        return self._storage.names(folder)
 
     def sweep(self, folder: str) -> None:
         """See CheckpointBackend.sweep."""
-        deletion.sweep(self._system, folder)
+        self._storage.sweep(folder)
 
     def exists(self, path: str) -> bool:
         """See CheckpointBackend.exists."""
-        return deletion.exists(self._system, path)
+        return self._storage.exists(path)
 
     def save(
         self,
@@ -140,13 +113,9 @@ class ShardedBackend:
         """See CheckpointBackend.load."""
         return api.load(state, path, storage=self._storage, **options)
 
-    def signature(self, path: str) -> Signature:
-        """See CheckpointBackend.signature."""
-        try:
-            status = self._system.stat(os.path.join(path, MANIFEST_NAME))
-        except FileNotFoundError:
-            status = self._system.stat(os.path.join(hidden_path(path, "old"), MANIFEST_NAME))
-        return signature_of(status)
+    def version(self, path: str) -> Hashable:
+        """See CheckpointBackend.version."""
+        return self._storage.version(path)
 
     def record(self, path: str) -> Any:
         """See CheckpointBackend.record."""
@@ -168,4 +137,4 @@ class ShardedBackend:
 
     def remove(self, path: str) -> None:
         """See CheckpointBackend.remove."""
-        deletion.remove(self._system, path)
+        self._storage.remove(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -26,11 +26,13 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.logs import warn
-from shardckpt.manager.backends import RECORD, CheckpointBackend, ShardedBackend, Signature
+from shardckpt.manager.backends import RECORD, CheckpointBackend, ShardedBackend
 from shardckpt.manager.retention import KeepBest, Retention, SavedCheckpoint, ranked, to_remove
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
-from shardckpt.storage.paths import absolute, local_path
+from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["CheckpointManager", "Restored"]
 
@@ -86,7 +88,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     of `process_group`.
 
     Args:
-        folder: The folder of the checkpoints. The first save creates it.
+        folder: The folder of the checkpoints: a path, a URL such as `s3://bucket/run`, or a storage
+            that has a root. The first save creates it.
         keep: The retention policies: KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your
             own function. A checkpoint is kept if any policy keeps it. Without policies, all
             checkpoints are kept.
@@ -98,7 +101,9 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         label: Managers with different labels can share a folder. They don't see each other's
             checkpoints. A manager with label None sees all checkpoints.
         process_group: The ranks; see `save`.
-        backend: How checkpoints are stored; by default as directories of shards.
+        storage: The storage of the folder; see `save`.
+        backend: How checkpoints are stored; by default as shards. With a backend of your own the
+            folder is a local path.
 
     Raises:
         StateError: An argument is invalid.
@@ -118,7 +123,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Storage,
         *,
         keep: Sequence[Retention] = (),
         name: str = "step-{step}",
@@ -126,13 +131,16 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         check: Literal["full", "quick"] = "full",
         label: str | None = "",
         process_group: Any = None,
+        storage: Storage | None = None,
         backend: CheckpointBackend | None = None,
     ) -> None:
         if check not in ("full", "quick"):
             raise StateError(
                 "Invalid value for check", expected='"full" or "quick"', actual=repr(check)
             )
-        self.folder = absolute(local_path(folder))
+        if backend is not None and storage is None:
+            storage = LocalStorage()
+        self._storage, self.folder = resolve(folder, storage, fixed=True)
         _checked_name(_name_of(name, step=0))
         self.keep = tuple(keep)
         self.label = label
@@ -143,9 +151,9 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         self._asynchronous = asynchronous
         self._check = check
         self._group = process_group
-        self._backend: CheckpointBackend = backend or ShardedBackend()
+        self._backend: CheckpointBackend = backend or ShardedBackend(self._storage)
         self._pending: SaveHandle | None = None
-        self._records: dict[str, tuple[Signature, _Record | None]] = {}
+        self._records: dict[str, tuple[Hashable, _Record | None]] = {}
         self._verified: dict[str, bool] = {}
 
     def save(
@@ -229,7 +237,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         def decide(payloads: list[bytes]) -> bytes:
             self._backend.sweep(self.folder)
-            wanted = os.path.join(
+            wanted = self._storage.child(
                 self.folder, _checked_name(name or _name_of(self._name, step=step))
             )
             path, number = wanted, 0
@@ -304,22 +312,14 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         """List the complete checkpoints, oldest first, and (path, message) of corrupted ones."""
         complete, corrupted = [], []
         for name in self._backend.names(self.folder):
-            path = os.path.join(self.folder, name)
+            path = self._storage.child(self.folder, name)
             try:
                 checkpoint = self._look(path)
             except (CorruptionError, FormatVersionError) as error:
-                corrupted += [] if self._is_alias(path) else [(path, error.message)]
+                corrupted.append((path, error.message))
             else:
-                complete += [checkpoint] if checkpoint and not self._is_alias(path) else []
+                complete += [checkpoint] if checkpoint else []
         return sorted(complete, key=lambda c: (c.step, c.saved_at)), corrupted
-
-    def _is_alias(self, path: str) -> bool:
-        """Whether the path is a symlink to a name in the folder, such as `latest` to `step-7`.
-
-        An alias must not be counted as a second checkpoint, nor be removed.
-        """
-        real, folder = os.path.realpath(path), os.path.realpath(self.folder)
-        return os.path.dirname(real) == folder and os.path.basename(real) != os.path.basename(path)
 
     def all_steps(self) -> list[int]:
         """List the steps of `checkpoints()`. Not collective.
@@ -524,9 +524,9 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
     def _look(self, path: str) -> SavedCheckpoint | None:
         """Return the checkpoint at a path if this manager sees it. Raises CorruptionError."""
         try:
-            signature = self._backend.signature(path)
-            if self._records.get(path, (None, None))[0] != signature:
-                self._records[path] = signature, _record(path, self._backend.record(path))
+            version = self._backend.version(path)
+            if self._records.get(path, (None, None))[0] != version:
+                self._records[path] = version, _record(path, self._backend.record(path))
         except (NotACheckpointError, CheckpointNotFoundError, OSError):
             return None
         record = self._records[path][1]

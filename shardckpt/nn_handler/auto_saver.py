@@ -18,8 +18,10 @@ from shardckpt.manager.retention import ranked
 from shardckpt.nn_handler.saving import OneFile, check_config, is_one_file, state_on_all
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 from shardckpt.nn_handler.training_state import TrainingState
-from shardckpt.storage.paths import local_path
+from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import translated
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["AutoSaver"]
 
@@ -37,7 +39,7 @@ class AutoSaver:
     def __init__(
         self,
         *,
-        save_path: str | os.PathLike[str],
+        save_path: str | os.PathLike[str] | Storage,
         save_last: bool = False,
         on_exception: bool = True,
         on_signal: bool = True,
@@ -58,9 +60,12 @@ class AutoSaver:
                 actual=self.plan.name,
                 remedy="leave .pth, .pt or .safetensors out of the name, or asynchronous=True",
             )
-        local_path(save_path)  # a path that can't be one is told here, not by the first save
-        self.options = {
-            "save_path": os.fspath(save_path),
+        # A path that can't be one is told here, not by the first save.
+        self._storage, _ = resolve(save_path, LocalStorage() if self.one_file else None)
+        self.options: dict[str, Any] = {
+            "save_path": save_path.full_path("")
+            if isinstance(save_path, Storage)
+            else os.fspath(save_path),
             "save_last": save_last,
             "on_exception": on_exception,
             "on_signal": on_signal,
@@ -79,7 +84,7 @@ class AutoSaver:
     @property
     def folder(self) -> str:
         """The directory of the checkpoints."""
-        return local_path(self.options["save_path"])
+        return self._storage.full_path(self.options["save_path"])
 
     @property
     def on_exception(self) -> bool:
@@ -140,7 +145,7 @@ class AutoSaver:
             and handler.step == 0
             and handler.epoch == 0
         ):
-            every = CheckpointManager(self.folder, label=None, backend=self._format())
+            every = CheckpointManager(self.folder, label=None, **self._place())
             found = every.first_that_loads(restore, _newest_first)
             resumed = found is not None
         if handler.run_id is None:
@@ -154,16 +159,18 @@ class AutoSaver:
             keep=self.plan.policies(),
             asynchronous=bool(self.options["asynchronous"]),
             label=self._label(handler),
-            backend=self._format(),
+            **self._place(),
         )
         if self.options["save_last"]:
             label = f"{self.label} last {handler.run_id}"
-            self._last = CheckpointManager(self.folder, label=label, backend=self._format())
+            self._last = CheckpointManager(self.folder, label=label, **self._place())
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return resumed
 
     def _make_folder(self) -> None:
         """A path that can't be written to is told before training; collective, on rank 0."""
+        if not isinstance(self._storage, LocalStorage):
+            return
 
         def make(payloads: list[bytes]) -> bytes:
             with translated(self.folder):
@@ -179,8 +186,9 @@ class AutoSaver:
         number = f" {self._number}" if self._number else ""
         return f"{self.label}{number} {handler.run_id}"
 
-    def _format(self) -> OneFile | None:
-        return OneFile() if self.one_file else None
+    def _place(self) -> dict[str, Any]:
+        """The storage and the backend of the managers."""
+        return {"storage": self._storage, "backend": OneFile() if self.one_file else None}
 
     def minutes_due(self) -> bool:
         """Whether it is time to save, by this process's clock."""
@@ -234,7 +242,7 @@ class AutoSaver:
             manager = CheckpointManager(
                 self.folder,
                 label=self._label(handler),
-                backend=self._format(),
+                **self._place(),
                 process_group=process_group,
             )
             # the module itself: of DDP's buffers only rank 0's would count

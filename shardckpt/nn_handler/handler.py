@@ -29,6 +29,7 @@ from shardckpt.nn_handler.trainer import Trainer
 from shardckpt.nn_handler.validation import validate
 from shardckpt.plan.device_map import DeviceMap
 from shardckpt.storage.paths import local_path
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["NNHandler"]
 
@@ -268,7 +269,7 @@ class NNHandler(Components):
     def save(self, path: Path, *, overwrite: bool = True) -> None:
         """Save everything; collective. A path that ends in .pth, .pt or .safetensors is one file,
         written by rank 0; any other is a sharded checkpoint, written by all ranks."""
-        saving.save(self, local_path(path), overwrite=overwrite)
+        saving.save(self, resolve(path).path, overwrite=overwrite)
 
     def save_single_file(self, path: Path, *, overwrite: bool = True) -> None:
         """Save everything in one torch (.pth, .pt) or safetensors file; collective."""
@@ -357,7 +358,7 @@ class NNHandler(Components):
             trust_code=trust_code,
             confirm=confirm,
         )
-        found = load(cls, local_path(path), options)
+        found = load(cls, resolve(path).path, options)
         assert isinstance(found, cls)
         return found
 
@@ -380,11 +381,11 @@ class NNHandler(Components):
         The weights are found below `prefix`, by default below the one that fits best, and names
         lose what DDP and torch.compile put into them. `ema`: a handler's averaged weights.
         """
-        path = local_path(path)
+        path = resolve(path).path
         handler = cls(model_class, device, parallel=parallel, **model_kwargs)
         fill_weights(handler, path, strict=strict, prefix=prefix, ema=ema)
         return handler
 
     def restore(self, path: Path) -> None:
         """Fill this handler, whose parts are set, with everything in a checkpoint; collective."""
-        restore(self, open_source(local_path(path)))
+        restore(self, open_source(resolve(path).path))

@@ -10,13 +10,14 @@ import torch
 from shardckpt import api
 from shardckpt.convert.convert import open_source
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.loading.memory_checkpoint import MemoryStorage
+from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.state.module_state import canonical_names
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["fill_weights", "weight_names"]
 
@@ -30,8 +31,9 @@ def fill_weights(
     own = set(canonical_names(handler.model).values())
     if ema:
         prefix = "ema.weights"
-    storage: Storage = LocalStorage()
-    if os.path.isfile(os.path.join(path, MANIFEST_NAME)):
+    storage: Storage = resolve(path).storage
+    is_local = isinstance(storage, LocalStorage)
+    if not is_local or os.path.isfile(os.path.join(path, MANIFEST_NAME)):
         with api.open_checkpoint(path, storage=storage) as checkpoint:
             targets = weight_names(checkpoint.tensors(), own, prefix=prefix)
             leaves = set(checkpoint)
@@ -43,7 +45,7 @@ def fill_weights(
                 if isinstance(node, TensorRef)
             }
             targets = weight_names(refs, own, prefix=prefix)
-            storage = MemoryStorage({name: _whole(source, refs[name]) for name in targets})
+            storage = StateStorage({name: _whole(source, refs[name]) for name in targets})
             leaves = set(targets)
 
     def rename(name: str) -> str:

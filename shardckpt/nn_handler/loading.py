@@ -18,7 +18,7 @@ from shardckpt import api
 from shardckpt.convert.single_files import INDEX, is_single_file, read_many, read_one
 from shardckpt.coordination.resolve import alone
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
-from shardckpt.loading.memory_checkpoint import MemoryStorage
+from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.logs import warn
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callback import Callback
@@ -48,6 +48,7 @@ from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["LoadOptions", "Source", "load", "open_source", "restore"]
 
@@ -85,6 +86,9 @@ class Source:
 
 def open_source(path: str) -> Source:
     """Open a sharded checkpoint, a torch or safetensors file, or a directory of several."""
+    place = resolve(path)
+    if not isinstance(place.storage, LocalStorage):
+        return Source(path=place.path, storage=place.storage)
     if is_single_file(path):
         state = read_one(path)
     elif os.path.isfile(os.path.join(path, INDEX)):
@@ -101,7 +105,7 @@ def open_source(path: str) -> Source:
         )
     state = dict(state)
     ranks = state.pop("ranks", None) if "config" in state else None
-    return Source(path=path, storage=MemoryStorage(state), ranks=ranks)
+    return Source(path=path, storage=StateStorage(state), ranks=ranks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,8 @@ from shardckpt.coordination.base import Coordinator, WorkBroken
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import RankFailedError, RankMismatchError, StateError
-from shardckpt.loading.memory_checkpoint import MemoryStorage
-from shardckpt.manager.backends import RECORD, Signature, signature_of
+from shardckpt.loading.memory_checkpoint import StateStorage
+from shardckpt.manager.backends import RECORD
 from shardckpt.nn_handler.emergency import is_echo
 from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.reports import LoadReport
@@ -39,6 +39,7 @@ from shardckpt.state.flatten import Ties
 from shardckpt.state.module_state import has_state
 from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.atomic_write import sweep_writes
+from shardckpt.storage.paths import is_alias, local_path
 from shardckpt.storage.posix import System, translated
 
 __all__ = [
@@ -57,7 +58,7 @@ __all__ = [
 def save(handler: TrainingState, path: str, *, overwrite: bool) -> None:
     """Save a handler; collective. See NNHandler.save."""
     if is_one_file(path):
-        save_single_file(handler, path, overwrite=overwrite)
+        save_single_file(handler, local_path(path), overwrite=overwrite)
     else:
         api.save(state_on_all(handler), path, overwrite=overwrite)
 
@@ -311,7 +312,7 @@ class OneFile:
     def names(self, folder: str) -> list[str]:
         """See Format.names."""
         found = os.listdir(folder) if os.path.isdir(folder) else []
-        return sorted(name for name in found if not name.startswith("."))
+        return sorted(n for n in found if not n.startswith(".") and not is_alias(folder, n))
 
     def sweep(self, folder: str) -> None:
         """See Format.sweep."""
@@ -348,12 +349,13 @@ class OneFile:
 
     def load(self, state: Any, path: str, *, strict: bool, process_group: Any) -> LoadReport:
         """See Format.load."""
-        storage = MemoryStorage(read_one(path))
+        storage = StateStorage(read_one(path))
         return api.load(state, path, strict=strict, process_group=process_group, storage=storage)
 
-    def signature(self, path: str) -> Signature:
-        """See Format.signature."""
-        return signature_of(os.stat(path))
+    def version(self, path: str) -> Hashable:
+        """See Format.version."""
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def record(self, path: str) -> Any:
         """See Format.record."""

@@ -23,11 +23,13 @@ class FilePart:
     end: int | None
 
 
-def file_parts(sizes_bytes: Sequence[int], *, rank: int, world_size: int) -> Iterator[FilePart]:
+def file_parts(
+    sizes_bytes: Sequence[int], *, rank: int, world_size: int, whole_files: bool = False
+) -> Iterator[FilePart]:
     """Yield the parts that a rank writes, given the bytes of data of each file, in order.
 
     The parts of all ranks cover every file. The part with `begin` 0 includes the header. A part is
-    at least a block long, unless it is a full file.
+    at least a block long, unless it is a full file. With `whole_files` each part is one.
     """
     ends = list(itertools.accumulate(size + HEADER_ALIGN for size in sizes_bytes))
     begins = [0, *ends]
@@ -38,6 +40,8 @@ def file_parts(sizes_bytes: Sequence[int], *, rank: int, world_size: int) -> Ite
             return len(ends), 0
         file = bisect_right(ends, bound)
         size = ends[file] - begins[file]
+        if whole_files:
+            return file + (2 * (bound - begins[file]) >= size), 0
         at = round((bound - begins[file]) / BLOCK_BYTES) * BLOCK_BYTES
         return (file, at) if at == 0 or size - at >= BLOCK_BYTES else (file + 1, 0)
 

@@ -22,7 +22,8 @@ from shardckpt.format.lazy_manifest import Outline
 from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import contiguous_parts, view_at
 from shardckpt.loading.shard_reader import bad_blocks, check_size
-from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
+from shardckpt.storage.base import CheckpointFiles, WriteTransaction
+from shardckpt.storage.resolve import Place
 
 __all__ = ["Base", "OpenCheckpoint", "check_verify_base", "open_base"]
 
@@ -122,17 +123,14 @@ class Base:
 
 
 @contextmanager
-def open_base(
-    base: str | OpenCheckpoint | None, storage: Storage, *, verify: bool
-) -> Iterator[Base | None]:
+def open_base(base: Place | OpenCheckpoint | None, *, verify: bool) -> Iterator[Base | None]:
     """Open the base of a save, if there is one, for a with block. Not collective.
 
     A base that can't be opened has no files, and `problems` has the reason. An open checkpoint
     stays open.
 
     Args:
-        base: A path, an open checkpoint, or None.
-        storage: The storage of the path.
+        base: A path in its storage, an open checkpoint, or None.
         verify: Read back every block of a linked file, instead of a sample.
 
     Yields:
@@ -141,13 +139,13 @@ def open_base(
     if base is None:
         yield None
         return
-    if not isinstance(base, str):
+    if not isinstance(base, Place):
         yield Base(base.files, base.manifest.shards, verify=verify)
         return
     files: CheckpointFiles | None = None
     try:
         try:
-            files = storage.open(base)
+            files = base.storage.open(base.path)
             check_text(data := files.manifest(), path=files.path)
             shards = Outline(data, path=files.path).all_shards()
             opened = Base(files, shards, verify=verify)

@@ -7,11 +7,12 @@ storage. docs/how-to/storage.md shows a complete one.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn
 
-from shardckpt.errors import StateError
+from shardckpt.errors import CheckpointNotFoundError, StateError
 
 __all__ = [
     "MANIFEST_NAME",
@@ -36,7 +37,10 @@ class WouldWait(Exception):
 class Storage(ABC):
     """The base class of storages, which find checkpoints by path. No method is collective.
 
-    A read-only storage defines only `open`. `shardckpt.testing` has tests for new storages.
+    A path is a text whose parts are separated by `/`. Only the storage knows what it means.
+
+    A read-only storage implements only `open`. One that a CheckpointManager uses also implements
+    `names` and `remove`. `shardckpt.testing` has tests for new storages, and
     `shardckpt.LocalStorage` is the default.
 
     Example:
@@ -46,6 +50,36 @@ class Storage(ABC):
         True
         >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1", storage=storage)
     """
+
+    def full_path(self, path: str) -> str:
+        """Return the path in full: the text by which reports and errors name it.
+
+        Calling it with its own result changes nothing. The default returns the path.
+
+        Args:
+            path: A path that a user gave.
+
+        Returns:
+            The full path.
+
+        Raises:
+            StateError: The path is invalid in this storage.
+        """
+        if not path:
+            raise StateError("Invalid path", expected="a non-empty text", actual=repr(path))
+        return path
+
+    def child(self, folder: str, name: str) -> str:
+        """Return the path of a name in a folder. The default joins them with `/`.
+
+        Args:
+            folder: The full path of the folder.
+            name: The name, without `/`.
+
+        Returns:
+            The full path of the name.
+        """
+        return f"{folder.rstrip('/')}/{name}"
 
     @abstractmethod
     def open(self, path: str) -> CheckpointFiles:
@@ -95,13 +129,90 @@ class Storage(ABC):
         """
         self._refuse_writing(path)
 
+    def names(self, folder: str) -> list[str]:
+        """List the names in a folder that may be checkpoints, sorted; none in a missing folder.
+
+        Names that lead to another name in the folder are left out.
+
+        Args:
+            folder: The full path of the folder.
+
+        Returns:
+            The names.
+
+        Raises:
+            StorageError: The folder can't be read.
+        """
+        self._refuse("This storage can't list a folder", folder, "a storage that defines names")
+
+    def exists(self, path: str) -> bool:
+        """Ask whether there is something at a path. The default opens it as a checkpoint.
+
+        Args:
+            path: The path.
+
+        Returns:
+            True if a save to the path would replace something.
+        """
+        try:
+            self.open(path).close()
+        except CheckpointNotFoundError:
+            return False
+        return True
+
+    def version(self, path: str) -> Hashable:
+        """Return a value that changes when the checkpoint at the path is replaced.
+
+        The default reads the manifest.
+
+        Args:
+            path: The checkpoint.
+
+        Returns:
+            The value.
+
+        Raises:
+            CheckpointError: There is no checkpoint at the path.
+        """
+        files = self.open(path)
+        try:
+            return hashlib.sha256(files.manifest()).digest()
+        finally:
+            files.close()
+
+    def remove(self, path: str) -> None:
+        """Remove a checkpoint: all at once from its path, then its files as far as that works.
+
+        Args:
+            path: The checkpoint.
+
+        Raises:
+            CheckpointBusyError: A save to the path is under way.
+            StorageError: The checkpoint is not removed.
+        """
+        self._refuse("This storage can't remove", path, "a storage that defines remove")
+
+    def sweep(self, folder: str) -> None:  # noqa: B027
+        """Remove what dead saves and removals left in a folder, as far as that works.
+
+        Never raises OSError. The default leaves everything.
+
+        Args:
+            folder: The full path of the folder.
+        """
+
     def _refuse_writing(self, path: str) -> NoReturn:
+        self._refuse(
+            "This storage can't be written to", path, "a storage that defines begin and join"
+        )
+
+    def _refuse(self, message: str, path: str, expected: str) -> NoReturn:
         raise StateError(
-            "This storage can't be written to",
+            message,
             path=path,
-            expected="a storage that defines begin and join",
+            expected=expected,
             actual=type(self).__qualname__,
-            remedy="save to a LocalStorage",
+            remedy="use another storage, such as a LocalStorage",
         )
 
 
@@ -111,10 +222,12 @@ class WriteTransaction(ABC):
     Attributes:
         path: The path of the new checkpoint.
         token: The text with which other ranks join.
+        shares_files: Several ranks can write parts of one file; see `create`.
     """
 
     path: str
     token: str
+    shares_files: bool = True
 
     @abstractmethod
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
@@ -137,7 +250,8 @@ class WriteTransaction(ABC):
     def commit(self, manifest: bytes) -> None:
         """Write the manifest, and make the whole checkpoint visible in one step, on rank 0 alone.
 
-        The checkpoint is durable when this returns.
+        The checkpoint is durable when this returns. The manifest begins with
+        `{"format":"shardckpt","version":1,"id":"ID"`, with the id of `begin`.
         """
 
     @abstractmethod
@@ -193,10 +307,13 @@ class CheckpointFiles(ABC):
     Attributes:
         path: The path of the checkpoint.
         in_memory: Whether reads never wait for a disk or another machine.
+        remote: Each call is a request to another machine. Then a load does not ask for sizes before
+            it reads, reads across gaps of up to a block, and has at least 8 reads in flight.
     """
 
     path: str
     in_memory: bool = False
+    remote: bool = False
 
     @abstractmethod
     def manifest(self) -> bytes:
@@ -266,6 +383,10 @@ class CheckpointFiles(ABC):
             default always returns False.
         """
         return False
+
+    def names(self) -> list[str]:
+        """List the names of all files, for tools that repair. The default has none."""
+        return []
 
     def map(self, name: str) -> memoryview:
         """Map a shard into private memory. The map stays valid after close.

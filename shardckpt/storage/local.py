@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 
 from shardckpt.config import current
@@ -24,6 +24,7 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
+from shardckpt.storage import deletion
 from shardckpt.storage.base import (
     MANIFEST_NAME,
     CheckpointFiles,
@@ -37,35 +38,19 @@ from shardckpt.storage.deletion import (
     foreign_directories,
     foreign_names,
     make_directories,
+    old_name,
     remove_tree,
     sync_directory,
 )
 from shardckpt.storage.local_reader import LocalFiles
 from shardckpt.storage.lock import Lock
 from shardckpt.storage.names import hidden_path
-from shardckpt.storage.paths import absolute, local_path
+from shardckpt.storage.paths import is_alias, local_path
 from shardckpt.storage.posix import UNSUPPORTED, System, translated
 
-__all__ = ["LocalStorage", "checkpoint_path"]
+__all__ = ["LocalStorage"]
 
 _WRITE = os.O_CREAT | os.O_WRONLY
-
-
-def checkpoint_path(path: object, storage: Storage | None, *, fixed: bool = False) -> str:
-    """Check the path of a checkpoint, and convert it to a str.
-
-    Args:
-        path: The path. A LocalStorage takes the paths of `local_path`. Another storage takes any
-            non-empty str.
-        storage: The storage; by default the local file system.
-        fixed: Make a local path absolute, for use after the working directory may have changed.
-
-    Raises:
-        StateError: The path is invalid.
-    """
-    if storage is not None and not isinstance(storage, LocalStorage) and isinstance(path, str):
-        return path or local_path(path)
-    return absolute(local_path(path)) if fixed else local_path(path)
 
 
 class LocalStorage(Storage):
@@ -82,6 +67,44 @@ class LocalStorage(Storage):
 
     def __init__(self, system: System | None = None) -> None:
         self.system = system or System()
+
+    def full_path(self, path: str) -> str:
+        """See Storage.full_path. `~` is expanded, and `file:///folder` becomes `/folder`."""
+        return local_path(path)
+
+    def names(self, folder: str) -> list[str]:
+        """See Storage.names. Includes a checkpoint that a failed overwrite moved."""
+        with translated(folder):
+            try:
+                names = self.system.listdir(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        moved = {name for name in map(old_name, names) if name}
+        visible = (
+            name for name in names if not name.startswith(".") and not is_alias(folder, name)
+        )
+        return sorted({*visible, *moved})
+
+    def exists(self, path: str) -> bool:
+        """See Storage.exists. Anything counts, also a symbolic link to nothing."""
+        return exists(self.system, path)
+
+    def version(self, path: str) -> Hashable:
+        """See Storage.version: inode, time of change and size of the manifest. Cheap."""
+        with translated(path):
+            try:
+                found = self.system.stat(os.path.join(path, MANIFEST_NAME))
+            except FileNotFoundError:
+                found = self.system.stat(os.path.join(hidden_path(path, "old"), MANIFEST_NAME))
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def remove(self, path: str) -> None:
+        """See Storage.remove. A checkpoint that holds files of other programs stays."""
+        deletion.remove(self.system, path)
+
+    def sweep(self, folder: str) -> None:
+        """See Storage.sweep. A save that is alive holds its lock."""
+        deletion.sweep(self.system, folder)
 
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> LocalTransaction:
         """See Storage.begin. Missing parent directories are made."""

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from shardckpt.errors import StateError
 from shardckpt.storage.posix import translated
 
-__all__ = ["absolute", "local_path"]
+__all__ = ["absolute", "is_alias", "local_path"]
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<second>/?)(?P<rest>.*)", re.DOTALL)
 
@@ -61,11 +61,12 @@ def _of_url(text: str, url: re.Match[str]) -> str:
     if scheme == "file" and url["second"] and host in ("", "localhost") and slash and rest:
         return _checked(text, "/" + unquote(rest))
     raise StateError(
-        "The path is a URL, but checkpoints are saved to and loaded from local paths",
+        "This URL can't be used here",
         path=text,
-        expected="a path of a mounted file system, or file:///folder",
+        expected="a local path or file:///folder; for sharded checkpoints also a URL of s3://, "
+        "gs://, az:// or memory://, or of a scheme of register_storage",
         actual=f"the scheme {url['scheme']}",
-        remedy=f"mount the storage and give that path; a local folder of this name is ./{text}",
+        remedy=f"give a local path, or register a storage; a local folder of this name is ./{text}",
     )
 
 
@@ -83,3 +84,15 @@ def absolute(path: str) -> str:
     """
     with translated(path):
         return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+
+
+def is_alias(folder: str, name: str) -> bool:
+    """Whether a name in a folder is a symlink to another name in it, such as `latest` to `step-7`.
+
+    An alias must not be counted as a second checkpoint, nor be removed.
+    """
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    real = os.path.realpath(path)
+    return os.path.dirname(real) == os.path.realpath(folder) and os.path.basename(real) != name

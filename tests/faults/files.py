@@ -18,6 +18,7 @@ from shardckpt.convert.single_files import write_many, write_one
 from shardckpt.convert.sources import foreign, state_of
 from shardckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
 from shardckpt.storage.atomic_write import sweep_writes
+from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
 from tests.faults import crash
 from tests.faults.crash_states import Content
@@ -47,7 +48,7 @@ def _converted(to: Format, state: dict[str, Any], path: str, system: System) -> 
         shards=shards,
         file_bytes=file_bytes,
         overwrite=True,
-        system=system,
+        storage=LocalStorage(system),
     )
 
 

@@ -26,9 +26,9 @@ from torch import nn
 
 import shardckpt
 from shardckpt import NNHandler, errors
+from shardckpt.api import rescue
 from shardckpt.cli.main import main as command
 from shardckpt.convert.convert import FORMATS, convert
-from shardckpt.maintenance.rescue import rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.storage.local import LocalStorage
 from tests.faults.hostile_holes import HOLES
@@ -193,7 +193,7 @@ CALLS: dict[str, Callable[[Path], None]] = {
     "shardckpt verify": run("verify", "PATH", "--jobs", "1"),
     "shardckpt convert": run("convert", "PATH", "OUT", "--jobs", "1"),
     "shardckpt rescue": run("rescue", "PATH", "OUT"),
-    "shardckpt reshard": run("reshard", "PATH", "OUT", "--world-size", "1", "--jobs", "1"),
+    "shardckpt reshard": run("reshard", "PATH", "OUT", "--shards", "1", "--jobs", "1"),
 }
 
 

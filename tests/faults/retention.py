@@ -56,7 +56,7 @@ class Job:
         self.folder = folder
         self.elements = elements
         self.asynchronous = asynchronous
-        self.format = form(disk)
+        self.format = form(LocalStorage(disk))
         self.keep = keep or policies()
         self.version = 0
         self.start()
@@ -109,7 +109,9 @@ class Job:
 
 def versions_at(disk: System, folder: str = FOLDER) -> dict[int, int]:
     """The version of each step that a manager finds; AssertionError for one that is broken."""
-    checkpoints, broken = CheckpointManager(folder, backend=ShardedBackend(disk))._scan()
+    checkpoints, broken = CheckpointManager(
+        folder, backend=ShardedBackend(LocalStorage(disk))
+    )._scan()
     assert not broken, f"not whole: {broken}"
     found = {}
     for checkpoint in checkpoints:

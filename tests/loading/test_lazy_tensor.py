@@ -39,7 +39,7 @@ def checkpoint(tmp_path):
         "n": 5,
     }
     shardckpt.save(state, tmp_path / "one")
-    arguments = [str(tmp_path / "one"), str(tmp_path / "two"), "--world-size", "2"]
+    arguments = [str(tmp_path / "one"), str(tmp_path / "two"), "--shards", "2"]
     assert main(["reshard", *arguments]) == 0
     return tmp_path / "two", state
 

@@ -9,8 +9,8 @@ import torch
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.api import rescue
 from shardckpt.cli.main import main
-from shardckpt.maintenance.rescue import rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.storage.local import LocalStorage
 

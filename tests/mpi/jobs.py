@@ -243,10 +243,10 @@ def tools(folder: str) -> list[int]:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         return [
             main(["verify", f"{folder}/mpi"]),
-            main(["reshard", f"{folder}/mpi", f"{folder}/resharded", "--world-size", "5"]),
+            main(["reshard", f"{folder}/mpi", f"{folder}/resharded", "--shards", "5"]),
             main(["verify", f"{folder}/damaged"]),
             main(["verify", f"{folder}/nothing"]),
-            main(["reshard", f"{folder}/damaged", f"{folder}/never", "--world-size", "2"]),
+            main(["reshard", f"{folder}/damaged", f"{folder}/never", "--shards", "2"]),
             main(["convert", f"{folder}/mpi", f"{folder}/as-dcp", "--format", "dcp"]),
             main(["convert", f"{folder}/as-dcp", f"{folder}/converted"]),
             main(["convert", f"{folder}/mpi", f"{folder}/x.safetensors"]),

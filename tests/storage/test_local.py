@@ -720,7 +720,7 @@ def many_shards(tmp_path):
     state = {"w": torch.arange(4800 * 1024.0).reshape(-1, 1024), "n": torch.ones(7)}
     one, many = tmp_path / "one", tmp_path / "many"
     shardckpt.save(state, one)
-    assert main(["reshard", str(one), str(many), "--world-size", "300"]) == 0
+    assert main(["reshard", str(one), str(many), "--shards", "300"]) == 0
     with shardckpt.open_checkpoint(many) as opened:
         assert len(opened["w"].shards) == 300
     return many, state
@@ -735,7 +735,7 @@ for device_map in ("cpu", "disk"):
     state = shardckpt.load_state(path, device_map=device_map)
     assert torch.equal(state["w"] + 0, torch.arange(4800 * 1024.0).reshape(-1, 1024))
 assert main(["verify", path]) == 0
-assert main(["reshard", path, other, "--world-size", "200"]) == 0
+assert main(["reshard", path, other, "--shards", "200"]) == 0
 """
 
 

@@ -18,25 +18,25 @@ from shardckpt.integrations.dcp.writer import ShardWriter, check_comparable
 from shardckpt.loading.agreement import open_manifest
 from shardckpt.reports import SaveReport
 from shardckpt.state.optimizer_state import plain_state
-from shardckpt.storage.base import Storage
+from shardckpt.storage.resolve import Place
 
 __all__ = ["save_with_planner"]
 
 
 def save_with_planner(
     state: Any,
-    path: str,
+    place: Place,
     *,
     planner: Any,
     overwrite: bool,
     process_group: Any,
     comm: Any,
     check_replicas: bool,
-    base: str | Checkpoint | None,
+    base: Place | Checkpoint | None,
     verify_base: bool,
-    storage: Storage,
 ) -> SaveReport:
     """Save a state with a DCP SavePlanner. Collective; see shardckpt.save."""
+    storage, path = place
     group_for_dcp(path, comm=comm)
     alone = process_group is None and (is_alone() or not dist.is_initialized())
     if alone:
@@ -47,10 +47,9 @@ def save_with_planner(
         path,
         overwrite=overwrite,
         check_replicas=check_replicas,
-        base=base,
-        verify_base=verify_base,
         storage=storage,
     )
+    writer.base, writer.verify_base = base, verify_base
     try:
         state_dict_saver.save(
             plain_state(state),

@@ -34,8 +34,7 @@ from shardckpt.state.materialize import Builder
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
-from shardckpt.storage.local import LocalStorage, checkpoint_path
-from shardckpt.storage.paths import local_path
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["ShardReader", "dcp_entries"]
 
@@ -72,18 +71,24 @@ class ShardReader(StorageReader):
         dtype: DtypePolicy = "strict",
         storage: Storage | None = None,
     ) -> None:
-        self.checkpoint_id = None if path is None else checkpoint_path(path, storage)
+        self.checkpoint_id: str | None = None
         self.cast = casts(dtype)
-        self.storage = storage or LocalStorage()
+        self.storage = storage
         self._opened: tuple[CheckpointFiles, Manifest] | None = None
+        if path is not None:
+            self._find(path)
         self._saved: SavedState | None = None
         self._nodes: dict[str, Any] = {}  # the saved leaf of each name in DCP
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """See StorageReader.reset."""
         if checkpoint_id:
-            self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage)
+            self._find(checkpoint_id)
         self._close()
+
+    def _find(self, path: str | os.PathLike[str]) -> None:
+        self._place = resolve(path, self.storage)
+        self.checkpoint_id = self._place.path
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """See StorageReader.read_metadata. Lists every tensor with its chunks, and every value."""
@@ -93,7 +98,7 @@ class ShardReader(StorageReader):
                 remedy="call ShardReader(path), or dcp.load(..., checkpoint_id=path)",
             )
         self._close()
-        self._opened = open_manifest(self.storage, self.checkpoint_id)
+        self._opened = open_manifest(*self._place)
         manifest = self._opened[1]
         saved = self._saved = SavedState(manifest)
         described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
@@ -183,7 +188,7 @@ class ShardReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """See StorageReader.validate_checkpoint_id."""
         try:
-            return bool(local_path(checkpoint_id))
+            return bool(resolve(checkpoint_id))
         except StateError:
             return False
 

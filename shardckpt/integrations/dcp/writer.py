@@ -41,8 +41,7 @@ from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.file_groups import MAIN
 from shardckpt.state.local_chunks import check_dense
 from shardckpt.storage.base import Storage, WriteTransaction
-from shardckpt.storage.local import LocalStorage, checkpoint_path
-from shardckpt.storage.paths import local_path
+from shardckpt.storage.resolve import Place, resolve
 
 __all__ = ["ShardWriter", "check_comparable"]
 
@@ -65,7 +64,7 @@ class ShardWriter(StorageWriter):
     every rank: it calls init_from_mpi() if there is no process group.
 
     Args:
-        path: The directory of the checkpoint. Leave it out if you pass `checkpoint_id` to dcp.save.
+        path: See `shardckpt.save`. Leave it out if you pass `checkpoint_id` to dcp.save.
         overwrite: Replace a checkpoint at the path.
         check_replicas: See `shardckpt.save`. Needs ShardSavePlanner.
         base: See `shardckpt.save`.
@@ -100,16 +99,20 @@ class ShardWriter(StorageWriter):
         verify_base: bool = False,
         storage: Storage | None = None,
     ) -> None:
-        self.checkpoint_id = None if path is None else checkpoint_path(path, storage, fixed=True)
+        self.checkpoint_id: str | None = None
+        self.storage = storage
+        if path is not None:
+            self._find(path)
         group_for_dcp(self.checkpoint_id)
         self.overwrite = overwrite
         self.check_replicas = check_replicas
         check_verify_base(base, verify_base=verify_base)
-        if base is not None and not isinstance(base, Checkpoint):
-            base = checkpoint_path(base, storage, fixed=True)
-        self.base = base
+        self.base: Place | Checkpoint | None
+        if base is None or isinstance(base, Checkpoint):
+            self.base = base
+        else:
+            self.base = resolve(base, storage, fixed=True)
         self.verify_base = verify_base
-        self.storage = storage or LocalStorage()
         self._transaction: WriteTransaction | None = None
         self._planner: SavePlanner | None = None
         self._rank = 0
@@ -117,7 +120,11 @@ class ShardWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """See StorageWriter.reset."""
         if checkpoint_id:
-            self.checkpoint_id = checkpoint_path(checkpoint_id, self.storage, fixed=True)
+            self._find(checkpoint_id)
+
+    def _find(self, path: str | os.PathLike[str]) -> None:
+        self._place = resolve(path, self.storage, fixed=True)
+        self.checkpoint_id = self._place.path
 
     def storage_meta(self) -> StorageMeta:
         """See StorageWriter.storage_meta. ShardSavePlanner accepts no other writer."""
@@ -148,11 +155,9 @@ class ShardWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """See StorageWriter.prepare_global_plan. Begins the checkpoint on the coordinator."""
-        assert self.checkpoint_id is not None
+        storage, path = self._place
         identity = new_id()
-        transaction = self.storage.begin(
-            self.checkpoint_id, checkpoint_id=identity, overwrite=self.overwrite
-        )
+        transaction = storage.begin(path, checkpoint_id=identity, overwrite=self.overwrite)
         self._transaction = transaction
         # DCP does not tell the writer about a failed save: remove its files with the writer.
         weakref.finalize(self, transaction.abandon)
@@ -164,7 +169,6 @@ class ShardWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """See StorageWriter.write_data. On return the shard of this rank is durable."""
-        assert self.checkpoint_id is not None
         check_comparable(planner, check_replicas=self.check_replicas, rank=self._rank)
         if getattr(planner, "_enable_plan_caching", False):
             raise StateError(
@@ -175,11 +179,11 @@ class ShardWriter(StorageWriter):
         rank, token, world_size = plan.storage_data
         self._planner = planner
         if self._transaction is None:
-            transaction = self.storage.join(self.checkpoint_id, token=token)
+            transaction = self._place.storage.join(self._place.path, token=token)
         else:
             transaction = self._transaction
         try:
-            with open_base(self.base, self.storage, verify=self.verify_base) as base:
+            with open_base(self.base, verify=self.verify_base) as base:
                 if isinstance(planner, ShardSavePlanner):
                     written = self._write_planned(
                         planner, transaction, base, rank=rank, world_size=world_size
@@ -248,7 +252,7 @@ class ShardWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """See StorageWriter.validate_checkpoint_id."""
         try:
-            return bool(local_path(checkpoint_id))
+            return bool(resolve(checkpoint_id))
         except StateError:
             return False
 
