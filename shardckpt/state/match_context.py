@@ -16,7 +16,7 @@ from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.io.tensor_memory import owns_memory
+from shardckpt.io.tensor_memory import holds_elements
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, AnyTensor, LocalChunk, lies_as_saved, local_chunks
 from shardckpt.state.materialize import NOTHING, Allocate, Builder, allocate
@@ -119,7 +119,7 @@ class MatchContext:
             not lies_as_saved(template, entry.dtype)
             or (shape := template.shape) != entry.shape
             or hasattr(template, "global_shape")  # it describes its shards
-            or not owns_memory(template)
+            or not holds_elements(template)
             or not (address := template.data_ptr())
             or self._memory.first_at(address, template, ref.name) != ref.name
         ):

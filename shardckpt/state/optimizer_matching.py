@@ -116,7 +116,8 @@ class _TorchForm:
         number_of = dict(zip(self.names, self.numbers, strict=True))
         order = [number_of.get(key, key) for key in self.saved_state]
         state = {**self.filled, **self.other_state}
-        order += [key for key in state if key not in set(order)]
+        listed = set(order)
+        order += [key for key in state if key not in listed]
         return {
             "state": {key: state[key] for key in order if key in state},
             "param_groups": groups,
@@ -277,37 +278,34 @@ class _TorchForm:
                 context.cast.append((_name, str(DTYPES[entry.dtype]), str(tensor.dtype)))
             return tensor, True
 
-        targets: dict[str, torch.Tensor] = {}
-        wrappers: dict[str, torch.Tensor] = {}
+        targets: dict[str, torch.Tensor] = {}  # tensors and wrapper tensors
+        mismatched = False
         for key, ref in node.items():
             if isinstance(ref, TensorRef) and ref.kind == "tensor":
                 entry = context.saved.manifest.tensors[ref.name]
                 tensor = _dense(current.get(key))
                 at = below(name, key)
-                fits = (
-                    isinstance(tensor, torch.Tensor)
-                    and tuple(_read_out(tensor, at).shape) == entry.shape
-                )
-                targets[key] = tensor if fits else self._like(parameter, entry, saved)
-                if not context.fits(entry, _read_out(targets[key], at)):
-                    context.agrees(entry, _read_out(targets[key], at), at)
+                form = _read_out(tensor, at) if isinstance(tensor, torch.Tensor) else None
+                if form is None or form.shape != entry.shape:
+                    tensor = self._like(parameter, entry, saved)
+                    form = _read_out(tensor, at)
+                targets[key] = tensor
+                if not context.fits(entry, form):
+                    context.agrees(entry, form, at)
+                    mismatched = True
             elif (facts := facts_of(ref)) is not None:
                 if not isinstance(current.get(key), torch.Tensor):
                     raise _no_class(below(name, key), facts)
-                wrappers[key] = current[key]
-        if any(not self._fits(node[key], tensor) for key, tensor in targets.items()):
+                targets[key] = current[key]
+        if mismatched:
             context.used.update(below(name, key) for key in node)
             return current
         return {
-            key: match_tensor(context, {**targets, **wrappers}[key], below(name, key))
-            if key in targets or key in wrappers
+            key: match_tensor(context, targets[key], below(name, key))
+            if key in targets
             else context.build(below(name, key), like=current.get(key), new=new)
             for key in node
         }
-
-    def _fits(self, ref: TensorRef, tensor: torch.Tensor) -> bool:
-        entry = self.context.saved.manifest.tensors[ref.name]
-        return self.context.fits(entry, _read_out(tensor, ref.name))
 
     def _saved_parameter(self, parameter: torch.Tensor) -> TensorEntry | None:
         """Return the saved entry of the parameter itself, if the checkpoint has it under the same
