@@ -6,7 +6,7 @@ import torch
 
 from shardckpt.errors import UnsupportedLeafError
 
-__all__ = ["address_of", "check_memory", "owns_memory"]
+__all__ = ["address_of", "check_memory", "holds_elements", "owns_memory", "shares_elements"]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
@@ -18,23 +18,45 @@ def owns_memory(tensor: torch.Tensor) -> bool:
     """
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    extent = tensor.numel()
-    if not extent or not (tensor.is_cpu or tensor.is_cuda):
+    if not (tensor.is_cpu or tensor.is_cuda):
         return True  # on other devices no code uses the address
+    extent = tensor.numel()
+    if not extent:
+        return True
     try:
         storage = tensor.untyped_storage()
         size_bytes: int = storage.nbytes()
-        offset = int(tensor.storage_offset())
+        offset = tensor.storage_offset()
         # If the offset is 0, tensor and storage have the same address.
         if not tensor.data_ptr() or (offset and not storage.data_ptr()):
             return False
         if not tensor.is_contiguous():
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             extent = 1 + sum((size - 1) * stride for size, stride in steps)
-        end = (offset + extent) * tensor.itemsize
+        return bool((offset + extent) * tensor.itemsize <= size_bytes)
     except (RuntimeError, NotImplementedError, TypeError):  # no accessible storage
         return False
-    return end <= size_bytes
+
+
+def holds_elements(tensor: torch.Tensor) -> bool:
+    """Whether all elements of a plain, contiguous tensor are in its storage. Faster than
+    owns_memory.
+    """
+    end = tensor.storage_offset() + tensor.numel()
+    return bool(end * tensor.itemsize <= tensor.untyped_storage().nbytes())
+
+
+def shares_elements(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one address, as after expand() or unfold()."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return False
+    reach = 0  # of the dimensions with smaller strides
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False
 
 
 def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:

@@ -25,6 +25,7 @@ from shardckpt.state.optimizer_state import (
     packed_state,
     state_of,
 )
+from shardckpt.state.refusals import setting_state
 from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout, describes_itself, shards_of
 from shardckpt.state.tensor_matching import match_tensor
@@ -75,9 +76,11 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
     loaded = match(packed_state(optimizer, at=name), name)
 
     def finish() -> Optimizer:
-        optimizer.load_state_dict(loaded())
-        for form in torch_forms:
-            form.undo_casts()
+        # New tensors outlive an inference_mode() of the caller.
+        with torch.inference_mode(False), setting_state(optimizer, at=name):
+            optimizer.load_state_dict(loaded())
+            for form in torch_forms:
+                form.undo_casts()
         return optimizer
 
     return finish
@@ -95,7 +98,16 @@ class _TorchForm:
         self.name = name
         self.parameters = flat_parameters(owner)
         self.numbers = [number for group in packed["param_groups"] for number in group["params"]]
-        groups = context.build(below(name, "param_groups"))
+        groups_name = below(name, "param_groups")
+        if groups_name not in context.saved.nodes and not context.saved.selected(groups_name):
+            raise StateError(
+                "keys= leaves out the parameter groups of an optimizer",
+                tensor=groups_name,
+                expected="the parameter groups beside the state, whose parameters they name",
+                actual="a part of the optimizer's state alone",
+                remedy=f"add {groups_name!r} to keys=, or leave the optimizer out",
+            )
+        groups = context.build(groups_name)
         self.saved_groups: list[dict[str, Any]] = groups if isinstance(groups, list) else []
         self.group_of = self._saved_names()
         self.names = self._best_names()
@@ -116,7 +128,8 @@ class _TorchForm:
         number_of = dict(zip(self.names, self.numbers, strict=True))
         order = [number_of.get(key, key) for key in self.saved_state]
         state = {**self.filled, **self.other_state}
-        order += [key for key in state if key not in set(order)]
+        listed = set(order)
+        order += [key for key in state if key not in listed]
         return {
             "state": {key: state[key] for key in order if key in state},
             "param_groups": groups,
@@ -277,37 +290,34 @@ class _TorchForm:
                 context.cast.append((_name, str(DTYPES[entry.dtype]), str(tensor.dtype)))
             return tensor, True
 
-        targets: dict[str, torch.Tensor] = {}
-        wrappers: dict[str, torch.Tensor] = {}
+        targets: dict[str, torch.Tensor] = {}  # tensors and wrapper tensors
+        mismatched = False
         for key, ref in node.items():
             if isinstance(ref, TensorRef) and ref.kind == "tensor":
                 entry = context.saved.manifest.tensors[ref.name]
                 tensor = _dense(current.get(key))
                 at = below(name, key)
-                fits = (
-                    isinstance(tensor, torch.Tensor)
-                    and tuple(_read_out(tensor, at).shape) == entry.shape
-                )
-                targets[key] = tensor if fits else self._like(parameter, entry, saved)
-                if not context.fits(entry, _read_out(targets[key], at)):
-                    context.agrees(entry, _read_out(targets[key], at), at)
+                form = _read_out(tensor, at) if isinstance(tensor, torch.Tensor) else None
+                if form is None or form.shape != entry.shape:
+                    tensor = self._like(parameter, entry, saved)
+                    form = _read_out(tensor, at)
+                targets[key] = tensor
+                if not context.fits(entry, form):
+                    context.agrees(entry, form, at)
+                    mismatched = True
             elif (facts := facts_of(ref)) is not None:
                 if not isinstance(current.get(key), torch.Tensor):
                     raise _no_class(below(name, key), facts)
-                wrappers[key] = current[key]
-        if any(not self._fits(node[key], tensor) for key, tensor in targets.items()):
+                targets[key] = current[key]
+        if mismatched:
             context.used.update(below(name, key) for key in node)
             return current
         return {
-            key: match_tensor(context, {**targets, **wrappers}[key], below(name, key))
-            if key in targets or key in wrappers
+            key: match_tensor(context, targets[key], below(name, key))
+            if key in targets
             else context.build(below(name, key), like=current.get(key), new=new)
             for key in node
         }
-
-    def _fits(self, ref: TensorRef, tensor: torch.Tensor) -> bool:
-        entry = self.context.saved.manifest.tensors[ref.name]
-        return self.context.fits(entry, _read_out(tensor, ref.name))
 
     def _saved_parameter(self, parameter: torch.Tensor) -> TensorEntry | None:
         """Return the saved entry of the parameter itself, if the checkpoint has it under the same
@@ -356,7 +366,7 @@ class _TorchForm:
             new = torch.zeros_like if hasattr(parameter, "global_shape") else torch.empty_like
             return carry_layout(parameter, new(parameter, dtype=dtype, requires_grad=False))
         if not entry.shape:
-            return torch.empty((), dtype=dtype)
+            return torch.empty((), dtype=dtype, device="cpu")
         if not isinstance(parameter, DTensor):
             return torch.empty(entry.shape, dtype=dtype, device=parameter.device)
         empty = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
