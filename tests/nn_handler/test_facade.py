@@ -743,7 +743,7 @@ def test_a_summary_and_the_number_of_parameters():
     assert handler.count_parameters() == 67
     assert handler.count_parameters(trainable=True) == 27
     assert "head" in repr(handler)
-    assert "67 parameters, 27 trained" in repr(handler)
+    assert "67 parameters, 27 trainable" in repr(handler)
 
 
 def test_batch_norm_with_an_average_and_a_plateau(tmp_path):
