@@ -29,7 +29,9 @@ __all__ = [
     "trust",
 ]
 
-_CALLBACKS = tuple(f"shardckpt.nn_handler.{n}" for n in ("callbacks", "loggers", "progress"))
+_CALLBACKS = tuple(
+    f"shardckpt.nn_handler.{name}" for name in ("callback", "callbacks", "loggers", "progress")
+)
 _prefixes: set[str] = set()
 _objects: dict[str, Any] = {}
 

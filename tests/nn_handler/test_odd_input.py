@@ -82,11 +82,6 @@ def saving_into(folder) -> NNHandler:
     ("act", "kind", "text"),
     [
         (lambda p: NNHandler(Net()), errors.StateError, "class was expected"),
-        (
-            lambda p: a_handler().set_optimizer(torch.optim.LBFGS),
-            errors.StateError,
-            "several times",
-        ),
         (lambda p: a_handler().set_train_loader(data(0)), errors.StateError, "no batch"),
         (
             lambda p: a_handler().set_train_loader(data(5), batch_size=8, drop_last=True),
