@@ -114,12 +114,15 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(api, "save", full)
+        with pytest.warns(UserWarning, match="failure 3 in a row"):
+            handler.train(epochs=3)
+        assert os.listdir(tmp_path) == ["e1"]
         with pytest.raises(errors.NoSpaceError):
             handler.train(epochs=1)
     assert os.listdir(tmp_path) == ["e1"]
     assert NNHandler.load(tmp_path / "e1").epoch == 1
     handler.train(epochs=1)
-    assert os.listdir(tmp_path) == ["e3"]
+    assert os.listdir(tmp_path) == ["e6"]
 
 
 def test_names_of_checkpoints():
