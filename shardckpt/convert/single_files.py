@@ -280,7 +280,7 @@ def check_loads(state: Mapping[str, Any], path: str) -> None:
 
 def _without_data(value: Any) -> Any:
     if type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
-        return torch.empty(0, dtype=value.dtype)
+        return torch.empty(0, dtype=value.dtype, device="cpu")
     if type(value) is dict:
         return {key: _without_data(item) for key, item in value.items()}
     if type(value) in (list, tuple):

@@ -133,7 +133,8 @@ def read_box(
     sizes: tuple[int, ...],
 ) -> torch.Tensor:
     """Read the box (offsets, sizes) of a tensor of the manifest into a new CPU tensor."""
-    part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
+    with torch.inference_mode(False):
+        part = torch.empty(sizes, dtype=DTYPES[entry.dtype], device="cpu")
     read_all(files, manifest, plan_reads([(entry, LocalChunk(offsets, sizes, memory_view(part)))]))
     return part
 
