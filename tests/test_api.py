@@ -83,7 +83,7 @@ def test_parameter_groups_and_frozen_parameters(tmp_path):
     assert str(fresh.state_dict()) == str(optimizer.state_dict())
 
 
-def test_wrappers_leave_no_trace_in_names(tmp_path):
+def test_names_have_no_prefixes_of_wrappers(tmp_path):
     compiled = torch.compile(a_model())
     optimizer = torch.optim.SGD(compiled.parameters(), momentum=0.9)
     shardckpt.save({"model": compiled, "o": optimizer}, tmp_path / "c")
@@ -162,7 +162,7 @@ def test_a_dtype_that_safetensors_lacks_is_in_its_files_as_another(tmp_path):
     assert torch.equal(found["u"], tensor[1:].conj())
 
 
-def test_a_view_costs_what_it_shows(tmp_path):
+def test_only_the_elements_of_a_view_are_saved(tmp_path):
     base = torch.randn(1000, 1000)
     state = {"rows": base[3:5], "columns": base[:, ::500], "flipped": base[:2, :3].t()}
     report = shardckpt.save(state, tmp_path / "c")
@@ -335,7 +335,7 @@ def test_a_slice_parses_no_more_of_the_manifest_than_it_needs(tmp_path, monkeypa
         assert checkpoint["m.layer.0.w"][1].tolist() == tensor[1].tolist() == [2, 3]
 
 
-def test_a_slice_of_a_damaged_block_names_all_that_is_hurt(tmp_path):
+def test_a_slice_of_a_corrupted_block_names_all_corrupted_tensors(tmp_path):
     shardckpt.save({"a": torch.ones(9), "b": torch.ones(9)}, tmp_path / "c")
     (shard,) = (tmp_path / "c").glob("*.safetensors")
     data = bytearray(shard.read_bytes())
@@ -371,7 +371,7 @@ def test_per_rank_in_one_process(tmp_path):
     assert shardckpt.load_state(tmp_path / "c")["rng"][0]["n"] == 4
 
 
-def test_a_value_per_rank_is_no_tensor_of_that_number(tmp_path):
+def test_a_value_per_rank_is_not_the_tensor_of_its_number(tmp_path):
     state = {"own": shardckpt.PerRank(torch.ones(3)), "0": torch.zeros(3)}
     shardckpt.save(state, tmp_path / "c")
     found = {"own": torch.empty(3), "0": torch.empty(3)}

@@ -1,4 +1,4 @@
-"""Leaves that are no tensors: saved in any way, and loaded in any way, they are what they were."""
+"""Leaves other than tensors keep their values in every kind of save and load."""
 
 from __future__ import annotations
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
+import importlib
 import os
 import socket
-import struct
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +20,7 @@ from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
 from shardckpt.coordination.resolve import is_alone, operation
 from shardckpt.coordination.shutdown import leave_at_exit
-from shardckpt.errors import CoordinationError
+from shardckpt.errors import CoordinationError, DependencyError
 
 __all__ = ["group_for_dcp", "init_from_mpi"]
 
@@ -233,24 +232,30 @@ def _use_network(address: str) -> None:
 
 def _addresses() -> list[str]:
     """List the IPv4 addresses of this host. The address of its name comes first."""
-    found = [address for _, address in _interfaces() if not address.startswith("127.")]
-    with suppress(OSError):
+    addresses = [address for _, address in _interfaces() if not address.startswith("127.")]
+    with suppress(OSError):  # the name of the host may not resolve
         named = socket.gethostbyname(socket.gethostname())
-        found.sort(key=lambda address: address != named)
-    return found
+        addresses.sort(key=lambda address: address != named)
+    return addresses
 
 
 def _interfaces() -> list[tuple[str, str]]:
     """List (name, IPv4 address) of the network interfaces with an address."""
-    siocgifaddr = 0x8915  # linux/sockios.h; the address is in bytes 20 to 24 of a struct ifreq
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                request = struct.pack("256s", name.encode()[:15])
-                answer = fcntl.ioctl(probe.fileno(), siocgifaddr, request)
-                found.append((name, socket.inet_ntoa(answer[20:24])))
-    return found
+    try:
+        psutil: Any = importlib.import_module("psutil")
+    except ImportError as error:
+        raise DependencyError(
+            "This process is a rank of an MPI job, but psutil is not installed",
+            expected="psutil, which lists the network interfaces of this host",
+            actual=str(error),
+            remedy='pip install "shardckpt[mpi]"',
+        ) from error
+    return [
+        (name, address.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET
+    ]
 
 
 def _boot_id() -> str:

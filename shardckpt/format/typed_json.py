@@ -124,6 +124,8 @@ def record_of(value: Any) -> Record | None:
     kind = type(value)
     if isinstance(value, Record):
         return value
+    if isinstance(value, Mapping):  # saved by its items, as ModelOutput of transformers is
+        return None
     if kind.__module__.partition(".")[0] == "shardckpt" or isinstance(value, type):
         return None  # a marker inside another value has no meaning
     if dataclasses.is_dataclass(kind):

@@ -21,6 +21,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
+import shardckpt
+from shardckpt.convert.convert import convert
+
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
@@ -29,6 +32,25 @@ class Loss:
 
     def __init__(self) -> None:
         self.weight = 3
+
+
+def loaded(source: Path, **options) -> tuple:
+    """Return the report of a conversion, and the converted state."""
+    target = source.parent / f"{source.name}-converted"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = convert(str(source), str(target), **options)
+        return report, shardckpt.load_state(target)
+
+
+class Call:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function, *args) -> None:
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
 
 
 def write_dcp(state: dict, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The manifest: there and back, and every rule broken with a digest that fits."""
+"""Manifests survive encoding; a broken rule is refused, even with a valid digest."""
 
 from __future__ import annotations
 

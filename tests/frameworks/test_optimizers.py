@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import shardckpt
-from tests.state.test_optimizers import INPUT, same
+from tests.state.test_optimizer_matching import INPUT, same
 
 
 def of(package, name, **options):

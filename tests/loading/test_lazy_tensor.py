@@ -1,4 +1,4 @@
-"""Nothing is read before it is needed, and no more than is: counted where storage reads."""
+"""Lazy tensors read only the blocks that are used, and only when they are used."""
 
 from __future__ import annotations
 

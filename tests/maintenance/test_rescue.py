@@ -1,4 +1,4 @@
-"""What of a damaged checkpoint is saved, what is lost, and that both are told."""
+"""Rescue: the saved, the lost and the repaired tensors, and the messages about them."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def equal(found, expected):
     return torch.equal(found["model"]["w"], expected["model"]["w"]) and found["step"] == 3
 
 
-def test_a_whole_checkpoint_is_saved_whole(damaged):
+def test_an_intact_checkpoint_is_saved_completely(damaged):
     report, state, _ = rescued(damaged)
     assert not report.lost
     assert not report.repaired
     assert equal(state, STATE)
 
 
-def test_a_tensor_that_is_hurt_is_left_out(damaged):
+def test_a_corrupted_tensor_is_left_out(damaged):
     shard = damaged / SHARDS[0]
     for at in (1 << 20, (1 << 20) + 1):  # in a block that w alone has
         change(shard, at, flip=0xFF)
@@ -70,7 +70,7 @@ def test_a_tensor_that_is_hurt_is_left_out(damaged):
     assert state["step"] == 3
 
 
-def test_a_flipped_bit_is_turned_back(damaged):
+def test_a_flipped_bit_is_repaired(damaged):
     change(damaged / SHARDS[1], 1_100_000, flip=4)
     report, state, notes = rescued(damaged)
     assert not report.lost
@@ -114,7 +114,7 @@ def test_a_cut_shard_keeps_what_lies_before_the_cut(damaged):
     assert report.saved
 
 
-def test_something_appended_hurts_nothing(damaged):
+def test_appended_bytes_corrupt_no_tensor(damaged):
     with open(damaged / SHARDS[0], "ab") as file:
         file.write(b"more")
     report, state, _ = rescued(damaged)
@@ -146,7 +146,7 @@ def test_a_lost_manifest_and_a_lost_shard(damaged):
     assert report.saved
 
 
-def test_nothing_left(damaged):
+def test_a_checkpoint_without_intact_tensors_is_an_error(damaged):
     for name in os.listdir(damaged):
         os.truncate(damaged / name, 5)
     with pytest.raises(errors.CorruptionError, match="Nothing"):

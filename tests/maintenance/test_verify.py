@@ -1,4 +1,4 @@
-"""Which blocks, tensors and shards a check finds hurt, and in what words it tells."""
+"""Verification: the corrupted blocks, tensors and shards, and the messages about them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def manifest_of(files):
     return from_bytes(files["manifest.json"], path="shelf")
 
 
-def hurt(files, *blocks, shard=SHARD):
+def corrupt(files, *blocks, shard=SHARD):
     data = bytearray(files[shard])
     for block in blocks:
         data[block * BLOCK_BYTES + 4000] ^= 0xFF
@@ -81,7 +81,7 @@ def check(files, shelf=None, **options):
     return verify_shards(shelf or Shelf(files), manifest_of(files), **options)
 
 
-def test_all_is_well(files):
+def test_an_intact_checkpoint(files):
     told, size = [], len(files[SHARD])
     report = check(files, progress=told.append)
     assert (report.path, report.checked_bytes, sum(told)) == ("shelf", size, size)
@@ -106,7 +106,7 @@ def test_no_more_is_read_than_is_checked(files):
     assert shelf.most == 2 * BLOCK_BYTES
 
 
-def test_ranks_hear_that_it_gets_on(files):
+def test_the_coordinator_gets_the_progress(files):
     class Spy(SingleCoordinator):
         told = 0
 
@@ -138,7 +138,7 @@ def test_ranks_divide_the_work(files, monkeypatch, rank):
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_parts_together_check_all(files, parts, no_search):
-    damaged = hurt(files, *range(BLOCKS))
+    damaged = corrupt(files, *range(BLOCKS))
     reports = [check(damaged, subset=(part + 1, parts)) for part in range(parts)]
     assert sum(report.checked_bytes for report in reports) == len(files[SHARD])
     windows = [set(range(low, min(low + 2, BLOCKS))) for low in range(0, BLOCKS, 2)]
@@ -157,13 +157,13 @@ def test_parts_that_there_are_not(files, subset):
 
 def test_survey(files, no_search):
     for blocks in ((0, 3), (10,)):
-        (damage,) = find_damage(Shelf(hurt(files, *blocks)), manifest_of(files))
+        (damage,) = find_damage(Shelf(corrupt(files, *blocks)), manifest_of(files))
         assert (damage.shard, damage.blocks, damage.flips) == (0, blocks, ())
     assert find_damage(Shelf(files), manifest_of(files)) == []
 
 
-def test_only_the_tensors_in_a_block_are_hurt(files, no_search):
-    report = check(hurt(files, 3))
+def test_only_the_tensors_in_a_block_are_corrupted(files, no_search):
+    report = check(corrupt(files, 3))
     assert report.corrupted == ("t2", "t3")
     assert report.intact == tuple(name for name in NAMES if name not in ("t2", "t3"))
     (error,) = report.errors
@@ -175,13 +175,13 @@ def test_only_the_tensors_in_a_block_are_hurt(files, no_search):
 
 @pytest.mark.parametrize(("count", "shown"), [(8, "0, 1, 2, 3, 4, 5, 6, 7"), (9, "7, ...")])
 def test_eight_blocks_are_named(files, count, shown, no_search):
-    (error,) = check(hurt(files, *range(count))).errors
+    (error,) = check(corrupt(files, *range(count))).errors
     assert error.expected.endswith(shown)
 
 
 @pytest.mark.parametrize(("blocks", "searched"), [((0, 4, 10), True), ((0, 1, 4, 10), False)])
 def test_a_few_blocks_are_searched_for_a_flipped_bit(files, monkeypatch, blocks, searched):
-    damaged, seen = hurt(files, *blocks), []
+    damaged, seen = corrupt(files, *blocks), []
 
     def find(data, digest):
         number = len(seen)
@@ -205,13 +205,13 @@ def test_a_few_blocks_are_searched_for_a_flipped_bit(files, monkeypatch, blocks,
 def test_bits_that_are_not_found_are_not_told(files, monkeypatch):
     answers = iter([(1, 1), None])
     monkeypatch.setattr(verify, "find_flipped_bit", lambda data, digest: next(answers))
-    (damage,) = find_damage(Shelf(hurt(files, 1, 2)), manifest_of(files))
+    (damage,) = find_damage(Shelf(corrupt(files, 1, 2)), manifest_of(files))
     assert damage.flips == ()
     assert damage.actual == "different or unreadable bytes"
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_a_flipped_bit_hurts_the_tensor_it_lies_in_alone(monkeypatch, last):
+def test_a_flipped_bit_corrupts_only_its_tensor(monkeypatch, last):
     files = a_checkpoint()
     manifest = manifest_of(files)
     chunks = sorted(
@@ -259,13 +259,13 @@ def test_a_shard_that_is_cut(files, size, lost, checked):
 
 
 def test_damage_before_a_cut_is_told_too(files, no_search):
-    damaged = hurt(files, 1)
+    damaged = corrupt(files, 1)
     damaged[SHARD] = damaged[SHARD][: 9 * BLOCK_BYTES]
     (damage,) = find_damage(Shelf(damaged), manifest_of(files))
     assert damage.blocks == (1, 9, 10)
 
 
-def test_something_appended_hurts_no_tensor(files):
+def test_appended_bytes_corrupt_no_tensor(files):
     report = check({**files, SHARD: files[SHARD] + b"more"})
     assert report.corrupted == ()
     (error,) = report.errors

@@ -1,4 +1,4 @@
-"""The plan of a save against a slow one, chunk by chunk."""
+"""The global plan equals that of a slow reference, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -15,33 +15,14 @@ from shardckpt.format.manifest import encode_tensors
 from shardckpt.plan import replica_assignment as replicas
 from shardckpt.plan import save_plan
 from shardckpt.plan.local_plan import (
-    ChunkTable,
     LocalPlan,
     TensorSpec,
-    pack_columns,
-    pad_boxes,
-    unpack_columns,
 )
-from shardckpt.plan.plan_cache import KnownPlan, PlanCache
+from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import RankWrites, global_plan
 from shardckpt.plan.shard_layout import tensor_entries
 from shardckpt.state import file_groups as kinds
-
-
-def a_plan(common, own, held, kind=None):
-    """A rank's local plan; `held` are (tensor, offsets, sizes, shared)."""
-    return LocalPlan(
-        common=tuple(common),
-        own=tuple(own),
-        file_group=np.array(kind or [0] * (len(common) + len(own)), dtype=np.int64),
-        chunks=ChunkTable(
-            tensor=np.array([index for index, *_ in held], dtype=np.int64),
-            boxes=pad_boxes([(offsets, sizes) for _, offsets, sizes, _ in held]),
-        ),
-        shared=np.array([shared for *_, shared in held], dtype=np.bool_),
-        tree=b"{}",
-        own_trees=b"[]",
-    )
+from tests.plan.plans import a_plan, replicated
 
 
 @st.composite
@@ -189,19 +170,6 @@ def test_compared_are_the_chunks_that_several_ranks_hold(plans):
     assert sorted(found.values()) == sorted(several)
 
 
-def replicated(sizes, ranks, solo=()):
-    """Every rank holds 1-D tensors of these sizes; rank r one of solo[r] bytes beside them."""
-    common = [TensorSpec(f"t{i}", "U8", (size,)) for i, size in enumerate(sizes)]
-    common += [TensorSpec(f"s{rank}", "U8", (size,)) for rank, size in enumerate(solo)]
-    plans = []
-    for rank in range(ranks):
-        held = [(i, (0,), (size,), True) for i, size in enumerate(sizes)]
-        if rank < len(solo):
-            held.append((len(sizes) + rank, (0,), (solo[rank],), False))
-        plans.append(a_plan(common, (), held))
-    return plans
-
-
 def bytes_by_rank(plan):
     sizes = plan.chunks.boxes[:, 1].prod(axis=1)
     totals = np.concatenate([[0], np.cumsum(sizes)])
@@ -292,47 +260,3 @@ def test_entries_say_where_each_chunk_lies(plans):
     assert known.encoded_tensors(files) is known.encoded_tensors(files.copy())
     changed = known.encoded_tensors(files + np.array([0, 4096]))
     assert changed != encode_tensors(entries) or not len(plan.chunks)
-
-
-@given(
-    st.lists(st.lists(st.sampled_from([-1, 0, 255, 256, 70_000, 1 << 40]), min_size=2, max_size=2))
-)
-def test_columns_travel(rows):
-    columns = np.array(rows, dtype=np.int64).reshape(len(rows), 2)
-    assert unpack_columns(pack_columns(columns)).tolist() == columns.tolist()
-
-
-def test_what_travels_is_small():
-    """A rank's part of 1,000 tensors sharded by rows: a few bytes a chunk."""
-    common = [TensorSpec(f"layers.{i}.weight", "F32", (16_384, 4096)) for i in range(1000)]
-    held = [(i, (5 * 16, 0), (16, 4096), False) for i in range(1000)]
-    plan = a_plan(common, (), held)
-    assert len(plan.pack(complete=False)) < 4 * 1000
-    (share,) = global_plan([a_plan(common[:1], (), [(0, (0, 0), (16_384, 4096), False)])]).shares
-    assert len(share) < 64
-
-
-def test_the_newest_plans_are_kept():
-    cache = PlanCache()
-    plans = replicated([4], 1)
-    plan = global_plan(plans)
-    writes = RankWrites.of(plans[0], plan.shares[0])
-    for number in range(9):
-        cache.plan("0")
-        cache.writes(("0",))
-        cache.add_plan(str(number), KnownPlan(plan))
-        cache.add_writes((str(number),), f"plan {number}", writes)
-    kept = [number for number in range(9) if cache.plan(str(number))]
-    assert kept == [number for number in range(9) if cache.writes((str(number),))]
-    assert kept == [0, 2, 3, 4, 5, 6, 7, 8]
-    cache.add_writes(("8",), "another", writes)
-    assert cache.writes(("8",)) == ("another", writes)
-
-
-def test_large_plans_make_room(monkeypatch):
-    monkeypatch.setattr("shardckpt.plan.plan_cache._LIMIT_BYTES", 1)
-    cache = PlanCache()
-    for name in "ab":
-        cache.add_plan(name, KnownPlan(global_plan(replicated([4], 1))))
-    assert cache.plan("a") is None
-    assert cache.plan("b") is not None

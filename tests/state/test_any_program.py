@@ -237,3 +237,28 @@ def test_a_generator_refuses_what_is_no_state(tmp_path):
     shardckpt.save({"g": zeros}, tmp_path / "c")
     with pytest.raises(shardckpt.errors.StateError, match=r"tensor: g\n"):
         shardckpt.load({"g": torch.Generator()}, tmp_path / "c")
+
+
+@dataclasses.dataclass
+class Output(dict[str, Any]):
+    """A dataclass that is a dict, as the outputs of transformers' models are."""
+
+    loss: Any = None
+
+    def __post_init__(self) -> None:
+        if self.loss is not None:
+            self["loss"] = self.loss
+
+
+def test_a_dataclass_that_is_a_dict(tmp_path):
+    shardckpt.save({"x": Output(torch.ones(1))}, tmp_path / "c")
+    for state in ({"x": Output()}, {"x": Output(torch.zeros(1))}):
+        shardckpt.load(state, tmp_path / "c")
+        assert type(state["x"]) is Output
+        assert state["x"]["loss"].item() == 1
+
+
+def test_a_torch_file_names_the_entry_that_it_cannot_hold(tmp_path):
+    shardckpt.save({"a": [1, {"queue": collections.deque([1])}], "b": 2}, tmp_path / "c")
+    with pytest.raises(shardckpt.errors.UnsupportedLeafError, match=r"tensor: a\.1\.queue\n"):
+        shardckpt.convert(tmp_path / "c", tmp_path / "c.pth")

@@ -8,7 +8,7 @@ from torch import nn, optim
 
 import shardckpt
 from shardckpt import errors
-from tests.state.test_optimizers import a_step, same
+from tests.state.test_optimizer_matching import a_step, same
 
 
 def linear(rows=2, dtype=torch.float32, kind=optim.AdamW, **options):

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 from shardckpt.state.optimizer_state import plain_state
 from tests.state import test_module_matching as hooks
 from tests.state import test_optimizer_state as own_forms
-from tests.state.test_optimizers import OPTIMIZERS, SCHEDULERS, a_model, a_step
+from tests.state.test_optimizer_matching import OPTIMIZERS, SCHEDULERS, a_model, a_step
 from tests.state_kinds.registry import row
 
 

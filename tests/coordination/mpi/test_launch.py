@@ -1,4 +1,4 @@
-"""What the environment tells of a launcher, and MPI that can't be used."""
+"""Launchers are recognised by the environment; MPI that can't be used is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of others: sound ones of every form are read, and changed ones of ours are refused."""
+"""Torch files of other programs are read; changed files of shardckpt are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedulers of every kind: the loaded job goes on as the saved one does."""
+"""Optimizers and schedulers continue after a load exactly like without the load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a link takes in, over a communicator that nothing travels on."""
+"""A link handles messages in any order, over a communicator that sends none."""
 
 from __future__ import annotations
 
