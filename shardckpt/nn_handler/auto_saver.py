@@ -68,6 +68,7 @@ class AutoSaver:
         asynchronous: bool = False,
         resume: Literal["auto"] | None = None,
         links: bool = False,
+        tolerate: int = 3,
         label: str = "auto_save",
         **plan: Any,
     ) -> None:
@@ -101,6 +102,7 @@ class AutoSaver:
             "asynchronous": asynchronous,
             "resume": resume,
             "links": links,
+            "tolerate": tolerate,
         }
         self.label = label
         self._suffix = os.path.splitext(self.plan.name)[1] if self.one_file else ""
@@ -220,8 +222,12 @@ class AutoSaver:
         return f"{self.label}{number} {handler.run_id}"
 
     def _place(self) -> dict[str, Any]:
-        """The storage and the backend of the managers."""
-        return {"storage": self._storage, "backend": OneFile() if self.one_file else None}
+        """The storage and the backend of the managers, and how they take failures."""
+        return {
+            "storage": self._storage,
+            "backend": OneFile() if self.one_file else None,
+            "tolerate": self.options["tolerate"],
+        }
 
     def minutes_due(self) -> bool:
         """Internal. Whether `every_minutes` have passed, by the clock of this process."""

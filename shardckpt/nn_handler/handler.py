@@ -108,6 +108,7 @@ class NNHandler(Components):
         asynchronous: bool = False,
         resume: Literal["auto"] | None = None,
         links: bool = False,
+        tolerate: int = 3,
     ) -> None:
         """Save while training. Not collective.
 
