@@ -31,11 +31,7 @@ def entry(tensor: torch.Tensor, *, begin: int = 64, cut: int | None = None) -> T
 def perform(reads, shards: list[bytes]) -> None:
     """A slow reference: copies each planned read from shards in memory."""
     for shard, begin, end, address in reads.direct.tolist():
-        source = torch.frombuffer(bytearray(shards[shard]), dtype=torch.uint8)
-        view = np.ctypeslib.as_array(
-            (np.ctypeslib.ctypes.c_uint8 * (end - begin)).from_address(address)
-        )
-        view[:] = source[begin:end].numpy()
+        view_at(address, end - begin)[:] = shards[shard][begin:end]
     for copy in reads.copies:
         assert copy.begin // WINDOW_BYTES == (copy.end - 1) // WINDOW_BYTES
         data = bytearray(shards[copy.shard][copy.begin : copy.end])
