@@ -1,4 +1,4 @@
-"""Shards written from where their data were staged: the same bytes and digests as by copies."""
+"""Shards are written with the same bytes and digests, from staged data and by copies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ IMAGE.copy_(torch.arange(IMAGE.numel()) % 251)
     sizes=st.lists(st.integers(0, 9 << 20) | st.integers(0, 5000), max_size=5),
     gap=st.booleans(),
 )
-def test_the_same_bytes_as_by_copies(pages, begin, sizes, gap):
+def test_staged_data_give_the_same_bytes_as_copies(pages, begin, sizes, gap):
     header = bytes(range(256)) * 16 * pages
     tensors = []
     for size in sizes:
@@ -56,7 +56,7 @@ def test_the_same_bytes_as_by_copies(pages, begin, sizes, gap):
 
 
 @pytest.mark.parametrize("staged", [True, False])
-def test_only_what_is_staged_is_written_without_a_copy(staged, monkeypatch):
+def test_only_staged_data_are_written_without_a_copy(staged, monkeypatch):
     copied = []
     copy = writer.copy_bytes
     monkeypatch.setattr(
@@ -76,3 +76,24 @@ def test_parts_of_other_tensors_are_written_as_well():
     file = File(len(expected))
     size, _ = writer.write_shard(file, header=bytes(4096), tensors=tensors, staged=True)
     assert file.data[:size] == expected
+
+
+def test_progress_is_reported_and_the_rest_of_a_shard_begins_at_its_offset():
+    file, seen = File(3 << 20), []
+    size, digests = writer.write_shard(
+        file, header=b"", tensors=[IMAGE[: 1 << 20]], begin=2 << 20, progress=seen.append
+    )
+    assert size == 3 << 20
+    assert seen == [1 << 20]
+    assert digests.tolist() == [block_digest(IMAGE[: 1 << 20].numpy())]
+    assert file.data[2 << 20 : 3 << 20] == IMAGE[: 1 << 20].numpy().tobytes()
+    assert not any(file.data[: 2 << 20])
+
+
+def test_the_error_of_a_write_is_raised_and_ends_the_shard():
+    class Full(File):
+        def write(self, view, *, offset):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="space"):
+        writer.write_shard(Full(1 << 20), header=bytes(4096), tensors=[IMAGE[: 9 << 20]])
