@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from shardckpt.storage.local import LocalStorage
     from shardckpt.storage.memory import MemoryStorage
     from shardckpt.storage.resolve import register_storage
+    from shardckpt.storage.tiers import TieredStorage
 
 __all__ = [
     "Checkpoint",
@@ -139,6 +140,7 @@ __all__ = [
     "StoragePermissionError",
     "StoreUnavailableError",
     "TensorMetadata",
+    "TieredStorage",
     "Union",
     "UnsupportedLeafError",
     "VerifyReport",
@@ -193,6 +195,7 @@ _HOMES = {
     "ShardedArray": "state.sharded_array",
     "Storage": "storage.base",
     "TensorMetadata": "reports",
+    "TieredStorage": "storage.tiers",
     "Union": "state.markers",
     "VerifyReport": "reports",
     "alone": "coordination.resolve",

@@ -219,7 +219,12 @@ def async_save(
             )
 
     return background.start(
-        state, place.path, rank=ranks.rank, world_size=ranks.world_size, save=save_staged
+        state,
+        place.path,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        save=save_staged,
+        wait_for_tier=place.storage.wait_for_tier,
     )
 
 
@@ -264,7 +269,8 @@ def load(
         CorruptionError: A shard is corrupted. Tensors may be partly overwritten: load another
             checkpoint before you continue. A corrupted manifest changes nothing.
         CheckpointError: The checkpoint can't be read. Nothing has been changed.
-        StateError: The state can't be loaded into. Nothing has been changed.
+        StateError: The state can't be loaded into. Nothing has been changed, unless
+            load_state_dict of an object refused the saved state: the error says so.
         CoordinationError: A rank failed, or the ranks are not connected.
 
     Example:

@@ -335,7 +335,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         """
         pending: list[tuple[TensorEntry, LocalChunk]] = []
         builder = Builder(saved or self._saved, pending, **({"new": new} if new else {}))
-        with collector_paused():
+        # The tensors outlive an inference_mode() of the caller.
+        with collector_paused(), torch.inference_mode(False):
             value = build(builder)
             reads = plan_reads(pending)
         read_all(self._files, self.manifest, reads, past_cache=ALWAYS)

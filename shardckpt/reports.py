@@ -39,6 +39,7 @@ class SaveReport:
         linked_by_rank: The bytes in `bytes_by_rank` that are linked to the base, not written. Empty
             after a save with a planner.
         base_problems: Why unchanged files were written and not linked.
+        tiers: The path in each tier of a TieredStorage, with "durable" or "pending".
         profile: The seconds of each rank's own work by phase, without waiting: "plan", "write"
             (copy, hash and write), "sync" (fsync), "compare" (digests of replicas), and on rank 0
             "divide" and "commit". Rank 0 has the profiles of all ranks, other ranks their own.
@@ -58,6 +59,7 @@ class SaveReport:
     seconds: dict[str, float]
     linked_by_rank: tuple[int, ...] = ()
     base_problems: tuple[str, ...] = ()
+    tiers: dict[str, str] = field(default_factory=dict)
     profile: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -85,6 +87,7 @@ class LoadReport:
         profile: The seconds of each rank's own work by phase: "open" (the manifest), "match" (state
             and checkpoint), "read" (and verify), "place" (values, modules, optimizers). Rank 0 has
             the profiles of all ranks, other ranks their own.
+        tiers: The bytes that this rank read from each tier of a TieredStorage, by path.
         missing: Names in the state that are not in the checkpoint (with strict=False).
         unexpected: Names in the checkpoint that are not in the state.
         wrong_shape: (name, expected shape, saved shape) of entries that were skipped (with
@@ -108,6 +111,7 @@ class LoadReport:
     bytes_read: int
     seconds: dict[str, float]
     profile: dict[int, dict[str, float]] = field(default_factory=dict)
+    tiers: dict[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     wrong_shape: tuple[tuple[str, object, object], ...] = ()

@@ -263,3 +263,16 @@ def test_files_that_harnesses_and_pages_name_are_there():
     }
     assert ("mutate.py", "tests/storage/test_deletion.py") in named
     assert not {(page, name) for page, name in named if not (root / name).exists()}
+
+
+FACTORIES = {"arange", "asarray", "empty", "full", "ones", "randperm", "tensor", "zeros"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_new_tensors_name_their_device(path):
+    """torch.set_default_device() of a program must not move what shardckpt makes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)):
+                named = any(keyword.arg in ("device", None) for keyword in node.keywords)
+                assert name not in FACTORIES or named, f"torch.{name} in line {node.lineno}"

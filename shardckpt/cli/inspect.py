@@ -22,7 +22,7 @@ from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.saved_tree import SavedState, Select, below, children
 
-__all__ = ["facts", "page"]
+__all__ = ["facts", "page", "table"]
 
 _VALUE_WIDTH = 80
 _MANY = 40  # from this number of tensors on, equal tensors of numbered layers share a line
@@ -76,19 +76,19 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
     yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
     parts = _parts(tensors)
     if len(parts) > 1:
-        yield from ("", "parts", *_table(parts, right=(1, 2)))
+        yield from ("", "parts", *table(parts, right=(1, 2)))
     if tensors:
         fold = len(tensors) >= _MANY and not everything and keys is None
         rows = _folded(tensors) if fold else [_row(*tensor) for tensor in tensors]
-        yield from ("", "tensors", *_table(rows, right=(3,)))
+        yield from ("", "tensors", *table(rows, right=(3,)))
         if len(rows) < len(tensors):
             yield f"  ({_count(len(tensors), 'tensor')} on {_count(len(rows), 'line')}: --all)"
     texts = [(name, _cut(_text(value))) for name, value in _values(saved, manifest)]
     if texts:
-        yield from ("", "values", *_table(texts))
+        yield from ("", "values", *table(texts))
     if keys is None:
         shards = [(shard.name, size_text(shard.size_bytes)) for shard in manifest.shards]
-        yield from ("", "shards", *_table(shards, right=(1,)))
+        yield from ("", "shards", *table(shards, right=(1,)))
 
 
 def _saved(manifest: Manifest, keys: Select) -> SavedState:
@@ -235,7 +235,7 @@ def _braced(text: str) -> str:
     return text if text.isdigit() else f"{{{text}}}"
 
 
-def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
+def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
     """Yield the rows as aligned lines."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for column in range(len(rows[0])):

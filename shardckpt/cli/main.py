@@ -1,4 +1,4 @@
-"""The commands inspect, verify, rescue, reshard and convert."""
+"""The commands, and their exit codes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shardckpt._version import __version__
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.convert import CONVERT_HELP, CONVERT_PARAMETERS, run_convert
+from shardckpt.cli.folders import COMMANDS as FOLDER_COMMANDS
 from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.parameters import JOBS, KEYS, OVERWRITE, SUBSET, separate
@@ -187,7 +188,7 @@ def _path(name: str) -> click.Argument:
 
 _group = click.Group(
     "shardckpt",
-    help="Inspect, verify, rescue, reshard and convert checkpoints.",
+    help="Inspect, verify, rescue, reshard, convert, list, copy and remove checkpoints.",
     commands=[
         _command(
             "inspect",
@@ -230,6 +231,7 @@ _group = click.Group(
             CONVERT_HELP,
             [_path("source"), _path("target"), *CONVERT_PARAMETERS, JOBS],
         ),
+        *(_command(*command) for command in FOLDER_COMMANDS),
     ],
     params=[
         click.Option(

@@ -148,7 +148,9 @@ class DcpCheckpoint:
         for name in self._metadata.state_dict_metadata:
             if name in self.tensors:  # a tensor without memory represents it
                 dtype = self._entry(name).properties.dtype
-                entries[name] = torch.empty((), dtype=dtype).expand(self.tensors[name])
+                entries[name] = torch.empty((), dtype=dtype, device="cpu").expand(
+                    self.tensors[name]
+                )
                 reads[id(entries[name])] = partial(self.read_box, name)
             else:
                 found = objects.plain(self._read(MetadataIndex(name), objects.load), name)
@@ -199,7 +201,7 @@ class DcpCheckpoint:
         if name != self._current:
             self._check_coverage(name)
             self._current, self._loaded = name, {}
-        box = torch.empty(sizes, dtype=self._entry(name).properties.dtype)
+        box = torch.empty(sizes, dtype=self._entry(name).properties.dtype, device="cpu")
         for chunk in self._entry(name).chunks:
             begin = tuple(map(max, offsets, chunk.offsets))
             ends = [

@@ -140,7 +140,8 @@ def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 
 def _read(part: Any, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-    found: torch.Tensor = part[box_slices((0,) * len(sizes), offsets, sizes) or ...]
+    with torch.device("cpu"):  # the library makes tensors on the default device
+        found: torch.Tensor = part[box_slices((0,) * len(sizes), offsets, sizes) or ...]
     return found
 
 

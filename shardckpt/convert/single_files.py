@@ -264,23 +264,42 @@ def _write_safetensors(
 def check_loads(state: Mapping[str, Any], path: str) -> None:
     """Raise UnsupportedLeafError for a value that torch.load would refuse. The data of tensors are
     left out."""
-    buffer = io.BytesIO()
-    try:
-        torch.save(_without_data(dict(state)), buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True, map_location="cpu")
-    except Exception as error:
+    error = _load_error(light := _without_data(dict(state)))
+    if error is not None:
         raise UnsupportedLeafError(
             "The state holds a value that torch.load(weights_only=True) refuses",
             path=path,
+            tensor=_first_refused(light, ""),
+            expected="tensors, numbers, text, bytes, and dicts, lists, tuples and sets of them",
             actual=refused_name(error) or plain_text(error),
             remedy="save to a path without .pth or .pt, or leave the value out",
         ) from error
 
 
+def _load_error(value: Any) -> Exception | None:
+    """Return the error with which torch.load refuses a value, or None."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True, map_location="cpu")
+    except Exception as error:
+        return error
+    return None
+
+
+def _first_refused(value: Any, name: str) -> str:
+    """Return the name of the first entry that torch.load refuses in a refused value."""
+    items = enumerate(value) if type(value) in (list, tuple) else ()
+    for key, item in value.items() if type(value) is dict else items:
+        if _load_error(item) is not None:
+            return _first_refused(item, f"{name}.{key}" if name else str(key))
+    return name
+
+
 def _without_data(value: Any) -> Any:
     if type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
-        return torch.empty(0, dtype=value.dtype)
+        return torch.empty(0, dtype=value.dtype, device="cpu")
     if type(value) is dict:
         return {key: _without_data(item) for key, item in value.items()}
     if type(value) in (list, tuple):

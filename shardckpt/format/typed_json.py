@@ -56,7 +56,9 @@ __all__ = [
 
 _NESTED = {dict, list}
 _SAFE_INT = 1 << 53  # readers of JSON that use doubles round larger ints
-_NUMPY_DTYPE = re.compile(r"[<|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
+_MOST_DIGITS = 4000  # the time to read an int grows with the square of its digits
+_MOST_BITS = 13287  # the largest number of bits that never needs more digits
+_NUMPY_DTYPE = re.compile(r"[<>|][biufcSUMm]\d{1,9}(\[\d{0,9}[A-Za-z]+\])?")
 _ARRAY_BYTES = 1 << 20
 """The largest array, in bytes, that is stored in the manifest if its dtype is not a dtype of
 tensors."""
@@ -122,6 +124,8 @@ def record_of(value: Any) -> Record | None:
     kind = type(value)
     if isinstance(value, Record):
         return value
+    if isinstance(value, Mapping):  # saved by its items, as ModelOutput of transformers is
+        return None
     if kind.__module__.partition(".")[0] == "shardckpt" or isinstance(value, type):
         return None  # a marker inside another value has no meaning
     if dataclasses.is_dataclass(kind):
@@ -142,7 +146,7 @@ def encode(value: Any, *, at: str) -> Any:
         return value
     kind = type(value)
     if kind is str or kind is int or kind is float:
-        return _scalar(value)
+        return _scalar(value, at)
     if kind is list:
         return _items(value, at)
     if kind is dict:
@@ -152,7 +156,7 @@ def encode(value: Any, *, at: str) -> Any:
     if form is not None:
         return {form.tag: form.encode(value, at)}
     if isinstance(value, (str, int, float)):
-        return _scalar(value)
+        return _scalar(value, at)
     if isinstance(value, list):
         return _items(value, at)
     if isinstance(value, Mapping) and not isinstance(value, Record):
@@ -185,12 +189,20 @@ def _items(value: Any, at: str) -> list[Any]:
     return [encode(item, at=_below(at, i)) for i, item in enumerate(value)]
 
 
-def _scalar(value: str | int | float) -> Any:
+def _scalar(value: str | int | float, at: str) -> Any:
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
             return {"$str": value.encode("utf-8", "surrogatepass").hex()}
         return str(value)
     if isinstance(value, int):
+        if value.bit_length() > _MOST_BITS:
+            raise UnsupportedLeafError(
+                "An int is too long to be saved",
+                tensor=at,
+                expected=f"at most {_MOST_BITS} bits",
+                actual=f"{value.bit_length()} bits",
+                remedy="save it as bytes: value.to_bytes(...)",
+            )
         return int(value) if -_SAFE_INT <= value <= _SAFE_INT else {"$int": str(int(value))}
     if math.isfinite(value):
         return float(value)
@@ -210,7 +222,7 @@ def mapping(items: list[tuple[Any, Any]], *, at: str) -> Any:
 
 
 def _plain(key: str) -> bool:
-    return isinstance(_scalar(key), str)
+    return isinstance(_scalar(key, ""), str)
 
 
 def _hashable(value: Any, at: str) -> Any:
@@ -368,7 +380,7 @@ def _size(parts: Any) -> torch.Size:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 4000:
+    if len(text.removeprefix("-")) > _MOST_DIGITS:
         raise ValueError("expected an int of up to 4,000 digits")
     return int(text)
 
@@ -439,22 +451,31 @@ def _numpy_dtype(code: str) -> np.dtype[Any]:
     return dtype
 
 
-def _numpy_body(value: Any, at: str) -> Any:
-    little = value.dtype.newbyteorder("<")
-    if not _NUMPY_DTYPE.fullmatch(little.str):
+def _numpy_dtype_body(value: np.dtype[Any], at: str) -> Any:
+    if not _NUMPY_DTYPE.fullmatch(value.str):
         raise _unsupported(value, at)
+    return value.str
+
+
+def _numpy_body(value: Any, at: str) -> Any:
+    if not _NUMPY_DTYPE.fullmatch(value.dtype.str):
+        raise _unsupported(value, at)
+    little = value.dtype.newbyteorder("<")
     return [little.str, _base64(np.asarray(value).astype(little).tobytes())]
 
 
 def _numpy(body: Any, item: Any) -> Any:
     code, raw = _checked(body, list)
-    dtype = _numpy_dtype(_checked(code, str))
-    (value,) = np.frombuffer(_unbase64(_checked(raw, str)), dtype=dtype)
+    dtype, data = _numpy_dtype(_checked(code, str)), _unbase64(_checked(raw, str))
+    if dtype.kind in "SU":  # as an element of an array it would lose the zeros at its end
+        text = data[: dtype.itemsize]
+        return np.bytes_(text) if dtype.kind == "S" else np.str_(text.decode("utf-32-le"))
+    (value,) = np.frombuffer(data, dtype=dtype)
     return value
 
 
 def _array_body(value: Any, at: str) -> Any:
-    fits = _NUMPY_DTYPE.fullmatch(value.dtype.newbyteorder("<").str) and value.itemsize
+    fits = _NUMPY_DTYPE.fullmatch(value.dtype.str) and value.itemsize
     fits = fits and value.dtype not in (
         np.longdouble,
         np.clongdouble,
@@ -522,9 +543,15 @@ def _moment(kind: Any) -> Callable[[Any, Any], Any]:
 def _slice_body(value: Any, at: str) -> Any:
     parts = (value.start, value.stop, value.step)
     try:
-        return [part if part is None else _scalar(operator.index(part)) for part in parts]
+        return [part if part is None else _scalar(operator.index(part), at) for part in parts]
     except TypeError:
         raise _unsupported(value, at) from None
+
+
+def _path_body(value: pathlib.PurePath, at: str) -> Any:
+    if isinstance(value, pathlib.PureWindowsPath):
+        raise _unsupported(value, at)  # it would be loaded as another path
+    return _scalar(str(value), at)
 
 
 FORMS: tuple[Form, ...] = (
@@ -551,11 +578,11 @@ FORMS: tuple[Form, ...] = (
     Form(
         "$complex",
         complex,
-        lambda value, at: [_scalar(value.real), _scalar(value.imag)],
+        lambda value, at: [_scalar(value.real, at), _scalar(value.imag, at)],
         _complex,
     ),
     Form("$bytes", bytes, _base64, _text(_unbase64)),
-    Form("$bytes", memoryview, _base64, _text(_unbase64)),
+    Form("$bytes", memoryview, lambda value, at: _base64(value.tobytes()), _text(_unbase64)),
     Form("$bytearray", bytearray, _base64, _text(lambda text: bytearray(_unbase64(text)))),
     Form(
         "$bytesio",
@@ -566,7 +593,7 @@ FORMS: tuple[Form, ...] = (
     Form(
         "$stringio",
         io.StringIO,
-        lambda value, at: _scalar(value.getvalue()),
+        lambda value, at: _scalar(value.getvalue(), at),
         lambda body, item: io.StringIO(_checked(item(body), str), newline=""),
     ),
     Form("$slice", slice, _slice_body, _ints(slice, 3)),
@@ -574,7 +601,7 @@ FORMS: tuple[Form, ...] = (
     Form(
         "$path",
         pathlib.PurePath,
-        lambda value, at: _scalar(str(value)),
+        _path_body,
         lambda body, item: pathlib.Path(_checked(item(body), str)),
     ),
     Form("$datetime", datetime.datetime, _moment_body, _moment(datetime.datetime), exact=True),
@@ -597,7 +624,7 @@ FORMS: tuple[Form, ...] = (
     Form(
         "$fraction",
         fractions.Fraction,
-        lambda value, at: [_scalar(value.numerator), _scalar(value.denominator)],
+        lambda value, at: [_scalar(value.numerator, at), _scalar(value.denominator, at)],
         _ints(fractions.Fraction, 2),
     ),
     Form("$uuid", uuid.UUID, lambda value, at: value.hex, _text(uuid.UUID)),
@@ -606,7 +633,7 @@ FORMS: tuple[Form, ...] = (
     Form(
         "$numpy_dtype",
         np.dtype,
-        lambda value, at: _numpy_body(np.zeros((), value), at)[0],
+        _numpy_dtype_body,
         _text(_numpy_dtype),
     ),
     _torch(torch.dtype),

@@ -6,7 +6,7 @@ import torch
 
 from shardckpt.errors import UnsupportedLeafError
 
-__all__ = ["address_of", "check_memory", "holds_elements", "owns_memory"]
+__all__ = ["address_of", "check_memory", "holds_elements", "owns_memory", "shares_elements"]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
@@ -44,6 +44,19 @@ def holds_elements(tensor: torch.Tensor) -> bool:
     """
     end = tensor.storage_offset() + tensor.numel()
     return bool(end * tensor.itemsize <= tensor.untyped_storage().nbytes())
+
+
+def shares_elements(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one address, as after expand() or unfold()."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return False
+    reach = 0  # of the dimensions with smaller strides
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False
 
 
 def check_memory(tensor: torch.Tensor, *, name: str = "") -> None:

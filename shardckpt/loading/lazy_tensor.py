@@ -78,7 +78,7 @@ def disk_tensor(
     changes stay in memory. A tensor in several chunks becomes a DiskTensor.
     """
     if 0 in entry.shape:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
     for shard in entry.chunks[:, 0].tolist():  # mapped now, as the files may be closed later
         check_size(files, manifest.shards[shard])
         files.map(manifest.shards[shard].name)
@@ -121,7 +121,7 @@ class DiskTensor(torch.Tensor):
         """Return the plain tensor, which the first call reads."""
         if self._tensor is None:
             files, manifest, _, entry = self._source
-            tensor = torch.empty(entry.shape, dtype=self.dtype)
+            tensor = torch.empty(entry.shape, dtype=self.dtype, device="cpu")
             whole = LocalChunk((0,) * tensor.dim(), entry.shape, tensor)
             read_all(files, manifest, plan_reads([(entry, whole)]), past_cache=ALWAYS)
             self._tensor = tensor

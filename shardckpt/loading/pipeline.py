@@ -59,11 +59,13 @@ def run_load(
             read = attempt(_read, opened.get(), matched.get(), past_cache, coordinator, work)
             placed = read.then(lambda _: _place(matched.get(), work))
             profile = _finish(coordinator, placed, work)
+            tiers = opened.get()[0].bytes_read()
     report = LoadReport(
         path=path,
         checkpoint_id=opened.get()[1].checkpoint_id,
         saved_world_size=opened.get()[1].world_size,
         bytes_read=read.get(),
+        tiers=tiers,
         seconds=watch.seconds,
         profile=profile,
         **_differences(matched.get()),

@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from shardckpt.config import current
-from shardckpt.errors import CorruptionError
+from shardckpt.errors import CheckpointError, CorruptionError, ShardckptError, StorageError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
@@ -81,10 +81,12 @@ def read_all(
         windows = _windows(reads)
     if not windows:  # only values are loaded: start no threads
         return 0
-    if not files.remote:
+    if not files.remote and not files.copies():
         for shard in {window.shard for window in windows}:
             check_size(files, manifest.shards[shard])
-    if len(windows) == 1:  # a read from the page cache takes less time than starting a thread
+    if (
+        len(windows) == 1 and not files.copies()
+    ):  # a read from the page cache takes less time than starting a thread
         with suppress(WouldWait), lease(1) as (buffer,):
             return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
     if not (current().read_past_cache and have_huge_pages()):
@@ -131,7 +133,8 @@ def read_box(
     sizes: tuple[int, ...],
 ) -> torch.Tensor:
     """Read the box (offsets, sizes) of a tensor of the manifest into a new CPU tensor."""
-    part = torch.empty(sizes, dtype=DTYPES[entry.dtype])
+    with torch.inference_mode(False):
+        part = torch.empty(sizes, dtype=DTYPES[entry.dtype], device="cpu")
     read_all(files, manifest, plan_reads([(entry, LocalChunk(offsets, sizes, memory_view(part)))]))
     return part
 
@@ -231,7 +234,9 @@ def _read_run(
     """Read the blocks of a span, verify them, and copy bytes to the destinations of `reads`."""
     files, shard, base = source.files, source.manifest.shards[window.shard], window.base
     low, high = span
-    if _passes_cache(source, span, reads) and files.read_past_cache(
+    if copies := files.copies():
+        bad, later = _read_copies(copies, shard, low, buffer.view[low - base : high - base]), reads
+    elif _passes_cache(source, span, reads) and files.read_past_cache(
         shard.name, buffer.view[low - base :], offset=low, size_bytes=high - low
     ):
         bad, later = bad_blocks(shard, low, buffer.view[low - base : high - base]), reads
@@ -249,6 +254,43 @@ def _read_run(
         held = torch.frombuffer(buffer.view, dtype=target.dtype, count=count, offset=begin - base)
         with torch.inference_mode():  # the views need no autograd
             target.into.copy_(held.as_strided(target.sizes, target.strides))
+
+
+def _read_copies(
+    copies: Sequence[CheckpointFiles], shard: ShardEntry, low: int, view: memoryview
+) -> list[int]:
+    """Read the blocks from byte `low` on: each from the first copy where it is intact.
+
+    Returns the numbers of the blocks that no copy has. Raises the error of the first copy if no
+    copy can be read.
+    """
+    wanted = list(range(low // BLOCK_BYTES, -(-(low + len(view)) // BLOCK_BYTES)))
+    errors: list[ShardckptError] = []
+    for files in copies:
+        bad: list[int] = []
+        for run in _consecutive(wanted):
+            begin = run[0] * BLOCK_BYTES - low
+            part = view[begin : (run[-1] + 1) * BLOCK_BYTES - low]
+            try:
+                files.readinto(shard.name, [part], offset=low + begin)
+                found = bad_blocks(shard, low + begin, part)
+            except (CheckpointError, StorageError) as error:
+                errors.append(error)
+                found = run
+            bad += found
+            files.count_verified(len(part) * (len(run) - len(found)) // len(run))
+        wanted = bad
+        if not wanted:
+            return []
+    if len(errors) >= len(copies):
+        raise errors[0]
+    return wanted
+
+
+def _consecutive(numbers: list[int]) -> list[list[int]]:
+    """Divide sorted numbers into runs without gaps."""
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    return [[number for _, number in run] for _, run in runs]
 
 
 def _passes_cache(source: _Source, span: tuple[int, int], reads: list[_Read]) -> bool:

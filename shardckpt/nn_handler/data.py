@@ -59,7 +59,7 @@ class EpochSampler(Sampler[int]):
         order = list(range(self.length))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(self.length, generator=generator).tolist()
+            order = torch.randperm(self.length, generator=generator, device="cpu").tolist()
         rest = order[self.start :]
         while rest and len(rest) % self.places:
             rest += rest[: self.places - len(rest) % self.places]

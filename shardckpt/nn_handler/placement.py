@@ -46,7 +46,7 @@ def place(
             remedy="give the model of the checkpoint: model_class=..., or "
             'objects={"model.kwargs": {...}}',
         ) from error
-    first = next(model.parameters(), torch.empty(0)).device
+    first = next(model.parameters(), torch.empty(0, device="cpu")).device
     inputs = torch.device("cpu") if first.type == "meta" else first
     _fill_buffers(model, make, inputs)
     devices = {p.device for p in model.parameters() if not p.is_meta}

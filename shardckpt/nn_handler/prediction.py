@@ -83,8 +83,8 @@ def _woven(parts: list[Any], length: int) -> Any:
     joined = _joined(parts)
     places = len(parts)
     order = [index for place in range(places) for index in range(place, length, places)]
-    back = torch.empty(length, dtype=torch.int64)
-    back[torch.tensor(order)] = torch.arange(length)
+    back = torch.empty(length, dtype=torch.int64, device="cpu")
+    back[torch.tensor(order, device="cpu")] = torch.arange(length, device="cpu")
     return _taken(joined, back)
 
 

@@ -35,6 +35,7 @@ _HEAD_START_S = 0.001
 """Staging waits until async_save has returned, as a new thread can hold the GIL for 5 ms."""
 
 Save = Callable[[Callable[[], LocalPlan]], SaveReport]
+WaitForTier = Callable[[str, int, float | None], None]
 
 
 class SaveHandle:
@@ -44,6 +45,7 @@ class SaveHandle:
         path: The checkpoint.
         staging: A future that is done when the state is staged.
         saving: A future of the report of the save.
+        wait_for_tier: Waits until a tier holds the checkpoint; see Storage.wait_for_tier.
 
     Example:
         >>> import shardckpt, torch
@@ -55,8 +57,15 @@ class SaveHandle:
         1
     """
 
-    def __init__(self, path: str, staging: Future[None], saving: Future[SaveReport]) -> None:
+    def __init__(
+        self,
+        path: str,
+        staging: Future[None],
+        saving: Future[SaveReport],
+        wait_for_tier: WaitForTier = lambda path, tier, timeout: None,
+    ) -> None:
         self.path = path
+        self._wait_for_tier = wait_for_tier
         self._staging = staging
         self._saving = saving
         self._error_raised = False
@@ -75,11 +84,13 @@ class SaveHandle:
         if not wait([self._staging], timeout).done:
             raise TimeoutError(f"the state for {self.path} is not staged after {timeout} s")
 
-    def result(self, timeout: float | None = None) -> SaveReport:
+    def result(self, timeout: float | None = None, *, tier: int = 0) -> SaveReport:
         """Wait for the save. Not collective.
 
         Args:
             timeout: Seconds to wait; None waits without a limit.
+            tier: The tier of a TieredStorage that must hold the checkpoint, on the rank that copies
+                it: rank 0. 0 is the first one.
 
         Returns:
             The report of the save.
@@ -91,7 +102,10 @@ class SaveHandle:
         if not wait([self._saving], timeout).done:
             raise TimeoutError(f"the save to {self.path} is not done after {timeout} s")
         self._error_raised = True
-        return self._saving.result()
+        report = self._saving.result()
+        if tier:
+            self._wait_for_tier(self.path, tier, timeout)
+        return report
 
     def done(self) -> bool:
         """Return whether the save has ended, without waiting for it.
@@ -108,7 +122,15 @@ class SaveHandle:
         return self._saving.exception()
 
 
-def start(state: Any, path: str, *, rank: int, world_size: int, save: Save) -> SaveHandle:
+def start(
+    state: Any,
+    path: str,
+    *,
+    rank: int,
+    world_size: int,
+    save: Save,
+    wait_for_tier: WaitForTier = lambda path, tier, timeout: None,
+) -> SaveHandle:
     """Take a snapshot of the state, and stage and save it in the background.
 
     If an earlier save has failed and `result` of its handle was not called, its error is raised
@@ -124,11 +146,12 @@ def start(state: Any, path: str, *, rank: int, world_size: int, save: Save) -> S
 
     Returns:
         The handle of the save.
+        wait_for_tier: See SaveHandle.
     """
     job = _Job(state, rank=rank, world_size=world_size, save=save)
     background = _the_background()
     errors = background.unraised_errors()
-    handle = background.submit(path, job)
+    handle = background.submit(path, job, wait_for_tier)
     for error in errors:
         raise error
     return handle
@@ -222,13 +245,13 @@ class _Background:
         self.handles: list[SaveHandle] = []
         self.lock = threading.Lock()
 
-    def submit(self, path: str, job: _Job) -> SaveHandle:
+    def submit(self, path: str, job: _Job, wait_for_tier: WaitForTier) -> SaveHandle:
         """Queue a save."""
         with self.lock:
             # Each job runs in a copy of the caller's context, which holds the options of the call.
             staging = self.stager.submit(copy_context().run, job.stage, self.pool)
             saving = self.saver.submit(copy_context().run, job.save, staging, self.pool)
-            handle = SaveHandle(path, staging, saving)
+            handle = SaveHandle(path, staging, saving, wait_for_tier)
             self.handles.append(handle)
             self.stagings = (*(s for s in self.stagings if not s.done()), staging)
         return handle

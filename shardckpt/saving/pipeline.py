@@ -69,6 +69,7 @@ def run_save(
         world_size=coordinator.world_size,
         seconds=watch.seconds,
         profile=profile,
+        tiers=target.storage.tiers(target.path),
         **committed.report(),
     )
     logger.info(

@@ -86,7 +86,9 @@ def _runs(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _bytes_of(storage: torch.UntypedStorage, begin: int, end: int) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,), (1,))
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(
+        storage, begin, (end - begin,), (1,)
+    )
 
 
 class _Stream:

@@ -43,7 +43,9 @@ class StagingBuffer:
         self.pinned = pinned
         self._views: tuple[Any, list[torch.Tensor]] = (None, [])
         if pinned:
-            self._bytes = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=True)
+            self._bytes = torch.empty(
+                self.size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True
+            )
             return
         self._memory = private_memory(size_bytes)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)

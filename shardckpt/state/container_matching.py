@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import deque
 from collections.abc import MutableMapping
 from typing import Any, TypeGuard
 
@@ -13,6 +14,7 @@ from shardckpt.state.local_chunks import PLAIN
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.match_context import Finish, Match, MatchContext
 from shardckpt.state.materialize import NOTHING, Builder
+from shardckpt.state.refusals import reading_state, setting_state
 from shardckpt.state.saved_tree import below
 
 __all__ = [
@@ -59,13 +61,17 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
 
 
 def match_sequence(context: MatchContext, template: Any, name: str, match: Match) -> Finish:
-    """Match each item of a list or tuple that holds tensors."""
+    """Match each item of a list, tuple or deque that holds tensors."""
     items = [match(context, value, below(name, index)) for index, value in enumerate(template)]
 
     def finish() -> Any:
         values = [item() for item in items]
         if isinstance(template, list):
             template[:] = values
+            return template
+        if isinstance(template, deque):
+            template.clear()
+            template.extend(values)
             return template
         return template._make(values) if hasattr(template, "_fields") else tuple(values)
 
@@ -128,12 +134,15 @@ def match_stateful(context: MatchContext, template: Any, name: str) -> Finish:
 
     Tensors of its state_dict are filled in place if shape and dtype match.
     """
-    value = context.build(name, like=template.state_dict())
+    with reading_state(template, at=name):
+        own = template.state_dict()
+    value = context.build(name, like=own)
     if value is NOTHING:
         return lambda: template
 
     def finish() -> Any:
-        template.load_state_dict(value)
+        with setting_state(template, at=name):
+            template.load_state_dict(value)
         return template
 
     return finish

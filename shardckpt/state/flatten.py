@@ -39,7 +39,7 @@ from shardckpt.state.module_state import (
     modules_in,
 )
 from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
-from shardckpt.state.refusals import all_refused
+from shardckpt.state.refusals import all_refused, reading_state
 from shardckpt.state.sharded_array import ShardedArray, fits_tensor, from_numpy
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
 
@@ -133,7 +133,8 @@ class _Flattener:
         if isinstance(value, torch.Generator):
             return values.reference("tensor", self.add(value.get_state(), name))
         if isinstance(value, nn.Module):
-            value = ModuleState(module_state(value), frozen_entries(value), foreign_buffers(value))
+            entries = module_state(value, at=name)
+            value = ModuleState(entries, frozen_entries(value), foreign_buffers(value))
         if isinstance(value, ModuleState):
             return self.module(value, name, depth)
         if isinstance(value, Optimizer):
@@ -151,7 +152,9 @@ class _Flattener:
         if isinstance(value, Union):
             return self.union(value, name, depth)
         if has_state(value):
-            return self.walk(value.state_dict(), name, depth)
+            with reading_state(value, at=name):
+                state = value.state_dict()
+            return self.walk(state, name, depth)
         record = values.record_of(value)
         if record is not None:
             fields = self.items(record.items(), name, depth)

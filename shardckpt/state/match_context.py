@@ -16,7 +16,7 @@ from shardckpt.errors import StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.io.tensor_memory import holds_elements
+from shardckpt.io.tensor_memory import holds_elements, shares_elements
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, AnyTensor, LocalChunk, lies_as_saved, local_chunks
 from shardckpt.state.materialize import NOTHING, Allocate, Builder, allocate
@@ -166,16 +166,13 @@ class MatchContext:
                 remedy="exclude one of them with keys=, or untie the tensors first",
             )
         for chunk in local_chunks(tensor, name=name):
-            data = chunk.data
-            if not data.is_contiguous() and any(
-                step == 0 and size > 1 for step, size in zip(data.stride(), data.shape, strict=True)
-            ):
+            if shares_elements(chunk.data):
                 raise StateError(
                     "A tensor whose elements share memory can't be filled",
                     tensor=name,
                     expected="separate memory for each element",
-                    actual=f"strides {data.stride()}",
-                    remedy="clone() it first: it was made by expand() or broadcasting",
+                    actual=f"shape {list(chunk.sizes)}, strides {chunk.data.stride()}",
+                    remedy="clone() it first: it was made by expand(), unfold() or as_strided()",
                 )
             self.reads.append((entry, chunk))
 

@@ -8,8 +8,8 @@ optimizers each.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,7 +113,8 @@ def match_state(
         The reads, the mismatches, and the values to place after the reads.
     """
     context = MatchContext(state, saved, rank=rank, world_size=world_size, cast=cast)
-    with torch.no_grad():  # to_local() is free without gradients
+    # New tensors outlive an inference_mode() of the caller. to_local() is free without gradients.
+    with torch.inference_mode(False), torch.no_grad():
         finish = _match(context, state, "")
     context.note_unused()
     return MatchedState(
@@ -156,6 +157,8 @@ def _match(context: MatchContext, template: Any, name: str) -> Finish:
         return match_mapping(context, template, name, _match)
     if isinstance(template, (list, tuple)) and any(map(_takes_tensors, template)):
         return match_sequence(context, template, name, _match)
+    if isinstance(template, deque) and any(map(_takes_state, template)):
+        return match_sequence(context, template, name, _match)
     if has_state(template):
         return match_stateful(context, template, name)
     if isinstance(template, torch.Generator):
@@ -170,14 +173,29 @@ def _fills_in_place(array: np.ndarray[Any, Any]) -> bool:
     return array.flags.writeable and fits_tensor(array.dtype)
 
 
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value
+
+
 _VALUES = {type(None), bool, int, float, str, bytes}
 
 
 def _takes_tensors(value: Any) -> bool:
-    if isinstance(value, (Mapping, list, tuple)):
-        items = value.values() if isinstance(value, Mapping) else value
-        return any(map(_takes_tensors, items))
-    if isinstance(value, (torch.Tensor, np.ndarray, ShardedArray, torch.Generator)):
+    if isinstance(value, (Mapping, list, tuple, deque)):
+        return any(map(_takes_tensors, _items(value)))
+    if isinstance(value, (torch.Tensor, np.ndarray, ShardedArray)):
+        return True
+    return _takes_state(value)
+
+
+def _takes_state(value: Any) -> bool:
+    """Whether a value must stay the object that it is: a module, an optimizer or the like, a
+    marker, or a container of these."""
+    if isinstance(value, (Mapping, list, tuple, deque)):
+        return any(map(_takes_state, _items(value)))
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return False
+    if isinstance(value, torch.Generator):
         return True
     if isinstance(value, (PerRank, FromRank0, Union)):
         return True

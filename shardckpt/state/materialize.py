@@ -15,7 +15,7 @@ import torch
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import Record, TensorRef, UnknownEnum, unknown_enum
-from shardckpt.io.tensor_memory import owns_memory
+from shardckpt.io.tensor_memory import owns_memory, shares_elements
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, local_chunks
 from shardckpt.state.saved_tree import SavedState, below, children, rebuilt
@@ -36,7 +36,7 @@ saved entry, and returns the tensor and whether reads must fill it.
 
 def allocate(name: str, source: str, entry: TensorEntry) -> tuple[torch.Tensor, bool]:
     """Allocate a CPU tensor for a saved one. See Allocate."""
-    return torch.empty(entry.shape, dtype=DTYPES[entry.dtype]), True
+    return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu"), True
 
 
 class Builder:
@@ -105,7 +105,7 @@ class Builder:
         if (
             tensor is None
             or not isinstance(tensor, torch.Tensor)
-            or (type(tensor) in PLAIN and not owns_memory(tensor))
+            or (type(tensor) in PLAIN and (not owns_memory(tensor) or shares_elements(tensor)))
             or tensor.is_meta
             or tuple(tensor.shape) != entry.shape
             or tensor.dtype != DTYPES[entry.dtype]

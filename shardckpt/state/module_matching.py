@@ -14,6 +14,7 @@ from shardckpt.state.local_chunks import Shards, local_tensor
 from shardckpt.state.match_context import Finish, Match, MatchContext
 from shardckpt.state.materialize import NOTHING
 from shardckpt.state.module_state import aliases, canonical_names, is_wrapped
+from shardckpt.state.refusals import reading_state, setting_state
 from shardckpt.state.saved_tree import below
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
 
@@ -29,8 +30,9 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
     context.owners.append(name)
     context.used.add(name)
     module = _unwrapped(template)
-    names = canonical_names(module)
-    state = aliases(module)
+    with reading_state(template, at=name):
+        names = canonical_names(module)
+        state = aliases(module)
     entries = {
         key: _extra(context, value, below(name, names[key]))
         if _is_extra(key)
@@ -55,12 +57,13 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
                 isinstance(before, torch.Tensor) and storages_of(before) <= own
             ):
                 not_filled[key] = after
-        if assign:
-            _assign(module, assign)
-        if runs_own_code(module):
-            _load_state_dict(module, every)
-        elif not_filled:
-            module.load_state_dict(not_filled, strict=False)
+        with setting_state(template, at=name):
+            if assign:
+                _assign(module, assign)
+            if runs_own_code(module):
+                _load_state_dict(module, every)
+            elif not_filled:
+                module.load_state_dict(not_filled, strict=False)
         return template
 
     return finish

@@ -6,6 +6,7 @@ DDP, `_orig_mod.` of torch.compile, and that of activation checkpointing.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardckpt.errors import UnsupportedLeafError
-from shardckpt.state.markers import Union
+from shardckpt.errors import StateError, UnsupportedLeafError
+from shardckpt.format.typed_json import record_of
+from shardckpt.state.markers import FromRank0, PerRank, Union
+from shardckpt.state.refusals import reading_state
+from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout
 
 __all__ = [
@@ -74,7 +78,7 @@ def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     while stack:
         path, value = stack.pop()
-        if isinstance(value, Union):
+        if isinstance(value, (Union, PerRank, FromRank0)):
             value = value.value
         if isinstance(value, nn.Module):
             yield ".".join(path), value
@@ -82,8 +86,10 @@ def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
         items: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, Mapping):
             items = value.items()
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, deque)):
             items = enumerate(value)
+        elif not has_state(value) and (record := record_of(value)):
+            items = record.items()
         if items and id(value) not in seen:
             seen.add(id(value))
             stack.extend(
@@ -146,19 +152,23 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
 
     # A shared submodule was walked once, under its first name. Its other names keep their prefix,
     # so wrappers must be found in these names too.
-    for raw, _ in module.named_modules(remove_duplicate=False):
+    owners: dict[str, nn.Module] = {}
+    for raw, part in module.named_modules(remove_duplicate=False):
+        owners[raw] = part
         if raw and f"{raw}." not in prefixes:
             parent, _, last = raw.rpartition(".")
             above = prefixes[f"{parent}." if parent else ""]
-            prefixes[f"{raw}."] = above if last in _WRAPPED else f"{above}{last}."
+            wrapped = is_wrapped(owners[parent], last)
+            prefixes[f"{raw}."] = above if wrapped else f"{above}{last}."
     return canonical
 
 
 def is_wrapped(owner: nn.Module, child: str) -> bool:
     """Whether the owner is a wrapper, and the child of this name is the module that it wraps."""
-    return child in _WRAPPED or (
-        child == "module"
-        and isinstance(owner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    if child in _WRAPPED:
+        return len(owner._modules) == 1 and not owner._parameters and not owner._buffers
+    return child == "module" and isinstance(
+        owner, (nn.parallel.DistributedDataParallel, nn.DataParallel)
     )
 
 
@@ -168,16 +178,34 @@ class OwnState:
 
     tensors: dict[str, Any]
     names: dict[str, str]
+    at: str = ""
 
     def by_name(self) -> dict[str, Any]:
-        """Return the state dict under canonical names."""
+        """Return the state dict under canonical names.
+
+        Raises:
+            StateError: Two keys have the same name.
+        """
+        counts = Counter(self.names[key] for key in self.tensors)
+        if len(counts) < len(self.tensors):
+            ((name, _),) = counts.most_common(1)
+            raise StateError(
+                "Two entries of a module have the same name",
+                tensor=below(self.at, name),
+                expected="different names without the prefixes of wrappers",
+                actual=", ".join(key for key in self.tensors if self.names[key] == name),
+                remedy="rename one of them in the module's state_dict()",
+            )
         return {self.names[key]: value for key, value in self.tensors.items()}
 
 
-def own_state(module: nn.Module, *, keep_vars: bool = True) -> OwnState:
-    """Read a module. With `keep_vars=False` the tensors are aliases without gradients."""
-    state = module.state_dict(keep_vars=True) if keep_vars else aliases(module)
-    return OwnState(state, _canonical_names(module, state))
+def own_state(module: nn.Module, *, at: str = "", keep_vars: bool = True) -> OwnState:
+    """Read the module at a name in the state. With `keep_vars=False` the tensors are aliases
+    without gradients.
+    """
+    with reading_state(module, at=at):
+        state = module.state_dict(keep_vars=True) if keep_vars else aliases(module)
+    return OwnState(state, _canonical_names(module, state), at)
 
 
 def aliases(module: nn.Module) -> dict[str, Any]:
@@ -196,11 +224,11 @@ def aliases(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def module_state(module: nn.Module) -> dict[str, Any]:
+def module_state(module: nn.Module, *, at: str = "") -> dict[str, Any]:
     """Return the module's state dict under canonical names. Its tensors alias those of the
     module.
     """
-    return own_state(module, keep_vars=False).by_name()
+    return own_state(module, at=at, keep_vars=False).by_name()
 
 
 def foreign_buffers(module: nn.Module) -> set[str]:

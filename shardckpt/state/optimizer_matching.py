@@ -25,6 +25,7 @@ from shardckpt.state.optimizer_state import (
     packed_state,
     state_of,
 )
+from shardckpt.state.refusals import setting_state
 from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout, describes_itself, shards_of
 from shardckpt.state.tensor_matching import match_tensor
@@ -75,9 +76,11 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
     loaded = match(packed_state(optimizer, at=name), name)
 
     def finish() -> Optimizer:
-        optimizer.load_state_dict(loaded())
-        for form in torch_forms:
-            form.undo_casts()
+        # New tensors outlive an inference_mode() of the caller.
+        with torch.inference_mode(False), setting_state(optimizer, at=name):
+            optimizer.load_state_dict(loaded())
+            for form in torch_forms:
+                form.undo_casts()
         return optimizer
 
     return finish
@@ -95,7 +98,16 @@ class _TorchForm:
         self.name = name
         self.parameters = flat_parameters(owner)
         self.numbers = [number for group in packed["param_groups"] for number in group["params"]]
-        groups = context.build(below(name, "param_groups"))
+        groups_name = below(name, "param_groups")
+        if groups_name not in context.saved.nodes and not context.saved.selected(groups_name):
+            raise StateError(
+                "keys= leaves out the parameter groups of an optimizer",
+                tensor=groups_name,
+                expected="the parameter groups beside the state, whose parameters they name",
+                actual="a part of the optimizer's state alone",
+                remedy=f"add {groups_name!r} to keys=, or leave the optimizer out",
+            )
+        groups = context.build(groups_name)
         self.saved_groups: list[dict[str, Any]] = groups if isinstance(groups, list) else []
         self.group_of = self._saved_names()
         self.names = self._best_names()
@@ -354,7 +366,7 @@ class _TorchForm:
             new = torch.zeros_like if hasattr(parameter, "global_shape") else torch.empty_like
             return carry_layout(parameter, new(parameter, dtype=dtype, requires_grad=False))
         if not entry.shape:
-            return torch.empty((), dtype=dtype)
+            return torch.empty((), dtype=dtype, device="cpu")
         if not isinstance(parameter, DTensor):
             return torch.empty(entry.shape, dtype=dtype, device=parameter.device)
         empty = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)

@@ -25,6 +25,7 @@ from shardckpt.state.module_state import (
     names_by_identity,
     own_state,
 )
+from shardckpt.state.refusals import reading_state
 from shardckpt.state.sharded_array import ShardedArray
 from shardckpt.state.sharded_tensors import carry_layout
 
@@ -68,7 +69,10 @@ class ParameterNames:
     @cached_property
     def _modules(self) -> list[tuple[str, dict[int, str]]]:
         return [
-            (path, names_by_identity(module, self._read.get(id(module)) or own_state(module)))
+            (
+                path,
+                names_by_identity(module, self._read.get(id(module)) or own_state(module, at=path)),
+            )
             for path, module in self._named_modules
         ]
 
@@ -151,6 +155,15 @@ def optimizer_state(optimizer: Optimizer, names: ParameterNames, *, at: str) -> 
             parameters = flat_parameters(owner)
             name_of = names.of(parameters, at=at)
             numbers = [number for group in packed["param_groups"] for number in group["params"]]
+            taken = set(name_of.values()) & packed["state"].keys()
+            if taken:
+                raise StateError(
+                    "An optimizer has other state under the name of a parameter",
+                    tensor=f"{at}.state.{min(taken)}",
+                    expected="keys that differ from the names of the parameters",
+                    actual=repr(min(taken)),
+                    remedy="keep it under another key of optimizer.state",
+                )
             by_number = {
                 number: name_of[id(parameter)]
                 for number, parameter in zip(numbers, parameters, strict=True)
@@ -273,16 +286,8 @@ def packed_state(optimizer: Optimizer, *, at: str) -> Any:
     """
     if _is_zero(optimizer):
         return _packed_zero(optimizer, at=at)
-    try:
+    with reading_state(optimizer, at=at):
         return optimizer.state_dict()
-    except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
-        raise StateError(
-            "The state_dict() of an optimizer has failed",
-            tensor=at,
-            expected=f"a dict from {type(optimizer).__qualname__}.state_dict()",
-            actual=f"{type(error).__name__}: {error}",
-            remedy="follow its message on every rank, then save again",
-        ) from error
 
 
 def _packed_zero(optimizer: Optimizer, *, at: str) -> dict[str, Any]:

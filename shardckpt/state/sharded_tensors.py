@@ -190,4 +190,6 @@ def materialised(tensor: Any, name: str) -> Any:
     device: Any = torch.get_default_device()
     if is_distributed(tensor):
         device = tensor.device_mesh.device_type
+    elif device.type == "meta":  # inside `with torch.device("meta")`
+        device = "cpu"
     return carry_layout(tensor, torch.empty_like(tensor, device=device))

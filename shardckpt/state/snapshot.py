@@ -40,6 +40,7 @@ from shardckpt.state.module_state import (
     own_state,
 )
 from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
+from shardckpt.state.refusals import reading_state
 from shardckpt.state.sharded_array import ShardedArray
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
 
@@ -102,7 +103,7 @@ class _Taker:
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
         self.parts: dict[int, ShardedArray] = {}
         # Modules come first, so that the copies of their tensors are found for tied entries.
-        self.own = {id(module): own_state(module) for _, module in self.modules}
+        self.own = {id(module): own_state(module, at=at) for at, module in self.modules}
         self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
 
     @cached_property
@@ -154,7 +155,9 @@ class _Taker:
         if isinstance(value, Union):
             return Union(self.walk(value.value, at, copy_up_to=copy_up_to, depth=depth))
         if has_state(value):
-            return self.walk(value.state_dict(), at, copy_up_to=copy_up_to, depth=depth)
+            with reading_state(value, at=at.removeprefix(".")):
+                state = value.state_dict()
+            return self.walk(state, at, copy_up_to=copy_up_to, depth=depth)
         if isinstance(value, torch.Generator):
             return value.get_state()
         if isinstance(value, io.BytesIO):
@@ -170,7 +173,7 @@ class _Taker:
         return value
 
     def module(self, module: nn.Module, at: str) -> ModuleState:
-        entries = (self.own.get(id(module)) or own_state(module)).by_name()
+        entries = (self.own.get(id(module)) or own_state(module, at=at.removeprefix("."))).by_name()
         plain = True  # the module has only trained weights
         for key, item in entries.items():
             if is_parameter(item):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.local_chunks import check_dense
 from shardckpt.state.match_context import Finish, MatchContext
+from shardckpt.state.refusals import setting_state
 from shardckpt.state.saved_tree import below, under
 from shardckpt.state.sharded_array import ShardedArray, from_numpy
 from shardckpt.state.sharded_tensors import materialised
@@ -124,7 +125,8 @@ def match_generator(context: MatchContext, template: torch.Generator, name: str)
         return lambda: template
 
     def finish() -> Any:
-        template.set_state(state)
+        with setting_state(template, at=name):
+            template.set_state(state)
         return template
 
     return finish

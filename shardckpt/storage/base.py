@@ -192,6 +192,29 @@ class Storage(ABC):
         """
         self._refuse("This storage can't remove", path, "a storage that defines remove")
 
+    def tiers(self, path: str) -> dict[str, str]:
+        """Describe the places that hold a checkpoint, if this storage has several.
+
+        Args:
+            path: The checkpoint.
+
+        Returns:
+            The path in each place, with "durable", "pending" or "missing". Empty by default.
+        """
+        return {}
+
+    def wait_for_tier(self, path: str, tier: int, timeout: float | None = None) -> None:  # noqa: B027
+        """Wait until a tier holds a checkpoint. The default has one tier, which holds it.
+
+        Args:
+            path: The checkpoint.
+            tier: The number of the tier, from 0.
+            timeout: Seconds to wait; None waits without a limit.
+
+        Raises:
+            TimeoutError: The tier does not hold it in time.
+        """
+
     def sweep(self, folder: str) -> None:  # noqa: B027
         """Remove what dead saves and removals left in a folder, as far as that works.
 
@@ -223,11 +246,14 @@ class WriteTransaction(ABC):
         path: The path of the new checkpoint.
         token: The text with which other ranks join.
         shares_files: Several ranks can write parts of one file; see `create`.
+        resumes: Files that were closed may stay after an error: a later transaction with the same
+            id has them.
     """
 
     path: str
     token: str
     shares_files: bool = True
+    resumes: bool = False
 
     @abstractmethod
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
@@ -260,6 +286,13 @@ class WriteTransaction(ABC):
 
         After commit, and when called again, it does nothing.
         """
+
+    def has(self, name: str, *, size_bytes: int) -> bool:
+        """Ask whether an earlier transaction with the same id has written a file of this size.
+
+        The default is False. If True, the file is part of this transaction.
+        """
+        return False
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
         """Add a file of an earlier checkpoint without copying its bytes, durably, on any rank.
@@ -387,6 +420,18 @@ class CheckpointFiles(ABC):
     def names(self) -> list[str]:
         """List the names of all files, for tools that repair. The default has none."""
         return []
+
+    def copies(self) -> Sequence[CheckpointFiles]:
+        """Return the same checkpoint in other places, nearest first, to read a block that is
+        corrupted here. The default has none."""
+        return ()
+
+    def count_verified(self, size_bytes: int) -> None:  # noqa: B027
+        """Take note of bytes that were read from this copy and verified; from any thread."""
+
+    def bytes_read(self) -> dict[str, int]:
+        """Return the bytes read so far by place, if there are several places."""
+        return {}
 
     def map(self, name: str) -> memoryview:
         """Map a shard into private memory. The map stays valid after close.

@@ -224,6 +224,7 @@ class ObjectTransaction(WriteTransaction):
     """
 
     shares_files = False
+    resumes = True
     replaces: str | None = None
     old: bytes | None = None
     overwrite = False
@@ -250,6 +251,14 @@ class ObjectTransaction(WriteTransaction):
                 "The file exists already", errno=errno.EEXIST, path=f"{self.path}/{name}"
             )
         self._names.add(name)
+
+    def has(self, name: str, *, size_bytes: int) -> bool:
+        """See WriteTransaction.has. An object appears complete."""
+        found = self._objects.head(self._own + name)
+        if found is None or found.size_bytes != size_bytes:
+            return False
+        self._names.add(name)
+        return True
 
     def link(self, name: str, source: CheckpointFiles) -> bool:
         """See WriteTransaction.link. The store copies the object, so that none is shared."""
@@ -542,12 +551,15 @@ def _collect(objects: Objects, prefix: str, *, below: bool = False) -> None:
     """Delete what dead saves and removals have left at a path, or at the paths below a folder."""
     oldest_s = time.time() - current().leftover_age_s
     saves: dict[str, dict[str, list[Found]]] = defaultdict(lambda: defaultdict(list))
-    manifests: dict[str, Found] = {}
+    manifests: set[str] = set()
+    tombstones: list[str] = []
     for found in objects.list(prefix):
         parts = found.key.removeprefix(prefix).split("/")
         where = f"{prefix}{parts.pop(0)}/" if below and len(parts) > 1 else prefix
-        if parts == [MANIFEST_NAME]:
-            manifests[where] = found
+        if parts == [MANIFEST_NAME] and found.size_bytes != len(TOMBSTONE):
+            manifests.add(where)
+        elif parts == [MANIFEST_NAME] and found.modified_s < oldest_s:
+            tombstones.append(where)
         elif len(parts) == 2 and _ID.fullmatch(parts[0]) and _is_ours(parts[1]):
             saves[where][parts[0]].append(found)
     for where, by_id in saves.items():
@@ -565,9 +577,8 @@ def _collect(objects: Objects, prefix: str, *, below: bool = False) -> None:
         for identity, group in dead.items():
             keys = [f.key for f in group if identity != alive or f.key.endswith(f"/{_BEGUN}")]
             objects.delete(keys)
-    for where, found in manifests.items():
-        if found.size_bytes == len(TOMBSTONE) and found.modified_s < oldest_s:
-            _delete_tombstone(objects, where)
+    for where in tombstones:
+        _delete_tombstone(objects, where)
 
 
 def _is_ours(name: str) -> bool:

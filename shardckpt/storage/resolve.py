@@ -30,6 +30,7 @@ _BUILT_IN = {
     "s3": "object_clients",
     "gs": "object_clients",
     "az": "object_clients",
+    "tiers": "tiers",
 }
 """Scheme -> module with a function `open_url`. Imported at first use: it may need an extra."""
 

@@ -76,7 +76,11 @@ _VALUES: dict[str, Callable[[int], Any]] = {
     "big-endian numpy scalar": lambda n: np.array([1.5 + n], dtype=">f4")[0],
     "numpy bool": lambda n: np.bool_(n),
     "numpy time": lambda n: np.datetime64(f"2024-01-0{1 + n}"),
+    "numpy text": lambda n: [np.str_(""), np.bytes_(b""), np.str_(f"é{n}\0"), np.bytes_(b"a\0")],
     "numpy dtype": lambda n: np.dtype(f"int{8 << n}"),
+    "numpy dtypes of other forms": lambda n: [
+        np.dtype(c) for c in (">f4", f">i{4 << n}", "U", "S")
+    ],
     "torch.Size": lambda n: torch.Size([2, n]),
     "torch.dtype": lambda n: (torch.float16, torch.bfloat16)[n],
     "torch.device": lambda n: torch.device(("meta", "cpu")[n]),
@@ -117,6 +121,9 @@ def _read_only(n: int) -> Any:
 
 
 row("array, read-only")(_read_only)
+row("memoryview with steps", whole=lambda n: bytes([n, 3]))(
+    lambda n: memoryview(bytes([n, 2, 3]))[::2]
+)
 row("memoryview", whole=lambda n: bytes([n]))(lambda n: memoryview(bytes([n])))
 row("namedtuple", whole=lambda n: (n, "x"))(lambda n: Pair(n, "x"))
 row("namedtuple of tensors", whole=lambda n: (torch.ones(2) * n, "x"))(
@@ -152,5 +159,11 @@ row("masked array", refused=True)(lambda n: np.ma.masked_array([1.0, 2.0], [True
 row("structured array", refused=True, replaced=True)(
     lambda n: np.zeros(2, dtype=[("a", "i4"), ("b", "f4")])
 )
+row("path of Windows", refused=True, replaced=True)(lambda n: pathlib.PureWindowsPath("a/b"))
+row("int of 4,001 digits", refused=True, replaced=True)(lambda n: -(10**4000))
+row("array of variable text", refused=True, replaced=True)(
+    lambda n: np.array(["a"], dtype=np.dtypes.StringDType())
+)
+row("dtype of variable text", refused=True, replaced=True)(lambda n: np.dtypes.StringDType())
 row("lock", refused=True, replaced=True)(lambda n: __import__("threading").Lock())
 row("iterator", refused=True, replaced=True)(lambda n: iter([1]))

@@ -1,0 +1,206 @@
+"""The commands ls, cp, rm, prune and du, on local folders, object stores and tiers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+from shardckpt.api import open_checkpoint
+from shardckpt.checkpoint import Checkpoint
+from shardckpt.cli.inspect import table
+from shardckpt.cli.parameters import OVERWRITE
+from shardckpt.cli.progress import progress_bar, size_text
+from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, printable
+from shardckpt.maintenance.verify import verify_shards
+from shardckpt.manager import CheckpointManager, KeepBest, KeepLast
+from shardckpt.manager.retention import Retention, to_remove
+from shardckpt.storage.copying import copy_checkpoint
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.resolve import Place, resolve
+
+__all__ = ["COMMANDS"]
+
+JSON = click.Option(["--json"], is_flag=True, help="Print JSON.")
+
+
+def _checkpoints(path: str) -> Iterator[tuple[str, Checkpoint]]:
+    """The checkpoints in a folder with their names, or the one at the path."""
+    storage, folder = resolve(path)
+    names = storage.names(folder)
+    found = False
+    for name in names:
+        with suppress(CheckpointError):
+            checkpoint = Checkpoint(storage.child(folder, name), storage=storage)
+            found = True
+            with checkpoint:
+                yield name, checkpoint
+    if not found:
+        with Checkpoint(folder, storage=storage) as checkpoint:
+            yield os.path.basename(folder.rstrip("/")), checkpoint
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    return sum(shard.size_bytes for shard in checkpoint.manifest.shards)
+
+
+def _ls(options: SimpleNamespace) -> None:
+    storage = resolve(options.path).storage
+    found = [
+        {
+            "name": name,
+            "path": checkpoint.path,
+            "size_bytes": _size(checkpoint),
+            "created": checkpoint.manifest.created,
+            "world_size": checkpoint.manifest.world_size,
+            "tiers": storage.tiers(checkpoint.path),
+        }
+        for name, checkpoint in _checkpoints(options.path)
+    ]
+    found.sort(key=lambda one: (one["created"], one["name"]))
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for line in table([tuple(_row(one)) for one in found], right=(1,)):
+        print(printable(line))
+
+
+def _row(one: dict[str, Any]) -> Iterator[str]:
+    yield from (one["name"], size_text(one["size_bytes"]), one["created"])
+    yield f"{one['world_size']} rank{'' if one['world_size'] == 1 else 's'}"
+    for path, state in one["tiers"].items():
+        yield f"{state} in {path.rpartition('/')[0]}"
+
+
+def _cp(options: SimpleNamespace) -> None:
+    target = resolve(options.target)
+    with open_checkpoint(options.source) as source:
+        total = _size(source)
+        if _has(target, source.manifest.checkpoint_id):
+            print(printable(f"{target.path}: has this checkpoint already"))
+        else:
+            with progress_bar("copy", total_bytes=total) as bar:
+                copy_checkpoint(
+                    source.files,
+                    target.storage,
+                    target.path,
+                    overwrite=options.overwrite,
+                    progress=bar.advance,
+                )
+    with (
+        Checkpoint(target.path, storage=target.storage) as copy,
+        progress_bar("verify", total_bytes=total) as bar,
+    ):
+        report = verify_shards(copy.files, copy.manifest, progress=bar.advance)
+    report.raise_if_corrupted()
+    print(printable(f"{target.path}: {size_text(total)}, intact"))
+
+
+def _has(place: Place, identity: str) -> bool:
+    try:
+        with Checkpoint(place.path, storage=place.storage) as checkpoint:
+            return checkpoint.manifest.checkpoint_id == identity
+    except CheckpointError:
+        return False
+
+
+def _rm(options: SimpleNamespace) -> None:
+    for path in options.paths:
+        place = resolve(path)
+        with Checkpoint(place.path, storage=place.storage):
+            pass  # an error for a path that holds no checkpoint
+        place.storage.remove(place.path)
+        print(printable(f"removed {place.path}"))
+
+
+def _prune(options: SimpleNamespace) -> None:
+    policies: list[Retention] = []
+    if options.keep_last is not None:
+        policies.append(KeepLast(options.keep_last))
+    if options.keep_best is not None:
+        if options.monitor is None:
+            raise StateError("--keep-best needs a metric", remedy="add --monitor METRIC")
+        policies.append(KeepBest(options.keep_best, options.monitor, options.mode))
+    if not policies:
+        raise StateError(
+            "Nothing says which checkpoints to keep", remedy="add --keep-last N or --keep-best N"
+        )
+    storage, folder = resolve(options.path)
+    manager = CheckpointManager(folder, label=None, storage=storage)
+    saved = manager.checkpoints()
+    if not saved:
+        raise NotACheckpointError(
+            "There are no checkpoints of a CheckpointManager in this folder",
+            path=folder,
+            remedy="remove single checkpoints with `shardckpt rm`",
+        )
+    removed = to_remove(saved, policies)
+    for checkpoint in removed:
+        if not options.dry_run:
+            storage.remove(checkpoint.path)
+        word = "would remove" if options.dry_run else "removed"
+        print(printable(f"{word} {checkpoint.path}"))
+    print(f"{len(saved) - len(removed)} checkpoints stay")
+
+
+def _du(options: SimpleNamespace) -> None:
+    storage = resolve(options.path).storage
+    files: dict[Any, int] = {}
+    rows: list[tuple[str, ...]] = []
+    for name, checkpoint in _checkpoints(options.path):
+        rows.append((size_text(_size(checkpoint)), name))
+        for shard in checkpoint.manifest.shards:
+            path = f"{checkpoint.path}/{shard.name}"
+            key: Any = path
+            if isinstance(storage, LocalStorage):  # linked files are stored once
+                with suppress(OSError):
+                    found = os.stat(path)
+                    key = found.st_dev, found.st_ino
+            files[key] = shard.size_bytes
+    rows.append((size_text(sum(files.values())), "in all, each linked file once"))
+    for line in table(rows, right=(0,)):
+        print(printable(line))
+
+
+_PATH = click.Argument(["path"])
+
+COMMANDS = (
+    ("ls", _ls, "List the checkpoints in a folder.", [_PATH, JSON]),
+    (
+        "cp",
+        _cp,
+        "Copy a checkpoint to another path or URL, and verify the copy. Run it again to go on with "
+        "a copy to an object store that was interrupted.",
+        [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE],
+    ),
+    (
+        "rm",
+        _rm,
+        "Remove checkpoints.",
+        [click.Argument(["paths"], nargs=-1, required=True)],
+    ),
+    (
+        "prune",
+        _prune,
+        "Remove the checkpoints of a CheckpointManager that no option keeps. The newest one stays.",
+        [
+            _PATH,
+            click.Option(["--keep-last"], type=click.IntRange(min=1), help="Keep the newest N."),
+            click.Option(["--keep-best"], type=click.IntRange(min=1), help="Keep the best N."),
+            click.Option(["--monitor"], help="The metric of --keep-best."),
+            click.Option(
+                ["--mode"],
+                type=click.Choice(["min", "max"]),
+                default="min",
+                help="Whether small or large values of the metric are best.",
+            ),
+            click.Option(["--dry-run"], is_flag=True, help="Print what would be removed."),
+        ],
+    ),
+    ("du", _du, "Print the size of each checkpoint in a folder.", [_PATH]),
+)

@@ -1,0 +1,237 @@
+"""Checkpoints in a fast tier, copied to a slower one in the background."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardckpt
+from shardckpt import TieredStorage
+from shardckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptionError,
+    StateError,
+    StoreUnavailableError,
+)
+from shardckpt.storage import tiers as module
+from shardckpt.storage.memory import MemoryStorage
+from shardckpt.testing import StorageTests
+
+STATE = {"w": torch.arange(2_000_000.0), "frozen": torch.ones(70), "step": 3}  # eight blocks
+DEADLINE_S = 60
+
+
+@pytest.fixture
+def url():
+    return f"memory://tests/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def tiers(tmp_path, url):
+    made = TieredStorage(tmp_path / "fast", url)
+    yield made
+    made.wait(DEADLINE_S)
+
+
+class TestTieredStorage(StorageTests):
+    @pytest.fixture
+    def storage(self, tiers, monkeypatch):
+        # The checkpoints of these tests have no manifest that could be copied.
+        monkeypatch.setattr(module, "check_text", lambda text, path: None)
+        monkeypatch.setattr(module, "_copy", lambda source, target: None)
+        return tiers
+
+    @pytest.fixture
+    def path(self):
+        return "checkpoint"
+
+
+def is_saved(state) -> bool:
+    return torch.equal(state["w"], STATE["w"]) and state["step"] == 3
+
+
+def test_a_save_reaches_all_tiers(tiers, tmp_path, url):
+    report = shardckpt.save(STATE, "step-1", storage=tiers)
+    assert list(report.tiers) == [str(tmp_path / "fast/step-1"), f"{url}/step-1"]
+    assert report.tiers[str(tmp_path / "fast/step-1")] == "durable"
+    tiers.wait(DEADLINE_S)
+    assert set(tiers.tiers("step-1").values()) == {"durable"}
+    for path in (tmp_path / "fast/step-1", f"{url}/step-1", report.path):
+        assert is_saved(shardckpt.load_state(path)), path
+    shardckpt.verify(f"{url}/step-1")
+    assert shardckpt.metadata(f"{url}/step-1").checkpoint_id == report.checkpoint_id
+
+
+def test_a_handle_waits_for_a_tier(tiers, url):
+    handle = shardckpt.async_save(STATE, "step-1", storage=tiers)
+    handle.result(DEADLINE_S, tier=1)
+    assert is_saved(shardckpt.load_state(f"{url}/step-1"))
+    with pytest.raises(StateError, match="no such tier"):
+        handle.result(tier=2)
+
+
+def test_a_lost_fast_tier_comes_from_the_slow_one(tiers, tmp_path, url):
+    shardckpt.save(STATE, "step-1", storage=tiers)
+    tiers.wait(DEADLINE_S)
+    state = {"w": torch.zeros(2_000_000), "step": 0}
+    report = shardckpt.load(state, "step-1", storage=tiers, keys=["w", "step"])
+    assert list(report.tiers) == [str(tmp_path / "fast/step-1")]
+    for path in (tmp_path / "fast/step-1").iterdir():
+        path.unlink()
+    report = shardckpt.load(state, "step-1", storage=tiers, keys=["w", "step"])
+    assert is_saved(state)
+    assert list(report.tiers) == [f"{url}/step-1"]
+
+
+def test_each_block_comes_from_the_first_tier_that_has_it(tiers, tmp_path, url):
+    shardckpt.save(STATE, "step-1", storage=tiers)
+    tiers.wait(DEADLINE_S)
+    (shard,) = (tmp_path / "fast/step-1").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    for at in (3 << 20, 6 << 20):
+        data[at] ^= 1
+    shard.write_bytes(data)
+    state = {"w": torch.zeros(2_000_000), "step": 0}
+    report = shardckpt.load(state, "step-1", storage=tiers, keys=["w", "step"])
+    assert is_saved(state)
+    assert report.tiers[f"{url}/step-1"] == 2 << 20
+    assert report.tiers[str(tmp_path / "fast/step-1")] > 5 << 20
+    with shardckpt.open_checkpoint("step-1", storage=tiers) as checkpoint:
+        assert torch.equal(checkpoint["w"][...], STATE["w"])
+    # the rest of the shard is gone
+    shard.write_bytes(data[: 5 << 20])
+    assert is_saved(shardckpt.load_state("step-1", storage=tiers))
+    (tmp_path / "fast/step-1/manifest.json").write_bytes(b"{}")
+    assert is_saved(shardckpt.load_state("step-1", storage=tiers))
+
+
+def test_damage_in_all_tiers_is_corruption(tmp_path):
+    tiers = TieredStorage(tmp_path / "a", tmp_path / "b")
+    shardckpt.save(STATE, "step-1", storage=tiers)
+    tiers.wait(DEADLINE_S)
+    for folder in "ab":
+        (shard,) = (tmp_path / folder / "step-1").glob("*.safetensors")
+        data = bytearray(shard.read_bytes())
+        data[3 << 20] ^= 1
+        shard.write_bytes(data)
+    with pytest.raises(CorruptionError, match="block 3"):
+        shardckpt.load_state("step-1", storage=tiers)
+
+
+class Down(MemoryStorage):
+    """A store that can be down."""
+
+    down = False
+
+    def begin(self, path, **options):
+        if self.down:
+            raise StoreUnavailableError("503")
+        return super().begin(path, **options)
+
+
+def test_a_store_that_is_down_holds_up_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_WAIT_S", 0.05)
+    store = Down()
+    shardckpt.register_storage("down", lambda url: store)
+    store.down = True
+    tiers = TieredStorage(tmp_path / "fast", "down://bucket/run")
+    with shardckpt.CheckpointManager(tiers, keep=[shardckpt.KeepLast(2)]) as manager:
+        for step in range(4):
+            manager.save(step, STATE)
+        assert manager.all_steps() == [2, 3]
+    with pytest.raises(TimeoutError):
+        tiers.wait(0.3)
+    assert "pending" in tiers.tiers("step-3").values()
+    store.down = False
+    tiers.wait(DEADLINE_S)
+    for step in (2, 3):
+        assert is_saved(shardckpt.load_state(f"down://bucket/run/step-{step}", storage=store))
+    assert not store.exists("down://bucket/run/step-0")
+
+
+def test_retention_by_tier(tmp_path, url):
+    tiers = TieredStorage(tmp_path / "fast", url, keep_fast=2)
+    with shardckpt.CheckpointManager(tiers) as manager:
+        for step in range(5):
+            manager.save(step, {"step": step})
+            tiers.wait(DEADLINE_S)
+            time.sleep(1.01)  # the time in a manifest is in seconds
+        assert sorted(os.listdir(tmp_path / "fast")) == ["step-3", "step-4"]
+        assert manager.all_steps() == [0, 1, 2, 3, 4]
+    state = {"step": -1}
+    manager = shardckpt.CheckpointManager(TieredStorage(tmp_path / "fast", url))
+    assert manager.restore_latest(state).step == 4
+    assert shardckpt.load_state("step-0", storage=tiers)["step"] == 0
+
+
+def test_another_process_goes_on(tmp_path, url, monkeypatch):
+    """What was not copied before the process ended is copied by the next one."""
+    lost = TieredStorage(tmp_path / "fast", url)
+    monkeypatch.setattr(lost, "_copy_later", lambda path: None)
+    with shardckpt.CheckpointManager(lost) as manager:
+        manager.save(1, STATE)
+    with pytest.raises(CheckpointNotFoundError):
+        shardckpt.load_state(f"{url}/step-1")
+    again = TieredStorage(tmp_path / "fast", url)
+    with shardckpt.CheckpointManager(again) as manager:
+        manager.save(2, STATE)
+    again.wait(DEADLINE_S)
+    for step in (1, 2):
+        assert is_saved(shardckpt.load_state(f"{url}/step-{step}"))
+
+
+def test_a_program_that_ends_copies_first(tmp_path):
+    code = (
+        "import shardckpt, torch\n"
+        "tiers = shardckpt.TieredStorage('a', 'b')\n"
+        "shardckpt.save({'w': torch.ones(1_000_000)}, 'step-1', storage=tiers)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(shardckpt.__file__).parents[1])}
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120, env=environment
+    )
+    assert shardckpt.load_state(tmp_path / "b/step-1")["w"].sum() == 1_000_000
+
+
+def test_auto_save_takes_tiers(tmp_path, url):
+    model = torch.nn.Linear
+    handler = shardckpt.NNHandler(model, device="cpu", in_features=2, out_features=2)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_loss_fn(torch.nn.MSELoss())
+    data = torch.utils.data.TensorDataset(torch.ones(4, 2), torch.ones(4, 2))
+    handler.set_train_loader(torch.utils.data.DataLoader(data, batch_size=2))
+    tiers = TieredStorage(tmp_path / "fast", url)
+    handler.auto_save(save_path=tiers, interval=1)
+    handler.train(2)
+    tiers.wait(DEADLINE_S)
+    again = shardckpt.NNHandler.load(f"{url}/epoch2")
+    assert torch.equal(again.module.weight, handler.module.weight)
+
+
+def test_paths(tiers, tmp_path, url):
+    full = f"tiers://{tmp_path}/fast/a,{url}/a"
+    assert tiers.full_path("a") == tiers.full_path("/a"[1:] + "/") == full
+    for path in ("/a", "../a", "a/./b"):
+        with pytest.raises(StateError, match="Invalid path"):
+            tiers.full_path(path)
+    for arguments in ((), ("a",)):
+        with pytest.raises(StateError, match="Invalid arguments"):
+            TieredStorage(*arguments)
+    with pytest.raises(StateError, match="Invalid arguments"):
+        TieredStorage("a", "b", keep_fast=0)
+    with pytest.raises(CheckpointNotFoundError):
+        shardckpt.load_state("nothing", storage=tiers)
+    with pytest.raises(StateError, match="another number"):
+        shardckpt.load_state("tiers:///a,/b,/c", storage=tiers)
+    odd = TieredStorage(tmp_path / "a,b%", tmp_path / "c")
+    report = shardckpt.save({"n": 1}, "x", storage=odd)
+    assert shardckpt.load_state(report.path) == {"n": 1}
+    odd.wait(DEADLINE_S)
+    assert sorted(os.listdir(tmp_path)) == ["a,b%", "c"]
