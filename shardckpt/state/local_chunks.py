@@ -276,7 +276,6 @@ def _layout_of(tensor: DTensor) -> _Layout:
     mesh, placements = tensor.device_mesh, tensor.placements
     partial = any(placement.is_partial() for placement in placements)
     coordinate = mesh.get_coordinate()
-    here = coordinate is not None and not partial
     layout = _Layout(
         depends_on=(spec, placements, spec.tensor_meta),
         mesh_size=mesh.size(),
@@ -285,7 +284,9 @@ def _layout_of(tensor: DTensor) -> _Layout:
             for placement, size in zip(placements, mesh.shape, strict=True)
         ),
         partial=partial,
-        boxes=_boxes(tuple(tensor.shape), mesh, tuple(coordinate), placements) if here else None,
+        boxes=None
+        if partial or coordinate is None
+        else _boxes(tuple(tensor.shape), mesh, tuple(coordinate), placements),
     )
     if len(_layouts) >= _REMEMBERED:
         _layouts.clear()
