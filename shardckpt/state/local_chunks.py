@@ -275,7 +275,7 @@ def _layout_of(tensor: DTensor) -> _Layout:
             return layout
     mesh, placements = tensor.device_mesh, tensor.placements
     partial = any(placement.is_partial() for placement in placements)
-    here = mesh.get_coordinate() is not None and not partial
+    coordinate = mesh.get_coordinate()
     layout = _Layout(
         depends_on=(spec, placements, spec.tensor_meta),
         mesh_size=mesh.size(),
@@ -284,7 +284,9 @@ def _layout_of(tensor: DTensor) -> _Layout:
             for placement, size in zip(placements, mesh.shape, strict=True)
         ),
         partial=partial,
-        boxes=_boxes(tuple(tensor.shape), mesh, placements) if here else None,
+        boxes=None
+        if partial or coordinate is None
+        else _boxes(tuple(tensor.shape), mesh, tuple(coordinate), placements),
     )
     if len(_layouts) >= _REMEMBERED:
         _layouts.clear()
@@ -327,15 +329,21 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
 
 
 @lru_cache(maxsize=65_536)
-def _boxes(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> list[Box]:
+def _boxes(
+    shape: tuple[int, ...], mesh: Any, coordinate: tuple[int, ...], placements: tuple[Any, ...]
+) -> list[Box]:
     """Return the boxes of a DTensor on this rank, in row-major order of the local tensor.
 
     There is one box, except for strided shards: if a dimension is sharded by one mesh dimension
-    inside another, there is one box for each run of neighbouring indices.
+    inside another, there is one box for each run of neighbouring indices. `coordinate` is that of
+    this rank in the mesh. Meshes of different ranks are equal, and a process may return as another
+    rank.
     """
     if all(placement.is_replicate() for placement in placements):
         return [((0,) * len(shape), shape)]
-    runs = [_runs(size, mesh, _along(placements, dim)) for dim, size in enumerate(shape)]
+    runs = [
+        _runs(size, mesh, coordinate, _along(placements, dim)) for dim, size in enumerate(shape)
+    ]
     return [
         (tuple(start for start, _ in box), tuple(length for _, length in box))
         for box in itertools.product(*runs)
@@ -356,7 +364,9 @@ def _along(placements: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=4_096)
-def _runs(size: int, mesh: Any, placements: tuple[Any, ...]) -> list[tuple[int, int]]:
+def _runs(
+    size: int, mesh: Any, coordinate: tuple[int, ...], placements: tuple[Any, ...]
+) -> list[tuple[int, int]]:
     """Return (start, length) of the runs of indices of a dimension that this rank holds.
 
     Plain shards are divided by the rule of torch.chunk, for each mesh dimension in turn. For
@@ -364,9 +374,7 @@ def _runs(size: int, mesh: Any, placements: tuple[Any, ...]) -> list[tuple[int, 
     """
     if not any(hasattr(placement, "split_factor") for placement in placements):
         start, length = 0, size
-        for placement, parts, part in zip(
-            placements, mesh.shape, mesh.get_coordinate(), strict=True
-        ):
+        for placement, parts, part in zip(placements, mesh.shape, coordinate, strict=True):
             if placement.is_shard():
                 step = -(-length // parts)
                 begin = min(part * step, length)

@@ -11,57 +11,14 @@ from hypothesis import strategies as st
 
 from shardckpt.errors import CoverageError
 from shardckpt.format.dtypes import itemsize
-from shardckpt.format.manifest import encode_tensors
 from shardckpt.plan import replica_assignment as replicas
 from shardckpt.plan import save_plan
 from shardckpt.plan.local_plan import (
-    LocalPlan,
     TensorSpec,
 )
-from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import RankWrites, global_plan
-from shardckpt.plan.shard_layout import tensor_entries
 from shardckpt.state import file_groups as kinds
-from tests.plan.plans import a_plan, replicated
-
-
-@st.composite
-def worlds(draw):
-    """Local plans of up to 5 ranks: tensors replicated, sharded by rows, or both at once over a
-    mesh of two dimensions, and tensors that one rank alone has."""
-    ranks = draw(st.integers(1, 5))
-    common, held = [], [[] for _ in range(ranks)]
-    for index in range(draw(st.integers(0, 6))):
-        dtype = draw(st.sampled_from(["F32", "BF16", "U8", "I64"]))
-        shape = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
-        common.append(TensorSpec(f"t{index}", dtype, shape))
-        parts = draw(st.integers(1, ranks)) if shape and 0 not in shape else 1
-        step = -(-shape[0] // parts) if shape and shape[0] else 0
-        for rank in range(ranks):
-            offsets, sizes = [0] * len(shape), list(shape)
-            part = rank % parts
-            if parts > 1:
-                offsets[0] = min(part * step, shape[0])
-                sizes[0] = min(step, shape[0] - offsets[0])
-            if parts > 1 and 0 in sizes:
-                continue
-            held[rank].append((index, offsets, sizes, parts < ranks or draw(st.booleans())))
-    own = [[] for _ in range(ranks)]
-    for rank in range(ranks):
-        for number in range(draw(st.integers(0, 2))):
-            own[rank].append(TensorSpec(f"o{number}@rank{rank}", "F32", (3, number)))
-            held[rank].append((len(common) + number, (0, 0), (3, number), False))
-    plans = []
-    for rank in range(ranks):
-        count = len(common) + len(own[rank])
-        kind = draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
-        plans.append(a_plan(common, own[rank], held[rank], kind))
-    return plans
-
-
-def travelled(plans):
-    """What rank 0 gets of them."""
-    return [LocalPlan.unpack(plan.pack(complete=rank == 0)) for rank, plan in enumerate(plans)]
+from tests.plan.plans import a_plan, travelled, worlds
 
 
 def writes_of(plans, plan):
@@ -170,53 +127,6 @@ def test_compared_are_the_chunks_that_several_ranks_hold(plans):
     assert sorted(found.values()) == sorted(several)
 
 
-def bytes_by_rank(plan):
-    sizes = plan.chunks.boxes[:, 1].prod(axis=1)
-    totals = np.concatenate([[0], np.cumsum(sizes)])
-    return np.diff(totals[plan.bounds]).tolist()
-
-
-def filled(loads, amount):
-    """Bytes poured in one by one, each where there is least."""
-    loads = list(loads)
-    for _ in range(amount):
-        loads[loads.index(min(loads))] += 1
-    return loads
-
-
-@given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=8),
-    st.lists(st.integers(1, 60), min_size=1, max_size=6),
-    st.integers(1, 6),
-)
-def test_bytes_are_divided_as_evenly_as_can_be(sizes, solo, ranks):
-    solo = solo[:ranks]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicas, "SPLIT_BYTES", 0)
-        found = bytes_by_rank(global_plan(replicated(sizes, ranks, solo)))
-    expected = filled([*solo, *[0] * (ranks - len(solo))], sum(sizes))
-    assert sum(found) == sum(expected)
-    for a, b in zip(sorted(found), sorted(expected), strict=True):
-        assert abs(a - b) <= ranks  # bounds are rounded to whole bytes, each once
-
-
-def test_small_chunks_stay_whole_and_large_ones_are_cut_by_rows():
-    big = replicas.SPLIT_BYTES * 4
-    plan = global_plan(replicated([100, big, 100], 2))
-    assert [len(plan.of_rank(rank)) for rank in range(2)] == [2, 2]
-    assert bytes_by_rank(plan) == [big // 2 + 100, big // 2 + 100]
-
-
-def test_many_sets_of_replicas():
-    """Every pair of neighbours shares its own chunk."""
-    ranks = 40
-    common = [TensorSpec(f"t{i}", "U8", (8,)) for i in range(ranks // 2)]
-    plans = [a_plan(common, (), [(rank // 2, (0,), (8,), True)]) for rank in range(ranks)]
-    plan = global_plan(plans)
-    assert sorted(bytes_by_rank(plan)) == [0] * 20 + [8] * 20
-    assert plan.group.tolist() == [rank // 2 for rank in range(ranks)]
-
-
 @pytest.mark.parametrize("harm", ["hole", "overlap", "out of bounds", "nobody"])
 def test_what_does_not_tile_is_refused(harm):
     common = [TensorSpec("fine", "F32", (2,)), TensorSpec("w", "F32", (4, 3))]
@@ -233,30 +143,3 @@ def test_what_does_not_tile_is_refused(harm):
     box = {"hole": "[2, 0], sizes [1, 3]", "overlap": "[1, 0], sizes [1, 3]"}.get(harm, "")
     assert f"{'hole' if harm == 'nobody' else harm} at offsets {box}" in str(caught.value)
     assert caught.value.rank == {"overlap": (0, 1), "out of bounds": (1,)}.get(harm)
-
-
-@given(worlds())
-def test_entries_say_where_each_chunk_lies(plans):
-    plan = global_plan(travelled(plans))
-    headers = np.arange(1, len(plans) + 1) * 4096
-    entries = tensor_entries(plan.specs, plan.chunks, bounds=plan.bounds, header_bytes=headers)
-    expected = {spec.name: [] for spec in plan.specs}
-    for rank in range(len(plans)):
-        at, own = int(headers[rank]), plan.of_rank(rank)
-        for index, box in zip(own.tensor.tolist(), own.boxes.tolist(), strict=True):
-            spec = plan.specs[index]
-            dims = len(spec.shape)
-            size = int(np.prod(box[1])) * itemsize(spec.dtype)
-            expected[spec.name].append([rank, at, at + size, *box[0][:dims], *box[1][:dims]])
-            at += size
-    for spec in plan.specs:
-        entry = entries[spec.name]
-        assert (entry.dtype, entry.shape) == (spec.dtype, spec.shape)
-        rows = sorted(expected[spec.name], key=lambda row: row[3 : 3 + len(spec.shape)])
-        assert entry.chunks.tolist() == rows
-    known = KnownPlan(plan)
-    files = np.column_stack([np.diff(plan.bounds), headers])
-    assert known.encoded_tensors(files) == encode_tensors(entries)
-    assert known.encoded_tensors(files) is known.encoded_tensors(files.copy())
-    changed = known.encoded_tensors(files + np.array([0, 4096]))
-    assert changed != encode_tensors(entries) or not len(plan.chunks)

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +18,7 @@ from torch import nn
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.io.buffers import have_huge_pages
 from shardckpt.saving import async_save as background
-from shardckpt.saving.staging import StagingPool
 from shardckpt.storage.local import LocalStorage
 
 
@@ -243,60 +240,6 @@ def test_a_budget_below_one_state_lets_one_in(tmp_path, monkeypatch):
     background._background.finish()
     for number in range(3):
         assert shardckpt.load_state(tmp_path / str(number))["t"].unique().tolist() == [number]
-
-
-def test_staging_memory_is_used_again(monkeypatch):
-    monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1 << 30))
-    pool = StagingPool()
-    first = pool.take(5 << 20, pinned=False)
-    pool.give_back(first)
-    again = pool.take(4 << 20, pinned=False)
-    assert again is first
-    other = pool.take(3 << 20, pinned=False)
-    assert other is not first
-    pool.give_back(other)
-    pool.give_back(again)
-    assert pool.take(1, pinned=False) is first
-
-
-def memory_flags(address):
-    """What the kernel notes of the mapping that an address lies in."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if not first.endswith(":"):
-            low, _, high = first.partition("-")
-            inside = int(low, 16) <= address < int(high, 16)
-        elif inside and first == "VmFlags:":
-            return rest
-    raise AssertionError("no such mapping")
-
-
-@pytest.mark.skipif(not have_huge_pages(), reason="no huge pages, or nothing that tells of them")
-def test_a_first_staging_takes_ordinary_pages():
-    pool = StagingPool()
-    buffer = pool.take(5 << 20, pinned=False)
-    address = buffer._bytes.data_ptr() + (4 << 20)
-    assert {"hg", "dc"} & set(memory_flags(address)) == {"dc"}
-    pool.give_back(buffer)
-    assert {"hg", "dc"} <= set(memory_flags(address))
-
-
-def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
-    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
-    pool = StagingPool()
-    pool.give_back(pool.take(9 << 20, pinned=False))
-    pool.take(1, pinned=False)
-    pool.take(1, pinned=False)  # there is room for two like this
-
-
-def test_staging_memory_that_never_comes_free_is_an_error(monkeypatch):
-    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
-    monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1))
-    pool = StagingPool()
-    pool.take(1, pinned=False)
-    with pytest.raises(errors.StateError, match="memory"):
-        pool.take(1, pinned=False)
 
 
 def test_an_error_that_nobody_asked_for_is_raised_by_the_next_call(tmp_path):

@@ -1,78 +1,112 @@
-"""Shards written from where their data were staged: the same bytes and digests as by copies."""
+"""Memory for staged states, and the copies in it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from shardckpt.format.digests import BLOCK_BYTES, block_digest
-from shardckpt.io.buffers import BUFFER_BYTES
-from shardckpt.saving import shard_writer as writer
-from shardckpt.saving.staging import StagingBuffer
-
-
-class File:
-    """A file in memory that takes what O_DIRECT would take."""
-
-    direct = True
-
-    def __init__(self, size_bytes: int) -> None:
-        self.data = bytearray(size_bytes + 4096)
-
-    def write(self, view: memoryview, *, offset: int) -> None:
-        assert offset % 4096 == 0
-        assert len(view) % 4096 == 0
-        assert np.frombuffer(view, dtype=np.uint8).ctypes.data % 4096 == 0
-        self.data[offset : offset + len(view)] = view
+import shardckpt
+from shardckpt import errors
+from shardckpt.format.entries import TensorEntry
+from shardckpt.io.buffers import contiguous_parts, have_huge_pages
+from shardckpt.plan.local_plan import local_plan
+from shardckpt.plan.read_plan import plan_reads
+from shardckpt.saving.staging import StagingBuffer, StagingPool, stage, staged_bytes
+from shardckpt.state.flatten import flatten
+from shardckpt.state.local_chunks import LocalChunk
 
 
-IMAGE = StagingBuffer(32 << 20, pinned=False)._bytes
-IMAGE.copy_(torch.arange(IMAGE.numel()) % 251)
+def test_staging_memory_is_used_again(monkeypatch):
+    monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1 << 30))
+    pool = StagingPool()
+    first = pool.take(5 << 20, pinned=False)
+    pool.give_back(first)
+    again = pool.take(4 << 20, pinned=False)
+    assert again is first
+    other = pool.take(3 << 20, pinned=False)
+    assert other is not first
+    pool.give_back(other)
+    pool.give_back(again)
+    assert pool.take(1, pinned=False) is first
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    pages=st.integers(1, 300),
-    begin=st.integers(0, 3).map(lambda n: n * 4096) | st.integers(0, 9999),
-    sizes=st.lists(st.integers(0, 9 << 20) | st.integers(0, 5000), max_size=5),
-    gap=st.booleans(),
-)
-def test_the_same_bytes_as_by_copies(pages, begin, sizes, gap):
-    header = bytes(range(256)) * 16 * pages
-    tensors = []
-    for size in sizes:
-        tensors.append(IMAGE[begin : begin + min(size, 6 << 20)])
-        begin += len(tensors[-1]) + gap
-    expected = header + b"".join(tensor.numpy().tobytes() for tensor in tensors)
-    file = File(len(expected))
-    size, digests = writer.write_shard(file, header=header, tensors=tensors, staged=True)
-    assert size == len(expected)
-    assert file.data[:size] == expected
-    blocks = [expected[at : at + BLOCK_BYTES] for at in range(0, size, BLOCK_BYTES)]
-    assert digests.tolist() == [block_digest(block) for block in blocks]
+def memory_flags(address):
+    """What the kernel notes of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            low, _, high = first.partition("-")
+            inside = int(low, 16) <= address < int(high, 16)
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError("no such mapping")
 
 
-@pytest.mark.parametrize("staged", [True, False])
-def test_only_what_is_staged_is_written_without_a_copy(staged, monkeypatch):
-    copied = []
-    copy = writer.copy_bytes
-    monkeypatch.setattr(
-        writer, "copy_bytes", lambda to, of, size: (copied.append(size), copy(to, of, size))
-    )
-    header, tensors = bytes(8192), IMAGE[: 3 * BUFFER_BYTES].split(1 << 20)
-    writer.write_shard(
-        File(len(header) + 3 * BUFFER_BYTES), header=header, tensors=tensors, staged=staged
-    )
-    total = len(header) + 3 * BUFFER_BYTES
-    assert sum(copied) == (total - 2 * BUFFER_BYTES if staged else total)
+@pytest.mark.skipif(not have_huge_pages(), reason="the kernel reports no huge pages")
+def test_a_first_staging_takes_ordinary_pages():
+    pool = StagingPool()
+    buffer = pool.take(5 << 20, pinned=False)
+    address = buffer._bytes.data_ptr() + (4 << 20)
+    assert {"hg", "dc"} & set(memory_flags(address)) == {"dc"}
+    pool.give_back(buffer)
+    assert {"hg", "dc"} <= set(memory_flags(address))
 
 
-def test_parts_of_other_tensors_are_written_as_well():
-    tensors = [IMAGE[:4096].view(64, 64).t(), torch.ones(3), IMAGE[4096:8192], torch.tensor([])]
-    expected = bytes(4096) + b"".join(t.contiguous().numpy().tobytes() for t in tensors)
-    file = File(len(expected))
-    size, _ = writer.write_shard(file, header=bytes(4096), tensors=tensors, staged=True)
-    assert file.data[:size] == expected
+def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
+    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
+    pool = StagingPool()
+    pool.give_back(pool.take(9 << 20, pinned=False))
+    pool.take(1, pinned=False)
+    pool.take(1, pinned=False)  # there is room for two like this
+
+
+def test_staging_memory_that_never_comes_free_is_an_error(monkeypatch):
+    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
+    monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1))
+    pool = StagingPool()
+    pool.take(1, pinned=False)
+    with pytest.raises(errors.StateError, match="memory"):
+        pool.take(1, pinned=False)
+
+
+def test_memory_that_is_freed_after_planning_is_not_touched():
+    tensor = torch.ones(1 << 18)
+    part = tensor[:4]
+    plan = local_plan(flatten({"w": tensor}, rank=0), world_size=1)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(errors.UnsupportedLeafError, match="w"):
+        stage(plan, StagingBuffer(staged_bytes(plan), pinned=False), {})
+    with pytest.raises(errors.UnsupportedLeafError):
+        list(contiguous_parts(tensor))
+    entry = TensorEntry(dtype="F32", shape=(4,), chunks=np.array([[0, 0, 16, 0, 4]]))
+    with pytest.raises(errors.UnsupportedLeafError):
+        plan_reads([(entry, LocalChunk((0,), (4,), part))])
+
+
+def test_a_conjugate_beside_its_base_is_staged_as_itself(tmp_path):
+    base = torch.complex(torch.ones(2), torch.ones(2))
+    state = {"base": base, "conjugate": base.conj(), "negative": base.conj().imag}
+    shardckpt.async_save(state, tmp_path / "c").result(60)
+    found = shardckpt.load_state(tmp_path / "c")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_staged_plan_has_the_same_tensors_in_memory_of_its_own():
+    turned = torch.arange(6).reshape(2, 3).t()
+    state = {"w": torch.arange(70_000.0), "turned": turned, "s": torch.tensor(2)}
+    plan = local_plan(flatten(state, rank=0), world_size=1)
+    buffer = StagingBuffer(staged_bytes(plan), pinned=False)
+    staged = stage(plan, buffer, {})
+    before = [data.clone() for data in plan.data]
+    for tensor in state.values():
+        tensor.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(staged.data, before, strict=True))
+    assert staged.common == plan.common
+    begin = buffer._bytes.data_ptr()
+    assert all(begin <= d.data_ptr() < begin + buffer.size_bytes for d in staged.data)
+    again = stage(plan, buffer, {})
+    assert [d.data_ptr() for d in again.data] == [d.data_ptr() for d in staged.data]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from torch import nn
@@ -72,22 +70,6 @@ def test_tensors_tied_in_the_target_alone_are_not_mixed_up(tmp_path):
         shardckpt.load({"h": {"a": one, "b": one}}, tmp_path / "c")
 
 
-def test_tensors_of_objects_are_filled_in_place(tmp_path):
-    shardckpt.save({"h": Holder(a=torch.ones(2))}, tmp_path / "c")
-    target = Holder(a=torch.zeros(2))
-    place = target.tensors["a"]
-    shardckpt.load({"h": target}, tmp_path / "c")
-    assert target.tensors["a"] is place
-    assert place.tolist() == [1, 1]
-
-
-def test_a_counter_is_one_value(tmp_path):
-    shardckpt.save({"c": Counter("aab"), "none": Counter()}, tmp_path / "c")
-    state = {"c": Counter("xyy"), "none": Counter("z")}
-    shardckpt.load(state, tmp_path / "c")
-    assert state == {"c": Counter("aab"), "none": Counter()}
-
-
 def test_buffers_on_meta_that_no_checkpoint_holds(tmp_path):
     def module():
         made = nn.Linear(2, 2)
@@ -103,59 +85,6 @@ def test_buffers_on_meta_that_no_checkpoint_holds(tmp_path):
     assert caught.value.facts["missing"] == ("m.cache",)
     shardckpt.load({"m": target}, tmp_path / "c", strict=False)
     assert not target.weight.is_meta
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_targets_that_cannot_be_filled(tmp_path):
-    shardckpt.save({"t": torch.ones(4)}, tmp_path / "c")
-    with pytest.raises(errors.StateError, match="share memory"):
-        shardckpt.load({"t": torch.zeros(1).expand(4)}, tmp_path / "c")
-    shardckpt.save({"none": torch.empty(0, 2)}, tmp_path / "none")
-    shardckpt.load({"none": torch.empty(1, 1).expand(1, 2)[:0]}, tmp_path / "none")
-    for target in (torch.zeros(4).to_sparse(), nn.LazyLinear(2).weight):
-        with pytest.raises(errors.UnsupportedLeafError):
-            shardckpt.load({"t": target}, tmp_path / "c")
-
-
-VIEWS = {
-    "as it is": lambda: torch.zeros(4),
-    "every other element": lambda: torch.zeros(8)[::2],
-    "negative": lambda: torch.zeros(4, dtype=torch.complex64).conj().imag,
-    "of a matrix": lambda: torch.zeros(4, 3)[:, 1],
-    "a parameter": lambda: nn.Parameter(torch.zeros(4)),
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_a_view_is_filled_where_it_lies(tmp_path, view):
-    values = torch.arange(1.0, 5)
-    shardckpt.save({"t": values}, tmp_path / "c")
-    target = VIEWS[view]()
-    shardckpt.load({"t": target}, tmp_path / "c")
-    assert target.tolist() == values.tolist()
-
-
-def test_a_conjugate_view_is_filled_where_it_lies(tmp_path):
-    values = torch.complex(torch.arange(1.0, 4), torch.ones(3))
-    shardckpt.save({"t": values}, tmp_path / "c")
-    below = torch.zeros(3, dtype=torch.complex64)
-    shardckpt.load({"t": below.conj()}, tmp_path / "c")
-    assert below.tolist() == values.conj().resolve_conj().tolist()
-
-
-def test_views_of_the_same_memory_are_not_filled_with_two_tensors(tmp_path):
-    shardckpt.save({"a": torch.ones(2), "b": torch.zeros(2)}, tmp_path / "c")
-    memory = torch.zeros(4)
-    with pytest.raises(errors.StateError, match="same memory"):
-        shardckpt.load({"a": memory[1:3], "b": memory[1:3]}, tmp_path / "c")
-
-
-def test_tensors_made_in_inference_mode(tmp_path):
-    shardckpt.save({"a": torch.ones(4, 4), "b": torch.ones(4, 4).t()}, tmp_path / "c")
-    with torch.inference_mode():
-        state = {"a": torch.zeros(4, 4).t(), "b": torch.zeros(4, 4)}
-    shardckpt.load(state, tmp_path / "c")
-    assert all(tensor.eq(1).all() for tensor in state.values())
 
 
 def test_a_device_map_applies_to_ties_once(tmp_path):

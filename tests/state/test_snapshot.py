@@ -14,7 +14,6 @@ from torch import nn
 
 from shardckpt.state.flatten import flatten
 from shardckpt.state.markers import PerRank
-from shardckpt.state.module_state import canonical_names, module_state, parameter_names
 from shardckpt.state.snapshot import take_snapshot
 
 SMALL_BYTES = 64
@@ -130,30 +129,3 @@ def test_inference_tensors_are_copied():
         tensor.zero_()
         state["m"].weight.zero_()
     assert facts(snapshot.state) == before
-
-
-def test_what_is_known_of_a_module_is_forgotten_when_it_changes():
-    model = a_model()
-    assert take_snapshot({"m": model}, small_bytes=0)
-    model[2] = nn.DataParallel(nn.Linear(40, 5))  # a wrapper of the same keys
-    model[2].module.register_module("module", nn.Identity())
-    assert set(module_state(model)) == set(a_model().state_dict())
-    names = parameter_names(model)
-    assert names[id(model[2].module.weight)] == "2.weight"
-    model[2] = nn.Linear(40, 5)
-    assert parameter_names(model)[id(model[2].weight)] == "2.weight"
-    model.append(nn.Linear(5, 5))
-    assert "3.weight" in module_state(model)
-    model[3].weight = nn.Parameter(torch.zeros(5, 5))
-    assert parameter_names(model)[id(model[3].weight)] == "3.weight"
-
-
-def test_a_wrapper_that_takes_a_name_away_is_seen():
-    inner = nn.Module()
-    inner.module = nn.Linear(2, 2)
-    whole = nn.Sequential(inner)
-    assert set(module_state(whole)) == {"0.module.weight", "0.module.bias"}
-    whole[0] = nn.DataParallel(inner.module)  # the keys stay what they were
-    assert set(module_state(whole)) == {"0.weight", "0.bias"}
-    assert set(canonical_names(whole).values()) == {"0.weight", "0.bias"}
-    assert set(parameter_names(whole).values()) == {"0.weight", "0.bias"}

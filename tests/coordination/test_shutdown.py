@@ -1,0 +1,37 @@
+"""The end of a process that has a process group."""
+
+from __future__ import annotations
+
+import atexit
+
+import pytest
+import torch.distributed as dist
+
+from shardckpt.coordination import shutdown
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(shutdown, "_GLOO_S", 0.0)
+
+
+def test_the_default_group_is_destroyed():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    shutdown.leave()
+    assert not dist.is_initialized()
+
+
+def test_without_a_group_nothing_is_destroyed(monkeypatch):
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("destroyed"))
+    shutdown.leave()
+
+
+def test_leaving_is_registered_once(monkeypatch):
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    monkeypatch.setattr(
+        atexit, "unregister", lambda function: registered.clear() if function in registered else 0
+    )
+    shutdown.leave_at_exit()
+    shutdown.leave_at_exit()
+    assert registered == [shutdown.leave]

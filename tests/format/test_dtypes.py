@@ -1,0 +1,68 @@
+"""The names of dtypes, and the form of their elements in a shard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shardckpt.errors import UnsupportedLeafError
+from shardckpt.format.dtypes import (
+    DTYPES,
+    OPAQUE,
+    dtype_name,
+    itemsize,
+    memory_dtype,
+    memory_view,
+    plain_dtype,
+    shard_form,
+)
+
+ITEMSIZES = {"BOOL": 1, "U8": 1, "I16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8, "C128": 16}
+
+
+def test_every_dtype_has_one_name_and_its_size():
+    for name, dtype in DTYPES.items():
+        assert dtype_name(dtype, tensor="w") == name
+    assert {name: itemsize(name) for name in ITEMSIZES} == ITEMSIZES
+    assert len(set(DTYPES.values())) == len(DTYPES)
+
+
+def test_a_dtype_that_can_not_be_saved_is_refused_with_the_name_of_the_tensor():
+    with pytest.raises(UnsupportedLeafError) as caught:
+        dtype_name(torch.qint8, tensor="layer.w")
+    assert (caught.value.tensor, caught.value.actual) == ("layer.w", "qint8")
+    assert "dequantize" in caught.value.remedy
+
+
+def test_a_chunk_in_a_shard_has_a_dtype_of_safetensors_and_as_many_bytes():
+    plain = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64"}
+    plain |= {"BF16", "C64", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"}
+    for name in DTYPES:
+        form, shape = shard_form(name, (3, 2))
+        assert form in plain
+        elements = torch.Size(shape).numel()
+        assert elements * itemsize(form) == 6 * itemsize(name)
+        assert (form == name) == (name in plain)
+    assert shard_form("C128", (3,)) == ("F64", (3, 2))
+    assert shard_form("BITS16", ()) == ("U16", ())
+
+
+def test_only_dtypes_of_safetensors_go_into_its_files():
+    assert plain_dtype("BF16", tensor="w") == "BF16"
+    for name in ("C32", "C128", "UINT4", "F4X2", "BITS8"):
+        with pytest.raises(UnsupportedLeafError, match="safetensors") as caught:
+            plain_dtype(name, tensor="w")
+        assert caught.value.tensor == "w"
+
+
+def test_integers_of_a_few_bits_are_copied_as_bytes():
+    codes = torch.arange(4, dtype=torch.uint8)
+    for name in ("UINT1", "UINT7", "INT4"):
+        view = memory_view(codes.view(DTYPES[name]))
+        assert view.dtype == memory_dtype(name) == torch.uint8
+        assert view.tolist() == codes.tolist()
+        assert view.data_ptr() == codes.data_ptr()
+        assert DTYPES[name] in OPAQUE
+    floats = torch.ones(2)
+    assert memory_view(floats) is floats
+    assert memory_dtype("F32") == torch.float32

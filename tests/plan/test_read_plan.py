@@ -1,0 +1,119 @@
+"""Boxes of saved tensors become byte ranges of shards, and their targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardckpt.errors import UnsupportedLeafError
+from shardckpt.format.entries import TensorEntry
+from shardckpt.io.buffers import view_at
+from shardckpt.plan.read_plan import WINDOW_BYTES, plan_reads
+from shardckpt.state.local_chunks import LocalChunk
+
+ROWS, COLUMNS = 6, 5
+
+
+def entry(tensor: torch.Tensor, *, begin: int = 64, cut: int | None = None) -> TensorEntry:
+    """The entry of an F32 tensor: one chunk in shard 0, or one in each of shards 0 and 1."""
+    rows, columns = tensor.shape
+    parts = [(0, rows)] if cut is None else [(0, cut), (cut, rows - cut)]
+    chunks = [
+        [shard, begin, begin + count * columns * 4, at, 0, count, columns]
+        for shard, (at, count) in enumerate(parts)
+    ]
+    return TensorEntry(dtype="F32", shape=(rows, columns), chunks=np.array(chunks, np.int64))
+
+
+def perform(reads, shards: list[bytes]) -> None:
+    """A slow reference: copies each planned read from shards in memory."""
+    for shard, begin, end, address in reads.direct.tolist():
+        view_at(address, end - begin)[:] = shards[shard][begin:end]
+    for copy in reads.copies:
+        assert copy.begin // WINDOW_BYTES == (copy.end - 1) // WINDOW_BYTES
+        data = bytearray(shards[copy.shard][copy.begin : copy.end])
+        held = torch.frombuffer(data, dtype=copy.dtype)
+        copy.into.copy_(held.as_strided(copy.sizes, copy.strides))
+
+
+def shards_of(tensor: torch.Tensor, begin: int, cut: int | None) -> list[bytes]:
+    parts = [tensor] if cut is None else [tensor[:cut], tensor[cut:]]
+    return [bytes(begin) + part.contiguous().numpy().tobytes() for part in parts]
+
+
+@given(
+    st.integers(0, ROWS - 1),
+    st.integers(1, ROWS),
+    st.integers(0, COLUMNS - 1),
+    st.integers(1, COLUMNS),
+    st.sampled_from([None, 1, 3]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_element_of_a_box_is_read_to_its_place(row, rows, column, columns, cut, turned, cast):
+    saved = torch.arange(float(ROWS * COLUMNS)).reshape(ROWS, COLUMNS)
+    rows, columns = min(rows, ROWS - row), min(columns, COLUMNS - column)
+    dtype = torch.float64 if cast else torch.float32
+    shape = (columns, rows) if turned else (rows, columns)
+    target = torch.full(shape, -1.0, dtype=dtype)
+    view = target.t() if turned else target
+    reads = plan_reads([(entry(saved, cut=cut), LocalChunk((row, column), (rows, columns), view))])
+    perform(reads, shards_of(saved, 64, cut))
+    assert torch.equal(view.float(), saved[row : row + rows, column : column + columns])
+
+
+def test_a_tensor_that_lies_as_saved_is_one_direct_read():
+    target = torch.zeros(ROWS, COLUMNS)
+    reads = plan_reads([(entry(target), LocalChunk((0, 0), (ROWS, COLUMNS), target))])
+    assert reads.direct.tolist() == [[0, 64, 64 + target.nbytes, target.data_ptr()]]
+    assert reads.copies == []
+
+
+def test_rows_of_a_chunk_are_one_direct_read_and_columns_are_copied():
+    saved = torch.zeros(ROWS, COLUMNS)
+    rows, columns = torch.zeros(2, COLUMNS), torch.zeros(ROWS, 2)
+    reads = plan_reads([(entry(saved), LocalChunk((1, 0), (2, COLUMNS), rows))])
+    assert reads.direct.tolist() == [[0, 64 + 20, 64 + 60, rows.data_ptr()]]
+    reads = plan_reads([(entry(saved), LocalChunk((0, 1), (ROWS, 2), columns))])
+    assert len(reads.direct) == 0
+    (copy,) = reads.copies
+    assert (copy.begin, copy.end) == (64 + 4, 64 + 5 * 20 + 12)
+    assert (copy.sizes, copy.strides) == ((ROWS, 2), (COLUMNS, 1))
+
+
+def test_a_known_address_takes_the_place_of_the_tensor():
+    target = torch.zeros(2, 2)
+    chunk = LocalChunk((0, 0), (2, 2), target, address=12_345)
+    assert plan_reads([(entry(target), chunk)]).direct[0, 3] == 12_345
+
+
+def test_a_box_without_elements_needs_no_read():
+    saved = torch.zeros(ROWS, COLUMNS)
+    reads = plan_reads([(entry(saved), LocalChunk((0, 0), (0, COLUMNS), torch.zeros(0, COLUMNS)))])
+    assert (len(reads.direct), reads.copies) == (0, [])
+    assert len(plan_reads([]).direct) == 0
+
+
+def test_a_copy_does_not_cross_the_border_of_a_window():
+    saved = torch.zeros(5, 1000)
+    begin = WINDOW_BYTES - 4 * 1500  # the border is in the middle of the second row
+    target = torch.zeros(5, 1000, dtype=torch.float64)
+    reads = plan_reads([(entry(saved, begin=begin), LocalChunk((0, 0), (5, 1000), target))])
+    ranges = [(copy.begin, copy.end) for copy in reads.copies]
+    assert len(ranges) > 1
+    assert ranges[0][0] == begin
+    assert ranges[-1][1] == begin + saved.nbytes
+    assert all(low // WINDOW_BYTES == (high - 1) // WINDOW_BYTES for low, high in ranges)
+    assert [high for _, high in ranges[:-1]] == [low for low, _ in ranges[1:]]
+    assert sum(copy.into.numel() for copy in reads.copies) == saved.numel()
+
+
+def test_a_target_without_memory_is_refused():
+    target = torch.ones(8, 1)
+    part = target[:4]
+    target.untyped_storage().resize_(0)
+    with pytest.raises(UnsupportedLeafError):
+        plan_reads([(entry(part), LocalChunk((0, 0), (4, 1), part))])
