@@ -106,7 +106,7 @@ def test_the_command_line_page_has_every_option(command, capsys):
     assert sorted(described) == sorted(offered)
 
 
-def test_the_errors_page_has_the_whole_tree():
+def test_the_errors_page_has_the_complete_tree():
     page = (ROOT / "docs" / "errors.md").read_text().split("```")[1]
     assert set(re.findall(r"\w+Error(?= |$)", page, re.MULTILINE)) >= set(errors.__all__)
 

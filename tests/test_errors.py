@@ -89,7 +89,7 @@ def test_facts_in_words_and_through_pickle(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_absent_facts_are_not_told(cls):
+def test_absent_facts_are_not_in_the_message(cls):
     error = cls("It broke")
     assert str(error) == "It broke"
     assert (error.path, error.rank, error.tensor, error.expected) == (None,) * 4

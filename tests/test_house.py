@@ -276,3 +276,41 @@ def test_new_tensors_name_their_device(path):
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)):
                 named = any(keyword.arg in ("device", None) for keyword in node.keywords)
                 assert name not in FACTORIES or named, f"torch.{name} in line {node.lineno}"
+
+
+OTHER_LAYOUT = {"nn_handler", "storage", "manager"}
+"""Folders whose tests are arranged by what a user does."""
+WITHOUT_TEST_FILE = {
+    "__main__.py": "a call of cli/entry",
+    "_version.py": "a declaration",
+    "coordination/base.py": "an interface; test_single, test_store and mpi test its classes",
+    "coordination/process_group.py": "needs mpirun or srun: tests/mpi",
+    "coordination/mpi/coordinator.py": "needs mpirun: tests/mpi",
+    "cli/convert.py": "a command: convert/test_convert",
+    "cli/entry.py": "the entry point: test_extras_are_optional",
+    "convert/dcp_files.py": "a target of convert: test_convert",
+    "convert/safetensors_files.py": "a source and a target of convert: test_convert",
+    "convert/single_files.py": "sources and targets of convert: test_torch_reader",
+    "convert/foreign_file.py": "the checks of sources: test_layouts and faults/test_hostile",
+    "convert/sources.py": "the sources of convert: test_convert",
+    "convert/targets.py": "the targets of convert: test_convert",
+    "convert/torch_sources.py": "sources of convert: test_layouts and test_torch_objects",
+    "integrations/dcp/driver.py": "part of one interface: integrations/test_dcp",
+    "integrations/dcp/planners.py": "part of one interface: integrations/test_dcp",
+    "integrations/dcp/reader.py": "part of one interface: integrations/test_dcp",
+    "integrations/dcp/writer.py": "part of one interface: integrations/test_dcp",
+    "testing.py": "tests of a storage: storage/test_own_storage runs them",
+}
+"""Modules without a test file of their name, and the place of their tests."""
+
+
+def test_every_module_has_a_test_file_of_its_name():
+    tests = PACKAGE.parent / "tests"
+    lacking = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if path.name != "__init__.py"
+        and path.relative_to(PACKAGE).parts[0] not in OTHER_LAYOUT
+        and not (tests / path.relative_to(PACKAGE).parent / f"test_{path.name}").exists()
+    }
+    assert lacking == WITHOUT_TEST_FILE.keys()

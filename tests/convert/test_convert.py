@@ -77,7 +77,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "dcp"])
-def test_a_whole_state_goes_and_comes_back(tmp_path, saved, target):
+def test_a_complete_state_goes_and_comes_back(tmp_path, saved, target):
     path = str(tmp_path / target)
     convert(saved, path, **({"to": "dcp", "shards": 3} if target == "dcp" else {}))
     convert(path, str(tmp_path / "back"), shards=2)

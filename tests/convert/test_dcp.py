@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 
 import pytest
@@ -43,15 +42,6 @@ def test_a_handler_begins_with_its_weights(tmp_path):
 class Attack:
     def __reduce__(self):
         return os.mkdir, (os.environ["ATTACK"],)
-
-
-def test_metadata_runs_no_code(tmp_path, monkeypatch):
-    write({"w": torch.ones(2)}, tmp_path / "c")
-    monkeypatch.setenv("ATTACK", str(tmp_path / "owned"))
-    (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(errors.CorruptionError, match="metadata"):
-        DcpCheckpoint(str(tmp_path / "c"))
-    assert not (tmp_path / "owned").exists()
 
 
 def test_tensor_files_run_no_code(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def test_other_damage(files, name):
     damage.assert_detected(files, name)
 
 
-def test_a_flipped_bit_is_told_and_only_its_tensor_is_hurt():
+def test_a_flipped_bit_is_reported_and_corrupts_only_its_tensor():
     files = damage.a_checkpoint()
     name = max(files, key=lambda name: len(files[name]))
     rng = random.Random(SEED)

@@ -43,7 +43,7 @@ def both(**changes):
 
 
 @given(STATES, st.lists(NAMES, max_size=3))
-def test_names_lead_where_they_lead_in_the_whole(state, names):
+def test_names_lead_where_they_lead_in_the_complete_manifest(state, names):
     outline, manifest = both(state=values.encode(state, at=""))
     leaves = SavedState(manifest).leaves
     for name in [*leaves, *names]:
@@ -62,7 +62,7 @@ def test_plain_names_are_found(name):
 
 
 @pytest.mark.parametrize("state", [{"": {"a.b": 1}}, {"a": {"b": 1}}, {"a": {"": {"b": 1}}}])
-def test_a_name_that_two_ways_lead_to_is_not_told(state):
+def test_a_name_that_two_ways_lead_to_is_not_found(state):
     for both_ways in ({**state, "a.b": 2}, {"a.b": 2, **state}):
         outline, manifest = both(state=values.encode(reference(both_ways), at=""))
         found = SavedState(manifest).leaves
@@ -75,7 +75,7 @@ def reference(node):
     return TensorRef({1: "w", 2: "s"}[node], "tensor")
 
 
-def test_tensors_are_those_of_the_whole():
+def test_tensors_are_those_of_the_complete_manifest():
     outline, manifest = both()
     assert outline.tensor("w").chunks.tolist() == manifest.tensors["w"].chunks.tolist()
     assert outline.tensor("w").shape == manifest.tensors["w"].shape
@@ -95,7 +95,7 @@ SLABS = {
 
 @pytest.mark.parametrize("kind", SLABS)
 @given(st.data())
-def test_nothing_is_told_of_a_tensor_that_is_not_right(kind, data):
+def test_a_tensor_that_violates_the_format_is_not_found(kind, data):
     """One number is another, or a row is gone, there twice, or elsewhere in its file."""
     shape, rows = SLABS[kind]
     numbers = np.array(rows, np.int64)

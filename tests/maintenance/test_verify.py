@@ -202,7 +202,7 @@ def test_a_few_blocks_are_searched_for_a_flipped_bit(files, monkeypatch, blocks,
     assert damage.blocks == blocks
 
 
-def test_bits_that_are_not_found_are_not_told(files, monkeypatch):
+def test_bits_that_are_not_found_are_not_reported(files, monkeypatch):
     answers = iter([(1, 1), None])
     monkeypatch.setattr(verify, "find_flipped_bit", lambda data, digest: next(answers))
     (damage,) = find_damage(Shelf(corrupt(files, 1, 2)), manifest_of(files))
@@ -258,7 +258,7 @@ def test_a_shard_that_is_cut(files, size, lost, checked):
     assert check(cut).checked_bytes == checked * BLOCK_BYTES
 
 
-def test_damage_before_a_cut_is_told_too(files, no_search):
+def test_damage_before_a_cut_is_reported_too(files, no_search):
     damaged = corrupt(files, 1)
     damaged[SHARD] = damaged[SHARD][: 9 * BLOCK_BYTES]
     (damage,) = find_damage(Shelf(damaged), manifest_of(files))

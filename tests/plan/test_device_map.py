@@ -17,7 +17,7 @@ def layers(count: int, size: int = GIB) -> dict[str, int]:
     return {f"layers.{n}.{part}": size // 2 for n in range(count) for part in ("a", "b")}
 
 
-def test_auto_fills_devices_in_order_and_keeps_layers_whole():
+def test_auto_fills_devices_in_order_and_divides_no_layer():
     free = {"cuda:0": 4 * GIB, "cuda:1": 4 * GIB, "cpu": 2 * GIB}
     placed = assign_devices({"embed": GIB, **layers(9)}, free, balanced=False)
     assert placed["embed"] == FIRST

@@ -195,7 +195,7 @@ def damage(kind: str, path: Path) -> None:
         "file rotten",
     ],
 )
-def test_a_damaged_base_fails_nothing_and_is_told_of(tmp_path, kind):
+def test_a_damaged_base_fails_nothing_and_is_reported(tmp_path, kind):
     model, _ = a_job()
     shardckpt.save({"model": model}, tmp_path / "0")
     damage(kind, tmp_path / "0")

@@ -46,7 +46,7 @@ def test_names_do_not_depend_on_other_modules(tmp_path):
             assert same(target.state_dict(), optimizer.state_dict())
 
 
-def test_part_and_whole_in_one_state(tmp_path):
+def test_a_part_and_the_complete_tensor_in_one_state(tmp_path):
     """Either may come first, and the part may be alone when it is loaded."""
 
     def job():
