@@ -57,9 +57,9 @@ def program() -> str:
 
 
 @contextlib.contextmanager
-def object_server() -> Iterator[dict[str, str]]:
+def object_server(*, volumes: int = 60) -> Iterator[dict[str, str]]:
     """Run a server for the with block; its environment variables. It is healthy when this yields,
-    and has the bucket `tests`."""
+    and has the bucket `tests`. It keeps up to 128 MB in each volume."""
     folder = tempfile.mkdtemp(prefix="shardckpt-objects-")
     s3, master, volume, filer = free_ports(4)
     identity = {
@@ -73,7 +73,7 @@ def object_server() -> Iterator[dict[str, str]]:
         *(program(), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"),
         *(f"-s3.port={s3}", f"-s3.config={config}", f"-master.port={master}"),
         *(f"-volume.port={volume}", f"-filer.port={filer}", "-master.volumeSizeLimitMB=128"),
-        *("-volume.max=60", "-master.electionTimeout=1s", "-master.telemetry=false"),
+        *(f"-volume.max={volumes}", "-master.electionTimeout=1s", "-master.telemetry=false"),
     ]
     log = open(Path(folder, "log"), "wb")  # noqa: SIM115
     server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)

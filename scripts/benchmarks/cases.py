@@ -11,6 +11,7 @@ from benchmarks.planning import planning
 from benchmarks.repeated import frozen
 from benchmarks.saving import save, save_replicated
 from benchmarks.small import small
+from benchmarks.stores import store
 from benchmarks.table import Row
 from benchmarks.training import blocked, train
 
@@ -27,5 +28,6 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "train": train,
     "frozen": frozen,
     "planning": planning,
+    "store": store,
 }
 """What the command line takes; a case gives rows for the table."""

@@ -20,10 +20,13 @@ from shardckpt.errors import (
     CheckpointNotFoundError,
     CorruptionError,
     FormatVersionError,
+    NoSpaceError,
     NotACheckpointError,
     ShardckptError,
+    StalledError,
     StateError,
     StorageError,
+    StoreUnavailableError,
 )
 from shardckpt.logs import warn
 from shardckpt.manager.backends import RECORD, CheckpointBackend, ShardedBackend
@@ -37,6 +40,9 @@ from shardckpt.storage.resolve import resolve
 __all__ = ["CheckpointManager", "Restored"]
 
 T = TypeVar("T")
+PASSING = (NoSpaceError, StalledError, StoreUnavailableError)
+"""The errors of a storage after which the same save may succeed later."""
+
 BROKEN = (CheckpointNotFoundError, CorruptionError, NotACheckpointError, StorageError)
 """The errors after which a restore tries the next checkpoint."""
 
@@ -101,6 +107,11 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         label: Managers with different labels can share a folder. They don't see each other's
             checkpoints. A manager with label None sees all checkpoints.
         process_group: The ranks; see `save`.
+        tolerate: The number of saves in a row that may fail without an error, because the storage
+            is full, does not answer or throttles. Such a save is tried once more, then a warning is
+            issued. With `asynchronous` it is not tried again: its state is gone. Other errors are
+            always raised.
+        on_failure: Called on every rank with the path and the error of a save that failed so.
         storage: The storage of the folder; see `save`.
         backend: How checkpoints are stored; by default as shards. With a backend of your own the
             folder is a local path.
@@ -131,6 +142,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         check: Literal["full", "quick"] = "full",
         label: str | None = "",
         process_group: Any = None,
+        tolerate: int = 0,
+        on_failure: Callable[[str, ShardckptError], object] = lambda path, error: None,
         storage: Storage | None = None,
         backend: CheckpointBackend | None = None,
     ) -> None:
@@ -153,6 +166,9 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         self._group = process_group
         self._backend: CheckpointBackend = backend or ShardedBackend(self._storage)
         self._pending: SaveHandle | None = None
+        self._tolerate = tolerate
+        self._on_failure = on_failure
+        self._failures = 0
         self._records: dict[str, tuple[Hashable, _Record | None]] = {}
         self._verified: dict[str, bool] = {}
 
@@ -180,6 +196,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         Returns:
             The checkpoint, with its path and time. With `asynchronous` it is not complete yet.
+            After a failure that is tolerated it does not exist.
 
         Raises:
             StateError: An argument or the state is invalid.
@@ -203,8 +220,29 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             )
         self.wait()
         floats = {key: float(value) for key, value in (metrics or {}).items()}
+        wanted = self._storage.child(self.folder, name or _name_of(self._name, step=step))
+        saved = self._tried(
+            wanted,
+            lambda: self._save(step, state, floats, name, if_exists),
+            attempts=1 if self._asynchronous else 2,
+        )
+        if saved is None:
+            return SavedCheckpoint(path=wanted, step=step, metrics=floats, saved_at=time.time())
+        if not self._asynchronous:
+            self._prune()
+        return saved
+
+    def _save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metrics: dict[str, float],
+        name: str | None,
+        if_exists: str,
+    ) -> SavedCheckpoint:
+        """Save, or begin to save in the background. Collective."""
         checkpoint, base, manager = self._agree(
-            f"save step {step} in {self.folder}", step, floats, name, if_exists
+            f"save step {step} in {self.folder}", step, metrics, name, if_exists
         )
         record = {
             "label": self.label,
@@ -222,9 +260,39 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             process_group=self._group,
             base=base,
         )
-        if not self._asynchronous:
-            self._prune()
         return checkpoint
+
+    def _tried(self, path: str, save: Callable[[], T], *, attempts: int) -> T | None:
+        """Carry out a save, or wait for one. Collective. None after a failure that is tolerated."""
+        for attempt in range(attempts):
+            try:
+                result = save()
+            except ShardckptError as error:
+                if not self._tolerate or not self._may_pass(path, error):
+                    raise
+                if attempt + 1 < attempts:
+                    continue
+                self._failures += 1
+                if self._failures > self._tolerate:
+                    raise
+                warn(f"{path} was not saved, failure {self._failures} in a row: {error.message}")
+                self._on_failure(path, error)
+                return None
+            self._failures = 0
+            return result
+        return None
+
+    def _may_pass(self, path: str, error: ShardckptError) -> bool:
+        """Return whether all ranks have an error of a storage that may recover. Collective."""
+        own = "storage" if isinstance(error, PASSING) else type(error).__name__
+
+        def decide(payloads: list[bytes]) -> bytes:
+            # RankFailedError is the error of the ranks that only heard of another one.
+            kinds = {payload.decode() for payload in payloads} - {"RankFailedError"}
+            return b"yes" if kinds == {"storage"} else b""
+
+        with operation(f"CheckpointManager: a failed save to {path}", self._group) as ranks:
+            return bool(exchange(ranks, "failure", own.encode, decide))
 
     def _agree(
         self, subject: str, step: int, metrics: dict[str, float], name: str | None, if_exists: str
@@ -275,8 +343,10 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             ShardckptError: The save failed; see `shardckpt.save`.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if pending is None:
+            return
+        report = self._tried(pending.path, lambda: pending.result(), attempts=1)
+        if report is not None:
             self._prune()
 
     def wait_staged(self) -> None:

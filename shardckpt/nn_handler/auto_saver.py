@@ -45,6 +45,7 @@ class AutoSaver:
         on_signal: bool = True,
         asynchronous: bool = False,
         resume: Literal["auto"] | None = None,
+        tolerate: int = 3,
         label: str = "auto_save",
         **plan: Any,
     ) -> None:
@@ -71,6 +72,7 @@ class AutoSaver:
             "on_signal": on_signal,
             "asynchronous": asynchronous,
             "resume": resume,
+            "tolerate": tolerate,
         }
         self.label = label
         self._suffix = os.path.splitext(self.plan.name)[1] if self.one_file else ""
@@ -187,8 +189,12 @@ class AutoSaver:
         return f"{self.label}{number} {handler.run_id}"
 
     def _place(self) -> dict[str, Any]:
-        """The storage and the backend of the managers."""
-        return {"storage": self._storage, "backend": OneFile() if self.one_file else None}
+        """The storage and the backend of the managers, and how they take failures."""
+        return {
+            "storage": self._storage,
+            "backend": OneFile() if self.one_file else None,
+            "tolerate": self.options["tolerate"],
+        }
 
     def minutes_due(self) -> bool:
         """Whether it is time to save, by this process's clock."""

@@ -67,6 +67,7 @@ class NNHandler(Components):
         on_signal: bool = True,
         asynchronous: bool = False,
         resume: Literal["auto"] | None = None,
+        tolerate: int = 3,
     ) -> None:
         """Save while training; see SavePlan and AutoSaver for the arguments.
 

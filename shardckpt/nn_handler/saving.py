@@ -164,7 +164,9 @@ def _save_whole(
             _gather(state, names, coordinator)
 
         def write_all(payloads: list[bytes]) -> bytes:
-            ranks = [torch.load(io.BytesIO(payload), weights_only=True) for payload in payloads]
+            ranks = [
+                torch.load(io.BytesIO(p), weights_only=True, map_location="cpu") for p in payloads
+            ]
             write({**state.whole(), "ranks": ranks}, coordinator.progress)
             return b""
 

@@ -98,7 +98,16 @@ class _TorchForm:
         self.name = name
         self.parameters = flat_parameters(owner)
         self.numbers = [number for group in packed["param_groups"] for number in group["params"]]
-        groups = context.build(below(name, "param_groups"))
+        groups_name = below(name, "param_groups")
+        if groups_name not in context.saved.nodes and not context.saved.selected(groups_name):
+            raise StateError(
+                "keys= leaves out the parameter groups of an optimizer",
+                tensor=groups_name,
+                expected="the parameter groups beside the state, whose parameters they name",
+                actual="a part of the optimizer's state alone",
+                remedy=f"add {groups_name!r} to keys=, or leave the optimizer out",
+            )
+        groups = context.build(groups_name)
         self.saved_groups: list[dict[str, Any]] = groups if isinstance(groups, list) else []
         self.group_of = self._saved_names()
         self.names = self._best_names()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from shardckpt import (
     api,
     errors,
 )
+from shardckpt.errors import NoSpaceError, StateError, StorageError, StoreUnavailableError
 from shardckpt.manager.retention import SavedCheckpoint, to_remove
 from shardckpt.saving import incremental as base
 from shardckpt.state import file_groups as kinds
+from shardckpt.storage.local import LocalStorage
 from tests.ranks import run_ranks
 
 
@@ -380,3 +383,57 @@ def test_a_folder_whose_name_is_not_utf_8(tmp_path):
     restored = manager.restore_latest(state())
     assert restored is not None
     assert (restored.step, restored.checkpoint.path) == (4, str(folder / "step-4"))
+
+
+class Full(LocalStorage):
+    """A disk that is full for a number of saves."""
+
+    def __init__(self, *errors):
+        super().__init__()
+        self.errors = list(errors)
+
+    def begin(self, path, **options):
+        if self.errors:
+            raise self.errors.pop(0)
+        return super().begin(path, **options)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_failures_of_the_storage_are_tolerated(tmp_path, asynchronous):
+    failed = []
+    full = [NoSpaceError("planted") for _ in range(2 if asynchronous else 4)]
+    manager = CheckpointManager(
+        tmp_path,
+        storage=Full(*full),
+        tolerate=2,
+        on_failure=lambda path, error: failed.append((os.path.basename(path), type(error))),
+        asynchronous=asynchronous,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            manager.save(step, {"n": step})
+        manager.wait()
+    assert [w for w in caught if "in a row" in str(w.message)]
+    assert failed == [("step-0", NoSpaceError), ("step-1", NoSpaceError)]
+    assert manager.all_steps() == [2]
+
+
+def test_one_failure_is_tried_again(tmp_path):
+    manager = CheckpointManager(tmp_path, storage=Full(NoSpaceError("planted")), tolerate=1)
+    manager.save(1, {"n": 1})
+    assert manager.all_steps() == [1]
+
+
+def test_other_errors_and_too_many_failures_are_raised(tmp_path):
+    many = Full(*(StoreUnavailableError("planted") for _ in range(9)))
+    manager = CheckpointManager(tmp_path, storage=many, tolerate=1)
+    with pytest.warns(UserWarning, match="in a row"):
+        manager.save(1, {"n": 1})
+    with pytest.raises(StoreUnavailableError):
+        manager.save(2, {"n": 2})
+    for error in (StateError("planted"), StorageError("planted")):
+        manager = CheckpointManager(tmp_path, storage=Full(error), tolerate=5)
+        with pytest.raises(type(error)):
+            manager.save(3, {"n": 3})
+    assert manager.all_steps() == []

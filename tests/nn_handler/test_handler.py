@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -114,12 +115,15 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(api, "save", full)
-        with pytest.raises(errors.NoSpaceError):
-            handler.train(epochs=1)
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(errors.NoSpaceError):
+            warnings.simplefilter("always")
+            handler.train(epochs=9)
+    assert [w for w in caught if "e4 was not saved, failure 3 in a row" in str(w.message)]
+    assert handler.epoch == 5
     assert os.listdir(tmp_path) == ["e1"]
     assert NNHandler.load(tmp_path / "e1").epoch == 1
     handler.train(epochs=1)
-    assert os.listdir(tmp_path) == ["e3"]
+    assert os.listdir(tmp_path) == ["e6"]
 
 
 def test_names_of_checkpoints():

@@ -234,3 +234,17 @@ def test_groups_that_differ_from_the_saved_ones(tmp_path):
     fewer = optim.SGD(model[0].parameters())
     with pytest.raises(errors.LoadMismatchError, match=r"o\.param_groups\.2\.weight"):
         shardckpt.load({"m": model, "o": fewer}, tmp_path / "c")
+
+
+@pytest.mark.parametrize("keys", ["o.state", "*.exp_avg"])
+def test_keys_without_the_parameter_groups_are_refused(tmp_path, keys):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    shardckpt.save({"m": model, "o": optimizer}, tmp_path / "c")
+    with pytest.raises(errors.StateError, match=r"add 'o.param_groups' to keys=") as caught:
+        shardckpt.load({"m": model, "o": optimizer}, tmp_path / "c", keys=keys)
+    assert caught.value.tensor == "o.param_groups"
+    shardckpt.load({"m": model, "o": optimizer}, tmp_path / "c", keys=["o.state", "o.param_groups"])
+    shardckpt.load({"m": model, "o": optimizer}, tmp_path / "c", keys=["m"])
