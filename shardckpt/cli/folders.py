@@ -19,7 +19,7 @@ from shardckpt.cli.progress import progress_bar, size_text
 from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, printable
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.manager import CheckpointManager, KeepBest, KeepLast
-from shardckpt.manager.retention import Retention, to_remove
+from shardckpt.manager.retention import Retention, ranked, to_remove
 from shardckpt.storage.copying import copy_checkpoint
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import Place, resolve
@@ -138,6 +138,15 @@ def _prune(options: SimpleNamespace) -> None:
             "There are no checkpoints of a CheckpointManager in this folder",
             path=folder,
             remedy="remove single checkpoints with `shardckpt rm`",
+        )
+    if options.keep_best is not None and not ranked(saved, options.monitor, options.mode):
+        metrics = sorted({metric for checkpoint in saved for metric in checkpoint.metrics})
+        raise StateError(
+            f"No checkpoint in this folder has the metric {options.monitor!r}",
+            path=folder,
+            expected="a metric with which a checkpoint was saved",
+            actual=", ".join(metrics) or "checkpoints without metrics",
+            remedy="correct --monitor, or choose with --keep-last N",
         )
     removed = to_remove(saved, policies)
     for checkpoint in removed:

@@ -46,6 +46,7 @@ class AutoSaver:
         asynchronous: See NNHandler.auto_save.
         resume: See NNHandler.auto_save.
         links: See NNHandler.auto_save.
+        tolerate: See NNHandler.auto_save.
         label: Distinguishes the checkpoints of several savers in one folder.
         plan: The other arguments of NNHandler.auto_save.
 

@@ -134,6 +134,8 @@ class NNHandler(Components):
             asynchronous: Continue training while a checkpoint is written.
             resume: "auto" lets `train` start with the newest checkpoint in the folder that loads.
             links: Keep symlinks `last` and, with a `monitor`, `best` in the folder.
+            tolerate: The number of saves in a row that may fail because the storage is full, does
+                not answer or throttles. Training goes on after a warning. See CheckpointManager.
 
         Raises:
             StateError: An argument is invalid.

@@ -65,6 +65,7 @@ class MatchContext:
         self.owners: list[str] = []
         self.parameter_names = ParameterNames(modules_in(state))
         self._memory = Ties()  # finds the saved tensor that fills a memory
+        self._absent: list[tuple[str, AnyTensor]] = []  # tensors whose names were not saved
 
     def mark_changed(self) -> None:
         """Increment the autograd versions of the filled tensors, as a change in place does."""
@@ -72,8 +73,13 @@ class MatchContext:
         with torch._C.DisableTorchFunctionSubclass():  # private in torch 2.13
             increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
-    def note_unused(self) -> None:
-        """Add the saved entries that the state has not used to the mismatches, after the match."""
+    def note_missing_and_unused(self) -> None:
+        """Add the tensors that nothing fills, and the saved entries that the state has not used, to
+        the mismatches, after the match.
+
+        A tensor that is tied to a filled one is filled too: other formats save one of the names.
+        """
+        self.mismatches.missing += [n for n, t in self._absent if not self._memory.first(t, "")]
         self.mismatches.unexpected += [n for n in self.saved.leaves if n not in self.used]
 
     def strict_mismatches(self) -> Mismatches:
@@ -87,8 +93,8 @@ class MatchContext:
         ]
         return Mismatches(every.missing, unexpected, every.wrong_shape, every.wrong_dtype)
 
-    def find(self, name: str) -> tuple[str, TensorEntry] | None:
-        """Find the saved tensor for a name, and mark it as used.
+    def find(self, name: str, tensor: AnyTensor) -> tuple[str, TensorEntry] | None:
+        """Find the saved tensor for a tensor of the state, and mark it as used.
 
         Returns:
             Its name in the manifest and its entry. None if there is no such tensor, which is noted
@@ -96,7 +102,7 @@ class MatchContext:
         """
         node = self.saved.nodes.get(name, NOTHING)
         if node is NOTHING:
-            self.mismatches.missing.append(name)
+            self._absent.append((name, tensor))
             return None
         self.used.add(name)
         if isinstance(node, TensorRef):

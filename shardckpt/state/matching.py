@@ -116,7 +116,7 @@ def match_state(
     # New tensors outlive an inference_mode() of the caller. to_local() is free without gradients.
     with torch.inference_mode(False), torch.no_grad():
         finish = _match(context, state, "")
-    context.note_unused()
+    context.note_missing_and_unused()
     return MatchedState(
         reads=context.reads,
         mismatches=context.mismatches,

@@ -31,7 +31,7 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
     if not context.saved.selected(name) or context.fill_plain(template, name):
         return template
     check_dense(target, name=name)
-    saved = context.find(name)
+    saved = context.find(name, target)
     if saved is None or not context.agrees(saved[1], target, name):
         return template
     if target.is_meta:
@@ -104,7 +104,7 @@ def match_array(context: MatchContext, template: np.ndarray[Any, Any], name: str
 
 def match_sharded_array(context: MatchContext, template: ShardedArray, name: str) -> Finish:
     """Fill this rank's part of an array in place."""
-    saved = context.find(name) if context.saved.selected(name) else None
+    saved = context.find(name, template) if context.saved.selected(name) else None
     if saved is None or not context.agrees(saved[1], template.check(name), name):
         return lambda: template
     template.check_writeable(name)

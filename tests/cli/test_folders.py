@@ -63,6 +63,10 @@ def test_prune(run, capsys):
     assert main(["prune", run, "--keep-last", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("would remove") == 3
     assert steps(run) == [0, 1, 2, 3]
+    unknown = ["--keep-best", "1", "--monitor", "los"]
+    assert main(["prune", run, *unknown]) == StateError.exit_code
+    assert "actual: loss" in capsys.readouterr().err
+    assert steps(run) == [0, 1, 2, 3]
     options = ["--keep-last", "1", "--keep-best", "1", "--monitor", "loss"]
     assert main(["prune", run, *options]) == 0
     assert steps(run) == [1, 3]

@@ -89,8 +89,8 @@ PLANTS = [
             ),
             (
                 f"{HANDLER}/training_state.py",
-                'state["optimizer"] = self.optimizer\n',
-                'state["optimizer"] = self.optimizer.state_dict()\n',
+                'state["optimizer"] = main\n',
+                'state["optimizer"] = main.state_dict()\n',
             ),
         ),
         f"{FAULTS}::test_03_no_names_of_wrappers_and_no_random_weights[c]",

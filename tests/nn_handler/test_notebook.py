@@ -40,7 +40,7 @@ handler = new(save_model_code=True)
 history = handler.train(2)
 """,
     "handler",
-    "figure = handler.plot_losses(); figure",
+    "%matplotlib inline\nfigure = handler.plot_losses(); figure",
     "handler.save('c'); assert NNHandler.load('c').epoch == 2",
 ]
 

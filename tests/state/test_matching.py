@@ -70,6 +70,24 @@ def test_tensors_tied_in_the_target_alone_are_not_mixed_up(tmp_path):
         shardckpt.load({"h": {"a": one, "b": one}}, tmp_path / "c")
 
 
+@pytest.mark.parametrize("order", [("head", "embedding"), ("embedding", "head")])
+def test_one_saved_name_fills_tied_tensors(tmp_path, order):
+    """Files of Hugging Face hold one name of tied weights, and none of the others."""
+    saved = torch.arange(6.0).view(2, 3)
+    shardckpt.save({"model": {"embedding.weight": saved}}, tmp_path / "c")
+    model = nn.ModuleDict({name: nn.Linear(3, 2, bias=False) for name in order})
+    model["head"].weight = model["embedding"].weight
+    report = shardckpt.load({"model": model}, tmp_path / "c")
+    assert report.missing == ()
+    assert torch.equal(model["head"].weight, saved)
+    assert model["head"].weight is model["embedding"].weight
+    one = nn.Parameter(torch.zeros(2))  # tied to each other, and saved under neither name
+    apart = nn.ParameterDict({"a": one, "b": one, "embedding.weight": torch.zeros(2, 3)})
+    with pytest.raises(errors.LoadMismatchError) as caught:
+        shardckpt.load({"model": {name: apart[name] for name in apart}}, tmp_path / "c")
+    assert caught.value.facts["missing"] == ("model.a", "model.b")
+
+
 def test_buffers_on_meta_that_no_checkpoint_holds(tmp_path):
     def module():
         made = nn.Linear(2, 2)
