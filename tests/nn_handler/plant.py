@@ -208,8 +208,8 @@ PLANTS = [
         11,
         "load needs an optimizer",
         f"{HANDLER}/loading.py",
-        "if found is not None and config.optimizer is not None and options.takes(part):",
-        "if options.takes(part):",
+        "{MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)} if main else {}",
+        "{MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)}",
         f"{BASIC}::test_saving_before_training",
     ),
     plant(

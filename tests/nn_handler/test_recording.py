@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import multiprocessing
 import pickle
 import subprocess
@@ -85,8 +84,6 @@ def test_compiled_and_in_another_process():
     assert double(torch.compile(module, backend="eager", fullgraph=True)) == 1.5
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(double, (module,)) == 1.5
-    file = io.BytesIO()
-    torch.save(module.state_dict(), file)
 
 
 def test_only_nn_handler_sets_it():
