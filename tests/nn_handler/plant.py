@@ -248,17 +248,30 @@ PLANTS = [
         15,
         "parameter groups are dropped",
         f"{HANDLER}/loading.py",
-        'made["optimizer.groups"],\n                made["optimizer.options"]',
-        'None,\n                made["optimizer.options"]',
+        'made[f"{at}.groups"],\n                    made[f"{at}.options"]',
+        'None,\n                    made[f"{at}.options"]',
         f"{FAULTS}::test_15_parameter_groups_of_any_kind",
     ),
-    plant(
+    Plant(
         15,
         "a scheduler is dropped",
-        f"{HANDLER}/loading.py",
-        'for part in ("optimizer", "scheduler"):\n        found = getattr(saved, part)\n'
-        "        kinds",
-        'for part in ("optimizer",):\n        found = getattr(saved, part)\n        kinds',
+        (
+            (
+                f"{HANDLER}/loading.py",
+                '{"optimizer": own["optimizer"], "scheduler": own["scheduler"]}',
+                '{"optimizer": own["optimizer"]}',
+            ),
+            (
+                f"{HANDLER}/loading.py",
+                'parts: dict[str, Any] = {"scheduler": config.scheduler}',
+                "parts: dict[str, Any] = {}",
+            ),
+            (
+                f"{HANDLER}/loading.py",
+                'parts |= {_place(name, "scheduler"): one.scheduler}',
+                "pass",
+            ),
+        ),
         "tests/nn_handler/test_odd_input.py::test_no_part_is_dropped_or_mixed_up_by_a_resume",
     ),
     plant(
