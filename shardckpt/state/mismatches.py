@@ -41,10 +41,12 @@ class Mismatches:
             lines += [f"{fact} of {name}: expected {a}, found {b}" for name, a, b in entries]
         if not lines:
             return None
+        names = [*self.missing, *self.unexpected]
+        names += [name for name, _, _ in (*self.wrong_shape, *self.wrong_dtype)]
         return LoadMismatchError(
             "\n    ".join(["The checkpoint does not match the state", *lines]),
             path=path,
-            tensor=lines[0].split(": ")[1] if len(lines) == 1 else None,
+            tensor=names[0] if len(names) == 1 else None,
             missing=tuple(self.missing) or None,
             unexpected=tuple(self.unexpected) or None,
             wrong_shape=tuple(self.wrong_shape) or None,

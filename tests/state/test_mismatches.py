@@ -33,7 +33,9 @@ def test_one_error_lists_every_mismatch():
 
 def test_the_error_for_a_single_mismatch_names_its_tensor():
     assert Mismatches(missing=["layer.w"]).error("p").tensor == "layer.w"
-    assert Mismatches(wrong_shape=[("w", [2], [3])]).error("p").tensor.startswith("expected")
+    assert Mismatches(wrong_shape=[("w", [2], [3])]).error("p").tensor == "w"
+    assert Mismatches(wrong_dtype=[("w", "a", "b")]).error("p").tensor == "w"
+    assert Mismatches(missing=["a"], wrong_shape=[("w", [2], [3])]).error("p").tensor is None
 
 
 @pytest.mark.parametrize("field", ["missing", "wrong_shape", "wrong_dtype"])
