@@ -28,7 +28,7 @@ _MANY_ELEMENTS, _TIMES = 1 << 26, 16  # for the largest parameter of a class of 
 
 
 class Bounds:
-    """Creates modules that are no larger than a checkpoint.
+    """Creates modules that are at most as large as a checkpoint.
 
     A module of torch is first created on the meta device, where it takes no memory. It may hold as
     many elements and tensors as the checkpoint. In a module of another class, no parameter may be

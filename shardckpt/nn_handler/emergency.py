@@ -1,4 +1,4 @@
-"""What the ranks do when training fails: find out which ranks failed, and where."""
+"""When training fails, find out which ranks failed, and where."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ class NNHandler(Components):
             sanity_val_batches: Validate on so many batches before training, to find mistakes
                 early. The results are dropped. Only on a Dataset, and not after a resume.
             precision: "bf16", "fp16" (with a gradient scaler), "tf32" or "fp32".
-            nan_guard: What to do when the loss of a step is not finite: "stop" raises an error
+            nan_guard: The answer to a loss that is not finite: "stop" raises an error
                 before the weights change, "skip" skips the step, and "restore" loads the weights
                 and the optimizers of the last checkpoint of this run, and continues with the next
                 batch.

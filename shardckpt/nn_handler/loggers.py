@@ -157,7 +157,7 @@ class TensorBoardLogger(_Logger):
         self._writer: Any = None
 
     def on_train_start(self, handler: TrainingState) -> None:
-        """See Callback.on_train_start. What later epochs had written before a resume is dropped."""
+        """See Callback.on_train_start. A resume drops the lines of later epochs."""
         if not self._logs(handler):
             return
         try:

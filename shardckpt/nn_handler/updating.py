@@ -31,7 +31,7 @@ __all__ = ["Updater"]
 class Updater:
     """Makes the steps of one call of NNHandler.train.
 
-    `note` is told when a forward pass or an update begins. `guard` calls a function that may fail
+    `note` is called when a forward pass or an update begins. `guard` calls a function that may fail
     on this rank alone. `go_back` loads the last checkpoint; see the option `nan_guard`.
     """
 
