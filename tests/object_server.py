@@ -74,6 +74,7 @@ def object_server(*, volumes: int = 60) -> Iterator[dict[str, str]]:
         *(f"-s3.port={s3}", f"-s3.config={config}", f"-master.port={master}"),
         *(f"-volume.port={volume}", f"-filer.port={filer}", "-master.volumeSizeLimitMB=128"),
         *(f"-volume.max={volumes}", "-master.electionTimeout=1s", "-master.telemetry=false"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0"),  # their default ports may be taken
     ]
     log = open(Path(folder, "log"), "wb")  # noqa: SIM115
     server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)

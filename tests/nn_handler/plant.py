@@ -234,7 +234,7 @@ PLANTS = [
         "shardckpt/convert/single_files.py",
         "    check_loads(state, target)\n",
         "",
-        f"{FAULTS}::test_13_a_value_that_can_not_be_saved_is_warned_of_and_asked_for",
+        f"{FAULTS}::test_13_what_torch_load_refuses_is_not_written",
     ),
     plant(
         14,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -208,6 +209,22 @@ def test_13_a_value_that_can_not_be_saved_is_warned_of_and_asked_for(tmp_path):
     with pytest.raises(errors.CheckpointError, match=r"objects=\{'model\.kwargs\.width'"):
         NNHandler.load(tmp_path / "c.pth")
     assert os.listdir(tmp_path) == ["c.pth"]
+
+
+class Halves(Callback):
+    """Its state is a value that torch.load refuses."""
+
+    def state_dict(self):
+        return {"half": Fraction(1, 2)}
+
+
+def test_13_what_torch_load_refuses_is_not_written(tmp_path):
+    handler = NNHandler(Net)
+    handler.add_callback(Halves())
+    with pytest.raises(errors.UnsupportedLeafError, match=r"torch\.load") as caught:
+        handler.save(tmp_path / "c.pth")
+    assert caught.value.tensor == "callbacks.0.state.half"
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["c", "c.pth", "c.safetensors"])
