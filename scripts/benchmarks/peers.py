@@ -103,7 +103,7 @@ class Shardckpt(Peer):
         import shardckpt
 
         handle = shardckpt.async_save(self.state, path)
-        return Pending(handle.staged, handle.result)
+        return Pending(handle.wait_staged, handle.result)
 
 
 class Dcp(Peer):
