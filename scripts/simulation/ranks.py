@@ -103,6 +103,10 @@ class Nowhere:
         """See Storage.open."""
         return self
 
+    def tiers(self, path: str) -> dict[str, str]:
+        """See Storage.tiers."""
+        return {}
+
     def create(self, name: str, *, size_bytes: int) -> Nowhere:
         """See WriteTransaction.create."""
         return self

@@ -243,7 +243,7 @@ HARMLESS: dict[str, Attack] = {
         "config.auto_saver", {"save_path": "/etc/shardckpt-was-here", "overwrite": True}
     ),
     "a logger with a path of its own": lambda state: (
-        callback("shardckpt.nn_handler.callbacks:CSVLogger", "/etc/passwd")(state),
+        callback("shardckpt.nn_handler.loggers:CSVLogger", "/etc/passwd")(state),
         put("callbacks.0", {"kind": "CSVLogger", "state": {"rows": [{"a": 1}]}})(state),
     ),
     "a compiled model": put("config.compile", {"backend": "inductor"}),

@@ -14,6 +14,7 @@ LAYOUTS = {"python": ("none", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp", 2)}
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_survives_kills_and_signals(tmp_path, recipe, layout):

@@ -71,7 +71,7 @@ def test_values_are_replaced_in_the_containers_of_the_caller():
 
 def test_entries_without_a_key_in_the_state_stay_unused():
     state, context = matched(Saved({"a": 1, "b": 2}), {"a": 0})
-    context.note_unused()
+    context.note_missing_and_unused()
     assert state == {"a": 1}
     assert context.mismatches.unexpected == ["b"]
 

@@ -52,21 +52,22 @@ def test_one_memory_is_not_filled_with_two_saved_tensors(saved):
     assert context.fill_plain(tensor, "tied")
     assert not context.fill_plain(tensor, "m.x")
     with pytest.raises(StateError, match="same memory") as caught:
-        context.fill(context.find("m.x"), tensor, "m.x")
+        context.fill(context.find("m.x", tensor), tensor, "m.x")
     assert caught.value.tensor == "m.x"
 
 
 def test_elements_that_share_memory_can_not_be_filled(saved):
     context = saved.context()
     with pytest.raises(StateError, match="share memory"):
-        context.fill(context.find("w"), torch.zeros(1).expand(4), "w")
+        context.fill(context.find("w", torch.zeros(4)), torch.zeros(1).expand(4), "w")
 
 
 def test_a_name_that_was_not_saved_is_missing_and_a_value_is_not_a_tensor(saved):
     context = saved.context()
-    assert context.find("w")[0] == "w"
-    assert context.find("absent") is None
-    assert context.find("n") is None
+    assert context.find("w", torch.zeros(4))[0] == "w"
+    assert context.find("absent", torch.zeros(4)) is None
+    assert context.find("n", torch.zeros(4)) is None
+    context.note_missing_and_unused()
     assert context.mismatches.missing == ["absent"]
     assert context.mismatches.wrong_dtype == [("n", "a tensor", "int")]
     assert context.used == {"w", "n"}
@@ -91,7 +92,7 @@ def test_a_cast_loses_no_imaginary_part_and_converts_no_opaque_dtype(
 
 def test_a_cast_is_noted(saved):
     context = saved.context(cast=True)
-    entry = context.find("w")[1]
+    entry = context.find("w", torch.zeros(4))[1]
     assert context.agrees(entry, torch.zeros(4, dtype=torch.float16), "w")
     assert context.cast == [("w", "torch.float32", "torch.float16")]
     assert not context.agrees(entry, torch.zeros(3), "w")
@@ -103,7 +104,7 @@ def test_an_unused_entry_fails_a_strict_load_only_below_a_module(saved):
     context = saved.context()
     context.fill_plain(torch.zeros(4), "w")
     context.owners.append("m")
-    context.note_unused()
+    context.note_missing_and_unused()
     assert set(context.mismatches.unexpected) == {"tied", "b", "n", "m.x"}
     assert context.strict_mismatches().unexpected == ["m.x"]
 

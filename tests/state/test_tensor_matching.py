@@ -95,6 +95,7 @@ def test_a_tensor_that_does_not_fit_is_noted_and_not_filled(template, field, ent
     assert getattr(context.mismatches, field) == [entry]
     assert context.reads == []
     match_tensor(context, template, "absent")
+    context.note_missing_and_unused()
     assert context.mismatches.missing == ["absent"]
 
 

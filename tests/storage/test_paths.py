@@ -23,7 +23,7 @@ from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert
 from shardckpt.errors import StateError
 from shardckpt.maintenance.reshard import reshard
-from shardckpt.nn_handler import callbacks
+from shardckpt.nn_handler import CSVLogger, ModelCheckpoint, TensorBoardLogger, callbacks
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.paths import local_path
 
@@ -97,9 +97,9 @@ CALLS = {
     ),
     "NNHandler.restore": lambda path: handler().restore(path),
     "NNHandler.auto_save": lambda path: handler().auto_save(save_path=path),
-    "ModelCheckpoint": callbacks.ModelCheckpoint,
-    "CSVLogger": callbacks.CSVLogger,
-    "TensorBoardLogger": callbacks.TensorBoardLogger,
+    "ModelCheckpoint": ModelCheckpoint,
+    "CSVLogger": CSVLogger,
+    "TensorBoardLogger": TensorBoardLogger,
 }
 COMMANDS = {
     "inspect": lambda path: command("inspect", path),
