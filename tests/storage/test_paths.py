@@ -97,6 +97,8 @@ CALLS = {
     ),
     "NNHandler.restore": lambda path: handler().restore(path),
     "NNHandler.auto_save": lambda path: handler().auto_save(save_path=path),
+    "NNHandler.plot_history": lambda path: handler().plot_history(path),
+    "NNHandler.plot_losses": lambda path: handler().plot_losses(path),
     "ModelCheckpoint": ModelCheckpoint,
     "CSVLogger": CSVLogger,
     "TensorBoardLogger": TensorBoardLogger,
