@@ -291,11 +291,13 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
 
         Raises:
             CorruptionError: A shard or the manifest is corrupted.
+            LoadMismatchError: `keys` or `rename` has a name that no saved entry has.
             StateError: An argument is invalid.
         """
         saved = self._saved
         if keys is not None or rename is not None:
             saved = SavedState(self.manifest, keys=keys, rename=rename)
+            saved.check_used(path=self.path)
         mapped = functools.cache(lambda: MappedFiles(self._files))
         # Saved tensor -> its first name. Tied tensors go to one device.
         sources: dict[str, str] = {}

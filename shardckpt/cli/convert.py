@@ -13,7 +13,7 @@ import click
 
 from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.parameters import KEYS, OVERWRITE, RENAME
-from shardckpt.cli.progress import progress_bar, size_text
+from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.convert.convert import FORMATS, convert_source, open_source
 from shardckpt.reports import ConvertReport
 
@@ -99,9 +99,9 @@ def _lines(report: ConvertReport) -> Iterator[str]:
     """Yield the lines of the report: a summary, then each entry that was copied, changed or left
     out.
     """
-    values = f", {len(report.values)} values" if report.values else ""
+    values = f", {count_text(len(report.values), 'value')}" if report.values else ""
     size = size_text(report.size_bytes)
-    yield f"{report.path}: {len(report.tensors)} tensors{values}, {size}"
+    yield f"{report.path}: {count_text(len(report.tensors), 'tensor')}{values}, {size}"
     writer = f", written by {report.writer}" if report.writer else ""
     yield f"  from {report.source}: {report.source_format}{writer}"
     listed = {
