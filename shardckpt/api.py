@@ -303,6 +303,7 @@ def load_state(
     device_map: DeviceMap = "cpu",
     keys: Select = None,
     rename: Rename = None,
+    strict: bool = True,
     storage: Storage | None = None,
 ) -> Any:
     """Build the saved state without a template: nested dicts and lists of full plain tensors.
@@ -317,6 +318,7 @@ def load_state(
             or a dict from prefixes of names to these, of which the longest prefix wins.
         keys: See `load`.
         rename: See `load`.
+        strict: Require an entry for each name of `keys` and `rename`.
         storage: See `save`.
 
     Returns:
@@ -324,7 +326,7 @@ def load_state(
 
     Raises:
         CheckpointError: The checkpoint can't be read, or is corrupted.
-        LoadMismatchError: `keys` or `rename` has a name that no saved entry has.
+        LoadMismatchError: `strict`, and `keys` or `rename` has a name that no saved entry has.
         StateError: `device_map`, `keys` or `rename` is invalid.
         StorageError: The file system refused an operation.
 
@@ -335,7 +337,7 @@ def load_state(
         {'weight': tensor([1., 1., 1.]), 'step': 7}
     """
     with open_checkpoint(path, storage=storage) as checkpoint:
-        return checkpoint.load_state(device_map=device_map, keys=keys, rename=rename)
+        return checkpoint.load_state(device_map=device_map, keys=keys, rename=rename, strict=strict)
 
 
 def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint:
