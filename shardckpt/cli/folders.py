@@ -14,7 +14,7 @@ import click
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.inspect import table
-from shardckpt.cli.parameters import OVERWRITE
+from shardckpt.cli.parameters import JSON, OVERWRITE
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, printable
 from shardckpt.maintenance.verify import verify_shards
@@ -25,8 +25,6 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import Place, resolve
 
 __all__ = ["COMMANDS"]
-
-JSON = click.Option(["--json"], is_flag=True, help="Print JSON.")
 
 
 def _checkpoints(path: str) -> Iterator[tuple[str, Checkpoint]]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shardckpt.analysis.entries import enums_as_text
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.progress import count_text, size_text
 from shardckpt.format import typed_json as values
@@ -94,20 +95,9 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
 
 def _saved(checkpoint: Checkpoint, keys: Select) -> SavedState:
     """Return the saved names. Enums become text, as their classes need not be importable."""
-
-    def texts(node: Any) -> Any:
-        if isinstance(node, list):
-            return [texts(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if list(node) == ["$enum"]:
-            return ".".join(map(str, node["$enum"]))
-        return {key: texts(item) for key, item in node.items()}
-
     manifest = checkpoint.manifest
-    plain = dataclasses.replace(
-        manifest, state=texts(manifest.state), per_rank=tuple(map(texts, manifest.per_rank))
-    )
+    state, *per_rank = map(enums_as_text, (manifest.state, *manifest.per_rank))
+    plain = dataclasses.replace(manifest, state=state, per_rank=tuple(per_rank))
     return SavedState(plain, keys=keys).check_used(path=checkpoint.path)
 
 

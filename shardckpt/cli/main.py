@@ -16,11 +16,12 @@ import click
 from shardckpt._version import __version__
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
+from shardckpt.cli.analysis import COMMANDS as ANALYSIS_COMMANDS
 from shardckpt.cli.convert import CONVERT_HELP, CONVERT_PARAMETERS, run_convert
 from shardckpt.cli.folders import COMMANDS as FOLDER_COMMANDS
 from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.multiprocess import say, shared
-from shardckpt.cli.parameters import JOBS, KEYS, OVERWRITE, SUBSET, separate
+from shardckpt.cli.parameters import JOBS, JSON, KEYS, OVERWRITE, SUBSET, separate
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError, printable
 from shardckpt.maintenance.rescue import explain_manifest, rescue
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments of the command line without the name of the program.
 
     Returns:
-        0, or the exit code of the error's family.
+        0, the exit code of the error's family, or 1 from `diff` for a difference.
 
     Raises:
         SystemExit: With code 2, for wrong arguments.
@@ -57,10 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(
-    body: Callable[[Any], None], options: SimpleNamespace, parameters: Sequence[click.Parameter]
+    body: Callable[[Any], int | None],
+    options: SimpleNamespace,
+    parameters: Sequence[click.Parameter],
 ) -> int:
     try:
-        body(options)
+        code = body(options)
         sys.stdout.flush()
     except ShardckptError as error:
         if options.rank:  # rank 0 prints the same error
@@ -72,7 +75,8 @@ def _run(
         return error.exit_code
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    return 0
+        return 0
+    return code or 0
 
 
 def _with_options(text: str, parameters: Sequence[click.Parameter]) -> str:
@@ -100,7 +104,7 @@ def _checkpoints_below(path: str | None) -> str:
 
 
 def _command(
-    name: str, body: Callable[[Any], None], text: str, parameters: Sequence[click.Parameter]
+    name: str, body: Callable[[Any], int | None], text: str, parameters: Sequence[click.Parameter]
 ) -> click.Command:
     def callback(**values: Any) -> int:
         given = click.get_current_context().obj
@@ -209,7 +213,7 @@ def _path(name: str) -> click.Argument:
 
 _group = click.Group(
     "shardckpt",
-    help="Inspect, verify, rescue, reshard, convert, list, copy and remove checkpoints.",
+    help="Inspect, compare, verify, convert, merge, list, copy and remove checkpoints.",
     commands=[
         _command(
             "inspect",
@@ -217,7 +221,7 @@ _group = click.Group(
             "Print the tensors, values and shards of a checkpoint.",
             [
                 _path("path"),
-                click.Option(["--json"], is_flag=True, help="Print JSON."),
+                JSON,
                 click.Option(["--all"], is_flag=True, help="Print a line for each tensor."),
                 KEYS,
             ],
@@ -252,7 +256,7 @@ _group = click.Group(
             CONVERT_HELP,
             [_path("source"), _path("target"), *CONVERT_PARAMETERS, JOBS],
         ),
-        *(_command(*command) for command in FOLDER_COMMANDS),
+        *(_command(*command) for command in (*ANALYSIS_COMMANDS, *FOLDER_COMMANDS)),
     ],
     params=[
         click.Option(
