@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shardckpt.errors import StateError
 from shardckpt.state.module_state import canonical_names, module_state
+from shardckpt.torch_compat import foreach_copy
 
 __all__ = ["EMA", "check_decay"]
 
@@ -55,7 +56,7 @@ class EMA:
             averages, own = self._locals(self._averaged)
             get_ema_multi_avg_fn(self.decay)(averages, own, None)  # type: ignore[no-untyped-call]
         if self._copied:
-            torch._foreach_copy_(*self._locals(self._copied))
+            foreach_copy(*self._locals(self._copied))
 
     def _find_pairs(self, model: nn.Module) -> None:
         """Find the name of the average of each tensor of the model."""

@@ -52,6 +52,7 @@ from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import resolve
+from shardckpt.torch_compat import child_names
 
 __all__ = ["LoadOptions", "Source", "load", "open_source", "restore", "restore_tensors"]
 
@@ -388,7 +389,7 @@ def _loss_tensors(source: Source) -> nn.Module | None:
             *outer, last = name.split(".")
             module = holder
             for part in outer:
-                if part not in module._modules:
+                if part not in child_names(module):
                     module.add_module(part, nn.Module())
                 module = module.get_submodule(part)
             module.register_buffer(last, tensor)

@@ -32,6 +32,7 @@ from shardckpt.nn_handler.trust import (
 )
 from shardckpt.state.flatten import flatten
 from shardckpt.state.module_state import has_state
+from shardckpt.torch_compat import child_names
 
 __all__ = ["Described", "Given", "Names", "absent", "describe", "making", "warn_of_absent"]
 
@@ -87,7 +88,7 @@ def _text(value: Any) -> str:
 def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
     """The arguments of an object; None if they are unknown."""
     if type(value) is nn.Sequential:
-        numbered = [str(number) for number in range(len(value))] == list(value._modules)
+        numbered = [str(number) for number in range(len(value))] == child_names(value)
         return list(value) if numbered else None
     if type(value) in (nn.ModuleList, nn.ModuleDict):
         return {"modules": list(value) if type(value) is nn.ModuleList else dict(value.items())}

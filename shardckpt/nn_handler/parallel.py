@@ -22,6 +22,7 @@ from shardckpt.coordination.process_group import init_from_mpi
 from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.shutdown import leave_at_exit
 from shardckpt.errors import StateError
+from shardckpt.torch_compat import unsynchronized_buffers
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -202,7 +203,7 @@ def wrap(model: nn.Module, layout: Layout, *, find_unused: bool = False) -> nn.M
         options = {
             "find_unused_parameters": find_unused,
             # synchronize_buffers makes them equal after each step instead
-            **({} if "broadcast_buffers" in layout.options else {"forward_sync_buffers": False}),
+            **({} if "broadcast_buffers" in layout.options else unsynchronized_buffers()),
             **layout.options,
         }
         return nn.parallel.DistributedDataParallel(model, **options)

@@ -42,6 +42,7 @@ from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, opti
 from shardckpt.state.refusals import all_refused, reading_state
 from shardckpt.state.sharded_array import ShardedArray, fits_tensor, from_numpy
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
+from shardckpt.torch_compat import storage_id
 
 __all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder"]
 
@@ -394,4 +395,4 @@ def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     if local is not tensor:
         layout = (tensor.shape, tensor.placements, tensor.device_mesh)  # type: ignore[attr-defined]
     view = (local.storage_offset(), local.dtype, local.shape, local.stride())
-    return (local.untyped_storage()._cdata, *view, local.is_conj(), local.is_neg(), layout)
+    return (storage_id(local), *view, local.is_conj(), local.is_neg(), layout)

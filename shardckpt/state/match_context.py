@@ -24,6 +24,7 @@ from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import modules_in
 from shardckpt.state.optimizer_state import ParameterNames
 from shardckpt.state.saved_tree import SavedState, below, under
+from shardckpt.torch_compat import plain_functions
 
 __all__ = ["Finish", "Match", "MatchContext"]
 
@@ -70,7 +71,7 @@ class MatchContext:
     def mark_changed(self) -> None:
         """Increment the autograd versions of the filled tensors, as a change in place does."""
         tensors = [*self.filled, *(chunk.data for _, chunk in self.reads)]
-        with torch._C.DisableTorchFunctionSubclass():  # private in torch 2.13
+        with plain_functions():
             increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
     def note_missing_and_unused(self) -> None:

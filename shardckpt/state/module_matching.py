@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 import inspect
 from typing import Any
 
@@ -17,6 +16,7 @@ from shardckpt.state.module_state import aliases, canonical_names, is_wrapped
 from shardckpt.state.refusals import reading_state, setting_state
 from shardckpt.state.saved_tree import below
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
+from shardckpt.torch_compat import carry_versions, load_functions, storage_id
 
 __all__ = ["match_module", "runs_own_code"]
 
@@ -74,8 +74,7 @@ def _like(state: Any) -> Any:
     `assign`.
     """
     empty = collections.OrderedDict[str, Any]()
-    if hasattr(state, "_metadata"):
-        empty._metadata = copy.deepcopy(state._metadata)  # type: ignore[attr-defined]
+    carry_versions(state, empty)
     return empty
 
 
@@ -109,14 +108,7 @@ def runs_own_code(module: nn.Module) -> bool:
     """
     if not _is_torchs(module.load_state_dict):
         return True
-    for part in module.modules():
-        hooks = (
-            *part._load_state_dict_pre_hooks.values(),
-            *part._load_state_dict_post_hooks.values(),
-        )
-        if not all(map(_is_torchs, (part._load_from_state_dict, *hooks))):
-            return True
-    return False
+    return not all(_is_torchs(own) for part in module.modules() for own in load_functions(part))
 
 
 def _is_torchs(function: Any) -> bool:
@@ -160,6 +152,6 @@ def storages_of(tensor: torch.Tensor) -> set[int]:
 
 def _storages(tensor: Any) -> set[int]:
     if isinstance(tensor, Shards):
-        return {chunk.data.untyped_storage()._cdata for chunk in tensor.chunks}
+        return {storage_id(chunk.data) for chunk in tensor.chunks}
     local = local_tensor(tensor)
-    return {id(tensor)} if local is None else {local.untyped_storage()._cdata}
+    return {id(tensor)} if local is None else {storage_id(local)}

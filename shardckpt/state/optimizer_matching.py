@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
@@ -30,6 +30,7 @@ from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout, describes_itself, shards_of
 from shardckpt.state.tensor_matching import match_tensor
 from shardckpt.state.wrapper_tensors import facts_of
+from shardckpt.torch_compat import distribute_locally
 
 __all__ = ["match_optimizer"]
 
@@ -374,7 +375,7 @@ class _TorchForm:
             placement if _is_cut_alike(placement, parameter, empty) else Replicate()
             for placement in parameter.placements
         ]
-        return distribute_tensor(empty, parameter.device_mesh, placements, src_data_rank=None)
+        return distribute_locally(empty, parameter.device_mesh, placements)
 
 
 def _is_cut_alike(placement: Any, parameter: torch.Tensor, state: torch.Tensor) -> bool:

@@ -25,9 +25,10 @@ OPTIMIZERS |= {
     "lr as a tensor": lambda p: optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
     "centered": lambda p: optim.RMSprop(p, lr=0.01, centered=True, momentum=0.9),
     "wolfe": lambda p: optim.LBFGS(p, line_search_fn="strong_wolfe", history_size=3, max_iter=4),
-    "Muon": lambda p: optim.Muon([q for q in p if q.dim() == 2], lr=0.01),
     "maximize": lambda p: optim.Adadelta(p, lr=0.01, maximize=True),
 }
+if hasattr(optim, "Muon"):  # since torch 2.9
+    OPTIMIZERS["Muon"] = lambda p: optim.Muon([q for q in p if q.dim() == 2], lr=0.01)
 
 
 def a_model(seed: int) -> nn.Module:
