@@ -209,7 +209,7 @@ def clone_store(store: Any) -> Any:
     """
     if hasattr(store, "clone"):
         return store.clone()
-    from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     root = store
     while isinstance(root, PrefixStore):
