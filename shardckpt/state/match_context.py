@@ -126,8 +126,8 @@ class MatchContext:
         entry = self.saved.manifest.tensors[ref.name]
         if (
             template.dtype != memory_dtype(entry.dtype)
-            or (shape := template.shape) != entry.shape
             or not (address := plain_address(template))
+            or (shape := template.shape) != entry.shape
             or template.is_neg()
             or template.is_conj()
             or hasattr(template, "global_shape")  # it describes its shards
