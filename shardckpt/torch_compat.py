@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import uuid
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ def load_functions(module: nn.Module) -> list[Any]:
 def carry_versions(source: Any, target: Any) -> None:
     """Copy the versions of modules, an attribute of a state dict, to another state dict."""
     if hasattr(source, "_metadata"):
-        target._metadata = copy.deepcopy(source._metadata)
+        versions = source._metadata.items()
+        target._metadata = OrderedDict((name, copy.copy(facts)) for name, facts in versions)
 
 
 def inner_schedulers(scheduler: Any) -> Sequence[Any]:

@@ -11,7 +11,9 @@ from shardckpt.errors import CheckpointError, UnsupportedLeafError
 from shardckpt.torch_compat import find_dtype
 
 __all__ = [
+    "COMPLEX",
     "DTYPES",
+    "NOT_COPYABLE",
     "OPAQUE",
     "SAVED",
     "check_supported",
@@ -64,8 +66,11 @@ DTYPES = {name: dtype for name, dtype in _FOUND.items() if dtype is not None}
 SAVED = frozenset(DTYPES.values())
 """The torch dtypes that can be saved."""
 
+COMPLEX = {"C32", "C64", "C128"}
+"""The names of complex dtypes."""
 _PAIRS = {"C32": "F16", "C128": "F64"}  # stored as real and imaginary parts
-_NOT_COPYABLE = {name for name in DTYPES if name.startswith(("UINT", "INT"))}  # by torch
+NOT_COPYABLE = {name for name in DTYPES if name.startswith(("UINT", "INT"))}
+"""The names of dtypes that torch can't copy: integers of 1 to 7 bits."""
 OPAQUE = {DTYPES[name] for name in DTYPES if name.startswith(("F4X2", "BITS", "UINT", "INT"))}
 """Torch dtypes without arithmetic. They are never converted."""
 
@@ -152,11 +157,11 @@ def plain_dtype(name: str, *, tensor: str) -> str:
 
 def memory_dtype(name: str) -> torch.dtype:
     """Return the torch dtype for copies of elements. Torch can't copy integers of 1 to 7 bits."""
-    return torch.uint8 if name in _NOT_COPYABLE else DTYPES[name]
+    return torch.uint8 if name in NOT_COPYABLE else DTYPES[name]
 
 
 def memory_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return a view of the tensor with its memory_dtype."""
-    if tensor.dtype in OPAQUE and _NAMES[tensor.dtype] in _NOT_COPYABLE:
+    if tensor.dtype in OPAQUE and _NAMES[tensor.dtype] in NOT_COPYABLE:
         return tensor.view(torch.uint8)
     return tensor
