@@ -134,10 +134,11 @@ def distribute_locally(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
     steps = list(zip(placements, mesh.shape, mesh.get_coordinate(), strict=True))
     strided = [step for step in steps if hasattr(step[0], "split_factor")]
+    others = [step for step in steps if not hasattr(step[0], "split_factor")]
     local = tensor
-    # Strided shards are shards of the parts that the mesh dimensions to their right make.
-    for placement, parts, part in [*(s for s in steps if s not in strided), *reversed(strided)]:
-        if placement.is_shard():
+    # A strided shard is a shard of the parts that the mesh dimensions to its right make.
+    for placement, parts, part in [*others, *reversed(strided)]:
+        if hasattr(placement, "dim"):  # a Shard or a strided shard
             size = local.shape[placement.dim]
             length = -(-size // parts)
             begin = min(part * length, size)
@@ -211,16 +212,15 @@ def clone_store(store: Any) -> Any:
     """
     if hasattr(store, "clone"):
         return store.clone()
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
+    stores: Any = torch.distributed  # the types of torch lack attributes of stores
     root = store
-    while isinstance(root, PrefixStore):
+    while isinstance(root, stores.PrefixStore):
         root = root.underlying_store
-    if not isinstance(root, TCPStore):  # others have no connection
+    if not isinstance(root, stores.TCPStore):  # others have no connection
         return store
     prefix = store.compare_set("shardckpt/clones", "", uuid.uuid4().hex).decode()
-    clone = TCPStore(root.host, root.port, wait_for_workers=False, timeout=root.timeout)
-    return PrefixStore(prefix, clone)
+    clone = stores.TCPStore(root.host, root.port, wait_for_workers=False, timeout=root.timeout)
+    return stores.PrefixStore(prefix, clone)
 
 
 # ---- torch.distributed.checkpoint

@@ -158,6 +158,10 @@ def test_every_scheduler_goes_on(tmp_path, name, tensor_lr):
     mine, theirs = job(0), job(1)
     for _ in range(3):
         a_step(*mine)
+    if any(map(callable, mine[2].state_dict().values())):
+        pytest.skip("in this torch, the state of the scheduler has a function")
+    if tensor_lr and not isinstance(mine[1].param_groups[0]["lr"], torch.Tensor):
+        pytest.skip("in this torch, the scheduler replaces the tensor by a float")
     shardckpt.save(dict(zip("mos", mine, strict=True)), tmp_path / "c")
     shardckpt.load(dict(zip("mos", theirs, strict=True)), tmp_path / "c")
     assert str(theirs[2].state_dict()) == str(mine[2].state_dict())
