@@ -25,7 +25,7 @@ class PerRank:
             order, and returns the value of this rank.
 
     Raises:
-        StateError: `on_resize` is none of these.
+        StateError: `on_resize` is unknown.
 
     Example:
         >>> import torch, shardckpt
