@@ -85,7 +85,7 @@ def test_cat_prints_complex_numbers_and_names_with_brackets(tmp_path, capsys):
     half = torch.tensor([1 + 2j], dtype=torch.complex32)
     bits = torch.zeros(1, dtype=torch.uint8).view(torch.bits8)
     shardckpt.save({"w[0]": half, "w": torch.tensor([5.0]), "bits": bits}, tmp_path / "c")
-    for name, shown in (("w[0]", "[1.+2.j]"), ("w[0][0]", "(1+2j)"), ("w", "[5.]")):
+    for name, shown in (("w[0]", "[1.+2.j]"), ("w[0][0]", "1.+2.j"), ("w", "[5.]")):
         assert main(["cat", str(tmp_path / "c"), name]) == 0
         assert capsys.readouterr().out.strip() == shown
     assert main(["cat", str(tmp_path / "c"), "bits"]) == StateError.exit_code
