@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 
@@ -114,7 +115,7 @@ def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[fl
     return [weight / total for weight in given]
 
 
-def _numbers(weights: Sequence[float]) -> list[float]:
+def _numbers(weights: Any) -> list[float]:
     """Return the weights as floats. Returns no weights if one is not a number."""
     try:
         return [] if isinstance(weights, str) else [float(weight) for weight in weights]
