@@ -74,7 +74,10 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
         value = context.build(at, like=packed)
         return lambda: packed if value is NOTHING else value
 
-    loaded = match(packed_state(optimizer, at=name), name)
+    try:
+        loaded = match(packed_state(optimizer, at=name), name)
+    finally:
+        match = None  # type: ignore[assignment]  # it refers to itself, and so to the state
 
     def finish() -> Optimizer:
         # New tensors outlive an inference_mode() of the caller.
@@ -164,6 +167,7 @@ class _TorchForm:
         """
         best: dict[int, str] = {}
         most = -1
+        places = self.context.parameter_names.places
         for candidate in self.context.parameter_names.candidates(self.parameters, at=self.name):
             count = len(self.group_of.keys() & candidate.values())
             if count > most:
@@ -171,6 +175,15 @@ class _TorchForm:
             if count == len(self.group_of):
                 break
         names = [best[id(parameter)] for parameter in self.parameters]
+        if 0 < most < len(names):
+            # Of the names of a tied parameter, the saved one depends on the order of the modules.
+            free = self.group_of.keys() - names
+            names = [
+                name
+                if name in self.group_of
+                else next(filter(free.__contains__, places(id(parameter))), name)
+                for name, parameter in zip(names, self.parameters, strict=True)
+            ]
         if most == 0 and len(self.group_of) == len(names) > 0:
             # The parameters were saved as those of a submodule, or of a module that contains it.
             old, new = _common_path(self.group_of), _common_path(names)
