@@ -240,7 +240,7 @@ def differences(
     gap = (x - y).abs()
     gap[x == y] = 0.0  # infinities
     integer = not (a.dtype.is_floating_point or a.dtype.is_complex)
-    close = (gap <= atol + rtol * y.abs()) | (x.isnan() & y.isnan())
+    close = (gap <= atol + rtol * y.abs()) & gap.isfinite() | (x.isnan() & y.isnan())
     if integer and not (rtol or atol):
         close[:] = False  # float64 can't tell all int64 apart
     gap = gap[~close]

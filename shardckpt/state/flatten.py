@@ -43,7 +43,7 @@ from shardckpt.state.refusals import all_refused, reading_state
 from shardckpt.state.sharded_array import ShardedArray, fits_tensor, from_numpy
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
 
-__all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder"]
+__all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder", "too_deep"]
 
 _DEPTH_LIMIT = 100
 
@@ -89,7 +89,7 @@ def flatten(state: Any, *, rank: int) -> FlatState:
         with torch.no_grad():  # to_local() then costs nothing
             flattener.flat.tree = flattener.walk(state, "", 0)
     except RecursionError as error:  # from sets in sets; the depth of other containers is counted
-        raise _too_deep(error.name if isinstance(error, _TooDeepError) else "") from error
+        raise too_deep(error.name if isinstance(error, _TooDeepError) else "") from error
     if flattener.refused:
         raise all_refused(flattener.refused)
     return flattener.flat
@@ -329,7 +329,8 @@ def _check_leaf(tensor: AnyTensor, name: str) -> None:
         )
 
 
-def _too_deep(name: str) -> UnsupportedLeafError:
+def too_deep(name: str) -> UnsupportedLeafError:
+    """Return the error of a state whose containers are nested too deeply."""
     return UnsupportedLeafError(
         "The state is nested too deeply, or contains itself",
         tensor=name,

@@ -166,6 +166,7 @@ class _TorchForm:
         """
         best: dict[int, str] = {}
         most = -1
+        places = self.context.parameter_names.places
         for candidate in self.context.parameter_names.candidates(self.parameters, at=self.name):
             count = len(self.group_of.keys() & candidate.values())
             if count > most:
@@ -173,6 +174,15 @@ class _TorchForm:
             if count == len(self.group_of):
                 break
         names = [best[id(parameter)] for parameter in self.parameters]
+        if 0 < most < len(names):
+            # Of the names of a tied parameter, the saved one depends on the order of the modules.
+            free = self.group_of.keys() - names
+            names = [
+                name
+                if name in self.group_of
+                else next(filter(free.__contains__, places(id(parameter))), name)
+                for name, parameter in zip(names, self.parameters, strict=True)
+            ]
         if most == 0 and len(self.group_of) == len(names) > 0:
             # The parameters were saved as those of a submodule, or of a module that contains it.
             old, new = _common_path(self.group_of), _common_path(names)

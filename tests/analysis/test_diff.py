@@ -141,6 +141,9 @@ def test_elements_within_the_tolerance_are_equal():
     assert differences(a, b, atol=0.2)[0] == 2
     assert differences(a, b, rtol=0.2)[0] == 1
     assert differences(torch.tensor([0.0, math.nan]), torch.tensor([-0.0, -math.nan])) == (0, 0.0)
+    for infinite in (math.inf, -math.inf):
+        finite = torch.tensor([5.0, math.inf]), torch.tensor([infinite, infinite])
+        assert differences(*finite, rtol=0.5, atol=1)[0] == 1 + (infinite < 0)
     large = torch.tensor([2**62, 5])
     assert differences(large, large + torch.tensor([1, 0])) == (1, 0.0)  # not told by float64
 

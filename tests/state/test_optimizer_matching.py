@@ -248,3 +248,22 @@ def test_keys_without_the_parameter_groups_are_refused(tmp_path, keys):
     assert caught.value.tensor == "o.param_groups"
     shardckpt.load({"m": model, "o": optimizer}, tmp_path / "c", keys=["o.state", "o.param_groups"])
     shardckpt.load({"m": model, "o": optimizer}, tmp_path / "c", keys=["m"])
+
+
+def test_parameters_tied_across_modules_have_their_state_in_any_order_of_the_modules(tmp_path):
+    def tied(seed):
+        torch.manual_seed(seed)
+        a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+        b.weight = a.weight
+        return a, b
+
+    a, b = tied(0)
+    optimizer = optim.AdamW([*a.parameters(), b.bias])
+    (a(torch.ones(3)) + b(torch.ones(3))).sum().backward()
+    optimizer.step()
+    shardckpt.save({"a": a, "b": b, "o": optimizer}, tmp_path / "c")
+    a2, b2 = tied(1)
+    loaded = optim.AdamW([b2.bias, b2.weight, a2.bias])
+    shardckpt.load({"b": b2, "a": a2, "o": loaded}, tmp_path / "c")
+    for one, other in ((a.weight, a2.weight), (a.bias, a2.bias), (b.bias, b2.bias)):
+        assert same(optimizer.state[one], loaded.state[other])
