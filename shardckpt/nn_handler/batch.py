@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -109,8 +110,8 @@ def call_model(model: nn.Module, inputs: Any, module: nn.Module) -> Any:
     A dict whose keys are parameters of forward is passed by name. The items of a tuple are passed
     one by one if forward does not take one argument.
     """
-    names = inspect.signature(module.forward).parameters
     if isinstance(inputs, Mapping):
+        names = _signature(module).parameters
         own = {key: item for key, item in inputs.items() if key in names}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
         given = inputs if own and takes_any else own
@@ -122,9 +123,22 @@ def call_model(model: nn.Module, inputs: Any, module: nn.Module) -> Any:
     return model(inputs)
 
 
+_signatures: WeakKeyDictionary[nn.Module, tuple[Any, inspect.Signature]] = WeakKeyDictionary()
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """The signature of a module's forward, kept because it takes longer than a small layer."""
+    function = getattr(module.forward, "__func__", None)
+    if function is None:  # an attribute of the instance
+        return inspect.signature(module.forward)
+    if module not in _signatures or _signatures[module][0] is not function:
+        _signatures[module] = function, inspect.signature(module.forward)
+    return _signatures[module][1]
+
+
 def _binds(module: nn.Module, args: Any, kwargs: Any) -> bool:
     try:
-        inspect.signature(module.forward).bind(*args, **kwargs)
+        _signature(module).bind(*args, **kwargs)
     except TypeError:
         return False
     return True

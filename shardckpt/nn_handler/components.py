@@ -379,8 +379,11 @@ class Components(TrainingState):
             >>> from torch.utils.data import TensorDataset
             >>> from shardckpt import NNHandler
             >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
-            >>> dataset = TensorDataset(torch.randn(8, 4), torch.randn(8, 2))
+            >>> handler.set_loss_fn(nn.MSELoss())
+            >>> dataset = TensorDataset(torch.ones(9, 4), torch.ones(9, 2))
             >>> handler.set_val_loader(dataset, batch_size=4)
+            >>> list(handler.evaluate())
+            ['loss']
         """
         self.val_data = ValData(data, loader_options, self.layout)
 

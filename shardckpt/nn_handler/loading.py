@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,18 +110,25 @@ def open_source(path: str) -> Source:
     return Source(path=path, storage=StateStorage(state), ranks=ranks)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadOptions:
     """The arguments of NNHandler.load."""
 
     device: str | torch.device | None
     device_map: DeviceMap
     strict: bool
-    skip: Collection[str]
+    skip_optimizer: bool
+    skip_scheduler: bool
+    skip_history: bool
+    skip_callbacks: bool
+    skip_ema: bool
     parallel: Parallel
     device_mesh: Any
     tp_plan: Mapping[str, Any] | None
-    objects: Mapping[str, Any]
+    model_class: Callable[..., nn.Module] | None
+    loss_fn: Callable[..., Any] | None
+    metrics: Mapping[str, Callable[..., Any]] | None
+    objects: Mapping[str, Any] | None
     trust_code: bool
     confirm: bool
 
@@ -130,9 +137,29 @@ class LoadOptions:
         """Whether the handler is for inference on the devices of a device map."""
         return self.device_map is not None
 
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """The objects of the caller by their place in the checkpoint."""
+        named = {"model.class": self.model_class, "loss_fn": self.loss_fn}
+        metrics = {f"metrics.{name}": metric for name, metric in (self.metrics or {}).items()}
+        chosen = {at: value for at, value in named.items() if value is not None}
+        return {**(self.objects or {}), **metrics, **chosen}
+
+    @cached_property
+    def skip(self) -> set[str]:
+        """The parts of the checkpoint to leave out."""
+        skipped = {
+            "optimizer": self.skip_optimizer,
+            "scheduler": self.skip_scheduler or self.skip_optimizer,
+            "history": self.skip_history,
+            "callbacks": self.skip_callbacks,
+            "ema": self.skip_ema,
+        }
+        return {part for part, skip in skipped.items() if skip}
+
     def takes(self, part: str) -> bool:
         """Whether to load a part of the checkpoint."""
-        left_out = self.placed and part in ("optimizer", "scheduler", "ema")
+        left_out = self.placed and part in ("optimizer", "scheduler")
         return part not in self.skip and not left_out
 
 
@@ -147,7 +174,7 @@ def _load(handler_class: type[Components], path: str, options: LoadOptions) -> C
     saved = source.values()
     config = saved.config
     bounds = Bounds(lambda: list(source.shapes.values()), path=path)
-    names = Names(options.objects, bounds, path=path)
+    names = Names(options.given, bounds, path=path)
     with making("config", path):
         parts = _resolved(names, config, options)
     handler = _with_model(handler_class, names, parts, source, options)
@@ -169,7 +196,7 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
     """
     model = config.model
     parts: dict[str, Any] = {"model.kwargs": names.resolve(model.kwargs, "model.kwargs")}
-    if options.trust_code and "model.class" not in options.objects:
+    if options.trust_code and "model.class" not in options.given:
         name = str(model.kind.get("shardckpt.import", ""))
         parts["model.class"] = Given(class_of_code(config.code or {}, name, path=names.path))
     else:
@@ -217,7 +244,7 @@ def _with_model(
     """Create a handler with its model, without the saved weights. Collective."""
     chosen = names.make(parts["model.class"], "model.class")
     kwargs = names.make(parts["model.kwargs"], "model.kwargs")
-    given = "model.class" in options.objects
+    given = "model.class" in options.given
     if isinstance(chosen, nn.Module):
         raise StateError(
             "A model was given, where its class was expected",
@@ -293,7 +320,7 @@ def _set_parts(
         handler.await_part("own_step", "the training step of the program that saved", None)
     _check_used(names, options)
     for part in ("auto_saver", "compile"):
-        proposed = options.objects.get(part, getattr(config, part))
+        proposed = options.given.get(part, getattr(config, part))
         if proposed is not None:
             with making(part, source.path):
                 handler.propose(part, proposed)
@@ -335,7 +362,7 @@ def _check_used(names: Names, options: LoadOptions) -> None:
     """Raise StateError for objects of the caller that were not used."""
     unused = [
         at
-        for at in options.objects.keys() - names.used - {"auto_saver", "compile"}
+        for at in options.given.keys() - names.used - {"auto_saver", "compile"}
         if options.takes(at.partition(".")[0])
     ]
     if unused:
@@ -355,14 +382,14 @@ def _set_functions(
     """Set the loss and the metrics. Those that do not resolve must be given before training."""
     wanted: dict[str, Any] = {"loss_fn": config.loss_fn}
     wanted |= {f"metrics.{name}": metric for name, metric in config.metrics.items()}
-    wanted |= {at: None for at in options.objects if at.startswith("metrics.")}
+    wanted |= {at: None for at in options.given if at.startswith("metrics.")}
     for at, described in wanted.items():
-        if described is None and at not in options.objects:
+        if described is None and at not in options.given:
             continue
         names.missing.clear()
         tree = names.resolve(described, at, Slot.FUNCTION)
         made: Any = None if names.missing else names.make(tree, at)
-        if not callable(made) and at not in options.objects:
+        if not callable(made) and at not in options.given:
             handler.await_part(at, described, _loss_tensors(source) if at == "loss_fn" else None)
         elif at == "loss_fn":
             handler.set_loss_fn(made)
@@ -436,10 +463,11 @@ def restore(
         state.pop("optimizer", None)
         state.pop("optimizers", None)
     ema = None
-    if saved.ema is not None and not placed and "ema" not in skip:
-        with making("ema.decay", path):
-            ema = EMA(handler.model, saved.ema.decay)
-        state["ema"] = {"weights": ema.weights}
+    if saved.ema is not None and "ema" not in skip:
+        with making("ema", path):
+            weights = _on_disk(source, "ema.weights") if placed else None
+            ema = EMA(handler.model, saved.ema.decay, weights)
+        state |= {} if placed else {"ema": {"weights": ema.weights}}
     if source.ranks is None:
         state["ranks"] = PerRank({}, on_resize=lambda every: {"every": every})
     api.load(state, path, strict=strict, storage=source.storage)
@@ -461,6 +489,14 @@ def restore(
         same = len(source.ranks) == handler.world_size
         own = source.ranks[handler.rank] if same else {"every": source.ranks}
         _own(handler, own, path)
+
+
+def _on_disk(source: Source, name: str) -> Any:
+    """Part of a checkpoint, with tensors that stay on the disk until they are used."""
+    found = api.load_state(source.path, keys=name, device_map="disk", storage=source.storage)
+    for key in name.split("."):
+        found = found[key]
+    return found
 
 
 def restore_tensors(handler: Components, source: Source) -> None:

@@ -103,20 +103,28 @@ def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
 def _of_torch(value: nn.Module, made: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a module of torch.
 
-    They are its attributes of the same names, which classes of torch keep. Arguments without an
-    attribute are those that were noted.
+    They are its attributes of the same names, which classes of torch keep. Arguments that were
+    noted replace attributes that are missing, lists, which torch extends, and modules that torch
+    makes of numbers.
     """
     arguments: dict[str, Any] = {}
-    for parameter in inspect.signature(type(value)).parameters.values():
-        name = parameter.name
-        if hasattr(value, name):
-            found = getattr(value, name)
-            flag = type(parameter.default) is bool and type(found) is not bool
-            arguments[name] = found is not None if flag else found  # Linear's bias
-        elif name in made:
-            arguments[name] = made[name]
-        elif parameter.default is parameter.empty:
+    recurrent = isinstance(value, (nn.LSTM, nn.GRU))  # which take any arguments, for RNNBase
+    parameters = dict(inspect.signature(nn.RNNBase if recurrent else type(value)).parameters)
+    if recurrent:
+        del parameters["mode"]
+    for name, parameter in parameters.items():
+        noted = made.get(name, parameter.default)
+        found = getattr(value, name, parameter.empty)
+        is_flag = type(parameter.default) is bool
+        if found is not parameter.empty and is_flag and type(found) is not bool:
+            arguments[name] = found is not None  # the bias of a Linear
+            continue
+        changed = isinstance(found, nn.Module) and not isinstance(noted, nn.Module)
+        kept = noted if found is parameter.empty or type(found) is list or changed else found
+        if kept is parameter.empty:
             return None
+        if kept is not parameter.default:
+            arguments[name] = kept
     return arguments
 
 

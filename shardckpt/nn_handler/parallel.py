@@ -36,6 +36,7 @@ __all__ = [
     "gathered",
     "largest",
     "mean_over_ranks",
+    "reshard",
     "start",
     "synchronize_buffers",
     "synchronize_gradients",
@@ -296,6 +297,19 @@ def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give the modules of FSDP2 their sharded parameters back. Not collective.
+
+    After a forward pass without a backward pass, FSDP2 keeps the whole parameters of its root. They
+    are other tensors, and the next forward pass uses them again.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,6 @@ from shardckpt.coordination.resolve import operation
 from shardckpt.errors import RankFailedError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
-from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.callbacks import ModelCheckpoint
 from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import Position
@@ -76,13 +76,13 @@ class Trainer:
         )
         with stop_requests(enabled=saver is not None and saver.on_signal) as self.requests:
             try:
-                self._hooks(lambda callback: callback.on_train_start(handler))
+                self._hooks("on_train_start")
                 self._agree()
                 if not resumed:
                     self._try_validation()
                 while handler.epoch < self.end and not handler.stop_training:
                     self._epoch()
-                self._hooks(lambda callback: callback.on_train_end(handler))
+                self._hooks("on_train_end")
                 self._agree()
             except BaseException as error:
                 self._tell(error)
@@ -137,14 +137,14 @@ class Trainer:
         self.sums = handler.sums = EpochSums(handler)
         if not data.fits(position):
             warn(
-                f"The length of the train loader is no longer {position.length}: the epoch starts "
-                "again"
+                f"The train loader had {position.length} samples before, and has another number "
+                "now: the epoch starts again"
             )
             handler.position = position = Position()
         if position.batches == 0:
             position = Position(seed=handler.seed_value, random=data.random_now())
             handler.position = position
-            self._hooks(lambda callback: callback.on_epoch_start(handler))
+            self._hooks("on_epoch_start")
             self._agree()
             handler.wrap_again()
             self._warn_of_untrained()
@@ -347,7 +347,7 @@ class Trainer:
         except BaseException as error:
             self.failure = self.failure or error
 
-    def _hooks(self, hook: str | Callable[[Callback], None], *args: Any) -> None:
+    def _hooks(self, hook: str, *args: Any) -> None:
         """Call a hook of all callbacks; ModelCheckpoints come last."""
         callbacks = [*self.bar, *self.handler.callbacks]
         if self.options.fast_dev_run:
@@ -355,8 +355,7 @@ class Trainer:
         callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
         for callback in callbacks:
             if self.failure is None:
-                call = hook if callable(hook) else _caller(hook, self.handler, args)
-                self._guard(lambda call=call, callback=callback: call(callback))  # type: ignore[misc]
+                self._guard(partial(getattr(callback, hook), self.handler, *args))
 
     def _unfinished(self) -> bool:
         """Whether the epoch has samples left."""
@@ -427,15 +426,6 @@ class Trainer:
             raise StateError(f"The ranks hold the state together, and {failure.problem}")
         elif failure.elected:
             saver.emergency(handler, process_group=group_of_one())
-
-
-def _caller(hook: str, handler: TrainingState, args: Any) -> Callable[[Callback], None]:
-    def call(callback: Callback) -> None:
-        own = getattr(type(callback), hook, None)
-        if own is not getattr(Callback, hook):
-            getattr(callback, hook)(handler, *args)
-
-    return call
 
 
 def _check_on_all(handler: TrainingState) -> None:

@@ -28,6 +28,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+import shardckpt
 from shardckpt import NNHandler
 from shardckpt.errors import StateError
 from shardckpt.nn_handler import Callback, ModelCheckpoint
@@ -375,6 +376,11 @@ def test_a_loss_with_parameters_is_trained_saved_and_rebuilt(tmp_path, first):
     train(handler)
     assert handler.loss_fn.factor != 1.0
     handler.save(tmp_path / "a")
+    with shardckpt.open_checkpoint(tmp_path / "a") as checkpoint:
+        saved = {name for name in checkpoint.tensors() if name.endswith(".exp_avg")}
+    # the names in the state, which are the same under DDP and FSDP2
+    places = {f"model.{name}" for name in weights(handler)} | {"loss_fn.factor"}
+    assert saved == {f"optimizer.state.{place}.exp_avg" for place in places}
     loaded = NNHandler.load(tmp_path / "a")
     assert loaded.loss_fn.scale == 2.0  # its argument was 4.0
     assert torch.equal(loaded.loss_fn.factor, handler.loss_fn.factor)
@@ -423,6 +429,15 @@ def test_a_model_with_a_config_object_trains_and_is_asked_for_at_load(tmp_path, 
     assert same(weights(loaded), weights(handler))
 
 
+class Last(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -430,6 +445,9 @@ def test_a_model_with_a_config_object_trains_and_is_asked_for_at_load(tmp_path, 
         lambda: nn.Sequential(nn.Linear(4, 3)),
         lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3, bias=False)),
         lambda: Body(width=5),
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, 0.0), nn.Linear(4, 3)),
+        lambda: Last(nn.LSTM(4, 3, num_layers=2, batch_first=True)),
+        lambda: Last(nn.GRU(4, 3, bias=False)),
     ],
 )
 def test_modules_as_arguments_come_back(tmp_path, body):
@@ -438,6 +456,14 @@ def test_modules_as_arguments_come_back(tmp_path, body):
         warnings.simplefilter("error")
         handler.save(tmp_path / "a")
     assert same(weights(NNHandler.load(tmp_path / "a")), weights(handler))
+
+
+def test_an_argument_that_torch_extends_comes_back(tmp_path):
+    handler = make(Wrap, body=nn.AdaptiveLogSoftmaxWithLoss(4, 20, cutoffs=[5, 10]))
+    handler.save(tmp_path / "a")
+    loaded = NNHandler.load(tmp_path / "a")
+    assert loaded.module.body.cutoffs == handler.module.body.cutoffs
+    assert same(weights(loaded), weights(handler))
 
 
 # Savers, names, resumes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 
 import pytest
 import torch
@@ -148,12 +149,30 @@ def second_order() -> None:
         quiet(handler)
 
 
+def evaluation_leaves_no_trace() -> None:
+    """FSDP2 keeps whole weights after a forward pass alone; the next step must not use them."""
+    inputs = data(8).tensors[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that no optimizer holds the whole weights
+        handlers = [quiet(a_handler("fsdp"), ema_decay=0.5) for _ in range(2)]
+        handler = handlers[0]
+        own = handler.evaluate()
+        assert handler.evaluate(ema=True) != own
+        assert handler.evaluate() == own
+        outputs = handler.predict(inputs)
+        with handler.ema_weights(), torch.no_grad():
+            assert not torch.equal(handler.model(inputs), outputs)
+        assert torch.equal(handler.predict(inputs), outputs)
+        assert numbers(quiet(handler)) == numbers(quiet(handlers[1]))
+
+
 def everything(folder: str) -> None:
     running_means(folder)
     failures_of_one_rank(folder)
     metrics_of_all_ranks()
     two_networks(folder)
     second_order()
+    evaluation_leaves_no_trace()
 
 
 @pytest.mark.ranks
