@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,17 @@ from torch import nn
 from shardckpt.errors import StateError
 from shardckpt.nn_handler.training_state import TrainingState
 
-__all__ = ["Result", "batch_size", "call_model", "forward", "joined", "split", "to_device"]
+__all__ = [
+    "Result",
+    "Several",
+    "batch_size",
+    "binds",
+    "call_model",
+    "forward",
+    "joined",
+    "split",
+    "to_device",
+]
 
 
 @dataclass(slots=True)
@@ -92,8 +102,8 @@ def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:
         return batch, batch
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
-    if isinstance(batch, (tuple, list)) and len(batch) > 2 and _binds(module, batch[:-1], {}):
-        return tuple(batch[:-1]), batch[-1]
+    if isinstance(batch, (tuple, list)) and len(batch) > 2 and binds(module, batch[:-1]):
+        return Several(batch[:-1]), batch[-1]
     raise StateError(
         "A batch has an unknown form",
         expected="(inputs, targets), (input, ..., targets) or a dict",
@@ -102,6 +112,10 @@ def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:
         remedy="use a dataset of pairs, or a collate_fn that returns them; or handle batches of "
         "any form in a step of your own: handler.set_training_step(step)",
     )
+
+
+class Several(tuple[Any, ...]):
+    """Inputs that the model takes one by one."""
 
 
 def call_model(model: nn.Module, inputs: Any, module: nn.Module) -> Any:
@@ -115,10 +129,12 @@ def call_model(model: nn.Module, inputs: Any, module: nn.Module) -> Any:
         own = {key: item for key, item in inputs.items() if key in names}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
         given = inputs if own and takes_any else own
-        if own and _binds(module, (), given):
+        if own and binds(module, (), given):
             return model(**given)
+    if type(inputs) is Several:
+        return model(*inputs)
     plain = type(inputs) in (tuple, list)
-    if plain and not _binds(module, (inputs,), {}) and _binds(module, inputs, {}):
+    if plain and not binds(module, (inputs,)) and binds(module, inputs):
         return model(*inputs)
     return model(inputs)
 
@@ -136,9 +152,10 @@ def _signature(module: nn.Module) -> inspect.Signature:
     return _signatures[module][1]
 
 
-def _binds(module: nn.Module, args: Any, kwargs: Any) -> bool:
+def binds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether the forward of a module takes these arguments."""
     try:
-        _signature(module).bind(*args, **kwargs)
+        _signature(module).bind(*args, **(kwargs or {}))
     except TypeError:
         return False
     return True

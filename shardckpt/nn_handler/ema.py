@@ -70,6 +70,8 @@ class EMA:
         parameters = {names[raw] for raw, _ in model.named_parameters()}
         self._averaged, self._copied = [], []
         for name, tensor in _tensors(model).items():
+            if self.weights[name].shape != tensor.shape:  # a buffer that grows
+                self.weights[name] = _copy(tensor)
             averaged = name in parameters and tensor.is_floating_point()
             (self._averaged if averaged else self._copied).append((name, tensor))
 

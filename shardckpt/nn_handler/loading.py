@@ -13,10 +13,12 @@ from warnings import catch_warnings, simplefilter
 import msgspec
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from shardckpt import api
 from shardckpt.convert.single_files import INDEX, is_single_file, read_many, read_one
-from shardckpt.coordination.resolve import alone
+from shardckpt.coordination.exchange import exchange
+from shardckpt.coordination.resolve import alone, operation
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.logs import warn
@@ -80,10 +82,19 @@ class Source:
         return checked(found, Saved, "", path=self.path)
 
     @cached_property
+    def _tensors(self) -> dict[str, Any]:
+        with api.open_checkpoint(self.path, storage=self.storage) as checkpoint:
+            return dict(checkpoint.tensors())
+
+    @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """The shapes of all tensors by name. Not collective."""
-        with api.open_checkpoint(self.path, storage=self.storage) as checkpoint:
-            return {name: tensor.shape for name, tensor in checkpoint.tensors().items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes of all tensors by name. Not collective."""
+        return {name: tensor.dtype for name, tensor in self._tensors.items()}
 
 
 def open_source(path: str) -> Source:
@@ -257,7 +268,7 @@ def _with_model(
             made = names.bounds.construct(chosen, (), kwargs, given=given)
             if not isinstance(made, nn.Module):
                 raise TypeError(f"an nn.Module expected, not {type(made).__name__}")
-            return made
+            return _as_saved(made, source)
 
     if not options.placed:
         handler = handler_class(
@@ -282,6 +293,24 @@ def _with_model(
         handler.model.eval()
     handler.model_class, handler.model_kwargs = chosen, kwargs
     return handler
+
+
+def _as_saved(module: nn.Module, source: Source) -> nn.Module:
+    """Give the tensors of a model the shapes and the floating-point dtypes that were saved.
+
+    Only lazy tensors have no shape yet.
+    """
+    names = canonical_names(module)
+    for raw, tensor in (*module.named_parameters(), *module.named_buffers()):
+        name = f"model.{names.get(raw)}"
+        if name not in source.shapes:
+            continue
+        if is_lazy(tensor):
+            tensor.materialize(source.shapes[name])  # type: ignore[operator]
+        dtype = source.dtypes[name]
+        if tensor.is_floating_point() and dtype.is_floating_point:
+            tensor.data = tensor.data.to(dtype)
+    return module
 
 
 def _set_parts(
@@ -340,7 +369,8 @@ def _set_trained(handler: Components, config: Config, path: str) -> None:
                 if name not in parameters:
                     raise StateError("The model has no such parameter", actual=name)
             for name, parameter in parameters.items():
-                parameter.requires_grad_(name not in config.untrained)
+                if parameter.requires_grad is (name in config.untrained):
+                    parameter.requires_grad_(name not in config.untrained)
             handler.frozen[:] = config.frozen
         for name in config.kept_eval:
             handler.keep_eval_on_module(name)
@@ -471,6 +501,27 @@ def restore(
     if source.ranks is None:
         state["ranks"] = PerRank({}, on_resize=lambda every: {"every": every})
     api.load(state, path, strict=strict, storage=source.storage)
+
+    def apply() -> bytes:
+        _apply(handler, source, saved, ema, state.get("ranks"), skip=skip, placed=placed)
+        return b""
+
+    with operation("NNHandler: restore") as coordinator:
+        exchange(coordinator, "restore", apply, lambda payloads: b"")
+
+
+def _apply(
+    handler: Components,
+    source: Source,
+    saved: Saved,
+    ema: EMA | None,
+    ranks: PerRank | None,
+    *,
+    skip: Collection[str],
+    placed: bool,
+) -> None:
+    """Restore the values of a checkpoint, when its tensors are loaded. Not collective."""
+    path = source.path
     handler.ema = ema or (EMA(handler.model, handler.ema.decay) if handler.ema else None)
     states = {**({MAIN: saved.scheduler} if saved.scheduler else {}), **saved.schedulers}
     for name, scheduler in handler.schedulers.items():
@@ -484,7 +535,7 @@ def restore(
     if "callbacks" not in skip:
         _callbacks(handler.callbacks, saved.callbacks, path)
     if source.ranks is None:
-        _own(handler, state["ranks"].value, path)
+        _own(handler, ranks.value if ranks is not None else {}, path)
     else:
         same = len(source.ranks) == handler.world_size
         own = source.ranks[handler.rank] if same else {"every": source.ranks}
@@ -562,11 +613,18 @@ def _warn_of_options(own: dict[str, Any], saved: Config, handler: Components) ->
         mine, theirs = own[at]["options"], found.options
         name = at.split(".")[1] if "." in at else MAIN
         set_anew = handler.hyperparameters.get(name, {}) if at.endswith("optimizer") else {}
+        pairs = [(at, mine, theirs)]
+        if at.endswith("optimizer"):
+            groups = zip(own[at]["groups"], found.groups or (), strict=False)
+            pairs += [(f"{at} group {n}", *both) for n, both in enumerate(groups)]
         changed += [
-            f"{at} {option}: {theirs.get(option, 'its default')!r} in the checkpoint, "
-            f"{mine.get(option, 'its default')!r} in the script"
-            for option in dict.fromkeys([*mine, *theirs])
-            if mine.get(option) != theirs.get(option) and option not in set_anew
+            f"{where} {option}: {there.get(option, 'its default')!r} in the checkpoint, "
+            f"{here.get(option, 'its default')!r} in the script"
+            for where, here, there in pairs
+            for option in dict.fromkeys([*here, *there])
+            if option != "params"
+            and here.get(option) != there.get(option)
+            and option not in set_anew
         ]
     if changed:
         warn(

@@ -271,22 +271,22 @@ def synchronize_buffers(model: nn.Module, layout: Layout) -> None:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> list[bool]:
     """Average the gradients of a model that is not wrapped over the ranks. Collective.
 
-    Returns whether any rank has a gradient, for each parameter.
+    Returns whether all ranks have a gradient, for each parameter.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained or not dist.is_initialized():
         return [parameter.grad is not None for parameter in trained]
     here = trained[0].device
     used = torch.tensor([int(p.grad is not None) for p in trained], device=here)
-    dist.all_reduce(used, dist.ReduceOp.MAX)
-    found = [bool(one) for one in used.tolist()]
-    for parameter, is_used in zip(trained, found, strict=True):
-        if is_used:
+    dist.all_reduce(used)
+    counts: list[int] = used.tolist()
+    for parameter, count in zip(trained, counts, strict=True):
+        if count:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad /= dist.get_world_size()
             dist.all_reduce(parameter.grad)
-    return found
+    return [count == dist.get_world_size() for count in counts]
 
 
 def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
@@ -294,7 +294,8 @@ def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model.require_backward_grad_sync = now
+        # with static_graph, torch 2.13 fails if the first backward pass does not synchronize
+        model.require_backward_grad_sync = now or model.static_graph
     elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
 

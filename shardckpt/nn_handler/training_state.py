@@ -337,12 +337,7 @@ class TrainingState:
             >>> history["loss"][1] < history["loss"][0]
             True
         """
-        if optimizer not in self.optimizations:
-            raise StateError(
-                "The handler has no optimizer of this name",
-                expected=", ".join(self.optimizations),
-                actual=repr(optimizer),
-            )
+        self._optimization(optimizer)
         if self.sums is None:
             raise StateError(
                 "update was called outside of training",
@@ -352,6 +347,17 @@ class TrainingState:
             self.updater.update(loss, optimizer)
         else:  # in validation
             self.log_loss(loss, optimizer)
+
+    def _optimization(self, name: str) -> Optimization:
+        """The optimizer of a name; StateError if there is none."""
+        if name not in self.optimizations:
+            raise StateError(
+                "The handler has no optimizer of this name",
+                expected=", ".join(self.optimizations) or "an optimizer",
+                actual=repr(name),
+                remedy="call set_optimizer first",
+            )
+        return self.optimizations[name]
 
     def log_loss(self, loss: torch.Tensor, optimizer: str) -> None:
         """Internal. Add the loss of one optimizer to an epoch's metrics."""

@@ -91,6 +91,12 @@ class Updater:
             if result is None:
                 self._check_updates(group)
                 continue
+            if not result.loss.requires_grad:
+                raise StateError(
+                    "The loss does not depend on a parameter that needs gradients",
+                    remedy="unfreeze a part of the model, or compute the loss without detach() "
+                    "and no_grad()",
+                )
             part = result.loss if len(group) == 1 else result.loss / len(group)
             torch.autograd.backward(part if self.scaler is None else self.scaler.scale(part))
             losses.append(result.loss.detach())
