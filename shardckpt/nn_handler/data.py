@@ -195,11 +195,17 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """A loader with its dataset, sampler and batch sampler, each once."""
-    inner = getattr(loader, "batch_sampler", None)
-    parts = [loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None)]
-    parts += [inner, getattr(inner, "sampler", None)]
-    found = {id(part): part for part in parts if part is not None}
+    """A loader with its samplers, its datasets and those inside of them, each once."""
+    found: dict[int, Any] = {}
+    waiting = [loader]
+    while waiting:
+        part = waiting.pop(0)
+        if part is None or id(part) in found:
+            continue
+        found[id(part)] = part
+        waiting += [getattr(part, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+        several = getattr(part, "datasets", ())  # of a ConcatDataset or a ChainDataset
+        waiting += several if isinstance(several, (list, tuple)) else ()
     return list(found.values())
 
 

@@ -318,7 +318,7 @@ class NNHandler(Components):
             return predictions(self, ValData(inputs, loader_options, self.layout))
 
     def _any_rank(self, more: bool) -> int:
-        return largest([int(more)], self.device)[0]
+        return largest([int(more)])[0]
 
     @contextmanager
     def _weights(self, ema: bool) -> Iterator[None]:

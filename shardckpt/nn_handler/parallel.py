@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import msgspec
 import torch
@@ -368,12 +369,29 @@ def gathered(value: Any, layout: Layout) -> list[Any]:
     return [by_place[place] for place in range(places)]
 
 
-def largest(flags: list[int], device: torch.device) -> list[int]:
-    """The largest value of all ranks, for each of the numbers. Collective."""
+def largest(flags: list[int]) -> list[int]:
+    """The largest value of all ranks, for each of the numbers. Collective.
+
+    It does not wait for a GPU: the numbers stay on the CPU.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flags
-    here = torch.device("cpu") if "gloo" in str(dist.get_backend_config()) else device
-    tensor = torch.tensor(flags, dtype=torch.int64, device=here)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    tensor = torch.tensor(flags, dtype=torch.int64, device="cpu")
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
     found: list[int] = tensor.tolist()
     return found
+
+
+_cpu_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _cpu_group() -> Any:
+    """A group for tensors on the CPU: the default one (None), or one beside it if it has only NCCL.
+
+    The first call is collective.
+    """
+    world = dist.group.WORLD
+    if world not in _cpu_groups:
+        has_gloo = "gloo" in str(dist.get_backend_config())
+        _cpu_groups[world] = None if has_gloo else dist.new_group(backend="gloo")
+    return _cpu_groups[world]

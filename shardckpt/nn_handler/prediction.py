@@ -39,7 +39,7 @@ def predictions(handler: TrainingState, data: ValData) -> Any:
         data,
         handler.epoch,
         act,
-        agree=lambda more: largest([int(more)], handler.device)[0],
+        agree=lambda more: largest([int(more)])[0],
     )
     own = joined(found) if found else None
     there = [outputs for outputs in gathered(own, data.layout) if outputs is not None]

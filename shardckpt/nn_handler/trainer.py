@@ -307,8 +307,7 @@ class Trainer:
                 int(handler.stop_training),
                 int(saver is not None and handler.rank == 0 and saver.minutes_due()),
                 sign * (batches or 0),
-            ],
-            handler.device,
+            ]
         )
         handler.stop_training = bool(stop)
         if failed:

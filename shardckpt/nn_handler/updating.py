@@ -227,7 +227,7 @@ class Updater:
         """Whether the weights may be updated, by the nan_guard; collective if there is one."""
         if self.options.nan_guard is None:
             return True
-        if not largest([int(not bool(torch.isfinite(loss)))], self.handler.device)[0]:
+        if not largest([int(not bool(torch.isfinite(loss)))])[0]:
             return True
         if self.options.nan_guard == "stop":
             raise StateError(

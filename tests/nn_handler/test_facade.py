@@ -20,10 +20,12 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -240,6 +242,11 @@ class Stream(Epochs, IterableDataset):
         return zip(X, Y, strict=True)
 
 
+class OfEpochs(Epochs, Dataset):
+    def __getitem__(self, index):
+        return DS[index]
+
+
 def test_set_epoch_is_called_wherever_it_exists():
     batches, stream = Batches(), Stream()
     handler = make()
@@ -247,6 +254,10 @@ def test_set_epoch_is_called_wherever_it_exists():
     handler.set_val_loader(stream, batch_size=16)
     train(handler, 2)
     assert (batches.seen, stream.seen) == ([0, 1], [0, 1])
+    inner = OfEpochs()
+    handler.set_train_loader(ConcatDataset([Subset(inner, range(32)), DS]), batch_size=16)
+    train(handler)
+    assert inner.epoch == 2
 
 
 class Mine(DataLoader):

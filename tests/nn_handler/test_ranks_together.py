@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from shardckpt import NNHandler
 from shardckpt.errors import CheckpointError, RankFailedError, StateError
 from shardckpt.nn_handler import Callback
+from shardckpt.nn_handler import parallel as of_ranks
 from tests.nn_handler.models import Net, NormNet, a_handler, data, same, weights, with_data
 from tests.nn_handler.test_features import OwnObject, a_gan, f1, gan_step
 from tests.ranks import run_ranks
@@ -234,6 +236,14 @@ def static_graph() -> None:
     assert found[0] == pytest.approx(found[1])
 
 
+def a_group_without_gloo() -> None:
+    """The ranks agree through a group of their own, as tensors on a GPU would make them wait."""
+    of_ranks._cpu_groups.clear()
+    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        assert of_ranks.largest([dist.get_rank(), -1]) == [1, -1]
+    assert of_ranks._cpu_groups.pop(dist.group.WORLD) is not None
+
+
 def everything(folder: str) -> None:
     running_means(folder)
     failures_of_one_rank(folder)
@@ -245,6 +255,7 @@ def everything(folder: str) -> None:
     one_rank_decides(folder)
     parameters_that_one_rank_uses()
     static_graph()
+    a_group_without_gloo()
 
 
 @pytest.mark.ranks
