@@ -301,12 +301,13 @@ def _as_saved(module: nn.Module, source: Source) -> nn.Module:
     Only lazy tensors have no shape yet.
     """
     names = canonical_names(module)
-    for raw, tensor in (*module.named_parameters(), *module.named_buffers()):
+    tensors: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
+    for raw, tensor in tensors:
         name = f"model.{names.get(raw)}"
         if name not in source.shapes:
             continue
         if is_lazy(tensor):
-            tensor.materialize(source.shapes[name])  # type: ignore[operator]
+            tensor.materialize(source.shapes[name])
         dtype = source.dtypes[name]
         if tensor.is_floating_point() and dtype.is_floating_point:
             tensor.data = tensor.data.to(dtype)

@@ -84,7 +84,8 @@ class Updater:
 
     def _backward(self, group: list[Any], sums: EpochSums | None) -> list[torch.Tensor]:
         """Add up gradients; return the loss of each batch."""
-        handler, losses = self.handler, []
+        handler = self.handler
+        losses: list[torch.Tensor] = []
         for number, batch in enumerate(group, 1):
             synchronize_gradients(handler.model, now=number == len(group))
             result = forward(handler, batch, self.autocast)
