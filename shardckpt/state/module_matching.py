@@ -45,6 +45,8 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
         below(name, key) for key, t in module.named_buffers() if t.is_meta and key not in state
     ]
 
+    context.mismatches.unexpected += [below(name, key) for key in _refused_keys(module, state, own)]
+
     def finish() -> nn.Module:
         assign, not_filled, every = (_like(state) for _ in range(3))
         for key, entry in entries.items():
@@ -67,6 +69,23 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
         return template
 
     return finish
+
+
+def _refused_keys(module: nn.Module, state: Any, own: set[Any]) -> list[str]:
+    """List the keys of a state dict that torch's load_state_dict would not take: a hook added
+    them to the state dict, and no code of the module takes them back.
+    """
+    others = [
+        key
+        for key, value in state.items()
+        if not _is_extra(key)
+        and not (isinstance(value, torch.Tensor) and (value.is_meta or storages_of(value) <= own))
+    ]
+    if not others or runs_own_code(module):
+        return []
+    tensors = (module.named_parameters, module.named_buffers)
+    taken = {key for named in tensors for key, _ in named(remove_duplicate=False)}
+    return [key for key in others if key not in taken]
 
 
 def _like(state: Any) -> Any:
