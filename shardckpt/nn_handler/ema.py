@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shardckpt.errors import StateError
+from shardckpt.nn_handler.parallel import reshard
 from shardckpt.state.module_state import canonical_names, module_state
 from shardckpt.torch_compat import foreach_copy
 
@@ -37,10 +38,16 @@ class EMA:
     its names are not those of the model.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Start from the weights of the model, or from averages that were saved."""
         check_decay(decay)
         self.decay = float(decay)
-        self.weights = {name: _copy(tensor) for name, tensor in _tensors(model).items()}
+        own = _tensors(model)
+        self.weights = {n: _copy(t) for n, t in own.items()} if weights is None else weights
+        if {n: t.shape for n, t in self.weights.items()} != {n: t.shape for n, t in own.items()}:
+            raise StateError("The averaged weights do not fit the model")
         self._tensors: list[torch.Tensor] = []  # for which the pairs below were found
         self._averaged: list[tuple[str, torch.Tensor]] = []
         self._copied: list[tuple[str, torch.Tensor]] = []
@@ -64,6 +71,8 @@ class EMA:
         parameters = {names[raw] for raw, _ in model.named_parameters()}
         self._averaged, self._copied = [], []
         for name, tensor in _tensors(model).items():
+            if self.weights[name].shape != tensor.shape:  # a buffer that grows
+                self.weights[name] = _copy(tensor)
             averaged = name in parameters and tensor.is_floating_point()
             (self._averaged if averaged else self._copied).append((name, tensor))
 
@@ -84,6 +93,7 @@ class EMA:
             _fill(tensors, self.weights)
             yield
         finally:
+            reshard(model)  # otherwise the next forward pass uses the averages that it has gathered
             _fill(tensors, own)
 
 

@@ -251,12 +251,12 @@ def foreign_buffers(module: nn.Module) -> set[str]:
     return foreign
 
 
-def parameter_names(module: nn.Module) -> dict[int, str]:
+def parameter_names(module: nn.Module) -> Mapping[int, str]:
     """Return the canonical name of each parameter of a module, by the id of the parameter."""
     return names_by_identity(module, own_state(module))
 
 
-def names_by_identity(module: nn.Module, state: OwnState) -> dict[int, str]:
+def names_by_identity(module: nn.Module, state: OwnState) -> Mapping[int, str]:
     """Return what `parameter_names` returns, for a module that has just been read."""
     own = {key: id(value) for key, value in state.tensors.items() if is_parameter(value)}
     known = _by_identity.get(module)

@@ -68,7 +68,7 @@ class ParameterNames:
         self._read = read or {}
 
     @cached_property
-    def _modules(self) -> list[tuple[str, dict[int, str]]]:
+    def _modules(self) -> list[tuple[str, Mapping[int, str]]]:
         return [
             (
                 path,
