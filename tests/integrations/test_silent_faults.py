@@ -133,7 +133,7 @@ class WritesTwice(dcp.DefaultSavePlanner):
 
 def save_with_faulty_planners(folder):
     mesh = init_device_mesh("cpu", (2,))
-    tensor = distribute_tensor(torch.arange(10.0), mesh, [Shard(0)], src_data_rank=None)
+    tensor = distribute_tensor(torch.arange(10.0), mesh, [Shard(0)])
     found = []
     for number, planner in enumerate((LeavesOut(), WritesTwice())):
         for way in ("own", "dcp"):
