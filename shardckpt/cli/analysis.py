@@ -205,6 +205,7 @@ def _merge(options: SimpleNamespace) -> None:
             weights=options.weights,
             to=options.format,
             keys=options.keys,
+            rename=dict(options.rename) if options.rename else None,
             overwrite=options.overwrite,
             progress=bar.reach,
         )
@@ -297,6 +298,7 @@ COMMANDS = (
             ),
             FORMAT,
             KEYS,
+            RENAME,
             OVERWRITE,
             JSON,
         ],

@@ -248,6 +248,7 @@ class MatchContext:
             self.saved, self.reads, like=tensors, filled=self._memory, new=new, per_rank=per_rank
         )
         value = builder.build(self.saved.nodes[name], name)
+        builder.per_rank = None  # it refers back to the builder, and so to the tensors
         self.used.update(builder.built)
         return value
 

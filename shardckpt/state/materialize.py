@@ -74,7 +74,7 @@ class Builder:
         self.like = like or {}
         self.filled = filled or Ties()
         self.new = new
-        self.per_rank = per_rank or self.of_all_ranks
+        self.per_rank = per_rank
         self.built: list[str] = []
         self._tied: dict[TensorRef, Any] = {}
 
@@ -104,7 +104,7 @@ class Builder:
 
     def _leaf(self, ref: TensorRef, name: str) -> Any:
         if ref.kind == "per_rank":
-            return self.per_rank(ref, name)
+            return (self.per_rank or self.of_all_ranks)(ref, name)
         if ref in self._tied:
             return self._tied[ref]
         entry = self.saved.manifest.tensors[ref.name]
