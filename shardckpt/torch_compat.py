@@ -1,8 +1,8 @@
 """Everything in torch that is private, semi-public, or different between its versions.
 
 Other modules use the public API of torch alone; tests/test_torch_compat.py looks for exceptions.
-Each name was tried with all versions in TRIED, unless its comment says which versions have it.
-scripts/versions runs the tests with these versions, and writes the results to docs/versions.md.
+A comment says which versions have a name, if not all versions from 2.6 on have it. scripts/versions
+runs the tests with the versions in TRIED, and writes the results to docs/versions.md.
 """
 
 from __future__ import annotations
