@@ -41,8 +41,8 @@ def merge(
 
     Tensors of floating-point and complex dtypes are averaged in float64, and saved with their
     dtype. Other tensors and values come from the first checkpoint; a PerRank value becomes a list
-    of the values of all ranks. Memory: a few buffers for each
-    checkpoint; for the target "torch" the full state.
+    of the values of all ranks. Memory: a few buffers for each checkpoint; for the target "torch"
+    the full state.
 
     Args:
         sources: Two or more checkpoints, as `convert` takes them, with the same tensors.
@@ -74,22 +74,21 @@ def merge(
         >>> shardckpt.load_state("run/average")["w"]
         tensor([2., 2.])
     """
-    shares = _shares(sources, weights)
+    shares, place = _shares(sources, weights), resolve(target, storage)
     with ExitStack() as stack:
         opened: list[Source] = []
         for path in sources:
             source = open_source(path, keys=keys, rename=rename, storage=storage)
             stack.callback(source.close)
             opened.append(source)
-        merged = _merged(opened, shares)
         return convert_source(
-            merged,
-            resolve(target, storage).path,
+            _merged(opened, shares),
+            place.path,
             to=to,
             shards=shards,
             file_bytes=None,
             overwrite=overwrite,
-            storage=resolve(target, storage).storage,
+            storage=place.storage,
             progress=progress,
         )
 
@@ -141,12 +140,9 @@ def _merged(sources: Sequence[Source], shares: Sequence[float]) -> Foreign:
                 )
         entry = first.manifest.tensors[name]
         dtype = DTYPES[entry.dtype]
-        averaged = _is_averaged(dtype)
-        read = (
-            functools.partial(_average, sources, shares, name)
-            if averaged
-            else functools.partial(first.read_box, name)
-        )
+        read = functools.partial(first.read_box, name)
+        if (dtype.is_floating_point or dtype.is_complex) and dtype not in OPAQUE:
+            read = functools.partial(_average, sources, shares, name)
         tensors[name] = LazyTensor(dtype, entry.shape, read)
     paths = ", ".join(source.path for source in sources)
     tree = plain_tree(first.manifest, first.manifest.state)
@@ -166,10 +162,6 @@ def _form(source: Source, name: str) -> str:
     else:
         kind = "floating-point" if dtype.is_floating_point else "integer"
     return f"{kind} elements of shape {list(entry.shape)}"
-
-
-def _is_averaged(dtype: torch.dtype) -> bool:
-    return (dtype.is_floating_point or dtype.is_complex) and dtype not in OPAQUE
 
 
 def _average(

@@ -43,7 +43,7 @@ def grouped(
             become the first group.
 
     Raises:
-        StateError: A group is empty, there is no group, or another optimizer holds a parameter.
+        StateError: A group is empty, no group is given, or another optimizer holds a parameter.
     """
     if isinstance(groups, Mapping):
         groups = [{"params": [prefix], **options} for prefix, options in groups.items()]

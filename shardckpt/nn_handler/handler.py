@@ -301,7 +301,7 @@ class NNHandler(Components):
             ranks, concatenated on the CPU in the order of the samples.
 
         Raises:
-            StateError: There is no average, or the outputs can't be concatenated.
+            StateError: The handler has no averaged weights, or the outputs can't be concatenated.
 
         Example:
             >>> import torch

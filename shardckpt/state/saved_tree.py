@@ -19,6 +19,7 @@ Rename = Mapping[str, str] | Callable[[str], str] | None
 Select = str | Iterable[str] | None
 
 T = TypeVar("T")
+_MOST_COMPARED = 2000  # names; a comparison takes some 0.1 ms
 _SEQUENCES = {list, tuple, collections.deque}
 
 
@@ -123,13 +124,13 @@ class SavedState:
 
     def _unused(self, argument: str, word: str, path: str) -> LoadMismatchError:
         rename = self._rename if argument == "keys" else None
-        names = list(SavedState(self.manifest, rename=rename).leaves)
-        close = difflib.get_close_matches(word, names, n=8, cutoff=0.5)
+        saved = SavedState(self.manifest, rename=rename)
+        close = difflib.get_close_matches(word, list(saved.nodes)[:_MOST_COMPARED], n=8)
         return LoadMismatchError(
             f"{argument}= names {word!r}, and no saved entry has this name",
             path=path,
             expected="the name of a saved entry, or a prefix or pattern of names",
-            actual=", ".join(close or names[:8]) or "a checkpoint without entries",
+            actual=", ".join(close or list(saved.leaves)[:8]) or "a checkpoint without entries",
             remedy=f"correct {argument}=, or list the names with `shardckpt inspect`",
         )
 

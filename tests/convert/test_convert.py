@@ -296,6 +296,8 @@ def test_what_a_target_can_not_hold(tmp_path, saved, capsys):
         convert(saved, target, shards=0)
     with pytest.raises(errors.LoadMismatchError, match="keys= names 'modell'"):
         convert(saved, target, keys=["model", "modell"])
+    with pytest.raises(errors.LoadMismatchError, match="No entry of this checkpoint is selected"):
+        convert(saved, target, keys=[])
     with pytest.raises(errors.LoadMismatchError, match="rename= names 'modell'"):
         convert(saved, target, rename={"modell": "m"})
     with pytest.raises(errors.StateError, match="Unknown suffix"):
