@@ -38,7 +38,7 @@ def load_source(
         ranks: The ranks that load.
         strict: Require that state and source agree.
         cast: Saved dtypes may be converted.
-        excuse: Removes mismatches that are no error from those that fail a strict load.
+        excuse: Removes acceptable mismatches from those that fail a strict load.
 
     Returns:
         The differences between state and source. `bytes_read` are the bytes of the filled boxes.

@@ -208,7 +208,7 @@ def _same_memory(a: Any, b: Any) -> bool:
 
 
 def _is_foreign(path: str) -> bool:
-    """Whether a local path exists and is no checkpoint of shardckpt."""
+    """Whether a local path exists and holds another format than a checkpoint of shardckpt."""
     return os.path.exists(path) and not os.path.isfile(os.path.join(path, MANIFEST_NAME))
 
 
