@@ -42,7 +42,7 @@ from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import own_state
 from shardckpt.state.saved_tree import SavedState
 
-__all__ = ["load_pretrained", "save_pretrained", "weights_of"]
+__all__ = ["load_pretrained", "save_pretrained", "weights_of", "working_folder"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -87,7 +87,7 @@ def save_pretrained(
     """
     path = os.path.abspath(os.fspath(folder))
     file_bytes = _size_bytes(max_shard_size)
-    with _working_folder(path) as work:
+    with working_folder(path) as work:
         weights = os.path.join(work, "weights")
         api.save(_state_to_save(model), weights)
         subject = f"save_pretrained {path}"
@@ -234,7 +234,7 @@ def _size_bytes(size: int | str) -> int:
 
 
 @contextmanager
-def _working_folder(path: str) -> Iterator[str]:
+def working_folder(path: str) -> Iterator[str]:
     """Make a folder beside `path` that all ranks share, and remove it afterwards. Collective."""
     parent = os.path.dirname(path)
 

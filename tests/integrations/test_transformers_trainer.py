@@ -1,4 +1,4 @@
-"""The Trainer: saved on 2 ranks, resumed in new processes on 2 and 1, as if nothing had happened."""
+"""The Trainer: saved on 2 ranks, and resumed in new processes on 2 and on 1."""
 
 from __future__ import annotations
 
