@@ -43,8 +43,13 @@ def in_folder(folder: str) -> None:
 def needed(text: str) -> set[str]:
     """The packages of scripts/integrations that the code of a page imports."""
     code = "".join(block.code for block in blocks(text))
-    packages = "accelerate|lightning|peft|torchdata|torchft|transformers"
-    return set(re.findall(rf"^(?:import|from) ({packages})\b", code, re.MULTILINE))
+    packages = "accelerate|lightning|peft|torchdata|torchft|torchtitan|transformers"
+    integrations = rf"^from shardckpt\.integrations\.({packages})\b"
+    return {
+        package
+        for pattern in (rf"^(?:import|from) ({packages})\b", integrations)
+        for package in re.findall(pattern, code, re.MULTILINE)
+    }
 
 
 def name(page: Path) -> str:
