@@ -41,6 +41,8 @@ from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import own_state
 from shardckpt.state.saved_tree import SavedState
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["load_pretrained", "save_pretrained", "weights_of", "working_folder"]
 
@@ -85,8 +87,7 @@ def save_pretrained(
         >>> save_pretrained(BertModel(config), "bert")
         >>> model = BertModel.from_pretrained("bert")
     """
-    path = os.path.abspath(os.fspath(folder))
-    file_bytes = _size_bytes(max_shard_size)
+    path, file_bytes = _local(folder), _size_bytes(max_shard_size)
     with working_folder(path) as work:
         weights = os.path.join(work, "weights")
         api.save(_state_to_save(model), weights)
@@ -140,12 +141,14 @@ def load_pretrained(
         >>> load_pretrained(BertModel(config), "bert").missing
         ()
     """
-    path, cast = os.path.abspath(os.fspath(folder)), casts(dtype)
+    path, cast = os.fspath(folder), casts(dtype)
     with operation(f"load_pretrained {path}") as ranks:
         opened: Attempt[Source] = attempt(open_source, path, check=False)
         try:
             if _is_adapter(model):
-                return load_source(weights_of(model), path, opened, ranks, strict=strict, cast=cast)
+                return load_source(
+                    _adapter_to_fill(model), path, opened, ranks, strict=strict, cast=cast
+                )
             _fill_buffers(_inner(model))
             return load_source(
                 model,
@@ -182,6 +185,34 @@ def weights_of(model: Any) -> dict[str, Any]:
         for name, tensor in kept.items()
         if name not in tied or id(tensor) not in firsts
     }
+
+
+def _local(folder: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a folder."""
+    place = resolve(folder)
+    if not isinstance(place.storage, LocalStorage):
+        raise StateError(
+            "The layout of Hugging Face is written to a local path only",
+            path=place.path,
+            expected="a local path",
+            actual=f"a path of {type(place.storage).__qualname__}",
+            remedy="save to a local path, and copy the folder",
+        )
+    return os.path.abspath(place.path)
+
+
+def _adapter_to_fill(model: Any) -> dict[str, Any]:
+    weights = weights_of(model)
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise StateError(
+                "An adapter on the meta device can't be loaded",
+                tensor=name,
+                expected="weights with memory",
+                actual="device meta",
+                remedy="build the adapter outside of torch.device('meta')",
+            )
+    return weights
 
 
 def _state_to_save(model: Any) -> dict[str, Any]:

@@ -46,7 +46,6 @@ def test_another_number_of_ranks_needs_the_data_anew(tmp_path, uninterrupted):
 def test_the_last_save_has_only_the_model_in_the_export_dtype(tmp_path):
     job(JOB, tmp_path, 12, "bfloat16", ranks=2)
     saved = shardckpt.load_state(tmp_path / "checkpoint" / "step-12")
-    assert set(saved) - {"$manager", "checkpoint_manager"} >= {"model"}
     assert "optimizer" not in saved
     assert {value.dtype for value in saved["model"].values()} == {torch.bfloat16}
     initial = job(JOB, tmp_path / "new", 1, tmp_path / "checkpoint" / "step-9", ranks=1)
