@@ -15,9 +15,9 @@ from typing import Any
 
 from shardckpt import api
 from shardckpt.errors import CheckpointNotFoundError, StateError
-from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.reports import LoadReport, SaveReport
 from shardckpt.state.markers import FromRank0, PerRank
+from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.resolve import resolve
 
 __all__ = ["load_state", "save_state", "use_shardckpt"]

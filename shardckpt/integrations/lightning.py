@@ -22,10 +22,10 @@ import torch
 from shardckpt import api
 from shardckpt.errors import StateError
 from shardckpt.manager.manager import CheckpointManager
-from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.state.markers import FromRank0, PerRank
 from shardckpt.state.module_state import module_state
+from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.resolve import resolve
 

@@ -77,7 +77,7 @@ class _Loader:
 
 def _moved(saved: list[dict[str, Any]], step: dict[str, int | None]) -> dict[str, Any]:
     """Return the position of a rank that takes `step`, from those of all ranks that saved."""
-    position = copy.deepcopy(saved[0]["position"])
+    position: dict[str, Any] = copy.deepcopy(saved[0]["position"])
     sampler = position.get("_sampler_iter_state") or {}
     taken = {each["position"].get("_num_yielded") for each in saved}
     undivided = None in (step["replicas"], saved[0]["replicas"])

@@ -19,8 +19,8 @@ from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import NotACheckpointError
 from shardckpt.integrations.transformers import load_pretrained, save_pretrained, weights_of
-from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.state.markers import PerRank
+from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
 
 __all__ = ["Shardckpt", "Trainer"]

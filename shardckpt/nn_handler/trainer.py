@@ -32,13 +32,13 @@ from shardckpt.nn_handler.epoch_metrics import EpochSums
 from shardckpt.nn_handler.loading import open_source, restore, restore_tensors
 from shardckpt.nn_handler.parallel import largest
 from shardckpt.nn_handler.progress import ProgressBar
-from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.nn_handler.signals import leave, stop_requests
 from shardckpt.nn_handler.train_options import TrainOptions
 from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.nn_handler.updating import Updater
 from shardckpt.nn_handler.validation import validate
 from shardckpt.state.flatten import flatten
+from shardckpt.state.random_state import random_state, set_random_state
 
 __all__ = ["Trainer"]
 
