@@ -215,7 +215,7 @@ def untyped() -> set[str]:
     return {
         package.strip().removesuffix(".*")
         for name in skipped
-        if settings[name]["follow_imports"] == "skip"
+        if settings[name].get("follow_imports") == "skip"
         for package in name.removeprefix("mypy-").split(",")
     }
 

@@ -27,10 +27,11 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from shardckpt import api
 from shardckpt.convert.convert import convert_source, open_source
 from shardckpt.convert.source_loading import load_source
-from shardckpt.coordination.exchange import attempt
+from shardckpt.coordination.exchange import Attempt, attempt
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import CheckpointNotFoundError, StateError
 from shardckpt.integrations.transformers import working_folder
+from shardckpt.maintenance.rewritable import Source
 from shardckpt.manager.manager import CheckpointManager
 from shardckpt.manager.retention import KeepLast
 from shardckpt.state.markers import Union
@@ -222,7 +223,7 @@ class ShardckptManager(BaseCheckpointManager):
             )
         state = self.sd_adapter.to_hf(self.model.state_dict())
         with operation(f"load {path}") as ranks:
-            opened = attempt(open_source, path, check=False)
+            opened: Attempt[Source] = attempt(open_source, path, check=False)
             try:
                 load_source(state, path, opened, ranks, strict=True, cast=True)
             finally:

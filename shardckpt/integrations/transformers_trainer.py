@@ -38,6 +38,15 @@ class Shardckpt:
     `checkpoint-N` is a folder of save_pretrained, as is the folder of `save_model`.
     """
 
+    model: Any
+    args: Any
+    state: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    processing_class: Any
+    data_collator: Any
+
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """See Trainer.train. `resume_from_checkpoint=True` takes the newest complete checkpoint in
         `output_dir`, and begins anew if there is none."""

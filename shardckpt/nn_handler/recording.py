@@ -7,7 +7,8 @@ sets `torch.nn.Module.__new__`, which notes the arguments of each module that is
 
 Nothing else changes: the arguments are kept outside of the module, in a dict by its identity, with
 weak references to the module, and to the modules and tensors among the arguments. Modules that were
-copied or unpickled have no arguments. `import shardckpt` alone sets nothing. tests/nn_handler/test_recording.py shows all this.
+copied or unpickled have no arguments. `import shardckpt` alone sets nothing.
+tests/nn_handler/test_recording.py shows all this.
 """
 
 from __future__ import annotations
