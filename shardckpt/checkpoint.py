@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from shardckpt.errors import CorruptionError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.lazy_manifest import Outline
-from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.devices import free_memory
 from shardckpt.io.gc_pause import collector_paused
@@ -27,7 +25,7 @@ from shardckpt.reports import CheckpointMetadata, TensorMetadata, VerifyReport
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.materialize import Builder
 from shardckpt.state.saved_tree import Rename, SavedState, Select
-from shardckpt.storage.base import CheckpointFiles, Storage
+from shardckpt.storage.opened import OpenedCheckpoint
 
 __all__ = ["Checkpoint", "SavedTensor"]
 
@@ -121,7 +119,7 @@ def _is_array(node: Any) -> bool:
     return isinstance(node, TensorRef) and node.kind != "per_rank"
 
 
-class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
+class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
     """An open checkpoint: a mapping of names to lazy tensors and values, and a context manager.
 
     Names join the keys of the saved state with dots. `checkpoint[name]` is a SavedTensor, which
@@ -134,6 +132,11 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         path: The checkpoint; see `open_checkpoint`.
         storage: The storage of the checkpoint.
 
+    Attributes:
+        path: The path of the checkpoint.
+        manifest: The parsed manifest.
+        files: The files, for tools that read shards themselves.
+
     Raises:
         CheckpointError: The checkpoint can't be read; see `open_checkpoint`.
 
@@ -145,25 +148,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         (['weight', 'step'], 7, torch.Size([3]))
     """
 
-    def __init__(self, path: str, *, storage: Storage) -> None:
-        self._files = storage.open(path)
-        try:
-            self._text = self._files.manifest()
-            check_text(self._text, path=self._files.path)
-        except BaseException:
-            self._files.close()
-            raise
-
-    @functools.cached_property
-    def manifest(self) -> Manifest:
-        """The parsed manifest.
-
-        Raises:
-            CorruptionError: The manifest violates the format.
-        """
-        with collector_paused():
-            return from_bytes(self._text, path=self.path)
-
     @functools.cached_property
     def _outline(self) -> Outline:
         return Outline(self._text, path=self.path)
@@ -172,16 +156,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
     def _saved(self) -> SavedState:
         with collector_paused():
             return SavedState(self.manifest)
-
-    @property
-    def path(self) -> str:
-        """The path of the checkpoint."""
-        return self._files.path
-
-    @property
-    def files(self) -> CheckpointFiles:
-        """The files, for tools that read shards themselves."""
-        return self._files
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, {len(self)} entries)"
@@ -212,9 +186,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._saved.leaves)
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files. Tensors that `load_state` placed on "disk" remain usable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -38,7 +39,7 @@ FOR_CPU = [
     (r"cpu:gloo,cuda:nccl", "gloo"),
     (r"/cuda:\{?\w+\}?", "/cpu"),
     (r"f?([\"'])cuda(:\d|:\{[^}]*\})?\1", r"\1cpu\1"),
-    (r"\.cuda\([\w.()]*\)", ".cpu()"),
+    (r"\.cuda\(([\w.]+(\(\))?)?\)", ".cpu()"),
     (r"torch\.cuda\.device_count\(\)", "4"),
     (r"torch\.cuda\.synchronize\(\)", "None"),
     (r"device=dist\.get_rank\(\)", 'device="cpu"'),
@@ -56,6 +57,8 @@ def main() -> int:
     )
     parser.add_argument("--only-page", action="store_true", help="write the page from dcp.json")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("expecttest") is None:
+        raise SystemExit("PyTorch's tests need a package: pip install expecttest")
     if arguments.only_page:
         results = json.loads(RESULTS.read_text())
     else:
@@ -100,7 +103,8 @@ def run(folder: Path, files: list[Path], classes: str, jobs: str, only: str) -> 
     """Run the copied tests with the classes of one library. Returns the outcome of each test."""
     report, work = folder / f"{classes}.xml", folder / classes
     work.mkdir()
-    python_path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
+    ours = [str(ROOT / "scripts"), str(ROOT)]
+    python_path = os.pathsep.join([*ours, *sys.path[1:]])
     environment = {
         **os.environ, "DCP_TESTS_CLASSES": classes, "PYTHONPATH": python_path,
         "OMP_NUM_THREADS": "1", "TMPDIR": str(work),

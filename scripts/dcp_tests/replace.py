@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import _fsspec_filesystem, filesystem
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.testing._internal import common_distributed, common_fsdp
 from torch.testing._internal.common_distributed import MultiProcessTestCase
 from torch.testing._internal.distributed._shard import sharded_tensor
@@ -81,6 +82,16 @@ def fork(self: MultiProcessTestCase) -> None:
     self._start_processes(torch.multiprocessing.get_context("fork").Process)
 
 
+def on_cpu(init: Any) -> Any:
+    """Change the constructor of FSDP, which takes no CPU unless asked to."""
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **{"device_id": torch.device("cpu"), **options})
+
+    return wrapper
+
+
 def replace() -> None:
     """Replace what the tests and DCP import."""
     for module in (common_distributed, common_dtensor, common_fsdp):
@@ -89,6 +100,7 @@ def replace() -> None:
                 setattr(module, name, no_condition)
     sharded_tensor.with_comms = with_comms
     MultiProcessTestCase._spawn_processes = fork
+    FullyShardedDataParallel.__init__ = on_cpu(FullyShardedDataParallel.__init__)
     if not SHARDCKPT:
         return
     for name in ("_storage_utils", "format_utils"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shardckpt.convert.convert import FORMATS
+from shardckpt.convert.formats import FORMATS
 
 __all__ = ["FORMAT", "JOBS", "JSON", "KEYS", "OVERWRITE", "RENAME", "SUBSET", "separate"]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.convert.dcp import DcpCheckpoint, fsdp_parts, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
+from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
 from shardckpt.convert.safetensors_files import (
     HuggingFace,
@@ -41,10 +42,7 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
 from shardckpt.storage.resolve import Place, resolve
 
-__all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
-
-Format = Literal["shardckpt", "dcp", "hf", "safetensors", "torch"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+__all__ = ["convert", "convert_source", "open_source"]
 
 _TORCH_SUFFIXES = (
     ".ckpt",
