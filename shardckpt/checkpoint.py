@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shardckpt.errors import CorruptionError
+from shardckpt.errors import CorruptionError, StateError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.lazy_manifest import Outline
@@ -22,10 +22,12 @@ from shardckpt.plan.device_map import DeviceMap, resolve_device_map
 from shardckpt.plan.page_cache_policy import ALWAYS
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.reports import CheckpointMetadata, TensorMetadata, VerifyReport
+from shardckpt.state.derived import DerivedEntry, expanded
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.materialize import Builder
 from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.opened import OpenedCheckpoint
+from shardckpt.transforms import Transforms, transformed
 
 __all__ = ["Checkpoint", "SavedTensor"]
 
@@ -253,6 +255,7 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
         device_map: DeviceMap = "cpu",
         keys: Select = None,
         rename: Rename = None,
+        transforms: Transforms | None = None,
         strict: bool = True,
     ) -> Any:
         """Build the saved state without a template.
@@ -261,6 +264,7 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
             device_map: See `shardckpt.load_state`.
             keys: See `shardckpt.load`.
             rename: See `shardckpt.load`.
+            transforms: See `shardckpt.load`. Transformed tensors can't stay on "disk".
             strict: See `shardckpt.load_state`.
 
         Returns:
@@ -272,8 +276,9 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
             StateError: An argument is invalid.
         """
         saved = self._saved
-        if keys is not None or rename is not None:
-            saved = SavedState(self.manifest, keys=keys, rename=rename)
+        if keys is not None or rename is not None or transforms:
+            manifest = transformed(self.manifest, transforms, path=self.path)
+            saved = SavedState(manifest, keys=keys, rename=rename)
             if strict:
                 saved.check_used(path=self.path)
         mapped = functools.cache(lambda: MappedFiles(self._files))
@@ -282,13 +287,20 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
         for name, node in saved.leaves.items():
             if _is_array(node):
                 sources.setdefault(node.name, name)
-        tensors = {name: self.manifest.tensors[source] for source, name in sources.items()}
+        tensors = {name: saved.manifest.tensors[source] for source, name in sources.items()}
         sizes = {name: entry.size_bytes for name, entry in tensors.items()}
         where = resolve_device_map(device_map, sizes, free_memory())
 
         def new(name: str, source: str, entry: TensorEntry) -> tuple[torch.Tensor, bool]:
             device = where(name) if name in tensors else torch.device("cpu")
             dtype = DTYPES[entry.dtype]
+            if device == "disk" and isinstance(entry, DerivedEntry):
+                raise StateError(
+                    "A transformed tensor can't stay on disk",
+                    path=self.path,
+                    tensor=name,
+                    remedy="choose another device for it in device_map",
+                )
             if device == "disk":
                 return disk_tensor(mapped(), self.manifest, name, entry), False
             device = torch.device(device)
@@ -318,8 +330,11 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
         # The tensors outlive an inference_mode() of the caller.
         with collector_paused(), torch.inference_mode(False):
             value = build(builder)
-            reads = plan_reads(pending)
+            wanted, constants = expanded(pending)
+            reads = plan_reads(wanted)
         read_all(self._files, self.manifest, reads, past_cache=ALWAYS)
+        for write in constants:
+            write()
         return value
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:

@@ -23,6 +23,7 @@ LAYERS = [
     {"config", "logs", "reports"},
     {"format", "io"},
     {"state"},
+    {"transforms"},
     {"plan"},
     {"storage", "coordination"},
     {"loading"},

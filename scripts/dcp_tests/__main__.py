@@ -42,7 +42,7 @@ FOR_CPU = [
     (r"\.cuda\(([\w.]+(\(\))?)?\)", ".cpu()"),
     (r"torch\.cuda\.device_count\(\)", "4"),
     (r"torch\.cuda\.synchronize\(\)", "None"),
-    (r"device=dist\.get_rank\(\)", 'device="cpu"'),
+    (r"device=(dist\.get_rank\(\)|self\.rank)", 'device="cpu"'),
     (r"/tmp/dcp_testing", "dcp_testing"),  # a path that all runs share
 ]
 """Patterns and what they become, so that tests for GPUs run on CPU."""

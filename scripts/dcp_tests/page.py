@@ -10,7 +10,21 @@ of PyTorch, and writes this page. It runs each test file that uses a storage twi
 The tests run on CPU: the script replaces GPUs by CPUs in copies of the files, and ranks talk over
 gloo.
 """
-EXPLANATIONS: dict[str, str] = {}
+TRANSFORMS = "shardckpt has no stream transforms: the safetensors library opens each shard."
+EXISTS = (
+    "the error is a `CheckpointExistsError` with another text. The path keeps its checkpoint, as "
+    "in DCP."
+)
+EXPLANATIONS: dict[str, str] = {
+    "extensions": TRANSFORMS,
+    "Rot13": TRANSFORMS,
+    "ZStandard": TRANSFORMS,
+    "test_overwrite": EXISTS,
+    "WithCaching": "`enable_plan_caching=True` is refused: DCP then calls the writer with the plan "
+    "of an earlier save, and does not compare dtypes. `ShardSavePlanner` reuses plans by itself.",
+    "test_torch_save_to_dcp": "the test saves into a folder with another file. shardckpt replaces "
+    "only checkpoints, since a checkpoint appears as a complete folder.",
+}
 """A part of the name of a test, and why shardckpt differs from DCP."""
 
 

@@ -24,7 +24,7 @@ import shardckpt
 SHARDCKPT = os.environ.get("DCP_TESTS_CLASSES") == "shardckpt"
 
 
-class Writer(shardckpt.ShardWriter):
+class _Writer(shardckpt.ShardWriter):
     """A ShardWriter with the arguments of FileSystemWriter that have a meaning."""
 
     def __init__(
@@ -43,19 +43,27 @@ class Writer(shardckpt.ShardWriter):
         super().__init__(path, overwrite=overwrite)
 
 
-class Reader(shardckpt.ShardReader):
+class _Reader(shardckpt.ShardReader):
     """A ShardReader with the arguments of FileSystemReader."""
 
     def __init__(self, path: Any, _extension_registry: Any = None) -> None:
         super().__init__(path)
 
 
-class FsspecWriter(Writer):
-    """Another class, as some tests disable the first."""
+class Writer(_Writer):
+    """Stands for FileSystemWriter."""
 
 
-class FsspecReader(Reader):
-    """Another class, as some tests disable the first."""
+class Reader(_Reader):
+    """Stands for FileSystemReader."""
+
+
+class FsspecWriter(_Writer):
+    """Stands for FsspecWriter. A test disables the other class."""
+
+
+class FsspecReader(_Reader):
+    """Stands for FsspecReader. A test disables the other class."""
 
 
 def no_condition(*_: Any, **__: Any) -> Any:
@@ -99,6 +107,7 @@ def replace() -> None:
             if hasattr(module, name):
                 setattr(module, name, no_condition)
     sharded_tensor.with_comms = with_comms
+    torch.accelerator.device_count = lambda: 8  # FSDPTest skips tests if there are too few
     MultiProcessTestCase._spawn_processes = fork
     FullyShardedDataParallel.__init__ = on_cpu(FullyShardedDataParallel.__init__)
     if not SHARDCKPT:

@@ -16,6 +16,7 @@ from shardckpt.cli.parameters import FORMAT, JOBS, JSON, KEYS, OVERWRITE, RENAME
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.convert.convert import convert_source, open_source
 from shardckpt.reports import ConvertReport
+from shardckpt.transforms import Rename
 
 __all__ = ["COMMANDS", "report_lines"]
 
@@ -43,7 +44,9 @@ def _convert(options: SimpleNamespace) -> None:
         return open_source(
             options.source,
             keys=options.keys,
-            rename=dict(options.rename) if options.rename else None,
+            rename=dict(each for each in options.rename or () if "*" not in each[0]) or None,
+            transforms=[Rename(*each) for each in options.rename or () if "*" in each[0]],
+            dtype=options.dtype,
             check=options.rank == 0,  # only one rank checks
         )
 
@@ -109,6 +112,11 @@ COMMANDS = (
             ),
             KEYS,
             RENAME,
+            click.Option(
+                ["--dtype"],
+                type=click.Choice(["float64", "float32", "float16", "bfloat16"]),
+                help="The dtype of all floating-point tensors of 16 bits and more.",
+            ),
             OVERWRITE,
             JSON,
             JOBS,

@@ -77,7 +77,8 @@ RENAME = click.Option(
     callback=_given,
     type=_rename,
     metavar="OLD=NEW ...",
-    help="Rename prefixes: model= removes a prefix, =model adds one.",
+    help="Rename prefixes: model= removes a prefix, =model adds one. In convert also patterns: "
+    "*.gamma=*.weight.",
 )
 OVERWRITE = click.Option(["--overwrite"], is_flag=True, help="Replace the target.")
 SUBSET = click.Option(
