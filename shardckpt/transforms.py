@@ -386,7 +386,7 @@ def _apply(manifest: Manifest, transform: Transform, path: str) -> Manifest:
     refs = {
         name: node
         for name, node in saved.leaves.items()
-        if isinstance(node, TensorRef) and node.kind != "per_rank"
+        if isinstance(node, TensorRef) and node.ref_type != "per_rank"
     }
     tensors = dict(manifest.tensors)
     removed: set[str] = set()
@@ -406,11 +406,11 @@ def _apply(manifest: Manifest, transform: Transform, path: str) -> Manifest:
                 remedy="correct the transform",
             ) from None
         for name, entry, before in zip(new_names, results, _same(entries, results), strict=True):
-            key = (entry.dtype, entry.shape, entry.pieces, sources[0].kind)
+            key = (entry.dtype, entry.shape, entry.pieces, sources[0].ref_type)
             if before is not None:  # only the name changes
                 made[key] = sources[before]
             if key not in made:
-                made[key] = TensorRef(_unused(name, tensors), sources[0].kind)
+                made[key] = TensorRef(_unused(name, tensors), sources[0].ref_type)
                 tensors[made[key].name] = entry
             if name in added or (name in saved.leaves and name not in names):
                 raise StateError(

@@ -20,26 +20,10 @@ from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, printable
 from shardckpt.storage.copying import copy_checkpoint
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.opened import OpenedCheckpoint
+from shardckpt.storage.opened import OpenedCheckpoint, checkpoints_in
 from shardckpt.storage.resolve import Place, resolve
 
 __all__ = ["COMMANDS"]
-
-
-def _checkpoints(path: str) -> Iterator[tuple[str, OpenedCheckpoint]]:
-    """The checkpoints in a folder with their names, or the one at the path."""
-    storage, folder = resolve(path)
-    names = storage.names(folder)
-    found = False
-    for name in names:
-        with suppress(CheckpointError):
-            checkpoint = OpenedCheckpoint(storage.child(folder, name), storage=storage)
-            found = True
-            with checkpoint:
-                yield name, checkpoint
-    if not found:
-        with OpenedCheckpoint(folder, storage=storage) as checkpoint:
-            yield os.path.basename(folder.rstrip("/")), checkpoint
 
 
 def _size(checkpoint: OpenedCheckpoint) -> int:
@@ -57,7 +41,7 @@ def _ls(options: SimpleNamespace) -> None:
             "world_size": checkpoint.manifest.world_size,
             "tiers": storage.tiers(checkpoint.path),
         }
-        for name, checkpoint in _checkpoints(options.path)
+        for name, checkpoint in checkpoints_in(options.path, OpenedCheckpoint)
     ]
     found.sort(key=lambda one: (one["created"], one["name"]))
     if options.json:
@@ -163,7 +147,7 @@ def _du(options: SimpleNamespace) -> None:
     storage = resolve(options.path).storage
     files: dict[Any, int] = {}
     rows: list[tuple[str, ...]] = []
-    for name, checkpoint in _checkpoints(options.path):
+    for name, checkpoint in checkpoints_in(options.path, OpenedCheckpoint):
         rows.append((size_text(_size(checkpoint)), name))
         for shard in checkpoint.manifest.shards:
             path = f"{checkpoint.path}/{shard.name}"

@@ -135,6 +135,7 @@ _MODULES = {
     "stats": "analysis",
     "cat": "analysis",
     "merge": "analysis",
+    "report": "analysis",
     "ls": "folders",
     "cp": "folders",
     "rm": "folders",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, TypeVar
 
+from shardckpt.errors import CheckpointError
 from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.storage.base import CheckpointFiles, Storage
+from shardckpt.storage.resolve import resolve
 
-__all__ = ["OpenedCheckpoint"]
+__all__ = ["OpenedCheckpoint", "checkpoints_in"]
 
-Self = TypeVar("Self", bound="OpenedCheckpoint")
+Opened = TypeVar("Opened", bound="OpenedCheckpoint")
 
 
 class OpenedCheckpoint:
@@ -57,7 +61,7 @@ class OpenedCheckpoint:
         """The files, for tools that read shards themselves."""
         return self._files
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -66,3 +70,28 @@ class OpenedCheckpoint:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+
+def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]:
+    """Yield the checkpoints in a folder with their names, or the one at the path.
+
+    Each is open until the next one is asked for.
+
+    Args:
+        path: The folder, or the checkpoint.
+        cls: The class of the open checkpoints.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
+    storage, folder = resolve(path)
+    found = False
+    for name in storage.names(folder):
+        with suppress(CheckpointError):
+            checkpoint = cls(storage.child(folder, name), storage=storage)
+            found = True
+            with checkpoint:
+                yield name, checkpoint
+    if not found:
+        with cls(folder, storage=storage) as checkpoint:
+            yield folder.rstrip("/").rpartition("/")[2], checkpoint
