@@ -30,6 +30,8 @@ from shardckpt.convert.single_files import (
 from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
 from shardckpt.convert.targets import Target
 from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
+from shardckpt.convert.torchsnapshot import METADATA as SNAPSHOT
+from shardckpt.convert.torchsnapshot import open_torchsnapshot
 from shardckpt.convert.transformed import Cast, Transformed, float_dtype
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import exchange
@@ -175,6 +177,8 @@ def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
     if not os.path.isfile(os.path.join(path, MANIFEST_NAME)):
         if is_dcp(path):
             return DcpCheckpoint(path).source()
+        if os.path.isfile(os.path.join(path, SNAPSHOT)):
+            return open_torchsnapshot(path)
         for weights in WEIGHTS:
             if os.path.isfile(os.path.join(path, weights)):
                 if ".safetensors" in weights:
