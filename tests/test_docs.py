@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.format_utils
 import torch.distributed.tensor
 
 import shardckpt
@@ -140,7 +142,17 @@ def unknown_calls(page: str, source: str) -> list[str]:
     ours = set(re.findall(r"(?:def|class) (\w+)", source))
     theirs = [
         dir(space)
-        for space in (torch.Tensor, torch.distributed, torch.distributed.tensor, json, logging)
+        for space in (
+            torch.Tensor,
+            torch.distributed,
+            torch.distributed.tensor,
+            dcp,
+            dcp.format_utils,
+            dcp.state_dict,
+            dcp.state_dict_loader,
+            json,
+            logging,
+        )  # fmt: skip
     ]
     return sorted(set(names) - ours - set().union(*theirs))
 

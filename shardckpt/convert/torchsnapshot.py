@@ -249,8 +249,8 @@ class _Snapshot:
                 if not 0 <= begin <= end <= len(data) or end - begin != size_bytes:
                     raise _invalid(self.path, f"{_plain(name)} in bytes {begin} to {end}")
                 raw = bytearray(data[begin:end])
-            found = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-            found = found.reshape(part.sizes)
+            found = torch.frombuffer(raw or bytearray(dtype.itemsize), dtype=dtype)
+            found = found[: math.prod(part.sizes)].reshape(part.sizes)
         else:
             raise _invalid(self.path, f"{_plain(name)} with the serializer {tensor.serializer}")
         if not isinstance(found, torch.Tensor) or list(found.shape) != part.sizes:
