@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.format_utils
 import torch.distributed.tensor
+from torch.distributed.checkpoint import format_utils, state_dict, state_dict_loader
 
 import shardckpt
 from shardckpt import errors
@@ -135,6 +135,9 @@ def test_the_command_line_page_has_every_command(capsys):
     assert sorted(names) == sorted(", ".join(COMMANDS).split(", "))
 
 
+DCP = (dcp, format_utils, state_dict, state_dict_loader)
+
+
 def unknown_calls(page: str, source: str) -> list[str]:
     """Functions in the prose of a page that the package, torch, json and logging lack."""
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.MULTILINE | re.DOTALL)
@@ -146,13 +149,10 @@ def unknown_calls(page: str, source: str) -> list[str]:
             torch.Tensor,
             torch.distributed,
             torch.distributed.tensor,
-            dcp,
-            dcp.format_utils,
-            dcp.state_dict,
-            dcp.state_dict_loader,
+            *DCP,
             json,
             logging,
-        )  # fmt: skip
+        )
     ]
     return sorted(set(names) - ours - set().union(*theirs))
 
