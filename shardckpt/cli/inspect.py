@@ -1,4 +1,7 @@
-"""The command inspect: text for people, or JSON for programs. It does not import torch."""
+"""The command inspect: text for people, or JSON for programs.
+
+It imports torch only for checkpoints of other libraries.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,14 @@ from rich.text import Text
 
 from shardckpt.cli.parameters import JSON, KEYS
 from shardckpt.cli.progress import count_text, size_text
+from shardckpt.convert.layouts import is_foreign
 from shardckpt.errors import printable
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtype_names import TORCH_NAMES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.saved_tree import SavedState, Select, below, children, enums_as_text
+from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.opened import OpenedCheckpoint
 from shardckpt.storage.resolve import resolve
 
@@ -35,13 +40,22 @@ _MANY = 40  # from this number of tensors on, equal tensors of numbered layers s
 
 
 def _inspect(options: SimpleNamespace) -> None:
-    storage, path = resolve(options.path)
-    with OpenedCheckpoint(path, storage=storage) as checkpoint:
+    with _opened(options.path) as checkpoint:
         if options.json:
             print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
         else:
             for line in page(checkpoint, keys=options.keys, everything=options.all):
                 print(printable(line))
+
+
+def _opened(path: str) -> Any:
+    """Open a checkpoint of any format."""
+    storage, place = resolve(path)
+    if isinstance(storage, LocalStorage) and is_foreign(place):
+        from shardckpt.convert.convert import open_source  # needs torch
+
+        return open_source(path, check=False)
+    return OpenedCheckpoint(place, storage=storage)
 
 
 def facts(checkpoint: OpenedCheckpoint, *, keys: Select = None) -> dict[str, Any]:
@@ -82,16 +96,8 @@ def page(
     manifest = checkpoint.manifest
     saved = _saved(checkpoint, keys)
     tensors = list(_tensors(saved))
-    total = sum(shard.size_bytes for shard in manifest.shards)
     yield checkpoint.path
-    ranks = count_text(manifest.world_size, "rank")
-    yield f"  saved {manifest.created} by {manifest.library} on {ranks}"
-    yield (
-        f"  {count_text(len(manifest.tensors), 'tensor')}, {size_text(total)} "
-        f"in {count_text(len(manifest.shards), 'shard')}"
-    )
-    yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
-    yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
+    yield from _head(manifest)
     parts = _parts(tensors)
     if len(parts) > 1:
         yield from ("", "parts", *table(parts, right=(1, 2)))
@@ -105,9 +111,23 @@ def page(
     texts = [(name, _cut(_text(value))) for name, value in _values(saved, manifest)]
     if texts:
         yield from ("", "values", *table(texts))
-    if keys is None:
+    if keys is None and manifest.shards:
         shards = [(shard.name, size_text(shard.size_bytes)) for shard in manifest.shards]
         yield from ("", "shards", *table(shards, right=(1,)))
+
+
+def _head(manifest: Manifest) -> Iterator[str]:
+    count = count_text(len(manifest.tensors), "tensor")
+    if not manifest.created:  # another library wrote the checkpoint
+        size = size_text(sum(entry.size_bytes for entry in manifest.tensors.values()))
+        yield f"  {manifest.library}: {count}, {size}"
+        return
+    ranks = count_text(manifest.world_size, "rank")
+    size = size_text(sum(shard.size_bytes for shard in manifest.shards))
+    yield f"  saved {manifest.created} by {manifest.library} on {ranks}"
+    yield f"  {count}, {size} in {count_text(len(manifest.shards), 'shard')}"
+    yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
+    yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
 
 
 def _saved(checkpoint: OpenedCheckpoint, keys: Select) -> SavedState:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 
 import shardckpt
 from shardckpt.cli.main import main
@@ -65,6 +67,24 @@ print("torch" in sys.modules)
     assert done.returncode == 0, done.stderr
     assert "model.tied" in done.stdout
     assert done.stdout.endswith("\nFalse\n")
+
+
+def test_inspect_opens_other_formats(tmp_path, capsys):
+    save_file({"layer.w": torch.ones(3, 4)}, tmp_path / "model.safetensors")
+    torch.save({"model": {"w": torch.ones(2)}, "step": 7}, tmp_path / "last.pt")
+    dcp.save({"model": {"w": torch.ones(5)}, "step": 9}, checkpoint_id=tmp_path / "dcp")
+    rows = {}
+    for name in ("model.safetensors", "last.pt", "dcp"):
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows[name] = [" ".join(line.split()) for line in lines]
+    assert "layer.w float32 [3, 4] 48 B" in rows["model.safetensors"]
+    assert "a torch file: 1 tensor, 8 B" in rows["last.pt"]
+    assert "step 7" in rows["last.pt"]
+    assert "model.w float32 [5] 20 B" in rows["dcp"]
+    assert "step 9" in rows["dcp"]
+    assert main(["inspect", str(tmp_path / "dcp"), "--json", "--keys", "model"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["tensors"]) == ["model.w"]
 
 
 def test_inspect_shows_values_of_torch(tmp_path, capsys):
