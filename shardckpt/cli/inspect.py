@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.cells import cell_len
@@ -22,8 +22,7 @@ from rich.text import Text
 
 from shardckpt.cli.parameters import JSON, KEYS
 from shardckpt.cli.progress import count_text, size_text
-from shardckpt.convert.layouts import is_foreign
-from shardckpt.errors import printable
+from shardckpt.errors import NotACheckpointError, printable
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtype_names import TORCH_NAMES
 from shardckpt.format.entries import Manifest, TensorEntry
@@ -32,6 +31,9 @@ from shardckpt.state.saved_tree import SavedState, Select, below, children, enum
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.opened import OpenedCheckpoint
 from shardckpt.storage.resolve import resolve
+
+if TYPE_CHECKING:
+    from shardckpt.convert.sources import Foreign
 
 __all__ = ["COMMANDS", "facts", "page", "table"]
 
@@ -48,28 +50,39 @@ def _inspect(options: SimpleNamespace) -> None:
                 print(printable(line))
 
 
-def _opened(path: str) -> Any:
-    """Open a checkpoint of any format."""
-    storage, place = resolve(path)
-    if isinstance(storage, LocalStorage) and is_foreign(place):
-        from shardckpt.convert.convert import open_source  # needs torch
+def _opened(path: str) -> OpenedCheckpoint | Foreign:
+    """Open a checkpoint of shardckpt, or one of another library on a local disk."""
+    storage, full_path = resolve(path)
+    try:
+        return OpenedCheckpoint(full_path, storage=storage)
+    except NotACheckpointError:
+        if not isinstance(storage, LocalStorage):
+            raise
+    from shardckpt.convert.convert import open_source
 
-        return open_source(path, check=False)
-    return OpenedCheckpoint(place, storage=storage)
+    source: Any = open_source(full_path, check=False)
+    return source  # type: ignore[no-any-return]
 
 
-def facts(checkpoint: OpenedCheckpoint, *, keys: Select = None) -> dict[str, Any]:
+def facts(checkpoint: OpenedCheckpoint | Foreign, *, keys: Select = None) -> dict[str, Any]:
     """Return all facts about a checkpoint as JSON. Values are typed JSON."""
     manifest = checkpoint.manifest
     saved = _saved(checkpoint, keys)
-    return {
-        "path": checkpoint.path,
-        "id": manifest.checkpoint_id,
-        "created": manifest.created,
-        "library": manifest.library,
-        "format_version": manifest.format_version,
-        "world_size": manifest.world_size,
-        "shards": [{"name": s.name, "size_bytes": s.size_bytes} for s in manifest.shards],
+    about: dict[str, Any] = {"path": checkpoint.path}
+    if isinstance(checkpoint, OpenedCheckpoint):
+        about |= {
+            "id": manifest.checkpoint_id,
+            "created": manifest.created,
+            "library": manifest.library,
+            "format_version": manifest.format_version,
+            "world_size": manifest.world_size,
+            "shards": [{"name": s.name, "size_bytes": s.size_bytes} for s in manifest.shards],
+        }
+    else:
+        origin = checkpoint.origin
+        about |= {"format": origin.format, "library": origin.writer}
+        about |= {"changed": dict(origin.changed), "left_out": dict(origin.left_out)}
+    return about | {
         "tensors": {
             name: {
                 "dtype": _dtype(entry),
@@ -81,12 +94,12 @@ def facts(checkpoint: OpenedCheckpoint, *, keys: Select = None) -> dict[str, Any
             for name, source, entry in _tensors(saved)
         },
         "values": {name: values.encode(value, at=name) for name, value in _values(saved, manifest)},
-        "notes": manifest.notes,
+        "notes": manifest.notes if isinstance(checkpoint, OpenedCheckpoint) else {},
     }
 
 
 def page(
-    checkpoint: OpenedCheckpoint, *, keys: Select = None, everything: bool = False
+    checkpoint: OpenedCheckpoint | Foreign, *, keys: Select = None, everything: bool = False
 ) -> Iterator[str]:
     """Yield the lines of a page about a checkpoint.
 
@@ -97,7 +110,7 @@ def page(
     saved = _saved(checkpoint, keys)
     tensors = list(_tensors(saved))
     yield checkpoint.path
-    yield from _head(manifest)
+    yield from _origin(checkpoint)
     parts = _parts(tensors)
     if len(parts) > 1:
         yield from ("", "parts", *table(parts, right=(1, 2)))
@@ -116,21 +129,27 @@ def page(
         yield from ("", "shards", *table(shards, right=(1,)))
 
 
-def _head(manifest: Manifest) -> Iterator[str]:
-    count = count_text(len(manifest.tensors), "tensor")
-    if not manifest.created:  # another library wrote the checkpoint
-        size = size_text(sum(entry.size_bytes for entry in manifest.tensors.values()))
-        yield f"  {manifest.library}: {count}, {size}"
+def _origin(checkpoint: OpenedCheckpoint | Foreign) -> Iterator[str]:
+    """Yield lines about the save, or about the file of another library."""
+    manifest = checkpoint.manifest
+    tensors = count_text(len(manifest.tensors), "tensor")
+    if isinstance(checkpoint, OpenedCheckpoint):
+        ranks = count_text(manifest.world_size, "rank")
+        yield f"  saved {manifest.created} by {manifest.library} on {ranks}"
+        total = sum(shard.size_bytes for shard in manifest.shards)
+        yield f"  {tensors}, {size_text(total)} in {count_text(len(manifest.shards), 'shard')}"
+        yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
+        yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
         return
-    ranks = count_text(manifest.world_size, "rank")
-    size = size_text(sum(shard.size_bytes for shard in manifest.shards))
-    yield f"  saved {manifest.created} by {manifest.library} on {ranks}"
-    yield f"  {count}, {size} in {count_text(len(manifest.shards), 'shard')}"
-    yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
-    yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
+    origin = checkpoint.origin
+    yield f"  {origin.format}{f', written by {origin.writer}' if origin.writer else ''}"
+    total = sum(entry.size_bytes for entry in manifest.tensors.values())
+    yield f"  {tensors}, {size_text(total)}"
+    yield from (f"  changed: {name}: {form}" for name, form in origin.changed.items())
+    yield from (f"  left out: {name}: {why}" for name, why in origin.left_out.items())
 
 
-def _saved(checkpoint: OpenedCheckpoint, keys: Select) -> SavedState:
+def _saved(checkpoint: OpenedCheckpoint | Foreign, keys: Select) -> SavedState:
     """Return the saved names. Enums become text, as their classes need not be importable."""
     manifest = checkpoint.manifest
     state, *per_rank = map(enums_as_text, (manifest.state, *manifest.per_rank))

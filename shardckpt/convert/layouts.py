@@ -19,7 +19,6 @@ from shardckpt.storage.posix import translated
 __all__ = [
     "WEIGHTS",
     "companions",
-    "is_foreign",
     "left_beside",
     "names_in",
     "raise_unreadable",
@@ -74,15 +73,6 @@ _ROLES = tuple(
         (r"metadata\.json|context", "Megatron's or NeMo's description of the run"),
     )
 )
-
-
-def is_foreign(path: str) -> bool:
-    """Whether a local path looks like a checkpoint of another library, or like a single file."""
-    if os.path.isfile(path):
-        return True
-    marks = (".metadata", ".snapshot_metadata", "components.json", "pytorch_model_fsdp_0", *WEIGHTS)
-    found = {name for name in (MANIFEST_NAME, *marks) if os.path.exists(os.path.join(path, name))}
-    return bool(found) and MANIFEST_NAME not in found
 
 
 def names_in(path: str) -> list[str]:
