@@ -195,8 +195,10 @@ class _Saving:
 
     def teardown(self) -> None:
         """See Strategy. Waits for the saves in the background."""
-        self._settle()
-        super().teardown()  # type: ignore[misc]
+        try:
+            self._settle()
+        finally:
+            super().teardown()  # type: ignore[misc]
 
 
 def _same_memory(a: Any, b: Any) -> bool:
