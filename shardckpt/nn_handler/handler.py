@@ -173,6 +173,7 @@ class NNHandler(Components):
         sanity_val_batches: int = 1,
         precision: Precision | None = None,
         nan_guard: NanGuard | None = None,
+        agree_every: int = 8,
         fast_dev_run: bool = False,
     ) -> dict[str, list[float]]:
         """Train for more epochs or steps. Collective.
@@ -203,6 +204,9 @@ class NNHandler(Components):
                 before the weights change, "skip" skips the step, and "restore" loads the weights
                 and the optimizers of the last checkpoint of this run, and continues with the next
                 batch.
+            agree_every: The largest number of steps between two agreements of the ranks on
+                signals, failures and `stop_training`. The ranks agree more often if steps take
+                longer than 0.025 seconds, and before each save. Ignored on one rank.
             fast_dev_run: Try one batch of training and one of validation. Nothing is saved, and
                 callbacks that write files are not called.
 
