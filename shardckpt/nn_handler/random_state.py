@@ -41,7 +41,9 @@ class _NumpyState:
         """The name of the generator, its keys as a tensor, and the rest."""
         generator = np.random.get_bit_generator()
         known = type(generator) is np.random.MT19937
-        memory = ctypes.string_at(generator.ctypes.state_address, self._SIZE_BYTES) if known else b""
+        memory = (
+            ctypes.string_at(generator.ctypes.state_address, self._SIZE_BYTES) if known else b""
+        )
         # a normal number that waits for its use is not in that memory
         if not memory or memory != self._memory or self._state[3]:
             name, keys, *rest = np.random.get_state()
