@@ -298,7 +298,8 @@ class NNHandler(Components):
             inputs: A batch for the model, or a Dataset or loader. If its batches are pairs, the
                 model gets their first items.
             ema: Use the averaged weights.
-            loader_options: The arguments of a DataLoader, if `inputs` is a Dataset.
+            loader_options: The arguments of a DataLoader, if `inputs` is a Dataset or a list of
+                samples.
 
         Returns:
             The outputs for the batch. For a Dataset or loader, the outputs of all batches and
@@ -317,7 +318,7 @@ class NNHandler(Components):
             torch.Size([6, 2])
         """
         with self._weights(ema), self.evaluating():
-            if not is_data(inputs):
+            if not (is_data(inputs) or loader_options):
                 return call_model(self.model, to_device(inputs, self.device), self.module)
             return predictions(self, ValData(inputs, loader_options, self.layout))
 

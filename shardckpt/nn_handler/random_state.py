@@ -40,15 +40,15 @@ class _NumpyState:
 
     def state(self) -> list[Any]:
         """The name of the generator, its keys as a tensor, and the rest."""
-        generator = np.random.get_bit_generator()
+        generator = np.random.mtrand.get_bit_generator()
         memory = b""
         if type(generator) is np.random.MT19937:
             memory = ctypes.string_at(generator.ctypes.state_address, self._SIZE_BYTES)
         # a normal number that waits for its use is not in that memory
         if not memory or memory != self._memory or self._state[3]:
             name, keys, *rest = np.random.get_state()
-            keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
-            self._memory, self._state = memory, [name, keys, *rest]
+            plain = torch.from_numpy(np.asarray(keys).astype(np.int64))
+            self._memory, self._state = memory, [name, plain, *rest]
         return list(self._state)
 
 
