@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from shardckpt.api import Path
-from shardckpt.convert.convert import Format, convert_source, open_source
+from shardckpt.convert.convert import convert_source, open_source
+from shardckpt.convert.formats import Format
 from shardckpt.convert.sources import Foreign, LazyTensor, plain_tree
 from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE
@@ -156,12 +157,12 @@ def _form(source: Source, name: str) -> str:
         return "no such tensor"
     dtype = DTYPES[entry.dtype]
     if dtype in OPAQUE:
-        kind = entry.dtype
+        number_type = entry.dtype
     elif dtype.is_complex:
-        kind = "complex"
+        number_type = "complex"
     else:
-        kind = "floating-point" if dtype.is_floating_point else "integer"
-    return f"{kind} elements of shape {list(entry.shape)}"
+        number_type = "floating-point" if dtype.is_floating_point else "integer"
+    return f"{number_type} elements of shape {list(entry.shape)}"
 
 
 def _average(

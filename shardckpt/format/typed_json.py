@@ -2,7 +2,7 @@
 
 None, bool, str, finite floats, ints of up to 53 bits, lists, and dicts whose keys are all strings
 without a leading "$" are plain JSON. Every other value is an object with one key, its tag, which
-begins with "$". `FORMS` lists the tags, and docs/format.md describes them.
+begins with "$". `FORMS` and `TORCH_TAGS` list the tags, and docs/format.md describes them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
-import torch
 
 from shardckpt.errors import (
     CheckpointError,
@@ -38,10 +37,10 @@ from shardckpt.errors import (
     FormatVersionError,
     UnsupportedLeafError,
 )
-from shardckpt.format.dtypes import torch_dtype
 
 __all__ = [
     "FORMS",
+    "TORCH_TAGS",
     "Record",
     "TensorRef",
     "UnknownEnum",
@@ -52,6 +51,7 @@ __all__ = [
     "record_of",
     "reference",
     "tag_of",
+    "torch_forms",
     "unknown_enum",
 ]
 
@@ -78,7 +78,7 @@ class TensorRef(msgspec.Struct, frozen=True):
     """
 
     name: str
-    kind: Literal["tensor", "numpy", "per_rank"]
+    ref_type: Literal["tensor", "numpy", "per_rank"]
 
 
 class Record(dict[str, Any]):
@@ -122,38 +122,38 @@ def record_of(value: Any) -> Record | None:
 
     Returns None for other objects.
     """
-    kind = type(value)
+    cls = type(value)
     if isinstance(value, Record):
         return value
     if isinstance(value, Mapping):  # saved by its items, as ModelOutput of transformers is
         return None
-    if kind.__module__.partition(".")[0] == "shardckpt" or isinstance(value, type):
+    if cls.__module__.partition(".")[0] == "shardckpt" or isinstance(value, type):
         return None  # a marker inside another value has no meaning
-    if dataclasses.is_dataclass(kind):
-        names = [field.name for field in dataclasses.fields(kind)]
-    elif hasattr(kind, "__attrs_attrs__"):
-        names = [field.name for field in kind.__attrs_attrs__]
-    elif isinstance(value, types.SimpleNamespace) or kind is imported("argparse", "Namespace"):
+    if dataclasses.is_dataclass(cls):
+        names = [field.name for field in dataclasses.fields(cls)]
+    elif hasattr(cls, "__attrs_attrs__"):
+        names = [field.name for field in cls.__attrs_attrs__]
+    elif isinstance(value, types.SimpleNamespace) or cls is imported("argparse", "Namespace"):
         names = list(vars(value))
     else:
         return None
     fields = {name: getattr(value, name) for name in names if hasattr(value, name)}
-    return Record(f"{kind.__module__}.{kind.__qualname__}", fields)
+    return Record(f"{cls.__module__}.{cls.__qualname__}", fields)
 
 
 def encode(value: Any, *, at: str) -> Any:
     """Encode a value as JSON. Raises UnsupportedLeafError with the path of the value."""
     if value is None or value is True or value is False:
         return value
-    kind = type(value)
-    if kind is str or kind is int or kind is float:
+    cls = type(value)
+    if cls is str or cls is int or cls is float:
         return _scalar(value, at)
-    if kind is list:
+    if cls is list:
         return _items(value, at)
-    if kind is dict:
+    if cls is dict:
         items = [(key, encode(item, at=_below(at, key))) for key, item in value.items()]
         return mapping(items, at=at)
-    form = _BY_TYPE.get(kind) or _form_of(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
+    form = _BY_TYPE.get(cls) or _form_of(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
     if form is not None:
         return {form.tag: form.encode(value, at)}
     if isinstance(value, (str, int, float)):
@@ -163,7 +163,7 @@ def encode(value: Any, *, at: str) -> Any:
     if isinstance(value, Mapping) and not isinstance(value, Record):
         return encode(dict(value.items()), at=at)
     if isinstance(value, TensorRef):
-        return reference(value.kind, value.name)
+        return reference(value.ref_type, value.name)
     record = record_of(value)
     if record is not None:
         return {"$record": [record.type_name, encode(dict(record), at=at)]}
@@ -171,13 +171,13 @@ def encode(value: Any, *, at: str) -> Any:
 
 
 def _unsupported(value: Any, at: str) -> UnsupportedLeafError:
-    kind = type(value)
+    cls = type(value)
     return UnsupportedLeafError(
         "The type of a value can't be saved",
         tensor=at or "(the state itself)",
         expected="a tensor, array, number, string, bytes, date, enum, dataclass, container of "
         "these, or an object with state_dict and load_state_dict",
-        actual=f"{kind.__module__}.{kind.__qualname__}",
+        actual=f"{cls.__module__}.{cls.__qualname__}",
         remedy="remove it, convert it, or give its class state_dict and load_state_dict",
     )
 
@@ -210,9 +210,9 @@ def _scalar(value: str | int | float, at: str) -> Any:
     return {"$float": struct.pack(">d", value).hex()}
 
 
-def reference(kind: Literal["tensor", "numpy", "per_rank"], name: str) -> Any:
+def reference(ref_type: Literal["tensor", "numpy", "per_rank"], name: str) -> Any:
     """Encode a reference to a tensor, an array or a PerRank value; see TensorRef."""
-    return {_REFS[kind]: name}
+    return {_REFS[ref_type]: name}
 
 
 def mapping(items: list[tuple[Any, Any]], *, at: str) -> Any:
@@ -259,8 +259,8 @@ def decode(
     """
 
     def item(node: Any) -> Any:
-        kind = type(node)
-        if kind is dict:
+        cls = type(node)
+        if cls is dict:
             if len(node) == 1:
                 ((tag, body),) = node.items()
                 if tag == "$tensor" and type(body) is str:  # the most frequent tag
@@ -278,10 +278,12 @@ def decode(
                     raise _malformed(node)
                 found[key] = item(inner) if type(inner) in _NESTED else inner
             return found
-        return [item(inner) for inner in node] if kind is list else node
+        return [item(inner) for inner in node] if cls is list else node
 
     def tagged(tag: str, body: Any) -> Any:
         decoder = _DECODERS.get(tag)
+        if tag in TORCH_TAGS:
+            decoder = torch_forms()[tag].decode
         if decoder is not None:
             value = decoder(body, item)
             return unknown(value) if type(value) is UnknownEnum else value
@@ -380,10 +382,6 @@ def _unbase64(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
 
 
-def _size(parts: Any) -> torch.Size:
-    return torch.Size([_checked(part, int) for part in parts])
-
-
 def _integer(text: str) -> int:
     if len(text.removeprefix("-")) > _MOST_DIGITS:
         raise ValueError("expected an int of up to 4,000 digits")
@@ -429,11 +427,11 @@ def imported(module: str, qualname: str) -> Any:
 def _enum_body(value: enum.Enum, at: str) -> Any:
     """Raise UnsupportedLeafError for an enum that a load could not find by its name, such as one
     defined in a function."""
-    kind = type(value)
-    if imported(kind.__module__, kind.__qualname__) is not kind:
+    cls = type(value)
+    if imported(cls.__module__, cls.__qualname__) is not cls:
         raise _unsupported(value, at)
-    single = kind.__members__.get(value.name or "") is value  # false for a combination of flags
-    return [kind.__module__, kind.__qualname__, value.name if single else value.value]
+    single = cls.__members__.get(value.name or "") is value  # false for a combination of flags
+    return [cls.__module__, cls.__qualname__, value.name if single else value.value]
 
 
 def _enum(body: Any, item: Any) -> Any:
@@ -506,26 +504,6 @@ def _array(body: Any, item: Any) -> Any:
     return np.frombuffer(_unbase64(_checked(raw, str)), dtype=dtype).reshape(shape).copy()
 
 
-def _torch(cls: type) -> Form:
-    """Return the form of a type whose values are named constants of torch."""
-
-    def found(name: str) -> Any:
-        # getattr is not used, as torch imports modules on demand.
-        if not isinstance(constant := vars(torch)[name], cls):
-            raise TypeError(f"a {cls} expected")
-        return constant
-
-    tag = f"${cls.__name__}"
-    return Form(tag, cls, lambda value, at: str(value).removeprefix("torch."), _text(found))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"no device: {name}") from error
-
-
 def _complex(body: Any, item: Any) -> complex:
     real, imag = (_checked(item(part), float) for part in _checked(body, list))
     return complex(real, imag)
@@ -537,10 +515,10 @@ def _moment_body(value: datetime.datetime | datetime.time, at: str) -> Any:
     return [value.isoformat(), value.fold]
 
 
-def _moment(kind: Any) -> Callable[[Any, Any], Any]:
+def _moment(cls: Any) -> Callable[[Any, Any], Any]:
     def decoder(body: Any, item: Any) -> Any:
         text, fold = _checked(body, list)
-        return kind.fromisoformat(_checked(text, str)).replace(fold=_checked(fold, int))
+        return cls.fromisoformat(_checked(text, str)).replace(fold=_checked(fold, int))
 
     return decoder
 
@@ -565,7 +543,6 @@ FORMS: tuple[Form, ...] = (
     ),  # before int and str, which are the bases of some enums
     Form("$numpy", np.generic, _numpy_body, _numpy),
     Form("$tuple", tuple, _items, _sequence(tuple)),
-    Form("$size", torch.Size, lambda value, at: list(value), _sequence(_size)),
     Form("$set", set, _set_body, _of_hashes(set)),
     Form("$frozenset", frozenset, _set_body, _of_hashes(frozenset)),
     Form(
@@ -641,18 +618,51 @@ FORMS: tuple[Form, ...] = (
         _numpy_dtype_body,
         _text(_numpy_dtype),
     ),
-    Form(
-        "$dtype",
-        torch.dtype,
-        lambda value, at: str(value).removeprefix("torch."),
-        _text(torch_dtype),
-    ),
-    _torch(torch.memory_format),
-    _torch(torch.layout),
-    _torch(torch.qscheme),
-    Form("$device", torch.device, lambda value, at: str(value), _text(_device)),
 )
-"""All types with a form. A value of two of these types has the form of the first one."""
+"""The types of Python and numpy with a form. A value of two of these types has the form of the
+first one."""
+
+TORCH_TAGS = ("$size", "$dtype", "$memory_format", "$layout", "$qscheme", "$device")
+"""The tags of the types of torch."""
+
+
+@functools.cache
+def torch_forms() -> dict[str, Form]:
+    """Return the forms of the types of torch by their tags. Imports torch."""
+    import torch
+
+    from shardckpt.format.dtypes import torch_dtype
+
+    def size(parts: Any) -> torch.Size:
+        return torch.Size([_checked(part, int) for part in parts])
+
+    def constant(cls: type) -> Callable[[str], Any]:
+        def found(name: str) -> Any:
+            # getattr is not used, as torch imports modules on demand.
+            if not isinstance(value := vars(torch)[name], cls):
+                raise TypeError(f"a {cls} expected")
+            return value
+
+        return found
+
+    def device(name: str) -> torch.device:
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"no device: {name}") from error
+
+    def name(value: Any, at: str) -> str:
+        return str(value).removeprefix("torch.")
+
+    named = {"$dtype": (torch.dtype, torch_dtype), "$device": (torch.device, device)}
+    for cls in (torch.memory_format, torch.layout, torch.qscheme):
+        named[f"${cls.__name__}"] = (cls, constant(cls))
+    forms = {tag: Form(tag, cls, name, _text(make)) for tag, (cls, make) in named.items()}
+    return {
+        "$size": Form("$size", torch.Size, lambda value, at: list(value), _sequence(size)),
+        **forms,
+    }
+
 
 _BY_TYPE: dict[type, Form] = {}
 for _form in FORMS:
@@ -660,9 +670,10 @@ for _form in FORMS:
 
 
 @functools.lru_cache(maxsize=256)
-def _form_of(kind: type) -> Form | None:
-    """Return the form of values whose type has no form of its own."""
-    base = next((form for form in FORMS if issubclass(kind, form.type)), None)
+def _form_of(cls: type) -> Form | None:
+    """Return the form of values whose type has no form of its own in `FORMS`."""
+    torch = torch_forms().values() if "torch" in sys.modules else ()
+    base = next((form for form in (*torch, *FORMS) if issubclass(cls, form.type)), None)
     return None if base is None or base.exact else base
 
 
