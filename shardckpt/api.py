@@ -242,7 +242,9 @@ def load(
 ) -> LoadReport:
     """Load a checkpoint into a state, in place, with any world size and any placement.
 
-    Collective, as `save` is. Each rank reads its own part of each tensor. Tensors are filled where
+    Collective, as `save` is. Each rank reads its own part of each tensor. Bytes that ranks on
+    several machines need, or several ranks from an object store, are read once and sent to the
+    others. Tensors are filled where
     they are, on their devices; modules on the meta device get memory. Other leaves are replaced in
     the dicts and lists that hold them. Modules and optimizers load the entries under their names.
     Every block that is read is verified.
@@ -283,11 +285,13 @@ def load(
     """
     place, cast = resolve(path, storage), casts(dtype)
     background.wait_until_staged()
-    with operation(f"load {place.path}", process_group, comm=comm) as coordinator:
+    ranks = operation(f"load {place.path}", process_group, comm=comm)
+    with ranks as coordinator:
         return run_load(
             state,
             place.path,
             coordinator=coordinator,
+            group=ranks.group,
             storage=place.storage,
             strict=strict,
             cast=cast,

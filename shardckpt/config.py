@@ -47,7 +47,7 @@ class Options:
         background_nice: By how much the background threads lower their priority (see nice(1)).
         store_deadline_s: Seconds for which a request to an object store is repeated.
         leftover_age_s: Seconds after which objects that no manifest names are leftovers of a dead
-            save. No save may take longer.
+            save. No save may take longer. So are the files of a copy to a slower tier.
         storage: Settings of object stores by name, such as `{"endpoint": "http://127.0.0.1:9000"}`.
             They take precedence over the store's own environment variables.
     """

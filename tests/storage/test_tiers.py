@@ -20,6 +20,7 @@ from shardckpt.errors import (
     StateError,
     StoreUnavailableError,
 )
+from shardckpt.storage import drain
 from shardckpt.storage import tiers as module
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing import StorageTests
@@ -137,7 +138,7 @@ class Down(MemoryStorage):
 
 
 def test_a_store_that_is_down_holds_up_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(drain, "_FIRST_WAIT_S", 0.05)
     store = Down()
     shardckpt.register_storage("down", lambda url: store)
     store.down = True
