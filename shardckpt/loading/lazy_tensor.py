@@ -152,7 +152,7 @@ class DiskTensor(torch.Tensor):
             if files.remote:
                 pages = cached(
                     manifest.checkpoint_id,
-                    xxhash.xxh3_128_hexdigest(name),
+                    xxhash.xxh3_128_hexdigest(name.encode()),
                     size_bytes=entry.size_bytes,
                     download=lambda view: self._fill(torch.frombuffer(view, dtype=torch.uint8)),
                 )
