@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import uuid
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -180,11 +181,14 @@ def agree_on_sharing(
 
     def decide(payloads: list[bytes]) -> bytes:
         wanted = [msgspec.msgpack.decode(payload, type=Wanted) for payload in payloads]
-        return msgspec.msgpack.encode(find_segments(wanted, remote=files.remote))
+        segments = find_segments(wanted, remote=files.remote)
+        return msgspec.msgpack.encode((uuid.uuid4().hex, segments))
 
     answer = exchange(coordinator, "share", describe, decide)
-    segments = msgspec.msgpack.decode(answer, type=Segments)
-    return Sharing(group, coordinator.rank, units_of(segments)) if segments.rows else None
+    identity, segments = msgspec.msgpack.decode(answer, type=tuple[str, Segments])
+    if not segments.rows:
+        return None
+    return Sharing(group, identity, coordinator.rank, units_of(segments))
 
 
 def same_checkpoint(path: str) -> Callable[[list[bytes]], bytes]:

@@ -10,12 +10,14 @@ reads for others. An error on any rank ends the load on all ranks.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from contextvars import copy_context
 from typing import Any
 
 import msgspec
 
+from shardckpt.config import current
 from shardckpt.coordination.base import Coordinator, WorkBroken
 from shardckpt.coordination.exchange import Attempt, exchange
 from shardckpt.errors import RankFailedError
@@ -115,20 +117,27 @@ def _read(
     if sharing is None:
         with work.phase("read"):
             return read()
-    read_bytes = 0
+    result: Future[int] = Future()
 
     def read_and_send() -> None:
-        nonlocal read_bytes
-        with work.phase("read"), sharing.connected():
-            read_bytes = read()
+        try:
+            with work.phase("read"):
+                sharing.connect()
+                result.set_result(read())
+        except BaseException as error:
+            result.set_exception(error)
+            raise
 
     try:
         # The options of this call hold in the thread that does the work, too.
         ranks.watch(functools.partial(copy_context().run, read_and_send), phase="transfer")
-    except BaseException:
+    except BaseException as error:
         sharing.abort()
+        # The error on this rank may be the reason for that of the other one.
+        if isinstance(error, WorkBroken) and wait([result], current().deadline_s).done:
+            result.result()
         raise
-    return read_bytes
+    return result.result()
 
 
 def _place(matched: MatchedState, work: Stopwatch) -> None:

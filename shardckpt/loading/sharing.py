@@ -9,8 +9,8 @@ from __future__ import annotations
 import datetime
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from shardckpt.plan.shared_reads import Unit
 __all__ = ["Sharing", "TransferError", "can_share"]
 
 _WINDOW_BLOCKS = WINDOW_BYTES // BLOCK_BYTES
+_NEVER_SENT = 1 << 30  # no unit has this tag
 
 
 class TransferError(Exception):
@@ -38,16 +39,24 @@ def can_share(group: Any) -> bool:
 class Sharing:
     """The units that this rank reads for others or gets from them, and their transfers.
 
+    Args:
+        group: The process group of the ranks that load.
+        identity: A text that no other load has, the same on all ranks.
+        rank: This rank.
+        units: All units.
+
     Attributes:
+        rank: This rank.
         received_bytes: The bytes that this rank has received.
     """
 
-    def __init__(self, group: Any, rank: int, units: Sequence[Unit]) -> None:
+    def __init__(self, group: Any, identity: str, rank: int, units: Sequence[Unit]) -> None:
         self.rank = rank
         self.received_bytes = 0
         self._lock = threading.Lock()
-        self._ranks = dist.get_process_group_ranks(group)
-        self._group: Any = None
+        self._group = group
+        self._identity = identity
+        self._links: Any = None
         self._units: dict[tuple[int, int], list[Unit]] = defaultdict(list)
         for unit in units:
             if rank in unit.path:
@@ -61,22 +70,23 @@ class Sharing:
         """The units of a window, in the same order on all ranks."""
         return self._units.get((shard, window), ())
 
-    @contextmanager
-    def connected(self) -> Iterator[None]:
-        """Connect the ranks for the with block. Collective."""
+    def connect(self) -> None:
+        """Connect the ranks. Collective.
+
+        The connections are closed with this object. No rank may drop it before all have ended
+        their transfers, as bytes may still be on their way.
+        """
         try:
-            self._group = dist.new_group(
-                self._ranks,
-                timeout=datetime.timedelta(seconds=current().stall_deadline_s),
-                backend="gloo",
-                use_local_synchronization=True,
-                sort_ranks=False,
-                group_desc="shardckpt_reads",
+            self._links = dist.ProcessGroupGloo(
+                dist.PrefixStore(
+                    f"shardckpt/blocks/{self._identity}", self._group.get_group_store().clone()
+                ),
+                self.rank,
+                dist.get_world_size(self._group),
+                datetime.timedelta(seconds=current().stall_deadline_s),
             )
         except (RuntimeError, ValueError, dist.DistError) as error:
             raise TransferError(_first_line(error)) from error
-        yield
-        dist.destroy_process_group(self._group)
 
     def receive(self, unit: Unit, view: memoryview) -> bool:
         """Fill a view with the blocks of a unit, if another rank reads them.
@@ -91,7 +101,7 @@ class Sharing:
         if source is None:
             return False
         try:
-            self._group.recv([_tensor(view)], source, unit.tag).wait()
+            self._links.recv([_tensor(view)], source, unit.tag).wait()
         except (RuntimeError, dist.DistError) as error:
             raise TransferError(f"rank {source}: {_first_line(error)}") from error
         with self._lock:
@@ -102,7 +112,7 @@ class Sharing:
         """Begin to send the blocks of a unit on. They may change after `finish`."""
         try:
             targets = unit.targets(self.rank)
-            return [self._group.send([_tensor(view)], rank, unit.tag) for rank in targets]
+            return [self._links.send([_tensor(view)], rank, unit.tag) for rank in targets]
         except (RuntimeError, dist.DistError) as error:
             raise TransferError(_first_line(error)) from error
 
@@ -123,12 +133,12 @@ class Sharing:
 
         A receive that ends at its deadline closes the connections of the group.
         """
-        if self._group is None:
+        if self._links is None:
             return
         with suppress(Exception):
             empty = torch.empty(1, dtype=torch.uint8, device="cpu")
-            other = (self.rank + 1) % len(self._ranks)
-            self._group.recv([empty], other, 1 << 30).wait(datetime.timedelta(milliseconds=1))
+            other = (self.rank + 1) % self._links.size()
+            self._links.recv([empty], other, _NEVER_SENT).wait(datetime.timedelta(milliseconds=1))
 
 
 def _tensor(view: memoryview) -> torch.Tensor:

@@ -20,7 +20,7 @@ from shardckpt.errors import (
     StateError,
     StoreUnavailableError,
 )
-from shardckpt.storage import drain
+from shardckpt.storage import drain, tiered_files
 from shardckpt.storage import tiers as module
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing import StorageTests
@@ -45,7 +45,8 @@ class TestTieredStorage(StorageTests):
     @pytest.fixture
     def storage(self, tiers, monkeypatch):
         # The checkpoints of these tests have no manifest that could be copied.
-        monkeypatch.setattr(module, "check_text", lambda text, path: None)
+        for one in (module, tiered_files):
+            monkeypatch.setattr(one, "check_text", lambda text, path: None)
         monkeypatch.setattr(module, "_copy", lambda source, target: None)
         return tiers
 
