@@ -33,7 +33,7 @@ class TransferError(Exception):
 
 def can_share(group: Any) -> bool:
     """Whether the ranks of a process group can send each other blocks."""
-    return group is not None and dist.is_gloo_available()
+    return group is not None and bool(dist.is_gloo_available())
 
 
 class Sharing:
@@ -76,9 +76,11 @@ class Sharing:
         The connections are closed with this object. No rank may drop it before all have ended
         their transfers, as bytes may still be on their way.
         """
+        from torch.distributed.distributed_c10d import PrefixStore  # some builds lack it
+
         try:
             self._links = dist.ProcessGroupGloo(
-                dist.PrefixStore(
+                PrefixStore(
                     f"shardckpt/blocks/{self._identity}", self._group.get_group_store().clone()
                 ),
                 self.rank,

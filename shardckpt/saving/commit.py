@@ -81,6 +81,8 @@ def commit(
 ) -> tuple[Committed, dict[int, dict[str, float]]]:
     """Commit the files of all ranks. Collective.
 
+    Ranks whose transactions have `commits_part` commit first, and rank 0 last.
+
     Args:
         coordinator: The ranks.
         written: The result of this rank's writing, or its error.
@@ -119,15 +121,16 @@ def commit(
 
         def commit_part() -> bytes:
             if agreement.transaction.commits_part:
-                agreement.transaction.commit(decision.manifest)
+                with work.phase("commit"):
+                    agreement.transaction.commit(decision.manifest)
             return b""
 
         def commit_last(payloads: list[bytes]) -> bytes:
-            agreement.transaction.commit(manifest)
+            with work.phase("commit"):
+                agreement.transaction.commit(manifest)
             return b""
 
-        with work.phase("commit"):
-            exchange(coordinator, "commit", commit_part, commit_last)
+        exchange(coordinator, "commit", commit_part, commit_last)
     profile[coordinator.rank] = work.seconds
     return decision.committed, profile
 

@@ -169,11 +169,13 @@ class Storage(ABC):
             overwrite: Replace a checkpoint at the path.
 
         Returns:
-            The transaction. If it `resumes`, several processes may write the checkpoint.
+            The transaction. If it `resumes`, several processes may write the checkpoint. Then
+            `abandon` leaves the files, as other processes go on with them.
 
         Raises:
             CheckpointExistsError: The path exists, and `overwrite` is false.
             NotACheckpointError: The path does not hold a checkpoint.
+            CheckpointBusyError: Another process commits the checkpoint, or saves to the path.
         """
         return self.begin(path, checkpoint_id=checkpoint_id, overwrite=overwrite)
 

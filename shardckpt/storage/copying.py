@@ -96,7 +96,6 @@ def copy_part(
     try:
         # Another process may have committed it before this one began.
         if has_checkpoint(storage, path, identity):
-            transaction.abandon()
             return True
         if may_lack and not transaction.resumes:
             raise StateError(

@@ -19,6 +19,7 @@ from contextlib import suppress
 
 from shardckpt.config import current
 from shardckpt.errors import (
+    CheckpointBusyError,
     CheckpointExistsError,
     DirectoryNotSharedError,
     NotACheckpointError,
@@ -165,8 +166,19 @@ class LocalStorage(Storage):
             _check_replaceable(target)
             make_directories(self.system, os.path.dirname(target))
             _check_target(self.system, target, overwrite=overwrite)
+            parts = hidden_path(target, f"parts-{checkpoint_id}")
             with suppress(FileExistsError):
-                self.system.mkdir(hidden_path(target, f"parts-{checkpoint_id}"))
+                self.system.mkdir(parts)
+            # A process that commits has renamed the directory, and this is a new one.
+            if exists(self.system, hidden_path(target, f"tmp-{checkpoint_id}")):
+                with suppress(OSError):
+                    self.system.rmdir(parts)
+                raise CheckpointBusyError(
+                    "Another process commits the checkpoint",
+                    errno=errno.EAGAIN,
+                    path=path,
+                    remedy="wait for it",
+                )
         return _Assembly(self.system, path, target, checkpoint_id, overwrite=overwrite)
 
     def open(self, path: str) -> LocalFiles:
@@ -476,8 +488,9 @@ class _Assembly(LocalTransaction):
         with translated(self._target):
             self._lock = Lock(self._system, hidden_path(self._target, "lock"))
             collect_leftovers(self._system, self._target)
-            for name in filter(_UNFINISHED.search, self._system.listdir(self._parts)):
-                self._system.unlink(os.path.join(self._parts, name))  # of a copy that died
+            for name in self._system.listdir(self._parts):
+                if name == MANIFEST_NAME or _UNFINISHED.search(name):  # of a copy that failed
+                    self._system.unlink(os.path.join(self._parts, name))
             self._system.rename(self._parts, self._temporary)
         try:
             super().commit(manifest)
@@ -488,10 +501,14 @@ class _Assembly(LocalTransaction):
             raise
 
     def abandon(self) -> None:
-        """See WriteTransaction.abandon."""
-        if not self._published:
-            remove_tree(self._system, self._parts)
+        """See WriteTransaction.abandon. The files stay, as other processes go on with them."""
         self.close()
+
+    def close(self) -> None:
+        """See WriteTransaction.close."""
+        with suppress(OSError):
+            self._system.rmdir(self._parts)  # if it is empty
+        super().close()
 
 
 class _AssembledFile(LocalFile):

@@ -156,6 +156,12 @@ class ObjectStorage(Storage):
             time.sleep(_POLL_S)
         return ObjectTransaction(objects, path, prefix, token, leads=False)
 
+    def assemble(self, path: str, *, checkpoint_id: str, overwrite: bool) -> ObjectTransaction:
+        """See Storage.assemble."""
+        transaction = self.begin(path, checkpoint_id=checkpoint_id, overwrite=overwrite)
+        transaction.assembles = True
+        return transaction
+
     def names(self, folder: str) -> list[str]:
         """See Storage.names."""
         objects, prefix = self.at(folder)
@@ -221,6 +227,7 @@ class ObjectTransaction(WriteTransaction):
         replaces: The version of the manifest that the commit replaces; None for a new one.
         old: The manifest that is replaced.
         overwrite: See Storage.begin.
+        assembles: Other processes write objects of the same checkpoint, and may commit it.
     """
 
     shares_files = False
@@ -228,6 +235,7 @@ class ObjectTransaction(WriteTransaction):
     replaces: str | None = None
     old: bytes | None = None
     overwrite = False
+    assembles = False
 
     def __init__(
         self, objects: Objects, path: str, prefix: str, token: str, *, leads: bool
@@ -319,7 +327,7 @@ class ObjectTransaction(WriteTransaction):
     def abandon(self) -> None:
         """See WriteTransaction.abandon. Rank 0 deletes the objects of all ranks. Those that come
         later are deleted as leftovers."""
-        if self._may_delete:
+        if self._may_delete and not self.assembles:
             self._may_delete = False
             with suppress(StorageError):
                 self._objects.delete([found.key for found in self._objects.list(self._own)])

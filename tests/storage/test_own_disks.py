@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardckpt
 from shardckpt import LocalStorage, TieredStorage
-from shardckpt.errors import DirectoryNotSharedError, NotACheckpointError, StateError
+from shardckpt.errors import NotACheckpointError, StateError
 from shardckpt.integrations.dcp import ShardWriter
 from shardckpt.storage import tiers as module
 from shardckpt.storage.resolve import Place
@@ -36,10 +37,10 @@ class OwnDisk(LocalStorage):
         self._folder = str(folder)
 
     def full_path(self, path):
-        return path or "disk://"
+        return path or "disk://run"
 
     def _at(self, path: str) -> str:
-        return os.path.join(self._folder, path.removeprefix("disk://").strip("/"))
+        return os.path.join(self._folder, path.removeprefix("disk://run").strip("/"))
 
     def begin(self, path, **options):
         return super().begin(self._at(path), **options)
@@ -98,7 +99,7 @@ def save_on_own_disks(folder: Path) -> None:
     rank = dist.get_rank()
     tiers = tiers_of(folder, rank)
     report = shardckpt.save(state_of(True), "step-7", storage=tiers)
-    assert report.tiers["disk:///step-7"] == "durable"
+    assert report.tiers["disk://run/step-7"] == "durable"
     mine = sorted(path.name for path in (folder / f"disk-{rank}/step-7").iterdir())
     assert "manifest.json" in mine
     shards = [name for name in mine if name != "manifest.json"]
@@ -137,8 +138,9 @@ def restore_all_subsets(world_size: int, folder: Path) -> None:
         is_saved(state)
         slow_bytes = report.tiers.get(f"{folder}/slow/step-7", 0)
         if not any(lost) and world_size == 4:
-            # What other ranks wrote of the tensors that this rank reads.
-            assert 0 < slow_bytes < report.bytes_read
+            assert slow_bytes == 0, "what other ranks wrote comes from their disks"
+        if world_size == 1:
+            assert slow_bytes > 0
         dist.barrier()
 
 
@@ -156,7 +158,7 @@ def load_before_it_is_copied(world_size: int, folder: Path) -> None:
     tiers = tiers_of(folder, dist.get_rank(), folder / "empty")
     report = shardckpt.load(state, "step-7", storage=tiers)
     is_saved(state)
-    assert list(report.tiers) in ([], ["disk:///step-7"])
+    assert list(report.tiers) in ([], ["disk://run/step-7"])
 
 
 @pytest.mark.timeout(300)
@@ -234,7 +236,9 @@ def save_twice(folder: Path) -> None:
             ),
         }
         if 0 not in machines and rank == 0:
-            shutil.rmtree(folder / "disk-1")  # otherwise all disks have the older checkpoint
+            shutil.rmtree(
+                folder / "disk-1", ignore_errors=True
+            )  # otherwise all disks have the older checkpoint
         dist.barrier()
         shardckpt.load(state, "step-1", storage=tiers_of(folder, machines[rank]))
         assert state["n"] == 1
@@ -283,7 +287,6 @@ class NoParts(LocalStorage):
 
 
 def save_to_a_storage_without_assemble(folder: Path) -> None:
-    shardckpt.register_storage("noparts", lambda url: NoParts())
     with pytest.raises(StateError, match="can't assemble"):
         module._copy(*copy_of_a_part(folder))
 
@@ -294,7 +297,7 @@ def copy_of_a_part(folder: Path):
     tiers._copy_later = lambda path: None
     shardckpt.save(state_of(True), "step-1", storage=tiers)
     fast = tiers._places("step-1")[0]
-    return fast, Place(NoParts(), str(folder / "other/step-1"))
+    return fast, Place(NoParts(), str(folder / f"other-{dist.get_rank()}/step-1"))
 
 
 def test_a_slow_tier_must_assemble_parts(tmp_path):
@@ -322,7 +325,7 @@ def test_a_machine_that_fails_fails_the_save(tmp_path):
 
 
 def join_strictly(folder: Path) -> None:
-    with pytest.raises(DirectoryNotSharedError):
+    with pytest.raises(CheckpointException, match="does not see the directory"):
         dcp.save(
             {"w": torch.ones(3)},
             storage_writer=ShardWriter("step-1", storage=tiers_of(folder, dist.get_rank())),
