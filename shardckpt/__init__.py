@@ -36,6 +36,9 @@ from shardckpt.errors import (
 )
 
 if TYPE_CHECKING:
+    from shardckpt.analysis.diff import diff
+    from shardckpt.analysis.merge import merge
+    from shardckpt.analysis.stats import stats
     from shardckpt.api import (
         async_save,
         load,
@@ -72,10 +75,13 @@ if TYPE_CHECKING:
     from shardckpt.reports import (
         CheckpointMetadata,
         ConvertReport,
+        DiffReport,
         LoadReport,
         RescueReport,
         SaveReport,
+        TensorDifference,
         TensorMetadata,
+        TensorStats,
         VerifyReport,
     )
     from shardckpt.saving.async_save import SaveHandle
@@ -100,6 +106,7 @@ __all__ = [
     "CorruptionError",
     "CoverageError",
     "DependencyError",
+    "DiffReport",
     "DirectoryNotSharedError",
     "FormatVersionError",
     "FromRank0",
@@ -139,7 +146,9 @@ __all__ = [
     "StorageError",
     "StoragePermissionError",
     "StoreUnavailableError",
+    "TensorDifference",
     "TensorMetadata",
+    "TensorStats",
     "TieredStorage",
     "Union",
     "UnsupportedLeafError",
@@ -148,9 +157,11 @@ __all__ = [
     "alone",
     "async_save",
     "convert",
+    "diff",
     "init_from_mpi",
     "load",
     "load_state",
+    "merge",
     "metadata",
     "open_checkpoint",
     "options",
@@ -158,6 +169,7 @@ __all__ = [
     "rescue",
     "reshard",
     "save",
+    "stats",
     "trust",
     "verify",
 ]
@@ -172,6 +184,7 @@ _HOMES = {
     "CheckpointManager": "manager",
     "CheckpointMetadata": "reports",
     "ConvertReport": "reports",
+    "DiffReport": "reports",
     "FromRank0": "state.markers",
     "KeepBest": "manager",
     "KeepEveryHours": "manager",
@@ -194,16 +207,20 @@ _HOMES = {
     "ShardWriter": "integrations.dcp",
     "ShardedArray": "state.sharded_array",
     "Storage": "storage.base",
+    "TensorDifference": "reports",
     "TensorMetadata": "reports",
+    "TensorStats": "reports",
     "TieredStorage": "storage.tiers",
     "Union": "state.markers",
     "VerifyReport": "reports",
     "alone": "coordination.resolve",
     "async_save": "api",
     "convert": "convert.convert",
+    "diff": "analysis.diff",
     "init_from_mpi": "coordination.process_group",
     "load": "api",
     "load_state": "api",
+    "merge": "analysis.merge",
     "metadata": "api",
     "open_checkpoint": "api",
     "options": "config",
@@ -211,6 +228,7 @@ _HOMES = {
     "rescue": "api",
     "reshard": "api",
     "save": "api",
+    "stats": "analysis.stats",
     "trust": "nn_handler.trust",
     "verify": "api",
 }

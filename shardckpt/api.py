@@ -253,8 +253,8 @@ def load(
         state: A state as `save` takes it. Its names choose the entries to load.
         path: The checkpoint.
         strict: Require every entry of the state in the checkpoint, with its shape and dtype, and
-            load all entries of a module or optimizer. With strict=False, mismatched entries are
-            skipped and listed in the report.
+            load all entries of a module or optimizer, and an entry for each name of `keys` and
+            `rename`. With strict=False, mismatched entries are skipped and listed in the report.
         dtype: "strict" refuses a saved dtype other than the dtype of the state; "cast" converts.
         keys: The names to load: prefixes, or shell patterns such as `"*.bias"`.
         rename: A dict from saved prefix to prefix in the state, or a function from saved name to
@@ -267,7 +267,8 @@ def load(
         The bytes read, and the entries that were cast, skipped or missing.
 
     Raises:
-        LoadMismatchError: State and checkpoint differ. Nothing has been changed.
+        LoadMismatchError: State and checkpoint differ, or `keys` or `rename` has a name that no
+            saved entry has. Nothing has been changed.
         CorruptionError: A shard is corrupted. Tensors may be partly overwritten: load another
             checkpoint before you continue. A corrupted manifest changes nothing.
         CheckpointError: The checkpoint can't be read. Nothing has been changed.
@@ -306,6 +307,7 @@ def load_state(
     device_map: DeviceMap = "cpu",
     keys: Select = None,
     rename: Rename = None,
+    strict: bool = True,
     storage: Storage | None = None,
 ) -> Any:
     """Build the saved state without a template: nested dicts and lists of full plain tensors.
@@ -320,6 +322,7 @@ def load_state(
             or a dict from prefixes of names to these, of which the longest prefix wins.
         keys: See `load`.
         rename: See `load`.
+        strict: Require an entry for each name of `keys` and `rename`.
         storage: See `save`.
 
     Returns:
@@ -327,6 +330,7 @@ def load_state(
 
     Raises:
         CheckpointError: The checkpoint can't be read, or is corrupted.
+        LoadMismatchError: `strict`, and `keys` or `rename` has a name that no saved entry has.
         StateError: `device_map`, `keys` or `rename` is invalid.
         StorageError: The file system refused an operation.
 
@@ -337,7 +341,7 @@ def load_state(
         {'weight': tensor([1., 1., 1.]), 'step': 7}
     """
     with open_checkpoint(path, storage=storage) as checkpoint:
-        return checkpoint.load_state(device_map=device_map, keys=keys, rename=rename)
+        return checkpoint.load_state(device_map=device_map, keys=keys, rename=rename, strict=strict)
 
 
 def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint:

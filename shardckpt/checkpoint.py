@@ -277,7 +277,12 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         return report
 
     def load_state(
-        self, *, device_map: DeviceMap = "cpu", keys: Select = None, rename: Rename = None
+        self,
+        *,
+        device_map: DeviceMap = "cpu",
+        keys: Select = None,
+        rename: Rename = None,
+        strict: bool = True,
     ) -> Any:
         """Build the saved state without a template.
 
@@ -285,17 +290,21 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
             device_map: See `shardckpt.load_state`.
             keys: See `shardckpt.load`.
             rename: See `shardckpt.load`.
+            strict: See `shardckpt.load_state`.
 
         Returns:
             The state, with the structure that was saved.
 
         Raises:
             CorruptionError: A shard or the manifest is corrupted.
+            LoadMismatchError: `strict`, and `keys` or `rename` has a name that no entry has.
             StateError: An argument is invalid.
         """
         saved = self._saved
         if keys is not None or rename is not None:
             saved = SavedState(self.manifest, keys=keys, rename=rename)
+            if strict:
+                saved.check_used(path=self.path)
         mapped = functools.cache(lambda: MappedFiles(self._files))
         # Saved tensor -> its first name. Tied tensors go to one device.
         sources: dict[str, str] = {}

@@ -15,11 +15,14 @@ from shardckpt.errors import CorruptionError
 __all__ = [
     "CheckpointMetadata",
     "ConvertReport",
+    "DiffReport",
     "LoadReport",
     "RescueReport",
     "SaveReport",
     "Stopwatch",
+    "TensorDifference",
     "TensorMetadata",
+    "TensorStats",
     "VerifyReport",
 ]
 
@@ -159,6 +162,106 @@ class ConvertReport:
     copied: tuple[str, ...] = ()
     changed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDifference:
+    """How a tensor differs between two checkpoints.
+
+    Attributes:
+        dtypes: Both dtypes.
+        shapes: Both shapes.
+        elements: The number of elements that differ; None if dtypes or shapes differ.
+        largest: The largest absolute difference of two elements; NaN if one of them is NaN. None if
+            dtypes or shapes differ, or the dtype has no arithmetic.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> for step, value in ((1, 0.0), (2, 0.5)):
+        ...     report = shardckpt.save({"w": torch.tensor([1.0, value])}, f"run/step-{step}")
+        >>> shardckpt.diff("run/step-1", "run/step-2").tensors["w"].largest
+        0.5
+    """
+
+    dtypes: tuple[torch.dtype, torch.dtype]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    elements: int | None
+    largest: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffReport:
+    """The differences between two checkpoints.
+
+    Attributes:
+        first: The path of the first checkpoint.
+        second: The path of the second one.
+        only_first: The names of entries that only the first one has.
+        only_second: The names of entries that only the second one has.
+        tensors: Name -> difference, of the tensors that differ.
+        values: Name -> both values, of the other entries that differ. Enums are text.
+        equal_tensors: The number of equal tensors.
+        equal_values: The number of equal values.
+        bytes_read: The bytes of tensors that were read from the first one, as the digests did not
+            show that they are equal.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"w": torch.ones(3), "step": 1}, "run/step-1")
+        >>> report = shardckpt.save({"w": torch.ones(3), "step": 2}, "run/step-2")
+        >>> found = shardckpt.diff("run/step-1", "run/step-2")
+        >>> found.equal, found.values
+        (False, {'step': (1, 2)})
+    """
+
+    first: str
+    second: str
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    tensors: dict[str, TensorDifference]
+    values: dict[str, tuple[object, object]]
+    equal_tensors: int
+    equal_values: int
+    bytes_read: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether there are no differences."""
+        return not (self.only_first or self.only_second or self.tensors or self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorStats:
+    """Statistics of the elements of a tensor, in float64.
+
+    Attributes:
+        dtype: The dtype.
+        shape: The shape.
+        norm: The Euclidean norm of the finite elements.
+        smallest: The smallest finite element; None if there are none, or for complex tensors.
+        largest: The largest finite element; None if there are none, or for complex tensors.
+        mean: The mean of the finite elements; None if there are none, or for complex tensors.
+        nan: The number of elements that are NaN.
+        inf: The number of elements that are infinite.
+        zeros: The number of elements that are zero.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"w": torch.tensor([3.0, 4.0, float("nan")])}, "run/step-1")
+        >>> found = shardckpt.stats("run/step-1")["w"]
+        >>> found.norm, found.nan
+        (5.0, 1)
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    norm: float
+    smallest: float | None
+    largest: float | None
+    mean: float | None
+    nan: int
+    inf: int
+    zeros: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 PRELOAD = [
     "torch",
+    "torch._dynamo",  # which the first step of an optimizer imports
     "torch.distributed.tensor.parallel",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",

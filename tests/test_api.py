@@ -286,6 +286,38 @@ def test_keys_and_rename(tmp_path):
     assert not torch.equal(state["old"]["net"][2].weight, model[2].weight)
 
 
+@pytest.mark.parametrize(
+    "argument", [{"keys": ["model", "optmizer"]}, {"keys": "*.wieght"}, {"rename": {"mdoel": "m"}}]
+)
+def test_a_name_that_is_not_saved_is_an_error_in_keys_and_rename(argument, tmp_path):
+    path = str(tmp_path / "c")
+    shardckpt.save({"model": {"weight": torch.ones(2)}, "optimizer": {"step": 3}}, path)
+    target = {"model": {"weight": torch.zeros(2)}, "optimizer": {"step": 0}}
+    wrong = argument.get("keys", "mdoel")
+    wrong = wrong[-1] if isinstance(wrong, list) else wrong
+    calls = (
+        lambda: shardckpt.load(target, path, **argument),
+        lambda: shardckpt.load_state(path, **argument),
+    )
+    for call in calls:
+        with pytest.raises(errors.LoadMismatchError) as caught:
+            call()
+        assert repr(wrong) in str(caught.value)
+        assert caught.value.path == path
+    assert target["model"]["weight"].tolist() == [0, 0]
+    assert main(["inspect", path, "--keys", "model", wrong]) == errors.LoadMismatchError.exit_code
+    shardckpt.load(target, path, strict=False, **argument)
+
+
+def test_a_checkpoint_is_not_saved_inside_another_one(tmp_path):
+    outer = tmp_path / "step-1"
+    shardckpt.save({"n": 1}, outer)
+    with pytest.raises(errors.StateError, match="inside another checkpoint"):
+        shardckpt.save({"n": 2}, outer / "step-2")
+    assert sorted(os.listdir(tmp_path)) == ["step-1"]
+    assert shardckpt.load_state(outer) == {"n": 1}
+
+
 def test_per_rank_in_one_process(tmp_path):
     shardckpt.save({"rng": shardckpt.PerRank({"t": torch.arange(3), "n": 4})}, tmp_path / "c")
     state = {"rng": shardckpt.PerRank({"t": torch.zeros(3, dtype=torch.int64), "n": 0})}

@@ -32,7 +32,7 @@ LAYERS = [
     {"integrations"},
     {"api"},
     {"convert", "testing"},
-    {"manager"},
+    {"analysis", "manager"},
     {"nn_handler"},
     {"cli"},
     {"shardckpt", "__main__"},

@@ -12,12 +12,12 @@ from typing import Any
 import click
 
 from shardckpt.cli.multiprocess import say, shared
-from shardckpt.cli.parameters import KEYS, OVERWRITE, RENAME
-from shardckpt.cli.progress import progress_bar, size_text
-from shardckpt.convert.convert import FORMATS, convert_source, open_source
+from shardckpt.cli.parameters import FORMAT, JSON, KEYS, OVERWRITE, RENAME
+from shardckpt.cli.progress import count_text, progress_bar, size_text
+from shardckpt.convert.convert import convert_source, open_source
 from shardckpt.reports import ConvertReport
 
-__all__ = ["CONVERT_HELP", "CONVERT_PARAMETERS", "run_convert"]
+__all__ = ["CONVERT_HELP", "CONVERT_PARAMETERS", "report_lines", "run_convert"]
 
 _MOST_LINES = 40  # for each of the lists of copied, changed and left out entries
 _UNITS = {
@@ -45,11 +45,7 @@ CONVERT_HELP = (
     "TARGET cannot hold are left out and listed."
 )
 CONVERT_PARAMETERS = (
-    click.Option(
-        ["--format"],
-        type=click.Choice(FORMATS),
-        help="The format of the target. The default follows from its suffix.",
-    ),
+    FORMAT,
     click.Option(["--shards"], type=int, help="The number of shards, or of files of dcp."),
     click.Option(
         ["--max-file-size"],
@@ -60,7 +56,7 @@ CONVERT_PARAMETERS = (
     KEYS,
     RENAME,
     OVERWRITE,
-    click.Option(["--json"], is_flag=True, help="Print the report as JSON."),
+    JSON,
 )
 
 
@@ -92,16 +88,16 @@ def run_convert(options: SimpleNamespace) -> None:
         if options.json:
             say(coordinator, json.dumps(dataclasses.asdict(report), indent=2))
         else:
-            say(coordinator, "\n".join(_lines(report)))
+            say(coordinator, "\n".join(report_lines(report)))
 
 
-def _lines(report: ConvertReport) -> Iterator[str]:
+def report_lines(report: ConvertReport) -> Iterator[str]:
     """Yield the lines of the report: a summary, then each entry that was copied, changed or left
     out.
     """
-    values = f", {len(report.values)} values" if report.values else ""
+    values = f", {count_text(len(report.values), 'value')}" if report.values else ""
     size = size_text(report.size_bytes)
-    yield f"{report.path}: {len(report.tensors)} tensors{values}, {size}"
+    yield f"{report.path}: {count_text(len(report.tensors), 'tensor')}{values}, {size}"
     writer = f", written by {report.writer}" if report.writer else ""
     yield f"  from {report.source}: {report.source_format}{writer}"
     listed = {

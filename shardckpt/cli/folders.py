@@ -14,8 +14,8 @@ import click
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.inspect import table
-from shardckpt.cli.parameters import OVERWRITE
-from shardckpt.cli.progress import progress_bar, size_text
+from shardckpt.cli.parameters import JSON, OVERWRITE
+from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, printable
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.manager import CheckpointManager, KeepBest, KeepLast
@@ -25,8 +25,6 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import Place, resolve
 
 __all__ = ["COMMANDS"]
-
-JSON = click.Option(["--json"], is_flag=True, help="Print JSON.")
 
 
 def _checkpoints(path: str) -> Iterator[tuple[str, Checkpoint]]:
@@ -72,7 +70,7 @@ def _ls(options: SimpleNamespace) -> None:
 
 def _row(one: dict[str, Any]) -> Iterator[str]:
     yield from (one["name"], size_text(one["size_bytes"]), one["created"])
-    yield f"{one['world_size']} rank{'' if one['world_size'] == 1 else 's'}"
+    yield count_text(one["world_size"], "rank")
     for path, state in one["tiers"].items():
         yield f"{state} in {path.rpartition('/')[0]}"
 
@@ -154,7 +152,7 @@ def _prune(options: SimpleNamespace) -> None:
             storage.remove(checkpoint.path)
         word = "would remove" if options.dry_run else "removed"
         print(printable(f"{word} {checkpoint.path}"))
-    print(f"{len(saved) - len(removed)} checkpoints stay")
+    print(f"kept {count_text(len(saved) - len(removed), 'checkpoint')}")
 
 
 def _du(options: SimpleNamespace) -> None:

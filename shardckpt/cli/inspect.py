@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shardckpt.analysis.entries import enums_as_text
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.cli.progress import size_text
+from shardckpt.cli.progress import count_text, size_text
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
@@ -31,7 +32,7 @@ _MANY = 40  # from this number of tensors on, equal tensors of numbered layers s
 def facts(checkpoint: Checkpoint, *, keys: Select = None) -> dict[str, Any]:
     """Return all facts about a checkpoint as JSON. Values are typed JSON."""
     manifest = checkpoint.manifest
-    saved = _saved(manifest, keys)
+    saved = _saved(checkpoint, keys)
     return {
         "path": checkpoint.path,
         "id": manifest.checkpoint_id,
@@ -62,15 +63,15 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
     unless `keys` or `everything` is given.
     """
     manifest = checkpoint.manifest
-    saved = _saved(manifest, keys)
+    saved = _saved(checkpoint, keys)
     tensors = list(_tensors(saved))
     total = sum(shard.size_bytes for shard in manifest.shards)
     yield checkpoint.path
-    ranks = _count(manifest.world_size, "rank")
+    ranks = count_text(manifest.world_size, "rank")
     yield f"  saved {manifest.created} by {manifest.library} on {ranks}"
     yield (
-        f"  {_count(len(manifest.tensors), 'tensor')}, {size_text(total)} "
-        f"in {_count(len(manifest.shards), 'shard')}"
+        f"  {count_text(len(manifest.tensors), 'tensor')}, {size_text(total)} "
+        f"in {count_text(len(manifest.shards), 'shard')}"
     )
     yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
     yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
@@ -82,7 +83,8 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
         rows = _folded(tensors) if fold else [_row(*tensor) for tensor in tensors]
         yield from ("", "tensors", *table(rows, right=(3,)))
         if len(rows) < len(tensors):
-            yield f"  ({_count(len(tensors), 'tensor')} on {_count(len(rows), 'line')}: --all)"
+            lines = count_text(len(rows), "line")
+            yield f"  ({count_text(len(tensors), 'tensor')} on {lines}: --all)"
     texts = [(name, _cut(_text(value))) for name, value in _values(saved, manifest)]
     if texts:
         yield from ("", "values", *table(texts))
@@ -91,22 +93,12 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
         yield from ("", "shards", *table(shards, right=(1,)))
 
 
-def _saved(manifest: Manifest, keys: Select) -> SavedState:
+def _saved(checkpoint: Checkpoint, keys: Select) -> SavedState:
     """Return the saved names. Enums become text, as their classes need not be importable."""
-
-    def texts(node: Any) -> Any:
-        if isinstance(node, list):
-            return [texts(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if list(node) == ["$enum"]:
-            return ".".join(map(str, node["$enum"]))
-        return {key: texts(item) for key, item in node.items()}
-
-    plain = dataclasses.replace(
-        manifest, state=texts(manifest.state), per_rank=tuple(map(texts, manifest.per_rank))
-    )
-    return SavedState(plain, keys=keys)
+    manifest = checkpoint.manifest
+    state, *per_rank = map(enums_as_text, (manifest.state, *manifest.per_rank))
+    plain = dataclasses.replace(manifest, state=state, per_rank=tuple(per_rank))
+    return SavedState(plain, keys=keys).check_used(path=checkpoint.path)
 
 
 def _tensors(saved: SavedState) -> Iterator[tuple[str, str, TensorEntry]]:
@@ -161,10 +153,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= _VALUE_WIDTH else f"{text[: _VALUE_WIDTH - 3]}..."
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _shards(entry: TensorEntry) -> list[int]:
     return sorted(set(entry.chunks[:, 0].tolist()))
 
@@ -194,7 +182,7 @@ def _parts(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, .
     for name, source, entry in tensors:
         by_key.setdefault(name.split(".", 1)[0], {})[source] = entry.size_bytes
     return [
-        (name, _count(len(sizes), "tensor"), size_text(sum(sizes.values())))
+        (name, count_text(len(sizes), "tensor"), size_text(sum(sizes.values())))
         for name, sizes in by_key.items()
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,12 +16,13 @@ import click
 from shardckpt._version import __version__
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
+from shardckpt.cli.analysis import COMMANDS as ANALYSIS_COMMANDS
 from shardckpt.cli.convert import CONVERT_HELP, CONVERT_PARAMETERS, run_convert
 from shardckpt.cli.folders import COMMANDS as FOLDER_COMMANDS
 from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.multiprocess import say, shared
-from shardckpt.cli.parameters import JOBS, KEYS, OVERWRITE, SUBSET, separate
-from shardckpt.cli.progress import progress_bar, size_text
+from shardckpt.cli.parameters import JOBS, JSON, KEYS, OVERWRITE, SUBSET, separate
+from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError, printable
 from shardckpt.maintenance.rescue import explain_manifest, rescue
 from shardckpt.maintenance.reshard import reshard
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments of the command line without the name of the program.
 
     Returns:
-        0, or the exit code of the error's family.
+        0, the exit code of the error's family, or 1 from `diff` for a difference.
 
     Raises:
         SystemExit: With code 2, for wrong arguments.
@@ -55,20 +57,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(body: Callable[[Any], None], options: SimpleNamespace) -> int:
+def _run(
+    body: Callable[[Any], int | None],
+    options: SimpleNamespace,
+    parameters: Sequence[click.Parameter],
+) -> int:
     try:
-        body(options)
+        code = body(options)
         sys.stdout.flush()
     except ShardckptError as error:
         if options.rank:  # rank 0 prints the same error
             return error.exit_code
-        print(f"shardckpt {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        text = _with_options(str(error), parameters)
+        print(f"shardckpt {options.command}: {type(error).__name__}: {text}", file=sys.stderr)
         if isinstance(error, NotACheckpointError):
             print(printable(_checkpoints_below(error.path)), end="", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    return 0
+        return 0
+    return code or 0
+
+
+def _with_options(text: str, parameters: Sequence[click.Parameter]) -> str:
+    """Replace the Python arguments that an error names by the options of the command."""
+    options = {each.name: each.opts[0] for each in parameters if isinstance(each, click.Option)}
+    options |= {"file_bytes": "--max-file-size", "to": "--format"}
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return options[name] if value == "True" else f"{options[name]} {value}".rstrip()
+
+    return re.sub(rf"\b({'|'.join(options)})=(\w+|['\"]\w*['\"]|)", option, text)
 
 
 def _checkpoints_below(path: str | None) -> str:
@@ -84,11 +104,12 @@ def _checkpoints_below(path: str | None) -> str:
 
 
 def _command(
-    name: str, body: Callable[[Any], None], text: str, parameters: Sequence[click.Parameter]
+    name: str, body: Callable[[Any], int | None], text: str, parameters: Sequence[click.Parameter]
 ) -> click.Command:
     def callback(**values: Any) -> int:
         given = click.get_current_context().obj
-        return _run(body, SimpleNamespace(command=name, rank=0, arguments=given, **values))
+        options = SimpleNamespace(command=name, rank=0, arguments=given, **values)
+        return _run(body, options, parameters)
 
     return click.Command(name, callback=callback, help=text, params=list(parameters))
 
@@ -128,8 +149,9 @@ def _verify(options: SimpleNamespace) -> None:
         part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
         say(
             coordinator,
-            f"{options.path}: {len(checkpoint.manifest.shards)} shards, "
-            f"{len(checkpoint.manifest.tensors)} tensors, {size_text(report.checked_bytes)}: "
+            f"{options.path}: {count_text(len(checkpoint.manifest.shards), 'shard')}, "
+            f"{count_text(len(checkpoint.manifest.tensors), 'tensor')}, "
+            f"{size_text(report.checked_bytes)}: "
             f"intact{part}",
         )
 
@@ -146,8 +168,8 @@ def _rescue(options: SimpleNamespace) -> None:
         print(printable(f"repaired {bit}"))
     for name, why in report.lost.items():
         print(printable(f"lost     {name}: {why}"))
-    summary = f"{options.target}: {len(report.saved)} tensors saved, {len(report.lost)} lost"
-    print(printable(summary))
+    saved = count_text(len(report.saved), "tensor")
+    print(printable(f"{options.target}: {saved} saved, {len(report.lost)} lost"))
     if report.rebuilt:
         print(
             "The manifest was rebuilt from the headers of the shards. All values are lost, and no "
@@ -173,7 +195,10 @@ def _reshard(options: SimpleNamespace) -> None:
                 overwrite=options.overwrite,
                 progress=bar.reach,
             )
-        say(coordinator, f"{options.target}: {options.shards} shards, {size_text(total)}")
+        say(
+            coordinator,
+            f"{options.target}: {count_text(options.shards, 'shard')}, {size_text(total)}",
+        )
 
 
 def _print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -188,7 +213,7 @@ def _path(name: str) -> click.Argument:
 
 _group = click.Group(
     "shardckpt",
-    help="Inspect, verify, rescue, reshard, convert, list, copy and remove checkpoints.",
+    help="Inspect, compare, verify, convert, merge, list, copy and remove checkpoints.",
     commands=[
         _command(
             "inspect",
@@ -196,7 +221,7 @@ _group = click.Group(
             "Print the tensors, values and shards of a checkpoint.",
             [
                 _path("path"),
-                click.Option(["--json"], is_flag=True, help="Print JSON."),
+                JSON,
                 click.Option(["--all"], is_flag=True, help="Print a line for each tensor."),
                 KEYS,
             ],
@@ -231,7 +256,7 @@ _group = click.Group(
             CONVERT_HELP,
             [_path("source"), _path("target"), *CONVERT_PARAMETERS, JOBS],
         ),
-        *(_command(*command) for command in FOLDER_COMMANDS),
+        *(_command(*command) for command in (*ANALYSIS_COMMANDS, *FOLDER_COMMANDS)),
     ],
     params=[
         click.Option(

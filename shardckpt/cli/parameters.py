@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-__all__ = ["JOBS", "KEYS", "OVERWRITE", "RENAME", "SUBSET", "separate"]
+from shardckpt.convert.convert import FORMATS
+
+__all__ = ["FORMAT", "JOBS", "JSON", "KEYS", "OVERWRITE", "RENAME", "SUBSET", "separate"]
 
 _SEVERAL = ("--keys", "--rename")
 
@@ -56,6 +58,12 @@ def _given(context: click.Context, parameter: click.Parameter, values: tuple[Any
     return list(values) or None
 
 
+FORMAT = click.Option(
+    ["--format"],
+    type=click.Choice(FORMATS),
+    help="The format of the target. The default follows from its suffix.",
+)
+JSON = click.Option(["--json"], is_flag=True, help="Print JSON.")
 KEYS = click.Option(
     ["--keys"],
     multiple=True,

@@ -12,7 +12,7 @@ from rich.filesize import pick_unit_and_suffix
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-__all__ = ["Progress", "progress_bar", "size_text"]
+__all__ = ["Progress", "count_text", "progress_bar", "size_text"]
 
 _SHOW_AFTER_S = 0.5
 _EVERY_S = 0.2
@@ -22,6 +22,11 @@ def size_text(size_bytes: int) -> str:
     """Return a number of bytes as text, such as 1.5 MiB."""
     unit, suffix = pick_unit_and_suffix(size_bytes, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], 1024)
     return f"{size_bytes} B" if unit == 1 else f"{size_bytes / unit:.1f} {suffix}"
+
+
+def count_text(number: int, noun: str) -> str:
+    """Return a number of things as text, such as 1 tensor or 2,000 tensors."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Progress:

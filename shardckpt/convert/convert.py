@@ -18,6 +18,7 @@ from shardckpt.convert.safetensors_files import (
 )
 from shardckpt.convert.single_files import (
     INDEX,
+    check_suffix,
     is_one_file,
     is_single_file,
     read_many,
@@ -78,7 +79,7 @@ def convert(
             Hugging Face; or a folder of an NNHandler with a file for each component.
         target: The new checkpoint.
         to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
-            "torch", .safetensors is "safetensors", any other is "shardckpt".
+            "torch", .safetensors is "safetensors", and no suffix is "shardckpt".
         keys: The names to convert; see `load`.
         rename: New names; see `load`.
         shards: The number of shards, or of files of DCP. By default one for each GiB. Only for
@@ -94,7 +95,7 @@ def convert(
 
     Raises:
         CheckpointError: The source can't be read.
-        LoadMismatchError: `keys` selects nothing.
+        LoadMismatchError: `keys` or `rename` has a name that no saved entry has.
         StateError: The target can't hold an entry, or an argument is invalid.
         StorageError: The file system refused an operation.
 
@@ -306,8 +307,11 @@ def _format_of(target: str, to: Format | None) -> Format:
     by_suffix: Format = "shardckpt"
     if is_one_file(target):
         by_suffix = "safetensors" if target.endswith(".safetensors") else "torch"
+    if to is None and target.endswith(_TORCH_SUFFIXES):
+        return "torch"
     if to is None:
-        return "torch" if target.endswith(_TORCH_SUFFIXES) else by_suffix
+        check_suffix(target, remedy='change the suffix, or pass to="shardckpt"')
+        return by_suffix
     if to == "torch" and target.endswith(_TORCH_SUFFIXES):
         return to
     if to not in FORMATS or (to != by_suffix and {to, by_suffix} & {"torch", "safetensors"}):

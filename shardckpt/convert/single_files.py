@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,7 @@ __all__ = [
     "FileFormat",
     "check_loads",
     "check_sealed",
+    "check_suffix",
     "corrupted",
     "errors_of",
     "is_one_file",
@@ -94,6 +96,22 @@ _MARK = f'"{DIGEST}":"'.encode()  # occurs at most once: inside JSON strings quo
 def is_one_file(path: str) -> bool:
     """Whether the suffix of a path is that of a single file."""
     return path.endswith((".pth", ".pt", ".safetensors"))
+
+
+_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
+
+
+def check_suffix(path: str, *, remedy: str = "change the suffix, or leave it out") -> None:
+    """Raise StateError for a path that seems to name a file of a kind that is not written."""
+    suffix = _SUFFIX.search(path)
+    if suffix is not None and not is_one_file(path):
+        raise StateError(
+            "Unknown suffix",
+            path=path,
+            expected=".pth, .pt or .safetensors for one file, no suffix for a sharded checkpoint",
+            actual=suffix[0],
+            remedy=remedy,
+        )
 
 
 def is_single_file(path: str) -> bool:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from shardckpt.convert.layouts import left_beside
-from shardckpt.errors import LoadMismatchError
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
@@ -149,20 +148,14 @@ def _cut(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...])
 class Selected(AbstractContextManager["Selected"]):
     """The entries of a source that `keys` select, with names that `rename` changes; see load.
 
-    Raises LoadMismatchError if nothing is selected, StateError if two names become equal.
+    Raises LoadMismatchError if a key or a prefix names no entry, StateError if two names become
+    equal.
     """
 
     def __init__(self, source: Source, *, keys: Select = None, rename: Rename = None) -> None:
         saved = SavedState(source.manifest, keys=keys, rename=rename)
+        saved.check_used(path=source.path)
         refs = {name: node for name, node in saved.leaves.items() if isinstance(node, TensorRef)}
-        if not saved.leaves:
-            raise LoadMismatchError(
-                "No entry of this checkpoint is selected",
-                path=source.path,
-                expected=f"an entry that {keys!r} selects",
-                actual=", ".join(list(SavedState(source.manifest).leaves)[:8]),
-                remedy="list all names with `shardckpt inspect`",
-            )
         self.path, self.source = source.path, source
         self._names: dict[str, str] = {}  # name in the source -> name here
         for name, node in refs.items():

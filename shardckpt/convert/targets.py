@@ -6,6 +6,7 @@ import filecmp
 import os
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -23,7 +24,7 @@ __all__ = ["Folder", "Target"]
 _COPY_LIMIT_BYTES = 128 << 20  # of a configuration or tokenizer
 
 
-class Target:
+class Target(ABC):
     """Base class of writers of a file in another format; see
     shardckpt.maintenance.reshard.Rewriting."""
 
@@ -71,9 +72,9 @@ class Target:
             )
         return b""
 
+    @abstractmethod
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """See Rewriting.write."""
-        raise NotImplementedError
 
     def commit(self, payloads: list[bytes]) -> bytes:
         """See Rewriting.commit."""
@@ -82,15 +83,15 @@ class Target:
             self._writing.close()
         return b""
 
+    @abstractmethod
     def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
         """Complete the target. `payloads` are the results of `write` on the ranks."""
-        raise NotImplementedError
 
     def abandon(self) -> None:
         """See Rewriting.abandon."""
         self._writing.__exit__(*sys.exc_info())
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (optional)
         """See Rewriting.close."""
 
 

@@ -61,6 +61,8 @@ def run_load(
             with work.phase("match"), collector_paused():
                 ranks = {"rank": coordinator.rank, "world_size": coordinator.world_size}
                 saved = opened.then(lambda pair: SavedState(pair[1], keys=keys, rename=rename))
+                if strict:
+                    saved = saved.then(lambda saved: saved.check_used(path=path))
                 matched = saved.then(lambda saved: match_state(state, saved, cast=cast, **ranks))
             past_cache, may_share = agree_on_reads(
                 coordinator, path, opened, matched, strict=strict

@@ -13,7 +13,7 @@ from shardckpt.format.entries import Manifest
 from shardckpt.io.buffers import BUFFER_BYTES
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec
 
-__all__ = ["Source", "read_chunks"]
+__all__ = ["Source", "cut_box", "read_chunks"]
 
 
 class Source(Protocol):
@@ -48,7 +48,7 @@ def read_chunks(
     for index, box in zip(chunks.tensor.tolist(), chunks.boxes.tolist(), strict=True):
         spec = specs[index]
         dims, item = len(spec.shape), itemsize(spec.dtype)
-        for offsets, sizes in _cut(box[0][:dims], box[1][:dims], BUFFER_BYTES // item):
+        for offsets, sizes in cut_box(box[0][:dims], box[1][:dims], BUFFER_BYTES // item):
             size = math.prod(sizes) * item
             low, high = max(begin - at, 0), size if end is None else min(end - at, size)
             at += size
@@ -61,8 +61,8 @@ def read_chunks(
             return
 
 
-def _cut(
-    offsets: list[int], sizes: list[int], most: int
+def cut_box(
+    offsets: Sequence[int], sizes: Sequence[int], most: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Divide a box into row-major pieces of at most `most` elements."""
     if math.prod(sizes) <= most:
@@ -71,6 +71,6 @@ def _cut(
     dim = next(index for index, size in enumerate(sizes) if size > 1)
     step = max(1, most // math.prod(sizes[dim + 1 :]))
     for at in range(0, sizes[dim], step):
-        low, size = offsets.copy(), sizes.copy()
+        low, size = list(offsets), list(sizes)
         low[dim], size[dim] = offsets[dim] + at, min(step, sizes[dim] - at)
-        yield from _cut(low, size, most)
+        yield from cut_box(low, size, most)

@@ -76,11 +76,11 @@ def ranked(
     return sorted(known, key=lambda c: (sign * c.metrics[monitor], -c.step, -c.saved_at))
 
 
-def _check_count(value: object, what: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+def _check_positive(value: object, what: str, kinds: tuple[type, ...] = (int,)) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:  # type: ignore[operator]
         raise StateError(
             f"Invalid {what} for a retention policy",
-            expected="a number above 0",
+            expected=f"{'a number' if float in kinds else 'an integer'} above 0",
             actual=repr(value),
         )
 
@@ -93,7 +93,7 @@ class KeepLast:
         count: How many to keep.
 
     Raises:
-        StateError: `count` is not above 0.
+        StateError: `count` is not an integer above 0.
 
     Example:
         >>> import shardckpt
@@ -103,7 +103,7 @@ class KeepLast:
     count: int
 
     def __post_init__(self) -> None:
-        _check_count(self.count, "count")
+        _check_positive(self.count, "count")
 
     def __call__(self, saved: Sequence[SavedCheckpoint]) -> Iterable[SavedCheckpoint]:
         """Return the checkpoints to keep."""
@@ -120,7 +120,7 @@ class KeepBest:
         mode: Whether "min" or "max" is best.
 
     Raises:
-        StateError: `count` is not above 0, or `mode` is invalid.
+        StateError: `count` is not an integer above 0, or `mode` is invalid.
 
     Example:
         >>> import shardckpt
@@ -133,7 +133,7 @@ class KeepBest:
     mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
-        _check_count(self.count, "count")
+        _check_positive(self.count, "count")
         if self.mode not in ("min", "max"):
             raise StateError(
                 "Invalid value for mode", expected='"min" or "max"', actual=repr(self.mode)
@@ -152,7 +152,7 @@ class KeepEverySteps:
         steps: The interval in steps.
 
     Raises:
-        StateError: `steps` is not above 0.
+        StateError: `steps` is not an integer above 0.
 
     Example:
         >>> import shardckpt
@@ -162,7 +162,7 @@ class KeepEverySteps:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_count(self.steps, "number of steps")
+        _check_positive(self.steps, "number of steps")
 
     def __call__(self, saved: Sequence[SavedCheckpoint]) -> Iterable[SavedCheckpoint]:
         """Return the checkpoints to keep."""
@@ -187,7 +187,7 @@ class KeepEveryHours:
     hours: float
 
     def __post_init__(self) -> None:
-        _check_count(self.hours, "number of hours")
+        _check_positive(self.hours, "number of hours", (int, float))
 
     def __call__(self, saved: Sequence[SavedCheckpoint]) -> Iterable[SavedCheckpoint]:
         """Return the checkpoints to keep."""

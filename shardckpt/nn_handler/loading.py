@@ -68,7 +68,7 @@ class Source:
 
     def values(self) -> Saved:
         """Read the values of a handler's checkpoint on this rank. Not collective."""
-        found = api.load_state(self.path, keys=_VALUES, storage=self.storage)
+        found = api.load_state(self.path, keys=_VALUES, strict=False, storage=self.storage)
         config = found.get("config") if isinstance(found, dict) else None
         if not isinstance(config, dict) or "model" not in config:
             raise NotACheckpointError(

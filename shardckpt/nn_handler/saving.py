@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 from collections.abc import Callable, Collection, Hashable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from shardckpt import api
 from shardckpt.convert.single_files import (
     FileFormat,
     check_loads,
+    check_suffix,
     is_one_file,
     is_single_file,
     read_many,
@@ -130,22 +130,6 @@ def _only(state: dict[str, Any], keys: Collection[str] | None) -> dict[str, Any]
             actual=repr(keys) if isinstance(keys, str) else ", ".join(map(repr, unknown)),
         )
     return {key: state[key] for key in keys}
-
-
-_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
-
-
-def check_suffix(path: str) -> None:
-    """Raise StateError for a path that seems to name a file of a kind that is not written."""
-    suffix = _SUFFIX.search(path)
-    if suffix is not None and not is_one_file(path):
-        raise StateError(
-            "Unknown suffix",
-            path=path,
-            expected=".pth, .pt or .safetensors for one file, no suffix for a sharded checkpoint",
-            actual=suffix[0],
-            remedy="change the suffix, or leave it out",
-        )
 
 
 def link(folder: str, name: str, target: str) -> None:

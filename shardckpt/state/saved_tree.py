@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from shardckpt.errors import StateError
+from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format import typed_json as values
 from shardckpt.format.entries import Manifest
 from shardckpt.format.typed_json import Record, TensorRef
@@ -48,19 +49,9 @@ def rename_function(rename: Rename) -> Callable[[str], str]:
     return renamed
 
 
-def select_function(keys: Select) -> Callable[[str], bool]:
-    """Return the function that says whether a name is selected.
-
-    `keys` are prefixes of whole keys, or patterns with *, ? and [] as in a shell.
-    """
-    if keys is None:
-        return lambda name: True
-    wanted = [keys] if isinstance(keys, str) else list(keys)
-
-    def selected(name: str) -> bool:
-        return any(under(name, key.rstrip(".")) or fnmatch.fnmatchcase(name, key) for key in wanted)
-
-    return selected
+def _selects(key: str, name: str) -> bool:
+    """Whether a key selects a name: as a prefix of whole keys, or as a pattern with *, ? and []."""
+    return under(name, key.rstrip(".")) or fnmatch.fnmatchcase(name, key)
 
 
 class SavedState:
@@ -76,7 +67,8 @@ class SavedState:
 
     def __init__(self, manifest: Manifest, *, keys: Select = None, rename: Rename = None) -> None:
         self.manifest = manifest
-        self.selected = select_function(keys)
+        self._keys = [keys] if isinstance(keys, str) else None if keys is None else list(keys)
+        self._rename = rename
         self.renamed = rename_function(rename)
         self.tree = values.decode(manifest.state, tensor=_keep, unknown=_keep)
         if keys is not None or rename is not None:
@@ -85,6 +77,44 @@ class SavedState:
         self.leaves: dict[str, Any] = {}
         self._index(self.tree, "")
         self._per_rank: dict[int, list[Any]] = {}
+
+    def selected(self, name: str) -> bool:
+        """Whether `keys` selects a name."""
+        return self._keys is None or any(_selects(key, name) for key in self._keys)
+
+    def check_used(self, *, path: str) -> SavedState:
+        """Raise an error for a key that selects no entry, and for a prefix that renames none.
+
+        Args:
+            path: The path of the checkpoint, for the error.
+
+        Returns:
+            The saved state itself.
+
+        Raises:
+            LoadMismatchError: A key or a prefix is not among the saved names.
+        """
+        for key in self._keys or ():
+            if not any(_selects(key, name) for name in self.nodes):
+                raise self._unused("keys", key, path)
+        if isinstance(self._rename, Mapping):
+            names = SavedState(self.manifest).nodes
+            for prefix in self._rename:
+                if not any(under(name, prefix.rstrip(".")) for name in names):
+                    raise self._unused("rename", prefix, path)
+        return self
+
+    def _unused(self, argument: str, word: str, path: str) -> LoadMismatchError:
+        rename = self._rename if argument == "keys" else None
+        names = list(SavedState(self.manifest, rename=rename).leaves)
+        close = difflib.get_close_matches(word, names, n=8, cutoff=0.5)
+        return LoadMismatchError(
+            f"{argument}= names {word!r}, and no saved entry has this name",
+            path=path,
+            expected="the name of a saved entry, or a prefix or pattern of names",
+            actual=", ".join(close or names[:8]) or "a checkpoint without entries",
+            remedy=f"correct {argument}=, or list the names with `shardckpt inspect`",
+        )
 
     def per_rank(self, ref: TensorRef, *, rank: int) -> Any:
         """Return the value that `rank` saved in a PerRank."""

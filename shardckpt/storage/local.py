@@ -116,6 +116,7 @@ class LocalStorage(Storage):
         with translated(path):
             target = os.path.realpath(path)
             _check_replaceable(target)
+            _check_outside(self.system, os.path.dirname(target))
             make_directories(self.system, os.path.dirname(target))
             lock = Lock(self.system, hidden_path(target, "lock"))
             try:
@@ -199,6 +200,18 @@ def _check_replaceable(target: str) -> None:
             path=target,
             expected="a path below it, or another directory",
             remedy='save to a directory in it, as in "./checkpoint"',
+        )
+
+
+def _check_outside(system: System, folder: str) -> None:
+    """Raise an error if the folder of a new checkpoint is itself a checkpoint."""
+    if exists(system, os.path.join(folder, MANIFEST_NAME)):
+        raise StateError(
+            "A checkpoint can't be saved inside another checkpoint",
+            path=folder,
+            expected="a folder that holds checkpoints",
+            actual=f"a checkpoint, with its {MANIFEST_NAME}",
+            remedy="save to a path beside it",
         )
 
 

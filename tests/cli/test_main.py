@@ -50,6 +50,17 @@ def test_reshard(tmp_path, capsys):
     assert main(["reshard", str(tmp_path / "c"), str(tmp_path / "e"), "--shards", "0"]) == 3
 
 
+def test_errors_name_the_options_of_the_command(tmp_path, capsys):
+    path = str(tmp_path / "c")
+    save_some(path)
+    assert main(["reshard", path, path, "--shards", "1"]) == 7
+    assert "pass --overwrite to replace" in capsys.readouterr().err
+    assert main(["convert", path, str(tmp_path / "d"), "--keys", "nothing"]) != 0
+    assert "correct --keys, or" in capsys.readouterr().err
+    assert main(["convert", path, str(tmp_path / "d.npz")]) != 0
+    assert 'pass --format "shardckpt"' in capsys.readouterr().err
+
+
 def cut(path):
     os.truncate(path / "shard-00000-of-00001.safetensors", 100)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardckpt.cli.progress import Progress, size_text
+from shardckpt.cli.progress import Progress, count_text, size_text
 
 
 def test_progress_counts_and_is_quiet_at_first():
@@ -32,3 +32,7 @@ def test_progress_counts_and_is_quiet_at_first():
 )
 def test_sizes(size, text):
     assert size_text(size) == text
+
+
+def test_numbers_of_things_as_text():
+    assert [count_text(n, "shard") for n in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]

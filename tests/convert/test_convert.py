@@ -294,8 +294,12 @@ def test_what_a_target_can_not_hold(tmp_path, saved, capsys):
         convert(saved, str(tmp_path / "x.pt"), to="dcp")
     with pytest.raises(errors.StateError, match="number of shards"):
         convert(saved, target, shards=0)
-    with pytest.raises(errors.LoadMismatchError, match="is selected"):
-        convert(saved, target, keys="modell")
+    with pytest.raises(errors.LoadMismatchError, match="keys= names 'modell'"):
+        convert(saved, target, keys=["model", "modell"])
+    with pytest.raises(errors.LoadMismatchError, match="rename= names 'modell'"):
+        convert(saved, target, rename={"modell": "m"})
+    with pytest.raises(errors.StateError, match="Unknown suffix"):
+        convert(saved, str(tmp_path / "x.npz"))
     shardckpt.save({"kind": inspect.Parameter.KEYWORD_ONLY}, tmp_path / "c")
     with pytest.raises(errors.UnsupportedLeafError, match=r"x\.pt"):
         convert(str(tmp_path / "c"), str(tmp_path / "x.pt"))

@@ -28,6 +28,25 @@ FAULTS = {
 }
 
 
+DEFAULT = {("raise", 0), ("raise", 1), ("kill", 0), ("stop", 1)}  # each waits for a deadline
+
+
+def cases(*phases: str) -> pytest.MarkDecorator:
+    """Each fault of each rank in each phase."""
+    return pytest.mark.parametrize(
+        ("phase", "rank", "fault"),
+        [
+            pytest.param(
+                *(phase, rank, fault),
+                marks=[] if (fault, rank) in DEFAULT else pytest.mark.long,
+            )
+            for phase in phases
+            for rank in (0, 1)
+            for fault in FAULTS
+        ],
+    )
+
+
 def plant(modules, phase: str, fault: str) -> None:
     """Let this rank fail where it does its part of a phase."""
     exchange = modules[0].exchange
@@ -71,9 +90,7 @@ def save_with_fault(folder: str, phase: str, rank: int, fault: str) -> tuple[obj
     return (error, took_s)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", ["plan", "divide", "write"])
+@cases("plan", "divide", "write")
 def test_a_rank_fails_while_saving(tmp_path, phase, rank, fault):
     ranks = start_ranks(2, save_with_fault, str(tmp_path), phase, rank, fault)
     results = ranks.wait(30, ending=2 if fault == "raise" else 1)
@@ -106,9 +123,7 @@ def load_with_fault(folder: str, phase: str, rank: int, fault: str) -> object:
         return "other", other.rank, other.facts.get("phase")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", ["open", "read"])
+@cases("open", "read")
 def test_a_rank_fails_while_loading(tmp_path, phase, rank, fault):
     shardckpt.save({"w": torch.ones(10)}, tmp_path / "c")
     ranks = start_ranks(2, load_with_fault, str(tmp_path), phase, rank, fault)

@@ -48,7 +48,13 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("ddp", "hybrid") else pytest.param(kind, marks=pytest.mark.long)
+        for kind in KINDS
+    ],
+)
 def test_every_world_size_to_every_other(kind, tmp_path):
     folder = str(tmp_path)
     run_ranks(4, on_world_sizes, (4, 3, 2, 1), save_on, kind, folder)

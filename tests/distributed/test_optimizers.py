@@ -132,7 +132,7 @@ def load(name, path):
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize("name", JOBS)
 def test_goes_on_on_another_number_of_ranks(tmp_path, name, world_size):
     weight = run_ranks(2, save, name, tmp_path)[0]

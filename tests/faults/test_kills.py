@@ -24,7 +24,12 @@ def test_random_kills(tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("forget", "was acknowledged|were acknowledged|leftovers"), ("remove", "were acknowledged")],
+    [
+        pytest.param(
+            "forget", "was acknowledged|were acknowledged|leftovers", marks=pytest.mark.long
+        ),
+        ("remove", "were acknowledged"),
+    ],
 )
 def test_planted_faults_are_seen(tmp_path, fault, said):
     """Saves that are acknowledged and published nowhere; removal of one too many."""
@@ -34,7 +39,7 @@ def test_planted_faults_are_seen(tmp_path, fault, said):
 
 
 @pytest.mark.skipif(not syscalls.available(), reason="strace is not installed")
-@pytest.mark.parametrize("first", [3, 6])
+@pytest.mark.parametrize("first", [3, pytest.param(6, marks=pytest.mark.long)])
 def test_faults_by_strace(first):
     """Each fault at one of the first calls: 15 variants lie between two faults at the same call."""
     done = run("tests.faults.syscalls", str(first), "15")

@@ -38,12 +38,12 @@ def test_crash_states_after_a_death():
     """A process died at some system call of a save or of the removal after it, another one went
     on, then the machine crashed."""
     failures, deaths = [], 0
-    for at in range(1, 200, 23):
+    for at in range(1, 200, 46):
         history = retention.dead_job(at, can_exchange=at % 2 == 0)
         if history is None:
             break
         disk, since = history
-        failures += check(disk, per_prefix=2, since=since, seed=at).failures
+        failures += check(disk, per_prefix=1, since=since, seed=at).failures
         deaths += 1
     assert not failures, "\n".join(failures[:5])
     assert deaths > 3

@@ -62,6 +62,7 @@ def test_policies():
     "make",
     [
         lambda: KeepLast(0),
+        lambda: KeepLast(1.5),
         lambda: KeepLast("2"),
         lambda: KeepBest(1, "loss", "least"),
         lambda: KeepEverySteps(-1),

@@ -37,6 +37,7 @@ def start_node(number, port, folder, out):
     )
 
 
+@pytest.mark.long
 def test_a_lost_node(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -255,7 +255,7 @@ def train_on_ranks(size: int, folder: str, parallel: str) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_any_number_of_ranks_resumes(tmp_path, parallel):
     sizes = (4, 2, 3, 1)
     run_ranks(

@@ -231,7 +231,7 @@ def mid_epoch(size: int, folder: str, parallel: str) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_a_stop_on_4_ranks_resumes_on_2_and_3(tmp_path, parallel):
     run_ranks(4, on_world_sizes, (4, 2, 3), mid_epoch, str(tmp_path), parallel, timeout_s=110)
 

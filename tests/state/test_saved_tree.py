@@ -38,7 +38,6 @@ def names(state, prefix="") -> set[str]:
         (["step", "list.1"], {"step", "list.0", "list.1"}),  # a list keeps its places
         ("*", {"net.a.w", "net.a.b", "net.ab.w", "list.0", "list.1", "pair.0", "pair.1", "step"}),
         ([], set()),
-        ("nothing", set()),
     ],
 )
 def test_keys(path, keys, expected):

@@ -1,0 +1,1 @@
+"""Compare, measure and merge checkpoints of any format that can be read."""

@@ -1,0 +1,219 @@
+"""Compare two checkpoints: by their digests where these decide, otherwise by value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import torch
+
+from shardckpt.analysis.entries import pieces, saved_entries, tensors_of, values_of
+from shardckpt.api import Path
+from shardckpt.checkpoint import Checkpoint
+from shardckpt.convert.convert import open_source
+from shardckpt.errors import StateError
+from shardckpt.format import typed_json
+from shardckpt.format.digests import BLOCK_BYTES
+from shardckpt.format.dtypes import DTYPES, OPAQUE, memory_view
+from shardckpt.format.entries import TensorEntry
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.reports import DiffReport, TensorDifference
+from shardckpt.state.saved_tree import Rename, Select
+from shardckpt.storage.base import Storage
+
+__all__ = ["diff"]
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""The offsets and the sizes of a box, in elements."""
+
+
+def diff(
+    first: Path,
+    second: Path,
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    keys: Select = None,
+    rename: Rename = None,
+    storage: Storage | None = None,
+    progress: Callable[[int], None] = lambda read_bytes: None,
+) -> DiffReport:
+    """Compare two checkpoints of any format. Not collective.
+
+    Two checkpoints of shardckpt are compared by the digests in their manifests: blocks with equal
+    digests are equal, and are not read. All else is read and compared by value. Two NaN are equal,
+    and so are 0.0 and -0.0. Elements may differ by `atol + rtol * abs(second)`.
+
+    Args:
+        first: A checkpoint, as `convert` takes it.
+        second: Another one.
+        rtol: The relative tolerance.
+        atol: The absolute tolerance.
+        keys: The names to compare; see `load`.
+        rename: New names for the entries of `first`; see `load`.
+        storage: The storage of both; see `save`.
+        progress: Called with the bytes of tensors that were compared so far.
+
+    Returns:
+        The differences.
+
+    Raises:
+        CheckpointError: A checkpoint can't be read, or is corrupted.
+        LoadMismatchError: `keys` or `rename` has a name that no entry of `first` has.
+        StateError: A tolerance is invalid.
+        StorageError: The file system refused an operation.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"w": torch.ones(3)}, "run/step-1")
+        >>> report = shardckpt.convert("run/step-1", "run/step-1.pth")
+        >>> shardckpt.diff("run/step-1", "run/step-1.pth").equal
+        True
+    """
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            raise StateError(
+                f"Invalid {name}", expected="a number of at least 0", actual=repr(value)
+            )
+    with (
+        open_source(first, storage=storage) as one,
+        open_source(second, storage=storage) as other,
+    ):
+        return _Comparison(one, other, rtol, atol, progress).report(keys, rename)
+
+
+class _Comparison:
+    def __init__(
+        self,
+        one: Source,
+        other: Source,
+        rtol: float,
+        atol: float,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.one, self.other = one, other
+        self.rtol, self.atol = rtol, atol
+        self.progress = progress
+        self.bytes_read = self.compared_bytes = 0
+
+    def report(self, keys: Select, rename: Rename) -> DiffReport:
+        one, other = self.one, self.other
+        saved = saved_entries(one, keys=keys, rename=rename)
+        others = saved_entries(other, keys=keys, check=False)
+        names, other_names = tensors_of(saved), tensors_of(others)
+        values, other_values = values_of(saved), values_of(others)
+        mine, theirs = {**names, **values}, {**other_names, **other_values}
+        # An entry that is a tensor in one checkpoint only is an entry of each.
+        both_tensors = [name for name in names if name in other_names]
+        both_values = [name for name in values if name in other_values]
+        both = {*both_tensors, *both_values}
+        different = {}
+        for name in both_tensors:
+            found = self.compare(names[name], other_names[name])
+            if found is not None:
+                different[name] = found
+        changed = {
+            name: (values[name], other_values[name])
+            for name in both_values
+            if not _same(values[name], other_values[name])
+        }
+        return DiffReport(
+            first=one.path,
+            second=other.path,
+            only_first=tuple(name for name in mine if name not in both),
+            only_second=tuple(name for name in theirs if name not in both),
+            tensors=different,
+            values=changed,
+            equal_tensors=len(both_tensors) - len(different),
+            equal_values=len(both_values) - len(changed),
+            bytes_read=self.bytes_read,
+        )
+
+    def compare(self, name: str, other_name: str) -> TensorDifference | None:
+        """Compare a tensor. Returns None if it is equal."""
+        entry = self.one.manifest.tensors[name]
+        other_entry = self.other.manifest.tensors[other_name]
+        dtypes = DTYPES[entry.dtype], DTYPES[other_entry.dtype]
+        shapes = entry.shape, other_entry.shape
+        elements, largest = 0, 0.0
+        if dtypes[0] != dtypes[1] or shapes[0] != shapes[1]:
+            return TensorDifference(dtypes=dtypes, shapes=shapes, elements=None, largest=None)
+        for box in self.boxes(entry, other_entry):
+            for offsets, sizes in pieces(self.one, name, *box):
+                a = self.one.read_box(name, offsets, sizes)
+                b = self.other.read_box(other_name, offsets, sizes)
+                self.bytes_read += a.nbytes
+                count, most = differences(a, b, self.rtol, self.atol)
+                elements += count
+                largest = math.nan if math.isnan(most) else max(largest, most)
+        self.compared_bytes += entry.size_bytes
+        self.progress(self.compared_bytes)
+        if not elements:
+            return None
+        known = None if dtypes[0] in OPAQUE else largest
+        return TensorDifference(dtypes=dtypes, shapes=shapes, elements=elements, largest=known)
+
+    def boxes(self, entry: TensorEntry, other_entry: TensorEntry) -> Iterator[Box]:
+        """Yield the boxes of a tensor that may differ, as far as the digests show."""
+        if not (isinstance(self.one, Checkpoint) and isinstance(self.other, Checkpoint)):
+            yield (0,) * len(entry.shape), entry.shape
+            return
+        dims = len(entry.shape)
+        others = {tuple(row[3:]): row for row in other_entry.chunks.tolist()}
+        rows = entry.chunks.tolist()
+        if {tuple(row[3:]) for row in rows} != others.keys():
+            yield (0,) * dims, entry.shape
+            return
+        for row in rows:
+            if not same_blocks(self.one, row, self.other, others[tuple(row[3:])]):
+                yield tuple(row[3 : 3 + dims]), tuple(row[3 + dims :])
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values are equal, with their types. NaN is equal to NaN."""
+    texts = [
+        msgspec.json.encode(typed_json.encode(each, at=""), order="deterministic")
+        for each in (value, other)
+    ]
+    return texts[0] == texts[1]
+
+
+def same_blocks(one: Checkpoint, row: list[int], other: Checkpoint, other_row: list[int]) -> bool:
+    """Whether digests show that two chunks have equal bytes: their blocks begin at the same byte of
+    the chunk, and have equal digests."""
+    (shard, begin, end), (other_shard, other_begin, _) = row[:3], other_row[:3]
+    if begin == end:
+        return True
+    if (begin - other_begin) % BLOCK_BYTES:
+        return False
+    count = (end - 1) // BLOCK_BYTES - begin // BLOCK_BYTES + 1
+    low, other_low = begin // BLOCK_BYTES, other_begin // BLOCK_BYTES
+    digests = one.manifest.shards[shard].digests[low : low + count]
+    other_digests = other.manifest.shards[other_shard].digests[other_low : other_low + count]
+    return bool((digests == other_digests).all())
+
+
+def differences(
+    a: torch.Tensor, b: torch.Tensor, rtol: float = 0.0, atol: float = 0.0
+) -> tuple[int, float]:
+    """Return the number of different elements of two tensors of one dtype and shape, and the
+    largest absolute difference."""
+    size = a.element_size()
+    bits = [memory_view(each).reshape(-1).view(torch.uint8).reshape(-1, size) for each in (a, b)]
+    unequal = (bits[0] != bits[1]).any(dim=1)
+    if not unequal.any():
+        return 0, 0.0
+    if a.dtype in OPAQUE:
+        return int(unequal.sum()), 0.0
+    wide = torch.complex128 if a.dtype.is_complex else torch.float64
+    x, y = (each.reshape(-1).to(wide)[unequal] for each in (a, b))
+    gap = (x - y).abs()
+    gap[x == y] = 0.0  # infinities
+    integer = not (a.dtype.is_floating_point or a.dtype.is_complex)
+    close = (gap <= atol + rtol * y.abs()) | (x.isnan() & y.isnan())
+    if integer and not (rtol or atol):
+        close[:] = False  # float64 can't tell all int64 apart
+    gap = gap[~close]
+    return len(gap), float(gap.max()) if len(gap) else 0.0

@@ -1,0 +1,158 @@
+"""Average the tensors of several checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from shardckpt.api import Path
+from shardckpt.convert.convert import Format, convert_source, open_source
+from shardckpt.convert.sources import Foreign, LazyTensor, plain_tree
+from shardckpt.errors import LoadMismatchError, StateError
+from shardckpt.format.dtypes import DTYPES, OPAQUE
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.reports import ConvertReport
+from shardckpt.state.saved_tree import Rename, Select
+from shardckpt.storage.base import Storage
+from shardckpt.storage.resolve import resolve
+
+__all__ = ["merge"]
+
+
+def merge(
+    sources: Sequence[Path],
+    target: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    to: Format | None = None,
+    keys: Select = None,
+    rename: Rename = None,
+    shards: int | None = None,
+    overwrite: bool = False,
+    storage: Storage | None = None,
+    progress: Callable[[int], None] = lambda written_bytes: None,
+) -> ConvertReport:
+    """Write a checkpoint with the weighted average of the tensors of others. Not collective.
+
+    Tensors of floating-point and complex dtypes are averaged in float64, and saved with their
+    dtype. Other tensors and values come from the first checkpoint; a PerRank value becomes a list
+    of the values of all ranks. Memory: a few buffers for each
+    checkpoint; for the target "torch" the full state.
+
+    Args:
+        sources: Two or more checkpoints, as `convert` takes them, with the same tensors.
+        target: The new checkpoint.
+        weights: A weight for each checkpoint; the average divides by their sum. By default all are
+            equal.
+        to: The format of the target; see `convert`.
+        keys: The names to merge; see `load`.
+        rename: New names; see `load`.
+        shards: The number of shards; see `convert`.
+        overwrite: Replace a checkpoint at `target`.
+        storage: The storage of all; see `save`.
+        progress: Called with the bytes written so far.
+
+    Returns:
+        The names that were written.
+
+    Raises:
+        CheckpointError: A checkpoint can't be read, or is corrupted.
+        LoadMismatchError: The checkpoints have different tensors.
+        StateError: An argument is invalid.
+        StorageError: The file system refused an operation.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> for step in (1, 3):
+        ...     report = shardckpt.save({"w": torch.full((2,), float(step))}, f"run/step-{step}")
+        >>> report = shardckpt.merge(["run/step-1", "run/step-3"], "run/average")
+        >>> shardckpt.load_state("run/average")["w"]
+        tensor([2., 2.])
+    """
+    shares = _shares(sources, weights)
+    with ExitStack() as stack:
+        opened: list[Source] = []
+        for path in sources:
+            source = open_source(path, keys=keys, rename=rename, storage=storage)
+            stack.callback(source.close)
+            opened.append(source)
+        merged = _merged(opened, shares)
+        return convert_source(
+            merged,
+            resolve(target, storage).path,
+            to=to,
+            shards=shards,
+            file_bytes=None,
+            overwrite=overwrite,
+            storage=resolve(target, storage).storage,
+            progress=progress,
+        )
+
+
+def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    """Check the arguments, and return the share of each source in the average."""
+    if isinstance(sources, str) or len(sources) < 2:
+        raise StateError(
+            "Too few checkpoints to merge",
+            expected="a list of two paths or more",
+            actual=repr(sources),
+            remedy="pass several paths",
+        )
+    given = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
+    total = sum(given)
+    if len(given) != len(sources) or not math.isfinite(total) or not total:
+        raise StateError(
+            "Invalid weights",
+            expected=f"{len(sources)} numbers, whose sum is not 0",
+            actual=repr(weights),
+            remedy="pass a weight for each checkpoint, or leave out weights=",
+        )
+    return [weight / total for weight in given]
+
+
+def _merged(sources: Sequence[Source], shares: Sequence[float]) -> Foreign:
+    first, *others = sources
+    tensors = {}
+    for name, entry in first.manifest.tensors.items():
+        dtype = DTYPES[entry.dtype]
+        for other in others:
+            found = other.manifest.tensors.get(name)
+            if found is None or found.shape != entry.shape:
+                raise LoadMismatchError(
+                    "The checkpoints do not have the same tensors",
+                    path=other.path,
+                    tensor=name,
+                    expected=f"shape {list(entry.shape)}, as in {first.path}",
+                    actual="no such tensor" if found is None else f"shape {list(found.shape)}",
+                    remedy="choose the tensors with keys=, or give them equal names with rename=",
+                )
+        averaged = (dtype.is_floating_point or dtype.is_complex) and dtype not in OPAQUE
+        read = (
+            functools.partial(_average, sources, shares, name)
+            if averaged
+            else functools.partial(first.read_box, name)
+        )
+        tensors[name] = LazyTensor(dtype, entry.shape, read)
+    paths = ", ".join(source.path for source in sources)
+    tree = plain_tree(first.manifest, first.manifest.state)
+    return Foreign(paths, "a merge", tree, tensors, identity=(paths, shares))
+
+
+def _average(
+    sources: Sequence[Source],
+    shares: Sequence[float],
+    name: str,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> torch.Tensor:
+    """Read a box of the average of a tensor."""
+    first = sources[0].read_box(name, offsets, sizes)
+    wide = torch.complex128 if first.dtype.is_complex else torch.float64
+    total = torch.zeros(sizes, dtype=wide, device="cpu")
+    for source, share in zip(sources, shares, strict=True):
+        total += share * source.read_box(name, offsets, sizes).to(wide)
+    return total.to(first.dtype)

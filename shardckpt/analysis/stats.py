@@ -1,0 +1,110 @@
+"""Statistics of the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from shardckpt.analysis.entries import pieces, saved_entries, tensors_of
+from shardckpt.api import Path
+from shardckpt.checkpoint import Checkpoint
+from shardckpt.convert.convert import open_source
+from shardckpt.format.dtypes import DTYPES, OPAQUE
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.reports import TensorStats
+from shardckpt.state.saved_tree import Rename, Select
+from shardckpt.storage.base import Storage
+
+__all__ = ["stats"]
+
+
+def stats(
+    path: Path,
+    *,
+    keys: Select = None,
+    rename: Rename = None,
+    storage: Storage | None = None,
+    progress: Callable[[int], None] = lambda read_bytes: None,
+) -> dict[str, TensorStats]:
+    """Return statistics of each tensor of a checkpoint of any format. Not collective.
+
+    Tensors of a checkpoint of shardckpt are read by one thread for each processor. Memory: a few
+    buffers for each thread. Tensors without arithmetic, such as those of fp4, are left out.
+
+    Args:
+        path: A checkpoint, as `convert` takes it.
+        keys: The names of the tensors; see `load`.
+        rename: New names; see `load`.
+        storage: See `save`.
+        progress: Called with the bytes read so far, from several threads.
+
+    Returns:
+        The statistics by name, in the order of the checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint can't be read, or is corrupted.
+        LoadMismatchError: `keys` or `rename` has a name that no saved entry has.
+        StorageError: The file system refused an operation.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> report = shardckpt.save({"w": torch.tensor([3.0, 4.0])}, "run/step-1")
+        >>> shardckpt.stats("run/step-1")["w"].norm
+        5.0
+    """
+    with open_source(path, storage=storage) as source:
+        saved = saved_entries(source, keys=keys, rename=rename)
+        names = {
+            name: saved_name
+            for name, saved_name in tensors_of(saved).items()
+            if DTYPES[source.manifest.tensors[saved_name].dtype] not in OPAQUE
+        }
+        read_bytes = 0
+
+        def measure(saved_name: str) -> TensorStats:
+            nonlocal read_bytes
+            found = _measure(source, saved_name)
+            read_bytes += source.manifest.tensors[saved_name].size_bytes
+            progress(read_bytes)
+            return found
+
+        threads = (os.cpu_count() or 1) if isinstance(source, Checkpoint) else 1
+        with ThreadPoolExecutor(threads, "shardckpt-stats") as pool:
+            return dict(zip(names, pool.map(measure, names.values()), strict=True))
+
+
+def _measure(source: Source, name: str) -> TensorStats:
+    entry = source.manifest.tensors[name]
+    dtype = DTYPES[entry.dtype]
+    squares = total = 0.0
+    smallest, largest = math.inf, -math.inf
+    nan = inf = zeros = finite = 0
+    for offsets, sizes in pieces(source, name, (0,) * len(entry.shape), entry.shape):
+        piece = source.read_box(name, offsets, sizes).reshape(-1)
+        piece = piece.to(torch.complex128 if dtype.is_complex else torch.float64)
+        nan += int(piece.isnan().sum())
+        inf += int(piece.isinf().sum())
+        zeros += int((piece == 0).sum())
+        piece = piece[piece.isfinite()]
+        finite += len(piece)
+        squares += float(piece.abs().square().sum())
+        if len(piece) and not dtype.is_complex:
+            total += float(piece.sum())
+            smallest = min(smallest, float(piece.min()))
+            largest = max(largest, float(piece.max()))
+    ordered = finite > 0 and not dtype.is_complex
+    return TensorStats(
+        dtype=dtype,
+        shape=entry.shape,
+        norm=math.sqrt(squares),
+        smallest=smallest if ordered else None,
+        largest=largest if ordered else None,
+        mean=total / finite if ordered else None,
+        nan=nan,
+        inf=inf,
+        zeros=zeros,
+    )

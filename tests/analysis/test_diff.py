@@ -1,0 +1,138 @@
+"""Differences between two checkpoints, by digest and by value."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import shardckpt
+from shardckpt import PerRank, errors
+from shardckpt.analysis.diff import differences
+from shardckpt.format.dtypes import SAVED
+
+SIZE = 1 << 20
+
+
+def state(**changes):
+    torch.manual_seed(0)
+    return {
+        "model": {"a": torch.randn(SIZE), "b": torch.randn(SIZE), "tied": torch.zeros(2)},
+        "step": 3,
+        "rng": PerRank({"seed": 1}),
+        **changes,
+    }
+
+
+@pytest.fixture
+def first(tmp_path):
+    path = str(tmp_path / "first")
+    shardckpt.save(state(), path)
+    return path
+
+
+def test_equal_checkpoints_are_equal_without_reading(first, tmp_path):
+    shardckpt.save(state(), tmp_path / "second")
+    found = shardckpt.diff(first, tmp_path / "second")
+    assert found.equal
+    assert (found.equal_tensors, found.equal_values, found.bytes_read) == (3, 2, 0)
+
+
+def test_only_blocks_that_differ_are_read(first, tmp_path):
+    changed = state()
+    changed["model"]["b"][7] += 0.5
+    changed["model"]["b"][8] = math.nan
+    shardckpt.save(changed, tmp_path / "second")
+    found = shardckpt.diff(first, tmp_path / "second")
+    assert list(found.tensors) == ["model.b"]
+    assert found.tensors["model.b"].elements == 2
+    assert math.isnan(found.tensors["model.b"].largest)
+    assert found.bytes_read <= 2 * SIZE * 4  # b, and a if they share a block
+    assert not found.equal
+
+
+@pytest.mark.parametrize("other_format", ["dcp", "torch", "safetensors", "reshard"])
+def test_other_formats_and_layouts_are_compared_by_value(other_format, first, tmp_path):
+    second = str(
+        tmp_path / {"torch": "x.pth", "safetensors": "x.safetensors"}.get(other_format, "x")
+    )
+    if other_format == "reshard":
+        shardckpt.reshard(first, second, shards=3)
+    elif other_format == "dcp":
+        dcp.save({"model": state()["model"], "step": 3}, checkpoint_id=second)
+    else:
+        shardckpt.convert(first, second)
+    keys = ["model", "step"] if other_format == "dcp" else None
+    assert shardckpt.diff(first, second, keys=keys).equal
+    changed = state()
+    changed["model"]["a"][-1] += 1
+    shardckpt.save(changed, tmp_path / "changed")
+    found = shardckpt.diff(tmp_path / "changed", second, keys=keys)
+    assert list(found.tensors) == ["model.a"]
+    assert found.tensors["model.a"].elements == 1
+    assert found.tensors["model.a"].largest == pytest.approx(1)
+
+
+def test_entries_values_dtypes_and_shapes_that_differ_are_listed(first, tmp_path):
+    changed = state(step=4, rng=PerRank({"seed": 2}), more=torch.ones(1))
+    changed["model"] = {"a": torch.zeros(SIZE, dtype=torch.float64), "b": torch.zeros(3), "tied": 1}
+    shardckpt.save(changed, tmp_path / "second")
+    found = shardckpt.diff(first, tmp_path / "second")
+    assert found.values == {"step": (3, 4), "rng.0.seed": (1, 2)}
+    assert found.only_first == ("model.tied",)
+    assert set(found.only_second) == {"more", "model.tied"}
+    assert found.tensors["model.a"].dtypes == (torch.float32, torch.float64)
+    assert found.tensors["model.b"].shapes == ((SIZE,), (3,))
+    assert found.tensors["model.a"].elements is None
+
+
+def test_keys_and_rename(first, tmp_path):
+    shardckpt.save({"net": state()["model"], "step": 9}, tmp_path / "second")
+    found = shardckpt.diff(first, tmp_path / "second", keys="net", rename={"model": "net"})
+    assert found.equal
+    assert found.equal_tensors == 3
+    with pytest.raises(errors.LoadMismatchError, match="modle"):
+        shardckpt.diff(first, tmp_path / "second", keys="modle")
+
+
+def test_types_of_values_count_and_nan_is_equal_to_nan(tmp_path):
+    for name, one in (("a", 1), ("b", True), ("c", 1.0)):
+        shardckpt.save({"x": one, "nan": math.nan}, tmp_path / name)
+    assert shardckpt.diff(tmp_path / "a", tmp_path / "b").values == {"x": (1, True)}
+    assert set(shardckpt.diff(tmp_path / "a", tmp_path / "c").values) == {"x"}
+
+
+def test_a_corrupted_block_is_an_error_not_a_difference(first, tmp_path):
+    shardckpt.reshard(first, tmp_path / "second", shards=3)
+    shard = next((tmp_path / "second").glob("shard-00001*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(errors.CorruptionError):
+        shardckpt.diff(first, tmp_path / "second")
+
+
+@pytest.mark.parametrize("tolerance", [{"rtol": -1}, {"atol": math.nan}, {"rtol": "much"}])
+def test_a_tolerance_must_be_a_number(tolerance, first):
+    with pytest.raises(errors.StateError, match="Invalid"):
+        shardckpt.diff(first, first, **tolerance)
+
+
+def test_elements_within_the_tolerance_are_equal():
+    a, b = torch.tensor([1.0, 100.0, math.inf, math.nan]), torch.tensor([1.1, 101.0, math.inf, 1.0])
+    assert differences(a, b)[0] == 3
+    assert differences(a, b, atol=0.2)[0] == 2
+    assert differences(a, b, rtol=0.2)[0] == 1
+    assert differences(torch.tensor([0.0, math.nan]), torch.tensor([-0.0, -math.nan])) == (0, 0.0)
+    large = torch.tensor([2**62, 5])
+    assert differences(large, large + torch.tensor([1, 0])) == (1, 0.0)  # not told by float64
+
+
+@pytest.mark.parametrize("dtype", sorted(SAVED, key=str), ids=str)
+def test_every_dtype_is_compared(dtype):
+    zeros = torch.zeros(64, dtype=torch.uint8).view(dtype)
+    ones = torch.ones(64, dtype=torch.uint8).view(dtype)
+    assert differences(zeros, zeros.clone() if dtype.itemsize > 1 else zeros) == (0, 0.0)
+    assert differences(zeros, ones)[0] == len(zeros)

@@ -1,0 +1,59 @@
+"""Statistics of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import shardckpt
+from shardckpt import errors
+
+
+def test_they_are_those_of_torch(tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        "large": torch.randn(3_000_001),  # more than one buffer
+        "bf16": torch.randn(40, 3).bfloat16(),
+        "int": torch.arange(-5, 5),
+        "bool": torch.tensor([True, False]),
+        "none": torch.zeros(0, 4),
+        "one": torch.tensor(2.5),
+        "fp8": torch.tensor([0.5, 2.0]).to(torch.float8_e4m3fn),
+    }
+    shardckpt.save(tensors, tmp_path / "c")
+    for path in (tmp_path / "c", tmp_path / "c.pth"):
+        if path.suffix:
+            shardckpt.convert(tmp_path / "c", path)
+        found = shardckpt.stats(path)
+        assert list(found) == list(tensors)
+        for name, tensor in tensors.items():
+            one, wide = found[name], tensor.double()
+            assert (one.dtype, one.shape) == (tensor.dtype, tuple(tensor.shape))
+            assert one.norm == pytest.approx(float(wide.norm()))
+            assert one.zeros == int((wide == 0).sum())
+            assert (one.nan, one.inf) == (0, 0)
+            if wide.numel():
+                assert one.smallest == float(wide.min())
+                assert one.largest == float(wide.max())
+                assert one.mean == pytest.approx(float(wide.mean()), abs=1e-12)
+            else:
+                assert (one.smallest, one.largest, one.mean) == (None, None, None)
+
+
+def test_nan_and_infinite_elements_are_counted_and_left_out(tmp_path):
+    w = torch.tensor([3.0, -4.0, math.nan, math.inf, -math.inf, 0.0])
+    shardckpt.save({"w": w, "z": torch.tensor([3 + 4j])}, tmp_path / "c")
+    found = shardckpt.stats(tmp_path / "c")
+    one = found["w"]
+    assert (one.norm, one.smallest, one.largest) == (5.0, -4.0, 3.0)
+    assert (one.nan, one.inf, one.zeros) == (1, 2, 1)
+    assert (found["z"].norm, found["z"].mean) == (5.0, None)
+
+
+def test_keys_select_tensors(tmp_path):
+    shardckpt.save({"a": torch.ones(1), "b": torch.ones(1), "n": 1}, tmp_path / "c")
+    assert list(shardckpt.stats(tmp_path / "c", keys="b")) == ["b"]
+    with pytest.raises(errors.LoadMismatchError):
+        shardckpt.stats(tmp_path / "c", keys="bb")
