@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
-from shardckpt.errors import StateError
+from shardckpt.errors import ShardckptError, StateError
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.manager.retention import ranked
 from shardckpt.nn_handler.saving import (
@@ -110,6 +110,7 @@ class AutoSaver:
         self._manager: CheckpointManager | None = None
         self._last: CheckpointManager | None = None
         self._fresh: list[str] = []
+        self._failed: list[tuple[str, ShardckptError]] = []
         self._number = 0
         self._handler: TrainingState | None = None
         self._saved_step = -1
@@ -152,6 +153,11 @@ class AutoSaver:
         """Internal. The paths saved to since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
+
+    def take_failed(self) -> list[tuple[str, ShardckptError]]:
+        """Internal. The path and the error of each tolerated failure since the last call."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def description(self) -> dict[str, Any]:
         """Internal. Its arguments, as plain data."""
@@ -228,6 +234,7 @@ class AutoSaver:
             "storage": self._storage,
             "backend": OneFile() if self.one_file else None,
             "tolerate": self.options["tolerate"],
+            "on_failure": lambda path, error: self._failed.append((path, error)),
         }
 
     def minutes_due(self) -> bool:
@@ -268,7 +275,8 @@ class AutoSaver:
             if_exists="overwrite" if self.plan.overwrite else "number",
         )
         self._saved_step, self._saved_at = handler.step, time.monotonic()
-        self._fresh.append(saved.path)
+        if all(path != saved.path for path, _ in self._failed):
+            self._fresh.append(saved.path)
         self._link(handler)
         return saved
 

@@ -134,6 +134,18 @@ class Callback:
             path: The path of the checkpoint.
         """
 
+    def on_save_failed(self, handler: Any, path: str, error: Exception) -> None:
+        """Called after a save that failed for the storage's sake, and that auto_save tolerates.
+
+        `handler.failed_saves` counts them. If a save in the background failed, this is called with
+        the next one.
+
+        Args:
+            handler: The handler.
+            path: The path of the checkpoint that does not exist.
+            error: The error; the same class on all ranks.
+        """
+
     def on_exception(self, handler: Any, error: BaseException) -> None:
         """Called when an error, Ctrl-C or SIGTERM ends training, before it is saved.
 

@@ -103,6 +103,10 @@ class CSVLogger(_Logger):
         """See Callback.on_train_end."""
         self._write(handler)
 
+    def on_save_failed(self, handler: TrainingState, path: str, error: Exception) -> None:
+        """See Callback.on_save_failed."""
+        self._write(handler, f"not saved: {path}: {str(error).splitlines()[0]}")
+
     def on_exception(self, handler: TrainingState, error: BaseException) -> None:
         """See Callback.on_exception."""
         self._write(handler)

@@ -332,6 +332,9 @@ class Trainer:
     def _tell_saves(self) -> None:
         savers = [c.saver for c in self.handler.callbacks if isinstance(c, ModelCheckpoint)]
         for saver in [*savers, *([self.saver] if self.saver is not None else [])]:
+            for path, error in saver.take_failed():
+                self.handler.failed_saves += 1
+                self._hooks("on_save_failed", path, error)
             for path in saver.take_fresh():
                 self._hooks("on_save", path)
 

@@ -63,6 +63,7 @@ class TrainingState:
     history: dict[str, list[float]] = field(default_factory=dict)
     history_epochs: dict[str, list[int]] = field(default_factory=dict)
     stop_training: bool = False
+    failed_saves: int = 0  # by auto_save or ModelCheckpoint, in this process
     validates: bool = True  # whether the call of train does so at all
     position: Position = field(default_factory=Position)
     boundary: dict[str, Any] | None = None
