@@ -103,10 +103,6 @@ class CSVLogger(_Logger):
         """See Callback.on_train_end."""
         self._write(handler)
 
-    def on_save_failed(self, handler: TrainingState, path: str, error: Exception) -> None:
-        """See Callback.on_save_failed."""
-        self._write(handler, f"not saved: {path}: {str(error).splitlines()[0]}")
-
     def on_exception(self, handler: TrainingState, error: BaseException) -> None:
         """See Callback.on_exception."""
         self._write(handler)
@@ -272,6 +268,10 @@ class LogFile(_Logger):
     def on_save(self, handler: TrainingState, path: str) -> None:
         """See Callback.on_save."""
         self._write(handler, f"saved {path}")
+
+    def on_save_failed(self, handler: TrainingState, path: str, error: Exception) -> None:
+        """See Callback.on_save_failed."""
+        self._write(handler, f"not saved: {path}: {str(error).splitlines()[0]}")
 
     def on_exception(self, handler: TrainingState, error: BaseException) -> None:
         """See Callback.on_exception."""
