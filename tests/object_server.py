@@ -236,8 +236,14 @@ def main() -> None:
         new = folder / "variables.json.new"
         new.write_text(json.dumps(variables))
         new.rename(folder / "variables.json")
-        while any(_alive(path.name) for path in (folder / "users").iterdir()):
+        while True:
             time.sleep(0.5)
+            with open(folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not any(_alive(path.name) for path in (folder / "users").iterdir()):
+                    # A process that comes later must start another server.
+                    (folder / "variables.json").unlink()
+                    return
 
 
 if __name__ == "__main__":
