@@ -133,11 +133,13 @@ def _read(
     try:
         # The options of this call hold in the thread that does the work, too.
         ranks.watch(functools.partial(copy_context().run, read_and_send), phase="transfer")
-    except BaseException as error:
-        sharing.abort()
-        # The error on this rank may be the reason for that of the other one.
-        if isinstance(error, WorkBroken) and wait([result], current().deadline_s).done:
+    except WorkBroken:
+        # This rank goes on to receive and send. Its error may be the reason for the other one's.
+        if wait([result], current().stall_deadline_s).done:
             result.result()
+        raise
+    except BaseException:
+        sharing.abort()
         raise
     return result.result()
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from shardckpt.format.lazy_manifest import Outline
 from shardckpt.io.buffers import Buffer, copy_bytes, have_huge_pages, lease, view_at
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.io.threads import stalled, workers
-from shardckpt.loading.sharing import Sharing
+from shardckpt.loading.sharing import Sharing, TransferError
 from shardckpt.plan.page_cache_policy import ALWAYS, NEVER
 from shardckpt.plan.read_plan import WINDOW_BYTES, CopyRead, Reads, plan_reads
 from shardckpt.plan.shared_reads import Unit
@@ -115,7 +115,9 @@ def read_all(
         for window in queue:
             if stop.is_set():
                 return
-            read_bytes[worker] += _read_window(source, window, buffer)
+            # With `sharing` an error must not end this loop: other ranks wait for blocks.
+            with sharing.noted() if sharing else nullcontext():
+                read_bytes[worker] += _read_window(source, window, buffer)
 
     with workers(threads, "shardckpt-read", buffers=threads) as (pool, buffers):
         pending = {pool.submit(work, *job) for job in enumerate(buffers)}
@@ -130,12 +132,10 @@ def read_all(
                     progress(last)
                 elif pending and time.monotonic() - since > current().stall_deadline_s:
                     raise stalled("Reading", files.path)
-        except BaseException:
-            if sharing:
-                sharing.abort()  # otherwise the other threads wait for blocks
-            raise
         finally:
             stop.set()
+    if sharing:
+        sharing.check()
     return sum(read_bytes) - (sharing.received_bytes if sharing else 0)
 
 
@@ -281,7 +281,11 @@ def _read_run(
 def _read_shared_window(
     source: _Source, window: _Window, sharing: Sharing, units: Sequence[Unit], buffer: Buffer
 ) -> int:
-    """Read, receive and send the blocks of a window. Returns the number of bytes in all."""
+    """Read, receive and send the blocks of a window. Returns the number of bytes in all.
+
+    An error is noted, and this rank goes on to receive and send: otherwise other ranks would wait.
+    They see from the digests that what they get is not what was saved.
+    """
     shard, base = source.manifest.shards[window.shard], window.base
     needed = {
         number
@@ -296,16 +300,22 @@ def _read_shared_window(
     for first, end, unit in runs:
         low = first * BLOCK_BYTES
         view = buffer.view[low - base : min(end * BLOCK_BYTES, shard.size_bytes) - base]
-        if unit and sharing.receive(unit, view):
-            bad = bad_blocks(shard, low, view)
-        else:
-            bad = _read_blocks(source, shard, low, view)
-        if bad:
-            raise damaged_blocks(source.manifest, bad, shard=window.shard, path=source.files.path)
-        sends += sharing.send(unit, view) if unit else ()
+        with sharing.noted():
+            if unit and (sender := unit.source(sharing.rank)) is not None:
+                sharing.receive(unit, view)
+                if bad_blocks(shard, low, view):
+                    raise TransferError(f"rank {sender} sent other bytes than those saved")
+            elif not sharing.failed and (bad := _read_blocks(source, shard, low, view)):
+                path = source.files.path
+                raise damaged_blocks(source.manifest, bad, shard=window.shard, path=path)
+        with sharing.noted():
+            sends += sharing.send(unit, view) if unit else ()
         total += len(view)
-    _copy_from(buffer, base, window.reads)
-    sharing.finish(sends)
+    with sharing.noted():
+        if not sharing.failed:
+            _copy_from(buffer, base, window.reads)
+    with sharing.noted():
+        sharing.finish(sends)
     return total
 
 

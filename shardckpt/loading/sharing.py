@@ -1,7 +1,8 @@
 """Blocks that one rank reads and sends to the others, over a group of torch.distributed of its own.
 
 The group uses gloo, as the blocks are in CPU memory, also if the training uses NCCL. It is made for
-one load, and is not used by anything else.
+one load, and is not used by anything else. Gloo has no reliable way to end a transfer early. So a
+rank that fails goes on to receive and send, until all ranks have ended.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import datetime
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Sharing:
         self._group = group
         self._identity = identity
         self._links: Any = None
+        self._error: Exception | None = None
         self._units: dict[tuple[int, int], list[Unit]] = defaultdict(list)
         for unit in units:
             if rank in unit.path:
@@ -90,25 +92,39 @@ class Sharing:
         except (RuntimeError, ValueError, dist.DistError) as error:
             raise TransferError(_first_line(error)) from error
 
-    def receive(self, unit: Unit, view: memoryview) -> bool:
-        """Fill a view with the blocks of a unit, if another rank reads them.
+    @property
+    def failed(self) -> bool:
+        """Whether this rank has noted an error."""
+        return self._error is not None
 
-        Returns:
-            False if this rank reads them.
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note an error of the with block, for `check`. The first one that has a reason counts."""
+        try:
+            yield
+        except Exception as error:
+            with self._lock:
+                if self._error is None or isinstance(self._error, TransferError):
+                    self._error = error
+
+    def check(self) -> None:
+        """Raise the error that this rank has noted, if there is one."""
+        if self._error is not None:
+            raise self._error
+
+    def receive(self, unit: Unit, view: memoryview) -> None:
+        """Fill a view with the blocks of a unit that another rank reads.
 
         Raises:
             TransferError: They do not arrive.
         """
         source = unit.source(self.rank)
-        if source is None:
-            return False
         try:
             self._links.recv([_tensor(view)], source, unit.tag).wait()
         except (RuntimeError, dist.DistError) as error:
             raise TransferError(f"rank {source}: {_first_line(error)}") from error
         with self._lock:
             self.received_bytes += len(view)
-        return True
 
     def send(self, unit: Unit, view: memoryview) -> list[Any]:
         """Begin to send the blocks of a unit on. They may change after `finish`."""
@@ -131,16 +147,20 @@ class Sharing:
             raise TransferError(_first_line(error)) from error
 
     def abort(self) -> None:
-        """End all transfers of this rank with an error, here and on the other ranks. Never raises.
+        """End the transfers of this rank with an error, as far as that works. Returns at once.
 
-        A receive that ends at its deadline closes the connections of the group.
+        A receive that ends at its deadline closes the connections of the group. Without it the
+        transfers end at their deadline.
         """
-        if self._links is None:
-            return
-        with suppress(Exception):
-            empty = torch.empty(1, dtype=torch.uint8, device="cpu")
-            other = (self.rank + 1) % self._links.size()
-            self._links.recv([empty], other, _NEVER_SENT).wait(datetime.timedelta(milliseconds=1))
+        if self._links is not None:
+            threading.Thread(target=self._close_links, daemon=True, name="shardckpt-abort").start()
+
+    def _close_links(self) -> None:
+        empty = torch.empty(1, dtype=torch.uint8, device="cpu")
+        soon = datetime.timedelta(milliseconds=1)
+        for other in range(self._links.size()):  # one that is closed already closes no other
+            with suppress(Exception):
+                self._links.recv([empty], other, _NEVER_SENT).wait(soon)
 
 
 def _tensor(view: memoryview) -> torch.Tensor:
