@@ -24,7 +24,7 @@ def simulated(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("layout", ["hsdp", "tp"])
+@pytest.mark.parametrize("layout", ["hsdp", pytest.param("tp", marks=pytest.mark.long)])
 def test_a_small_world(layout):
     done = simulated("-m", "simulation", "--json", "--layout", layout, "16x6")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,6 +11,7 @@ from shardckpt.errors import UnsupportedLeafError
 
 __all__ = [
     "DTYPES",
+    "NOT_COPYABLE",
     "OPAQUE",
     "SAVED",
     "dtype_name",
@@ -58,7 +59,8 @@ SAVED = frozenset(DTYPES.values())
 """The torch dtypes that can be saved."""
 
 _PAIRS = {"C32": "F16", "C128": "F64"}  # stored as real and imaginary parts
-_NOT_COPYABLE = {name for name in DTYPES if name.startswith(("UINT", "INT"))}  # by torch
+NOT_COPYABLE = {name for name in DTYPES if name.startswith(("UINT", "INT"))}
+"""The names of dtypes that torch can't copy: integers of 1 to 7 bits."""
 OPAQUE = {DTYPES[name] for name in DTYPES if name.startswith(("F4X2", "BITS", "UINT", "INT"))}
 """Torch dtypes without arithmetic. They are never converted."""
 
@@ -113,11 +115,11 @@ def plain_dtype(name: str, *, tensor: str) -> str:
 
 def memory_dtype(name: str) -> torch.dtype:
     """Return the torch dtype for copies of elements. Torch can't copy integers of 1 to 7 bits."""
-    return torch.uint8 if name in _NOT_COPYABLE else DTYPES[name]
+    return torch.uint8 if name in NOT_COPYABLE else DTYPES[name]
 
 
 def memory_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return a view of the tensor with its memory_dtype."""
-    if tensor.dtype in OPAQUE and _NAMES[tensor.dtype] in _NOT_COPYABLE:
+    if tensor.dtype in OPAQUE and _NAMES[tensor.dtype] in NOT_COPYABLE:
         return tensor.view(torch.uint8)
     return tensor

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shardckpt.io.tensor_memory import check_memory, holds_elements
+from shardckpt.io.tensor_memory import check_memory, plain_address
 
 __all__ = [
     "BUFFER_BYTES",
@@ -148,10 +148,9 @@ def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     Raises:
         UnsupportedLeafError: The tensor does not own memory.
     """
-    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
-    if not (plain and tensor.is_contiguous() and holds_elements(tensor)):
+    if not plain_address(tensor):
         check_memory(tensor)
-    if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+    if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
         yield tensor
         return
     tensor, size_bytes = tensor.detach(), tensor.nbytes

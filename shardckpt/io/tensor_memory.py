@@ -6,7 +6,7 @@ import torch
 
 from shardckpt.errors import UnsupportedLeafError
 
-__all__ = ["address_of", "check_memory", "holds_elements", "owns_memory", "shares_elements"]
+__all__ = ["address_of", "check_memory", "owns_memory", "plain_address", "shares_elements"]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
@@ -38,12 +38,21 @@ def owns_memory(tensor: torch.Tensor) -> bool:
         return False
 
 
-def holds_elements(tensor: torch.Tensor) -> bool:
-    """Whether all elements of a plain, contiguous tensor are in its storage. Faster than
-    owns_memory.
+def plain_address(tensor: torch.Tensor) -> int:
+    """Return the address of a contiguous CPU tensor that owns its memory, as most tensors do.
+
+    Faster than owns_memory. Returns 0 for all other tensors, and for those without elements.
     """
-    end = tensor.storage_offset() + tensor.numel()
-    return bool(end * tensor.itemsize <= tensor.untyped_storage().nbytes())
+    try:
+        if not tensor.is_cpu or tensor.is_nested or not tensor.is_contiguous():
+            return 0
+        storage, address = tensor.untyped_storage(), tensor.data_ptr()
+        base = storage.data_ptr()
+        if not base or address - base + tensor.nbytes > storage.nbytes():
+            return 0
+        return address
+    except (RuntimeError, NotImplementedError, TypeError):  # no accessible storage
+        return 0
 
 
 def shares_elements(tensor: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from shardckpt.errors import RankMismatchError
 from shardckpt.format.digests import text_digest
-from shardckpt.format.dtypes import dtype_name, memory_view
+from shardckpt.format.dtypes import NOT_COPYABLE, dtype_name, memory_view
 from shardckpt.state.flatten import FlatState, placeholder
 from shardckpt.state.local_chunks import PLAIN, AnyTensor, Box, local_chunks, may_have_replicas
 
@@ -263,8 +263,9 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
                     owner.append(len(specs))
                     shared.append(common)
                     boxes.append(((0,) * len(shape), shape))
-                    data.append(memory_view(tensor))  # type: ignore[arg-type]
-                    specs.append(TensorSpec(name, dtype_name(tensor.dtype, tensor=name), shape))
+                    dtype = dtype_name(tensor.dtype, tensor=name)
+                    data.append(memory_view(tensor) if dtype in NOT_COPYABLE else tensor)  # type: ignore[arg-type]
+                    specs.append(TensorSpec(name, dtype, shape))
                     continue
                 chunks = [] if name in flat.foreign else local_chunks(tensor, name=name)
                 replicated = common and may_have_replicas(tensor, world_size=world_size)

@@ -42,7 +42,7 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
         )
     items: dict[Any, Finish] = {}
     for key, value in template.items():
-        inner = below(name, key)
+        inner = f"{name}.{key}" if name else str(key)
         plain = type(value) in PLAIN and context.saved.selected(inner)
         if plain and context.fill_plain(value, inner):
             continue  # most tensors: the read fills them, and nothing else is to be done

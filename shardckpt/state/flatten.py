@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from shardckpt.errors import StateError, UnsupportedLeafError
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import SAVED, dtype_name
-from shardckpt.io.tensor_memory import owns_memory
+from shardckpt.io.tensor_memory import plain_address
 from shardckpt.state.file_groups import OPTIMIZER, frozen_entries, frozen_group
 from shardckpt.state.local_chunks import PLAIN, AnyTensor, Shards, check_dense, local_tensor
 from shardckpt.state.markers import FromRank0, PerRank, Union
@@ -186,8 +186,7 @@ class _Flattener:
             or not name.isascii()
             or hasattr(tensor, "global_shape")  # it describes its shards
             or tensor.dtype not in SAVED
-            or not owns_memory(tensor)
-            or not (address := tensor.data_ptr())  # 0: it has no elements
+            or not (address := plain_address(tensor))
         ):
             return None
         self.names.add(name)

@@ -13,12 +13,12 @@ import torch
 from torch.autograd.graph import increment_version
 
 from shardckpt.errors import StateError
-from shardckpt.format.dtypes import DTYPES, OPAQUE
+from shardckpt.format.dtypes import DTYPES, OPAQUE, memory_dtype
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.io.tensor_memory import holds_elements, shares_elements
+from shardckpt.io.tensor_memory import plain_address, shares_elements
 from shardckpt.state.flatten import Ties
-from shardckpt.state.local_chunks import PLAIN, AnyTensor, LocalChunk, lies_as_saved, local_chunks
+from shardckpt.state.local_chunks import PLAIN, AnyTensor, LocalChunk, local_chunks
 from shardckpt.state.materialize import NOTHING, Allocate, Builder, allocate
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import modules_in
@@ -71,7 +71,10 @@ class MatchContext:
         """Increment the autograd versions of the filled tensors, as a change in place does."""
         tensors = [*self.filled, *(chunk.data for _, chunk in self.reads)]
         with torch._C.DisableTorchFunctionSubclass():  # private in torch 2.13
-            increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+            try:
+                increment_version(tensors)
+            except RuntimeError:  # inference tensors have no version
+                increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
     def note_missing_and_unused(self) -> None:
         """Add the tensors that nothing fills, and the saved entries that the state has not used, to
@@ -122,11 +125,12 @@ class MatchContext:
             return False
         entry = self.saved.manifest.tensors[ref.name]
         if (
-            not lies_as_saved(template, entry.dtype)
+            template.dtype != memory_dtype(entry.dtype)
+            or not (address := plain_address(template))
             or (shape := template.shape) != entry.shape
+            or template.is_neg()
+            or template.is_conj()
             or hasattr(template, "global_shape")  # it describes its shards
-            or not holds_elements(template)
-            or not (address := template.data_ptr())
             or self._memory.first_at(address, template, ref.name) != ref.name
         ):
             return False

@@ -75,7 +75,9 @@ def _like(state: Any) -> Any:
     """
     empty = collections.OrderedDict[str, Any]()
     if hasattr(state, "_metadata"):
-        empty._metadata = copy.deepcopy(state._metadata)  # type: ignore[attr-defined]
+        versions = state._metadata.items()
+        copied = collections.OrderedDict((name, copy.copy(facts)) for name, facts in versions)
+        empty._metadata = copied  # type: ignore[attr-defined]
     return empty
 
 

@@ -150,7 +150,7 @@ class SavedState:
         if not items and self.selected(name):
             self.leaves[name] = node
         for key, item in items:
-            inner = below(name, key)
+            inner = f"{name}.{key}" if name else str(key)
             if type(item) is TensorRef and self.selected(inner):  # most items
                 self.nodes[inner] = self.leaves[inner] = item
             else:

@@ -25,10 +25,13 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
 
     For a tensor on the meta device, a new tensor of the same form is filled and returned.
     """
+    selected = context.saved.selected(name)
+    if selected and context.fill_plain(template, name):
+        return template
     target = read_out(template, name=name)
     if isinstance(target, Wrapped):
         return _match_wrapped(context, target, name)
-    if not context.saved.selected(name) or context.fill_plain(template, name):
+    if not selected:
         return template
     check_dense(target, name=name)
     saved = context.find(name, target)

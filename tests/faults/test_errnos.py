@@ -18,7 +18,13 @@ from tests.faults import crash, errnos
 from tests.faults.disk import Disk
 
 
-@pytest.mark.parametrize("name", errnos.OPERATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name == "retaining"))
+        for name in errnos.OPERATIONS
+    ],
+)
 def test_every_call_failing(name):
     """Once or for ever and with one error each, in turn; scripts/torture tries all of them."""
     turns = itertools.cycle(itertools.product((False, True), errnos.CODES))

@@ -93,10 +93,9 @@ def trial(seed: int) -> int:
 
 @pytest.mark.parametrize("number", range(len(attacks.FORMATS)))
 def test_hostile_checkpoints_of_a_handler(tmp_path, number):
-    """Half of the cases as shards, the others in the formats of one file or several."""
+    """A third of the cases; scripts/torture tries all of them in all formats."""
     assert len(CASES) > 200
-    part = slice(0, None, 2) if not number else slice(2 * number - 1, None, 6)
-    assert try_part(tmp_path, attacks.FORMATS[number], part) > 20
+    assert try_part(tmp_path, attacks.FORMATS[number], slice(number, None, 12)) > 10
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from shardckpt.errors import UnsupportedLeafError
-from shardckpt.io.tensor_memory import address_of, check_memory, holds_elements, owns_memory
+from shardckpt.io.tensor_memory import address_of, check_memory, owns_memory, plain_address
 
 
 def freed() -> torch.Tensor:
@@ -74,4 +74,28 @@ def test_a_tensor_without_its_elements_is_refused_by_name(name):
     ],
 )
 def test_the_fast_check_of_plain_tensors_agrees(make, expected):
-    assert holds_elements(make()) == expected == owns_memory(make())
+    tensor = make()
+    assert plain_address(tensor) == (tensor.data_ptr() if expected else 0)
+    assert owns_memory(tensor) == expected
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("make", NOT_OWNED.values(), ids=NOT_OWNED)
+def test_no_other_tensor_has_a_plain_address(make):
+    assert plain_address(make()) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Sparse CSR")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(4, 4).T,
+        lambda: torch.ones(0, 3),
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.eye(3).to_mkldnn(),
+    ],
+)
+def test_tensors_of_other_layouts_have_no_plain_address(make):
+    assert plain_address(make()) == 0

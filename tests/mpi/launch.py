@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ WHOLE = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
 FLAVOURS = ("openmpi", "mpich")
 
 
-def flavours() -> Any:
-    """Parametrises `flavour`; skips, with a reason, what is not installed."""
-    marks = [pytest.param(name, marks=needs(name)) for name in FLAVOURS]
+def flavours(*, long: Sequence[str] = ()) -> Any:
+    """Parametrises `flavour`; skips, with a reason, what is not installed. `long`: flavours for
+    which the test is a long one."""
+    marks = [
+        pytest.param(name, marks=[needs(name), *[pytest.mark.long] * (name in long)])
+        for name in FLAVOURS
+    ]
     return pytest.mark.parametrize("flavour", marks)
 
 
