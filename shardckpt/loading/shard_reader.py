@@ -90,9 +90,12 @@ def read_all(
         windows = _windows(reads, sharing.windows() if sharing else ())
     if not windows:  # only values are loaded: start no threads
         return 0
+    # With `sharing` an error must not end this call early: other ranks wait for blocks.
+    noted = sharing.noted if sharing else nullcontext
     if not files.remote and not files.copies():
-        for shard in {window.shard for window in windows}:
-            check_size(files, manifest.shards[shard])
+        with noted():
+            for shard in {window.shard for window in windows}:
+                check_size(files, manifest.shards[shard])
     if len(windows) == 1 and not files.copies() and not sharing:
         # A read from the page cache takes less time than starting a thread.
         with suppress(WouldWait), lease(1) as (buffer,):
@@ -115,8 +118,7 @@ def read_all(
         for window in queue:
             if stop.is_set():
                 return
-            # With `sharing` an error must not end this loop: other ranks wait for blocks.
-            with sharing.noted() if sharing else nullcontext():
+            with noted():
                 read_bytes[worker] += _read_window(source, window, buffer)
 
     with workers(threads, "shardckpt-read", buffers=threads) as (pool, buffers):

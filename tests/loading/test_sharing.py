@@ -150,11 +150,15 @@ def fail_on_one_rank(path: str, how: str) -> None:
     system = Counting()
     if rank == 2 and how == "disk":
         system.fail_after = 2 << 20
-    expected = errors.CorruptionError if how == "damage" else errors.StorageError
+    if rank == 2 and how == "size":  # this rank alone sees a shard of another size
+        system.fstat = lambda fd: os.stat_result([*os.fstat(fd)[:6], 5, *os.fstat(fd)[7:]])
+    expected = errors.StorageError if how == "disk" else errors.CorruptionError
     began = time.monotonic()
     with pytest.raises(expected) as caught:
         shardckpt.load(empty_like(tensors()), path, storage=LocalStorage(system))
     assert time.monotonic() - began < 60
+    if how == "size":
+        return
     if how == "disk":
         assert caught.value.rank == (2,)
         state = empty_like(tensors())  # the ranks can load again
@@ -164,7 +168,7 @@ def fail_on_one_rank(path: str, how: str) -> None:
         assert "block 7" in str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["disk", "damage"])
+@pytest.mark.parametrize("how", ["disk", "damage", "size"])
 def test_a_reader_that_fails_is_an_error_on_all_ranks(tmp_path, how):
     path = tmp_path / "saved"
     shardckpt.save(tensors(), path)
