@@ -34,7 +34,7 @@ class Drain:
         self._tasks: deque[tuple[Hashable, Callable[[], None]]] = deque()
         self._running: Hashable = None
         self._thread: threading.Thread | None = None
-        self._added = False
+        self._failed: set[Hashable] = set()  # since the last wait
         self._ending = False
         _drains.add(self)
 
@@ -50,7 +50,7 @@ class Drain:
         with self._changed:
             self._tasks = deque(one for one in self._tasks if one[0] != key)
             self._tasks.append((key, task))
-            self._added = True
+            self._failed.discard(key)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="shardckpt-drain")
                 self._thread.start()
@@ -105,9 +105,16 @@ class Drain:
                 if not longest_wait_s:
                     wait_s = _FIRST_WAIT_S
                     continue
-                self._changed.wait_for(lambda: self._ending or self._added, wait_s)
-                self._added = False
+                self._failed.add(key)
+                if self._has_untried():
+                    continue
+                self._changed.wait_for(lambda: self._ending or self._has_untried(), wait_s)
+                self._failed.clear()
             wait_s = min(2 * wait_s, longest_wait_s)
+
+    def _has_untried(self) -> bool:
+        """Whether a task has not failed since the last wait."""
+        return any(key not in self._failed for key, _ in self._tasks)
 
 
 def _tried(key: Hashable, task: Callable[[], None], wait_s: float) -> float:
