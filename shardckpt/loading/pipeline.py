@@ -133,13 +133,14 @@ def _read(
     try:
         # The options of this call hold in the thread that does the work, too.
         ranks.watch(functools.partial(copy_context().run, read_and_send), phase="transfer")
-    except WorkBroken:
-        # This rank goes on to receive and send. Its error may be the reason for the other one's.
-        if wait([result], current().stall_deadline_s).done:
-            result.result()
-        raise
-    except BaseException:
-        sharing.abort()
+    except BaseException as error:
+        # The thread goes on to receive and send, but fills nothing any more.
+        sharing.note(error)
+        broken = isinstance(error, WorkBroken)
+        if not wait([result], current().deadline_s if broken else 0).done:
+            sharing.abort()
+        if broken:
+            sharing.check()  # the error of this rank may be the reason for that of the other one
         raise
     return result.result()
 

@@ -237,6 +237,8 @@ def _read_window(source: _Source, window: _Window, buffer: Buffer) -> int:
         units := source.sharing.units(window.shard, window.base // WINDOW_BYTES)
     ):
         return _read_shared_window(source, window, source.sharing, units, buffer)
+    if source.sharing and source.sharing.failed:
+        return 0
     size_bytes = source.manifest.shards[window.shard].size_bytes
     total = 0
     run: list[_Read] = []

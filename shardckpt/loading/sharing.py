@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from shardckpt.config import current
+from shardckpt.coordination.base import WorkBroken
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.plan.read_plan import WINDOW_BYTES
 from shardckpt.plan.shared_reads import Unit
@@ -58,7 +59,7 @@ class Sharing:
         self._group = group
         self._identity = identity
         self._links: Any = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._units: dict[tuple[int, int], list[Unit]] = defaultdict(list)
         for unit in units:
             if rank in unit.path:
@@ -99,13 +100,17 @@ class Sharing:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note an error of the with block, for `check`. The first one that has a reason counts."""
+        """Note an error of the with block, see `note`."""
         try:
             yield
         except Exception as error:
-            with self._lock:
-                if self._error is None or isinstance(self._error, TransferError):
-                    self._error = error
+            self.note(error)
+
+    def note(self, error: BaseException) -> None:
+        """Note an error for `check`. The first one that has a reason on this rank counts."""
+        with self._lock:
+            if self._error is None or isinstance(self._error, TransferError | WorkBroken):
+                self._error = error
 
     def check(self) -> None:
         """Raise the error that this rank has noted, if there is one."""
