@@ -10,6 +10,7 @@ import torch
 from shardckpt.errors import UnsupportedLeafError
 
 __all__ = [
+    "COMPLEX",
     "DTYPES",
     "NOT_COPYABLE",
     "OPAQUE",
@@ -58,6 +59,8 @@ DTYPES: dict[str, torch.dtype] = {
 SAVED = frozenset(DTYPES.values())
 """The torch dtypes that can be saved."""
 
+COMPLEX = {"C32", "C64", "C128"}
+"""The names of complex dtypes."""
 _PAIRS = {"C32": "F16", "C128": "F64"}  # stored as real and imaginary parts
 NOT_COPYABLE = {name for name in DTYPES if name.startswith(("UINT", "INT"))}
 """The names of dtypes that torch can't copy: integers of 1 to 7 bits."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shardckpt.io.tensor_memory import check_memory, plain_address
+from shardckpt.io.tensor_memory import check_memory
 
 __all__ = [
     "BUFFER_BYTES",
@@ -148,8 +148,7 @@ def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     Raises:
         UnsupportedLeafError: The tensor does not own memory.
     """
-    if not plain_address(tensor):
-        check_memory(tensor)
+    check_memory(tensor)
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
         yield tensor
         return

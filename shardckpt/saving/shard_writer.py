@@ -20,6 +20,7 @@ from shardckpt.config import current
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.safetensors_header import HEADER_ALIGN
 from shardckpt.io.buffers import BUFFER_BYTES, Buffer, contiguous_parts, copy_bytes, view_at
+from shardckpt.io.tensor_memory import plain_address
 from shardckpt.io.threads import stalled, workers
 from shardckpt.storage.base import WritableFile
 
@@ -59,6 +60,10 @@ def write_shard(
         head = [torch.frombuffer(bytearray(header), dtype=torch.uint8)] if header else []
         joined = list(_runs(tensors)) if staged else tensors
         for tensor in itertools.chain(head, joined):
+            address = plain_address(tensor)
+            if address and not (tensor.is_neg() or tensor.is_conj()):  # most tensors
+                stream.put(address, tensor.nbytes, staged=staged)
+                continue
             for piece in contiguous_parts(tensor):
                 stream.put(piece.data_ptr(), piece.nbytes, staged=staged)
         return stream.finish()

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from shardckpt.errors import StateError
-from shardckpt.format.dtypes import DTYPES, OPAQUE, memory_dtype
+from shardckpt.format.dtypes import COMPLEX, DTYPES, NOT_COPYABLE, OPAQUE
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.tensor_memory import plain_address, shares_elements
@@ -125,11 +125,12 @@ class MatchContext:
             return False
         entry = self.saved.manifest.tensors[ref.name]
         if (
-            template.dtype != memory_dtype(entry.dtype)
+            template.dtype != DTYPES[entry.dtype]
+            or entry.dtype in NOT_COPYABLE
             or not (address := plain_address(template))
             or (shape := template.shape) != entry.shape
             or template.is_neg()
-            or template.is_conj()
+            or (entry.dtype in COMPLEX and template.is_conj())
             or hasattr(template, "global_shape")  # it describes its shards
             or self._memory.first_at(address, template, ref.name) != ref.name
         ):
