@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+import shardckpt
+from shardckpt import NNHandler, PerRank
 
 STATE_BYTES = 88 << 20
 BUFFERS_BYTES = 56 << 20
@@ -55,7 +60,7 @@ parts, copies = writer.contiguous_parts, []
 def copying(tensor):
     copies.extend((tensor.clone(), tensor.clone()))
     return parts(copies[-1])
-writer.contiguous_parts = copying
+writer.contiguous_parts, writer.plain_address = copying, lambda tensor: 0
 found["planted copies"] = peak_of(lambda: shardckpt.save(state, f"{folder}/d"))
 print(json.dumps(found))
 """
@@ -80,3 +85,53 @@ def test_save_and_load_stay_within_buffers(tmp_path):
     assert found["load_state"] < STATE_BYTES + BUFFERS_BYTES, found
     # The measure is one: a save that copies the state, twice, is seen to take all that.
     assert found["planted copies"] > STATE_BYTES + BUFFERS_BYTES, found
+
+
+def a_state():
+    module = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    rank_value = PerRank({"x": torch.ones(2000)})
+    return {"m": module, "o": optimizer, "t": torch.ones(5000), "r": rank_value}
+
+
+def tensors_in_memory():
+    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+    return sum(tensor.numel() > 1000 for tensor in tensors)
+
+
+FREED = {
+    "save": lambda: shardckpt.save(a_state(), "new", overwrite=True),
+    "async_save": lambda: shardckpt.async_save(a_state(), "new", overwrite=True).result(),
+    "load": lambda: shardckpt.load(a_state(), "shards"),
+    "load_state": lambda: shardckpt.load_state("shards"),
+    "handler": lambda: NNHandler.load("handler.safetensors"),
+    **{
+        f"{source} to {to}": lambda source=source, to=to, suffix=suffix: shardckpt.convert(
+            source, f"{to}{suffix}", to=to, keys=["m", "o", "t"], overwrite=True
+        )
+        for source in ("shards", "x.pth", "x.safetensors", "x-dcp")
+        for to, suffix in (("torch", ".pth"), ("safetensors", ".safetensors"), ("dcp", ""))
+    },
+}
+
+
+@pytest.mark.parametrize("name", FREED)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_are_freed_at_once(name, tmp_path, monkeypatch):
+    """Nothing that refers to itself holds tensors until the garbage collector runs."""
+    monkeypatch.chdir(tmp_path)
+    shardckpt.save(a_state(), "shards")
+    for target, to in (("x.pth", "torch"), ("x.safetensors", "safetensors"), ("x-dcp", "dcp")):
+        shardckpt.convert("shards", target, to=to)
+    NNHandler(torch.nn.Linear, in_features=100, out_features=100).save("handler.safetensors")
+    FREED[name]()  # what is made once
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors_in_memory()
+        FREED[name]()
+        assert tensors_in_memory() == before
+    finally:
+        gc.enable()

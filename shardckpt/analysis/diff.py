@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from shardckpt.analysis.entries import pieces, saved_entries, tensors_of, values_of
@@ -16,7 +17,7 @@ from shardckpt.convert.convert import open_source
 from shardckpt.errors import StateError
 from shardckpt.format import typed_json
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.format.dtypes import DTYPES, OPAQUE, memory_view
+from shardckpt.format.dtypes import DTYPES, OPAQUE, itemsize, memory_view
 from shardckpt.format.entries import TensorEntry
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import DiffReport, TensorDifference
@@ -166,9 +167,14 @@ class _Comparison:
         if {tuple(row[3:]) for row in rows} != others.keys():
             yield (0,) * dims, entry.shape
             return
+        item = itemsize(entry.dtype)
         for row in rows:
-            if not same_blocks(self.one, row, self.other, others[tuple(row[3:])]):
-                yield tuple(row[3 : 3 + dims]), tuple(row[3 + dims :])
+            offsets, sizes = tuple(row[3 : 3 + dims]), tuple(row[3 + dims :])
+            for begin, end in unequal_ranges(self.one, row, self.other, others[tuple(row[3:])]):
+                yield rows_of(offsets, sizes, begin // item, -(-end // item))
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -180,19 +186,38 @@ def _same(value: Any, other: Any) -> bool:
     return texts[0] == texts[1]
 
 
-def same_blocks(one: Checkpoint, row: list[int], other: Checkpoint, other_row: list[int]) -> bool:
-    """Whether digests show that two chunks have equal bytes: their blocks begin at the same byte of
-    the chunk, and have equal digests."""
+def unequal_ranges(
+    one: Checkpoint, row: list[int], other: Checkpoint, other_row: list[int]
+) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of bytes in which two chunks may differ, as their digests show.
+
+    Blocks are compared if they begin at the same byte of both chunks. Otherwise the only range is
+    the chunk.
+    """
     (shard, begin, end), (other_shard, other_begin, _) = row[:3], other_row[:3]
     if begin == end:
-        return True
+        return
     if (begin - other_begin) % BLOCK_BYTES:
-        return False
-    count = (end - 1) // BLOCK_BYTES - begin // BLOCK_BYTES + 1
-    low, other_low = begin // BLOCK_BYTES, other_begin // BLOCK_BYTES
-    digests = one.manifest.shards[shard].digests[low : low + count]
-    other_digests = other.manifest.shards[other_shard].digests[other_low : other_low + count]
-    return bool((digests == other_digests).all())
+        yield 0, end - begin
+        return
+    low, high = begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1
+    shift = other_begin // BLOCK_BYTES - low
+    digests = one.manifest.shards[shard].digests[low:high]
+    other_digests = other.manifest.shards[other_shard].digests[low + shift : high + shift]
+    unequal = np.flatnonzero(digests != other_digests) + low
+    for run in np.split(unequal, np.flatnonzero(np.diff(unequal) > 1) + 1):
+        if len(run):
+            first, last = int(run[0]) * BLOCK_BYTES, int(run[-1] + 1) * BLOCK_BYTES
+            yield max(first, begin) - begin, min(last, end) - begin
+
+
+def rows_of(offsets: tuple[int, ...], sizes: tuple[int, ...], begin: int, end: int) -> Box:
+    """Return the box of the rows of a chunk that hold its elements from `begin` to `end`."""
+    if not sizes:
+        return offsets, sizes
+    width = math.prod(sizes[1:])
+    low, high = begin // width, -(-end // width)
+    return (offsets[0] + low, *offsets[1:]), (high - low, *sizes[1:])
 
 
 def differences(
@@ -200,15 +225,18 @@ def differences(
 ) -> tuple[int, float]:
     """Return the number of different elements of two tensors of one dtype and shape, and the
     largest absolute difference."""
-    size = a.element_size()
-    bits = [memory_view(each).reshape(-1).view(torch.uint8).reshape(-1, size) for each in (a, b)]
-    unequal = (bits[0] != bits[1]).any(dim=1)
+    integers = _INTEGERS[min(a.element_size(), 8)]
+    bits = [memory_view(each).reshape(-1).view(integers) for each in (a, b)]
+    unequal = bits[0] != bits[1]
+    if a.element_size() > 8:  # complex128
+        unequal = unequal.reshape(-1, 2).any(dim=1)
+        bits = [each.reshape(-1, 2) for each in bits]
     if not unequal.any():
         return 0, 0.0
     if a.dtype in OPAQUE:
         return int(unequal.sum()), 0.0
     wide = torch.complex128 if a.dtype.is_complex else torch.float64
-    x, y = (each.reshape(-1).to(wide)[unequal] for each in (a, b))
+    x, y = (each[unequal].reshape(-1).view(a.dtype).to(wide) for each in bits)
     gap = (x - y).abs()
     gap[x == y] = 0.0  # infinities
     integer = not (a.dtype.is_floating_point or a.dtype.is_complex)

@@ -34,6 +34,7 @@ class Target(ABC):
         self.path, self.overwrite, self.system = path, overwrite, system or System()
         self.temporary = ""
         self._writing = ExitStack()
+        self._write: AtomicWrite | None = None
 
     def begin(self, payloads: list[bytes]) -> bytes:
         """See Rewriting.begin."""
@@ -78,6 +79,7 @@ class Target(ABC):
 
     def commit(self, payloads: list[bytes]) -> bytes:
         """See Rewriting.commit."""
+        assert self._write is not None  # begin was called on this rank
         with translated(self.temporary):
             self.finish(self._write, payloads)
             self._writing.close()
@@ -91,8 +93,9 @@ class Target(ABC):
         """See Rewriting.abandon."""
         self._writing.__exit__(*sys.exc_info())
 
-    def close(self) -> None:  # noqa: B027 (optional)
+    def close(self) -> None:
         """See Rewriting.close."""
+        self._write = None  # it refers back to this target, and so to the source
 
 
 class Folder(Target):

@@ -296,7 +296,11 @@ def decode(
             remedy="upgrade shardckpt: a newer version wrote the checkpoint",
         )
 
-    return item(node)
+    try:
+        return item(node)
+    finally:
+        # They refer to each other, and so to the tensors.
+        item = tagged = None  # type: ignore[assignment]
 
 
 _ODD = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error)

@@ -73,7 +73,10 @@ def match_optimizer(context: MatchContext, optimizer: Optimizer, name: str) -> F
         value = context.build(at, like=packed)
         return lambda: packed if value is NOTHING else value
 
-    loaded = match(packed_state(optimizer, at=name), name)
+    try:
+        loaded = match(packed_state(optimizer, at=name), name)
+    finally:
+        match = None  # type: ignore[assignment]  # it refers to itself, and so to the state
 
     def finish() -> Optimizer:
         # New tensors outlive an inference_mode() of the caller.

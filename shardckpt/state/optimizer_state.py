@@ -186,7 +186,10 @@ def optimizer_state(optimizer: Optimizer, names: ParameterNames, *, at: str) -> 
             return type(packed)(map(named, packed))
         return packed
 
-    state = named(packed_state(optimizer, at=at))
+    try:
+        state = named(packed_state(optimizer, at=at))
+    finally:
+        named = None  # type: ignore[assignment]  # it refers to itself, and so to the optimizer
     if not isinstance(state, dict):
         raise StateError(
             "The state_dict of an optimizer is not a dict",
