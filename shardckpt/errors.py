@@ -73,6 +73,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def _in_a_line(name: str | None) -> str | None:
+    """Escape the line ends of a name, which could otherwise look like another fact."""
+    return None if name is None else str(name).replace("\n", "\\n")
+
+
 class ShardckptError(Exception):
     """The base class of all errors of shardckpt.
 
@@ -129,9 +134,9 @@ class ShardckptError(Exception):
 
     def __str__(self) -> str:
         facts = {
-            "path": self.path,
+            "path": _in_a_line(self.path),
             "rank": self.rank,
-            "tensor": self.tensor,
+            "tensor": _in_a_line(self.tensor),
             "expected": self.expected,
             "actual": self.actual,
             **self.facts,

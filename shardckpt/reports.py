@@ -226,7 +226,7 @@ class DiffReport:
 
     @property
     def equal(self) -> bool:
-        """Whether there are no differences."""
+        """Whether the checkpoints are equal."""
         return not (self.only_first or self.only_second or self.tensors or self.values)
 
 

@@ -316,6 +316,9 @@ def test_a_checkpoint_is_not_saved_inside_another_one(tmp_path):
         shardckpt.save({"n": 2}, outer / "step-2")
     assert sorted(os.listdir(tmp_path)) == ["step-1"]
     assert shardckpt.load_state(outer) == {"n": 1}
+    (tmp_path / "manifest.json").write_text('{"name": "of another program"}')
+    shardckpt.save({"n": 3}, tmp_path / "step-3")
+    assert shardckpt.load_state(tmp_path / "step-3") == {"n": 3}
 
 
 def test_per_rank_in_one_process(tmp_path):

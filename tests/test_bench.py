@@ -57,6 +57,18 @@ def test_ratios_and_verdicts(benchmarks):
     assert "| save (s) | 0.4 | 0.9 | 0.3 | 0.3 |" in benchmarks.as_markdown([row])
 
 
+def test_the_trainer_takes_as_many_steps_as_the_loop_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmarks import ranks, trainer
+
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(self))
+    found = trainer._job(ranks.Place(rank=0, world_size=1), 3, 1)
+    assert set(found.samples) == {"raw, a loop by hand", "shardckpt"}
+    assert not found.failures
+    assert [steps.count(optimizer) for optimizer in dict.fromkeys(steps)] == [6, 6]
+
+
 def test_a_wrong_value_is_seen(benchmarks):
     from benchmarks.states import Check
 

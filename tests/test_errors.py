@@ -120,3 +120,8 @@ def test_the_entries_of_a_mismatch_are_attributes():
     assert error.missing is None
     again = pickle.loads(pickle.dumps(error))
     assert again.wrong_shape == error.wrong_shape
+
+
+def test_a_line_end_in_a_name_does_not_make_another_fact():
+    text = str(errors.StateError("Bad", path="run\n  remedy: none", tensor="w\n  path: x"))
+    assert text.splitlines() == ["Bad", r"  path: run\n  remedy: none", r"  tensor: w\n  path: x"]

@@ -19,7 +19,7 @@ from shardckpt.config import Options
 PACKAGE = Path(shardckpt.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "_version"},
+    {"errors", "torch_compat", "_version"},
     {"config", "logs", "reports"},
     {"format", "io"},
     {"state"},

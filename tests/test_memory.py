@@ -58,7 +58,7 @@ found["load_state"] = peak_of(lambda: shardckpt.load_state(f"{folder}/c"))
 state = shardckpt.load_state(f"{folder}/c")
 parts, copies = writer.contiguous_parts, []
 def copying(tensor):
-    copies.extend((tensor.clone(), tensor.clone()))
+    copies.extend(tensor.clone() for _ in range(4))
     return parts(copies[-1])
 writer.contiguous_parts, writer.plain_address = copying, lambda tensor: 0
 found["planted copies"] = peak_of(lambda: shardckpt.save(state, f"{folder}/d"))
@@ -83,7 +83,7 @@ def test_save_and_load_stay_within_buffers(tmp_path):
     for call in ("save", "load", "disk", "rows"):
         assert found[call] < BUFFERS_BYTES, found
     assert found["load_state"] < STATE_BYTES + BUFFERS_BYTES, found
-    # The measure is one: a save that copies the state, twice, is seen to take all that.
+    # The measure is one: a save that keeps copies of the state is seen to take all that.
     assert found["planted copies"] > STATE_BYTES + BUFFERS_BYTES, found
 
 

@@ -13,6 +13,7 @@ from benchmarks.saving import save, save_replicated
 from benchmarks.small import small
 from benchmarks.stores import store
 from benchmarks.table import Row
+from benchmarks.trainer import trainer
 from benchmarks.training import blocked, train
 
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
@@ -26,6 +27,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "small": small,
     "async": blocked,
     "train": train,
+    "trainer": trainer,
     "frozen": frozen,
     "planning": planning,
     "store": store,

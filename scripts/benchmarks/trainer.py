@@ -1,102 +1,91 @@
-"""What NNHandler.train costs a step, beside a bare loop over the same loader; one rank and two.
-
-    PYTHONPATH=scripts:. python -m benchmarks.trainer [--steps 300] [--rounds 9]
-
-Epochs of the bare loop and of the trainer take turns, so that both see the machine in one state.
-"""
+"""A case for NNHandler.train: its steps beside those of a loop written by hand."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.bench import Bench
+from benchmarks.ranks import Place
+from benchmarks.rounds import RAW, Contestant, Results, compete
+from benchmarks.table import Row, Target, row
 from shardckpt import NNHandler
-from tests.ranks import run_ranks
 
-BATCH, WIDTH = 64, 256
+_STEPS, _BATCH, _WIDTH = 1000, 64, 256
+_BY_HAND = f"{RAW}, a loop by hand"
 
 
-class Net(nn.Sequential):
+class _Net(nn.Sequential):
     """A tiny model: a step takes a millisecond or two."""
 
     def __init__(self) -> None:
-        layers = [nn.Linear(WIDTH, WIDTH), nn.ReLU()] * 3
-        super().__init__(*layers, nn.Linear(WIDTH, 10))
+        layers = [layer for _ in range(3) for layer in (nn.Linear(_WIDTH, _WIDTH), nn.ReLU())]
+        super().__init__(*layers, nn.Linear(_WIDTH, 10))
 
 
-def bare_loop(loader: DataLoader, ranks: int) -> Callable[[], None]:
-    """An epoch as people write it by hand."""
-    model: nn.Module = Net()
-    if ranks > 1:
+def _by_hand(place: Place, dataset: TensorDataset) -> Callable[[], object]:
+    model: nn.Module = _Net()
+    if place.world_size > 1:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.001)
     loss_fn = nn.CrossEntropyLoss()
+    loader = DataLoader(dataset, batch_size=_BATCH)
 
-    def epoch() -> None:
+    def epoch() -> float:
         total = torch.zeros(())
         for inputs, targets in loader:
-            loss = loss_fn(model(inputs), targets)
             optimizer.zero_grad()
+            loss = loss_fn(model(inputs), targets)
             loss.backward()
             optimizer.step()
             total += loss.detach()
-        float(total)
+        return float(total)
 
     return epoch
 
 
-def trainer(dataset: TensorDataset) -> Callable[[], None]:
-    handler = NNHandler(Net, device="cpu")
+def _trained(place: Place, dataset: TensorDataset) -> Callable[[], object]:
+    whole = [
+        tensor.repeat(place.world_size, *[1] * (tensor.dim() - 1)) for tensor in dataset.tensors
+    ]
+    handler = NNHandler(_Net, device="cpu")
     handler.set_optimizer(torch.optim.AdamW, lr=0.001)
     handler.set_loss_fn(nn.CrossEntropyLoss())
-    handler.set_train_loader(dataset, batch_size=BATCH)
-    return lambda: handler.train(1, progress_bar=False) and None
+    handler.set_train_loader(TensorDataset(*whole), batch_size=_BATCH)
+    return lambda: handler.train(1, progress_bar=False)
 
 
-def measure(steps: int, rounds: int, ranks: int) -> list[float]:
-    """(bare, trained) milliseconds a step, each a median, and the median of their ratio."""
+def _job(place: Place, steps: int, rounds: int) -> Results:
     torch.set_num_threads(1)
-    if ranks == 1:
-        dist.destroy_process_group()
-    count = BATCH * steps
-    dataset = TensorDataset(torch.randn(count, WIDTH), torch.randint(0, 10, (count,)))
-    loader = DataLoader(dataset, batch_size=BATCH)
-    whole = TensorDataset(*(t.repeat(ranks, *[1] * (t.dim() - 1)) for t in dataset.tensors))
-    contestants = {"bare": bare_loop(loader, ranks), "trained": trainer(whole)}
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name, epoch in contestants.items():
-            if ranks > 1:
-                dist.barrier()
-            begun = time.perf_counter()
+    count = _BATCH * steps
+    dataset = TensorDataset(torch.randn(count, _WIDTH), torch.randint(0, 10, (count,)))
+
+    def measured(epoch: Callable[[], object]) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            start = time.perf_counter()
             epoch()
-            if number:  # the first one warms up
-                taken[name].append((time.perf_counter() - begun) / steps * 1000)
-    ratios = [b / a for a, b in zip(taken["bare"], taken["trained"], strict=True)]
-    return [*(statistics.median(times) for times in taken.values()), statistics.median(ratios)]
+            return {"step_seconds": (time.perf_counter() - start) / steps}
+
+        return run
+
+    epochs = {_BY_HAND: _by_hand(place, dataset), "shardckpt": _trained(place, dataset)}
+    contestants = [Contestant(name=name, run=measured(epoch)) for name, epoch in epochs.items()]
+    return compete(place, contestants, rounds=rounds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
+def trainer(bench: Bench) -> list[Row]:
+    """NNHandler.train beside a loop by hand (raw), with a tiny model: a step on 1 rank and on 2."""
+    rows = []
     for ranks in (1, 2):
-        found = run_ranks(ranks, measure, options.steps, options.rounds, ranks, timeout_s=600)
-        bare, trained, ratio = found[0]
-        print(
-            f"{ranks} ranks: bare loop {bare:.3f} ms a step, NNHandler {trained:.3f} ms, "
-            f"{100 * (ratio - 1):+.1f}%",
-            flush=True,
-        )
+        title = f"NNHandler.train: a step of a tiny model, {ranks} rank{'s' * (ranks > 1)}"
+        results = bench.run(title, ranks, _job_of_bench)
+        rows.append(row(title, "ms", results, Target(against=RAW, factor=1.05), of="step_seconds"))
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+def _job_of_bench(place: Place, bench: Bench) -> Results:
+    return _job(place, _STEPS, bench.rounds)

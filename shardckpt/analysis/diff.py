@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -44,8 +44,8 @@ def diff(
     """Compare two checkpoints of any format. Not collective.
 
     Two checkpoints of shardckpt are compared by the digests in their manifests: blocks with equal
-    digests are equal, and are not read. All else is read and compared by value. Two NaN are equal,
-    and so are 0.0 and -0.0. Elements may differ by `atol + rtol * abs(second)`.
+    digests are equal, and are not read. Everything else is read and compared by value. Two NaN are
+    equal, and so are 0.0 and -0.0. Elements may differ by `atol + rtol * abs(second)`.
 
     Args:
         first: A checkpoint, as `convert` takes it.
@@ -138,9 +138,9 @@ class _Comparison:
         other_entry = self.other.manifest.tensors[other_name]
         dtypes = DTYPES[entry.dtype], DTYPES[other_entry.dtype]
         shapes = entry.shape, other_entry.shape
-        elements, largest = 0, 0.0
         if dtypes[0] != dtypes[1] or shapes[0] != shapes[1]:
             return TensorDifference(dtypes=dtypes, shapes=shapes, elements=None, largest=None)
+        elements, largest = 0, 0.0
         for box in self.boxes(entry, other_entry):
             for offsets, sizes in pieces(self.one, name, *box):
                 a = self.one.read_box(name, offsets, sizes)
@@ -169,9 +169,9 @@ class _Comparison:
             return
         item = itemsize(entry.dtype)
         for row in rows:
-            offsets, sizes = tuple(row[3 : 3 + dims]), tuple(row[3 + dims :])
-            for begin, end in unequal_ranges(self.one, row, self.other, others[tuple(row[3:])]):
-                yield rows_of(offsets, sizes, begin // item, -(-end // item))
+            ranges = unequal_ranges(self.one, row, self.other, others[tuple(row[3:])])
+            elements = ((begin // item, -(-end // item)) for begin, end in ranges)
+            yield from row_boxes(tuple(row[3 : 3 + dims]), tuple(row[3 + dims :]), elements)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -211,13 +211,26 @@ def unequal_ranges(
             yield max(first, begin) - begin, min(last, end) - begin
 
 
-def rows_of(offsets: tuple[int, ...], sizes: tuple[int, ...], begin: int, end: int) -> Box:
-    """Return the box of the rows of a chunk that hold its elements from `begin` to `end`."""
-    if not sizes:
-        return offsets, sizes
+def row_boxes(
+    offsets: tuple[int, ...], sizes: tuple[int, ...], ranges: Iterable[tuple[int, int]]
+) -> Iterator[Box]:
+    """Yield boxes of rows that hold ranges of the elements of a chunk. No row is in two boxes.
+
+    Args:
+        offsets: The offset of the chunk in each dimension.
+        sizes: Its size in each dimension.
+        ranges: The begin and end of each range, in ascending order.
+    """
     width = math.prod(sizes[1:])
-    low, high = begin // width, -(-end // width)
-    return (offsets[0] + low, *offsets[1:]), (high - low, *sizes[1:])
+    done = 0  # rows
+    for begin, end in ranges:
+        if not sizes:
+            yield offsets, sizes
+            continue
+        low, high = max(begin // width, done), -(-end // width)
+        if low < high:
+            yield (offsets[0] + low, *offsets[1:]), (high - low, *sizes[1:])
+            done = high
 
 
 def differences(
@@ -240,7 +253,7 @@ def differences(
     gap = (x - y).abs()
     gap[x == y] = 0.0  # infinities
     integer = not (a.dtype.is_floating_point or a.dtype.is_complex)
-    close = (gap <= atol + rtol * y.abs()) | (x.isnan() & y.isnan())
+    close = (gap <= atol + rtol * y.abs()) & gap.isfinite() | (x.isnan() & y.isnan())
     if integer and not (rtol or atol):
         close[:] = False  # float64 can't tell all int64 apart
     gap = gap[~close]

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 
@@ -40,8 +41,8 @@ def merge(
 
     Tensors of floating-point and complex dtypes are averaged in float64, and saved with their
     dtype. Other tensors and values come from the first checkpoint; a PerRank value becomes a list
-    of the values of all ranks. Memory: a few buffers for each
-    checkpoint; for the target "torch" the full state.
+    of the values of all ranks. Memory: a few buffers for each checkpoint; for the target "torch"
+    the full state.
 
     Args:
         sources: Two or more checkpoints, as `convert` takes them, with the same tensors.
@@ -73,36 +74,35 @@ def merge(
         >>> shardckpt.load_state("run/average")["w"]
         tensor([2., 2.])
     """
-    shares = _shares(sources, weights)
+    shares, place = _shares(sources, weights), resolve(target, storage)
     with ExitStack() as stack:
         opened: list[Source] = []
         for path in sources:
             source = open_source(path, keys=keys, rename=rename, storage=storage)
             stack.callback(source.close)
             opened.append(source)
-        merged = _merged(opened, shares)
         return convert_source(
-            merged,
-            resolve(target, storage).path,
+            _merged(opened, shares),
+            place.path,
             to=to,
             shards=shards,
             file_bytes=None,
             overwrite=overwrite,
-            storage=resolve(target, storage).storage,
+            storage=place.storage,
             progress=progress,
         )
 
 
 def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
     """Check the arguments, and return the share of each source in the average."""
-    if isinstance(sources, str) or len(sources) < 2:
+    if isinstance(sources, str) or not isinstance(sources, Sequence) or len(sources) < 2:
         raise StateError(
             "Too few checkpoints to merge",
             expected="a list of two paths or more",
             actual=repr(sources),
             remedy="pass several paths",
         )
-    given = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
+    given = [1.0] * len(sources) if weights is None else _numbers(weights)
     total = sum(given)
     if len(given) != len(sources) or not math.isfinite(total) or not total:
         raise StateError(
@@ -114,32 +114,54 @@ def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[fl
     return [weight / total for weight in given]
 
 
+def _numbers(weights: Any) -> list[float]:
+    """Return the weights as floats. Returns no weights if one is not a number."""
+    try:
+        return [] if isinstance(weights, str) else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        return []
+
+
 def _merged(sources: Sequence[Source], shares: Sequence[float]) -> Foreign:
     first, *others = sources
     tensors = {}
-    for name, entry in first.manifest.tensors.items():
-        dtype = DTYPES[entry.dtype]
-        for other in others:
-            found = other.manifest.tensors.get(name)
-            if found is None or found.shape != entry.shape:
+    names = dict.fromkeys(name for source in sources for name in source.manifest.tensors)
+    for name in names:
+        forms = [_form(source, name) for source in sources]
+        for other, form in zip(others, forms[1:], strict=True):
+            if form != forms[0]:
                 raise LoadMismatchError(
                     "The checkpoints do not have the same tensors",
                     path=other.path,
                     tensor=name,
-                    expected=f"shape {list(entry.shape)}, as in {first.path}",
-                    actual="no such tensor" if found is None else f"shape {list(found.shape)}",
+                    expected=f"{forms[0]}, as in {first.path}",
+                    actual=form,
                     remedy="choose the tensors with keys=, or give them equal names with rename=",
                 )
-        averaged = (dtype.is_floating_point or dtype.is_complex) and dtype not in OPAQUE
-        read = (
-            functools.partial(_average, sources, shares, name)
-            if averaged
-            else functools.partial(first.read_box, name)
-        )
+        entry = first.manifest.tensors[name]
+        dtype = DTYPES[entry.dtype]
+        read = functools.partial(first.read_box, name)
+        if (dtype.is_floating_point or dtype.is_complex) and dtype not in OPAQUE:
+            read = functools.partial(_average, sources, shares, name)
         tensors[name] = LazyTensor(dtype, entry.shape, read)
     paths = ", ".join(source.path for source in sources)
     tree = plain_tree(first.manifest, first.manifest.state)
     return Foreign(paths, "a merge", tree, tensors, identity=(paths, shares))
+
+
+def _form(source: Source, name: str) -> str:
+    """Return what must be equal for an average, as text."""
+    entry = source.manifest.tensors.get(name)
+    if entry is None:
+        return "no such tensor"
+    dtype = DTYPES[entry.dtype]
+    if dtype in OPAQUE:
+        kind = entry.dtype
+    elif dtype.is_complex:
+        kind = "complex"
+    else:
+        kind = "floating-point" if dtype.is_floating_point else "integer"
+    return f"{kind} elements of shape {list(entry.shape)}"
 
 
 def _average(

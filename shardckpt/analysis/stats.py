@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def stats(
         keys: The names of the tensors; see `load`.
         rename: New names; see `load`.
         storage: See `save`.
-        progress: Called with the bytes read so far, from several threads.
+        progress: Called with the bytes read so far.
 
     Returns:
         The statistics by name, in the order of the checkpoint.
@@ -63,18 +64,15 @@ def stats(
             for name, saved_name in tensors_of(saved).items()
             if DTYPES[source.manifest.tensors[saved_name].dtype] not in OPAQUE
         }
-        read_bytes = 0
-
-        def measure(saved_name: str) -> TensorStats:
-            nonlocal read_bytes
-            found = _measure(source, saved_name)
-            read_bytes += source.manifest.tensors[saved_name].size_bytes
-            progress(read_bytes)
-            return found
-
+        measure = functools.partial(_measure, source)
         threads = (os.cpu_count() or 1) if isinstance(source, Checkpoint) else 1
+        found, read_bytes = {}, 0
         with ThreadPoolExecutor(threads, "shardckpt-stats") as pool:
-            return dict(zip(names, pool.map(measure, names.values()), strict=True))
+            for name, one in zip(names, pool.map(measure, names.values()), strict=True):
+                found[name] = one
+                read_bytes += source.manifest.tensors[names[name]].size_bytes
+                progress(read_bytes)
+        return found
 
 
 def _measure(source: Source, name: str) -> TensorStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from shardckpt.cli.parameters import FORMAT, JSON, KEYS, OVERWRITE, RENAME
 from shardckpt.cli.progress import count_text, progress_bar
 from shardckpt.convert.convert import open_source
 from shardckpt.errors import LoadMismatchError, StateError, printable
+from shardckpt.format.dtypes import OPAQUE
 from shardckpt.reports import DiffReport, TensorDifference, TensorStats
 from shardckpt.storage.atomic_write import write_file
 from shardckpt.storage.paths import local_path
@@ -98,10 +100,10 @@ def _stats_row(name: str, one: TensorStats) -> tuple[str, ...]:
 
 
 def _cat(options: SimpleNamespace) -> None:
-    found = _SLICE.fullmatch(options.tensor)
-    name, text = found.groups() if found else (options.tensor, None)
     with open_source(options.path) as source:
         names = tensors_of(saved_entries(source))
+        found = None if options.tensor in names else _SLICE.fullmatch(options.tensor)
+        name, text = found.groups() if found else (options.tensor, None)
         if name not in names:
             raise LoadMismatchError(
                 "The checkpoint has no such tensor",
@@ -114,13 +116,27 @@ def _cat(options: SimpleNamespace) -> None:
         shape = source.manifest.tensors[names[name]].shape
         offsets, sizes, index = _box(name, shape, text)
         tensor = source.read_box(names[name], offsets, sizes)[index]
-    array = (tensor if tensor.dtype in _NUMPY else tensor.to(torch.float32)).numpy()
+    array = _as_numpy(tensor, name)
     if options.npy is not None:
         file = io.BytesIO()
         np.save(file, array, allow_pickle=False)
         write_file(local_path(options.npy), file.getvalue(), overwrite=options.overwrite)
     else:
         print(np.array2string(array, threshold=sys.maxsize if options.all else 1000))
+
+
+def _as_numpy(tensor: torch.Tensor, name: str) -> Any:
+    if tensor.dtype in OPAQUE:
+        raise StateError(
+            "A tensor of this dtype can't be printed",
+            tensor=name,
+            expected="a dtype that converts to float32",
+            actual=_dtype(tensor.dtype),
+            remedy="read it with shardckpt.load_state",
+        )
+    if tensor.dtype not in _NUMPY:
+        tensor = tensor.to(torch.complex64 if tensor.dtype.is_complex else torch.float32)
+    return tensor.numpy()
 
 
 _NUMPY = {
@@ -189,6 +205,7 @@ def _merge(options: SimpleNamespace) -> None:
             weights=options.weights,
             to=options.format,
             keys=options.keys,
+            rename=dict(options.rename) if options.rename else None,
             overwrite=options.overwrite,
             progress=bar.reach,
         )
@@ -199,14 +216,15 @@ def _merge(options: SimpleNamespace) -> None:
 
 
 def _plain(node: Any) -> Any:
-    """Return a node of JSON: dtypes and other values as text."""
+    """Return a node of JSON: dtypes, NaN, infinities and other values as text."""
     if isinstance(node, dict):
         return {str(key): _plain(item) for key, item in node.items()}
     if isinstance(node, (list, tuple)):
         return [_plain(item) for item in node]
     if isinstance(node, torch.dtype):
         return _dtype(node)
-    return node if node is None or isinstance(node, (bool, int, float, str)) else repr(node)
+    exact = isinstance(node, (bool, int, str)) or (isinstance(node, float) and math.isfinite(node))
+    return node if node is None or exact else repr(node)  # JSON lacks NaN and infinities
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -257,7 +275,7 @@ COMMANDS = (
         "cat",
         _cat,
         "Print a tensor, or a slice of it, such as `model.weight[0:8, -1]`. Dtypes that numpy "
-        "lacks are converted to float32.",
+        "lacks are converted to float32 or complex64.",
         [
             *_paths("path", "tensor"),
             click.Option(["--all"], is_flag=True, help="Print more than 1,000 elements."),
@@ -280,6 +298,7 @@ COMMANDS = (
             ),
             FORMAT,
             KEYS,
+            RENAME,
             OVERWRITE,
             JSON,
         ],

@@ -133,7 +133,7 @@ def _prune(options: SimpleNamespace) -> None:
     saved = manager.checkpoints()
     if not saved:
         raise NotACheckpointError(
-            "There are no checkpoints of a CheckpointManager in this folder",
+            "This folder holds no checkpoints of a CheckpointManager",
             path=folder,
             remedy="remove single checkpoints with `shardckpt rm`",
         )

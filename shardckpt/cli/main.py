@@ -23,7 +23,13 @@ from shardckpt.cli.inspect import facts, page
 from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.parameters import JOBS, JSON, KEYS, OVERWRITE, SUBSET, separate
 from shardckpt.cli.progress import count_text, progress_bar, size_text
-from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError, printable
+from shardckpt.errors import (
+    CorruptionError,
+    NotACheckpointError,
+    ShardckptError,
+    StorageError,
+    printable,
+)
 from shardckpt.maintenance.rescue import explain_manifest, rescue
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.maintenance.verify import verify_shards
@@ -64,7 +70,8 @@ def _run(
 ) -> int:
     try:
         code = body(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None if the caller has closed it
+            sys.stdout.flush()
     except ShardckptError as error:
         if options.rank:  # rank 0 prints the same error
             return error.exit_code
@@ -74,9 +81,19 @@ def _run(
             print(printable(_checkpoints_below(error.path)), end="", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _drop_output()
         return 0
+    except OSError as error:  # all other errors of files are ShardckptErrors
+        _drop_output()
+        text = f"The output can't be written: {error.strerror}"
+        print(f"shardckpt {options.command}: StorageError: {text}", file=sys.stderr)
+        return StorageError.exit_code
     return code or 0
+
+
+def _drop_output() -> None:
+    """Let the flush at exit succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _with_options(text: str, parameters: Sequence[click.Parameter]) -> str:

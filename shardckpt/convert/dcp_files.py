@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -47,6 +47,7 @@ from shardckpt.storage.atomic_write import AtomicWrite, stream_to
 from shardckpt.storage.deletion import exists
 from shardckpt.storage.local import LocalFile
 from shardckpt.storage.posix import System
+from shardckpt.torch_compat import storage_info
 
 __all__ = ["DcpFolder"]
 
@@ -158,7 +159,7 @@ class DcpFolder(Folder):
             WriteResult(
                 index=MetadataIndex(w.name, None if w.offset is None else torch.Size(w.offset)),
                 size_in_bytes=w.size_bytes,
-                storage_data=_StorageInfo(w.file, w.begin, w.size_bytes),
+                storage_data=storage_info(w.file, offset=w.begin, length=w.size_bytes),
             )
             for payload in payloads
             for w in msgspec.msgpack.decode(payload, type=list[_Written])

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
+from shardckpt.torch_compat import storage_info
 
 __all__ = ["ReadMetadata", "parse_metadata"]
 
@@ -46,7 +46,7 @@ def parse_metadata(data: Readable) -> ReadMetadata:
     if not {"state_dict_metadata", "storage_data"} <= facts.keys():
         raise TypeError(f"{name} in place of Metadata")
     writer = None if name == f"{Metadata.__module__}.Metadata" else name
-    known = {item.name for item in fields(Metadata)}
+    known = {item.name for item in fields(Metadata)} | {"version"}
     unknown = {
         f".metadata: {extra}": f"of {writer or 'a newer torch'}, not of the state"
         for extra in sorted(map(str, facts.keys() - known))
@@ -69,7 +69,6 @@ def parse_metadata(data: Readable) -> ReadMetadata:
         storage_data={
             _index(index): _place(place) for index, place in _dict(facts["storage_data"]).items()
         },
-        version=facts.get("version"),
     )
     return ReadMetadata(metadata, writer, unknown)
 
@@ -142,10 +141,10 @@ def _index(node: Any) -> MetadataIndex:
     return MetadataIndex(_text(facts.get("fqn")), None if offset is None else _sizes(offset))
 
 
-def _place(node: Any) -> _StorageInfo:
+def _place(node: Any) -> Any:
     facts = _facts(node, "_StorageInfo")
-    return _StorageInfo(
-        relative_path=_text(facts.get("relative_path")),
+    return storage_info(
+        _text(facts.get("relative_path")),
         offset=_number(facts.get("offset")),
         length=_number(facts.get("length")),
     )

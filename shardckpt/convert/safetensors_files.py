@@ -36,7 +36,7 @@ from shardckpt.convert.torch_sources import Index
 from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
 from shardckpt.format import typed_json as values
-from shardckpt.format.dtypes import DTYPES, plain_dtype
+from shardckpt.format.dtypes import DTYPES, check_supported, plain_dtype
 from shardckpt.format.safetensors_header import build_header
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.maintenance.parallel_write import NewFile, joined_parts, write_together
@@ -127,6 +127,7 @@ def _tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         part = file.get_slice(name)
         dtype = DTYPES.get(part.get_dtype())
         if dtype is None:
+            check_supported(part.get_dtype(), tensor=name, path=path)
             raise NotACheckpointError(
                 "A tensor has a dtype that torch does not support",
                 path=path,

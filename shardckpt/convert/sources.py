@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from shardckpt.convert.layouts import left_beside
+from shardckpt.errors import LoadMismatchError
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
@@ -148,13 +149,21 @@ def _cut(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...])
 class Selected(AbstractContextManager["Selected"]):
     """The entries of a source that `keys` select, with names that `rename` changes; see load.
 
-    Raises LoadMismatchError if a key or a prefix names no entry, StateError if two names become
-    equal.
+    Raises LoadMismatchError if a key or a prefix names no entry or nothing is selected, StateError
+    if two names become equal.
     """
 
     def __init__(self, source: Source, *, keys: Select = None, rename: Rename = None) -> None:
         saved = SavedState(source.manifest, keys=keys, rename=rename)
         saved.check_used(path=source.path)
+        if not saved.leaves:
+            raise LoadMismatchError(
+                "No entry of this checkpoint is selected",
+                path=source.path,
+                expected="keys= that selects an entry",
+                actual=repr(keys),
+                remedy="list all names with `shardckpt inspect`",
+            )
         refs = {name: node for name, node in saved.leaves.items() if isinstance(node, TensorRef)}
         self.path, self.source = source.path, source
         self._names: dict[str, str] = {}  # name in the source -> name here

@@ -22,6 +22,7 @@ Keys below the id of an operation, which is unique:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -43,6 +44,7 @@ from shardckpt.coordination.rendezvous import decide, follow, never_called, too_
 from shardckpt.coordination.store_connection import StoreConnections
 from shardckpt.coordination.store_keys import all_there, batches, get_many, set_many
 from shardckpt.errors import RankFailedError, StalledError
+from shardckpt.torch_compat import clone_store, group_store
 
 __all__ = ["StoreCoordinator", "store_coordinator"]
 
@@ -68,7 +70,7 @@ def store_coordinator(
     channel run one after another.
     """
     if group not in _connections:
-        _connections[group] = StoreConnections(group.get_group_store().clone)
+        _connections[group] = StoreConnections(functools.partial(clone_store, group_store(group)))
         weakref.finalize(group, _connections[group].close)
     return _operation(
         _connections[group],

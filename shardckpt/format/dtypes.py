@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from shardckpt.errors import UnsupportedLeafError
+from shardckpt.errors import CheckpointError, UnsupportedLeafError
+from shardckpt.torch_compat import find_dtype
 
 __all__ = [
     "COMPLEX",
@@ -15,46 +16,52 @@ __all__ = [
     "NOT_COPYABLE",
     "OPAQUE",
     "SAVED",
+    "check_supported",
     "dtype_name",
     "itemsize",
     "memory_dtype",
     "memory_view",
     "plain_dtype",
     "shard_form",
+    "torch_dtype",
 ]
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "C32": torch.complex32,
-    "C128": torch.complex128,
-    "F4X2": torch.float4_e2m1fn_x2,
-    "BITS8": torch.bits8,
-    "BITS16": torch.bits16,
-    "BITS1X8": torch.bits1x8,
-    "BITS2X4": torch.bits2x4,
-    "BITS4X2": torch.bits4x2,
-    **{f"UINT{bits}": getattr(torch, f"uint{bits}") for bits in range(1, 8)},
-    **{f"INT{bits}": getattr(torch, f"int{bits}") for bits in range(1, 8)},
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "C32": "complex32",
+    "C128": "complex128",
+    "F4X2": "float4_e2m1fn_x2",
+    "BITS8": "bits8",
+    "BITS16": "bits16",
+    "BITS1X8": "bits1x8",
+    "BITS2X4": "bits2x4",
+    "BITS4X2": "bits4x2",
+    **{f"UINT{bits}": f"uint{bits}" for bits in range(1, 8)},
+    **{f"INT{bits}": f"int{bits}" for bits in range(1, 8)},
 }
-"""Name -> torch dtype. The names are those of safetensors, if it has the dtype."""
+"""Name -> name in torch. The names are those of safetensors, if it has the dtype."""
+
+_FOUND = {name: find_dtype(torch_name) for name, torch_name in _TORCH_NAMES.items()}
+DTYPES = {name: dtype for name, dtype in _FOUND.items() if dtype is not None}
+"""Name -> torch dtype, for the dtypes that the installed torch has."""
 
 SAVED = frozenset(DTYPES.values())
 """The torch dtypes that can be saved."""
@@ -87,6 +94,38 @@ def dtype_name(dtype: torch.dtype, *, tensor: str) -> str:
             remedy="save tensor.view(torch.uint8), or tensor.dequantize()",
         )
     return name
+
+
+def check_supported(name: str, *, tensor: str, path: str) -> None:
+    """Raise CheckpointError for a dtype of the format that the installed torch does not have."""
+    if name in _TORCH_NAMES and name not in DTYPES:
+        raise _lacking(_TORCH_NAMES[name], tensor, path)
+
+
+def torch_dtype(torch_name: str) -> torch.dtype:
+    """Return the dtype that torch calls by this name, for a value of a state.
+
+    Raises:
+        CheckpointError: The installed torch does not have it, but later versions do.
+        KeyError: There is no such dtype.
+    """
+    found = find_dtype(torch_name)
+    if found is not None:
+        return found
+    if torch_name in _TORCH_NAMES.values():
+        raise _lacking(torch_name)
+    raise KeyError(torch_name)
+
+
+def _lacking(torch_name: str, tensor: str | None = None, path: str | None = None) -> Exception:
+    return CheckpointError(
+        "The installed torch lacks a dtype of this checkpoint",
+        path=path,
+        tensor=tensor,
+        expected=f"a torch with {torch_name}",
+        actual=f"torch {torch.__version__}",
+        remedy="install a later torch, and load or convert the checkpoint there",
+    )
 
 
 def itemsize(name: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from shardckpt.errors import CorruptionError, StateError
-from shardckpt.format.dtypes import DTYPES, itemsize, shard_form
+from shardckpt.format.dtypes import DTYPES, check_supported, itemsize, shard_form
 
 __all__ = [
     "HEADER_ALIGN",
@@ -142,6 +142,7 @@ def parse_header(
     tensors = []
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = (offset + size for offset in entry.data_offsets)
+        check_supported(entry.dtype, tensor=name, path=path)
         if not _known(entry.dtype) or any(n < 0 for n in entry.shape) or len(entry.shape) > 64:
             raise _broken(path, "a known dtype and a shape", f"{entry.dtype} {entry.shape}", name)
         volume = math.prod(entry.shape) * itemsize(entry.dtype)

@@ -38,6 +38,7 @@ from shardckpt.errors import (
     FormatVersionError,
     UnsupportedLeafError,
 )
+from shardckpt.format.dtypes import torch_dtype
 
 __all__ = [
     "FORMS",
@@ -640,7 +641,12 @@ FORMS: tuple[Form, ...] = (
         _numpy_dtype_body,
         _text(_numpy_dtype),
     ),
-    _torch(torch.dtype),
+    Form(
+        "$dtype",
+        torch.dtype,
+        lambda value, at: str(value).removeprefix("torch."),
+        _text(torch_dtype),
+    ),
     _torch(torch.memory_format),
     _torch(torch.layout),
     _torch(torch.qscheme),

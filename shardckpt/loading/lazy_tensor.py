@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import xxhash
-from torch.utils._pytree import tree_map_only  # semi-public; tried with torch 2.13
 
 from shardckpt.errors import CheckpointError
 from shardckpt.format.dtypes import DTYPES
@@ -19,6 +18,7 @@ from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.storage.base import CheckpointFiles, OnFilled
 from shardckpt.storage.cache import cached
+from shardckpt.torch_compat import map_instances, wrapper_tensor
 
 __all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
 
@@ -131,9 +131,7 @@ class DiskTensor(torch.Tensor):
         cls, files: MappedFiles, manifest: Manifest, name: str, entry: TensorEntry
     ) -> DiskTensor:
         """Create a tensor without memory, of the saved shape and dtype."""
-        made: DiskTensor = torch.Tensor._make_wrapper_subclass(
-            cls, entry.shape, dtype=DTYPES[entry.dtype]
-        )
+        made: DiskTensor = wrapper_tensor(cls, entry.shape, DTYPES[entry.dtype])
         return made
 
     def __init__(
@@ -176,5 +174,5 @@ class DiskTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = tree_map_only(DiskTensor, DiskTensor.read, (args, kwargs or {}))
+        args, kwargs = map_instances(DiskTensor, DiskTensor.read, (args, kwargs or {}))
         return func(*args, **kwargs)

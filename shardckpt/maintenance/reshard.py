@@ -30,6 +30,8 @@ from shardckpt.storage.base import Storage, WriteTransaction
 
 __all__ = ["Rewriting", "even_plan", "reshard", "rewrite"]
 
+_MOST_SHARDS = 1 << 16  # more files than any job has ranks
+
 
 def reshard(
     source: Source,
@@ -92,8 +94,10 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
     """Return the plan of a rank that holds all entries, and the global plan of `shards` such
     ranks.
     """
-    if shards < 1:
-        raise StateError("Invalid number of shards", expected="1 or more", actual=shards)
+    if not (isinstance(shards, int) and 1 <= shards <= _MOST_SHARDS):
+        raise StateError(
+            "Invalid number of shards", expected=f"from 1 to {_MOST_SHARDS:,}", actual=repr(shards)
+        )
     tensors = source.manifest.tensors
     specs = tuple(TensorSpec(name, entry.dtype, entry.shape) for name, entry in tensors.items())
     everything = LocalPlan(

@@ -69,7 +69,7 @@ def ranked(
 ) -> list[SavedCheckpoint]:
     """Sort the checkpoints that have the metric `monitor`, best first.
 
-    Of equal ones, the newest comes first. A metric that is NaN counts as missing.
+    The newest of several equal checkpoints comes first. A metric that is NaN counts as missing.
     """
     known = [c for c in saved if not math.isnan(c.metrics.get(monitor, math.nan))]
     sign = 1 if mode == "min" else -1

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,7 +17,17 @@ from torch import nn
 from shardckpt.errors import StateError
 from shardckpt.nn_handler.training_state import TrainingState
 
-__all__ = ["Result", "batch_size", "call_model", "forward", "joined", "split", "to_device"]
+__all__ = [
+    "Result",
+    "Several",
+    "batch_size",
+    "binds",
+    "call_model",
+    "forward",
+    "joined",
+    "split",
+    "to_device",
+]
 
 
 @dataclass(slots=True)
@@ -91,8 +102,8 @@ def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:
         return batch, batch
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
-    if isinstance(batch, (tuple, list)) and len(batch) > 2 and _binds(module, batch[:-1], {}):
-        return tuple(batch[:-1]), batch[-1]
+    if isinstance(batch, (tuple, list)) and len(batch) > 2 and binds(module, batch[:-1]):
+        return Several(batch[:-1]), batch[-1]
     raise StateError(
         "A batch has an unknown form",
         expected="(inputs, targets), (input, ..., targets) or a dict",
@@ -103,28 +114,48 @@ def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:
     )
 
 
+class Several(tuple[Any, ...]):
+    """Inputs that the model takes one by one."""
+
+
 def call_model(model: nn.Module, inputs: Any, module: nn.Module) -> Any:
     """Call the model.
 
     A dict whose keys are parameters of forward is passed by name. The items of a tuple are passed
     one by one if forward does not take one argument.
     """
-    names = inspect.signature(module.forward).parameters
     if isinstance(inputs, Mapping):
+        names = _signature(module).parameters
         own = {key: item for key, item in inputs.items() if key in names}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
         given = inputs if own and takes_any else own
-        if own and _binds(module, (), given):
+        if own and binds(module, (), given):
             return model(**given)
+    if type(inputs) is Several:
+        return model(*inputs)
     plain = type(inputs) in (tuple, list)
-    if plain and not _binds(module, (inputs,), {}) and _binds(module, inputs, {}):
+    if plain and not binds(module, (inputs,)) and binds(module, inputs):
         return model(*inputs)
     return model(inputs)
 
 
-def _binds(module: nn.Module, args: Any, kwargs: Any) -> bool:
+_signatures: WeakKeyDictionary[nn.Module, tuple[Any, inspect.Signature]] = WeakKeyDictionary()
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """The signature of a module's forward, kept because it takes longer than a small layer."""
+    function = getattr(module.forward, "__func__", None)
+    if function is None:  # an attribute of the instance
+        return inspect.signature(module.forward)
+    if module not in _signatures or _signatures[module][0] is not function:
+        _signatures[module] = function, inspect.signature(module.forward)
+    return _signatures[module][1]
+
+
+def binds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether the forward of a module takes these arguments."""
     try:
-        inspect.signature(module.forward).bind(*args, **kwargs)
+        _signature(module).bind(*args, **(kwargs or {}))
     except TypeError:
         return False
     return True

@@ -32,7 +32,7 @@ class EarlyStopping(Callback):
         min_delta: The smallest improvement that counts.
 
     Raises:
-        StateError: `mode` is invalid; or, at the start of training, the metric never appears.
+        StateError: An argument is invalid; or, at the start of training, the metric never appears.
 
     Example:
         >>> from torch import nn
@@ -51,6 +51,12 @@ class EarlyStopping(Callback):
     ) -> None:
         if mode not in ("min", "max"):
             raise StateError("Invalid value for mode", expected='"min" or "max"', actual=repr(mode))
+        if type(patience) is not int or patience < 1 or not min_delta >= 0:
+            raise StateError(
+                "Invalid patience or min_delta",
+                expected="an int from 1, and a number from 0",
+                actual=f"patience={patience!r}, min_delta={min_delta!r}",
+            )
         self.monitor, self.mode = monitor, mode
         self.patience, self.min_delta = patience, min_delta
         self.best = math.inf if mode == "min" else -math.inf

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,7 +159,14 @@ class Components(TrainingState):
             for parameter in names
         }
         chosen, named = grouped(self.module, groups, loss, params=params, held=held, exact=exact)
-        optimizer = optimizer_class(chosen, **options)
+        with from_arguments("optimizer", optimizer_class):
+            optimizer = optimizer_class(chosen, **options)
+        if not hasattr(optimizer, "param_groups"):
+            raise StateError(
+                "The class of the optimizer made something else",
+                expected="an object with param_groups, as optimizers of torch are",
+                actual=type(optimizer).__name__,
+            )
         recipe = {"class": optimizer_class, "groups": named, "options": options}
         former = self.optimizations.get(name)
         made = Optimization(optimizer=optimizer, recipe=recipe)
@@ -204,18 +212,11 @@ class Components(TrainingState):
             'epoch'
         """
         check_class(scheduler_class, LRScheduler, "scheduler", "StepLR, step_size=10")
-        if not self.optimizations:
-            raise StateError("A scheduler needs an optimizer", remedy="call set_optimizer first")
-        if optimizer not in self.optimizations:
-            raise StateError(
-                "The handler has no optimizer of this name",
-                expected=", ".join(self.optimizations),
-                actual=repr(optimizer),
+        one = self._optimization(optimizer)
+        with from_arguments("scheduler", scheduler_class):
+            one.scheduler = Scheduler(
+                one.optimizer, scheduler_class, options, interval=interval, monitor=monitor
             )
-        one = self.optimizations[optimizer]
-        one.scheduler = Scheduler(
-            one.optimizer, scheduler_class, options, interval=interval, monitor=monitor
-        )
         self.note_rates()
 
     def set_loss_fn(
@@ -324,7 +325,9 @@ class Components(TrainingState):
             >>> handler.add_metric("accuracy", correct)
         """
         taken = ("loss", "epoch", "step")
-        if not name or name in taken or name == "lr" or name.startswith(("val_", "lr_")):
+        if not isinstance(name, str) or not name:
+            raise StateError("Invalid name of a metric", expected="a str", actual=repr(name))
+        if name in taken or name == "lr" or name.startswith(("val_", "lr_")):
             raise StateError("The name of this metric is taken", actual=repr(name))
         check_function(metric, "metric", f"add_metric({name!r}, metric)")
         if whole_epoch and not callable(metric):
@@ -379,8 +382,11 @@ class Components(TrainingState):
             >>> from torch.utils.data import TensorDataset
             >>> from shardckpt import NNHandler
             >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
-            >>> dataset = TensorDataset(torch.randn(8, 4), torch.randn(8, 2))
+            >>> handler.set_loss_fn(nn.MSELoss())
+            >>> dataset = TensorDataset(torch.ones(9, 4), torch.ones(9, 2))
             >>> handler.set_val_loader(dataset, batch_size=4)
+            >>> list(handler.evaluate())
+            ['loss']
         """
         self.val_data = ValData(data, loader_options, self.layout)
 
@@ -446,13 +452,18 @@ class Components(TrainingState):
         Args:
             seed: Rank r seeds its generators of torch, numpy and Python with seed + r.
 
+        Raises:
+            StateError: `seed` is not an int.
+
         Example:
             >>> from torch import nn
             >>> from shardckpt import NNHandler
             >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
             >>> handler.seed(7)
         """
-        self.seed_value = int(seed)
+        if type(seed) is not int:
+            raise StateError("Invalid seed", expected="an int", actual=repr(seed))
+        self.seed_value = seed
         seed_generators(self.seed_value + self.layout.data[0])
 
     def freeze_module(self, name: str, *, freeze: bool = True) -> None:
@@ -521,7 +532,7 @@ class Components(TrainingState):
             options: Options of the optimizer such as `lr` and `weight_decay`, for all groups.
 
         Raises:
-            StateError: The optimizer has no such option.
+            StateError: There is no such optimizer, or it has no such option.
 
         Example:
             >>> import torch
@@ -533,6 +544,7 @@ class Components(TrainingState):
             >>> handler.optimizer.param_groups[0]["lr"]
             0.003
         """
+        self._optimization(optimizer)
         self.hyperparameters.setdefault(optimizer, {}).update(options)
         self.apply_hyperparameters()
 
@@ -620,6 +632,19 @@ class Components(TrainingState):
     def use_device(self, device: torch.device) -> None:
         """Internal. Send inputs to another device."""
         self.layout = Layout(mode="none", device=device)
+
+
+@contextmanager
+def from_arguments(what: str, kind: Any) -> Iterator[None]:
+    """Turn an error of a constructor about its arguments into a StateError."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise StateError(
+            f"The {what} does not take these arguments",
+            expected=f"the arguments of {getattr(kind, '__name__', kind)}",
+            actual=f"{type(error).__name__}: {error}".partition("\n")[0],
+        ) from error
 
 
 def check_class(given: Any, base: type, what: str, example: str) -> None:

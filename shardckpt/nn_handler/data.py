@@ -100,7 +100,7 @@ class TrainData:
         self.sampler = EpochSampler(len(dataset), shuffle=shuffle, layout=layout)
         # A loader draws a number when it is iterated. Its own generator keeps this from changing
         # the random numbers of training.
-        self.loader = DataLoader(
+        self.loader = made_loader(
             dataset, sampler=self.sampler, generator=torch.Generator(), **options
         )
         if len(self.loader) == 0:
@@ -153,13 +153,25 @@ class TrainData:
         return self.sampler is not None
 
 
+def made_loader(dataset: Any, **options: Any) -> DataLoader[Any]:
+    """A DataLoader; StateError for options that it does not take."""
+    try:
+        return DataLoader(dataset, **options)
+    except (TypeError, ValueError) as error:
+        raise StateError(
+            "A DataLoader does not take these options",
+            expected="the arguments of torch.utils.data.DataLoader",
+            actual=f"{type(error).__name__}: {error}",
+        ) from error
+
+
 def as_it_is(data: Any, options: dict[str, Any], layout: Layout) -> Any:
     """A loader to use as it is. Warns if the ranks would use the same samples."""
     loader = data
     if _is_batches(data, options):
         loader = data
     elif isinstance(data, Dataset) or hasattr(data, "__getitem__"):
-        loader = DataLoader(data, **options)
+        loader = made_loader(data, **options)
     elif options:
         raise _with_options(data, options)
     if layout.data[1] > 1 and not any(map(_divides, _parts(loader))):
@@ -183,11 +195,17 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """A loader with its dataset, sampler and batch sampler, each once."""
-    inner = getattr(loader, "batch_sampler", None)
-    parts = [loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None)]
-    parts += [inner, getattr(inner, "sampler", None)]
-    found = {id(part): part for part in parts if part is not None}
+    """A loader with its samplers, its datasets and those inside of them, each once."""
+    found: dict[int, Any] = {}
+    waiting = [loader]
+    while waiting:
+        part = waiting.pop(0)
+        if part is None or id(part) in found:
+            continue
+        found[id(part)] = part
+        waiting += [getattr(part, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+        several = getattr(part, "datasets", ())  # of a ConcatDataset or a ChainDataset
+        waiting += several if isinstance(several, (list, tuple)) else ()
     return list(found.values())
 
 
@@ -251,7 +269,7 @@ def _is_batches(data: Any, options: dict[str, Any]) -> bool:
 def _check_data(data: Any, options: dict[str, Any]) -> None:
     if isinstance(data, DataLoader) and options:
         raise _with_options(data, options)
-    if isinstance(data, type) or not (
+    if isinstance(data, (type, str, bytes)) or not (
         isinstance(data, Dataset) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     ):
         raise StateError(
@@ -317,11 +335,12 @@ class ValData:
                 remedy="give other data, or leave the validation loader out",
             )
         batch_size = options.pop("batch_size", 1)
+        made_loader(dataset, batch_size=batch_size, **options)  # raises for invalid options
         for name in ("shuffle", "drop_last"):
             options.pop(name, None)
         batches = _EveryNth(len(dataset), batch_size, layout)
         self.counted, self.length = batches.counted, len(dataset)
-        self.loader = DataLoader(
+        self.loader = made_loader(
             dataset,
             batch_sampler=batches,
             generator=torch.Generator().manual_seed(0),

@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shardckpt.errors import StateError
+from shardckpt.nn_handler.parallel import reshard
 from shardckpt.state.module_state import canonical_names, module_state
+from shardckpt.torch_compat import foreach_copy
 
 __all__ = ["EMA", "check_decay"]
 
@@ -36,10 +38,16 @@ class EMA:
     its names are not those of the model.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Start from the weights of the model, or from averages that were saved."""
         check_decay(decay)
         self.decay = float(decay)
-        self.weights = {name: _copy(tensor) for name, tensor in _tensors(model).items()}
+        own = _tensors(model)
+        self.weights = {n: _copy(t) for n, t in own.items()} if weights is None else weights
+        if {n: t.shape for n, t in self.weights.items()} != {n: t.shape for n, t in own.items()}:
+            raise StateError("The averaged weights do not fit the model")
         self._tensors: list[torch.Tensor] = []  # for which the pairs below were found
         self._averaged: list[tuple[str, torch.Tensor]] = []
         self._copied: list[tuple[str, torch.Tensor]] = []
@@ -55,7 +63,7 @@ class EMA:
             averages, own = self._locals(self._averaged)
             get_ema_multi_avg_fn(self.decay)(averages, own, None)  # type: ignore[no-untyped-call]
         if self._copied:
-            torch._foreach_copy_(*self._locals(self._copied))
+            foreach_copy(*self._locals(self._copied))
 
     def _find_pairs(self, model: nn.Module) -> None:
         """Find the name of the average of each tensor of the model."""
@@ -63,6 +71,8 @@ class EMA:
         parameters = {names[raw] for raw, _ in model.named_parameters()}
         self._averaged, self._copied = [], []
         for name, tensor in _tensors(model).items():
+            if self.weights[name].shape != tensor.shape:  # a buffer that grows
+                self.weights[name] = _copy(tensor)
             averaged = name in parameters and tensor.is_floating_point()
             (self._averaged if averaged else self._copied).append((name, tensor))
 
@@ -83,6 +93,7 @@ class EMA:
             _fill(tensors, self.weights)
             yield
         finally:
+            reshard(model)  # otherwise the next forward pass uses the averages that it has gathered
             _fill(tensors, own)
 
 

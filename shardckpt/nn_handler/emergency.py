@@ -13,6 +13,7 @@ from torch import nn
 
 from shardckpt.config import current
 from shardckpt.errors import RankFailedError
+from shardckpt.torch_compat import change_count, group_store
 
 __all__ = ["BufferCopies", "Failure", "group_of_one", "is_echo", "meet"]
 
@@ -77,7 +78,7 @@ def meet(where: str, *, echo: bool, patient: bool) -> Failure:
 def _meet(where: str, *, echo: bool, patient: bool) -> Failure:
     group = dist.group.WORLD
     assert group is not None
-    store, own = group.get_group_store(), dist.get_rank()
+    store, own = group_store(group), dist.get_rank()
     begin = f"shardckpt/emergency/{next(_meetings)}"
     keys = {rank: f"{begin}/{rank}" for rank in range(dist.get_world_size())}
     store.set(keys[own], f"{where}\n{'echo' if echo else ''}")
@@ -127,7 +128,7 @@ class BufferCopies:
         """Copy the buffers that have changed. Called at a boundary."""
         for number, module in enumerate(self.modules):
             # the counter `num_batches_tracked` of a BatchNorm shows that its means have changed
-            versions = [(id(b), b._version) for b in module.buffers(recurse=False)]
+            versions = [(id(b), change_count(b)) for b in module.buffers(recurse=False)]
             if self.versions.get(number) != versions:
                 self.versions[number] = versions
                 named = module.named_buffers(recurse=False)

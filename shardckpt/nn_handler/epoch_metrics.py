@@ -119,7 +119,7 @@ class EpochSums:
         self._add(name, value, 1)
 
     def _add(self, name: str, value: Any, size: int) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + _number(value, name) * size
+        self.sums[name] = _plus(self.sums.get(name, 0.0), _number(value, name), size)
         self.counts[name] = self.counts.get(name, 0) + size
 
     def means(self) -> dict[str, float]:
@@ -175,10 +175,18 @@ def _detached(value: Any) -> Any:
     return value
 
 
+def _plus(total: Any, number: Any, size: int) -> Any:
+    """total + size * number; in float64, and on the device of a number that is a tensor."""
+    if not isinstance(number, torch.Tensor):
+        return total + number * size
+    wide = number.dtype if number.device.type == "mps" else torch.float64
+    total = torch.as_tensor(total, dtype=wide, device=number.device)
+    return torch.add(total, number, alpha=size)
+
+
 def _number(value: Any, name: str) -> Any:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
-        wide = value.detach().reshape(())
-        return wide if wide.device.type == "mps" else wide.double()
+        return value.detach().reshape(())
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:

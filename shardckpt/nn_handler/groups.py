@@ -43,7 +43,7 @@ def grouped(
             become the first group.
 
     Raises:
-        StateError: A group is empty, there is no group, or another optimizer holds a parameter.
+        StateError: A group is empty, no group is given, or another optimizer holds a parameter.
     """
     if isinstance(groups, Mapping):
         groups = [{"params": [prefix], **options} for prefix, options in groups.items()]
@@ -137,7 +137,7 @@ def _named(
     module: nn.Module, loss: nn.Module | None
 ) -> tuple[dict[int, str], dict[str, nn.Parameter]]:
     """The name of each parameter id, and the parameter of each name, of a model and its loss."""
-    by_id = parameter_names(module)
+    by_id = dict(parameter_names(module))
     parameters = {by_id[id(p)]: p for p in module.parameters()}
     for name, parameter in loss.named_parameters() if loss is not None else ():
         if id(parameter) not in by_id:

@@ -227,24 +227,10 @@ class NNHandler(Components):
             >>> len(history["loss"])
             2
         """
-        options = TrainOptions(
-            epochs=1 if fast_dev_run else epochs,
-            max_steps=max_steps,
-            validate_every=validate_every,
-            validate_every_steps=None if fast_dev_run else validate_every_steps,
-            gradient_accumulation_steps=1 if fast_dev_run else gradient_accumulation_steps,
-            limit_train_batches=1 if fast_dev_run else limit_train_batches,
-            limit_val_batches=1 if fast_dev_run else limit_val_batches,
-            sanity_val_batches=0 if fast_dev_run else sanity_val_batches,
-            use_amp=use_amp,
-            precision=precision,
-            gradient_clipping_norm=gradient_clipping_norm,
-            ema_decay=ema_decay,
-            nan_guard=nan_guard,
-            progress_bar=progress_bar,
-            save_on_last_epoch=save_on_last_epoch,
-            fast_dev_run=fast_dev_run,
-        )
+        arguments = {
+            name: value for name, value in locals().items() if name not in ("self", "seed")
+        }
+        options = TrainOptions(**arguments)
         self._warn_unconfirmed()
         trainer = Trainer(self, options)
         if seed is not None and not self.replaying():
@@ -315,7 +301,7 @@ class NNHandler(Components):
             ranks, concatenated on the CPU in the order of the samples.
 
         Raises:
-            StateError: There is no average, or the outputs can't be concatenated.
+            StateError: The handler has no averaged weights, or the outputs can't be concatenated.
 
         Example:
             >>> import torch
@@ -326,22 +312,20 @@ class NNHandler(Components):
             >>> handler.predict(TensorDataset(torch.zeros(6, 4)), batch_size=4).shape
             torch.Size([6, 2])
         """
-        with self._weights(ema):
-            self.model.eval()
-            try:
-                if not is_data(inputs):
-                    return call_model(self.model, to_device(inputs, self.device), self.module)
-                return predictions(self, ValData(inputs, loader_options, self.layout))
-            finally:
-                self.train_mode()
+        with self._weights(ema), self.evaluating():
+            if not is_data(inputs):
+                return call_model(self.model, to_device(inputs, self.device), self.module)
+            return predictions(self, ValData(inputs, loader_options, self.layout))
 
     def _any_rank(self, more: bool) -> int:
-        return largest([int(more)], self.device)[0]
+        return largest([int(more)])[0]
 
     @contextmanager
     def _weights(self, ema: bool) -> Iterator[None]:
         if ema and self.ema is None:
-            raise StateError("There are no averaged weights", remedy="train with ema_decay=0.999")
+            raise StateError(
+                "The handler has no averaged weights", remedy="train with ema_decay=0.999 first"
+            )
         with self.ema_weights() if ema else nullcontext():
             yield
 
@@ -436,16 +420,11 @@ class NNHandler(Components):
             A matplotlib Figure.
 
         Example:
-            >>> import torch
             >>> from torch import nn
-            >>> from torch.utils.data import TensorDataset
             >>> from shardckpt import NNHandler
             >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
-            >>> handler.set_optimizer(torch.optim.SGD, lr=0.1)
-            >>> handler.set_loss_fn(nn.MSELoss())
-            >>> dataset = TensorDataset(torch.randn(16, 4), torch.randn(16, 2))
-            >>> handler.set_train_loader(dataset, batch_size=4)
-            >>> _ = handler.train(epochs=2, progress_bar=False)
+            >>> handler.history = {"loss": [0.9, 0.4], "val_loss": [0.8, 0.5]}
+            >>> handler.history_epochs = {"loss": [1, 2], "val_loss": [1, 2]}
             >>> figure = handler.plot_losses("losses.png")
         """
         return self.plot_history(path, ["loss"])
@@ -638,7 +617,8 @@ class NNHandler(Components):
             device: See NNHandler.
             device_map: For inference in this process: the devices of the model's tensors, as in
                 load_state, with prefixes of names in the model. The handler is in evaluation mode,
-                without optimizers, schedulers and averages.
+                without optimizers and schedulers. Averaged weights stay on the disk until
+                `ema_weights` or `predict(..., ema=True)` uses them.
             strict: Raise an error if the names of the model's tensors differ from the checkpoint.
             skip_optimizer: Leave out the optimizers and their schedulers.
             skip_scheduler: Leave out the schedulers.
@@ -680,30 +660,8 @@ class NNHandler(Components):
             >>> loaded.module.out_features
             2
         """
-        given = dict(objects or {})
-        given.update({f"metrics.{name}": metric for name, metric in (metrics or {}).items()})
-        given.update({"model.class": model_class} if model_class is not None else {})
-        given.update({"loss_fn": loss_fn} if loss_fn is not None else {})
-        skipped = {
-            "optimizer": skip_optimizer,
-            "scheduler": skip_scheduler or skip_optimizer,
-            "history": skip_history,
-            "callbacks": skip_callbacks,
-            "ema": skip_ema,
-        }
-        options = LoadOptions(
-            device=device,
-            device_map=device_map,
-            strict=strict,
-            skip={name for name, skip in skipped.items() if skip},
-            parallel=parallel,
-            device_mesh=device_mesh,
-            tp_plan=tp_plan,
-            objects=given,
-            trust_code=trust_code,
-            confirm=confirm,
-        )
-        found = load(cls, resolve(path).path, options)
+        arguments = {name: value for name, value in locals().items() if name not in ("cls", "path")}
+        found = load(cls, resolve(path).path, LoadOptions(**arguments))
         assert isinstance(found, cls)
         return found
 

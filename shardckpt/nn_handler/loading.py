@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +13,12 @@ from warnings import catch_warnings, simplefilter
 import msgspec
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from shardckpt import api
 from shardckpt.convert.single_files import INDEX, is_single_file, read_many, read_one
-from shardckpt.coordination.resolve import alone
+from shardckpt.coordination.exchange import exchange
+from shardckpt.coordination.resolve import alone, operation
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.logs import warn
@@ -52,6 +54,7 @@ from shardckpt.state.module_state import canonical_names
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import resolve
+from shardckpt.torch_compat import child_names
 
 __all__ = ["LoadOptions", "Source", "load", "open_source", "restore", "restore_tensors"]
 
@@ -80,10 +83,19 @@ class Source:
         return checked(found, Saved, "", path=self.path)
 
     @cached_property
+    def _tensors(self) -> dict[str, Any]:
+        with api.open_checkpoint(self.path, storage=self.storage) as checkpoint:
+            return dict(checkpoint.tensors())
+
+    @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """The shapes of all tensors by name. Not collective."""
-        with api.open_checkpoint(self.path, storage=self.storage) as checkpoint:
-            return {name: tensor.shape for name, tensor in checkpoint.tensors().items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes of all tensors by name. Not collective."""
+        return {name: tensor.dtype for name, tensor in self._tensors.items()}
 
 
 def open_source(path: str) -> Source:
@@ -110,18 +122,25 @@ def open_source(path: str) -> Source:
     return Source(path=path, storage=StateStorage(state), ranks=ranks)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadOptions:
     """The arguments of NNHandler.load."""
 
     device: str | torch.device | None
     device_map: DeviceMap
     strict: bool
-    skip: Collection[str]
+    skip_optimizer: bool
+    skip_scheduler: bool
+    skip_history: bool
+    skip_callbacks: bool
+    skip_ema: bool
     parallel: Parallel
     device_mesh: Any
     tp_plan: Mapping[str, Any] | None
-    objects: Mapping[str, Any]
+    model_class: Callable[..., nn.Module] | None
+    loss_fn: Callable[..., Any] | None
+    metrics: Mapping[str, Callable[..., Any]] | None
+    objects: Mapping[str, Any] | None
     trust_code: bool
     confirm: bool
 
@@ -130,9 +149,29 @@ class LoadOptions:
         """Whether the handler is for inference on the devices of a device map."""
         return self.device_map is not None
 
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """The objects of the caller by their place in the checkpoint."""
+        named = {"model.class": self.model_class, "loss_fn": self.loss_fn}
+        metrics = {f"metrics.{name}": metric for name, metric in (self.metrics or {}).items()}
+        chosen = {at: value for at, value in named.items() if value is not None}
+        return {**(self.objects or {}), **metrics, **chosen}
+
+    @cached_property
+    def skip(self) -> set[str]:
+        """The parts of the checkpoint to leave out."""
+        skipped = {
+            "optimizer": self.skip_optimizer,
+            "scheduler": self.skip_scheduler or self.skip_optimizer,
+            "history": self.skip_history,
+            "callbacks": self.skip_callbacks,
+            "ema": self.skip_ema,
+        }
+        return {part for part, skip in skipped.items() if skip}
+
     def takes(self, part: str) -> bool:
         """Whether to load a part of the checkpoint."""
-        left_out = self.placed and part in ("optimizer", "scheduler", "ema")
+        left_out = self.placed and part in ("optimizer", "scheduler")
         return part not in self.skip and not left_out
 
 
@@ -147,7 +186,7 @@ def _load(handler_class: type[Components], path: str, options: LoadOptions) -> C
     saved = source.values()
     config = saved.config
     bounds = Bounds(lambda: list(source.shapes.values()), path=path)
-    names = Names(options.objects, bounds, path=path)
+    names = Names(options.given, bounds, path=path)
     with making("config", path):
         parts = _resolved(names, config, options)
     handler = _with_model(handler_class, names, parts, source, options)
@@ -169,7 +208,7 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
     """
     model = config.model
     parts: dict[str, Any] = {"model.kwargs": names.resolve(model.kwargs, "model.kwargs")}
-    if options.trust_code and "model.class" not in options.objects:
+    if options.trust_code and "model.class" not in options.given:
         name = str(model.kind.get("shardckpt.import", ""))
         parts["model.class"] = Given(class_of_code(config.code or {}, name, path=names.path))
     else:
@@ -217,7 +256,7 @@ def _with_model(
     """Create a handler with its model, without the saved weights. Collective."""
     chosen = names.make(parts["model.class"], "model.class")
     kwargs = names.make(parts["model.kwargs"], "model.kwargs")
-    given = "model.class" in options.objects
+    given = "model.class" in options.given
     if isinstance(chosen, nn.Module):
         raise StateError(
             "A model was given, where its class was expected",
@@ -230,7 +269,7 @@ def _with_model(
             made = names.bounds.construct(chosen, (), kwargs, given=given)
             if not isinstance(made, nn.Module):
                 raise TypeError(f"an nn.Module expected, not {type(made).__name__}")
-            return made
+            return _as_saved(made, source)
 
     if not options.placed:
         handler = handler_class(
@@ -255,6 +294,25 @@ def _with_model(
         handler.model.eval()
     handler.model_class, handler.model_kwargs = chosen, kwargs
     return handler
+
+
+def _as_saved(module: nn.Module, source: Source) -> nn.Module:
+    """Give the tensors of a model the shapes and the floating-point dtypes that were saved.
+
+    Only lazy tensors have no shape yet.
+    """
+    names = canonical_names(module)
+    tensors: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
+    for raw, tensor in tensors:
+        name = f"model.{names.get(raw)}"
+        if name not in source.shapes:
+            continue
+        if is_lazy(tensor):
+            tensor.materialize(source.shapes[name])
+        dtype = source.dtypes[name]
+        if tensor.is_floating_point() and dtype.is_floating_point:
+            tensor.data = tensor.data.to(dtype)
+    return module
 
 
 def _set_parts(
@@ -293,7 +351,7 @@ def _set_parts(
         handler.await_part("own_step", "the training step of the program that saved", None)
     _check_used(names, options)
     for part in ("auto_saver", "compile"):
-        proposed = options.objects.get(part, getattr(config, part))
+        proposed = options.given.get(part, getattr(config, part))
         if proposed is not None:
             with making(part, source.path):
                 handler.propose(part, proposed)
@@ -313,7 +371,8 @@ def _set_trained(handler: Components, config: Config, path: str) -> None:
                 if name not in parameters:
                     raise StateError("The model has no such parameter", actual=name)
             for name, parameter in parameters.items():
-                parameter.requires_grad_(name not in config.untrained)
+                if parameter.requires_grad is (name in config.untrained):
+                    parameter.requires_grad_(name not in config.untrained)
             handler.frozen[:] = config.frozen
         for name in config.kept_eval:
             handler.keep_eval_on_module(name)
@@ -335,7 +394,7 @@ def _check_used(names: Names, options: LoadOptions) -> None:
     """Raise StateError for objects of the caller that were not used."""
     unused = [
         at
-        for at in options.objects.keys() - names.used - {"auto_saver", "compile"}
+        for at in options.given.keys() - names.used - {"auto_saver", "compile"}
         if options.takes(at.partition(".")[0])
     ]
     if unused:
@@ -355,14 +414,14 @@ def _set_functions(
     """Set the loss and the metrics. Those that do not resolve must be given before training."""
     wanted: dict[str, Any] = {"loss_fn": config.loss_fn}
     wanted |= {f"metrics.{name}": metric for name, metric in config.metrics.items()}
-    wanted |= {at: None for at in options.objects if at.startswith("metrics.")}
+    wanted |= {at: None for at in options.given if at.startswith("metrics.")}
     for at, described in wanted.items():
-        if described is None and at not in options.objects:
+        if described is None and at not in options.given:
             continue
         names.missing.clear()
         tree = names.resolve(described, at, Slot.FUNCTION)
         made: Any = None if names.missing else names.make(tree, at)
-        if not callable(made) and at not in options.objects:
+        if not callable(made) and at not in options.given:
             handler.await_part(at, described, _loss_tensors(source) if at == "loss_fn" else None)
         elif at == "loss_fn":
             handler.set_loss_fn(made)
@@ -388,7 +447,7 @@ def _loss_tensors(source: Source) -> nn.Module | None:
             *outer, last = name.split(".")
             module = holder
             for part in outer:
-                if part not in module._modules:
+                if part not in child_names(module):
                     module.add_module(part, nn.Module())
                 module = module.get_submodule(part)
             module.register_buffer(last, tensor)
@@ -436,13 +495,35 @@ def restore(
         state.pop("optimizer", None)
         state.pop("optimizers", None)
     ema = None
-    if saved.ema is not None and not placed and "ema" not in skip:
-        with making("ema.decay", path):
-            ema = EMA(handler.model, saved.ema.decay)
-        state["ema"] = {"weights": ema.weights}
+    if saved.ema is not None and "ema" not in skip:
+        with making("ema", path):
+            weights = _on_disk(source, "ema.weights") if placed else None
+            ema = EMA(handler.model, saved.ema.decay, weights)
+        state |= {} if placed else {"ema": {"weights": ema.weights}}
     if source.ranks is None:
         state["ranks"] = PerRank({}, on_resize=lambda every: {"every": every})
     api.load(state, path, strict=strict, storage=source.storage)
+
+    def apply() -> bytes:
+        _apply(handler, source, saved, ema, state.get("ranks"), skip=skip, placed=placed)
+        return b""
+
+    with operation("NNHandler: restore") as coordinator:
+        exchange(coordinator, "restore", apply, lambda payloads: b"")
+
+
+def _apply(
+    handler: Components,
+    source: Source,
+    saved: Saved,
+    ema: EMA | None,
+    ranks: PerRank | None,
+    *,
+    skip: Collection[str],
+    placed: bool,
+) -> None:
+    """Restore the values of a checkpoint, when its tensors are loaded. Not collective."""
+    path = source.path
     handler.ema = ema or (EMA(handler.model, handler.ema.decay) if handler.ema else None)
     states = {**({MAIN: saved.scheduler} if saved.scheduler else {}), **saved.schedulers}
     for name, scheduler in handler.schedulers.items():
@@ -456,11 +537,19 @@ def restore(
     if "callbacks" not in skip:
         _callbacks(handler.callbacks, saved.callbacks, path)
     if source.ranks is None:
-        _own(handler, state["ranks"].value, path)
+        _own(handler, ranks.value if ranks is not None else {}, path)
     else:
         same = len(source.ranks) == handler.world_size
         own = source.ranks[handler.rank] if same else {"every": source.ranks}
         _own(handler, own, path)
+
+
+def _on_disk(source: Source, name: str) -> Any:
+    """Part of a checkpoint, with tensors that stay on the disk until they are used."""
+    found = api.load_state(source.path, keys=name, device_map="disk", storage=source.storage)
+    for key in name.split("."):
+        found = found[key]
+    return found
 
 
 def restore_tensors(handler: Components, source: Source) -> None:
@@ -526,11 +615,18 @@ def _warn_of_options(own: dict[str, Any], saved: Config, handler: Components) ->
         mine, theirs = own[at]["options"], found.options
         name = at.split(".")[1] if "." in at else MAIN
         set_anew = handler.hyperparameters.get(name, {}) if at.endswith("optimizer") else {}
+        pairs = [(at, mine, theirs)]
+        if at.endswith("optimizer"):
+            groups = zip(own[at]["groups"], found.groups or (), strict=False)
+            pairs += [(f"{at} group {n}", *both) for n, both in enumerate(groups)]
         changed += [
-            f"{at} {option}: {theirs.get(option, 'its default')!r} in the checkpoint, "
-            f"{mine.get(option, 'its default')!r} in the script"
-            for option in dict.fromkeys([*mine, *theirs])
-            if mine.get(option) != theirs.get(option) and option not in set_anew
+            f"{where} {option}: {there.get(option, 'its default')!r} in the checkpoint, "
+            f"{here.get(option, 'its default')!r} in the script"
+            for where, here, there in pairs
+            for option in dict.fromkeys([*here, *there])
+            if option != "params"
+            and here.get(option) != there.get(option)
+            and option not in set_anew
         ]
     if changed:
         warn(

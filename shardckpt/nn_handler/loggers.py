@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +23,7 @@ from shardckpt.storage.posix import translated
 __all__ = ["CSVLogger", "ExperimentLogger", "LogFile", "TensorBoardLogger", "as_text"]
 
 
-class _Logger(Callback):
+class _Logger(Callback, ABC):
     """Passes metrics to `_record` on rank 0: those of each epoch, and loss and rates by steps."""
 
     def __init__(self, every_steps: int | None) -> None:
@@ -32,9 +33,9 @@ class _Logger(Callback):
             )
         self.every_steps = every_steps
 
+    @abstractmethod
     def _record(self, handler: TrainingState, metrics: Metrics, *, step: bool) -> None:
         """Log metrics on rank 0; `step`: in the middle of an epoch."""
-        raise NotImplementedError
 
     def on_step_end(self, handler: TrainingState, loss: torch.Tensor) -> None:
         """See Callback.on_step_end."""
@@ -50,7 +51,17 @@ class _Logger(Callback):
         return handler.rank == 0 and self.confirmed
 
 
-class CSVLogger(_Logger):
+class _FileLogger(_Logger):
+    """A logger that writes to a path."""
+
+    writes_files = True
+
+    def __init__(self, path: str | os.PathLike[str], every_steps: int | None = None) -> None:
+        super().__init__(every_steps)
+        self.path = local_path(path)
+
+
+class CSVLogger(_FileLogger):
     """Writes the metrics of each epoch as a row of a CSV file, on rank 0.
 
     After a resume, the rows of epochs and steps that are trained again are replaced.
@@ -68,11 +79,8 @@ class CSVLogger(_Logger):
         >>> handler.add_callback(CSVLogger("log.csv", every_steps=100))
     """
 
-    writes_files = True
-
     def __init__(self, path: str | os.PathLike[str], every_steps: int | None = None) -> None:
-        super().__init__(every_steps)
-        self.path = local_path(path)
+        super().__init__(path, every_steps)
         self.rows: list[dict[str, Any]] = []  # of epochs; those of steps are on rank 0 alone
         self._steps: list[dict[str, Any]] = []
 
@@ -130,14 +138,14 @@ def _table(rows: list[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-class TensorBoardLogger(_Logger):
+class TensorBoardLogger(_FileLogger):
     """Writes metrics for TensorBoard, on rank 0; needs the extra `tensorboard`.
 
     Metrics of an epoch have the number of the epoch; those of a step are named `step/...` and have
     the number of the step.
 
     Args:
-        folder: The folder of the log.
+        path: The folder of the log.
         every_steps: Also write the loss of rank 0 and the learning rates after every so many
             steps.
 
@@ -149,11 +157,8 @@ class TensorBoardLogger(_Logger):
         >>> handler.add_callback(TensorBoardLogger("runs/tensorboard"))
     """
 
-    writes_files = True
-
-    def __init__(self, folder: str | os.PathLike[str], every_steps: int | None = None) -> None:
-        super().__init__(every_steps)
-        self.folder = local_path(folder)
+    def __init__(self, path: str | os.PathLike[str], every_steps: int | None = None) -> None:
+        super().__init__(path, every_steps)
         self._writer: Any = None
 
     def on_train_start(self, handler: TrainingState) -> None:
@@ -168,7 +173,7 @@ class TensorBoardLogger(_Logger):
                 remedy='pip install "shardckpt[tensorboard]"',
             ) from error
         purge = None if self.every_steps else handler.epoch + 1  # steps count on another scale
-        self._writer = tensorboard.SummaryWriter(self.folder, purge_step=purge)
+        self._writer = tensorboard.SummaryWriter(self.path, purge_step=purge)
 
     def _record(self, handler: TrainingState, metrics: Metrics, *, step: bool) -> None:
         """Write metrics."""
@@ -235,7 +240,7 @@ class ExperimentLogger(_Logger):
         self._log({"epoch": handler.epoch, **named}, step=handler.step)
 
 
-class LogFile(_Logger):
+class LogFile(_FileLogger):
     """Appends a line of text to a file for each epoch, save and error, on rank 0.
 
     Args:
@@ -250,12 +255,6 @@ class LogFile(_Logger):
         >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
         >>> handler.add_callback(LogFile("train.log"))
     """
-
-    writes_files = True
-
-    def __init__(self, path: str | os.PathLike[str], every_steps: int | None = None) -> None:
-        super().__init__(every_steps)
-        self.path = local_path(path)
 
     def on_train_start(self, handler: TrainingState) -> None:
         """See Callback.on_train_start."""

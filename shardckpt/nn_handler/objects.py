@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
 from torch import nn
 
 from shardckpt.errors import CheckpointError, ShardckptError, StateError
@@ -32,6 +34,7 @@ from shardckpt.nn_handler.trust import (
 )
 from shardckpt.state.flatten import flatten
 from shardckpt.state.module_state import has_state
+from shardckpt.torch_compat import child_names
 
 __all__ = ["Described", "Given", "Names", "absent", "describe", "making", "warn_of_absent"]
 
@@ -40,7 +43,7 @@ Described = Any
 
 _IMPORT, _ARGUMENTS, _ABSENT = "shardckpt.import", "arguments", "shardckpt.absent"
 _HELD = "shardckpt_held"
-_PATH = "pathlib:Path"
+_PATH, _PARTIAL, _ORDERED = "pathlib:Path", "functools:partial", "collections:OrderedDict"
 _LONGEST_RANGE, _LISTED = 1 << 20, 50
 
 
@@ -51,10 +54,15 @@ def describe(value: Any) -> Described:
     that can't be described, such as a logger, is absent.
     """
     value = getattr(value, _HELD, value) if is_function(value) else value
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: describe(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(describe(item) for item in value)
+    if type(value) is OrderedDict:
+        return {_IMPORT: _ORDERED, _ARGUMENTS: describe([list(pair) for pair in value.items()])}
+    if type(value) is functools.partial:
+        parts = {"function": value.func, "args": list(value.args), "keywords": value.keywords}
+        return {_IMPORT: _PARTIAL, _ARGUMENTS: describe(parts)}
     if isinstance(value, PurePath):
         return {_IMPORT: _PATH, _ARGUMENTS: [str(value)]}
     if inspect.isroutine(value) or isinstance(value, type):
@@ -70,8 +78,10 @@ def describe(value: Any) -> Described:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold the value itself."""
+    """Whether a checkpoint can hold the value itself, and not only what is in it."""
     if has_state(value) or dataclasses.is_dataclass(value):
+        return False
+    if isinstance(value, (torch.Generator, Mapping)) or hasattr(value, "_make"):
         return False
     try:
         flatten({"value": value}, rank=0)
@@ -87,7 +97,7 @@ def _text(value: Any) -> str:
 def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
     """The arguments of an object; None if they are unknown."""
     if type(value) is nn.Sequential:
-        numbered = [str(number) for number in range(len(value))] == list(value._modules)
+        numbered = [str(number) for number in range(len(value))] == child_names(value)
         return list(value) if numbered else None
     if type(value) in (nn.ModuleList, nn.ModuleDict):
         return {"modules": list(value) if type(value) is nn.ModuleList else dict(value.items())}
@@ -103,20 +113,28 @@ def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
 def _of_torch(value: nn.Module, made: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a module of torch.
 
-    They are its attributes of the same names, which classes of torch keep. Arguments without an
-    attribute are those that were noted.
+    They are its attributes of the same names, which classes of torch keep. Arguments that were
+    noted replace attributes that are missing, lists, which torch extends, and modules that torch
+    makes of numbers.
     """
     arguments: dict[str, Any] = {}
-    for parameter in inspect.signature(type(value)).parameters.values():
-        name = parameter.name
-        if hasattr(value, name):
-            found = getattr(value, name)
-            flag = type(parameter.default) is bool and type(found) is not bool
-            arguments[name] = found is not None if flag else found  # Linear's bias
-        elif name in made:
-            arguments[name] = made[name]
-        elif parameter.default is parameter.empty:
+    recurrent = isinstance(value, (nn.LSTM, nn.GRU))  # which take any arguments, for RNNBase
+    parameters = dict(inspect.signature(nn.RNNBase if recurrent else type(value)).parameters)
+    if recurrent:
+        del parameters["mode"]
+    for name, parameter in parameters.items():
+        noted = made.get(name, parameter.default)
+        found = getattr(value, name, parameter.empty)
+        is_flag = type(parameter.default) is bool
+        if found is not parameter.empty and is_flag and type(found) is not bool:
+            arguments[name] = found is not None  # the bias of a Linear
+            continue
+        changed = isinstance(found, nn.Module) and not isinstance(noted, nn.Module)
+        kept = noted if found is parameter.empty or type(found) is list or changed else found
+        if kept is parameter.empty:
             return None
+        if kept is not parameter.default:
+            arguments[name] = kept
     return arguments
 
 
@@ -196,6 +214,15 @@ class _Instance:
     at: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A partial function or an OrderedDict, to be created when all names are resolved."""
+
+    kind: Callable[..., Any]
+    args: Any
+    keywords: Any
+
+
 class _Gate:
     """Whether functions that a checkpoint names may be called."""
 
@@ -254,6 +281,10 @@ class Names:
             if type(arguments) is not list or [type(part) for part in arguments] != [str]:
                 raise self._malformed(at, "a path as one str", arguments)
             return Given(Path(arguments[0]))
+        if instance and name == _PARTIAL:
+            return self._partial(arguments, at, slot)
+        if (name, slot, instance) == (_ORDERED, Slot.ARGUMENT, True):
+            return self._ordered(arguments, at)
         found = resolve(name, slot, instance=instance)
         tree = self.resolve(arguments, f"{at}.arguments") if instance else None
         if found is None:
@@ -262,6 +293,34 @@ class Names:
             return _Instance(found, tree, at)
         held = is_function(found) and slot is Slot.ARGUMENT
         return Given(self._held(found, at) if held else found)
+
+    def _partial(self, described: Any, at: str, slot: Slot) -> Any:
+        """A partial of a class or of a function, which the main script must trust too."""
+        keys = {"function": dict, "args": list, "keywords": dict}
+        if type(described) is not dict or {k: type(v) for k, v in described.items()} != keys:
+            raise self._malformed(at, f"a dict of {', '.join(keys)}", described)
+        inner = f"{at}.{_ARGUMENTS}"
+        function = self.given_at(f"{inner}.function")
+        if function is None:
+            name = described["function"].get(_IMPORT)
+            plain = type(name) is str and described["function"].keys() == {_IMPORT}
+            found = resolve(name, slot, instance=False, with_arguments=True) if plain else None
+            if found is None:
+                return self._miss(f"{inner}.function", str(name or described["function"]))
+            held = is_function(found) and slot is Slot.ARGUMENT
+            function = Given(self._held(found, at) if held else found)
+        args = self.resolve(described["args"], f"{inner}.args")
+        keywords = self.resolve(described["keywords"], f"{inner}.keywords")
+        return _Call(functools.partial, [function, *args], keywords)
+
+    def _ordered(self, described: Any, at: str) -> Any:
+        pairs = type(described) is list and all(
+            type(pair) is list and len(pair) == 2 and type(pair[0]) in (str, int)
+            for pair in described
+        )
+        if not pairs:
+            raise self._malformed(at, "a list of pairs of a key and a value", described)
+        return _Call(OrderedDict, [self.resolve(described, f"{at}.{_ARGUMENTS}")], {})
 
     def _miss(self, at: str, text: str) -> None:
         self.missing[at] = (text if text.isprintable() else repr(text))[:200]
@@ -343,6 +402,8 @@ class Names:
             return {key: self._make(item) for key, item in tree.items()}
         if type(tree) in (list, tuple):
             return type(tree)(self._make(item) for item in tree)
+        if type(tree) is _Call:
+            return tree.kind(*self._make(tree.args), **self._make(tree.keywords))
         if type(tree) is not _Instance:
             return tree
         with making(tree.at, self.path):

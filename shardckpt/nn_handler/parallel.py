@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import msgspec
 import torch
@@ -22,6 +23,7 @@ from shardckpt.coordination.process_group import init_from_mpi
 from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.shutdown import leave_at_exit
 from shardckpt.errors import StateError
+from shardckpt.torch_compat import unsynchronized_buffers
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -36,6 +38,7 @@ __all__ = [
     "gathered",
     "largest",
     "mean_over_ranks",
+    "reshard",
     "start",
     "synchronize_buffers",
     "synchronize_gradients",
@@ -202,7 +205,7 @@ def wrap(model: nn.Module, layout: Layout, *, find_unused: bool = False) -> nn.M
         options = {
             "find_unused_parameters": find_unused,
             # synchronize_buffers makes them equal after each step instead
-            **({} if "broadcast_buffers" in layout.options else {"forward_sync_buffers": False}),
+            **({} if "broadcast_buffers" in layout.options else unsynchronized_buffers()),
             **layout.options,
         }
         return nn.parallel.DistributedDataParallel(model, **options)
@@ -270,22 +273,22 @@ def synchronize_buffers(model: nn.Module, layout: Layout) -> None:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> list[bool]:
     """Average the gradients of a model that is not wrapped over the ranks. Collective.
 
-    Returns whether any rank has a gradient, for each parameter.
+    Returns whether all ranks have a gradient, for each parameter.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained or not dist.is_initialized():
         return [parameter.grad is not None for parameter in trained]
     here = trained[0].device
     used = torch.tensor([int(p.grad is not None) for p in trained], device=here)
-    dist.all_reduce(used, dist.ReduceOp.MAX)
-    found = [bool(one) for one in used.tolist()]
-    for parameter, is_used in zip(trained, found, strict=True):
-        if is_used:
+    dist.all_reduce(used)
+    counts: list[int] = used.tolist()
+    for parameter, count in zip(trained, counts, strict=True):
+        if count:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad /= dist.get_world_size()
             dist.all_reduce(parameter.grad)
-    return found
+    return [count == dist.get_world_size() for count in counts]
 
 
 def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
@@ -293,9 +296,23 @@ def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model.require_backward_grad_sync = now
+        # with static_graph, torch 2.13 fails if the first backward pass does not synchronize
+        model.require_backward_grad_sync = now or model.static_graph
     elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give the modules of FSDP2 their sharded parameters back. Not collective.
+
+    After a forward pass without a backward pass, FSDP2 keeps the whole parameters of its root. They
+    are other tensors, and the next forward pass uses them again.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:
@@ -353,12 +370,29 @@ def gathered(value: Any, layout: Layout) -> list[Any]:
     return [by_place[place] for place in range(places)]
 
 
-def largest(flags: list[int], device: torch.device) -> list[int]:
-    """The largest value of all ranks, for each of the numbers. Collective."""
+def largest(flags: list[int]) -> list[int]:
+    """The largest value of all ranks, for each of the numbers. Collective.
+
+    It does not wait for a GPU: the numbers stay on the CPU.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flags
-    here = torch.device("cpu") if "gloo" in str(dist.get_backend_config()) else device
-    tensor = torch.tensor(flags, dtype=torch.int64, device=here)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    tensor = torch.tensor(flags, dtype=torch.int64, device="cpu")
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
     found: list[int] = tensor.tolist()
     return found
+
+
+_cpu_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _cpu_group() -> Any:
+    """A group for tensors on the CPU: the default one (None), or one beside it if it has only NCCL.
+
+    The first call is collective.
+    """
+    world = dist.group.WORLD
+    if world not in _cpu_groups:
+        has_gloo = "gloo" in str(dist.get_backend_config())
+        _cpu_groups[world] = None if has_gloo else dist.new_group(backend="gloo")
+    return _cpu_groups[world]

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from shardckpt.nn_handler.batch import call_model, joined, to_device
+from shardckpt.nn_handler.batch import Several, binds, call_model, joined, to_device
 from shardckpt.nn_handler.data import ValData
 from shardckpt.nn_handler.parallel import gathered, largest
 from shardckpt.nn_handler.training_state import TrainingState
@@ -29,8 +30,7 @@ def predictions(handler: TrainingState, data: ValData) -> Any:
     found: list[Any] = []
 
     def act(batch: Any, counts: bool) -> None:
-        one = isinstance(batch, (tuple, list)) and len(batch) in (1, 2)
-        inputs = to_device(batch[0] if one else batch, handler.device)
+        inputs = to_device(_inputs(batch, handler.module), handler.device)
         outputs = to_device(call_model(handler.model, inputs, handler.module), torch.device("cpu"))
         if counts:
             found.append(outputs)
@@ -39,11 +39,20 @@ def predictions(handler: TrainingState, data: ValData) -> Any:
         data,
         handler.epoch,
         act,
-        agree=lambda more: largest([int(more)], handler.device)[0],
+        agree=lambda more: largest([int(more)])[0],
     )
     own = joined(found) if found else None
     there = [outputs for outputs in gathered(own, data.layout) if outputs is not None]
     return joined(there) if data.length is None or len(there) == 1 else _woven(there, data.length)
+
+
+def _inputs(batch: Any, module: nn.Module) -> Any:
+    """The inputs of a batch, without the targets if it seems to have some."""
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    if len(batch) > 2 and not binds(module, batch) and binds(module, batch[:-1]):
+        return Several(batch[:-1])
+    return batch[0] if len(batch) in (1, 2) else batch
 
 
 def _woven(parts: list[Any], length: int) -> Any:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import (
 
 from shardckpt.errors import StateError
 from shardckpt.nn_handler.objects import describe
+from shardckpt.torch_compat import inner_schedulers
 
 __all__ = ["Scheduler"]
 
@@ -64,7 +65,7 @@ class Scheduler:
 
     def set_base(self, rate: float) -> None:
         """Set the rate that the schedule scales."""
-        for scheduler in (self.torch, *getattr(self.torch, "_schedulers", ())):
+        for scheduler in (self.torch, *inner_schedulers(self.torch)):
             if hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
 
@@ -125,9 +126,7 @@ def _without_functions(value: Any) -> Any:
 def _load(scheduler: Any, state: dict[str, Any]) -> None:
     _check_state(scheduler, state)
     _restore_counters(scheduler, state)
-    for part, own in zip(
-        getattr(scheduler, "_schedulers", ()), state.get("_schedulers", ()), strict=True
-    ):
+    for part, own in zip(inner_schedulers(scheduler), state.get("_schedulers", ()), strict=True):
         _check_state(part, own)
         _restore_counters(part, own)
     scheduler.load_state_dict(state)

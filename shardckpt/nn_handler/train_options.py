@@ -29,6 +29,14 @@ _LEAST = {
 }
 _OPTIONAL = {"epochs", "max_steps", "validate_every_steps", "limit_train_batches"}
 _OPTIONAL |= {"limit_val_batches"}
+_TRIAL = {  # with fast_dev_run
+    "epochs": 1,
+    "validate_every_steps": None,
+    "gradient_accumulation_steps": 1,
+    "limit_train_batches": 1,
+    "limit_val_batches": 1,
+    "sanity_val_batches": 0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +61,8 @@ class TrainOptions:
     fast_dev_run: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in _TRIAL.items() if self.fast_dev_run else ():
+            object.__setattr__(self, name, value)
         for name, least in _LEAST.items():
             number = getattr(self, name)
             if number is None and name in _OPTIONAL:

@@ -11,8 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from shardckpt.coordination.exchange import exchange
@@ -20,7 +23,6 @@ from shardckpt.coordination.resolve import operation
 from shardckpt.errors import RankFailedError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
-from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.callbacks import ModelCheckpoint
 from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import Position
@@ -62,7 +64,7 @@ class Trainer:
     def run(self) -> None:
         """Train. Collective."""
         handler, saver = self.handler, self.saver
-        _check_on_all(handler)
+        _check_on_all(handler, self.options)
         resumed = self._prepare()
         self.updater = Updater(
             handler,
@@ -76,13 +78,13 @@ class Trainer:
         )
         with stop_requests(enabled=saver is not None and saver.on_signal) as self.requests:
             try:
-                self._hooks(lambda callback: callback.on_train_start(handler))
+                self._hooks("on_train_start")
                 self._agree()
                 if not resumed:
                     self._try_validation()
                 while handler.epoch < self.end and not handler.stop_training:
                     self._epoch()
-                self._hooks(lambda callback: callback.on_train_end(handler))
+                self._hooks("on_train_end")
                 self._agree()
             except BaseException as error:
                 self._tell(error)
@@ -120,12 +122,17 @@ class Trainer:
     def _epoch(self) -> None:
         handler = self.handler
         batches = self._begin_epoch()
-        more = True
-        while more and not handler.stop_training:
-            more = self._step(batches)
+        while self._step(batches):
             if handler.step >= self.end_step:
                 handler.stop_training = True
-        if more and self._unfinished():
+        if not handler.position.batches and not handler.stop_training:
+            raise StateError(
+                "The train loader gave no batch",
+                actual=f"epoch {handler.epoch + 1}, rank {handler.rank}",
+                remedy="give a Dataset, or a loader that can be iterated in every epoch; a "
+                "generator ends with the first one",
+            )
+        if handler.stop_training and self._unfinished():
             self._save_within()
         else:
             self._finish_epoch()
@@ -137,14 +144,14 @@ class Trainer:
         self.sums = handler.sums = EpochSums(handler)
         if not data.fits(position):
             warn(
-                f"The length of the train loader is no longer {position.length}: the epoch starts "
-                "again"
+                f"The train loader had {position.length} samples before, and has another number "
+                "now: the epoch starts again"
             )
             handler.position = position = Position()
         if position.batches == 0:
             position = Position(seed=handler.seed_value, random=data.random_now())
             handler.position = position
-            self._hooks(lambda callback: callback.on_epoch_start(handler))
+            self._hooks("on_epoch_start")
             self._agree()
             handler.wrap_again()
             self._warn_of_untrained()
@@ -161,12 +168,16 @@ class Trainer:
         return batches
 
     def _step(self, batches: Iterator[Any]) -> bool:
-        """One step of the optimizer; False at the end of the epoch."""
+        """One step of the optimizer; False at the end of the epoch or of training.
+
+        A rank may ask for the end by handler.stop_training. The ranks agree on it before the next
+        step.
+        """
         handler = self.handler
         assert handler.train_data is not None
         assert self.updater is not None
         group: list[Any] = []
-        if self.failure is None:
+        if self.failure is None and not handler.stop_training:
             self._guard(
                 lambda: group.extend(
                     itertools.islice(batches, self.options.gradient_accumulation_steps)
@@ -174,7 +185,7 @@ class Trainer:
             )
         group = group[: self._agree(len(group))]
         if not group or handler.stop_training:
-            return bool(group)
+            return False
         for number, batch in enumerate(group):
             self._hooks("on_batch_start", batch, number)
         if self.buffers is not None:
@@ -296,8 +307,7 @@ class Trainer:
                 int(handler.stop_training),
                 int(saver is not None and handler.rank == 0 and saver.minutes_due()),
                 sign * (batches or 0),
-            ],
-            handler.device,
+            ]
         )
         handler.stop_training = bool(stop)
         if failed:
@@ -350,7 +360,7 @@ class Trainer:
         except BaseException as error:
             self.failure = self.failure or error
 
-    def _hooks(self, hook: str | Callable[[Callback], None], *args: Any) -> None:
+    def _hooks(self, hook: str, *args: Any) -> None:
         """Call a hook of all callbacks; ModelCheckpoints come last."""
         callbacks = [*self.bar, *self.handler.callbacks]
         if self.options.fast_dev_run:
@@ -358,8 +368,7 @@ class Trainer:
         callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
         for callback in callbacks:
             if self.failure is None:
-                call = hook if callable(hook) else _caller(hook, self.handler, args)
-                self._guard(lambda call=call, callback=callback: call(callback))  # type: ignore[misc]
+                self._guard(partial(getattr(callback, hook), self.handler, *args))
 
     def _unfinished(self) -> bool:
         """Whether the epoch has samples left."""
@@ -432,28 +441,50 @@ class Trainer:
             saver.emergency(handler, process_group=group_of_one())
 
 
-def _caller(hook: str, handler: TrainingState, args: Any) -> Callable[[Callback], None]:
-    def call(callback: Callback) -> None:
-        own = getattr(type(callback), hook, None)
-        if own is not getattr(Callback, hook):
-            getattr(callback, hook)(handler, *args)
+def _check_on_all(handler: TrainingState, options: TrainOptions) -> None:
+    """Raise StateError for a handler that can't train, or that differs by rank. Collective.
 
-    return call
-
-
-def _check_on_all(handler: TrainingState) -> None:
-    """Raise StateError for a handler that can't train. Collective: an error on one rank, such as
-    one of a callback's state_dict, is raised on all ranks at once."""
+    An error on one rank, such as one of a callback's state_dict, is raised on all ranks at once.
+    """
 
     def check() -> bytes:
         _check_ready(handler)
-        return b""
+        return msgspec.msgpack.encode(_outline(handler, options))
 
     if handler.world_size == 1:
         _check_ready(handler)
         return
     with operation("NNHandler: the beginning of training") as coordinator:
-        exchange(coordinator, "ready", check, lambda payloads: b"")
+        exchange(coordinator, "ready", check, _check_alike)
+
+
+def _outline(handler: TrainingState, options: TrainOptions) -> dict[str, str]:
+    """The parts that take part in collectives, by name."""
+    saver = handler.auto_saver
+    parts = {f"train({name}=)": value for name, value in asdict(options).items()}
+    parts["set_val_loader"] = "called" if handler.val_data is not None else "not called"
+    parts["auto_save"] = "not called" if saver is None else saver.description()
+    parts["add_callback"] = [type(callback).__name__ for callback in handler.callbacks]
+    parts["set_optimizer"] = list(handler.optimizations)
+    parts.pop("train(progress_bar=)")
+    return {name: str(value) for name, value in parts.items()}
+
+
+def _check_alike(payloads: list[bytes]) -> bytes:
+    """Raise StateError unless the outlines of all ranks are equal."""
+    first, *others = (msgspec.msgpack.decode(p, type=dict[str, str]) for p in payloads)
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise StateError(
+                    f"The ranks prepare training differently: {name}",
+                    rank=rank,
+                    expected=f"{value}, as on rank 0",
+                    actual=other[name],
+                    remedy="make the same calls on all ranks; callbacks that write files write on "
+                    "rank 0 alone",
+                )
+    return b""
 
 
 def _check_ready(handler: TrainingState) -> None:

@@ -6,7 +6,8 @@ that train, save and load.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.model_code import in_notebook
 from shardckpt.nn_handler.objects import describe, warn_of_absent
 from shardckpt.nn_handler.optimization import MAIN, Optimization
-from shardckpt.nn_handler.parallel import Layout, Parallel, wrap
+from shardckpt.nn_handler.parallel import Layout, Parallel, reshard, wrap
 from shardckpt.nn_handler.random_state import random_state
 from shardckpt.nn_handler.scheduling import Scheduler
 from shardckpt.state.markers import PerRank
@@ -131,6 +132,18 @@ class TrainingState:
         for name in (*self.frozen, *self.kept_eval):
             self.module.get_submodule(name).eval()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Internal. Set the evaluation mode inside a with block, and the former modes after it."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            reshard(self.module)
+
     def wrap_again(self) -> None:
         """Internal. Wrap the model again if other parameters need gradients. Collective."""
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
@@ -186,6 +199,7 @@ class TrainingState:
 
     def untrained(self) -> list[str]:
         """Internal. The names of parameters that need gradients and that no optimizer holds."""
+        reshard(self.module)
         held = {
             id(p)
             for optimizer in self.optimizers.values()
@@ -324,12 +338,7 @@ class TrainingState:
             >>> history["loss"][1] < history["loss"][0]
             True
         """
-        if optimizer not in self.optimizations:
-            raise StateError(
-                "The handler has no optimizer of this name",
-                expected=", ".join(self.optimizations),
-                actual=repr(optimizer),
-            )
+        self._optimization(optimizer)
         if self.sums is None:
             raise StateError(
                 "update was called outside of training",
@@ -339,6 +348,17 @@ class TrainingState:
             self.updater.update(loss, optimizer)
         else:  # in validation
             self.log_loss(loss, optimizer)
+
+    def _optimization(self, name: str) -> Optimization:
+        """The optimizer of a name; StateError if there is none."""
+        if name not in self.optimizations:
+            raise StateError(
+                "The handler has no optimizer of this name",
+                expected=", ".join(self.optimizations) or "an optimizer",
+                actual=repr(name),
+                remedy="call set_optimizer first",
+            )
+        return self.optimizations[name]
 
     def log_loss(self, loss: torch.Tensor, optimizer: str) -> None:
         """Internal. Add the loss of one optimizer to an epoch's metrics."""

@@ -97,10 +97,11 @@ def import_name(value: Any) -> str | None:
     return f"{module}:{qualname}" if found is value else None
 
 
-def resolve(name: str, slot: Slot, *, instance: bool) -> Any:
+def resolve(name: str, slot: Slot, *, instance: bool, with_arguments: bool = False) -> Any:
     """Resolve a name in a slot; None if no rule allows it.
 
     `instance`: the checkpoint describes an instance of the class, not the class.
+    `with_arguments`: it also chooses arguments for later calls of the function.
     """
     module, _, qualname = name.partition(":")
     found = _objects.get(name) or _unwrapped(imported(module, qualname))
@@ -108,7 +109,8 @@ def resolve(name: str, slot: Slot, *, instance: bool) -> Any:
         fits = {Slot.FUNCTION: instance, Slot.ARGUMENT: True}.get(slot, not instance)
         return found if fits and _is_class_for(found, slot, instance=instance) else None
     fits = slot in (Slot.FUNCTION, Slot.ARGUMENT) and not instance
-    return found if fits and is_function(found) and _is_allowed(found) else None
+    allowed = is_function(found) and _is_allowed(found, with_arguments=with_arguments)
+    return found if fits and allowed else None
 
 
 def is_function(value: Any) -> bool:
@@ -169,8 +171,12 @@ def _is_torch_optimizer(kind: Any) -> bool:
     )
 
 
-def _is_allowed(function: Any) -> bool:
-    """Whether a function is one of torch.nn.functional or of the main script, or is trusted."""
+def _is_allowed(function: Any, *, with_arguments: bool) -> bool:
+    """Whether a function is one of torch.nn.functional or of the main script, or is trusted.
+
+    With arguments that a checkpoint chooses, those of the main script must be trusted.
+    """
     plain = type(function) is types.FunctionType
-    own = plain and (_home(function) == "__main__" or _is_trusted(function))
+    by_home = _home(function) == "__main__" and not with_arguments
+    own = plain and (by_home or _is_trusted(function))
     return own or is_functional(function)

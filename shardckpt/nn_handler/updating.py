@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,34 +71,39 @@ class Updater:
         self._zero_gradients()
         probes = self._probes()
         with self._unwrapped() if probes else nullcontext():
-            loss = self._backward(group, sums)[0]
-        if loss is not None:  # otherwise the user's own step has updated the weights
-            self._average_over_ranks(probes)
-            self._update_all(loss)
-        return loss
+            losses = self._backward(group, sums)
+        if not losses:  # the user's own step has updated the weights
+            return None
+        self._average_over_ranks(probes)
+        self._update_all(losses[-1])
+        return losses[-1]
 
     def _zero_gradients(self) -> None:
         for optimizer in self.handler.optimizers.values():
             optimizer.zero_grad()
 
-    def _backward(
-        self, group: list[Any], sums: EpochSums | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Add up gradients; return the loss of the last batch, and the mean over all."""
-        handler, loss, mean = self.handler, None, None
+    def _backward(self, group: list[Any], sums: EpochSums | None) -> list[torch.Tensor]:
+        """Add up gradients; return the loss of each batch."""
+        handler = self.handler
+        losses: list[torch.Tensor] = []
         for number, batch in enumerate(group, 1):
             synchronize_gradients(handler.model, now=number == len(group))
             result = forward(handler, batch, self.autocast)
             if result is None:
                 self._check_updates(group)
                 continue
-            part = result.loss / len(group)
+            if not result.loss.requires_grad:
+                raise StateError(
+                    "The loss does not depend on a parameter that needs gradients",
+                    remedy="unfreeze a part of the model, or compute the loss without detach() "
+                    "and no_grad()",
+                )
+            part = result.loss if len(group) == 1 else result.loss / len(group)
             torch.autograd.backward(part if self.scaler is None else self.scaler.scale(part))
-            loss = result.loss.detach()
-            mean = part.detach() if mean is None else mean + part.detach()
+            losses.append(result.loss.detach())
             if sums is not None:
-                self.guard(lambda result=result: sums.add(result))  # type: ignore[misc]
-        return loss, mean
+                self.guard(partial(sums.add, result))
+        return losses
 
     def _check_updates(self, group: list[Any]) -> None:
         if len(group) > 1:
@@ -126,11 +133,11 @@ class Updater:
     def _update_all(self, loss: torch.Tensor) -> None:
         loss_module = self.handler.loss_module
         own = loss_module.parameters() if loss_module is not None else ()
-        parameters = [*self.handler.model.parameters(), *own]
+        parameters = itertools.chain(self.handler.model.parameters(), own)
         self._update(list(self.handler.optimizations.values()), parameters, loss)
 
     def _update(
-        self, chosen: list[Optimization], parameters: list[nn.Parameter], loss: torch.Tensor
+        self, chosen: list[Optimization], parameters: Iterable[nn.Parameter], loss: torch.Tensor
     ) -> None:
         """Clip gradients and step optimizers and their schedulers, if the loss is finite."""
         if not self._is_finite(loss):
@@ -141,22 +148,26 @@ class Updater:
             clip_gradients(parameters, self.options.gradient_clipping_norm)
         self.handler.note_rates()
         self.note("update")
-        if self._step_optimizers(chosen):
-            for one in chosen:
-                if one.scheduler is not None:
-                    one.scheduler.after_step()
+        schedulers = [one.scheduler for one in chosen if one.scheduler is not None]
+        by_step = [scheduler for scheduler in schedulers if scheduler.interval == "step"]
+        before = self._scale() if by_step else 0.0
+        self._step_optimizers(chosen)
+        if by_step and self._scale() >= before:  # otherwise the scaler has skipped the step
+            for scheduler in by_step:
+                scheduler.after_step()
 
-    def _step_optimizers(self, chosen: list[Optimization]) -> bool:
-        """Step optimizers; False if the scaler skipped the step."""
-        if self.scaler is None:
-            for one in chosen:
-                one.optimizer.step()
-            return True
-        before = self.scaler.get_scale()
+    def _scale(self) -> float:
+        """The scale of the gradients; reading it waits for the device."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def _step_optimizers(self, chosen: list[Optimization]) -> None:
         for one in chosen:
-            self.scaler.step(one.optimizer)
-        self.scaler.update()
-        return bool(self.scaler.get_scale() >= before)
+            if self.scaler is None:
+                one.optimizer.step()
+            else:
+                self.scaler.step(one.optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
 
     def _step_with_closure(
         self, one: Optimization, group: list[Any], sums: EpochSums
@@ -169,9 +180,8 @@ class Updater:
             self._zero_gradients()
             probes = self._probes()
             with self._unwrapped() if probes else nullcontext():
-                last, mean = self._backward(group, None if losses else sums)
-            assert last is not None
-            assert mean is not None
+                found = self._backward(group, None if losses else sums)
+            mean = torch.stack(found).mean()
             self._average_over_ranks(probes)
             if handler.parallel != "none":  # all ranks must take the same decisions
                 dist.all_reduce(mean.div_(handler.world_size))
@@ -180,7 +190,7 @@ class Updater:
             if not losses:
                 handler.note_rates()
                 self.note("update")
-            losses.append(last)
+            losses.append(found[-1])
             return mean
 
         one.optimizer.step(closure)  # type: ignore[arg-type]
@@ -218,7 +228,7 @@ class Updater:
         """Whether the weights may be updated, by the nan_guard; collective if there is one."""
         if self.options.nan_guard is None:
             return True
-        if not largest([int(not bool(torch.isfinite(loss)))], self.handler.device)[0]:
+        if not largest([int(not bool(torch.isfinite(loss)))])[0]:
             return True
         if self.options.nan_guard == "stop":
             raise StateError(

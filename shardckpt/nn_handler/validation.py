@@ -47,18 +47,11 @@ def validate(
         if counts and result is not None:
             guard(lambda: sums.add(result))
 
-    handler.model.eval()
     try:
-        each_batch(
-            data,
-            handler.epoch,
-            act,
-            limit=limit,
-            agree=agree,
-        )
+        with handler.evaluating():
+            each_batch(data, handler.epoch, act, limit=limit, agree=agree)
         return sums.means()
     finally:
-        handler.train_mode()
         handler.sums = training
         set_random_state(before)
 

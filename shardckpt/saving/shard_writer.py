@@ -23,6 +23,7 @@ from shardckpt.io.buffers import BUFFER_BYTES, Buffer, contiguous_parts, copy_by
 from shardckpt.io.tensor_memory import plain_address
 from shardckpt.io.threads import stalled, workers
 from shardckpt.storage.base import WritableFile
+from shardckpt.torch_compat import storage_id
 
 __all__ = ["write_shard"]
 
@@ -73,10 +74,10 @@ def _runs(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Yield the bytes of the tensors. Neighbours in one storage are joined to one tensor."""
     begin = end = 0
     storage: torch.UntypedStorage | None = None
+    identity = 0
     for tensor in tensors:
-        own = tensor.untyped_storage()
         at = int(tensor.storage_offset()) * tensor.element_size()
-        joins = storage is not None and own._cdata == storage._cdata and at == end
+        joins = storage is not None and storage_id(tensor) == identity and at == end
         if not tensor.is_cpu or not tensor.is_contiguous() or not joins:
             if storage is not None:
                 yield _bytes_of(storage, begin, end)
@@ -84,7 +85,7 @@ def _runs(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             if not tensor.is_cpu or not tensor.is_contiguous():
                 yield tensor
                 continue
-            storage, begin = own, at
+            storage, identity, begin = tensor.untyped_storage(), storage_id(tensor), at
         end = at + tensor.numel() * tensor.element_size()
     if storage is not None:
         yield _bytes_of(storage, begin, end)

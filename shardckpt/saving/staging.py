@@ -19,6 +19,7 @@ from shardckpt.plan.save_plan import layout_order
 from shardckpt.plan.shard_layout import chunk_bytes
 from shardckpt.state.file_groups import files_of
 from shardckpt.state.local_chunks import lies_as_saved
+from shardckpt.torch_compat import foreach_copy
 
 __all__ = ["StagingBuffer", "StagingPool", "current_events", "stage", "staged_bytes"]
 
@@ -170,13 +171,12 @@ def stage(plan: LocalPlan, buffer: StagingBuffer, events: dict[torch.device, Any
         for device, rows in devices.items():
             to, of = [views[row] for row in rows], [plan.data[row] for row in rows]
             if device.type != "cuda":
-                # This single call releases the GIL. It is semi-public in torch 2.13.
-                torch._foreach_copy_(to, of)
+                foreach_copy(to, of)
                 continue
             stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             if device in events:
                 stream.wait_event(events[device])
             with torch.cuda.stream(stream):
-                torch._foreach_copy_(to, of, non_blocking=True)
+                foreach_copy(to, of, non_blocking=True)
             stream.synchronize()
     return dataclasses.replace(plan, data=tuple(views))

@@ -181,24 +181,12 @@ def match_per_rank(context: MatchContext, template: PerRank, name: str, match: M
     if not context.saved.selected(name):
         return lambda: template
     context.used.add(name)
-    saved_world = context.saved.manifest.world_size
-    rank = context.rank
-    if saved_world != context.world_size:
-        if callable(policy := template.on_resize):
-            every = Builder(context.saved, context.reads).build(node, name)
-            return lambda: PerRank(policy(every), policy)
-        if policy == "error":
-            raise StateError(
-                "A PerRank entry does not fit another number of ranks",
-                tensor=name,
-                expected=f"{saved_world} ranks, as saved",
-                actual=f"{context.world_size} ranks",
-                remedy='load with as many ranks, or mark it with another on_resize="keep"',
-            )
-        if policy == "keep":
-            context.kept.append(name)
-            return lambda: template
-        rank %= saved_world
+    rank = context.saved_rank(template, name)
+    if rank is None and callable(policy := template.on_resize):
+        every = Builder(context.saved, context.reads).build(node, name)
+        return lambda: PerRank(policy(every), policy)
+    if rank is None:
+        return lambda: template
     outer = context.saved
     context.saved = outer.with_node(outer.per_rank(node, rank=rank), name)
     try:

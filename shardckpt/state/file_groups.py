@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from shardckpt.state.module_state import canonical_names
 
@@ -102,6 +103,8 @@ def frozen_entries(module: nn.Module) -> set[str]:
     }
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, buffer in owner.named_buffers(recurse=False):
+            if is_lazy(buffer):
+                continue  # it has no size yet, and can't be saved
             # Counters and running statistics also change in modules without trained weights.
             large = buffer.numel() * buffer.element_size() >= _SMALL_BUFFER_BYTES
             if (

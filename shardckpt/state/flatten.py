@@ -42,8 +42,9 @@ from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, opti
 from shardckpt.state.refusals import all_refused, reading_state
 from shardckpt.state.sharded_array import ShardedArray, fits_tensor, from_numpy
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
+from shardckpt.torch_compat import storage_id
 
-__all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder"]
+__all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder", "too_deep"]
 
 _DEPTH_LIMIT = 100
 
@@ -89,7 +90,7 @@ def flatten(state: Any, *, rank: int) -> FlatState:
         with torch.no_grad():  # to_local() then costs nothing
             flattener.flat.tree = flattener.walk(state, "", 0)
     except RecursionError as error:  # from sets in sets; the depth of other containers is counted
-        raise _too_deep(error.name if isinstance(error, _TooDeepError) else "") from error
+        raise too_deep(error.name if isinstance(error, _TooDeepError) else "") from error
     if flattener.refused:
         raise all_refused(flattener.refused)
     return flattener.flat
@@ -329,7 +330,8 @@ def _check_leaf(tensor: AnyTensor, name: str) -> None:
         )
 
 
-def _too_deep(name: str) -> UnsupportedLeafError:
+def too_deep(name: str) -> UnsupportedLeafError:
+    """Return the error of a state whose containers are nested too deeply."""
     return UnsupportedLeafError(
         "The state is nested too deeply, or contains itself",
         tensor=name,
@@ -393,4 +395,4 @@ def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     if local is not tensor:
         layout = (tensor.shape, tensor.placements, tensor.device_mesh)  # type: ignore[attr-defined]
     view = (local.storage_offset(), local.dtype, local.shape, local.stride())
-    return (local.untyped_storage()._cdata, *view, local.is_conj(), local.is_neg(), layout)
+    return (storage_id(local), *view, local.is_conj(), local.is_neg(), layout)

@@ -14,13 +14,14 @@ from typing import Any
 
 import msgspec
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
 from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
 from shardckpt.io.tensor_memory import check_memory, owns_memory
 from shardckpt.state.sharded_array import ShardedArray
+from shardckpt.torch_compat import distribute_locally, local_part, spec_of
 
 __all__ = [
     "PLAIN",
@@ -184,7 +185,7 @@ def lies_as_saved(data: torch.Tensor, dtype: str) -> bool:
 
 def is_sharded_tensor(tensor: torch.Tensor) -> bool:
     """Whether a tensor is torch's ShardedTensor."""
-    # The class is not imported, as it is in a private package (tried with torch 2.13).
+    # The class is not imported, as it is in a private package.
     return type(tensor).__name__ == "ShardedTensor" and hasattr(tensor, "local_shards")
 
 
@@ -211,7 +212,7 @@ def check_dense(tensor: AnyTensor, *, name: str) -> None:
     elif isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         actual, remedy = "a lazy parameter", "run the module once, which sets its shape"
     elif isinstance(tensor, DTensor):
-        local: Any = tensor._local_tensor  # private in torch 2.13
+        local: Any = local_part(tensor)
         if not hasattr(local, "wait"):  # otherwise its memory exists when the collective is done
             check_dense(local, name=name)
         return
@@ -232,7 +233,7 @@ def check_dense(tensor: AnyTensor, *, name: str) -> None:
 def _has_data(tensor: torch.Tensor) -> bool:
     """Whether a tensor of a subclass has its own memory, or detach() makes a plain tensor of it.
 
-    Subclasses that wrap other tensors define `__tensor_flatten__` (semi-public in torch 2.13).
+    Subclasses that wrap other tensors define `__tensor_flatten__` (semi-public).
     """
     if hasattr(tensor, "__tensor_flatten__"):
         return False
@@ -264,10 +265,10 @@ _layouts: dict[int, _Layout] = {}
 def _layout_of(tensor: DTensor) -> _Layout:
     """Return the layout of a DTensor, cached by the identity of its spec.
 
-    The cache avoids slow attributes of DTensor. The spec is private in torch 2.13, and exists as
-    long as the parameter or optimizer state.
+    The cache avoids slow attributes of DTensor. The spec exists as long as the parameter or
+    optimizer state.
     """
-    spec: Any = tensor._spec
+    spec: Any = spec_of(tensor)
     layout = _layouts.get(id(spec))
     if layout is not None:
         same_spec, placements, meta = layout.depends_on
@@ -280,7 +281,7 @@ def _layout_of(tensor: DTensor) -> _Layout:
         depends_on=(spec, placements, spec.tensor_meta),
         mesh_size=mesh.size(),
         replicated=any(
-            placement.is_replicate() and size > 1  # isinstance costs 0.1 ms on torch 2.13
+            placement.is_replicate() and size > 1  # isinstance costs 0.1 ms
             for placement, size in zip(placements, mesh.shape, strict=True)
         ),
         partial=partial,
@@ -313,7 +314,7 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
         )
     if layout.boxes is None:
         return []
-    local: Any = tensor._local_tensor  # to_local() is slow; private in torch 2.13
+    local: Any = local_part(tensor)
     if type(local) is not torch.Tensor:
         with torch.no_grad():
             local = local_tensor(tensor)
@@ -358,7 +359,7 @@ def _along(placements: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
             along.append(Replicate())
         elif not hasattr(placement, "split_factor"):
             along.append(Shard(0))
-        else:  # _StridedShard, private in torch (tried with 2.13): FSDP2 over tensor parallel
+        else:  # _StridedShard, private in torch: FSDP2 over tensor parallel
             along.append(type(placement)(0, split_factor=placement.split_factor))
     return tuple(along)
 
@@ -380,8 +381,8 @@ def _runs(
                 begin = min(part * step, length)
                 start, length = start + begin, min(step, length - begin)
         return [(start, length)]
-    indices = distribute_tensor(
-        torch.arange(size, device=mesh.device_type), mesh, placements, src_data_rank=None
+    indices = distribute_locally(
+        torch.arange(size, device=mesh.device_type), mesh, placements
     ).to_local()
     if indices.numel() == 0:
         return [(0, 0)]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from shardckpt.errors import StateError
+
 __all__ = ["FromRank0", "PerRank", "Union"]
 
 
@@ -22,6 +24,9 @@ class PerRank:
             "error" raises StateError. A function takes the list of all saved values, in rank
             order, and returns the value of this rank.
 
+    Raises:
+        StateError: `on_resize` is unknown.
+
     Example:
         >>> import torch, shardckpt
         >>> state = {"random": shardckpt.PerRank(torch.get_rng_state())}
@@ -32,6 +37,15 @@ class PerRank:
 
     value: Any
     on_resize: Literal["keep", "wrap", "error"] | Callable[[list[Any]], Any] = "keep"
+
+    def __post_init__(self) -> None:
+        """Check the rule."""
+        if not (callable(self.on_resize) or self.on_resize in ("keep", "wrap", "error")):
+            raise StateError(
+                "Unknown value for on_resize",
+                expected='"keep", "wrap", "error" or a function',
+                actual=repr(self.on_resize),
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,13 @@ from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.tensor_memory import plain_address, shares_elements
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, AnyTensor, LocalChunk, local_chunks
+from shardckpt.state.markers import PerRank
 from shardckpt.state.materialize import NOTHING, Allocate, Builder, allocate
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import modules_in
 from shardckpt.state.optimizer_state import ParameterNames
 from shardckpt.state.saved_tree import SavedState, below, under
+from shardckpt.torch_compat import plain_functions
 
 __all__ = ["Finish", "Match", "MatchContext"]
 
@@ -47,6 +49,7 @@ class MatchContext:
         filled: Tensors that consist of other tensors, which the reads fill.
         owners: Names of modules and optimizers, to which all entries below their names belong.
         parameter_names: The names of the state's parameters.
+        current: The name of the value that is being matched.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class MatchContext:
         self.rank = rank
         self.world_size = world_size
         self.may_cast = cast
+        self.current = ""
         self.reads: list[tuple[TensorEntry, LocalChunk]] = []
         self.mismatches = Mismatches()
         self.cast: list[tuple[str, str, str]] = []
@@ -70,7 +74,7 @@ class MatchContext:
     def mark_changed(self) -> None:
         """Increment the autograd versions of the filled tensors, as a change in place does."""
         tensors = [*self.filled, *(chunk.data for _, chunk in self.reads)]
-        with torch._C.DisableTorchFunctionSubclass():  # private in torch 2.13
+        with plain_functions():
             try:
                 increment_version(tensors)
             except RuntimeError:  # inference tensors have no version
@@ -187,12 +191,37 @@ class MatchContext:
                 )
             self.reads.append((entry, chunk))
 
+    def saved_rank(self, marker: PerRank, name: str) -> int | None:
+        """Return the saved rank whose PerRank value this rank loads.
+
+        Returns:
+            None if another number of ranks saved it, and the marker keeps its own value, which is
+            noted, or has a function that chooses a value.
+        """
+        saved_world = self.saved.manifest.world_size
+        if saved_world == self.world_size:
+            return self.rank
+        if marker.on_resize == "wrap":
+            return self.rank % saved_world
+        if marker.on_resize == "error":
+            raise StateError(
+                "A PerRank entry does not fit another number of ranks",
+                tensor=name,
+                expected=f"{saved_world} ranks, as saved",
+                actual=f"{self.world_size} ranks",
+                remedy='load with as many ranks, or mark it with another on_resize="keep"',
+            )
+        if marker.on_resize == "keep":
+            self.kept.append(name)
+        return None
+
     def build(self, name: str, like: Any = None, new: Allocate = allocate) -> Any:
         """Build the saved value of a name.
 
         Args:
             name: The name.
-            like: A nested value. Its tensors are filled if shape and dtype match.
+            like: A nested value. Its tensors are filled if shape and dtype match. The markers in
+                it decide about PerRank values that another number of ranks saved.
             new: Creates the other tensors.
 
         Returns:
@@ -203,9 +232,23 @@ class MatchContext:
             if self.saved.selected(name):
                 self.mismatches.missing.append(name)
             return NOTHING
-        tensors = dict(_tensors(like, name))
-        builder = Builder(self.saved, self.reads, like=tensors, filled=self._memory, new=new)
+        tensors = dict(_found(like, name, torch.Tensor))
+        markers = dict(_found(like, name, PerRank))
+
+        def per_rank(ref: TensorRef, at: str) -> Any:
+            marker = markers.get(at, PerRank(None, "error"))  # there is no value to keep
+            rank = self.saved_rank(marker, at)
+            if rank is not None:
+                return builder.build(self.saved.per_rank(ref, rank=rank), at)
+            if callable(marker.on_resize):
+                return marker.on_resize(builder.of_all_ranks(ref, at))
+            return marker.value
+
+        builder = Builder(
+            self.saved, self.reads, like=tensors, filled=self._memory, new=new, per_rank=per_rank
+        )
         value = builder.build(self.saved.nodes[name], name)
+        builder.per_rank = None  # it refers back to the builder, and so to the tensors
         self.used.update(builder.built)
         return value
 
@@ -216,13 +259,13 @@ that name.
 """
 
 
-def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:
-    """List (name, tensor) of the tensors in a nested value."""
-    if isinstance(value, torch.Tensor):
+def _found(value: Any, name: str, kind: type) -> list[tuple[str, Any]]:
+    """List (name, item) of the items of a type in a nested value."""
+    if isinstance(value, kind):
         return [(name, value)]
     items: Any = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    return [pair for key, item in items for pair in _tensors(item, below(name, key))]
+    return [pair for key, item in items for pair in _found(item, below(name, key), kind)]

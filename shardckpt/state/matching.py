@@ -32,6 +32,7 @@ from shardckpt.state.container_matching import (
     match_union,
     match_value,
 )
+from shardckpt.state.flatten import too_deep
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.match_context import Finish, MatchContext
@@ -115,7 +116,10 @@ def match_state(
     context = MatchContext(state, saved, rank=rank, world_size=world_size, cast=cast)
     # New tensors outlive an inference_mode() of the caller. to_local() is free without gradients.
     with torch.inference_mode(False), torch.no_grad():
-        finish = _match(context, state, "")
+        try:
+            finish = _match(context, state, "")
+        except RecursionError as error:
+            raise too_deep(f"{context.current[:80]}...") from error
     context.note_missing_and_unused()
     return MatchedState(
         reads=context.reads,
@@ -130,6 +134,7 @@ def match_state(
 
 def _match(context: MatchContext, template: Any, name: str) -> Finish:
     """Match one value of the caller's state."""
+    context.current = name
     per_rank = is_per_rank(context.saved.nodes.get(name))
     if isinstance(template, torch.Tensor) and not per_rank:
         tensor = match_tensor(context, template, name)

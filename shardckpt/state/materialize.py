@@ -52,6 +52,8 @@ class Builder:
         filled: Finds the saved tensor that already fills a memory, so that no memory is filled
             twice.
         new: Makes tensors.
+        per_rank: Builds the value of a PerRank. By default it is the list of the values of all
+            ranks.
 
     Attributes:
         built: The names of all leaves that were built.
@@ -65,12 +67,14 @@ class Builder:
         like: Mapping[str, torch.Tensor] | None = None,
         filled: Ties | None = None,
         new: Allocate = allocate,
+        per_rank: Callable[[TensorRef, str], Any] | None = None,
     ) -> None:
         self.saved = saved
         self.reads = reads
         self.like = like or {}
         self.filled = filled or Ties()
         self.new = new
+        self.per_rank = per_rank
         self.built: list[str] = []
         self._tied: dict[TensorRef, Any] = {}
 
@@ -93,10 +97,14 @@ class Builder:
             return types.SimpleNamespace(**dict(values))
         return rebuilt(node, values)
 
+    def of_all_ranks(self, ref: TensorRef, name: str) -> list[Any]:
+        """Build the values of all ranks of a PerRank."""
+        ranks = range(self.saved.manifest.world_size)
+        return [self.build(self.saved.per_rank(ref, rank=rank), name) for rank in ranks]
+
     def _leaf(self, ref: TensorRef, name: str) -> Any:
         if ref.kind == "per_rank":
-            ranks = range(self.saved.manifest.world_size)
-            return [self.build(self.saved.per_rank(ref, rank=rank), name) for rank in ranks]
+            return (self.per_rank or self.of_all_ranks)(ref, name)
         if ref in self._tied:
             return self._tied[ref]
         entry = self.saved.manifest.tensors[ref.name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 import inspect
 from typing import Any
 
@@ -17,6 +16,7 @@ from shardckpt.state.module_state import aliases, canonical_names, is_wrapped
 from shardckpt.state.refusals import reading_state, setting_state
 from shardckpt.state.saved_tree import below
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
+from shardckpt.torch_compat import carry_versions, load_functions, storage_id
 
 __all__ = ["match_module", "runs_own_code"]
 
@@ -45,6 +45,8 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
         below(name, key) for key, t in module.named_buffers() if t.is_meta and key not in state
     ]
 
+    context.mismatches.unexpected += [below(name, key) for key in _refused_keys(module, state, own)]
+
     def finish() -> nn.Module:
         assign, not_filled, every = (_like(state) for _ in range(3))
         for key, entry in entries.items():
@@ -69,15 +71,29 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
     return finish
 
 
+def _refused_keys(module: nn.Module, state: Any, own: set[Any]) -> list[str]:
+    """List the keys of a state dict that torch's load_state_dict would not take: a hook added
+    them to the state dict, and no code of the module takes them back.
+    """
+    others = [
+        key
+        for key, value in state.items()
+        if not _is_extra(key)
+        and not (isinstance(value, torch.Tensor) and (value.is_meta or storages_of(value) <= own))
+    ]
+    if not others or runs_own_code(module):
+        return []
+    tensors = (module.named_parameters, module.named_buffers)
+    taken = {key for named in tensors for key, _ in named(remove_duplicate=False)}
+    return [key for key in others if key not in taken]
+
+
 def _like(state: Any) -> Any:
     """Return an empty state dict with a copy of the module versions, in which torch notes
     `assign`.
     """
     empty = collections.OrderedDict[str, Any]()
-    if hasattr(state, "_metadata"):
-        versions = state._metadata.items()
-        copied = collections.OrderedDict((name, copy.copy(facts)) for name, facts in versions)
-        empty._metadata = copied  # type: ignore[attr-defined]
+    carry_versions(state, empty)
     return empty
 
 
@@ -111,14 +127,7 @@ def runs_own_code(module: nn.Module) -> bool:
     """
     if not _is_torchs(module.load_state_dict):
         return True
-    for part in module.modules():
-        hooks = (
-            *part._load_state_dict_pre_hooks.values(),
-            *part._load_state_dict_post_hooks.values(),
-        )
-        if not all(map(_is_torchs, (part._load_from_state_dict, *hooks))):
-            return True
-    return False
+    return not all(_is_torchs(own) for part in module.modules() for own in load_functions(part))
 
 
 def _is_torchs(function: Any) -> bool:
@@ -162,6 +171,6 @@ def storages_of(tensor: torch.Tensor) -> set[int]:
 
 def _storages(tensor: Any) -> set[int]:
     if isinstance(tensor, Shards):
-        return {chunk.data.untyped_storage()._cdata for chunk in tensor.chunks}
+        return {storage_id(chunk.data) for chunk in tensor.chunks}
     local = local_tensor(tensor)
-    return {id(tensor)} if local is None else {local.untyped_storage()._cdata}
+    return {id(tensor)} if local is None else {storage_id(local)}

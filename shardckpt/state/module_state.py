@@ -23,6 +23,7 @@ from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.refusals import reading_state
 from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout
+from shardckpt.torch_compat import child_names, is_parameter
 
 __all__ = [
     "ModuleState",
@@ -31,7 +32,6 @@ __all__ = [
     "canonical_names",
     "foreign_buffers",
     "has_state",
-    "is_parameter",
     "is_wrapped",
     "module_state",
     "modules_in",
@@ -166,7 +166,8 @@ def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
 def is_wrapped(owner: nn.Module, child: str) -> bool:
     """Whether the owner is a wrapper, and the child of this name is the module that it wraps."""
     if child in _WRAPPED:
-        return len(owner._modules) == 1 and not owner._parameters and not owner._buffers
+        own = (*owner.parameters(recurse=False), *owner.buffers(recurse=False))
+        return len(child_names(owner)) == 1 and not own
     return child == "module" and isinstance(
         owner, (nn.parallel.DistributedDataParallel, nn.DataParallel)
     )
@@ -250,12 +251,12 @@ def foreign_buffers(module: nn.Module) -> set[str]:
     return foreign
 
 
-def parameter_names(module: nn.Module) -> dict[int, str]:
+def parameter_names(module: nn.Module) -> Mapping[int, str]:
     """Return the canonical name of each parameter of a module, by the id of the parameter."""
     return names_by_identity(module, own_state(module))
 
 
-def names_by_identity(module: nn.Module, state: OwnState) -> dict[int, str]:
+def names_by_identity(module: nn.Module, state: OwnState) -> Mapping[int, str]:
     """Return what `parameter_names` returns, for a module that has just been read."""
     own = {key: id(value) for key, value in state.tensors.items() if is_parameter(value)}
     known = _by_identity.get(module)
@@ -266,11 +267,3 @@ def names_by_identity(module: nn.Module, state: OwnState) -> dict[int, str]:
     if names.keys() <= set(own.values()):  # otherwise it depends on more than the state
         _by_identity[module] = own, state.names, names
     return names
-
-
-def is_parameter(value: Any) -> bool:
-    """Return isinstance(value, nn.Parameter), which is slow for DTensors.
-
-    It checks the attribute that nn.Parameter itself checks, private in torch 2.13.
-    """
-    return type(value) is nn.Parameter or getattr(value, "_is_param", False)

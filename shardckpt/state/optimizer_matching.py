@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
@@ -30,6 +30,7 @@ from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout, describes_itself, shards_of
 from shardckpt.state.tensor_matching import match_tensor
 from shardckpt.state.wrapper_tensors import facts_of
+from shardckpt.torch_compat import distribute_locally
 
 __all__ = ["match_optimizer"]
 
@@ -166,6 +167,7 @@ class _TorchForm:
         """
         best: dict[int, str] = {}
         most = -1
+        places = self.context.parameter_names.places
         for candidate in self.context.parameter_names.candidates(self.parameters, at=self.name):
             count = len(self.group_of.keys() & candidate.values())
             if count > most:
@@ -173,6 +175,15 @@ class _TorchForm:
             if count == len(self.group_of):
                 break
         names = [best[id(parameter)] for parameter in self.parameters]
+        if 0 < most < len(names):
+            # Of the names of a tied parameter, the saved one depends on the order of the modules.
+            free = self.group_of.keys() - names
+            names = [
+                name
+                if name in self.group_of
+                else next(filter(free.__contains__, places(id(parameter))), name)
+                for name, parameter in zip(names, self.parameters, strict=True)
+            ]
         if most == 0 and len(self.group_of) == len(names) > 0:
             # The parameters were saved as those of a submodule, or of a module that contains it.
             old, new = _common_path(self.group_of), _common_path(names)
@@ -377,7 +388,7 @@ class _TorchForm:
             placement if _is_cut_alike(placement, parameter, empty) else Replicate()
             for placement in parameter.placements
         ]
-        return distribute_tensor(empty, parameter.device_mesh, placements, src_data_rank=None)
+        return distribute_locally(empty, parameter.device_mesh, placements)
 
 
 def _is_cut_alike(placement: Any, parameter: torch.Tensor, state: torch.Tensor) -> bool:

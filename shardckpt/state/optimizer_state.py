@@ -28,6 +28,7 @@ from shardckpt.state.module_state import (
 from shardckpt.state.refusals import reading_state
 from shardckpt.state.sharded_array import ShardedArray
 from shardckpt.state.sharded_tensors import carry_layout
+from shardckpt.torch_compat import owner_rank
 
 __all__ = [
     "TORCH_KEYS",
@@ -67,7 +68,7 @@ class ParameterNames:
         self._read = read or {}
 
     @cached_property
-    def _modules(self) -> list[tuple[str, dict[int, str]]]:
+    def _modules(self) -> list[tuple[str, Mapping[int, str]]]:
         return [
             (
                 path,
@@ -271,9 +272,7 @@ def is_own(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
     """Whether this rank keeps the optimizer's state of a parameter."""
     if not _is_zero(optimizer):
         return True
-    # Private in torch 2.13. There is no public way to find the rank of a parameter.
-    owner = optimizer._param_to_rank[parameter]  # type: ignore[attr-defined]
-    return bool(owner == optimizer.rank)  # type: ignore[attr-defined]
+    return bool(owner_rank(optimizer, parameter) == optimizer.rank)  # type: ignore[attr-defined]
 
 
 def state_of(optimizer: Optimizer) -> Any:

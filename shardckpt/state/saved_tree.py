@@ -19,6 +19,7 @@ Rename = Mapping[str, str] | Callable[[str], str] | None
 Select = str | Iterable[str] | None
 
 T = TypeVar("T")
+_MOST_COMPARED = 2000  # names; a comparison takes some 0.1 ms
 _SEQUENCES = {list, tuple, collections.deque}
 
 
@@ -36,6 +37,12 @@ def rename_function(rename: Rename) -> Callable[[str], str]:
         return lambda name: name
     if callable(rename):
         return rename
+    if not isinstance(rename, Mapping) or any(
+        type(name) is not str for pair in rename.items() for name in pair
+    ):
+        raise StateError(
+            "Invalid rename", expected="a dict of str, or a function", actual=repr(rename)[:200]
+        )
     prefixes = sorted(((a.rstrip("."), b.rstrip(".")) for a, b in rename.items()), reverse=True)
     prefixes.sort(key=lambda pair: -len(pair[0]))
 
@@ -47,6 +54,17 @@ def rename_function(rename: Rename) -> Callable[[str], str]:
         return name
 
     return renamed
+
+
+def _key_list(keys: Select) -> list[str] | None:
+    if keys is None or isinstance(keys, str):
+        return None if keys is None else [keys]
+    listed = list(keys) if isinstance(keys, Iterable) else [keys]
+    if any(type(key) is not str for key in listed):
+        raise StateError(
+            "Invalid keys", expected="a str, or a list of str", actual=repr(keys)[:200]
+        )
+    return listed
 
 
 def _selects(key: str, name: str) -> bool:
@@ -67,7 +85,7 @@ class SavedState:
 
     def __init__(self, manifest: Manifest, *, keys: Select = None, rename: Rename = None) -> None:
         self.manifest = manifest
-        self._keys = [keys] if isinstance(keys, str) else None if keys is None else list(keys)
+        self._keys = _key_list(keys)
         self._rename = rename
         self.renamed = rename_function(rename)
         self.tree = values.decode(manifest.state, tensor=_keep, unknown=_keep)
@@ -106,13 +124,13 @@ class SavedState:
 
     def _unused(self, argument: str, word: str, path: str) -> LoadMismatchError:
         rename = self._rename if argument == "keys" else None
-        names = list(SavedState(self.manifest, rename=rename).leaves)
-        close = difflib.get_close_matches(word, names, n=8, cutoff=0.5)
+        saved = SavedState(self.manifest, rename=rename)
+        close = difflib.get_close_matches(word, list(saved.nodes)[:_MOST_COMPARED], n=8)
         return LoadMismatchError(
             f"{argument}= names {word!r}, and no saved entry has this name",
             path=path,
             expected="the name of a saved entry, or a prefix or pattern of names",
-            actual=", ".join(close or names[:8]) or "a checkpoint without entries",
+            actual=", ".join(close or list(saved.leaves)[:8]) or "a checkpoint without entries",
             remedy=f"correct {argument}=, or list the names with `shardckpt inspect`",
         )
 

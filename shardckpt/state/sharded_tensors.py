@@ -24,6 +24,7 @@ from shardckpt.state.local_chunks import (
     is_distributed,
     is_sharded_tensor,
 )
+from shardckpt.torch_compat import local_part
 
 __all__ = ["carry_layout", "describes_itself", "materialised", "shards_of"]
 
@@ -33,8 +34,8 @@ _METHODS = ("__create_chunk_list__", "__create_write_items__")
 
 def describes_itself(tensor: torch.Tensor) -> bool:
     """Whether `shards_of` can find the shards of a tensor."""
-    if type(tensor) is DTensor:  # the attribute is private in torch 2.13, to_local() is slow
-        local: Any = tensor._local_tensor
+    if type(tensor) is DTensor:
+        local = local_part(tensor)
         return type(local) is not torch.Tensor and _has_methods(local)
     if hasattr(tensor, "global_shape"):
         return True

@@ -35,7 +35,6 @@ from shardckpt.state.module_state import (
     ModuleState,
     foreign_buffers,
     has_state,
-    is_parameter,
     modules_in,
     own_state,
 )
@@ -43,6 +42,7 @@ from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, opti
 from shardckpt.state.refusals import reading_state
 from shardckpt.state.sharded_array import ShardedArray
 from shardckpt.state.wrapper_tensors import Wrapped, read_out
+from shardckpt.torch_compat import change_count, dtensor, is_parameter, local_part, spec_of
 
 __all__ = ["Snapshot", "take_snapshot"]
 
@@ -222,7 +222,7 @@ class _Taker:
         """
         if copy_up_to < 0 or type(tensor) not in _COPYABLE or hasattr(tensor, "global_shape"):
             return self.hold(tensor, copy_up_to)
-        if type(tensor) is DTensor and type(tensor._local_tensor) is not torch.Tensor:
+        if type(tensor) is DTensor and type(local_part(tensor)) is not torch.Tensor:
             return self.hold(tensor, copy_up_to)
         large = tensor.numel() * tensor.element_size() > copy_up_to
         if large and not self.modules:  # it can't be tied to a large buffer, which is copied
@@ -270,26 +270,24 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor without gradients. A tensor without memory is returned itself; flatten
     raises.
     """
-    local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
+    local = local_part(tensor) if type(tensor) is DTensor else tensor
     if local.is_meta or (local.layout is torch.strided and not owns_memory(local)):
         return tensor
     plain = memory_view(local)
     copied = plain.clone() if plain is local else plain.clone().view(local.dtype)
     if type(tensor) is not DTensor:
         return copied
-    # clone() of a DTensor computes placements. The constructor avoids that; private in torch 2.13.
-    return DTensor(copied, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return dtensor(copied, spec_of(tensor))
 
 
 def _mark(tensor: torch.Tensor) -> tuple[int, int]:
-    if type(tensor) is DTensor:  # the attribute is private in torch 2.13, to_local() is slow
-        return tensor._version, tensor._local_tensor.data_ptr()
-    return tensor._version, 0
+    address = local_part(tensor).data_ptr() if type(tensor) is DTensor else 0
+    return change_count(tensor), address
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for tied tensors."""
-    local = tensor._local_tensor if type(tensor) is DTensor else tensor  # private in torch 2.13
+    local = local_part(tensor) if type(tensor) is DTensor else tensor
     if not owns_memory(local) or not local.numel():
         return (id(tensor),)
     view = (local.dtype, local.shape, local.stride(), local.is_conj(), local.is_neg())

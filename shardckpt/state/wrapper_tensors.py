@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from shardckpt.errors import UnsupportedLeafError
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, Shards, local_layout
 from shardckpt.state.sharded_tensors import describes_itself, shards_of
+from shardckpt.torch_compat import local_part
 
 __all__ = ["WRAPPER", "Wrapped", "facts_of", "read_out"]
 
@@ -69,7 +70,7 @@ def read_out(tensor: Any, *, name: str) -> Any:
     if describes_itself(tensor):
         return shards_of(tensor, name=name)
     if isinstance(tensor, DTensor):
-        local: Any = tensor._local_tensor  # private in torch 2.13
+        local = local_part(tensor)
         if type(local) in PLAIN or hasattr(local, "wait") or not _wraps(local):
             return tensor
         return _of_dtensor(tensor, local, name)

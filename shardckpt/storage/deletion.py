@@ -50,17 +50,23 @@ def sync_directory(system: System, path: str) -> None:
 
 def make_directories(system: System, path: str) -> None:
     """Make a directory and its parents, durably."""
-    above = os.path.dirname(path)
-    try:
-        system.stat(path)
-        # A process may have made it and died before it called fsync.
-        with suppress(PermissionError):
-            sync_directory(system, above)
-    except FileNotFoundError:
-        make_directories(system, above)
+    missing: list[str] = []
+    while True:  # no recursion: a path may have 2,000 folders
+        above = os.path.dirname(path) or "."
+        try:
+            system.stat(path)
+        except FileNotFoundError:
+            missing.append(path)
+            path = above
+        else:
+            # A process may have made it and died before it called fsync.
+            with suppress(PermissionError):
+                sync_directory(system, above)
+            break
+    for path in reversed(missing):
         with suppress(FileExistsError):
             system.mkdir(path)
-        sync_directory(system, above)
+        sync_directory(system, os.path.dirname(path) or ".")
 
 
 def remove_files(system: System, path: str) -> None:

@@ -205,7 +205,8 @@ def _check_replaceable(target: str) -> None:
 
 def _check_outside(system: System, folder: str) -> None:
     """Raise an error if the folder of a new checkpoint is itself a checkpoint."""
-    if exists(system, os.path.join(folder, MANIFEST_NAME)):
+    found = exists(system, os.path.join(folder, MANIFEST_NAME))
+    if found and _is_checkpoint(system, folder, system.listdir(folder)):
         raise StateError(
             "A checkpoint can't be saved inside another checkpoint",
             path=folder,

@@ -1,13 +1,13 @@
-"""Checkpoints in an object store. There is no lock, no rename, and no list that must be complete.
+"""Checkpoints in an object store, without locks, renames, and lists that must be complete.
 
 A checkpoint with the URL s3://bucket/run/step-7 and the id ID has these objects:
 
     run/step-7/manifest.json    the manifest, or TOMBSTONE while a removed checkpoint is deleted
     run/step-7/ID/shard-...     its shards
-    run/step-7/ID/begun         while the save runs: by it the other ranks see what rank 0 began
+    run/step-7/ID/begun         exists while the save runs; the other ranks wait for it
 
-The commit is one put of the manifest under a condition: there is none, or it is the one that
-`begin` read. Of several saves to one path one wins; each loser deletes its own objects. Keys are
+The commit is one conditional put of the manifest: it fails if the manifest is not the one that
+`begin` read. One of several saves to one path wins; each loser deletes its own objects. Keys are
 never used again, so no reader ever sees the bytes of two checkpoints.
 
 The objects of a save that died have an id that no manifest names. They are deleted once the newest

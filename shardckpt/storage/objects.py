@@ -14,7 +14,7 @@ __all__ = ["ConditionFailedError", "Found", "NoObjectError", "Objects", "Upload"
 
 
 class NoObjectError(Exception):
-    """There is no object with this key."""
+    """No object has this key."""
 
 
 class ConditionFailedError(Exception):

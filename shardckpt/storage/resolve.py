@@ -105,6 +105,10 @@ def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False
                 remedy="leave out storage=",
             )
         return Place(path, path.full_path(""))
+    if not (storage is None or isinstance(storage, Storage)):
+        raise StateError(
+            "Invalid storage", expected="a shardckpt.Storage", actual=repr(storage)[:200]
+        )
     text = None
     with suppress(TypeError):
         text = os.fspath(path)  # type: ignore[call-overload]

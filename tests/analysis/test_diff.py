@@ -90,6 +90,16 @@ def test_changes_anywhere_in_a_tensor_are_found(shape, tmp_path):
         assert (found.tensors["w"].elements, found.tensors["w"].largest) == (1, 2.0)
 
 
+def test_several_changes_in_one_row_are_counted_once(tmp_path):
+    w = torch.zeros(2, 3 << 20)  # a row has 12 blocks
+    shardckpt.save({"w": w}, tmp_path / "c")
+    w[1, [1 << 19, 3 << 19, 5 << 19]] = 1
+    shardckpt.save({"w": w}, tmp_path / "d")
+    found = shardckpt.diff(tmp_path / "c", tmp_path / "d")
+    assert found.tensors["w"].elements == 3
+    assert found.bytes_read == 3 << 22  # the row
+
+
 def test_entries_values_dtypes_and_shapes_that_differ_are_listed(first, tmp_path):
     changed = state(step=4, rng=PerRank({"seed": 2}), more=torch.ones(1))
     changed["model"] = {"a": torch.zeros(SIZE, dtype=torch.float64), "b": torch.zeros(3), "tied": 1}
@@ -141,6 +151,9 @@ def test_elements_within_the_tolerance_are_equal():
     assert differences(a, b, atol=0.2)[0] == 2
     assert differences(a, b, rtol=0.2)[0] == 1
     assert differences(torch.tensor([0.0, math.nan]), torch.tensor([-0.0, -math.nan])) == (0, 0.0)
+    for infinite in (math.inf, -math.inf):
+        finite = torch.tensor([5.0, math.inf]), torch.tensor([infinite, infinite])
+        assert differences(*finite, rtol=0.5, atol=1)[0] == 1 + (infinite < 0)
     large = torch.tensor([2**62, 5])
     assert differences(large, large + torch.tensor([1, 0])) == (1, 0.0)  # not told by float64
 

@@ -61,6 +61,53 @@ def test_invalid_weights_are_refused(weights, runs, tmp_path):
 
 
 def test_one_checkpoint_is_not_merged(runs, tmp_path):
-    for sources in (runs[:1], runs[0]):
+    for sources in (runs[:1], runs[0], 5, None):
         with pytest.raises(errors.StateError, match="Too few"):
             shardckpt.merge(sources, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "actual"),
+    [
+        ({}, {"extra": torch.ones(1)}, "elements of shape"),
+        ({"extra": torch.ones(1)}, {}, "no such tensor"),
+        ({"extra": torch.ones(1)}, {"extra": torch.ones(1) * 1j}, "complex"),
+        ({"extra": torch.ones(1, dtype=torch.int64)}, {"extra": torch.ones(1)}, "floating-point"),
+        (
+            {"extra": torch.ones(1)},
+            {"extra": torch.ones(1).view(torch.uint8).view(torch.bits8)},
+            "BITS8",
+        ),
+    ],
+)
+def test_no_tensor_is_left_out_and_no_part_of_one(first, second, actual, tmp_path):
+    paths = []
+    for state in (first, second):
+        paths.append(tmp_path / str(len(paths)))
+        shardckpt.save({"w": torch.ones(2), **state}, paths[-1])
+    with pytest.raises(errors.LoadMismatchError) as caught:
+        shardckpt.merge(paths, tmp_path / "merged")
+    assert caught.value.tensor == "extra"
+    assert actual in caught.value.actual
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"weights": ["x", 1]},
+        {"weights": [None, 1]},
+        {"weights": "12"},
+        {"weights": 3},
+        {"shards": "2"},
+        {"shards": 10**9},
+        {"keys": 5},
+        {"keys": [None]},
+        {"rename": ["w"]},
+        {"rename": {"w": 5}},
+        {"storage": "disk"},
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_refused(arguments, runs, tmp_path):
+    with pytest.raises(errors.StateError, match="Invalid"):
+        shardckpt.merge(runs[:2], tmp_path / "merged", **arguments)

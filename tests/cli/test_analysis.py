@@ -81,6 +81,33 @@ def test_cat_refuses_a_slice_that_is_none(text, two, capsys):
     assert "w" in capsys.readouterr().err
 
 
+def test_cat_prints_complex_numbers_and_names_with_brackets(tmp_path, capsys):
+    half = torch.tensor([1 + 2j], dtype=torch.complex32)
+    bits = torch.zeros(1, dtype=torch.uint8).view(torch.bits8)
+    shardckpt.save({"w[0]": half, "w": torch.tensor([5.0]), "bits": bits}, tmp_path / "c")
+    for name, shown in (("w[0]", "[1.+2.j]"), ("w[0][0]", "1.+2.j"), ("w", "[5.]")):
+        assert main(["cat", str(tmp_path / "c"), name]) == 0
+        assert capsys.readouterr().out.strip() == shown
+    assert main(["cat", str(tmp_path / "c"), "bits"]) == StateError.exit_code
+    assert "bits8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["stats", "diff"])
+def test_json_holds_no_nan(command, tmp_path, capsys):
+    for step, number in enumerate((float("nan"), float("-inf"))):
+        state = {"w": torch.tensor([number, 1e200], dtype=torch.float64), "best": number}
+        shardckpt.save(state, tmp_path / str(step))
+    paths = [str(tmp_path / "0"), str(tmp_path / "1")]
+    main([command, *(paths if command == "diff" else paths[:1]), "--json"])
+    text = capsys.readouterr().out
+    found = json.loads(text[text.index("{") :], parse_constant=pytest.fail)
+    assert (
+        found["w"]["norm"] == "inf"
+        if command == "stats"
+        else found["values"]["best"] == ["nan", "-inf"]
+    )
+
+
 def test_cat_lists_names_for_a_tensor_that_is_not_there(two, capsys):
     assert main(["cat", two[0], "v"]) == LoadMismatchError.exit_code
     assert "actual: w, bf16" in capsys.readouterr().err

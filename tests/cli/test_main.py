@@ -12,6 +12,7 @@ import torch
 import shardckpt
 from shardckpt import PerRank
 from shardckpt.cli.main import main
+from shardckpt.errors import StorageError
 from tests.cli.states import save_some
 
 
@@ -137,6 +138,17 @@ def test_a_reader_that_has_gone(tmp_path):
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == str(tmp_path / "c")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["stats", "--json"], ["ls"]])
+def test_an_output_that_is_full_or_closed(command, tmp_path, monkeypatch, capsys):
+    shardckpt.save({"w": torch.ones(3)}, tmp_path / "c")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([*command, str(tmp_path / "c")]) == StorageError.exit_code
+    assert "StorageError: The output can't be written: No space" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([*command, str(tmp_path / "c")]) == 0
 
 
 def test_the_command_without_its_packages_says_how_to_install_them():

@@ -56,7 +56,7 @@ class Call:
 def write_dcp(state: dict, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(state, checkpoint_id=path, no_dist=True)
+        dcp.save(state, checkpoint_id=path)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

@@ -99,7 +99,7 @@ def test_torch_reads_the_dcp_directory(tmp_path, saved):
     state = whole_state()
     state["model"] = {name: torch.zeros_like(tensor) for name, tensor in state["model"].items()}
     state["step"] = 0
-    dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    dcp.load(state, checkpoint_id=tmp_path / "dcp")
     assert plain(state) == plain(whole_state())
     dcp_to_torch_save(tmp_path / "dcp", tmp_path / "x.pt")
     assert plain(torch.load(tmp_path / "x.pt", weights_only=True)) == plain(whole_state())
@@ -219,9 +219,9 @@ def hostile(tmp_path, kind: str) -> str:
         path = tmp_path / kind
         torch.save(states[kind], path)
     elif kind == "dcp value":
-        dcp.save({**tensors, "x": Attack()}, checkpoint_id=path, no_dist=True)
+        dcp.save({**tensors, "x": Attack()}, checkpoint_id=path)
     elif kind in ("dcp metadata", "dcp shape", "dcp file"):
-        dcp.save(tensors, checkpoint_id=path, no_dist=True)
+        dcp.save(tensors, checkpoint_id=path)
         if kind == "dcp metadata":
             (path / ".metadata").write_bytes(pickle.dumps(Attack()))
         elif kind == "dcp shape":
@@ -296,6 +296,8 @@ def test_what_a_target_can_not_hold(tmp_path, saved, capsys):
         convert(saved, target, shards=0)
     with pytest.raises(errors.LoadMismatchError, match="keys= names 'modell'"):
         convert(saved, target, keys=["model", "modell"])
+    with pytest.raises(errors.LoadMismatchError, match="No entry of this checkpoint is selected"):
+        convert(saved, target, keys=[])
     with pytest.raises(errors.LoadMismatchError, match="rename= names 'modell'"):
         convert(saved, target, rename={"modell": "m"})
     with pytest.raises(errors.StateError, match="Unknown suffix"):

@@ -48,7 +48,7 @@ def components(file_format: Any) -> Attack:
 @functools.cache
 def dcp_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        dcp.save({"a": STATE["a"], "n": 1}, checkpoint_id=folder, no_dist=True)
+        dcp.save({"a": STATE["a"], "n": 1}, checkpoint_id=folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 

@@ -152,7 +152,7 @@ def check(case: Case) -> None:
 def trial(number: int) -> int:
     """A hundred cases for the long run."""
     run = given(cases())(check)
-    seed(number)(settings(max_examples=100, database=None)(run))()
+    seed(number)(settings(max_examples=100, database=None, deadline=None)(run))()
     return 100
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from shardckpt.errors import UnsupportedLeafError
+import shardckpt
+from shardckpt.errors import CheckpointError, UnsupportedLeafError
+from shardckpt.format import dtypes
 from shardckpt.format.dtypes import (
     DTYPES,
     OPAQUE,
@@ -16,6 +19,7 @@ from shardckpt.format.dtypes import (
     plain_dtype,
     shard_form,
 )
+from shardckpt.format.safetensors_header import parse_header
 
 ITEMSIZES = {"BOOL": 1, "U8": 1, "I16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8, "C128": 16}
 
@@ -49,7 +53,7 @@ def test_a_chunk_in_a_shard_has_a_dtype_of_safetensors_and_as_many_bytes():
 
 def test_only_dtypes_of_safetensors_go_into_its_files():
     assert plain_dtype("BF16", tensor="w") == "BF16"
-    for name in ("C32", "C128", "UINT4", "F4X2", "BITS8"):
+    for name in {"C32", "C128", "UINT4", "F4X2", "BITS8"} & DTYPES.keys():
         with pytest.raises(UnsupportedLeafError, match="safetensors") as caught:
             plain_dtype(name, tensor="w")
         assert caught.value.tensor == "w"
@@ -66,3 +70,40 @@ def test_integers_of_a_few_bits_are_copied_as_bytes():
     floats = torch.ones(2)
     assert memory_view(floats) is floats
     assert memory_dtype("F32") == torch.float32
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch):
+    """A torch that lacks bfloat16, as early versions lack other dtypes. Enter it to begin."""
+
+    def begin():
+        monkeypatch.delitem(dtypes.DTYPES, "BF16")
+        monkeypatch.delattr(torch, "bfloat16")
+
+    return begin
+
+
+def test_a_dtype_that_this_torch_lacks_is_named(tmp_path, without_bfloat16):
+    shardckpt.save({"w": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "tensor")
+    shardckpt.save({"dtype": torch.bfloat16}, tmp_path / "value")
+    save_file({"w": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "file.safetensors")
+    without_bfloat16()
+    for name, tensor in (("tensor", "w"), ("value", None)):
+        with pytest.raises(CheckpointError) as caught:
+            shardckpt.load_state(tmp_path / name)
+        assert type(caught.value) is CheckpointError
+        assert caught.value.tensor == tensor
+        assert caught.value.expected == "a torch with bfloat16"
+        assert caught.value.actual == f"torch {torch.__version__}"
+        assert "install a later torch" in caught.value.remedy
+    with pytest.raises(CheckpointError, match="a torch with bfloat16"):
+        shardckpt.convert(tmp_path / "file.safetensors", tmp_path / "converted")
+    (shard,) = (tmp_path / "tensor").glob("*.safetensors")
+    with pytest.raises(CheckpointError, match="a torch with bfloat16"):
+        parse_header(shard.read_bytes(), file_size_bytes=None, path=str(shard))
+
+
+def test_a_dtype_without_a_meaning_is_not_found():
+    assert dtypes.torch_dtype("int8") is torch.int8
+    with pytest.raises(KeyError):
+        dtypes.torch_dtype("nn")

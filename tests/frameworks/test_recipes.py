@@ -9,15 +9,20 @@ import signal
 import pytest
 
 from tests.nn_handler.recipes import EPOCHS, RECIPES, kill, run
+from tests.ranks import PRELOAD
 
 LAYOUTS = {"python": ("none", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp", 2)}
 
 
 @pytest.mark.ranks
 @pytest.mark.long
+@pytest.mark.timeout(1200)  # eleven jobs
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_survives_kills_and_signals(tmp_path, recipe, layout):
+    if recipe == "llama":
+        pytest.importorskip("transformers")
+        PRELOAD.append("transformers.models.llama.modeling_llama")  # takes seconds for each rank
     parallel, ranks = LAYOUTS[layout]
     never = run(recipe, parallel, tmp_path / "never", ranks)
     for by in (signal.SIGKILL, signal.SIGTERM):

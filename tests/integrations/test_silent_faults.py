@@ -58,9 +58,7 @@ class Dcp:
         writer = ShardWriter(path, **options)
         planner = ShardSavePlanner() if self.own_planners else None
         try:
-            dcp.save(
-                state, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized()
-            )
+            dcp.save(state, storage_writer=writer, planner=planner)
         except CheckpointException as failure:
             raise cause(failure) from None
         finally:
@@ -70,9 +68,7 @@ class Dcp:
         planner = ReshardLoadPlanner() if self.own_planners else None
         reader = ShardReader(path)
         try:
-            dcp.load(
-                state, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized()
-            )
+            dcp.load(state, storage_reader=reader, planner=planner)
         except CheckpointException as failure:
             raise cause(failure) from None
 
@@ -137,7 +133,7 @@ class WritesTwice(dcp.DefaultSavePlanner):
 
 def save_with_faulty_planners(folder):
     mesh = init_device_mesh("cpu", (2,))
-    tensor = distribute_tensor(torch.arange(10.0), mesh, [Shard(0)], src_data_rank=None)
+    tensor = distribute_tensor(torch.arange(10.0), mesh, [Shard(0)])
     found = []
     for number, planner in enumerate((LeavesOut(), WritesTwice())):
         for way in ("own", "dcp"):
@@ -290,12 +286,12 @@ def test_10_the_tensor_without_dimensions(way, tmp_path):
 
 def test_default_dcp_does_commit_such_faults(tmp_path):
     """The checks above can fail: dcp's own storage loads a flipped bit and casts in silence."""
-    dcp.save(a_state(), checkpoint_id=tmp_path / "c", no_dist=True)
+    dcp.save(a_state(), checkpoint_id=tmp_path / "c")
     (shard,) = (tmp_path / "c").glob("*.distcp")
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 0x10
     shard.write_bytes(data)
     target = {"w": torch.zeros(600_000, dtype=torch.float64), "step": 0}
-    dcp.load(target, checkpoint_id=tmp_path / "c", no_dist=True)
+    dcp.load(target, checkpoint_id=tmp_path / "c")
     assert not torch.equal(target["w"].float(), a_state()["w"])
     shutil.rmtree(tmp_path / "c")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -19,18 +20,21 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
+import shardckpt
 from shardckpt import NNHandler
-from shardckpt.errors import StateError
-from shardckpt.nn_handler import Callback, ModelCheckpoint
+from shardckpt.errors import CheckpointError, StateError
+from shardckpt.nn_handler import Callback, EarlyStopping, ModelCheckpoint
 from shardckpt.nn_handler.batch import batch_size, to_device
 from tests.nn_handler.models import NormNet, accuracy, data, same, weights
 
@@ -238,6 +242,11 @@ class Stream(Epochs, IterableDataset):
         return zip(X, Y, strict=True)
 
 
+class OfEpochs(Epochs, Dataset):
+    def __getitem__(self, index):
+        return DS[index]
+
+
 def test_set_epoch_is_called_wherever_it_exists():
     batches, stream = Batches(), Stream()
     handler = make()
@@ -245,6 +254,10 @@ def test_set_epoch_is_called_wherever_it_exists():
     handler.set_val_loader(stream, batch_size=16)
     train(handler, 2)
     assert (batches.seen, stream.seen) == ([0, 1], [0, 1])
+    inner = OfEpochs()
+    handler.set_train_loader(ConcatDataset([Subset(inner, range(32)), DS]), batch_size=16)
+    train(handler)
+    assert inner.epoch == 2
 
 
 class Mine(DataLoader):
@@ -287,6 +300,20 @@ class ByName(Body):
         return super().forward(x if scale is None else x * scale[:, None].float())
 
 
+class TwoAtMost(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, a, b=None):
+        return self.layer(a if b is None else a + b)
+
+
+class AnyNumber(TwoAtMost):
+    def forward(self, *inputs):
+        return self.layer(sum(inputs[:2]))
+
+
 class ListOf(Dataset):
     def __init__(self, make_sample) -> None:
         self.make_sample = make_sample
@@ -305,6 +332,8 @@ class ListOf(Dataset):
         (OfPair, lambda i: ((X[i], X[i]), Y[i])),
         (Two, lambda i: ((X[i], X[i]), Y[i])),
         (Two, lambda i: (X[i], X[i], Y[i])),
+        (TwoAtMost, lambda i: (X[i], X[i], Y[i])),
+        (AnyNumber, lambda i: (X[i], X[i], Y[i])),
         (Two, lambda i: ({"a": X[i], "b": X[i]}, Y[i])),
         (ByName, lambda i: ({"x": X[i], "scale": 2.0}, Y[i])),
     ],
@@ -314,6 +343,18 @@ def test_several_inputs_reach_the_model(model, sample):
     handler.set_train_loader(ListOf(sample), batch_size=16)
     handler.set_val_loader(ListOf(sample), batch_size=16)
     assert train(handler).step == 2
+    if model is not AnyNumber:  # it takes the targets too
+        assert handler.predict(ListOf(sample), batch_size=5).shape == (32, 3)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "generator"])
+def test_an_epoch_without_batches_is_an_error(kind):
+    handler = make()
+    batches = [(X[:8], Y[:8]), (X[8:16], Y[8:16])]
+    handler.set_train_loader([] if kind == "nothing" else (batch for batch in batches))
+    with pytest.raises(StateError, match="gave no batch"):
+        train(handler, 2)
+    assert handler.epoch == (kind == "generator")
 
 
 class WithLoss(Body):
@@ -375,6 +416,11 @@ def test_a_loss_with_parameters_is_trained_saved_and_rebuilt(tmp_path, first):
     train(handler)
     assert handler.loss_fn.factor != 1.0
     handler.save(tmp_path / "a")
+    with shardckpt.open_checkpoint(tmp_path / "a") as checkpoint:
+        saved = {name for name in checkpoint.tensors() if name.endswith(".exp_avg")}
+    # the names in the state, which are the same under DDP and FSDP2
+    places = {f"model.{name}" for name in weights(handler)} | {"loss_fn.factor"}
+    assert saved == {f"optimizer.state.{place}.exp_avg" for place in places}
     loaded = NNHandler.load(tmp_path / "a")
     assert loaded.loss_fn.scale == 2.0  # its argument was 4.0
     assert torch.equal(loaded.loss_fn.factor, handler.loss_fn.factor)
@@ -423,6 +469,21 @@ def test_a_model_with_a_config_object_trains_and_is_asked_for_at_load(tmp_path, 
     assert same(weights(loaded), weights(handler))
 
 
+class Keeps(Body):
+    def __init__(self, argument) -> None:
+        super().__init__()
+        self.argument = argument
+
+
+class Last(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -430,6 +491,9 @@ def test_a_model_with_a_config_object_trains_and_is_asked_for_at_load(tmp_path, 
         lambda: nn.Sequential(nn.Linear(4, 3)),
         lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3, bias=False)),
         lambda: Body(width=5),
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, 0.0), nn.Linear(4, 3)),
+        lambda: Last(nn.LSTM(4, 3, num_layers=2, batch_first=True)),
+        lambda: Last(nn.GRU(4, 3, bias=False)),
     ],
 )
 def test_modules_as_arguments_come_back(tmp_path, body):
@@ -438,6 +502,108 @@ def test_modules_as_arguments_come_back(tmp_path, body):
         warnings.simplefilter("error")
         handler.save(tmp_path / "a")
     assert same(weights(NNHandler.load(tmp_path / "a")), weights(handler))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        functools.partial(nn.LayerNorm, eps=1e-3),
+        functools.partial(nn.functional.leaky_relu, negative_slope=0.5),
+        collections.OrderedDict(b=1, a=nn.ReLU),
+        [(1, 2), {"a": None}],
+    ],
+)
+def test_values_as_arguments_come_back(tmp_path, argument):
+    handler = make(Keeps, argument=argument)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handler.save(tmp_path / "a")
+    found = NNHandler.load(tmp_path / "a").module.argument
+    assert type(found) is type(argument)
+    if isinstance(argument, functools.partial):
+        x = torch.tensor([-1.0, 2.0])
+        made = [one(2) if one.func is nn.LayerNorm else one for one in (found, argument)]
+        assert torch.equal(made[0](x), made[1](x))
+    else:
+        assert found == argument
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        collections.defaultdict(int, a=1),
+        collections.UserDict(a=1),
+        torch.Generator(),
+        functools.partial(lambda x: x, 2),
+        Pair(1, 2),
+    ],
+)
+def test_values_that_would_come_back_as_others_are_told(tmp_path, argument):
+    handler = make(Keeps, argument=argument)
+    with pytest.warns(UserWarning, match=r"model\.kwargs\.argument"):
+        handler.save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"model\.kwargs\.argument"):
+        NNHandler.load(tmp_path / "a")
+
+
+def test_a_partial_as_a_loss(tmp_path):
+    handler = make()
+    handler.set_loss_fn(functools.partial(nn.functional.cross_entropy, label_smoothing=0.3))
+    handler.save(tmp_path / "a")
+    loaded = NNHandler.load(tmp_path / "a")
+    outputs = handler.predict(X)
+    assert loaded.loss_fn(outputs, Y) == handler.loss_fn(outputs, Y)
+
+
+def test_the_dtype_of_a_model_comes_back(tmp_path):
+    handler = make()
+    handler.model.double()
+    handler.set_train_loader(TensorDataset(X.double(), Y), batch_size=16)
+    handler.val_data = None
+    train(handler, ema_decay=0.9).save(tmp_path / "a")
+    loaded = NNHandler.load(tmp_path / "a")
+    assert loaded.module.head.weight.dtype == torch.float64
+    assert same(weights(loaded), weights(handler))
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LazyLinear(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_a_lazy_model(tmp_path):
+    handler = make(Lazy)
+    handler.val_data = None
+    train(handler).save(tmp_path / "a")
+    assert same(weights(NNHandler.load(tmp_path / "a")), weights(handler))
+
+
+class Growing(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0, 4))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = torch.cat([self.seen, x])[-32:]
+        return super().forward(x)
+
+
+def test_an_average_follows_a_buffer_that_grows():
+    handler = train(make(Growing), ema_decay=0.9)
+    assert torch.equal(handler.ema.weights["seen"], handler.module.seen)
+
+
+def test_an_argument_that_torch_extends_comes_back(tmp_path):
+    handler = make(Wrap, body=nn.AdaptiveLogSoftmaxWithLoss(16, 20, cutoffs=[5, 10]))
+    handler.save(tmp_path / "a")
+    loaded = NNHandler.load(tmp_path / "a")
+    assert loaded.module.body.cutoffs == handler.module.body.cutoffs
+    assert same(weights(loaded), weights(handler))
 
 
 # Savers, names, resumes
@@ -514,6 +680,18 @@ def test_changed_options_are_told_and_set_hyperparameters_changes_them(tmp_path)
     assert changed.optimizer.state
 
 
+def test_changed_options_of_a_group_are_told(tmp_path):
+    def job(epochs, rate):
+        handler = make()
+        handler.set_optimizer(torch.optim.SGD, lr=0.1, groups={"head": {"lr": rate}})
+        handler.auto_save(interval=1, save_path=tmp_path, resume="auto")
+        return train(handler, epochs)
+
+    job(1, 0.5)
+    with pytest.warns(UserWarning, match="optimizer group 1 lr: 0.5 in the checkpoint, 0.3 in"):
+        assert job(2, 0.3).history["lr_1"] == [0.5, 0.5]
+
+
 def test_a_typo_in_a_device_map_is_an_error(tmp_path):
     make().save(tmp_path / "a")
     with pytest.raises(StateError, match="bdoy"):
@@ -552,6 +730,18 @@ def test_training_inside_ema_weights_is_refused():
         lambda h: h.train(progress_bar=False),
         lambda h: h.train(1, precision="bf61"),
         lambda h: h.log("a", 1),
+        lambda h: h.add_metric(3, accuracy),
+        lambda h: h.set_optimizer(torch.optim.SGD, lrr=1),
+        lambda h: h.set_optimizer(lambda groups: 3),
+        lambda h: h.set_scheduler(torch.optim.lr_scheduler.StepLR, stepsize=1),
+        lambda h: h.set_scheduler(nn.MSELoss),
+        lambda h: h.set_hyperparameters(optimizer="other", lr=1.0),
+        lambda h: h.set_train_loader(DS, bath_size=1),
+        lambda h: h.set_val_loader(DS, batch_size=0),
+        lambda h: h.set_train_loader("data"),
+        lambda h: h.seed("3"),
+        lambda h: EarlyStopping(patience=0),
+        lambda h: (h.module.requires_grad_(False), train(h)),
         lambda h: h.remove_callback(Callback),
     ],
 )

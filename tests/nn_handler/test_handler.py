@@ -164,14 +164,17 @@ def test_what_has_no_importable_name_is_reported_and_asked_for_again(tmp_path, n
     ["cpu", "auto", "disk", {"": "cpu", "layers.0": "disk"}, {"head": "cpu", "layers": "disk"}],
 )
 def test_device_maps(tmp_path, name, device_map):
-    handler = a_handler()
-    handler.train(epochs=1)
+    handler = a_handler(dropout=0.5)
+    handler.train(epochs=1, ema_decay=0.9)
     handler.save(tmp_path / name)
     placed = NNHandler.load(tmp_path / name, device_map=device_map)
     inputs = data().tensors[0]
-    assert torch.equal(placed.predict(inputs), handler.predict(inputs))
+    for ema in (False, True, False):
+        assert torch.equal(placed.predict(inputs, ema=ema), handler.predict(inputs, ema=ema))
+    assert not placed.model.training  # prediction leaves the mode as it was
     assert placed.optimizer is None
     assert placed.epoch == 1
+    assert NNHandler.load(tmp_path / name, device_map=device_map, skip_ema=True).ema is None
 
 
 def test_a_meta_device_map(tmp_path):

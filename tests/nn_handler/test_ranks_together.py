@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from shardckpt import NNHandler
-from shardckpt.errors import RankFailedError, StateError
+from shardckpt.errors import CheckpointError, RankFailedError, StateError
 from shardckpt.nn_handler import Callback
+from shardckpt.nn_handler import parallel as of_ranks
 from tests.nn_handler.models import Net, NormNet, a_handler, data, same, weights, with_data
 from tests.nn_handler.test_features import OwnObject, a_gan, f1, gan_step
 from tests.ranks import run_ranks
@@ -148,12 +151,111 @@ def second_order() -> None:
         quiet(handler)
 
 
+def evaluation_leaves_no_trace() -> None:
+    """FSDP2 keeps whole weights after a forward pass alone; the next step must not use them."""
+    inputs = data(8).tensors[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that no optimizer holds the whole weights
+        handlers = [quiet(a_handler("fsdp"), ema_decay=0.5) for _ in range(2)]
+        handler = handlers[0]
+        own = handler.evaluate()
+        assert handler.evaluate(ema=True) != own
+        assert handler.evaluate() == own
+        outputs = handler.predict(inputs)
+        with handler.ema_weights(), torch.no_grad():
+            assert not torch.equal(handler.model(inputs), outputs)
+        assert torch.equal(handler.predict(inputs), outputs)
+        assert numbers(quiet(handler)) == numbers(quiet(handlers[1]))
+
+
+def message(act) -> str:
+    with pytest.raises((StateError, CheckpointError, RankFailedError)) as caught:
+        act()
+    return str(caught.value)
+
+
+class OnRankOne(Callback):
+    """On rank 1 it ends training after step 3, and does not take its state back."""
+
+    def on_step_end(self, handler, loss):
+        handler.stop_training |= dist.get_rank() == 1 and handler.step == 3
+
+    def load_state_dict(self, state):
+        if dist.get_rank() == 1:
+            raise ValueError("planted")
+
+
+def handlers_that_differ(folder: str) -> None:
+    """Calls that one rank alone makes are told before the first collective that would hang."""
+    alone = {
+        "auto_save": lambda handler: handler.auto_save(save_path=folder),
+        "add_callback": lambda handler: handler.add_callback(Callback()),
+        "set_val_loader": lambda handler: setattr(handler, "val_data", None),
+    }
+    for what, call in alone.items():
+        handler = a_handler("ddp")
+        if dist.get_rank() == 0:
+            call(handler)
+        assert what in message(lambda handler=handler: quiet(handler))
+    handler = a_handler("ddp")
+    assert "epochs" in message(lambda: quiet(handler, 1 + dist.get_rank()))
+
+
+def one_rank_decides(folder: str) -> None:
+    handler = a_handler("ddp")
+    handler.add_callback(OnRankOne())
+    assert quiet(handler, 2).step == 3
+    handler.save(f"{folder}/decided")
+    assert "planted" in message(lambda: NNHandler.load(f"{folder}/decided"))
+
+
+class Branches(nn.Module):
+    """Ranks above 0 alone use `other`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.layer(inputs) + (self.other(inputs) if dist.get_rank() else 0)
+
+
+def parameters_that_one_rank_uses() -> None:
+    handler = NNHandler(Branches, parallel="ddp")
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    assert quiet(with_data(handler), 2).step == 6
+    assert same_on_all(numbers(handler))
+
+
+def static_graph() -> None:
+    found = []
+    for options in ({}, {"static_graph": True}):
+        handler = a_handler("ddp", parallel_options=options)
+        found.append(quiet(handler, 1, gradient_accumulation_steps=3).history["loss"])
+    assert found[0] == pytest.approx(found[1])
+
+
+def a_group_without_gloo() -> None:
+    """The ranks agree through a group of their own, as tensors on a GPU would make them wait."""
+    of_ranks._cpu_groups.clear()
+    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        assert of_ranks.largest([dist.get_rank(), -1]) == [1, -1]
+    assert of_ranks._cpu_groups.pop(dist.group.WORLD) is not None
+
+
 def everything(folder: str) -> None:
     running_means(folder)
     failures_of_one_rank(folder)
     metrics_of_all_ranks()
     two_networks(folder)
     second_order()
+    evaluation_leaves_no_trace()
+    handlers_that_differ(folder)
+    one_rank_decides(folder)
+    parameters_that_one_rank_uses()
+    static_graph()
+    a_group_without_gloo()
 
 
 @pytest.mark.ranks

@@ -334,7 +334,6 @@ def test_with_dcp(tmp_path):
             {"model": model, "n": number},
             storage_writer=shardckpt.ShardWriter(tmp_path / f"{number}", base=base),
             planner=shardckpt.ShardSavePlanner(),
-            no_dist=True,
         )
     report = shardckpt.save(
         {"model": model, "n": 2},

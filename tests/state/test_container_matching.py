@@ -162,3 +162,32 @@ def test_markers_keep_their_type():
     template = {"f": FromRank0({"a": 0}), "u": Union({"k": 0})}
     state, _ = matched(Saved({"f": {"a": 1}, "u": {"k": 2}}), template)
     assert state == {"f": FromRank0({"a": 1}), "u": Union({"k": 2})}
+
+
+def test_an_object_gets_its_own_per_rank_value(tmp_path):
+    shardckpt.save(
+        {"h": Holder(r=PerRank(7), l=(PerRank({"t": torch.ones(2)}), 1))}, tmp_path / "c"
+    )
+    target = Holder()
+    shardckpt.load({"h": target}, tmp_path / "c")
+    assert target.tensors["r"] == 7
+    assert target.tensors["l"][0]["t"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("marker", "expected"),
+    [(PerRank(0), 0), (PerRank(0, "wrap"), 7), (PerRank(0, sum), 7)],
+    ids=["keep", "wrap", "a function"],
+)
+def test_the_marker_of_an_object_decides_for_another_number_of_ranks(tmp_path, marker, expected):
+    saved = Saved({"h": Holder(r=PerRank(7))}, tmp_path / "c")
+    state, context = matched(saved, {"h": Holder(r=marker)}, ranks=3)
+    assert state["h"].tensors == {"r": expected}
+    assert context.kept == (["h.r"] if marker.on_resize == "keep" else [])
+
+
+def test_without_a_marker_no_value_stands_for_another_number_of_ranks(tmp_path):
+    saved = Saved({"h": Holder(r=PerRank(7))}, tmp_path / "c")
+    with pytest.raises(errors.StateError, match="another number of ranks") as caught:
+        matched(saved, {"h": Holder(r=0)}, ranks=3)
+    assert caught.value.tensor == "h.r"

@@ -152,3 +152,9 @@ def test_saves_in_the_background_take_and_refuse_the_same(tmp_path):
     for name in ("without memory", "nested", "sparse"):
         with pytest.raises(errors.UnsupportedLeafError):
             shardckpt.async_save({"t": REFUSED[name]()}, tmp_path / "d").result(60)
+
+
+def test_lazy_buffers_are_refused_like_lazy_parameters():
+    with pytest.raises(errors.UnsupportedLeafError, match="2 entries") as caught:
+        flatten({"m": nn.LazyBatchNorm1d(affine=False)}, rank=0)
+    assert caught.value.tensor == "m.running_mean"

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from shardckpt.errors import StateError
 from shardckpt.state.markers import FromRank0, PerRank, Union
 
 
@@ -18,3 +19,8 @@ def test_a_per_rank_value_is_kept_for_another_number_of_ranks_by_default():
 def test_a_marker_can_not_be_changed(marker):
     with pytest.raises(dataclasses.FrozenInstanceError):
         marker.value = 2
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(StateError, match="on_resize"):
+        PerRank(1, on_resize="warp")

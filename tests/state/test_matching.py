@@ -111,3 +111,16 @@ def test_a_device_map_applies_to_ties_once(tmp_path):
     state = shardckpt.load_state(tmp_path / "c", device_map={"a": "meta", "b": "cpu"})
     assert state["a"]["w"] is state["b"]["w"]
     assert state["a"]["w"].is_meta
+
+
+@pytest.mark.parametrize("container", [dict, list], ids=["dict", "list"])
+def test_a_state_that_contains_itself_is_refused(container, tmp_path):
+    shardckpt.save({"a": {"a": 1, "0": 1}}, tmp_path / "c")
+    inner = {"t": torch.ones(1)} if container is dict else [torch.ones(1)]
+    if container is dict:
+        inner["a"] = inner
+    else:
+        inner.append(inner)
+    with pytest.raises(errors.UnsupportedLeafError, match="contains itself") as caught:
+        shardckpt.load({"a": inner}, tmp_path / "c")
+    assert caught.value.tensor.startswith("a.")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import shardckpt
+from shardckpt.errors import LoadMismatchError
 from shardckpt.state.module_matching import runs_own_code
 
 
@@ -180,3 +181,20 @@ def test_a_parameter_whose_name_ends_like_extra_state(tmp_path):
     other = Named(0.0)
     shardckpt.load({"m": other}, tmp_path / "c")
     assert other.my_extra_state.tolist() == [1.0, 1.0]
+
+
+def test_an_entry_of_a_hook_that_no_code_takes_back_fails_a_strict_load(tmp_path):
+    class Renaming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3))
+            self._register_state_dict_hook(lambda module, state, *rest: {"other": state["w"] * 2})
+
+    shardckpt.save({"m": Renaming()}, tmp_path / "c")
+    target = Renaming()
+    before = target.w.tolist()
+    with pytest.raises(LoadMismatchError, match=r"m\.other"):
+        shardckpt.load({"m": target}, tmp_path / "c")
+    report = shardckpt.load({"m": target}, tmp_path / "c", strict=False)
+    assert report.unexpected == ("m.other",)
+    assert target.w.tolist() == before

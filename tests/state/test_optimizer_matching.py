@@ -25,9 +25,10 @@ OPTIMIZERS |= {
     "lr as a tensor": lambda p: optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
     "centered": lambda p: optim.RMSprop(p, lr=0.01, centered=True, momentum=0.9),
     "wolfe": lambda p: optim.LBFGS(p, line_search_fn="strong_wolfe", history_size=3, max_iter=4),
-    "Muon": lambda p: optim.Muon([q for q in p if q.dim() == 2], lr=0.01),
     "maximize": lambda p: optim.Adadelta(p, lr=0.01, maximize=True),
 }
+if hasattr(optim, "Muon"):  # since torch 2.9
+    OPTIMIZERS["Muon"] = lambda p: optim.Muon([q for q in p if q.dim() == 2], lr=0.01)
 
 
 def a_model(seed: int) -> nn.Module:
@@ -157,6 +158,10 @@ def test_every_scheduler_goes_on(tmp_path, name, tensor_lr):
     mine, theirs = job(0), job(1)
     for _ in range(3):
         a_step(*mine)
+    if any(map(callable, mine[2].state_dict().values())):
+        pytest.skip("in this torch, the state of the scheduler has a function")
+    if tensor_lr and not isinstance(mine[1].param_groups[0]["lr"], torch.Tensor):
+        pytest.skip("in this torch, the scheduler replaces the tensor by a float")
     shardckpt.save(dict(zip("mos", mine, strict=True)), tmp_path / "c")
     shardckpt.load(dict(zip("mos", theirs, strict=True)), tmp_path / "c")
     assert str(theirs[2].state_dict()) == str(mine[2].state_dict())
@@ -248,3 +253,22 @@ def test_keys_without_the_parameter_groups_are_refused(tmp_path, keys):
     assert caught.value.tensor == "o.param_groups"
     shardckpt.load({"m": model, "o": optimizer}, tmp_path / "c", keys=["o.state", "o.param_groups"])
     shardckpt.load({"m": model, "o": optimizer}, tmp_path / "c", keys=["m"])
+
+
+def test_parameters_tied_across_modules_have_their_state_in_any_order_of_the_modules(tmp_path):
+    def tied(seed):
+        torch.manual_seed(seed)
+        a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+        b.weight = a.weight
+        return a, b
+
+    a, b = tied(0)
+    optimizer = optim.AdamW([*a.parameters(), b.bias])
+    (a(torch.ones(3)) + b(torch.ones(3))).sum().backward()
+    optimizer.step()
+    shardckpt.save({"a": a, "b": b, "o": optimizer}, tmp_path / "c")
+    a2, b2 = tied(1)
+    loaded = optim.AdamW([b2.bias, b2.weight, a2.bias])
+    shardckpt.load({"b": b2, "a": a2, "o": loaded}, tmp_path / "c")
+    for one, other in ((a.weight, a2.weight), (a.bias, a2.bias), (b.bias, b2.bias)):
+        assert same(optimizer.state[one], loaded.state[other])

@@ -356,3 +356,11 @@ def test_modes_follow_the_umask(tmp_path):
         for name, mode in found.items():
             assert mode == (0o777 if name in directories else 0o666) & ~umask, name
         found.clear()
+
+
+def test_a_path_of_a_thousand_new_folders_is_made(tmp_path):
+    path = os.path.join(tmp_path, *"a" * 1500)
+    deletion.make_directories(System(), path)
+    while path != str(tmp_path):  # pytest would remove them by recursion
+        os.rmdir(path)
+        path = os.path.dirname(path)

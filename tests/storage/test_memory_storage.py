@@ -60,10 +60,8 @@ def test_every_function_takes_a_url(url):
     shardckpt.save(STATE, f"{url}/a")
     shardckpt.async_save(STATE, f"{url}/b", base=f"{url}/a").result()
     shardckpt.save(STATE, f"{url}/c", planner=shardckpt.ShardSavePlanner())
-    dcp.save(dict(STATE), storage_writer=shardckpt.ShardWriter(f"{url}/d"), no_dist=True)
-    dcp.save(
-        dict(STATE), checkpoint_id=f"{url}/e", storage_writer=shardckpt.ShardWriter(), no_dist=True
-    )
+    dcp.save(dict(STATE), storage_writer=shardckpt.ShardWriter(f"{url}/d"))
+    dcp.save(dict(STATE), checkpoint_id=f"{url}/e", storage_writer=shardckpt.ShardWriter())
     shardckpt.reshard(f"{url}/a", f"{url}/f", shards=3)
     shardckpt.rescue(f"{url}/a", f"{url}/g")
     convert(f"{url}/a", f"{url}/h")
@@ -73,7 +71,7 @@ def test_every_function_takes_a_url(url):
         shardckpt.load(state, f"{url}/{name}", keys=["w", "step"])
         assert torch.equal(state["w"], STATE["w"])
         read = {"w": torch.zeros(300_000)}
-        dcp.load(read, storage_reader=shardckpt.ShardReader(f"{url}/{name}"), no_dist=True)
+        dcp.load(read, storage_reader=shardckpt.ShardReader(f"{url}/{name}"))
         assert torch.equal(read["w"], STATE["w"])
     assert shardckpt.metadata(f"{url}/f").path == f"{url}/f"
     assert shardckpt.verify(f"{url}/f").checked_bytes > 1_200_000

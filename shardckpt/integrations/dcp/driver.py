@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardckpt.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from shardckpt.loading.agreement import open_manifest
 from shardckpt.reports import SaveReport
 from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.resolve import Place
+from shardckpt.torch_compat import dcp_save
 
 __all__ = ["save_with_planner"]
 
@@ -51,12 +51,8 @@ def save_with_planner(
     )
     writer.base, writer.verify_base = base, verify_base
     try:
-        state_dict_saver.save(
-            plain_state(state),
-            storage_writer=writer,
-            planner=planner,
-            process_group=process_group,
-            no_dist=alone,
+        dcp_save(
+            plain_state(state), writer, planner=planner, process_group=process_group, alone=alone
         )
     except CheckpointException as failure:  # a BaseException
         writer.abandon()

@@ -136,7 +136,6 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
         ...     state,
         ...     storage_reader=shardckpt.ShardReader("run/step-1"),
         ...     planner=shardckpt.ReshardLoadPlanner(dtype="cast"),
-        ...     no_dist=True,
         ... )
         >>> state["weight"]
         tensor([1., 1., 1.], dtype=torch.float16)

@@ -59,7 +59,7 @@ class ShardReader(StorageReader):
         >>> import torch.distributed.checkpoint as dcp
         >>> _ = shardckpt.save({"weight": torch.ones(3)}, "run/step-1")
         >>> state = {"weight": torch.zeros(3)}
-        >>> dcp.load(state, storage_reader=shardckpt.ShardReader("run/step-1"), no_dist=True)
+        >>> dcp.load(state, storage_reader=shardckpt.ShardReader("run/step-1"))
         >>> state["weight"]
         tensor([1., 1., 1.])
     """

@@ -42,6 +42,7 @@ from shardckpt.state.file_groups import MAIN
 from shardckpt.state.local_chunks import check_dense
 from shardckpt.storage.base import Storage, WriteTransaction
 from shardckpt.storage.resolve import Place, resolve
+from shardckpt.torch_compat import caches_plans
 
 __all__ = ["ShardWriter", "check_comparable"]
 
@@ -83,7 +84,6 @@ class ShardWriter(StorageWriter):
         ...     {"weight": torch.ones(3)},
         ...     storage_writer=writer,
         ...     planner=shardckpt.ShardSavePlanner(),
-        ...     no_dist=True,
         ... )
         >>> shardckpt.load_state("run/step-1")
         {'weight': tensor([1., 1., 1.])}
@@ -170,7 +170,7 @@ class ShardWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """See StorageWriter.write_data. On return the shard of this rank is durable."""
         check_comparable(planner, check_replicas=self.check_replicas, rank=self._rank)
-        if getattr(planner, "_enable_plan_caching", False):
+        if caches_plans(planner):
             raise StateError(
                 "ShardWriter does not support DCP's cache of plans, which ignores dtypes",
                 rank=self._rank,

@@ -1,0 +1,1 @@
+"""Test shardckpt with several versions of torch, Python and numpy."""
