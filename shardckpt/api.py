@@ -286,13 +286,11 @@ def load(
     """
     place, cast = resolve(path, storage), casts(dtype)
     background.wait_until_staged()
-    ranks = operation(f"load {place.path}", process_group, comm=comm)
-    with ranks as coordinator:
+    with operation(f"load {place.path}", process_group, comm=comm) as coordinator:
         return run_load(
             state,
             place.path,
             coordinator=coordinator,
-            group=ranks.group,
             storage=place.storage,
             strict=strict,
             cast=cast,

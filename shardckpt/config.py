@@ -40,6 +40,8 @@ class Options:
         read_past_cache: Whether data outside the page cache may be read without filling it, if no
             other rank of the machine reads the same data. Set to 0 if unrelated processes on this
             machine read the same checkpoint.
+        read_once: Whether blocks that several ranks need are read by one of them, if they are read
+            from an object store or by several machines. That of rank 0 counts.
         staging_bytes: Bytes of staged state that a process may hold. A save beyond the limit is
             staged after earlier ones are written; one save is always accepted. 0 allows two saves.
         copy_at_once_bytes: async_save copies tensors up to this size before it returns, if
@@ -58,6 +60,7 @@ class Options:
     shared_deadline_s: float = _option(0.8, least=0.1)
     read_threads: int = _option(min(8, os.cpu_count() or 1), least=1)
     read_past_cache: bool = _option(True, least=0)
+    read_once: bool = _option(True, least=0)
     staging_bytes: int = _option(0, least=0)
     copy_at_once_bytes: int = _option(64 << 10, least=0)
     background_nice: int = _option(10, least=0)

@@ -56,18 +56,11 @@ class Operation:
     """An operation of several ranks. Entering it is collective, and returns its Coordinator.
 
     It may be entered in another thread, and after the process group was destroyed.
-
-    Attributes:
-        rank: This rank.
-        world_size: The number of ranks.
-        scope: Connects the ranks.
-        group: The process group of torch.distributed; None without one.
     """
 
     rank: int
     world_size: int
     scope: AbstractContextManager[Coordinator]
-    group: Any = None
 
     def __enter__(self) -> Coordinator:
         return self.scope.__enter__()
@@ -148,7 +141,7 @@ def _of_group(group: Any, subject: str, channel: str) -> Operation:
     if dist.get_world_size(group) == 1:
         return _alone()
     scope = store_coordinator(group, channel=channel, subject=subject)
-    return Operation(dist.get_rank(group), dist.get_world_size(group), scope, group)
+    return Operation(dist.get_rank(group), dist.get_world_size(group), scope)
 
 
 def _of_communicator(comm: Any, subject: str, channel: str) -> Operation:

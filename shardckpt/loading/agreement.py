@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import enum
 import platform
-import uuid
+import secrets
 import zlib
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
 
 import msgspec
 
+from shardckpt.config import current
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import Attempt, attempt, exchange
 from shardckpt.errors import DirectoryNotSharedError
 from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import from_bytes
-from shardckpt.loading.sharing import Sharing
+from shardckpt.io.sockets import own_address
+from shardckpt.loading.sharing import TOKEN_BYTES, Sharing
 from shardckpt.plan.page_cache_policy import ReadSummary, past_cache, summarise_reads
 from shardckpt.plan.read_plan import Reads
 from shardckpt.plan.shared_reads import Segments, Wanted, find_segments, units_of, wanted_runs
@@ -24,12 +27,24 @@ from shardckpt.state.mismatches import Mismatches, check_untaken
 from shardckpt.storage.base import CheckpointFiles, Storage
 
 __all__ = [
+    "Shares",
     "agree_on_reads",
     "agree_on_sharing",
     "open_manifest",
     "open_together",
     "same_checkpoint",
 ]
+
+
+_Address = tuple[str, int]
+
+
+class Shares(enum.IntEnum):
+    """Whether ranks may read blocks for others: ranks of one machine, or of several ones."""
+
+    NOTHING = 0
+    ON_ONE_MACHINE = 1
+    ACROSS_MACHINES = 2
 
 
 def open_manifest(storage: Storage, path: str) -> tuple[CheckpointFiles, Manifest]:
@@ -105,7 +120,7 @@ def agree_on_reads(
     matched: Attempt[MatchedState],
     *,
     strict: bool,
-) -> tuple[float, bool]:
+) -> tuple[float, Shares]:
     """Agree that the checkpoint fits, before any rank changes its state. Collective.
 
     Args:
@@ -117,7 +132,7 @@ def agree_on_reads(
 
     Returns:
         The fraction of a block that this rank must need for a read that bypasses the page cache,
-        see plan/page_cache_policy; and whether one rank may read blocks for others.
+        see plan/page_cache_policy; and whether ranks may read blocks for others.
 
     Raises:
         DirectoryNotSharedError: Ranks opened different checkpoints.
@@ -144,51 +159,71 @@ def agree_on_reads(
         same_checkpoint(path)([checkpoint_id.encode() for checkpoint_id in ids])
         check_untaken([msgspec.msgpack.decode(zlib.decompress(names)) for names in untaken], path)
         files = opened.get()[0]
-        several_machines = len({summary.machine for summary in summaries}) > 1
-        may_share = several and (files.remote or several_machines or files.nearby() is not None)
-        return [msgspec.msgpack.encode((part, may_share)) for part in past_cache(summaries)]
+        shares = Shares.NOTHING
+        if len({summary.machine for summary in summaries}) > 1:
+            shares = Shares.ACROSS_MACHINES
+        elif several and (files.remote or files.nearby() is not None):
+            shares = Shares.ON_ONE_MACHINE
+        if not current().read_once and files.nearby() is None:
+            shares = Shares.NOTHING
+        return [msgspec.msgpack.encode((part, shares)) for part in past_cache(summaries)]
 
     answer = exchange(coordinator, "open", report, decide)
-    return msgspec.msgpack.decode(answer, type=tuple[float, bool])
+    return msgspec.msgpack.decode(answer, type=tuple[float, Shares])
 
 
 def agree_on_sharing(
     coordinator: Coordinator,
-    group: Any,
     files: CheckpointFiles,
     manifest: Manifest,
     reads: Attempt[Reads],
+    shares: Shares,
+    closing: ExitStack,
 ) -> Sharing | None:
     """Agree on the blocks that one rank reads for others. Collective.
 
     Args:
         coordinator: The ranks.
-        group: Their process group.
         files: The checkpoint.
         manifest: Its manifest.
         reads: The reads of this rank, or the error of their plan.
+        shares: Whether ranks of several machines read for each other.
+        closing: Ends the transfers.
 
     Returns:
         The blocks that this rank sends or receives. None if no rank does.
     """
+
+    across = shares is Shares.ACROSS_MACHINES
+    opened = attempt(
+        lambda: Sharing(own_address(coordinator.host, across_machines=across), coordinator.rank)
+    )
+    if opened.value is not None:
+        closing.callback(opened.value.close)
 
     def describe() -> bytes:
         names = files.nearby()
         numbers = {shard.name: number for number, shard in enumerate(manifest.shards)}
         nearby = None if names is None else tuple(numbers[name] for name in names)
         runs = wanted_runs(reads.get()).tobytes()
-        return msgspec.msgpack.encode(Wanted(platform.node(), runs, nearby))
+        wanted = Wanted(platform.node(), runs, nearby)
+        return msgspec.msgpack.encode((wanted, opened.value.address if opened.value else None))
 
     def decide(payloads: list[bytes]) -> bytes:
-        wanted = [msgspec.msgpack.decode(payload, type=Wanted) for payload in payloads]
-        segments = find_segments(wanted, remote=files.remote)
-        return msgspec.msgpack.encode((uuid.uuid4().hex, segments))
+        decode = msgspec.msgpack.Decoder(tuple[Wanted, _Address | None]).decode
+        wanted, addresses = zip(*map(decode, payloads), strict=True)
+        # A rank that can't listen can't send.
+        segments = find_segments(wanted, remote=files.remote) if all(addresses) else Segments()
+        return msgspec.msgpack.encode((secrets.token_bytes(TOKEN_BYTES), addresses, segments))
 
     answer = exchange(coordinator, "share", describe, decide)
-    identity, segments = msgspec.msgpack.decode(answer, type=tuple[str, Segments])
-    if not segments.rows:
+    agreed = tuple[bytes, tuple[_Address | None, ...], Segments]
+    token, addresses, segments = msgspec.msgpack.decode(answer, type=agreed)
+    if not segments.rows or opened.value is None:
         return None
-    return Sharing(group, identity, coordinator.rank, units_of(segments))
+    reachable = [address for address in addresses if address is not None]
+    opened.value.begin(units_of(segments), reachable, token)
+    return opened.value
 
 
 def same_checkpoint(path: str) -> Callable[[list[bytes]], bytes]:

@@ -9,23 +9,21 @@ reads for others. An error on any rank ends the load on all ranks.
 
 from __future__ import annotations
 
-import functools
-from concurrent.futures import Future, wait
-from contextlib import ExitStack
-from contextvars import copy_context
+import contextlib
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import msgspec
 
-from shardckpt.config import current
-from shardckpt.coordination.base import Coordinator, WorkBroken
+from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import Attempt, exchange
 from shardckpt.errors import RankFailedError
 from shardckpt.format.entries import Manifest
 from shardckpt.io.gc_pause import collector_paused
-from shardckpt.loading.agreement import agree_on_reads, agree_on_sharing, open_together
+from shardckpt.loading.agreement import Shares, agree_on_reads, agree_on_sharing, open_together
 from shardckpt.loading.shard_reader import read_all
-from shardckpt.loading.sharing import Sharing, TransferError, can_share
+from shardckpt.loading.sharing import Sharing, TransferError
 from shardckpt.logs import logger
 from shardckpt.plan.read_plan import Reads, plan_reads
 from shardckpt.reports import LoadReport, Stopwatch
@@ -43,7 +41,6 @@ def run_load(
     path: str,
     *,
     coordinator: Coordinator,
-    group: Any,
     storage: Storage,
     strict: bool,
     cast: bool,
@@ -64,21 +61,19 @@ def run_load(
                 if strict:
                     saved = saved.then(lambda saved: saved.check_used(path=path))
                 matched = saved.then(lambda saved: match_state(state, saved, cast=cast, **ranks))
-            past_cache, may_share = agree_on_reads(
-                coordinator, path, opened, matched, strict=strict
-            )
+            past_cache, shares = agree_on_reads(coordinator, path, opened, matched, strict=strict)
         with watch.phase("read"):
             with work.phase("read"), collector_paused():
                 planned = matched.then(lambda matched: plan_reads(matched.reads))
             sharing = None
-            if may_share and can_share(group):
-                sharing = agree_on_sharing(coordinator, group, *opened.get(), planned)
+            if shares is not Shares.NOTHING:
+                sharing = agree_on_sharing(coordinator, *opened.get(), planned, shares, closing)
             read = planned.then(
                 _read,
                 opened.get(),
                 past_cache=past_cache,
                 sharing=sharing,
-                ranks=coordinator,
+                progress=coordinator.progress,
                 work=work,
             )
             placed = read.then(lambda _: _place(matched.get(), work))
@@ -109,40 +104,12 @@ def _read(
     *,
     past_cache: float,
     sharing: Sharing | None,
-    ranks: Coordinator,
+    progress: Callable[[int], None],
     work: Stopwatch,
 ) -> int:
     """Fill the tensors. Returns the number of bytes that this rank read from the storage."""
-    read = functools.partial(
-        read_all, *opened, reads, past_cache=past_cache, progress=ranks.progress, sharing=sharing
-    )
-    if sharing is None:
-        with work.phase("read"):
-            return read()
-    result: Future[int] = Future()
-
-    def read_and_send() -> None:
-        try:
-            with work.phase("read"):
-                sharing.connect()
-                result.set_result(read())
-        except BaseException as error:
-            result.set_exception(error)
-            raise
-
-    try:
-        # The options of this call hold in the thread that does the work, too.
-        ranks.watch(functools.partial(copy_context().run, read_and_send), phase="transfer")
-    except BaseException as error:
-        # The thread goes on to receive and send, but fills nothing any more.
-        sharing.note(error)
-        broken = isinstance(error, WorkBroken)
-        if not wait([result], current().deadline_s if broken else 0).done:
-            sharing.abort()
-        if broken:
-            sharing.check()  # the error of this rank may be the reason for that of the other one
-        raise
-    return result.result()
+    with work.phase("read"), contextlib.closing(sharing) if sharing else nullcontext():
+        return read_all(*opened, reads, past_cache=past_cache, progress=progress, sharing=sharing)
 
 
 def _place(matched: MatchedState, work: Stopwatch) -> None:
@@ -165,7 +132,7 @@ def _finish(
     def report() -> bytes:
         # The error of the rank that failed first has the reason. It must not be hidden by those of
         # the ranks that lost its blocks.
-        if isinstance(placed.error, WorkBroken | TransferError):
+        if isinstance(placed.error, TransferError):
             return msgspec.msgpack.encode(str(placed.error))
         placed.get()
         return msgspec.msgpack.encode(work.seconds)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def read_all(
         past_cache: The fraction of a block that must be needed, so that the block is read past the
             page cache if it is not in it. See plan/page_cache_policy.
         progress: Called with the number of bytes read so far.
-        sharing: The blocks that are sent between ranks. It is connected.
+        sharing: The blocks that ranks read for others.
 
     Returns:
         The number of bytes read, without those that were received from other ranks.
@@ -84,18 +84,15 @@ def read_all(
     Raises:
         CorruptionError: A shard is missing, truncated or corrupted. The error names the file, the
             block and the affected tensors.
-        TransferError: Another rank did not send blocks.
+        TransferError: Another rank did not send blocks that only its disk has.
     """
     with collector_paused():
         windows = _windows(reads, sharing.windows() if sharing else ())
     if not windows:  # only values are loaded: start no threads
         return 0
-    # With `sharing` an error must not end this call early: other ranks wait for blocks.
-    noted = sharing.noted if sharing else nullcontext
     if not files.remote and not files.copies():
-        with noted():
-            for shard in {window.shard for window in windows}:
-                check_size(files, manifest.shards[shard])
+        for shard in {window.shard for window in windows}:
+            check_size(files, manifest.shards[shard])
     if len(windows) == 1 and not files.copies() and not sharing:
         # A read from the page cache takes less time than starting a thread.
         with suppress(WouldWait), lease(1) as (buffer,):
@@ -118,8 +115,7 @@ def read_all(
         for window in queue:
             if stop.is_set():
                 return
-            with noted():
-                read_bytes[worker] += _read_window(source, window, buffer)
+            read_bytes[worker] += _read_window(source, window, buffer)
 
     with workers(threads, "shardckpt-read", buffers=threads) as (pool, buffers):
         pending = {pool.submit(work, *job) for job in enumerate(buffers)}
@@ -134,10 +130,12 @@ def read_all(
                     progress(last)
                 elif pending and time.monotonic() - since > current().stall_deadline_s:
                     raise stalled("Reading", files.path)
+        except BaseException:
+            if sharing:
+                sharing.stop()
+            raise
         finally:
             stop.set()
-    if sharing:
-        sharing.check()
     return sum(read_bytes) - (sharing.received_bytes if sharing else 0)
 
 
@@ -237,8 +235,6 @@ def _read_window(source: _Source, window: _Window, buffer: Buffer) -> int:
         units := source.sharing.units(window.shard, window.base // WINDOW_BYTES)
     ):
         return _read_shared_window(source, window, source.sharing, units, buffer)
-    if source.sharing and source.sharing.failed:
-        return 0
     size_bytes = source.manifest.shards[window.shard].size_bytes
     total = 0
     run: list[_Read] = []
@@ -285,11 +281,7 @@ def _read_run(
 def _read_shared_window(
     source: _Source, window: _Window, sharing: Sharing, units: Sequence[Unit], buffer: Buffer
 ) -> int:
-    """Read, receive and send the blocks of a window. Returns the number of bytes in all.
-
-    An error is noted, and this rank goes on to receive and send: otherwise other ranks would wait.
-    They see from the digests that what they get is not what was saved.
-    """
+    """Read, receive and send the blocks of a window. Returns the number of bytes in all."""
     shard, base = source.manifest.shards[window.shard], window.base
     needed = {
         number
@@ -299,28 +291,40 @@ def _read_shared_window(
     runs: list[tuple[int, int, Unit | None]] = [(unit.first, unit.end, unit) for unit in units]
     needed.difference_update(*(range(first, end) for first, end, _ in runs))
     runs += [(run[0], run[-1] + 1, None) for run in _consecutive(sorted(needed))]
-    sends: list[Any] = []
+    offered: list[Unit] = []
     total = 0
-    for first, end, unit in runs:
-        low = first * BLOCK_BYTES
-        view = buffer.view[low - base : min(end * BLOCK_BYTES, shard.size_bytes) - base]
-        with sharing.noted():
-            if unit and (sender := unit.source(sharing.rank)) is not None:
-                sharing.receive(unit, view)
-                if bad_blocks(shard, low, view):
-                    raise TransferError(f"rank {sender} sent other bytes than those saved")
-            elif not sharing.failed and (bad := _read_blocks(source, shard, low, view)):
+    try:
+        for first, end, unit in runs:
+            low = first * BLOCK_BYTES
+            view = buffer.view[low - base : min(end * BLOCK_BYTES, shard.size_bytes) - base]
+            if not (unit and _received(source, shard, unit, low, view)) and (
+                bad := _read_blocks(source, shard, low, view)
+            ):
                 path = source.files.path
                 raise damaged_blocks(source.manifest, bad, shard=window.shard, path=path)
-        with sharing.noted():
-            sends += sharing.send(unit, view) if unit else ()
-        total += len(view)
-    with sharing.noted():
-        if not sharing.failed:
-            _copy_from(buffer, base, window.reads)
-    with sharing.noted():
-        sharing.finish(sends)
+            if unit:
+                sharing.offer(unit, view)
+                offered.append(unit)
+            total += len(view)
+        _copy_from(buffer, base, window.reads)
+    finally:
+        for unit in offered:  # then the buffer is free again
+            sharing.withdraw(unit)
     return total
+
+
+def _received(source: _Source, shard: ShardEntry, unit: Unit, low: int, view: memoryview) -> bool:
+    """Get the blocks of a unit from another rank, if one reads it, and verify them."""
+    sharing = source.sharing
+    assert sharing is not None
+    sender = unit.source(sharing.rank)
+    if sender is None:
+        return False
+    if sharing.receive(unit, view) and not bad_blocks(shard, low, view):
+        return True
+    if source.files.elsewhere(shard.name):
+        raise TransferError(f"rank {sender} did not send blocks of {shard.name}")
+    return False
 
 
 def _read_blocks(source: _Source, shard: ShardEntry, low: int, view: memoryview) -> list[int]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import signal
+import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardckpt
 from shardckpt import LocalStorage, errors
+from shardckpt.io.sockets import receive_exactly
+from shardckpt.loading.sharing import TOKEN_BYTES, Sharing
+from shardckpt.plan.shared_reads import Unit
 from shardckpt.storage.posix import System
 from tests.ranks import run_ranks, start_ranks
 
@@ -185,33 +191,174 @@ def test_a_reader_that_fails_is_an_error_on_all_ranks(tmp_path, how):
     run_ranks(4, fail_on_one_rank, str(path), how)
 
 
-class Dying(Counting):
-    """Ends the process in the middle of a read."""
+class Ending(Counting):
+    """Ends or stops the process in the middle of a read, or waits there for long."""
+
+    how = ""
 
     def read(self, fd, buffers, *, offset, wait=True):
-        if self.read_bytes > self.fail_after:
-            os._exit(1)
+        if self.how and self.read_bytes > 2 << 20:
+            if self.how == "dies":
+                os._exit(1)
+            if self.how == "stops":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(60)
         return super().read(fd, buffers, offset=offset, wait=wait)
 
 
-def die_on_one_rank(path: str) -> str:
+def load_with_a_rank_that_ends(path: str, how: str) -> str:
     rank = dist.get_rank()
     act_as_machine(rank)
-    system = Dying()
+    system = Ending()
     if rank == 2:
-        system.fail_after = 2 << 20
+        system.how = how
+    expected = errors.StalledError if how == "hangs" else errors.RankFailedError
+    began = time.monotonic()
     with (
-        shardckpt.options(deadline_s=4),
-        pytest.raises(errors.RankFailedError) as caught,
+        shardckpt.options(deadline_s=4, stall_deadline_s=3 if how == "hangs" else 60),
+        pytest.raises(expected) as caught,
     ):
         shardckpt.load(empty_like(tensors()), path, storage=LocalStorage(system))
-    assert caught.value.rank == (2,)
+    assert caught.value.rank == (2,) or rank == 2
+    assert time.monotonic() - began < 30
     return "failed as expected"
 
 
-def test_a_reader_that_dies_is_an_error_on_all_other_ranks(tmp_path):
+@pytest.mark.parametrize("how", ["dies", "stops", "hangs"])
+def test_a_reader_that_ends_is_an_error_on_all_other_ranks(tmp_path, how):
     path = str(tmp_path / "saved")
     shardckpt.save(tensors(), path)
-    results = start_ranks(4, die_on_one_rank, path).wait(90, ending=3)
+    ranks = start_ranks(4, load_with_a_rank_that_ends, path, how)
+    results = ranks.wait(90, ending=3)
     alive = [result for rank, result in enumerate(results) if rank != 2]
     assert alive == [(True, "failed as expected")] * 3
+
+
+def load_what_is_damaged_on_the_way(path: str) -> None:
+    rank = dist.get_rank()
+    act_as_machine(rank)
+    if rank == 2:
+        offer = Sharing.offer
+
+        def offer_other_bytes(sharing, unit, view):
+            other = bytearray(view)
+            other[-1] ^= 1
+            offer(sharing, unit, memoryview(other))
+
+        Sharing.offer = offer_other_bytes
+    state = empty_like(tensors())
+    shardckpt.load(state, path)
+    assert is_equal(state, tensors())
+
+
+def test_what_is_damaged_on_the_way_is_read_again(tmp_path):
+    path = str(tmp_path / "saved")
+    shardckpt.save(tensors(), path)
+    run_ranks(4, load_what_is_damaged_on_the_way, path)
+
+
+def load_without_listeners(path: str, what: str) -> None:
+    act_as_machine(dist.get_rank())
+    if what == "none" and dist.get_rank() == 1:
+        Sharing.__init__ = lambda self, host, rank: (_ for _ in ()).throw(OSError("no sockets"))
+    if what == "unreachable" and dist.get_rank() == 1:
+        Sharing.begin = lambda self, units, addresses, token: begin(
+            self, units, [("127.0.0.1", 9)] * len(addresses), token
+        )
+    system = Counting()
+    state = empty_like(tensors())
+    with shardckpt.options(deadline_s=2, read_once=what != "option"):
+        shardckpt.load(state, path, storage=LocalStorage(system))
+    assert is_equal(state, tensors())
+    unique = sum(shard.stat().st_size for shard in Path(path).glob("*.safetensors"))
+    if what != "unreachable":
+        assert system.read_bytes > 0.9 * unique
+
+
+begin = Sharing.begin
+
+
+@pytest.mark.parametrize("what", ["none", "unreachable", "option"])
+def test_ranks_that_can_not_reach_each_other_read_for_themselves(tmp_path, what):
+    path = str(tmp_path / "saved")
+    shardckpt.save(tensors(), path)
+    run_ranks(4, load_without_listeners, path, what)
+
+
+UNIT = Unit(tag=5, shard=0, first=0, end=2, path=(0, 1))
+BLOCKS = bytes(range(256)) * 8192
+
+
+@pytest.fixture
+def pair():
+    """Two ranks of a load, with one unit that the first one reads."""
+    with shardckpt.options(deadline_s=2):
+        ranks = [Sharing("127.0.0.1", rank) for rank in range(2)]
+    for rank in ranks:
+        rank.begin([UNIT], [one.address for one in ranks], b"t" * TOKEN_BYTES)
+    yield ranks
+    for rank in reversed(ranks):
+        rank.close()
+
+
+def in_thread(function, *arguments):
+    thread = threading.Thread(target=function, args=arguments)
+    thread.start()
+    return thread
+
+
+def test_blocks_arrive_when_they_have_been_read(pair):
+    reader, other = pair
+    assert other.windows() == reader.windows() == [(0, 0)]
+    assert list(other.units(0, 0)) == [UNIT]
+    view = memoryview(bytearray(len(BLOCKS)))
+    arrived = []
+    thread = in_thread(lambda: arrived.append(other.receive(UNIT, view)))
+    time.sleep(0.5)  # longer than a sign of life takes
+    reader.offer(UNIT, memoryview(BLOCKS))
+    reader.withdraw(UNIT)
+    thread.join(10)
+    assert arrived == [True]
+    assert view == BLOCKS
+    assert other.received_bytes == len(BLOCKS)
+
+
+def test_a_connection_without_the_token_is_refused(pair, caplog):
+    reader, _ = pair
+    reader.offer(UNIT, memoryview(BLOCKS))
+    stranger = Sharing("127.0.0.1", 1)
+    stranger.begin([UNIT], [reader.address, stranger.address], b"x" * TOKEN_BYTES)
+    assert not stranger.receive(UNIT, memoryview(bytearray(len(BLOCKS))))
+    assert "does not belong to this load" in caplog.text
+    with socket.create_connection(reader.address) as connection:
+        challenge = receive_exactly(connection, memoryview(bytearray(TOKEN_BYTES)))
+        connection.sendall(challenge + (1).to_bytes(4, "little") + UNIT.tag.to_bytes(8, "little"))
+        with suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    assert reader._expected[UNIT.tag] == {1}, "the rank that needs the blocks can still get them"
+    stranger.close()
+    assert reader._gone == set(), "a stranger can't say that a rank needs nothing"
+
+
+def test_a_rank_that_has_failed_is_not_waited_for(pair):
+    reader, other = pair
+    reader.offer(UNIT, memoryview(BLOCKS))
+    began = time.monotonic()
+    other.stop()
+    other.close()
+    reader.withdraw(UNIT)
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_rank_that_fetches_nothing_is_waited_for_once(pair):
+    reader, other = pair
+    reader.offer(UNIT, memoryview(BLOCKS))
+    reader.withdraw(UNIT)
+    assert reader._gone == {1}
+    reader.offer(UNIT, memoryview(BLOCKS))
+    began = time.monotonic()
+    reader.withdraw(UNIT)
+    assert time.monotonic() - began < 1
+    reader.stop()
+    assert not other.receive(UNIT, memoryview(bytearray(len(BLOCKS))))
+    assert not other.receive(UNIT, memoryview(b"")), "it is not asked again"
