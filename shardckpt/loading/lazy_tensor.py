@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -81,6 +83,11 @@ class MappedFiles(CheckpointFiles):
         except CheckpointError:  # removed or replaced; the map still has the bytes
             return False
 
+    @functools.cached_property
+    def manifest_digest(self) -> str:
+        """The SHA-256 of the manifest, which no other checkpoint has."""
+        return hashlib.sha256(self.manifest()).hexdigest()
+
     def manifest(self) -> bytes:
         """See CheckpointFiles.manifest."""
         return self._files.manifest()
@@ -149,7 +156,7 @@ class DiskTensor(torch.Tensor):
             files, manifest, name, entry = self._source
             if files.remote:
                 pages = cached(
-                    manifest.checkpoint_id,
+                    files.manifest_digest,
                     xxhash.xxh3_128_hexdigest(name.encode()),
                     size_bytes=entry.size_bytes,
                     download=lambda view: self._fill(torch.frombuffer(view, dtype=torch.uint8)),

@@ -25,12 +25,12 @@ def cache_folder() -> str:
 
 
 def cached(
-    checkpoint_id: str, name: str, *, size_bytes: int, download: Callable[[memoryview], None]
+    digest: str, name: str, *, size_bytes: int, download: Callable[[memoryview], None]
 ) -> memoryview:
     """Map a file of the cache directory into private memory. Not collective.
 
     Args:
-        checkpoint_id: The checkpoint that the bytes belong to.
+        digest: The SHA-256 of the manifest that the bytes belong to. An id alone can be forged.
         name: The name of the file.
         size_bytes: Its size, at least 1.
         download: Fills the memory of the file, if the directory does not have it. An error leaves
@@ -42,7 +42,7 @@ def cached(
     Raises:
         StorageError: The file can't be written or read.
     """
-    folder = os.path.join(cache_folder(), checkpoint_id)
+    folder = os.path.join(cache_folder(), digest)
     path = os.path.join(folder, name)
     system = System()
     with translated(path):
