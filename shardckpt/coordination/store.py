@@ -90,7 +90,7 @@ def _operation(
     *,
     rank: int,
     world_size: int,
-    host: str | None,
+    host: str | None = None,
 ) -> Iterator[StoreCoordinator]:
     with _network("begin"), connections.connection() as connection:
         store = connection.below(prefix)

@@ -125,9 +125,10 @@ def read_all(
                 done, pending = wait(pending, _POLL_S, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                if sum(read_bytes) != last:
-                    last, since = sum(read_bytes), time.monotonic()
-                    progress(last)
+                moved = sum(read_bytes) + (sharing.signs_of_life if sharing else 0)
+                if moved != last:
+                    last, since = moved, time.monotonic()
+                    progress(sum(read_bytes))
                 elif pending and time.monotonic() - since > current().stall_deadline_s:
                     raise stalled("Reading", files.path)
         except BaseException:

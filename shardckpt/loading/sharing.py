@@ -54,11 +54,13 @@ class Sharing:
         rank: This rank.
         address: The host and port by which other ranks reach this one.
         received_bytes: The bytes that this rank has received.
+        signs_of_life: How often ranks for which this one waits have answered that they still read.
     """
 
     def __init__(self, host: str, rank: int) -> None:
         self.rank = rank
         self.received_bytes = 0
+        self.signs_of_life = 0
         self._server = _Server(host, self._answer)
         self.address = host, int(self._server.server_address[1])
         self._deadline_s = current().deadline_s
@@ -115,6 +117,7 @@ class Sharing:
             with self._ask(source, unit.tag, wait_s=self._deadline_s) as connection:
                 sign = memoryview(bytearray(1))
                 while receive_exactly(connection, sign) == _WAIT:
+                    self.signs_of_life += 1
                     if self._closed:
                         raise ConnectionError("this rank has failed")
                 receive_exactly(connection, view)
