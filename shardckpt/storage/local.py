@@ -165,6 +165,7 @@ class LocalStorage(Storage):
         with translated(path):
             target = os.path.realpath(path)
             _check_replaceable(target)
+            _check_outside(self.system, os.path.dirname(target))
             make_directories(self.system, os.path.dirname(target))
             _check_target(self.system, target, overwrite=overwrite)
             parts = hidden_path(target, f"parts-{checkpoint_id}")
