@@ -118,7 +118,7 @@ def _box(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | No
 
 
 def _is_array(node: Any) -> bool:
-    return isinstance(node, TensorRef) and node.kind != "per_rank"
+    return isinstance(node, TensorRef) and node.ref_type != "per_rank"
 
 
 class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):

@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -70,6 +71,9 @@ class Options:
 
 
 _FIELDS: Mapping[str, Field[Any]] = MappingProxyType({f.name: f for f in fields(Options)})
+_VARIABLES: Mapping[str, str] = MappingProxyType(
+    {name: f"SHARDCKPT_{name.upper()}" for name in _FIELDS}
+)
 _overrides: ContextVar[Mapping[str, Any]] = ContextVar("shardckpt_options", default={})  # noqa: B039
 
 
@@ -79,12 +83,19 @@ def current() -> Options:
     Raises:
         OptionError: An environment variable does not hold a number that the option accepts.
     """
+    found = _of_environment(tuple(map(os.environ.get, _VARIABLES.values())))
+    overrides = _overrides.get()
+    return replace(found, **overrides) if overrides else found
+
+
+@lru_cache(maxsize=8)
+def _of_environment(texts: tuple[str | None, ...]) -> Options:
+    """Return the options for the texts of the environment variables."""
     values = {}
-    for name in _FIELDS:
-        text = os.environ.get(f"SHARDCKPT_{name.upper()}")
+    for (name, variable), text in zip(_VARIABLES.items(), texts, strict=True):
         if text is not None:
-            values[name] = _checked(name, text, source=f"SHARDCKPT_{name.upper()}")
-    return Options(**{**values, **_overrides.get()})
+            values[name] = _checked(name, text, source=variable)
+    return Options(**values)
 
 
 @contextmanager

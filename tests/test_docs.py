@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 import pytest
+import torch.distributed.tensor
 
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = [ROOT / "CHANGELOG.md", ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def dead_links(text: str, folder: Path) -> list[str]:
@@ -96,14 +98,60 @@ def test_the_figures_for_users_are_those_of_the_scoreboard():
         assert row == {column: board[case][column] for column in row}, case
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "rescue", "reshard", "convert"])
-def test_the_command_line_page_has_every_option(command, capsys):
+COMMANDS = [
+    "inspect",
+    "verify",
+    "rescue",
+    "reshard",
+    "convert",
+    "diff",
+    "stats, cat",
+    "merge",
+    "ls, du",
+    "cp",
+    "rm, prune",
+]
+
+
+@pytest.mark.parametrize("commands", COMMANDS)
+def test_the_command_line_page_has_every_option(commands, capsys):
     page = (ROOT / "docs" / "cli.md").read_text()
-    section = page.split(f"\n## {command}\n")[1].split("\n## ")[0]
-    described = re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE)
-    assert main([command, "--help"]) == 0
+    section = page.split(f"\n## {commands}\n")[1].split("\n## ")[0]
+    rows = "".join(re.findall(r"^\| `--.*", section, re.MULTILINE))
+    for command in commands.split(", "):
+        assert main([command, "--help"]) == 0
     offered = set(re.findall(r"(--[a-z][a-z-]+)", capsys.readouterr().out)) - {"--help"}
-    assert sorted(described) == sorted(offered)
+    assert set(re.findall(r"`(--[a-z-]+)", rows)) == offered
+
+
+def test_the_command_line_page_has_every_command(capsys):
+    main(["--help"])
+    listed = capsys.readouterr().out.split("Commands:\n")[1]
+    names = re.findall(r"^  ([a-z]+) ", listed, re.MULTILINE)
+    assert sorted(names) == sorted(", ".join(COMMANDS).split(", "))
+
+
+def unknown_calls(page: str, source: str) -> list[str]:
+    """Functions in the prose of a page that neither the package nor torch nor logging has."""
+    prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.MULTILINE | re.DOTALL)
+    names = [name.split(".")[-1] for name in re.findall(r"`([\w.]+)\(", prose)]
+    ours = set(re.findall(r"(?:def|class) (\w+)", source))
+    theirs = [
+        dir(space) for space in (torch.Tensor, torch.distributed, torch.distributed.tensor, logging)
+    ]
+    return sorted(set(names) - ours - set().union(*theirs))
+
+
+SOURCE = "".join(path.read_text() for path in (ROOT / "shardckpt").rglob("*.py"))
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_function_that_a_page_names_exists(page):
+    assert unknown_calls(page.read_text(), SOURCE) == []
+
+
+def test_an_unknown_function_would_be_seen():
+    assert unknown_calls("Call `handle.staged()`, then `load()`.", SOURCE) == ["staged"]
 
 
 def test_the_errors_page_has_the_complete_tree():

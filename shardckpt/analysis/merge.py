@@ -156,12 +156,12 @@ def _form(source: Source, name: str) -> str:
         return "no such tensor"
     dtype = DTYPES[entry.dtype]
     if dtype in OPAQUE:
-        kind = entry.dtype
+        number_type = entry.dtype
     elif dtype.is_complex:
-        kind = "complex"
+        number_type = "complex"
     else:
-        kind = "floating-point" if dtype.is_floating_point else "integer"
-    return f"{kind} elements of shape {list(entry.shape)}"
+        number_type = "floating-point" if dtype.is_floating_point else "integer"
+    return f"{number_type} elements of shape {list(entry.shape)}"
 
 
 def _average(

@@ -106,7 +106,7 @@ def _tensors(saved: SavedState) -> Iterator[tuple[str, str, TensorEntry]]:
     tensors.
     """
     for name, node in saved.leaves.items():
-        if isinstance(node, TensorRef) and node.kind != "per_rank":
+        if isinstance(node, TensorRef) and node.ref_type != "per_rank":
             yield name, node.name, saved.manifest.tensors[node.name]
 
 
@@ -121,7 +121,7 @@ def _values(saved: SavedState, manifest: Manifest) -> Iterator[tuple[str, Any]]:
         name, node = stack.pop()
         items = children(node)
         if isinstance(node, TensorRef):
-            if node.kind == "per_rank":
+            if node.ref_type == "per_rank":
                 every = [saved.per_rank(node, rank=rank) for rank in range(manifest.world_size)]
                 yield name, every
         elif not items or not (isinstance(node, dict) or any(map(_holds_more, node))):

@@ -245,13 +245,13 @@ def _report(source: Source, target: str, target_format: Format) -> ConvertReport
     tensors = {
         name
         for name, node in leaves.items()
-        if isinstance(node, TensorRef) and node.kind != "per_rank"
+        if isinstance(node, TensorRef) and node.ref_type != "per_rank"
     }
     copied = origin.companions if target_format == "hf" else ()
     changed = dict(origin.changed)
     if target_format != "shardckpt":
         for name, node in leaves.items():
-            if isinstance(node, TensorRef) and node.kind == "per_rank":
+            if isinstance(node, TensorRef) and node.ref_type == "per_rank":
                 changed[name] = "a value for each rank, taken as the list of all"
     return ConvertReport(
         path=target,

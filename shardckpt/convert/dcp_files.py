@@ -89,7 +89,7 @@ class DcpFolder(Folder):
         for entry_path, node in dcp_entries(SavedState(source.manifest).tree, ()):
             name = ".".join(map(str, entry_path))
             self.paths[name] = entry_path
-            if isinstance(node, TensorRef) and node.kind != "per_rank":
+            if isinstance(node, TensorRef) and node.ref_type != "per_rank":
                 self.tied.setdefault(node.name, []).append(name)
             else:
                 self.values[name] = node

@@ -54,11 +54,13 @@ def parse_metadata(data: Readable) -> ReadMetadata:
     }
     entries: dict[str, Any] = {}
     for entry_name, node in _dict(facts["state_dict_metadata"]).items():
-        kind = node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
-        if kind in ("BytesStorageMetadata", "TensorStorageMetadata"):
+        class_name = (
+            node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
+        )
+        if class_name in ("BytesStorageMetadata", "TensorStorageMetadata"):
             entries[_text(entry_name)] = _entry(node)
         else:
-            described = getattr(node, "name", kind)
+            described = getattr(node, "name", class_name)
             unknown[_text(entry_name)] = f"is described by {described}, which is not known here"
     metadata = Metadata(
         state_dict_metadata=entries,
@@ -73,11 +75,11 @@ def parse_metadata(data: Readable) -> ReadMetadata:
     return ReadMetadata(metadata, writer, unknown)
 
 
-def _facts(node: Any, kind: str) -> dict[str, Any]:
+def _facts(node: Any, class_name: str) -> dict[str, Any]:
     """Return the fields of a dataclass for which a stand-in was created."""
     name = node.name.rpartition(".")[2] if isinstance(node, Named) else type(node).__name__
-    if name != kind:
-        raise TypeError(f"{name} in place of {kind}")
+    if name != class_name:
+        raise TypeError(f"{name} in place of {class_name}")
     return _dict(node.state or {})
 
 

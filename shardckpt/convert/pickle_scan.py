@@ -166,8 +166,8 @@ _PLAIN: Mapping[str, Any] = {
     "torch.Size": tuple,
     "builtins.set": set,
     **{
-        f"torch.{name}": kind
-        for name, kind in vars(torch).items()
-        if isinstance(kind, (torch.dtype, torch.layout))
+        f"torch.{name}": value
+        for name, value in vars(torch).items()
+        if isinstance(value, (torch.dtype, torch.layout))
     },
 }

@@ -65,10 +65,10 @@ def open_safetensors(path: str, *, check: bool) -> Foreign:
     reading it completely."""
     with errors_of(path, _REMEDY):
         tensors, metadata = _tensors_in(path)
-        kind, tree = "safetensors", _flat_tree(tensors, metadata)
+        layout, tree = "safetensors", _flat_tree(tensors, metadata)
         if sealed := is_sealed(path, metadata):
             tree = msgspec.json.decode(metadata[TREE])
-        source = Foreign(path, kind, tree, tensors, identity=os.path.getsize(path))
+        source = Foreign(path, layout, tree, tensors, identity=os.path.getsize(path))
         if check and sealed:
             check_sealed(path)
         return source
@@ -236,7 +236,7 @@ class HuggingFace(Folder):
         self.tied: dict[str, list[str]] = {name: [] for name in source.manifest.tensors}
         saved = SavedState(source.manifest)
         for name, node in saved.leaves.items():
-            if isinstance(node, TensorRef) and node.kind != "per_rank":
+            if isinstance(node, TensorRef) and node.ref_type != "per_rank":
                 self.tied[node.name] += [name] if name != node.name else []
             elif node not in ({}, [], ()):
                 raise StateError(

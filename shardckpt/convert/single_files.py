@@ -349,7 +349,9 @@ def _read_safetensors(path: str, *, check: bool) -> Any:
     check_references(tree, [], tensors, path)
     return values.decode(
         tree,
-        tensor=lambda ref: tensors[ref.name].numpy() if ref.kind == "numpy" else tensors[ref.name],
+        tensor=lambda ref: (
+            tensors[ref.name].numpy() if ref.ref_type == "numpy" else tensors[ref.name]
+        ),
     )
 
 

@@ -76,7 +76,7 @@ class Foreign(AbstractContextManager["Foreign"]):
     def __init__(
         self,
         path: str,
-        kind: str,
+        source_format: str,
         tree: Any,
         tensors: Mapping[str, LazyTensor],
         *,
@@ -85,7 +85,7 @@ class Foreign(AbstractContextManager["Foreign"]):
         origin: Origin | None = None,
     ) -> None:
         check_references(tree, [], tensors, path)
-        self.origin = origin or Origin(format=kind)
+        self.origin = origin or Origin(format=source_format)
         self.path, self._tensors, self._close = path, tensors, close
         entries = {
             name: TensorEntry(
@@ -99,12 +99,12 @@ class Foreign(AbstractContextManager["Foreign"]):
         self.manifest = Manifest(
             checkpoint_id=text_digest(msgspec.json.encode(facts)),
             created="",
-            library=kind,
+            library=source_format,
             world_size=1,
             shards=(),
             tensors=entries,
             state=tree,
-            notes={"converted": f"from {kind}"},
+            notes={"converted": f"from {source_format}"},
         )
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
@@ -121,7 +121,7 @@ class Foreign(AbstractContextManager["Foreign"]):
 
 def foreign(
     path: str,
-    kind: str,
+    source_format: str,
     state: Any,
     *,
     reads: Mapping[int, Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]] | None = None,
@@ -138,7 +138,7 @@ def foreign(
         assert isinstance(tensor, torch.Tensor)
         read = (reads or {}).get(id(tensor)) or functools.partial(_cut, tensor.detach())
         lazy[name] = LazyTensor(tensor.dtype, tuple(tensor.shape), read)
-    return Foreign(path, kind, flat.tree, lazy, identity=identity, origin=origin)
+    return Foreign(path, source_format, flat.tree, lazy, identity=identity, origin=origin)
 
 
 def _cut(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
@@ -168,9 +168,9 @@ class Selected(AbstractContextManager["Selected"]):
         self.path, self.source = source.path, source
         self._names: dict[str, str] = {}  # name in the source -> name here
         for name, node in refs.items():
-            if node.kind != "per_rank":
+            if node.ref_type != "per_rank":
                 self._names.setdefault(node.name, name)
-        kept = {int(node.name) for node in refs.values() if node.kind == "per_rank"}
+        kept = {int(node.name) for node in refs.values() if node.ref_type == "per_rank"}
         per_rank = tuple(
             [item if index in kept else None for index, item in enumerate(rank_values)]
             for rank_values in source.manifest.per_rank
@@ -189,8 +189,8 @@ class Selected(AbstractContextManager["Selected"]):
         )
 
     def _renamed(self, node: Any) -> Any:
-        if isinstance(node, TensorRef) and node.kind != "per_rank":
-            return TensorRef(self._names[node.name], node.kind)
+        if isinstance(node, TensorRef) and node.ref_type != "per_rank":
+            return TensorRef(self._names[node.name], node.ref_type)
         items = children(node)
         return rebuilt(node, ((k, self._renamed(item)) for k, item in items)) if items else node
 

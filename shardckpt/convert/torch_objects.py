@@ -124,10 +124,10 @@ class ObjectsLoader:
             known = name in self._stand_ins
             self._stand_ins[name] = getattr(np.dtypes, found[1])
             return not known
-        kind, class_name = wrong_container(error) or ("", "")
+        container, class_name = wrong_container(error) or ("", "")
         for name, made in self._stand_ins.items():
             if f"{made.__module__}.{made.__qualname__}" == class_name:
-                self._add(name, OrderedDict if kind == "dict" else list)
+                self._add(name, OrderedDict if container == "dict" else list)
                 return True
         return False
 

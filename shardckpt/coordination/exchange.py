@@ -56,7 +56,7 @@ def attempt(stage: Callable[..., T], *arguments: Any, **options: Any) -> Attempt
 class _Failure(msgspec.Struct, array_like=True):
     """An exception as plain data. Exceptions themselves may not be picklable."""
 
-    kind: str
+    error_name: str
     text: str
     facts: dict[str, Any]
     ranks: tuple[int, ...] = ()
@@ -128,10 +128,10 @@ def _answers(
     decoded = [msgspec.msgpack.decode(record, type=_Record) for record in records]
     failed = {rank: record.failure for rank, record in enumerate(decoded) if record.failure}
     if failed:
-        kind = next(iter(failed.values())).kind
-        alike = [rank for rank, failure in failed.items() if failure.kind == kind]
+        error_name = next(iter(failed.values())).error_name
+        alike = [rank for rank, failure in failed.items() if failure.error_name == error_name]
         first = failed[alike[0]]
-        failure = _Failure(first.kind, first.text, first.facts, tuple(alike))
+        failure = _Failure(first.error_name, first.text, first.facts, tuple(alike))
         return [_encode(_Record(b"", failure))] * len(records)
     answer = decide([record.payload for record in decoded])
     if isinstance(answer, list):
@@ -141,12 +141,12 @@ def _answers(
 
 def _describe(error: BaseException) -> _Failure:
     if not isinstance(error, ShardckptError):
-        kind = type(error)
+        cls = type(error)
         try:
             text = _encodable(str(error))
         except Exception:
             text = "(an exception without a text)"
-        return _Failure("", f"{kind.__module__}.{kind.__qualname__}: {text}"[:4000], {})
+        return _Failure("", f"{cls.__module__}.{cls.__qualname__}: {text}"[:4000], {})
     facts = {
         name: getattr(error, name)
         for name in ("path", "rank", "tensor", "expected", "actual", "remedy", "errno")
@@ -167,10 +167,10 @@ def _rebuild(failure: _Failure, phase: str) -> ShardckptError:
     facts.setdefault("phase", phase)
     if isinstance(facts.get("rank"), list):
         facts["rank"] = tuple(facts["rank"])
-    if failure.kind in errors.__all__:
+    if failure.error_name in errors.__all__:
         facts.setdefault("rank", failure.ranks or None)
-        kind: type[ShardckptError] = getattr(errors, failure.kind)
-        return kind(failure.text, **facts)
+        error_class: type[ShardckptError] = getattr(errors, failure.error_name)
+        return error_class(failure.text, **facts)
     return RankFailedError(
         "Another rank failed",
         rank=failure.ranks or None,

@@ -43,6 +43,7 @@ class StoreConnections:
         with self._lock:
             connection, since = self._kept.pop() if self._kept else (None, 0.0)
         if connection is not None and time.monotonic() - since < _FORGOTTEN_S:
+            connection.deadline_s = current().deadline_s
             return connection
         self.close()  # connections that were idle for even longer
         if connection is not None:
@@ -81,10 +82,10 @@ class StoreConnection:
     """
 
     def __init__(self, connect: Callable[[], Any]) -> None:
+        self.deadline_s = current().deadline_s  # read once: an operation makes many calls
         self.hangs = False  # a call has not returned
-        self.failed = (
-            False  # a call raised an error or was not waited for: do not use the connection again
-        )
+        # A call raised an error or was not waited for. Do not use the connection again.
+        self.failed = False
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True, name="shardckpt-connection").start()
@@ -101,13 +102,10 @@ class StoreConnection:
     def ask(self, call: _Call) -> Any:
         """Make a call. Returns or raises what the call does."""
         if not self.hangs:
-            before, self.failed = (
-                self.failed,
-                True,
-            )  # a ctrl-c leaves an answer in the queue
+            before, self.failed = self.failed, True  # a ctrl-c leaves an answer in the queue
             self._calls.put(call)
             try:
-                well, value = self._answers.get(timeout=current().deadline_s)
+                well, value = self._answers.get(timeout=self.deadline_s)
             except queue.Empty:
                 self.hangs = True
             else:
@@ -118,7 +116,7 @@ class StoreConnection:
         raise RankFailedError(
             "The store of the process group does not answer",
             rank=0,
-            expected=f"an answer within {current().deadline_s:g} s",
+            expected=f"an answer within {self.deadline_s:g} s",
             actual="no answer: its host or the network failed",
             remedy="read the logs of rank 0 and the launcher; nothing was committed",
         )

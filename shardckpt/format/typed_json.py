@@ -78,7 +78,7 @@ class TensorRef(msgspec.Struct, frozen=True):
     """
 
     name: str
-    kind: Literal["tensor", "numpy", "per_rank"]
+    ref_type: Literal["tensor", "numpy", "per_rank"]
 
 
 class Record(dict[str, Any]):
@@ -122,38 +122,38 @@ def record_of(value: Any) -> Record | None:
 
     Returns None for other objects.
     """
-    kind = type(value)
+    cls = type(value)
     if isinstance(value, Record):
         return value
     if isinstance(value, Mapping):  # saved by its items, as ModelOutput of transformers is
         return None
-    if kind.__module__.partition(".")[0] == "shardckpt" or isinstance(value, type):
+    if cls.__module__.partition(".")[0] == "shardckpt" or isinstance(value, type):
         return None  # a marker inside another value has no meaning
-    if dataclasses.is_dataclass(kind):
-        names = [field.name for field in dataclasses.fields(kind)]
-    elif hasattr(kind, "__attrs_attrs__"):
-        names = [field.name for field in kind.__attrs_attrs__]
-    elif isinstance(value, types.SimpleNamespace) or kind is imported("argparse", "Namespace"):
+    if dataclasses.is_dataclass(cls):
+        names = [field.name for field in dataclasses.fields(cls)]
+    elif hasattr(cls, "__attrs_attrs__"):
+        names = [field.name for field in cls.__attrs_attrs__]
+    elif isinstance(value, types.SimpleNamespace) or cls is imported("argparse", "Namespace"):
         names = list(vars(value))
     else:
         return None
     fields = {name: getattr(value, name) for name in names if hasattr(value, name)}
-    return Record(f"{kind.__module__}.{kind.__qualname__}", fields)
+    return Record(f"{cls.__module__}.{cls.__qualname__}", fields)
 
 
 def encode(value: Any, *, at: str) -> Any:
     """Encode a value as JSON. Raises UnsupportedLeafError with the path of the value."""
     if value is None or value is True or value is False:
         return value
-    kind = type(value)
-    if kind is str or kind is int or kind is float:
+    cls = type(value)
+    if cls is str or cls is int or cls is float:
         return _scalar(value, at)
-    if kind is list:
+    if cls is list:
         return _items(value, at)
-    if kind is dict:
+    if cls is dict:
         items = [(key, encode(item, at=_below(at, key))) for key, item in value.items()]
         return mapping(items, at=at)
-    form = _BY_TYPE.get(kind) or _form_of(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
+    form = _BY_TYPE.get(cls) or _form_of(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
     if form is not None:
         return {form.tag: form.encode(value, at)}
     if isinstance(value, (str, int, float)):
@@ -163,7 +163,7 @@ def encode(value: Any, *, at: str) -> Any:
     if isinstance(value, Mapping) and not isinstance(value, Record):
         return encode(dict(value.items()), at=at)
     if isinstance(value, TensorRef):
-        return reference(value.kind, value.name)
+        return reference(value.ref_type, value.name)
     record = record_of(value)
     if record is not None:
         return {"$record": [record.type_name, encode(dict(record), at=at)]}
@@ -171,13 +171,13 @@ def encode(value: Any, *, at: str) -> Any:
 
 
 def _unsupported(value: Any, at: str) -> UnsupportedLeafError:
-    kind = type(value)
+    cls = type(value)
     return UnsupportedLeafError(
         "The type of a value can't be saved",
         tensor=at or "(the state itself)",
         expected="a tensor, array, number, string, bytes, date, enum, dataclass, container of "
         "these, or an object with state_dict and load_state_dict",
-        actual=f"{kind.__module__}.{kind.__qualname__}",
+        actual=f"{cls.__module__}.{cls.__qualname__}",
         remedy="remove it, convert it, or give its class state_dict and load_state_dict",
     )
 
@@ -210,9 +210,9 @@ def _scalar(value: str | int | float, at: str) -> Any:
     return {"$float": struct.pack(">d", value).hex()}
 
 
-def reference(kind: Literal["tensor", "numpy", "per_rank"], name: str) -> Any:
+def reference(ref_type: Literal["tensor", "numpy", "per_rank"], name: str) -> Any:
     """Encode a reference to a tensor, an array or a PerRank value; see TensorRef."""
-    return {_REFS[kind]: name}
+    return {_REFS[ref_type]: name}
 
 
 def mapping(items: list[tuple[Any, Any]], *, at: str) -> Any:
@@ -259,8 +259,8 @@ def decode(
     """
 
     def item(node: Any) -> Any:
-        kind = type(node)
-        if kind is dict:
+        cls = type(node)
+        if cls is dict:
             if len(node) == 1:
                 ((tag, body),) = node.items()
                 if tag == "$tensor" and type(body) is str:  # the most frequent tag
@@ -278,7 +278,7 @@ def decode(
                     raise _malformed(node)
                 found[key] = item(inner) if type(inner) in _NESTED else inner
             return found
-        return [item(inner) for inner in node] if kind is list else node
+        return [item(inner) for inner in node] if cls is list else node
 
     def tagged(tag: str, body: Any) -> Any:
         decoder = _DECODERS.get(tag)
@@ -429,11 +429,11 @@ def imported(module: str, qualname: str) -> Any:
 def _enum_body(value: enum.Enum, at: str) -> Any:
     """Raise UnsupportedLeafError for an enum that a load could not find by its name, such as one
     defined in a function."""
-    kind = type(value)
-    if imported(kind.__module__, kind.__qualname__) is not kind:
+    cls = type(value)
+    if imported(cls.__module__, cls.__qualname__) is not cls:
         raise _unsupported(value, at)
-    single = kind.__members__.get(value.name or "") is value  # false for a combination of flags
-    return [kind.__module__, kind.__qualname__, value.name if single else value.value]
+    single = cls.__members__.get(value.name or "") is value  # false for a combination of flags
+    return [cls.__module__, cls.__qualname__, value.name if single else value.value]
 
 
 def _enum(body: Any, item: Any) -> Any:
@@ -537,10 +537,10 @@ def _moment_body(value: datetime.datetime | datetime.time, at: str) -> Any:
     return [value.isoformat(), value.fold]
 
 
-def _moment(kind: Any) -> Callable[[Any, Any], Any]:
+def _moment(cls: Any) -> Callable[[Any, Any], Any]:
     def decoder(body: Any, item: Any) -> Any:
         text, fold = _checked(body, list)
-        return kind.fromisoformat(_checked(text, str)).replace(fold=_checked(fold, int))
+        return cls.fromisoformat(_checked(text, str)).replace(fold=_checked(fold, int))
 
     return decoder
 
@@ -660,9 +660,9 @@ for _form in FORMS:
 
 
 @functools.lru_cache(maxsize=256)
-def _form_of(kind: type) -> Form | None:
+def _form_of(cls: type) -> Form | None:
     """Return the form of values whose type has no form of its own."""
-    base = next((form for form in FORMS if issubclass(kind, form.type)), None)
+    base = next((form for form in FORMS if issubclass(cls, form.type)), None)
     return None if base is None or base.exact else base
 
 

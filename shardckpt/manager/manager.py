@@ -288,8 +288,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         def decide(payloads: list[bytes]) -> bytes:
             # RankFailedError is the error of the ranks that only heard of another one.
-            kinds = {payload.decode() for payload in payloads} - {"RankFailedError"}
-            return b"yes" if kinds == {"storage"} else b""
+            causes = {payload.decode() for payload in payloads} - {"RankFailedError"}
+            return b"yes" if causes == {"storage"} else b""
 
         with operation(f"CheckpointManager: a failed save to {path}", self._group) as ranks:
             return bool(exchange(ranks, "failure", own.encode, decide))

@@ -76,11 +76,11 @@ def ranked(
     return sorted(known, key=lambda c: (sign * c.metrics[monitor], -c.step, -c.saved_at))
 
 
-def _check_positive(value: object, what: str, kinds: tuple[type, ...] = (int,)) -> None:
-    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:  # type: ignore[operator]
+def _check_positive(value: object, what: str, types: tuple[type, ...] = (int,)) -> None:
+    if not isinstance(value, types) or isinstance(value, bool) or not value > 0:  # type: ignore[operator]
         raise StateError(
             f"Invalid {what} for a retention policy",
-            expected=f"{'a number' if float in kinds else 'an integer'} above 0",
+            expected=f"{'a number' if float in types else 'an integer'} above 0",
             actual=repr(value),
         )
 

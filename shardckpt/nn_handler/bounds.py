@@ -50,27 +50,27 @@ class Bounds:
         return _FEW_TENSORS + len(self._shapes())
 
     def construct(
-        self, kind: Any, args: Sequence[Any], kwargs: dict[str, Any], *, given: bool = False
+        self, cls: Any, args: Sequence[Any], kwargs: dict[str, Any], *, given: bool = False
     ) -> Any:
-        """Return kind(*args, **kwargs). `given`: the caller chose the class."""
-        if not issubclass(type(kind), type) or not issubclass(kind, nn.Module):
-            return kind(*args, **kwargs)
-        if is_torch_module(kind):
-            self._probe(kind, args, kwargs)
+        """Return cls(*args, **kwargs). `given`: the caller chose the class."""
+        if not issubclass(type(cls), type) or not issubclass(cls, nn.Module):
+            return cls(*args, **kwargs)
+        if is_torch_module(cls):
+            self._probe(cls, args, kwargs)
         elif not given:
             with _registering(self._check_one):
-                return kind(*args, **kwargs)
-        return kind(*args, **kwargs)
+                return cls(*args, **kwargs)
+        return cls(*args, **kwargs)
 
     def _check_one(self, parameter: torch.Tensor, *, is_buffer: bool) -> None:
         if not is_buffer and parameter.numel() > max(_MANY_ELEMENTS, _TIMES * self.elements):
             raise self._too_large(f"a parameter of shape {tuple(parameter.shape)}")
 
-    def _probe(self, kind: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _probe(self, cls: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Raise CheckpointError if a module of torch would be larger than the checkpoint."""
-        if args and kind is not nn.Sequential:
+        if args and cls is not nn.Sequential:
             raise TypeError("expected keyword arguments")
-        bound = inspect.signature(kind).bind(*args, **kwargs)
+        bound = inspect.signature(cls).bind(*args, **kwargs)
         values = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         layers = [n for name, n in values.items() if "layers" in name and type(n) is int]
         parts = [m for m in values.values() if isinstance(m, nn.Module)]
@@ -87,7 +87,7 @@ class Bounds:
                 raise self._too_large(f"{elements} elements in {tensors} tensors, or more")
 
         with torch.device("meta"), _registering(count):
-            made = kind(*args, **{**kwargs, **device})
+            made = cls(*args, **{**kwargs, **device})
         if not parts and _elements(made) > self.elements:
             raise self._too_large(f"{_elements(made)} elements")
 

@@ -635,14 +635,14 @@ class Components(TrainingState):
 
 
 @contextmanager
-def from_arguments(what: str, kind: Any) -> Iterator[None]:
+def from_arguments(what: str, cls: Any) -> Iterator[None]:
     """Turn an error of a constructor about its arguments into a StateError."""
     try:
         yield
     except (TypeError, ValueError) as error:
         raise StateError(
             f"The {what} does not take these arguments",
-            expected=f"the arguments of {getattr(kind, '__name__', kind)}",
+            expected=f"the arguments of {getattr(cls, '__name__', cls)}",
             actual=f"{type(error).__name__}: {error}".partition("\n")[0],
         ) from error
 

@@ -190,7 +190,7 @@ def _load(handler_class: type[Components], path: str, options: LoadOptions) -> C
     with making("config", path):
         parts = _resolved(names, config, options)
     handler = _with_model(handler_class, names, parts, source, options)
-    handler.adopt_code(config.code, config.model.kind if options.trust_code else None)
+    handler.adopt_code(config.code, config.model.class_name if options.trust_code else None)
     if options.strict:
         _check_names(handler, source)
     _set_parts(handler, names, parts, source, config, options)
@@ -209,15 +209,15 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
     model = config.model
     parts: dict[str, Any] = {"model.kwargs": names.resolve(model.kwargs, "model.kwargs")}
     if options.trust_code and "model.class" not in options.given:
-        name = str(model.kind.get("shardckpt.import", ""))
+        name = str(model.class_name.get("shardckpt.import", ""))
         parts["model.class"] = Given(class_of_code(config.code or {}, name, path=names.path))
     else:
-        parts["model.class"] = names.resolve(model.kind, "model.class", Slot.MODEL)
+        parts["model.class"] = names.resolve(model.class_name, "model.class", Slot.MODEL)
     for name, saved in _optimizers(config).items():
         for part, slot in (("optimizer", Slot.OPTIMIZER), ("scheduler", Slot.SCHEDULER)):
             found, at = getattr(saved, part), _place(name, part)
             if found is not None and options.takes(part):
-                parts[f"{at}.class"] = names.resolve(found.kind, f"{at}.class", slot)
+                parts[f"{at}.class"] = names.resolve(found.class_name, f"{at}.class", slot)
                 parts[f"{at}.options"] = names.resolve(found.options, f"{at}.options")
         if options.takes("optimizer"):
             at = f"{_place(name, 'optimizer')}.groups"
@@ -226,7 +226,7 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
         for number, callback in enumerate(config.callbacks):
             at = f"callbacks.{number}"
             parts[at] = names.given_at(at) or (
-                names.resolve(callback.kind, f"{at}.class", Slot.CALLBACK),
+                names.resolve(callback.class_name, f"{at}.class", Slot.CALLBACK),
                 names.resolve(callback.args, f"{at}.args"),
                 names.resolve(callback.kwargs, f"{at}.kwargs"),
             )
@@ -640,19 +640,19 @@ def _check_parts(own: dict[str, Any], saved: Config, path: str) -> None:
     """Raise LoadMismatchError if an optimizer or scheduler is missing or of another class."""
     mine, theirs = _own_parts(own), _saved_parts(saved)
     for at in dict.fromkeys([*mine, *theirs]):
-        kinds = [
+        names = [
             mine[at]["class"] if at in mine else None,
-            theirs[at].kind if at in theirs else None,
+            theirs[at].class_name if at in theirs else None,
         ]
-        if kinds[0] == kinds[1] or all(kind and "shardckpt.absent" in kind for kind in kinds):
+        if names[0] == names[1] or all(name and "shardckpt.absent" in name for name in names):
             continue
         part = at.rpartition(".")[2]
         raise LoadMismatchError(
             f"The handler has another {part} than the checkpoint",
             path=path,
             tensor=at if "." in at else None,
-            expected=next(iter((kinds[0] or {"": "none"}).values())),
-            actual=next(iter((kinds[1] or {"": "none"}).values()), None),
+            expected=next(iter((names[0] or {"": "none"}).values())),
+            actual=next(iter((names[1] or {"": "none"}).values()), None),
             remedy=f"set_{part} as it was when this was saved; to change it, NNHandler.load with "
             f"skip_{part}=True, and then set_{part}",
         )
@@ -682,14 +682,14 @@ def _progress(handler: Components, saved: Progress, *, history: bool) -> None:
 
 
 def _callbacks(callbacks: list[Callback], saved: dict[str, CallbackState], path: str) -> None:
-    kinds = [state.kind for state in saved.values()]
-    if [type(callback).__name__ for callback in callbacks] != kinds:
+    names = [state.class_name for state in saved.values()]
+    if [type(callback).__name__ for callback in callbacks] != names:
         raise LoadMismatchError(
             "The handler has other callbacks than the checkpoint",
             path=path,
             tensor="callbacks",
             expected=[type(callback).__name__ for callback in callbacks],
-            actual=kinds,
+            actual=names,
             remedy="add the same callbacks in the same order, or use "
             "NNHandler.load(path, skip_callbacks=True)",
         )

@@ -69,8 +69,8 @@ def describe(value: Any) -> Described:
         name = import_name(value)
         return {_ABSENT: repr(value)} if name is None else {_IMPORT: name}
     if isinstance(value, nn.Module) or (callable(value) and not has_state(value)):
-        kind = type(value)
-        name, arguments = import_name(kind), _arguments(value)
+        cls = type(value)
+        name, arguments = import_name(cls), _arguments(value)
         if name is None or arguments is None:
             return {_ABSENT: _text(value)}
         return {_IMPORT: name, _ARGUMENTS: describe(arguments)}
@@ -209,7 +209,7 @@ class Given:
 class _Instance:
     """An instance of a class, to be created when all names are resolved."""
 
-    kind: Any
+    cls: Any
     arguments: Any
     at: str
 
@@ -218,7 +218,7 @@ class _Instance:
 class _Call:
     """A partial function or an OrderedDict, to be created when all names are resolved."""
 
-    kind: Callable[..., Any]
+    cls: Callable[..., Any]
     args: Any
     keywords: Any
 
@@ -403,14 +403,14 @@ class Names:
         if type(tree) in (list, tuple):
             return type(tree)(self._make(item) for item in tree)
         if type(tree) is _Call:
-            return tree.kind(*self._make(tree.args), **self._make(tree.keywords))
+            return tree.cls(*self._make(tree.args), **self._make(tree.keywords))
         if type(tree) is not _Instance:
             return tree
         with making(tree.at, self.path):
             arguments = self._make(tree.arguments)
             listed = arguments if type(arguments) is list else []
             named = arguments if type(arguments) is dict else {}
-            return self.bounds.construct(tree.kind, listed, named)
+            return self.bounds.construct(tree.cls, listed, named)
 
 
 def _importable(module: str) -> bool:

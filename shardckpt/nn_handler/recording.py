@@ -55,12 +55,15 @@ def recorded(module: nn.Module) -> dict[str, Any] | None:
         bound = inspect.signature(type(module)).bind(*_strong(args), **_strong(kwargs))
     except (KeyError, TypeError, ValueError):
         return None
-    kinds = {n: p.kind for n, p in bound.signature.parameters.items()}
+    parameter_kinds = {n: p.kind for n, p in bound.signature.parameters.items()}
     found: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        if kinds[name] is inspect.Parameter.VAR_KEYWORD:
+        if parameter_kinds[name] is inspect.Parameter.VAR_KEYWORD:
             found.update(value)
-        elif kinds[name] in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+        elif parameter_kinds[name] in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.POSITIONAL_ONLY,
+        ):
             return None
         else:
             found[name] = value

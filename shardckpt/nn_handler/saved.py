@@ -30,14 +30,14 @@ class _Struct(msgspec.Struct, kw_only=True):
 class Model(_Struct):
     """The class of the model, and its arguments."""
 
-    kind: _Name = msgspec.field(name="class")
+    class_name: _Name = msgspec.field(name="class")
     kwargs: dict[str, Any]
 
 
 class Optimizer(_Struct):
     """The arguments of set_optimizer."""
 
-    kind: _Name = msgspec.field(name="class")
+    class_name: _Name = msgspec.field(name="class")
     groups: list[dict[str, Any]] | None = None
     options: dict[str, Any] = {}
 
@@ -45,7 +45,7 @@ class Optimizer(_Struct):
 class Scheduler(_Struct):
     """The arguments of set_scheduler."""
 
-    kind: _Name = msgspec.field(name="class")
+    class_name: _Name = msgspec.field(name="class")
     options: dict[str, Any]
     interval: Literal["epoch", "step"]
     monitor: str
@@ -61,7 +61,7 @@ class NamedOptimizer(_Struct):
 class Callback(_Struct):
     """The class of a callback, and its arguments."""
 
-    kind: _Name = msgspec.field(name="class")
+    class_name: _Name = msgspec.field(name="class")
     args: list[Any]
     kwargs: dict[str, Any]
 
@@ -124,7 +124,7 @@ class Progress(_Struct):
 class CallbackState(_Struct):
     """The name of a callback's class, and the result of its state_dict."""
 
-    kind: str
+    class_name: str = msgspec.field(name="kind")
     state: dict[str, Any]
 
 
@@ -176,10 +176,10 @@ class OwnState(_Struct):
 _T = TypeVar("_T")
 
 
-def checked(value: Any, kind: type[_T], at: str, *, path: str) -> _T:
+def checked(value: Any, cls: type[_T], at: str, *, path: str) -> _T:
     """Convert a value to a struct; CheckpointError with the field if it is malformed."""
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, cls)
     except Exception as error:  # msgspec iterates over odd values such as tensors
         text, _, place = str(error).partition(" - at ")
         field = place.strip("`").removeprefix("key` in `").removeprefix("$")

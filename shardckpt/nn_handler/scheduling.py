@@ -107,12 +107,12 @@ class Scheduler:
 
 
 def _make(
-    optimizer: torch.optim.Optimizer, kind: Callable[..., Any], options: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, cls: Callable[..., Any], options: Mapping[str, Any]
 ) -> Any:
     options = dict(options)
-    if kind in (SequentialLR, ChainedScheduler) and "schedulers" in options:
+    if cls in (SequentialLR, ChainedScheduler) and "schedulers" in options:
         options["schedulers"] = [_make(optimizer, k, o) for k, o in options["schedulers"]]
-    return kind(optimizer=optimizer, **options)
+    return cls(optimizer=optimizer, **options)
 
 
 def _without_functions(value: Any) -> Any:

@@ -40,14 +40,14 @@ class SavePlan:
                 expected="a number of epochs, -1 for the last one, 0 or None for never",
                 actual=repr(self.interval),
             )
-        for what, kinds in (
+        for what, types in (
             ("every_steps", (int,)),
             ("every_minutes", (int, float)),
             ("keep_last", (int,)),
             ("keep_best", (int,)),
         ):
             value = getattr(self, what)
-            if value is not None and (type(value) not in kinds or not value > 0):
+            if value is not None and (type(value) not in types or not value > 0):
                 raise StateError(
                     f"Invalid {what} for saving",
                     expected="None, or a number above 0",

@@ -269,8 +269,8 @@ class TrainingState:
             >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
             >>> handler.set_grad_scaler(init_scale=1024.0)
         """
-        kind = "cuda" if self.device.type == "cuda" else "cpu"
-        self.scaler = torch.amp.GradScaler(kind, **options)
+        device_type = "cuda" if self.device.type == "cuda" else "cpu"
+        self.scaler = torch.amp.GradScaler(device_type, **options)
 
     def log(self, name: str, value: Any) -> None:
         """Add a value to the metrics of an epoch, from a step, a loss or a callback.
@@ -429,7 +429,7 @@ class TrainingState:
             )
 
     def callback_states(self) -> dict[str, Any]:
-        """Internal. The kind and state of each callback, as plain data."""
+        """Internal. The class name and state of each callback, as plain data."""
         return {
             str(number): {"kind": type(callback).__name__, "state": callback.state_dict()}
             for number, callback in enumerate(self.callbacks)

@@ -126,10 +126,10 @@ def is_functional(value: Any) -> bool:
     return type(value) is not types.FunctionType or _home(value) == functional.__name__
 
 
-def is_torch_module(kind: Any) -> bool:
+def is_torch_module(cls: Any) -> bool:
     """Whether a class is a module of torch.nn."""
-    public = issubclass(kind, nn.Module) and vars(nn).get(kind.__name__) is kind
-    return public and _home(kind).startswith("torch.nn.modules.")
+    public = issubclass(cls, nn.Module) and vars(nn).get(cls.__name__) is cls
+    return public and _home(cls).startswith("torch.nn.modules.")
 
 
 def _unwrapped(found: Any) -> Any:
@@ -150,22 +150,22 @@ def _is_trusted(value: Any) -> bool:
     )
 
 
-def _is_class_for(kind: Any, slot: Slot, *, instance: bool) -> bool:
-    if _is_trusted(kind):
-        return slot in (Slot.FUNCTION, Slot.ARGUMENT) or issubclass(kind, _BASES[slot])
-    if not issubclass(kind, nn.Module if instance else _BASES[slot]):
+def _is_class_for(cls: Any, slot: Slot, *, instance: bool) -> bool:
+    if _is_trusted(cls):
+        return slot in (Slot.FUNCTION, Slot.ARGUMENT) or issubclass(cls, _BASES[slot])
+    if not issubclass(cls, nn.Module if instance else _BASES[slot]):
         return False
-    home = _home(kind)
+    home = _home(cls)
     if home.partition(".")[0] == "torch":  # torch imports far more than a program uses
-        lazy = issubclass(kind, nn.modules.lazy.LazyModuleMixin)
-        return (is_torch_module(kind) and not lazy) or _is_torch_optimizer(kind)
+        lazy = issubclass(cls, nn.modules.lazy.LazyModuleMixin)
+        return (is_torch_module(cls) and not lazy) or _is_torch_optimizer(cls)
     return home in _CALLBACKS or home.partition(".")[0] != "shardckpt"
 
 
-def _is_torch_optimizer(kind: Any) -> bool:
-    if issubclass(kind, Optimizer):
-        return f"{_home(kind)}.".startswith("torch.optim.")
-    return issubclass(kind, LRScheduler) and _home(kind) in (
+def _is_torch_optimizer(cls: Any) -> bool:
+    if issubclass(cls, Optimizer):
+        return f"{_home(cls)}.".startswith("torch.optim.")
+    return issubclass(cls, LRScheduler) and _home(cls) in (
         lr_scheduler.__name__,
         swa_utils.__name__,
     )

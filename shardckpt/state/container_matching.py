@@ -169,7 +169,7 @@ def match_union(context: MatchContext, template: Union, name: str, match: Match)
 
 def is_per_rank(node: Any) -> TypeGuard[TensorRef]:
     """Whether a saved node refers to the values of a PerRank marker."""
-    return isinstance(node, TensorRef) and node.kind == "per_rank"
+    return isinstance(node, TensorRef) and node.ref_type == "per_rank"
 
 
 def match_per_rank(context: MatchContext, template: PerRank, name: str, match: Match) -> Finish:

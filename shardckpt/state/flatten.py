@@ -130,7 +130,7 @@ class _Flattener:
         if isinstance(value, np.ndarray) and fits_tensor(value.dtype):
             return values.reference("numpy", self.add(from_numpy(value, name=name), name))
         if isinstance(value, ShardedArray):
-            return values.reference(value.kind, self.add(self.sharded(value, name), name))
+            return values.reference(value.array_type, self.add(self.sharded(value, name), name))
         if isinstance(value, torch.Generator):
             return values.reference("tensor", self.add(value.get_state(), name))
         if isinstance(value, nn.Module):

@@ -125,7 +125,7 @@ class MatchContext:
             Whether the tensor is filled. If not, nothing is noted.
         """
         ref = self.saved.nodes.get(name)
-        if type(template) not in PLAIN or type(ref) is not TensorRef or ref.kind == "per_rank":
+        if type(template) not in PLAIN or type(ref) is not TensorRef or ref.ref_type == "per_rank":
             return False
         entry = self.saved.manifest.tensors[ref.name]
         if (
@@ -259,13 +259,13 @@ that name.
 """
 
 
-def _found(value: Any, name: str, kind: type) -> list[tuple[str, Any]]:
+def _found(value: Any, name: str, cls: type) -> list[tuple[str, Any]]:
     """List (name, item) of the items of a type in a nested value."""
-    if isinstance(value, kind):
+    if isinstance(value, cls):
         return [(name, value)]
     items: Any = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    return [pair for key, item in items for pair in _found(item, below(name, key), kind)]
+    return [pair for key, item in items for pair in _found(item, below(name, key), cls)]

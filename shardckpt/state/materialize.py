@@ -103,7 +103,7 @@ class Builder:
         return [self.build(self.saved.per_rank(ref, rank=rank), name) for rank in ranks]
 
     def _leaf(self, ref: TensorRef, name: str) -> Any:
-        if ref.kind == "per_rank":
+        if ref.ref_type == "per_rank":
             return (self.per_rank or self.of_all_ranks)(ref, name)
         if ref in self._tied:
             return self._tied[ref]
@@ -123,7 +123,7 @@ class Builder:
             tensor = torch.empty_like(tensor)  # tied in the state, but saved as two tensors
         if to_read:
             self.reads += [(entry, chunk) for chunk in local_chunks(tensor, name=name)]
-        self._tied[ref] = tensor.numpy() if ref.kind == "numpy" and tensor.is_cpu else tensor
+        self._tied[ref] = tensor.numpy() if ref.ref_type == "numpy" and tensor.is_cpu else tensor
         return self._tied[ref]
 
 

@@ -307,7 +307,7 @@ class _TorchForm:
         targets: dict[str, torch.Tensor] = {}  # tensors and wrapper tensors
         mismatched = False
         for key, ref in node.items():
-            if isinstance(ref, TensorRef) and ref.kind == "tensor":
+            if isinstance(ref, TensorRef) and ref.ref_type == "tensor":
                 entry = context.saved.manifest.tensors[ref.name]
                 tensor = _dense(current.get(key))
                 at = below(name, key)
@@ -340,7 +340,7 @@ class _TorchForm:
         saved = self.context.saved
         for at in self.context.parameter_names.places(id(parameter)):
             ref = saved.nodes.get(at)
-            name = ref.name if isinstance(ref, TensorRef) and ref.kind == "tensor" else at
+            name = ref.name if isinstance(ref, TensorRef) and ref.ref_type == "tensor" else at
             if name in saved.manifest.tensors:
                 return saved.manifest.tensors[name]
         return None
@@ -352,7 +352,7 @@ class _TorchForm:
         report lists them.
         """
         for key, ref in node.items() if isinstance(node, dict) else ():
-            if not (isinstance(ref, TensorRef) and ref.kind == "tensor"):
+            if not (isinstance(ref, TensorRef) and ref.ref_type == "tensor"):
                 continue
             entry = self.context.saved.manifest.tensors[ref.name]
             target = _read_out(parameter, name)

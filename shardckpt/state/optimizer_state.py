@@ -265,7 +265,7 @@ def _inner(value: Any, *, seen: set[int]) -> Iterator[Optimizer]:
 
 
 def _is_zero(optimizer: Optimizer) -> bool:
-    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__)
+    return any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__)
 
 
 def is_own(optimizer: Optimizer, parameter: torch.Tensor) -> bool:

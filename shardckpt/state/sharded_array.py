@@ -55,7 +55,7 @@ class ShardedArray:
         return f"ShardedArray({sizes} at {list(self.offsets)} of {list(self.shape)})"
 
     @property
-    def kind(self) -> Literal["tensor", "numpy"]:
+    def array_type(self) -> Literal["tensor", "numpy"]:
         """The type of the full array that `load_state` builds."""
         return "numpy" if isinstance(self.local, np.ndarray) else "tensor"
 

@@ -48,7 +48,7 @@ def test_names_lead_where_they_lead_in_the_complete_manifest(state, names):
     leaves = SavedState(manifest).leaves
     for name in [*leaves, *names]:
         found, leaf = outline.find(name), leaves.get(name)
-        assert found is None or (leaf.name, leaf.kind != "per_rank") == (found, True), name
+        assert found is None or (leaf.name, leaf.ref_type != "per_rank") == (found, True), name
 
 
 @pytest.mark.parametrize("name", ["w", "m.layer.0.weight", "m.layer.0.a.b", "array"])

@@ -20,9 +20,9 @@ def test_a_part_shares_the_memory_of_its_array():
     part = a_part(grid[1:3]).check("grid")
     part.tensor.fill_(5)
     assert grid.sum() == 40
-    assert (part.kind, part.dtype, part.is_meta) == ("numpy", torch.float64, False)
+    assert (part.array_type, part.dtype, part.is_meta) == ("numpy", torch.float64, False)
     tensor = a_part(torch.zeros(2, 4)).check("grid")
-    assert (tensor.kind, tensor.tensor.data_ptr()) == ("tensor", tensor.local.data_ptr())
+    assert (tensor.array_type, tensor.tensor.data_ptr()) == ("tensor", tensor.local.data_ptr())
     assert repr(part) == "ShardedArray([2, 4] at [2, 0] of [6, 4])"
 
 

@@ -211,7 +211,7 @@ class MpiCoordinator(HeartbeatCoordinator):
         self._pulse.join(timeout=current().deadline_s)
         self._link.inboxes.pop(self._identity, None)
 
-    def _receive(self, phase: str, kind: str) -> dict[int, bytes]:
+    def _receive(self, phase: str, topic: str) -> dict[int, bytes]:
         """Receive the messages of all partners in this phase."""
         messages: dict[int, bytes] = {}
 
@@ -221,7 +221,7 @@ class MpiCoordinator(HeartbeatCoordinator):
         def all_came() -> bool:
             self._link.pump()
             for rank in missing():
-                if (key := (kind, self._phase, rank)) in self._inbox.received:
+                if (key := (topic, self._phase, rank)) in self._inbox.received:
                     messages[rank] = self._inbox.received.pop(key)
             return len(messages) == len(self._partners)
 

@@ -38,7 +38,7 @@ _lost: set[int] = set()
 class Message(msgspec.Struct, array_like=True):
     """A message from one rank to another.
 
-    kind        from, to    about           number    text             payload
+    topic       from, to    about           number    text             payload
     call        r, 0        channel                   nonce subject
     withdraw    r, 0        channel                   nonce
     verdict     0, r        nonce                     see coordinator
@@ -51,7 +51,7 @@ class Message(msgspec.Struct, array_like=True):
     given-up    0, r        operation                 ranks
     """
 
-    kind: str
+    topic: str
     about: str = ""
     number: int = 0
     text: str = ""
@@ -77,10 +77,10 @@ class Inbox:
     def take(self, source: int, message: Message) -> None:
         """Store a message for the waiting thread."""
         self.heard[source] = self.heard.get(source, 0) + 1
-        if message.kind == "given-up":
+        if message.topic == "given-up":
             self.given_up = message.text
-        elif message.kind != "beat":
-            self.received[message.kind, message.number, source] = message.payload
+        elif message.topic != "beat":
+            self.received[message.topic, message.number, source] = message.payload
         else:
             self.progress[source] = message.number
 
@@ -255,29 +255,29 @@ class Link:
             self._arriving.append((status.Get_source(), request, data))
 
     def _deliver(self, source: int, message: Message) -> None:
-        if message.kind == "call":
+        if message.topic == "call":
             nonce, _, subject = message.text.partition(" ")
             if (
                 self._not_noted.get((message.about, source)) != subject
             ):  # otherwise it is informed already
                 self.calls.setdefault(message.about, {})[source] = (nonce, subject)
-        elif message.kind == "withdraw":
+        elif message.topic == "withdraw":
             calls = self.calls.setdefault(message.about, {})
             if calls.get(source, ("", ""))[0] == message.text:
                 del calls[source]
-        elif message.kind == "verdict":
+        elif message.topic == "verdict":
             if message.about in self.asked:
                 verdict, _, identity = message.text.partition(" ")
                 if verdict == "go":  # before any other message of the operation can arrive
                     self.inboxes[identity] = Inbox()
                     self.late.pop(self.asked[message.about], None)
                 self.verdicts[message.about] = message.text
-        elif message.kind == "late":
+        elif message.topic == "late":
             self.late[message.about] = message.text
             self.send(source, Message("noted", message.about))
-        elif message.kind == "noted":
+        elif message.topic == "noted":
             self._not_noted.pop((message.about, source), None)
-        elif message.kind == "summons":
+        elif message.topic == "summons":
             self.summoned = True
         elif message.about in self.inboxes:
             self.inboxes[message.about].take(source, message)

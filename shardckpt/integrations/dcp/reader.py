@@ -108,7 +108,7 @@ class ShardReader(StorageReader):
             name = ".".join(map(str, path))
             self._nodes[name] = node
             paths[name] = path
-            if isinstance(node, TensorRef) and node.kind == "tensor":
+            if isinstance(node, TensorRef) and node.ref_type == "tensor":
                 described[name] = _describe(manifest.tensors[node.name])
             else:
                 described[name] = BytesStorageMetadata()
