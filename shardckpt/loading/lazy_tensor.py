@@ -153,7 +153,7 @@ class DiskTensor(torch.Tensor):
     def read(self) -> torch.Tensor:
         """Return the plain tensor, which the first call reads."""
         if self._tensor is None:
-            files, manifest, name, entry = self._source
+            files, _, name, entry = self._source
             if files.remote:
                 pages = cached(
                     files.manifest_digest,

@@ -332,7 +332,9 @@ def test_a_connection_without_the_token_is_refused(pair, caplog):
     assert "does not belong to this load" in caplog.text
     with socket.create_connection(reader.address) as connection:
         challenge = receive_exactly(connection, memoryview(bytearray(TOKEN_BYTES)))
-        connection.sendall(bytes(challenge) + (1).to_bytes(4, "little") + UNIT.tag.to_bytes(8, "little"))
+        connection.sendall(
+            bytes(challenge) + (1).to_bytes(4, "little") + UNIT.tag.to_bytes(8, "little")
+        )
         with suppress(ConnectionResetError):
             assert connection.recv(1) == b""
     assert reader._expected[UNIT.tag] == {1}, "the rank that needs the blocks can still get them"
