@@ -87,12 +87,17 @@ def _bucket(url: str) -> Objects:
     settings = json.dumps(dict(current().storage), sort_keys=True)
     names = ("AWS_", "GOOGLE_", "AZURE_")
     environment = tuple(item for item in os.environ.items() if item[0].startswith(names))
-    return _client(url, settings, environment, os.getpid())
+    deadlines = current().store_deadline_s, current().stall_deadline_s
+    return _client(url, settings, environment, deadlines, os.getpid())
 
 
 @functools.lru_cache(maxsize=32)
 def _client(
-    url: str, settings: str, environment: tuple[tuple[str, str], ...], process: int
+    url: str,
+    settings: str,
+    environment: tuple[tuple[str, str], ...],
+    deadlines: tuple[float, float],
+    process: int,
 ) -> ClientObjects:
     """A client keeps its connections. Another environment or process needs another one."""
     return ClientObjects(url, json.loads(settings))
