@@ -215,7 +215,7 @@ def store(bench: Bench) -> list[Row]:
 
 
 def store_replicas(bench: Bench) -> list[Row]:
-    """Load replicas on 4 ranks, as if on 4 machines, from an object store: read once, or by each."""
+    """Load replicas on 4 ranks from an object store: read once, or by each rank."""
     from tests.object_server import object_server
 
     with object_server(volumes=400) as variables:

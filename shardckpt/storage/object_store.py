@@ -356,9 +356,9 @@ class ObjectFile(WritableFile):
                 return
             self._append(data)
             while (early := self._early.pop(self._end, None)) is not None:
-                self._append(memoryview(early))
+                self._append(early)
 
-    def _append(self, data: memoryview) -> None:
+    def _append(self, data: memoryview | bytes) -> None:
         assert self._upload is not None, "it is open"
         self._upload.write(data)
         self._end += len(data)
