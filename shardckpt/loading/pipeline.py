@@ -24,7 +24,7 @@ from shardckpt.io.gc_pause import collector_paused
 from shardckpt.loading.agreement import Shares, agree_on_reads, agree_on_sharing, open_together
 from shardckpt.loading.shard_reader import read_all
 from shardckpt.loading.sharing import Sharing, TransferError
-from shardckpt.logs import logger
+from shardckpt.logs import logger, reported
 from shardckpt.plan.read_plan import Reads, plan_reads
 from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.state.matching import MatchedState, match_state
@@ -36,6 +36,7 @@ __all__ = ["run_load"]
 Opened = tuple[CheckpointFiles, Manifest]
 
 
+@reported("load", lambda state, path, *, coordinator, **_: (path, coordinator.rank))
 def run_load(
     state: Any,
     path: str,

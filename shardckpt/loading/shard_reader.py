@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -197,11 +197,16 @@ class _Window:
     reads: list[_Read]
 
 
-def _windows(reads: Reads, more: Iterable[tuple[int, int]] = ()) -> list[_Window]:
+def _windows(reads: Reads, more: Sequence[tuple[int, int]] = ()) -> list[_Window]:
     """Group reads into windows, in the order of the files. Direct reads are split at borders.
 
     `more` has the shard and the number of windows that may have no reads.
     """
+    if len(reads.direct) == 1 and not reads.copies and not more:  # a slice of a tensor
+        index, low, high, into = reads.direct[0].tolist()
+        window_number = low // WINDOW_BYTES
+        if (high - 1) // WINDOW_BYTES == window_number:
+            return [_Window(index, window_number * WINDOW_BYTES, [(low, high, into)])]
     shard, begin, end, address = reads.direct.T
     first, parts = begin // WINDOW_BYTES, (end - 1) // WINDOW_BYTES - begin // WINDOW_BYTES + 1
     row = np.repeat(np.arange(len(begin)), parts)

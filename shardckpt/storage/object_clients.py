@@ -306,7 +306,7 @@ class _ClientUpload(Upload):
     def write(self, data: memoryview) -> None:
         """See Upload.write."""
         with self._objects._writing(self._key):
-            # obstore reads what it is given after write has returned. This copies unless it is bytes.
+            # obstore reads it later. This copies it unless it is bytes.
             self._writer.write(bytes(data))
 
     def finish(self) -> None:
