@@ -42,7 +42,7 @@ class Options:
             other rank of the machine reads the same data. Set to 0 if unrelated processes on this
             machine read the same checkpoint.
         read_once: Whether blocks that several ranks need are read by one of them, if they are read
-            from an object store or by several machines. That of rank 0 counts.
+            from an object store or by several machines. Rank 0 decides for all ranks.
         staging_bytes: Bytes of staged state that a process may hold. A save beyond the limit is
             staged after earlier ones are written; one save is always accepted. 0 allows two saves.
         copy_at_once_bytes: async_save copies tensors up to this size before it returns, if

@@ -303,7 +303,7 @@ class _ClientUpload(Upload):
                 objects._store, key, buffer_size=part_bytes, max_concurrency=_PARTS_IN_FLIGHT
             )
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview | bytes) -> None:
         """See Upload.write."""
         with self._objects._writing(self._key):
             # obstore reads it later. This copies it unless it is bytes.
