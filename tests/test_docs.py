@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint as dcp
 import torch.distributed.tensor
+from torch.distributed.checkpoint import format_utils, state_dict, state_dict_loader
 
 import shardckpt
 from shardckpt import errors
@@ -133,6 +135,9 @@ def test_the_command_line_page_has_every_command(capsys):
     assert sorted(names) == sorted(", ".join(COMMANDS).split(", "))
 
 
+DCP = (dcp, format_utils, state_dict, state_dict_loader)
+
+
 def unknown_calls(page: str, source: str) -> list[str]:
     """Functions in the prose of a page that the package, torch, json and logging lack."""
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.MULTILINE | re.DOTALL)
@@ -140,7 +145,14 @@ def unknown_calls(page: str, source: str) -> list[str]:
     ours = set(re.findall(r"(?:def|class) (\w+)", source))
     theirs = [
         dir(space)
-        for space in (torch.Tensor, torch.distributed, torch.distributed.tensor, json, logging)
+        for space in (
+            torch.Tensor,
+            torch.distributed,
+            torch.distributed.tensor,
+            *DCP,
+            json,
+            logging,
+        )
     ]
     return sorted(set(names) - ours - set().union(*theirs))
 

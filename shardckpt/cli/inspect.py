@@ -1,35 +1,50 @@
-"""The output of `shardckpt inspect`: text for people, or JSON for programs."""
+"""The command inspect: text for people, or JSON for programs. It does not import torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import click
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shardckpt.analysis.entries import enums_as_text
-from shardckpt.checkpoint import Checkpoint
+from shardckpt.cli.parameters import JSON, KEYS
 from shardckpt.cli.progress import count_text, size_text
+from shardckpt.errors import printable
 from shardckpt.format import typed_json as values
-from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.dtype_names import TORCH_NAMES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.state.saved_tree import SavedState, Select, below, children
+from shardckpt.state.saved_tree import SavedState, Select, below, children, enums_as_text
+from shardckpt.storage.opened import OpenedCheckpoint
+from shardckpt.storage.resolve import resolve
 
-__all__ = ["facts", "page", "table"]
+__all__ = ["COMMANDS", "facts", "page", "table"]
 
 _VALUE_WIDTH = 80
 _MANY = 40  # from this number of tensors on, equal tensors of numbered layers share a line
 
 
-def facts(checkpoint: Checkpoint, *, keys: Select = None) -> dict[str, Any]:
+def _inspect(options: SimpleNamespace) -> None:
+    storage, path = resolve(options.path)
+    with OpenedCheckpoint(path, storage=storage) as checkpoint:
+        if options.json:
+            print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
+        else:
+            for line in page(checkpoint, keys=options.keys, everything=options.all):
+                print(printable(line))
+
+
+def facts(checkpoint: OpenedCheckpoint, *, keys: Select = None) -> dict[str, Any]:
     """Return all facts about a checkpoint as JSON. Values are typed JSON."""
     manifest = checkpoint.manifest
     saved = _saved(checkpoint, keys)
@@ -56,7 +71,9 @@ def facts(checkpoint: Checkpoint, *, keys: Select = None) -> dict[str, Any]:
     }
 
 
-def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = False) -> Iterator[str]:
+def page(
+    checkpoint: OpenedCheckpoint, *, keys: Select = None, everything: bool = False
+) -> Iterator[str]:
     """Yield the lines of a page about a checkpoint.
 
     If there are many tensors, those that differ only in the numbers of their layers share a line,
@@ -93,7 +110,7 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
         yield from ("", "shards", *table(shards, right=(1,)))
 
 
-def _saved(checkpoint: Checkpoint, keys: Select) -> SavedState:
+def _saved(checkpoint: OpenedCheckpoint, keys: Select) -> SavedState:
     """Return the saved names. Enums become text, as their classes need not be importable."""
     manifest = checkpoint.manifest
     state, *per_rank = map(enums_as_text, (manifest.state, *manifest.per_rank))
@@ -158,7 +175,7 @@ def _shards(entry: TensorEntry) -> list[int]:
 
 
 def _dtype(entry: TensorEntry) -> str:
-    return str(DTYPES[entry.dtype]).removeprefix("torch.")
+    return TORCH_NAMES[entry.dtype]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -235,3 +252,18 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterat
     with console.capture() as capture:
         console.print(table)
     yield from (f"  {line}".rstrip() for line in capture.get().splitlines())
+
+
+COMMANDS = (
+    (
+        "inspect",
+        _inspect,
+        "Print the tensors, values and shards of a checkpoint.",
+        [
+            click.Argument(["path"]),
+            JSON,
+            click.Option(["--all"], is_flag=True, help="Print a line for each tensor."),
+            KEYS,
+        ],
+    ),
+)

@@ -20,7 +20,8 @@ from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.lazy_manifest import Outline
 from shardckpt.format.manifest import check_text
-from shardckpt.io.buffers import contiguous_parts, view_at
+from shardckpt.io.buffers import view_at
+from shardckpt.io.tensor_memory import contiguous_parts
 from shardckpt.loading.shard_reader import bad_blocks, check_size
 from shardckpt.storage.base import CheckpointFiles, WriteTransaction
 from shardckpt.storage.resolve import Place

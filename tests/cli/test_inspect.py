@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import torch
@@ -46,6 +47,36 @@ def test_inspect_as_json(tmp_path, capsys):
     assert found["values"]["step"] == 7
     assert found["world_size"] == 1
     assert found["shards"][0]["size_bytes"] > 4096
+
+
+def test_inspect_and_lists_do_not_import_torch(tmp_path):
+    save_some(tmp_path / "c")
+    commands = [["inspect", "c"], ["inspect", "c", "--json"], ["ls", "."], ["du", "."]]
+    code = f"""
+import sys
+from shardckpt.cli.main import main
+for command in {commands}:
+    assert main(command) == 0
+print("torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.tied" in done.stdout
+    assert done.stdout.endswith("\nFalse\n")
+
+
+def test_inspect_shows_values_of_torch(tmp_path, capsys):
+    values = {"dtype": torch.bfloat16, "size": torch.Size([2, 3]), "device": torch.device("cpu")}
+    shardckpt.save({**values, "layout": torch.strided}, tmp_path / "c")
+    assert main(["inspect", str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["values"] == {
+        "dtype": {"$dtype": "bfloat16"},
+        "size": {"$size": [2, 3]},
+        "device": {"$device": "cpu"},
+        "layout": {"$layout": "strided"},
+    }
 
 
 def test_inspect_of_thousands_of_tensors_is_a_page(tmp_path, capsys):
