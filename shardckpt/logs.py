@@ -21,6 +21,8 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from shardckpt.errors import printable
+
 __all__ = ["logger", "reported", "warn"]
 
 logger = logging.getLogger("shardckpt")
@@ -69,7 +71,7 @@ def reported(
                 path, rank = about(*args, **kwargs)
                 facts = {"call": call, "path": path, "rank": rank, "report": report, "error": error}
                 facts |= {"begun_ns": begun_ns, "ended_ns": time.time_ns()}
-                _reports.info("%s %s", call, path, extra=facts)
+                _reports.info("%s %s", call, printable(path), extra=facts)
                 error = None  # its traceback refers to this frame
 
         return call_and_report
