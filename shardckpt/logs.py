@@ -39,6 +39,17 @@ _Function = Callable[_Arguments, _Report]
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
 
+def _escape(record: logging.LogRecord) -> bool:
+    """Escape the control characters of paths, and the bytes in them that are not UTF-8."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(printable(a) if isinstance(a, str) else a for a in record.args)
+    return True
+
+
+for _logger in (logger, _reports):
+    _logger.addFilter(_escape)
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that names the line of the program which called the package."""
     frame, level = sys._getframe(1), 2
@@ -71,7 +82,7 @@ def reported(
                 path, rank = about(*args, **kwargs)
                 facts = {"call": call, "path": path, "rank": rank, "report": report, "error": error}
                 facts |= {"begun_ns": begun_ns, "ended_ns": time.time_ns()}
-                _reports.info("%s %s", call, printable(path), extra=facts)
+                _reports.info("%s %s", call, path, extra=facts)
                 error = None  # its traceback refers to this frame
 
         return call_and_report
