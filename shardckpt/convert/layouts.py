@@ -16,7 +16,14 @@ from shardckpt.errors import NotACheckpointError
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.posix import translated
 
-__all__ = ["WEIGHTS", "companions", "left_beside", "names_in", "raise_unreadable", "writer_of"]
+__all__ = [
+    "WEIGHTS",
+    "companions",
+    "left_beside",
+    "names_in",
+    "raise_unreadable",
+    "writer_of",
+]
 
 WEIGHTS = (
     "model.safetensors.index.json",
@@ -145,6 +152,11 @@ _UNREADABLE = (
         r"shard-\d+-model-.*\.safetensors",
         "a DCP checkpoint in safetensors files, each with parts of tensors",
         "put its parts together with torch.distributed.checkpoint's consolidate_safetensors_files",
+    ),
+    (
+        r"metadata\.pkl",
+        "a torch_checkpointing checkpoint, whose files contain objects of DTensor",
+        "load it with torch_checkpointing, and save the state with shardckpt.save",
     ),
     (
         r"__\d+_\d+\.distcp",
