@@ -12,7 +12,7 @@ import torch
 from shardckpt.errors import CorruptionError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.devices import free_memory
@@ -165,8 +165,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
             return from_bytes(self._text, path=self.path)
 
     @functools.cached_property
-    def _outline(self) -> Outline:
-        return Outline(self._text, path=self.path)
+    def _lazy_manifest(self) -> LazyManifest:
+        return LazyManifest(self._text, path=self.path)
 
     @functools.cached_property
     def _saved(self) -> SavedState:
@@ -190,7 +190,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         """Return the tensor or value of a name. A PerRank entry is a list of the values of all
         ranks.
         """
-        if "manifest" not in vars(self) and (source := self._outline.find(name)) is not None:
+        if "manifest" not in vars(self) and (source := self._lazy_manifest.find(name)) is not None:
             return SavedTensor(self, name, source)
         if name not in self._saved.leaves:
             raise KeyError(name)
@@ -374,10 +374,10 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
             # Read again, with the full manifest, so that the error names every affected tensor.
             return read_box(self._files, self.manifest, entry, offsets, sizes)
 
-    def _described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
+    def _described(self, name: str) -> tuple[Manifest | LazyManifest, TensorEntry]:
         """Return the entry of a tensor, with the outline, or with the manifest if it is parsed or
         needed.
         """
-        if "manifest" not in vars(self) and (entry := self._outline.tensor(name)) is not None:
-            return self._outline, entry
+        if "manifest" not in vars(self) and (entry := self._lazy_manifest.tensor(name)) is not None:
+            return self._lazy_manifest, entry
         return self.manifest, self.manifest.tensors[name]

@@ -22,13 +22,13 @@ from shardckpt.manager import CheckpointManager, KeepBest, KeepLast
 from shardckpt.manager.retention import Retention, ranked, to_remove
 from shardckpt.storage.copying import copy_checkpoint
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["COMMANDS"]
 
 
 def _checkpoints(path: str) -> Iterator[tuple[str, Checkpoint]]:
-    """The checkpoints in a folder with their names, or the one at the path."""
+    """Yield (name, checkpoint) of the checkpoints in a folder, or of the one at the path."""
     storage, folder = resolve(path)
     names = storage.names(folder)
     found = False
@@ -99,7 +99,7 @@ def _cp(options: SimpleNamespace) -> None:
     print(printable(f"{target.path}: {size_text(total)}, intact"))
 
 
-def _has(place: Place, identity: str) -> bool:
+def _has(place: Location, identity: str) -> bool:
     try:
         with Checkpoint(place.path, storage=place.storage) as checkpoint:
             return checkpoint.manifest.checkpoint_id == identity

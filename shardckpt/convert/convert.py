@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.convert.dcp import DcpCheckpoint, fsdp_parts, is_dcp, open_fsdp
+from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
 from shardckpt.convert.safetensors_files import (
@@ -39,17 +39,16 @@ from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
 
 Format = Literal["shardckpt", "dcp", "hf", "safetensors", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-_TORCH_SUFFIXES = (
-    ".ckpt",
-    ".bin",
-)  # suffixes of files; Lightning also has folders with these names
+_TORCH_SUFFIXES = (".ckpt", ".bin")
+"""Suffixes of torch files. Lightning has folders with these names too."""
+
 _BYTES_PER_FILE = 1 << 30
 _HUGGING_FACE_BYTES = 5_000_000_000  # the default of transformers
 
@@ -146,7 +145,7 @@ def open_source(
     return opened
 
 
-def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
+def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
     path = place.path
     if is_single_file(path):
         if path.endswith(".safetensors"):
@@ -162,7 +161,7 @@ def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
                 if ".safetensors" in weights:
                     return open_hugging_face(path, weights)
                 return open_torch_folder(path, weights, check=check)
-        if fsdp_parts(path):
+        if fsdp_folders(path):
             return open_fsdp(path)
         raise_unreadable(path)
     return Checkpoint(path, storage=place.storage)
@@ -226,8 +225,8 @@ def convert_source(
     return _report(source, target, target_format)
 
 
-def _local(place: Place, target_format: Format) -> str:
-    """The local path of a target in another format."""
+def _local(place: Location, target_format: Format) -> str:
+    """Return the local path of a target. Raises StateError for another storage."""
     if isinstance(place.storage, LocalStorage):
         return place.path
     raise StateError(

@@ -59,8 +59,8 @@ _TORCH_NAMES = {
 }
 """Name -> name in torch. The names are those of safetensors, if it has the dtype."""
 
-_FOUND = {name: find_dtype(torch_name) for name, torch_name in _TORCH_NAMES.items()}
-DTYPES = {name: dtype for name, dtype in _FOUND.items() if dtype is not None}
+_AVAILABLE = {name: find_dtype(torch_name) for name, torch_name in _TORCH_NAMES.items()}
+DTYPES = {name: dtype for name, dtype in _AVAILABLE.items() if dtype is not None}
 """Name -> torch dtype, for the dtypes that the installed torch has."""
 
 SAVED = frozenset(DTYPES.values())

@@ -24,8 +24,8 @@ __all__ = [
     "BUFFER_BYTES",
     "HUGE_PAGE_BYTES",
     "Buffer",
-    "ask_for_huge_pages",
-    "contiguous_parts",
+    "request_huge_pages",
+    "contiguous_pieces",
     "copy_bytes",
     "have_huge_pages",
     "huge_pages",
@@ -48,7 +48,7 @@ def private_memory(size_bytes: int) -> memoryview:
     return memoryview(memory)[begin : begin + size_bytes]
 
 
-def ask_for_huge_pages(memory: memoryview) -> None:
+def request_huge_pages(memory: memoryview) -> None:
     """Ask the system for huge pages for `private_memory`.
 
     Pages that are touched later are huge at once. The kernel converts the other pages later.
@@ -59,7 +59,7 @@ def ask_for_huge_pages(memory: memoryview) -> None:
 def huge_pages(size_bytes: int) -> memoryview:
     """Allocate private memory, on huge pages if the system supports them."""
     memory = private_memory(size_bytes)
-    ask_for_huge_pages(memory)
+    request_huge_pages(memory)
     return memory
 
 
@@ -139,7 +139,7 @@ def copy_bytes(target: int, source: int, size_bytes: int) -> None:
     (_move_in_between if size_bytes < _SHORT_BYTES else ctypes.memmove)(target, source, size_bytes)
 
 
-def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def contiguous_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the elements of a tensor in row-major order, as contiguous CPU tensors.
 
     A contiguous CPU tensor is yielded unchanged. Other tensors are copied in parts of at most
@@ -160,4 +160,4 @@ def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     rows = max(1, BUFFER_BYTES * tensor.shape[0] // size_bytes)
     for part in torch.split(tensor, rows):
-        yield from contiguous_parts(part[0] if part.shape[0] == 1 else part)
+        yield from contiguous_pieces(part[0] if part.shape[0] == 1 else part)

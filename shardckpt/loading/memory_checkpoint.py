@@ -12,7 +12,7 @@ import numpy as np
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.manifest import to_bytes
-from shardckpt.io.buffers import contiguous_parts, view_at
+from shardckpt.io.buffers import contiguous_pieces, view_at
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.shard_layout import shard_name
 from shardckpt.state.flatten import flatten
@@ -31,7 +31,7 @@ class StateStorage(Storage):
         self._shards: dict[str, tuple[memoryview, Any]] = {}
         entries, tensors = [], {}
         for index, (spec, data) in enumerate(zip(plan.common, plan.data, strict=True)):
-            (whole,) = contiguous_parts(data.detach().contiguous())
+            (whole,) = contiguous_pieces(data.detach().contiguous())
             view = view_at(whole.data_ptr(), whole.numel() * whole.element_size())
             name = shard_name(rank=index, world_size=len(plan.common))
             self._shards[name] = view, whole

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import xxhash
 
-from shardckpt.io.buffers import contiguous_parts, view_at
+from shardckpt.io.buffers import contiguous_pieces, view_at
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.save_plan import RankWrites
 
@@ -35,7 +35,7 @@ def replica_digests(
             data, size = _beginning(data), SMALL_BYTES
         if size and (everything or size <= SMALL_BYTES):
             digest = xxhash.xxh3_64()
-            for piece in contiguous_parts(data.detach()):
+            for piece in contiguous_pieces(data.detach()):
                 digest.update(view_at(piece.data_ptr(), piece.numel() * piece.element_size()))
             digests[index] = digest.intdigest() | 1
     return digests.tobytes()

@@ -33,9 +33,9 @@ def all_refused(errors: Sequence[StateError]) -> StateError:
 
 @contextmanager
 def reading_state(value: Any, *, at: str) -> Iterator[None]:
-    """While state_dict of the object at a name runs: turn Python's own exceptions into StateError.
+    """Convert Python's built-in exceptions to StateError while an object's state_dict runs.
 
-    Exceptions of other classes are those of the program, which may wait for them.
+    Other exceptions are raised unchanged, as the program may expect its own.
     """
     try:
         yield
@@ -47,13 +47,13 @@ def reading_state(value: Any, *, at: str) -> Iterator[None]:
             tensor=at,
             expected=f"a state from {type(value).__qualname__}.state_dict()",
             actual=f"{type(error).__name__}: {error}",
-            remedy="do what its own message asks for, on every rank, then try again",
+            remedy="correct the cause on every rank, then try again",
         ) from error
 
 
 @contextmanager
 def setting_state(value: Any, *, at: str) -> Iterator[None]:
-    """As reading_state, while load_state_dict or set_state of the object runs."""
+    """Convert exceptions like reading_state, while load_state_dict or set_state runs."""
     try:
         yield
     except Exception as error:
@@ -64,5 +64,5 @@ def setting_state(value: Any, *, at: str) -> Iterator[None]:
             tensor=at,
             expected=f"a state that {type(value).__qualname__} takes",
             actual=f"{type(error).__name__}: {error}",
-            remedy="create it as the one that was saved, or leave it out of the state",
+            remedy="create the object as it was when it was saved, or leave it out of the state",
         ) from error

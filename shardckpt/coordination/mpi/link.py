@@ -136,7 +136,7 @@ def _forget(comm: Any, keyval: int, link: Link) -> None:
     link.free()
 
 
-def _leave() -> None:
+def _abort_if_ranks_are_lost() -> None:
     """Abort the job if ranks were given up.
 
     MPI ends a process only when all ranks have ended, which the lost ranks never do. mpirun reports
@@ -191,9 +191,8 @@ class Link:
         """Handle that all ranks free the communicator. Running operations continue."""
         gone = self._raw in (None, self._mpi.COMM_NULL)  # MPICH reports it after the last use
         if self._claims and self._request is not None and not gone:
-            poll(
-                self.ready, current().deadline_s
-            )  # Open MPI crashes if it is freed during duplication
+            # Open MPI crashes if a communicator is freed while it is duplicated.
+            poll(self.ready, current().deadline_s)
         with _lock:
             if self._raw != self._mpi.COMM_WORLD:
                 self._raw = None
@@ -257,9 +256,8 @@ class Link:
     def _deliver(self, source: int, message: Message) -> None:
         if message.topic == "call":
             nonce, _, subject = message.text.partition(" ")
-            if (
-                self._not_noted.get((message.about, source)) != subject
-            ):  # otherwise it is informed already
+            # A rank that rank 0 has given up is informed already.
+            if self._not_noted.get((message.about, source)) != subject:
                 self.calls.setdefault(message.about, {})[source] = (nonce, subject)
         elif message.topic == "withdraw":
             calls = self.calls.setdefault(message.about, {})
@@ -287,7 +285,7 @@ class Link:
         with _lock:
             return self.calls.pop(channel, {})
 
-    def tell_late(self, ranks: list[int], channel: str, subject: str) -> None:
+    def inform_late(self, ranks: list[int], channel: str, subject: str) -> None:
         """Inform ranks that rank 0 has given up their call, which may still arrive."""
         with _lock:
             for rank in ranks:
@@ -304,10 +302,10 @@ class Link:
     def give_up(self, ranks: list[int]) -> None:
         """Remember ranks that do not respond, so that this process can end without them."""
         _lost.update(self._in_world(ranks))
-        atexit.unregister(
-            _leave
-        )  # the last function registered is called first: a process group may
-        atexit.register(_leave)  # wait for the lost rank when it is destroyed
+        # Register it last, so that it is called first: a process group may wait for the lost rank
+        # when it is destroyed.
+        atexit.unregister(_abort_if_ranks_are_lost)
+        atexit.register(_abort_if_ranks_are_lost)
 
     def _in_world(self, ranks: list[int]) -> list[int]:
         world = self._mpi.COMM_WORLD.Get_group()
