@@ -38,6 +38,7 @@ from shardckpt.errors import (
 if TYPE_CHECKING:
     from shardckpt.analysis.diff import diff
     from shardckpt.analysis.merge import merge
+    from shardckpt.analysis.page import write_report
     from shardckpt.analysis.stats import stats
     from shardckpt.api import (
         async_save,
@@ -172,6 +173,7 @@ __all__ = [
     "stats",
     "trust",
     "verify",
+    "write_report",
 ]
 
 # Import the package `convert` now: a later import of it would hide the function of the same name.
@@ -231,6 +233,7 @@ _HOMES = {
     "stats": "analysis.stats",
     "trust": "nn_handler.trust",
     "verify": "api",
+    "write_report": "analysis.page",
 }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 
-from shardckpt.errors import CorruptionError
+from shardckpt.errors import CheckpointError, CorruptionError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.lazy_manifest import LazyManifest
@@ -28,8 +28,9 @@ from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.materialize import Builder
 from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import CheckpointFiles, Storage
+from shardckpt.storage.resolve import resolve
 
-__all__ = ["Checkpoint", "SavedTensor"]
+__all__ = ["Checkpoint", "SavedTensor", "checkpoints_in"]
 
 
 class SavedTensor:
@@ -381,3 +382,24 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         if "manifest" not in vars(self) and (entry := self._lazy_manifest.tensor(name)) is not None:
             return self._lazy_manifest, entry
         return self.manifest, self.manifest.tensors[name]
+
+
+def checkpoints_in(path: Any) -> Iterator[tuple[str, Checkpoint]]:
+    """Yield the checkpoints in a folder with their names, or the one at the path.
+
+    Each is open until the next one is asked for.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
+    storage, folder = resolve(path)
+    found = False
+    for name in storage.names(folder):
+        with suppress(CheckpointError):
+            checkpoint = Checkpoint(storage.child(folder, name), storage=storage)
+            found = True
+            with checkpoint:
+                yield name, checkpoint
+    if not found:
+        with Checkpoint(folder, storage=storage) as checkpoint:
+            yield folder.rstrip("/").rpartition("/")[2], checkpoint

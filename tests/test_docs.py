@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -107,6 +108,7 @@ COMMANDS = [
     "diff",
     "stats, cat",
     "merge",
+    "report",
     "ls, du",
     "cp",
     "rm, prune",
@@ -132,12 +134,13 @@ def test_the_command_line_page_has_every_command(capsys):
 
 
 def unknown_calls(page: str, source: str) -> list[str]:
-    """Functions in the prose of a page that neither the package nor torch nor logging has."""
+    """Functions in the prose of a page that the package, torch, json and logging lack."""
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.MULTILINE | re.DOTALL)
     names = [name.split(".")[-1] for name in re.findall(r"`([\w.]+)\(", prose)]
     ours = set(re.findall(r"(?:def|class) (\w+)", source))
     theirs = [
-        dir(space) for space in (torch.Tensor, torch.distributed, torch.distributed.tensor, logging)
+        dir(space)
+        for space in (torch.Tensor, torch.distributed, torch.distributed.tensor, json, logging)
     ]
     return sorted(set(names) - ours - set().union(*theirs))
 

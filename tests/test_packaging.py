@@ -54,10 +54,12 @@ def test_the_wheel_and_the_source_archive_are_complete(tmp_path):
     subprocess.run(run, cwd=copy, check=True, capture_output=True, timeout=120)
     (wheel,) = (copy / "out").glob("*.whl")
     (source,) = (copy / "out").glob("*.tar.gz")
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "shardckpt").rglob("*.py")}
+    suffixes = (".py", ".html", ".typed")
+    package = [path for path in (ROOT / "shardckpt").rglob("*") if path.suffix in suffixes]
+    modules = {str(path.relative_to(ROOT)) for path in package}
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
     code = {name for name in in_wheel if ".dist-info/" not in name}
-    assert code == modules | {"shardckpt/py.typed"}
+    assert code == modules
     assert any(name.endswith("licenses/LICENSE") for name in in_wheel)
     with tarfile.open(source) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}

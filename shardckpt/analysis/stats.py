@@ -17,10 +17,10 @@ from shardckpt.convert.convert import open_source
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import TensorStats
-from shardckpt.state.saved_tree import Rename, Select
+from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import Storage
 
-__all__ = ["stats"]
+__all__ = ["stats", "tensor_stats"]
 
 
 def stats(
@@ -59,20 +59,27 @@ def stats(
     """
     with open_source(path, storage=storage) as source:
         saved = saved_entries(source, keys=keys, rename=rename)
-        names = {
-            name: saved_name
-            for name, saved_name in tensors_of(saved).items()
-            if DTYPES[source.manifest.tensors[saved_name].dtype] not in OPAQUE
-        }
-        measure = functools.partial(_measure, source)
-        threads = (os.cpu_count() or 1) if isinstance(source, Checkpoint) else 1
-        found, read_bytes = {}, 0
-        with ThreadPoolExecutor(threads, "shardckpt-stats") as pool:
-            for name, one in zip(names, pool.map(measure, names.values()), strict=True):
-                found[name] = one
-                read_bytes += source.manifest.tensors[names[name]].size_bytes
-                progress(read_bytes)
-        return found
+        return tensor_stats(source, saved, progress=progress)
+
+
+def tensor_stats(
+    source: Source, saved: SavedState, *, progress: Callable[[int], None] = lambda read_bytes: None
+) -> dict[str, TensorStats]:
+    """Return what `stats` returns, for an open source and its saved entries."""
+    names = {
+        name: saved_name
+        for name, saved_name in tensors_of(saved).items()
+        if DTYPES[source.manifest.tensors[saved_name].dtype] not in OPAQUE
+    }
+    measure = functools.partial(_measure, source)
+    threads = (os.cpu_count() or 1) if isinstance(source, Checkpoint) else 1
+    found, read_bytes = {}, 0
+    with ThreadPoolExecutor(threads, "shardckpt-stats") as pool:
+        for name, one in zip(names, pool.map(measure, names.values()), strict=True):
+            found[name] = one
+            read_bytes += source.manifest.tensors[names[name]].size_bytes
+            progress(read_bytes)
+    return found
 
 
 def _measure(source: Source, name: str) -> TensorStats:

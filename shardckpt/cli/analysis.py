@@ -1,4 +1,4 @@
-"""The commands diff, stats, cat and merge, on checkpoints of any format."""
+"""The commands diff, stats, cat, merge and report, on checkpoints of any format."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from shardckpt.analysis.diff import diff
 from shardckpt.analysis.entries import saved_entries, tensors_of
 from shardckpt.analysis.merge import merge
+from shardckpt.analysis.page import write_report
 from shardckpt.analysis.stats import stats
 from shardckpt.cli.convert import report_lines
 from shardckpt.cli.inspect import table
@@ -215,6 +216,19 @@ def _merge(options: SimpleNamespace) -> None:
         print(printable("\n".join(report_lines(report))))
 
 
+def _report(options: SimpleNamespace) -> None:
+    path = write_report(
+        options.paths,
+        options.html,
+        norms=options.norms,
+        verify=options.verify,
+        timings=options.timings,
+        overwrite=options.overwrite,
+        progress=lambda path: print(printable(path), file=sys.stderr),
+    )
+    print(printable(path))
+
+
 def _plain(node: Any) -> Any:
     """Return a node of JSON: dtypes, NaN, infinities and other values as text."""
     if isinstance(node, dict):
@@ -301,6 +315,26 @@ COMMANDS = (
             RENAME,
             OVERWRITE,
             JSON,
+        ],
+    ),
+    (
+        "report",
+        _report,
+        "Write an HTML page about checkpoints: their sizes, the tensors of the newest one, and the "
+        "ranks that hold them. A path is a checkpoint or a folder of checkpoints.",
+        [
+            click.Argument(["paths"], nargs=-1, required=True),
+            click.Option(["--html"], required=True, metavar="FILE", help="The file to write."),
+            click.Option(["--norms"], is_flag=True, help="Also show the norm of each tensor."),
+            click.Option(["--verify"], is_flag=True, help="Also verify all blocks."),
+            click.Option(
+                ["--timings"],
+                multiple=True,
+                metavar="FILE",
+                help="Show the phases of a SaveReport or LoadReport in a JSON file. "
+                "May be repeated.",
+            ),
+            OVERWRITE,
         ],
     ),
 )

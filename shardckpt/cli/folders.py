@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from shardckpt.api import open_checkpoint
-from shardckpt.checkpoint import Checkpoint
+from shardckpt.checkpoint import Checkpoint, checkpoints_in
 from shardckpt.cli.inspect import table
 from shardckpt.cli.parameters import JSON, OVERWRITE
 from shardckpt.cli.progress import count_text, progress_bar, size_text
@@ -25,22 +25,6 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["COMMANDS"]
-
-
-def _checkpoints(path: str) -> Iterator[tuple[str, Checkpoint]]:
-    """Yield (name, checkpoint) of the checkpoints in a folder, or of the one at the path."""
-    storage, folder = resolve(path)
-    names = storage.names(folder)
-    found = False
-    for name in names:
-        with suppress(CheckpointError):
-            checkpoint = Checkpoint(storage.child(folder, name), storage=storage)
-            found = True
-            with checkpoint:
-                yield name, checkpoint
-    if not found:
-        with Checkpoint(folder, storage=storage) as checkpoint:
-            yield os.path.basename(folder.rstrip("/")), checkpoint
 
 
 def _size(checkpoint: Checkpoint) -> int:
@@ -58,7 +42,7 @@ def _ls(options: SimpleNamespace) -> None:
             "world_size": checkpoint.manifest.world_size,
             "tiers": storage.tiers(checkpoint.path),
         }
-        for name, checkpoint in _checkpoints(options.path)
+        for name, checkpoint in checkpoints_in(options.path)
     ]
     found.sort(key=lambda one: (one["created"], one["name"]))
     if options.json:
@@ -159,7 +143,7 @@ def _du(options: SimpleNamespace) -> None:
     storage = resolve(options.path).storage
     files: dict[Any, int] = {}
     rows: list[tuple[str, ...]] = []
-    for name, checkpoint in _checkpoints(options.path):
+    for name, checkpoint in checkpoints_in(options.path):
         rows.append((size_text(_size(checkpoint)), name))
         for shard in checkpoint.manifest.shards:
             path = f"{checkpoint.path}/{shard.name}"

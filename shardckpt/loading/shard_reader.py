@@ -183,6 +183,11 @@ class _Window:
 
 def _windows(reads: Reads) -> list[_Window]:
     """Group reads into windows, in the order of the files. Direct reads are split at borders."""
+    if len(reads.direct) == 1 and not reads.copies:  # a slice of a tensor
+        index, low, high, into = reads.direct[0].tolist()
+        window_number = low // WINDOW_BYTES
+        if (high - 1) // WINDOW_BYTES == window_number:
+            return [_Window(index, window_number * WINDOW_BYTES, [(low, high, into)])]
     shard, begin, end, address = reads.direct.T
     first, parts = begin // WINDOW_BYTES, (end - 1) // WINDOW_BYTES - begin // WINDOW_BYTES + 1
     row = np.repeat(np.arange(len(begin)), parts)

@@ -306,14 +306,14 @@ def cut_off(folder: str, over: Any) -> Any:
 
 
 def heat(folder: str) -> None:
-    """The example on 4 ranks, then from there on 2 and on 6; its communicators are parts of one
+    """The example on 4 ranks, then from there on 2 and on 3; its communicators are parts of one
     job's, since starting a job costs seconds."""
     program = runpy.run_path(str(Path(__file__).parents[2] / "docs/examples/heat.py"))
-    for ranks, out, steps in ((4, "two", 60), (2, "two", 90), (6, "six", 90)):
+    for ranks, out, steps in ((4, "two", 60), (2, "two", 90), (3, "three", 90)):
         if ranks == 2 and comm.rank == 0:
-            shutil.copytree(f"{folder}/two", f"{folder}/six")
+            shutil.copytree(f"{folder}/two", f"{folder}/three")
             # Its newest one is damaged: it resumes from step 40.
-            shard = sorted(Path(folder, "six/step-000060").glob("*.safetensors"))[0]
+            shard = sorted(Path(folder, "three/step-000060").glob("*.safetensors"))[0]
             shard.write_bytes(shard.read_bytes()[:-1])
         meet()
         part = comm.Split(0 if comm.rank < ranks else MPI.UNDEFINED)
