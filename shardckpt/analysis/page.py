@@ -29,7 +29,7 @@ from shardckpt.maintenance.rewritable import Source
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.storage.atomic_write import write_file
 from shardckpt.storage.paths import local_path
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["write_report"]
 
@@ -121,7 +121,7 @@ def _sources(paths: Sequence[Path]) -> Iterator[Source]:
                 source.close()
 
 
-def _places(path: Path) -> list[Place]:
+def _places(path: Path) -> list[Location]:
     """Return the checkpoint at a path or, if there is none, the checkpoints in the folder."""
     place = resolve(path)
     try:
@@ -132,7 +132,7 @@ def _places(path: Path) -> list[Place]:
             found = sorted(_age(one) for _, one in checkpoints_in(path))
         if not found:
             raise
-        return [Place(place.storage, inside) for *_, inside in found]
+        return [Location(place.storage, inside) for *_, inside in found]
     return [place]
 
 
