@@ -74,7 +74,7 @@ def merge(
         >>> shardckpt.load_state("run/average")["w"]
         tensor([2., 2.])
     """
-    shares, place = _shares(sources, weights), resolve(target, storage)
+    shares, location = _shares(sources, weights), resolve(target, storage)
     with ExitStack() as stack:
         opened: list[Source] = []
         for path in sources:
@@ -83,12 +83,11 @@ def merge(
             opened.append(source)
         return convert_source(
             _merged(opened, shares),
-            place.path,
+            location,
             to=to,
             shards=shards,
             file_bytes=None,
             overwrite=overwrite,
-            storage=place.storage,
             progress=progress,
         )
 
