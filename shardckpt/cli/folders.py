@@ -110,7 +110,7 @@ def _prune(options: SimpleNamespace) -> None:
         policies.append(KeepBest(options.keep_best, options.monitor, options.mode))
     if not policies:
         raise StateError(
-            "Nothing says which checkpoints to keep", remedy="add --keep-last N or --keep-best N"
+            "No option chooses the checkpoints to keep", remedy="add --keep-last N or --keep-best N"
         )
     storage, folder = resolve(options.path)
     manager = CheckpointManager(folder, label=None, storage=storage)

@@ -177,7 +177,7 @@ def _world() -> Any:
         raise _unconnected_tasks(launch)
     raise CoordinationError(
         f"{launch.launcher} and mpi4py don't belong to the same MPI",
-        expected=f"{launch.world_size} ranks, as {launch.launcher} has started",
+        expected=f"{launch.world_size} ranks, as {launch.launcher} started",
         actual=f"{size} in MPI.COMM_WORLD",
         remedy="use the mpirun of the MPI that mpi4py has loaded: "
         + str(mpi.Get_library_version()).split(",")[0].splitlines()[0],

@@ -209,7 +209,7 @@ class MatchContext:
                 tensor=name,
                 expected=f"{saved_world} ranks, as saved",
                 actual=f"{self.world_size} ranks",
-                remedy='load with as many ranks, or mark it with another on_resize="keep"',
+                remedy='load with as many ranks, or pass on_resize="keep" or "wrap"',
             )
         if marker.on_resize == "keep":
             self.kept.append(name)

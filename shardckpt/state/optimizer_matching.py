@@ -107,8 +107,8 @@ class _TorchForm:
             raise StateError(
                 "keys= leaves out the parameter groups of an optimizer",
                 tensor=groups_name,
-                expected="the parameter groups beside the state, whose parameters they name",
-                actual="a part of the optimizer's state alone",
+                expected="state and param_groups, which name the parameters of the state",
+                actual="only a part of the optimizer",
                 remedy=f"add {groups_name!r} to keys=, or leave the optimizer out",
             )
         groups = context.build(groups_name)
@@ -451,12 +451,12 @@ def _first_state(optimizer: Any, parameter: torch.Tensor, node: Any) -> dict[str
 
 def _no_class(name: str, facts: dict[str, Any]) -> StateError:
     return StateError(
-        "Saved state of a wrapper tensor needs a tensor of the optimizer to load into",
+        "Saved optimizer state in a wrapper tensor needs an existing tensor to load into",
         tensor=name,
         expected=f"state that holds a {facts.get('class')}",
         actual="an optimizer without state",
-        remedy="take one step first, which creates the state that the load then replaces. A load "
-        "never imports a class that a checkpoint names",
+        remedy="take one step first, which creates the state; a load never imports a class that a "
+        "checkpoint names",
     )
 
 

@@ -62,7 +62,7 @@ def setting_state(value: Any, *, at: str) -> Iterator[None]:
         raise StateError(
             "An object refused its saved state. Tensors and other entries may have been replaced",
             tensor=at,
-            expected=f"a state that {type(value).__qualname__} takes",
+            expected=f"a state that {type(value).__qualname__} accepts",
             actual=f"{type(error).__name__}: {error}",
             remedy="create the object as it was when it was saved, or leave it out of the state",
         ) from error

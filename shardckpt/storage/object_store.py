@@ -198,7 +198,7 @@ class ObjectStorage(Storage):
                     "Another save has replaced the checkpoint that was to be removed",
                     errno=errno.EAGAIN,
                     path=path,
-                    remedy="nothing was removed",
+                    remedy="remove it again, if the new checkpoint is to be removed too",
                 ) from error
             except StoreUnavailableError as error:
                 unavailable = error
@@ -395,7 +395,7 @@ class ObjectFiles(CheckpointFiles):
                 path=self.path,
                 expected=f"the object {MANIFEST_NAME} below it",
                 actual="other objects",
-                remedy="give a URL that shardckpt.save wrote to",
+                remedy="pass a URL that shardckpt.save wrote to",
             )
         return self._manifest
 
