@@ -254,7 +254,7 @@ def load(
             load all entries of a module or optimizer, and an entry for each name of `keys` and
             `rename`. With strict=False, mismatched entries are skipped and listed in the report.
         dtype: "strict" refuses a saved dtype other than the dtype of the state; "cast" converts.
-        keys: The names to load: prefixes, or shell patterns such as `"*.bias"`.
+        keys: The names to load, after `rename`: prefixes, or shell patterns such as `"*.bias"`.
         rename: A dict from saved prefix to prefix in the state, or a function from saved name to
             name in the state.
         process_group: The ranks that load; see `save`.

@@ -50,7 +50,7 @@ def merge(
         weights: A weight for each checkpoint; the average divides by their sum. By default all are
             equal.
         to: The format of the target; see `convert`.
-        keys: The names to merge; see `load`.
+        keys: The saved names to merge; see `convert`.
         rename: New names; see `load`.
         shards: The number of shards; see `convert`.
         overwrite: Replace a checkpoint at `target`.

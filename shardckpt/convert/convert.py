@@ -79,8 +79,8 @@ def convert(
         target: The new checkpoint.
         to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
             "torch", .safetensors is "safetensors", and no suffix is "shardckpt".
-        keys: The names to convert; see `load`.
-        rename: New names; see `load`.
+        keys: The saved names to convert: prefixes or shell patterns.
+        rename: New names of the entries that `keys` selects; see `load`.
         shards: The number of shards, or of files of DCP. By default one for each GiB. Only for
             "shardckpt" and "dcp".
         file_bytes: The largest size of a file, unless a tensor is larger. By default 5 GB. Only for
