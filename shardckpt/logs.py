@@ -3,18 +3,36 @@
 `logging.getLogger("shardckpt")` logs INFO for each save and load, WARNING for what is skipped, and
 ERROR for a failure that no call reports. Without a logging configuration, Python prints WARNING
 and above to stderr.
+
+`logging.getLogger("shardckpt.reports")` gets one record at the end of each save and load, for
+handlers that count or trace them. Its records do not reach the handlers of other loggers. Each has
+the attributes `call` ("save" or "load"), `path`, `rank`, `begun_ns` and `ended_ns` (time.time_ns),
+`report` (a SaveReport or LoadReport, or None) and `error` (an exception, or None).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
+import time
 import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
-__all__ = ["logger", "warn"]
+__all__ = ["logger", "reported", "warn"]
 
 logger = logging.getLogger("shardckpt")
+
+_reports = logging.getLogger("shardckpt.reports")
+_reports.setLevel(logging.INFO)
+_reports.propagate = False
+_reports.addHandler(logging.NullHandler())
+
+_Arguments = ParamSpec("_Arguments")
+_Report = TypeVar("_Report")
+_Function = Callable[_Arguments, _Report]
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
@@ -25,3 +43,35 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def reported(
+    call: str, about: Callable[..., tuple[str, int]]
+) -> Callable[[_Function[_Arguments, _Report]], _Function[_Arguments, _Report]]:
+    """Decorate a save or load, so that the logger `shardckpt.reports` gets a record at its end.
+
+    Args:
+        call: The name of the call.
+        about: Returns the path and the rank, from the arguments of the call.
+    """
+
+    def decorate(function: _Function[_Arguments, _Report]) -> _Function[_Arguments, _Report]:
+        @functools.wraps(function)
+        def call_and_report(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Report:
+            begun_ns, report, error = time.time_ns(), None, None
+            try:
+                report = function(*args, **kwargs)
+                return report
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                path, rank = about(*args, **kwargs)
+                facts = {"call": call, "path": path, "rank": rank, "report": report, "error": error}
+                facts |= {"begun_ns": begun_ns, "ended_ns": time.time_ns()}
+                _reports.info("%s %s", call, path, extra=facts)
+                error = None  # its traceback refers to this frame
+
+        return call_and_report
+
+    return decorate

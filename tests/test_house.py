@@ -197,7 +197,8 @@ def distributions(project: dict[str, Any], requirements: list[str]) -> set[str]:
             for extra in own[1].split(","):
                 found |= distributions(project, project["optional-dependencies"][extra])
         else:
-            found.add(re.split(r"[\[<>=~! ]", requirement)[0].replace("-", "_"))
+            name = re.split(r"[\[<>=~! ]", requirement)[0].replace("-", "_")
+            found.add(name.removesuffix("_api"))  # opentelemetry-api is imported as opentelemetry
     return found
 
 

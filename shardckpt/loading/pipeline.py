@@ -19,7 +19,7 @@ from shardckpt.format.entries import Manifest
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.loading.agreement import agree_on_reads, open_manifest
 from shardckpt.loading.shard_reader import read_all
-from shardckpt.logs import logger
+from shardckpt.logs import logger, reported
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.state.matching import MatchedState, match_state
@@ -31,6 +31,7 @@ __all__ = ["run_load"]
 Opened = tuple[CheckpointFiles, Manifest]
 
 
+@reported("load", lambda state, path, *, coordinator, **_: (path, coordinator.rank))
 def run_load(
     state: Any,
     path: str,

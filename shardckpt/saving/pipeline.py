@@ -16,7 +16,7 @@ from typing import Any
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import attempt
 from shardckpt.io.gc_pause import collector_paused
-from shardckpt.logs import logger
+from shardckpt.logs import logger, reported
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport, Stopwatch
 from shardckpt.saving.agreement import SaveTarget, agree
@@ -33,6 +33,7 @@ def plan_state(state: Any, coordinator: Coordinator) -> LocalPlan:
     return local_plan(flatten(state, rank=coordinator.rank), world_size=coordinator.world_size)
 
 
+@reported("save", lambda plan, target, *, coordinator, **_: (target.path, coordinator.rank))
 def run_save(
     plan: Callable[[], LocalPlan],
     target: SaveTarget,
