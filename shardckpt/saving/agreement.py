@@ -85,8 +85,8 @@ class Agreement:
 class _Verdict(enum.Enum):
     """Rank 0's answer to the digests of the local plans."""
 
-    KNOWN = "same"  # every rank has its part of the global plan from an earlier save
-    DIVIDE = "send"  # the ranks send their plans, and rank 0 divides the work
+    KNOWN = "known"  # every rank has its part of the global plan from an earlier save
+    DIVIDE = "divide"  # the ranks send their plans, and rank 0 divides the work
     MERGE = "merge"  # the ranks send their entries and values, and rank 0 merges them
     MERGE_VALUES = "merge values"  # the ranks send only their values: rank 0 has the entries
 

@@ -35,8 +35,8 @@ def _rounded(size_bytes: int) -> int:
 class StagingBuffer:
     """CPU memory for one staged state, page-locked if accelerators copy to it.
 
-    The first staging uses ordinary pages. A virtual machine may not have huge pages at hand, and
-    then the first staging would take several times as long.
+    The first staging uses ordinary pages. It would take several times as long on huge pages if a
+    virtual machine must first get them from its host.
     """
 
     def __init__(self, size_bytes: int, *, pinned: bool) -> None:
