@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint as dcp
 import torch.distributed.tensor
+from torch.distributed.checkpoint import default_planner, format_utils, state_dict
 
 import shardckpt
 from shardckpt import errors
@@ -138,10 +140,9 @@ def unknown_calls(page: str, source: str) -> list[str]:
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.MULTILINE | re.DOTALL)
     names = [name.split(".")[-1] for name in re.findall(r"`([\w.]+)\(", prose)]
     ours = set(re.findall(r"(?:def|class) (\w+)", source))
-    theirs = [
-        dir(space)
-        for space in (torch.Tensor, torch.distributed, torch.distributed.tensor, json, logging)
-    ]
+    spaces = (torch.Tensor, torch.distributed, torch.distributed.tensor, json, logging)
+    spaces += (dcp, default_planner, format_utils, state_dict)
+    theirs = [dir(space) for space in spaces]
     return sorted(set(names) - ours - set().union(*theirs))
 
 
