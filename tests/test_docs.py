@@ -140,8 +140,9 @@ def unknown_calls(page: str, source: str) -> list[str]:
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.MULTILINE | re.DOTALL)
     names = [name.split(".")[-1] for name in re.findall(r"`([\w.]+)\(", prose)]
     ours = set(re.findall(r"(?:def|class) (\w+)", source))
-    spaces = (torch.Tensor, torch.distributed, torch.distributed.tensor, json, logging)
-    spaces += (dcp, default_planner, format_utils, state_dict)
+    distributed = (torch.distributed, torch.distributed.tensor)
+    checkpoint = (dcp, default_planner, format_utils, state_dict)
+    spaces = (torch.Tensor, *distributed, *checkpoint, json, logging)
     theirs = [dir(space) for space in spaces]
     return sorted(set(names) - ours - set().union(*theirs))
 
