@@ -131,8 +131,8 @@ def commit_manifest(
         saved_by: The manifest of the original save, if these files repeat its content. World size,
             PerRank values and notes are copied from it.
     """
-    own_trees = tuple(msgspec.Raw(result.own_trees) for result in results)
-    has_own = any(result.own_trees != b"[]" for result in results)
+    per_rank_trees = tuple(msgspec.Raw(result.per_rank_trees) for result in results)
+    has_own = any(result.per_rank_trees != b"[]" for result in results)
     manifest = to_bytes(
         Manifest(
             checkpoint_id=checkpoint_id,
@@ -150,7 +150,7 @@ def commit_manifest(
             ),
             tensors={},
             state=msgspec.Raw(tree),
-            per_rank=saved_by.per_rank if saved_by else own_trees if has_own else (),
+            per_rank=saved_by.per_rank if saved_by else per_rank_trees if has_own else (),
             notes=saved_by.notes if saved_by else {},
         ),
         tensors=tensors,

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from shardckpt.errors import CorruptionError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.entries import ShardEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import BUFFER_BYTES, lease
 from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
@@ -54,7 +54,7 @@ def copy_checkpoint(
     """
     manifest = files.manifest()
     check_text(manifest, path=files.path)
-    shards = list(Outline(manifest, path=files.path).all_shards())
+    shards = list(LazyManifest(manifest, path=files.path).all_shards())
     transaction = storage.begin(path, checkpoint_id=id_in(manifest), overwrite=overwrite)
     try:
         with ThreadPoolExecutor(_SHARDS_AT_ONCE, "shardckpt-copy") as pool:

@@ -51,8 +51,8 @@ from shardckpt.storage.base import (
 )
 from shardckpt.storage.objects import (
     ConditionFailedError,
-    Found,
     NoObjectError,
+    ObjectInfo,
     Objects,
     Upload,
 )
@@ -411,7 +411,7 @@ class ObjectFiles(CheckpointFiles):
 
     def names(self) -> list[str]:
         """See CheckpointFiles.names. Without a manifest those of the newest save."""
-        groups: dict[str, list[Found]] = defaultdict(list)
+        groups: dict[str, list[ObjectInfo]] = defaultdict(list)
         for found in self.objects.list(self._prefix):
             identity, _, name = found.key.removeprefix(self._prefix).partition("/")
             if _ID.fullmatch(identity) and is_shard_name(name):
@@ -550,7 +550,7 @@ def _attempts() -> Iterable[int]:
 def _collect(objects: Objects, prefix: str, *, below: bool = False) -> None:
     """Delete what dead saves and removals have left at a path, or at the paths below a folder."""
     oldest_s = time.time() - current().leftover_age_s
-    saves: dict[str, dict[str, list[Found]]] = defaultdict(lambda: defaultdict(list))
+    saves: dict[str, dict[str, list[ObjectInfo]]] = defaultdict(lambda: defaultdict(list))
     manifests: set[str] = set()
     tombstones: list[str] = []
     for found in objects.list(prefix):
@@ -585,7 +585,7 @@ def _is_ours(name: str) -> bool:
     return name == _BEGUN or is_shard_name(name)
 
 
-def _has_marker(by_id: dict[str, list[Found]]) -> bool:
+def _has_marker(by_id: dict[str, list[ObjectInfo]]) -> bool:
     return any(f.key.endswith(f"/{_BEGUN}") for group in by_id.values() for f in group)
 
 

@@ -40,7 +40,7 @@ from shardckpt.storage.base import (
     WriteTransaction,
 )
 from shardckpt.storage.copying import copy_checkpoint, id_in
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["TieredStorage", "open_url"]
 
@@ -104,14 +104,14 @@ class TieredStorage(Storage):
             )
         places = self._roots
         for part in parts:
-            places = [Place(s, s.child(p, part)) for s, p in places]
+            places = [Location(s, s.child(p, part)) for s, p in places]
         return _joined(places)
 
     def child(self, folder: str, name: str) -> str:
         """See Storage.child."""
-        return _joined([Place(s, s.child(p, name)) for s, p in self._places(folder)])
+        return _joined([Location(s, s.child(p, name)) for s, p in self._places(folder)])
 
-    def _places(self, path: str) -> list[Place]:
+    def _places(self, path: str) -> list[Location]:
         """The path in each tier."""
         texts = self.full_path(path).removeprefix(_SCHEME).split(",")
         if len(texts) != len(self._roots):
@@ -122,7 +122,7 @@ class TieredStorage(Storage):
                 actual=f"{len(texts)}",
             )
         pairs = zip(self._roots, texts, strict=True)
-        return [Place(root.storage, unquote(text)) for root, text in pairs]
+        return [Location(root.storage, unquote(text)) for root, text in pairs]
 
     def open(self, path: str) -> TieredFiles:
         """See Storage.open. The checkpoint is that of the first tier with an intact manifest."""
@@ -163,7 +163,7 @@ class TieredStorage(Storage):
     def _copy_later(self, path: str) -> None:
         fast, *slower = self._places(path)
 
-        def copy(place: Place) -> None:
+        def copy(place: Location) -> None:
             _copy(fast, place)
             folder, _, name = place.path.rpartition("/")
             self._slow_names.setdefault(folder, set()).add(name)
@@ -173,7 +173,7 @@ class TieredStorage(Storage):
         if self._keep_fast is not None:
             self._drain.add((path, "keep_fast"), lambda: self._thin_out(fast))
 
-    def _thin_out(self, newest: Place) -> None:
+    def _thin_out(self, newest: Location) -> None:
         """Remove from the first tier what the others have, beyond `keep_fast`."""
         assert self._keep_fast is not None
         storage, path = newest
@@ -335,7 +335,12 @@ class TieredFiles(CheckpointFiles):
     """A checkpoint in several tiers, of which the first has an intact manifest."""
 
     def __init__(
-        self, path: str, manifest: bytes, places: Sequence[Place], *, first: CheckpointFiles | None
+        self,
+        path: str,
+        manifest: bytes,
+        places: Sequence[Location],
+        *,
+        first: CheckpointFiles | None,
     ) -> None:
         self.path = path
         self._manifest = manifest
@@ -418,7 +423,7 @@ class TieredFiles(CheckpointFiles):
 class _TierFiles(CheckpointFiles):
     """The files of one tier, opened when they are first needed."""
 
-    def __init__(self, place: Place, identity: str) -> None:
+    def __init__(self, place: Location, identity: str) -> None:
         self.path = place.path
         self.opened: CheckpointFiles | None = None
         self.verified_bytes = 0
@@ -587,7 +592,7 @@ def _at_exit() -> None:
 getattr(threading, "_register_atexit", atexit.register)(_at_exit)
 
 
-def _copy(source: Place, target: Place) -> None:
+def _copy(source: Location, target: Location) -> None:
     """Copy a checkpoint, unless the target has it, or the source has gone."""
     try:
         files = source.storage.open(source.path)
@@ -602,7 +607,7 @@ def _copy(source: Place, target: Place) -> None:
         files.close()
 
 
-def _holds(place: Place, identity: str) -> bool:
+def _holds(place: Location, identity: str) -> bool:
     """Whether a place has the checkpoint of an id."""
     try:
         files = place.storage.open(place.path)
@@ -616,7 +621,7 @@ def _holds(place: Place, identity: str) -> bool:
         files.close()
 
 
-def _joined(places: Sequence[Place]) -> str:
+def _joined(places: Sequence[Location]) -> str:
     return _SCHEME + ",".join(_quoted(place.path) for place in places)
 
 
