@@ -27,6 +27,7 @@ from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.resolve import Location, resolve
+from shardckpt.transforms import Transforms
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -236,6 +237,7 @@ def load(
     dtype: DtypePolicy = "strict",
     keys: Select = None,
     rename: Rename = None,
+    transforms: Transforms | None = None,
     process_group: ProcessGroup | None = None,
     comm: Any = None,
     storage: Storage | None = None,
@@ -257,6 +259,8 @@ def load(
         keys: The names to load, after `rename`: prefixes, or shell patterns such as `"*.bias"`.
         rename: A dict from saved prefix to prefix in the state, or a function from saved name to
             name in the state.
+        transforms: Splits, joins and other changes of the saved tensors, in order; see
+            `shardckpt.transforms`. `keys` and `rename` apply to the names after them.
         process_group: The ranks that load; see `save`.
         comm: The ranks that load, as an mpi4py communicator.
         storage: See `save`.
@@ -265,8 +269,8 @@ def load(
         The bytes read, and the entries that were cast, skipped or missing.
 
     Raises:
-        LoadMismatchError: State and checkpoint differ, or `keys` or `rename` has a name that no
-            saved entry has. Nothing has been changed.
+        LoadMismatchError: State and checkpoint differ, or `keys`, `rename` or `transforms`
+            has a name that no saved entry has. Nothing has been changed.
         CorruptionError: A shard is corrupted. Tensors may be partly overwritten: load another
             checkpoint before you continue. A corrupted manifest changes nothing.
         CheckpointError: The checkpoint can't be read. Nothing has been changed.
@@ -294,6 +298,7 @@ def load(
             cast=cast,
             keys=keys,
             rename=rename,
+            transforms=transforms,
         )
 
 
@@ -303,6 +308,7 @@ def load_state(
     device_map: DeviceMap = "cpu",
     keys: Select = None,
     rename: Rename = None,
+    transforms: Transforms | None = None,
     strict: bool = True,
     storage: Storage | None = None,
 ) -> Any:
@@ -319,6 +325,7 @@ def load_state(
             files into memory; or a dict from prefixes of names to these. The longest prefix wins.
         keys: See `load`.
         rename: See `load`.
+        transforms: See `load`. Transformed tensors can't stay on "disk".
         strict: Require an entry for each name of `keys` and `rename`.
         storage: See `save`.
 
@@ -338,7 +345,13 @@ def load_state(
         {'weight': tensor([1., 1., 1.]), 'step': 7}
     """
     with open_checkpoint(path, storage=storage) as checkpoint:
-        return checkpoint.load_state(device_map=device_map, keys=keys, rename=rename, strict=strict)
+        return checkpoint.load_state(
+            device_map=device_map,
+            keys=keys,
+            rename=rename,
+            transforms=transforms,
+            strict=strict,
+        )
 
 
 def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 
-from shardckpt.errors import CheckpointError, CorruptionError
+from shardckpt.errors import CorruptionError, StateError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.lazy_manifest import LazyManifest
-from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.devices import free_memory
 from shardckpt.io.gc_pause import collector_paused
@@ -24,13 +22,14 @@ from shardckpt.plan.device_map import DeviceMap, resolve_device_map
 from shardckpt.plan.page_cache_policy import ALWAYS
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.reports import CheckpointMetadata, TensorMetadata, VerifyReport
+from shardckpt.state.derived import DerivedEntry, expanded
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.materialize import Builder
 from shardckpt.state.saved_tree import Rename, SavedState, Select
-from shardckpt.storage.base import CheckpointFiles, Storage
-from shardckpt.storage.resolve import resolve
+from shardckpt.storage.opened import OpenedCheckpoint
+from shardckpt.transforms import Transforms, transformed
 
-__all__ = ["Checkpoint", "SavedTensor", "checkpoints_in"]
+__all__ = ["Checkpoint", "SavedTensor"]
 
 
 class SavedTensor:
@@ -122,7 +121,7 @@ def _is_array(node: Any) -> bool:
     return isinstance(node, TensorRef) and node.ref_type != "per_rank"
 
 
-class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
+class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
     """An open checkpoint: a mapping of names to lazy tensors and values, and a context manager.
 
     Names join the keys of the saved state with dots. `checkpoint[name]` is a SavedTensor, which
@@ -135,6 +134,11 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         path: The checkpoint; see `open_checkpoint`.
         storage: The storage of the checkpoint.
 
+    Attributes:
+        path: The path of the checkpoint.
+        manifest: The parsed manifest.
+        files: The files, for tools that read shards themselves.
+
     Raises:
         CheckpointError: The checkpoint can't be read; see `open_checkpoint`.
 
@@ -146,25 +150,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         (['weight', 'step'], 7, torch.Size([3]))
     """
 
-    def __init__(self, path: str, *, storage: Storage) -> None:
-        self._files = storage.open(path)
-        try:
-            self._text = self._files.manifest()
-            check_text(self._text, path=self._files.path)
-        except BaseException:
-            self._files.close()
-            raise
-
-    @functools.cached_property
-    def manifest(self) -> Manifest:
-        """The parsed manifest.
-
-        Raises:
-            CorruptionError: The manifest violates the format.
-        """
-        with collector_paused():
-            return from_bytes(self._text, path=self.path)
-
     @functools.cached_property
     def _lazy_manifest(self) -> LazyManifest:
         return LazyManifest(self._text, path=self.path)
@@ -173,16 +158,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
     def _saved(self) -> SavedState:
         with collector_paused():
             return SavedState(self.manifest)
-
-    @property
-    def path(self) -> str:
-        """The path of the checkpoint."""
-        return self._files.path
-
-    @property
-    def files(self) -> CheckpointFiles:
-        """The files, for tools that read shards themselves."""
-        return self._files
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, {len(self)} entries)"
@@ -213,9 +188,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._saved.leaves)
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files. Tensors that `load_state` placed on "disk" remain usable."""
@@ -283,6 +255,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         device_map: DeviceMap = "cpu",
         keys: Select = None,
         rename: Rename = None,
+        transforms: Transforms | None = None,
         strict: bool = True,
     ) -> Any:
         """Build the saved state without a template.
@@ -291,6 +264,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
             device_map: See `shardckpt.load_state`.
             keys: See `shardckpt.load`.
             rename: See `shardckpt.load`.
+            transforms: See `shardckpt.load`. Transformed tensors can't stay on "disk".
             strict: See `shardckpt.load_state`.
 
         Returns:
@@ -302,8 +276,9 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
             StateError: An argument is invalid.
         """
         saved = self._saved
-        if keys is not None or rename is not None:
-            saved = SavedState(self.manifest, keys=keys, rename=rename)
+        if keys is not None or rename is not None or transforms:
+            manifest = transformed(self.manifest, transforms, path=self.path)
+            saved = SavedState(manifest, keys=keys, rename=rename)
             if strict:
                 saved.check_used(path=self.path)
         mapped = functools.cache(lambda: MappedFiles(self._files))
@@ -312,13 +287,20 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         for name, node in saved.leaves.items():
             if _is_array(node):
                 sources.setdefault(node.name, name)
-        tensors = {name: self.manifest.tensors[source] for source, name in sources.items()}
+        tensors = {name: saved.manifest.tensors[source] for source, name in sources.items()}
         sizes = {name: entry.size_bytes for name, entry in tensors.items()}
         where = resolve_device_map(device_map, sizes, free_memory())
 
         def new(name: str, source: str, entry: TensorEntry) -> tuple[torch.Tensor, bool]:
             device = where(name) if name in tensors else torch.device("cpu")
             dtype = DTYPES[entry.dtype]
+            if device == "disk" and isinstance(entry, DerivedEntry):
+                raise StateError(
+                    "A transformed tensor can't stay on disk",
+                    path=self.path,
+                    tensor=name,
+                    remedy="choose another device for it in device_map",
+                )
             if device == "disk":
                 return disk_tensor(mapped(), self.manifest, name, entry), False
             device = torch.device(device)
@@ -348,8 +330,11 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         # The tensors outlive an inference_mode() of the caller.
         with collector_paused(), torch.inference_mode(False):
             value = build(builder)
-            reads = plan_reads(pending)
+            wanted, constants = expanded(pending)
+            reads = plan_reads(wanted)
         read_all(self._files, self.manifest, reads, past_cache=ALWAYS)
+        for write in constants:
+            write()
         return value
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
@@ -382,24 +367,3 @@ class Checkpoint(AbstractContextManager["Checkpoint"], Mapping[str, Any]):
         if "manifest" not in vars(self) and (entry := self._lazy_manifest.tensor(name)) is not None:
             return self._lazy_manifest, entry
         return self.manifest, self.manifest.tensors[name]
-
-
-def checkpoints_in(path: Any) -> Iterator[tuple[str, Checkpoint]]:
-    """Yield the checkpoints in a folder with their names, or the one at the path.
-
-    Each is open until the next one is asked for.
-
-    Raises:
-        CheckpointError: There is no checkpoint.
-    """
-    storage, folder = resolve(path)
-    found = False
-    for name in storage.names(folder):
-        with suppress(CheckpointError):
-            checkpoint = Checkpoint(storage.child(folder, name), storage=storage)
-            found = True
-            with checkpoint:
-                yield name, checkpoint
-    if not found:
-        with Checkpoint(folder, storage=storage) as checkpoint:
-            yield folder.rstrip("/").rpartition("/")[2], checkpoint

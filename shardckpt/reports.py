@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from shardckpt.errors import CorruptionError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "CheckpointMetadata",

@@ -31,6 +31,7 @@ __all__ = [
     "child_names",
     "clone_store",
     "dcp_save",
+    "dcp_version",
     "distribute_locally",
     "dtensor",
     "find_dtype",
@@ -231,6 +232,13 @@ def storage_info(relative_path: str, *, offset: int, length: int) -> Any:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     return _StorageInfo(relative_path, offset, length)
+
+
+def dcp_version() -> str | None:
+    """Return the version that DCP gives to its metadata. Since torch 2.9."""
+    from torch.distributed.checkpoint import filesystem
+
+    return getattr(filesystem, "CURRENT_DCP_VERSION", None)
 
 
 def caches_plans(planner: Any) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 import torch.distributed.tensor
-from torch.distributed.checkpoint import default_planner, format_utils, state_dict
+from torch.distributed.checkpoint import format_utils, state_dict, state_dict_loader
 
 import shardckpt
 from shardckpt import errors
@@ -135,15 +135,25 @@ def test_the_command_line_page_has_every_command(capsys):
     assert sorted(names) == sorted(", ".join(COMMANDS).split(", "))
 
 
+DCP = (dcp, format_utils, state_dict, state_dict_loader)
+
+
 def unknown_calls(page: str, source: str) -> list[str]:
     """Functions in the prose of a page that the package, torch, json and logging lack."""
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.MULTILINE | re.DOTALL)
     names = [name.split(".")[-1] for name in re.findall(r"`([\w.]+)\(", prose)]
     ours = set(re.findall(r"(?:def|class) (\w+)", source))
-    distributed = (torch.distributed, torch.distributed.tensor)
-    checkpoint = (dcp, default_planner, format_utils, state_dict)
-    spaces = (torch.Tensor, *distributed, *checkpoint, json, logging)
-    theirs = [dir(space) for space in spaces]
+    theirs = [
+        dir(space)
+        for space in (
+            torch.Tensor,
+            torch.distributed,
+            torch.distributed.tensor,
+            *DCP,
+            json,
+            logging,
+        )
+    ]
     return sorted(set(names) - ours - set().union(*theirs))
 
 

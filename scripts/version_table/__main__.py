@@ -21,7 +21,7 @@ VERSIONS = [
     ("2.6.0", "3.10", "1.26.4"),
     ("2.8.0", "3.11", "1.26.4"),
     ("2.10.0", "3.12", "2.*"),
-    ("2.13.0", "3.11", "2.*"),
+    ("2.13.0", "3.12", "2.*"),
     ("2.14.1", "3.13", "2.*"),
     ("2.14.1", "3.14", "2.*"),
 ]
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("torch", nargs="*", help="versions of torch; default: all of the table")
     parser.add_argument("--work", type=Path, help="a folder for environments, which are kept there")
     parser.add_argument("--prefix", default="", help='a command before each command, as "nice"')
+    parser.add_argument("--only-reads", action="store_true", help="compare checkpoints, no tests")
     parser.add_argument("--only-page", action="store_true", help="write the page alone")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -48,7 +49,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             work = arguments.work or Path(temporary)
             chosen = [row for row in VERSIONS if not arguments.torch or row[0] in arguments.torch]
-            Run(work, arguments.prefix.split(), results).all(chosen)
+            run = Run(work, arguments.prefix.split(), results)
+            run.all(chosen, tests=not arguments.only_reads)
     PAGE.write_text(page([name(*row) for row in VERSIONS], results, TESTS))
 
 
@@ -62,10 +64,11 @@ class Run:
     def __init__(self, work: Path, prefix: list[str], results: dict[str, dict]) -> None:
         self.work, self.prefix, self.results = work, prefix, results
 
-    def all(self, rows: list[tuple[str, str, str]]) -> None:
+    def all(self, rows: list[tuple[str, str, str]], *, tests: bool) -> None:
         made = [row for row in rows if self.make(*row)]
         for row in made:  # before the first reads
-            self.states(row, "write", self.checkpoint(row))
+            if tests or not self.checkpoint(row).exists():
+                self.states(row, "write", self.checkpoint(row))
         for row in made:
             result = self.results[name(*row)]
             result["reads"] = [
@@ -74,7 +77,8 @@ class Run:
                 if self.checkpoint(other).exists()
                 and self.states(row, "read", self.checkpoint(other))
             ]
-            result |= self.tests(row)
+            if tests:
+                result |= self.tests(row)
             self.save()
 
     def save(self) -> None:
@@ -89,7 +93,8 @@ class Run:
     def make(self, torch: str, python: str, numpy: str) -> bool:
         """Make an environment. False if this machine can't."""
         row = (torch, python, numpy)
-        result = self.results[name(*row)] = {}
+        result = self.results.setdefault(name(*row), {})
+        result.pop("not_run", None)
         found, folder = interpreter(python), self.environment(row)
         if found is None:
             result["not_run"] = f"this machine has no Python {python}"

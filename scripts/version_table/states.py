@@ -73,7 +73,7 @@ def plain():
 def write(folder):
     state = {**training(filled=True), **plain(), "sharded": sharded(filled=True)}
     shardckpt.save(state, folder / "state")
-    for name in NEWER & DTYPES.keys():
+    for name in sorted(NEWER & DTYPES.keys()):  # in one order on all ranks
         shardckpt.save({"w": of_dtype(DTYPES[name])}, folder / name)
 
 

@@ -17,7 +17,8 @@ from shardckpt.convert.convert import open_source
 from shardckpt.errors import StateError
 from shardckpt.format import typed_json
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.format.dtypes import DTYPES, OPAQUE, itemsize, memory_view
+from shardckpt.format.dtype_names import itemsize
+from shardckpt.format.dtypes import DTYPES, OPAQUE, memory_view
 from shardckpt.format.entries import TensorEntry
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import DiffReport, TensorDifference

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from shardckpt.convert.sources import plain_tree
-from shardckpt.format.dtypes import itemsize
+from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.buffers import BUFFER_BYTES
 from shardckpt.maintenance.rewritable import Source, cut_box
-from shardckpt.state.saved_tree import Rename, SavedState, Select
+from shardckpt.state.saved_tree import Rename, SavedState, Select, enums_as_text
 
-__all__ = ["enums_as_text", "pieces", "saved_entries", "tensors_of", "values_of"]
+__all__ = ["pieces", "saved_entries", "tensors_of", "values_of"]
 
 
 def saved_entries(
@@ -32,17 +32,6 @@ def saved_entries(
     plain = dataclasses.replace(manifest, state=state, per_rank=())
     saved = SavedState(plain, keys=keys, rename=rename)
     return saved.check_used(path=source.path) if check else saved
-
-
-def enums_as_text(node: Any) -> Any:
-    """Return typed JSON in which the enums are text."""
-    if isinstance(node, list):
-        return [enums_as_text(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if list(node) == ["$enum"]:
-        return ".".join(map(str, node["$enum"]))
-    return {key: enums_as_text(item) for key, item in node.items()}
 
 
 def tensors_of(saved: SavedState) -> dict[str, str]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from shardckpt.api import Path
-from shardckpt.convert.convert import Format, convert_source, open_source
+from shardckpt.convert.convert import convert_source, open_source
+from shardckpt.convert.formats import Format
 from shardckpt.convert.sources import Foreign, LazyTensor, plain_tree
 from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE

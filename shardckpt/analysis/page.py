@@ -15,7 +15,7 @@ from typing import Any
 from shardckpt.analysis.entries import saved_entries, tensors_of, values_of
 from shardckpt.analysis.stats import tensor_stats
 from shardckpt.api import Path
-from shardckpt.checkpoint import Checkpoint, checkpoints_in
+from shardckpt.checkpoint import Checkpoint
 from shardckpt.convert.convert import open_source
 from shardckpt.errors import (
     CheckpointError,
@@ -28,6 +28,7 @@ from shardckpt.format.entries import TensorEntry
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.storage.atomic_write import write_file
+from shardckpt.storage.opened import checkpoints_in
 from shardckpt.storage.paths import local_path
 from shardckpt.storage.resolve import Location, resolve
 
@@ -129,7 +130,7 @@ def _places(path: Path) -> list[Location]:
     except (NotACheckpointError, CheckpointNotFoundError):
         found = []
         with suppress(CheckpointError):
-            found = sorted(_age(one) for _, one in checkpoints_in(path))
+            found = sorted(_age(one) for _, one in checkpoints_in(path, Checkpoint))
         if not found:
             raise
         return [Location(place.storage, inside) for *_, inside in found]

@@ -12,13 +12,14 @@ from typing import Any
 import click
 
 from shardckpt.cli.multiprocess import say, shared
-from shardckpt.cli.parameters import FORMAT, JSON, KEYS, OVERWRITE, RENAME
+from shardckpt.cli.parameters import FORMAT, JOBS, JSON, KEYS, OVERWRITE, RENAME
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.convert.convert import convert_source, open_source
 from shardckpt.reports import ConvertReport
 from shardckpt.storage.resolve import resolve
+from shardckpt.transforms import Rename
 
-__all__ = ["CONVERT_HELP", "CONVERT_PARAMETERS", "report_lines", "run_convert"]
+__all__ = ["COMMANDS", "report_lines"]
 
 _MOST_LINES = 40  # for each of the lists of copied, changed and left out entries
 _UNITS = {
@@ -39,36 +40,14 @@ def _size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-CONVERT_HELP = (
-    "Write a checkpoint in another format. SOURCE is a checkpoint of shardckpt, of "
-    "torch.distributed.checkpoint (dcp), of Lightning or of Megatron-Core, a torch file (.pt, "
-    ".pth, .ckpt, .bin), a safetensors file, or a directory of Hugging Face (hf). Entries that "
-    "TARGET cannot hold are left out and listed."
-)
-CONVERT_PARAMETERS = (
-    FORMAT,
-    click.Option(["--shards"], type=int, help="The number of shards, or of files of dcp."),
-    click.Option(
-        ["--max-file-size"],
-        type=_size,
-        metavar="SIZE",
-        help="The size of files of hf, such as 500MB or 2GiB. The default is 5GB.",
-    ),
-    KEYS,
-    RENAME,
-    OVERWRITE,
-    JSON,
-)
-
-
-def run_convert(options: SimpleNamespace) -> None:
-    """Run the command."""
-
+def _convert(options: SimpleNamespace) -> None:
     def opened() -> Any:
         return open_source(
             options.source,
             keys=options.keys,
-            rename=dict(options.rename) if options.rename else None,
+            rename=dict(each for each in options.rename or () if "*" not in each[0]) or None,
+            transforms=[Rename(*each) for each in options.rename or () if "*" in each[0]],
+            dtype=options.dtype,
             check=options.rank == 0,  # only one rank checks
         )
 
@@ -112,3 +91,37 @@ def report_lines(report: ConvertReport) -> Iterator[str]:
             yield f"  {word:7}  {name}{': ' if why else ''}{why}"
         if len(entries) > _MOST_LINES:
             yield f"  {word:7}  and {len(entries) - _MOST_LINES} more: --json lists all"
+
+
+COMMANDS = (
+    (
+        "convert",
+        _convert,
+        "Write a checkpoint in another format. SOURCE is a checkpoint of shardckpt, of "
+        "torch.distributed.checkpoint (dcp), of Lightning or of Megatron-Core, a torch file (.pt, "
+        ".pth, .ckpt, .bin), a safetensors file, or a directory of Hugging Face (hf). Entries that "
+        "TARGET cannot hold are left out and listed.",
+        [
+            click.Argument(["source"]),
+            click.Argument(["target"]),
+            FORMAT,
+            click.Option(["--shards"], type=int, help="The number of shards, or of files of dcp."),
+            click.Option(
+                ["--max-file-size"],
+                type=_size,
+                metavar="SIZE",
+                help="The size of files of hf, such as 500MB or 2GiB. The default is 5GB.",
+            ),
+            KEYS,
+            RENAME,
+            click.Option(
+                ["--dtype"],
+                type=click.Choice(["float64", "float32", "float16", "bfloat16"]),
+                help="The dtype of all floating-point tensors of 16 bits and more.",
+            ),
+            OVERWRITE,
+            JSON,
+            JOBS,
+        ],
+    ),
+)

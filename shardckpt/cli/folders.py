@@ -1,4 +1,7 @@
-"""The commands ls, cp, rm, prune and du, on local folders, object stores and tiers."""
+"""The commands ls, cp, rm, prune and du, on local folders, object stores and tiers.
+
+ls, rm and du do not import torch.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,19 @@ from typing import Any
 
 import click
 
-from shardckpt.api import open_checkpoint
-from shardckpt.checkpoint import Checkpoint, checkpoints_in
 from shardckpt.cli.inspect import table
 from shardckpt.cli.parameters import JSON, OVERWRITE
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, printable
-from shardckpt.maintenance.verify import verify_shards
-from shardckpt.manager import CheckpointManager, KeepBest, KeepLast
-from shardckpt.manager.retention import Retention, ranked, to_remove
 from shardckpt.storage.copying import copy_checkpoint
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.opened import OpenedCheckpoint, checkpoints_in
 from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["COMMANDS"]
 
 
-def _size(checkpoint: Checkpoint) -> int:
+def _size(checkpoint: OpenedCheckpoint) -> int:
     return sum(shard.size_bytes for shard in checkpoint.manifest.shards)
 
 
@@ -42,7 +41,7 @@ def _ls(options: SimpleNamespace) -> None:
             "world_size": checkpoint.manifest.world_size,
             "tiers": storage.tiers(checkpoint.path),
         }
-        for name, checkpoint in checkpoints_in(options.path)
+        for name, checkpoint in checkpoints_in(options.path, OpenedCheckpoint)
     ]
     found.sort(key=lambda one: (one["created"], one["name"]))
     if options.json:
@@ -60,8 +59,10 @@ def _row(one: dict[str, Any]) -> Iterator[str]:
 
 
 def _cp(options: SimpleNamespace) -> None:
-    target = resolve(options.target)
-    with open_checkpoint(options.source) as source:
+    from shardckpt.maintenance.verify import verify_shards
+
+    target, given = resolve(options.target), resolve(options.source)
+    with OpenedCheckpoint(given.path, storage=given.storage) as source:
         total = _size(source)
         if _has(target, source.manifest.checkpoint_id):
             print(printable(f"{target.path}: has this checkpoint already"))
@@ -75,7 +76,7 @@ def _cp(options: SimpleNamespace) -> None:
                     progress=bar.advance,
                 )
     with (
-        Checkpoint(target.path, storage=target.storage) as copy,
+        OpenedCheckpoint(target.path, storage=target.storage) as copy,
         progress_bar("verify", total_bytes=total) as bar,
     ):
         report = verify_shards(copy.files, copy.manifest, progress=bar.advance)
@@ -85,7 +86,7 @@ def _cp(options: SimpleNamespace) -> None:
 
 def _has(place: Location, identity: str) -> bool:
     try:
-        with Checkpoint(place.path, storage=place.storage) as checkpoint:
+        with OpenedCheckpoint(place.path, storage=place.storage) as checkpoint:
             return checkpoint.manifest.checkpoint_id == identity
     except CheckpointError:
         return False
@@ -94,13 +95,16 @@ def _has(place: Location, identity: str) -> bool:
 def _rm(options: SimpleNamespace) -> None:
     for path in options.paths:
         place = resolve(path)
-        with Checkpoint(place.path, storage=place.storage):
+        with OpenedCheckpoint(place.path, storage=place.storage):
             pass  # an error for a path that holds no checkpoint
         place.storage.remove(place.path)
         print(printable(f"removed {place.path}"))
 
 
 def _prune(options: SimpleNamespace) -> None:
+    from shardckpt.manager import CheckpointManager, KeepBest, KeepLast
+    from shardckpt.manager.retention import Retention, ranked, to_remove
+
     policies: list[Retention] = []
     if options.keep_last is not None:
         policies.append(KeepLast(options.keep_last))
@@ -143,7 +147,7 @@ def _du(options: SimpleNamespace) -> None:
     storage = resolve(options.path).storage
     files: dict[Any, int] = {}
     rows: list[tuple[str, ...]] = []
-    for name, checkpoint in checkpoints_in(options.path):
+    for name, checkpoint in checkpoints_in(options.path, OpenedCheckpoint):
         rows.append((size_text(_size(checkpoint)), name))
         for shard in checkpoint.manifest.shards:
             path = f"{checkpoint.path}/{shard.name}"

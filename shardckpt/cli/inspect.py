@@ -1,46 +1,88 @@
-"""The output of `shardckpt inspect`: text for people, or JSON for programs."""
+"""The command inspect: text for people, or JSON for programs.
+
+It imports torch only for checkpoints of other libraries.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import click
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shardckpt.analysis.entries import enums_as_text
-from shardckpt.checkpoint import Checkpoint
+from shardckpt.cli.parameters import JSON, KEYS
 from shardckpt.cli.progress import count_text, size_text
+from shardckpt.errors import NotACheckpointError, printable
 from shardckpt.format import typed_json as values
-from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.dtype_names import TORCH_NAMES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.state.saved_tree import SavedState, Select, below, children
+from shardckpt.state.saved_tree import SavedState, Select, below, children, enums_as_text
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.opened import OpenedCheckpoint
+from shardckpt.storage.resolve import resolve
 
-__all__ = ["facts", "page", "table"]
+if TYPE_CHECKING:
+    from shardckpt.convert.sources import Foreign
+
+__all__ = ["COMMANDS", "facts", "page", "table"]
 
 _VALUE_WIDTH = 80
 _MANY = 40  # from this number of tensors on, equal tensors of numbered layers share a line
 
 
-def facts(checkpoint: Checkpoint, *, keys: Select = None) -> dict[str, Any]:
+def _inspect(options: SimpleNamespace) -> None:
+    with _opened(options.path) as checkpoint:
+        if options.json:
+            print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
+        else:
+            for line in page(checkpoint, keys=options.keys, everything=options.all):
+                print(printable(line))
+
+
+def _opened(path: str) -> OpenedCheckpoint | Foreign:
+    """Open a checkpoint of shardckpt, or one of another library on a local disk."""
+    storage, full_path = resolve(path)
+    try:
+        return OpenedCheckpoint(full_path, storage=storage)
+    except NotACheckpointError:
+        if not isinstance(storage, LocalStorage):
+            raise
+    from shardckpt.convert.convert import open_source
+
+    source: Any = open_source(full_path, check=False)
+    return source  # type: ignore[no-any-return]
+
+
+def facts(checkpoint: OpenedCheckpoint | Foreign, *, keys: Select = None) -> dict[str, Any]:
     """Return all facts about a checkpoint as JSON. Values are typed JSON."""
     manifest = checkpoint.manifest
     saved = _saved(checkpoint, keys)
-    return {
-        "path": checkpoint.path,
-        "id": manifest.checkpoint_id,
-        "created": manifest.created,
-        "library": manifest.library,
-        "format_version": manifest.format_version,
-        "world_size": manifest.world_size,
-        "shards": [{"name": s.name, "size_bytes": s.size_bytes} for s in manifest.shards],
+    about: dict[str, Any] = {"path": checkpoint.path}
+    if isinstance(checkpoint, OpenedCheckpoint):
+        about |= {
+            "id": manifest.checkpoint_id,
+            "created": manifest.created,
+            "library": manifest.library,
+            "format_version": manifest.format_version,
+            "world_size": manifest.world_size,
+            "shards": [{"name": s.name, "size_bytes": s.size_bytes} for s in manifest.shards],
+        }
+    else:
+        origin = checkpoint.origin
+        about |= {"format": origin.format, "library": origin.writer}
+        about |= {"changed": dict(origin.changed), "left_out": dict(origin.left_out)}
+    return about | {
         "tensors": {
             name: {
                 "dtype": _dtype(entry),
@@ -52,11 +94,13 @@ def facts(checkpoint: Checkpoint, *, keys: Select = None) -> dict[str, Any]:
             for name, source, entry in _tensors(saved)
         },
         "values": {name: values.encode(value, at=name) for name, value in _values(saved, manifest)},
-        "notes": manifest.notes,
+        "notes": manifest.notes if isinstance(checkpoint, OpenedCheckpoint) else {},
     }
 
 
-def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = False) -> Iterator[str]:
+def page(
+    checkpoint: OpenedCheckpoint | Foreign, *, keys: Select = None, everything: bool = False
+) -> Iterator[str]:
     """Yield the lines of a page about a checkpoint.
 
     If there are many tensors, those that differ only in the numbers of their layers share a line,
@@ -65,16 +109,8 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
     manifest = checkpoint.manifest
     saved = _saved(checkpoint, keys)
     tensors = list(_tensors(saved))
-    total = sum(shard.size_bytes for shard in manifest.shards)
     yield checkpoint.path
-    ranks = count_text(manifest.world_size, "rank")
-    yield f"  saved {manifest.created} by {manifest.library} on {ranks}"
-    yield (
-        f"  {count_text(len(manifest.tensors), 'tensor')}, {size_text(total)} "
-        f"in {count_text(len(manifest.shards), 'shard')}"
-    )
-    yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
-    yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
+    yield from _origin(checkpoint)
     parts = _parts(tensors)
     if len(parts) > 1:
         yield from ("", "parts", *table(parts, right=(1, 2)))
@@ -88,12 +124,32 @@ def page(checkpoint: Checkpoint, *, keys: Select = None, everything: bool = Fals
     texts = [(name, _cut(_text(value))) for name, value in _values(saved, manifest)]
     if texts:
         yield from ("", "values", *table(texts))
-    if keys is None:
+    if keys is None and manifest.shards:
         shards = [(shard.name, size_text(shard.size_bytes)) for shard in manifest.shards]
         yield from ("", "shards", *table(shards, right=(1,)))
 
 
-def _saved(checkpoint: Checkpoint, keys: Select) -> SavedState:
+def _origin(checkpoint: OpenedCheckpoint | Foreign) -> Iterator[str]:
+    """Yield lines about the save, or about the file of another library."""
+    manifest = checkpoint.manifest
+    tensors = count_text(len(manifest.tensors), "tensor")
+    if isinstance(checkpoint, OpenedCheckpoint):
+        ranks = count_text(manifest.world_size, "rank")
+        yield f"  saved {manifest.created} by {manifest.library} on {ranks}"
+        total = sum(shard.size_bytes for shard in manifest.shards)
+        yield f"  {tensors}, {size_text(total)} in {count_text(len(manifest.shards), 'shard')}"
+        yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
+        yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
+        return
+    origin = checkpoint.origin
+    yield f"  {origin.format}{f', written by {origin.writer}' if origin.writer else ''}"
+    total = sum(entry.size_bytes for entry in manifest.tensors.values())
+    yield f"  {tensors}, {size_text(total)}"
+    yield from (f"  changed: {name}: {form}" for name, form in origin.changed.items())
+    yield from (f"  left out: {name}: {why}" for name, why in origin.left_out.items())
+
+
+def _saved(checkpoint: OpenedCheckpoint | Foreign, keys: Select) -> SavedState:
     """Return the saved names. Enums become text, as their classes need not be importable."""
     manifest = checkpoint.manifest
     state, *per_rank = map(enums_as_text, (manifest.state, *manifest.per_rank))
@@ -158,7 +214,7 @@ def _shards(entry: TensorEntry) -> list[int]:
 
 
 def _dtype(entry: TensorEntry) -> str:
-    return str(DTYPES[entry.dtype]).removeprefix("torch.")
+    return TORCH_NAMES[entry.dtype]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -235,3 +291,18 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterat
     with console.capture() as capture:
         console.print(table)
     yield from (f"  {line}".rstrip() for line in capture.get().splitlines())
+
+
+COMMANDS = (
+    (
+        "inspect",
+        _inspect,
+        "Print the tensors, values and shards of a checkpoint.",
+        [
+            click.Argument(["path"]),
+            JSON,
+            click.Option(["--all"], is_flag=True, help="Print a line for each tensor."),
+            KEYS,
+        ],
+    ),
+)

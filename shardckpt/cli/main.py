@@ -1,8 +1,8 @@
-"""The commands, and their exit codes."""
+"""The parser, errors and exit codes. Each command is in another module of this folder."""
 
 from __future__ import annotations
 
-import json
+import importlib
 import os
 import re
 import sys
@@ -14,25 +14,13 @@ from typing import Any
 import click
 
 from shardckpt._version import __version__
-from shardckpt.api import open_checkpoint
-from shardckpt.checkpoint import Checkpoint
-from shardckpt.cli.analysis import COMMANDS as ANALYSIS_COMMANDS
-from shardckpt.cli.convert import CONVERT_HELP, CONVERT_PARAMETERS, run_convert
-from shardckpt.cli.folders import COMMANDS as FOLDER_COMMANDS
-from shardckpt.cli.inspect import facts, page
-from shardckpt.cli.multiprocess import say, shared
-from shardckpt.cli.parameters import JOBS, JSON, KEYS, OVERWRITE, SUBSET, separate
-from shardckpt.cli.progress import count_text, progress_bar, size_text
+from shardckpt.cli.parameters import separate
 from shardckpt.errors import (
-    CorruptionError,
     NotACheckpointError,
     ShardckptError,
     StorageError,
     printable,
 )
-from shardckpt.maintenance.rescue import explain_manifest, rescue
-from shardckpt.maintenance.reshard import reshard
-from shardckpt.maintenance.verify import verify_shards
 from shardckpt.storage.resolve import resolve
 
 __all__ = ["main"]
@@ -131,150 +119,46 @@ def _command(
     return click.Command(name, callback=callback, help=text, params=list(parameters))
 
 
-def _inspect(options: SimpleNamespace) -> None:
-    with open_checkpoint(options.path) as checkpoint:
-        if options.json:
-            print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
-        else:
-            for line in page(checkpoint, keys=options.keys, everything=options.all):
-                print(printable(line))
-
-
-def _verify(options: SimpleNamespace) -> None:
-    def opened() -> Checkpoint:
-        try:
-            return open_checkpoint(options.path)
-        except CorruptionError as error:
-            explain_manifest(error, resolve(options.path))
-            raise
-
-    with shared(options, options.path, opened) as (coordinator, checkpoint):
-        total = sum(shard.size_bytes for shard in checkpoint.manifest.shards)
-        parts = options.subset[1] * coordinator.world_size
-        with progress_bar("verify", total_bytes=total // parts, shown=options.rank == 0) as bar:
-            report = verify_shards(
-                checkpoint.files,
-                checkpoint.manifest,
-                subset=options.subset,
-                progress=bar.advance,
-                coordinator=coordinator,
-            )
-        for word, names in (("corrupted", report.corrupted), ("intact", report.intact)):
-            if report.errors:
-                say(coordinator, "\n".join(f"{word:9} {name}" for name in names))
-        report.raise_if_corrupted()
-        part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
-        say(
-            coordinator,
-            f"{options.path}: {count_text(len(checkpoint.manifest.shards), 'shard')}, "
-            f"{count_text(len(checkpoint.manifest.tensors), 'tensor')}, "
-            f"{size_text(report.checked_bytes)}: "
-            f"intact{part}",
-        )
-
-
-def _rescue(options: SimpleNamespace) -> None:
-    with progress_bar("rescue", total_bytes=0) as bar:
-        report = rescue(
-            resolve(options.source),
-            resolve(options.target),
-            overwrite=options.overwrite,
-            progress=bar.reach,
-        )
-    for bit in report.repaired:
-        print(printable(f"repaired {bit}"))
-    for name, why in report.lost.items():
-        print(printable(f"lost     {name}: {why}"))
-    saved = count_text(len(report.saved), "tensor")
-    print(printable(f"{options.target}: {saved} saved, {len(report.lost)} lost"))
-    if report.rebuilt:
-        print(
-            "The manifest was rebuilt from the headers of the shards. All values are lost, and no "
-            "tensor could be verified: check the tensors that you load."
-        )
-
-
-def _reshard(options: SimpleNamespace) -> None:
-    def opened() -> Checkpoint:
-        return open_checkpoint(options.source)
-
-    target = resolve(options.target)
-    with shared(options, options.source, opened) as (coordinator, checkpoint):
-        total = sum(entry.size_bytes for entry in checkpoint.manifest.tensors.values())
-        rank_bytes = total // coordinator.world_size
-        with progress_bar("reshard", total_bytes=rank_bytes, shown=options.rank == 0) as bar:
-            reshard(
-                checkpoint,
-                target.path,
-                shards=options.shards,
-                storage=target.storage,
-                coordinator=coordinator,
-                overwrite=options.overwrite,
-                progress=bar.reach,
-            )
-        say(
-            coordinator,
-            f"{options.target}: {count_text(options.shards, 'shard')}, {size_text(total)}",
-        )
-
-
 def _print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
         click.echo(f"shardckpt {__version__}")
         context.exit()
 
 
-def _path(name: str) -> click.Argument:
-    return click.Argument([name])
+_MODULES = {
+    "inspect": "inspect",
+    "verify": "maintenance",
+    "rescue": "maintenance",
+    "reshard": "maintenance",
+    "convert": "convert",
+    "diff": "analysis",
+    "stats": "analysis",
+    "cat": "analysis",
+    "merge": "analysis",
+    "report": "analysis",
+    "ls": "folders",
+    "cp": "folders",
+    "rm": "folders",
+    "prune": "folders",
+    "du": "folders",
+}
+"""Command -> module. A module is imported when one of its commands is needed, as torch is slow."""
 
 
-_group = click.Group(
+class _Group(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_MODULES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _MODULES:
+            return None
+        module = importlib.import_module(f"shardckpt.cli.{_MODULES[name]}")
+        return next(_command(*command) for command in module.COMMANDS if command[0] == name)
+
+
+_group = _Group(
     "shardckpt",
     help="Inspect, compare, verify, convert, merge, list, copy and remove checkpoints.",
-    commands=[
-        _command(
-            "inspect",
-            _inspect,
-            "Print the tensors, values and shards of a checkpoint.",
-            [
-                _path("path"),
-                JSON,
-                click.Option(["--all"], is_flag=True, help="Print a line for each tensor."),
-                KEYS,
-            ],
-        ),
-        _command(
-            "verify",
-            _verify,
-            "Read every block of a checkpoint and compare it with its digest.",
-            [_path("path"), SUBSET, JOBS],
-        ),
-        _command(
-            "rescue",
-            _rescue,
-            "Write a new checkpoint of all tensors that verify.",
-            [_path("source"), _path("target"), OVERWRITE],
-        ),
-        _command(
-            "reshard",
-            _reshard,
-            "Write a checkpoint for another number of shards.",
-            [
-                _path("source"),
-                _path("target"),
-                click.Option(["--shards"], type=int, required=True, help="The number of shards."),
-                OVERWRITE,
-                JOBS,
-            ],
-        ),
-        _command(
-            "convert",
-            run_convert,
-            CONVERT_HELP,
-            [_path("source"), _path("target"), *CONVERT_PARAMETERS, JOBS],
-        ),
-        *(_command(*command) for command in (*ANALYSIS_COMMANDS, *FOLDER_COMMANDS)),
-    ],
     params=[
         click.Option(
             ["--version"],

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shardckpt.convert.convert import FORMATS
+from shardckpt.convert.formats import FORMATS
 
 __all__ = ["FORMAT", "JOBS", "JSON", "KEYS", "OVERWRITE", "RENAME", "SUBSET", "separate"]
 
@@ -77,7 +77,8 @@ RENAME = click.Option(
     callback=_given,
     type=_rename,
     metavar="OLD=NEW ...",
-    help="Rename prefixes: model= removes a prefix, =model adds one.",
+    help="Rename prefixes: model= removes a prefix, =model adds one. In convert also patterns: "
+    "*.gamma=*.weight.",
 )
 OVERWRITE = click.Option(["--overwrite"], is_flag=True, help="Replace the target.")
 SUBSET = click.Option(

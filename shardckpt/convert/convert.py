@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, TypeAlias
+
+import torch
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
+from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
 from shardckpt.convert.safetensors_files import (
     HuggingFace,
@@ -27,6 +30,9 @@ from shardckpt.convert.single_files import (
 from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
 from shardckpt.convert.targets import Target
 from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
+from shardckpt.convert.torchsnapshot import METADATA as SNAPSHOT
+from shardckpt.convert.torchsnapshot import open_torchsnapshot
+from shardckpt.convert.transformed import Cast, Transformed, float_dtype
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
@@ -40,11 +46,11 @@ from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
 from shardckpt.storage.resolve import Location, resolve
+from shardckpt.transforms import Transforms
 
-__all__ = ["FORMATS", "Format", "convert", "convert_source", "open_source"]
+__all__ = ["Opened", "convert", "convert_source", "open_source"]
 
-Format = Literal["shardckpt", "dcp", "hf", "safetensors", "torch"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+Opened: TypeAlias = Checkpoint | Foreign | Selected | Transformed | Cast
 
 _TORCH_SUFFIXES = (".ckpt", ".bin")
 """Suffixes of torch files. Lightning has folders with these names too."""
@@ -60,6 +66,8 @@ def convert(
     to: Format | None = None,
     keys: Select = None,
     rename: Rename = None,
+    transforms: Transforms | None = None,
+    dtype: torch.dtype | str | None = None,
     shards: int | None = None,
     file_bytes: int | None = None,
     overwrite: bool = False,
@@ -67,10 +75,11 @@ def convert(
 ) -> ConvertReport:
     """Convert a checkpoint of any supported format. Not collective.
 
-    Values keep every bit. PerRank values become a list of the values of all ranks, unless the
-    target is a checkpoint of shardckpt. Objects of classes, and files beside the weights, are left
-    out if the target can't hold them, and the report lists them. Memory: a few buffers; for "torch"
-    the full state, for "dcp" one file. The target appears when it is complete.
+    Values keep every bit, without `transforms` and `dtype`. PerRank values become a list of the
+    values of all ranks, unless the target is a checkpoint of shardckpt. Objects of classes, and
+    files beside the weights, are left out if the target can't hold them, and the report lists them.
+    Memory: a few buffers; for "torch" the full state, for "dcp" one file. The target appears when
+    it is complete.
 
     Args:
         source: A checkpoint of shardckpt or of torch.distributed.checkpoint (DCP); a torch file,
@@ -79,8 +88,11 @@ def convert(
         target: The new checkpoint.
         to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
             "torch", .safetensors is "safetensors", and no suffix is "shardckpt".
-        keys: The saved names to convert: prefixes or shell patterns.
+        keys: The saved names to convert, after `transforms`: prefixes or shell patterns.
         rename: New names of the entries that `keys` selects; see `load`.
+        transforms: Changes of the tensors; see `load`. `keys` and `rename` apply after them.
+        dtype: The dtype of all floating-point tensors of 16 bits and more: "float64", "float32",
+            "float16" or "bfloat16". By default each keeps its dtype.
         shards: The number of shards, or of files of DCP. By default one for each GiB. Only for
             "shardckpt" and "dcp".
         file_bytes: The largest size of a file, unless a tensor is larger. By default 5 GB. Only for
@@ -94,7 +106,7 @@ def convert(
 
     Raises:
         CheckpointError: The source can't be read.
-        LoadMismatchError: `keys` or `rename` has a name that no saved entry has.
+        LoadMismatchError: `keys`, `rename` or `transforms` has a name that no saved entry has.
         StateError: The target can't hold an entry, or an argument is invalid.
         StorageError: The file system refused an operation.
 
@@ -106,7 +118,8 @@ def convert(
         (('weight',), ('step',))
     """
     location = resolve(target, storage)
-    with open_source(source, keys=keys, rename=rename, storage=storage) as opened:
+    options: Any = {"transforms": transforms, "dtype": dtype}
+    with open_source(source, keys=keys, rename=rename, storage=storage, **options) as opened:
         return convert_source(
             opened,
             location,
@@ -122,22 +135,29 @@ def open_source(
     *,
     keys: Select = None,
     rename: Rename = None,
+    transforms: Transforms | None = None,
+    dtype: torch.dtype | str | None = None,
     check: bool = True,
     storage: Storage | None = None,
-) -> Checkpoint | Foreign | Selected:
+) -> Opened:
     """Open a checkpoint of any format as a source. `check`: read single files completely now, and
     verify them if they have digests. Raises CheckpointError."""
     place = resolve(path, storage)
-    opened: Checkpoint | Foreign | Selected
+    wanted = None if dtype is None else float_dtype(dtype)
+    opened: Opened
     if isinstance(place.storage, LocalStorage):
         opened = _open(place, check=check)
     else:
         opened = Checkpoint(place.path, storage=place.storage)
     try:
+        if transforms:
+            opened = Transformed(opened, transforms)
         if keys is not None:
             opened = Selected(opened, keys=keys)
         if rename is not None:
             opened = Selected(opened, rename=rename)
+        if wanted is not None:
+            opened = Cast(opened, wanted)
     except BaseException:
         opened.close()
         raise
@@ -155,6 +175,8 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
     if not os.path.isfile(os.path.join(path, MANIFEST_NAME)):
         if is_dcp(path):
             return DcpCheckpoint(path).source()
+        if os.path.isfile(os.path.join(path, SNAPSHOT)):
+            return open_torchsnapshot(path)
         for weights in WEIGHTS:
             if os.path.isfile(os.path.join(path, weights)):
                 if ".safetensors" in weights:

@@ -151,8 +151,6 @@ _UNREADABLE = (
         "a DCP checkpoint without its .metadata: the save did not end",
         "use the checkpoint before it",
     ),
-    (r"\.snapshot_metadata", "a torchsnapshot checkpoint", "restore it with torchsnapshot and "
-     "save the state with shardckpt.save"),
     (
         r"pytorch_model_fsdp(_\d+)?(_rank\d+)?\.bin",
         "accelerate's folder with FSDP weights in one file, or one for each rank",

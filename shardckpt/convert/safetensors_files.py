@@ -36,7 +36,8 @@ from shardckpt.convert.torch_sources import Index
 from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
 from shardckpt.format import typed_json as values
-from shardckpt.format.dtypes import DTYPES, check_supported, plain_dtype
+from shardckpt.format.dtype_names import check_supported, plain_dtype
+from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.safetensors_header import build_header
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.maintenance.parallel_write import NewFile, joined_files, write_ranges

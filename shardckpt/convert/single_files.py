@@ -47,7 +47,8 @@ from shardckpt.errors import (
 )
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
-from shardckpt.format.dtypes import dtype_name, plain_dtype
+from shardckpt.format.dtype_names import plain_dtype
+from shardckpt.format.dtypes import dtype_name
 from shardckpt.format.safetensors_header import build_header, header_bytes, unique_keys
 from shardckpt.format.validation import check_references
 from shardckpt.saving.shard_writer import write_shard

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from shardckpt.convert.layouts import left_beside
+from shardckpt.convert.transformed import Cast, Transformed
 from shardckpt.errors import LoadMismatchError
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
@@ -208,7 +209,7 @@ class Selected(AbstractContextManager["Selected"]):
 
 def origin_of(source: Source) -> Origin:
     """Return the origin of a source."""
-    if isinstance(source, Selected):
+    if isinstance(source, (Selected, Transformed, Cast)):
         return origin_of(source.source)
     if isinstance(source, Foreign):
         return source.origin

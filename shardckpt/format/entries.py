@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shardckpt.format.dtypes import itemsize
+from shardckpt.format.dtype_names import itemsize
 
 __all__ = ["FORMAT_VERSION", "Manifest", "ShardEntry", "TensorEntry"]
 

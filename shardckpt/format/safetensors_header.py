@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from shardckpt.errors import CorruptionError, StateError
-from shardckpt.format.dtypes import DTYPES, check_supported, itemsize, shard_form
+from shardckpt.format.dtype_names import TORCH_NAMES, check_supported, itemsize, shard_form
 
 __all__ = [
     "HEADER_ALIGN",
@@ -160,7 +160,7 @@ def parse_header(
 
 
 def _known(dtype: str) -> bool:
-    return dtype in DTYPES and shard_form(dtype, ()) == (dtype, ())
+    return dtype in TORCH_NAMES and shard_form(dtype, ()) == (dtype, ())
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 None, bool, str, finite floats, ints of up to 53 bits, lists, and dicts whose keys are all strings
 without a leading "$" are plain JSON. Every other value is an object with one key, its tag, which
-begins with "$". `FORMS` lists the tags, and docs/format.md describes them.
+begins with "$". `FORMS` and `TORCH_TAGS` list the tags, and docs/format.md describes them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
-import torch
 
 from shardckpt.errors import (
     CheckpointError,
@@ -38,10 +37,10 @@ from shardckpt.errors import (
     FormatVersionError,
     UnsupportedLeafError,
 )
-from shardckpt.format.dtypes import torch_dtype
 
 __all__ = [
     "FORMS",
+    "TORCH_TAGS",
     "Record",
     "TensorRef",
     "UnknownEnum",
@@ -52,6 +51,7 @@ __all__ = [
     "record_of",
     "reference",
     "tag_of",
+    "torch_forms",
     "unknown_enum",
 ]
 
@@ -282,6 +282,8 @@ def decode(
 
     def tagged(tag: str, body: Any) -> Any:
         decoder = _DECODERS.get(tag)
+        if tag in TORCH_TAGS:
+            decoder = torch_forms()[tag].decode
         if decoder is not None:
             value = decoder(body, item)
             return unknown(value) if type(value) is UnknownEnum else value
@@ -378,10 +380,6 @@ def _base64(raw: Any, at: str = "") -> str:
 
 def _unbase64(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
-
-
-def _size(parts: Any) -> torch.Size:
-    return torch.Size([_checked(part, int) for part in parts])
 
 
 def _integer(text: str) -> int:
@@ -504,26 +502,6 @@ def _array(body: Any, item: Any) -> Any:
     return np.frombuffer(_unbase64(_checked(raw, str)), dtype=dtype).reshape(shape).copy()
 
 
-def _torch(cls: type) -> Form:
-    """Return the form of a type whose values are named constants of torch."""
-
-    def found(name: str) -> Any:
-        # getattr is not used, as torch imports modules on demand.
-        if not isinstance(constant := vars(torch)[name], cls):
-            raise TypeError(f"a {cls} expected")
-        return constant
-
-    tag = f"${cls.__name__}"
-    return Form(tag, cls, lambda value, at: str(value).removeprefix("torch."), _text(found))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"no device: {name}") from error
-
-
 def _complex(body: Any, item: Any) -> complex:
     real, imag = (_checked(item(part), float) for part in _checked(body, list))
     return complex(real, imag)
@@ -562,7 +540,6 @@ FORMS: tuple[Form, ...] = (
     Form("$enum", enum.Enum, _enum_body, _enum),
     Form("$numpy", np.generic, _numpy_body, _numpy),
     Form("$tuple", tuple, _items, _sequence(tuple)),
-    Form("$size", torch.Size, lambda value, at: list(value), _sequence(_size)),
     Form("$set", set, _set_body, _of_hashes(set)),
     Form("$frozenset", frozenset, _set_body, _of_hashes(frozenset)),
     Form(
@@ -638,18 +615,51 @@ FORMS: tuple[Form, ...] = (
         _numpy_dtype_body,
         _text(_numpy_dtype),
     ),
-    Form(
-        "$dtype",
-        torch.dtype,
-        lambda value, at: str(value).removeprefix("torch."),
-        _text(torch_dtype),
-    ),
-    _torch(torch.memory_format),
-    _torch(torch.layout),
-    _torch(torch.qscheme),
-    Form("$device", torch.device, lambda value, at: str(value), _text(_device)),
 )
-"""All types with a form. A value of two of these types has the form of the first one."""
+"""The types of Python and numpy with a form. A value of two of these types has the form of the
+first one."""
+
+TORCH_TAGS = ("$size", "$dtype", "$memory_format", "$layout", "$qscheme", "$device")
+"""The tags of the types of torch."""
+
+
+@functools.cache
+def torch_forms() -> dict[str, Form]:
+    """Return the forms of the types of torch by their tags. Imports torch."""
+    import torch
+
+    from shardckpt.format.dtypes import torch_dtype
+
+    def size(parts: Any) -> torch.Size:
+        return torch.Size([_checked(part, int) for part in parts])
+
+    def constant(cls: type) -> Callable[[str], Any]:
+        def found(name: str) -> Any:
+            # getattr is not used, as torch imports modules on demand.
+            if not isinstance(value := vars(torch)[name], cls):
+                raise TypeError(f"a {cls} expected")
+            return value
+
+        return found
+
+    def device(name: str) -> torch.device:
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"no device: {name}") from error
+
+    def name(value: Any, at: str) -> str:
+        return str(value).removeprefix("torch.")
+
+    named = {"$dtype": (torch.dtype, torch_dtype), "$device": (torch.device, device)}
+    for cls in (torch.memory_format, torch.layout, torch.qscheme):
+        named[f"${cls.__name__}"] = (cls, constant(cls))
+    forms = {tag: Form(tag, cls, name, _text(make)) for tag, (cls, make) in named.items()}
+    return {
+        "$size": Form("$size", torch.Size, lambda value, at: list(value), _sequence(size)),
+        **forms,
+    }
+
 
 _BY_TYPE: dict[type, Form] = {}
 for _form in FORMS:
@@ -658,8 +668,9 @@ for _form in FORMS:
 
 @functools.lru_cache(maxsize=256)
 def _form_of(cls: type) -> Form | None:
-    """Return the form of values whose type has no form of its own."""
-    base = next((form for form in FORMS if issubclass(cls, form.type)), None)
+    """Return the form of values whose type has no form of its own in `FORMS`."""
+    torch = torch_forms().values() if "torch" in sys.modules else ()
+    base = next((form for form in (*torch, *FORMS) if issubclass(cls, form.type)), None)
     return None if base is None or base.exact else base
 
 

@@ -16,16 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-
-from shardckpt.io.tensor_memory import check_memory
-
 __all__ = [
     "BUFFER_BYTES",
     "HUGE_PAGE_BYTES",
     "Buffer",
     "request_huge_pages",
-    "contiguous_pieces",
     "copy_bytes",
     "have_huge_pages",
     "huge_pages",
@@ -137,27 +132,3 @@ _SHORT_BYTES = 64 << 10  # a shorter copy takes less time than to reacquire the 
 def copy_bytes(target: int, source: int, size_bytes: int) -> None:
     """Copy between addresses. Long copies release the GIL."""
     (_move_in_between if size_bytes < _SHORT_BYTES else ctypes.memmove)(target, source, size_bytes)
-
-
-def contiguous_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the elements of a tensor in row-major order, as contiguous CPU tensors.
-
-    A contiguous CPU tensor is yielded unchanged. Other tensors are copied in parts of at most
-    BUFFER_BYTES, so that a view takes the memory of a buffer, not of its storage.
-
-    Raises:
-        UnsupportedLeafError: The tensor does not own memory.
-    """
-    check_memory(tensor)
-    if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
-        yield tensor
-        return
-    tensor, size_bytes = tensor.detach(), tensor.nbytes
-    if size_bytes <= BUFFER_BYTES or tensor.dim() == 0:
-        copied = tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
-        check_memory(copied)
-        yield copied
-        return
-    rows = max(1, BUFFER_BYTES * tensor.shape[0] // size_bytes)
-    for part in torch.split(tensor, rows):
-        yield from contiguous_pieces(part[0] if part.shape[0] == 1 else part)

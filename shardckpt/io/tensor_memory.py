@@ -1,12 +1,22 @@
-"""Check that a tensor owns its memory, before code reads or writes at its address."""
+"""The memory of tensors: whether a tensor owns it, and contiguous copies of its elements."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
 from shardckpt.errors import UnsupportedLeafError
+from shardckpt.io.buffers import BUFFER_BYTES
 
-__all__ = ["address_of", "check_memory", "owns_memory", "plain_address", "shares_elements"]
+__all__ = [
+    "address_of",
+    "check_memory",
+    "contiguous_pieces",
+    "owns_memory",
+    "plain_address",
+    "shares_elements",
+]
 
 
 def owns_memory(tensor: torch.Tensor) -> bool:
@@ -91,3 +101,27 @@ def address_of(tensor: torch.Tensor) -> int:
     """
     check_memory(tensor)
     return tensor.data_ptr()
+
+
+def contiguous_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the elements of a tensor in row-major order, as contiguous CPU tensors.
+
+    A contiguous CPU tensor is yielded unchanged. Other tensors are copied in parts of at most
+    BUFFER_BYTES, so that a view takes the memory of a buffer, not of its storage.
+
+    Raises:
+        UnsupportedLeafError: The tensor does not own memory.
+    """
+    check_memory(tensor)
+    if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
+        yield tensor
+        return
+    tensor, size_bytes = tensor.detach(), tensor.nbytes
+    if size_bytes <= BUFFER_BYTES or tensor.dim() == 0:
+        copied = tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
+        check_memory(copied)
+        yield copied
+        return
+    rows = max(1, BUFFER_BYTES * tensor.shape[0] // size_bytes)
+    for part in torch.split(tensor, rows):
+        yield from contiguous_pieces(part[0] if part.shape[0] == 1 else part)

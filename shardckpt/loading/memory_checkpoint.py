@@ -12,7 +12,8 @@ import numpy as np
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.manifest import to_bytes
-from shardckpt.io.buffers import contiguous_pieces, view_at
+from shardckpt.io.buffers import view_at
+from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.shard_layout import shard_name
 from shardckpt.state.flatten import flatten

@@ -25,6 +25,7 @@ from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.state.matching import MatchedState, match_state
 from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import CheckpointFiles, Storage
+from shardckpt.transforms import Transforms, transformed
 
 __all__ = ["run_load"]
 
@@ -42,6 +43,7 @@ def run_load(
     cast: bool,
     keys: Select,
     rename: Rename,
+    transforms: Transforms | None,
 ) -> LoadReport:
     """Load into a state, in place. Collective. See shardckpt.load."""
     watch, work = Stopwatch(), Stopwatch()
@@ -53,7 +55,8 @@ def run_load(
                 closing.callback(opened.value[0].close)
             with work.phase("match"), collector_paused():
                 ranks = {"rank": coordinator.rank, "world_size": coordinator.world_size}
-                saved = opened.then(lambda pair: SavedState(pair[1], keys=keys, rename=rename))
+                manifest = opened.then(lambda pair: transformed(pair[1], transforms, path=path))
+                saved = manifest.then(lambda found: SavedState(found, keys=keys, rename=rename))
                 if strict:
                     saved = saved.then(lambda saved: saved.check_used(path=path))
                 matched = saved.then(lambda saved: match_state(state, saved, cast=cast, **ranks))

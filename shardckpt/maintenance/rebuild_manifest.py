@@ -14,7 +14,8 @@ from shardckpt._version import __version__
 from shardckpt.errors import CorruptionError
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
-from shardckpt.format.dtypes import DTYPES, shard_form
+from shardckpt.format.dtype_names import shard_form
+from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.manifest import is_shard_name
 from shardckpt.format.safetensors_header import ShardTensor, parse_chunk_name, parse_header

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from shardckpt.format.dtypes import itemsize
+from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.entries import Manifest
 from shardckpt.io.buffers import BUFFER_BYTES
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec

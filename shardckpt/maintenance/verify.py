@@ -24,7 +24,7 @@ from shardckpt.errors import (
 )
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.format.dtypes import shard_form
+from shardckpt.format.dtype_names import shard_form
 from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.safetensors_header import chunk_name, header_bytes, parse_header
 from shardckpt.io.buffers import BUFFER_BYTES, lease

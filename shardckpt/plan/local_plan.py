@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from shardckpt.errors import RankMismatchError
 from shardckpt.format.digests import text_digest
-from shardckpt.format.dtypes import NOT_COPYABLE, dtype_name, memory_view
+from shardckpt.format.dtype_names import NOT_COPYABLE
+from shardckpt.format.dtypes import dtype_name, memory_view
 from shardckpt.state.flatten import FlatState, placeholder
 from shardckpt.state.local_chunks import PLAIN, AnyTensor, Box, local_chunks, may_have_replicas
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardckpt.format.dtypes import itemsize, memory_dtype
+from shardckpt.format.dtype_names import itemsize
+from shardckpt.format.dtypes import memory_dtype
 from shardckpt.format.entries import TensorEntry
 from shardckpt.io.tensor_memory import address_of
 from shardckpt.state.local_chunks import LocalChunk, box_slices, has_file_layout

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardckpt.errors import CoverageError
-from shardckpt.format.dtypes import itemsize
+from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.tiling import first_gap, stable_order
 from shardckpt.plan.local_plan import (
     ChunkTable,

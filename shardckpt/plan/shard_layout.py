@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shardckpt.format.dtypes import itemsize
+from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.tiling import stable_order
 from shardckpt.plan.local_plan import ChunkTable, Ints, TensorSpec, widen_boxes

@@ -20,7 +20,8 @@ from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import check_text
-from shardckpt.io.buffers import contiguous_pieces, view_at
+from shardckpt.io.buffers import view_at
+from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.loading.shard_reader import check_size, corrupted_blocks
 from shardckpt.storage.base import CheckpointFiles, WriteTransaction
 from shardckpt.storage.resolve import Location

@@ -14,7 +14,7 @@ import torch
 
 from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import StorageError
-from shardckpt.format.dtypes import shard_form
+from shardckpt.format.dtype_names import shard_form
 from shardckpt.format.safetensors_header import build_header, chunk_name
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.local_plan import ChunkTable, LocalPlan, TensorSpec

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import xxhash
 
-from shardckpt.io.buffers import contiguous_pieces, view_at
+from shardckpt.io.buffers import view_at
+from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.save_plan import RankWrites
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from shardckpt.config import current
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.safetensors_header import HEADER_ALIGN
-from shardckpt.io.buffers import BUFFER_BYTES, Buffer, contiguous_pieces, copy_bytes, view_at
-from shardckpt.io.tensor_memory import plain_address
+from shardckpt.io.buffers import BUFFER_BYTES, Buffer, copy_bytes, view_at
+from shardckpt.io.tensor_memory import contiguous_pieces, plain_address
 from shardckpt.io.threads import stalled, workers
 from shardckpt.storage.base import WritableFile
 from shardckpt.torch_compat import storage_id

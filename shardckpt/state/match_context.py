@@ -13,7 +13,8 @@ import torch
 from torch.autograd.graph import increment_version
 
 from shardckpt.errors import StateError
-from shardckpt.format.dtypes import COMPLEX, DTYPES, NOT_COPYABLE, OPAQUE
+from shardckpt.format.dtype_names import COMPLEX, NOT_COPYABLE
+from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.tensor_memory import plain_address, shares_elements

@@ -9,7 +9,7 @@ optimizers each.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from shardckpt.state.container_matching import (
     match_union,
     match_value,
 )
+from shardckpt.state.derived import expanded
 from shardckpt.state.flatten import too_deep
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.markers import FromRank0, PerRank, Union
@@ -85,6 +86,7 @@ class MatchedState:
     strict_mismatches: Mismatches
     cast: list[tuple[str, str, str]]
     kept: list[str]
+    _constants: list[Callable[[], object]]
     _context: MatchContext
     _finish: Finish
 
@@ -94,6 +96,9 @@ class MatchedState:
         Returns:
             The state. It is the object that was matched, unless that is an immutable value.
         """
+        with torch.inference_mode(False), torch.no_grad():
+            for write in self._constants:
+                write()
         self._context.mark_changed()
         return self._finish()
 
@@ -120,13 +125,15 @@ def match_state(
             finish = _match(context, state, "")
         except RecursionError as error:
             raise too_deep(f"{context.current[:80]}...") from error
+        reads, constants = expanded(context.reads)
     context.note_missing_and_unused()
     return MatchedState(
-        reads=context.reads,
+        reads=reads,
         mismatches=context.mismatches,
         strict_mismatches=context.strict_mismatches(),
         cast=context.cast,
         kept=context.kept,
+        _constants=constants,
         _context=context,
         _finish=finish,
     )

@@ -13,7 +13,16 @@ from shardckpt.format import typed_json as values
 from shardckpt.format.entries import Manifest
 from shardckpt.format.typed_json import Record, TensorRef
 
-__all__ = ["Rename", "SavedState", "Select", "below", "children", "rebuilt", "under"]
+__all__ = [
+    "Rename",
+    "SavedState",
+    "Select",
+    "below",
+    "children",
+    "enums_as_text",
+    "rebuilt",
+    "under",
+]
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 Select = str | Iterable[str] | None
@@ -248,3 +257,14 @@ def _same_name(name: str) -> StateError:
 
 def _keep(stand_in: T) -> T:
     return stand_in
+
+
+def enums_as_text(node: Any) -> Any:
+    """Return typed JSON in which the enums are text."""
+    if isinstance(node, list):
+        return [enums_as_text(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if list(node) == ["$enum"]:
+        return ".".join(map(str, node["$enum"]))
+    return {key: enums_as_text(item) for key, item in node.items()}

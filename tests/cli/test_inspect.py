@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
+import pytest
 import torch
 
 import shardckpt
 from shardckpt.cli.main import main
+from shardckpt.errors import CorruptionError
 from tests.cli.states import Phase, save_some
 
 
@@ -46,6 +49,37 @@ def test_inspect_as_json(tmp_path, capsys):
     assert found["values"]["step"] == 7
     assert found["world_size"] == 1
     assert found["shards"][0]["size_bytes"] > 4096
+
+
+def test_inspect_and_lists_do_not_import_torch(tmp_path):
+    save_some(tmp_path / "c")
+    commands = [["inspect", "c"], ["inspect", "c", "--json"], ["ls", "."], ["du", "."]]
+    code = f"""
+import sys
+from shardckpt.cli.main import main
+from shardckpt.errors import CorruptionError
+for command in {commands}:
+    assert main(command) == 0
+print("torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.tied" in done.stdout
+    assert done.stdout.endswith("\nFalse\n")
+
+
+def test_inspect_shows_values_of_torch(tmp_path, capsys):
+    values = {"dtype": torch.bfloat16, "size": torch.Size([2, 3]), "device": torch.device("cpu")}
+    shardckpt.save({**values, "layout": torch.strided}, tmp_path / "c")
+    assert main(["inspect", str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["values"] == {
+        "dtype": {"$dtype": "bfloat16"},
+        "size": {"$size": [2, 3]},
+        "device": {"$device": "cpu"},
+        "layout": {"$layout": "strided"},
+    }
 
 
 def test_inspect_of_thousands_of_tensors_is_a_page(tmp_path, capsys):
@@ -93,3 +127,39 @@ def test_classes_that_are_not_there_stand_in_no_way(tmp_path, capsys, monkeypatc
         assert main(again) == 0
         assert "Phase.WARM" in capsys.readouterr().out
     assert shardckpt.load_state(tmp_path / "d")["phase"] is Phase.WARM
+
+
+@pytest.fixture
+def lightning(tmp_path):
+    path = tmp_path / "last.ckpt"
+    state = {"state_dict": {"w": torch.ones(2, 3)}, "epoch": 4, "pytorch-lightning_version": "2.6"}
+    torch.save(state, path)
+    return path
+
+
+def test_a_file_of_another_library(lightning, capsys):
+    assert main(["inspect", str(lightning)]) == 0
+    text = capsys.readouterr().out
+    assert "a torch file, written by Lightning 2.6" in text
+    assert "state_dict.w  float32  [2, 3]" in text
+    assert main(["inspect", str(lightning), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["library"] == "Lightning 2.6"
+    assert facts["tensors"]["state_dict.w"]["shape"] == [2, 3]
+    assert facts["values"]["epoch"] == 4
+
+
+def test_every_tensor_of_another_library_is_read(lightning, capsys):
+    assert main(["verify", str(lightning)]) == 0
+    assert "a torch file, 1 tensor, 24 B: readable" in capsys.readouterr().out
+    data = bytearray(lightning.read_bytes())
+    at = data.index(torch.ones(6).numpy().tobytes())
+    data[at] ^= 1
+    lightning.write_bytes(data)
+    assert main(["verify", str(lightning)]) == CorruptionError.exit_code
+
+
+def test_processes_share_the_tensors_of_another_library(tmp_path, capfd):
+    torch.save({f"w{i}": torch.ones(4) for i in range(5)}, tmp_path / "w.pt")
+    assert main(["verify", str(tmp_path / "w.pt"), "--jobs", "2"]) == 0
+    assert capfd.readouterr().out.count("5 tensors, 80 B: readable") == 1

@@ -162,3 +162,17 @@ def test_the_command_without_its_packages_says_how_to_install_them():
     assert done.returncode == 9
     assert 'pip install "shardckpt[cli]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("shardckpt in", "plain,inspect"), ("shardckpt verify --su", "plain,--subset")],
+)
+def test_the_shell_completes_commands_and_options(words, completed, monkeypatch, capsys):
+    monkeypatch.setenv("_SHARDCKPT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    with pytest.raises(SystemExit) as done:
+        main([])
+    assert done.value.code == 0
+    assert capsys.readouterr().out.strip() == completed

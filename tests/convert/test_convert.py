@@ -22,7 +22,8 @@ from shardckpt.convert.convert import convert, open_source
 from shardckpt.convert.dcp import DcpCheckpoint
 from shardckpt.convert.single_files import read_one, write_many
 from shardckpt.convert.sources import Selected
-from shardckpt.format.dtypes import DTYPES, shard_form
+from shardckpt.format.dtype_names import shard_form
+from shardckpt.format.dtypes import DTYPES
 from shardckpt.io.buffers import BUFFER_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # DCP's, of one process

@@ -28,7 +28,8 @@ import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.api import rescue
 from shardckpt.cli.main import main as command
-from shardckpt.convert.convert import FORMATS, convert
+from shardckpt.convert.convert import convert
+from shardckpt.convert.formats import FORMATS
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.storage.local import LocalStorage
 from tests.faults.hostile_holes import HOLES

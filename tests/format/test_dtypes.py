@@ -9,16 +9,8 @@ from safetensors.torch import save_file
 import shardckpt
 from shardckpt.errors import CheckpointError, UnsupportedLeafError
 from shardckpt.format import dtypes
-from shardckpt.format.dtypes import (
-    DTYPES,
-    OPAQUE,
-    dtype_name,
-    itemsize,
-    memory_dtype,
-    memory_view,
-    plain_dtype,
-    shard_form,
-)
+from shardckpt.format.dtype_names import itemsize, plain_dtype, shard_form
+from shardckpt.format.dtypes import DTYPES, OPAQUE, dtype_name, memory_dtype, memory_view
 from shardckpt.format.safetensors_header import parse_header
 
 ITEMSIZES = {"BOOL": 1, "U8": 1, "I16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8, "C128": 16}
@@ -27,6 +19,7 @@ ITEMSIZES = {"BOOL": 1, "U8": 1, "I16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64":
 def test_every_dtype_has_one_name_and_its_size():
     for name, dtype in DTYPES.items():
         assert dtype_name(dtype, tensor="w") == name
+        assert itemsize(name) == dtype.itemsize
     assert {name: itemsize(name) for name in ITEMSIZES} == ITEMSIZES
     assert len(set(DTYPES.values())) == len(DTYPES)
 

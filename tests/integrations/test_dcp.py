@@ -86,6 +86,37 @@ def test_checkpoint_ids_name_the_path(tmp_path):
             call()
 
 
+def test_metadata_has_the_ids_of_the_save_and_the_load(tmp_path):
+    writer = ShardWriter(tmp_path / "c")
+    assert writer.save_id is None
+    dcp.save(a_state(), storage_writer=writer)
+    with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
+        assert writer.save_id == checkpoint.manifest.checkpoint_id
+    reader = ShardReader(tmp_path / "c")
+    meta = reader.read_metadata().storage_meta
+    assert str(meta.checkpoint_id) == str(tmp_path / "c")
+    assert (meta.save_id, meta.load_id) == (writer.save_id, reader.load_id)
+    before = reader.load_id
+    reader.reset()
+    assert reader.load_id != before
+
+
+def test_a_load_that_fails_keeps_its_typed_error(tmp_path):
+    """DCP itself drops the first error of read_metadata."""
+    for planner in (None, ReshardLoadPlanner()):
+        with pytest.raises(CheckpointException) as caught:
+            dcp.load(zeros(), storage_reader=ShardReader(tmp_path / "absent"), planner=planner)
+        ((error, _),) = caught.value.failures.values()
+        assert isinstance(error, errors.CheckpointNotFoundError)
+        assert str(tmp_path / "absent") in str(error)
+
+
+def test_dcp_without_a_reader_says_that_its_own_file_is_absent(tmp_path):
+    dcp.save(a_state(), storage_writer=ShardWriter(tmp_path / "c"))
+    with pytest.raises(CheckpointException, match="metadata"):
+        dcp.load(zeros(), checkpoint_id=tmp_path / "c")
+
+
 class Doubles(dcp.DefaultSavePlanner):
     """A user's planner: it transforms what it saves."""
 

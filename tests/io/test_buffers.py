@@ -10,7 +10,8 @@ import torch
 
 from shardckpt.errors import UnsupportedLeafError
 from shardckpt.io import buffers
-from shardckpt.io.buffers import BUFFER_BYTES, HUGE_PAGE_BYTES, contiguous_pieces, lease
+from shardckpt.io.buffers import BUFFER_BYTES, HUGE_PAGE_BYTES, lease
+from shardckpt.io.tensor_memory import contiguous_pieces
 
 
 def address_in(view: memoryview) -> int:

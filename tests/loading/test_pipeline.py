@@ -16,6 +16,7 @@ SAVED = {"w": torch.arange(4.0), "n": 7}
 
 def load(state, *, strict=True, cast=False):
     options = {"strict": strict, "cast": cast, "keys": None, "rename": None}
+    options["transforms"] = None
     return run_load(
         state, "here", coordinator=SingleCoordinator(), storage=StateStorage(SAVED), **options
     )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt.errors import CoverageError
-from shardckpt.format.dtypes import itemsize
+from shardckpt.format.dtype_names import itemsize
 from shardckpt.plan import replica_assignment as replicas
 from shardckpt.plan import save_plan
 from shardckpt.plan.local_plan import (

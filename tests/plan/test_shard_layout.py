@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 
-from shardckpt.format.dtypes import itemsize
+from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.manifest import encode_tensors
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes
 from shardckpt.plan.plan_cache import KnownPlan

@@ -11,7 +11,8 @@ import torch
 import shardckpt
 from shardckpt import errors
 from shardckpt.format.entries import TensorEntry
-from shardckpt.io.buffers import contiguous_pieces, have_huge_pages
+from shardckpt.io.buffers import have_huge_pages
+from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.saving.staging import StagingBuffer, StagingPool, stage, staged_bytes

@@ -19,7 +19,13 @@ from shardckpt.state.matching import DtypePolicy, MatchedState, casts, match_sta
 from shardckpt.state.mismatches import Mismatches, check_unused
 from shardckpt.state.saved_tree import SavedState
 
-__all__ = ["ReshardLoadPlanner", "ShardMetadata", "ShardSavePlanner", "ShardStorageMeta"]
+__all__ = [
+    "ReshardLoadPlanner",
+    "ShardMetadata",
+    "ShardSavePlanner",
+    "ShardStorageMeta",
+    "UnreadableMetadata",
+]
 
 
 class ShardStorageMeta(StorageMeta):
@@ -32,6 +38,18 @@ class ShardMetadata(Metadata):
 
     saved: SavedState | None = None
     cast: bool = False
+
+
+class UnreadableMetadata(ShardMetadata):
+    """Metadata that could not be read. Each attribute raises the error."""
+
+    def __init__(self, error: ShardckptError) -> None:
+        self._error = error
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_"):
+            return super().__getattribute__(name)
+        raise self._error
 
 
 def _needs(planner: object, partner: str) -> ShardckptError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -20,11 +22,15 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from shardckpt.errors import StateError
+from shardckpt.errors import ShardckptError, StateError
 from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.integrations.dcp.planners import ReshardLoadPlanner, ShardMetadata
+from shardckpt.integrations.dcp.planners import (
+    ReshardLoadPlanner,
+    ShardMetadata,
+    UnreadableMetadata,
+)
 from shardckpt.loading.agreement import open_manifest
 from shardckpt.loading.shard_reader import read_all
 from shardckpt.plan.read_plan import plan_reads
@@ -35,6 +41,7 @@ from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.storage.resolve import resolve
+from shardckpt.torch_compat import dcp_version
 
 __all__ = ["ShardReader", "dcp_entries"]
 
@@ -50,6 +57,10 @@ class ShardReader(StorageReader):
         dtype: "cast" converts saved dtypes to those of the state. With "strict", here and in
             ReshardLoadPlanner, another dtype raises LoadMismatchError.
         storage: See `shardckpt.save`.
+
+    Attributes:
+        checkpoint_id: The path.
+        load_id: The id of this load, as in the `storage_meta` of the metadata.
 
     Raises:
         StateError: The path is invalid.
@@ -74,7 +85,9 @@ class ShardReader(StorageReader):
         self.checkpoint_id: str | None = None
         self.cast = casts(dtype)
         self.storage = storage
+        self.load_id = uuid.uuid4().hex
         self._opened: tuple[CheckpointFiles, Manifest] | None = None
+        self._failure: ShardckptError | None = None
         if path is not None:
             self._find(path)
         self._saved: SavedState | None = None
@@ -84,6 +97,7 @@ class ShardReader(StorageReader):
         """See StorageReader.reset."""
         if checkpoint_id:
             self._find(checkpoint_id)
+        self.load_id = uuid.uuid4().hex
         self._close()
 
     def _find(self, path: str | os.PathLike[str]) -> None:
@@ -92,6 +106,17 @@ class ShardReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """See StorageReader.read_metadata. Lists every tensor with its chunks, and every value."""
+        if "rank" in kwargs and self._failure is not None:
+            # DCP drops the first error, and asks for metadata of this rank alone.
+            return UnreadableMetadata(self._failure)
+        try:
+            return self._read_metadata()
+        except ShardckptError as error:
+            self._failure = error
+            raise
+
+    def _read_metadata(self) -> Metadata:
+        self._failure = None
         if not self.checkpoint_id:
             raise StateError(
                 "ShardReader has no path",
@@ -112,13 +137,16 @@ class ShardReader(StorageReader):
                 described[name] = _describe(manifest.tensors[node.name])
             else:
                 described[name] = BytesStorageMetadata()
-        return ShardMetadata(
+        metadata = ShardMetadata(
             state_dict_metadata=described,
             planner_data=paths,
             storage_data={},
+            storage_meta=StorageMeta(self.checkpoint_id, manifest.checkpoint_id, self.load_id),
             saved=saved,
             cast=self.cast,
         )
+        metadata.version = dcp_version()
+        return metadata
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any

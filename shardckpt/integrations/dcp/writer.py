@@ -72,6 +72,10 @@ class ShardWriter(StorageWriter):
         verify_base: See `shardckpt.save`.
         storage: See `shardckpt.save`.
 
+    Attributes:
+        checkpoint_id: The path.
+        save_id: After a save, the id of the checkpoint.
+
     Raises:
         StateError: The path is invalid.
         CoordinationError: The ranks are not connected.
@@ -100,6 +104,7 @@ class ShardWriter(StorageWriter):
         storage: Storage | None = None,
     ) -> None:
         self.checkpoint_id: str | None = None
+        self.save_id: str | None = None
         self.storage = storage
         if path is not None:
             self._find(path)
@@ -177,6 +182,7 @@ class ShardWriter(StorageWriter):
                 remedy="pass enable_plan_caching=False, or use ShardSavePlanner",
             )
         rank, token, world_size = plan.storage_data
+        self.save_id = token
         self._planner = planner
         if self._transaction is None:
             transaction = self._place.storage.join(self._place.path, token=token)

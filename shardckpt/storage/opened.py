@@ -1,0 +1,97 @@
+"""The open files of a checkpoint and its manifest. This module does not need torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from shardckpt.errors import CheckpointError
+from shardckpt.format.entries import Manifest
+from shardckpt.format.manifest import check_text, from_bytes
+from shardckpt.io.gc_pause import collector_paused
+from shardckpt.storage.base import CheckpointFiles, Storage
+from shardckpt.storage.resolve import resolve
+
+__all__ = ["OpenedCheckpoint", "checkpoints_in"]
+
+Opened = TypeVar("Opened", bound="OpenedCheckpoint")
+
+
+class OpenedCheckpoint:
+    """The files of a checkpoint and its manifest, without its tensors. Checkpoint extends it.
+
+    Opening verifies the digest of the manifest. The first access to `manifest` parses it.
+
+    Args:
+        path: The checkpoint.
+        storage: The storage of the checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint can't be read.
+    """
+
+    def __init__(self, path: str, *, storage: Storage) -> None:
+        self._files = storage.open(path)
+        try:
+            self._text = self._files.manifest()
+            check_text(self._text, path=self._files.path)
+        except BaseException:
+            self._files.close()
+            raise
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        """The parsed manifest.
+
+        Raises:
+            CorruptionError: The manifest violates the format.
+        """
+        with collector_paused():
+            return from_bytes(self._text, path=self.path)
+
+    @property
+    def path(self) -> str:
+        """The path of the checkpoint."""
+        return self._files.path
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """The files, for tools that read shards themselves."""
+        return self._files
+
+    def __enter__(self: Opened) -> Opened:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+
+def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]:
+    """Yield the checkpoints in a folder with their names, or the one at the path.
+
+    Each is open until the next one is asked for.
+
+    Args:
+        path: The folder, or the checkpoint.
+        cls: The class of the open checkpoints.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
+    storage, folder = resolve(path)
+    found = False
+    for name in storage.names(folder):
+        with suppress(CheckpointError):
+            checkpoint = cls(storage.child(folder, name), storage=storage)
+            found = True
+            with checkpoint:
+                yield name, checkpoint
+    if not found:
+        with cls(folder, storage=storage) as checkpoint:
+            yield folder.rstrip("/").rpartition("/")[2], checkpoint

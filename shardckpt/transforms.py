@@ -1,0 +1,548 @@
+"""Transforms of saved tensors on load and in convert: other names, splits, layouts and sizes.
+
+    shardckpt.load(state, path, transforms=[
+        Split("*.qkv.weight", into=("*.q.weight", "*.k.weight", "*.v.weight")),
+        Transpose("*.fc1.weight"),
+    ])
+
+Transforms apply in order, each to the names and tensors that the one before it leaves. No tensor is
+changed on disk, and each rank reads only the bytes of its part. In a pattern `*` stands for any
+text. In a new name each `*` repeats the text of the same `*` of the pattern.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from shardckpt.errors import LoadMismatchError, StateError
+from shardckpt.format import typed_json as values
+from shardckpt.format.dtype_names import NOT_COPYABLE
+from shardckpt.format.entries import Manifest, TensorEntry
+from shardckpt.format.typed_json import TensorRef
+from shardckpt.state.derived import DerivedEntry, cut, derived, joined, padded, permuted
+from shardckpt.state.saved_tree import SavedState, below, children, rebuilt, under
+
+__all__ = [
+    "Concatenate",
+    "Pad",
+    "Rename",
+    "Split",
+    "Transform",
+    "Transforms",
+    "Transpose",
+    "Trim",
+    "transformed",
+]
+
+
+class Transform(ABC):
+    """The base class of all transforms. Users create the subclasses.
+
+    Example:
+        >>> from shardckpt.transforms import Rename, Transform
+        >>> isinstance(Rename("*.gamma", "*.weight"), Transform)
+        True
+    """
+
+    @abstractmethod
+    def patterns(self) -> tuple[str, ...]:
+        """Return the patterns of the saved names; all have the same number of `*`."""
+
+    @abstractmethod
+    def new_names(self) -> tuple[str, ...]:
+        """Return the patterns of the new names."""
+
+    @abstractmethod
+    def apply(self, tensors: Sequence[DerivedEntry]) -> Sequence[DerivedEntry]:
+        """Return the new tensors, one for each new name.
+
+        Args:
+            tensors: A tensor for each pattern.
+
+        Raises:
+            ValueError: The tensors do not fit. The text says what was expected.
+        """
+
+
+Transforms: TypeAlias = Sequence[Transform]
+
+
+@dataclass(frozen=True)
+class Rename(Transform):
+    """Give tensors new names.
+
+    Args:
+        pattern: The pattern of the saved names.
+        name: The pattern of the new names.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> from shardckpt.transforms import Rename
+        >>> _ = shardckpt.save({"norm": {"gamma": torch.ones(2)}}, "run/step-1")
+        >>> state = {"norm": {"weight": torch.zeros(2)}}
+        >>> renamed = [Rename("*.gamma", "*.weight")]
+        >>> report = shardckpt.load(state, "run/step-1", transforms=renamed)
+        >>> state["norm"]["weight"]
+        tensor([1., 1.])
+    """
+
+    pattern: str
+    name: str
+
+    def patterns(self) -> tuple[str, ...]:
+        """See Transform.patterns."""
+        return (self.pattern,)
+
+    def new_names(self) -> tuple[str, ...]:
+        """See Transform.new_names."""
+        return (self.name,)
+
+    def apply(self, tensors: Sequence[DerivedEntry]) -> Sequence[DerivedEntry]:
+        """See Transform.apply."""
+        return tensors
+
+
+@dataclass(frozen=True)
+class Split(Transform):
+    """Split a tensor along a dimension into several tensors.
+
+    With `groups`, the dimension consists of that many equal groups, and each group is split: this
+    undoes an interleaving. A fused QKV weight that stores the rows of q, k and v of one head after
+    another has as many groups as heads (with grouped queries, as groups of queries). A fused SwiGLU
+    weight whose rows alternate has as many groups as rows of one part.
+
+    Args:
+        pattern: The pattern of the saved names.
+        into: The pattern of the new names of each part.
+        dim: The dimension; negative numbers count from the end.
+        sizes: The size of each part in that dimension, over all groups. By default all parts are
+            equal.
+        groups: The number of groups.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> from shardckpt.transforms import Split
+        >>> _ = shardckpt.save({"kv": torch.arange(8)}, "run/step-1")
+        >>> state = {"k": torch.zeros(4, dtype=torch.int64), "v": torch.zeros(4, dtype=torch.int64)}
+        >>> split = Split("kv", into=("k", "v"), groups=2)
+        >>> report = shardckpt.load(state, "run/step-1", transforms=[split])
+        >>> state
+        {'k': tensor([0, 1, 4, 5]), 'v': tensor([2, 3, 6, 7])}
+    """
+
+    pattern: str
+    into: Sequence[str]
+    dim: int = 0
+    sizes: Sequence[int] | None = None
+    groups: int = 1
+
+    def patterns(self) -> tuple[str, ...]:
+        """See Transform.patterns."""
+        return (self.pattern,)
+
+    def new_names(self) -> tuple[str, ...]:
+        """See Transform.new_names."""
+        return tuple(self.into)
+
+    def apply(self, tensors: Sequence[DerivedEntry]) -> Sequence[DerivedEntry]:
+        """See Transform.apply."""
+        (tensor,) = tensors
+        dim, parts = _dim(self.dim, tensor), len(self.into)
+        length = tensor.shape[dim]
+        sizes = [length // parts] * parts if self.sizes is None else list(self.sizes)
+        if len(sizes) != parts or sum(sizes) != length or min(sizes) < 0:
+            raise ValueError(f"{parts} sizes whose sum is {length}, not {sizes}")
+        _check_groups(sizes, self.groups)
+        begins, ranges = [sum(sizes[:part]) for part in range(parts)], []
+        for size, begin in zip(sizes, begins, strict=True):
+            step, at = length // self.groups, begin // self.groups
+            width = size // self.groups
+            ranges.append([(g * step + at, g * step + at + width) for g in range(self.groups)])
+        return [cut(tensor, dim, each) for each in ranges]
+
+
+@dataclass(frozen=True)
+class Concatenate(Transform):
+    """Join several tensors along a dimension.
+
+    With `groups`, each tensor consists of that many equal groups along the dimension, and the
+    groups are interleaved: the first groups of all tensors, then the second ones, and so on. This
+    undoes a Split with the same number of groups.
+
+    Args:
+        names: The pattern of the saved names of each part.
+        into: The pattern of the new names.
+        dim: The dimension; negative numbers count from the end.
+        groups: The number of groups.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> from shardckpt.transforms import Concatenate
+        >>> _ = shardckpt.save({"gate": torch.zeros(2), "up": torch.ones(2)}, "run/step-1")
+        >>> state = {"fused": torch.full((4,), 9.0)}
+        >>> fused = Concatenate(("gate", "up"), into="fused", groups=2)
+        >>> report = shardckpt.load(state, "run/step-1", transforms=[fused])
+        >>> state["fused"]
+        tensor([0., 1., 0., 1.])
+    """
+
+    names: Sequence[str]
+    into: str
+    dim: int = 0
+    groups: int = 1
+
+    def patterns(self) -> tuple[str, ...]:
+        """See Transform.patterns."""
+        return tuple(self.names)
+
+    def new_names(self) -> tuple[str, ...]:
+        """See Transform.new_names."""
+        return (self.into,)
+
+    def apply(self, tensors: Sequence[DerivedEntry]) -> Sequence[DerivedEntry]:
+        """See Transform.apply."""
+        first = tensors[0]
+        dim = _dim(self.dim, first)
+        forms = {(t.dtype, *t.shape[:dim], *t.shape[dim + 1 :]) for t in tensors}
+        if len(forms) > 1 or len({len(tensor.shape) for tensor in tensors}) > 1:
+            shown = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+            raise ValueError(f"tensors that differ only in dimension {dim}, not {shown}")
+        sizes = [tensor.shape[dim] for tensor in tensors]
+        _check_groups(sizes, self.groups)
+        parts = []
+        for group in range(self.groups):
+            for tensor, size in zip(tensors, sizes, strict=True):
+                width = size // self.groups
+                parts.append(cut(tensor, dim, [(group * width, (group + 1) * width)]))
+        return [joined(parts, dim)]
+
+
+@dataclass(frozen=True)
+class Transpose(Transform):
+    """Permute the dimensions of tensors.
+
+    Args:
+        pattern: The pattern of the names, which stay.
+        dims: The new order of the dimensions, as `torch.permute` takes it. By default the order is
+            reversed.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> from shardckpt.transforms import Transpose
+        >>> _ = shardckpt.save({"w": torch.arange(6.0).reshape(2, 3)}, "run/step-1")
+        >>> state = {"w": torch.zeros(3, 2)}
+        >>> report = shardckpt.load(state, "run/step-1", transforms=[Transpose("w")])
+        >>> state["w"][2]
+        tensor([2., 5.])
+    """
+
+    pattern: str
+    dims: Sequence[int] | None = None
+
+    def patterns(self) -> tuple[str, ...]:
+        """See Transform.patterns."""
+        return (self.pattern,)
+
+    def new_names(self) -> tuple[str, ...]:
+        """See Transform.new_names."""
+        return (self.pattern,)
+
+    def apply(self, tensors: Sequence[DerivedEntry]) -> Sequence[DerivedEntry]:
+        """See Transform.apply."""
+        (tensor,) = tensors
+        every = list(range(len(tensor.shape)))
+        dims = every[::-1] if self.dims is None else [_dim(dim, tensor) for dim in self.dims]
+        if sorted(dims) != every:
+            raise ValueError(f"a permutation of {every}, not {dims}")
+        return [permuted(tensor, dims)]
+
+
+@dataclass(frozen=True)
+class Pad(Transform):
+    """Extend tensors with a constant at the end of a dimension, such as a vocabulary.
+
+    Args:
+        pattern: The pattern of the names, which stay.
+        size: The new size of the dimension.
+        dim: The dimension; negative numbers count from the end.
+        value: The constant.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> from shardckpt.transforms import Pad
+        >>> _ = shardckpt.save({"embedding": torch.ones(3, 1)}, "run/step-1")
+        >>> state = {"embedding": torch.full((4, 1), 9.0)}
+        >>> report = shardckpt.load(state, "run/step-1", transforms=[Pad("embedding", 4)])
+        >>> state["embedding"].flatten()
+        tensor([1., 1., 1., 0.])
+    """
+
+    pattern: str
+    size: int
+    dim: int = 0
+    value: float = 0
+
+    def patterns(self) -> tuple[str, ...]:
+        """See Transform.patterns."""
+        return (self.pattern,)
+
+    def new_names(self) -> tuple[str, ...]:
+        """See Transform.new_names."""
+        return (self.pattern,)
+
+    def apply(self, tensors: Sequence[DerivedEntry]) -> Sequence[DerivedEntry]:
+        """See Transform.apply."""
+        (tensor,) = tensors
+        dim = _dim(self.dim, tensor)
+        if self.size < tensor.shape[dim]:
+            raise ValueError(f"a size of {tensor.shape[dim]} or more, not {self.size}")
+        if tensor.dtype in NOT_COPYABLE:
+            raise ValueError(f"a dtype with constants, not {tensor.dtype}")
+        return [padded(tensor, dim, self.size, self.value)]
+
+
+@dataclass(frozen=True)
+class Trim(Transform):
+    """Leave out the end of a dimension of tensors, such as the padding of a vocabulary.
+
+    Args:
+        pattern: The pattern of the names, which stay.
+        size: The new size of the dimension.
+        dim: The dimension; negative numbers count from the end.
+
+    Example:
+        >>> import torch, shardckpt
+        >>> from shardckpt.transforms import Trim
+        >>> _ = shardckpt.save({"embedding": torch.arange(4.0)}, "run/step-1")
+        >>> state = {"embedding": torch.zeros(3)}
+        >>> report = shardckpt.load(state, "run/step-1", transforms=[Trim("embedding", 3)])
+        >>> state["embedding"]
+        tensor([0., 1., 2.])
+    """
+
+    pattern: str
+    size: int
+    dim: int = 0
+
+    def patterns(self) -> tuple[str, ...]:
+        """See Transform.patterns."""
+        return (self.pattern,)
+
+    def new_names(self) -> tuple[str, ...]:
+        """See Transform.new_names."""
+        return (self.pattern,)
+
+    def apply(self, tensors: Sequence[DerivedEntry]) -> Sequence[DerivedEntry]:
+        """See Transform.apply."""
+        (tensor,) = tensors
+        dim = _dim(self.dim, tensor)
+        if not 0 <= self.size <= tensor.shape[dim]:
+            raise ValueError(f"a size from 0 to {tensor.shape[dim]}, not {self.size}")
+        return [cut(tensor, dim, [(0, self.size)])]
+
+
+def _dim(dim: int, tensor: TensorEntry) -> int:
+    if not -len(tensor.shape) <= dim < len(tensor.shape):
+        raise ValueError(f"a tensor with dimension {dim}, not the shape {list(tensor.shape)}")
+    return dim % len(tensor.shape)
+
+
+def _check_groups(sizes: Sequence[int], groups: int) -> None:
+    if groups < 1 or any(size % groups for size in sizes):
+        raise ValueError(f"sizes that {groups} groups divide, not {list(sizes)}")
+
+
+def transformed(manifest: Manifest, transforms: Transforms | None, *, path: str) -> Manifest:
+    """Return the manifest that a checkpoint with the transformed tensors would have.
+
+    Its tensors may be DerivedEntries, without chunks of their own.
+
+    Args:
+        manifest: The manifest.
+        transforms: The transforms, in order.
+        path: The path of the checkpoint, for errors.
+
+    Raises:
+        LoadMismatchError: A pattern matches no tensor, or a tensor does not fit.
+        StateError: A transform is invalid, or two tensors get the same name.
+    """
+    for transform in transforms or ():
+        if not isinstance(transform, Transform):
+            raise StateError(
+                "Invalid transform",
+                expected="an object of shardckpt.transforms",
+                actual=repr(transform)[:200],
+            )
+        manifest = _apply(manifest, transform, path)
+    return manifest
+
+
+def _apply(manifest: Manifest, transform: Transform, path: str) -> Manifest:
+    saved = SavedState(manifest)
+    refs = {
+        name: node
+        for name, node in saved.leaves.items()
+        if isinstance(node, TensorRef) and node.ref_type != "per_rank"
+    }
+    tensors = dict(manifest.tensors)
+    removed: set[str] = set()
+    added: dict[str, tuple[TensorRef, str]] = {}  # new name -> tensor, name of its first source
+    made: dict[Any, TensorRef] = {}  # so that tied tensors stay tied
+    for names, new_names in _matches(transform, list(refs), path):
+        sources = [refs[name] for name in names]
+        entries = [derived(tensors[ref.name], ref.name) for ref in sources]
+        try:
+            results = transform.apply(entries)
+        except ValueError as error:
+            raise LoadMismatchError(
+                f"{type(transform).__name__} does not fit a tensor",
+                path=path,
+                tensor=names[0],
+                expected=str(error),
+                remedy="correct the transform",
+            ) from None
+        for name, entry, before in zip(new_names, results, _same(entries, results), strict=True):
+            key = (entry.dtype, entry.shape, entry.pieces, sources[0].ref_type)
+            if before is not None:  # only the name changes
+                made[key] = sources[before]
+            if key not in made:
+                made[key] = TensorRef(_unused(name, tensors), sources[0].ref_type)
+                tensors[made[key].name] = entry
+            if name in added or (name in saved.leaves and name not in names):
+                raise StateError(
+                    "Two tensors have the same name after a transform",
+                    path=path,
+                    tensor=name,
+                    remedy="correct the new names of the transform",
+                )
+            added[name] = (made[key], names[0])
+        removed.update(names)
+    tree = _edited(saved.tree, removed, added)
+    held = {ref.name for ref in refs.values()} - {ref.name for ref in _refs(tree)}
+    return replace(
+        manifest,
+        tensors={name: entry for name, entry in tensors.items() if name not in held},
+        state=values.encode(tree, at=""),
+    )
+
+
+def _same(entries: Sequence[DerivedEntry], results: Sequence[DerivedEntry]) -> Iterator[int | None]:
+    """Yield the index of the entry that each result is, or None."""
+    for result in results:
+        yield next((index for index, entry in enumerate(entries) if entry is result), None)
+
+
+def _unused(name: str, tensors: Mapping[str, TensorEntry]) -> str:
+    """Return a key for a new tensor. It is the name, unless the manifest has that already."""
+    while name in tensors:
+        name += "'"
+    return name
+
+
+def _refs(node: Any) -> Iterator[TensorRef]:
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, TensorRef):
+            yield node
+        stack += [item for _, item in children(node)]
+
+
+def _matches(
+    transform: Transform, names: list[str], path: str
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the names of tensors that a transform takes together, and their new names."""
+    first, *others = patterns = transform.patterns()
+    every = [*patterns, *transform.new_names()]
+    if any(not isinstance(each, str) for each in every):
+        raise StateError("Invalid names of a transform", expected="str", actual=repr(transform))
+    if len({each.count("*") for each in every}) > 1 or len(set(transform.new_names())) < len(
+        transform.new_names()
+    ):
+        raise StateError(
+            "The names of a transform do not fit together",
+            expected="different new names, and as many * in each name as in the others",
+            actual=", ".join(every),
+            remedy="correct the names",
+        )
+    form = re.compile("(.*)".join(map(re.escape, first.split("*"))), re.DOTALL)
+    known, found = set(names), False
+    for name in names:
+        if match := form.fullmatch(name):
+            found = True
+            together = [name, *(_filled(other, match.groups()) for other in others)]
+            for other in together:
+                if other not in known:
+                    raise _absent(other, names, path, transform)
+            yield together, [_filled(new, match.groups()) for new in transform.new_names()]
+    if not found:
+        raise _absent(first, names, path, transform)
+
+
+def _filled(pattern: str, texts: Sequence[str | Any]) -> str:
+    """Return a pattern with texts in place of its stars."""
+    first, *rest = pattern.split("*")
+    return first + "".join(text + part for text, part in zip(texts, rest, strict=True))
+
+
+def _absent(name: str, names: list[str], path: str, transform: Transform) -> LoadMismatchError:
+    return LoadMismatchError(
+        f"{type(transform).__name__} names {name!r}, and no saved tensor has this name",
+        path=path,
+        expected="the name of a saved tensor, or a pattern with *",
+        actual=", ".join(names[:8]) or "a checkpoint without tensors",
+        remedy="correct the transform, or list the names with `shardckpt inspect`",
+    )
+
+
+def _edited(tree: Any, removed: set[str], added: Mapping[str, tuple[TensorRef, str]]) -> Any:
+    """Return the tree without the removed leaves, and with the added ones.
+
+    An added tensor stands in the innermost dict around its source whose name begins its own name.
+    """
+    homes: dict[str, dict[str, TensorRef]] = {}
+    holders = _dicts_around(tree, removed)
+    for name, (ref, source) in added.items():
+        home = next((at for at in holders[source] if under(name, at) and name != at), None)
+        if home is None:
+            raise StateError(
+                "A new tensor has no place in the saved state, which is a list",
+                tensor=name,
+                expected=f"a name that begins with the name of a dict around {source}",
+                remedy="correct the new names of the transform",
+            )
+        homes.setdefault(home, {})[name[len(home) :].lstrip(".")] = ref
+    nothing = object()
+
+    def edit(node: Any, name: str) -> Any:
+        items = children(node)
+        if not items:
+            return nothing if name in removed else node
+        kept = [(key, edit(item, below(name, key))) for key, item in items]
+        if not isinstance(node, dict):
+            return rebuilt(node, ((key, None if v is nothing else v) for key, v in kept))
+        new = homes.pop(name, {})
+        # a tensor that keeps its name keeps its place
+        kept = [(key, new.pop(str(key)) if str(key) in new else value) for key, value in kept]
+        chosen = [(key, value) for key, value in kept if value is not nothing]
+        return rebuilt(node, [*chosen, *new.items()]) if chosen or new else nothing
+
+    result = edit(tree, "")
+    return {} if result is nothing else result
+
+
+def _dicts_around(tree: Any, names: set[str]) -> dict[str, list[str]]:
+    """Return the names of the dicts around each leaf, from the innermost to the outermost."""
+    found: dict[str, list[str]] = {}
+    stack: list[tuple[Any, str, list[str]]] = [(tree, "", [])]
+    while stack:
+        node, name, above = stack.pop()
+        if name in names:
+            found[name] = above
+        around = [name, *above] if isinstance(node, dict) else above
+        stack += [(item, below(name, key), around) for key, item in children(node)]
+    return found
