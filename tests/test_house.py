@@ -293,6 +293,7 @@ WITHOUT_TEST_FILE = {
     "cli/entry.py": "the entry point: test_extras_are_optional",
     "convert/dcp_files.py": "a target of convert: test_convert",
     "convert/formats.py": "a declaration",
+    "convert/like.py": "a source of convert: test_convert",
     "convert/transformed.py": "sources of convert: test_transforms",
     "convert/safetensors_files.py": "a source and a target of convert: test_convert",
     "convert/single_files.py": "sources and targets of convert: test_torch_reader",

@@ -48,6 +48,7 @@ def _convert(options: SimpleNamespace) -> None:
             rename=dict(each for each in options.rename or () if "*" not in each[0]) or None,
             transforms=[Rename(*each) for each in options.rename or () if "*" in each[0]],
             dtype=options.dtype,
+            like=options.like,
             check=options.rank == 0,  # only one rank checks
         )
 
@@ -118,6 +119,12 @@ COMMANDS = (
                 ["--dtype"],
                 type=click.Choice(["float64", "float32", "float16", "bfloat16"]),
                 help="The dtype of all floating-point tensors of 16 bits and more.",
+            ),
+            click.Option(
+                ["--like"],
+                metavar="PATH",
+                help="A checkpoint whose tensors the target has: the same names, shapes and "
+                "dtypes. With --format hf, configuration and tokenizer are copied from it.",
             ),
             OVERWRITE,
             JSON,

@@ -13,6 +13,7 @@ from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
 from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
+from shardckpt.convert.like import Like
 from shardckpt.convert.safetensors_files import (
     HuggingFace,
     SafetensorsFile,
@@ -50,7 +51,7 @@ from shardckpt.transforms import Transforms
 
 __all__ = ["Opened", "convert", "convert_source", "open_source"]
 
-Opened: TypeAlias = Checkpoint | Foreign | Selected | Transformed | Cast
+Opened: TypeAlias = Checkpoint | Foreign | Selected | Transformed | Cast | Like
 
 _TORCH_SUFFIXES = (".ckpt", ".bin")
 """Suffixes of torch files. Lightning has folders with these names too."""
@@ -68,6 +69,7 @@ def convert(
     rename: Rename = None,
     transforms: Transforms | None = None,
     dtype: torch.dtype | str | None = None,
+    like: str | os.PathLike[str] | None = None,
     shards: int | None = None,
     file_bytes: int | None = None,
     overwrite: bool = False,
@@ -93,6 +95,8 @@ def convert(
         transforms: Changes of the tensors; see `load`. `keys` and `rename` apply after them.
         dtype: The dtype of all floating-point tensors of 16 bits and more: "float64", "float32",
             "float16" or "bfloat16". By default each keeps its dtype.
+        like: A checkpoint whose tensors the target has: the same names, shapes and dtypes. Other
+            entries are left out. For "hf", configuration and tokenizer are copied from it.
         shards: The number of shards, or of files of DCP. By default one for each GiB. Only for
             "shardckpt" and "dcp".
         file_bytes: The largest size of a file, unless a tensor is larger. By default 5 GB. Only for
@@ -118,7 +122,7 @@ def convert(
         (('weight',), ('step',))
     """
     location = resolve(target, storage)
-    options: Any = {"transforms": transforms, "dtype": dtype}
+    options: Any = {"transforms": transforms, "dtype": dtype, "like": like}
     with open_source(source, keys=keys, rename=rename, storage=storage, **options) as opened:
         return convert_source(
             opened,
@@ -137,6 +141,7 @@ def open_source(
     rename: Rename = None,
     transforms: Transforms | None = None,
     dtype: torch.dtype | str | None = None,
+    like: str | os.PathLike[str] | None = None,
     check: bool = True,
     storage: Storage | None = None,
 ) -> Opened:
@@ -158,6 +163,9 @@ def open_source(
             opened = Selected(opened, rename=rename)
         if wanted is not None:
             opened = Cast(opened, wanted)
+        if like is not None:
+            with open_source(like, check=False, storage=storage) as model:
+                opened = Like(opened, model)
     except BaseException:
         opened.close()
         raise

@@ -16,7 +16,14 @@ from shardckpt.errors import NotACheckpointError
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.posix import translated
 
-__all__ = ["WEIGHTS", "companions", "left_beside", "names_in", "raise_unreadable", "writer_of"]
+__all__ = [
+    "WEIGHTS",
+    "companions",
+    "left_beside",
+    "names_in",
+    "raise_unreadable",
+    "writer_of",
+]
 
 WEIGHTS = (
     "model.safetensors.index.json",

@@ -231,7 +231,9 @@ class HuggingFace(Folder):
         system: System | None = None,
     ) -> None:
         origin = origin_of(source)
-        copied = {name: os.path.join(source.path, name) for name in origin.companions}
+        copied = {
+            name: os.path.join(origin.home or source.path, name) for name in origin.companions
+        }
         super().__init__(path, overwrite=overwrite, copied=copied, system=system)
         self.source = source
         self.tied: dict[str, list[str]] = {name: [] for name in source.manifest.tensors}

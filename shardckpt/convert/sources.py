@@ -46,7 +46,8 @@ class Origin:
 
     `left_out`: entry or file -> why it is not converted. `changed`: entry -> its new form. `files`:
     the files that were read, if the folder holds others too. `companions`: files of the folder to
-    copy to a folder in the layout of Hugging Face.
+    copy to a folder in the layout of Hugging Face. `home`: the folder of the companions, if it is
+    not the source.
     """
 
     format: str
@@ -55,6 +56,7 @@ class Origin:
     changed: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
+    home: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +213,8 @@ def origin_of(source: Source) -> Origin:
     """Return the origin of a source."""
     if isinstance(source, (Selected, Transformed, Cast)):
         return origin_of(source.source)
-    if isinstance(source, Foreign):
-        return source.origin
+    if isinstance(origin := getattr(source, "origin", None), Origin):
+        return origin
     used = {MANIFEST_NAME, *(shard.name for shard in source.manifest.shards)}
     left = left_beside(source.path, used) if os.path.isdir(source.path) else {}
     return Origin(format="shardckpt", writer=source.manifest.library, left_out=left)

@@ -16,9 +16,10 @@ from shardckpt.state.derived import DerivedEntry
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.transforms import Transforms, transformed
 
-__all__ = ["Cast", "Transformed", "float_dtype"]
+__all__ = ["FLOATS", "Cast", "Transformed", "float_dtype"]
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that are converted into each other."""
 
 
 def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -28,12 +29,12 @@ def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
         StateError: Another dtype, or another name.
     """
     name = re.sub(r"^torch\.", "", str(dtype))
-    for known in _FLOATS:
+    for known in FLOATS:
         if name == str(known).removeprefix("torch."):
             return known
     raise StateError(
         "convert does not write this dtype",
-        expected=", ".join(str(known).removeprefix("torch.") for known in _FLOATS),
+        expected=", ".join(str(known).removeprefix("torch.") for known in FLOATS),
         actual=name,
     )
 
@@ -85,7 +86,7 @@ class Cast(AbstractContextManager["Cast"]):
             source.manifest,
             tensors={
                 key: msgspec.structs.replace(entry, dtype=name)
-                if DTYPES[entry.dtype] in _FLOATS
+                if DTYPES[entry.dtype] in FLOATS
                 else entry
                 for key, entry in source.manifest.tensors.items()
             },
@@ -94,7 +95,7 @@ class Cast(AbstractContextManager["Cast"]):
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """See Source.read_box."""
         read = self.source.read_box(name, offsets, sizes)
-        return read.to(self.dtype) if read.dtype in _FLOATS else read
+        return read.to(self.dtype) if read.dtype in FLOATS else read
 
     def __exit__(self, *error: object) -> None:
         self.close()

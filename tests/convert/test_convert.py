@@ -144,6 +144,41 @@ def test_files_that_others_wrote(tmp_path):
         assert plain(shardckpt.load_state(tmp_path / f"{name}-converted")) == plain(state)
 
 
+def test_like_another_checkpoint(tmp_path):
+    """The result of a training as the folder from which the training began."""
+    began = tmp_path / "began"
+    began.mkdir()
+    before = {
+        "a.weight": torch.zeros(2, 3).bfloat16(),
+        "b.bias": torch.zeros(4),
+        "n": torch.ones(1),
+    }
+    save_file(before, began / "model.safetensors", {"format": "pt"})
+    (began / "config.json").write_text("{}")
+    model = {"a.weight": torch.full((2, 3), 0.1), "b": {"bias": torch.ones(4)}, "n": torch.ones(1)}
+    shardckpt.save({"model": {**model, "extra": torch.ones(1)}, "step": 7}, tmp_path / "trained")
+    target = tmp_path / "target"
+    command = ["convert", str(tmp_path / "trained"), str(target), "--format", "hf"]
+    assert main([*command, "--rename", "model=", "--like", str(began)]) == 0
+    (file,) = target.glob("*.safetensors")
+    found = load_file(file)
+    assert found.keys() == before.keys()
+    assert torch.equal(found["a.weight"], torch.full((2, 3), 0.1).bfloat16())
+    assert torch.equal(found["b.bias"], torch.ones(4))
+    assert (target / "config.json").read_text() == "{}"
+
+    options = {"rename": {"model": ""}, "like": began}
+    report = convert(tmp_path / "trained", tmp_path / "plain", **options)
+    assert {"extra", "step"} <= report.left_out.keys()
+    assert shardckpt.load_state(tmp_path / "plain").keys() == before.keys()
+    for change in ({"b": {"bias": torch.ones(5)}}, {"b": {}}, {"n": torch.ones(1).long()}):
+        other = tmp_path / "other"
+        shardckpt.save({"model": {**model, **change}}, other, overwrite=True)
+        with pytest.raises(errors.LoadMismatchError, match="does not have the tensors") as caught:
+            convert(other, tmp_path / "no", **options)
+        assert ("n: " if "n" in change else "b.bias: ") in str(caught.value)
+
+
 @pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "dcp"])
 def test_numpy_arrays(tmp_path, target):
     """They stay arrays where no unpickling is needed for it, else they are tensors."""
