@@ -88,13 +88,13 @@ def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]
     storage, folder = resolve(path)
     found = False
     for name in storage.names(folder):
-        path = storage.child(folder, name)
+        inner = storage.child(folder, name)
         try:
-            checkpoint = cls(path, storage=storage)
+            checkpoint = cls(inner, storage=storage)
         except (CheckpointNotFoundError, NotACheckpointError):
             continue
         except CheckpointError as error:
-            logger.warning("%s is left out: %s", path, error.message)
+            logger.warning("%s is left out: %s", inner, error.message)
             continue
         found = True
         with checkpoint:
