@@ -170,7 +170,8 @@ def _check_by_all(
         return _encode((bad, sum(checked_bytes for _, checked_bytes in results)))
 
     answer = exchange(ranks, "verify", check, merge)
-    return msgspec.msgpack.decode(answer, type=_Checked)
+    checked: _Checked = msgspec.msgpack.decode(answer, type=_Checked)
+    return checked
 
 
 def _diagnose_by_all(
@@ -191,7 +192,8 @@ def _diagnose_by_all(
         return _encode((corruption, [error for _, errors in results for error in errors]))
 
     answer = exchange(ranks, "diagnose", diagnose, gather)
-    return msgspec.msgpack.decode(answer, type=_Diagnosis)
+    diagnosis: _Diagnosis = msgspec.msgpack.decode(answer, type=_Diagnosis)
+    return diagnosis
 
 
 class _ErrorMessage(msgspec.Struct, array_like=True):
