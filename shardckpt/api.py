@@ -19,14 +19,14 @@ from shardckpt.plan.device_map import DeviceMap
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.reports import CheckpointMetadata, LoadReport, RescueReport, SaveReport, VerifyReport
 from shardckpt.saving import async_save as background
-from shardckpt.saving.agreement import Target
+from shardckpt.saving.agreement import SaveTarget
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.saving.incremental import check_verify_base, open_base
 from shardckpt.saving.pipeline import plan_state, run_save
 from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 from shardckpt.transforms import Transforms
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ Path = str | os.PathLike[str] | Storage
 
 def _base(
     base: Path | Checkpoint | None, storage: Storage | None, *, verify: bool
-) -> Place | Checkpoint | None:
+) -> Location | Checkpoint | None:
     check_verify_base(base, verify_base=verify)
     if base is None or isinstance(base, Checkpoint):
         return base
@@ -150,7 +150,7 @@ def save(
     with operation(f"save {place.path}", process_group, comm=comm) as coordinator:
         return run_save(
             lambda: plan_state(state, coordinator),
-            Target(place.path, place.storage, overwrite),
+            SaveTarget(place.path, place.storage, overwrite),
             coordinator=coordinator,
             base=open_base(earlier, verify=verify_base),
             check_replicas=check_replicas,
@@ -212,7 +212,7 @@ def async_save(
         with ranks as coordinator:
             return run_save(
                 staged_plan,
-                Target(place.path, place.storage, overwrite),
+                SaveTarget(place.path, place.storage, overwrite),
                 coordinator=coordinator,
                 base=open_base(earlier, verify=verify_base),
                 check_replicas=check_replicas,

@@ -73,7 +73,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def _in_a_line(name: str | None) -> str | None:
+def _one_line(name: str | None) -> str | None:
     """Escape the line ends of a name, which could otherwise look like another fact."""
     return None if name is None else str(name).replace("\n", "\\n")
 
@@ -134,9 +134,9 @@ class ShardckptError(Exception):
 
     def __str__(self) -> str:
         facts = {
-            "path": _in_a_line(self.path),
+            "path": _one_line(self.path),
             "rank": self.rank,
-            "tensor": _in_a_line(self.tensor),
+            "tensor": _one_line(self.tensor),
             "expected": self.expected,
             "actual": self.actual,
             **self.facts,

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.convert.dcp import DcpCheckpoint, fsdp_parts, is_dcp, open_fsdp
+from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
 from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
@@ -46,7 +46,7 @@ from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 from shardckpt.transforms import Transforms
 
 __all__ = ["Opened", "convert", "convert_source", "open_source"]
@@ -174,7 +174,7 @@ def open_source(
     return opened
 
 
-def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
+def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
     path = place.path
     if is_single_file(path):
         if path.endswith(".safetensors"):
@@ -192,7 +192,7 @@ def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
                 if ".safetensors" in weights:
                     return open_hugging_face(path, weights)
                 return open_torch_folder(path, weights, check=check)
-        if fsdp_parts(path):
+        if fsdp_folders(path):
             return open_fsdp(path)
         raise_unreadable(path)
     return Checkpoint(path, storage=place.storage)
@@ -256,7 +256,7 @@ def convert_source(
     return _report(source, target, target_format)
 
 
-def _local(place: Place, target_format: Format) -> str:
+def _local(place: Location, target_format: Format) -> str:
     """The local path of a target in another format."""
     if isinstance(place.storage, LocalStorage):
         return place.path

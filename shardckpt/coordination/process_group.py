@@ -19,7 +19,7 @@ from shardckpt.coordination.deadlines import rank_failed
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
 from shardckpt.coordination.resolve import is_alone, operation
-from shardckpt.coordination.shutdown import leave_at_exit
+from shardckpt.coordination.shutdown import destroy_groups_at_exit
 from shardckpt.errors import CoordinationError, DependencyError
 
 __all__ = ["group_for_dcp", "init_from_mpi"]
@@ -86,7 +86,7 @@ def init_from_mpi(
             remedy="read the logs of the other ranks; set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
             "to the network to use",
         ) from error
-    leave_at_exit()
+    destroy_groups_at_exit()
 
 
 def group_for_dcp(path: str | None, *, comm: Any = None) -> None:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from shardckpt.coordination.base import Coordinator
 from shardckpt.maintenance.rewritable import Source, read_chunks
-from shardckpt.plan.file_parts import FilePart, file_parts
+from shardckpt.plan.file_ranges import FileRange, file_ranges
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec
 from shardckpt.saving.shard_writer import write_shard
 from shardckpt.storage.base import WritableFile
 
-__all__ = ["NewFile", "WrittenFile", "joined_parts", "write_together"]
+__all__ = ["NewFile", "WrittenFile", "joined_files", "write_ranges"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,26 +44,29 @@ class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
         return np.frombuffer(self.digests, dtype="<u8").astype(np.uint64)
 
 
-def write_together(
+def write_ranges(
     source: Source,
     sizes_bytes: Sequence[int],
     new_file: Callable[[int], NewFile],
     ranks: Coordinator,
     progress: Callable[[int], None],
     *,
-    whole_files: bool = False,
+    one_rank_per_file: bool = False,
 ) -> bytes:
     """Write the parts of this rank, durably. Not collective. `sizes` are the bytes of data of each
     file.
 
     `new_file(n)` lays out file n, equally on all ranks. `progress` is called with the bytes that
-    this rank wrote so far. With `whole_files` each file is written by one rank. Returns the message
-    for joined_parts.
+    this rank wrote so far. With `one_rank_per_file` each file is written by one rank. Returns the message
+    for joined_files.
     """
     written: list[WrittenFile] = []
     done_bytes = 0
-    for part in file_parts(
-        sizes_bytes, rank=ranks.rank, world_size=ranks.world_size, whole_files=whole_files
+    for part in file_ranges(
+        sizes_bytes,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        one_rank_per_file=one_rank_per_file,
     ):
 
         def advance(size_bytes: int, before: int = done_bytes) -> None:
@@ -71,7 +74,7 @@ def write_together(
             progress(before + size_bytes)
 
         new = new_file(part.file)
-        end, digests = _write_part(source, new, part, advance)
+        end, digests = _write_range(source, new, part, advance)
         done_bytes += end - part.begin
         written.append(
             WrittenFile(
@@ -84,8 +87,8 @@ def write_together(
     return msgspec.msgpack.encode(written)
 
 
-def _write_part(
-    source: Source, new: NewFile, part: FilePart, progress: Callable[[int], None]
+def _write_range(
+    source: Source, new: NewFile, part: FileRange, progress: Callable[[int], None]
 ) -> tuple[int, NDArray[np.uint64]]:
     head, end = len(new.header), new.size_bytes if part.end is None else part.end
     file = new.create()
@@ -111,7 +114,7 @@ def _write_part(
     return end, digests
 
 
-def joined_parts(payloads: Sequence[bytes]) -> list[WrittenFile]:
+def joined_files(payloads: Sequence[bytes]) -> list[WrittenFile]:
     """Return all files in order, from the messages of all ranks, in rank order."""
     decode = msgspec.msgpack.Decoder(list[WrittenFile]).decode
     files: list[WrittenFile] = []

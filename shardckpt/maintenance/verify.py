@@ -29,12 +29,12 @@ from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.safetensors_header import chunk_name, header_bytes, parse_header
 from shardckpt.io.buffers import BUFFER_BYTES, lease
 from shardckpt.io.threads import stalled, workers
-from shardckpt.loading.shard_reader import bad_blocks, tensors_in
+from shardckpt.loading.shard_reader import corrupted_blocks, tensors_in
 from shardckpt.maintenance.bit_flips import find_flipped_bit
 from shardckpt.reports import VerifyReport
 from shardckpt.storage.base import CheckpointFiles
 
-__all__ = ["ShardDamage", "find_damage", "read_header", "verify_shards"]
+__all__ = ["ShardCorruption", "find_corruption", "read_header", "verify_shards"]
 
 _MAX_SEARCHED_BLOCKS = 3
 """A shard with more corrupted blocks is not searched for flipped bits: a search takes up to a
@@ -48,7 +48,7 @@ def _silent(checked_bytes: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardDamage:
+class ShardCorruption:
     """The corruption of one shard.
 
     Attributes:
@@ -195,11 +195,11 @@ class _ErrorMessage(msgspec.Struct, array_like=True):
 
 
 _Checked = tuple[dict[int, list[int]], int]
-_Diagnosis = tuple[list[ShardDamage], list[_ErrorMessage]]
+_Diagnosis = tuple[list[ShardCorruption], list[_ErrorMessage]]
 _encode = msgspec.msgpack.encode
 
 
-def find_damage(files: CheckpointFiles, manifest: Manifest) -> list[ShardDamage]:
+def find_corruption(files: CheckpointFiles, manifest: Manifest) -> list[ShardCorruption]:
     """Verify all shards and describe each corrupted one. Not collective."""
     bad, _ = _check_blocks(files, manifest, subset=(1, 1), progress=_silent)
     return _diagnose(files, manifest, bad, range(len(manifest.shards)))
@@ -253,7 +253,7 @@ def _check_blocks(
 
 def _diagnose(
     files: CheckpointFiles, manifest: Manifest, bad: dict[int, list[int]], shards: Iterable[int]
-) -> list[ShardDamage]:
+) -> list[ShardCorruption]:
     each = (
         _damage(
             files, manifest, index, _size(files, manifest.shards[index]), sorted(bad.get(index, ()))
@@ -280,7 +280,7 @@ def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> l
                 shard.name, buffer.view, offset=low, size_bytes=high - low
             ):
                 files.readinto(shard.name, [view], offset=low)
-            return bad_blocks(shard, low, view)
+            return corrupted_blocks(shard, low, view)
         except (StorageError, CorruptionError) as error:
             if isinstance(error, StorageError) and error.errno != errno.EIO:
                 raise
@@ -292,7 +292,7 @@ def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> l
 
 def _damage(
     files: CheckpointFiles, manifest: Manifest, index: int, size: int | None, bad: list[int]
-) -> ShardDamage | None:
+) -> ShardCorruption | None:
     shard = manifest.shards[index]
     last = len(shard.digests)
     if size is None:
@@ -324,9 +324,9 @@ def _shard_damage(
     facts: tuple[str, str],
     blocks: range | list[int],
     flips: tuple[tuple[int, int], ...] = (),
-) -> ShardDamage:
+) -> ShardCorruption:
     expected, actual = facts
-    return ShardDamage(
+    return ShardCorruption(
         shard=index,
         message=message,
         expected=expected,

@@ -28,7 +28,7 @@ from shardckpt.plan.state_merge import merge
 from shardckpt.reports import Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
-__all__ = ["Agreement", "Target", "agree", "new_id"]
+__all__ = ["Agreement", "SaveTarget", "agree", "new_id"]
 
 _cache = PlanCache()
 
@@ -38,7 +38,7 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-class Target(NamedTuple):
+class SaveTarget(NamedTuple):
     """The target of a save: its path, its storage, and whether it replaces a checkpoint."""
 
     path: str
@@ -124,7 +124,7 @@ _decode_offer = msgspec.msgpack.Decoder(Offer).decode
 
 
 def agree(
-    coordinator: Coordinator, local: Attempt[LocalPlan], target: Target, work: Stopwatch
+    coordinator: Coordinator, local: Attempt[LocalPlan], target: SaveTarget, work: Stopwatch
 ) -> Agreement:
     """Agree on the part of each rank, and begin the checkpoint. Collective.
 
@@ -152,7 +152,7 @@ def agree(
 def _agree(
     coordinator: Coordinator,
     local: Attempt[LocalPlan],
-    target: Target,
+    target: SaveTarget,
     lead: _Lead,
     on_error: ExitStack,
 ) -> Agreement:
@@ -209,7 +209,7 @@ class _Lead:
     """The decisions of rank 0. Its methods run only on rank 0; on other ranks it stays empty."""
 
     def __init__(
-        self, local: Attempt[LocalPlan], target: Target, work: Stopwatch, on_error: ExitStack
+        self, local: Attempt[LocalPlan], target: SaveTarget, work: Stopwatch, on_error: ExitStack
     ) -> None:
         self.local = local
         self.target = target

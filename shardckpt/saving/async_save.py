@@ -239,7 +239,7 @@ class _Background:
 
     def __init__(self) -> None:
         self.stager = ThreadPoolExecutor(1, "shardckpt-stage")
-        self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_give_way)
+        self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_lower_priority)
         self.pool = StagingPool()
         self.stagings: tuple[Future[None], ...] = ()
         self.handles: list[SaveHandle] = []
@@ -309,7 +309,7 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     """Lower the priority of this thread and of those that it starts."""
     if sys.platform == "linux":  # other systems have no priority by thread
         thread = threading.get_native_id()

@@ -21,7 +21,7 @@ from shardckpt.state.optimizer_state import (
     TORCH_KEYS,
     TorchForms,
     flat_parameters,
-    is_own,
+    keeps_state,
     packed_state,
     state_of,
 )
@@ -167,7 +167,7 @@ class _TorchForm:
         """
         best: dict[int, str] = {}
         most = -1
-        places = self.context.parameter_names.places
+        paths = self.context.parameter_names.paths
         for candidate in self.context.parameter_names.candidates(self.parameters, at=self.name):
             count = len(self.group_of.keys() & candidate.values())
             if count > most:
@@ -181,7 +181,7 @@ class _TorchForm:
             names = [
                 name
                 if name in self.group_of
-                else next(filter(free.__contains__, places(id(parameter))), name)
+                else next(filter(free.__contains__, paths(id(parameter))), name)
                 for name, parameter in zip(names, self.parameters, strict=True)
             ]
         if most == 0 and len(self.group_of) == len(names) > 0:
@@ -258,7 +258,7 @@ class _TorchForm:
             if key not in self.group_of and key not in self.names
         }
         for number, fqn, parameter in zip(self.numbers, self.names, self.parameters, strict=True):
-            if not is_own(self.owner, parameter):
+            if not keeps_state(self.owner, parameter):
                 context.used.update(
                     n for n in context.saved.leaves if n.startswith(f"{prefix}.{fqn}.")
                 )
@@ -289,7 +289,7 @@ class _TorchForm:
                 tensor=name,
                 expected="parameters with memory",
                 actual="device meta",
-                remedy="materialise the module first (to_empty), then create the optimizer",
+                remedy="materialize the module first (to_empty), then create the optimizer",
             )
         saved = self._saved_parameter(parameter)
         if saved is not None and not context.fits(saved, _read_out(parameter, name)):
@@ -338,7 +338,7 @@ class _TorchForm:
         name.
         """
         saved = self.context.saved
-        for at in self.context.parameter_names.places(id(parameter)):
+        for at in self.context.parameter_names.paths(id(parameter)):
             ref = saved.nodes.get(at)
             name = ref.name if isinstance(ref, TensorRef) and ref.ref_type == "tensor" else at
             if name in saved.manifest.tensors:

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from shardckpt.errors import OptimizerModuleError, StateError
 from shardckpt.state.markers import Union
 from shardckpt.state.module_state import (
-    OwnState,
+    NamedState,
     module_state,
     modules_in,
+    named_state,
     names_by_identity,
-    own_state,
 )
 from shardckpt.state.refusals import reading_state
 from shardckpt.state.sharded_array import ShardedArray
@@ -36,7 +36,7 @@ __all__ = [
     "ParameterNames",
     "TorchForms",
     "flat_parameters",
-    "is_own",
+    "keeps_state",
     "optimizer_state",
     "packed_state",
     "plain_state",
@@ -61,7 +61,7 @@ class ParameterNames:
         self,
         modules: Iterable[tuple[str, nn.Module]],
         *,
-        read: Mapping[int, OwnState] | None = None,
+        read: Mapping[int, NamedState] | None = None,
     ) -> None:
         """`read` holds the modules that have just been read, by id."""
         self._named_modules = list(modules)
@@ -72,7 +72,9 @@ class ParameterNames:
         return [
             (
                 path,
-                names_by_identity(module, self._read.get(id(module)) or own_state(module, at=path)),
+                names_by_identity(
+                    module, self._read.get(id(module)) or named_state(module, at=path)
+                ),
             )
             for path, module in self._named_modules
         ]
@@ -107,13 +109,13 @@ class ParameterNames:
             yield {identity: names[identity] for identity in wanted}
         for path, names in owners:  # the names of version 0.1.0 in a state of several modules
             yield {identity: _join(path, names[identity]) for identity in wanted}
-        places = {identity: self.places(identity) for identity in wanted}
+        paths = {identity: self.paths(identity) for identity in wanted}
         for index, parameter in enumerate(parameters):
-            if not places[id(parameter)]:
+            if not paths[id(parameter)]:
                 raise _without_module(index, parameter, at)
-        yield {identity: places[identity][0] for identity in wanted}
+        yield {identity: paths[identity][0] for identity in wanted}
 
-    def places(self, identity: int) -> list[str]:
+    def paths(self, identity: int) -> list[str]:
         """Return the names in the state of one parameter."""
         return [_join(path, names[identity]) for path, names in self._modules if identity in names]
 
@@ -268,7 +270,7 @@ def _is_zero(optimizer: Optimizer) -> bool:
     return any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__)
 
 
-def is_own(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
+def keeps_state(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
     """Whether this rank keeps the optimizer's state of a parameter."""
     if not _is_zero(optimizer):
         return True
@@ -295,7 +297,7 @@ def packed_state(optimizer: Optimizer, *, at: str) -> Any:
 def _packed_zero(optimizer: Optimizer, *, at: str) -> dict[str, Any]:
     parameters = flat_parameters(optimizer)
     local = state_of(optimizer)
-    local_parameters = [p for p in parameters if is_own(optimizer, p)]
+    local_parameters = [p for p in parameters if keeps_state(optimizer, p)]
     example = next(((p, local[p]) for p in local_parameters if local.get(p)), None)
     if not local_parameters:
         raise StateError(
@@ -307,7 +309,7 @@ def _packed_zero(optimizer: Optimizer, *, at: str) -> dict[str, Any]:
         )
     state: dict[int, Any] = {}
     for number, parameter in enumerate(parameters):
-        if is_own(optimizer, parameter):
+        if keeps_state(optimizer, parameter):
             if local.get(parameter):
                 state[number] = {
                     key: _as_full_array(item) for key, item in local[parameter].items()

@@ -225,7 +225,7 @@ class LocalFiles(CheckpointFiles):
             directory = self._system.dup(self._directory)
         return LocalFiles(self._system, self.path, directory=directory)
 
-    def share(self, name: str, path: str) -> bool:
+    def link_or_clone(self, name: str, path: str) -> bool:
         """Make `path` a hard link to a shard. If the file system refuses, clone the shard.
 
         The new file is durable when its directory is.

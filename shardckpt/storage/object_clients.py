@@ -27,8 +27,8 @@ from shardckpt.errors import (
 from shardckpt.storage.object_store import ObjectStorage
 from shardckpt.storage.objects import (
     ConditionFailedError,
-    Found,
     NoObjectError,
+    ObjectInfo,
     Objects,
     Upload,
 )
@@ -249,22 +249,22 @@ class ClientObjects(Objects):
                     raise
                 return memoryview(b"")  # the object ends before the range begins
 
-    def head(self, key: str) -> Found | None:
+    def head(self, key: str) -> ObjectInfo | None:
         """See Objects.head."""
         import obstore
 
         with suppress(NoObjectError), self._errors(key):
-            return _found(obstore.head(self._store, key))
+            return _object_info(obstore.head(self._store, key))
         return None
 
-    def list(self, prefix: str) -> Iterable[Found]:
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
         """See Objects.list."""
         import obstore
 
         # obstore takes a prefix as whole parts of keys.
         with self._errors(prefix):
             for chunk in obstore.list(self._store, prefix.rstrip("/") or None):
-                yield from map(_found, chunk)
+                yield from map(_object_info, chunk)
 
     def folders(self, prefix: str) -> Sequence[str]:
         """See Objects.folders."""
@@ -357,8 +357,8 @@ def _repeated(read: Callable[[], T]) -> T:
     return read()
 
 
-def _found(meta: Any) -> Found:
-    return Found(meta["path"], meta["size"], _version(meta), meta["last_modified"].timestamp())
+def _object_info(meta: Any) -> ObjectInfo:
+    return ObjectInfo(meta["path"], meta["size"], _version(meta), meta["last_modified"].timestamp())
 
 
 def _version(result: Any) -> str:

@@ -51,8 +51,8 @@ from shardckpt.storage.base import (
 )
 from shardckpt.storage.objects import (
     ConditionFailedError,
-    Found,
     NoObjectError,
+    ObjectInfo,
     Objects,
     Upload,
 )
@@ -424,7 +424,7 @@ class ObjectFiles(CheckpointFiles):
 
     def names(self) -> list[str]:
         """See CheckpointFiles.names. Without a manifest those of the newest save."""
-        groups: dict[str, list[Found]] = defaultdict(list)
+        groups: dict[str, list[ObjectInfo]] = defaultdict(list)
         for found in self.objects.list(self._prefix):
             identity, _, name = found.key.removeprefix(self._prefix).partition("/")
             if _ID.fullmatch(identity) and is_shard_name(name):
@@ -604,7 +604,7 @@ def _collect(objects: Objects, prefix: str, *, below: bool = False) -> list[str]
     Returns the first few other objects, by their keys after the prefix.
     """
     oldest_s = time.time() - current().leftover_age_s
-    saves: dict[str, dict[str, list[Found]]] = defaultdict(lambda: defaultdict(list))
+    saves: dict[str, dict[str, list[ObjectInfo]]] = defaultdict(lambda: defaultdict(list))
     manifests: set[str] = set()
     tombstones: list[str] = []
     others: list[str] = []
@@ -644,7 +644,7 @@ def _is_ours(name: str) -> bool:
     return name == _BEGUN or is_shard_name(name)
 
 
-def _has_marker(by_id: dict[str, list[Found]]) -> bool:
+def _has_marker(by_id: dict[str, list[ObjectInfo]]) -> bool:
     return any(f.key.endswith(f"/{_BEGUN}") for group in by_id.values() for f in group)
 
 

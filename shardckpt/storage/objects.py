@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["ConditionFailedError", "Found", "NoObjectError", "Objects", "Upload"]
+__all__ = ["ConditionFailedError", "NoObjectError", "ObjectInfo", "Objects", "Upload"]
 
 
 class NoObjectError(Exception):
@@ -21,7 +21,7 @@ class ConditionFailedError(Exception):
     """The condition of a put does not hold: nothing was changed."""
 
 
-class Found(NamedTuple):
+class ObjectInfo(NamedTuple):
     """An object as the store describes it.
 
     Attributes:
@@ -102,11 +102,11 @@ class Objects(ABC):
         """
 
     @abstractmethod
-    def head(self, key: str) -> Found | None:
+    def head(self, key: str) -> ObjectInfo | None:
         """Describe an object; None if there is none."""
 
     @abstractmethod
-    def list(self, prefix: str) -> Iterable[Found]:
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
         """Describe all objects whose keys begin with a prefix."""
 
     @abstractmethod

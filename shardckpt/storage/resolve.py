@@ -18,7 +18,7 @@ from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.paths import absolute
 
-__all__ = ["Place", "register_storage", "resolve", "scheme_of"]
+__all__ = ["Location", "register_storage", "resolve", "scheme_of"]
 
 OpenStorage = Callable[[str], Storage]
 """Takes a URL; returns the storage that it belongs to."""
@@ -37,7 +37,7 @@ _BUILT_IN = {
 _registered: dict[str, OpenStorage] = {}
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """A path in a storage."""
 
     storage: Storage
@@ -84,7 +84,7 @@ def scheme_of(path: str) -> str | None:
     return scheme if scheme in _registered or scheme in _BUILT_IN else None
 
 
-def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False) -> Place:
+def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False) -> Location:
     """Find the storage and the full path of what a user gave as a path.
 
     Args:
@@ -104,7 +104,7 @@ def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False
                 actual=f"{type(path).__qualname__} and storage={type(storage).__qualname__}",
                 remedy="leave out storage=",
             )
-        return Place(path, path.full_path(""))
+        return Location(path, path.full_path(""))
     if not (storage is None or isinstance(storage, Storage)):
         raise StateError(
             "Invalid storage", expected="a shardckpt.Storage", actual=repr(storage)[:200]
@@ -115,12 +115,12 @@ def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False
     if storage is None and isinstance(text, str) and (scheme := scheme_of(text)) is not None:
         url = _canonical(text, shortened=not isinstance(path, str))
         storage = _open_storage(scheme, url)
-        return Place(storage, storage.full_path(url))
+        return Location(storage, storage.full_path(url))
     if storage is not None and not isinstance(storage, LocalStorage) and isinstance(text, str):
-        return Place(storage, storage.full_path(text))
+        return Location(storage, storage.full_path(text))
     storage = storage or LocalStorage()
     full = storage.full_path(path if text is None else text)  # type: ignore[arg-type]
-    return Place(storage, absolute(full) if fixed else full)
+    return Location(storage, absolute(full) if fixed else full)
 
 
 def _canonical(text: str, *, shortened: bool) -> str:

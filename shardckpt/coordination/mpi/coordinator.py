@@ -155,7 +155,7 @@ def _gather_calls(link: Link, channel: str, subject: str, patience_s: float) -> 
     for rank, (nonce, _) in calls.items():
         link.send(rank, Message("verdict", nonce, text=decision.answer))
     if decision.late:
-        link.tell_late(decision.late, channel, subject)
+        link.inform_late(decision.late, channel, subject)
         link.give_up(decision.late)
     if decision.error is not None:
         raise decision.error

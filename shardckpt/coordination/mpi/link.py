@@ -136,7 +136,7 @@ def _forget(comm: Any, keyval: int, link: Link) -> None:
     link.free()
 
 
-def _leave() -> None:
+def _abort_if_ranks_are_lost() -> None:
     """Abort the job if ranks were given up.
 
     MPI ends a process only when all ranks have ended, which the lost ranks never do. mpirun reports
@@ -287,7 +287,7 @@ class Link:
         with _lock:
             return self.calls.pop(channel, {})
 
-    def tell_late(self, ranks: list[int], channel: str, subject: str) -> None:
+    def inform_late(self, ranks: list[int], channel: str, subject: str) -> None:
         """Inform ranks that rank 0 has given up their call, which may still arrive."""
         with _lock:
             for rank in ranks:
@@ -305,9 +305,9 @@ class Link:
         """Remember ranks that do not respond, so that this process can end without them."""
         _lost.update(self._in_world(ranks))
         atexit.unregister(
-            _leave
+            _abort_if_ranks_are_lost
         )  # the last function registered is called first: a process group may
-        atexit.register(_leave)  # wait for the lost rank when it is destroyed
+        atexit.register(_abort_if_ranks_are_lost)  # wait for the lost rank when it is destroyed
 
     def _in_world(self, ranks: list[int]) -> list[int]:
         world = self._mpi.COMM_WORLD.Get_group()

@@ -17,7 +17,7 @@ from shardckpt.integrations.dcp.writer import ShardWriter, check_comparable
 from shardckpt.loading.agreement import open_manifest
 from shardckpt.reports import SaveReport
 from shardckpt.state.optimizer_state import plain_state
-from shardckpt.storage.resolve import Place
+from shardckpt.storage.resolve import Location
 from shardckpt.torch_compat import dcp_save
 
 __all__ = ["save_with_planner"]
@@ -25,14 +25,14 @@ __all__ = ["save_with_planner"]
 
 def save_with_planner(
     state: Any,
-    place: Place,
+    place: Location,
     *,
     planner: Any,
     overwrite: bool,
     process_group: Any,
     comm: Any,
     check_replicas: bool,
-    base: Place | Checkpoint | None,
+    base: Location | Checkpoint | None,
     verify_base: bool,
 ) -> SaveReport:
     """Save a state with a DCP SavePlanner. Collective; see shardckpt.save."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.safetensors_header import HEADER_ALIGN
 
-__all__ = ["FilePart", "file_parts"]
+__all__ = ["FileRange", "file_ranges"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FilePart:
+class FileRange:
     """The bytes of a file from `begin` to `end`. Both are multiples of a block; None is the end of
     the file."""
 
@@ -23,13 +23,13 @@ class FilePart:
     end: int | None
 
 
-def file_parts(
-    sizes_bytes: Sequence[int], *, rank: int, world_size: int, whole_files: bool = False
-) -> Iterator[FilePart]:
+def file_ranges(
+    sizes_bytes: Sequence[int], *, rank: int, world_size: int, one_rank_per_file: bool = False
+) -> Iterator[FileRange]:
     """Yield the parts that a rank writes, given the bytes of data of each file, in order.
 
     The parts of all ranks cover every file. The part with `begin` 0 includes the header. A part is
-    at least a block long, unless it is a full file. With `whole_files` each part is one.
+    at least a block long, unless it is a full file. With `one_rank_per_file` each part is one.
     """
     ends = list(itertools.accumulate(size + HEADER_ALIGN for size in sizes_bytes))
     begins = [0, *ends]
@@ -40,7 +40,7 @@ def file_parts(
             return len(ends), 0
         file = bisect_right(ends, bound)
         size = ends[file] - begins[file]
-        if whole_files:
+        if one_rank_per_file:
             return file + (2 * (bound - begins[file]) >= size), 0
         at = round((bound - begins[file]) / BLOCK_BYTES) * BLOCK_BYTES
         return (file, at) if at == 0 or size - at >= BLOCK_BYTES else (file + 1, 0)
@@ -49,5 +49,5 @@ def file_parts(
     file, begin = cut(total * rank // world_size)
     last, end = cut(total * (rank + 1) // world_size)
     while (file, begin) < (last, end):
-        yield FilePart(file=file, begin=begin, end=end if file == last else None)
+        yield FileRange(file=file, begin=begin, end=end if file == last else None)
         file, begin = file + 1, 0
