@@ -46,6 +46,7 @@ __all__ = [
     "plain_functions",
     "spec_of",
     "storage_id",
+    "store_host",
     "storage_info",
     "unsynchronized_buffers",
     "wrapper_tensor",
@@ -203,6 +204,14 @@ def group_store(group: Any) -> Any:
     from torch.distributed.distributed_c10d import _get_process_group_store
 
     return _get_process_group_store(group)
+
+
+def store_host(store: Any) -> str | None:
+    """Return the host of a store's server. None if the store has none."""
+    stores: Any = torch.distributed
+    while isinstance(store, stores.PrefixStore):
+        store = store.underlying_store
+    return str(store.host) if isinstance(store, stores.TCPStore) else None
 
 
 def clone_store(store: Any) -> Any:

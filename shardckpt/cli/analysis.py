@@ -266,9 +266,6 @@ COMMANDS = (
     (
         "diff",
         _diff,
-        "Compare two checkpoints of any format. The exit code is 0 if they are equal, 1 if they "
-        "differ. Two checkpoints of shardckpt are compared by digests, and only blocks that differ "
-        "are read.",
         [
             *_paths("first", "second"),
             _number("--rtol", "The relative tolerance."),
@@ -281,15 +278,11 @@ COMMANDS = (
     (
         "stats",
         _stats,
-        "Print the norm, the smallest and largest element, the mean, and the number of zeros, NaN "
-        "and infinite elements of each tensor.",
         [*_paths("path"), KEYS, JSON],
     ),
     (
         "cat",
         _cat,
-        "Print a tensor, or a slice of it, such as `model.weight[0:8, -1]`. Dtypes that numpy "
-        "lacks are converted to float32 or complex64.",
         [
             *_paths("path", "tensor"),
             click.Option(["--all"], is_flag=True, help="Print more than 1,000 elements."),
@@ -300,8 +293,6 @@ COMMANDS = (
     (
         "merge",
         _merge,
-        "Write the average of the tensors of several checkpoints. The last path is the target. "
-        "Integers and other values come from the first checkpoint.",
         [
             click.Argument(["paths"], nargs=-1, required=True),
             click.Option(
@@ -320,8 +311,6 @@ COMMANDS = (
     (
         "report",
         _report,
-        "Write an HTML page about checkpoints: their sizes, the tensors of the newest one, and the "
-        "ranks that hold them. A path is a checkpoint or a folder of checkpoints.",
         [
             click.Argument(["paths"], nargs=-1, required=True),
             click.Option(["--html"], required=True, metavar="FILE", help="The file to write."),

@@ -98,10 +98,6 @@ COMMANDS = (
     (
         "convert",
         _convert,
-        "Write a checkpoint in another format. SOURCE is a checkpoint of shardckpt, of "
-        "torch.distributed.checkpoint (dcp), of Lightning or of Megatron-Core, a torch file (.pt, "
-        ".pth, .ckpt, .bin), a safetensors file, or a directory of Hugging Face (hf). Entries that "
-        "TARGET cannot hold are left out and listed.",
         [
             click.Argument(["source"]),
             click.Argument(["target"]),

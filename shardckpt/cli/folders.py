@@ -165,24 +165,20 @@ def _du(options: SimpleNamespace) -> None:
 _PATH = click.Argument(["path"])
 
 COMMANDS = (
-    ("ls", _ls, "List the checkpoints in a folder.", [_PATH, JSON]),
+    ("ls", _ls, [_PATH, JSON]),
     (
         "cp",
         _cp,
-        "Copy a checkpoint to another path or URL, and verify the copy. Run it again to go on with "
-        "a copy to an object store that was interrupted.",
         [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE],
     ),
     (
         "rm",
         _rm,
-        "Remove checkpoints.",
         [click.Argument(["paths"], nargs=-1, required=True)],
     ),
     (
         "prune",
         _prune,
-        "Remove the checkpoints of a CheckpointManager that no option keeps. The newest one stays.",
         [
             _PATH,
             click.Option(["--keep-last"], type=click.IntRange(min=1), help="Keep the newest N."),
@@ -197,5 +193,5 @@ COMMANDS = (
             click.Option(["--dry-run"], is_flag=True, help="Print what would be removed."),
         ],
     ),
-    ("du", _du, "Print the size of each checkpoint in a folder.", [_PATH]),
+    ("du", _du, [_PATH]),
 )

@@ -297,7 +297,6 @@ COMMANDS = (
     (
         "inspect",
         _inspect,
-        "Print the tensors, values and shards of a checkpoint.",
         [
             click.Argument(["path"]),
             JSON,

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from shardckpt._version import __version__
 from shardckpt.cli.parameters import separate
@@ -125,35 +126,89 @@ def _print_version(context: click.Context, parameter: click.Parameter, wanted: b
         context.exit()
 
 
-_MODULES = {
-    "inspect": "inspect",
-    "verify": "maintenance",
-    "rescue": "maintenance",
-    "reshard": "maintenance",
-    "convert": "convert",
-    "diff": "analysis",
-    "stats": "analysis",
-    "cat": "analysis",
-    "merge": "analysis",
-    "report": "analysis",
-    "ls": "folders",
-    "cp": "folders",
-    "rm": "folders",
-    "prune": "folders",
-    "du": "folders",
+_COMMANDS = {
+    "inspect": ("inspect", "Print the tensors, values and shards of a checkpoint."),
+    "verify": ("maintenance", "Read every block of a checkpoint and compare it with its digest."),
+    "rescue": ("maintenance", "Write a new checkpoint of all tensors that verify."),
+    "reshard": ("maintenance", "Write a checkpoint for another number of shards."),
+    "convert": (
+        "convert",
+        "Write a checkpoint in another format. SOURCE is a checkpoint of shardckpt, of "
+        "torch.distributed.checkpoint (dcp), of torchsnapshot, of Lightning or of Megatron- "
+        "Core, a torch file (.pt, .pth, .ckpt, .bin), a safetensors file, or a directory of "
+        "Hugging Face (hf). Entries that TARGET cannot hold are left out and listed.",
+    ),
+    "diff": (
+        "analysis",
+        "Compare two checkpoints of any format. The exit code is 0 if they are equal, 1 if they "
+        "differ. Two checkpoints of shardckpt are compared by digests, and only blocks that "
+        "differ are read.",
+    ),
+    "stats": (
+        "analysis",
+        "Print the norm, the smallest and largest element, the mean, and the number of zeros, "
+        "NaN and infinite elements of each tensor.",
+    ),
+    "cat": (
+        "analysis",
+        "Print a tensor, or a slice of it, such as `model.weight[0:8, -1]`. Dtypes that numpy "
+        "lacks are converted to float32 or complex64.",
+    ),
+    "merge": (
+        "analysis",
+        "Write the average of the tensors of several checkpoints. The last path is the target. "
+        "Integers and other values come from the first checkpoint.",
+    ),
+    "report": (
+        "analysis",
+        "Write an HTML page about checkpoints: their sizes, the tensors of the newest one, and "
+        "the ranks that hold them. A path is a checkpoint or a folder of checkpoints.",
+    ),
+    "ls": ("folders", "List the checkpoints in a folder."),
+    "cp": (
+        "folders",
+        "Copy a checkpoint to another path or URL, and verify the copy. Run it again to go on "
+        "with a copy to an object store that was interrupted.",
+    ),
+    "rm": ("folders", "Remove checkpoints."),
+    "prune": (
+        "folders",
+        "Remove the checkpoints of a CheckpointManager that no option keeps. The newest one stays.",
+    ),
+    "du": ("folders", "Print the size of each checkpoint in a folder."),
 }
-"""Command -> module. A module is imported when one of its commands is needed, as torch is slow."""
+"""Command -> module, description. A module is imported when its command runs, as torch is slow."""
 
 
 class _Group(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(_MODULES)
+        return list(_COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in _MODULES:
+        if name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"shardckpt.cli.{_MODULES[name]}")
-        return next(_command(*command) for command in module.COMMANDS if command[0] == name)
+        module_name, text = _COMMANDS[name]
+        module = importlib.import_module(f"shardckpt.cli.{module_name}")
+        return next(
+            _command(name, body, text, parameters)
+            for known, body, parameters in module.COMMANDS
+            if known == name
+        )
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        room = formatter.width - 6 - max(map(len, _COMMANDS))
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [
+                    (name, click.Command(name, help=text).get_short_help_str(room))
+                    for name, (_, text) in _COMMANDS.items()
+                ]
+            )
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [name for name in _COMMANDS if name.startswith(incomplete)]
+        found = [CompletionItem(name, help=_COMMANDS[name][1]) for name in names]
+        return found if names else super().shell_complete(context, incomplete)
 
 
 _group = _Group(

@@ -148,19 +148,16 @@ COMMANDS = (
     (
         "verify",
         _verify,
-        "Read every block of a checkpoint and compare it with its digest.",
         [click.Argument(["path"]), SUBSET, JOBS],
     ),
     (
         "rescue",
         _rescue,
-        "Write a new checkpoint of all tensors that verify.",
         [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE],
     ),
     (
         "reshard",
         _reshard,
-        "Write a checkpoint for another number of shards.",
         [
             click.Argument(["source"]),
             click.Argument(["target"]),

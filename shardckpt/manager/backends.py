@@ -129,8 +129,10 @@ class ShardedBackend:
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
         """See CheckpointBackend.verify."""
         with api.open_checkpoint(path, storage=self._storage) as checkpoint:
-            if quick:
-                for shard in checkpoint.manifest.shards:
+            shards = checkpoint.manifest.shards
+            # Shards that other machines hold can't be read here until they are copied.
+            if quick or any(checkpoint.files.elsewhere(shard.name) for shard in shards):
+                for shard in shards:
                     check_size(checkpoint.files, shard)
             else:
                 checkpoint.verify(progress=progress)

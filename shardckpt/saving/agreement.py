@@ -170,7 +170,7 @@ def _agree(
     def join() -> WriteTransaction:
         if lead.transaction is not None:
             return lead.transaction
-        return _abandoned_by(on_error, target.storage.join(target.path, token=answer.token))
+        return _abandoned_by(on_error, target.storage.join_part(target.path, token=answer.token))
 
     transaction = attempt(join)
     if answer.verdict is _Verdict.DIVIDE:

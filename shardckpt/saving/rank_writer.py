@@ -43,13 +43,17 @@ class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
 
 
 class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
-    """The files that a rank has written, as it reports them to rank 0."""
+    """The files that a rank has written, as it reports them to rank 0.
+
+    See WriteTransaction for `commits_part`.
+    """
 
     files: tuple[ShardFile, ...]
     problems: tuple[str, ...] = ()
     replicas: bytes = b""
     per_rank_trees: bytes = b"[]"
     seconds: dict[str, float] = {}
+    commits_part: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -165,6 +169,7 @@ def write_agreed(
             local, writes, everything=check_replicas, sampled=agreement.merged
         )
     result.per_rank_trees = local.per_rank_trees
+    result.commits_part = agreement.transaction.commits_part
     work.seconds.update(result.seconds)
     result.seconds = work.seconds
     return result

@@ -121,7 +121,7 @@ class _MemoryUpload(Upload):
         self._objects, self._key = objects, key
         self._parts: list[bytes] = []
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview | bytes) -> None:
         """See Upload.write."""
         self._parts.append(bytes(data))
 

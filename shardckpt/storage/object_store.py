@@ -67,6 +67,7 @@ _URL = re.compile(r"(?P<bucket>[a-z][a-z0-9+.-]*://[^/]+)(?:/(?P<prefix>.*))?", 
 _ID = re.compile(r"[0-9a-f]{32}")
 _ID_IN_MANIFEST = re.compile(rb'"id":"([0-9a-f]{32})"')
 _HEAD_BYTES = 200  # of a manifest; its id is among them
+_OTHERS = 5  # objects that an error lists
 _POLL_S = 0.05
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 5.0
@@ -119,11 +120,15 @@ class ObjectStorage(Storage):
         """See Storage.begin."""
         path = self.full_path(path)
         objects, prefix = self.at(path)
+        others: list[str] = []
         with suppress(StorageError):
-            _collect(objects, prefix)
+            others = _collect(objects, prefix)
         text, version = _get(objects, prefix + MANIFEST_NAME)
         if text is not None and not overwrite:
             raise _exists(path)
+        _check_outside(objects, path, prefix)
+        if others:
+            raise _in_the_way(path, others, overwrite=overwrite)
         if text is not None and not text.startswith(MANIFEST_HEAD):
             raise NotACheckpointError(
                 "overwrite=True replaces only a checkpoint",
@@ -155,6 +160,12 @@ class ObjectStorage(Storage):
                 )
             time.sleep(_POLL_S)
         return ObjectTransaction(objects, path, prefix, token, leads=False)
+
+    def assemble(self, path: str, *, checkpoint_id: str, overwrite: bool) -> ObjectTransaction:
+        """See Storage.assemble."""
+        transaction = self.begin(path, checkpoint_id=checkpoint_id, overwrite=overwrite)
+        transaction.assembles = True
+        return transaction
 
     def names(self, folder: str) -> list[str]:
         """See Storage.names."""
@@ -221,6 +232,7 @@ class ObjectTransaction(WriteTransaction):
         replaces: The version of the manifest that the commit replaces; None for a new one.
         old: The manifest that is replaced.
         overwrite: See Storage.begin.
+        assembles: Other processes write objects of the same checkpoint, and may commit it.
     """
 
     shares_files = False
@@ -228,6 +240,7 @@ class ObjectTransaction(WriteTransaction):
     replaces: str | None = None
     old: bytes | None = None
     overwrite = False
+    assembles = False
 
     def __init__(
         self, objects: Objects, path: str, prefix: str, token: str, *, leads: bool
@@ -321,7 +334,7 @@ class ObjectTransaction(WriteTransaction):
 
         Objects that appear later are deleted as leftovers.
         """
-        if self._may_delete:
+        if self._may_delete and not self.assembles:
             self._may_delete = False
             with suppress(StorageError):
                 self._objects.delete([found.key for found in self._objects.list(self._folder)])
@@ -345,9 +358,9 @@ class ObjectFile(WritableFile):
                 return
             self._append(data)
             while (early := self._early.pop(self._end, None)) is not None:
-                self._append(memoryview(early))
+                self._append(early)
 
-    def _append(self, data: memoryview) -> None:
+    def _append(self, data: memoryview | bytes) -> None:
         assert self._upload is not None, "it is open"
         self._upload.write(data)
         self._end += len(data)
@@ -528,6 +541,44 @@ def _exists(path: str) -> CheckpointExistsError:
     )
 
 
+def _check_outside(objects: Objects, path: str, prefix: str) -> None:
+    """Raise an error if the folder of a new checkpoint is itself a checkpoint."""
+    folder = prefix.rstrip("/").rpartition("/")[0]
+    key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
+    if not prefix or objects.head(key) is None:
+        return
+    text = _get(objects, key)[0]
+    if text is not None and text.startswith(MANIFEST_HEAD):
+        raise StateError(
+            "A checkpoint can't be saved inside another checkpoint",
+            path=path,
+            expected="a prefix that holds checkpoints",
+            actual=f"a checkpoint at {objects.url}/{folder}",
+            remedy="save to a path beside it",
+        )
+
+
+def _in_the_way(path: str, others: Sequence[str], *, overwrite: bool) -> ShardckptError:
+    """The error for objects below a path that are not of a checkpoint at this path."""
+    actual = f"other objects: {', '.join(others)}"
+    if not overwrite:
+        return CheckpointExistsError(
+            "The path exists already",
+            errno=errno.EEXIST,
+            path=path,
+            expected="a prefix without objects",
+            actual=actual,
+            remedy="save to another path",
+        )
+    return NotACheckpointError(
+        "overwrite=True replaces only a checkpoint, but there are other objects below the path",
+        path=path,
+        expected="objects of a checkpoint",
+        actual=actual,
+        remedy="move them to another place, or save to another path",
+    )
+
+
 def _put_marker(objects: Objects, key: str) -> None:
     upload = objects.upload(key, size_bytes=1)
     try:
@@ -554,21 +605,28 @@ def _attempts() -> Iterable[int]:
         attempt, wait_s = attempt + 1, min(2 * wait_s, _LONGEST_WAIT_S)
 
 
-def _collect(objects: Objects, prefix: str, *, below: bool = False) -> None:
-    """Delete what dead saves and removals have left at a path, or at the paths below a folder."""
+def _collect(objects: Objects, prefix: str, *, below: bool = False) -> list[str]:
+    """Delete what dead saves and removals have left at a path, or at the paths below a folder.
+
+    Returns the first few other objects, by their keys after the prefix.
+    """
     oldest_s = time.time() - current().leftover_age_s
     saves: dict[str, dict[str, list[ObjectInfo]]] = defaultdict(lambda: defaultdict(list))
     manifests: set[str] = set()
     tombstones: list[str] = []
+    others: list[str] = []
     for found in objects.list(prefix):
         parts = found.key.removeprefix(prefix).split("/")
         where = f"{prefix}{parts.pop(0)}/" if below and len(parts) > 1 else prefix
-        if parts == [MANIFEST_NAME] and found.size_bytes != len(TOMBSTONE):
-            manifests.add(where)
-        elif parts == [MANIFEST_NAME] and found.modified_s < oldest_s:
-            tombstones.append(where)
+        if parts == [MANIFEST_NAME]:
+            if found.size_bytes != len(TOMBSTONE):
+                manifests.add(where)
+            elif found.modified_s < oldest_s:
+                tombstones.append(where)
         elif len(parts) == 2 and _ID.fullmatch(parts[0]) and _is_ours(parts[1]):
             saves[where][parts[0]].append(found)
+        elif parts[-1] and len(others) < _OTHERS:  # some tools mark a folder with a key
+            others.append(found.key.removeprefix(prefix))
     for where, by_id in saves.items():
         dead = {
             identity: group
@@ -586,6 +644,7 @@ def _collect(objects: Objects, prefix: str, *, below: bool = False) -> None:
             objects.delete(keys)
     for where in tombstones:
         _delete_tombstone(objects, where)
+    return others
 
 
 def _is_ours(name: str) -> bool:

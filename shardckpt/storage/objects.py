@@ -41,7 +41,7 @@ class Upload(ABC):
     """An object being uploaded. It appears when it is finished."""
 
     @abstractmethod
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview | bytes) -> None:
         """Append bytes. The memory may change when this returns."""
 
     @abstractmethod

@@ -53,7 +53,7 @@ def test_inspect_as_json(tmp_path, capsys):
 
 def test_inspect_and_lists_do_not_import_torch(tmp_path):
     save_some(tmp_path / "c")
-    commands = [["inspect", "c"], ["inspect", "c", "--json"], ["ls", "."], ["du", "."]]
+    commands = [["inspect", "c"], ["inspect", "c", "--json"], ["ls", "."], ["du", "."], ["--help"]]
     code = f"""
 import sys
 from shardckpt.cli.main import main
