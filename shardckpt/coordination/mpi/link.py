@@ -168,7 +168,7 @@ class Link:
         self._raw: Any = comm  # None once the program has freed it
         self._group = comm.Get_group()
         self._claims = 0
-        self._own, self._request = comm.Idup()
+        self._duplicate, self._request = comm.Idup()
         self._sending: list[tuple[Any, bytes, str]] = []
         self._arriving: list[tuple[int, Any, bytearray]] = []
 
@@ -200,13 +200,13 @@ class Link:
 
     def _free_unused(self) -> None:
         if self._raw is None and self._request is None and not self._claims:
-            self._own.Free()
+            self._duplicate.Free()
 
     def send(self, rank: int, message: Message, *, until_taken: bool = False) -> None:
         """Send without waiting. `until_taken`: `flush` waits until the message is received."""
         data = self._encode(message)
         with _lock:
-            comm = self._own if self._request is None else self._raw
+            comm = self._duplicate if self._request is None else self._raw
             if comm is None:
                 raise CoordinationError(
                     "The communicator was freed before all ranks had joined the operation",
@@ -233,7 +233,7 @@ class Link:
             if self._raw == self._mpi.COMM_NULL:
                 self._raw = None
             self._sending = [sent for sent in self._sending if not sent[0].Test()]
-            for comm in (self._raw, self._own) if self._request is None else (self._raw,):
+            for comm in (self._raw, self._duplicate) if self._request is None else (self._raw,):
                 if comm is not None:
                     self._receive(comm)
             blocked: set[int] = set()  # messages of one rank are received in order
