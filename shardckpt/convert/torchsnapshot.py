@@ -80,7 +80,7 @@ def open_torchsnapshot(path: str) -> Foreign:
         CorruptionError: The metadata or a file is invalid.
     """
     text = read_small(file_in(path, METADATA), limit_bytes=16 * JSON_LIMIT_BYTES)
-    if text[:1] != b"{":
+    if text[:8] == b"version:":
         raise NotACheckpointError(
             "The metadata of this torchsnapshot checkpoint are YAML, which early versions wrote",
             path=os.path.join(path, METADATA),
