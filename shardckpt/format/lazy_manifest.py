@@ -17,7 +17,7 @@ from shardckpt.format.entries import ShardEntry, TensorEntry
 from shardckpt.format.manifest import ShardText, shard_entries
 from shardckpt.format.validation import refuse
 
-__all__ = ["Outline"]
+__all__ = ["LazyManifest"]
 
 
 class _Document(msgspec.Struct):
@@ -39,7 +39,7 @@ _decode_reference = msgspec.json.Decoder(dict[str, str]).decode
 _ERRORS = msgspec.MsgspecError, UnicodeError, RecursionError
 
 
-class Outline:
+class LazyManifest:
     """A manifest whose entries are parsed on demand. Its text has passed check_text.
 
     `shards` maps numbers to shards, with the checks of from_bytes. Tensors are described only if
