@@ -41,6 +41,8 @@ class Options:
         read_past_cache: Whether data outside the page cache may be read without filling it, if no
             other rank of the machine reads the same data. Set to 0 if unrelated processes on this
             machine read the same checkpoint.
+        read_once: Whether blocks that several ranks need are read by one of them, if they are read
+            from an object store or by several machines. Rank 0 decides for all ranks.
         staging_bytes: Bytes of staged state that a process may hold. A save beyond the limit is
             staged after earlier ones are written; one save is always accepted. 0 allows two saves.
         copy_at_once_bytes: async_save copies tensors up to this size before it returns, if
@@ -48,7 +50,7 @@ class Options:
         background_nice: By how much the background threads lower their priority (see nice(1)).
         store_deadline_s: Seconds for which a request to an object store is repeated.
         leftover_age_s: Seconds after which objects that no manifest names are leftovers of a dead
-            save. No save may take longer.
+            save. No save may take longer. So are the files of a copy to a slower tier.
         storage: Settings of object stores by name, such as `{"endpoint": "http://127.0.0.1:9000"}`.
             They take precedence over the store's own environment variables.
     """
@@ -59,6 +61,7 @@ class Options:
     shared_deadline_s: float = _option(0.8, least=0.1)
     read_threads: int = _option(min(8, os.cpu_count() or 1), least=1)
     read_past_cache: bool = _option(True, least=0)
+    read_once: bool = _option(True, least=0)
     staging_bytes: int = _option(0, least=0)
     copy_at_once_bytes: int = _option(64 << 10, least=0)
     background_nice: int = _option(10, least=0)
@@ -146,7 +149,7 @@ def _checked(name: str, value: Any, *, source: str) -> Any:
 
 
 def _checked_mapping(value: Any, *, source: str) -> Mapping[str, Any]:
-    """A mapping with str keys, or its JSON."""
+    """Check a mapping with str keys, or decode its JSON. Raises OptionError."""
     found = value
     if isinstance(value, str):
         try:

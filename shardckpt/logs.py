@@ -21,6 +21,8 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from shardckpt.errors import printable
+
 __all__ = ["logger", "reported", "warn"]
 
 logger = logging.getLogger("shardckpt")
@@ -35,6 +37,17 @@ _Report = TypeVar("_Report")
 _Function = Callable[_Arguments, _Report]
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escape the control characters of paths, and the bytes in them that are not UTF-8."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(printable(a) if isinstance(a, str) else a for a in record.args)
+    return True
+
+
+for _logger in (logger, _reports):
+    _logger.addFilter(_escape)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

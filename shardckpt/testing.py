@@ -231,6 +231,35 @@ class StorageTests:
                 )
         files.close()
 
+    def test_a_checkpoint_that_processes_assemble(self, storage: Storage, path: str) -> None:
+        """Processes write a checkpoint without meeting. A later one goes on where an earlier one
+        ended. Only storages whose `assemble` returns a transaction that `resumes` do this."""
+        options = {"checkpoint_id": "b" * 32, "overwrite": True}
+        save(storage, path, _FIRST)
+        one = storage.assemble(path, **options)  # type: ignore[arg-type]
+        if not one.resumes:
+            one.abandon()
+            return
+        one.create(_NAMES[1], size_bytes=len(_DATA)).write(memoryview(_DATA[:4096]), offset=0)
+        write(one.create(_NAMES[0], size_bytes=len(_DATA)))
+        one.close()
+        other = storage.assemble(path, **options)  # type: ignore[arg-type]
+        assert other.has(_NAMES[0], size_bytes=len(_DATA))
+        assert not other.has(_NAMES[0], size_bytes=len(_DATA) + 1)
+        assert not other.has(_NAMES[1], size_bytes=len(_DATA)), "it was not closed"
+        assert_manifest(storage, path, _FIRST)
+        write(other.create(_NAMES[1], size_bytes=len(_DATA)))
+        third = storage.assemble(path, **options)  # type: ignore[arg-type]
+        assert third.has(_NAMES[1], size_bytes=len(_DATA))
+        third.commit(_SECOND)
+        for transaction in (other, third):
+            transaction.abandon()
+            transaction.close()
+        files = storage.open(path)
+        assert files.manifest() == _SECOND
+        assert [bytes(files.map(name)) for name in _NAMES] == [_DATA, _DATA]
+        files.close()
+
     def test_joining_a_checkpoint_that_was_not_begun(self, storage: Storage, path: str) -> None:
         """A rank that does not see the directory of rank 0 raises an error."""
         with pytest.raises(DirectoryNotSharedError):

@@ -40,12 +40,13 @@ __all__ = [
     "inner_schedulers",
     "is_parameter",
     "load_functions",
-    "local_part",
+    "dtensor_local",
     "map_instances",
     "owner_rank",
     "plain_functions",
     "spec_of",
     "storage_id",
+    "store_host",
     "storage_info",
     "unsynchronized_buffers",
     "wrapper_tensor",
@@ -107,7 +108,7 @@ def is_parameter(value: Any) -> bool:
 # ---- DTensor
 
 
-def local_part(tensor: DTensor) -> Any:
+def dtensor_local(tensor: DTensor) -> Any:
     """Return the local tensor of a DTensor. to_local() is slow, and waits for collectives."""
     return tensor._local_tensor
 
@@ -203,6 +204,14 @@ def group_store(group: Any) -> Any:
     from torch.distributed.distributed_c10d import _get_process_group_store
 
     return _get_process_group_store(group)
+
+
+def store_host(store: Any) -> str | None:
+    """Return the host of a store's server. None if the store has none."""
+    stores: Any = torch.distributed
+    while isinstance(store, stores.PrefixStore):
+        store = store.underlying_store
+    return str(store.host) if isinstance(store, stores.TCPStore) else None
 
 
 def clone_store(store: Any) -> Any:

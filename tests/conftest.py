@@ -5,7 +5,7 @@ import uuid
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.object_server import shared_server
+from tests.object_server import root_url, shared_server
 
 # A busy machine makes neither a property false nor its examples wrong.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,4 +24,4 @@ def s3(object_server, monkeypatch):
     """A URL below which there is nothing; the environment leads to the server."""
     for name, value in object_server.items():
         monkeypatch.setenv(name, value)
-    return f"s3://tests/{uuid.uuid4().hex}"
+    return f"{root_url()}/{uuid.uuid4().hex}"

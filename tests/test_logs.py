@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 import torch
@@ -29,3 +30,13 @@ def test_the_package_logs_each_save_and_load_and_prints_nothing(tmp_path, caplog
     assert any("saved" in text and "c" in text for text in said)
     assert any("loaded" in text for text in said)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_path_that_is_not_utf_8_can_be_logged(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="shardckpt"):
+        shardckpt.save({"n": 1}, tmp_path / os.fsdecode(b"\xff"))
+    records = [record for record in caplog.records if record.name == "shardckpt.reports"]
+    assert records
+    for record in records:
+        record.getMessage().encode()
+    assert os.fsencode(records[0].path).endswith(b"\xff")

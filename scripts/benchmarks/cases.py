@@ -11,7 +11,7 @@ from benchmarks.planning import planning
 from benchmarks.repeated import frozen
 from benchmarks.saving import save, save_replicated
 from benchmarks.small import small
-from benchmarks.stores import store
+from benchmarks.stores import store, store_replicas, store_tiers
 from benchmarks.table import Row
 from benchmarks.trainer import trainer
 from benchmarks.training import blocked, train
@@ -31,5 +31,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "frozen": frozen,
     "planning": planning,
     "store": store,
+    "store-replicas": store_replicas,
+    "store-tiers": store_tiers,
 }
 """What the command line takes; a case gives rows for the table."""

@@ -17,10 +17,16 @@ class Coordinator(Protocol):
     """The ranks of one operation. Every wait has a deadline, after which it raises RankFailedError.
 
     `gather` and `scatter` are collective, and called alternately.
+
+    Attributes:
+        rank: This rank.
+        world_size: The number of ranks.
+        host: A host that all ranks reach, such as that of the store. None if none is known.
     """
 
     rank: int
     world_size: int
+    host: str | None
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
         """Collect the payloads of all ranks on rank 0, in rank order. None on other ranks."""

@@ -29,6 +29,8 @@ def beat_interval_s() -> float:
 class HeartbeatCoordinator(ABC):
     """A Coordinator whose ranks watch each other. Subclasses transmit the messages."""
 
+    host: str | None = None
+
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size

@@ -12,6 +12,7 @@ class SingleCoordinator:
 
     rank = 0
     world_size = 1
+    host: str | None = None
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:
         """See Coordinator.gather."""

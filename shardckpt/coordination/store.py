@@ -44,7 +44,7 @@ from shardckpt.coordination.rendezvous import decide, follow, never_called, too_
 from shardckpt.coordination.store_connection import StoreConnections
 from shardckpt.coordination.store_keys import all_there, batches, get_many, set_many
 from shardckpt.errors import RankFailedError, StalledError
-from shardckpt.torch_compat import clone_store, group_store
+from shardckpt.torch_compat import clone_store, group_store, store_host
 
 __all__ = ["StoreCoordinator", "store_coordinator"]
 
@@ -78,12 +78,19 @@ def store_coordinator(
         subject,
         rank=dist.get_rank(group),
         world_size=dist.get_world_size(group),
+        host=store_host(group_store(group)),
     )
 
 
 @contextmanager
 def _operation(
-    connections: StoreConnections, prefix: str, subject: str, *, rank: int, world_size: int
+    connections: StoreConnections,
+    prefix: str,
+    subject: str,
+    *,
+    rank: int,
+    world_size: int,
+    host: str | None = None,
 ) -> Iterator[StoreCoordinator]:
     with _network("begin"), connections.connection() as connection:
         store = connection.below(prefix)
@@ -95,6 +102,7 @@ def _operation(
     coordinator = StoreCoordinator(
         connections, f"{prefix}/{identity}", rank=rank, world_size=world_size
     )
+    coordinator.host = host
     try:
         yield coordinator
     finally:

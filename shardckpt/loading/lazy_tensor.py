@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import xxhash
 
 from shardckpt.errors import CheckpointError
 from shardckpt.format.dtypes import DTYPES
@@ -14,7 +18,8 @@ from shardckpt.loading.shard_reader import check_size, read_all
 from shardckpt.plan.page_cache_policy import ALWAYS
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.state.local_chunks import LocalChunk
-from shardckpt.storage.base import CheckpointFiles
+from shardckpt.storage.base import CheckpointFiles, OnFilled
+from shardckpt.storage.cache import cached
 from shardckpt.torch_compat import map_instances, wrapper_tensor
 
 __all__ = ["DiskTensor", "MappedFiles", "disk_tensor"]
@@ -24,11 +29,13 @@ class MappedFiles(CheckpointFiles):
     """The shards of a checkpoint in memory maps, which stay valid when the checkpoint is closed or
     removed.
 
-    Pages that are not in memory yet are read past the page cache, while the files exist.
+    Pages that are not in memory yet are read past the page cache, while the files exist. Shards on
+    another machine are not mapped, but read.
     """
 
     def __init__(self, files: CheckpointFiles) -> None:
         self.path = files.path
+        self.remote = files.remote
         self._files = files.duplicate()
         self._maps: dict[str, memoryview] = {}
         weakref.finalize(self, self._files.close)
@@ -45,7 +52,27 @@ class MappedFiles(CheckpointFiles):
 
     def read(self, name: str, buffer: memoryview, *, offset: int) -> None:
         """See CheckpointFiles.read."""
-        buffer[:] = self.map(name)[offset : offset + len(buffer)]
+        if self.remote:
+            self._files.read(name, buffer, offset=offset)
+        else:
+            buffer[:] = self.map(name)[offset : offset + len(buffer)]
+
+    def readinto(
+        self,
+        name: str,
+        buffers: Sequence[memoryview],
+        *,
+        offset: int,
+        on_filled: OnFilled = lambda buffer: None,
+        wait: bool = True,
+    ) -> None:
+        """See CheckpointFiles.readinto."""
+        reader = self._files.readinto if self.remote else super().readinto
+        reader(name, buffers, offset=offset, on_filled=on_filled, wait=wait)
+
+    def copies(self) -> Sequence[CheckpointFiles]:
+        """See CheckpointFiles.copies."""
+        return self._files.copies() if self.remote else ()
 
     def read_past_cache(
         self, name: str, buffer: memoryview, *, offset: int, size_bytes: int
@@ -55,6 +82,11 @@ class MappedFiles(CheckpointFiles):
             return self._files.read_past_cache(name, buffer, offset=offset, size_bytes=size_bytes)
         except CheckpointError:  # removed or replaced; the map still has the bytes
             return False
+
+    @functools.cached_property
+    def manifest_digest(self) -> str:
+        """The SHA-256 of the manifest, which no other checkpoint has."""
+        return hashlib.sha256(self.manifest()).hexdigest()
 
     def manifest(self) -> bytes:
         """See CheckpointFiles.manifest."""
@@ -75,10 +107,12 @@ def disk_tensor(
     """Return a saved tensor without reading it.
 
     A tensor in one chunk is mapped: pages are read when they are used, without verification, and
-    changes stay in memory. A tensor in several chunks becomes a DiskTensor.
+    changes stay in memory. A tensor in several chunks or on another machine becomes a DiskTensor.
     """
     if 0 in entry.shape:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
+    if files.remote:
+        return DiskTensor(files, manifest, name, entry)
     for shard in entry.chunks[:, 0].tolist():  # mapped now, as the files may be closed later
         check_size(files, manifest.shards[shard])
         files.map(manifest.shards[shard].name)
@@ -92,10 +126,11 @@ def disk_tensor(
 
 
 class DiskTensor(torch.Tensor):
-    """A CPU tensor in several chunks on the disk.
+    """A CPU tensor in several chunks on the disk, or on another machine.
 
-    The first operation on it reads and verifies it, and the data is kept from then on. Operations
-    return plain tensors.
+    The first operation on it reads and verifies it, and the data is kept from then on. Bytes from
+    another machine are kept in a file of the cache directory, see storage/cache. Operations return
+    plain tensors.
     """
 
     @staticmethod
@@ -118,12 +153,29 @@ class DiskTensor(torch.Tensor):
     def read(self) -> torch.Tensor:
         """Return the plain tensor, which the first call reads."""
         if self._tensor is None:
-            files, manifest, _, entry = self._source
-            tensor = torch.empty(entry.shape, dtype=self.dtype, device="cpu")
-            whole = LocalChunk((0,) * tensor.dim(), entry.shape, tensor)
-            read_all(files, manifest, plan_reads([(entry, whole)]), past_cache=ALWAYS)
-            self._tensor = tensor
+            files, _, name, entry = self._source
+            if files.remote:
+                pages = cached(
+                    files.manifest_digest,
+                    xxhash.xxh3_128_hexdigest(name.encode()),
+                    size_bytes=entry.size_bytes,
+                    download=lambda view: self._fill(torch.frombuffer(view, dtype=torch.uint8)),
+                )
+                flat = torch.frombuffer(pages, dtype=torch.uint8)
+                self._tensor = flat.view(self.dtype).reshape(entry.shape)
+            else:
+                tensor = torch.empty(entry.shape, dtype=self.dtype, device="cpu")
+                self._fill(tensor)
+                self._tensor = tensor
         return self._tensor
+
+    def _fill(self, tensor: torch.Tensor) -> None:
+        """Read into a tensor of the shape, or of its bytes in order."""
+        files, manifest, _, entry = self._source
+        if tensor.dtype != self.dtype or tensor.shape != entry.shape:
+            tensor = tensor.view(self.dtype).reshape(entry.shape)
+        whole = LocalChunk((0,) * tensor.dim(), entry.shape, tensor)
+        read_all(files, manifest, plan_reads([(entry, whole)]), past_cache=ALWAYS)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

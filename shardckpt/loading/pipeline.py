@@ -3,24 +3,29 @@
     open -> match -> plan -> read -> place
 
 Each stage takes the result of the stage before it. After the match the ranks agree that the
-checkpoint fits. No state changes before that. An error on any rank ends the load on all ranks.
+checkpoint fits. No state changes before that. After the plan they agree on the blocks that one rank
+reads for others. An error on any rank ends the load on all ranks.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import contextlib
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import msgspec
 
 from shardckpt.coordination.base import Coordinator
-from shardckpt.coordination.exchange import Attempt, attempt, exchange
+from shardckpt.coordination.exchange import Attempt, exchange
+from shardckpt.errors import RankFailedError
 from shardckpt.format.entries import Manifest
 from shardckpt.io.gc_pause import collector_paused
-from shardckpt.loading.agreement import agree_on_reads, open_manifest
+from shardckpt.loading.agreement import Shares, agree_on_reads, agree_on_sharing, open_together
 from shardckpt.loading.shard_reader import read_all
+from shardckpt.loading.sharing import Sharing, TransferError
 from shardckpt.logs import logger, reported
-from shardckpt.plan.read_plan import plan_reads
+from shardckpt.plan.read_plan import Reads, plan_reads
 from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.state.matching import MatchedState, match_state
 from shardckpt.state.saved_tree import Rename, SavedState, Select
@@ -50,7 +55,7 @@ def run_load(
     with ExitStack() as closing:
         with watch.phase("plan"):
             with work.phase("open"), collector_paused():
-                opened = attempt(open_manifest, storage, path)
+                opened = open_together(coordinator, storage, path)
             if opened.value is not None:
                 closing.callback(opened.value[0].close)
             with work.phase("match"), collector_paused():
@@ -60,9 +65,21 @@ def run_load(
                 if strict:
                     saved = saved.then(lambda saved: saved.check_used(path=path))
                 matched = saved.then(lambda saved: match_state(state, saved, cast=cast, **ranks))
-            past_cache = agree_on_reads(coordinator, path, opened, matched, strict=strict)
+            past_cache, shares = agree_on_reads(coordinator, path, opened, matched, strict=strict)
         with watch.phase("read"):
-            read = attempt(_read, opened.get(), matched.get(), past_cache, coordinator, work)
+            with work.phase("read"), collector_paused():
+                planned = matched.then(lambda matched: plan_reads(matched.reads))
+            sharing = None
+            if shares is not Shares.NOTHING:
+                sharing = agree_on_sharing(coordinator, *opened.get(), planned, shares, closing)
+            read = planned.then(
+                _read,
+                opened.get(),
+                past_cache=past_cache,
+                sharing=sharing,
+                progress=coordinator.progress,
+                work=work,
+            )
             placed = read.then(lambda _: _place(matched.get(), work))
             profile = _finish(coordinator, placed, work)
             tiers = opened.get()[0].bytes_read()
@@ -86,20 +103,17 @@ def run_load(
 
 
 def _read(
+    reads: Reads,
     opened: Opened,
-    matched: MatchedState,
+    *,
     past_cache: float,
-    coordinator: Coordinator,
+    sharing: Sharing | None,
+    progress: Callable[[int], None],
     work: Stopwatch,
 ) -> int:
-    """Plan the reads and fill the tensors. Returns the number of bytes read."""
-    files, manifest = opened
-    with work.phase("read"):
-        with collector_paused():
-            reads = plan_reads(matched.reads)
-        return read_all(
-            files, manifest, reads, past_cache=past_cache, progress=coordinator.progress
-        )
+    """Fill the tensors. Returns the number of bytes that this rank read from the storage."""
+    with work.phase("read"), contextlib.closing(sharing) if sharing else nullcontext():
+        return read_all(*opened, reads, past_cache=past_cache, progress=progress, sharing=sharing)
 
 
 def _place(matched: MatchedState, work: Stopwatch) -> None:
@@ -119,13 +133,30 @@ def _finish(
     """
     profile: dict[int, dict[str, float]] = {coordinator.rank: work.seconds}
 
+    def report() -> bytes:
+        # The error of the rank that failed first has the reason. It must not be hidden by those of
+        # the ranks that lost its blocks.
+        if isinstance(placed.error, TransferError):
+            return msgspec.msgpack.encode(str(placed.error))
+        placed.get()
+        return msgspec.msgpack.encode(work.seconds)
+
     def gather(payloads: list[bytes]) -> bytes:
-        decode = msgspec.msgpack.Decoder(dict[str, float]).decode
-        profile.update({rank: decode(seconds) for rank, seconds in enumerate(payloads)})
+        decode = msgspec.msgpack.Decoder(dict[str, float] | str).decode
+        results = dict(enumerate(map(decode, payloads)))
+        broken = {rank: result for rank, result in results.items() if isinstance(result, str)}
+        if broken:
+            raise RankFailedError(
+                "The ranks could not send each other the blocks of the checkpoint",
+                rank=tuple(broken),
+                actual="; ".join(text for text in dict.fromkeys(broken.values()) if text),
+                remedy="look at the logs of these ranks, and at the network between them; "
+                "create the state again before you continue: it may be partly overwritten",
+            )
+        profile.update({rank: seconds for rank, seconds in results.items() if seconds})
         return b""
 
-    encoded = placed.then(lambda _: msgspec.msgpack.encode(work.seconds))
-    exchange(coordinator, "read", encoded.get, gather)
+    exchange(coordinator, "read", report, gather)
     return profile
 
 

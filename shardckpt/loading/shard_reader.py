@@ -4,7 +4,7 @@ A shard is read in windows of a fixed size. In a window, neighbouring blocks tha
 not in the page cache become one read that bypasses the page cache, into a buffer. Otherwise each
 block is one read, which places large runs directly into their destination and all other bytes into
 a buffer. The digest of each block is checked after its bytes have been read. Then the bytes in the
-buffer are copied to their destinations.
+buffer are copied to their destinations. Blocks that another rank reads arrive in the buffer too.
 """
 
 from __future__ import annotations
@@ -27,16 +27,25 @@ from shardckpt.errors import CheckpointError, CorruptionError, ShardckptError, S
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.io.buffers import Buffer, copy_bytes, have_huge_pages, lease, view_at
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.io.threads import stalled, workers
+from shardckpt.loading.sharing import Sharing, TransferError
 from shardckpt.plan.page_cache_policy import ALWAYS, NEVER
 from shardckpt.plan.read_plan import WINDOW_BYTES, CopyRead, Reads, plan_reads
+from shardckpt.plan.shared_reads import Unit
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.storage.base import CheckpointFiles, WouldWait
 
-__all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "read_box", "tensors_in"]
+__all__ = [
+    "corrupted_blocks",
+    "check_size",
+    "corruption_error",
+    "read_all",
+    "read_box",
+    "tensors_in",
+]
 
 DIRECT_BYTES = 128 << 10
 """Shorter runs are read into the buffer, so that a system call has fewer and larger pieces."""
@@ -49,18 +58,23 @@ the processor's cache.
 _LEAST_REMOTE_READS = 8
 """Requests to another machine wait for its answer most of the time."""
 
+_LEAST_SHARED_READS = 16
+"""The windows that a rank reads, receives or sends at the same time. All ranks go through the
+windows in the same order, so that each rank reads only a few of these."""
+
 _POLL_S = 0.2
 
 
 def read_all(
     files: CheckpointFiles,
-    manifest: Manifest | Outline,
+    manifest: Manifest | LazyManifest,
     reads: Reads,
     *,
     past_cache: float = NEVER,
     progress: Callable[[int], None] = lambda read_bytes: None,
+    sharing: Sharing | None = None,
 ) -> int:
-    """Perform reads, and verify every block that they touch. Not collective.
+    """Perform reads, and verify every block that they touch. Collective only with `sharing`.
 
     Args:
         files: The checkpoint.
@@ -69,33 +83,36 @@ def read_all(
         past_cache: The fraction of a block that must be needed, so that the block is read past the
             page cache if it is not in it. See plan/page_cache_policy.
         progress: Called with the number of bytes read so far.
+        sharing: The blocks that ranks read for others.
 
     Returns:
-        The number of bytes read.
+        The number of bytes read, without those that were received from other ranks.
 
     Raises:
         CorruptionError: A shard is missing, truncated or corrupted. The error names the file, the
             block and the affected tensors.
+        TransferError: Another rank did not send blocks that only its disk has.
     """
     with collector_paused():
-        windows = _windows(reads)
+        windows = _windows(reads, sharing.windows() if sharing else ())
     if not windows:  # only values are loaded: start no threads
         return 0
     if not files.remote and not files.copies():
         for shard in {window.shard for window in windows}:
             check_size(files, manifest.shards[shard])
-    if (
-        len(windows) == 1 and not files.copies()
-    ):  # a read from the page cache takes less time than starting a thread
+    # A read from the page cache takes less time than starting a thread.
+    if len(windows) == 1 and not files.copies() and not sharing:
         with suppress(WouldWait), lease(1) as (buffer,):
             return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
     if not (current().read_past_cache and have_huge_pages()):
         past_cache = NEVER
-    source = _Source(files, manifest, past_cache=past_cache)
+    source = _Source(files, manifest, past_cache=past_cache, sharing=sharing)
     # Reads from the page cache keep a processor busy. Reads from the disk do not.
     threads = current().read_threads * (1 if past_cache == NEVER else 2)
     if files.remote:
         threads = max(threads, _LEAST_REMOTE_READS)
+    if sharing:
+        threads = max(threads, _LEAST_SHARED_READS)
     threads = min(threads, len(windows))
     queue = iter(windows)  # next() on it is atomic: the workers share it
     stop = threading.Event()
@@ -115,19 +132,24 @@ def read_all(
                 done, pending = wait(pending, _POLL_S, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                if sum(read_bytes) != last:
-                    last, since = sum(read_bytes), time.monotonic()
-                    progress(last)
+                moved = sum(read_bytes) + (sharing.signs_of_life if sharing else 0)
+                if moved != last:
+                    last, since = moved, time.monotonic()
+                    progress(sum(read_bytes))
                 elif pending and time.monotonic() - since > current().stall_deadline_s:
                     raise stalled("Reading", files.path)
+        except BaseException:
+            if sharing:
+                sharing.stop()
+            raise
         finally:
             stop.set()
-    return sum(read_bytes)
+    return sum(read_bytes) - (sharing.received_bytes if sharing else 0)
 
 
 def read_box(
     files: CheckpointFiles,
-    manifest: Manifest | Outline,
+    manifest: Manifest | LazyManifest,
     entry: TensorEntry,
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
@@ -140,7 +162,12 @@ def read_box(
 
 
 def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:
-    """Raise CorruptionError if a shard is missing or does not have the saved size."""
+    """Raise CorruptionError if a shard is missing or does not have the saved size.
+
+    A shard that is still on another machine is not checked.
+    """
+    if files.elsewhere(shard.name):
+        return
     actual_bytes = files.size_bytes(shard.name)
     if actual_bytes != shard.size_bytes:
         raise CorruptionError(
@@ -154,12 +181,14 @@ def check_size(files: CheckpointFiles, shard: ShardEntry) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The source of reads, and how to read: see `past_cache` of read_all and `wait` of readinto."""
+    """The source of reads, and how to read: see `past_cache` and `sharing` of read_all, and `wait`
+    of readinto."""
 
     files: CheckpointFiles
-    manifest: Manifest | Outline
+    manifest: Manifest | LazyManifest
     past_cache: float = NEVER
     wait: bool = True
+    sharing: Sharing | None = None
 
 
 _Read = Sequence[Any]
@@ -175,9 +204,12 @@ class _Window:
     reads: list[_Read]
 
 
-def _windows(reads: Reads) -> list[_Window]:
-    """Group reads into windows, in the order of the files. Direct reads are split at borders."""
-    if len(reads.direct) == 1 and not reads.copies:  # a slice of a tensor
+def _windows(reads: Reads, more: Sequence[tuple[int, int]] = ()) -> list[_Window]:
+    """Group reads into windows, in the order of the files. Direct reads are split at borders.
+
+    `more` has the shard and the number of windows that may have no reads.
+    """
+    if len(reads.direct) == 1 and not reads.copies and not more:  # a slice of a tensor
         index, low, high, into = reads.direct[0].tolist()
         window_number = low // WINDOW_BYTES
         if (high - 1) // WINDOW_BYTES == window_number:
@@ -205,11 +237,17 @@ def _windows(reads: Reads) -> list[_Window]:
     if reads.copies:
         for window in by_key.values():
             window.reads.sort(key=lambda read: (read[0], read[1]))
+    for key in more:
+        by_key.setdefault(key, _Window(key[0], key[1] * WINDOW_BYTES, []))
     return [by_key[key] for key in sorted(by_key)]
 
 
 def _read_window(source: _Source, window: _Window, buffer: Buffer) -> int:
     """Perform all reads of one window. Returns the number of bytes read."""
+    if source.sharing and (
+        units := source.sharing.units(window.shard, window.base // WINDOW_BYTES)
+    ):
+        return _read_shared_window(source, window, source.sharing, units, buffer)
     size_bytes = source.manifest.shards[window.shard].size_bytes
     total = 0
     run: list[_Read] = []
@@ -244,14 +282,75 @@ def _read_run(
     elif _passes_cache(source, span, reads) and files.read_past_cache(
         shard.name, buffer.view[low - base :], offset=low, size_bytes=high - low
     ):
-        bad, later = bad_blocks(shard, low, buffer.view[low - base : high - base]), reads
+        bad, later = corrupted_blocks(shard, low, buffer.view[low - base : high - base]), reads
     else:
         pieces, later = _scattered(base, span, reads, buffer)
         bad = _read_checked(source, shard, span, pieces)
     if bad:
-        raise damaged_blocks(source.manifest, bad, shard=window.shard, path=files.path)
+        raise corruption_error(source.manifest, bad, shard=window.shard, path=files.path)
+    _copy_from(buffer, base, later)
+
+
+def _read_shared_window(
+    source: _Source, window: _Window, sharing: Sharing, units: Sequence[Unit], buffer: Buffer
+) -> int:
+    """Read, receive and send the blocks of a window. Returns the number of bytes in all."""
+    shard, base = source.manifest.shards[window.shard], window.base
+    needed = {
+        number
+        for begin, end, _ in window.reads
+        for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES))
+    }
+    runs: list[tuple[int, int, Unit | None]] = [(unit.first, unit.end, unit) for unit in units]
+    needed.difference_update(*(range(first, end) for first, end, _ in runs))
+    runs += [(run[0], run[-1] + 1, None) for run in _consecutive(sorted(needed))]
+    offered: list[Unit] = []
+    total = 0
+    try:
+        for first, end, unit in runs:
+            low = first * BLOCK_BYTES
+            view = buffer.view[low - base : min(end * BLOCK_BYTES, shard.size_bytes) - base]
+            if not (unit and _received(source, shard, unit, low, view)) and (
+                bad := _read_blocks(source, shard, low, view)
+            ):
+                path = source.files.path
+                raise corruption_error(source.manifest, bad, shard=window.shard, path=path)
+            if unit:
+                sharing.offer(unit, view)
+                offered.append(unit)
+            total += len(view)
+        _copy_from(buffer, base, window.reads)
+    finally:
+        for unit in offered:  # then the buffer is free again
+            sharing.withdraw(unit)
+    return total
+
+
+def _received(source: _Source, shard: ShardEntry, unit: Unit, low: int, view: memoryview) -> bool:
+    """Get the blocks of a unit from another rank, if one reads it, and verify them."""
+    sharing = source.sharing
+    assert sharing is not None
+    sender = unit.source(sharing.rank)
+    if sender is None:
+        return False
+    if sharing.receive(unit, view) and not corrupted_blocks(shard, low, view):
+        return True
+    if source.files.elsewhere(shard.name):
+        raise TransferError(f"rank {sender} did not send blocks of {shard.name}")
+    return False
+
+
+def _read_blocks(source: _Source, shard: ShardEntry, low: int, view: memoryview) -> list[int]:
+    """Read whole blocks from byte `low` on. Returns the numbers of the corrupted ones."""
+    if copies := source.files.copies():
+        return _read_copies(copies, shard, low, view)
+    return _read_checked(source, shard, (low, low + len(view)), [view])
+
+
+def _copy_from(buffer: Buffer, base: int, reads: list[_Read]) -> None:
+    """Copy bytes of a buffer, which begins at byte `base` of a shard, to their destinations."""
     held_at = buffer.address - base
-    for begin, end, target in later:
+    for begin, end, target in reads:
         if type(target) is int:
             copy_bytes(target, held_at + begin, end - begin)
             continue
@@ -278,7 +377,7 @@ def _read_copies(
             part = view[begin : (run[-1] + 1) * BLOCK_BYTES - low]
             try:
                 files.readinto(shard.name, [part], offset=low + begin)
-                found = bad_blocks(shard, low + begin, part)
+                found = corrupted_blocks(shard, low + begin, part)
             except (CheckpointError, StorageError) as error:
                 errors.append(error)
                 found = run
@@ -362,7 +461,7 @@ def _read_checked(
     return bad
 
 
-def bad_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
+def corrupted_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
     """Return the numbers of the corrupted blocks among whole blocks that begin at offset `low`."""
     return [
         number
@@ -371,8 +470,8 @@ def bad_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
     ]
 
 
-def damaged_blocks(
-    manifest: Manifest | Outline, blocks: Sequence[int], *, shard: int, path: str
+def corruption_error(
+    manifest: Manifest | LazyManifest, blocks: Sequence[int], *, shard: int, path: str
 ) -> CorruptionError:
     """Return the error for corrupted blocks."""
     ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in blocks]
@@ -388,7 +487,7 @@ def damaged_blocks(
 
 
 def tensors_in(
-    manifest: Manifest | Outline, ranges: Sequence[tuple[int, int]], *, shard: int
+    manifest: Manifest | LazyManifest, ranges: Sequence[tuple[int, int]], *, shard: int
 ) -> list[str]:
     """Return the names of the tensors with bytes in any of the [begin, end) ranges of a shard."""
     return [

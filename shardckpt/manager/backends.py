@@ -25,7 +25,7 @@ class CheckpointBackend(Protocol):
     """
 
     def names(self, folder: str) -> list[str]:
-        """The names in a folder that may be checkpoints; see Storage.names."""
+        """List the names in a folder that may be checkpoints; see Storage.names."""
 
     def sweep(self, folder: str) -> None:
         """Remove the leftovers of failed saves and removals from a folder, as far as possible."""
@@ -52,7 +52,7 @@ class CheckpointBackend(Protocol):
         """Load a checkpoint into a state. Collective."""
 
     def version(self, path: str) -> Hashable:
-        """A value that changes when the checkpoint is replaced. Cheap."""
+        """Return a value that changes when the checkpoint is replaced, without reading shards."""
 
     def record(self, path: str) -> Any:
         """Return the entry RECORD of a complete checkpoint. None if it has no such entry."""
@@ -129,8 +129,10 @@ class ShardedBackend:
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
         """See CheckpointBackend.verify."""
         with api.open_checkpoint(path, storage=self._storage) as checkpoint:
-            if quick:
-                for shard in checkpoint.manifest.shards:
+            shards = checkpoint.manifest.shards
+            # Shards that other machines hold can't be read here until they are copied.
+            if quick or any(checkpoint.files.elsewhere(shard.name) for shard in shards):
+                for shard in shards:
                     check_size(checkpoint.files, shard)
             else:
                 checkpoint.verify(progress=progress)

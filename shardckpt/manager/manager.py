@@ -319,7 +319,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 raise CheckpointExistsError(
                     "The path exists already",
                     path=path,
-                    remedy='give another step or name, or if_exists="overwrite"',
+                    remedy='pass another step or name, or if_exists="overwrite"',
                 )
             # A corrupted checkpoint must not be the base, as its files would be linked again.
             newest = self.checkpoints()[-1:]
@@ -529,25 +529,33 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         return None
 
     def _prune(self) -> None:
-        """Remove the checkpoints that no policy keeps. Collective; rank 0 removes them."""
+        """Remove the checkpoints that no policy keeps. Collective.
+
+        Rank 0 removes them. If each machine has a part of them, each rank then removes its own.
+        """
         if not self.keep:
             return
         with operation(f"CheckpointManager: prune {self.folder}", self._group) as coordinator:
 
             def remove() -> bytes:
-                if coordinator.rank == 0:
-                    for checkpoint in self._to_prune(coordinator):
-                        self._remove(checkpoint)
-                return b""
+                if coordinator.rank:
+                    return b""
+                removed = filter(self._remove, self._to_prune(coordinator))
+                return msgspec.msgpack.encode([os.fsencode(one.path) for one in removed])
 
-            exchange(coordinator, "prune", remove, lambda payloads: b"")
+            answer = exchange(coordinator, "prune", remove, lambda payloads: payloads[0])
+            for path in msgspec.msgpack.decode(answer) if coordinator.rank else ():
+                self._storage.remove_part(os.fsdecode(path))
 
-    def _remove(self, checkpoint: SavedCheckpoint) -> None:
+    def _remove(self, checkpoint: SavedCheckpoint) -> bool:
+        """Remove a checkpoint. Returns whether it was removed."""
         try:
             self._backend.remove(checkpoint.path)
         except StorageError as error:
             # The save has succeeded, and the next one tries again.
             warn(f"{checkpoint.path} can't be removed: {error.message}")
+            return False
+        return True
 
     def _to_prune(self, coordinator: Coordinator) -> list[SavedCheckpoint]:
         saved = [

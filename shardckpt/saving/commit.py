@@ -22,7 +22,7 @@ from shardckpt.plan.local_plan import Ints
 from shardckpt.reports import Stopwatch
 from shardckpt.saving.agreement import Agreement
 from shardckpt.saving.rank_writer import ShardResult
-from shardckpt.storage.base import WriteTransaction
+from shardckpt.storage.base import PARTS_NOTE, WriteTransaction
 
 __all__ = ["Committed", "commit", "commit_manifest", "file_table"]
 
@@ -51,6 +51,20 @@ class Committed(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
         }
 
 
+class _Decision(msgspec.Struct, array_like=True, frozen=True):
+    """Rank 0's answer to the results of all ranks.
+
+    Attributes:
+        committed: The facts of the commit.
+        in_parts: Whether the commit follows in another exchange, after those of other ranks.
+        manifest: The manifest, for a rank that commits its part.
+    """
+
+    committed: Committed
+    in_parts: bool = False
+    manifest: bytes = b""
+
+
 def _deflated(sizes: list[int]) -> bytes:
     return zlib.compress(np.array(sizes, dtype="<i8").tobytes())
 
@@ -66,6 +80,8 @@ def commit(
     coordinator: Coordinator, written: Attempt[ShardResult], agreement: Agreement, work: Stopwatch
 ) -> tuple[Committed, dict[int, dict[str, float]]]:
     """Commit the files of all ranks. Collective.
+
+    Ranks whose transactions have `commits_part` commit first, and rank 0 last.
 
     Args:
         coordinator: The ranks.
@@ -83,56 +99,93 @@ def commit(
             names that rank.
     """
     profile: dict[int, dict[str, float]] = {}
+    manifest = b""  # on rank 0
 
-    def decide(payloads: list[bytes]) -> bytes:
+    def decide(payloads: list[bytes]) -> bytes | list[bytes]:
+        nonlocal manifest
         results = [_decode_result(payload) for payload in payloads]
+        in_parts = any(result.commits_part for result in results)
         with work.phase("commit"):
-            committed = _commit(agreement, results)
+            committed, manifest = _manifest_of(agreement, results)
+            if not in_parts:
+                agreement.transaction.commit(manifest)
         profile.update({rank: result.seconds for rank, result in enumerate(results)})
-        return msgspec.msgpack.encode(committed)
+        if not in_parts:
+            return msgspec.msgpack.encode(_Decision(committed))
+        texts = [manifest if result.commits_part else b"" for result in results]
+        return [msgspec.msgpack.encode(_Decision(committed, True, text)) for text in texts]
 
     answer = exchange(coordinator, "write", lambda: msgspec.msgpack.encode(written.get()), decide)
+    decision = msgspec.msgpack.decode(answer, type=_Decision)
+    if decision.in_parts:
+
+        def commit_part() -> bytes:
+            if agreement.transaction.commits_part:
+                with work.phase("commit"):
+                    agreement.transaction.commit(decision.manifest)
+            return b""
+
+        def commit_last(payloads: list[bytes]) -> bytes:
+            with work.phase("commit"):
+                agreement.transaction.commit(manifest)
+            return b""
+
+        exchange(coordinator, "commit", commit_part, commit_last)
     profile[coordinator.rank] = work.seconds
-    return msgspec.msgpack.decode(answer, type=Committed), profile
+    return decision.committed, profile
 
 
-def _commit(agreement: Agreement, results: Sequence[ShardResult]) -> Committed:
+def _manifest_of(agreement: Agreement, results: Sequence[ShardResult]) -> tuple[Committed, bytes]:
     assert agreement.plan is not None, "the plan is on rank 0"
     digests = [np.frombuffer(result.replicas, dtype="<u8") for result in results]
     compare_replicas(agreement.plan.plan, digests)
     with collector_paused():
         tensors = agreement.plan.encoded_tensors(file_table(results))
-    return commit_manifest(
-        agreement.transaction,
+    machines = 1 + sum(result.commits_part for result in results)
+    note = f"on {machines} machines, each with the shards of its ranks"
+    return build_manifest(
         checkpoint_id=agreement.checkpoint_id,
         tensors=tensors,
         results=results,
         tree=agreement.tree,
+        notes={PARTS_NOTE: note} if machines > 1 else {},
     )
 
 
-def commit_manifest(
-    transaction: WriteTransaction,
+def commit_manifest(transaction: WriteTransaction, **facts: Any) -> Committed:
+    """Write the manifest and make the checkpoint visible, on rank 0 only.
+
+    Args:
+        transaction: The checkpoint that is being written.
+        **facts: The arguments of build_manifest.
+    """
+    committed, manifest = build_manifest(**facts)
+    transaction.commit(manifest)
+    return committed
+
+
+def build_manifest(
     *,
     checkpoint_id: str,
     tensors: bytes,
     results: Sequence[ShardResult],
     tree: bytes,
     saved_by: Manifest | None = None,
-) -> Committed:
-    """Write the manifest and make the checkpoint visible, on rank 0 only.
+    notes: dict[str, str] | None = None,
+) -> tuple[Committed, bytes]:
+    """Build the manifest of written files.
 
     Args:
-        transaction: The checkpoint that is being written.
-        checkpoint_id: Its id.
+        checkpoint_id: The id of the checkpoint.
         tensors: The member `tensors` of the manifest, encoded.
         results: The files of each rank.
         tree: The typed JSON of the state.
         saved_by: The manifest of the original save, if these files repeat its content. World size,
             PerRank values and notes are copied from it.
+        notes: Other notes.
     """
-    own_trees = tuple(msgspec.Raw(result.own_trees) for result in results)
-    has_own = any(result.own_trees != b"[]" for result in results)
+    per_rank_trees = tuple(msgspec.Raw(result.per_rank_trees) for result in results)
+    has_per_rank = any(result.per_rank_trees != b"[]" for result in results)
     manifest = to_bytes(
         Manifest(
             checkpoint_id=checkpoint_id,
@@ -150,19 +203,25 @@ def commit_manifest(
             ),
             tensors={},
             state=msgspec.Raw(tree),
-            per_rank=saved_by.per_rank if saved_by else own_trees if has_own else (),
-            notes=saved_by.notes if saved_by else {},
+            per_rank=saved_by.per_rank if saved_by else per_rank_trees if has_per_rank else (),
+            notes={**_kept_notes(saved_by), **(notes or {})},
         ),
         tensors=tensors,
     )
-    transaction.commit(manifest)
-    return Committed(
+    committed = Committed(
         checkpoint_id=checkpoint_id,
         manifest_bytes=len(manifest),
         shard_bytes=_deflated([result.size_bytes for result in results]),
         linked_bytes=_deflated([result.linked_bytes for result in results]),
         base_problems=_without_repeats([result.problems for result in results]),
     )
+    return committed, manifest
+
+
+def _kept_notes(saved_by: Manifest | None) -> dict[str, str]:
+    """The notes of the original save that hold for a copy in one place."""
+    notes = saved_by.notes if saved_by else {}
+    return {title: text for title, text in notes.items() if title != PARTS_NOTE}
 
 
 def _without_repeats(problems: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

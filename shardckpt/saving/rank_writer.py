@@ -43,13 +43,17 @@ class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
 
 
 class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
-    """The files that a rank has written, as it reports them to rank 0."""
+    """The files that a rank has written, as it reports them to rank 0.
+
+    See WriteTransaction for `commits_part`.
+    """
 
     files: tuple[ShardFile, ...]
     problems: tuple[str, ...] = ()
     replicas: bytes = b""
-    own_trees: bytes = b"[]"
+    per_rank_trees: bytes = b"[]"
     seconds: dict[str, float] = {}
+    commits_part: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -102,7 +106,7 @@ class RankShards:
         return cls(
             rank=rank,
             world_size=world_size,
-            specs=(*local.common, *local.own),
+            specs=(*local.common, *local.rank_only),
             chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
             files=writes.files,
             data=lambda rows: data[rows],
@@ -164,7 +168,8 @@ def write_agreed(
         result.replicas = replica_digests(
             local, writes, everything=check_replicas, sampled=agreement.merged
         )
-    result.own_trees = local.own_trees
+    result.per_rank_trees = local.per_rank_trees
+    result.commits_part = agreement.transaction.commits_part
     work.seconds.update(result.seconds)
     result.seconds = work.seconds
     return result
@@ -225,7 +230,7 @@ def _write_file(
     name = shard_name(rank=shards.rank, world_size=shards.world_size, file_group=group)
     header, size_bytes = _layout_once(group, shards.layouts, shards.specs, chunks)
     progress = total.of(name)
-    linked = base and base.take_over(
+    linked = base and base.link_unchanged(
         transaction,
         name,
         size_bytes=size_bytes,

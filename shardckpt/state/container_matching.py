@@ -14,6 +14,7 @@ from shardckpt.state.local_chunks import PLAIN
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.match_context import Finish, Match, MatchContext
 from shardckpt.state.materialize import NOTHING, Builder
+from shardckpt.state.module_state import modules_in
 from shardckpt.state.refusals import reading_state, setting_state
 from shardckpt.state.saved_tree import below
 
@@ -45,7 +46,7 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
         inner = f"{name}.{key}" if name else str(key)
         plain = type(value) in PLAIN and context.saved.selected(inner)
         if plain and context.fill_plain(value, inner):
-            continue  # most tensors: the read fills them, and nothing else is to be done
+            continue  # the read fills it, as it does for most tensors
         items[key] = match(context, value, inner)
 
     def finish() -> Any:
@@ -114,9 +115,8 @@ def match_value(context: MatchContext, template: Any, name: str) -> Finish:
         return lambda: template
 
     def finish() -> Any:
-        if (
-            isinstance(template, dict) and type(value) is dict
-        ):  # Counter.update would add the counts
+        # Only a plain dict, as Counter.update would add the counts.
+        if isinstance(template, dict) and type(value) is dict:
             template.update(value)
             return template
         if isinstance(template, list) and isinstance(value, list):
@@ -136,6 +136,7 @@ def match_stateful(context: MatchContext, template: Any, name: str) -> Finish:
     """
     with reading_state(template, at=name):
         own = template.state_dict()
+    context.parameter_names.add(modules_in(own, at=name))
     value = context.build(name, like=own)
     if value is NOTHING:
         return lambda: template

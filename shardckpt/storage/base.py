@@ -16,6 +16,7 @@ from shardckpt.errors import CheckpointNotFoundError, StateError
 
 __all__ = [
     "MANIFEST_NAME",
+    "PARTS_NOTE",
     "CheckpointFiles",
     "OnFilled",
     "Storage",
@@ -25,6 +26,10 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
+
+PARTS_NOTE = "parts"
+"""The title of the note in the manifest of a checkpoint whose shards were written in parts: by each
+machine in a storage of its own."""
 
 OnFilled = Callable[[memoryview], object]
 """A function that is called with each buffer when it is full."""
@@ -49,7 +54,12 @@ class Storage(ABC):
         >>> isinstance(storage, shardckpt.Storage)
         True
         >>> report = shardckpt.save({"weight": torch.ones(3)}, "run/step-1", storage=storage)
+
+    Attributes:
+        in_parts: Whether each machine may hold a part of a checkpoint, which the others can't read.
     """
+
+    in_parts: bool = False
 
     def full_path(self, path: str) -> str:
         """Return the path in full: the text by which reports and errors name it.
@@ -128,6 +138,69 @@ class Storage(ABC):
             DirectoryNotSharedError: This rank does not see what rank 0 began.
         """
         self._refuse_writing(path)
+
+    def join_part(self, path: str, *, token: str) -> WriteTransaction:
+        """Join as `join` does, or begin this machine's part of the checkpoint.
+
+        The default joins. A storage with `in_parts` returns a transaction with `commits_part` on
+        one rank of each machine that does not see what rank 0 began.
+
+        Args:
+            path: The path that rank 0 gave to `begin`.
+            token: The token of rank 0's transaction.
+
+        Returns:
+            The transaction, with which this rank creates files.
+
+        Raises:
+            DirectoryNotSharedError: This rank can do neither.
+        """
+        return self.join(path, token=token)
+
+    def assemble(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
+        """Begin a checkpoint that several processes write at any time, or go on with it.
+
+        Each of them creates files, and commits if `has` finds all files. The default begins a
+        checkpoint that one process writes.
+
+        Args:
+            path: The path of the checkpoint.
+            checkpoint_id: Its id, the same in all processes.
+            overwrite: Replace a checkpoint at the path.
+
+        Returns:
+            The transaction. If it `resumes`, several processes may write the checkpoint. Then
+            `abandon` leaves the files, as other processes go on with them.
+
+        Raises:
+            CheckpointExistsError: The path exists, and `overwrite` is false.
+            NotACheckpointError: The path does not hold a checkpoint.
+            CheckpointBusyError: Another process commits the checkpoint, or saves to the path.
+        """
+        return self.begin(path, checkpoint_id=checkpoint_id, overwrite=overwrite)
+
+    def open_part(self, path: str, manifest: bytes) -> CheckpointFiles:
+        """Open this machine's part of a checkpoint, whose manifest another rank has read.
+
+        Called only if `in_parts`.
+
+        Args:
+            path: The checkpoint.
+            manifest: The manifest.
+
+        Returns:
+            Its files. Some may be missing.
+        """
+        return self.open(path)
+
+    def remove_part(self, path: str) -> None:  # noqa: B027
+        """Remove this machine's part of a checkpoint that rank 0 has removed, on any other rank.
+
+        Never raises StorageError. The default has no parts.
+
+        Args:
+            path: The checkpoint.
+        """
 
     def names(self, folder: str) -> list[str]:
         """List the names in a folder that may be checkpoints, sorted; none in a missing folder.
@@ -248,12 +321,15 @@ class WriteTransaction(ABC):
         shares_files: Several ranks can write parts of one file; see `create`.
         resumes: Files that were closed may stay after an error: a later transaction with the same
             id has them.
+        commits_part: This rank writes to a place that rank 0's commit does not reach. It commits
+            there, with rank 0's manifest, before rank 0 does. See Storage.join_part.
     """
 
     path: str
     token: str
     shares_files: bool = True
     resumes: bool = False
+    commits_part: bool = False
 
     @abstractmethod
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
@@ -425,6 +501,15 @@ class CheckpointFiles(ABC):
         """Return the same checkpoint in other places, nearest first, to read a block that is
         corrupted here. The default has none."""
         return ()
+
+    def elsewhere(self, name: str) -> bool:
+        """Ask whether a shard is still on another machine, out of reach. The default is False."""
+        return False
+
+    def nearby(self) -> Sequence[str] | None:
+        """List the shards on a disk of this machine alone. The default, None, says that all
+        machines read from the same place."""
+        return None
 
     def count_verified(self, size_bytes: int) -> None:  # noqa: B027
         """Take note of bytes that were read from this copy and verified; from any thread."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 import uuid
 from contextlib import suppress
 
+from shardckpt.config import current
 from shardckpt.errors import CheckpointBusyError, StorageError
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.lock import Lock
@@ -219,8 +221,25 @@ def _sweep_one(system: System, target: str) -> None:
         try:
             if lock.held:
                 collect_leftovers(system, target)
+                _collect_parts(system, target)
         finally:
             lock.release()
+
+
+def _collect_parts(system: System, target: str) -> None:
+    """Remove checkpoints that nobody has gone on to assemble since `leftover_age_s`."""
+    parent, old = os.path.split(hidden_path(target, "old"))
+    parsed = parse(old)
+    assert parsed is not None
+    for name in system.listdir(parent):
+        path = os.path.join(parent, name)
+        if parse(name) == (parsed.stem, "parts") and _is_leftover(system, path, target):
+            newest_s = max(
+                system.stat(one).st_mtime
+                for one in (path, *(os.path.join(path, file) for file in system.listdir(path)))
+            )
+            if newest_s < time.time() - current().leftover_age_s:
+                remove_tree(system, path)
 
 
 def old_name(name: str) -> str | None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import time
+import uuid
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 
 from shardckpt.config import current
 from shardckpt.errors import (
+    CheckpointBusyError,
     CheckpointExistsError,
     DirectoryNotSharedError,
     NotACheckpointError,
@@ -51,6 +54,7 @@ from shardckpt.storage.posix import UNSUPPORTED, System, translated
 __all__ = ["LocalStorage"]
 
 _WRITE = os.O_CREAT | os.O_WRONLY
+_UNFINISHED = re.compile(r"unfinished[0-9a-f]{32}\.safetensors$")
 
 
 class LocalStorage(Storage):
@@ -154,6 +158,30 @@ class LocalStorage(Storage):
             with suppress(OSError):
                 self.system.listdir(os.path.dirname(target))  # updates the cache of NFS
             time.sleep(0.05)
+
+    def assemble(self, path: str, *, checkpoint_id: str, overwrite: bool) -> LocalTransaction:
+        """See Storage.assemble. The lock is held only during the commit."""
+        path = local_path(path)
+        with translated(path):
+            target = os.path.realpath(path)
+            _check_replaceable(target)
+            _check_outside(self.system, os.path.dirname(target))
+            make_directories(self.system, os.path.dirname(target))
+            _check_target(self.system, target, overwrite=overwrite)
+            parts = hidden_path(target, f"parts-{checkpoint_id}")
+            with suppress(FileExistsError):
+                self.system.mkdir(parts)
+            # A process that commits has renamed the directory, and this is a new one.
+            if exists(self.system, hidden_path(target, f"tmp-{checkpoint_id}")):
+                with suppress(OSError):
+                    self.system.rmdir(parts)
+                raise CheckpointBusyError(
+                    "Another process commits the checkpoint",
+                    errno=errno.EAGAIN,
+                    path=path,
+                    remedy="wait for it",
+                )
+        return _Assembly(self.system, path, target, checkpoint_id, overwrite=overwrite)
 
     def open(self, path: str) -> LocalFiles:
         """See Storage.open."""
@@ -275,7 +303,7 @@ class LocalTransaction(WriteTransaction):
     def link(self, name: str, source: CheckpointFiles) -> bool:
         """See WriteTransaction.link. The link becomes durable in `commit`."""
         path = os.path.join(self._temporary, name)
-        return isinstance(source, LocalFiles) and source.share(name, path)
+        return isinstance(source, LocalFiles) and source.link_or_clone(name, path)
 
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit."""
@@ -434,3 +462,91 @@ class LocalFile(WritableFile):
             self._open = False
             with suppress(OSError):
                 self._system.close(self._fd)
+
+
+class _Assembly(LocalTransaction):
+    """A checkpoint that several processes write to `.NAME.parts-ID`, without a lock.
+
+    A file has its name once it is complete and durable.
+    """
+
+    resumes = True
+
+    def __init__(
+        self, system: System, path: str, target: str, token: str, *, overwrite: bool
+    ) -> None:
+        super().__init__(system, path, target, token, overwrite=overwrite)
+        self._parts = hidden_path(target, f"parts-{token}")
+
+    def create(self, name: str, *, size_bytes: int, shared: bool = False) -> LocalFile:
+        """See WriteTransaction.create."""
+        path = os.path.join(self._parts, name)
+        with translated(path):
+            return _AssembledFile(self._system, path, size_bytes=size_bytes)
+
+    def has(self, name: str, *, size_bytes: int) -> bool:
+        """See WriteTransaction.has."""
+        path = os.path.join(self._parts, name)
+        with translated(path):
+            try:
+                return self._system.stat(path).st_size == size_bytes
+            except FileNotFoundError:
+                return False
+
+    def link(self, name: str, source: CheckpointFiles) -> bool:
+        """See WriteTransaction.link."""
+        path = os.path.join(self._parts, name)
+        return isinstance(source, LocalFiles) and source.link_or_clone(name, path)
+
+    def commit(self, manifest: bytes) -> None:
+        """See WriteTransaction.commit. Raises CheckpointBusyError if another process commits."""
+        with translated(self._target):
+            self._lock = Lock(self._system, hidden_path(self._target, "lock"))
+            collect_leftovers(self._system, self._target)
+            for name in self._system.listdir(self._parts):
+                if name == MANIFEST_NAME or _UNFINISHED.search(name):  # of a copy that failed
+                    self._system.unlink(os.path.join(self._parts, name))
+            self._system.rename(self._parts, self._temporary)
+        try:
+            super().commit(manifest)
+        except BaseException:
+            if not self._published:
+                with suppress(OSError):
+                    self._system.rename(self._temporary, self._parts)
+            raise
+
+    def abandon(self) -> None:
+        """See WriteTransaction.abandon. The files stay, as other processes go on with them."""
+        self.close()
+
+    def close(self) -> None:
+        """See WriteTransaction.close."""
+        with suppress(OSError):
+            self._system.rmdir(self._parts)  # if it is empty
+        super().close()
+
+
+class _AssembledFile(LocalFile):
+    """A file that gets its name when it is closed."""
+
+    def __init__(self, system: System, path: str, *, size_bytes: int) -> None:
+        self._final = path
+        # The name of a shard, as no other file of shardckpt may be in a checkpoint's directory.
+        stem = path.removesuffix(".safetensors")
+        joint = "" if re.search(r"-of-\d+-[a-z0-9]+$", stem) else "-"
+        unfinished = f"{stem}{joint}unfinished{uuid.uuid4().hex}.safetensors"
+        super().__init__(system, unfinished, size_bytes=size_bytes)
+
+    def close(self, *, size_bytes: int) -> None:
+        """See WritableFile.close."""
+        super().close(size_bytes=size_bytes)
+        with translated(self._final):
+            self._system.rename(self._path, self._final)
+
+    def discard(self) -> None:
+        """See WritableFile.discard."""
+        was_open = self._open
+        super().discard()
+        if was_open:
+            with suppress(OSError):
+                self._system.unlink(self._path)

@@ -1,7 +1,8 @@
 """The hidden names beside a checkpoint or file, and the names that files of a checkpoint have.
 
 A save of a checkpoint NAME writes to `.NAME.tmp-ID`. ID is 32 hexadecimal digits, new for each
-save. Its lock is `.NAME.HASH.lock`. Where the file system can't exchange names,
+save. A checkpoint that several processes assemble is in `.NAME.parts-ID`, with the ID of the
+checkpoint. The lock of both is `.NAME.HASH.lock`. Where the file system can't exchange names,
 `.NAME.HASH.old` holds the checkpoint that is being replaced. HASH is a hash of NAME, 32 hexadecimal
 digits. A long NAME is shortened, so that no hidden name is longer than 138 bytes.
 
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _STEM_BYTES = 100
-_TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<role>tmp)-[0-9a-f]{32}", re.DOTALL)
+_TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<role>tmp|parts)-[0-9a-f]{32}", re.DOTALL)
 _FIXED = re.compile(r"\.(?P<stem>.+)\.(?P<hash>[0-9a-f]{32})\.(?P<role>old|lock)", re.DOTALL)
 _OF_FILE = re.compile(r"\.shardckpt-[0-9a-f]{32}\.(?:lock|old|[0-9a-f]{32}\.part)")
 _SHORTENED = re.compile(r".*~[0-9a-f]{32}", re.DOTALL)
@@ -44,7 +45,7 @@ class Hidden(NamedTuple):
 
     Attributes:
         stem: The name of the checkpoint, shortened if it is long.
-        role: "tmp", "old" or "lock".
+        role: "tmp", "parts", "old" or "lock".
     """
 
     stem: str
@@ -52,7 +53,8 @@ class Hidden(NamedTuple):
 
 
 def hidden_path(target: str, role: str) -> str:
-    """Return the hidden path beside a checkpoint. The role is "lock", "old" or "tmp-ID"."""
+    """Return the hidden path beside a checkpoint. The role is "lock", "old", "tmp-ID"
+    or "parts-ID"."""
     parent, name = os.path.split(target)
     stem = _stem(name)
     middle = f"{_hash(stem)}." if role in ("lock", "old") else ""

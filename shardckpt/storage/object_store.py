@@ -1,4 +1,4 @@
-"""Checkpoints in an object store, without locks, renames, and lists that must be complete.
+"""Checkpoints in an object store. No step needs locks, renames, or complete lists.
 
 A checkpoint with the URL s3://bucket/run/step-7 and the id ID has these objects:
 
@@ -51,8 +51,8 @@ from shardckpt.storage.base import (
 )
 from shardckpt.storage.objects import (
     ConditionFailedError,
-    Found,
     NoObjectError,
+    ObjectInfo,
     Objects,
     Upload,
 )
@@ -67,6 +67,7 @@ _URL = re.compile(r"(?P<bucket>[a-z][a-z0-9+.-]*://[^/]+)(?:/(?P<prefix>.*))?", 
 _ID = re.compile(r"[0-9a-f]{32}")
 _ID_IN_MANIFEST = re.compile(rb'"id":"([0-9a-f]{32})"')
 _HEAD_BYTES = 200  # of a manifest; its id is among them
+_OTHERS = 5  # objects that an error lists
 _POLL_S = 0.05
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 5.0
@@ -95,7 +96,7 @@ class ObjectStorage(Storage):
         return path.rstrip("/")
 
     def at(self, path: str) -> tuple[Objects, str]:
-        """The bucket of a path, and the prefix of its keys, which is empty or ends in `/`."""
+        """Return the bucket of a path, and the prefix of its keys: empty, or ending in `/`."""
         found = _URL.fullmatch(self.full_path(path))
         assert found is not None
         return self._open_bucket(found["bucket"]), f"{found['prefix']}/" if found["prefix"] else ""
@@ -119,14 +120,18 @@ class ObjectStorage(Storage):
         """See Storage.begin."""
         path = self.full_path(path)
         objects, prefix = self.at(path)
+        others: list[str] = []
         with suppress(StorageError):
-            _collect(objects, prefix)
+            others = _collect(objects, prefix)
         text, version = _get(objects, prefix + MANIFEST_NAME)
         if text is not None and not overwrite:
             raise _exists(path)
+        _check_outside(objects, path, prefix)
+        if others:
+            raise _in_the_way(path, others, overwrite=overwrite)
         if text is not None and not text.startswith(MANIFEST_HEAD):
             raise NotACheckpointError(
-                "overwrite=True replaces a checkpoint, and nothing else",
+                "overwrite=True replaces only a checkpoint",
                 path=path,
                 expected=f"a {MANIFEST_NAME} of shardckpt",
                 actual="another object",
@@ -155,6 +160,12 @@ class ObjectStorage(Storage):
                 )
             time.sleep(_POLL_S)
         return ObjectTransaction(objects, path, prefix, token, leads=False)
+
+    def assemble(self, path: str, *, checkpoint_id: str, overwrite: bool) -> ObjectTransaction:
+        """See Storage.assemble."""
+        transaction = self.begin(path, checkpoint_id=checkpoint_id, overwrite=overwrite)
+        transaction.assembles = True
+        return transaction
 
     def names(self, folder: str) -> list[str]:
         """See Storage.names."""
@@ -198,7 +209,7 @@ class ObjectStorage(Storage):
                     "Another save has replaced the checkpoint that was to be removed",
                     errno=errno.EAGAIN,
                     path=path,
-                    remedy="nothing was removed",
+                    remedy="remove it again, if the new checkpoint is to be removed too",
                 ) from error
             except StoreUnavailableError as error:
                 unavailable = error
@@ -221,6 +232,7 @@ class ObjectTransaction(WriteTransaction):
         replaces: The version of the manifest that the commit replaces; None for a new one.
         old: The manifest that is replaced.
         overwrite: See Storage.begin.
+        assembles: Other processes write objects of the same checkpoint, and may commit it.
     """
 
     shares_files = False
@@ -228,6 +240,7 @@ class ObjectTransaction(WriteTransaction):
     replaces: str | None = None
     old: bytes | None = None
     overwrite = False
+    assembles = False
 
     def __init__(
         self, objects: Objects, path: str, prefix: str, token: str, *, leads: bool
@@ -236,14 +249,14 @@ class ObjectTransaction(WriteTransaction):
         self.token = token
         self._objects = objects
         self._prefix = prefix
-        self._own = f"{prefix}{token}/"
+        self._folder = f"{prefix}{token}/"
         self._may_delete = leads
         self._names: set[str] = set()
 
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> ObjectFile:
         """See WriteTransaction.create. A shared file is written by one rank alone."""
         self._take_name(name)
-        return ObjectFile(self._objects, self._own + name, size_bytes=size_bytes)
+        return ObjectFile(self._objects, self._folder + name, size_bytes=size_bytes)
 
     def _take_name(self, name: str) -> None:
         if name in self._names:
@@ -254,7 +267,7 @@ class ObjectTransaction(WriteTransaction):
 
     def has(self, name: str, *, size_bytes: int) -> bool:
         """See WriteTransaction.has. An object appears complete."""
-        found = self._objects.head(self._own + name)
+        found = self._objects.head(self._folder + name)
         if found is None or found.size_bytes != size_bytes:
             return False
         self._names.add(name)
@@ -265,8 +278,8 @@ class ObjectTransaction(WriteTransaction):
         if not isinstance(source, ObjectFiles) or source.objects.url != self._objects.url:
             return False
         try:
-            self._objects.copy(source.key(name), self._own + name)
-            found = self._objects.head(self._own + name)
+            self._objects.copy(source.key(name), self._folder + name)
+            found = self._objects.head(self._folder + name)
             if found is None or found.size_bytes != source.size_bytes(name):
                 return False
         except (NoObjectError, ShardckptError):
@@ -302,7 +315,7 @@ class ObjectTransaction(WriteTransaction):
             unavailable.remedy = "load it to find out; or save again with overwrite=True"
             raise unavailable
         with suppress(StorageError):
-            self._objects.delete([self._own + _BEGUN])
+            self._objects.delete([self._folder + _BEGUN])
             if self.old is not None:
                 _delete_shards(self._objects, self._prefix, self.old)
 
@@ -317,16 +330,18 @@ class ObjectTransaction(WriteTransaction):
         )
 
     def abandon(self) -> None:
-        """See WriteTransaction.abandon. Rank 0 deletes the objects of all ranks. Those that come
-        later are deleted as leftovers."""
-        if self._may_delete:
+        """See WriteTransaction.abandon. Rank 0 deletes the objects of all ranks.
+
+        Objects that appear later are deleted as leftovers.
+        """
+        if self._may_delete and not self.assembles:
             self._may_delete = False
             with suppress(StorageError):
-                self._objects.delete([found.key for found in self._objects.list(self._own)])
+                self._objects.delete([found.key for found in self._objects.list(self._folder)])
 
 
 class ObjectFile(WritableFile):
-    """An object being uploaded. Pieces that come too early are kept until their turn."""
+    """An object being uploaded. Bytes behind a gap are kept until the gap is filled."""
 
     def __init__(self, objects: Objects, key: str, *, size_bytes: int) -> None:
         self._path = f"{objects.url}/{key}"
@@ -343,9 +358,9 @@ class ObjectFile(WritableFile):
                 return
             self._append(data)
             while (early := self._early.pop(self._end, None)) is not None:
-                self._append(memoryview(early))
+                self._append(early)
 
-    def _append(self, data: memoryview) -> None:
+    def _append(self, data: memoryview | bytes) -> None:
         assert self._upload is not None, "it is open"
         self._upload.write(data)
         self._end += len(data)
@@ -358,7 +373,7 @@ class ObjectFile(WritableFile):
                 "A part of a file was not written",
                 path=self._path,
                 expected=f"{size_bytes} bytes",
-                actual=f"{self._end} bytes from its begin on",
+                actual=f"its first {self._end} bytes",
                 remedy="save again",
             )
         self._upload.finish()
@@ -393,12 +408,12 @@ class ObjectFiles(CheckpointFiles):
                 path=self.path,
                 expected=f"the object {MANIFEST_NAME} below it",
                 actual="other objects",
-                remedy="give a URL that shardckpt.save wrote to",
+                remedy="pass a URL that shardckpt.save wrote to",
             )
         return self._manifest
 
     def key(self, name: str) -> str:
-        """The key of a shard."""
+        """Return the key of a shard."""
         if self._id is None:
             raise CorruptionError(
                 "The manifest has no valid id",
@@ -410,8 +425,8 @@ class ObjectFiles(CheckpointFiles):
         return f"{self._prefix}{self._id}/{name}"
 
     def names(self) -> list[str]:
-        """See CheckpointFiles.names. Without a manifest those of the newest save."""
-        groups: dict[str, list[Found]] = defaultdict(list)
+        """See CheckpointFiles.names. Without a manifest, lists the shards of the newest save."""
+        groups: dict[str, list[ObjectInfo]] = defaultdict(list)
         for found in self.objects.list(self._prefix):
             identity, _, name = found.key.removeprefix(self._prefix).partition("/")
             if _ID.fullmatch(identity) and is_shard_name(name):
@@ -461,7 +476,7 @@ class ObjectFiles(CheckpointFiles):
                 path=f"{self.path}/{name}",
                 expected=f"{wanted} bytes from byte {offset} on",
                 actual=f"{len(data)} bytes",
-                remedy="load another checkpoint; `shardckpt verify` lists all damage",
+                remedy="load another checkpoint; `shardckpt verify` lists all corrupted files",
             )
         at = 0
         for buffer in buffers:
@@ -484,12 +499,12 @@ class ObjectFiles(CheckpointFiles):
             path=f"{self.path}/{name}",
             expected="the object",
             actual="no such object",
-            remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
+            remedy="load another checkpoint; `shardckpt verify` lists all corrupted files",
         )
 
 
 def _get(objects: Objects, key: str) -> tuple[bytes | None, str | None]:
-    """A manifest and its version. A removed one has no text, but a version."""
+    """Return a manifest and its version. The text of a removed manifest is None."""
     try:
         text, version = objects.get(key)
     except NoObjectError:
@@ -503,8 +518,11 @@ def _id_of(manifest: bytes) -> str | None:
 
 
 def _delete_shards(objects: Objects, prefix: str, manifest: bytes) -> None:
-    """Delete the shards of a manifest that is not there any more: those that it names, in case a
-    list lacks them, and those in the list, in case its text is corrupted."""
+    """Delete the shards of a manifest that was replaced or removed.
+
+    It deletes the shards that the manifest names, as a list may lack them, and those in the list,
+    as the manifest may be corrupted.
+    """
     identity = _id_of(manifest)
     if identity is None:
         return
@@ -523,6 +541,44 @@ def _exists(path: str) -> CheckpointExistsError:
     )
 
 
+def _check_outside(objects: Objects, path: str, prefix: str) -> None:
+    """Raise an error if the folder of a new checkpoint is itself a checkpoint."""
+    folder = prefix.rstrip("/").rpartition("/")[0]
+    key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
+    if not prefix or objects.head(key) is None:
+        return
+    text = _get(objects, key)[0]
+    if text is not None and text.startswith(MANIFEST_HEAD):
+        raise StateError(
+            "A checkpoint can't be saved inside another checkpoint",
+            path=path,
+            expected="a prefix that holds checkpoints",
+            actual=f"a checkpoint at {objects.url}/{folder}",
+            remedy="save to a path beside it",
+        )
+
+
+def _in_the_way(path: str, others: Sequence[str], *, overwrite: bool) -> ShardckptError:
+    """The error for objects below a path that are not of a checkpoint at this path."""
+    actual = f"other objects: {', '.join(others)}"
+    if not overwrite:
+        return CheckpointExistsError(
+            "The path exists already",
+            errno=errno.EEXIST,
+            path=path,
+            expected="a prefix without objects",
+            actual=actual,
+            remedy="save to another path",
+        )
+    return NotACheckpointError(
+        "overwrite=True replaces only a checkpoint, but there are other objects below the path",
+        path=path,
+        expected="objects of a checkpoint",
+        actual=actual,
+        remedy="move them to another place, or save to another path",
+    )
+
+
 def _put_marker(objects: Objects, key: str) -> None:
     upload = objects.upload(key, size_bytes=1)
     try:
@@ -534,8 +590,10 @@ def _put_marker(objects: Objects, key: str) -> None:
 
 
 def _attempts() -> Iterable[int]:
-    """Numbers of attempts, with a wait before each but the first that doubles up to a limit, until
-    the option store_deadline_s has passed."""
+    """Yield numbers of attempts until the option store_deadline_s has passed.
+
+    It waits before each attempt but the first; each wait is twice as long, up to a limit.
+    """
     give_up_at = time.monotonic() + current().store_deadline_s
     wait_s = _FIRST_WAIT_S
     attempt = 0
@@ -547,21 +605,28 @@ def _attempts() -> Iterable[int]:
         attempt, wait_s = attempt + 1, min(2 * wait_s, _LONGEST_WAIT_S)
 
 
-def _collect(objects: Objects, prefix: str, *, below: bool = False) -> None:
-    """Delete what dead saves and removals have left at a path, or at the paths below a folder."""
+def _collect(objects: Objects, prefix: str, *, below: bool = False) -> list[str]:
+    """Delete what dead saves and removals have left at a path, or at the paths below a folder.
+
+    Returns the first few other objects, by their keys after the prefix.
+    """
     oldest_s = time.time() - current().leftover_age_s
-    saves: dict[str, dict[str, list[Found]]] = defaultdict(lambda: defaultdict(list))
+    saves: dict[str, dict[str, list[ObjectInfo]]] = defaultdict(lambda: defaultdict(list))
     manifests: set[str] = set()
     tombstones: list[str] = []
+    others: list[str] = []
     for found in objects.list(prefix):
         parts = found.key.removeprefix(prefix).split("/")
         where = f"{prefix}{parts.pop(0)}/" if below and len(parts) > 1 else prefix
-        if parts == [MANIFEST_NAME] and found.size_bytes != len(TOMBSTONE):
-            manifests.add(where)
-        elif parts == [MANIFEST_NAME] and found.modified_s < oldest_s:
-            tombstones.append(where)
+        if parts == [MANIFEST_NAME]:
+            if found.size_bytes != len(TOMBSTONE):
+                manifests.add(where)
+            elif found.modified_s < oldest_s:
+                tombstones.append(where)
         elif len(parts) == 2 and _ID.fullmatch(parts[0]) and _is_ours(parts[1]):
             saves[where][parts[0]].append(found)
+        elif parts[-1] and len(others) < _OTHERS:  # some tools mark a folder with a key
+            others.append(found.key.removeprefix(prefix))
     for where, by_id in saves.items():
         dead = {
             identity: group
@@ -579,13 +644,14 @@ def _collect(objects: Objects, prefix: str, *, below: bool = False) -> None:
             objects.delete(keys)
     for where in tombstones:
         _delete_tombstone(objects, where)
+    return others
 
 
 def _is_ours(name: str) -> bool:
     return name == _BEGUN or is_shard_name(name)
 
 
-def _has_marker(by_id: dict[str, list[Found]]) -> bool:
+def _has_marker(by_id: dict[str, list[ObjectInfo]]) -> bool:
     return any(f.key.endswith(f"/{_BEGUN}") for group in by_id.values() for f in group)
 
 

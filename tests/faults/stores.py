@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -26,9 +27,10 @@ from shardckpt.errors import (
     StoreUnavailableError,
 )
 from shardckpt.storage import object_store
-from shardckpt.storage.memory import MemoryObjects
+from shardckpt.storage.copying import copy_part
+from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.object_store import ObjectStorage
-from shardckpt.storage.objects import ConditionFailedError, Found, Objects, Upload
+from shardckpt.storage.objects import ConditionFailedError, ObjectInfo, Objects, Upload
 
 URL = "store://bucket/run"
 PATH = f"{URL}/step-1"
@@ -50,7 +52,10 @@ class ProcessDied(BaseException):
 
 
 class FaultyObjects(Objects):
-    """The objects of a store, of which the request number `at` fails, or all from there on."""
+    """The objects of a store, of which the request number `at` fails, or all from there on.
+
+    With `dice` each request fails with the probability `rate`, each in a way of its own.
+    """
 
     in_memory = True
 
@@ -58,18 +63,29 @@ class FaultyObjects(Objects):
         self.url = objects.url
         self.objects = objects
         self.kind, self.at, self.for_ever = "", -1, False
+        self.dice: random.Random | None = None
+        self.rate = 0.0
         self.requests = 0
         self.faults = 0
+        self.seen: Counter[str] = Counter()  # the faults by kind
         self.hook: Callable[[], None] | None = None
-        self.before: dict[str, tuple[bytes, Found]] = {}
+        self.before: dict[str, tuple[bytes, ObjectInfo]] = {}
         """The content of the store before its last change."""
 
     def restart(self) -> None:
         """Begin to count anew; no request fails."""
         self.kind, self.at, self.for_ever, self.requests, self.hook = "", -1, False, 0, None
+        self.dice = None
 
     def _fails(self, conditional: bool) -> bool:
         number, self.requests = self.requests, self.requests + 1
+        if self.dice is not None:
+            fails = self.dice.random() < self.rate
+            if fails:
+                self.kind = self.dice.choice([kind for kind in KINDS if kind != "late commits"])
+                self.seen[self.kind] += 1
+            self.faults += fails
+            return fails
         fails = number == self.at or (self.for_ever and number > self.at >= 0)
         if self.kind == "late commits":
             fails = conditional and number >= self.at >= 0
@@ -149,12 +165,12 @@ class FaultyObjects(Objects):
         )
         return found
 
-    def head(self, key: str) -> Found | None:
-        found: Found | None = self.ask(lambda: self.objects.head(key), changes=False)
+    def head(self, key: str) -> ObjectInfo | None:
+        found: ObjectInfo | None = self.ask(lambda: self.objects.head(key), changes=False)
         return found
 
-    def list(self, prefix: str) -> Iterable[Found]:
-        found: list[Found] = self.ask(lambda: list(self.objects.list(prefix)), changes=False)
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+        found: list[ObjectInfo] = self.ask(lambda: list(self.objects.list(prefix)), changes=False)
         return found
 
     def folders(self, prefix: str) -> Sequence[str]:
@@ -257,6 +273,15 @@ def loads(trial: Trial) -> tuple[str, set[int | None], int | None]:
     return PATH, {1}, 1
 
 
+def copies(trial: Trial) -> tuple[str, set[int | None], int | None]:
+    """As the thread of a tiered storage does, which comes again after an error."""
+    source = MemoryStorage()
+    shardckpt.save(state_of(2), PATH.replace("store", "memory"), storage=source)
+    with contextlib.closing(source.open(PATH.replace("store", "memory"))) as files:
+        copy_part(files, trial.storage, PATH)
+    return PATH, {1, 2}, 2
+
+
 def prunes(trial: Trial) -> tuple[str, set[int | None], int | None]:
     """The oldest goes, once the newest is there."""
     keep = [shardckpt.KeepLast(1)]
@@ -268,12 +293,13 @@ def prunes(trial: Trial) -> tuple[str, set[int | None], int | None]:
     return f"{URL}/step-3", {None, 3}, 3
 
 
-OPERATIONS = {f.__name__: f for f in (replaces, with_base, removes, loads, prunes)}
+OPERATIONS = {f.__name__: f for f in (replaces, with_base, removes, loads, copies, prunes)}
 _OUTCOMES = {
     "replaces": (PATH, {1, 2}),
     "with_base": (f"{URL}/step-2", {None, 2}),
     "removes": (PATH, {1, None}),
     "loads": (PATH, {1}),
+    "copies": (PATH, {1, 2}),
     "prunes": (f"{URL}/step-3", {None, 3}),
 }
 
@@ -295,6 +321,13 @@ def fail(operation: str, kind: str, at: int, *, for_ever: bool) -> bool:
     faulty = trial.faulty
     faulty.restart()
     faulty.kind, faulty.at, faulty.for_ever, faulty.faults = kind, at, for_ever, 0
+    what = f"{operation}, request {at} {kind}{' for ever' if for_ever else ''}"
+    attempt(trial, operation, what)
+    return faulty.faults > 0
+
+
+def attempt(trial: Trial, operation: str, what: str) -> None:
+    """Try an operation on a store that fails, and look at the store afterwards."""
     path, outcomes = _OUTCOMES[operation]
     acknowledged = False
     try:
@@ -302,19 +335,31 @@ def fail(operation: str, kind: str, at: int, *, for_ever: bool) -> bool:
         acknowledged = True
     except (ShardckptError, ProcessDied):
         pass
-    failed = faulty.faults > 0
-    what = f"{operation}, request {at} {kind}{' for ever' if for_ever else ''}"
     found = trial.found(path)
     assert found in outcomes, f"{what}: {found} at {path}"
     if acknowledged:
-        success = {"replaces": 2, "with_base": 2, "removes": None, "loads": 1, "prunes": 3}
-        assert found == success[operation], f"{what}: {found} at {path} after success"
+        success = {"removes": None, "loads": 1, "prunes": 3}.get(operation, 2)
+        assert found == success, f"{what}: {found} at {path} after success"
     if operation in ("with_base", "loads"):
         assert trial.found() == 1, f"{what}: the base is lost"
     trial.save(9)
     assert trial.found() == 9, what
     trial.check_clean()
-    return failed
+
+
+def at_random(seed: int, faults: int) -> Counter[str]:
+    """Operations whose requests fail at random, several of them in one operation; the faults by
+    kind, at least so many in all."""
+    dice, seen = random.Random(seed), Counter[str]()
+    with hurried():
+        while seen.total() < faults:
+            trial = Trial()
+            trial.faulty.restart()
+            trial.faulty.dice, trial.faulty.rate = dice, dice.choice([0.03, 0.1, 0.3, 0.7])
+            operation = dice.choice(sorted(OPERATIONS))
+            attempt(trial, operation, f"{operation} after {seen.total()} faults of seed {seed}")
+            seen += trial.faulty.seen
+    return seen
 
 
 def race(operation: str, at: int, *, remove: bool) -> bool:
@@ -385,4 +430,5 @@ def trial(seed: int) -> int:
     """For tests.faults.torture: a part of all faults and races."""
     step = 5
     begin = random.Random(seed).randrange(step) if seed else 0
-    return every_fault(step=step, begin=begin) + every_race(step=step, begin=begin)
+    planned = every_fault(step=step, begin=begin) + every_race(step=step, begin=begin)
+    return planned + at_random(seed, 200).total()

@@ -14,6 +14,11 @@ def test_every_third_request_fails(kind):
     assert stores.every_fault([kind], step=3, begin=stores.KINDS.index(kind) % 3) > 5
 
 
+def test_requests_fail_at_random():
+    seen = stores.at_random(1, 300)
+    assert seen.keys() == set(stores.KINDS) - {"late commits"}
+
+
 def test_every_race_of_two_processes():
     assert stores.every_race() > 30
 

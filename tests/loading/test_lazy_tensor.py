@@ -9,6 +9,7 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.posix import System
 
 
@@ -105,3 +106,47 @@ def test_rows_cost_their_blocks(checkpoint):
         rows = opened["large"][300:308]
     assert torch.equal(rows, saved["large"][300:308])
     assert system.read_bytes <= 2 << 20
+
+
+def test_tensors_of_a_store_are_downloaded_once_when_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(MemoryObjects, "in_memory", False)  # as another machine
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read: list[int] = []
+    whole_read = MemoryObjects.read
+
+    def counted(objects, key, *, offset, size_bytes):
+        read.append(size_bytes)
+        return whole_read(objects, key, offset=offset, size_bytes=size_bytes)
+
+    monkeypatch.setattr(MemoryObjects, "read", counted)
+    storage = MemoryStorage()
+    saved = {
+        "large": torch.arange(3 << 20, dtype=torch.float32).reshape(-1, 1024),
+        "half": torch.arange(2 << 20).to(torch.bfloat16),
+        "none": torch.empty(0, 3),
+        "one": torch.tensor(7),
+    }
+    shardckpt.save(saved, "memory://bucket/a", storage=storage)
+    for attempt in range(2):
+        state = shardckpt.load_state("memory://bucket/a", device_map="disk", storage=storage)
+        assert not read, "nothing is read before it is touched"
+        assert torch.equal(state["half"] + 0, saved["half"])
+        assert sum(read) < 6 << 20
+        for name, tensor in saved.items():
+            assert state[name].dtype == tensor.dtype
+            assert torch.equal(state[name] + 0, tensor), name
+        assert sum(read) < 20 << 20 if attempt == 0 else not read
+        state["large"][0, 0] = 99  # stays in memory
+        read.clear()
+    assert len(list((tmp_path / "cache/shardckpt").glob("*/*"))) == 3
+    damaged = MemoryStorage()
+    shardckpt.save(saved, "memory://bucket/a", storage=damaged)
+    objects, _ = damaged.at("memory://bucket/a")
+    (key,) = [found.key for found in objects.list("a/") if found.key.endswith(".safetensors")]
+    data, found = objects._objects[key]
+    objects._objects[key] = data[:5_000_000] + b"?" + data[5_000_001:], found
+    state = shardckpt.load_state("memory://bucket/a", device_map="disk", storage=damaged)
+    for _ in range(2):
+        with pytest.raises(errors.CorruptionError):
+            _ = state["large"] + 0
+    assert len(list((tmp_path / "cache/shardckpt").glob("*/*"))) == 3

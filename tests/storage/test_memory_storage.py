@@ -16,6 +16,7 @@ from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert
 from shardckpt.errors import (
     CheckpointBusyError,
+    CheckpointExistsError,
     CheckpointNotFoundError,
     CorruptionError,
     NotACheckpointError,
@@ -54,6 +55,27 @@ def keys(path: str) -> list[str]:
     storage, path = resolve(path)
     objects, prefix = storage.at(path)
     return sorted(found.key.removeprefix(prefix) for found in objects.list(prefix))
+
+
+def test_a_checkpoint_is_not_saved_inside_another_one_or_around_it(url):
+    shardckpt.save({"n": 1}, f"{url}/a")
+    before = keys(url)
+    with pytest.raises(StateError, match="inside another checkpoint"):
+        shardckpt.save({"n": 2}, f"{url}/a/b")
+    with pytest.raises(CheckpointExistsError, match=r"a/manifest\.json"):
+        shardckpt.save({"n": 2}, url)
+    with pytest.raises(NotACheckpointError, match=r"a/manifest\.json"):
+        shardckpt.save({"n": 2}, url, overwrite=True)
+    with pytest.raises(StateError, match="inside another checkpoint"):
+        shardckpt.CheckpointManager(f"{url}/a").save(1, {"n": 2})
+    assert keys(url) == before
+    objects, prefix = resolve(url).storage.at(url)
+    objects.put(f"{prefix}manifest.json", b'{"name": "of another program"}')
+    objects.put(f"{prefix}c/", b"")  # as some tools mark a folder
+    shardckpt.save({"n": 3}, f"{url}/c")
+    assert shardckpt.load_state(f"{url}/c") == {"n": 3}
+    objects.delete([f"{prefix}a/manifest.json"])  # a removed checkpoint is no obstacle
+    shardckpt.save({"n": 4}, f"{url}/a/b")
 
 
 def test_every_function_takes_a_url(url):

@@ -96,7 +96,7 @@ def test_a_slice_takes_one_manifest_and_one_range(s3, requests):
 def test_the_requests_of_a_save_and_a_load(s3, requests):
     """docs/how-to/object-stores.md has these numbers."""
     shardckpt.save(STATE, s3)
-    assert requests == {"list": 1, "get": 1, "open_writer": 2, "put": 1, "delete": 1}
+    assert requests == {"list": 1, "get": 1, "head": 1, "open_writer": 2, "put": 1, "delete": 1}
     requests.clear()
     shardckpt.load_state(s3)
     assert requests == {"get": 1, "get_range": 5}

@@ -20,6 +20,7 @@ from shardckpt.errors import (
     StateError,
     StoreUnavailableError,
 )
+from shardckpt.storage import drain, tiered_files
 from shardckpt.storage import tiers as module
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing import StorageTests
@@ -44,7 +45,8 @@ class TestTieredStorage(StorageTests):
     @pytest.fixture
     def storage(self, tiers, monkeypatch):
         # The checkpoints of these tests have no manifest that could be copied.
-        monkeypatch.setattr(module, "check_text", lambda text, path: None)
+        for one in (module, tiered_files):
+            monkeypatch.setattr(one, "check_text", lambda text, path: None)
         monkeypatch.setattr(module, "_copy", lambda source, target: None)
         return tiers
 
@@ -137,7 +139,7 @@ class Down(MemoryStorage):
 
 
 def test_a_store_that_is_down_holds_up_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(drain, "_FIRST_WAIT_S", 0.05)
     store = Down()
     shardckpt.register_storage("down", lambda url: store)
     store.down = True

@@ -1,0 +1,145 @@
+"""A thread that copies checkpoints to slower tiers, and repeats what fails."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable
+
+from shardckpt.errors import CheckpointError, StateError
+from shardckpt.logs import logger
+
+__all__ = ["Drain", "OthersCopyError"]
+
+_FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 60.0
+_LONGEST_WAIT_FOR_OTHERS_S = 5.0
+
+
+class OthersCopyError(Exception):
+    """Raised by a task that has done its part, and waits for other processes."""
+
+
+class Drain:
+    """A thread that works through tasks, and repeats those that fail.
+
+    It ends when nothing is left. At the end of the program it finishes what can be done, and gives
+    up what fails.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._tasks: deque[tuple[Hashable, Callable[[], None]]] = deque()
+        self._running: Hashable = None
+        self._thread: threading.Thread | None = None
+        self._failed: set[Hashable] = set()  # since the last wait
+        self._ending = False
+        _drains.add(self)
+
+    def finish(self) -> None:
+        """Wait until what can be done is done, and give up what fails."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        self.wait_all(None)
+
+    def add(self, key: Hashable, task: Callable[[], None]) -> None:
+        """Queue a task. A task with the same key that has not begun is replaced."""
+        with self._changed:
+            self._tasks = deque(one for one in self._tasks if one[0] != key)
+            self._tasks.append((key, task))
+            self._failed.discard(key)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="shardckpt-drain")
+                self._thread.start()
+            self._changed.notify_all()
+
+    def forget(self, path: str) -> None:
+        """Drop the tasks of a path that have not begun."""
+        with self._changed:
+            self._tasks = deque(
+                one for one in self._tasks if not isinstance(one[0], tuple) or one[0][0] != path
+            )
+            self._changed.notify_all()
+
+    def waits(self, key: Hashable) -> bool:
+        """Whether a task has not ended."""
+        with self._changed:
+            return self._waits(key)
+
+    def _waits(self, key: Hashable) -> bool:
+        return key is not None and (
+            key == self._running or any(one[0] == key for one in self._tasks)
+        )
+
+    def wait(self, key: Hashable, timeout: float | None) -> None:
+        """Wait until a task has ended."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._waits(key), timeout):
+                raise TimeoutError(f"{key} is not copied after {timeout} s")
+
+    def wait_all(self, timeout: float | None) -> None:
+        """Wait until nothing is left."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._thread is None, timeout):
+                raise TimeoutError(f"{len(self._tasks)} tasks are left after {timeout} s")
+
+    def _work(self) -> None:
+        wait_s = _FIRST_WAIT_S
+        while True:
+            with self._changed:
+                if not self._tasks:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+                self._running, task = self._tasks.popleft()
+                key = self._running
+            longest_wait_s = _tried(key, task, wait_s)
+            with self._changed:
+                self._running = None
+                if longest_wait_s and not self._ending and not self._waits(key):
+                    self._tasks.append((key, task))
+                self._changed.notify_all()
+                if not longest_wait_s:
+                    wait_s = _FIRST_WAIT_S
+                    continue
+                self._failed.add(key)
+                if self._has_untried():
+                    continue
+                self._changed.wait_for(lambda: self._ending or self._has_untried(), wait_s)
+                self._failed.clear()
+            wait_s = min(2 * wait_s, longest_wait_s)
+
+    def _has_untried(self) -> bool:
+        """Whether a task has not failed since the last wait."""
+        return any(key not in self._failed for key, _ in self._tasks)
+
+
+def _tried(key: Hashable, task: Callable[[], None], wait_s: float) -> float:
+    """Carry out a task. Returns the longest wait before the next attempt; 0 if there is none."""
+    try:
+        task()
+    except OthersCopyError:
+        return _LONGEST_WAIT_FOR_OTHERS_S
+    except (CheckpointError, StateError) as error:
+        logger.warning("%s is not copied: %s", key, error)
+    except Exception as error:
+        # Whatever it is, training goes on.
+        logger.warning("%s: tried again in %g s: %s", key, wait_s, error)
+        return _LONGEST_WAIT_S
+    return 0.0
+
+
+_drains: weakref.WeakSet[Drain] = weakref.WeakSet()
+
+
+def _at_exit() -> None:
+    for drain in list(_drains):
+        drain.finish()
+
+
+# Before the executors of this process refuse work, which is before atexit. Private; tried with
+# Python 3.11.
+getattr(threading, "_register_atexit", atexit.register)(_at_exit)
