@@ -35,6 +35,7 @@ from shardckpt.maintenance.rewritable import Source
 from shardckpt.manager.manager import CheckpointManager
 from shardckpt.manager.retention import KeepLast
 from shardckpt.state.markers import Union
+from shardckpt.storage.resolve import resolve
 
 __all__ = ["ShardckptManager"]
 
@@ -171,7 +172,7 @@ class ShardckptManager(BaseCheckpointManager):
             with operation(f"save {path}") as ranks, api.open_checkpoint(saved) as checkpoint:
                 convert_source(
                     checkpoint,
-                    path,
+                    resolve(path),
                     to="hf",
                     shards=None,
                     file_bytes=None,

@@ -39,7 +39,7 @@ from shardckpt.reports import LoadReport
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.mismatches import Mismatches
-from shardckpt.state.module_state import own_state
+from shardckpt.state.module_state import named_state
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import resolve
@@ -175,7 +175,7 @@ def weights_of(model: Any) -> dict[str, Any]:
         inner = _inner(model)
         return dict(get_peft_model_state_dict(inner, adapter_name=_adapter_name(inner)))
     inner = _inner(model)
-    tensors = own_state(model).by_name()
+    tensors = named_state(model).by_name()
     ignored = set(getattr(inner, "_keys_to_ignore_on_save", None) or ())
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
     kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
@@ -334,7 +334,7 @@ def _exported(
 
 def _imported(model: Any, source: Source) -> Foreign:
     """Return weights of the hub as a source with the names of a model."""
-    inner, own = _inner(model), own_state(model).by_name()
+    inner, own = _inner(model), named_state(model).by_name()
     plan = model_names(inner, own, _forms(source))
     made = {name for conversion in plan for name in conversion.targets}
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
@@ -403,7 +403,7 @@ def _converted(
 def _excuse(model: Any, mismatches: Mismatches) -> None:
     """Remove the mismatches that transformers ignores when it loads this model, and weights on the
     meta device that are tied to one that the file has."""
-    inner, own = _inner(model), own_state(model).by_name()
+    inner, own = _inner(model), named_state(model).by_name()
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
     lacking = set(mismatches.missing)
     lacking -= {n for n in lacking if tied.get(n, n) not in lacking and own[n] is own[tied[n]]}
