@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import Attempt, attempt, exchange
-from shardckpt.loading.agreement import agree_on_reads
+from shardckpt.loading.agreement import same_checkpoint
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.state.matching import MatchedState, match_state
-from shardckpt.state.mismatches import Mismatches
+from shardckpt.state.mismatches import Mismatches, check_unused
 from shardckpt.state.saved_tree import SavedState
 
 __all__ = ["load_source"]
@@ -61,8 +62,7 @@ def load_source(
 
     with watch.phase("plan"):
         matched = source.then(match)
-        opened = source.then(lambda found: (None, found.manifest))
-        agree_on_reads(ranks, path, opened, matched, strict=strict)  # type: ignore[arg-type]
+        _agree(ranks, path, source, matched, strict=strict)
     with watch.phase("read"):
         read = attempt(_read, source.get(), matched.get(), ranks)
         placed = read.then(lambda size_bytes: matched.get().place())
@@ -81,6 +81,33 @@ def load_source(
         cast=tuple(matched.get().cast),
         kept=tuple(matched.get().kept),
     )
+
+
+def _agree(
+    ranks: Coordinator,
+    path: str,
+    source: Attempt[Source],
+    matched: Attempt[MatchedState],
+    *,
+    strict: bool,
+) -> None:
+    """Agree that all ranks opened one source, and that it fits, before any rank changes its state.
+    Collective."""
+
+    def report() -> bytes:
+        refused = matched.get().strict_mismatches if strict else Mismatches()
+        error = refused.error(path)
+        if error is not None and not (ranks.world_size > 1 and refused.only_unexpected):
+            raise error
+        return msgspec.msgpack.encode((source.get().manifest.checkpoint_id, refused.unexpected))
+
+    def decide(payloads: list[bytes]) -> bytes:
+        decode = msgspec.msgpack.Decoder(tuple[str, list[str]]).decode
+        ids, unused = zip(*map(decode, payloads), strict=True)
+        check_unused(list(unused), path)
+        return same_checkpoint(path)([checkpoint_id.encode() for checkpoint_id in ids])
+
+    exchange(ranks, "open", report, decide)
 
 
 def _read(source: Source, matched: MatchedState, ranks: Coordinator) -> int:
