@@ -298,13 +298,14 @@ class ObjectTransaction(WriteTransaction):
                 break
             except ConditionFailedError as error:
                 try:
-                    found = _get(self._objects, key)[0]
+                    found, version = _get(self._objects, key)
                 except StoreUnavailableError as no_answer:
                     unavailable = no_answer
                     continue
                 if found == manifest:
                     break  # put by an earlier attempt, or by a request that was repeated on its way
-                self._may_delete = unavailable is None
+                # If this is still what `begin` has read, the answer or the refusal is wrong.
+                self._may_delete = unavailable is None and version not in (None, self.replaces)
                 raise self._lost() from error
             except StoreUnavailableError as error:
                 unavailable = error
