@@ -19,14 +19,14 @@ from shardckpt.plan.device_map import DeviceMap
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.reports import CheckpointMetadata, LoadReport, RescueReport, SaveReport, VerifyReport
 from shardckpt.saving import async_save as background
-from shardckpt.saving.agreement import Target
+from shardckpt.saving.agreement import SaveTarget
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.saving.incremental import check_verify_base, open_base
 from shardckpt.saving.pipeline import plan_state, run_save
 from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 from shardckpt.transforms import Transforms
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ Path = str | os.PathLike[str] | Storage
 
 def _base(
     base: Path | Checkpoint | None, storage: Storage | None, *, verify: bool
-) -> Place | Checkpoint | None:
+) -> Location | Checkpoint | None:
     check_verify_base(base, verify_base=verify)
     if base is None or isinstance(base, Checkpoint):
         return base
@@ -62,7 +62,7 @@ def _ignore(size_bytes: int) -> None:
     pass
 
 
-def _ranks_given(
+def _operation_or_alone(
     subject: str, process_group: ProcessGroup | None, comm: Any
 ) -> AbstractContextManager[Coordinator]:
     """Return the ranks of `process_group` or `comm`, or this process alone if both are None."""
@@ -84,15 +84,15 @@ def save(
     verify_base: bool = False,
     storage: Storage | None = None,
 ) -> SaveReport:
-    """Save a state. Every rank writes its shard, and the checkpoint appears as a whole.
+    """Save a state. Every rank writes its shards. The checkpoint appears complete or not at all.
 
     Collective: every rank calls it with the same path. When it returns, the checkpoint is complete
     and durable. When it raises, the path is as it was before. Tensors stay on their devices, and
     copying them takes a few buffers of memory.
 
     Ranks may hold different tensors, as pipeline stages do; the checkpoint has the tensors of all
-    ranks. A rank that lacks tensors of another rank, and adds none, is an error. Values must be
-    equal on all ranks, unless PerRank, Union or FromRank0 marks them.
+    ranks. It is an error if a rank lacks tensors of another rank and has none of its own. Values
+    must be equal on all ranks, unless PerRank, Union or FromRank0 marks them.
 
     Args:
         state: Nested dicts, lists and tuples. Their leaves are tensors (plain, DTensor,
@@ -103,16 +103,16 @@ def save(
         overwrite: Replace a checkpoint at `path`. The old one can be loaded until the new one
             is complete.
         planner: A DCP SavePlanner, which decides what is saved.
-        process_group: The ranks that save. By default the default group of torch.distributed,
-            if there is none MPI.COMM_WORLD under mpirun, otherwise this process alone.
+        process_group: The ranks that save. By default the default group of torch.distributed;
+            without one, MPI.COMM_WORLD under mpirun; otherwise this process alone.
         comm: The ranks that save, as an mpi4py communicator.
         check_replicas: Compare the replicas of tensors of any size between ranks. Values and
             tensors of up to 64 KiB are always compared. With a planner it needs ShardSavePlanner.
         base: An earlier checkpoint, as a path or open. Files that would be the same are linked,
-            not written. Either checkpoint can be removed without harm to the other. If the base
+            not written. Either checkpoint can be removed, and the other stays complete. If the base
             is missing or corrupted, everything is written and the report lists the reason.
-        verify_base: Read back and verify all linked blocks, in place of one block in 16. It
-            needs a base.
+        verify_base: Read back and verify all linked blocks, instead of one block in 16. It needs
+            a base.
         storage: The storage of `path` and `base`. By default the scheme of a URL decides, and a
             path without one is on the file system.
 
@@ -133,14 +133,14 @@ def save(
         1
     """
     place, earlier = resolve(path, storage), _base(base, storage, verify=verify_base)
+    target = SaveTarget(place.path, place.storage, overwrite)
     if planner is not None:
         from shardckpt.integrations.dcp import save_with_planner
 
         return save_with_planner(
             state,
-            place,
+            target,
             planner=planner,
-            overwrite=overwrite,
             process_group=process_group,
             comm=comm,
             check_replicas=check_replicas,
@@ -150,7 +150,7 @@ def save(
     with operation(f"save {place.path}", process_group, comm=comm) as coordinator:
         return run_save(
             lambda: plan_state(state, coordinator),
-            Target(place.path, place.storage, overwrite),
+            target,
             coordinator=coordinator,
             base=open_base(earlier, verify=verify_base),
             check_replicas=check_replicas,
@@ -212,14 +212,14 @@ def async_save(
         with ranks as coordinator:
             return run_save(
                 staged_plan,
-                Target(place.path, place.storage, overwrite),
+                SaveTarget(place.path, place.storage, overwrite),
                 coordinator=coordinator,
                 base=open_base(earlier, verify=verify_base),
                 check_replicas=check_replicas,
                 staged=True,
             )
 
-    return background.start(
+    return background.start_save(
         state,
         place.path,
         rank=ranks.rank,
@@ -258,7 +258,7 @@ def load(
             load all entries of a module or optimizer, and an entry for each name of `keys` and
             `rename`. With strict=False, mismatched entries are skipped and listed in the report.
         dtype: "strict" refuses a saved dtype other than the dtype of the state; "cast" converts.
-        keys: The names to load: prefixes, or shell patterns such as `"*.bias"`.
+        keys: The names to load, after `rename`: prefixes, or shell patterns such as `"*.bias"`.
         rename: A dict from saved prefix to prefix in the state, or a function from saved name to
             name in the state.
         transforms: Splits, joins and other changes of the saved tensors, in order; see
@@ -321,9 +321,10 @@ def load_state(
 
     Args:
         path: The checkpoint.
-        device_map: `"cpu"`; a device; `"auto"` or `"balanced"`, which fill the visible devices by
-            free memory; `"meta"`; `"disk"`, which maps files into memory and reads what is touched;
-            or a dict from prefixes of names to these, of which the longest prefix wins.
+        device_map: The device of each tensor: `"cpu"` or another device; `"auto"`, which fills the
+            visible devices in order by free memory, then CPU memory, then disk; `"balanced"`, which
+            divides the tensors evenly over the visible devices; `"meta"`; `"disk"`, which maps
+            files into memory; or a dict from prefixes of names to these. The longest prefix wins.
         keys: See `load`.
         rename: See `load`.
         transforms: See `load`. Transformed tensors can't stay on "disk".
@@ -403,10 +404,10 @@ def metadata(path: Path, *, storage: Storage | None = None) -> CheckpointMetadat
     Example:
         >>> import torch, shardckpt
         >>> report = shardckpt.save({"weight": torch.ones(3, 2), "step": 7}, "run/step-7")
-        >>> found = shardckpt.metadata("run/step-7")
-        >>> found.tensors
+        >>> metadata = shardckpt.metadata("run/step-7")
+        >>> metadata.tensors
         {'weight': TensorMetadata(shape=(3, 2), dtype=torch.float32)}
-        >>> found.world_size, found.values
+        >>> metadata.world_size, metadata.values
         (1, ('step',))
     """
     with open_checkpoint(path, storage=storage) as checkpoint:
@@ -454,7 +455,7 @@ def verify(
         >>> shardckpt.verify("run/step-1").intact
         ('weight',)
     """
-    with _ranks_given(f"verify {path}", process_group, comm) as ranks:  # noqa: SIM117
+    with _operation_or_alone(f"verify {path}", process_group, comm) as ranks:  # noqa: SIM117
         with open_checkpoint(path, storage=storage) as checkpoint:
             report = verify_shards(
                 checkpoint.files,
@@ -510,7 +511,7 @@ def reshard(
         4
     """
     place = resolve(target, storage)
-    with _ranks_given(f"reshard {place.path}", process_group, comm) as ranks:  # noqa: SIM117
+    with _operation_or_alone(f"reshard {place.path}", process_group, comm) as ranks:  # noqa: SIM117
         with open_checkpoint(source, storage=storage) as checkpoint:
             run_reshard(
                 checkpoint,
@@ -534,7 +535,7 @@ def rescue(
     """Write a new checkpoint with the intact tensors of a corrupted one. Not collective.
 
     Tensors whose blocks all verify are kept, and so are all values. References to a lost tensor are
-    removed; in a list or tuple None replaces them. A single flipped bit in a block is turned back.
+    removed; in a list or tuple None replaces them. A single flipped bit in a block is repaired.
     If the manifest is lost, a new one is built from the headers of the shards: it has the tensors
     with their names, shapes and nesting, but no values, and nothing can be verified. The notes of
     the new checkpoint list what was lost and repaired.

@@ -11,7 +11,7 @@ import torch
 from shardckpt.errors import CorruptionError, StateError
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.devices import free_memory
 from shardckpt.io.gc_pause import collector_paused
@@ -151,8 +151,8 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
     """
 
     @functools.cached_property
-    def _outline(self) -> Outline:
-        return Outline(self._text, path=self.path)
+    def _lazy_manifest(self) -> LazyManifest:
+        return LazyManifest(self._text, path=self.path)
 
     @functools.cached_property
     def _saved(self) -> SavedState:
@@ -166,7 +166,7 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
         """Return the tensor or value of a name. A PerRank entry is a list of the values of all
         ranks.
         """
-        if "manifest" not in vars(self) and (source := self._outline.find(name)) is not None:
+        if "manifest" not in vars(self) and (source := self._lazy_manifest.find(name)) is not None:
             return SavedTensor(self, name, source)
         if name not in self._saved.leaves:
             raise KeyError(name)
@@ -360,10 +360,10 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
             # Read again, with the full manifest, so that the error names every affected tensor.
             return read_box(self._files, self.manifest, entry, offsets, sizes)
 
-    def _described(self, name: str) -> tuple[Manifest | Outline, TensorEntry]:
+    def _described(self, name: str) -> tuple[Manifest | LazyManifest, TensorEntry]:
         """Return the entry of a tensor, with the outline, or with the manifest if it is parsed or
         needed.
         """
-        if "manifest" not in vars(self) and (entry := self._outline.tensor(name)) is not None:
-            return self._outline, entry
+        if "manifest" not in vars(self) and (entry := self._lazy_manifest.tensor(name)) is not None:
+            return self._lazy_manifest, entry
         return self.manifest, self.manifest.tensors[name]

@@ -149,7 +149,7 @@ def _checked(name: str, value: Any, *, source: str) -> Any:
 
 
 def _checked_mapping(value: Any, *, source: str) -> Mapping[str, Any]:
-    """A mapping with str keys, or its JSON."""
+    """Check a mapping with str keys, or decode its JSON. Raises OptionError."""
     found = value
     if isinstance(value, str):
         try:

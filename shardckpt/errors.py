@@ -12,7 +12,7 @@
     ├── LoadMismatchError(ValueError)      state and checkpoint differ in names, shapes or dtypes
     ├── CheckpointError(ValueError)        the checkpoint can't be read
     │   ├── CheckpointNotFoundError(FileNotFoundError)
-    │   ├── NotACheckpointError                another kind of file or directory
+    │   ├── NotACheckpointError                another file or directory
     │   ├── FormatVersionError                 written by a newer shardckpt
     │   └── CorruptionError                    corrupted, truncated or malicious
     ├── StorageError(OSError)              the file system refused an operation
@@ -73,7 +73,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def _in_a_line(name: str | None) -> str | None:
+def _one_line(name: str | None) -> str | None:
     """Escape the line ends of a name, which could otherwise look like another fact."""
     return None if name is None else str(name).replace("\n", "\\n")
 
@@ -134,9 +134,9 @@ class ShardckptError(Exception):
 
     def __str__(self) -> str:
         facts = {
-            "path": _in_a_line(self.path),
+            "path": _one_line(self.path),
             "rank": self.rank,
-            "tensor": _in_a_line(self.tensor),
+            "tensor": _one_line(self.tensor),
             "expected": self.expected,
             "actual": self.actual,
             **self.facts,
@@ -199,7 +199,7 @@ class LoadMismatchError(ShardckptError, ValueError):
     """The state to load into and the checkpoint differ. The error lists every entry.
 
     `missing`, `unexpected`, `wrong_shape` and `wrong_dtype` are tuples of names
-    (for the last two, of (name, expected, found)), or None if there are none.
+    (for the last two, of (name, expected, actual)), or None if there are none.
     """
 
     missing: tuple[str, ...] | None = None

@@ -204,15 +204,15 @@ class DiffReport:
         values: Name -> both values, of the other entries that differ. Enums are text.
         equal_tensors: The number of equal tensors.
         equal_values: The number of equal values.
-        bytes_read: The bytes of tensors that were read from the first one, as the digests did not
-            show that they are equal.
+        bytes_read: The bytes of tensors that were read from the first one, because their digests
+            differ or are not comparable.
 
     Example:
         >>> import torch, shardckpt
         >>> report = shardckpt.save({"w": torch.ones(3), "step": 1}, "run/step-1")
         >>> report = shardckpt.save({"w": torch.ones(3), "step": 2}, "run/step-2")
-        >>> found = shardckpt.diff("run/step-1", "run/step-2")
-        >>> found.equal, found.values
+        >>> report = shardckpt.diff("run/step-1", "run/step-2")
+        >>> report.equal, report.values
         (False, {'step': (1, 2)})
     """
 
@@ -250,8 +250,8 @@ class TensorStats:
     Example:
         >>> import torch, shardckpt
         >>> report = shardckpt.save({"w": torch.tensor([3.0, 4.0, float("nan")])}, "run/step-1")
-        >>> found = shardckpt.stats("run/step-1")["w"]
-        >>> found.norm, found.nan
+        >>> stats = shardckpt.stats("run/step-1")["w"]
+        >>> stats.norm, stats.nan
         (5.0, 1)
     """
 
@@ -318,7 +318,7 @@ class RescueReport:
         path: The new checkpoint.
         saved: The names of the tensors in the new checkpoint.
         lost: Tensor or file -> why it could not be saved.
-        repaired: A text for each flipped bit that was turned back.
+        repaired: A text for each flipped bit that was repaired.
         rebuilt: Whether the manifest was lost and was rebuilt from the headers of the shards. Then
             all values are lost, and no bytes could be verified.
 

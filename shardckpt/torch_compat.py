@@ -40,7 +40,7 @@ __all__ = [
     "inner_schedulers",
     "is_parameter",
     "load_functions",
-    "local_part",
+    "dtensor_local",
     "map_instances",
     "owner_rank",
     "plain_functions",
@@ -108,7 +108,7 @@ def is_parameter(value: Any) -> bool:
 # ---- DTensor
 
 
-def local_part(tensor: DTensor) -> Any:
+def dtensor_local(tensor: DTensor) -> Any:
     """Return the local tensor of a DTensor. to_local() is slow, and waits for collectives."""
     return tensor._local_tensor
 

@@ -117,7 +117,7 @@ def _main(
 
 
 def join_group(rank: int, world_size: int, port: int, *, name: str) -> None:
-    """Initialise torch.distributed over the store at a port."""
+    """Initialize torch.distributed over the store at a port."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     dist.init_process_group(
         "gloo",

@@ -56,11 +56,11 @@ del state
 found["load_state"] = peak_of(lambda: shardckpt.load_state(f"{folder}/c"))
 
 state = shardckpt.load_state(f"{folder}/c")
-parts, copies = writer.contiguous_parts, []
+parts, copies = writer.contiguous_pieces, []
 def copying(tensor):
     copies.extend(tensor.clone() for _ in range(4))
     return parts(copies[-1])
-writer.contiguous_parts, writer.plain_address = copying, lambda tensor: 0
+writer.contiguous_pieces, writer.plain_address = copying, lambda tensor: 0
 found["planted copies"] = peak_of(lambda: shardckpt.save(state, f"{folder}/d"))
 print(json.dumps(found))
 """

@@ -40,7 +40,7 @@ class CharLM(nn.Module):
         self.head = nn.Linear(width, len(ALPHABET))
 
     def forward(self, characters: torch.Tensor) -> torch.Tensor:
-        """Logits [N, T, characters] for what follows each of the characters [N, T] (int64)."""
+        """Return logits [N, T, characters] for the successor of each character [N, T] (int64)."""
         length = characters.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=characters.device)
         hidden = self.embedding(characters) + self.position[:length]
@@ -77,7 +77,7 @@ def text(size: int) -> str:
 
 
 def train(out: Path, size: int) -> None:
-    """Train three epochs, or what is left of them."""
+    """Train until three epochs are complete."""
     characters = text(size)
     cut = len(characters) * 9 // 10
     handler = NNHandler(CharLM, parallel="fsdp", save_model_code=True)

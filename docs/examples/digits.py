@@ -75,7 +75,7 @@ def main(task: str, out: Path) -> None:
         handler.auto_save(interval=1, save_path=out, name="epoch{epoch}", overwrite=True)
     else:
         path = newest(out)
-        resumes = task == "resume"  # and goes on saving, as its own checkpoint says
+        resumes = task == "resume"  # and continues to save, with the settings of the checkpoint
         handler = NNHandler.load(path, parallel="fsdp" if resumes else "none", confirm=resumes)
         say(handler, f"loaded {path.name} in {time.perf_counter() - start:.2f} s")
         same = torch.equal(handler.predict(images), torch.load(reference, weights_only=True))

@@ -52,30 +52,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/dcp_suite", description=__doc__)
     parser.add_argument("pytorch", type=Path, help="a checkout of PyTorch")
     parser.add_argument("--jobs", default="2", help="tests that run at a time")
-    parser.add_argument(
-        "--only", default="", help="run tests alone that pytest -k chooses, and write nothing"
-    )
+    parser.add_argument("--only", default="", help="run the tests again that pytest -k chooses")
     parser.add_argument("--only-page", action="store_true", help="write the page from dcp.json")
     arguments = parser.parse_args()
     if importlib.util.find_spec("expecttest") is None:
-        raise SystemExit("PyTorch's tests need a package: pip install expecttest")
-    if arguments.only_page:
+        raise SystemExit("PyTorch's tests need two packages: pip install expecttest zstandard")
+    results: dict = {"cases": {"torch": {}, "shardckpt": {}}}
+    if arguments.only or arguments.only_page:
         results = json.loads(RESULTS.read_text())
-    else:
+    if not arguments.only_page:
+        results["torch"] = torch.__version__.partition("+")[0]
+        results["tests_of"] = (arguments.pytorch / "version.txt").read_text().strip().rstrip("a0")
         with tempfile.TemporaryDirectory() as folder:
             copied = copy(arguments.pytorch / TESTS, Path(folder) / "tests")
-            results = {
-                "torch": torch.__version__.partition("+")[0],
-                "tests_of": (arguments.pytorch / "version.txt").read_text().strip().rstrip("a0"),
-                "cases": {
-                    classes: run(Path(folder), copied, classes, arguments.jobs, arguments.only)
-                    for classes in ("torch", "shardckpt")
-                },
-            }
-        if not arguments.only:
-            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    if not arguments.only:
-        PAGE.write_text(page(results, LEFT_OUT))
+            for classes, cases in results["cases"].items():
+                cases |= run(Path(folder), copied, classes, arguments.jobs, arguments.only)
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    PAGE.write_text(page(results, LEFT_OUT))
     for test in unexplained(results):
         print(f"unexplained difference: {test}")
     return int(bool(unexplained(results)))

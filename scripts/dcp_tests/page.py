@@ -68,7 +68,7 @@ def page(results: dict, left_out: dict[str, str]) -> str:
         if count:
             text += f"- `{part}` ({count} test{'s' * (count > 1)}): {why}\n"
     text += "".join(f"- `{test}`: not explained\n" for test in differences if not explanation(test))
-    text += "\n## Tests that do not pass with DCP either\n\n"
+    text += "\n## Tests that do not pass with DCP here\n\n"
     for test in sorted(theirs):
         if theirs[test] != "passed":
             text += f"- `{test.partition(': ')[2]}`: {theirs[test]}\n"

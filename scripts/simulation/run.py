@@ -16,7 +16,7 @@ from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.plan.save_plan import RankWrites
 from shardckpt.plan.shard_layout import shard_name
-from shardckpt.saving.agreement import Target
+from shardckpt.saving.agreement import SaveTarget
 from shardckpt.saving.pipeline import run_save
 from shardckpt.saving.rank_writer import ShardFile, ShardResult
 from shardckpt.saving.replicas import replica_digests
@@ -110,7 +110,7 @@ def simulate(world: World) -> Result:
     check(world, others.plans, middle)
     check(world, others.plans, world.ranks - 1)
     storage = Nowhere()
-    target = Target("nowhere", storage, overwrite=True)
+    target = SaveTarget("nowhere", storage, overwrite=True)
     for name in ("first save", "repeated save"):
         lead = Shares(0, world.ranks, others=others.payloads, watched=middle)
         lead.made_up = others

@@ -53,7 +53,7 @@ def diff(
         second: Another one.
         rtol: The relative tolerance.
         atol: The absolute tolerance.
-        keys: The names to compare; see `load`.
+        keys: The names to compare, after `rename`; see `load`.
         rename: New names for the entries of `first`; see `load`.
         storage: The storage of both; see `save`.
         progress: Called with the bytes of tensors that were compared so far.

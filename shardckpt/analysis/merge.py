@@ -51,7 +51,7 @@ def merge(
         weights: A weight for each checkpoint; the average divides by their sum. By default all are
             equal.
         to: The format of the target; see `convert`.
-        keys: The names to merge; see `load`.
+        keys: The saved names to merge; see `convert`.
         rename: New names; see `load`.
         shards: The number of shards; see `convert`.
         overwrite: Replace a checkpoint at `target`.
@@ -75,7 +75,7 @@ def merge(
         >>> shardckpt.load_state("run/average")["w"]
         tensor([2., 2.])
     """
-    shares, place = _shares(sources, weights), resolve(target, storage)
+    shares, location = _shares(sources, weights), resolve(target, storage)
     with ExitStack() as stack:
         opened: list[Source] = []
         for path in sources:
@@ -84,12 +84,11 @@ def merge(
             opened.append(source)
         return convert_source(
             _merged(opened, shares),
-            place.path,
+            location,
             to=to,
             shards=shards,
             file_bytes=None,
             overwrite=overwrite,
-            storage=place.storage,
             progress=progress,
         )
 

@@ -30,7 +30,7 @@ from shardckpt.maintenance.verify import verify_shards
 from shardckpt.storage.atomic_write import write_file
 from shardckpt.storage.opened import checkpoints_in
 from shardckpt.storage.paths import local_path
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["write_report"]
 
@@ -122,7 +122,7 @@ def _sources(paths: Sequence[Path]) -> Iterator[Source]:
                 source.close()
 
 
-def _places(path: Path) -> list[Place]:
+def _places(path: Path) -> list[Location]:
     """Return the checkpoint at a path or, if there is none, the checkpoints in the folder."""
     place = resolve(path)
     try:
@@ -133,7 +133,7 @@ def _places(path: Path) -> list[Place]:
             found = sorted(_age(one) for _, one in checkpoints_in(path, Checkpoint))
         if not found:
             raise
-        return [Place(place.storage, inside) for *_, inside in found]
+        return [Location(place.storage, inside) for *_, inside in found]
     return [place]
 
 

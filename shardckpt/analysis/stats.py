@@ -38,7 +38,7 @@ def stats(
 
     Args:
         path: A checkpoint, as `convert` takes it.
-        keys: The names of the tensors; see `load`.
+        keys: The names of the tensors, after `rename`; see `load`.
         rename: New names; see `load`.
         storage: See `save`.
         progress: Called with the bytes read so far.

@@ -16,6 +16,7 @@ from shardckpt.cli.parameters import FORMAT, JOBS, JSON, KEYS, OVERWRITE, RENAME
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.convert.convert import convert_source, open_source
 from shardckpt.reports import ConvertReport
+from shardckpt.storage.resolve import resolve
 from shardckpt.transforms import Rename
 
 __all__ = ["COMMANDS", "report_lines"]
@@ -51,13 +52,14 @@ def _convert(options: SimpleNamespace) -> None:
             check=options.rank == 0,  # only one rank checks
         )
 
+    target = resolve(options.target)
     with shared(options, options.source, opened) as (coordinator, source):
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
         rank_bytes = total // coordinator.world_size
         with progress_bar("convert", total_bytes=rank_bytes, shown=options.rank == 0) as bar:
             report = convert_source(
                 source,
-                options.target,
+                target,
                 to=options.format,
                 shards=options.shards,
                 file_bytes=options.max_file_size,

@@ -21,7 +21,7 @@ from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, p
 from shardckpt.storage.copying import copy_checkpoint
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.opened import OpenedCheckpoint, checkpoints_in
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["COMMANDS"]
 
@@ -84,7 +84,7 @@ def _cp(options: SimpleNamespace) -> None:
     print(printable(f"{target.path}: {size_text(total)}, intact"))
 
 
-def _has(place: Place, identity: str) -> bool:
+def _has(place: Location, identity: str) -> bool:
     try:
         with OpenedCheckpoint(place.path, storage=place.storage) as checkpoint:
             return checkpoint.manifest.checkpoint_id == identity
@@ -114,7 +114,7 @@ def _prune(options: SimpleNamespace) -> None:
         policies.append(KeepBest(options.keep_best, options.monitor, options.mode))
     if not policies:
         raise StateError(
-            "Nothing says which checkpoints to keep", remedy="add --keep-last N or --keep-best N"
+            "No option chooses the checkpoints to keep", remedy="add --keep-last N or --keep-best N"
         )
     storage, folder = resolve(options.path)
     manager = CheckpointManager(folder, label=None, storage=storage)

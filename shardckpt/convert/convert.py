@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.convert.dcp import DcpCheckpoint, fsdp_parts, is_dcp, open_fsdp
+from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
 from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
@@ -46,17 +46,16 @@ from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 from shardckpt.transforms import Transforms
 
 __all__ = ["Opened", "convert", "convert_source", "open_source"]
 
 Opened: TypeAlias = Checkpoint | Foreign | Selected | Transformed | Cast | Like
 
-_TORCH_SUFFIXES = (
-    ".ckpt",
-    ".bin",
-)  # suffixes of files; Lightning also has folders with these names
+_TORCH_SUFFIXES = (".ckpt", ".bin")
+"""Suffixes of torch files. Lightning has folders with these names too."""
+
 _BYTES_PER_FILE = 1 << 30
 _HUGGING_FACE_BYTES = 5_000_000_000  # the default of transformers
 
@@ -91,8 +90,8 @@ def convert(
         target: The new checkpoint.
         to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
             "torch", .safetensors is "safetensors", and no suffix is "shardckpt".
-        keys: The names to convert; see `load`.
-        rename: New names; see `load`.
+        keys: The saved names to convert, after `transforms`: prefixes or shell patterns.
+        rename: New names of the entries that `keys` selects; see `load`.
         transforms: Changes of the tensors; see `load`. `keys` and `rename` apply after them.
         dtype: The dtype of all floating-point tensors of 16 bits and more: "float64", "float32",
             "float16" or "bfloat16". By default each keeps its dtype.
@@ -122,13 +121,12 @@ def convert(
         >>> report.tensors, report.values
         (('weight',), ('step',))
     """
-    place = resolve(target, storage)
+    location = resolve(target, storage)
     options: Any = {"transforms": transforms, "dtype": dtype, "like": like}
     with open_source(source, keys=keys, rename=rename, storage=storage, **options) as opened:
         return convert_source(
             opened,
-            place.path,
-            storage=place.storage,
+            location,
             to=to,
             shards=shards,
             file_bytes=file_bytes,
@@ -174,7 +172,7 @@ def open_source(
     return opened
 
 
-def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
+def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
     path = place.path
     if is_single_file(path):
         if path.endswith(".safetensors"):
@@ -192,7 +190,7 @@ def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
                 if ".safetensors" in weights:
                     return open_hugging_face(path, weights)
                 return open_torch_folder(path, weights, check=check)
-        if fsdp_parts(path):
+        if fsdp_folders(path):
             return open_fsdp(path)
         raise_unreadable(path)
     return Checkpoint(path, storage=place.storage)
@@ -200,7 +198,7 @@ def _open(place: Place, *, check: bool) -> Checkpoint | Foreign:
 
 def convert_source(
     source: Source,
-    target: str,
+    target: Location,
     *,
     to: Format | None,
     shards: int | None,
@@ -208,63 +206,55 @@ def convert_source(
     overwrite: bool,
     coordinator: Coordinator | None = None,
     progress: Callable[[int], None] = lambda written_bytes: None,
-    storage: Storage | None = None,
 ) -> ConvertReport:
-    """Convert an open source; see convert. Collective over the coordinator's ranks, which divide
-    the bytes, or the files of DCP. `progress` is called with the bytes that this rank wrote so
-    far; `storage` is that of the target."""
+    """Convert an open source; see convert.
+
+    Collective over the coordinator's ranks, which divide the bytes, or the files of DCP. `progress`
+    is called with the bytes that this rank wrote so far.
+    """
     ranks = coordinator or SingleCoordinator()
-    place = resolve(target, storage)
-    target_format = _format_of(place.path, to)
-    target = place.path if target_format == "shardckpt" else _local(place, target_format)
-    system = place.storage.system if isinstance(place.storage, LocalStorage) else None
-    _refuse(
-        target,
-        shards is not None and target_format not in ("shardckpt", "dcp"),
-        "shards",
-        target_format,
-    )
-    _refuse(
-        target, file_bytes is not None and target_format != "hf", "a size of files", target_format
-    )
+    storage, path = target
+    target_format = _format_of(path, to)
+    _check_options(path, target_format, shards=shards, file_bytes=file_bytes)
     if shards is None:
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
         shards = max(ranks.world_size, -(-total // _BYTES_PER_FILE))
     if target_format == "shardckpt":
         reshard(
             source,
-            target,
+            path,
             shards=shards,
-            storage=place.storage,
+            storage=storage,
             overwrite=overwrite,
             coordinator=ranks,
             progress=progress,
         )
-    elif target_format == "torch":
-        _write_torch(source, target, ranks, progress, overwrite=overwrite, system=system)
+        return _report(source, path, target_format)
+    options: Any = {"overwrite": overwrite, "system": _system_of(target, target_format)}
+    if target_format == "torch":
+        _write_torch(source, path, ranks, progress, **options)
+        return _report(source, path, target_format)
+    writer: Target
+    if target_format == "dcp":
+        writer = DcpFolder(source, path, files=shards, **options)
+    elif target_format == "hf":
+        most = _HUGGING_FACE_BYTES if file_bytes is None else file_bytes
+        writer = HuggingFace(source, path, file_bytes=most, **options)
     else:
-        work: Target
-        options: Any = {"overwrite": overwrite, "system": system}
-        if target_format == "dcp":
-            work = DcpFolder(source, target, files=shards, **options)
-        elif target_format == "hf":
-            most = _HUGGING_FACE_BYTES if file_bytes is None else file_bytes
-            work = HuggingFace(source, target, file_bytes=most, **options)
-        else:
-            work = SafetensorsFile(source, target, **options)
-        rewrite(work, ranks, progress)
-    return _report(source, target, target_format)
+        writer = SafetensorsFile(source, path, **options)
+    rewrite(writer, ranks, progress)
+    return _report(source, path, target_format)
 
 
-def _local(place: Place, target_format: Format) -> str:
-    """The local path of a target in another format."""
-    if isinstance(place.storage, LocalStorage):
-        return place.path
+def _system_of(target: Location, target_format: Format) -> System:
+    """Return the system calls of a local target. Raises StateError for another storage."""
+    if isinstance(target.storage, LocalStorage):
+        return target.storage.system
     raise StateError(
         "Only checkpoints of shardckpt are written to a storage",
-        path=place.path,
+        path=target.path,
         expected="a local path",
-        actual=f"a path of {type(place.storage).__qualname__}, and the format {target_format}",
+        actual=f"a path of {type(target.storage).__qualname__}, and the format {target_format}",
         remedy="convert to a local path, and copy the files",
     )
 
@@ -299,13 +289,21 @@ def _report(source: Source, target: str, target_format: Format) -> ConvertReport
     )
 
 
-def _refuse(target: str, given: bool, what: str, target_format: Format) -> None:
-    if given:
+def _check_options(
+    path: str, target_format: Format, *, shards: int | None, file_bytes: int | None
+) -> None:
+    """Raise StateError for an option that does not apply to the format."""
+    excess = ""
+    if shards is not None and target_format not in ("shardckpt", "dcp"):
+        excess = "shards"
+    elif file_bytes is not None and target_format != "hf":
+        excess = "a size of files"
+    if excess:
         raise StateError(
             f"A conversion to {target_format} has no number of shards or size of files",
-            path=target,
+            path=path,
             expected='shards= only for "shardckpt" and "dcp", file_bytes= only for "hf"',
-            actual=f"{what}, for {target_format}",
+            actual=f"{excess}, for {target_format}",
             remedy="leave the argument out",
         )
 

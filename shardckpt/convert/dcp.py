@@ -29,7 +29,7 @@ from shardckpt.convert.pickle_scan import Readable
 from shardckpt.convert.refusals import plain_text, refusal
 from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
-from shardckpt.convert.torch_reader import LoadTorch, load_torch, load_torch_part
+from shardckpt.convert.torch_reader import LoadTorch, load_torch, load_torch_bytes
 from shardckpt.convert.torch_sources import read_objects
 from shardckpt.errors import (
     CheckpointError,
@@ -42,7 +42,7 @@ from shardckpt.format.tiling import find_gap
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.storage.posix import translated
 
-__all__ = ["DcpCheckpoint", "fsdp_parts", "is_dcp", "open_fsdp"]
+__all__ = ["DcpCheckpoint", "fsdp_folders", "is_dcp", "open_fsdp"]
 
 _METADATA = ".metadata"
 _SIDE_STATES = ("meta.pt", "common.pt")
@@ -210,7 +210,7 @@ class DcpCheckpoint:
             ]
             inner = tuple(end - low for low, end in zip(begin, ends, strict=True))
             if all(size > 0 for size in inner):
-                part = self._loaded_part(name, chunk)
+                part = self._loaded_chunk(name, chunk)
                 box[box_slices(offsets, begin, inner)] = part[
                     box_slices(chunk.offsets, begin, inner)
                 ]
@@ -236,7 +236,7 @@ class DcpCheckpoint:
                 remedy="load another checkpoint",
             )
 
-    def _loaded_part(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+    def _loaded_chunk(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         place = tuple(chunk.offsets)
         if place not in self._loaded:
             part = self._read(MetadataIndex(name, chunk.offsets))
@@ -267,7 +267,7 @@ class DcpCheckpoint:
                     raise ValueError(f"it ends at byte {end} of {len(view)}")
                 with view[info.offset : end] as part:
                     try:
-                        return load_torch_part(part, path, load)
+                        return load_torch_bytes(part, path, load)
                     except NotACheckpointError as error:  # a part of a data file is corrupted
                         raise ValueError(f"{error.message}, {error.actual}") from error
         except (CorruptionError, NotACheckpointError):
@@ -284,7 +284,7 @@ class DcpCheckpoint:
             ) from error
 
 
-def fsdp_parts(path: str) -> list[str]:
+def fsdp_folders(path: str) -> list[str]:
     """Return the DCP folders in which accelerate and transformers' Trainer store FSDP state.
 
     The list is empty for other folders.
@@ -299,7 +299,7 @@ def open_fsdp(path: str) -> Foreign:
     state: dict[Any, Any] = {}
     reads: dict[int, ReadBox] = {}
     identity = []
-    parts = fsdp_parts(path)
+    parts = fsdp_folders(path)
     for name in parts:
         part = DcpCheckpoint(os.path.join(path, name))
         entries, part_reads = part.state(objects)

@@ -135,7 +135,7 @@ _UNREADABLE = (
     (
         r"(.*/)?(mp_rank_\d+_model_states\.pt|(bf16_)?zero_pp_rank_.*_states\.pt|zero_to_fp32\.py)",
         "a DeepSpeed checkpoint",
-        "put its parts together, `python zero_to_fp32.py {path} OUT` (deepspeed puts that script "
+        "merge its files with `python zero_to_fp32.py {path} OUT` (deepspeed puts that script "
         "into the folder), and convert OUT",
     ),
     (
@@ -151,7 +151,7 @@ _UNREADABLE = (
     (
         r"shard-\d+-model-.*\.safetensors",
         "a DCP checkpoint in safetensors files, each with parts of tensors",
-        "put its parts together with torch.distributed.checkpoint's consolidate_safetensors_files",
+        "merge its files with torch.distributed.checkpoint's consolidate_safetensors_files",
     ),
     (
         r"metadata\.pkl",

@@ -40,7 +40,7 @@ from shardckpt.format.dtype_names import check_supported, plain_dtype
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.safetensors_header import build_header
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.maintenance.parallel_write import NewFile, joined_parts, write_together
+from shardckpt.maintenance.parallel_write import NewFile, joined_files, write_ranges
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes
 from shardckpt.plan.save_plan import layout_order
@@ -167,7 +167,7 @@ class SafetensorsFile(Target):
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """See Rewriting.write."""
         sizes = [sum(entry.size_bytes for entry in self.source.manifest.tensors.values())]
-        return write_together(self.source, sizes, self._new_file, ranks, progress)
+        return write_ranges(self.source, sizes, self._new_file, ranks, progress)
 
     def _new_file(self, number: int = 0) -> NewFile:
         tensors, tree = self.source.manifest.tensors, self.source.manifest.state
@@ -177,7 +177,7 @@ class SafetensorsFile(Target):
 
     def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
         """See Target.finish."""
-        (written,) = joined_parts(payloads)
+        (written,) = joined_files(payloads)
         new = self._new_file()
         file = new.create()
         try:
@@ -265,7 +265,7 @@ class HuggingFace(Folder):
         """See Rewriting.write."""
         tensors = self.source.manifest.tensors
         sizes = [sum(tensors[name].size_bytes for name in names) for names in self.files]
-        return write_together(self.source, sizes, self._new_file, ranks, progress)
+        return write_ranges(self.source, sizes, self._new_file, ranks, progress)
 
     def _new_file(self, number: int) -> NewFile:
         names = self.files[number]

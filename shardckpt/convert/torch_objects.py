@@ -112,8 +112,11 @@ class ObjectsLoader:
                     self._add(name)
 
     def _learn(self, error: Exception) -> bool:
-        """Add a class to those with stand-ins, or as a kind of dict or list. False if nothing is
-        new."""
+        """Add a stand-in for a class, or make it a subclass of dict or list.
+
+        Returns:
+            Whether anything is new.
+        """
         if name := refused_name(error):
             if name in self._stand_ins or is_harmful(name):
                 return False
@@ -245,9 +248,8 @@ def _full_name(item: Any) -> str:
 
 def _dtype(made: Any) -> np.dtype[Any]:
     """Parse a dtype of numbers. Raises ValueError for others, such as object."""
-    if (
-        isinstance(made, np.dtype) and made.kind in "biufc"
-    ):  # the program has allowed the dtype of numpy
+    # This is a dtype of numpy if the program has allowed torch to load it.
+    if isinstance(made, np.dtype) and made.kind in "biufc":
         return made
     text, order = made.args[0], "=" if made.state is None else made.state[1]
     if not isinstance(text, str) or not _ARRAY_DTYPE.fullmatch(text):

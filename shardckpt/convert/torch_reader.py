@@ -22,7 +22,7 @@ from shardckpt.convert.foreign_file import mapped, utf8_path
 from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
 from shardckpt.errors import CorruptionError, NotACheckpointError
 
-__all__ = ["LoadTorch", "check_torch_file", "load_torch", "load_torch_file", "load_torch_part"]
+__all__ = ["LoadTorch", "check_torch_file", "load_torch", "load_torch_file", "load_torch_bytes"]
 
 _MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the format of torch before 1.6
 _SPREAD, _SPREAD_BYTES = 4, 64 << 20
@@ -84,7 +84,7 @@ def load_torch_file(path: str, load: LoadTorch = load_torch) -> Any:
         return load(name, is_zip)
 
 
-def load_torch_part(data: Readable, path: str, load: LoadTorch = load_torch) -> Any:
+def load_torch_bytes(data: Readable, path: str, load: LoadTorch = load_torch) -> Any:
     """Load a torch file that is a part of another file, on the CPU. `path` is for errors."""
     check_torch_file(data, path)
     file = cast(BinaryIO, _Reader(data))
@@ -306,9 +306,8 @@ class _Structure:
                 self._check_call(args[0].name, args[2])
         else:
             good = name in _CALLS or not _OF_TENSORS.fullmatch(name)
-        if (
-            name in _CALLS and state is not None
-        ):  # the state of a tensor would give it another storage
+        # The state of a tensor would give it another storage.
+        if name in _CALLS and state is not None:
             good = False
         if not good:
             raise NotACheckpointError(

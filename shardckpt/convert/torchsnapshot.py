@@ -23,7 +23,7 @@ import torch
 from shardckpt.convert.foreign_file import JSON_LIMIT_BYTES, file_in, mapped, read_small
 from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
-from shardckpt.convert.torch_reader import LoadTorch, load_torch, load_torch_part
+from shardckpt.convert.torch_reader import LoadTorch, load_torch, load_torch_bytes
 from shardckpt.errors import CorruptionError, CoverageError, NotACheckpointError, ShardckptError
 from shardckpt.format.digests import text_digest
 from shardckpt.format.tiling import find_gap
@@ -80,7 +80,7 @@ def open_torchsnapshot(path: str) -> Foreign:
         CorruptionError: The metadata or a file is invalid.
     """
     text = read_small(file_in(path, METADATA), limit_bytes=16 * JSON_LIMIT_BYTES)
-    if text[:1] != b"{":
+    if text[:8] == b"version:":
         raise NotACheckpointError(
             "The metadata of this torchsnapshot checkpoint are YAML, which early versions wrote",
             path=os.path.join(path, METADATA),
@@ -263,7 +263,7 @@ class _Snapshot:
             begin, end = byte_range or (0, len(view))
             with view[begin:end] as part:
                 try:
-                    return load_torch_part(part, path, load)
+                    return load_torch_bytes(part, path, load)
                 except (CorruptionError, NotACheckpointError):
                     raise
                 except Exception as error:

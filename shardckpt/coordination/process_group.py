@@ -19,7 +19,7 @@ from shardckpt.coordination.deadlines import rank_failed
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks, slurm_launch
 from shardckpt.coordination.resolve import is_alone, operation
-from shardckpt.coordination.shutdown import leave_at_exit
+from shardckpt.coordination.shutdown import destroy_groups_at_exit
 from shardckpt.errors import CoordinationError, DependencyError
 
 __all__ = ["group_for_dcp", "init_from_mpi"]
@@ -86,7 +86,7 @@ def init_from_mpi(
             remedy="read the logs of the other ranks; set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
             "to the network to use",
         ) from error
-    leave_at_exit()
+    destroy_groups_at_exit()
 
 
 def group_for_dcp(path: str | None, *, comm: Any = None) -> None:
@@ -123,23 +123,11 @@ def _mpi_store(comm: Any) -> tuple[int, int, Any]:
                 remedy="run mpirun -n 4 python SCRIPT, or call init_process_group",
             )
 
-        def announce(hosts: list[bytes]) -> bytes:
-            store = _serve(int(os.environ.get("MASTER_PORT", "0")))
-            opened.append(store)
-            address = os.environ.get("MASTER_ADDR")
-            store_address = _StoreAddress(
-                hosts=[address] if address else _addresses(),
-                port=store.port,
-                local_ranks=[hosts[:rank].count(host) for rank, host in enumerate(hosts)],
-                one_host=len(set(hosts)) == 1,
-            )
-            return msgspec.msgpack.encode(store_address)
+        def announce(host_ids: list[bytes]) -> bytes:
+            opened.append(_serve(int(os.environ.get("MASTER_PORT", "0"))))
+            return msgspec.msgpack.encode(_store_address(opened[0], host_ids))
 
-        def name() -> bytes:
-            # The boot id differs between machines, the addresses between containers.
-            return "\n".join([socket.gethostname(), _boot_id(), *_addresses()]).encode()
-
-        answer = exchange(coordinator, "address", name, announce)
+        answer = exchange(coordinator, "address", _host_id, announce)
         address = msgspec.msgpack.decode(answer, type=_StoreAddress)
         hosts = ["127.0.0.1"] if address.one_host else address.hosts
 
@@ -162,6 +150,23 @@ def _mpi_store(comm: Any) -> tuple[int, int, Any]:
         if coordinator.rank == 0 and not address.one_host:
             _use_network(host.decode())
         return coordinator.rank, coordinator.world_size, opened[0]
+
+
+def _host_id() -> bytes:
+    """Return a text that distinguishes hosts, and containers on one host."""
+    # The boot id differs between machines, the addresses between containers.
+    return "\n".join([socket.gethostname(), _boot_id(), *_addresses()]).encode()
+
+
+def _store_address(store: Any, host_ids: list[bytes]) -> _StoreAddress:
+    """Describe the store of rank 0, given the host id of each rank."""
+    address = os.environ.get("MASTER_ADDR")
+    return _StoreAddress(
+        hosts=[address] if address else _addresses(),
+        port=store.port,
+        local_ranks=[host_ids[:rank].count(host) for rank, host in enumerate(host_ids)],
+        one_host=len(set(host_ids)) == 1,
+    )
 
 
 def _slurm_store(slurm: Launch) -> Any:

@@ -87,21 +87,21 @@ def operation(
             "Both a communicator and a process group were given",
             remedy="pass either comm= or process_group=, with the ranks that make this call",
         )
-    initialised = dist.is_available() and dist.is_initialized()
+    initialized = dist.is_available() and dist.is_initialized()
     if comm is None and process_group is None:
         if is_alone():
             return _alone()
-        if not initialised:
+        if not initialized:
             comm = _world()
             check_launcher(comm)
     if comm is not None:
         return _of_communicator(comm, subject, channel)
-    if initialised:
+    if initialized:
         group = process_group if process_group is not None else dist.group.WORLD
         return _of_group(group, subject, channel)
     if process_group is not None:
         raise CoordinationError(
-            "A process group was given, but torch.distributed is not initialised",
+            "A process group was given, but torch.distributed is not initialized",
             remedy="call torch.distributed.init_process_group() first",
         )
     return _alone()
@@ -166,7 +166,7 @@ def _world() -> Any:
     if launch is None and not started:
         return None
     if not started and mpi_launch() is None:
-        raise _strangers(launch)
+        raise _unconnected_tasks(launch)
     from shardckpt.coordination.mpi.link import load_mpi
 
     mpi = load_mpi()
@@ -174,17 +174,17 @@ def _world() -> Any:
     if launch is None or launch.world_size == size:
         return mpi.COMM_WORLD
     if size == 1 and mpi_launch() is None:
-        raise _strangers(launch)
+        raise _unconnected_tasks(launch)
     raise CoordinationError(
         f"{launch.launcher} and mpi4py don't belong to the same MPI",
-        expected=f"{launch.world_size} ranks, as {launch.launcher} has started",
+        expected=f"{launch.world_size} ranks, as {launch.launcher} started",
         actual=f"{size} in MPI.COMM_WORLD",
         remedy="use the mpirun of the MPI that mpi4py has loaded: "
         + str(mpi.Get_library_version()).split(",")[0].splitlines()[0],
     )
 
 
-def _strangers(launch: Launch | None) -> CoordinationError:
+def _unconnected_tasks(launch: Launch | None) -> CoordinationError:
     """Return the error for tasks of srun that are not connected. Each would act as the only one."""
     return CoordinationError(
         "srun started several tasks, but nothing connects them",

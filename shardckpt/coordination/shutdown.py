@@ -7,12 +7,12 @@ import time
 
 import torch.distributed as dist
 
-__all__ = ["leave", "leave_at_exit"]
+__all__ = ["destroy_groups", "destroy_groups_at_exit"]
 
 _GLOO_S = 0.1
 
 
-def leave() -> None:
+def destroy_groups() -> None:
     """Destroy the default group, if there is one. Collective for nccl, not for gloo."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -22,7 +22,7 @@ def leave() -> None:
     time.sleep(_GLOO_S)
 
 
-def leave_at_exit() -> None:
-    """Call `leave` when the interpreter ends. Registered once."""
-    atexit.unregister(leave)
-    atexit.register(leave)
+def destroy_groups_at_exit() -> None:
+    """Call `destroy_groups` when the interpreter ends. Registered once."""
+    atexit.unregister(destroy_groups)
+    atexit.register(destroy_groups)

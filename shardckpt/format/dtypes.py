@@ -19,8 +19,8 @@ __all__ = [
 ]
 
 
-_FOUND = {name: find_dtype(torch_name) for name, torch_name in TORCH_NAMES.items()}
-DTYPES = {name: dtype for name, dtype in _FOUND.items() if dtype is not None}
+_AVAILABLE = {name: find_dtype(torch_name) for name, torch_name in TORCH_NAMES.items()}
+DTYPES = {name: dtype for name, dtype in _AVAILABLE.items() if dtype is not None}
 """Name -> torch dtype, for the dtypes that the installed torch has."""
 
 SAVED = frozenset(DTYPES.values())

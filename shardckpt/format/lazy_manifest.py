@@ -12,12 +12,12 @@ import math
 import msgspec
 import numpy as np
 
-from shardckpt.format.dtype_names import itemsize, supported
+from shardckpt.format.dtype_names import is_supported, itemsize
 from shardckpt.format.entries import ShardEntry, TensorEntry
 from shardckpt.format.manifest import ShardText, shard_entries
 from shardckpt.format.validation import refuse
 
-__all__ = ["Outline"]
+__all__ = ["LazyManifest"]
 
 
 class _Document(msgspec.Struct):
@@ -39,7 +39,7 @@ _decode_reference = msgspec.json.Decoder(dict[str, str]).decode
 _ERRORS = msgspec.MsgspecError, UnicodeError, RecursionError
 
 
-class Outline:
+class LazyManifest:
     """A manifest whose entries are parsed on demand. Its text has passed check_text.
 
     `shards` maps numbers to shards, with the checks of from_bytes. Tensors are described only if
@@ -103,7 +103,7 @@ class Outline:
                 return None
             width = 3 + 2 * len(decoded.shape)
             rows = [decoded.chunks[at : at + width] for at in range(0, len(decoded.chunks), width)]
-            if decoded.dtype not in supported() or not self._are_slabs(decoded, rows):
+            if not is_supported(decoded.dtype) or not self._are_slabs(decoded, rows):
                 return None
             chunks = np.array(rows, dtype=np.int64)
             entry = TensorEntry(dtype=decoded.dtype, shape=tuple(decoded.shape), chunks=chunks)

@@ -1,6 +1,6 @@
 """Check whether boxes tile a tensor: every element in exactly one box.
 
-The check is vectorised, and exact for every arrangement of boxes. `first_gap` checks many tensors
+The check is vectorized, and exact for every arrangement of boxes. `first_gap` checks many tensors
 at once: those whose boxes form a grid, as nearly all do, are checked together, and `find_gap`
 checks the others one by one.
 """

@@ -270,7 +270,7 @@ def decode(
                         return tagged(tag, body)
                     except CheckpointError:
                         raise
-                    except _ODD as error:
+                    except _INVALID as error:
                         raise _malformed(node) from error
             found = {}
             for key, inner in node.items():
@@ -306,7 +306,7 @@ def decode(
         item = tagged = None  # type: ignore[assignment]
 
 
-_ODD = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error)
+_INVALID = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error)
 
 
 def _malformed(node: Any) -> CorruptionError:
@@ -479,10 +479,8 @@ def _numpy(body: Any, item: Any) -> Any:
 
 def _array_body(value: Any, at: str) -> Any:
     fits = _NUMPY_DTYPE.fullmatch(value.dtype.str) and value.itemsize
-    fits = fits and value.dtype not in (
-        np.longdouble,
-        np.clongdouble,
-    )  # their size depends on the machine
+    # The size of long doubles depends on the machine.
+    fits = fits and value.dtype not in (np.longdouble, np.clongdouble)
     if not fits or isinstance(value, np.ma.MaskedArray) or value.nbytes > _ARRAY_BYTES:
         raise UnsupportedLeafError(
             "A numpy array of this dtype can't be saved",
@@ -538,9 +536,8 @@ def _path_body(value: pathlib.PurePath, at: str) -> Any:
 
 
 FORMS: tuple[Form, ...] = (
-    Form(
-        "$enum", enum.Enum, _enum_body, _enum
-    ),  # before int and str, which are the bases of some enums
+    # The bases of an enum may be int or str, so this form comes first.
+    Form("$enum", enum.Enum, _enum_body, _enum),
     Form("$numpy", np.generic, _numpy_body, _numpy),
     Form("$tuple", tuple, _items, _sequence(tuple)),
     Form("$set", set, _set_body, _of_hashes(set)),

@@ -78,9 +78,8 @@ def _overlaps(shard: Ints, begin: Ints, end: Ints, shards: int) -> NDArray[np.bo
     """Return a mask of the chunks that begin before the previous chunk of their shard ends."""
     order = stable_order(shard, below=shards)
     same = shard[order][1:] == shard[order][:-1]
-    if (
-        same & (begin[order][1:] <= begin[order][:-1])
-    ).any():  # chunks are usually in the order of the file
+    # Chunks are usually in the order of the file.
+    if (same & (begin[order][1:] <= begin[order][:-1])).any():
         order = np.lexsort((end, begin, shard))
         same = shard[order][1:] == shard[order][:-1]
     over = np.zeros(len(order), dtype=bool)

@@ -20,7 +20,7 @@ __all__ = [
     "BUFFER_BYTES",
     "HUGE_PAGE_BYTES",
     "Buffer",
-    "ask_for_huge_pages",
+    "request_huge_pages",
     "copy_bytes",
     "have_huge_pages",
     "huge_pages",
@@ -43,7 +43,7 @@ def private_memory(size_bytes: int) -> memoryview:
     return memoryview(memory)[begin : begin + size_bytes]
 
 
-def ask_for_huge_pages(memory: memoryview) -> None:
+def request_huge_pages(memory: memoryview) -> None:
     """Ask the system for huge pages for `private_memory`.
 
     Pages that are touched later are huge at once. The kernel converts the other pages later.
@@ -54,7 +54,7 @@ def ask_for_huge_pages(memory: memoryview) -> None:
 def huge_pages(size_bytes: int) -> memoryview:
     """Allocate private memory, on huge pages if the system supports them."""
     memory = private_memory(size_bytes)
-    ask_for_huge_pages(memory)
+    request_huge_pages(memory)
     return memory
 
 

@@ -12,7 +12,7 @@ from shardckpt.io.buffers import BUFFER_BYTES
 __all__ = [
     "address_of",
     "check_memory",
-    "contiguous_parts",
+    "contiguous_pieces",
     "owns_memory",
     "plain_address",
     "shares_elements",
@@ -103,7 +103,7 @@ def address_of(tensor: torch.Tensor) -> int:
     return tensor.data_ptr()
 
 
-def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def contiguous_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the elements of a tensor in row-major order, as contiguous CPU tensors.
 
     A contiguous CPU tensor is yielded unchanged. Other tensors are copied in parts of at most
@@ -124,4 +124,4 @@ def contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     rows = max(1, BUFFER_BYTES * tensor.shape[0] // size_bytes)
     for part in torch.split(tensor, rows):
-        yield from contiguous_parts(part[0] if part.shape[0] == 1 else part)
+        yield from contiguous_pieces(part[0] if part.shape[0] == 1 else part)

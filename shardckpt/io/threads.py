@@ -12,7 +12,7 @@ from shardckpt.io.buffers import Buffer, lease
 
 __all__ = ["stalled", "workers"]
 
-_left_behind: list[object] = []
+_abandoned: list[object] = []
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def workers(
         try:
             yield pool, leased
         except StalledError as error:
-            _left_behind.append((error, stack.pop_all()))
+            _abandoned.append((error, stack.pop_all()))
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         except BaseException:

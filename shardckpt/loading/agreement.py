@@ -19,11 +19,11 @@ from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import from_bytes
 from shardckpt.io.sockets import own_address
 from shardckpt.loading.sharing import TOKEN_BYTES, Sharing
-from shardckpt.plan.page_cache_policy import ReadSummary, past_cache, summarise_reads
+from shardckpt.plan.page_cache_policy import ReadSummary, past_cache, summarize_reads
 from shardckpt.plan.read_plan import Reads
 from shardckpt.plan.shared_reads import Segments, Wanted, find_segments, units_of, wanted_runs
 from shardckpt.state.matching import MatchedState
-from shardckpt.state.mismatches import Mismatches, check_untaken
+from shardckpt.state.mismatches import Mismatches, check_unused
 from shardckpt.storage.base import CheckpointFiles, Storage
 
 __all__ = [
@@ -149,15 +149,15 @@ def agree_on_reads(
         if error is not None and not (several and refused.only_unexpected):
             raise error
         _, manifest = opened.get()
-        summary = summarise_reads(state.reads if several else (), machine=platform.node())
-        untaken = zlib.compress(msgspec.msgpack.encode(refused.unexpected), 1)
-        return msgspec.msgpack.encode((manifest.checkpoint_id, summary, untaken))
+        summary = summarize_reads(state.reads if several else (), machine=platform.node())
+        unused = zlib.compress(msgspec.msgpack.encode(refused.unexpected), 1)
+        return msgspec.msgpack.encode((manifest.checkpoint_id, summary, unused))
 
     def decide(payloads: list[bytes]) -> list[bytes]:
         decode = msgspec.msgpack.Decoder(tuple[str, ReadSummary, bytes]).decode
-        ids, summaries, untaken = zip(*map(decode, payloads), strict=True)
+        ids, summaries, unused = zip(*map(decode, payloads), strict=True)
         same_checkpoint(path)([checkpoint_id.encode() for checkpoint_id in ids])
-        check_untaken([msgspec.msgpack.decode(zlib.decompress(names)) for names in untaken], path)
+        check_unused([msgspec.msgpack.decode(zlib.decompress(names)) for names in unused], path)
         files = opened.get()[0]
         shares = Shares.NOTHING
         if len({summary.machine for summary in summaries}) > 1:

@@ -13,7 +13,7 @@ from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.manifest import to_bytes
 from shardckpt.io.buffers import view_at
-from shardckpt.io.tensor_memory import contiguous_parts
+from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.shard_layout import shard_name
 from shardckpt.state.flatten import flatten
@@ -32,7 +32,7 @@ class StateStorage(Storage):
         self._shards: dict[str, tuple[memoryview, Any]] = {}
         entries, tensors = [], {}
         for index, (spec, data) in enumerate(zip(plan.common, plan.data, strict=True)):
-            (whole,) = contiguous_parts(data.detach().contiguous())
+            (whole,) = contiguous_pieces(data.detach().contiguous())
             view = view_at(whole.data_ptr(), whole.numel() * whole.element_size())
             name = shard_name(rank=index, world_size=len(plan.common))
             self._shards[name] = view, whole

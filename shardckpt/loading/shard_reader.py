@@ -27,7 +27,7 @@ from shardckpt.errors import CheckpointError, CorruptionError, ShardckptError, S
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.dtypes import DTYPES, memory_view
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.io.buffers import Buffer, copy_bytes, have_huge_pages, lease, view_at
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.io.threads import stalled, workers
@@ -38,7 +38,14 @@ from shardckpt.plan.shared_reads import Unit
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.storage.base import CheckpointFiles, WouldWait
 
-__all__ = ["bad_blocks", "check_size", "damaged_blocks", "read_all", "read_box", "tensors_in"]
+__all__ = [
+    "corrupted_blocks",
+    "check_size",
+    "corruption_error",
+    "read_all",
+    "read_box",
+    "tensors_in",
+]
 
 DIRECT_BYTES = 128 << 10
 """Shorter runs are read into the buffer, so that a system call has fewer and larger pieces."""
@@ -60,7 +67,7 @@ _POLL_S = 0.2
 
 def read_all(
     files: CheckpointFiles,
-    manifest: Manifest | Outline,
+    manifest: Manifest | LazyManifest,
     reads: Reads,
     *,
     past_cache: float = NEVER,
@@ -93,8 +100,8 @@ def read_all(
     if not files.remote and not files.copies():
         for shard in {window.shard for window in windows}:
             check_size(files, manifest.shards[shard])
+    # A read from the page cache takes less time than starting a thread.
     if len(windows) == 1 and not files.copies() and not sharing:
-        # A read from the page cache takes less time than starting a thread.
         with suppress(WouldWait), lease(1) as (buffer,):
             return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
     if not (current().read_past_cache and have_huge_pages()):
@@ -142,7 +149,7 @@ def read_all(
 
 def read_box(
     files: CheckpointFiles,
-    manifest: Manifest | Outline,
+    manifest: Manifest | LazyManifest,
     entry: TensorEntry,
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
@@ -178,7 +185,7 @@ class _Source:
     of readinto."""
 
     files: CheckpointFiles
-    manifest: Manifest | Outline
+    manifest: Manifest | LazyManifest
     past_cache: float = NEVER
     wait: bool = True
     sharing: Sharing | None = None
@@ -275,12 +282,12 @@ def _read_run(
     elif _passes_cache(source, span, reads) and files.read_past_cache(
         shard.name, buffer.view[low - base :], offset=low, size_bytes=high - low
     ):
-        bad, later = bad_blocks(shard, low, buffer.view[low - base : high - base]), reads
+        bad, later = corrupted_blocks(shard, low, buffer.view[low - base : high - base]), reads
     else:
         pieces, later = _scattered(base, span, reads, buffer)
         bad = _read_checked(source, shard, span, pieces)
     if bad:
-        raise damaged_blocks(source.manifest, bad, shard=window.shard, path=files.path)
+        raise corruption_error(source.manifest, bad, shard=window.shard, path=files.path)
     _copy_from(buffer, base, later)
 
 
@@ -307,7 +314,7 @@ def _read_shared_window(
                 bad := _read_blocks(source, shard, low, view)
             ):
                 path = source.files.path
-                raise damaged_blocks(source.manifest, bad, shard=window.shard, path=path)
+                raise corruption_error(source.manifest, bad, shard=window.shard, path=path)
             if unit:
                 sharing.offer(unit, view)
                 offered.append(unit)
@@ -326,7 +333,7 @@ def _received(source: _Source, shard: ShardEntry, unit: Unit, low: int, view: me
     sender = unit.source(sharing.rank)
     if sender is None:
         return False
-    if sharing.receive(unit, view) and not bad_blocks(shard, low, view):
+    if sharing.receive(unit, view) and not corrupted_blocks(shard, low, view):
         return True
     if source.files.elsewhere(shard.name):
         raise TransferError(f"rank {sender} did not send blocks of {shard.name}")
@@ -370,7 +377,7 @@ def _read_copies(
             part = view[begin : (run[-1] + 1) * BLOCK_BYTES - low]
             try:
                 files.readinto(shard.name, [part], offset=low + begin)
-                found = bad_blocks(shard, low + begin, part)
+                found = corrupted_blocks(shard, low + begin, part)
             except (CheckpointError, StorageError) as error:
                 errors.append(error)
                 found = run
@@ -454,7 +461,7 @@ def _read_checked(
     return bad
 
 
-def bad_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
+def corrupted_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
     """Return the numbers of the corrupted blocks among whole blocks that begin at offset `low`."""
     return [
         number
@@ -463,8 +470,8 @@ def bad_blocks(shard: ShardEntry, low: int, blocks: memoryview) -> list[int]:
     ]
 
 
-def damaged_blocks(
-    manifest: Manifest | Outline, blocks: Sequence[int], *, shard: int, path: str
+def corruption_error(
+    manifest: Manifest | LazyManifest, blocks: Sequence[int], *, shard: int, path: str
 ) -> CorruptionError:
     """Return the error for corrupted blocks."""
     ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in blocks]
@@ -480,7 +487,7 @@ def damaged_blocks(
 
 
 def tensors_in(
-    manifest: Manifest | Outline, ranges: Sequence[tuple[int, int]], *, shard: int
+    manifest: Manifest | LazyManifest, ranges: Sequence[tuple[int, int]], *, shard: int
 ) -> list[str]:
     """Return the names of the tensors with bytes in any of the [begin, end) ranges of a shard."""
     return [

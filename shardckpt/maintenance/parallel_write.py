@@ -1,4 +1,4 @@
-"""Several ranks write the same files, each an equal part, in bounded memory."""
+"""Several ranks write the same files, each an equal share of the bytes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from shardckpt.coordination.base import Coordinator
 from shardckpt.maintenance.rewritable import Source, read_chunks
-from shardckpt.plan.file_parts import FilePart, file_parts
+from shardckpt.plan.file_ranges import FileRange, file_ranges
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec
 from shardckpt.saving.shard_writer import write_shard
 from shardckpt.storage.base import WritableFile
 
-__all__ = ["NewFile", "WrittenFile", "joined_parts", "write_together"]
+__all__ = ["NewFile", "WrittenFile", "joined_files", "write_ranges"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class NewFile:
 
 
 class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
-    """A file, or the part that a rank wrote: the digests of its blocks, in order."""
+    """A file, or the range of it that a rank wrote: the digests of its blocks, in order."""
 
     file: int
     header_bytes: int
@@ -44,34 +44,44 @@ class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
         return np.frombuffer(self.digests, dtype="<u8").astype(np.uint64)
 
 
-def write_together(
+def write_ranges(
     source: Source,
     sizes_bytes: Sequence[int],
     new_file: Callable[[int], NewFile],
     ranks: Coordinator,
     progress: Callable[[int], None],
     *,
-    whole_files: bool = False,
+    one_rank_per_file: bool = False,
 ) -> bytes:
-    """Write the parts of this rank, durably. Not collective. `sizes` are the bytes of data of each
-    file.
+    """Write the ranges of this rank, durably. Not collective.
 
-    `new_file(n)` lays out file n, equally on all ranks. `progress` is called with the bytes that
-    this rank wrote so far. With `whole_files` each file is written by one rank. Returns the message
-    for joined_parts.
+    Args:
+        source: The checkpoint to read.
+        sizes_bytes: The bytes of data of each file.
+        new_file: Lays out a file by its number. The result is equal on all ranks.
+        ranks: The ranks that divide the work.
+        progress: Called with the bytes that this rank wrote so far.
+        one_rank_per_file: Never divide a file.
+
+    Returns:
+        The message for `joined_files`.
     """
     written: list[WrittenFile] = []
     done_bytes = 0
-    for part in file_parts(
-        sizes_bytes, rank=ranks.rank, world_size=ranks.world_size, whole_files=whole_files
-    ):
+    ranges = file_ranges(
+        sizes_bytes,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        one_rank_per_file=one_rank_per_file,
+    )
+    for part in ranges:
 
         def advance(size_bytes: int, before: int = done_bytes) -> None:
             ranks.progress(before + size_bytes)
             progress(before + size_bytes)
 
         new = new_file(part.file)
-        end, digests = _write_part(source, new, part, advance)
+        end, digests = _write_range(source, new, part, advance)
         done_bytes += end - part.begin
         written.append(
             WrittenFile(
@@ -84,8 +94,8 @@ def write_together(
     return msgspec.msgpack.encode(written)
 
 
-def _write_part(
-    source: Source, new: NewFile, part: FilePart, progress: Callable[[int], None]
+def _write_range(
+    source: Source, new: NewFile, part: FileRange, progress: Callable[[int], None]
 ) -> tuple[int, NDArray[np.uint64]]:
     head, end = len(new.header), new.size_bytes if part.end is None else part.end
     file = new.create()
@@ -111,7 +121,7 @@ def _write_part(
     return end, digests
 
 
-def joined_parts(payloads: Sequence[bytes]) -> list[WrittenFile]:
+def joined_files(payloads: Sequence[bytes]) -> list[WrittenFile]:
     """Return all files in order, from the messages of all ranks, in rank order."""
     decode = msgspec.msgpack.Decoder(list[WrittenFile]).decode
     files: list[WrittenFile] = []

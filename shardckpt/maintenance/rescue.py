@@ -15,18 +15,18 @@ from shardckpt.loading.shard_reader import read_box
 from shardckpt.maintenance.bit_flips import repair_manifest
 from shardckpt.maintenance.rebuild_manifest import rebuild_manifest
 from shardckpt.maintenance.reshard import reshard
-from shardckpt.maintenance.verify import find_damage
+from shardckpt.maintenance.verify import find_corruption
 from shardckpt.reports import RescueReport
 from shardckpt.state.name_filters import without_tensors
 from shardckpt.storage.base import CheckpointFiles
-from shardckpt.storage.resolve import Place
+from shardckpt.storage.resolve import Location
 
 __all__ = ["explain_manifest", "rescue"]
 
 
 def rescue(
-    source: Place,
-    target: Place,
+    source: Location,
+    target: Location,
     *,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
@@ -40,14 +40,14 @@ def rescue(
     try:
         manifest, lost, repaired, rebuilt = _manifest(files)
         flips: dict[str, list[tuple[int, int]]] = {}
-        for damage in find_damage(files, manifest):
-            name = manifest.shards[damage.shard].name
-            if damage.flips:
-                flips[name] = list(damage.flips)
-                repaired += [f"{name}: {damage.actual}"]
-            elif damage.blocks:
-                why = f"{name}: {damage.message.lower()} ({damage.actual})"
-                lost.update(dict.fromkeys(damage.tensors(manifest), why))
+        for corruption in find_corruption(files, manifest):
+            name = manifest.shards[corruption.shard].name
+            if corruption.flips:
+                flips[name] = list(corruption.flips)
+                repaired += [f"{name}: {corruption.actual}"]
+            elif corruption.blocks:
+                why = f"{name}: {corruption.message.lower()} ({corruption.actual})"
+                lost.update(dict.fromkeys(corruption.tensors(manifest), why))
         kept = _without(manifest, lost, repaired, rebuilt=rebuilt)
         if rebuilt and not kept.tensors:
             raise CorruptionError(
@@ -112,7 +112,7 @@ def _without(
     )
 
 
-def explain_manifest(error: CorruptionError, place: Place) -> None:
+def explain_manifest(error: CorruptionError, place: Location) -> None:
     """Add the flipped bit to an error about a corrupted manifest, if a single bit was flipped."""
     files = place.storage.open(place.path)
     try:

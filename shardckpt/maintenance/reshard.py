@@ -16,7 +16,7 @@ from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
 from shardckpt.format.entries import Manifest
-from shardckpt.maintenance.parallel_write import NewFile, joined_parts, write_together
+from shardckpt.maintenance.parallel_write import NewFile, joined_files, write_ranges
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan, TensorSpec, pad_boxes
 from shardckpt.plan.plan_cache import KnownPlan
@@ -102,7 +102,7 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
     specs = tuple(TensorSpec(name, entry.dtype, entry.shape) for name, entry in tensors.items())
     everything = LocalPlan(
         common=specs,
-        own=(),
+        rank_only=(),
         file_group=_file_groups(source.manifest),
         chunks=ChunkTable(
             tensor=np.arange(len(specs)),
@@ -110,7 +110,7 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
         ),
         shared=np.ones(len(specs), dtype=np.bool_),
         tree=b"",
-        own_trees=b"",
+        per_rank_trees=b"",
     )
     return everything, global_plan([everything] * shards)
 
@@ -161,13 +161,13 @@ class _Reshard:
         ends = np.append(0, np.cumsum(chunk_bytes(self.plan.specs, self.plan.chunks)))
         sizes = [int(ends[file.rows.stop] - ends[file.rows.start]) for file in self.files]
         assert self.transaction is not None
-        return write_together(
+        return write_ranges(
             self.source,
             sizes,
             self._new_file,
             ranks,
             progress,
-            whole_files=not self.transaction.shares_files,
+            one_rank_per_file=not self.transaction.shares_files,
         )
 
     def _new_file(self, number: int) -> NewFile:
@@ -188,7 +188,7 @@ class _Reshard:
     def commit(self, payloads: list[bytes]) -> bytes:
         assert self.transaction is not None
         by_shard: list[list[ShardFile]] = [[] for _ in range(self.shards)]
-        for file, written in zip(self.files, joined_parts(payloads), strict=True):
+        for file, written in zip(self.files, joined_files(payloads), strict=True):
             by_shard[file.shard].append(
                 ShardFile(
                     name=file.name,

@@ -29,12 +29,12 @@ from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.safetensors_header import chunk_name, header_bytes, parse_header
 from shardckpt.io.buffers import BUFFER_BYTES, lease
 from shardckpt.io.threads import stalled, workers
-from shardckpt.loading.shard_reader import bad_blocks, tensors_in
+from shardckpt.loading.shard_reader import corrupted_blocks, tensors_in
 from shardckpt.maintenance.bit_flips import find_flipped_bit
 from shardckpt.reports import VerifyReport
 from shardckpt.storage.base import CheckpointFiles
 
-__all__ = ["ShardDamage", "find_damage", "read_header", "verify_shards"]
+__all__ = ["ShardCorruption", "find_corruption", "read_header", "verify_shards"]
 
 _MAX_SEARCHED_BLOCKS = 3
 """A shard with more corrupted blocks is not searched for flipped bits: a search takes up to a
@@ -48,7 +48,7 @@ def _silent(checked_bytes: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardDamage:
+class ShardCorruption:
     """The corruption of one shard.
 
     Attributes:
@@ -126,7 +126,30 @@ def verify_shards(
         CorruptionError: A value in the manifest is invalid.
     """
     ranks = coordinator or SingleCoordinator()
-    (part, parts), count = subset, len(manifest.shards)
+    bad, checked_bytes = _check_by_all(files, manifest, ranks, subset, progress)
+    corruption, messages = _diagnose_by_all(files, manifest, ranks, bad)
+    corrupted = {name for one in corruption for name in one.tensors(manifest)}
+    return VerifyReport(
+        path=files.path,
+        checked_bytes=checked_bytes,
+        corrupted=tuple(name for name in manifest.tensors if name in corrupted),
+        intact=tuple(name for name in manifest.tensors if name not in corrupted),
+        errors=(
+            *(one.error(manifest, files.path) for one in corruption),
+            *(message.error() for message in messages),
+        ),
+    )
+
+
+def _check_by_all(
+    files: CheckpointFiles,
+    manifest: Manifest,
+    ranks: Coordinator,
+    subset: tuple[int, int],
+    progress: Progress,
+) -> _Checked:
+    """Verify blocks on all ranks, each a part. Collective; all ranks get the same result."""
+    part, parts = subset
 
     def advance(checked_bytes: int) -> None:
         ranks.progress(checked_bytes)
@@ -135,43 +158,42 @@ def verify_shards(
     def check() -> bytes:
         _check_subset(subset)
         _check_values(manifest)
-        own_subset = (part + parts * ranks.rank, parts * ranks.world_size)
-        return _encode(_check_blocks(files, manifest, subset=own_subset, progress=advance))
+        rank_subset = (part + parts * ranks.rank, parts * ranks.world_size)
+        return _encode(_check_blocks(files, manifest, subset=rank_subset, progress=advance))
 
     def merge(payloads: list[bytes]) -> bytes:
         results = [msgspec.msgpack.decode(payload, type=_Checked) for payload in payloads]
-        bad = {shard: [n for b, _ in results for n in b.get(shard, ())] for shard in range(count)}
-        return _encode(({shard: n for shard, n in bad.items() if n}, sum(n for _, n in results)))
+        bad: dict[int, list[int]] = {}
+        for of_rank, _ in results:
+            for shard, blocks in of_rank.items():
+                bad.setdefault(shard, []).extend(blocks)
+        return _encode((bad, sum(checked_bytes for _, checked_bytes in results)))
 
-    bad, checked_bytes = msgspec.msgpack.decode(
-        exchange(ranks, "verify", check, merge), type=_Checked
-    )
+    answer = exchange(ranks, "verify", check, merge)
+    checked: _Checked = msgspec.msgpack.decode(answer, type=_Checked)
+    return checked
+
+
+def _diagnose_by_all(
+    files: CheckpointFiles, manifest: Manifest, ranks: Coordinator, bad: dict[int, list[int]]
+) -> _Diagnosis:
+    """Describe corruption on all ranks, each for some shards. Collective; as _check_by_all."""
 
     def diagnose() -> bytes:
-        shards = range(ranks.rank, count, ranks.world_size)
-        damage = _diagnose(files, manifest, bad, shards)
-        broken = {one.shard for one in damage}
+        shards = range(ranks.rank, len(manifest.shards), ranks.world_size)
+        corruption = _diagnose(files, manifest, bad, shards)
+        broken = {one.shard for one in corruption}
         others = _disagreements(files, manifest, [shard for shard in shards if shard not in broken])
-        return _encode((damage, [_ErrorMessage.of(error) for error in others]))
+        return _encode((corruption, [_ErrorMessage.of(error) for error in others]))
 
     def gather(payloads: list[bytes]) -> bytes:
         results = [msgspec.msgpack.decode(payload, type=_Diagnosis) for payload in payloads]
-        damage = sorted((one for ones, _ in results for one in ones), key=lambda one: one.shard)
-        return _encode((damage, [error for _, errors in results for error in errors]))
+        corruption = sorted((one for ones, _ in results for one in ones), key=lambda one: one.shard)
+        return _encode((corruption, [error for _, errors in results for error in errors]))
 
     answer = exchange(ranks, "diagnose", diagnose, gather)
-    damage, messages = msgspec.msgpack.decode(answer, type=_Diagnosis)
-    corrupted = {name for one in damage for name in one.tensors(manifest)}
-    return VerifyReport(
-        path=files.path,
-        checked_bytes=checked_bytes,
-        corrupted=tuple(name for name in manifest.tensors if name in corrupted),
-        intact=tuple(name for name in manifest.tensors if name not in corrupted),
-        errors=(
-            *(one.error(manifest, files.path) for one in damage),
-            *(message.error() for message in messages),
-        ),
-    )
+    diagnosis: _Diagnosis = msgspec.msgpack.decode(answer, type=_Diagnosis)
+    return diagnosis
 
 
 class _ErrorMessage(msgspec.Struct, array_like=True):
@@ -195,11 +217,11 @@ class _ErrorMessage(msgspec.Struct, array_like=True):
 
 
 _Checked = tuple[dict[int, list[int]], int]
-_Diagnosis = tuple[list[ShardDamage], list[_ErrorMessage]]
+_Diagnosis = tuple[list[ShardCorruption], list[_ErrorMessage]]
 _encode = msgspec.msgpack.encode
 
 
-def find_damage(files: CheckpointFiles, manifest: Manifest) -> list[ShardDamage]:
+def find_corruption(files: CheckpointFiles, manifest: Manifest) -> list[ShardCorruption]:
     """Verify all shards and describe each corrupted one. Not collective."""
     bad, _ = _check_blocks(files, manifest, subset=(1, 1), progress=_silent)
     return _diagnose(files, manifest, bad, range(len(manifest.shards)))
@@ -253,14 +275,14 @@ def _check_blocks(
 
 def _diagnose(
     files: CheckpointFiles, manifest: Manifest, bad: dict[int, list[int]], shards: Iterable[int]
-) -> list[ShardDamage]:
+) -> list[ShardCorruption]:
     each = (
-        _damage(
+        _corruption_of(
             files, manifest, index, _size(files, manifest.shards[index]), sorted(bad.get(index, ()))
         )
         for index in shards
     )
-    return [damage for damage in each if damage]
+    return [corruption for corruption in each if corruption]
 
 
 def _size(files: CheckpointFiles, shard: ShardEntry) -> int | None:
@@ -280,7 +302,7 @@ def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> l
                 shard.name, buffer.view, offset=low, size_bytes=high - low
             ):
                 files.readinto(shard.name, [view], offset=low)
-            return bad_blocks(shard, low, view)
+            return corrupted_blocks(shard, low, view)
         except (StorageError, CorruptionError) as error:
             if isinstance(error, StorageError) and error.errno != errno.EIO:
                 raise
@@ -290,20 +312,20 @@ def _bad_in(files: CheckpointFiles, shard: ShardEntry, low: int, high: int) -> l
     return [n for at in blocks for n in _bad_in(files, shard, at, min(at + BLOCK_BYTES, high))]
 
 
-def _damage(
+def _corruption_of(
     files: CheckpointFiles, manifest: Manifest, index: int, size: int | None, bad: list[int]
-) -> ShardDamage | None:
+) -> ShardCorruption | None:
     shard = manifest.shards[index]
     last = len(shard.digests)
     if size is None:
         message = "A shard is missing, or is not a regular file"
         facts = ("a regular file", "no such file")
-        return _shard_damage(index, message, facts, range(last))
+        return _shard_corruption(index, message, facts, range(last))
     if size != shard.size_bytes:
         lost = range(size // BLOCK_BYTES, last) if size < shard.size_bytes else ()
         message = "A shard is truncated" if lost else "Bytes were appended to a shard"
         facts = (f"{shard.size_bytes} bytes", f"{size} bytes")
-        return _shard_damage(index, message, facts, sorted({*bad, *lost}))
+        return _shard_corruption(index, message, facts, sorted({*bad, *lost}))
     if not bad:
         return None
     names = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
@@ -313,20 +335,20 @@ def _damage(
         one = len(flips) == 1
         message = f"{'A single bit was' if one else 'Single bits were'} flipped in a shard"
         facts = (f"the digests in the manifest for block {names}", f"{bits} flipped")
-        return _shard_damage(index, message, facts, bad, flips)
+        return _shard_corruption(index, message, facts, bad, flips)
     facts = (f"the digests in the manifest for block {names}", "different or unreadable bytes")
-    return _shard_damage(index, "A shard is corrupted", facts, bad)
+    return _shard_corruption(index, "A shard is corrupted", facts, bad)
 
 
-def _shard_damage(
+def _shard_corruption(
     index: int,
     message: str,
     facts: tuple[str, str],
     blocks: range | list[int],
     flips: tuple[tuple[int, int], ...] = (),
-) -> ShardDamage:
+) -> ShardCorruption:
     expected, actual = facts
-    return ShardDamage(
+    return ShardCorruption(
         shard=index,
         message=message,
         expected=expected,

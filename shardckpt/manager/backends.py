@@ -25,7 +25,7 @@ class CheckpointBackend(Protocol):
     """
 
     def names(self, folder: str) -> list[str]:
-        """The names in a folder that may be checkpoints; see Storage.names."""
+        """List the names in a folder that may be checkpoints; see Storage.names."""
 
     def sweep(self, folder: str) -> None:
         """Remove the leftovers of failed saves and removals from a folder, as far as possible."""
@@ -52,7 +52,7 @@ class CheckpointBackend(Protocol):
         """Load a checkpoint into a state. Collective."""
 
     def version(self, path: str) -> Hashable:
-        """A value that changes when the checkpoint is replaced. Cheap."""
+        """Return a value that changes when the checkpoint is replaced, without reading shards."""
 
     def record(self, path: str) -> Any:
         """Return the entry RECORD of a complete checkpoint. None if it has no such entry."""

@@ -319,7 +319,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 raise CheckpointExistsError(
                     "The path exists already",
                     path=path,
-                    remedy='give another step or name, or if_exists="overwrite"',
+                    remedy='pass another step or name, or if_exists="overwrite"',
                 )
             # A corrupted checkpoint must not be the base, as its files would be linked again.
             newest = self.checkpoints()[-1:]

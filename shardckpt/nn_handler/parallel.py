@@ -21,7 +21,7 @@ from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.mpi.launch import several_ranks
 from shardckpt.coordination.process_group import init_from_mpi
 from shardckpt.coordination.resolve import operation
-from shardckpt.coordination.shutdown import leave_at_exit
+from shardckpt.coordination.shutdown import destroy_groups_at_exit
 from shardckpt.errors import StateError
 from shardckpt.torch_compat import unsynchronized_buffers
 
@@ -182,7 +182,7 @@ def _join(backend: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         timeout = datetime.timedelta(seconds=current().arrival_deadline_s)
         dist.init_process_group(backend, timeout=timeout)
-        leave_at_exit()
+        destroy_groups_at_exit()
     elif several_ranks():
         init_from_mpi(backend, timeout_s=current().arrival_deadline_s)
 

@@ -153,24 +153,24 @@ class LocalPlan:
 
     Attributes:
         common: The tensors that every rank knows.
-        own: The tensors of this rank alone.
+        rank_only: The tensors of this rank alone.
         file_group: The file group of each tensor, of `common` and then of `own`.
         chunks: The boxes held here. Their tensor numbers count through `common` and then `own`.
         shared: Whether other ranks may hold the same box, for each of the chunks.
         tree: The typed JSON of the state, encoded.
-        own_trees: The typed JSON of the PerRank values, encoded.
+        per_rank_trees: The typed JSON of the PerRank values, encoded.
         data: The elements of each of the chunks. They never leave the rank.
         rank0_trees: On rank 0, name -> the typed JSON of each FromRank0 value, encoded.
         unions: The names of the dicts in a Union marker.
     """
 
     common: tuple[TensorSpec, ...]
-    own: tuple[TensorSpec, ...]
+    rank_only: tuple[TensorSpec, ...]
     file_group: Ints
     chunks: ChunkTable
     shared: NDArray[np.bool_]
     tree: bytes
-    own_trees: bytes
+    per_rank_trees: bytes
     data: tuple[torch.Tensor, ...] = ()
     rank0_trees: Mapping[str, bytes] = field(default_factory=dict)
     unions: tuple[str, ...] = ()
@@ -187,22 +187,22 @@ class LocalPlan:
         """
         structure = text_digest(msgspec.msgpack.encode(self.common))
         tensor, boxes = self.chunks.tensor, self.chunks.boxes
-        own_specs = msgspec.msgpack.encode((boxes.shape, self.own))
+        rank_only_specs = msgspec.msgpack.encode((boxes.shape, self.rank_only))
         columns = (tensor, boxes, self.shared, self.file_group)
-        rows = [own_specs, *(column.tobytes() for column in columns)]
+        rows = [rank_only_specs, *(column.tobytes() for column in columns)]
         return structure, text_digest(self.tree), text_digest(b"".join(rows))
 
     def pack(self, *, complete: bool) -> bytes:
         """Encode the plan for rank 0. If `complete`, include the part that ranks compare."""
         return msgspec.msgpack.encode(
             {
-                "own": self.own,
+                "rank_only": self.rank_only,
                 "file_group": pack_columns(self.file_group.reshape(-1, 1)),
                 "chunks": self.chunks.pack(),
                 "shared": np.packbits(self.shared).tobytes(),
                 "common": self.common if complete else (),
                 "tree": self.tree if complete else b"",
-                "own_trees": self.own_trees,
+                "per_rank_trees": self.per_rank_trees,
                 "unions": self.unions if complete else (),
             }
         )
@@ -215,24 +215,24 @@ class LocalPlan:
         shared = np.unpackbits(np.frombuffer(packed.shared, dtype=np.uint8), count=len(chunks))
         return cls(
             common=packed.common,
-            own=packed.own,
+            rank_only=packed.rank_only,
             file_group=_file_groups(packed.file_group),
             chunks=chunks,
             shared=shared.astype(np.bool_),
             tree=packed.tree,
-            own_trees=packed.own_trees,
+            per_rank_trees=packed.per_rank_trees,
             unions=packed.unions,
         )
 
 
 class _Packed(msgspec.Struct):
-    own: tuple[TensorSpec, ...]
+    rank_only: tuple[TensorSpec, ...]
     file_group: bytes
     chunks: bytes
     shared: bytes
     common: tuple[TensorSpec, ...]
     tree: bytes
-    own_trees: bytes
+    per_rank_trees: bytes
     unions: tuple[str, ...] = ()
 
 
@@ -254,12 +254,13 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     data: list[torch.Tensor] = []
     groups: tuple[tuple[Mapping[str, AnyTensor], bool], ...] = (
         (flat.tensors, True),
-        (flat.own, False),
+        (flat.rank_only, False),
     )
     with torch.no_grad():  # then to_local() and detach() cost nothing
         for tensors, common in groups:
             for name, tensor in tensors.items():
-                if type(tensor) in PLAIN and name not in flat.foreign:  # the most frequent case
+                # Most tensors are plain.
+                if type(tensor) in PLAIN and name not in flat.saved_elsewhere:
                     shape = tuple(tensor.shape)
                     owner.append(len(specs))
                     shared.append(common)
@@ -268,7 +269,7 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
                     data.append(memory_view(tensor) if dtype in NOT_COPYABLE else tensor)  # type: ignore[arg-type]
                     specs.append(TensorSpec(name, dtype, shape))
                     continue
-                chunks = [] if name in flat.foreign else local_chunks(tensor, name=name)
+                chunks = [] if name in flat.saved_elsewhere else local_chunks(tensor, name=name)
                 replicated = common and may_have_replicas(tensor, world_size=world_size)
                 for chunk in chunks:
                     owner.append(len(specs))
@@ -280,12 +281,12 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
     count = len(flat.tensors)
     return LocalPlan(
         common=tuple(specs[:count]),
-        own=tuple(specs[count:]),
+        rank_only=tuple(specs[count:]),
         file_group=np.array([flat.file_groups.get(spec.name, 0) for spec in specs], dtype=np.int64),
         chunks=ChunkTable(tensor=np.array(owner, dtype=np.int64), boxes=pad_boxes(boxes)),
         shared=np.array(shared, dtype=np.bool_),
         tree=msgspec.json.encode(flat.tree),
-        own_trees=msgspec.json.encode(flat.own_trees),
+        per_rank_trees=msgspec.json.encode(flat.per_rank_trees),
         data=tuple(data),
         rank0_trees={name: msgspec.json.encode(own) for name, own in flat.rank0_trees.items()},
         unions=tuple(flat.unions),

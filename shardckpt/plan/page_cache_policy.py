@@ -12,7 +12,7 @@ import xxhash
 from shardckpt.format.entries import TensorEntry
 from shardckpt.state.local_chunks import LocalChunk
 
-__all__ = ["ALWAYS", "MOSTLY", "NEVER", "ReadSummary", "past_cache", "summarise_reads"]
+__all__ = ["ALWAYS", "MOSTLY", "NEVER", "ReadSummary", "past_cache", "summarize_reads"]
 
 ALWAYS, MOSTLY, NEVER = 0.0, 0.8, math.inf
 """The least fraction of neighbouring blocks that a rank must need to read past the page cache."""
@@ -34,7 +34,7 @@ class ReadSummary(msgspec.Struct, array_like=True, frozen=True):
     tensor_bytes: int
 
 
-def summarise_reads(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> ReadSummary:
+def summarize_reads(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> ReadSummary:
     """Return the summary of a rank's reads. Pure."""
     return ReadSummary(
         machine,

@@ -19,7 +19,7 @@ from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.dtypes import memory_dtype
 from shardckpt.format.entries import TensorEntry
 from shardckpt.io.tensor_memory import address_of
-from shardckpt.state.local_chunks import LocalChunk, box_slices, lies_as_saved
+from shardckpt.state.local_chunks import LocalChunk, box_slices, has_file_layout
 
 __all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]
 
@@ -92,7 +92,7 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     end = begin + size.prod(axis=1) * width
     into = np.array([t.address or address_of(t.data) for _, t in pairs], dtype=np.int64)[owner]
     into += ((low - want_at) * _strides(want)).sum(axis=1) * width
-    lies = [t.address != 0 or lies_as_saved(t.data, entry.dtype) for entry, t in pairs]
+    lies = [t.address != 0 or has_file_layout(t.data, entry.dtype) for entry, t in pairs]
     as_is = np.array(lies, dtype=np.bool_)[owner]
     as_is &= _are_runs(size, held) & _are_runs(size, want)
 

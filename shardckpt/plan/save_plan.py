@@ -74,7 +74,7 @@ class RankWrites:
         boxes = np.concatenate(
             [widen_boxes(b, dims=dims) for b in (held.boxes[solo], assigned.boxes)]
         )
-        specs = (*local.common, *local.own)
+        specs = (*local.common, *local.rank_only)
         chunks = ChunkTable(tensor=held.tensor[row], boxes=boxes)
         file_group = local.file_group
         if file_groups:  # those that rank 0 has chosen for the tensors in common
@@ -147,7 +147,7 @@ class _Numbers:
     specs: tuple[TensorSpec, ...]
     file_group: Ints
     of_common: Sequence[Ints]
-    own_offset: Ints
+    rank_only_offset: Ints
 
     @classmethod
     def of(
@@ -164,7 +164,7 @@ class _Numbers:
                     if number.setdefault(spec.name, len(every)) == len(every):
                         every.append(spec)
             of_common = [np.array([number[s.name] for s in specs], np.int64) for specs in common]
-        counts = np.array([len(plan.own) for plan in plans])
+        counts = np.array([len(plan.rank_only) for plan in plans])
         file_group = np.concatenate(
             [np.zeros(len(every), np.int64)]
             + [plan.file_group[len(at) :] for plan, at in zip(plans, of_common, strict=True)]
@@ -172,17 +172,17 @@ class _Numbers:
         ranks = range(len(plans)) if common is not None else (0,)
         for rank in reversed(ranks):
             file_group[of_common[rank]] = plans[rank].file_group[: len(of_common[rank])]
-        own_offset = len(every) + np.cumsum(counts) - counts
-        every += [spec for plan in plans for spec in plan.own]
-        return cls(tuple(every), file_group, of_common, own_offset)
+        rank_only_offset = len(every) + np.cumsum(counts) - counts
+        every += [spec for plan in plans for spec in plan.rank_only]
+        return cls(tuple(every), file_group, of_common, rank_only_offset)
 
     def of_chunks(self, plans: Sequence[LocalPlan]) -> Ints:
         """Return the tensor of each chunk, of all ranks in turn."""
         columns = []
         for rank, plan in enumerate(plans):
             tensor, at = plan.chunks.tensor, self.of_common[rank]
-            if len(plan.own):
-                own = np.arange(len(plan.own)) + self.own_offset[rank]
+            if len(plan.rank_only):
+                own = np.arange(len(plan.rank_only)) + self.rank_only_offset[rank]
                 tensor = np.concatenate([at, own])[tensor]
             elif at is not self.of_common[0]:  # numbered from 0
                 tensor = at[tensor]

@@ -28,7 +28,7 @@ from shardckpt.plan.state_merge import merge
 from shardckpt.reports import Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
-__all__ = ["Agreement", "Target", "agree", "new_id"]
+__all__ = ["Agreement", "SaveTarget", "agree", "new_id"]
 
 _cache = PlanCache()
 
@@ -38,7 +38,7 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-class Target(NamedTuple):
+class SaveTarget(NamedTuple):
     """The target of a save: its path, its storage, and whether it replaces a checkpoint."""
 
     path: str
@@ -85,8 +85,8 @@ class Agreement:
 class _Verdict(enum.Enum):
     """Rank 0's answer to the digests of the local plans."""
 
-    KNOWN = "same"  # every rank has its part of the global plan from an earlier save
-    DIVIDE = "send"  # the ranks send their plans, and rank 0 divides the work
+    KNOWN = "known"  # every rank has its part of the global plan from an earlier save
+    DIVIDE = "divide"  # the ranks send their plans, and rank 0 divides the work
     MERGE = "merge"  # the ranks send their entries and values, and rank 0 merges them
     MERGE_VALUES = "merge values"  # the ranks send only their values: rank 0 has the entries
 
@@ -124,7 +124,7 @@ _decode_offer = msgspec.msgpack.Decoder(Offer).decode
 
 
 def agree(
-    coordinator: Coordinator, local: Attempt[LocalPlan], target: Target, work: Stopwatch
+    coordinator: Coordinator, local: Attempt[LocalPlan], target: SaveTarget, work: Stopwatch
 ) -> Agreement:
     """Agree on the part of each rank, and begin the checkpoint. Collective.
 
@@ -152,7 +152,7 @@ def agree(
 def _agree(
     coordinator: Coordinator,
     local: Attempt[LocalPlan],
-    target: Target,
+    target: SaveTarget,
     lead: _Lead,
     on_error: ExitStack,
 ) -> Agreement:
@@ -209,7 +209,7 @@ class _Lead:
     """The decisions of rank 0. Its methods run only on rank 0; on other ranks it stays empty."""
 
     def __init__(
-        self, local: Attempt[LocalPlan], target: Target, work: Stopwatch, on_error: ExitStack
+        self, local: Attempt[LocalPlan], target: SaveTarget, work: Stopwatch, on_error: ExitStack
     ) -> None:
         self.local = local
         self.target = target

@@ -29,7 +29,7 @@ from shardckpt.saving.staging import StagingBuffer, StagingPool, current_events,
 from shardckpt.state.flatten import flatten
 from shardckpt.state.snapshot import Snapshot, take_snapshot
 
-__all__ = ["SaveHandle", "start", "wait_until_staged"]
+__all__ = ["SaveHandle", "start_save", "wait_until_staged"]
 
 _HEAD_START_S = 0.001
 """Staging waits until async_save has returned, as a new thread can hold the GIL for 5 ms."""
@@ -122,7 +122,7 @@ class SaveHandle:
         return self._saving.exception()
 
 
-def start(
+def start_save(
     state: Any,
     path: str,
     *,
@@ -143,10 +143,10 @@ def start(
         rank: This rank.
         world_size: The number of ranks.
         save: Saves a plan. Its argument returns the staged plan, or raises the error of staging.
+        wait_for_tier: See SaveHandle.
 
     Returns:
         The handle of the save.
-        wait_for_tier: See SaveHandle.
     """
     job = _Job(state, rank=rank, world_size=world_size, save=save)
     background = _the_background()
@@ -239,7 +239,7 @@ class _Background:
 
     def __init__(self) -> None:
         self.stager = ThreadPoolExecutor(1, "shardckpt-stage")
-        self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_give_way)
+        self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_lower_priority)
         self.pool = StagingPool()
         self.stagings: tuple[Future[None], ...] = ()
         self.handles: list[SaveHandle] = []
@@ -309,7 +309,7 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     """Lower the priority of this thread and of those that it starts."""
     if sys.platform == "linux":  # other systems have no priority by thread
         thread = threading.get_native_id()

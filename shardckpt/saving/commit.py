@@ -184,8 +184,8 @@ def build_manifest(
             PerRank values and notes are copied from it.
         notes: Other notes.
     """
-    own_trees = tuple(msgspec.Raw(result.own_trees) for result in results)
-    has_own = any(result.own_trees != b"[]" for result in results)
+    per_rank_trees = tuple(msgspec.Raw(result.per_rank_trees) for result in results)
+    has_per_rank = any(result.per_rank_trees != b"[]" for result in results)
     manifest = to_bytes(
         Manifest(
             checkpoint_id=checkpoint_id,
@@ -203,7 +203,7 @@ def build_manifest(
             ),
             tensors={},
             state=msgspec.Raw(tree),
-            per_rank=saved_by.per_rank if saved_by else own_trees if has_own else (),
+            per_rank=saved_by.per_rank if saved_by else per_rank_trees if has_per_rank else (),
             notes={**_kept_notes(saved_by), **(notes or {})},
         ),
         tensors=tensors,

@@ -18,13 +18,13 @@ import xxhash
 from shardckpt.errors import CorruptionError, ShardckptError, StateError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.entries import Manifest, ShardEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import view_at
-from shardckpt.io.tensor_memory import contiguous_parts
-from shardckpt.loading.shard_reader import bad_blocks, check_size
+from shardckpt.io.tensor_memory import contiguous_pieces
+from shardckpt.loading.shard_reader import check_size, corrupted_blocks
 from shardckpt.storage.base import CheckpointFiles, WriteTransaction
-from shardckpt.storage.resolve import Place
+from shardckpt.storage.resolve import Location
 
 __all__ = ["Base", "OpenCheckpoint", "check_verify_base", "open_base"]
 
@@ -68,7 +68,7 @@ class Base:
         self._shards = {shard.name: shard for shard in shards}
         self._verify = verify
 
-    def take_over(
+    def link_unchanged(
         self,
         transaction: WriteTransaction,
         name: str,
@@ -113,7 +113,7 @@ class Base:
             low = block * BLOCK_BYTES
             view = buffer[: min(BLOCK_BYTES, shard.size_bytes - low)]
             files.readinto(shard.name, [view], offset=low)
-            if bad_blocks(shard, low, view):
+            if corrupted_blocks(shard, low, view):
                 raise CorruptionError(
                     "A file of the base is corrupted and was written again",
                     path=f"{files.path}/{shard.name}",
@@ -124,7 +124,7 @@ class Base:
 
 
 @contextmanager
-def open_base(base: Place | OpenCheckpoint | None, *, verify: bool) -> Iterator[Base | None]:
+def open_base(base: Location | OpenCheckpoint | None, *, verify: bool) -> Iterator[Base | None]:
     """Open the base of a save, if there is one, for a with block. Not collective.
 
     A base that can't be opened has no files, and `problems` has the reason. An open checkpoint
@@ -140,7 +140,7 @@ def open_base(base: Place | OpenCheckpoint | None, *, verify: bool) -> Iterator[
     if base is None:
         yield None
         return
-    if not isinstance(base, Place):
+    if not isinstance(base, Location):
         yield Base(base.files, base.manifest.shards, verify=verify)
         return
     files: CheckpointFiles | None = None
@@ -148,7 +148,7 @@ def open_base(base: Place | OpenCheckpoint | None, *, verify: bool) -> Iterator[
         try:
             files = base.storage.open(base.path)
             check_text(data := files.manifest(), path=files.path)
-            shards = Outline(data, path=files.path).all_shards()
+            shards = LazyManifest(data, path=files.path).all_shards()
             opened = Base(files, shards, verify=verify)
         except (ShardckptError, OSError) as error:
             opened = Base(None, (), verify=verify)
@@ -165,7 +165,7 @@ def _block_digests(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[i
     room = BLOCK_BYTES
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     for tensor in itertools.chain([head], tensors):
-        for part in contiguous_parts(tensor):
+        for part in contiguous_pieces(tensor):
             at, size = 0, part.numel() * part.element_size()
             while at < size:
                 take = min(room, size - at)

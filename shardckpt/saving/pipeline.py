@@ -19,7 +19,7 @@ from shardckpt.io.gc_pause import collector_paused
 from shardckpt.logs import logger, reported
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport, Stopwatch
-from shardckpt.saving.agreement import Target, agree
+from shardckpt.saving.agreement import SaveTarget, agree
 from shardckpt.saving.commit import commit
 from shardckpt.saving.incremental import Base
 from shardckpt.saving.rank_writer import write_agreed
@@ -36,7 +36,7 @@ def plan_state(state: Any, coordinator: Coordinator) -> LocalPlan:
 @reported("save", lambda plan, target, *, coordinator, **_: (target.path, coordinator.rank))
 def run_save(
     plan: Callable[[], LocalPlan],
-    target: Target,
+    target: SaveTarget,
     *,
     coordinator: Coordinator,
     base: AbstractContextManager[Base | None],

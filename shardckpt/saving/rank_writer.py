@@ -51,7 +51,7 @@ class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
     files: tuple[ShardFile, ...]
     problems: tuple[str, ...] = ()
     replicas: bytes = b""
-    own_trees: bytes = b"[]"
+    per_rank_trees: bytes = b"[]"
     seconds: dict[str, float] = {}
     commits_part: bool = False
 
@@ -106,7 +106,7 @@ class RankShards:
         return cls(
             rank=rank,
             world_size=world_size,
-            specs=(*local.common, *local.own),
+            specs=(*local.common, *local.rank_only),
             chunks=ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes),
             files=writes.files,
             data=lambda rows: data[rows],
@@ -168,7 +168,7 @@ def write_agreed(
         result.replicas = replica_digests(
             local, writes, everything=check_replicas, sampled=agreement.merged
         )
-    result.own_trees = local.own_trees
+    result.per_rank_trees = local.per_rank_trees
     result.commits_part = agreement.transaction.commits_part
     work.seconds.update(result.seconds)
     result.seconds = work.seconds
@@ -230,7 +230,7 @@ def _write_file(
     name = shard_name(rank=shards.rank, world_size=shards.world_size, file_group=group)
     header, size_bytes = _layout_once(group, shards.layouts, shards.specs, chunks)
     progress = total.of(name)
-    linked = base and base.take_over(
+    linked = base and base.link_unchanged(
         transaction,
         name,
         size_bytes=size_bytes,

@@ -7,7 +7,7 @@ import torch
 import xxhash
 
 from shardckpt.io.buffers import view_at
-from shardckpt.io.tensor_memory import contiguous_parts
+from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.save_plan import RankWrites
 
@@ -36,7 +36,7 @@ def replica_digests(
             data, size = _beginning(data), SMALL_BYTES
         if size and (everything or size <= SMALL_BYTES):
             digest = xxhash.xxh3_64()
-            for piece in contiguous_parts(data.detach()):
+            for piece in contiguous_pieces(data.detach()):
                 digest.update(view_at(piece.data_ptr(), piece.numel() * piece.element_size()))
             digests[index] = digest.intdigest() | 1
     return digests.tobytes()

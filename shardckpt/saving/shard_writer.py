@@ -20,7 +20,7 @@ from shardckpt.config import current
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.safetensors_header import HEADER_ALIGN
 from shardckpt.io.buffers import BUFFER_BYTES, Buffer, copy_bytes, view_at
-from shardckpt.io.tensor_memory import contiguous_parts, plain_address
+from shardckpt.io.tensor_memory import contiguous_pieces, plain_address
 from shardckpt.io.threads import stalled, workers
 from shardckpt.storage.base import WritableFile
 from shardckpt.torch_compat import storage_id
@@ -65,7 +65,7 @@ def write_shard(
             if address and not (tensor.is_neg() or tensor.is_conj()):  # most tensors
                 stream.put(address, tensor.nbytes, staged=staged)
                 continue
-            for piece in contiguous_parts(tensor):
+            for piece in contiguous_pieces(tensor):
                 stream.put(piece.data_ptr(), piece.nbytes, staged=staged)
         return stream.finish()
 

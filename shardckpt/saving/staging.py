@@ -12,13 +12,13 @@ import torch
 from shardckpt.config import current
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import memory_dtype
-from shardckpt.io.buffers import HUGE_PAGE_BYTES, ask_for_huge_pages, copy_bytes, private_memory
+from shardckpt.io.buffers import HUGE_PAGE_BYTES, copy_bytes, private_memory, request_huge_pages
 from shardckpt.io.tensor_memory import check_memory
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.save_plan import layout_order
 from shardckpt.plan.shard_layout import chunk_bytes
 from shardckpt.state.file_groups import files_of
-from shardckpt.state.local_chunks import lies_as_saved
+from shardckpt.state.local_chunks import has_file_layout
 from shardckpt.torch_compat import foreach_copy
 
 __all__ = ["StagingBuffer", "StagingPool", "current_events", "stage", "staged_bytes"]
@@ -35,8 +35,8 @@ def _rounded(size_bytes: int) -> int:
 class StagingBuffer:
     """CPU memory for one staged state, page-locked if accelerators copy to it.
 
-    The first staging uses ordinary pages. A virtual machine may not have huge pages at hand, and
-    then the first staging would take several times as long.
+    The first staging uses ordinary pages. It would take several times as long on huge pages if a
+    virtual machine must first get them from its host.
     """
 
     def __init__(self, size_bytes: int, *, pinned: bool) -> None:
@@ -51,18 +51,18 @@ class StagingBuffer:
         self._memory = private_memory(size_bytes)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
-    def settle(self) -> None:
+    def use_huge_pages(self) -> None:
         """Ask for huge pages after the first staging, as disks then take more bytes in one
         request.
         """
         if not self.pinned:
-            ask_for_huge_pages(self._memory)
+            request_huge_pages(self._memory)
 
     def views(self, plan: LocalPlan) -> list[torch.Tensor]:
         """Return the memory for each row of the plan. The data of each file begins at a new
         page.
         """
-        specs, chunks = (*plan.common, *plan.own), plan.chunks
+        specs, chunks = (*plan.common, *plan.rank_only), plan.chunks
         dtypes = [specs[index].dtype for index in chunks.tensor.tolist()]
         layout = (dtypes, chunks.pack(), plan.file_group.tobytes())
         if self._views[0] != layout:
@@ -116,7 +116,7 @@ class StagingPool:
 
     def give_back(self, buffer: StagingBuffer) -> None:
         """Take a buffer back. Its memory must not be used any more."""
-        buffer.settle()
+        buffer.use_huge_pages()
         with self._changed:
             self._used_bytes -= buffer.used_bytes
             if self._spare is None or self._spare.size_bytes < buffer.size_bytes:
@@ -158,11 +158,11 @@ def stage(plan: LocalPlan, buffer: StagingBuffer, events: dict[torch.device, Any
     """
     views = buffer.views(plan)
     devices: dict[torch.device, list[int]] = {}
-    specs = (*plan.common, *plan.own)
+    specs = (*plan.common, *plan.rank_only)
     for row, (data, index) in enumerate(zip(plan.data, plan.chunks.tensor.tolist(), strict=True)):
         check_memory(data, name=specs[index].name)  # it may have been freed since the plan was made
         size_bytes = data.numel() * data.element_size()
-        if size_bytes >= _LARGE_BYTES and lies_as_saved(data, specs[index].dtype):
+        if size_bytes >= _LARGE_BYTES and has_file_layout(data, specs[index].dtype):
             # This is a sixth faster than a copy by torch.
             copy_bytes(views[row].data_ptr(), data.data_ptr(), size_bytes)
         else:

@@ -45,7 +45,7 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
         inner = f"{name}.{key}" if name else str(key)
         plain = type(value) in PLAIN and context.saved.selected(inner)
         if plain and context.fill_plain(value, inner):
-            continue  # most tensors: the read fills them, and nothing else is to be done
+            continue  # the read fills it, as it does for most tensors
         items[key] = match(context, value, inner)
 
     def finish() -> Any:
@@ -114,9 +114,8 @@ def match_value(context: MatchContext, template: Any, name: str) -> Finish:
         return lambda: template
 
     def finish() -> Any:
-        if (
-            isinstance(template, dict) and type(value) is dict
-        ):  # Counter.update would add the counts
+        # Only a plain dict, as Counter.update would add the counts.
+        if isinstance(template, dict) and type(value) is dict:
             template.update(value)
             return template
         if isinstance(template, list) and isinstance(value, list):

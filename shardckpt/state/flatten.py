@@ -33,7 +33,7 @@ from shardckpt.state.local_chunks import PLAIN, AnyTensor, Shards, check_dense, 
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
     ModuleState,
-    foreign_buffers,
+    ddp_rank0_buffers,
     has_state,
     module_state,
     modules_in,
@@ -41,7 +41,7 @@ from shardckpt.state.module_state import (
 from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.state.refusals import all_refused, reading_state
 from shardckpt.state.sharded_array import ShardedArray, fits_tensor, from_numpy
-from shardckpt.state.wrapper_tensors import Wrapped, read_out
+from shardckpt.state.wrapper_tensors import Wrapped, saveable_form
 from shardckpt.torch_compat import storage_id
 
 __all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder", "too_deep"]
@@ -55,22 +55,22 @@ class FlatState:
 
     Attributes:
         tensors: The tensors that every rank has, by name. A rank may hold no shard of a tensor.
-        own: The tensors of this rank only, by name, from inside PerRank or FromRank0.
-        foreign: The names in `tensors` for which the values of another rank are saved.
+        rank_only: The tensors of this rank only, by name, from inside PerRank or FromRank0.
+        saved_elsewhere: The names in `tensors` for which the values of another rank are saved.
         file_groups: The file groups of the tensors that are not in MAIN, by name.
         tree: The typed JSON of the state, the same on every rank. A placeholder stands for each
             FromRank0.
-        own_trees: The typed JSON of the PerRank values.
+        per_rank_trees: The typed JSON of the PerRank values.
         rank0_trees: On rank 0, the typed JSON of each FromRank0 value, by name.
         unions: The names of the dicts in a Union marker.
     """
 
     tensors: dict[str, AnyTensor] = field(default_factory=dict)
-    own: dict[str, AnyTensor] = field(default_factory=dict)
-    foreign: set[str] = field(default_factory=set)
+    rank_only: dict[str, AnyTensor] = field(default_factory=dict)
+    saved_elsewhere: set[str] = field(default_factory=set)
     file_groups: dict[str, int] = field(default_factory=dict)
     tree: Any = None
-    own_trees: list[Any] = field(default_factory=list)
+    per_rank_trees: list[Any] = field(default_factory=list)
     rank0_trees: dict[str, Any] = field(default_factory=dict)
     unions: list[str] = field(default_factory=list)
 
@@ -102,7 +102,7 @@ class _Flattener:
         self.rank = rank
         self.state = state
         self.inside: type | None = None  # the marker around the current value
-        self.ties, self.own_ties = Ties(), Ties()
+        self.ties, self.rank_only_ties = Ties(), Ties()
         self.names: set[str] = set()
         self.refused: list[StateError] = []  # one error names all of them
         self.frozen_modules = 0
@@ -135,7 +135,7 @@ class _Flattener:
             return values.reference("tensor", self.add(value.get_state(), name))
         if isinstance(value, nn.Module):
             entries = module_state(value, at=name)
-            value = ModuleState(entries, frozen_entries(value), foreign_buffers(value))
+            value = ModuleState(entries, frozen_entries(value), ddp_rank0_buffers(value))
         if isinstance(value, ModuleState):
             return self.module(value, name, depth)
         if isinstance(value, Optimizer):
@@ -198,7 +198,7 @@ class _Flattener:
 
     def tensor(self, tensor: Any, name: str, depth: int) -> Any:
         try:
-            tensor = read_out(tensor, name=name)
+            tensor = saveable_form(tensor, name=name)
         except StateError as error:
             self.refused.append(error)
             return None
@@ -211,7 +211,7 @@ class _Flattener:
         node = self.walk(module.entries, name, depth)
         below = f"{name}." if name else ""
         frozen = {f"{below}{own}" for own in module.frozen}
-        self.flat.foreign.update(f"{below}{own}" for own in module.foreign)
+        self.flat.saved_elsewhere.update(f"{below}{own}" for own in module.saved_elsewhere)
         added = [
             n
             for n in itertools.islice(self.flat.tensors, before, None)
@@ -254,7 +254,7 @@ class _Flattener:
         _check_leaf(tensor, name)
         ties, tensors = self.ties, self.flat.tensors
         if self.inside is not None:
-            ties, tensors = self.own_ties, self.flat.own
+            ties, tensors = self.rank_only_ties, self.flat.rank_only
         if self.inside is PerRank:
             name = f"{name}@rank{self.rank}"
         first = ties.first(tensor, name)
@@ -272,8 +272,8 @@ class _Flattener:
         return value.check(name)
 
     def per_rank(self, value: PerRank, name: str, depth: int) -> Any:
-        self.flat.own_trees.append(self.marked(value, name, depth))
-        return values.reference("per_rank", str(len(self.flat.own_trees) - 1))
+        self.flat.per_rank_trees.append(self.marked(value, name, depth))
+        return values.reference("per_rank", str(len(self.flat.per_rank_trees) - 1))
 
     def from_rank0(self, value: FromRank0, name: str, depth: int) -> Any:
         if self.rank == 0:
@@ -326,7 +326,7 @@ def _check_leaf(tensor: AnyTensor, name: str) -> None:
             tensor=name,
             expected="a tensor with data",
             actual="device meta",
-            remedy="materialise it first: to_empty(), or load a checkpoint into it",
+            remedy="materialize it first: to_empty(), or load a checkpoint into it",
         )
 
 

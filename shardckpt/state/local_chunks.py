@@ -21,7 +21,7 @@ from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
 from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
 from shardckpt.io.tensor_memory import check_memory, owns_memory
 from shardckpt.state.sharded_array import ShardedArray
-from shardckpt.torch_compat import distribute_locally, local_part, spec_of
+from shardckpt.torch_compat import distribute_locally, dtensor_local, spec_of
 
 __all__ = [
     "PLAIN",
@@ -33,7 +33,7 @@ __all__ = [
     "check_dense",
     "is_distributed",
     "is_sharded_tensor",
-    "lies_as_saved",
+    "has_file_layout",
     "local_chunks",
     "local_layout",
     "local_tensor",
@@ -54,7 +54,7 @@ class LocalChunk(msgspec.Struct, frozen=True, eq=False, gc=False):
         offsets: The offsets of the box.
         sizes: The sizes of the box, which are the shape of `data`.
         data: The local tensor.
-        address: The address of the data, if it is known to lie as saved (`lies_as_saved`).
+        address: The address of the data, if it is known to lie as saved (`has_file_layout`).
             Otherwise 0.
     """
 
@@ -168,7 +168,7 @@ def _chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
     return [chunk for chunk in chunks if 0 not in chunk.sizes]
 
 
-def lies_as_saved(data: torch.Tensor, dtype: str) -> bool:
+def has_file_layout(data: torch.Tensor, dtype: str) -> bool:
     """Whether the elements are in CPU memory in the layout of a file: row-major, with the same
     dtype.
     """
@@ -192,7 +192,7 @@ def is_sharded_tensor(tensor: torch.Tensor) -> bool:
 def check_dense(tensor: AnyTensor, *, name: str) -> None:
     """Raise UnsupportedLeafError, which names the tensor, if its memory does not hold its elements.
 
-    This is the case for sparse, quantized, nested, uninitialised and freed tensors, and for
+    This is the case for sparse, quantized, nested, uninitialized and freed tensors, and for
     subclasses that wrap other tensors.
     """
     if isinstance(tensor, ShardedArray):
@@ -212,7 +212,7 @@ def check_dense(tensor: AnyTensor, *, name: str) -> None:
     elif isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         actual, remedy = "a lazy parameter", "run the module once, which sets its shape"
     elif isinstance(tensor, DTensor):
-        local: Any = local_part(tensor)
+        local: Any = dtensor_local(tensor)
         if not hasattr(local, "wait"):  # otherwise its memory exists when the collective is done
             check_dense(local, name=name)
         return
@@ -314,7 +314,7 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
         )
     if layout.boxes is None:
         return []
-    local: Any = local_part(tensor)
+    local: Any = dtensor_local(tensor)
     if type(local) is not torch.Tensor:
         with torch.no_grad():
             local = local_tensor(tensor)

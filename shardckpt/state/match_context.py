@@ -210,7 +210,7 @@ class MatchContext:
                 tensor=name,
                 expected=f"{saved_world} ranks, as saved",
                 actual=f"{self.world_size} ranks",
-                remedy='load with as many ranks, or mark it with another on_resize="keep"',
+                remedy='load with as many ranks, or pass on_resize="keep" or "wrap"',
             )
         if marker.on_resize == "keep":
             self.kept.append(name)
@@ -233,8 +233,8 @@ class MatchContext:
             if self.saved.selected(name):
                 self.mismatches.missing.append(name)
             return NOTHING
-        tensors = dict(_found(like, name, torch.Tensor))
-        markers = dict(_found(like, name, PerRank))
+        tensors = dict(_items_of_type(like, name, torch.Tensor))
+        markers = dict(_items_of_type(like, name, PerRank))
 
         def per_rank(ref: TensorRef, at: str) -> Any:
             marker = markers.get(at, PerRank(None, "error"))  # there is no value to keep
@@ -260,7 +260,7 @@ that name.
 """
 
 
-def _found(value: Any, name: str, cls: type) -> list[tuple[str, Any]]:
+def _items_of_type(value: Any, name: str, cls: type) -> list[tuple[str, Any]]:
     """List (name, item) of the items of a type in a nested value."""
     if isinstance(value, cls):
         return [(name, value)]
@@ -269,4 +269,4 @@ def _found(value: Any, name: str, cls: type) -> list[tuple[str, Any]]:
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    return [pair for key, item in items for pair in _found(item, below(name, key), cls)]
+    return [pair for key, item in items for pair in _items_of_type(item, below(name, key), cls)]

@@ -19,7 +19,7 @@ from shardckpt.io.tensor_memory import owns_memory, shares_elements
 from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, local_chunks
 from shardckpt.state.saved_tree import SavedState, below, children, rebuilt
-from shardckpt.state.wrapper_tensors import read_out
+from shardckpt.state.wrapper_tensors import saveable_form
 
 __all__ = ["NOTHING", "Allocate", "Builder", "allocate"]
 
@@ -108,7 +108,7 @@ class Builder:
         if ref in self._tied:
             return self._tied[ref]
         entry = self.saved.manifest.tensors[ref.name]
-        tensor: Any = read_out(self.like.get(name), name=name)
+        tensor: Any = saveable_form(self.like.get(name), name=name)
         to_read = True
         if (
             tensor is None

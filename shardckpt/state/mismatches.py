@@ -9,7 +9,7 @@ from typing import Any
 
 from shardckpt.errors import LoadMismatchError
 
-__all__ = ["Mismatches", "check_untaken"]
+__all__ = ["Mismatches", "check_unused"]
 
 
 @dataclass(slots=True)
@@ -62,23 +62,23 @@ def _unused(names: list[str], path: str) -> LoadMismatchError:
     return error
 
 
-def check_untaken(untaken: Sequence[Sequence[str]], path: str) -> None:
+def check_unused(unused: Sequence[Sequence[str]], path: str) -> None:
     """Check that modules and optimizers use all entries that were saved under their names. Pure.
 
     Ranks of different pipeline stages use different entries. An entry that no rank uses is an
     error. If a rank uses only a part of the entries that another rank uses, that is an error too.
 
     Args:
-        untaken: The unused names of each rank's modules and optimizers.
+        unused: The unused names of each rank's modules and optimizers.
         path: The checkpoint, for the error.
 
     Raises:
         LoadMismatchError: The error lists the names.
     """
-    names = [frozenset(of_rank) for of_rank in untaken]
+    names = [frozenset(of_rank) for of_rank in unused]
     by_no_rank = frozenset.intersection(*names)
     if by_no_rank:
-        raise _unused([name for name in untaken[0] if name in by_no_rank], path)
+        raise _unused([name for name in unused[0] if name in by_no_rank], path)
     sets = {of_rank: rank for rank, of_rank in reversed(list(enumerate(names)))}
     for (names_a, a), (names_b, b) in itertools.permutations(sets.items(), 2):
         if names_a > names_b:

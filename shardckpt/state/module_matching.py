@@ -15,10 +15,10 @@ from shardckpt.state.materialize import NOTHING
 from shardckpt.state.module_state import aliases, canonical_names, is_wrapped
 from shardckpt.state.refusals import reading_state, setting_state
 from shardckpt.state.saved_tree import below
-from shardckpt.state.wrapper_tensors import Wrapped, read_out
+from shardckpt.state.wrapper_tensors import Wrapped, saveable_form
 from shardckpt.torch_compat import carry_versions, load_functions, storage_id
 
-__all__ = ["match_module", "runs_own_code"]
+__all__ = ["match_module", "has_custom_load"]
 
 
 def match_module(context: MatchContext, template: nn.Module, name: str, match: Match) -> Finish:
@@ -62,7 +62,7 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
         with setting_state(template, at=name):
             if assign:
                 _assign(module, assign)
-            if runs_own_code(module):
+            if has_custom_load(module):
                 _load_state_dict(module, every)
             elif not_filled:
                 module.load_state_dict(not_filled, strict=False)
@@ -81,7 +81,7 @@ def _refused_keys(module: nn.Module, state: Any, own: set[Any]) -> list[str]:
         if not _is_extra(key)
         and not (isinstance(value, torch.Tensor) and (value.is_meta or storages_of(value) <= own))
     ]
-    if not others or runs_own_code(module):
+    if not others or has_custom_load(module):
         return []
     tensors = (module.named_parameters, module.named_buffers)
     taken = {key for named in tensors for key, _ in named(remove_duplicate=False)}
@@ -120,7 +120,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def runs_own_code(module: nn.Module) -> bool:
+def has_custom_load(module: nn.Module) -> bool:
     """Whether load_state_dict runs other code than torch's: an override or a hook.
 
     torch's own code does nothing to tensors that were filled in place.
@@ -163,7 +163,7 @@ def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:
 
 def storages_of(tensor: torch.Tensor) -> set[int]:
     """Return the ids of the storages of a tensor's local memory, equal for views of one storage."""
-    tensor_or_shards = read_out(tensor, name="")
+    tensor_or_shards = saveable_form(tensor, name="")
     if isinstance(tensor_or_shards, Wrapped):
         return {at for inner in tensor_or_shards.inner.values() for at in _storages(inner)}
     return _storages(tensor_or_shards)

@@ -27,16 +27,16 @@ from shardckpt.torch_compat import child_names, is_parameter
 
 __all__ = [
     "ModuleState",
-    "OwnState",
+    "NamedState",
     "aliases",
     "canonical_names",
-    "foreign_buffers",
+    "ddp_rank0_buffers",
     "has_state",
     "is_wrapped",
     "module_state",
     "modules_in",
     "names_by_identity",
-    "own_state",
+    "named_state",
     "parameter_names",
 ]
 
@@ -55,12 +55,13 @@ class ModuleState:
     Attributes:
         entries: Its entries by canonical name.
         frozen: The names that probably don't change between saves (see file_groups).
-        foreign: The names for which the values of another rank are saved (see foreign_buffers).
+        saved_elsewhere: The names for which the values of another rank are saved (see
+            ddp_rank0_buffers).
     """
 
     entries: dict[str, Any]
     frozen: Set[str]
-    foreign: Set[str]
+    saved_elsewhere: Set[str]
 
 
 def has_state(value: Any) -> bool:
@@ -114,7 +115,7 @@ def _canonical_names(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     depends_on = (list(keys), _classes(module))
     known = _canonical.get(module)
     if known is None or known[0] != depends_on:
-        canonical = _canonicaliser(module)
+        canonical = _canonicalizer(module)
         known = _canonical[module] = depends_on, {key: canonical(key) for key in keys}
     return known[1]
 
@@ -123,7 +124,7 @@ def _classes(module: nn.Module) -> list[type]:
     return [type(part) for part in module.modules()]
 
 
-def _canonicaliser(module: nn.Module) -> Callable[[str], str]:
+def _canonicalizer(module: nn.Module) -> Callable[[str], str]:
     prefixes: dict[str, str] = {}
 
     def walk(owner: nn.Module, raw: str, canonical: str) -> None:
@@ -174,8 +175,8 @@ def is_wrapped(owner: nn.Module, child: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnState:
-    """A module's state dict with its own tensors, and the canonical name of each key."""
+class NamedState:
+    """A module's state dict, not detached, and the canonical name of each key."""
 
     tensors: dict[str, Any]
     names: dict[str, str]
@@ -200,13 +201,13 @@ class OwnState:
         return {self.names[key]: value for key, value in self.tensors.items()}
 
 
-def own_state(module: nn.Module, *, at: str = "", keep_vars: bool = True) -> OwnState:
+def named_state(module: nn.Module, *, at: str = "", keep_vars: bool = True) -> NamedState:
     """Read the module at a name in the state. With `keep_vars=False` the tensors are aliases
     without gradients.
     """
     with reading_state(module, at=at):
         state = module.state_dict(keep_vars=True) if keep_vars else aliases(module)
-    return OwnState(state, _canonical_names(module, state), at)
+    return NamedState(state, _canonical_names(module, state), at)
 
 
 def aliases(module: nn.Module) -> dict[str, Any]:
@@ -229,16 +230,16 @@ def module_state(module: nn.Module, *, at: str = "") -> dict[str, Any]:
     """Return the module's state dict under canonical names. Its tensors alias those of the
     module.
     """
-    return own_state(module, at=at, keep_vars=False).by_name()
+    return named_state(module, at=at, keep_vars=False).by_name()
 
 
-def foreign_buffers(module: nn.Module) -> set[str]:
+def ddp_rank0_buffers(module: nn.Module) -> set[str]:
     """Return the canonical names of the buffers for which DDP uses the values of its rank 0.
 
     DDP replaces these buffers before each forward. Until then, batch norms let them drift.
     """
     names: dict[str, str] | None = None
-    foreign: set[str] = set()
+    buffers: set[str] = set()
     for prefix, part in module.named_modules():
         if (
             isinstance(part, nn.parallel.DistributedDataParallel)
@@ -247,16 +248,16 @@ def foreign_buffers(module: nn.Module) -> set[str]:
         ):
             names = names or canonical_names(module)
             raw = (key for key, _ in part.named_buffers(prefix=prefix))
-            foreign.update(names[key] for key in raw if key in names)
-    return foreign
+            buffers.update(names[key] for key in raw if key in names)
+    return buffers
 
 
 def parameter_names(module: nn.Module) -> Mapping[int, str]:
     """Return the canonical name of each parameter of a module, by the id of the parameter."""
-    return names_by_identity(module, own_state(module))
+    return names_by_identity(module, named_state(module))
 
 
-def names_by_identity(module: nn.Module, state: OwnState) -> Mapping[int, str]:
+def names_by_identity(module: nn.Module, state: NamedState) -> Mapping[int, str]:
     """Return what `parameter_names` returns, for a module that has just been read."""
     own = {key: id(value) for key, value in state.tensors.items() if is_parameter(value)}
     known = _by_identity.get(module)

@@ -21,7 +21,7 @@ from shardckpt.state.optimizer_state import (
     TORCH_KEYS,
     TorchForms,
     flat_parameters,
-    is_own,
+    keeps_state,
     packed_state,
     state_of,
 )
@@ -107,8 +107,8 @@ class _TorchForm:
             raise StateError(
                 "keys= leaves out the parameter groups of an optimizer",
                 tensor=groups_name,
-                expected="the parameter groups beside the state, whose parameters they name",
-                actual="a part of the optimizer's state alone",
+                expected="state and param_groups, which name the parameters of the state",
+                actual="only a part of the optimizer",
                 remedy=f"add {groups_name!r} to keys=, or leave the optimizer out",
             )
         groups = context.build(groups_name)
@@ -167,7 +167,7 @@ class _TorchForm:
         """
         best: dict[int, str] = {}
         most = -1
-        places = self.context.parameter_names.places
+        paths = self.context.parameter_names.paths
         for candidate in self.context.parameter_names.candidates(self.parameters, at=self.name):
             count = len(self.group_of.keys() & candidate.values())
             if count > most:
@@ -181,7 +181,7 @@ class _TorchForm:
             names = [
                 name
                 if name in self.group_of
-                else next(filter(free.__contains__, places(id(parameter))), name)
+                else next(filter(free.__contains__, paths(id(parameter))), name)
                 for name, parameter in zip(names, self.parameters, strict=True)
             ]
         if most == 0 and len(self.group_of) == len(names) > 0:
@@ -258,7 +258,7 @@ class _TorchForm:
             if key not in self.group_of and key not in self.names
         }
         for number, fqn, parameter in zip(self.numbers, self.names, self.parameters, strict=True):
-            if not is_own(self.owner, parameter):
+            if not keeps_state(self.owner, parameter):
                 context.used.update(
                     n for n in context.saved.leaves if n.startswith(f"{prefix}.{fqn}.")
                 )
@@ -289,10 +289,10 @@ class _TorchForm:
                 tensor=name,
                 expected="parameters with memory",
                 actual="device meta",
-                remedy="materialise the module first (to_empty), then create the optimizer",
+                remedy="materialize the module first (to_empty), then create the optimizer",
             )
         saved = self._saved_parameter(parameter)
-        if saved is not None and not context.fits(saved, _read_out(parameter, name)):
+        if saved is not None and not context.fits(saved, _global_form(parameter, name)):
             self._skip(node, parameter, saved, name)
             return current
         if not isinstance(node, dict):
@@ -304,26 +304,8 @@ class _TorchForm:
                 context.cast.append((_name, str(DTYPES[entry.dtype]), str(tensor.dtype)))
             return tensor, True
 
-        targets: dict[str, torch.Tensor] = {}  # tensors and wrapper tensors
-        mismatched = False
-        for key, ref in node.items():
-            if isinstance(ref, TensorRef) and ref.ref_type == "tensor":
-                entry = context.saved.manifest.tensors[ref.name]
-                tensor = _dense(current.get(key))
-                at = below(name, key)
-                form = _read_out(tensor, at) if isinstance(tensor, torch.Tensor) else None
-                if form is None or form.shape != entry.shape:
-                    tensor = self._like(parameter, entry, saved)
-                    form = _read_out(tensor, at)
-                targets[key] = tensor
-                if not context.fits(entry, form):
-                    context.agrees(entry, form, at)
-                    mismatched = True
-            elif (facts := facts_of(ref)) is not None:
-                if not isinstance(current.get(key), torch.Tensor):
-                    raise _no_class(below(name, key), facts)
-                targets[key] = current[key]
-        if mismatched:
+        targets = self._targets(node, parameter, current, saved, name)
+        if targets is None:
             context.used.update(below(name, key) for key in node)
             return current
         return {
@@ -333,12 +315,46 @@ class _TorchForm:
             for key in node
         }
 
+    def _targets(
+        self,
+        node: dict[str, Any],
+        parameter: torch.Tensor,
+        current: Any,
+        saved: TensorEntry | None,
+        name: str,
+    ) -> dict[str, torch.Tensor] | None:
+        """Return the tensors and wrapper tensors to fill with a parameter's saved state.
+
+        Returns None, and notes the mismatches, if one of them does not fit.
+        """
+        context = self.context
+        targets: dict[str, torch.Tensor] = {}
+        mismatched = False
+        for key, ref in node.items():
+            at = below(name, key)
+            if isinstance(ref, TensorRef) and ref.ref_type == "tensor":
+                entry = context.saved.manifest.tensors[ref.name]
+                tensor = _dense(current.get(key))
+                form = _global_form(tensor, at) if isinstance(tensor, torch.Tensor) else None
+                if form is None or form.shape != entry.shape:
+                    tensor = self._like(parameter, entry, saved)
+                    form = _global_form(tensor, at)
+                targets[key] = tensor
+                if not context.fits(entry, form):
+                    context.agrees(entry, form, at)
+                    mismatched = True
+            elif (facts := facts_of(ref)) is not None:
+                if not isinstance(current.get(key), torch.Tensor):
+                    raise _no_class(at, facts)
+                targets[key] = current[key]
+        return None if mismatched else targets
+
     def _saved_parameter(self, parameter: torch.Tensor) -> TensorEntry | None:
         """Return the saved entry of the parameter itself, if the checkpoint has it under the same
         name.
         """
         saved = self.context.saved
-        for at in self.context.parameter_names.places(id(parameter)):
+        for at in self.context.parameter_names.paths(id(parameter)):
             ref = saved.nodes.get(at)
             name = ref.name if isinstance(ref, TensorRef) and ref.ref_type == "tensor" else at
             if name in saved.manifest.tensors:
@@ -355,7 +371,7 @@ class _TorchForm:
             if not (isinstance(ref, TensorRef) and ref.ref_type == "tensor"):
                 continue
             entry = self.context.saved.manifest.tensors[ref.name]
-            target = _read_out(parameter, name)
+            target = _global_form(parameter, name)
             if entry.shape == saved.shape and not self.context.fits(entry, target):
                 self.context.used.add(below(name, key))
                 self.context.agrees(entry, target, below(name, key))
@@ -376,7 +392,7 @@ class _TorchForm:
             and (saved is None or saved.dtype == entry.dtype)
         ):
             dtype = parameter.dtype
-        if tuple(_read_out(parameter, self.name).shape) == entry.shape:
+        if tuple(_global_form(parameter, self.name).shape) == entry.shape:
             new = torch.zeros_like if hasattr(parameter, "global_shape") else torch.empty_like
             return carry_layout(parameter, new(parameter, dtype=dtype, requires_grad=False))
         if not entry.shape:
@@ -408,9 +424,10 @@ def _common_path(names: Iterable[str]) -> str:
     return first if first.endswith(".") else first[: first.rfind(".") + 1]
 
 
-def _read_out(tensor: torch.Tensor, name: str) -> Any:
-    """Return the shards of a tensor that describes them, whose shape is global. Or the tensor
-    itself.
+def _global_form(tensor: torch.Tensor, name: str) -> Any:
+    """Return the Shards of a tensor that describes them, otherwise the tensor itself.
+
+    The shape of either is the global shape.
     """
     return shards_of(tensor, name=name) if describes_itself(tensor) else tensor
 
@@ -434,12 +451,12 @@ def _first_state(optimizer: Any, parameter: torch.Tensor, node: Any) -> dict[str
 
 def _no_class(name: str, facts: dict[str, Any]) -> StateError:
     return StateError(
-        "Saved state of a wrapper tensor needs a tensor of the optimizer to load into",
+        "Saved optimizer state in a wrapper tensor needs an existing tensor to load into",
         tensor=name,
         expected=f"state that holds a {facts.get('class')}",
         actual="an optimizer without state",
-        remedy="take one step first, which creates the state that the load then replaces. A load "
-        "never imports a class that a checkpoint names",
+        remedy="take one step first, which creates the state; a load never imports a class that a "
+        "checkpoint names",
     )
 
 

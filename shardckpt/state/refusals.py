@@ -33,36 +33,42 @@ def all_refused(errors: Sequence[StateError]) -> StateError:
 
 @contextmanager
 def reading_state(value: Any, *, at: str) -> Iterator[None]:
-    """While state_dict of the object at a name runs: turn Python's own exceptions into StateError.
+    """Convert Python's built-in exceptions to StateError while an object's state_dict runs.
 
-    Exceptions of other classes are those of the program, which may wait for them.
+    Other exceptions are raised unchanged, as the program may expect its own.
     """
-    try:
+    with _builtin_errors(
+        "An object can't give its state",
+        at=at,
+        expected=f"a state from {type(value).__qualname__}.state_dict()",
+        remedy="correct the cause on every rank, then try again",
+    ):
         yield
-    except Exception as error:
-        if type(error).__module__ != "builtins":
-            raise
-        raise StateError(
-            "An object can't give its state",
-            tensor=at,
-            expected=f"a state from {type(value).__qualname__}.state_dict()",
-            actual=f"{type(error).__name__}: {error}",
-            remedy="do what its own message asks for, on every rank, then try again",
-        ) from error
 
 
 @contextmanager
 def setting_state(value: Any, *, at: str) -> Iterator[None]:
-    """As reading_state, while load_state_dict or set_state of the object runs."""
+    """Convert exceptions like reading_state, while load_state_dict or set_state runs."""
+    with _builtin_errors(
+        "An object refused its saved state. Tensors and other entries may have been replaced",
+        at=at,
+        expected=f"a state that {type(value).__qualname__} accepts",
+        remedy="create the object as it was when it was saved, or leave it out of the state",
+    ):
+        yield
+
+
+@contextmanager
+def _builtin_errors(message: str, *, at: str, expected: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         if type(error).__module__ != "builtins":
             raise
         raise StateError(
-            "An object refused its saved state. Tensors and other entries may have been replaced",
+            message,
             tensor=at,
-            expected=f"a state that {type(value).__qualname__} takes",
+            expected=expected,
             actual=f"{type(error).__name__}: {error}",
-            remedy="create it as the one that was saved, or leave it out of the state",
+            remedy=remedy,
         ) from error

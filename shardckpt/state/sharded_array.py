@@ -127,7 +127,7 @@ class ShardedArray:
             raise StateError(
                 "A ShardedArray does not lie inside its global array",
                 tensor=name,
-                expected=f"offsets and sizes within {list(self.shape)}, whole numbers",
+                expected=f"integer offsets and sizes within {list(self.shape)}",
                 actual=f"offsets {list(self.offsets)}, sizes {list(sizes)}",
                 remedy="pass the position of the first element of `local` as offsets",
             )

@@ -24,9 +24,9 @@ from shardckpt.state.local_chunks import (
     is_distributed,
     is_sharded_tensor,
 )
-from shardckpt.torch_compat import local_part
+from shardckpt.torch_compat import dtensor_local
 
-__all__ = ["carry_layout", "describes_itself", "materialised", "shards_of"]
+__all__ = ["carry_layout", "describes_itself", "materialized", "shards_of"]
 
 _ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 _METHODS = ("__create_chunk_list__", "__create_write_items__")
@@ -35,7 +35,7 @@ _METHODS = ("__create_chunk_list__", "__create_write_items__")
 def describes_itself(tensor: torch.Tensor) -> bool:
     """Whether `shards_of` can find the shards of a tensor."""
     if type(tensor) is DTensor:
-        local = local_part(tensor)
+        local = dtensor_local(tensor)
         return type(local) is not torch.Tensor and _has_methods(local)
     if hasattr(tensor, "global_shape"):
         return True
@@ -176,7 +176,7 @@ def carry_layout(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return target
 
 
-def materialised(tensor: Any, name: str) -> Any:
+def materialized(tensor: Any, name: str) -> Any:
     """Return a tensor with memory like one on the meta device, on its mesh's device or the
     default.
     """
@@ -186,7 +186,7 @@ def materialised(tensor: Any, name: str) -> Any:
             tensor=name,
             expected="shards with memory",
             actual="device meta",
-            remedy="materialise it first, with to_empty() or by the means of its library",
+            remedy="materialize it first, with to_empty() or with its library",
         )
     device: Any = torch.get_default_device()
     if is_distributed(tensor):

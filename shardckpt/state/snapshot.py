@@ -33,16 +33,16 @@ from shardckpt.state.local_chunks import LocalChunk, Shards
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
     ModuleState,
-    foreign_buffers,
+    ddp_rank0_buffers,
     has_state,
     modules_in,
-    own_state,
+    named_state,
 )
 from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.state.refusals import reading_state
 from shardckpt.state.sharded_array import ShardedArray
-from shardckpt.state.wrapper_tensors import Wrapped, read_out
-from shardckpt.torch_compat import change_count, dtensor, is_parameter, local_part, spec_of
+from shardckpt.state.wrapper_tensors import Wrapped, saveable_form
+from shardckpt.torch_compat import change_count, dtensor, dtensor_local, is_parameter, spec_of
 
 __all__ = ["Snapshot", "take_snapshot"]
 
@@ -69,7 +69,7 @@ class Snapshot:
 
         Detects changes through torch, but not through `.data`, numpy or other libraries.
         """
-        for name, tensor in (*flat.tensors.items(), *flat.own.items()):
+        for name, tensor in (*flat.tensors.items(), *flat.rank_only.items()):
             data = [c.data for c in tensor.chunks] if isinstance(tensor, Shards) else [tensor]
             for held in data:
                 mark = self.held.get(id(held))
@@ -101,9 +101,9 @@ class _Taker:
         self.modules = list(modules_in(state))
         self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
-        self.parts: dict[int, ShardedArray] = {}
+        self.sharded_arrays: dict[int, ShardedArray] = {}
         # Modules come first, so that the copies of their tensors are found for tied entries.
-        self.own = {id(module): own_state(module, at=at) for at, module in self.modules}
+        self.named = {id(module): named_state(module, at=at) for at, module in self.modules}
         self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
 
     @cached_property
@@ -138,11 +138,11 @@ class _Taker:
         if isinstance(value, np.ndarray):
             return self.arrays.setdefault(id(value), value.copy())
         if isinstance(value, ShardedArray):
-            return self.parts.setdefault(id(value), value.copy())
+            return self.sharded_arrays.setdefault(id(value), value.copy())
         if isinstance(value, nn.Module):
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
-            names = ParameterNames(self.modules, read=self.own)
+            names = ParameterNames(self.modules, read=self.named)
             state = optimizer_state(value, names, at=at.removeprefix("."))
             return OptimizerState(self.optimizer(state, at))
         if isinstance(value, PerRank):
@@ -173,7 +173,9 @@ class _Taker:
         return value
 
     def module(self, module: nn.Module, at: str) -> ModuleState:
-        entries = (self.own.get(id(module)) or own_state(module, at=at.removeprefix("."))).by_name()
+        entries = (
+            self.named.get(id(module)) or named_state(module, at=at.removeprefix("."))
+        ).by_name()
         plain = True  # the module has only trained weights
         for key, item in entries.items():
             if is_parameter(item):
@@ -184,7 +186,7 @@ class _Taker:
                 entries[key] = self.walk(item, f"{at}.{key}", copy_up_to=math.inf)
         if plain:
             return ModuleState(entries, frozenset(), frozenset())
-        return ModuleState(entries, frozen_entries(module), foreign_buffers(module))
+        return ModuleState(entries, frozen_entries(module), ddp_rank0_buffers(module))
 
     def optimizer(self, state: dict[Any, Any], at: str) -> dict[Any, Any]:
         """Take an optimizer's state dict: copy the groups, which schedulers change, and hold the
@@ -222,7 +224,7 @@ class _Taker:
         """
         if copy_up_to < 0 or type(tensor) not in _COPYABLE or hasattr(tensor, "global_shape"):
             return self.hold(tensor, copy_up_to)
-        if type(tensor) is DTensor and type(local_part(tensor)) is not torch.Tensor:
+        if type(tensor) is DTensor and type(dtensor_local(tensor)) is not torch.Tensor:
             return self.hold(tensor, copy_up_to)
         large = tensor.numel() * tensor.element_size() > copy_up_to
         if large and not self.modules:  # it can't be tied to a large buffer, which is copied
@@ -237,7 +239,7 @@ class _Taker:
     def hold(self, tensor: torch.Tensor, copy_up_to: float = _NEVER) -> Any:
         """Hold a tensor with its version. The inner tensors of others are held or copied."""
         try:
-            split = read_out(tensor, name="")
+            split = saveable_form(tensor, name="")
         except StateError:
             return tensor  # flatten raises the error, with the name
         if isinstance(split, Wrapped):
@@ -270,7 +272,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor without gradients. A tensor without memory is returned itself; flatten
     raises.
     """
-    local = local_part(tensor) if type(tensor) is DTensor else tensor
+    local = dtensor_local(tensor) if type(tensor) is DTensor else tensor
     if local.is_meta or (local.layout is torch.strided and not owns_memory(local)):
         return tensor
     plain = memory_view(local)
@@ -281,13 +283,13 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _mark(tensor: torch.Tensor) -> tuple[int, int]:
-    address = local_part(tensor).data_ptr() if type(tensor) is DTensor else 0
+    address = dtensor_local(tensor).data_ptr() if type(tensor) is DTensor else 0
     return change_count(tensor), address
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for tied tensors."""
-    local = local_part(tensor) if type(tensor) is DTensor else tensor
+    local = dtensor_local(tensor) if type(tensor) is DTensor else tensor
     if not owns_memory(local) or not local.numel():
         return (id(tensor),)
     view = (local.dtype, local.shape, local.stride(), local.is_conj(), local.is_neg())

@@ -14,8 +14,8 @@ from shardckpt.state.match_context import Finish, MatchContext
 from shardckpt.state.refusals import setting_state
 from shardckpt.state.saved_tree import below, under
 from shardckpt.state.sharded_array import ShardedArray, from_numpy
-from shardckpt.state.sharded_tensors import materialised
-from shardckpt.state.wrapper_tensors import WRAPPER, Wrapped, facts_of, read_out
+from shardckpt.state.sharded_tensors import materialized
+from shardckpt.state.wrapper_tensors import WRAPPER, Wrapped, facts_of, saveable_form
 
 __all__ = ["match_array", "match_generator", "match_sharded_array", "match_tensor"]
 
@@ -28,7 +28,7 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
     selected = context.saved.selected(name)
     if selected and context.fill_plain(template, name):
         return template
-    target = read_out(template, name=name)
+    target = saveable_form(template, name=name)
     if isinstance(target, Wrapped):
         return _match_wrapped(context, target, name)
     if not selected:
@@ -38,8 +38,8 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
     if saved is None or not context.agrees(saved[1], target, name):
         return template
     if target.is_meta:
-        template = materialised(template, name)
-        target = read_out(template, name=name)
+        template = materialized(template, name)
+        target = saveable_form(template, name=name)
     context.fill(saved, target, name)
     if type(template) is DTensor:
         context.filled.append(template)

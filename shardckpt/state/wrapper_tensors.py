@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from shardckpt.errors import UnsupportedLeafError
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, Shards, local_layout
 from shardckpt.state.sharded_tensors import describes_itself, shards_of
-from shardckpt.torch_compat import local_part
+from shardckpt.torch_compat import dtensor_local
 
-__all__ = ["WRAPPER", "Wrapped", "facts_of", "read_out"]
+__all__ = ["WRAPPER", "Wrapped", "facts_of", "saveable_form"]
 
 WRAPPER = "@wrapper"
 """The key of the facts, beside the inner tensors."""
@@ -52,7 +52,7 @@ class Wrapped:
         return {**self.inner, WRAPPER: self.facts}
 
 
-def read_out(tensor: Any, *, name: str) -> Any:
+def saveable_form(tensor: Any, *, name: str) -> Any:
     """Convert a tensor to the form in which it can be saved and filled. Not collective.
 
     Returns:
@@ -70,7 +70,7 @@ def read_out(tensor: Any, *, name: str) -> Any:
     if describes_itself(tensor):
         return shards_of(tensor, name=name)
     if isinstance(tensor, DTensor):
-        local = local_part(tensor)
+        local = dtensor_local(tensor)
         if type(local) in PLAIN or hasattr(local, "wait") or not _wraps(local):
             return tensor
         return _of_dtensor(tensor, local, name)
@@ -99,9 +99,8 @@ def _facts(outer: torch.Tensor, local: torch.Tensor, context: Any) -> dict[str, 
     return {
         "class": f"{type(local).__module__}.{type(local).__qualname__}",
         "dtype": outer.dtype,
-        "shape": [
-            size if type(size) is int else None for size in outer.shape
-        ],  # None for a jagged dimension
+        # None for a jagged dimension
+        "shape": [size if type(size) is int else None for size in outer.shape],
         "context": _plain(context, local),
     }
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from shardckpt.errors import CheckpointError, CorruptionError, StateError
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.entries import ShardEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import BUFFER_BYTES, lease
 from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
@@ -147,7 +147,7 @@ def _read(files: CheckpointFiles) -> tuple[bytes, Sequence[ShardEntry]]:
     """The manifest of a checkpoint, and its shards."""
     manifest = files.manifest()
     check_text(manifest, path=files.path)
-    return manifest, Outline(manifest, path=files.path).all_shards()
+    return manifest, LazyManifest(manifest, path=files.path).all_shards()
 
 
 def _copy_all(

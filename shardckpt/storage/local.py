@@ -303,7 +303,7 @@ class LocalTransaction(WriteTransaction):
     def link(self, name: str, source: CheckpointFiles) -> bool:
         """See WriteTransaction.link. The link becomes durable in `commit`."""
         path = os.path.join(self._temporary, name)
-        return isinstance(source, LocalFiles) and source.share(name, path)
+        return isinstance(source, LocalFiles) and source.link_or_clone(name, path)
 
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit."""
@@ -496,7 +496,7 @@ class _Assembly(LocalTransaction):
     def link(self, name: str, source: CheckpointFiles) -> bool:
         """See WriteTransaction.link."""
         path = os.path.join(self._parts, name)
-        return isinstance(source, LocalFiles) and source.share(name, path)
+        return isinstance(source, LocalFiles) and source.link_or_clone(name, path)
 
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit. Raises CheckpointBusyError if another process commits."""

@@ -80,7 +80,7 @@ class LocalFiles(CheckpointFiles):
                 path=self.path,
                 expected="a directory that shardckpt.save wrote",
                 actual="a file",
-                remedy="give the checkpoint's directory",
+                remedy="pass the directory of the checkpoint",
             ) from error
         except FileNotFoundError as error:
             # A save that died between its two renames left the old checkpoint under this name.
@@ -109,8 +109,8 @@ class LocalFiles(CheckpointFiles):
                 path=self.path,
                 expected=f"a {MANIFEST_NAME} in it",
                 actual=self._contents(),
-                remedy="give a directory that shardckpt.save wrote. Checkpoints of "
-                "torch.distributed.checkpoint can be loaded with dcp.load",
+                remedy="pass a directory that shardckpt.save wrote; `shardckpt convert` reads "
+                "checkpoints of other libraries",
             ) from error
         except OSError as error:
             if error.errno != errno.ELOOP:
@@ -225,7 +225,7 @@ class LocalFiles(CheckpointFiles):
             directory = self._system.dup(self._directory)
         return LocalFiles(self._system, self.path, directory=directory)
 
-    def share(self, name: str, path: str) -> bool:
+    def link_or_clone(self, name: str, path: str) -> bool:
         """Make `path` a hard link to a shard. If the file system refuses, clone the shard.
 
         The new file is durable when its directory is.

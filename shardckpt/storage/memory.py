@@ -1,7 +1,7 @@
 """Checkpoints in the memory of this process, for tests: `memory://` URLs.
 
-They are stored as in an object store, by the same steps, so that a test without a server tries
-what a save to a real store does.
+They are stored by the same steps as in an object store, so that a test without a server covers
+these steps.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from shardckpt.storage.object_store import ObjectStorage
 from shardckpt.storage.objects import (
     ConditionFailedError,
-    Found,
     NoObjectError,
+    ObjectInfo,
     Objects,
     Upload,
 )
@@ -52,12 +52,12 @@ class MemoryObjects(Objects):
     def __init__(self, url: str) -> None:
         self.url = url
         self._lock = threading.Lock()
-        self._objects: dict[str, tuple[bytes, Found]] = {}
+        self._objects: dict[str, tuple[bytes, ObjectInfo]] = {}
         self._puts = 0
 
     def _put(self, key: str, data: bytes) -> str:
         self._puts += 1
-        found = Found(key, len(data), str(self._puts), time.time())
+        found = ObjectInfo(key, len(data), str(self._puts), time.time())
         self._objects[key] = data, found
         return found.version
 
@@ -90,12 +90,12 @@ class MemoryObjects(Objects):
         """See Objects.read."""
         return memoryview(self.get(key)[0])[offset : offset + size_bytes]
 
-    def head(self, key: str) -> Found | None:
+    def head(self, key: str) -> ObjectInfo | None:
         """See Objects.head."""
         with self._lock:
             return self._objects[key][1] if key in self._objects else None
 
-    def list(self, prefix: str) -> Iterable[Found]:
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
         """See Objects.list."""
         with self._lock:
             return [found for key, (_, found) in self._objects.items() if key.startswith(prefix)]
@@ -138,5 +138,5 @@ _shared = MemoryStorage()
 
 
 def open_url(url: str) -> MemoryStorage:
-    """The storage of all `memory://` URLs of this process."""
+    """Return the storage of all `memory://` URLs of this process."""
     return _shared

@@ -27,8 +27,8 @@ from shardckpt.errors import (
 from shardckpt.storage.object_store import ObjectStorage
 from shardckpt.storage.objects import (
     ConditionFailedError,
-    Found,
     NoObjectError,
+    ObjectInfo,
     Objects,
     Upload,
 )
@@ -67,7 +67,7 @@ _DELETE_AT_ONCE = 1000
 
 
 def open_url(url: str) -> ObjectStorage:
-    """The storage of all URLs of stores.
+    """Return the storage of all URLs of object stores.
 
     Raises:
         DependencyError: obstore is not installed.
@@ -100,7 +100,10 @@ def _client(
     deadlines: tuple[float, float],
     process: int,
 ) -> ClientObjects:
-    """A client keeps its connections. Another environment or process needs another one."""
+    """Return the client of a bucket, which keeps its connections.
+
+    Another environment or process gets another client.
+    """
     return ClientObjects(url, json.loads(settings))
 
 
@@ -144,7 +147,7 @@ class ClientObjects(Objects):
             self._store: Any = open_store(
                 url, retry_config={"max_retries": 10, **retried}, **options
             )
-            # One attempt tells for sure whether a condition has failed.
+            # With a single attempt, the answer shows whether the condition holds.
             self._once: Any = open_store(url, retry_config={"max_retries": 0, **retried}, **options)
         except Exception as error:
             raise StateError(
@@ -251,22 +254,22 @@ class ClientObjects(Objects):
                     raise
                 return memoryview(b"")  # the object ends before the range begins
 
-    def head(self, key: str) -> Found | None:
+    def head(self, key: str) -> ObjectInfo | None:
         """See Objects.head."""
         import obstore
 
         with suppress(NoObjectError), self._errors(key):
-            return _found(obstore.head(self._store, key))
+            return _object_info(obstore.head(self._store, key))
         return None
 
-    def list(self, prefix: str) -> Iterable[Found]:
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
         """See Objects.list."""
         import obstore
 
         # obstore takes a prefix as whole parts of keys.
         with self._errors(prefix):
             for chunk in obstore.list(self._store, prefix.rstrip("/") or None):
-                yield from map(_found, chunk)
+                yield from map(_object_info, chunk)
 
     def folders(self, prefix: str) -> Sequence[str]:
         """See Objects.folders."""
@@ -359,8 +362,8 @@ def _repeated(read: Callable[[], T]) -> T:
     return read()
 
 
-def _found(meta: Any) -> Found:
-    return Found(meta["path"], meta["size"], _version(meta), meta["last_modified"].timestamp())
+def _object_info(meta: Any) -> ObjectInfo:
+    return ObjectInfo(meta["path"], meta["size"], _version(meta), meta["last_modified"].timestamp())
 
 
 def _version(result: Any) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store, without locks, renames, and lists that must be complete.
+"""Checkpoints in an object store. No step needs locks, renames, or complete lists.
 
 A checkpoint with the URL s3://bucket/run/step-7 and the id ID has these objects:
 
@@ -51,8 +51,8 @@ from shardckpt.storage.base import (
 )
 from shardckpt.storage.objects import (
     ConditionFailedError,
-    Found,
     NoObjectError,
+    ObjectInfo,
     Objects,
     Upload,
 )
@@ -96,7 +96,7 @@ class ObjectStorage(Storage):
         return path.rstrip("/")
 
     def at(self, path: str) -> tuple[Objects, str]:
-        """The bucket of a path, and the prefix of its keys, which is empty or ends in `/`."""
+        """Return the bucket of a path, and the prefix of its keys: empty, or ending in `/`."""
         found = _URL.fullmatch(self.full_path(path))
         assert found is not None
         return self._open_bucket(found["bucket"]), f"{found['prefix']}/" if found["prefix"] else ""
@@ -131,7 +131,7 @@ class ObjectStorage(Storage):
             raise _in_the_way(path, others, overwrite=overwrite)
         if text is not None and not text.startswith(MANIFEST_HEAD):
             raise NotACheckpointError(
-                "overwrite=True replaces a checkpoint, and nothing else",
+                "overwrite=True replaces only a checkpoint",
                 path=path,
                 expected=f"a {MANIFEST_NAME} of shardckpt",
                 actual="another object",
@@ -209,7 +209,7 @@ class ObjectStorage(Storage):
                     "Another save has replaced the checkpoint that was to be removed",
                     errno=errno.EAGAIN,
                     path=path,
-                    remedy="nothing was removed",
+                    remedy="remove it again, if the new checkpoint is to be removed too",
                 ) from error
             except StoreUnavailableError as error:
                 unavailable = error
@@ -249,14 +249,14 @@ class ObjectTransaction(WriteTransaction):
         self.token = token
         self._objects = objects
         self._prefix = prefix
-        self._own = f"{prefix}{token}/"
+        self._folder = f"{prefix}{token}/"
         self._may_delete = leads
         self._names: set[str] = set()
 
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> ObjectFile:
         """See WriteTransaction.create. A shared file is written by one rank alone."""
         self._take_name(name)
-        return ObjectFile(self._objects, self._own + name, size_bytes=size_bytes)
+        return ObjectFile(self._objects, self._folder + name, size_bytes=size_bytes)
 
     def _take_name(self, name: str) -> None:
         if name in self._names:
@@ -267,7 +267,7 @@ class ObjectTransaction(WriteTransaction):
 
     def has(self, name: str, *, size_bytes: int) -> bool:
         """See WriteTransaction.has. An object appears complete."""
-        found = self._objects.head(self._own + name)
+        found = self._objects.head(self._folder + name)
         if found is None or found.size_bytes != size_bytes:
             return False
         self._names.add(name)
@@ -278,8 +278,8 @@ class ObjectTransaction(WriteTransaction):
         if not isinstance(source, ObjectFiles) or source.objects.url != self._objects.url:
             return False
         try:
-            self._objects.copy(source.key(name), self._own + name)
-            found = self._objects.head(self._own + name)
+            self._objects.copy(source.key(name), self._folder + name)
+            found = self._objects.head(self._folder + name)
             if found is None or found.size_bytes != source.size_bytes(name):
                 return False
         except (NoObjectError, ShardckptError):
@@ -318,7 +318,7 @@ class ObjectTransaction(WriteTransaction):
             unavailable.remedy = "load it to find out; or save again with overwrite=True"
             raise unavailable
         with suppress(StorageError):
-            self._objects.delete([self._own + _BEGUN])
+            self._objects.delete([self._folder + _BEGUN])
             if self.old is not None:
                 _delete_shards(self._objects, self._prefix, self.old)
 
@@ -333,16 +333,18 @@ class ObjectTransaction(WriteTransaction):
         )
 
     def abandon(self) -> None:
-        """See WriteTransaction.abandon. Rank 0 deletes the objects of all ranks. Those that come
-        later are deleted as leftovers."""
+        """See WriteTransaction.abandon. Rank 0 deletes the objects of all ranks.
+
+        Objects that appear later are deleted as leftovers.
+        """
         if self._may_delete and not self.assembles:
             self._may_delete = False
             with suppress(StorageError):
-                self._objects.delete([found.key for found in self._objects.list(self._own)])
+                self._objects.delete([found.key for found in self._objects.list(self._folder)])
 
 
 class ObjectFile(WritableFile):
-    """An object being uploaded. Pieces that come too early are kept until their turn."""
+    """An object being uploaded. Bytes behind a gap are kept until the gap is filled."""
 
     def __init__(self, objects: Objects, key: str, *, size_bytes: int) -> None:
         self._path = f"{objects.url}/{key}"
@@ -374,7 +376,7 @@ class ObjectFile(WritableFile):
                 "A part of a file was not written",
                 path=self._path,
                 expected=f"{size_bytes} bytes",
-                actual=f"{self._end} bytes from its begin on",
+                actual=f"its first {self._end} bytes",
                 remedy="save again",
             )
         self._upload.finish()
@@ -409,12 +411,12 @@ class ObjectFiles(CheckpointFiles):
                 path=self.path,
                 expected=f"the object {MANIFEST_NAME} below it",
                 actual="other objects",
-                remedy="give a URL that shardckpt.save wrote to",
+                remedy="pass a URL that shardckpt.save wrote to",
             )
         return self._manifest
 
     def key(self, name: str) -> str:
-        """The key of a shard."""
+        """Return the key of a shard."""
         if self._id is None:
             raise CorruptionError(
                 "The manifest has no valid id",
@@ -426,8 +428,8 @@ class ObjectFiles(CheckpointFiles):
         return f"{self._prefix}{self._id}/{name}"
 
     def names(self) -> list[str]:
-        """See CheckpointFiles.names. Without a manifest those of the newest save."""
-        groups: dict[str, list[Found]] = defaultdict(list)
+        """See CheckpointFiles.names. Without a manifest, lists the shards of the newest save."""
+        groups: dict[str, list[ObjectInfo]] = defaultdict(list)
         for found in self.objects.list(self._prefix):
             identity, _, name = found.key.removeprefix(self._prefix).partition("/")
             if _ID.fullmatch(identity) and is_shard_name(name):
@@ -477,7 +479,7 @@ class ObjectFiles(CheckpointFiles):
                 path=f"{self.path}/{name}",
                 expected=f"{wanted} bytes from byte {offset} on",
                 actual=f"{len(data)} bytes",
-                remedy="load another checkpoint; `shardckpt verify` lists all damage",
+                remedy="load another checkpoint; `shardckpt verify` lists all corrupted files",
             )
         at = 0
         for buffer in buffers:
@@ -500,12 +502,12 @@ class ObjectFiles(CheckpointFiles):
             path=f"{self.path}/{name}",
             expected="the object",
             actual="no such object",
-            remedy="load another checkpoint; `shardckpt verify` lists all damage in this one",
+            remedy="load another checkpoint; `shardckpt verify` lists all corrupted files",
         )
 
 
 def _get(objects: Objects, key: str) -> tuple[bytes | None, str | None]:
-    """A manifest and its version. A removed one has no text, but a version."""
+    """Return a manifest and its version. The text of a removed manifest is None."""
     try:
         text, version = objects.get(key)
     except NoObjectError:
@@ -519,8 +521,11 @@ def _id_of(manifest: bytes) -> str | None:
 
 
 def _delete_shards(objects: Objects, prefix: str, manifest: bytes) -> None:
-    """Delete the shards of a manifest that is not there any more: those that it names, in case a
-    list lacks them, and those in the list, in case its text is corrupted."""
+    """Delete the shards of a manifest that was replaced or removed.
+
+    It deletes the shards that the manifest names, as a list may lack them, and those in the list,
+    as the manifest may be corrupted.
+    """
     identity = _id_of(manifest)
     if identity is None:
         return
@@ -588,8 +593,10 @@ def _put_marker(objects: Objects, key: str) -> None:
 
 
 def _attempts() -> Iterable[int]:
-    """Numbers of attempts, with a wait before each but the first that doubles up to a limit, until
-    the option store_deadline_s has passed."""
+    """Yield numbers of attempts until the option store_deadline_s has passed.
+
+    It waits before each attempt but the first; each wait is twice as long, up to a limit.
+    """
     give_up_at = time.monotonic() + current().store_deadline_s
     wait_s = _FIRST_WAIT_S
     attempt = 0
@@ -607,7 +614,7 @@ def _collect(objects: Objects, prefix: str, *, below: bool = False) -> list[str]
     Returns the first few other objects, by their keys after the prefix.
     """
     oldest_s = time.time() - current().leftover_age_s
-    saves: dict[str, dict[str, list[Found]]] = defaultdict(lambda: defaultdict(list))
+    saves: dict[str, dict[str, list[ObjectInfo]]] = defaultdict(lambda: defaultdict(list))
     manifests: set[str] = set()
     tombstones: list[str] = []
     others: list[str] = []
@@ -647,7 +654,7 @@ def _is_ours(name: str) -> bool:
     return name == _BEGUN or is_shard_name(name)
 
 
-def _has_marker(by_id: dict[str, list[Found]]) -> bool:
+def _has_marker(by_id: dict[str, list[ObjectInfo]]) -> bool:
     return any(f.key.endswith(f"/{_BEGUN}") for group in by_id.values() for f in group)
 
 

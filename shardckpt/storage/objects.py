@@ -1,4 +1,4 @@
-"""The requests that an object store takes, one method each: the seam where tests inject faults.
+"""The requests that an object store takes, one method each. Tests inject faults here.
 
 An object appears under its key at once and complete, and is never changed afterwards. Only the
 manifest of a checkpoint replaces another object, under a condition.
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["ConditionFailedError", "Found", "NoObjectError", "Objects", "Upload"]
+__all__ = ["ConditionFailedError", "NoObjectError", "ObjectInfo", "Objects", "Upload"]
 
 
 class NoObjectError(Exception):
@@ -21,7 +21,7 @@ class ConditionFailedError(Exception):
     """The condition of a put does not hold: nothing was changed."""
 
 
-class Found(NamedTuple):
+class ObjectInfo(NamedTuple):
     """An object as the store describes it.
 
     Attributes:
@@ -56,9 +56,9 @@ class Upload(ABC):
 class Objects(ABC):
     """The objects of one bucket.
 
-    Methods raise StorageError: StoreUnavailableError if the store does not answer or asks to slow
-    down, StoragePermissionError if it refuses the credentials. A request that has changed something
-    may have succeeded nevertheless.
+    Methods raise StorageError: StoreUnavailableError if the store does not answer or throttles,
+    StoragePermissionError if it refuses the credentials. A request that raised an error may have
+    been carried out.
 
     Attributes:
         url: The URL of the bucket, such as `s3://bucket`.
@@ -102,16 +102,16 @@ class Objects(ABC):
         """
 
     @abstractmethod
-    def head(self, key: str) -> Found | None:
+    def head(self, key: str) -> ObjectInfo | None:
         """Describe an object; None if there is none."""
 
     @abstractmethod
-    def list(self, prefix: str) -> Iterable[Found]:
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
         """Describe all objects whose keys begin with a prefix."""
 
     @abstractmethod
     def folders(self, prefix: str) -> Sequence[str]:
-        """The parts of keys between a prefix, which ends in `/`, and the next `/`; each once."""
+        """List the distinct parts of keys between a prefix, which ends in `/`, and the next `/`."""
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> None:

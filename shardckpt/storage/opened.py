@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, TypeVar
 
-from shardckpt.errors import CheckpointError
+from shardckpt.errors import CheckpointError, CheckpointNotFoundError, NotACheckpointError
 from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.io.gc_pause import collector_paused
+from shardckpt.logs import logger
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.storage.resolve import resolve
 
@@ -75,7 +75,8 @@ class OpenedCheckpoint:
 def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]:
     """Yield the checkpoints in a folder with their names, or the one at the path.
 
-    Each is open until the next one is asked for.
+    Each is open until the next one is asked for. A warning is logged for each checkpoint that can't
+    be read.
 
     Args:
         path: The folder, or the checkpoint.
@@ -87,11 +88,17 @@ def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]
     storage, folder = resolve(path)
     found = False
     for name in storage.names(folder):
-        with suppress(CheckpointError):
-            checkpoint = cls(storage.child(folder, name), storage=storage)
-            found = True
-            with checkpoint:
-                yield name, checkpoint
+        inner = storage.child(folder, name)
+        try:
+            checkpoint = cls(inner, storage=storage)
+        except (CheckpointNotFoundError, NotACheckpointError):
+            continue
+        except CheckpointError as error:
+            logger.warning("%s is left out: %s", inner, error.message)
+            continue
+        found = True
+        with checkpoint:
+            yield name, checkpoint
     if not found:
         with cls(folder, storage=storage) as checkpoint:
             yield folder.rstrip("/").rpartition("/")[2], checkpoint

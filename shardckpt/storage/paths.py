@@ -35,7 +35,7 @@ def local_path(path: object) -> str:
             "Invalid path",
             expected="a non-empty str or os.PathLike[str] that can be a file name",
             actual=repr(path)[:200],
-            remedy="give the path of a file or directory",
+            remedy="pass the path of a file or directory",
         ) from error
     if url := _URL.match(text):
         return _of_url(text, url)
@@ -66,7 +66,7 @@ def _of_url(text: str, url: re.Match[str]) -> str:
         expected="a local path or file:///folder; for sharded checkpoints also a URL of s3://, "
         "gs://, az:// or memory://, or of a scheme of register_storage",
         actual=f"the scheme {url['scheme']}",
-        remedy=f"give a local path, or register a storage; a local folder of this name is ./{text}",
+        remedy=f"pass a local path, or register a storage; a local folder of this name is ./{text}",
     )
 
 

@@ -1,4 +1,4 @@
-"""Where a path leads: one function finds the storage of each path, URL or storage that users give.
+"""Find the storage of each path, URL or storage object that a user passes.
 
 A URL belongs to the storage that is registered for its scheme. A path without a scheme, and a
 `file://` URL, belong to the local file system.
@@ -18,10 +18,10 @@ from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.paths import absolute
 
-__all__ = ["Place", "register_storage", "resolve", "scheme_of"]
+__all__ = ["Location", "register_storage", "resolve", "scheme_of"]
 
 OpenStorage = Callable[[str], Storage]
-"""Takes a URL; returns the storage that it belongs to."""
+"""A function that takes a URL and returns its storage."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+")
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>//?)(?P<rest>.*)", re.DOTALL)
@@ -37,7 +37,7 @@ _BUILT_IN = {
 _registered: dict[str, OpenStorage] = {}
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """A path in a storage."""
 
     storage: Storage
@@ -78,19 +78,19 @@ def register_storage(scheme: str, open_storage: OpenStorage) -> None:
 
 
 def scheme_of(path: str) -> str | None:
-    """The scheme of a URL that has a registered storage; None for any other path."""
+    """Return the scheme of a URL with a registered storage. None for any other path."""
     found = _URL.fullmatch(path)
     scheme = found["scheme"].lower() if found else ""
     return scheme if scheme in _registered or scheme in _BUILT_IN else None
 
 
-def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False) -> Place:
-    """Find the storage and the full path of what a user gave as a path.
+def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False) -> Location:
+    """Find the storage and the full path of a path that a user passes.
 
     Args:
         path: A path, a URL, or a storage that has a root.
         storage: The storage of the path. By default the scheme of the path decides.
-        fixed: Make local paths absolute, for what is done after this call returns.
+        fixed: Make local paths absolute, so that a later change of directory does not matter.
 
     Raises:
         StateError: The path is invalid, or no storage is registered for its scheme.
@@ -104,7 +104,7 @@ def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False
                 actual=f"{type(path).__qualname__} and storage={type(storage).__qualname__}",
                 remedy="leave out storage=",
             )
-        return Place(path, path.full_path(""))
+        return Location(path, path.full_path(""))
     if not (storage is None or isinstance(storage, Storage)):
         raise StateError(
             "Invalid storage", expected="a shardckpt.Storage", actual=repr(storage)[:200]
@@ -115,16 +115,16 @@ def resolve(path: object, storage: Storage | None = None, *, fixed: bool = False
     if storage is None and isinstance(text, str) and (scheme := scheme_of(text)) is not None:
         url = _canonical(text, shortened=not isinstance(path, str))
         storage = _open_storage(scheme, url)
-        return Place(storage, storage.full_path(url))
+        return Location(storage, storage.full_path(url))
     if storage is not None and not isinstance(storage, LocalStorage) and isinstance(text, str):
-        return Place(storage, storage.full_path(text))
+        return Location(storage, storage.full_path(text))
     storage = storage or LocalStorage()
     full = storage.full_path(path if text is None else text)  # type: ignore[arg-type]
-    return Place(storage, absolute(full) if fixed else full)
+    return Location(storage, absolute(full) if fixed else full)
 
 
 def _canonical(text: str, *, shortened: bool) -> str:
-    """A URL with its scheme in lower case, and with both slashes: pathlib leaves one of them."""
+    """Return a URL with its scheme in lower case and both slashes, as pathlib removes one."""
     found = _URL.fullmatch(text)
     assert found is not None
     slashes = "//" if shortened else found["slashes"]

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from shardckpt.errors import CheckpointError, CorruptionError, ShardckptError, StorageError
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import check_text
 from shardckpt.storage.base import PARTS_NOTE, CheckpointFiles, OnFilled, WouldWait
 from shardckpt.storage.copying import id_in
-from shardckpt.storage.resolve import Place
+from shardckpt.storage.resolve import Location
 
 __all__ = ["BROKEN", "TieredFiles", "was_saved_in_parts"]
 
@@ -37,7 +37,7 @@ class TieredFiles(CheckpointFiles):
         self,
         path: str,
         manifest: bytes,
-        places: Sequence[Place],
+        places: Sequence[Location],
         *,
         first: CheckpointFiles | None,
         is_part: bool,
@@ -116,7 +116,7 @@ class TieredFiles(CheckpointFiles):
         """See CheckpointFiles.nearby."""
         if not self._is_part:
             return None
-        shards = Outline(self._manifest, path=self.path).all_shards()
+        shards = LazyManifest(self._manifest, path=self.path).all_shards()
         return [shard.name for shard in shards if self.has_nearby(shard.name)]
 
     def has_nearby(self, name: str) -> bool:
@@ -153,7 +153,7 @@ class TieredFiles(CheckpointFiles):
 class _TierFiles(CheckpointFiles):
     """The files of one tier, opened when they are first needed."""
 
-    def __init__(self, place: Place, identity: str) -> None:
+    def __init__(self, place: Location, identity: str) -> None:
         self.path = place.path
         self.opened: CheckpointFiles | None = None
         self.verified_bytes = 0

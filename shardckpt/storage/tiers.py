@@ -31,7 +31,7 @@ from shardckpt.format.manifest import check_text
 from shardckpt.storage.base import CheckpointFiles, Storage, WritableFile, WriteTransaction
 from shardckpt.storage.copying import copy_part, has_checkpoint, id_in
 from shardckpt.storage.drain import Drain, OthersCopyError
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 from shardckpt.storage.tiered_files import BROKEN, TieredFiles, was_saved_in_parts
 
 __all__ = ["TieredStorage", "open_url"]
@@ -96,14 +96,14 @@ class TieredStorage(Storage):
             )
         places = self._roots
         for part in parts:
-            places = [Place(s, s.child(p, part)) for s, p in places]
+            places = [Location(s, s.child(p, part)) for s, p in places]
         return _joined(places)
 
     def child(self, folder: str, name: str) -> str:
         """See Storage.child."""
-        return _joined([Place(s, s.child(p, name)) for s, p in self._places(folder)])
+        return _joined([Location(s, s.child(p, name)) for s, p in self._places(folder)])
 
-    def _places(self, path: str) -> list[Place]:
+    def _places(self, path: str) -> list[Location]:
         """The path in each tier."""
         texts = self.full_path(path).removeprefix(_SCHEME).split(",")
         if len(texts) != len(self._roots):
@@ -114,7 +114,7 @@ class TieredStorage(Storage):
                 actual=f"{len(texts)}",
             )
         pairs = zip(self._roots, texts, strict=True)
-        return [Place(root.storage, unquote(text)) for root, text in pairs]
+        return [Location(root.storage, unquote(text)) for root, text in pairs]
 
     def open(self, path: str) -> TieredFiles:
         """See Storage.open. The checkpoint is that of the first tier with an intact manifest."""
@@ -175,7 +175,7 @@ class TieredStorage(Storage):
 
     def _part_committed(self, path: str) -> None:
         self._copy_later(path)
-        folders = [Place(s, p.rpartition("/")[0]) for s, p in self._places(path)]
+        folders = [Location(s, p.rpartition("/")[0]) for s, p in self._places(path)]
         if (folder := _joined(folders)) not in self._resumed:
             self._resumed.add(folder)
             folders[0].storage.sweep(folders[0].path)
@@ -199,7 +199,7 @@ class TieredStorage(Storage):
     def _copy_later(self, path: str) -> None:
         fast, *slower = self._places(path)
 
-        def copy(place: Place) -> None:
+        def copy(place: Location) -> None:
             _copy(fast, place)
             folder, _, name = place.path.rpartition("/")
             self._slow_names.setdefault(folder, set()).add(name)
@@ -209,7 +209,7 @@ class TieredStorage(Storage):
         if self._keep_fast is not None:
             self._drain.add((path, "keep_fast"), functools.partial(self._thin_out, fast))
 
-    def _thin_out(self, newest: Place) -> None:
+    def _thin_out(self, newest: Location) -> None:
         """Remove from the first tier what the others have, beyond `keep_fast`.
 
         Raises:
@@ -275,7 +275,7 @@ class TieredStorage(Storage):
         for number, (storage, where) in enumerate(slower, start=1):
             folder, _, name = where.rpartition("/")
             self._slow_names.get(folder, set()).discard(name)
-            self._drain.add((path, number), functools.partial(_remove, Place(storage, where)))
+            self._drain.add((path, number), functools.partial(_remove, Location(storage, where)))
 
     def sweep(self, folder: str) -> None:
         """See Storage.sweep. Copies that an earlier process left are made now."""
@@ -385,12 +385,12 @@ class _TieredTransaction(WriteTransaction):
         self._fast.close()
 
 
-def _remove(place: Place) -> None:
+def _remove(place: Location) -> None:
     if place.storage.exists(place.path):
         place.storage.remove(place.path)
 
 
-def _copy(source: Place, target: Place) -> None:
+def _copy(source: Location, target: Location) -> None:
     """Copy a checkpoint, or this machine's part, unless the target has it or the source has gone.
 
     Raises:
@@ -408,7 +408,7 @@ def _copy(source: Place, target: Place) -> None:
         files.close()
 
 
-def _joined(places: Sequence[Place]) -> str:
+def _joined(places: Sequence[Location]) -> str:
     return _SCHEME + ",".join(_quoted(place.path) for place in places)
 
 

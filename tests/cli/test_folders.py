@@ -59,6 +59,16 @@ def test_ls(run, capsys):
     assert main(["ls", f"{run}/nothing"]) == CheckpointNotFoundError.exit_code
 
 
+def test_ls_warns_of_a_checkpoint_that_cannot_be_read(tmp_path, capsys, caplog):
+    for step in (1, 2):
+        shardckpt.save({"step": step}, tmp_path / f"step-{step}")
+    manifest = tmp_path / "step-1" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    assert main(["ls", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split()[0] == "step-2"
+    assert f"{tmp_path}/step-1 is left out: The manifest" in caplog.text
+
+
 def test_prune(run, capsys):
     assert main(["prune", run, "--keep-last", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("would remove") == 3

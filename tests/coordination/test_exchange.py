@@ -42,7 +42,7 @@ def test_a_stage_that_fails_is_reported_by_the_next_exchange():
 
 
 def test_a_group_that_is_none():
-    with pytest.raises(errors.CoordinationError, match="not initialised"):
+    with pytest.raises(errors.CoordinationError, match="not initialized"):
         shardckpt.save({"a": 1}, "/nowhere/at/all", process_group=object())
 
 

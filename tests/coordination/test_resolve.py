@@ -64,9 +64,9 @@ def test_a_communicator_and_a_group_exclude_each_other():
 
 
 def test_a_group_without_torch_distributed_is_refused(tmp_path):
-    with pytest.raises(CoordinationError, match="not initialised"):
+    with pytest.raises(CoordinationError, match="not initialized"):
         operation("save a", object())
-    with pytest.raises(CoordinationError, match="not initialised"):
+    with pytest.raises(CoordinationError, match="not initialized"):
         shardckpt.save({"a": 1}, tmp_path / "c", process_group=object())
 
 

@@ -17,13 +17,13 @@ def no_pause(monkeypatch):
 
 def test_the_default_group_is_destroyed():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    shutdown.leave()
+    shutdown.destroy_groups()
     assert not dist.is_initialized()
 
 
 def test_without_a_group_nothing_is_destroyed(monkeypatch):
     monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("destroyed"))
-    shutdown.leave()
+    shutdown.destroy_groups()
 
 
 def test_leaving_is_registered_once(monkeypatch):
@@ -32,6 +32,6 @@ def test_leaving_is_registered_once(monkeypatch):
     monkeypatch.setattr(
         atexit, "unregister", lambda function: registered.clear() if function in registered else 0
     )
-    shutdown.leave_at_exit()
-    shutdown.leave_at_exit()
-    assert registered == [shutdown.leave]
+    shutdown.destroy_groups_at_exit()
+    shutdown.destroy_groups_at_exit()
+    assert registered == [shutdown.destroy_groups]

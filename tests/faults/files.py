@@ -20,6 +20,7 @@ from shardckpt.errors import CheckpointError, CheckpointNotFoundError, StorageEr
 from shardckpt.storage.atomic_write import sweep_writes
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
+from shardckpt.storage.resolve import Location
 from tests.faults import crash
 from tests.faults.crash_states import Content
 from tests.faults.disk import Disk, Mark, ProcessDied
@@ -43,12 +44,11 @@ def _converted(to: Format, state: dict[str, Any], path: str, system: System) -> 
     shards, file_bytes = 2 if to == "dcp" else None, 400 if to == "hf" else None
     convert_source(
         source,
-        path,
+        Location(LocalStorage(system), path),
         to=to,
         shards=shards,
         file_bytes=file_bytes,
         overwrite=True,
-        storage=LocalStorage(system),
     )
 
 

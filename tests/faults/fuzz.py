@@ -28,7 +28,7 @@ from shardckpt.format import typed_json as values
 from shardckpt.format import validation as rules
 from shardckpt.format.digests import text_digest
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import to_bytes
 from shardckpt.format.safetensors_header import build_header
 from shardckpt.state.saved_tree import SavedState
@@ -94,7 +94,7 @@ def parse_manifest(data: bytes) -> None:
     """What a slice and a load do with the bytes of a manifest."""
     with suppress(ShardckptError):
         manifest.check_text(data, path="fuzz")
-        outline = Outline(data, path="fuzz")
+        outline = LazyManifest(data, path="fuzz")
         for name in ("w", "s", "d.1", "t.0"):
             outline.find(name)
             outline.tensor(name)

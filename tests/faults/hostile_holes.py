@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from shardckpt.convert import dcp, dcp_metadata, foreign_file, safetensors_files
-from shardckpt.convert import single_files as whole_files
+from shardckpt.convert import dcp, dcp_metadata, foreign_file, safetensors_files, single_files
 from shardckpt.convert import torch_reader as torch_file
 from shardckpt.format import typed_json
 
@@ -32,7 +31,7 @@ def metadata_unpickled() -> None:
 
 
 def torch_file_unpickled() -> None:
-    replace("load_torch_file", lambda path, *_: torch.load(path, weights_only=False), whole_files)
+    replace("load_torch_file", lambda path, *_: torch.load(path, weights_only=False), single_files)
 
 
 def torch_file_unchecked() -> None:
@@ -44,22 +43,22 @@ def pickle_not_scanned() -> None:
 
 
 def kind_of_file_unchecked() -> None:
-    replace("check_regular", os.stat, foreign_file, whole_files, dcp)
-    replace("load_torch_file", lambda path, *_: Path(path).read_bytes(), whole_files)
+    replace("check_regular", os.stat, foreign_file, single_files, dcp)
+    replace("load_torch_file", lambda path, *_: Path(path).read_bytes(), single_files)
 
 
 def names_followed() -> None:
-    replace("file_in", os.path.join, whole_files, safetensors_files, dcp)
+    replace("file_in", os.path.join, single_files, safetensors_files, dcp)
 
 
 def seal_by_one_key() -> None:
-    by_one = lambda path, metadata: whole_files.TREE in metadata  # noqa: E731
-    replace("is_sealed", by_one, whole_files, safetensors_files)
+    by_one = lambda path, metadata: single_files.TREE in metadata  # noqa: E731
+    replace("is_sealed", by_one, single_files, safetensors_files)
 
 
 def errors_untyped() -> None:
     untyped = lambda path, remedy: contextlib.nullcontext()  # noqa: E731
-    replace("errors_of", untyped, whole_files, safetensors_files)
+    replace("errors_of", untyped, single_files, safetensors_files)
 
 
 def index_of_any_size() -> None:

@@ -30,7 +30,7 @@ from shardckpt.storage import object_store
 from shardckpt.storage.copying import copy_part
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.object_store import ObjectStorage
-from shardckpt.storage.objects import ConditionFailedError, Found, Objects, Upload
+from shardckpt.storage.objects import ConditionFailedError, ObjectInfo, Objects, Upload
 
 URL = "store://bucket/run"
 PATH = f"{URL}/step-1"
@@ -69,7 +69,7 @@ class FaultyObjects(Objects):
         self.faults = 0
         self.seen: Counter[str] = Counter()  # the faults by kind
         self.hook: Callable[[], None] | None = None
-        self.before: dict[str, tuple[bytes, Found]] = {}
+        self.before: dict[str, tuple[bytes, ObjectInfo]] = {}
         """The content of the store before its last change."""
 
     def restart(self) -> None:
@@ -162,12 +162,12 @@ class FaultyObjects(Objects):
         )
         return found
 
-    def head(self, key: str) -> Found | None:
-        found: Found | None = self.ask(lambda: self.objects.head(key), changes=False)
+    def head(self, key: str) -> ObjectInfo | None:
+        found: ObjectInfo | None = self.ask(lambda: self.objects.head(key), changes=False)
         return found
 
-    def list(self, prefix: str) -> Iterable[Found]:
-        found: list[Found] = self.ask(lambda: list(self.objects.list(prefix)), changes=False)
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+        found: list[ObjectInfo] = self.ask(lambda: list(self.objects.list(prefix)), changes=False)
         return found
 
     def folders(self, prefix: str) -> Sequence[str]:

@@ -89,7 +89,7 @@ def test_both_ways_of_reading_are_taken(monkeypatch):
 
 def test_a_reader_that_does_not_verify_past_the_cache_would_be_seen(monkeypatch):
     """A planted fault."""
-    monkeypatch.setattr(reader, "bad_blocks", lambda shard, low, blocks: [])
+    monkeypatch.setattr(reader, "corrupted_blocks", lambda shard, low, blocks: [])
     files = damage.a_checkpoint()
     data = [bit for bit in damage.all_bits(files) if "shard" in bit[0] and bit[1] > 4096]
     with pytest.raises(AssertionError, match="was loaded, past the page cache"):

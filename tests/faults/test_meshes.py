@@ -71,7 +71,7 @@ def save(
         plans.append(
             LocalPlan(
                 common=specs,
-                own=(),
+                rank_only=(),
                 file_group=np.zeros(len(specs), np.int64),
                 chunks=ChunkTable(
                     tensor=np.array([index for index, _ in held], np.int64),
@@ -79,7 +79,7 @@ def save(
                 ),
                 shared=np.ones(len(held), np.bool_),
                 tree=msgspec.json.encode(values.encode(tree, at="")),
-                own_trees=b"[]",
+                per_rank_trees=b"[]",
                 data=tuple(part(tensors[names[index]], box) for index, box in held),
             )
         )
@@ -93,7 +93,7 @@ def save(
             storage.join(path, token=transaction.token),
             RankShards.of(local, writes, rank=rank, world_size=world_size),
         )
-        result.own_trees = b"[]"
+        result.per_rank_trees = b"[]"
         results.append(result)
     commit_manifest(
         transaction,

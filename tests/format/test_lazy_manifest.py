@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardckpt import errors
 from shardckpt.format import typed_json as values
 from shardckpt.format.entries import ShardEntry, TensorEntry
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import from_bytes, to_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.saved_tree import SavedState
@@ -39,7 +39,7 @@ STATES = st.dictionaries(
 
 def both(**changes):
     data = to_bytes(a_manifest(**changes))
-    return Outline(data, path="p"), from_bytes(data, path="p")
+    return LazyManifest(data, path="p"), from_bytes(data, path="p")
 
 
 @given(STATES, st.lists(NAMES, max_size=3))
@@ -107,7 +107,7 @@ def test_a_tensor_that_violates_the_format_is_not_found(kind, data):
         a_manifest(state={}, shards=shards, per_rank=()),
         tensors={"w": TensorEntry(dtype="F32", shape=shape, chunks=numbers)},
     )
-    assert Outline(to_bytes(manifest), path="p").tensor("w").chunks.tolist() == rows
+    assert LazyManifest(to_bytes(manifest), path="p").tensor("w").chunks.tolist() == rows
     row, column = (data.draw(st.integers(0, size - 1)) for size in numbers.shape)
     changed = numbers.copy()
     change = data.draw(st.sampled_from(["number", "place", "rows"]))
@@ -121,7 +121,7 @@ def test_a_tensor_that_violates_the_format_is_not_found(kind, data):
         changed = np.repeat(numbers, [times if i == row else 1 for i in range(len(rows))], axis=0)
     tensors = {"w": TensorEntry(dtype="F32", shape=shape, chunks=changed)}
     text = to_bytes(replace(manifest, tensors=tensors))
-    if Outline(text, path="p").tensor("w") is not None:
+    if LazyManifest(text, path="p").tensor("w") is not None:
         from_bytes(text, path="p")
 
 
@@ -137,7 +137,7 @@ def test_a_tensor_that_violates_the_format_is_not_found(kind, data):
 def test_numbers_that_fit_each_other_are_not_right_yet(shape, rows, dtype):
     wrong = TensorEntry(dtype=dtype, shape=shape, chunks=np.array(rows, np.int64))
     text = to_bytes(a_manifest(state={}, per_rank=(), tensors={"w": wrong}))
-    assert Outline(text, path="p").tensor("w") is None
+    assert LazyManifest(text, path="p").tensor("w") is None
     with pytest.raises(errors.CorruptionError):
         from_bytes(text, path="p")
 
@@ -149,7 +149,7 @@ def test_a_shard_is_no_larger_than_its_digests_say(elements):
     row = [0, 8, size, 0, elements]
     changed["tensors"]["w"] = {"dtype": "F32", "shape": [elements], "chunks": row}
     text = sealed(changed)
-    for parse in (from_bytes, lambda text, path: Outline(text, path=path).tensor("w")):
+    for parse in (from_bytes, lambda text, path: LazyManifest(text, path=path).tensor("w")):
         with pytest.raises(errors.CorruptionError, match="one digest for each block"):
             parse(text, path="p")
 
@@ -158,11 +158,11 @@ def test_a_shard_is_no_larger_than_its_digests_say(elements):
     "node", [{"$tensor": "w", "a": "b"}, {"$per_rank": "0"}, {"$bytes": ""}, {}, ["w"], "w"]
 )
 def test_what_is_no_reference_to_a_tensor(node):
-    assert Outline(to_bytes(a_manifest(state={"a": node})), path="p").find("a") is None
+    assert LazyManifest(to_bytes(a_manifest(state={"a": node})), path="p").find("a") is None
 
 
 @pytest.mark.parametrize("damage", ["shards", "state", "tensors"])
 def test_a_member_that_is_missing(damage):
     text = to_bytes(a_manifest()).replace(f'"{damage}"'.encode(), b'"x"')
     with pytest.raises(errors.CorruptionError, match=damage):
-        Outline(text, path="p")
+        LazyManifest(text, path="p")

@@ -11,7 +11,7 @@ import torch
 from shardckpt.errors import UnsupportedLeafError
 from shardckpt.io import buffers
 from shardckpt.io.buffers import BUFFER_BYTES, HUGE_PAGE_BYTES, lease
-from shardckpt.io.tensor_memory import contiguous_parts
+from shardckpt.io.tensor_memory import contiguous_pieces
 
 
 def address_in(view: memoryview) -> int:
@@ -69,7 +69,7 @@ def test_a_view_at_an_address_shares_its_memory():
 
 def test_a_contiguous_tensor_is_yielded_unchanged():
     tensor = torch.arange(6.0).reshape(2, 3)
-    (part,) = contiguous_parts(tensor)
+    (part,) = contiguous_pieces(tensor)
     assert part is tensor
 
 
@@ -87,7 +87,7 @@ def test_a_contiguous_tensor_is_yielded_unchanged():
 )
 def test_the_parts_of_a_view_are_its_elements_in_order(make):
     view = make()
-    parts = list(contiguous_parts(view))
+    parts = list(contiguous_pieces(view))
     assert all(part.is_contiguous() and not part.is_conj() and not part.is_neg() for part in parts)
     joined = [number for part in parts for number in part.reshape(-1).tolist()]
     assert joined == view.resolve_conj().resolve_neg().reshape(-1).tolist()
@@ -97,7 +97,7 @@ def test_the_parts_of_a_view_are_its_elements_in_order(make):
 def test_a_large_view_is_copied_by_parts_of_a_buffer(shape):
     base = torch.arange(2 * 3 * (1 << 20), dtype=torch.int32).reshape(*shape, 2)
     view = base[..., 0]
-    parts = list(contiguous_parts(view))
+    parts = list(contiguous_pieces(view))
     assert len(parts) > 1
     assert max(part.nbytes for part in parts) <= BUFFER_BYTES
     assert torch.equal(torch.cat([part.reshape(-1) for part in parts]), view.reshape(-1))
@@ -109,4 +109,4 @@ def test_a_tensor_without_memory_is_refused():
     tensor.untyped_storage().resize_(0)
     for view in views:
         with pytest.raises(UnsupportedLeafError, match="does not own memory"):
-            list(contiguous_parts(view))
+            list(contiguous_pieces(view))

@@ -49,7 +49,7 @@ def test_after_an_error_queued_work_is_dropped_and_running_work_is_awaited():
 
 
 def test_a_thread_that_hangs_is_abandoned_with_its_buffers(monkeypatch):
-    monkeypatch.setattr(threads, "_left_behind", [])
+    monkeypatch.setattr(threads, "_abandoned", [])
     hangs = threading.Event()
     with pytest.raises(StalledError), workers(1, "test", buffers=1) as (pool, lent):
         pool.submit(hangs.wait, 60)
@@ -57,7 +57,7 @@ def test_a_thread_that_hangs_is_abandoned_with_its_buffers(monkeypatch):
         raise stalled("A write")
     assert not hangs.is_set()
     assert all(free is not buffer for free in buffers._free)
-    assert len(threads._left_behind) == 1
+    assert len(threads._abandoned) == 1
     hangs.set()
 
 

@@ -9,7 +9,13 @@ import shardckpt
 from shardckpt.errors import CorruptionError
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.manifest import from_bytes
-from shardckpt.loading.shard_reader import bad_blocks, check_size, read_all, read_box, tensors_in
+from shardckpt.loading.shard_reader import (
+    check_size,
+    corrupted_blocks,
+    read_all,
+    read_box,
+    tensors_in,
+)
 from shardckpt.plan.read_plan import plan_reads
 from tests.faults.damage import Shelf
 
@@ -59,9 +65,9 @@ def test_without_reads_nothing_is_read(files):
 def test_the_numbers_of_corrupted_blocks_count_from_the_begin_of_the_shard(files):
     (shard,) = manifest_of(files).shards
     damaged = corrupt(files, 2 * BLOCK_BYTES)[shard.name]
-    assert bad_blocks(shard, 0, memoryview(damaged)) == [2]
-    assert bad_blocks(shard, 2 * BLOCK_BYTES, memoryview(damaged)[2 * BLOCK_BYTES :]) == [2]
-    assert bad_blocks(shard, 0, memoryview(files[shard.name])) == []
+    assert corrupted_blocks(shard, 0, memoryview(damaged)) == [2]
+    assert corrupted_blocks(shard, 2 * BLOCK_BYTES, memoryview(damaged)[2 * BLOCK_BYTES :]) == [2]
+    assert corrupted_blocks(shard, 0, memoryview(files[shard.name])) == []
 
 
 def test_a_shard_of_another_size_is_refused(files):

@@ -18,7 +18,7 @@ from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.manifest import from_bytes
 from shardckpt.maintenance import verify
-from shardckpt.maintenance.verify import ShardDamage, find_damage, verify_shards
+from shardckpt.maintenance.verify import ShardCorruption, find_corruption, verify_shards
 from tests.faults.damage import Shelf, a_checkpoint
 
 SHARD = "shard-00000-of-00001.safetensors"
@@ -157,9 +157,9 @@ def test_parts_that_there_are_not(files, subset):
 
 def test_survey(files, no_search):
     for blocks in ((0, 3), (10,)):
-        (damage,) = find_damage(Shelf(corrupt(files, *blocks)), manifest_of(files))
+        (damage,) = find_corruption(Shelf(corrupt(files, *blocks)), manifest_of(files))
         assert (damage.shard, damage.blocks, damage.flips) == (0, blocks, ())
-    assert find_damage(Shelf(files), manifest_of(files)) == []
+    assert find_corruption(Shelf(files), manifest_of(files)) == []
 
 
 def test_only_the_tensors_in_a_block_are_corrupted(files, no_search):
@@ -192,7 +192,7 @@ def test_a_few_blocks_are_searched_for_a_flipped_bit(files, monkeypatch, blocks,
         return 4000, 2
 
     monkeypatch.setattr(verify, "find_flipped_bit", find)
-    (damage,) = find_damage(Shelf(damaged), manifest_of(files))
+    (damage,) = find_corruption(Shelf(damaged), manifest_of(files))
     assert len(seen) == (len(blocks) if searched else 0)
     places = [block * BLOCK_BYTES + 4000 for block in blocks]
     if searched:
@@ -205,7 +205,7 @@ def test_a_few_blocks_are_searched_for_a_flipped_bit(files, monkeypatch, blocks,
 def test_bits_that_are_not_found_are_not_reported(files, monkeypatch):
     answers = iter([(1, 1), None])
     monkeypatch.setattr(verify, "find_flipped_bit", lambda data, digest: next(answers))
-    (damage,) = find_damage(Shelf(corrupt(files, 1, 2)), manifest_of(files))
+    (damage,) = find_corruption(Shelf(corrupt(files, 1, 2)), manifest_of(files))
     assert damage.flips == ()
     assert damage.actual == "different or unreadable bytes"
 
@@ -252,7 +252,7 @@ def test_a_shard_that_is_missing(files):
 )
 def test_a_shard_that_is_cut(files, size, lost, checked):
     cut = {**files, SHARD: files[SHARD][:size]}
-    (damage,) = find_damage(Shelf(cut), manifest_of(files))
+    (damage,) = find_corruption(Shelf(cut), manifest_of(files))
     assert (damage.message, damage.blocks) == ("A shard is truncated", tuple(lost))
     assert (damage.expected, damage.actual) == (f"{len(files[SHARD])} bytes", f"{size} bytes")
     assert check(cut).checked_bytes == checked * BLOCK_BYTES
@@ -261,7 +261,7 @@ def test_a_shard_that_is_cut(files, size, lost, checked):
 def test_damage_before_a_cut_is_reported_too(files, no_search):
     damaged = corrupt(files, 1)
     damaged[SHARD] = damaged[SHARD][: 9 * BLOCK_BYTES]
-    (damage,) = find_damage(Shelf(damaged), manifest_of(files))
+    (damage,) = find_corruption(Shelf(damaged), manifest_of(files))
     assert damage.blocks == (1, 9, 10)
 
 
@@ -368,9 +368,9 @@ def test_values_are_checked(files):
 
 def test_damage_is_a_value():
     facts = {"shard": 0, "message": "", "expected": "", "actual": "", "blocks": ()}
-    damage = ShardDamage(**facts)
+    damage = ShardCorruption(**facts)
     with pytest.raises(dataclasses.FrozenInstanceError):
         damage.shard = 1
     with pytest.raises(TypeError):
-        ShardDamage(*facts.values())
+        ShardCorruption(*facts.values())
     assert not hasattr(damage, "__dict__")

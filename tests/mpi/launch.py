@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardckpt.coordination.shutdown import leave
+from shardckpt.coordination.shutdown import destroy_groups
 
 PREFIX = Path(sys.prefix)
 WHOLE = np.arange(7 * 9, dtype=np.float64).reshape(7, 9)
@@ -141,7 +141,7 @@ def _main(name: str, arguments: str, folder: str, timeout_s: str) -> None:
         "stopped",
         "over_two_hosts",
     ):  # with a rank lost, a group may hang in its destructor
-        leave()
+        destroy_groups()
 
 
 if __name__ == "__main__":

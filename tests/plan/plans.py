@@ -17,7 +17,7 @@ def a_plan(common, own, held, kind=None):
     """A rank's local plan; `held` are (tensor, offsets, sizes, shared)."""
     return LocalPlan(
         common=tuple(common),
-        own=tuple(own),
+        rank_only=tuple(own),
         file_group=np.array(kind or [0] * (len(common) + len(own)), dtype=np.int64),
         chunks=ChunkTable(
             tensor=np.array([index for index, *_ in held], dtype=np.int64),
@@ -25,7 +25,7 @@ def a_plan(common, own, held, kind=None):
         ),
         shared=np.array([shared for *_, shared in held], dtype=np.bool_),
         tree=b"{}",
-        own_trees=b"[]",
+        per_rank_trees=b"[]",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from shardckpt.format.entries import TensorEntry
-from shardckpt.plan.page_cache_policy import ALWAYS, MOSTLY, NEVER, past_cache, summarise_reads
+from shardckpt.plan.page_cache_policy import ALWAYS, MOSTLY, NEVER, past_cache, summarize_reads
 from shardckpt.state.local_chunks import LocalChunk
 
 
@@ -21,7 +21,7 @@ def rows(number: int, begin: int, end: int) -> tuple[TensorEntry, LocalChunk]:
 
 def shares(*ranks, machines=None):
     machines = machines or ["host"] * len(ranks)
-    return [summarise_reads(reads, machine) for reads, machine in zip(ranks, machines, strict=True)]
+    return [summarize_reads(reads, machine) for reads, machine in zip(ranks, machines, strict=True)]
 
 
 HALVES = [[rows(0, 0, 4), rows(1, 0, 4)], [rows(0, 4, 8), rows(1, 4, 8)]]

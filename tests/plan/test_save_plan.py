@@ -38,7 +38,7 @@ def test_every_element_is_written_once_by_a_rank_that_holds_it(plans, split_byte
     written, empty = {}, {}
     for rank, writes in enumerate(writes_of(plans, plan)):
         local = plans[rank]
-        specs = (*local.common, *local.own)
+        specs = (*local.common, *local.rank_only)
         for row, box in zip(writes.row.tolist(), writes.boxes.tolist(), strict=True):
             index = int(local.chunks.tensor[row])
             spec, dims = specs[index], len(specs[index].shape)
@@ -49,7 +49,7 @@ def test_every_element_is_written_once_by_a_rank_that_holds_it(plans, split_byte
                 assert written.setdefault((spec.name, element), rank) == rank
                 written[spec.name, element] = -1  # so that a second time would be seen
             empty[spec.name] = empty.get(spec.name, 0) + (0 in spec.shape)
-    everything = (*plans[0].common, *(spec for own in plans for spec in own.own))
+    everything = (*plans[0].common, *(spec for own in plans for spec in own.rank_only))
     expected = {
         (spec.name, element)
         for spec in everything
@@ -75,7 +75,7 @@ def test_rank_0_and_the_ranks_agree(plans, file_bytes):
         local, whole = plans[rank], plan.of_rank(rank)
         index = local.chunks.tensor[writes.row]
         index = np.where(index < len(local.common), index, index - len(local.common) + base)
-        base += len(local.own)
+        base += len(local.rank_only)
         assert whole.tensor.tolist() == index.tolist()
         for row, box in zip(writes.boxes.tolist(), whole.boxes.tolist(), strict=True):
             assert same_box(row, box)

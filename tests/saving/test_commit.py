@@ -68,8 +68,8 @@ def test_the_manifest_lists_the_files_of_all_ranks_in_order():
 
 
 def test_values_of_ranks_are_kept_if_any_rank_has_them():
-    results = [ShardResult(files=()), ShardResult(files=(), own_trees=b"[7]")]
-    results[0].own_trees = b"[6]"
+    results = [ShardResult(files=()), ShardResult(files=(), per_rank_trees=b"[7]")]
+    results[0].per_rank_trees = b"[6]"
     assert committed(results)[2].per_rank == ([6], [7])
 
 

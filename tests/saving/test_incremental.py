@@ -16,7 +16,7 @@ from torch.distributed import checkpoint as dcp
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.format.lazy_manifest import Outline
+from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import check_text, from_bytes
 from shardckpt.maintenance.reshard import reshard
 from shardckpt.saving import incremental as base_module
@@ -361,7 +361,7 @@ def test_resharding_keeps_the_files_apart(tmp_path):
 def test_a_manifest_read_for_its_shards_alone(tmp_path):
     shardckpt.save({"a": torch.ones(5), "b": {1: (2, "x")}}, tmp_path / "c")
     data = (tmp_path / "c" / "manifest.json").read_bytes()
-    (mine,), (whole,) = Outline(data, path="p").all_shards(), from_bytes(data, path="p").shards
+    (mine,), (whole,) = LazyManifest(data, path="p").all_shards(), from_bytes(data, path="p").shards
     assert (mine.name, mine.size_bytes) == (whole.name, whole.size_bytes)
     assert mine.digests.tolist() == whole.digests.tolist()
     for at in range(len(data)):

@@ -10,7 +10,7 @@ import torch
 import shardckpt
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.saving import pipeline
-from shardckpt.saving.agreement import Target
+from shardckpt.saving.agreement import SaveTarget
 from shardckpt.saving.pipeline import plan_state, run_save
 from shardckpt.storage.local import LocalStorage
 
@@ -21,7 +21,7 @@ def save(path, plan=None, **options):
     alone = SingleCoordinator()
     return run_save(
         plan or (lambda: plan_state(STATE, alone)),
-        Target(str(path), LocalStorage(), overwrite=False),
+        SaveTarget(str(path), LocalStorage(), overwrite=False),
         coordinator=alone,
         base=contextlib.nullcontext(None),
         check_replicas=False,

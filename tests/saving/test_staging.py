@@ -12,7 +12,7 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.format.entries import TensorEntry
 from shardckpt.io.buffers import have_huge_pages
-from shardckpt.io.tensor_memory import contiguous_parts
+from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.saving.staging import StagingBuffer, StagingPool, stage, staged_bytes
@@ -82,7 +82,7 @@ def test_memory_that_is_freed_after_planning_is_not_touched():
     with pytest.raises(errors.UnsupportedLeafError, match="w"):
         stage(plan, StagingBuffer(staged_bytes(plan), pinned=False), {})
     with pytest.raises(errors.UnsupportedLeafError):
-        list(contiguous_parts(tensor))
+        list(contiguous_pieces(tensor))
     entry = TensorEntry(dtype="F32", shape=(4,), chunks=np.array([[0, 0, 16, 0, 4]]))
     with pytest.raises(errors.UnsupportedLeafError):
         plan_reads([(entry, LocalChunk((0,), (4,), part))])

@@ -29,9 +29,9 @@ def test_values_per_rank_stand_apart():
     state = {"all": torch.ones(1), "mine": PerRank({"t": torch.ones(2), "n": 3})}
     flat = flatten(state, rank=5)
     assert list(flat.tensors) == ["all"]
-    assert list(flat.own) == ["mine.t@rank5"]
+    assert list(flat.rank_only) == ["mine.t@rank5"]
     assert flat.tree["mine"] == {"$per_rank": "0"}
-    assert flat.own_trees == [{"t": {"$tensor": "mine.t@rank5"}, "n": 3}]
+    assert flat.per_rank_trees == [{"t": {"$tensor": "mine.t@rank5"}, "n": 3}]
     with pytest.raises(errors.StateError):
         flatten({"a": PerRank([PerRank(1)])}, rank=0)
 

@@ -15,7 +15,7 @@ from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
 from shardckpt.state.local_chunks import (
     box_slices,
     check_dense,
-    lies_as_saved,
+    has_file_layout,
     local_chunks,
     local_layout,
     local_tensor,
@@ -145,7 +145,7 @@ def test_opaque_dtypes_are_copied_as_bytes():
     ],
 )
 def test_only_dense_rows_of_the_saved_dtype_lie_as_saved(tensor, dtype, expected):
-    assert lies_as_saved(tensor, dtype) == expected
+    assert has_file_layout(tensor, dtype) == expected
 
 
 def test_a_box_is_cut_out_relative_to_the_box_around_it():

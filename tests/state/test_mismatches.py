@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardckpt.errors import LoadMismatchError
-from shardckpt.state.mismatches import Mismatches, check_untaken
+from shardckpt.state.mismatches import Mismatches, check_unused
 
 
 def test_without_mismatches_there_is_no_error():
@@ -45,19 +45,19 @@ def test_other_mismatches_than_unexpected_ones_are_distinguished(field):
 
 
 def test_ranks_of_different_stages_use_different_entries():
-    check_untaken([["b", "c"], ["a", "c"], ["a", "b"]], "p")
-    check_untaken([[], []], "p")
+    check_unused([["b", "c"], ["a", "c"], ["a", "b"]], "p")
+    check_unused([[], []], "p")
 
 
 def test_an_entry_that_no_rank_uses_is_an_error():
     with pytest.raises(LoadMismatchError) as caught:
-        check_untaken([["a", "x", "y"], ["b", "y", "x"]], "p")
+        check_unused([["a", "x", "y"], ["b", "y", "x"]], "p")
     assert caught.value.facts["unexpected"] == ("x", "y")
 
 
 def test_a_rank_that_uses_only_a_part_of_the_entries_of_another_is_an_error():
     with pytest.raises(LoadMismatchError) as caught:
-        check_untaken([["a"], ["a", "b"], ["c", "d"]], "p")
+        check_unused([["a"], ["a", "b"], ["c", "d"]], "p")
     error = caught.value
     assert error.facts["unexpected"] == ("b",)
     assert (error.rank, error.facts["used_by_rank"]) == (1, 0)

@@ -10,7 +10,7 @@ from torch import nn
 
 import shardckpt
 from shardckpt.errors import LoadMismatchError
-from shardckpt.state.module_matching import runs_own_code
+from shardckpt.state.module_matching import has_custom_load
 
 
 class PostHook(nn.Module):
@@ -107,9 +107,9 @@ def test_values_that_follow_from_weights(tmp_path, kind, where):
 
 def test_modules_of_torch_alone_stay_fast():
     plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LSTM(2, 2))
-    assert not runs_own_code(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
-    assert not runs_own_code(plain)
-    assert runs_own_code(nn.Sequential(plain, PostHook()))
+    assert not has_custom_load(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert not has_custom_load(plain)
+    assert has_custom_load(nn.Sequential(plain, PostHook()))
 
 
 def test_own_tensors_are_not_copied(tmp_path):

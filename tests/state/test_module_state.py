@@ -15,7 +15,7 @@ from shardckpt.state.module_state import (
     is_wrapped,
     module_state,
     modules_in,
-    own_state,
+    named_state,
     parameter_names,
 )
 from shardckpt.state.snapshot import take_snapshot
@@ -84,7 +84,7 @@ def test_the_tensors_of_a_module_state_share_its_memory_without_gradients():
     assert state["weight"].data_ptr() == layer.weight.data_ptr()
     assert not state["weight"].requires_grad
     assert state["weight"].global_shape == (4, 2)
-    assert own_state(layer).by_name()["weight"] is layer.weight
+    assert named_state(layer).by_name()["weight"] is layer.weight
 
 
 def test_a_module_of_fsdp1_is_refused():

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.state.sharded_tensors import carry_layout, describes_itself, materialised, shards_of
+from shardckpt.state.sharded_tensors import carry_layout, describes_itself, materialized, shards_of
 from tests.ranks import run_ranks
 
 
@@ -162,8 +162,8 @@ def test_a_copy_carries_the_layout_of_its_source():
 
 
 def test_a_tensor_on_meta_gets_memory_unless_its_shards_are_elsewhere():
-    made = materialised(described(torch.ones(4, 2, device="meta")), "w")
+    made = materialized(described(torch.ones(4, 2, device="meta")), "w")
     assert (made.device.type, made.global_shape) == ("cpu", (4, 2))
     with pytest.raises(errors.StateError, match="describes its own shards") as caught:
-        materialised(torch.ones(4, 2, device="meta").as_subclass(OnMethods), "w")
+        materialized(torch.ones(4, 2, device="meta").as_subclass(OnMethods), "w")
     assert caught.value.tensor == "w"

@@ -43,8 +43,8 @@ states = st.recursive(
 
 def facts(state):
     flat = flatten(state, rank=0)
-    tensors = {name: tensor.tolist() for name, tensor in (flat.tensors | flat.own).items()}
-    return msgspec.json.encode((flat.tree, flat.own_trees)), tensors, flat.file_groups
+    tensors = {name: tensor.tolist() for name, tensor in (flat.tensors | flat.rank_only).items()}
+    return msgspec.json.encode((flat.tree, flat.per_rank_trees)), tensors, flat.file_groups
 
 
 def spoil(value) -> None:

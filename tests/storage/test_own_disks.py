@@ -21,7 +21,7 @@ from shardckpt import LocalStorage, TieredStorage
 from shardckpt.errors import NotACheckpointError, StateError
 from shardckpt.integrations.dcp import ShardWriter
 from shardckpt.storage import tiers as module
-from shardckpt.storage.resolve import Place
+from shardckpt.storage.resolve import Location
 from tests.ranks import on_world_sizes, run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -297,7 +297,7 @@ def copy_of_a_part(folder: Path):
     tiers._copy_later = lambda path: None
     shardckpt.save(state_of(True), "step-1", storage=tiers)
     fast = tiers._places("step-1")[0]
-    return fast, Place(NoParts(), str(folder / f"other-{dist.get_rank()}/step-1"))
+    return fast, Location(NoParts(), str(folder / f"other-{dist.get_rank()}/step-1"))
 
 
 def test_a_slow_tier_must_assemble_parts(tmp_path):

@@ -21,9 +21,9 @@ from shardckpt.errors import CoordinationError, RankFailedError
 
 __all__ = ["MpiCoordinator", "check_communicator", "mpi_coordinator"]
 
-_ROLL_CALL_S = (
-    5.0  # rank 0 knows which ranks are missing: it gets this much longer to inform the others
-)
+_ROLL_CALL_S = 5.0
+"""The additional time of rank 0, which knows the missing ranks, to inform the others."""
+
 _LAST_WORDS_S = 0.5
 
 
@@ -155,7 +155,7 @@ def _gather_calls(link: Link, channel: str, subject: str, patience_s: float) -> 
     for rank, (nonce, _) in calls.items():
         link.send(rank, Message("verdict", nonce, text=decision.answer))
     if decision.late:
-        link.tell_late(decision.late, channel, subject)
+        link.inform_late(decision.late, channel, subject)
         link.give_up(decision.late)
     if decision.error is not None:
         raise decision.error

@@ -136,7 +136,7 @@ def _forget(comm: Any, keyval: int, link: Link) -> None:
     link.free()
 
 
-def _leave() -> None:
+def _abort_if_ranks_are_lost() -> None:
     """Abort the job if ranks were given up.
 
     MPI ends a process only when all ranks have ended, which the lost ranks never do. mpirun reports
@@ -168,7 +168,7 @@ class Link:
         self._raw: Any = comm  # None once the program has freed it
         self._group = comm.Get_group()
         self._claims = 0
-        self._own, self._request = comm.Idup()
+        self._duplicate, self._request = comm.Idup()
         self._sending: list[tuple[Any, bytes, str]] = []
         self._arriving: list[tuple[int, Any, bytearray]] = []
 
@@ -191,9 +191,8 @@ class Link:
         """Handle that all ranks free the communicator. Running operations continue."""
         gone = self._raw in (None, self._mpi.COMM_NULL)  # MPICH reports it after the last use
         if self._claims and self._request is not None and not gone:
-            poll(
-                self.ready, current().deadline_s
-            )  # Open MPI crashes if it is freed during duplication
+            # Open MPI crashes if a communicator is freed while it is duplicated.
+            poll(self.ready, current().deadline_s)
         with _lock:
             if self._raw != self._mpi.COMM_WORLD:
                 self._raw = None
@@ -201,13 +200,13 @@ class Link:
 
     def _free_unused(self) -> None:
         if self._raw is None and self._request is None and not self._claims:
-            self._own.Free()
+            self._duplicate.Free()
 
     def send(self, rank: int, message: Message, *, until_taken: bool = False) -> None:
         """Send without waiting. `until_taken`: `flush` waits until the message is received."""
         data = self._encode(message)
         with _lock:
-            comm = self._own if self._request is None else self._raw
+            comm = self._duplicate if self._request is None else self._raw
             if comm is None:
                 raise CoordinationError(
                     "The communicator was freed before all ranks had joined the operation",
@@ -234,7 +233,7 @@ class Link:
             if self._raw == self._mpi.COMM_NULL:
                 self._raw = None
             self._sending = [sent for sent in self._sending if not sent[0].Test()]
-            for comm in (self._raw, self._own) if self._request is None else (self._raw,):
+            for comm in (self._raw, self._duplicate) if self._request is None else (self._raw,):
                 if comm is not None:
                     self._receive(comm)
             blocked: set[int] = set()  # messages of one rank are received in order
@@ -257,9 +256,8 @@ class Link:
     def _deliver(self, source: int, message: Message) -> None:
         if message.topic == "call":
             nonce, _, subject = message.text.partition(" ")
-            if (
-                self._not_noted.get((message.about, source)) != subject
-            ):  # otherwise it is informed already
+            # A rank that rank 0 has given up is informed already.
+            if self._not_noted.get((message.about, source)) != subject:
                 self.calls.setdefault(message.about, {})[source] = (nonce, subject)
         elif message.topic == "withdraw":
             calls = self.calls.setdefault(message.about, {})
@@ -287,7 +285,7 @@ class Link:
         with _lock:
             return self.calls.pop(channel, {})
 
-    def tell_late(self, ranks: list[int], channel: str, subject: str) -> None:
+    def inform_late(self, ranks: list[int], channel: str, subject: str) -> None:
         """Inform ranks that rank 0 has given up their call, which may still arrive."""
         with _lock:
             for rank in ranks:
@@ -304,10 +302,10 @@ class Link:
     def give_up(self, ranks: list[int]) -> None:
         """Remember ranks that do not respond, so that this process can end without them."""
         _lost.update(self._in_world(ranks))
-        atexit.unregister(
-            _leave
-        )  # the last function registered is called first: a process group may
-        atexit.register(_leave)  # wait for the lost rank when it is destroyed
+        # Register it last, so that it is called first: a process group may wait for the lost rank
+        # when it is destroyed.
+        atexit.unregister(_abort_if_ranks_are_lost)
+        atexit.register(_abort_if_ranks_are_lost)
 
     def _in_world(self, ranks: list[int]) -> list[int]:
         world = self._mpi.COMM_WORLD.Get_group()

@@ -16,8 +16,9 @@ from shardckpt.errors import RankFailedError, ShardckptError
 from shardckpt.integrations.dcp.writer import ShardWriter, check_comparable
 from shardckpt.loading.agreement import open_manifest
 from shardckpt.reports import SaveReport
+from shardckpt.saving.agreement import SaveTarget
 from shardckpt.state.optimizer_state import plain_state
-from shardckpt.storage.resolve import Place
+from shardckpt.storage.resolve import Location
 from shardckpt.torch_compat import dcp_save
 
 __all__ = ["save_with_planner"]
@@ -25,29 +26,27 @@ __all__ = ["save_with_planner"]
 
 def save_with_planner(
     state: Any,
-    place: Place,
+    target: SaveTarget,
     *,
     planner: Any,
-    overwrite: bool,
     process_group: Any,
     comm: Any,
     check_replicas: bool,
-    base: Place | Checkpoint | None,
+    base: Location | Checkpoint | None,
     verify_base: bool,
 ) -> SaveReport:
     """Save a state with a DCP SavePlanner. Collective; see shardckpt.save."""
-    storage, path = place
-    group_for_dcp(path, comm=comm)
+    group_for_dcp(target.path, comm=comm)
     alone = process_group is None and (is_alone() or not dist.is_initialized())
     if alone:
         check_launcher()
     check_comparable(planner, check_replicas=check_replicas)
     start = time.perf_counter()
     writer = ShardWriter(
-        path,
-        overwrite=overwrite,
+        target.path,
+        overwrite=target.overwrite,
         check_replicas=check_replicas,
-        storage=storage,
+        storage=target.storage,
     )
     writer.base, writer.verify_base = base, verify_base
     try:
@@ -56,25 +55,26 @@ def save_with_planner(
         )
     except CheckpointException as failure:  # a BaseException
         writer.abandon()
-        raise _first_error(failure, path) from failure
+        raise _first_error(failure, target.path) from failure
     except BaseException:
         writer.abandon()
         raise
-    files, manifest = open_manifest(storage, path)
+    return _report(target, seconds=time.perf_counter() - start)
+
+
+def _report(target: SaveTarget, *, seconds: float) -> SaveReport:
+    """Return the report of a save, from its manifest."""
+    files, manifest = open_manifest(target.storage, target.path)
     manifest_bytes = len(files.manifest())
     files.close()
+    by_rank = itertools.groupby(manifest.shards, lambda shard: shard.name.partition("-of-")[0])
     return SaveReport(
-        path=path,
+        path=target.path,
         checkpoint_id=manifest.checkpoint_id,
         world_size=manifest.world_size,
-        bytes_by_rank=tuple(
-            sum(shard.size_bytes for shard in shards)
-            for _, shards in itertools.groupby(
-                manifest.shards, lambda shard: shard.name.partition("-of-")[0]
-            )
-        ),
+        bytes_by_rank=tuple(sum(shard.size_bytes for shard in shards) for _, shards in by_rank),
         manifest_bytes=manifest_bytes,
-        seconds={"save": time.perf_counter() - start},
+        seconds={"save": seconds},
     )
 
 

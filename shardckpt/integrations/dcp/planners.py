@@ -16,7 +16,7 @@ from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.state_merge import merge
 from shardckpt.state.flatten import flatten
 from shardckpt.state.matching import DtypePolicy, MatchedState, casts, match_state
-from shardckpt.state.mismatches import Mismatches, check_untaken
+from shardckpt.state.mismatches import Mismatches, check_unused
 from shardckpt.state.saved_tree import SavedState
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class ShardStorageMeta(StorageMeta):
-    """The storage metadata by which planners recognise ShardWriter."""
+    """The storage metadata by which planners recognize ShardWriter."""
 
 
 @dataclass
@@ -180,12 +180,12 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         """See LoadPlanner.create_local_plan. This planner keeps the reads."""
-        initialised = dist.is_initialized()
+        initialized = dist.is_initialized()
         self.matched = match_state(
             self.original_state_dict,
             self._saved,
-            rank=dist.get_rank() if initialised else 0,
-            world_size=dist.get_world_size() if initialised else 1,
+            rank=dist.get_rank() if initialized else 0,
+            world_size=dist.get_world_size() if initialized else 1,
             cast=self._cast,
         )
         refused = Mismatches() if self.allow_partial_load else self.matched.strict_mismatches
@@ -196,7 +196,7 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """See LoadPlanner.create_global_plan. Checks that every entry of a module is loaded."""
-        check_untaken([plan.planner_data for plan in global_plan], "")
+        check_unused([plan.planner_data for plan in global_plan], "")
         return global_plan
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:

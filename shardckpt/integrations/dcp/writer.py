@@ -41,7 +41,7 @@ from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.file_groups import MAIN
 from shardckpt.state.local_chunks import check_dense
 from shardckpt.storage.base import Storage, WriteTransaction
-from shardckpt.storage.resolve import Place, resolve
+from shardckpt.storage.resolve import Location, resolve
 from shardckpt.torch_compat import caches_plans
 
 __all__ = ["ShardWriter", "check_comparable"]
@@ -112,7 +112,7 @@ class ShardWriter(StorageWriter):
         self.overwrite = overwrite
         self.check_replicas = check_replicas
         check_verify_base(base, verify_base=verify_base)
-        self.base: Place | Checkpoint | None
+        self.base: Location | Checkpoint | None
         if base is None or isinstance(base, Checkpoint):
             self.base = base
         else:
@@ -223,7 +223,7 @@ class ShardWriter(StorageWriter):
         result.replicas = replica_digests(
             local, writes, everything=self.check_replicas, sampled=planner.merging
         )
-        result.own_trees = local.own_trees
+        result.per_rank_trees = local.per_rank_trees
         return msgspec.msgpack.encode(result)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -1,4 +1,4 @@
-"""Launchers are recognised by the environment; MPI that can't be used is an error."""
+"""Launchers are recognized by the environment; MPI that can't be used is an error."""
 
 from __future__ import annotations
 

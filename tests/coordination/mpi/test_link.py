@@ -38,7 +38,7 @@ def test_a_call_that_crosses_the_news_that_it_is_late(link, call_comes_first):
     """The rank raises on reading the news, so its call must not meet rank 0's next one."""
     events = [
         lambda: link._deliver(1, Message("call", "c", text="n1 save a")),
-        lambda: link.tell_late([1], "c", "save a"),
+        lambda: link.inform_late([1], "c", "save a"),
     ]
     for event in events if call_comes_first else reversed(events):
         event()

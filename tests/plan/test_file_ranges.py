@@ -8,7 +8,7 @@ import random
 import pytest
 
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.plan.file_parts import file_parts
+from shardckpt.plan.file_ranges import file_ranges
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 30])
@@ -23,7 +23,7 @@ def test_parts_make_up_every_file(world_size):
         parts = [
             part
             for rank in range(world_size)
-            for part in file_parts(sizes, rank=rank, world_size=world_size)
+            for part in file_ranges(sizes, rank=rank, world_size=world_size)
         ]
         assert [(p.file, p.begin) for p in parts] == sorted((p.file, p.begin) for p in parts)
         for file, own in itertools.groupby(parts, lambda part: part.file):
@@ -42,6 +42,6 @@ def test_parts_are_even():
         for rank in range(8):
             own = sum(
                 (sizes[p.file] if p.end is None else p.end) - p.begin
-                for p in file_parts(sizes, rank=rank, world_size=8)
+                for p in file_ranges(sizes, rank=rank, world_size=8)
             )
             assert abs(own - total / 8) <= BLOCK_BYTES + 16384
