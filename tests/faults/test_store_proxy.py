@@ -12,6 +12,7 @@ from shardckpt.storage import object_clients
 from shardckpt.storage.object_store import ObjectTransaction
 from tests.faults import store_proxy
 from tests.faults.store_proxy import creates, loads, removes, replaces
+from tests.faults.test_stores import trusting
 
 
 @pytest.mark.parametrize("kind", store_proxy.KINDS)
@@ -29,14 +30,6 @@ def test_requests_of_loads_and_removals_fail(object_server):
     assert seen["stale"] > 3
 
 
-def hasty(self, manifest, commit=ObjectTransaction.commit):
-    try:
-        commit(self, manifest)
-    except BaseException:
-        self._may_delete = True
-        raise
-
-
 def careless(self):
     with contextlib.suppress(Exception):
         self._writer.close()
@@ -45,10 +38,10 @@ def careless(self):
 @pytest.mark.parametrize(
     ("owner", "name", "instead", "kind"),
     [
-        (ObjectTransaction, "commit", hasty, "late"),
+        (ObjectTransaction, "commit", trusting, "twice"),
         (object_clients._ClientUpload, "finish", careless, "torn"),
     ],
-    ids=["deletes in doubt", "takes a torn upload for a whole one"],
+    ids=["trusts a 412", "takes a torn upload for a whole one"],
 )
 def test_planted_faults_are_seen(object_server, monkeypatch, owner, name, instead, kind):
     monkeypatch.setattr(owner, name, instead)
