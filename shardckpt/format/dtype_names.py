@@ -7,7 +7,6 @@ https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
 from __future__ import annotations
 
 import sys
-from collections.abc import Set
 
 from shardckpt.errors import CheckpointError, UnsupportedLeafError
 
@@ -17,11 +16,11 @@ __all__ = [
     "OPAQUE_NAMES",
     "TORCH_NAMES",
     "check_supported",
+    "is_supported",
     "itemsize",
     "lacking",
     "plain_dtype",
     "shard_form",
-    "supported",
 ]
 
 _KNOWN = {
@@ -71,17 +70,15 @@ OPAQUE_NAMES = {name for name in TORCH_NAMES if name.startswith(("F4X2", "BITS",
 """The names of dtypes without arithmetic. They are never converted."""
 
 
-def supported() -> Set[str]:
-    """Return the names of the dtypes that the installed torch has; all if torch is not imported."""
+def is_supported(name: str) -> bool:
+    """Whether the format and the installed torch have a dtype. Any torch, if none is imported."""
     torch = sys.modules.get("torch")
-    if torch is None:
-        return TORCH_NAMES.keys()
-    return {name for name, torch_name in TORCH_NAMES.items() if torch_name in vars(torch)}
+    return name in TORCH_NAMES and (torch is None or TORCH_NAMES[name] in vars(torch))
 
 
 def check_supported(name: str, *, tensor: str, path: str) -> None:
     """Raise CheckpointError for a dtype of the format that the installed torch does not have."""
-    if name in TORCH_NAMES.keys() - supported():
+    if name in TORCH_NAMES and not is_supported(name):
         raise lacking(TORCH_NAMES[name], tensor, path)
 
 

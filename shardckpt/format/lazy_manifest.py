@@ -12,7 +12,7 @@ import math
 import msgspec
 import numpy as np
 
-from shardckpt.format.dtype_names import itemsize, supported
+from shardckpt.format.dtype_names import is_supported, itemsize
 from shardckpt.format.entries import ShardEntry, TensorEntry
 from shardckpt.format.manifest import ShardText, shard_entries
 from shardckpt.format.validation import refuse
@@ -103,7 +103,7 @@ class LazyManifest:
                 return None
             width = 3 + 2 * len(decoded.shape)
             rows = [decoded.chunks[at : at + width] for at in range(0, len(decoded.chunks), width)]
-            if decoded.dtype not in supported() or not self._are_slabs(decoded, rows):
+            if not is_supported(decoded.dtype) or not self._are_slabs(decoded, rows):
                 return None
             chunks = np.array(rows, dtype=np.int64)
             entry = TensorEntry(dtype=decoded.dtype, shape=tuple(decoded.shape), chunks=chunks)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shardckpt.errors import FormatVersionError, NotACheckpointError
 from shardckpt.format.digests import BLOCK_BYTES, digests_from_hex, digests_to_hex, text_digest
-from shardckpt.format.dtype_names import check_supported, itemsize, supported
+from shardckpt.format.dtype_names import check_supported, is_supported, itemsize
 from shardckpt.format.entries import FORMAT_VERSION, Manifest, ShardEntry, TensorEntry
 from shardckpt.format.validation import Columns, check_chunks, check_references, refuse
 
@@ -263,7 +263,7 @@ def _columns(entries: dict[str, _Tensor[Any]], path: str) -> Iterator[Columns]:
         by_dims.setdefault(len(entry.shape), []).append(name)
     for dims, names in by_dims.items():
         group = [entries[name] for name in names]
-        unknown = {entry.dtype for entry in group} - supported()
+        unknown = {dtype for dtype in {e.dtype for e in group} if not is_supported(dtype)}
         if dims > _MAX_DIMS or unknown:
             wrong = next(n for n in names if dims > _MAX_DIMS or entries[n].dtype in unknown)
             check_supported(entries[wrong].dtype, tensor=wrong, path=path)

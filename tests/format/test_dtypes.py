@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import shardckpt
+from shardckpt.convert.convert import convert
 from shardckpt.errors import CheckpointError, UnsupportedLeafError
 from shardckpt.format import dtypes
 from shardckpt.format.dtype_names import itemsize, plain_dtype, shard_form
@@ -90,7 +91,7 @@ def test_a_dtype_that_this_torch_lacks_is_named(tmp_path, without_bfloat16):
         assert caught.value.actual == f"torch {torch.__version__}"
         assert "install a later torch" in caught.value.remedy
     with pytest.raises(CheckpointError, match="a torch with bfloat16"):
-        shardckpt.convert(tmp_path / "file.safetensors", tmp_path / "converted")
+        convert(tmp_path / "file.safetensors", tmp_path / "converted")
     (shard,) = (tmp_path / "tensor").glob("*.safetensors")
     with pytest.raises(CheckpointError, match="a torch with bfloat16"):
         parse_header(shard.read_bytes(), file_size_bytes=None, path=str(shard))
