@@ -241,9 +241,13 @@ class AutoSaver:
         """Internal. Whether `every_minutes` have passed, by the clock of this process."""
         return self.plan.due_by_time((time.monotonic() - self._saved_at) / 60)
 
+    def due(self, handler: TrainingState) -> bool:
+        """Internal. Whether to save at the current step; the same on all ranks."""
+        return self.plan.due_at_step(handler.step, saved_at=self._saved_step)
+
     def within_epoch(self, handler: TrainingState, *, now: bool) -> None:
         """Internal. Save between two steps if a save is due, or `now`. Collective."""
-        if now or self.plan.due_at_step(handler.step, saved_at=self._saved_step):
+        if now or self.due(handler):
             self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
 
     def after_epoch(

@@ -43,6 +43,13 @@ class Components(TrainingState):
         buffers: Buffers = "rank0",
         **model_kwargs: Any,
     ) -> None:
+        if not isinstance(save_model_code, bool):  # NNHandler(Net, "cpu", 32)
+            raise StateError(
+                "The arguments of the model must be passed by name",
+                expected="a bool as save_model_code, the third argument",
+                actual=repr(save_model_code)[:200],
+                remedy='write NNHandler(Net, device="cpu", width=32)',
+            )
         layout = start(
             parallel, device, device_mesh, tp_plan, options=parallel_options, buffers=buffers
         )

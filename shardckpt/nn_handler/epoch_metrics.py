@@ -159,7 +159,14 @@ def _state_of(metric: Any) -> Any:
     if isinstance(metric, WholeEpoch):
         return metric.state()
     defaults = getattr(metric, "_defaults", {})
-    return {name: copy.deepcopy(getattr(metric, name)) for name in defaults}
+    return {name: _copied(getattr(metric, name)) for name in defaults}
+
+
+def _copied(value: Any) -> Any:
+    """A copy of one state. torchmetrics changes tensors in place, but not those in its lists."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else copy.deepcopy(value)
 
 
 def _detached(value: Any) -> Any:

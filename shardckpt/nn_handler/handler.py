@@ -173,6 +173,7 @@ class NNHandler(Components):
         sanity_val_batches: int = 1,
         precision: Precision | None = None,
         nan_guard: NanGuard | None = None,
+        agree_every: int = 8,
         fast_dev_run: bool = False,
     ) -> dict[str, list[float]]:
         """Train for more epochs or steps. Collective.
@@ -203,6 +204,9 @@ class NNHandler(Components):
                 before the weights change, "skip" skips the step, and "restore" loads the weights
                 and the optimizers of the last checkpoint of this run, and continues with the next
                 batch.
+            agree_every: The largest number of steps between two agreements of the ranks on
+                signals, failures and `stop_training`. The ranks agree more often if steps take
+                longer than 0.025 seconds, and before each save. Ignored on one rank.
             fast_dev_run: Try one batch of training and one of validation. Nothing is saved, and
                 callbacks that write files are not called.
 
@@ -294,7 +298,8 @@ class NNHandler(Components):
             inputs: A batch for the model, or a Dataset or loader. If its batches are pairs, the
                 model gets their first items.
             ema: Use the averaged weights.
-            loader_options: The arguments of a DataLoader, if `inputs` is a Dataset.
+            loader_options: The arguments of a DataLoader, if `inputs` is a Dataset or a list of
+                samples.
 
         Returns:
             The outputs for the batch. For a Dataset or loader, the outputs of all batches and
@@ -313,7 +318,7 @@ class NNHandler(Components):
             torch.Size([6, 2])
         """
         with self._weights(ema), self.evaluating():
-            if not is_data(inputs):
+            if not (is_data(inputs) or loader_options):
                 return call_model(self.model, to_device(inputs, self.device), self.module)
             return predictions(self, ValData(inputs, loader_options, self.layout))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -14,15 +15,44 @@ __all__ = ["random_state", "seed_generators", "set_random_state"]
 
 def random_state() -> dict[str, Any]:
     """The state of the generators of torch, numpy, Python and the current CUDA device."""
-    name, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "numpy": _numpy.state(),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+class _NumpyState:
+    """The state of numpy's global generator.
+
+    numpy needs 40 microseconds to return it. So the last one is used again if the memory of the
+    generator has not changed.
+    """
+
+    _SIZE_BYTES = 624 * 4 + 4  # of MT19937: the keys and the position
+
+    def __init__(self) -> None:
+        self._memory = b""
+        self._state: list[Any] = []
+
+    def state(self) -> list[Any]:
+        """The name of the generator, its keys as a tensor, and the rest."""
+        generator = np.random.mtrand.get_bit_generator()
+        memory = b""
+        if type(generator) is np.random.MT19937:
+            memory = ctypes.string_at(generator.ctypes.state_address, self._SIZE_BYTES)
+        # a normal number that waits for its use is not in that memory
+        if not memory or memory != self._memory or self._state[3]:
+            name, keys, *rest = np.random.get_state()
+            plain = torch.from_numpy(np.asarray(keys).astype(np.int64))
+            self._memory, self._state = memory, [name, plain, *rest]
+        return list(self._state)
+
+
+_numpy = _NumpyState()
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:

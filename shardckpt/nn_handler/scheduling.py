@@ -74,6 +74,10 @@ class Scheduler:
         """Whether it needs the metric `monitor`."""
         return isinstance(self.torch, ReduceLROnPlateau)
 
+    def get_last_lr(self) -> list[float]:
+        """The rate of each parameter group, as the scheduler of torch returns it."""
+        return [float(rate) for rate in self.torch.get_last_lr()]
+
     def after_step(self) -> None:
         """Step, if the interval is "step". Called after each step of the optimizer."""
         if self.interval == "step":

@@ -26,6 +26,7 @@ _LEAST = {
     "limit_train_batches": 1,
     "limit_val_batches": 1,
     "sanity_val_batches": 0,
+    "agree_every": 1,
 }
 _OPTIONAL = {"epochs", "max_steps", "validate_every_steps", "limit_train_batches"}
 _OPTIONAL |= {"limit_val_batches"}
@@ -58,6 +59,7 @@ class TrainOptions:
     nan_guard: NanGuard | None = None
     progress_bar: bool = True
     save_on_last_epoch: bool = True
+    agree_every: int = 8
     fast_dev_run: bool = False
 
     def __post_init__(self) -> None:

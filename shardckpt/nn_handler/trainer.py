@@ -2,8 +2,8 @@
 
 A boundary lies between two steps of the optimizer. A checkpoint holds the state at the last
 boundary: the trainer notes the position in the data, the random numbers and the running sums there,
-and after it only the optimizer changes weights. At each boundary the ranks agree on what happens
-next, so that they save, stop and fail together.
+and after it only the optimizer changes weights. Every few boundaries (see Agreement), and before
+each save, the ranks agree on what happens next, so that they save, stop and fail together.
 """
 
 from __future__ import annotations
@@ -11,34 +11,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
-import msgspec
 import torch
 
-from shardckpt.coordination.exchange import exchange
-from shardckpt.coordination.resolve import operation
 from shardckpt.errors import RankFailedError, StateError
 from shardckpt.logs import warn
+from shardckpt.nn_handler.agreement import Agreement
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.callbacks import ModelCheckpoint
 from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_echo, meet
+from shardckpt.nn_handler.epoch_batches import EpochBatches
 from shardckpt.nn_handler.epoch_metrics import EpochSums
 from shardckpt.nn_handler.loading import open_source, restore, restore_tensors
-from shardckpt.nn_handler.parallel import largest
 from shardckpt.nn_handler.progress import ProgressBar
 from shardckpt.nn_handler.random_state import random_state, set_random_state
+from shardckpt.nn_handler.readiness import check_on_all
 from shardckpt.nn_handler.signals import leave, stop_requests
 from shardckpt.nn_handler.train_options import TrainOptions
-from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.nn_handler.updating import Updater
 from shardckpt.nn_handler.validation import validate
-from shardckpt.state.flatten import flatten
 
 __all__ = ["Trainer"]
 
@@ -58,13 +54,15 @@ class Trainer:
         bar = ProgressBar(options.gradient_accumulation_steps, options.limit_train_batches)
         self.bar = [bar] if options.progress_bar else []
         self.updater: Updater | None = None
+        self.agreement = Agreement(options.agree_every)
+        self.batches = EpochBatches(iter(()), per_step=1, count=None)
         self.end = self.end_step = 0
         handler.validates = options.validate_every > 0 or options.validate_every_steps is not None
 
     def run(self) -> None:
         """Train. Collective."""
         handler, saver = self.handler, self.saver
-        _check_on_all(handler, self.options)
+        check_on_all(handler, self.options)
         resumed = self._prepare()
         self.updater = Updater(
             handler,
@@ -121,8 +119,8 @@ class Trainer:
 
     def _epoch(self) -> None:
         handler = self.handler
-        batches = self._begin_epoch()
-        while self._step(batches):
+        self._begin_epoch()
+        while self._step():
             if handler.step >= self.end_step:
                 handler.stop_training = True
         if not handler.position.batches and not handler.stop_training:
@@ -137,8 +135,8 @@ class Trainer:
         else:
             self._finish_epoch()
 
-    def _begin_epoch(self) -> Iterator[Any]:
-        """The remaining batches of the epoch."""
+    def _begin_epoch(self) -> None:
+        """Prepare the remaining batches of the epoch."""
         handler, data, position = self.handler, self.handler.train_data, self.handler.position
         assert data is not None
         self.sums = handler.sums = EpochSums(handler)
@@ -158,33 +156,34 @@ class Trainer:
         elif handler.boundary is not None and handler.boundary["sums"] is not None:
             self.sums.load(handler.boundary["sums"])
         batches = data.batches(handler.epoch, position)
+        count = len(data.loader) if data.even else 0
         if handler.boundary is not None and position.batches:
             set_random_state(handler.boundary["random"])
-        limit = self.options.limit_train_batches
-        if limit is not None:
-            batches = itertools.islice(batches, max(0, limit - position.batches))
+        if self.options.limit_train_batches is not None:
+            left = max(0, self.options.limit_train_batches - position.batches)
+            batches, count = itertools.islice(batches, left), min(count, left)
+        most, least = self.agreement.largest([count, -count])
+        self.batches = EpochBatches(
+            batches,
+            per_step=self.options.gradient_accumulation_steps,
+            count=count if count and most == -least else None,
+        )
+        self.agreement.soon()
         handler.train_mode()
         self._mark()
-        return batches
 
-    def _step(self, batches: Iterator[Any]) -> bool:
-        """One step of the optimizer; False at the end of the epoch or of training.
-
-        A rank may ask for the end by handler.stop_training. The ranks agree on it before the next
-        step.
-        """
+    def _step(self) -> bool:
+        """One step of the optimizer; False at the end of the epoch or of training."""
         handler = self.handler
         assert handler.train_data is not None
         assert self.updater is not None
-        group: list[Any] = []
-        if self.failure is None and not handler.stop_training:
-            self._guard(
-                lambda: group.extend(
-                    itertools.islice(batches, self.options.gradient_accumulation_steps)
-                )
-            )
-        group = group[: self._agree(len(group))]
-        if not group or handler.stop_training:
+        agrees = self._agrees()
+        ends = agrees and (handler.stop_training or self.failure is not None)
+        group = [] if ends else self.batches.for_step(agreed=agrees)
+        self.failure = self.failure or self.batches.failure
+        if agrees or not group:
+            group = group[: self._agree(len(group))]
+        if not group or (agrees and handler.stop_training):
             return False
         for number, batch in enumerate(group):
             self._hooks("on_batch_start", batch, number)
@@ -201,6 +200,15 @@ class Trainer:
             handler.validations.append(results)
             self._hooks("on_validation_end", results)
         return True
+
+    def _agrees(self) -> bool:
+        """Whether the ranks agree before the next step; the same on all ranks.
+
+        A rank may ask for the end by handler.stop_training. All of them end when they agree.
+        """
+        due, saver = self.agreement.due(), self.saver
+        saves = saver is not None and saver.due(self.handler)
+        return due or saves or self.batches.count is None or self.handler.step >= self.end_step
 
     def _finish_epoch(self) -> None:
         handler, saver = self.handler, self.saver
@@ -300,7 +308,7 @@ class Trainer:
         """
         handler, saver = self.handler, self.saver
         sign = -1 if boundary else 1
-        signal, failed, stop, minutes, found = largest(
+        signal, failed, stop, minutes, found = self.agreement.largest(
             [
                 self.requests.received,
                 handler.rank + 1 if self.failure is not None else 0,
@@ -312,6 +320,7 @@ class Trainer:
         handler.stop_training = bool(stop)
         if failed:
             self.told = True
+            self._warn_of_repeats()
             raise self.failure or RankFailedError(
                 "Training fails on another rank",
                 rank=failed - 1,
@@ -367,7 +376,7 @@ class Trainer:
             callbacks = [callback for callback in callbacks if not callback.writes_files]
         callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
         for callback in callbacks:
-            if self.failure is None:
+            if self.failure is None or self.handler.world_size > 1:  # others may wait in a hook
                 self._guard(partial(getattr(callback, hook), self.handler, *args))
 
     def _unfinished(self) -> bool:
@@ -388,6 +397,13 @@ class Trainer:
                 f"{len(names)} parameters need gradients, but no optimizer holds them, so they are "
                 f"not trained: {some}. Call set_optimizer again after unfreezing, "
                 'or handler.optimizer.add_param_group({"params": [...]})'
+            )
+
+    def _warn_of_repeats(self) -> None:
+        if self.batches.repeats:
+            warn(
+                f"The data of rank {self.handler.rank} failed {self.batches.repeats} steps ago. "
+                "Until the ranks agreed, this rank used the batches of its last step again"
             )
 
     def _tell(self, error: BaseException) -> None:
@@ -439,70 +455,3 @@ class Trainer:
             raise StateError(f"The ranks hold the state together, and {failure.problem}")
         elif failure.elected:
             saver.emergency(handler, process_group=group_of_one())
-
-
-def _check_on_all(handler: TrainingState, options: TrainOptions) -> None:
-    """Raise StateError for a handler that can't train, or that differs by rank. Collective.
-
-    An error on one rank, such as one of a callback's state_dict, is raised on all ranks at once.
-    """
-
-    def check() -> bytes:
-        _check_ready(handler)
-        return msgspec.msgpack.encode(_outline(handler, options))
-
-    if handler.world_size == 1:
-        _check_ready(handler)
-        return
-    with operation("NNHandler: the beginning of training") as coordinator:
-        exchange(coordinator, "ready", check, _check_alike)
-
-
-def _outline(handler: TrainingState, options: TrainOptions) -> dict[str, str]:
-    """The parts that take part in collectives, by name."""
-    saver = handler.auto_saver
-    parts = {f"train({name}=)": value for name, value in asdict(options).items()}
-    parts["set_val_loader"] = "called" if handler.val_data is not None else "not called"
-    parts["auto_save"] = "not called" if saver is None else saver.description()
-    parts["add_callback"] = [type(callback).__name__ for callback in handler.callbacks]
-    parts["set_optimizer"] = list(handler.optimizations)
-    parts.pop("train(progress_bar=)")
-    return {name: str(value) for name, value in parts.items()}
-
-
-def _check_alike(payloads: list[bytes]) -> bytes:
-    """Raise StateError unless the outlines of all ranks are equal."""
-    first, *others = (msgspec.msgpack.decode(p, type=dict[str, str]) for p in payloads)
-    for rank, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other[name] != value:
-                raise StateError(
-                    f"The ranks prepare training differently: {name}",
-                    rank=rank,
-                    expected=f"{value}, as on rank 0",
-                    actual=other[name],
-                    remedy="make the same calls on all ranks; callbacks that write files write on "
-                    "rank 0 alone",
-                )
-    return b""
-
-
-def _check_ready(handler: TrainingState) -> None:
-    handler.check_given()
-    if handler.averaging:
-        raise StateError(
-            "Training inside ema_weights() is not possible: its end restores the weights",
-            remedy="call train after the with block",
-        )
-    missing = {
-        "set_optimizer": handler.optimizations or None,
-        "set_train_loader": handler.train_data,
-    }
-    for setter, value in missing.items():
-        if value is None:
-            raise StateError("The handler can't train yet", remedy=f"call {setter} first")
-    for scheduler in handler.schedulers.values():
-        if scheduler.needs_metric:
-            handler.check_monitor(scheduler.monitor)
-    # an error of what can't be saved is raised now, not by the first save
-    flatten({"config": handler.config(), "callbacks": handler.callback_states()}, rank=handler.rank)

@@ -452,6 +452,12 @@ class TrainingState:
 
     def state(self) -> dict[str, Any]:
         """Internal. The state that a checkpoint holds."""
+        if self.averaging:
+            raise StateError(
+                "A save inside ema_weights() would save the averages in place of the weights",
+                remedy="save after the with block: the checkpoint holds both, and "
+                "initialize_from_checkpoint(..., ema=True) reads the averages",
+            )
         config = self.config()
         if self.rank == 0:
             warn_of_absent(config, self.warned)

@@ -14,6 +14,7 @@ from shardckpt.state.local_chunks import PLAIN
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.match_context import Finish, Match, MatchContext
 from shardckpt.state.materialize import NOTHING, Builder
+from shardckpt.state.module_state import modules_in
 from shardckpt.state.refusals import reading_state, setting_state
 from shardckpt.state.saved_tree import below
 
@@ -135,6 +136,7 @@ def match_stateful(context: MatchContext, template: Any, name: str) -> Finish:
     """
     with reading_state(template, at=name):
         own = template.state_dict()
+    context.parameter_names.add(modules_in(own, at=name))
     value = context.build(name, like=own)
     if value is NOTHING:
         return lambda: template

@@ -155,6 +155,7 @@ class _Flattener:
         if has_state(value):
             with reading_state(value, at=name):
                 state = value.state_dict()
+            self.parameter_names.add(modules_in(state, at=name))
             return self.walk(state, name, depth)
         record = values.record_of(value)
         if record is not None:

@@ -73,9 +73,9 @@ def has_state(value: Any) -> bool:
     )
 
 
-def modules_in(state: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of the outermost modules in a nested state."""
-    stack: list[tuple[tuple[str, ...], Any]] = [((), state)]
+def modules_in(state: Any, *, at: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of the outermost modules in a nested state, whose own name is `at`."""
+    stack: list[tuple[tuple[str, ...], Any]] = [((at,) if at else (), state)]
     seen: set[int] = set()
     while stack:
         path, value = stack.pop()

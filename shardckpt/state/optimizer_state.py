@@ -67,6 +67,11 @@ class ParameterNames:
         self._named_modules = list(modules)
         self._read = read or {}
 
+    def add(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Add the modules that the state_dict of an object has returned."""
+        self._named_modules += modules
+        self.__dict__.pop("_modules", None)
+
     @cached_property
     def _modules(self) -> list[tuple[str, Mapping[int, str]]]:
         names = []

@@ -157,6 +157,7 @@ class _Taker:
         if has_state(value):
             with reading_state(value, at=at.removeprefix(".")):
                 state = value.state_dict()
+            self.modules += modules_in(state, at=at.removeprefix("."))
             return self.walk(state, at, copy_up_to=copy_up_to, depth=depth)
         if isinstance(value, torch.Generator):
             return value.get_state()

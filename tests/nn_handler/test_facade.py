@@ -699,6 +699,38 @@ def test_a_typo_in_a_device_map_is_an_error(tmp_path):
     assert not NNHandler.load(tmp_path / "a", device_map="cpu").model.training
 
 
+def test_a_model_argument_without_its_name_is_told():
+    with pytest.raises(StateError, match="by name"):
+        NNHandler(Body, "cpu", 32)
+
+
+def test_predict_divides_a_list_of_samples_into_batches():
+    handler, samples = make(), [DS[number] for number in range(10)]
+    inputs = torch.stack([sample[0] for sample in samples])
+    found = handler.predict(samples, batch_size=4)
+    assert torch.equal(found, handler.predict(inputs))
+
+
+def test_a_save_inside_ema_weights_is_refused(tmp_path):
+    handler = train(make(), ema_decay=0.5)
+    own = {name: tensor.clone() for name, tensor in handler.module.state_dict().items()}
+    for name in ("a", "a.pth"):
+        with handler.ema_weights(), pytest.raises(StateError, match="ema=True"):
+            handler.save(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+    handler.save(tmp_path / "a")
+    loaded = NNHandler.load(tmp_path / "a").module.state_dict()
+    assert all(torch.equal(loaded[name], own[name]) for name in own)
+
+
+def test_the_rates_of_a_scheduler():
+    handler = make()
+    handler.set_scheduler(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    begun = handler.scheduler.get_last_lr()
+    train(handler)
+    assert handler.scheduler.get_last_lr() == [rate / 2 for rate in begun]
+
+
 def test_training_inside_ema_weights_is_refused():
     handler = train(make(), ema_decay=0.9)
     with handler.ema_weights(), pytest.raises(StateError, match="ema_weights"):

@@ -41,7 +41,8 @@ def job(parallel: str, folder: str, *, stop_at: int = 0) -> NNHandler:
 
 
 def run(handler: NNHandler) -> NNHandler:
-    handler.train(2, gradient_accumulation_steps=2, ema_decay=0.9, progress_bar=False)
+    options = {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "agree_every": 1}
+    handler.train(2, progress_bar=False, **options)
     return handler
 
 
@@ -82,7 +83,7 @@ def loss_that_fails_on_one_rank(outputs, targets):
 def outcome(handler: NNHandler) -> tuple[str, object, bool]:
     """Which error training ends with, the rank it names, and whether it says "not saved"."""
     try:
-        handler.train(2, progress_bar=False)
+        handler.train(2, progress_bar=False, agree_every=1)
     except Exception as error:
         not_saved = "nothing was saved" in str(getattr(error, "__notes__", ""))
         return type(error).__name__, getattr(error, "rank", None), not_saved
@@ -206,7 +207,7 @@ def mid_epoch(size: int, folder: str, parallel: str) -> None:
         handler.add_callback(SignalOnOneRank(4, 2))
         handler.auto_save(interval=-1, save_path=f"{folder}/c")
         with pytest.raises(SystemExit):
-            handler.train(1, progress_bar=False)
+            handler.train(1, progress_bar=False, agree_every=1)
         expected = weights(handler)
         if dist.get_rank() == 0:
             torch.save([expected, handler.train_data.loader.dataset.seen], f"{folder}/expected.pt")

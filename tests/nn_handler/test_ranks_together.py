@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from shardckpt import NNHandler
 from shardckpt.errors import CheckpointError, RankFailedError, StateError
-from shardckpt.nn_handler import Callback
+from shardckpt.nn_handler import Callback, agreement
 from shardckpt.nn_handler import parallel as of_ranks
 from tests.nn_handler.models import Net, NormNet, a_handler, data, same, weights, with_data
 from tests.nn_handler.test_features import OwnObject, a_gan, f1, gan_step
@@ -81,7 +82,7 @@ def running_means(folder: str) -> None:
         failing.auto_save(save_path=f"{folder}/{parallel}-emergency")
         failing.add_callback(Fails(step=2))
         with pytest.raises(ValueError if dist.get_rank() == 1 else RankFailedError):
-            quiet(failing, ema_decay=0.9)
+            quiet(failing, ema_decay=0.9, agree_every=1)
         assert os.listdir(f"{folder}/{parallel}-emergency") == ["step2"]
     assert found["ddp", "rank0"] != found["ddp", "mean"]
 
@@ -204,7 +205,7 @@ def handlers_that_differ(folder: str) -> None:
 def one_rank_decides(folder: str) -> None:
     handler = a_handler("ddp")
     handler.add_callback(OnRankOne())
-    assert quiet(handler, 2).step == 3
+    assert quiet(handler, 2, agree_every=1).step == 3
     handler.save(f"{folder}/decided")
     assert "planted" in message(lambda: NNHandler.load(f"{folder}/decided"))
 
@@ -244,6 +245,72 @@ def a_group_without_gloo() -> None:
     assert of_ranks._cpu_groups.pop(dist.group.WORLD) is not None
 
 
+class Noted(Callback):
+    """Notes the steps at which the ranks agree; on rank 1 it can end training at step 4."""
+
+    def __init__(self, stops: bool = False) -> None:
+        self.stops, self.steps = stops, []
+
+    def on_step_end(self, handler, loss):
+        handler.stop_training |= self.stops and dist.get_rank() == 1 and handler.step == 4
+
+
+class Holes(TensorDataset):
+    """On rank 1 the fifth batch of four samples fails."""
+
+    def __init__(self) -> None:
+        super().__init__(*data(160).tensors)
+
+    def __getitem__(self, index):
+        if index >= 32 and dist.get_rank() == 1:
+            raise ValueError("planted")
+        return super().__getitem__(index)
+
+
+def agreements(folder: str) -> None:
+    """The ranks agree every few steps; until then a rank without data keeps the others going."""
+    agreed: list[int] = []
+    handler = a_handler("ddp")
+
+    def noted(numbers: list[int]) -> list[int]:
+        agreed.append(handler.step)
+        return of_ranks.largest(numbers)
+
+    def begin(parallel: str, dataset=None) -> NNHandler:
+        nonlocal handler
+        handler = a_handler(parallel)
+        handler.set_train_loader(dataset or data(160), batch_size=4)
+        handler.val_data = None
+        agreed.clear()
+        return handler
+
+    with (
+        mock.patch.object(agreement, "largest", noted),
+        mock.patch.object(agreement, "_PERIOD_S", 1e6),  # however slow the steps are
+    ):
+        quiet(begin("ddp"))
+        assert sorted(set(agreed)) == [0, 1, 3, 7, 15, 20]
+        begin("ddp").auto_save(save_path=f"{folder}/agreed", every_steps=5)
+        quiet(handler)
+        assert sorted(set(agreed)) == [0, 1, 3, 5, 10, 15, 20]
+        begin("ddp").add_callback(Noted(stops=True))
+        assert quiet(handler).step == 7
+        assert same_on_all(numbers(handler))
+        for parallel in ("ddp", "fsdp"):
+            begin(parallel, Holes()).auto_save(save_path=f"{folder}/holes-{parallel}")
+            with (
+                warnings.catch_warnings(record=True) as caught,
+                pytest.raises((RankFailedError, ValueError)) as raised,
+            ):
+                quiet(handler)
+            assert os.listdir(f"{folder}/holes-{parallel}") == ["step7"]
+            if dist.get_rank() == 0:
+                assert raised.value.rank == 1
+            else:
+                assert str(raised.value) == "planted"
+                assert any("failed 3 steps ago" in str(one.message) for one in caught)
+
+
 def everything(folder: str) -> None:
     running_means(folder)
     failures_of_one_rank(folder)
@@ -256,6 +323,7 @@ def everything(folder: str) -> None:
     parameters_that_one_rank_uses()
     static_graph()
     a_group_without_gloo()
+    agreements(folder)
 
 
 @pytest.mark.ranks

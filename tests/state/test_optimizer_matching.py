@@ -272,3 +272,39 @@ def test_parameters_tied_across_modules_have_their_state_in_any_order_of_the_mod
     shardckpt.load({"b": b2, "a": a2, "o": loaded}, tmp_path / "c")
     for one, other in ((a.weight, a2.weight), (a.bias, a2.bias), (b.bias, b2.bias)):
         assert same(optimizer.state[one], loaded.state[other])
+
+
+class Trainable:
+    """An object that returns its module and optimizer as they are."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        self.optimizer = optim.AdamW(self.model.parameters(), lr=0.1 + seed)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(torch.ones(2, 3)).square().sum().backward()
+        self.optimizer.step()
+
+    def state_dict(self):
+        return {"model": self.model, "optimizer": self.optimizer}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+@pytest.mark.parametrize("save", ["save", "async_save"])
+def test_an_object_whose_state_dict_returns_a_module_and_its_optimizer(tmp_path, save):
+    one, other = Trainable(0), Trainable(1)
+    one.step()
+    handle = getattr(shardckpt, save)({"all": one, "step": 1}, tmp_path / "c")
+    if save == "async_save":
+        handle.result()
+    shardckpt.load({"all": other, "step": 0}, tmp_path / "c")
+    for each in (one, other):
+        each.step()
+    assert other.optimizer.param_groups[0]["lr"] == 0.1
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,47 @@
+"""The states of random-number generators."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from shardckpt.nn_handler.random_state import random_state, seed_generators, set_random_state
+
+
+def draws() -> list[float]:
+    return [
+        *np.random.normal(size=3).tolist(),
+        np.random.rand(),
+        random.random(),
+        random.gauss(0, 1),
+        torch.rand(()).item(),
+    ]
+
+
+@pytest.mark.parametrize("normals", range(4))
+def test_the_state_at_every_point_gives_the_same_numbers_again(normals):
+    seed_generators(7)
+    for _ in range(3):
+        for _ in range(normals):
+            np.random.normal()  # every second one is kept for the next call
+            random_state()
+        state = random_state()
+        assert str(random_state()) == str(state)
+        found = draws()
+        set_random_state(state)
+        assert draws() == found
+
+
+def test_another_generator_of_numpy():
+    before = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.MT19937(3))
+        state = random_state()
+        found = draws()
+        set_random_state(state)
+        assert draws() == found
+    finally:
+        np.random.set_bit_generator(before)
