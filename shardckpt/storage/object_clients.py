@@ -46,6 +46,7 @@ _EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
 _UNAVAILABLE = re.compile(r"status code: (408|409|429|5\d\d)\b|HTTP error: (?!builder)")
 """The texts of errors after which the same request may succeed. obstore has no types for them."""
 
+_EXISTS = "<Code>BlobAlreadyExists</Code>"
 _CUT = "response body error"
 _READS = 3  # of a body that was cut: obstore repeats all other reads by itself
 _CLIENT = {
@@ -213,7 +214,8 @@ class ClientObjects(Objects):
             try:
                 put = obstore.put(self._once, key, data, mode=mode, use_multipart=False)
             except (AlreadyExistsError, PreconditionError) as error:
-                if _UNAVAILABLE.search(_first_line(error)):  # 409: another request was under way
+                # 409 says that another request was under way, apart from this code of Azure.
+                if _UNAVAILABLE.search(_first_line(error)) and _EXISTS not in str(error):
                     raise
                 raise ConditionFailedError(key) from error
         return _version(put)

@@ -297,13 +297,16 @@ class ObjectTransaction(WriteTransaction):
                 self._objects.put_if(key, manifest, replaces=self.replaces)
                 break
             except ConditionFailedError as error:
-                if unavailable is None:
-                    self._may_delete = True
-                    raise self._lost() from error
-                with suppress(StoreUnavailableError):
-                    if _get(self._objects, key)[0] == manifest:
-                        break  # an earlier attempt has put it
-                    raise self._lost() from error
+                try:
+                    found, version = _get(self._objects, key)
+                except StoreUnavailableError as no_answer:
+                    unavailable = no_answer
+                    continue
+                if found == manifest:
+                    break  # put by an earlier attempt, or by a request that was repeated on its way
+                # If this is still what `begin` has read, the answer or the refusal is wrong.
+                self._may_delete = unavailable is None and version not in (None, self.replaces)
+                raise self._lost() from error
             except StoreUnavailableError as error:
                 unavailable = error
         else:

@@ -37,6 +37,16 @@ def hasty(self, manifest, commit=ObjectTransaction.commit):
         raise
 
 
+def trusting(self, manifest):
+    """Takes every failed condition for another save."""
+    self._may_delete = True
+    try:
+        self._objects.put_if(self._prefix + "manifest.json", manifest, replaces=self.replaces)
+    except object_store.ConditionFailedError as error:
+        raise self._lost() from error
+    self._may_delete = False
+
+
 def shards_first(self, path):
     objects, prefix = self.at(path)
     text, _ = object_store._get(objects, prefix + "manifest.json")
@@ -57,11 +67,19 @@ def in_place(self, name, *, size_bytes, shared=False):
     [
         (ObjectTransaction, "commit", unconditional, stores.every_race),
         (ObjectTransaction, "commit", hasty, lambda: stores.every_fault(["late commits"])),
+        (ObjectTransaction, "commit", trusting, lambda: stores.every_fault(["repeated"])),
         (ObjectStorage, "remove", shards_first, lambda: stores.every_fault(["killed"])),
         (object_store, "_id_of", lambda text: "0" * 32, lambda: stores.every_fault(["killed"])),
         (ObjectFiles, "_missing", lambda self, name: None, stores.every_race),
     ],
-    ids=["no condition", "deletes in doubt", "shards first", "another id", "an untyped error"],
+    ids=[
+        "no condition",
+        "deletes in doubt",
+        "trusts a 412",
+        "shards first",
+        "another id",
+        "an untyped error",
+    ],
 )
 def test_planted_faults_are_seen(monkeypatch, owner, name, instead, seen):
     monkeypatch.setattr(owner, name, instead)

@@ -29,6 +29,7 @@ HARNESSES = {
     "manifest": ("tests.faults.fuzz:manifest_trial", "inputs for the parser of manifests"),
     "header": ("tests.faults.fuzz:header_trial", "inputs for the parser of shard headers"),
     "stores": ("tests.faults.stores:trial", "requests that an object store failed"),
+    "proxy": ("tests.faults.store_proxy:trial", "answers of an object server that failed"),
     "meshes": ("tests.faults.test_meshes:trial", "states saved on one mesh, loaded on another"),
     "ranks": ("tests.faults.rank_faults:trial", "ranks that fail"),
     "kills": ("tests.faults.kills:trial", "processes killed at random"),

@@ -188,6 +188,19 @@ def test_of_two_replacing_saves_one_wins(url):
     assert len(keys(url)) == 2
 
 
+def test_a_commit_that_is_repeated_on_its_way_succeeds(url):
+    """The second request is refused, and its answer alone arrives."""
+    storage = resolve(url).storage
+    transaction = storage.begin(url, checkpoint_id="a" * 32, overwrite=False)
+    objects, prefix = storage.at(url)
+    manifest = b'{"format":"shardckpt","version":1,"id":"' + b"a" * 32 + b'"}'
+    objects.put(f"{prefix}manifest.json", manifest)
+    transaction.commit(manifest)
+    transaction.abandon()
+    assert keys(url) == ["manifest.json"]
+    storage.remove(url)
+
+
 def test_removal(url):
     storage = resolve(url).storage
     shardckpt.save(STATE, url)
