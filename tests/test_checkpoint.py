@@ -53,7 +53,7 @@ def test_a_slice_parses_no_more_of_the_manifest_than_it_needs(tmp_path, monkeypa
         raise AssertionError("all of it")
 
     with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
-        monkeypatch.setattr("shardckpt.checkpoint.from_bytes", complete)
+        monkeypatch.setattr("shardckpt.storage.opened.from_bytes", complete)
         tensor = checkpoint["m.layer.0.w"]
         assert tensor[1].tolist() == [2, 3]
         assert (tensor.size_bytes, tensor.shards) == (24, {0})

@@ -62,6 +62,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         native = np.ascontiguousarray(value.astype(value.dtype.newbyteorder("=")))
         return str(native.dtype), list(value.shape), native.tobytes().hex()
+    if isinstance(value, (set, frozenset)):  # equal sets may have different orders
+        return [type(value).__name__, sorted(map(repr, value))]
     if isinstance(value, memoryview):
         return plain(bytes(value))
     if isinstance(value, torch.Generator):

@@ -85,7 +85,7 @@ def record(payload: bytes) -> bytes:
 class Nowhere:
     """A Storage that keeps the manifest alone, and is its own transaction, file and reader."""
 
-    direct = False
+    direct = commits_part = False
     path = token = "nowhere"
 
     def __init__(self) -> None:
@@ -98,6 +98,8 @@ class Nowhere:
     def join(self, path: str, *, token: str) -> Nowhere:
         """See Storage.join."""
         return self
+
+    join_part = join
 
     def open(self, path: str) -> Nowhere:
         """See Storage.open."""

@@ -77,7 +77,7 @@ def read_small(path: str, *, limit_bytes: int = JSON_LIMIT_BYTES) -> bytes:
                 actual=f"{size_bytes} bytes",
                 remedy=_DISTRUST,
             )
-        return file.read(limit_bytes)
+        return file.read(size_bytes)  # read allocates what it is asked for
 
 
 @contextmanager
