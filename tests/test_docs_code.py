@@ -3,7 +3,9 @@ only check that all code is run."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -38,6 +40,18 @@ def in_folder(folder: str) -> None:
     runpy.run_path("page.py", run_name="__main__")
 
 
+def needed(text: str) -> set[str]:
+    """The packages of scripts/integrations that the code of a page imports."""
+    code = "".join(block.code for block in blocks(text))
+    packages = "accelerate|lightning|peft|torchdata|torchft|torchtitan|transformers"
+    integrations = rf"^from shardckpt\.integrations\.({packages})\b"
+    return {
+        package
+        for pattern in (rf"^(?:import|from) ({packages})\b", integrations)
+        for package in re.findall(pattern, code, re.MULTILINE)
+    }
+
+
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -50,7 +64,16 @@ def name(page: Path) -> str:
     ids=name,
 )
 def test_the_code_of_a_page_runs(page, tmp_path):
+    for package in needed(page.read_text()):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; scripts/integrations runs this page")
     run(page, tmp_path)
+
+
+def test_the_packages_that_a_page_needs_are_found():
+    page = ROOT / "docs" / "how-to" / "transformers.md"
+    assert needed(page.read_text()) == {"peft", "transformers"}
+    assert needed((ROOT / "README.md").read_text()) == set()
 
 
 @pytest.mark.ranks

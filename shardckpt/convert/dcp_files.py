@@ -68,7 +68,7 @@ class DcpFolder(Folder):
     Names and nesting are those of DCP, values are those that DCP pickles. Numpy arrays become
     tensors, which can be loaded without unpickling."""
 
-    index = ".metadata"
+    index = (".metadata",)
     names = r"\.metadata|__\d+_\d+\.distcp"
 
     def __init__(

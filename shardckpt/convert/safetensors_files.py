@@ -214,11 +214,12 @@ def _new_file(
 
 
 class HuggingFace(Folder):
-    """Writes a source in the layout of Hugging Face: flat names, safetensors files of at most
-    `file_bytes`, an index. Entries other than tensors raise StateError. Configuration and
-    tokenizer of a source in the same layout are copied."""
+    """Writes a source in the layout of Hugging Face: flat names, one safetensors file, or several
+    of at most `file_bytes` and an index. Entries other than tensors raise StateError. Configuration
+    and tokenizer of a source in the same layout are copied."""
 
-    index = _INDEX
+    index = (_INDEX, "model.safetensors")
+    stem = "model"
     names = r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
 
     def __init__(
@@ -259,7 +260,9 @@ class HuggingFace(Folder):
             room -= entry.size_bytes
 
     def _name(self, number: int) -> str:
-        return f"model-{number + 1:05}-of-{len(self.files):05}.safetensors"
+        if len(self.files) == 1:
+            return f"{self.stem}.safetensors"
+        return f"{self.stem}-{number + 1:05}-of-{len(self.files):05}.safetensors"
 
     def write(self, ranks: Coordinator, progress: Callable[[int], None]) -> bytes:
         """See Rewriting.write."""
@@ -275,8 +278,12 @@ class HuggingFace(Folder):
 
     def finish(self, write: AtomicWrite, payloads: list[bytes]) -> None:
         """See Target.finish."""
+        if len(self.files) > 1:
+            write.add_bytes(self._index_text(), f"{self.stem}.safetensors.index.json")
+        self.copy(write)
+
+    def _index_text(self) -> bytes:
         total = sum(entry.size_bytes for entry in self.source.manifest.tensors.values())
         places = {n: self._name(number) for number, names in enumerate(self.files) for n in names}
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        write.add_bytes(json.dumps(index, indent=2).encode(), self.index)
-        self.copy(write)
+        return json.dumps(index, indent=2).encode()

@@ -162,7 +162,7 @@ def write_many(
     with atomic_write(
         folder,
         overwrite=overwrite,
-        index=INDEX,
+        index=(INDEX,),
         foreign=lambda names: _not_indexed(folder, names, system or System()),
         system=system,
     ) as write:

@@ -28,7 +28,7 @@ class Target(ABC):
     """Base class of writers of a file in another format; see
     shardckpt.maintenance.reshard.Rewriting."""
 
-    index = ""
+    index: tuple[str, ...] = ()
 
     def __init__(self, path: str, *, overwrite: bool, system: System | None = None) -> None:
         self.path, self.overwrite, self.system = path, overwrite, system or System()
@@ -101,9 +101,9 @@ class Target(ABC):
 class Folder(Target):
     """Base class of writers of a folder.
 
-    `index` is the file that lists the others, and `names` the pattern of file names: a folder is
-    replaced only if it holds nothing else. `copied`: name -> file of the source that is copied to
-    the folder; an equal file in the old folder may be replaced.
+    `index` has the files of which each folder has one, and `names` the pattern of file names: a
+    folder is replaced only if it holds nothing else. `copied`: name -> file of the source that is
+    copied to the folder; an equal file in the old folder may be replaced.
     """
 
     names: str

@@ -20,9 +20,9 @@ from shardckpt.nn_handler.groups import Choice, Groups, group_names, grouped
 from shardckpt.nn_handler.model_code import collect_code
 from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Buffers, Layout, Parallel, start, wrap
-from shardckpt.nn_handler.random_state import seed_generators
 from shardckpt.nn_handler.scheduling import Interval, Scheduler
 from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.state.random_state import seed_generators
 
 __all__ = ["Components", "check_compile"]
 

@@ -22,7 +22,7 @@ from torch.utils.data import (
 from shardckpt.errors import StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.parallel import Layout
-from shardckpt.nn_handler.random_state import random_state, set_random_state
+from shardckpt.state.random_state import random_state, set_random_state
 
 __all__ = ["Position", "TrainData", "ValData", "set_epoch"]
 

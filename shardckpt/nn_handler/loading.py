@@ -33,7 +33,6 @@ from shardckpt.nn_handler.objects import Given, Names, making
 from shardckpt.nn_handler.optimization import MAIN
 from shardckpt.nn_handler.parallel import Parallel
 from shardckpt.nn_handler.placement import place
-from shardckpt.nn_handler.random_state import random_state, seed_generators, set_random_state
 from shardckpt.nn_handler.saved import (
     CallbackState,
     Config,
@@ -51,6 +50,7 @@ from shardckpt.plan.device_map import DeviceMap
 from shardckpt.state.markers import PerRank
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import canonical_names
+from shardckpt.state.random_state import random_state, seed_generators, set_random_state
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import resolve

@@ -5,23 +5,25 @@ load can create them again. Attributes are not enough: an attribute can have the
 and another value. Users create these modules before a handler sees them. So the import of NNHandler
 sets `torch.nn.Module.__new__`, which notes the arguments of each module that is created later.
 
-Nothing else changes: the arguments are kept outside of the module, in a dict with weak keys, with
-weak references to the modules and tensors among them. Modules that were copied or unpickled have no
-arguments. `import shardckpt` alone sets nothing. tests/nn_handler/test_recording.py shows all this.
+Nothing else changes: the arguments are kept outside of the module, in a dict by its identity, with
+weak references to the module, and to the modules and tensors among the arguments. Modules that were
+copied or unpickled have no arguments. `import shardckpt` alone sets nothing.
+tests/nn_handler/test_recording.py shows all this.
 """
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import nn
 
 __all__ = ["install", "recorded"]
 
-_made: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
+# By id: a module's __hash__ may need what its __init__ sets, and the module is new here.
+_made: dict[int, tuple[ref[nn.Module], Any, Any]] = {}
 _GONE = object()
 
 
@@ -30,18 +32,17 @@ def install() -> None:
     if "__new__" in vars(nn.Module):
         return
     set_state: Any = nn.Module.__setstate__
+    drop = _made.pop
 
     def new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
         other: Any = super(nn.Module, cls).__new__  # that of another base class, if there is one
         made: nn.Module = other(cls) if other is object.__new__ else other(cls, *args, **kwargs)
-        try:
-            _made[made] = _weak(args), _weak(kwargs)
-        except TypeError:  # the class defines __eq__ without __hash__
-            pass
+        at = id(made)
+        _made[at] = ref(made, lambda gone: drop(at, None)), _weak(args), _weak(kwargs)
         return made
 
     def forget(self: nn.Module, state: Any) -> None:
-        _made.pop(self, None)
+        drop(id(self), None)
         set_state(self, state)
 
     nn.Module.__new__ = new  # type: ignore[assignment,method-assign]
@@ -51,7 +52,7 @@ def install() -> None:
 def recorded(module: nn.Module) -> dict[str, Any] | None:
     """The arguments of a module by name; None if they are unknown or have no names."""
     try:
-        args, kwargs = _made[module]
+        _, args, kwargs = _made[id(module)]
         bound = inspect.signature(type(module)).bind(*_strong(args), **_strong(kwargs))
     except (KeyError, TypeError, ValueError):
         return None

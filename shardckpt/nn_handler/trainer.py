@@ -29,12 +29,12 @@ from shardckpt.nn_handler.epoch_batches import EpochBatches
 from shardckpt.nn_handler.epoch_metrics import EpochSums
 from shardckpt.nn_handler.loading import open_source, restore, restore_tensors
 from shardckpt.nn_handler.progress import ProgressBar
-from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.nn_handler.readiness import check_on_all
 from shardckpt.nn_handler.signals import leave, stop_requests
 from shardckpt.nn_handler.train_options import TrainOptions
 from shardckpt.nn_handler.updating import Updater
 from shardckpt.nn_handler.validation import validate
+from shardckpt.state.random_state import random_state, set_random_state
 
 __all__ = ["Trainer"]
 

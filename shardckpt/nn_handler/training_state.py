@@ -24,9 +24,9 @@ from shardckpt.nn_handler.model_code import in_notebook
 from shardckpt.nn_handler.objects import describe, warn_of_absent
 from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Layout, Parallel, reshard, wrap
-from shardckpt.nn_handler.random_state import random_state
 from shardckpt.nn_handler.scheduling import Scheduler
 from shardckpt.state.markers import PerRank
+from shardckpt.state.random_state import random_state
 
 __all__ = ["TrainingState"]
 

@@ -12,8 +12,8 @@ from shardckpt.errors import StateError
 from shardckpt.nn_handler.batch import forward
 from shardckpt.nn_handler.data import ValData, set_epoch
 from shardckpt.nn_handler.epoch_metrics import EpochSums
-from shardckpt.nn_handler.random_state import random_state, set_random_state
 from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.state.random_state import random_state, set_random_state
 
 __all__ = ["each_batch", "validate"]
 

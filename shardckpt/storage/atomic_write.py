@@ -51,7 +51,7 @@ def atomic_write(
     path: str,
     *,
     overwrite: bool,
-    index: str = "",
+    index: Sequence[str] = (),
     foreign: Foreign = lambda names: (),
     system: System | None = None,
 ) -> Iterator[AtomicWrite]:
@@ -59,12 +59,12 @@ def atomic_write(
 
     If the block raises, nothing remains of the write. A symlink at `path` is followed. Missing
     parent folders are made. An existing folder is replaced only by a folder, and only if it holds
-    a file named `index` and no name that `foreign` returns. Not collective.
+    a file with a name of `index` and no name that `foreign` returns. Not collective.
 
     Args:
         path: The file or folder.
         overwrite: Replace an existing file or folder.
-        index: The name of a file in each folder of this format. Empty to write a single file.
+        index: Names of which each folder of this format has one. Empty to write a single file.
         foreign: Returns the names in an existing folder that must not be removed.
         system: Performs the system calls.
 
@@ -113,7 +113,7 @@ class AtomicWrite:
         lock: Lock,
         *,
         overwrite: bool,
-        index: str,
+        index: Sequence[str],
         foreign: Foreign,
     ) -> None:
         self.system, self.target = system, target
@@ -139,11 +139,12 @@ class AtomicWrite:
                 path=self.target,
                 remedy="pass overwrite=True, or save to another path",
             )
-        if not (self._index in names if self._index else stat.S_ISREG(mode)):
+        index = " or ".join(self._index)
+        if not (set(names).intersection(self._index) if index else stat.S_ISREG(mode)):
             raise NotACheckpointError(
                 "overwrite=True replaces only a checkpoint of the same format",
                 path=self.target,
-                expected=f"a folder with {self._index}" if self._index else "a regular file",
+                expected=f"a folder with {index}" if index else "a regular file",
                 actual=_describe(mode),
                 remedy="move it out of the way, or save to another path",
             )
@@ -152,7 +153,7 @@ class AtomicWrite:
             raise NotACheckpointError(
                 "overwrite=True would remove files that do not belong to the checkpoint",
                 path=self.target,
-                expected=f"files of a checkpoint, such as {self._index}",
+                expected=f"files of a checkpoint, such as {self._index[0]}",
                 actual=", ".join(others[:8]),
                 remedy="move them to another place, or save to another path",
             )

@@ -269,13 +269,13 @@ def hostile(tmp_path, kind: str) -> str:
     elif kind in ("hf index", "hf file", "hf missing"):
         shardckpt.save(tensors, tmp_path / "c")
         convert(str(tmp_path / "c"), str(path), to="hf")
-        if kind == "hf index":
-            index = {"weight_map": {"other": "model-00001-of-00001.safetensors"}}
+        index = {"weight_map": {"other": "model.safetensors"}}
+        if kind != "hf file":
             (path / "model.safetensors.index.json").write_text(json.dumps(index))
-        elif kind == "hf file":
-            cut(path / "model-00001-of-00001.safetensors")
-        else:
-            (path / "model-00001-of-00001.safetensors").unlink()
+        if kind == "hf file":
+            cut(path / "model.safetensors")
+        elif kind == "hf missing":
+            (path / "model.safetensors").unlink()
     elif kind in ("flipped.safetensors", "tree.safetensors"):
         path = tmp_path / kind
         shardckpt.save(tensors, tmp_path / "c")

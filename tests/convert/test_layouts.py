@@ -358,7 +358,8 @@ def test_an_adapter_and_other_weights(tmp_path):
     assert same_weights(state, Net(width=5)) or len(state) == len(report.tensors)
     report = convert(str(tmp_path / "c"), str(tmp_path / "hf"), to="hf")
     assert "adapter_config.json" in report.copied
-    assert set(load_file(tmp_path / "hf" / "model-00001-of-00001.safetensors")) == set(state)
+    assert set(load_file(tmp_path / "hf" / "model.safetensors")) == set(state)
+    assert not (tmp_path / "hf" / "model.safetensors.index.json").exists()
 
 
 def test_values_by_rank_are_listed_as_changed(tmp_path):

@@ -45,12 +45,24 @@ class NoHash(nn.Module):
     __hash__ = None  # type: ignore[assignment]
 
 
+class HashOfState(nn.Module):
+    """A hash of what __init__ sets, as the metrics of torchmetrics have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def __hash__(self) -> int:
+        return hash(self.width)
+
+
 def test_arguments_are_noted():
     assert recorded(Loss(2.0, kind="b", more=3)) == {"scale": 2.0, "kind": "b", "more": 3}
     assert recorded(Loss(scale=1.0)) == {"scale": 1.0}
     assert Mixed(3).seen == (3,)
     assert recorded(Mixed(3)) == {"width": 3}
-    assert recorded(NoHash()) is None
+    assert recorded(NoHash()) == {}
+    assert recorded(HashOfState(3)) == {"width": 3}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardckpt.nn_handler.random_state import random_state, seed_generators, set_random_state
+from shardckpt.state.random_state import random_state, seed_generators, set_random_state
 
 
 def draws() -> list[float]:
