@@ -11,7 +11,7 @@ from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.single import SingleCoordinator
-from shardckpt.loading.pipeline import run_load
+from shardckpt.loading.pipeline import LoadOptions, run_load
 from shardckpt.maintenance.rescue import rescue as run_rescue
 from shardckpt.maintenance.reshard import reshard as run_reshard
 from shardckpt.maintenance.verify import verify_shards
@@ -288,7 +288,10 @@ def load(
         >>> state["weight"]
         tensor([1., 1., 1.])
     """
-    place, cast = resolve(path, storage), casts(dtype)
+    place = resolve(path, storage)
+    options = LoadOptions(
+        strict=strict, cast=casts(dtype), keys=keys, rename=rename, transforms=transforms
+    )
     background.wait_until_staged()
     with operation(f"load {place.path}", process_group, comm=comm) as coordinator:
         return run_load(
@@ -296,11 +299,7 @@ def load(
             place.path,
             coordinator=coordinator,
             storage=place.storage,
-            strict=strict,
-            cast=cast,
-            keys=keys,
-            rename=rename,
-            transforms=transforms,
+            options=options,
         )
 
 

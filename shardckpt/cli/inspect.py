@@ -111,7 +111,7 @@ def page(
     tensors = list(_tensors(saved))
     yield checkpoint.path
     yield from _origin(checkpoint)
-    parts = _parts(tensors)
+    parts = _sizes_by_first_key(tensors)
     if len(parts) > 1:
         yield from ("", "parts", *table(parts, right=(1, 2)))
     if tensors:
@@ -232,7 +232,7 @@ def _row(name: str, source: str, entry: TensorEntry) -> tuple[str, ...]:
     return name, _dtype(entry), str(list(entry.shape)), size_text(entry.size_bytes), location
 
 
-def _parts(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, ...]]:
+def _sizes_by_first_key(tensors: Sequence[tuple[str, str, TensorEntry]]) -> list[tuple[str, ...]]:
     """List the number and the bytes of the tensors below each key at the top. Ties count once."""
     by_key: dict[str, dict[str, int]] = {}
     for name, source, entry in tensors:

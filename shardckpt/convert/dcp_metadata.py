@@ -69,7 +69,8 @@ def parse_metadata(data: Readable) -> ReadMetadata:
             for name, path in _dict(facts.get("planner_data") or {}).items()
         },
         storage_data={
-            _index(index): _place(place) for index, place in _dict(facts["storage_data"]).items()
+            _index(index): _storage_location(location)
+            for index, location in _dict(facts["storage_data"]).items()
         },
     )
     return ReadMetadata(metadata, writer, unknown)
@@ -143,7 +144,7 @@ def _index(node: Any) -> MetadataIndex:
     return MetadataIndex(_text(facts.get("fqn")), None if offset is None else _sizes(offset))
 
 
-def _place(node: Any) -> Any:
+def _storage_location(node: Any) -> Any:
     facts = _facts(node, "_StorageInfo")
     return storage_info(
         _text(facts.get("relative_path")),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -32,9 +33,20 @@ from shardckpt.state.saved_tree import Rename, SavedState, Select
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.transforms import Transforms, transformed
 
-__all__ = ["run_load"]
+__all__ = ["LoadOptions", "run_load"]
 
 Opened = tuple[CheckpointFiles, Manifest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The entries that a load takes, and how it matches them; see shardckpt.load."""
+
+    strict: bool = True
+    cast: bool = False
+    keys: Select = None
+    rename: Rename = None
+    transforms: Transforms | None = None
 
 
 @reported("load", lambda state, path, *, coordinator, **_: (path, coordinator.rank))
@@ -44,11 +56,7 @@ def run_load(
     *,
     coordinator: Coordinator,
     storage: Storage,
-    strict: bool,
-    cast: bool,
-    keys: Select,
-    rename: Rename,
-    transforms: Transforms | None,
+    options: LoadOptions,
 ) -> LoadReport:
     """Load into a state, in place. Collective. See shardckpt.load."""
     watch, work = Stopwatch(), Stopwatch()
@@ -59,13 +67,10 @@ def run_load(
             if opened.value is not None:
                 closing.callback(opened.value[0].close)
             with work.phase("match"), collector_paused():
-                ranks = {"rank": coordinator.rank, "world_size": coordinator.world_size}
-                manifest = opened.then(lambda pair: transformed(pair[1], transforms, path=path))
-                saved = manifest.then(lambda found: SavedState(found, keys=keys, rename=rename))
-                if strict:
-                    saved = saved.then(lambda saved: saved.check_used(path=path))
-                matched = saved.then(lambda saved: match_state(state, saved, cast=cast, **ranks))
-            past_cache, shares = agree_on_reads(coordinator, path, opened, matched, strict=strict)
+                matched = opened.then(_match, state, path, coordinator, options)
+            past_cache, shares = agree_on_reads(
+                coordinator, path, opened, matched, strict=options.strict
+            )
         with watch.phase("read"):
             with work.phase("read"), collector_paused():
                 planned = matched.then(lambda matched: plan_reads(matched.reads))
@@ -100,6 +105,18 @@ def run_load(
         sum(watch.seconds.values()),
     )
     return report
+
+
+def _match(
+    opened: Opened, state: Any, path: str, coordinator: Coordinator, options: LoadOptions
+) -> MatchedState:
+    """Match the state with the entries of the checkpoint."""
+    manifest = transformed(opened[1], options.transforms, path=path)
+    saved = SavedState(manifest, keys=options.keys, rename=options.rename)
+    if options.strict:
+        saved.check_used(path=path)
+    ranks = {"rank": coordinator.rank, "world_size": coordinator.world_size}
+    return match_state(state, saved, cast=options.cast, **ranks)
 
 
 def _read(

@@ -100,7 +100,7 @@ def divide(rows: Rows, group: Ints, loads: NDArray[np.float64]) -> Rows:
         quota = _fill(loads[replicas], float(sizes.sum()))
         bounds = _bounds(sizes, row_bytes[chunks], quota)
         loads[replicas] += np.diff(bounds)
-        index, position, low, high = _parts(sizes, bounds)
+        index, position, low, high = _divided(sizes, bounds)
         parts.append((begin[index] + position, low, high))
     row, low, high = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return _cut(rows.take(row), low, high)
@@ -152,7 +152,7 @@ def _bounds(sizes: Ints, row_bytes: Ints, quota: NDArray[np.float64]) -> Ints:
     return bounds
 
 
-def _parts(sizes: Ints, bounds: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+def _divided(sizes: Ints, bounds: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     """Return the parts into which `bounds` divide a sequence of chunks.
 
     They are (chunk, position of the replica that writes it, begin and end within the chunk).

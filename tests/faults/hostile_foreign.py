@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import socket
 import struct
 import tempfile
@@ -71,11 +70,6 @@ def hub(folder: Path) -> Path:
     return made
 
 
-def torchsnapshot(folder: Path) -> Path:
-    written = Path(__file__).parent.parent / "convert" / "made_by" / "torchsnapshot-0.1.0"
-    return Path(shutil.copytree(written, folder / "torchsnapshot", dirs_exist_ok=True))
-
-
 def hugging_face(folder: Path) -> Path:
     made = folder / "hf"
     made.mkdir()
@@ -94,7 +88,6 @@ GOOD: dict[str, Attack] = {
     "dcp": dcp_folder,
     "hub": hub,
     "hugging face": hugging_face,
-    "torchsnapshot": torchsnapshot,
 }
 
 
@@ -135,8 +128,6 @@ PLACES: dict[str, tuple[str, str]] = {
     ".metadata": ("dcp", ".metadata"),
     "a data file of DCP": ("dcp", "__0_0.distcp"),
     "the hub's link": ("hub", "model.safetensors"),
-    ".snapshot_metadata": ("torchsnapshot", ".snapshot_metadata"),
-    "a torch file of torchsnapshot": ("torchsnapshot", "0/progress/pair"),
     "an index of Hugging Face": ("hugging face", "model.safetensors.index.json"),
     "a file of Hugging Face": ("hugging face", "model-00001-of-00001.safetensors"),
 }

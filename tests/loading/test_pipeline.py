@@ -9,16 +9,18 @@ from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import LoadMismatchError
 from shardckpt.loading import pipeline
 from shardckpt.loading.memory_checkpoint import StateStorage
-from shardckpt.loading.pipeline import run_load
+from shardckpt.loading.pipeline import LoadOptions, run_load
 
 SAVED = {"w": torch.arange(4.0), "n": 7}
 
 
 def load(state, *, strict=True, cast=False):
-    options = {"strict": strict, "cast": cast, "keys": None, "rename": None}
-    options["transforms"] = None
     return run_load(
-        state, "here", coordinator=SingleCoordinator(), storage=StateStorage(SAVED), **options
+        state,
+        "here",
+        coordinator=SingleCoordinator(),
+        storage=StateStorage(SAVED),
+        options=LoadOptions(strict=strict, cast=cast),
     )
 
 
