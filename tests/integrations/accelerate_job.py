@@ -36,6 +36,7 @@ configuration = ProjectConfiguration(
 )
 accelerator = Accelerator(
     cpu=True,
+    step_scheduler_with_optimizer=False,  # otherwise a scheduler takes a step for each rank
     project_config=configuration,
     dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5),
 )

@@ -7,7 +7,7 @@ import multiprocessing
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import DistributedSampler, IterableDataset
 
 import shardckpt
 from shardckpt.errors import StateError
@@ -36,9 +36,10 @@ def loader(kind: str, step: int = 12):
     samplers = {
         "distributed": lambda: DistributedSampler(data, seed=1),
         "stateful": lambda: StatefulDistributedSampler(data, seed=1),
-        "random": lambda: RandomSampler(data),
         "workers": lambda: DistributedSampler(data, seed=1),
     }
+    if kind == "random":
+        return StatefulDataLoader(data, batch_size=size, shuffle=True)
     if kind == "iterable":
         return StatefulDataLoader(Stream(), batch_size=size)
     workers = {"num_workers": 1} if kind == "workers" else {}
