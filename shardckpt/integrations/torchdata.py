@@ -1,0 +1,115 @@
+"""The position of torchdata's StatefulDataLoader in a checkpoint.
+
+    state = {"model": model, "loader": loader_position(loader)}
+
+`shardckpt.save`, `shardckpt.load` and CheckpointManager take it. Tested with torchdata 0.11.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from shardckpt.errors import StateError
+from shardckpt.state.markers import PerRank
+
+__all__ = ["loader_position"]
+
+_REMEDY = "resume on as many ranks as saved; or leave the loader out and begin the epoch anew"
+
+
+def loader_position(loader: Any) -> PerRank:
+    """Mark a StatefulDataLoader as an entry of a state. Not collective.
+
+    A load on as many ranks gives each rank its own position. On another number of ranks, a loader
+    of a map-style dataset with a DistributedSampler or StatefulDistributedSampler, without worker
+    processes, continues after the samples that all ranks together have taken. They must be a whole
+    number of steps of the new ranks. Every other loader is refused: its position holds state that
+    only the same rank can take.
+
+    Args:
+        loader: The StatefulDataLoader of this rank.
+
+    Returns:
+        The entry. A load on another number of ranks raises StateError if it refuses the loader.
+
+    Example:
+        >>> import torch
+        >>> from torchdata.stateful_dataloader import StatefulDataLoader
+        >>> loader = StatefulDataLoader(torch.arange(8), batch_size=2)
+        >>> report = shardckpt.save({"loader": loader_position(loader)}, "run/step-1")
+    """
+    entry = _Loader(loader)
+    return PerRank(entry, entry.take)
+
+
+class _Loader:
+    """A loader as an object with a state: its position, and how many samples a step takes."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def step(self) -> dict[str, int | None]:
+        """The samples of a batch on one rank, and the ranks among which batches are divided."""
+        batches = self.loader.batch_sampler
+        sampler = getattr(batches, "sampler", self.loader.sampler)
+        return {
+            "batch_size": getattr(batches, "batch_size", self.loader.batch_size),
+            "replicas": getattr(sampler, "num_replicas", None),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of this rank."""
+        return {**self.step(), "position": self.loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position of this rank."""
+        if self.step() != {key: state[key] for key in self.step()}:
+            self.take([state])
+        else:
+            self.loader.load_state_dict(state["position"])
+
+    def take(self, saved: list[dict[str, Any]]) -> _Loader:
+        """Continue where the ranks that saved have stopped together."""
+        self.loader.load_state_dict(_moved(saved, self.step()))
+        return self
+
+
+def _moved(saved: list[dict[str, Any]], step: dict[str, int | None]) -> dict[str, Any]:
+    """Return the position of a rank that takes `step`, from those of all ranks that saved."""
+    position: dict[str, Any] = copy.deepcopy(saved[0]["position"])
+    sampler = position.get("_sampler_iter_state") or {}
+    taken = {each["position"].get("_num_yielded") for each in saved}
+    undivided = None in (step["replicas"], saved[0]["replicas"])
+    reasons = {
+        "worker processes": "_snapshot" in position,
+        "an iterable dataset": position.get("_fetcher_state") is not None,
+        "a dataset with a state": position.get("_dataset_state") is not None,
+        "a sampler with a state of its own": "sampler_iter_state" in sampler,
+        "a sampler that does not divide the data among ranks": undivided,
+        "ranks that have taken different numbers of batches": len(taken) > 1,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise _refused(len(saved), step, reason)
+    before = saved[0]["batch_size"] * saved[0]["replicas"]
+    after = (step["batch_size"] or 1) * (step["replicas"] or 1)
+    samples = position["_num_yielded"] * before
+    if samples % after:
+        raise _refused(len(saved), step, f"{samples} samples taken, and {after} for each new step")
+    batches = samples // after
+    position["_num_yielded"] = position["_sampler_iter_yielded"] = batches
+    if "samples_yielded" in sampler:
+        sampler["samples_yielded"] = batches * (step["batch_size"] or 1)
+    if "yielded" in sampler.get("sampler_state", {}):
+        sampler["sampler_state"]["yielded"] = batches * (step["batch_size"] or 1)
+    return position
+
+
+def _refused(ranks: int, step: dict[str, int | None], reason: str) -> StateError:
+    return StateError(
+        "The position of a StatefulDataLoader does not fit these ranks",
+        expected=f"the loader as {ranks} ranks saved it",
+        actual=f"{reason}; batch_size={step['batch_size']}, num_replicas={step['replicas']}",
+        remedy=_REMEDY,
+    )

@@ -1,0 +1,243 @@
+"""A checkpoint manager for torchtitan.
+
+    Trainer.Config(..., checkpoint=ShardckptManager.Config(enable=True, interval=500))
+
+It honours all options of torchtitan's BaseCheckpointManager.Config. Tested with torchtitan 0.3.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchtitan.components.checkpointer import BaseCheckpointManager
+from torchtitan.components.checkpointer.base import (
+    DATALOADER,
+    LR_SCHEDULER,
+    MODEL,
+    OPTIMIZER,
+    ModelWrapper,
+)
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.config import TORCH_DTYPE_MAP
+
+from shardckpt import api
+from shardckpt.convert.convert import convert_source, open_source
+from shardckpt.convert.source_loading import load_source
+from shardckpt.coordination.exchange import Attempt, attempt
+from shardckpt.coordination.resolve import operation
+from shardckpt.errors import CheckpointNotFoundError, StateError
+from shardckpt.integrations.transformers import working_folder
+from shardckpt.maintenance.rewritable import Source
+from shardckpt.manager.manager import CheckpointManager
+from shardckpt.manager.retention import KeepLast
+from shardckpt.state.markers import Union
+from shardckpt.storage.resolve import resolve
+
+__all__ = ["ShardckptManager"]
+
+
+class ShardckptManager(BaseCheckpointManager):
+    """torchtitan's checkpoint manager, with checkpoints of shardckpt. All calls are collective.
+
+    A checkpoint has the model, the optimizers under the names of their parameters, the schedulers,
+    the position of each data-parallel rank in the data, and the other states of the trainer. Any
+    number of ranks resumes it. On another data-parallel degree the position in the data is refused,
+    as by torchtitan itself: `exclude_from_loading=["dataloader"]` begins the data anew.
+
+    Args:
+        config: The options of torchtitan, and `asynchronous`, which saves in the background.
+        dataloader: The loader of this rank.
+        model_parts: The models of this rank.
+        optimizers: Their optimizers.
+        lr_schedulers: Their schedulers.
+        states: The other states of the trainer.
+        sd_adapter: Converts the model's state to that of Hugging Face.
+        base_folder: The folder below which `config.folder` is.
+
+    Example:
+        >>> checkpoint = ShardckptManager.Config(enable=True, interval=100, keep_latest_k=2)
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseCheckpointManager.Config):
+        """Options: see torchtitan's BaseCheckpointManager.Config."""
+
+        asynchronous: bool = False
+        """Save in the background."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dataloader: Any,
+        model_parts: list[torch.nn.Module],
+        optimizers: Any,
+        lr_schedulers: Any,
+        states: dict[str, Any],
+        sd_adapter: Any,
+        base_folder: str = "",
+    ) -> None:
+        self.enable = config.enable
+        self.save_future = None
+        if not self.enable:
+            return
+        if config.last_save_in_hf and sd_adapter is None:
+            raise StateError(
+                "The final checkpoint can't be in the layout of Hugging Face",
+                expected="a model with a state_dict_adapter",
+                actual="sd_adapter=None",
+                remedy="set checkpoint.last_save_in_hf to False",
+            )
+        self.config, self.sd_adapter = config, sd_adapter
+        self.folder = os.path.join(base_folder, config.folder)
+        self.model = ModelWrapper(model_parts)
+        self.states = {
+            **states,
+            MODEL: self.model,
+            OPTIMIZER: optimizers,
+            DATALOADER: dataloader,
+            LR_SCHEDULER: lr_schedulers,
+        }
+        self.manager = CheckpointManager(
+            self.folder,
+            keep=[KeepLast(config.keep_latest_k)] if config.keep_latest_k else [],
+            asynchronous=config.asynchronous,
+        )
+
+    def _state(self, keys: set[str]) -> dict[str, Any]:
+        """Return plain state dicts by name."""
+        return {key: self._of(self.states[key]) for key in sorted(keys)}
+
+    def _of(self, part: Any) -> Any:
+        if part is None:
+            return {}
+        if isinstance(part, ParallelAwareDataloader):
+            # torchtitan's own state_dict is pickled
+            position = StatefulDataLoader.state_dict(part)
+            ranks = {f"dp_rank_{part.dp_rank}": position}
+            return Union({**ranks, "world_size": part.dp_world_size})
+        return part.state_dict()
+
+    def _restore(self, key: str, values: Any) -> None:
+        part = self.states[key]
+        if isinstance(values, Union):
+            values = values.value
+        if isinstance(part, ParallelAwareDataloader):
+            if values["world_size"] != part.dp_world_size:
+                raise StateError(
+                    "The position in the data does not fit another data-parallel degree",
+                    tensor=DATALOADER,
+                    expected=f"degree {values['world_size']}, as saved",
+                    actual=f"degree {part.dp_world_size}",
+                    remedy='set checkpoint.exclude_from_loading to ["dataloader"]',
+                )
+            StatefulDataLoader.load_state_dict(part, values[f"dp_rank_{part.dp_rank}"])
+        elif part is not None:
+            part.load_state_dict(values)
+
+    def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        config = self.config
+        due = last_step or curr_step % config.interval == 0
+        due |= curr_step == 1 and config.enable_first_step_checkpoint
+        due |= curr_step == 0 and config.create_seed_checkpoint
+        if config.load_only or not due:
+            return False
+        if last_step and config.last_save_in_hf:
+            self.manager.wait()
+            self._save_hugging_face(os.path.join(self.folder, f"step-{curr_step}"))
+        elif last_step and config.last_save_model_only:
+            self.manager.save(curr_step, {MODEL: self._exported()})
+        else:
+            self.manager.save(curr_step, self._state(set(self.states)))
+        if last_step:
+            self.manager.wait()
+        return True
+
+    def _exported(self) -> dict[str, Any]:
+        dtype = TORCH_DTYPE_MAP[self.config.export_dtype]
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in self.model.state_dict().items()
+        }
+
+    def _save_hugging_face(self, path: str) -> None:
+        weights = self.sd_adapter.to_hf(self._exported())
+        with working_folder(path) as work:
+            saved = os.path.join(work, "weights")
+            api.save(weights, saved)
+            with operation(f"save {path}") as ranks, api.open_checkpoint(saved) as checkpoint:
+                convert_source(
+                    checkpoint,
+                    resolve(path),
+                    to="hf",
+                    shards=None,
+                    file_bytes=None,
+                    overwrite=False,
+                    coordinator=ranks,
+                )
+
+    def _load(self, step: int = -1) -> bool:
+        config = self.config
+        saved = {one.step: one.path for one in self.manager.checkpoints()}
+        if step != -1 and step not in saved:
+            raise CheckpointNotFoundError(
+                "There is no checkpoint of this step",
+                path=self.folder,
+                expected=f"step {step}",
+                actual=f"steps {sorted(saved)}",
+                remedy="set checkpoint.load_step to one of them, or to -1 for the newest",
+            )
+        if saved:
+            model_only = (step if step != -1 else max(saved)) == 0
+            self._load_from(saved.get(step), model_only=model_only)
+        elif config.initial_load_in_hf:
+            self._load_hugging_face(config.initial_load_path or self.sd_adapter.hf_assets_path)
+        elif config.initial_load_path:
+            self._load_from(config.initial_load_path, model_only=config.initial_load_model_only)
+        else:
+            return False
+        return True
+
+    def _load_from(self, path: str | None, *, model_only: bool) -> None:
+        """Load a checkpoint, or the newest that verifies."""
+        keys = {MODEL} if model_only else set(self.states) - set(self.config.exclude_from_loading)
+        state = self._state(keys)
+        if path is None:
+            self.manager.restore_latest(state)
+        else:
+            api.load(state, path)
+        for key, values in state.items():
+            self._restore(key, values)
+
+    def _load_hugging_face(self, path: str) -> None:
+        if self.config.initial_load_in_hf_quantized:
+            raise StateError(
+                "Quantized checkpoints of Hugging Face can't be loaded",
+                path=path,
+                expected="checkpoint.initial_load_in_hf_quantized=False",
+                actual="True",
+                remedy="load it with torchtitan's own CheckpointManager, and save it",
+            )
+        state = self.sd_adapter.to_hf(self.model.state_dict())
+        with operation(f"load {path}") as ranks:
+            opened: Attempt[Source] = attempt(open_source, path, check=False)
+            try:
+                load_source(state, path, opened, ranks, strict=True, cast=True)
+            finally:
+                if opened.value is not None:
+                    opened.value.close()
+        self.model.load_state_dict(self.sd_adapter.from_hf(state))
+
+    def _maybe_wait_for_staging(self) -> None:
+        """Do nothing: the next step of an optimizer waits for the copies."""
+
+    def _wait_for_saving(self) -> None:
+        self.manager.wait()
+
+    def _close(self) -> None:
+        if hasattr(self, "manager"):
+            self.manager.close()

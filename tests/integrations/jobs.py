@@ -1,0 +1,30 @@
+"""Runs scripts on ranks, with the environment that torchrun gives them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+from typing import Any
+
+from tests.ranks import like_torchrun, run_ranks
+
+
+def job(script: Any, *arguments: Any, ranks: int) -> Any:
+    """Run a script in new processes. Returns the JSON in the last line that rank 0 prints."""
+    printed = run_ranks(ranks, _run, str(script), [str(one) for one in arguments], ranks)[0]
+    return json.loads(printed.splitlines()[-1])
+
+
+def _run(path: str, arguments: list[str], ranks: int) -> str:
+    like_torchrun(ranks)
+    os.environ.update(
+        TORCHELASTIC_RUN_ID="test", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(ranks), HF_HUB_OFFLINE="1"
+    )
+    sys.argv = [path, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(path, run_name="__main__")
+    return out.getvalue()

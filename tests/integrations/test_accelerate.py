@@ -1,0 +1,58 @@
+"""An Accelerator: saved on 2 ranks, resumed in new processes on 2 and 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import shardckpt
+from shardckpt.errors import CheckpointNotFoundError, StateError
+from tests.integrations.jobs import job
+from tests.ranks import PRELOAD
+
+accelerate = pytest.importorskip("accelerate")
+
+from shardckpt.integrations.accelerate import save_state, use_shardckpt  # noqa: E402
+
+PRELOAD += ["shardckpt.integrations.accelerate", "accelerate"]
+JOB = Path(__file__).parent / "accelerate_job.py"
+pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return job(JOB, tmp_path_factory.mktemp("uninterrupted"), 12, ranks=2)
+
+
+@pytest.mark.parametrize("step", [5, 8])  # within the first epoch, and at its end
+def test_a_run_resumed_on_as_many_ranks_is_equal(tmp_path, uninterrupted, step):
+    job(JOB, tmp_path, step, ranks=2)
+    assert shardckpt.metadata(tmp_path / "checkpoint").world_size == 2
+    assert job(JOB, tmp_path, 12, ranks=2) == uninterrupted
+
+
+def test_a_run_resumed_on_one_rank_is_equal_but_for_the_order_of_sums(tmp_path, uninterrupted):
+    job(JOB, tmp_path, 5, ranks=2)
+    resumed = job(JOB, tmp_path, 12, ranks=1)
+    assert resumed["sum"] == pytest.approx(uninterrupted["sum"], rel=1e-4)
+    assert resumed["steps"] == 12
+
+
+def test_automatic_names_and_their_limit(tmp_path):
+    job(JOB, tmp_path, 4, "automatic", ranks=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["checkpoint_2", "checkpoint_3"]
+
+
+def test_a_missing_path_is_refused(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True, project_dir=str(tmp_path))
+    use_shardckpt(accelerator)
+    with pytest.raises(StateError, match="No path for the checkpoint"):
+        accelerator.save_state()
+    with pytest.raises(CheckpointNotFoundError, match="automatic name"):
+        accelerator.load_state()
+    with pytest.raises(CheckpointNotFoundError):
+        accelerator.load_state(str(tmp_path / "nothing"))
+    save_state(accelerator, tmp_path / "empty")
+    accelerator.load_state(tmp_path / "empty")

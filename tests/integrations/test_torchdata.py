@@ -1,0 +1,133 @@
+"""A StatefulDataLoader, resumed on other numbers of ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler, IterableDataset
+
+import shardckpt
+from shardckpt.errors import StateError
+from tests.ranks import PRELOAD, on_world_sizes, run_ranks
+
+torchdata = pytest.importorskip("torchdata")
+
+from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # noqa: E402
+
+from shardckpt.integrations.torchdata import loader_position  # noqa: E402
+
+PRELOAD += ["shardckpt.integrations.torchdata", "torchdata.stateful_dataloader"]
+pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("default")]
+SAMPLES = 48
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(SAMPLES))
+
+
+def loader(kind: str, step: int = 12):
+    data = torch.arange(SAMPLES)
+    size = step // dist.get_world_size()
+    samplers = {
+        "distributed": lambda: DistributedSampler(data, seed=1),
+        "stateful": lambda: StatefulDistributedSampler(data, seed=1),
+        "workers": lambda: DistributedSampler(data, seed=1),
+    }
+    if kind == "random":
+        return StatefulDataLoader(data, batch_size=size, shuffle=True)
+    if kind == "iterable":
+        return StatefulDataLoader(Stream(), batch_size=size)
+    workers = {"num_workers": 1} if kind == "workers" else {}
+    if workers:  # the ranks of a test are daemons, which may not have children
+        multiprocessing.current_process()._config["daemon"] = False
+    return StatefulDataLoader(data, batch_size=size, sampler=samplers[kind](), **workers)
+
+
+def steps(batches) -> list[set[int]]:
+    """The samples of each step over all ranks."""
+    found = []
+    for batch in batches:
+        parts = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, batch)
+        found.append(set(torch.cat(parts).tolist()))
+    return found
+
+
+def save_and_resume(kind, path, before, after, step):
+    made = {}
+
+    def part(world_size):
+        if world_size == before and "all" not in made:
+            made["all"] = steps(loader(kind))
+            own = loader(kind)
+            batches = iter(own)
+            taken = [next(batches), next(batches)]
+            if kind != "random":
+                assert steps(taken) == made["all"][:2]
+            shardckpt.save({"loader": loader_position(own)}, path)
+            made["next"] = next(batches)
+        elif world_size == after:
+            own = loader(kind, step)
+            shardckpt.load({"loader": loader_position(own)}, path)
+            made["rest"] = steps(own)
+
+    if before == after:
+        part(before)
+        own = loader(kind, step)
+        shardckpt.load({"loader": loader_position(own)}, path)
+        assert torch.equal(next(iter(own)), made["next"])
+        return
+    on_world_sizes([before, after], part)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "rest" in made and "all" in made:
+        rest = [n for one in made["rest"] for n in one]
+        expected = [n for one in made["all"][2:] for n in one]
+        assert sorted(rest) == sorted(expected)
+        if step == 12:
+            assert made["rest"] == made["all"][2:]
+
+
+@pytest.mark.parametrize("kind", ["distributed", "stateful", "random", "workers", "iterable"])
+def test_each_rank_continues_at_its_own_position(tmp_path, kind):
+    run_ranks(2, save_and_resume, kind, str(tmp_path / "c"), 2, 2, 12)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("kind", ["distributed", "stateful"])
+@pytest.mark.parametrize("step", [12, 6])
+def test_other_ranks_continue_after_the_samples_taken(tmp_path, kind, after, step):
+    run_ranks(max(after, 2), save_and_resume, kind, str(tmp_path / "c"), 2, after, step)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "reason"),
+    [
+        ("random", 12, "a sampler with a state of its own"),
+        ("workers", 12, "worker processes"),
+        ("iterable", 12, "an iterable dataset"),
+        ("distributed", 9, "24 samples taken, and 9 for each new step"),
+    ],
+)
+def test_what_does_not_fit_other_ranks_is_refused(tmp_path, kind, step, reason):
+    run_ranks(2, refused, kind, str(tmp_path / "c"), step, reason)
+
+
+def refused(kind, path, step, reason):
+    def part(world_size):
+        if world_size == 2:
+            own = loader(kind)
+            batches = iter(own)
+            for _ in range(2):
+                next(batches)
+            shardckpt.save({"loader": loader_position(own)}, path)
+        else:
+            with pytest.raises(StateError, match=reason):
+                shardckpt.load({"loader": loader_position(loader(kind, step))}, path)
+
+    on_world_sizes([2, 1], part)
