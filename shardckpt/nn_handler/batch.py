@@ -89,7 +89,7 @@ def _result(found: Any, outputs: Any, targets: Any, size: int) -> Result:
             remedy="return the sum to minimize, and its terms by name beside it: "
             '{"loss": a + b, "a": a, "b": b}',
         )
-    return Result(loss.reshape(()), outputs, targets, terms, size)
+    return Result(loss.reshape(()) if loss.dim() else loss, outputs, targets, terms, size)
 
 
 def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:

@@ -100,14 +100,16 @@ class EpochSums:
         for name in handler.whole_epoch:
             self.objects[name] = WholeEpoch(handler.metrics[name], handler.layout)
 
-    @torch.no_grad()
     def add(self, result: Result) -> None:
         """Add a batch."""
-        self._add("loss", result.loss.detach(), result.size)
+        self._add("loss", result.loss, result.size)
         for name, value in result.terms.items():
             self._add(name, value, result.size)
-        if result.outputs is None:
-            return
+        if self.handler.metrics and result.outputs is not None:
+            self._add_metrics(result)
+
+    @torch.no_grad()
+    def _add_metrics(self, result: Result) -> None:
         for name, metric in self.handler.metrics.items():
             if name in self.objects:
                 self.objects[name].update(result.outputs, result.targets)
@@ -186,6 +188,8 @@ def _plus(total: Any, number: Any, size: int) -> Any:
     """total + size * number; in float64, and on the device of a number that is a tensor."""
     if not isinstance(number, torch.Tensor):
         return total + number * size
+    if isinstance(total, torch.Tensor) and total.device == number.device:
+        return torch.add(total, number, alpha=size)
     wide = number.dtype if number.device.type == "mps" else torch.float64
     total = torch.as_tensor(total, dtype=wide, device=number.device)
     return torch.add(total, number, alpha=size)
@@ -193,7 +197,8 @@ def _plus(total: Any, number: Any, size: int) -> Any:
 
 def _number(value: Any, name: str) -> Any:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.detach().reshape(())
+        value = value.detach() if value.requires_grad else value
+        return value.reshape(()) if value.dim() else value
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -75,7 +75,7 @@ class Updater:
         if not losses:  # the user's own step has updated the weights
             return None
         self._average_over_ranks(probes)
-        self._update_all(losses[-1])
+        self._update(list(self.handler.optimizations.values()), self._all_parameters, losses[-1])
         return losses[-1]
 
     def _zero_gradients(self) -> None:
@@ -87,7 +87,8 @@ class Updater:
         handler = self.handler
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(group, 1):
-            synchronize_gradients(handler.model, now=number == len(group))
+            if handler.parallel != "none":
+                synchronize_gradients(handler.model, now=number == len(group))
             result = forward(handler, batch, self.autocast)
             if result is None:
                 self._check_updates(group)
@@ -128,16 +129,18 @@ class Updater:
         parameters = [p for group in one.optimizer.param_groups for p in group["params"]]
         if handler.parallel == "ddp":
             average_gradients(parameters)
-        self._update([one], parameters, loss.detach())
+        self._update([one], lambda: parameters, loss.detach())
 
-    def _update_all(self, loss: torch.Tensor) -> None:
+    def _all_parameters(self) -> Iterable[nn.Parameter]:
         loss_module = self.handler.loss_module
         own = loss_module.parameters() if loss_module is not None else ()
-        parameters = itertools.chain(self.handler.model.parameters(), own)
-        self._update(list(self.handler.optimizations.values()), parameters, loss)
+        return itertools.chain(self.handler.model.parameters(), own)
 
     def _update(
-        self, chosen: list[Optimization], parameters: Iterable[nn.Parameter], loss: torch.Tensor
+        self,
+        chosen: list[Optimization],
+        parameters: Callable[[], Iterable[nn.Parameter]],
+        loss: torch.Tensor,
     ) -> None:
         """Clip gradients and step optimizers and their schedulers, if the loss is finite."""
         if not self._is_finite(loss):
@@ -145,7 +148,7 @@ class Updater:
         if self.options.gradient_clipping_norm is not None:
             for one in chosen if self.scaler is not None else ():
                 self.scaler.unscale_(one.optimizer)
-            clip_gradients(parameters, self.options.gradient_clipping_norm)
+            clip_gradients(parameters(), self.options.gradient_clipping_norm)
         self.handler.note_rates()
         self.note("update")
         schedulers = [one.scheduler for one in chosen if one.scheduler is not None]
@@ -221,7 +224,7 @@ class Updater:
             used = average_gradients(handler.module.parameters())
             if not all(used):
                 handler.rewrap(find_unused=True)
-        if handler.loss_module is not None and handler.parallel != "none":
+        if handler.parallel != "none" and handler.loss_module is not None:
             average_gradients(handler.loss_module.parameters())
 
     def _is_finite(self, loss: torch.Tensor) -> bool:
@@ -249,7 +252,8 @@ class Updater:
 
     def _after_update(self) -> None:
         handler = self.handler
-        synchronize_buffers(handler.module, handler.layout)
+        if handler.parallel != "none":
+            synchronize_buffers(handler.module, handler.layout)
         if handler.ema is not None:
             handler.ema.update(handler.model)
 

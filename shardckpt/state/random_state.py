@@ -35,15 +35,19 @@ class _NumpyState:
     _SIZE_BYTES = 624 * 4 + 4  # of MT19937: the keys and the position
 
     def __init__(self) -> None:
+        self._generator: Any = None
+        self._address = 0
         self._memory = b""
         self._state: list[Any] = []
 
     def state(self) -> list[Any]:
         """The name of the generator, its keys as a tensor, and the rest."""
         generator = np.random.mtrand.get_bit_generator()
-        memory = b""
-        if type(generator) is np.random.MT19937:
-            memory = ctypes.string_at(generator.ctypes.state_address, self._SIZE_BYTES)
+        if generator is not self._generator:
+            known = type(generator) is np.random.MT19937
+            self._address = generator.ctypes.state_address if known else 0
+            self._generator = generator
+        memory = ctypes.string_at(self._address, self._SIZE_BYTES) if self._address else b""
         # a normal number that waits for its use is not in that memory
         if not memory or memory != self._memory or self._state[3]:
             name, keys, *rest = np.random.get_state()
