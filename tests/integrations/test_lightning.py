@@ -15,7 +15,7 @@ pytest.importorskip("lightning")
 PRELOAD += ["shardckpt.integrations.lightning", "lightning.pytorch"]
 JOB = Path(__file__).parent / "lightning_job.py"
 pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("default")]
-KINDS = ["ddp", "model_parallel", "fsdp", "callback"]
+KINDS = ["ddp", "model_parallel", "callback"]  # torch refuses FSDP1 on CPU ranks
 
 
 def resume_from(kind: str) -> str:
