@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from shardckpt.errors import StateError
 from shardckpt.state.markers import PerRank
 
@@ -71,11 +73,14 @@ class _Loader:
 
     def take(self, saved: list[dict[str, Any]]) -> _Loader:
         """Continue where the ranks that saved have stopped together."""
-        self.loader.load_state_dict(_moved(saved, self.step()))
+        iterable = isinstance(self.loader.dataset, IterableDataset)
+        self.loader.load_state_dict(_moved(saved, self.step(), iterable=iterable))
         return self
 
 
-def _moved(saved: list[dict[str, Any]], step: dict[str, int | None]) -> dict[str, Any]:
+def _moved(
+    saved: list[dict[str, Any]], step: dict[str, int | None], *, iterable: bool
+) -> dict[str, Any]:
     """Return the position of a rank that takes `step`, from those of all ranks that saved."""
     position: dict[str, Any] = copy.deepcopy(saved[0]["position"])
     sampler = position.get("_sampler_iter_state") or {}
@@ -83,7 +88,7 @@ def _moved(saved: list[dict[str, Any]], step: dict[str, int | None]) -> dict[str
     undivided = None in (step["replicas"], saved[0]["replicas"])
     reasons = {
         "worker processes": "_snapshot" in position,
-        "an iterable dataset": position.get("_fetcher_state") is not None,
+        "an iterable dataset": iterable,
         "a dataset with a state": position.get("_dataset_state") is not None,
         "a sampler with a state of its own": "sampler_iter_state" in sampler,
         "a sampler that does not divide the data among ranks": undivided,

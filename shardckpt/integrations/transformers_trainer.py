@@ -18,7 +18,7 @@ from shardckpt import api
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import NotACheckpointError
-from shardckpt.integrations.transformers import load_pretrained, save_pretrained, weights_of
+from shardckpt.integrations.transformers import load_pretrained, save_pretrained
 from shardckpt.state.markers import PerRank
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
@@ -33,7 +33,7 @@ class Shardckpt:
 
     `checkpoint-N` is a checkpoint of shardckpt: model, optimizer, scheduler, gradient scaler and
     the random-number state of every rank, beside the Trainer's trainer_state.json. Any number of
-    ranks resumes it. Of a PEFT model it holds the adapter. `save_steps`, `save_total_limit`,
+    ranks resumes it. For a PEFT model it holds the base too. `save_steps`, `save_total_limit`,
     `load_best_model_at_end` and `resume_from_checkpoint` work as before. With `save_only_model`,
     `checkpoint-N` is a folder of save_pretrained, as is the folder of `save_model`.
     """
@@ -75,8 +75,7 @@ class Shardckpt:
                 exchange(ranks, "commit", lambda: b"", lambda _: _move(target, folder))
 
     def _state(self, *, optimizer: bool = True) -> dict[str, Any]:
-        model = self.model
-        state = {"model": weights_of(model) if getattr(model, "peft_config", None) else model}
+        state: dict[str, Any] = {"model": self.model}
         if not optimizer:
             return state
         scaler = getattr(self.accelerator, "scaler", None)

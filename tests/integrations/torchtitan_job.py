@@ -110,6 +110,7 @@ while trainer.step < int(STEPS):
     manager.maybe_wait_for_staging()
     manager.save(trainer.step, last_step=trainer.step == 12)
 manager.close()
+saved = os.path.join(FOLDER, "checkpoint")  # missing if no step was saved
 weights = torch.cat([value.full_tensor().flatten() for value in model.state_dict().values()])
 if RANK == 0:
     found = {
@@ -118,7 +119,7 @@ if RANK == 0:
         "first": first,
         "loaded": loaded,
         "start": start.sum().item(),
-        "steps": sorted(os.listdir(os.path.join(FOLDER, "checkpoint"))),
+        "steps": sorted(os.listdir(saved)) if os.path.isdir(saved) else [],
     }
     print(json.dumps(found))
 dist.destroy_process_group()
