@@ -32,10 +32,15 @@ def _is_private(name: str) -> bool:
 
 
 def private_names(source: str) -> set[str]:
-    """The private attributes that a module uses, except its own, and its private imports."""
+    """The private attributes that a module uses, except its own and those of accelerate, and its
+    private imports."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in (
+            "self",
+            "cls",
+            "accelerator",
+        ):
             chain = ast.unparse(node)
             found.add(chain if chain.startswith("torch.") else node.attr)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from shardckpt import api
 from shardckpt.errors import StateError
@@ -28,6 +29,7 @@ from shardckpt.state.module_state import module_state
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.resolve import resolve
+from shardckpt.torch_compat import local_part
 
 __all__ = [
     "ShardckptCallback",
@@ -203,7 +205,7 @@ class _Saving:
 
 def _same_memory(a: Any, b: Any) -> bool:
     """Whether two entries of state dicts are the same tensor."""
-    a, b = (getattr(tensor, "_local_tensor", tensor) for tensor in (a, b))
+    a, b = (local_part(each) if isinstance(each, DTensor) else each for each in (a, b))
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return a is b
     return a.data_ptr() == b.data_ptr() and (a.shape, a.dtype) == (b.shape, b.dtype)
