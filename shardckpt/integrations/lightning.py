@@ -29,7 +29,7 @@ from shardckpt.state.module_state import module_state
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.resolve import resolve
-from shardckpt.torch_compat import local_part
+from shardckpt.torch_compat import dtensor_local
 
 __all__ = [
     "ShardckptCallback",
@@ -205,7 +205,7 @@ class _Saving:
 
 def _same_memory(a: Any, b: Any) -> bool:
     """Whether two entries of state dicts are the same tensor."""
-    a, b = (local_part(each) if isinstance(each, DTensor) else each for each in (a, b))
+    a, b = (dtensor_local(each) if isinstance(each, DTensor) else each for each in (a, b))
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return a is b
     return a.data_ptr() == b.data_ptr() and (a.shape, a.dtype) == (b.shape, b.dtype)
