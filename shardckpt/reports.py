@@ -240,9 +240,12 @@ class TensorStats:
         dtype: The dtype.
         shape: The shape.
         norm: The Euclidean norm of the finite elements.
-        smallest: The smallest finite element; None if there are none, or for complex tensors.
-        largest: The largest finite element; None if there are none, or for complex tensors.
-        mean: The mean of the finite elements; None if there are none, or for complex tensors.
+        smallest: The smallest finite element. None for a complex tensor or one without finite
+            elements.
+        largest: The largest finite element. None for a complex tensor or one without finite
+            elements.
+        mean: The mean of the finite elements. None for a complex tensor or one without finite
+            elements.
         nan: The number of elements that are NaN.
         inf: The number of elements that are infinite.
         zeros: The number of elements that are zero.

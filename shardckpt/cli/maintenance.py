@@ -75,7 +75,7 @@ def _is_foreign(path: str) -> bool:
     except NotACheckpointError:
         return isinstance(storage, LocalStorage)
     except ShardckptError:
-        pass  # verify raises it
+        pass  # verify opens it again and raises the error
     return False
 
 

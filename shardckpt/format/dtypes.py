@@ -55,7 +55,7 @@ def torch_dtype(torch_name: str) -> torch.dtype:
 
     Raises:
         CheckpointError: The installed torch does not have it, but later versions do.
-        KeyError: There is no such dtype.
+        KeyError: The dtype is unknown.
     """
     found = find_dtype(torch_name)
     if found is not None:

@@ -62,7 +62,7 @@ def save_pretrained(
 
     Collective. The folder has the weights under the names of the hub, the configuration, the
     generation configuration and the tokenizer, and appears when it is complete. Of tied weights one
-    name is saved, and buffers that transformers ignores are left out. Of a PEFT model only the
+    name is saved, and buffers that transformers ignores are left out. For a PEFT model only the
     adapter is saved. The ranks first write the weights beside the folder, and then each an equal
     part of the files, so that no rank needs memory for more than a few weights. The file system
     needs room for the weights twice.
@@ -167,7 +167,7 @@ def load_pretrained(
 def weights_of(model: Any) -> dict[str, Any]:
     """Return the weights of a model that belong into a file, by name. They alias the model's.
 
-    Of a PEFT model these are the weights of the active adapter.
+    For a PEFT model, these are the weights of the active adapter.
     """
     if _is_adapter(model):
         from peft import get_peft_model_state_dict

@@ -409,7 +409,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             strict: See `shardckpt.load`.
 
         Returns:
-            The checkpoint and its report, or None if there is no checkpoint.
+            The checkpoint and its report. None if the folder has no checkpoint.
 
         Raises:
             LoadMismatchError: State and checkpoint differ.
@@ -485,7 +485,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
         Returns:
             The checkpoint, what `load` returned, and the paths of the corrupted ones before it.
-            None if there is no checkpoint.
+            None if the folder has no checkpoint.
 
         Raises:
             CorruptionError: All checkpoints are corrupted.

@@ -539,7 +539,7 @@ class Components(TrainingState):
             options: Options of the optimizer such as `lr` and `weight_decay`, for all groups.
 
         Raises:
-            StateError: There is no such optimizer, or it has no such option.
+            StateError: The handler lacks the optimizer, or the optimizer lacks an option.
 
         Example:
             >>> import torch

@@ -266,7 +266,7 @@ class NNHandler(Components):
             The value of each metric over the samples of all ranks, without the prefix `val_`.
 
         Raises:
-            StateError: There is no data, or no average.
+            StateError: The handler has no validation data, or no averaged weights.
 
         Example:
             >>> import torch

@@ -105,8 +105,8 @@ class MatchContext:
         """Find the saved tensor for a tensor of the state, and mark it as used.
 
         Returns:
-            Its name in the manifest and its entry. None if there is no such tensor, which is noted
-            as a mismatch.
+            Its name in the manifest and its entry. None if the checkpoint lacks the tensor, which
+            is noted as a mismatch.
         """
         node = self.saved.nodes.get(name, NOTHING)
         if node is NOTHING:

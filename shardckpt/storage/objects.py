@@ -90,7 +90,7 @@ class Objects(ABC):
         """Return the content and the version of an object.
 
         Raises:
-            NoObjectError: There is no such object.
+            NoObjectError: The object does not exist.
         """
 
     @abstractmethod
@@ -98,12 +98,12 @@ class Objects(ABC):
         """Return a range of an object: fewer bytes only at its end.
 
         Raises:
-            NoObjectError: There is no such object.
+            NoObjectError: The object does not exist.
         """
 
     @abstractmethod
     def head(self, key: str) -> ObjectInfo | None:
-        """Describe an object; None if there is none."""
+        """Describe an object. None if it does not exist."""
 
     @abstractmethod
     def list(self, prefix: str) -> Iterable[ObjectInfo]:
@@ -122,5 +122,5 @@ class Objects(ABC):
         """Copy an object inside the store.
 
         Raises:
-            NoObjectError: There is no such object.
+            NoObjectError: The object does not exist.
         """

@@ -83,7 +83,7 @@ def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]
         cls: The class of the open checkpoints.
 
     Raises:
-        CheckpointError: There is no checkpoint.
+        CheckpointError: The folder has no checkpoint.
     """
     storage, folder = resolve(path)
     found = False
