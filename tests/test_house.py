@@ -343,3 +343,10 @@ def test_every_module_has_a_test_file_of_its_name():
         and not (tests / path.relative_to(PACKAGE).parent / f"test_{path.name}").exists()
     }
     assert lacking == WITHOUT_TEST_FILE.keys()
+
+
+def test_one_module_alone_calls_a_kind_of_accelerator_by_its_name():
+    """The names of types in examples and messages are not calls."""
+    calls = re.compile(r"torch\.(cuda|xpu|mps)\b|\.is_cuda\b|\.cuda\(")
+    found = {str(path.relative_to(PACKAGE)) for path in FILES if calls.search(path.read_text())}
+    assert found == {"io/devices.py"}

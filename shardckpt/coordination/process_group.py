@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
@@ -21,6 +20,7 @@ from shardckpt.coordination.mpi.launch import Launch, mpi_launch, several_ranks,
 from shardckpt.coordination.resolve import is_alone, operation
 from shardckpt.coordination.shutdown import destroy_groups_at_exit
 from shardckpt.errors import CoordinationError, DependencyError
+from shardckpt.io.devices import accelerator, group_backends
 
 __all__ = ["group_for_dcp", "init_from_mpi"]
 
@@ -49,7 +49,8 @@ def init_from_mpi(
     there is a default group already, nothing happens.
 
     Args:
-        backend: The backend of the group: by default gloo, with nccl for CUDA if there is a GPU.
+        backend: The backend of the group: by default gloo, with nccl for CUDA or another
+            backend for another accelerator.
         comm: The ranks, as an mpi4py communicator; by default MPI.COMM_WORLD.
         timeout_s: Seconds until a collective of the group fails.
 
@@ -63,7 +64,7 @@ def init_from_mpi(
     """
     if dist.is_initialized():
         return
-    backend = backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = backend or group_backends(accelerator.kind())
     timeout = datetime.timedelta(seconds=timeout_s)
     slurm = slurm_launch()
     if comm is None and mpi_launch() is None and slurm is not None:

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from shardckpt.errors import StalledError
+from shardckpt.io.devices import accelerator, page_lock
+
 __all__ = [
     "BUFFER_BYTES",
     "HUGE_PAGE_BYTES",
@@ -25,6 +28,7 @@ __all__ = [
     "have_huge_pages",
     "huge_pages",
     "lease",
+    "page_locked",
     "private_memory",
     "view_at",
 ]
@@ -75,14 +79,30 @@ def have_huge_pages() -> bool:
 
 
 class Buffer:
-    """A buffer of BUFFER_BYTES on huge pages: a memoryview and its address."""
+    """Memory for copies: a memoryview and its address."""
 
-    def __init__(self) -> None:
-        self.view = huge_pages(BUFFER_BYTES)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def page_locked(size_bytes: int) -> Buffer:
+    """Allocate memory that the accelerator copies from and to by itself, while the CPU goes on.
+
+    Memory of ours is locked in place, as torch may round its own up to a power of two. If nothing
+    can be locked, for example because of a limit, the memory is ordinary and copies are slower.
+    """
+    of_torch: Any = accelerator.page_locked_tensor(size_bytes)
+    if of_torch is not None:
+        return Buffer(memoryview(of_torch.numpy()))
+    buffer = Buffer(huge_pages(size_bytes))
+    page_lock(buffer.view, buffer.address, owner=buffer)
+    return buffer
 
 
 _free: list[Buffer] = []
+_free_locked: list[Buffer] = []
+_abandoned: list[list[Buffer]] = []
 _lock = threading.Lock()
 _KEEP = 16
 
@@ -92,22 +112,32 @@ def _forget() -> None:
     global _lock
     _lock = threading.Lock()
     _free.clear()
+    _free_locked.clear()
 
 
 os.register_at_fork(after_in_child=_forget)
 
 
 @contextmanager
-def lease(count: int) -> Iterator[list[Buffer]]:
-    """Lend `count` buffers for the with block. Their content is undefined."""
+def lease(count: int, *, locked: bool = False) -> Iterator[list[Buffer]]:
+    """Lend `count` buffers of BUFFER_BYTES for the with block. Their content is undefined.
+
+    `locked` asks for page-locked ones.
+    """
+    free = _free_locked if locked else _free
     with _lock:
-        taken = [_free.pop() for _ in range(min(count, len(_free)))]
-    taken += [Buffer() for _ in range(count - len(taken))]
+        taken = [free.pop() for _ in range(min(count, len(free)))]
+    for _ in range(count - len(taken)):
+        taken.append(page_locked(BUFFER_BYTES) if locked else Buffer(huge_pages(BUFFER_BYTES)))
     try:
         yield taken
+    except StalledError:  # something may still use them, now or later
+        _abandoned.append(taken)
+        taken = []
+        raise
     finally:
         with _lock:
-            _free.extend(taken[: max(0, _KEEP - len(_free))])
+            free.extend(taken[: max(0, _KEEP - len(free))])
 
 
 # A ctypes array would do, but creating its type takes 10 us for each new length.

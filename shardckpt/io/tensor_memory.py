@@ -8,12 +8,14 @@ import torch
 
 from shardckpt.errors import UnsupportedLeafError
 from shardckpt.io.buffers import BUFFER_BYTES
+from shardckpt.io.devices import accelerator
 
 __all__ = [
     "address_of",
     "check_memory",
     "contiguous_pieces",
     "owns_memory",
+    "parts",
     "plain_address",
     "shares_elements",
 ]
@@ -28,7 +30,7 @@ def owns_memory(tensor: torch.Tensor) -> bool:
     """
     if tensor.layout is not torch.strided or tensor.is_nested:
         return False
-    if not (tensor.is_cpu or tensor.is_cuda):
+    if not (tensor.is_cpu or accelerator.owns(tensor.device)):
         return True  # on other devices no code uses the address
     extent = tensor.numel()
     if not extent:
@@ -116,12 +118,18 @@ def contiguous_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
         yield tensor
         return
-    tensor, size_bytes = tensor.detach(), tensor.nbytes
-    if size_bytes <= BUFFER_BYTES or tensor.dim() == 0:
-        copied = tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
+    for part in parts(tensor.detach()):
+        copied = part.resolve_conj().resolve_neg().to("cpu").contiguous()
         check_memory(copied)
         yield copied
+
+
+def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Divide a tensor into views of at most BUFFER_BYTES, in row-major order."""
+    size_bytes = tensor.nbytes
+    if size_bytes <= BUFFER_BYTES or tensor.dim() == 0:
+        yield tensor
         return
     rows = max(1, BUFFER_BYTES * tensor.shape[0] // size_bytes)
     for part in torch.split(tensor, rows):
-        yield from contiguous_pieces(part[0] if part.shape[0] == 1 else part)
+        yield from parts(part[0] if part.shape[0] == 1 else part)

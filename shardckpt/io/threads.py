@@ -17,9 +17,9 @@ _abandoned: list[object] = []
 
 @contextmanager
 def workers(
-    threads: int, name: str, *, buffers: int
+    threads: int, name: str, *, buffers: int, locked: bool = False
 ) -> Iterator[tuple[ThreadPoolExecutor, list[Buffer]]]:
-    """Provide a pool of threads, and buffers, for the with block.
+    """Provide a pool of threads, and buffers, for the with block. See lease for `locked`.
 
     The end of the block waits for the threads. If the block ends in StalledError, it does not wait,
     as a thread that hangs in the kernel can't be stopped. The thread then keeps its buffers and all
@@ -27,7 +27,7 @@ def workers(
     """
     pool = ThreadPoolExecutor(threads, name)
     with ExitStack() as stack:
-        leased = stack.enter_context(lease(buffers))
+        leased = stack.enter_context(lease(buffers, locked=locked))
         try:
             yield pool, leased
         except StalledError as error:

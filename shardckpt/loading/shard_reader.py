@@ -5,6 +5,7 @@ not in the page cache become one read that bypasses the page cache, into a buffe
 block is one read, which places large runs directly into their destination and all other bytes into
 a buffer. The digest of each block is checked after its bytes have been read. Then the bytes in the
 buffer are copied to their destinations. Blocks that another rank reads arrive in the buffer too.
+Devices copy from one buffer of a thread while the thread fills another one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from shardckpt.io.buffers import Buffer, copy_bytes, have_huge_pages, lease, vie
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.io.threads import stalled, workers
 from shardckpt.loading.sharing import Sharing, TransferError
+from shardckpt.loading.uploads import Uploads, elements_at
 from shardckpt.plan.page_cache_policy import ALWAYS, NEVER
 from shardckpt.plan.read_plan import WINDOW_BYTES, CopyRead, Reads, plan_reads
 from shardckpt.plan.shared_reads import Unit
@@ -100,13 +102,18 @@ def read_all(
     if not files.remote and not files.copies():
         for shard in {window.shard for window in windows}:
             check_size(files, manifest.shards[shard])
+    uploads = Uploads(reads.copies)
     # A read from the page cache takes less time than starting a thread.
     if len(windows) == 1 and not files.copies() and not sharing:
-        with suppress(WouldWait), lease(1) as (buffer,):
-            return _read_window(_Source(files, manifest, wait=False), windows[0], buffer)
+        with suppress(WouldWait), lease(1, locked=uploads.needed) as (buffer,):
+            try:
+                source = _Source(files, manifest, uploads, wait=False)
+                return _read_window(source, windows[0], buffer)
+            finally:
+                uploads.wait(buffer)
     if not (current().read_past_cache and have_huge_pages()):
         past_cache = NEVER
-    source = _Source(files, manifest, past_cache=past_cache, sharing=sharing)
+    source = _Source(files, manifest, uploads, past_cache=past_cache, sharing=sharing)
     # Reads from the page cache keep a processor busy. Reads from the disk do not.
     threads = current().read_threads * (1 if past_cache == NEVER else 2)
     if files.remote:
@@ -118,14 +125,25 @@ def read_all(
     stop = threading.Event()
     read_bytes = [0] * threads
 
-    def work(worker: int, buffer: Buffer) -> None:
-        for window in queue:
-            if stop.is_set():
-                return
-            read_bytes[worker] += _read_window(source, window, buffer)
+    def work(worker: int, own: list[Buffer]) -> None:
+        ring = itertools.cycle(own)
+        try:
+            for window in queue:
+                if stop.is_set():
+                    return
+                buffer = next(ring)
+                uploads.wait(buffer)
+                read_bytes[worker] += _read_window(source, window, buffer)
+        finally:  # the tensors are filled, and the buffers are free again
+            for buffer in own:
+                uploads.wait(buffer)
 
-    with workers(threads, "shardckpt-read", buffers=threads) as (pool, buffers):
-        pending = {pool.submit(work, *job) for job in enumerate(buffers)}
+    each = 2 if uploads.needed else 1  # devices copy from one buffer while the other is filled
+    with workers(threads, "shardckpt-read", buffers=threads * each, locked=uploads.needed) as (
+        pool,
+        buffers,
+    ):
+        pending = {pool.submit(work, n, buffers[n::threads]) for n in range(threads)}
         try:
             last, since = 0, time.monotonic()
             while pending:
@@ -186,6 +204,7 @@ class _Source:
 
     files: CheckpointFiles
     manifest: Manifest | LazyManifest
+    uploads: Uploads
     past_cache: float = NEVER
     wait: bool = True
     sharing: Sharing | None = None
@@ -288,7 +307,7 @@ def _read_run(
         bad = _read_checked(source, shard, span, pieces)
     if bad:
         raise corruption_error(source.manifest, bad, shard=window.shard, path=files.path)
-    _copy_from(buffer, base, later)
+    _copy_from(buffer, base, later, source.uploads)
 
 
 def _read_shared_window(
@@ -319,7 +338,7 @@ def _read_shared_window(
                 sharing.offer(unit, view)
                 offered.append(unit)
             total += len(view)
-        _copy_from(buffer, base, window.reads)
+        _copy_from(buffer, base, window.reads, source.uploads)
     finally:
         for unit in offered:  # then the buffer is free again
             sharing.withdraw(unit)
@@ -347,17 +366,24 @@ def _read_blocks(source: _Source, shard: ShardEntry, low: int, view: memoryview)
     return _read_checked(source, shard, (low, low + len(view)), [view])
 
 
-def _copy_from(buffer: Buffer, base: int, reads: list[_Read]) -> None:
-    """Copy bytes of a buffer, which begins at byte `base` of a shard, to their destinations."""
+def _copy_from(buffer: Buffer, base: int, reads: list[_Read], uploads: Uploads) -> None:
+    """Copy bytes of a buffer, which begins at byte `base` of a shard, to their destinations.
+
+    Copies to devices have not ended when this returns.
+    """
     held_at = buffer.address - base
+    to_devices: list[CopyRead] = []
     for begin, end, target in reads:
         if type(target) is int:
             copy_bytes(target, held_at + begin, end - begin)
-            continue
-        count = (end - begin) // target.dtype.itemsize
-        held = torch.frombuffer(buffer.view, dtype=target.dtype, count=count, offset=begin - base)
-        with torch.inference_mode():  # the views need no autograd
-            target.into.copy_(held.as_strided(target.sizes, target.strides))
+        elif target.into.is_cpu:
+            with torch.inference_mode():  # the views need no autograd
+                held = elements_at(buffer, begin - base, target)
+                target.into.copy_(held.as_strided(target.sizes, target.strides))
+        else:
+            to_devices.append(target)
+    if to_devices:
+        uploads.begin(buffer, base, to_devices)
 
 
 def _read_copies(

@@ -47,8 +47,8 @@ class NNHandler(Components):
     Args:
         model_class: The class of the model, or a function that creates it. All ranks start with
             the weights of rank 0.
-        device: Where the model and its inputs go; by default "cuda" if there is a GPU. Under
-            several ranks, "cuda" is the GPU of LOCAL_RANK.
+        device: Where the model and its inputs go; by default the accelerator, if there is
+            one. Under several ranks, "cuda" is the GPU of LOCAL_RANK.
         save_model_code: Save the source of the model in checkpoints; see `load` for `trust_code`.
         parallel: "none", "ddp", "fsdp" (FSDP2), or "auto": DDP if a launcher started several
             processes, FSDP2 with a device mesh.

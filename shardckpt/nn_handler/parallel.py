@@ -23,6 +23,7 @@ from shardckpt.coordination.process_group import init_from_mpi
 from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.shutdown import destroy_groups_at_exit
 from shardckpt.errors import StateError
+from shardckpt.io.devices import accelerator, group_backends
 from shardckpt.torch_compat import unsynchronized_buffers
 
 if TYPE_CHECKING:
@@ -106,10 +107,10 @@ def start(
         )
     device = checked_device(device)
     if parallel != "none" and not dist.is_initialized():
-        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # type: ignore[unreachable]
-        torch.cuda.set_device(device)
+        _join(group_backends(device.type))
+    if accelerator.owns(device) and device.index is None:
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))  # type: ignore[unreachable]
+        torch.accelerator.set_device_index(device)
     names = () if mesh is None else mesh.mesh_dim_names or ()
     odd = not names or not set(names) <= {"dp", "tp"} or parallel in ("ddp", "none")
     if (mesh is not None and odd) or (tp_plan is not None and "tp" not in names):
@@ -134,9 +135,9 @@ def start(
 
 
 def checked_device(device: Any) -> torch.device:
-    """The device, by default "cuda" if there is one; StateError if it does not exist."""
+    """The device, by default the accelerator; StateError if it does not exist."""
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = accelerator.kind() or "cpu"
     try:
         if not isinstance(device, (str, torch.device)):
             raise TypeError(f"{type(device).__name__} is not a device")

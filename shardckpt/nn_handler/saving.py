@@ -31,6 +31,7 @@ from shardckpt.coordination.base import Coordinator, WorkBroken
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import RankFailedError, RankMismatchError, StateError
+from shardckpt.io.devices import accelerator
 from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.manager.backends import RECORD
 from shardckpt.nn_handler.emergency import is_echo
@@ -347,7 +348,9 @@ def _filled(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _device_of(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return (
+        torch.accelerator.device_index(device.index) if accelerator.owns(device) else nullcontext()
+    )
 
 
 class OneFile:

@@ -269,8 +269,7 @@ class TrainingState:
             >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
             >>> handler.set_grad_scaler(init_scale=1024.0)
         """
-        device_type = "cuda" if self.device.type == "cuda" else "cpu"
-        self.scaler = torch.amp.GradScaler(device_type, **options)
+        self.scaler = torch.amp.GradScaler(self.device.type, **options)
 
     def log(self, name: str, value: Any) -> None:
         """Add a value to the metrics of an epoch, from a step, a loss or a callback.

@@ -1,7 +1,8 @@
 """Saves in the background: one thread stages the states and another one writes, in call order.
 
 The state must not change between the call and the end of staging. Steps of optimizers change it, so
-the step of every torch optimizer waits until staging has ended.
+the step of every torch optimizer waits: the CPU until the tensors on the CPU are staged, and the
+current stream of each device until the tensors of that device are staged.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardckpt.config import current
 from shardckpt.errors import StateError
+from shardckpt.io.devices import Mark, submitted_work, wait_for, wait_on_device
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.logs import logger
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport
-from shardckpt.saving.staging import StagingBuffer, StagingPool, current_events, stage, staged_bytes
-from shardckpt.state.flatten import flatten
+from shardckpt.saving.staging import StagingBuffer, StagingPool, stage, staged_bytes
+from shardckpt.state.flatten import FlatState, flatten
 from shardckpt.state.snapshot import Snapshot, take_snapshot
 
 __all__ = ["SaveHandle", "start_save", "wait_until_staged"]
@@ -160,7 +163,7 @@ def start_save(
 def wait_until_staged() -> None:
     """Wait until all saves that have begun are staged, so that their states may change."""
     if _background is not None:
-        for staging in _background.stagings:
+        for staging, _ in _background.stagings:
             wait([staging])
 
 
@@ -181,8 +184,12 @@ class _Job:
                 )
         except Exception as error:  # raised on all ranks by the save
             self.error = error
-        self.events = current_events()
+        self.submitted = submitted_work()
         self.plan: LocalPlan | None = None
+        # Done when the copies from the CPU have ended, and those from devices were submitted.
+        self.copies: Future[dict[torch.device, Mark]] = Future()
+        self.unchecked: tuple[Snapshot, FlatState] | None = None
+        self.lock = threading.Lock()
         self.buffer: StagingBuffer | None = None
         self.seconds = {"snapshot": time.perf_counter() - start}
 
@@ -195,24 +202,46 @@ class _Job:
                 self._stage(pool)
         except Exception as error:
             self.error = error
+        if not self.copies.done():
+            self.copies.set_result({})
         self.snapshot = Snapshot()  # drops the references to the state
         self.seconds["stage"] = time.perf_counter() - start
 
     def _stage(self, pool: StagingPool) -> None:
         flat = flatten(self.snapshot.state, rank=self.rank)
         plan = local_plan(flat, world_size=self.world_size)
-        on_gpu = any(data.is_cuda for data in plan.data)
-        self.buffer = pool.take(staged_bytes(plan), pinned=on_gpu)
-        self.plan = stage(plan, self.buffer, self.events)
-        changed = self.snapshot.changed(flat)
-        if changed is not None:
-            raise StateError(
-                "A tensor was changed before it was staged",
-                tensor=changed,
-                expected="no change between async_save and the end of its staging",
-                actual="a change in place, not by the step of a torch optimizer",
-                remedy="call handle.wait_staged() before changing it",
-            )
+        on_device = any(not data.is_cpu for data in plan.data)
+        self.buffer = pool.take(staged_bytes(plan), locked=on_device)
+        self.plan, marks = stage(plan, self.buffer, self.submitted)
+        self.unchecked = self.snapshot, flat
+        self.copies.set_result(marks)
+        for mark in marks.values():
+            wait_for(mark)
+        self._check()
+
+    def before_step(self) -> None:
+        """Make the step of an optimizer wait until the state is staged.
+
+        The CPU waits for the copies from the CPU. Devices wait for those from devices.
+        """
+        marks = self.copies.result()
+        self._check()
+        for device, mark in marks.items():
+            wait_on_device(device, mark)
+
+    def _check(self) -> None:
+        """Note an error if a tensor was changed before it was staged, and not by a step."""
+        with self.lock:
+            unchecked, self.unchecked = self.unchecked, None
+            changed = unchecked and unchecked[0].changed(unchecked[1])
+            if changed is not None:
+                self.error = StateError(
+                    "A tensor was changed before it was staged",
+                    tensor=changed,
+                    expected="no change between async_save and the end of its staging",
+                    actual="a change in place, not by the step of a torch optimizer",
+                    remedy="call handle.wait_staged() before changing it",
+                )
 
     def save(self, staging: Future[None], pool: StagingPool) -> SaveReport:
         """Wait for the staging, then write and commit the checkpoint."""
@@ -232,6 +261,7 @@ class _Job:
             self.plan = None
             if self.buffer is not None:
                 pool.give_back(self.buffer)
+                self.buffer = None
 
 
 class _Background:
@@ -241,7 +271,7 @@ class _Background:
         self.stager = ThreadPoolExecutor(1, "shardckpt-stage")
         self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_lower_priority)
         self.pool = StagingPool()
-        self.stagings: tuple[Future[None], ...] = ()
+        self.stagings: tuple[tuple[Future[None], _Job], ...] = ()
         self.handles: list[SaveHandle] = []
         self.lock = threading.Lock()
 
@@ -253,7 +283,8 @@ class _Background:
             saving = self.saver.submit(copy_context().run, job.save, staging, self.pool)
             handle = SaveHandle(path, staging, saving, wait_for_tier)
             self.handles.append(handle)
-            self.stagings = (*(s for s in self.stagings if not s.done()), staging)
+            running = [(other, job) for other, job in self.stagings if not other.done()]
+            self.stagings = (*running, (staging, job))
         return handle
 
     def unraised_errors(self) -> list[BaseException]:
@@ -291,7 +322,9 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     The hook is never removed, as that is not safe while another thread steps. It costs nothing
     while no state is being staged.
     """
-    wait_until_staged()
+    for staging, job in _background.stagings if _background is not None else ():
+        if not staging.done():
+            job.before_step()
 
 
 def _at_exit() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Protocol
 
 import torch
@@ -21,6 +21,8 @@ from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import view_at
+from shardckpt.io.devices import Mark
+from shardckpt.io.downloads import host_pieces
 from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.loading.shard_reader import check_size, corrupted_blocks
 from shardckpt.storage.base import CheckpointFiles, WriteTransaction
@@ -76,6 +78,7 @@ class Base:
         size_bytes: int,
         header: bytes,
         data: Iterable[torch.Tensor],
+        submitted: Mapping[torch.device, Mark],
         progress: Callable[[int], None],
     ) -> ShardEntry | None:
         """Link the file of this name into the transaction, if the base has the same bytes.
@@ -86,12 +89,12 @@ class Base:
         shard = self._shards.get(name)
         if self._files is None or shard is None or shard.size_bytes != size_bytes:
             return None
-        blocks = enumerate(_block_digests(header, data), start=1)
         expected = iter(shard.digests.tolist())
-        for number, digest in blocks:
-            if digest != next(expected, None):
-                return None
-            progress(number * BLOCK_BYTES)
+        with closing(_block_digests(header, data, submitted)) as digests:
+            for number, digest in enumerate(digests, start=1):
+                if digest != next(expected, None):
+                    return None
+                progress(number * BLOCK_BYTES)
         if next(expected, None) is not None:  # tensors were resized in the meantime
             return None
         try:
@@ -159,13 +162,15 @@ def open_base(base: Location | OpenCheckpoint | None, *, verify: bool) -> Iterat
             files.close()
 
 
-def _block_digests(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[int]:
+def _block_digests(
+    header: bytes, tensors: Iterable[torch.Tensor], submitted: Mapping[torch.device, Mark]
+) -> Generator[int, None, None]:
     """Yield the digest of each block of the file that holds the header and the tensors."""
     digest = xxhash.xxh3_64()
     room = BLOCK_BYTES
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    for tensor in itertools.chain([head], tensors):
-        for part in contiguous_pieces(tensor):
+    with closing(_pieces(itertools.chain([head], tensors), submitted)) as pieces:
+        for part in pieces:
             at, size = 0, part.numel() * part.element_size()
             while at < size:
                 take = min(room, size - at)
@@ -182,3 +187,14 @@ def _block_digests(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[i
                     room = BLOCK_BYTES
     if room < BLOCK_BYTES:
         yield digest.intdigest()
+
+
+def _pieces(
+    tensors: Iterator[torch.Tensor], submitted: Mapping[torch.device, Mark]
+) -> Generator[torch.Tensor, None, None]:
+    """Yield the elements of tensors on any device as contiguous CPU tensors."""
+    for tensor in tensors:
+        if tensor.is_cpu:
+            yield from contiguous_pieces(tensor)
+        else:
+            yield from host_pieces(itertools.chain([tensor], tensors), submitted)

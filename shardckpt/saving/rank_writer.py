@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from shardckpt.coordination.base import Coordinator
 from shardckpt.errors import StorageError
 from shardckpt.format.dtype_names import shard_form
 from shardckpt.format.safetensors_header import build_header, chunk_name
+from shardckpt.io.devices import Mark, submitted_work
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.local_plan import ChunkTable, LocalPlan, TensorSpec
 from shardckpt.plan.save_plan import RankWrites
@@ -197,10 +198,11 @@ def write_rank(
         for (group, count), end in zip(shards.files, ends, strict=True)
     ]
     watches = [Stopwatch() for _ in jobs]
+    submitted = submitted_work()  # other threads have other current streams
 
     def write(index: int) -> ShardFile:
         group, rows = jobs[index]
-        return _write_file(transaction, shards, group, rows, base, total, watches[index])
+        return _write_file(transaction, shards, group, rows, base, submitted, total, watches[index])
 
     # Files are written in parallel, so that the fsync of one file does not delay another one.
     with ThreadPoolExecutor(len(jobs), "shardckpt-file") as pool:
@@ -222,6 +224,7 @@ def _write_file(
     group: int,
     rows: slice,
     base: Base | None,
+    submitted: Mapping[torch.device, Mark],
     total: _Total,
     watch: Stopwatch,
 ) -> ShardFile:
@@ -236,6 +239,7 @@ def _write_file(
         size_bytes=size_bytes,
         header=header,
         data=shards.data(rows),
+        submitted=submitted,
         progress=progress,
     )
     if linked:
@@ -248,6 +252,7 @@ def _write_file(
                 header=header,
                 tensors=shards.data(rows),
                 staged=shards.staged,
+                submitted=submitted,
                 progress=progress,
             )
             if written_bytes != size_bytes:

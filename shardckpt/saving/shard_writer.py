@@ -3,14 +3,16 @@
 The calling thread copies tensors to a page-aligned buffer, and hashes each block while it is in the
 processor's cache. Other threads write full buffers, with O_DIRECT if the file supports it. All
 three steps release the GIL. Staged data that has the order of the file is written without another
-copy.
+copy. Tensors of devices arrive in page-locked buffers, one buffer ahead.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from shardckpt.config import current
 from shardckpt.format.digests import BLOCK_BYTES, block_digest
 from shardckpt.format.safetensors_header import HEADER_ALIGN
 from shardckpt.io.buffers import BUFFER_BYTES, Buffer, copy_bytes, view_at
+from shardckpt.io.devices import Mark
+from shardckpt.io.downloads import host_pieces
 from shardckpt.io.tensor_memory import contiguous_pieces, plain_address
 from shardckpt.io.threads import stalled, workers
 from shardckpt.storage.base import WritableFile
@@ -38,6 +42,7 @@ def write_shard(
     tensors: Iterable[torch.Tensor],
     begin: int = 0,
     staged: bool = False,
+    submitted: Mapping[torch.device, Mark] = MappingProxyType({}),
     progress: Callable[[int], None] = lambda written_bytes: None,
 ) -> tuple[int, NDArray[np.uint64]]:
     """Write a shard's header and its tensors, in order. The file stays open.
@@ -48,6 +53,8 @@ def write_shard(
         tensors: The tensors that follow.
         begin: The offset of the first byte to write, a multiple of the block size.
         staged: The tensors do not change while they are written, so large ones are not copied.
+        submitted: The work on devices that must end before their tensors are copied; see
+            submitted_work.
         progress: Called with the number of bytes written so far.
 
     Returns:
@@ -59,14 +66,18 @@ def write_shard(
     with workers(_THREADS, "shardckpt-write", buffers=_BUFFERS) as (pool, buffers):
         stream = _Stream(file, buffers, pool, progress, begin)
         head = [torch.frombuffer(bytearray(header), dtype=torch.uint8)] if header else []
-        joined = list(_runs(tensors)) if staged else tensors
-        for tensor in itertools.chain(head, joined):
+        rest = itertools.chain(head, _runs(list(tensors)) if staged else tensors)
+        for tensor in rest:
             address = plain_address(tensor)
-            if address and not (tensor.is_neg() or tensor.is_conj()):  # most tensors
+            if address and not (tensor.is_neg() or tensor.is_conj()):  # most tensors on the CPU
                 stream.put(address, tensor.nbytes, staged=staged)
-                continue
-            for piece in contiguous_pieces(tensor):
-                stream.put(piece.data_ptr(), piece.nbytes, staged=staged)
+            elif tensor.is_cpu:
+                for piece in contiguous_pieces(tensor):
+                    stream.put(piece.data_ptr(), piece.nbytes, staged=staged)
+            else:
+                with closing(host_pieces(itertools.chain([tensor], rest), submitted)) as pieces:
+                    for piece in pieces:
+                        stream.put(piece.data_ptr(), piece.nbytes, staged=False)
         return stream.finish()
 
 

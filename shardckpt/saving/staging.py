@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,15 @@ import torch
 from shardckpt.config import current
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import memory_dtype
-from shardckpt.io.buffers import HUGE_PAGE_BYTES, copy_bytes, private_memory, request_huge_pages
+from shardckpt.io.buffers import (
+    HUGE_PAGE_BYTES,
+    Buffer,
+    copy_bytes,
+    page_locked,
+    private_memory,
+    request_huge_pages,
+)
+from shardckpt.io.devices import CopyStream, Mark, wait_for
 from shardckpt.io.tensor_memory import check_memory
 from shardckpt.plan.local_plan import LocalPlan
 from shardckpt.plan.save_plan import layout_order
@@ -21,7 +30,7 @@ from shardckpt.state.file_groups import files_of
 from shardckpt.state.local_chunks import has_file_layout
 from shardckpt.torch_compat import foreach_copy
 
-__all__ = ["StagingBuffer", "StagingPool", "current_events", "stage", "staged_bytes"]
+__all__ = ["StagingBuffer", "StagingPool", "stage", "staged_bytes"]
 
 _PAGE_BYTES = 4096
 _LARGE_BYTES = 256 << 10
@@ -33,30 +42,26 @@ def _rounded(size_bytes: int) -> int:
 
 
 class StagingBuffer:
-    """CPU memory for one staged state, page-locked if accelerators copy to it.
+    """CPU memory for one staged state, page-locked if devices copy to it.
 
     The first staging uses ordinary pages. It would take several times as long on huge pages if a
-    virtual machine must first get them from its host.
+    virtual machine must first get them from its host. Page-locked memory is on huge pages at once,
+    as the kernel can't convert it later.
     """
 
-    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
+    def __init__(self, size_bytes: int, *, locked: bool) -> None:
         self.size_bytes = self.used_bytes = size_bytes
-        self.pinned = pinned
+        self.locked = locked
         self._views: tuple[Any, list[torch.Tensor]] = (None, [])
-        if pinned:
-            self._bytes = torch.empty(
-                self.size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True
-            )
-            return
-        self._memory = private_memory(size_bytes)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._buffer = page_locked(size_bytes) if locked else Buffer(private_memory(size_bytes))
+        self._bytes = torch.frombuffer(self._buffer.view, dtype=torch.uint8)
 
     def use_huge_pages(self) -> None:
         """Ask for huge pages after the first staging, as disks then take more bytes in one
         request.
         """
-        if not self.pinned:
-            request_huge_pages(self._memory)
+        if not self.locked:
+            request_huge_pages(self._buffer.view)
 
     def views(self, plan: LocalPlan) -> list[torch.Tensor]:
         """Return the memory for each row of the plan. The data of each file begins at a new
@@ -86,7 +91,7 @@ class StagingPool:
         self._used_bytes = 0
         self._spare: StagingBuffer | None = None
 
-    def take(self, size_bytes: int, *, pinned: bool) -> StagingBuffer:
+    def take(self, size_bytes: int, *, locked: bool) -> StagingBuffer:
         """Return a buffer of at least the given size. Waits while the buffers in use fill the
         budget.
 
@@ -108,8 +113,8 @@ class StagingPool:
                     remedy="save less often, or raise SHARDCKPT_STAGING_BYTES",
                 )
             buffer, self._spare = self._spare, None
-            if buffer is None or buffer.size_bytes < size_bytes or buffer.pinned != pinned:
-                buffer = StagingBuffer(size_bytes, pinned=pinned)
+            if buffer is None or buffer.size_bytes < size_bytes or buffer.locked != locked:
+                buffer = StagingBuffer(size_bytes, locked=locked)
             buffer.used_bytes = size_bytes  # a larger buffer counts only for the bytes in use
             self._used_bytes += size_bytes
             return buffer
@@ -130,53 +135,50 @@ def staged_bytes(plan: LocalPlan) -> int:
     return size_bytes + _PAGE_BYTES * len(np.unique(plan.file_group))
 
 
-def current_events() -> dict[torch.device, Any]:
-    """Record an event on the current stream of each CUDA device in use.
-
-    Returns:
-        The event of each device. It passes when all work that was submitted before is done.
-    """
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return {}
-    return {
-        torch.device("cuda", index): torch.cuda.current_stream(index).record_event()
-        for index in range(torch.cuda.device_count())
-        if torch.cuda.memory_allocated(index)
-    }
-
-
-def stage(plan: LocalPlan, buffer: StagingBuffer, events: dict[torch.device, Any]) -> LocalPlan:
-    """Copy the plan's data into the buffer. The copy is complete when this returns.
+def stage(
+    plan: LocalPlan, buffer: StagingBuffer, submitted: Mapping[torch.device, Mark]
+) -> tuple[LocalPlan, dict[torch.device, Mark]]:
+    """Copy the plan's data into the buffer.
 
     Args:
         plan: The plan.
         buffer: The buffer.
-        events: The events of the time of the snapshot. Copies wait for them.
+        submitted: The result of submitted_work at the time of the snapshot. Copies from devices
+            begin after that work.
 
     Returns:
-        The same plan, with the copies as its data.
+        The same plan, with the copies as its data, and a mark for each device. The copies from the
+        CPU have ended. Those from a device have ended when its mark passes.
     """
     views = buffer.views(plan)
-    devices: dict[torch.device, list[int]] = {}
+    rows_of: dict[torch.device, list[int]] = {}
+    large: list[int] = []
     specs = (*plan.common, *plan.rank_only)
     for row, (data, index) in enumerate(zip(plan.data, plan.chunks.tensor.tolist(), strict=True)):
         check_memory(data, name=specs[index].name)  # it may have been freed since the plan was made
         size_bytes = data.numel() * data.element_size()
         if size_bytes >= _LARGE_BYTES and has_file_layout(data, specs[index].dtype):
-            # This is a sixth faster than a copy by torch.
-            copy_bytes(views[row].data_ptr(), data.data_ptr(), size_bytes)
+            large.append(row)
         else:
-            devices.setdefault(data.device, []).append(row)
-    with torch.no_grad():
-        for device, rows in devices.items():
-            to, of = [views[row] for row in rows], [plan.data[row] for row in rows]
-            if device.type != "cuda":
-                foreach_copy(to, of)
-                continue
-            stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            if device in events:
-                stream.wait_event(events[device])
-            with torch.cuda.stream(stream):
-                foreach_copy(to, of, non_blocking=True)
-            stream.synchronize()
-    return dataclasses.replace(plan, data=tuple(views))
+            rows_of.setdefault(data.device, []).append(row)
+    pairs = {
+        device: ([views[row] for row in rows], [plan.data[row] for row in rows])
+        for device, rows in rows_of.items()
+    }
+    on_cpu = pairs.pop(torch.device("cpu"), ((), ()))
+    streams = {device: CopyStream(device, submitted) for device in pairs}
+    try:
+        with torch.no_grad():
+            for device, (to, of) in pairs.items():  # these copies run while the CPU copies
+                streams[device].copy(to, of)
+            marks = {device: stream.mark() for device, stream in streams.items()}
+            for row in large:  # this is a sixth faster than a copy by torch
+                data = plan.data[row]
+                copy_bytes(views[row].data_ptr(), data.data_ptr(), data.nbytes)
+            if on_cpu[0]:
+                foreach_copy(*on_cpu)
+    except BaseException:
+        for stream in streams.values():  # the buffer is used again
+            wait_for(stream.mark())
+        raise
+    return dataclasses.replace(plan, data=tuple(views)), marks

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from shardckpt.io.devices import accelerator
+
 __all__ = ["random_state", "seed_generators", "set_random_state"]
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the generators of torch, numpy, Python and the current CUDA device."""
+    """The state of the generators of torch, numpy, Python and the current device."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
         "numpy": _numpy.state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return state | accelerator.random_state()
 
 
 class _NumpyState:
@@ -66,8 +66,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    accelerator.set_random_state(state)
 
 
 def seed_generators(seed: int) -> None:

@@ -7,7 +7,8 @@ import builtins
 import pytest
 import torch
 
-from shardckpt.io.devices import free_memory
+from shardckpt.io import devices
+from shardckpt.io.devices import free_memory, group_backends
 
 
 def test_the_free_memory_of_the_cpu_is_what_the_system_reports_as_available():
@@ -17,9 +18,9 @@ def test_the_free_memory_of_the_cpu_is_what_the_system_reports_as_available():
 
 
 def test_each_accelerator_has_its_own_entry_before_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices.Accelerator, "kind", lambda self: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100 + index, 999))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 + int(device[5:]), 999))
     found = free_memory()
     assert list(found) == ["cuda:0", "cuda:1", "cpu"]
     assert (found["cuda:0"], found["cuda:1"]) == (100, 101)
@@ -30,7 +31,7 @@ def test_a_system_without_meminfo_counts_as_unlimited(monkeypatch):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(builtins, "open", refuse)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices.Accelerator, "kind", lambda self: None)
     found = free_memory()
     monkeypatch.undo()
     assert found == {"cpu": 1 << 62}
@@ -41,7 +42,13 @@ def test_meminfo_is_in_kibibytes(tmp_path, monkeypatch, text):
     (tmp_path / "meminfo").write_text(text)
     real = open
     monkeypatch.setattr(builtins, "open", lambda path: real(tmp_path / "meminfo"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices.Accelerator, "kind", lambda self: None)
     found = free_memory()
     monkeypatch.undo()
     assert found == {"cpu": 3072}
+
+
+def test_a_group_has_a_backend_for_the_cpu_and_one_for_the_device():
+    assert group_backends(None) == group_backends("cpu") == "gloo"
+    assert group_backends("cuda") == "cpu:gloo,cuda:nccl"
+    assert group_backends("xpu") == "cpu:gloo,xpu:xccl"

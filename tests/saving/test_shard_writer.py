@@ -29,7 +29,7 @@ class File:
         self.data[offset : offset + len(view)] = view
 
 
-IMAGE = StagingBuffer(32 << 20, pinned=False)._bytes
+IMAGE = StagingBuffer(32 << 20, locked=False)._bytes
 IMAGE.copy_(torch.arange(IMAGE.numel()) % 251)
 
 

@@ -23,15 +23,15 @@ from shardckpt.state.local_chunks import LocalChunk
 def test_staging_memory_is_used_again(monkeypatch):
     monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1 << 30))
     pool = StagingPool()
-    first = pool.take(5 << 20, pinned=False)
+    first = pool.take(5 << 20, locked=False)
     pool.give_back(first)
-    again = pool.take(4 << 20, pinned=False)
+    again = pool.take(4 << 20, locked=False)
     assert again is first
-    other = pool.take(3 << 20, pinned=False)
+    other = pool.take(3 << 20, locked=False)
     assert other is not first
     pool.give_back(other)
     pool.give_back(again)
-    assert pool.take(1, pinned=False) is first
+    assert pool.take(1, locked=False) is first
 
 
 def memory_flags(address):
@@ -50,7 +50,7 @@ def memory_flags(address):
 @pytest.mark.skipif(not have_huge_pages(), reason="the kernel reports no huge pages")
 def test_a_first_staging_takes_ordinary_pages():
     pool = StagingPool()
-    buffer = pool.take(5 << 20, pinned=False)
+    buffer = pool.take(5 << 20, locked=False)
     address = buffer._bytes.data_ptr() + (4 << 20)
     assert {"hg", "dc"} & set(memory_flags(address)) == {"dc"}
     pool.give_back(buffer)
@@ -60,18 +60,18 @@ def test_a_first_staging_takes_ordinary_pages():
 def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
     monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
     pool = StagingPool()
-    pool.give_back(pool.take(9 << 20, pinned=False))
-    pool.take(1, pinned=False)
-    pool.take(1, pinned=False)  # there is room for two like this
+    pool.give_back(pool.take(9 << 20, locked=False))
+    pool.take(1, locked=False)
+    pool.take(1, locked=False)  # there is room for two like this
 
 
 def test_staging_memory_that_never_comes_free_is_an_error(monkeypatch):
     monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
     monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1))
     pool = StagingPool()
-    pool.take(1, pinned=False)
+    pool.take(1, locked=False)
     with pytest.raises(errors.StateError, match="memory"):
-        pool.take(1, pinned=False)
+        pool.take(1, locked=False)
 
 
 def test_memory_that_is_freed_after_planning_is_not_touched():
@@ -80,7 +80,7 @@ def test_memory_that_is_freed_after_planning_is_not_touched():
     plan = local_plan(flatten({"w": tensor}, rank=0), world_size=1)
     tensor.untyped_storage().resize_(0)
     with pytest.raises(errors.UnsupportedLeafError, match="w"):
-        stage(plan, StagingBuffer(staged_bytes(plan), pinned=False), {})
+        stage(plan, StagingBuffer(staged_bytes(plan), locked=False), {})
     with pytest.raises(errors.UnsupportedLeafError):
         list(contiguous_pieces(tensor))
     entry = TensorEntry(dtype="F32", shape=(4,), chunks=np.array([[0, 0, 16, 0, 4]]))
@@ -100,8 +100,9 @@ def test_a_staged_plan_has_the_same_tensors_in_memory_of_its_own():
     turned = torch.arange(6).reshape(2, 3).t()
     state = {"w": torch.arange(70_000.0), "turned": turned, "s": torch.tensor(2)}
     plan = local_plan(flatten(state, rank=0), world_size=1)
-    buffer = StagingBuffer(staged_bytes(plan), pinned=False)
-    staged = stage(plan, buffer, {})
+    buffer = StagingBuffer(staged_bytes(plan), locked=False)
+    staged, marks = stage(plan, buffer, {})
+    assert not marks
     before = [data.clone() for data in plan.data]
     for tensor in state.values():
         tensor.zero_()
@@ -109,5 +110,5 @@ def test_a_staged_plan_has_the_same_tensors_in_memory_of_its_own():
     assert staged.common == plan.common
     begin = buffer._bytes.data_ptr()
     assert all(begin <= d.data_ptr() < begin + buffer.size_bytes for d in staged.data)
-    again = stage(plan, buffer, {})
+    again, _ = stage(plan, buffer, {})
     assert [d.data_ptr() for d in again.data] == [d.data_ptr() for d in staged.data]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from shardckpt.io import devices
 from shardckpt.state.random_state import random_state, seed_generators, set_random_state
 
 
@@ -45,3 +46,22 @@ def test_another_generator_of_numpy():
         assert draws() == found
     finally:
         np.random.set_bit_generator(before)
+
+
+def test_the_generator_of_the_device_is_in_the_state(monkeypatch):
+    class Module:
+        state = torch.tensor([1, 2])
+
+        def get_rng_state(self):
+            return self.state
+
+        def set_rng_state(self, state):
+            self.state = state
+
+    module = Module()
+    monkeypatch.setattr(devices.Accelerator, "kind", lambda self: "xpu")
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    state = random_state()
+    module.state = torch.tensor([3, 4])
+    set_random_state({**state, "cuda": torch.tensor([5])})  # the checkpoint of another device
+    assert module.state.tolist() == [1, 2]
