@@ -13,10 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
 from shardckpt.io import devices
+from shardckpt.state import snapshot
 
 KIND = "privateuseone"
 DEVICES = [torch.device(KIND, 0), torch.device(KIND, 1)]
@@ -24,7 +26,8 @@ VIEWS = {
     "view", "as_strided", "__getitem__", "detach", "split", "narrow", "__get__", "t", "expand",
     "untyped_storage", "storage_offset", "data_ptr", "is_contiguous", "stride", "numel", "dim",
     "is_conj", "is_neg", "element_size", "size", "resolve_neg", "is_floating_point", "is_inference",
-    "as_subclass", "is_complex", "reshape", "requires_grad_", "split_with_sizes", "conj", "__len__",
+    "as_subclass", "is_complex", "requires_grad_", "split_with_sizes", "conj", "__len__",
+    "resolve_conj", "contiguous",
 }  # fmt: skip
 
 
@@ -43,10 +46,10 @@ class Event:
 class Stream:
     def __init__(self, machine: StandIn, device: torch.device, name: str) -> None:
         self.machine, self.device, self.name = machine, device, name
-        self.work: deque[Callable[[], None] | Event] = deque()
+        self.work: deque[Callable[[], object] | Event] = deque()
         self.before: list[Stream] = []
 
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], object]) -> None:
         with self.machine.lock:
             self.work.append(work)
             if self.machine.eager:
@@ -145,10 +148,12 @@ def stand_in(**options: Any) -> Iterator[StandIn]:
     real, before = devices.accelerator, dict(vars(devices.accelerator))
     machine = StandIn(**options)
     kind = type(real)
+    classes = (*snapshot._COPYABLE, OnDevice, OnSecond)
     try:
         real.__class__ = StandIn  # other modules hold the object
         vars(real).update(vars(machine))
-        yield machine
+        with mock.patch.object(snapshot, "_COPYABLE", classes):
+            yield machine
     finally:
         vars(real).clear()
         vars(real).update(before)

@@ -6,6 +6,7 @@ the package, each of which must give wrong bytes on one of the two.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -55,6 +56,7 @@ def forget():
         background._background.finish()
         background._background.pool = staging.StagingPool()
     buffers._free_locked.clear()
+    gc.collect()
 
 
 def values(number: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -85,7 +87,7 @@ def produced(machine: StandIn, tensors: dict[str, torch.Tensor]) -> dict[str, to
         memory = torch.zeros_like(tensor)
         made[name] = to_device(memory, device)
         machine.current_stream(device).submit(
-            lambda memory=memory, tensor=tensor: memory.copy_(tensor) and None
+            lambda memory=memory, tensor=tensor: memory.copy_(tensor)
         )
     return made
 
@@ -192,9 +194,15 @@ def test_memory_that_is_gone_is_refused(late):
 # ---- loads
 
 
-def filled(folder: Path, expected: dict[str, torch.Tensor], targets: Any, read_all: Any) -> bool:
+def filled(
+    folder: Path,
+    expected: dict[str, torch.Tensor],
+    targets: Any,
+    read_all: Any = shard_reader.read_all,
+    threads: int = 2,
+) -> bool:
     """Whether a load fills tensors of devices, although their memory is still in use."""
-    with shardckpt.open_checkpoint(folder) as checkpoint, shardckpt.options(read_threads=2):
+    with shardckpt.open_checkpoint(folder) as checkpoint, shardckpt.options(read_threads=threads):
         manifest = checkpoint.manifest
         wanted = [
             (manifest.tensors[name], LocalChunk((0,) * t.dim(), tuple(t.shape), t))
@@ -223,12 +231,13 @@ def saved(tmp_path_factory):
 
 
 def test_a_load_fills_tensors_of_devices(machine, saved):
-    assert filled(saved, samples(), in_use(machine, samples()), shard_reader.read_all)
+    assert filled(saved, samples(), in_use(machine, samples()))
 
 
-def test_one_window_fills_tensors_of_devices(machine, saved):
+def test_one_window_fills_tensors_of_devices(machine, tmp_path):
     few = {name: samples()[name] for name in ("small", "tiny", "scalar", "bytes")}
-    assert filled(saved, few, in_use(machine, few), shard_reader.read_all)
+    shardckpt.save(few, tmp_path / "c")
+    assert filled(tmp_path / "c", few, in_use(machine, few))
 
 
 @pytest.mark.parametrize(
@@ -243,16 +252,14 @@ def test_one_window_fills_tensors_of_devices(machine, saved):
 def test_the_device_casts_and_places_elements(machine, saved, target):
     expected = {name: samples()[name] for name in ("large", "small")}
     targets = {name: to_device(target(t)) for name, t in expected.items()}
-    assert filled(
-        saved, {n: t.to(targets[n].dtype) for n, t in expected.items()}, targets,
-        shard_reader.read_all,
-    )  # fmt: skip
+    cast = {name: t.to(targets[name].dtype) for name, t in expected.items()}
+    assert filled(saved, cast, targets)
 
 
 def test_many_small_tensors_are_one_copy_to_the_device(late, tmp_path):
     state = {f"w{n:03}": values(n, 50) for n in range(300)}
     shardckpt.save(state, tmp_path / "c")
-    assert filled(tmp_path / "c", state, in_use(late, state), shard_reader.read_all)
+    assert filled(tmp_path / "c", state, in_use(late, state))
     sizes = [entry[2] for entry in late.log if entry[0] == "copied"]
     assert sum(size > 200 for size in sizes) == 2  # to each of the two devices
     assert sum(size == 200 for size in sizes) == 300
@@ -261,7 +268,7 @@ def test_many_small_tensors_are_one_copy_to_the_device(late, tmp_path):
 def test_large_tensors_go_to_the_device_once(late, tmp_path):
     state = {"w": values(1, 2500, 5001)}
     shardckpt.save(state, tmp_path / "c")
-    assert filled(tmp_path / "c", state, in_use(late, state), shard_reader.read_all)
+    assert filled(tmp_path / "c", state, in_use(late, state))
     total = sum(entry[2] for entry in late.log if entry[0] == "copied")
     assert total == state["w"].nbytes
 
@@ -271,7 +278,7 @@ def test_elements_that_are_not_aligned_are_moved_first(machine, tmp_path):
     shardckpt.save(state, tmp_path / "c")
     with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
         entries = checkpoint.manifest.tensors
-        assert filled(tmp_path / "c", state, in_use(machine, state), shard_reader.read_all)
+        assert filled(tmp_path / "c", state, in_use(machine, state))
     reads = plan_reads([(entries["w"], LocalChunk((0,), (9,), to_device(torch.zeros(9))))]).copies
     from shardckpt.loading.uploads import _part
 
@@ -322,7 +329,7 @@ def stepped(machine: StandIn, module: Any = background) -> bool:
         assert issued.wait(60)
         job.before_step()  # returns while the copies are held
         weight = raw(there["w"])
-        machine.default[DEVICES[0]].submit(lambda: weight.add_(1) and None)
+        machine.default[DEVICES[0]].submit(lambda: weight.add_(1))
         machine.default[DEVICES[0]].run()
         torch.autograd.graph.increment_version(there["w"])
     finally:
@@ -381,14 +388,14 @@ def test_async_saves_keep_the_values_of_their_calls(machine, tmp_path):
     first.result(60)
     for number in (1, 2):
         found = shardckpt.load_state(tmp_path / str(number))
-        assert all(torch.equal(found[name], t + number - 1) for name, t in state.items())
+        assert all(torch.equal(found[name], t + (number - 1)) for name, t in state.items())
 
 
 def test_an_incremental_save_links_unchanged_tensors_of_devices(machine, tmp_path):
     state = samples()
     shardckpt.save(produced(machine, state), tmp_path / "1")
     report = shardckpt.save(produced(machine, state), tmp_path / "2", base=tmp_path / "1")
-    assert report.bytes_linked > 0
+    assert sum(report.linked_by_rank) > 0
     found = shardckpt.load_state(tmp_path / "2")
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
@@ -419,8 +426,8 @@ def test_memory_is_released_before_it_is_unmapped(late):
     view[0] = 1  # still mapped: the view holds it
 
 
-def test_a_limit_of_locked_memory_gives_ordinary_memory(caplog):
-    with stand_in(lockable=5) as machine, caplog.at_level(logging.DEBUG, "shardckpt"):
+def test_a_limit_of_locked_memory_gives_ordinary_memory():
+    with stand_in(lockable=5) as machine:
         assert staged(machine)
         assert written(produced(machine, samples()).values(), image(samples().values()))
         assert not machine.locked
@@ -546,12 +553,12 @@ def test_a_device_without_a_mark_is_waited_for(late):
 def test_copies_block_where_there_is_one_stream(late, monkeypatch, saved):
     monkeypatch.setattr(StandIn, "new_stream", lambda self, device: None)
     assert written(produced(late, samples()).values(), image(samples().values()))
-    assert filled(saved, samples(), in_use(late, samples()), shard_reader.read_all)
+    assert filled(saved, samples(), in_use(late, samples()))
     assert staged(late)
 
 
 def test_torch_refuses_a_stream_of_a_device_without_streams():
-    assert devices.Accelerator().new_stream(torch.device("meta")) is None
+    assert devices.Accelerator().new_stream(torch.device("ipu")) is None
 
 
 def test_a_copy_that_does_not_end_is_an_error():
@@ -575,6 +582,8 @@ def planted(module: str, line: str, change: str, monkeypatch: Any) -> ModuleType
     changed.__file__ = real.__file__
     monkeypatch.setitem(sys.modules, module, changed)
     exec(compile(source.replace(line, change), real.__file__, "exec"), vars(changed))
+    if hasattr(real, "accelerator"):
+        changed.accelerator = devices.accelerator  # the stand-in
     return changed
 
 
@@ -590,7 +599,7 @@ def waits_for_producers(machine, module, saved, monkeypatch):
 
 
 def loads_right(machine, module, saved, monkeypatch):
-    return filled(saved, samples(), in_use(machine, samples()), module.read_all)
+    return filled(saved, samples(), in_use(machine, samples()), module.read_all, threads=1)
 
 
 def loads_after_producers(machine, module, saved, monkeypatch):
