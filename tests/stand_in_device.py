@@ -205,7 +205,7 @@ def copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False)
     plain, of = raw(target), raw(source)
 
     def work() -> None:
-        with torch.no_grad():
+        with torch.inference_mode():
             plain.copy_(of)
         machine.log.append(("copied", stream.name, of.nbytes))
 

@@ -6,6 +6,7 @@ the package, each of which must give wrong bytes on one of the two.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import logging
@@ -59,6 +60,7 @@ def forget():
     gc.collect()
 
 
+@functools.cache
 def values(number: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
     bits = torch.randint(0, 255, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
@@ -68,26 +70,29 @@ def values(number: int, *shape: int, dtype: torch.dtype = torch.float32) -> torc
 def samples() -> dict[str, torch.Tensor]:
     """Tensors that take every way to a file: small, large, of several buffers, views, scalars."""
     return {
-        "large": values(1, 5000, 1000),
+        "large": values(1, 2500, 1001),
         "small": values(2, 30),
         "scalar": values(3),
         "bytes": values(4, 7, dtype=torch.uint8),
         "half": values(5, 300, 1001, dtype=torch.float16),
         "tiny": values(6, 3),
-        "wide": values(7, 2, 3 * MIB),
+        "wide": values(7, 2, 5 * MIB // 4),
         "empty": torch.empty(0, 4),
     }
 
 
 def produced(machine: StandIn, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of both devices, whose values are work that was only submitted."""
+    """Tensors of both devices, whose values are work that was only submitted.
+
+    The work is that of a device, which does not count as a change by the program.
+    """
     made = {}
     for number, (name, tensor) in enumerate(tensors.items()):
         device = DEVICES[number % 2]
         memory = torch.zeros_like(tensor)
         made[name] = to_device(memory, device)
         machine.current_stream(device).submit(
-            lambda memory=memory, tensor=tensor: memory.copy_(tensor)
+            lambda memory=memory.data, tensor=tensor: memory.copy_(tensor)
         )
     return made
 

@@ -233,7 +233,7 @@ class Bench:
 
 def state_of(device: torch.device, size_bytes: int) -> State:
     """Layers of a large and two small bfloat16 tensors."""
-    large = min(64 << 20, size_bytes // 2)
+    large = min(64 << 20, size_bytes // 2) // 2048 * 2048
     state = {}
     for number in range(max(1, round(size_bytes / large))):
         values = torch.randint(0, 1 << 15, (large // 2,), dtype=torch.int16, device=device)
