@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +35,7 @@ from shardckpt.state.local_chunks import LocalChunk
 from tests.stand_in_device import DEVICES, StandIn, raw, stand_in, to_device
 
 MIB = 1 << 20
+ALONE: Any = SimpleNamespace(rank=0, world_size=1)
 
 
 @pytest.fixture(params=[False, True], ids=["late", "early"])
@@ -319,7 +320,7 @@ def stepped(machine: StandIn, module: Any = background) -> bool:
     """Whether the work of a step comes after the copies, although the CPU does not wait."""
     state = {"w": values(1, MIB)}
     there = produced(machine, state)
-    job = module._Job(there, rank=0, world_size=1, save=lambda plan: None)
+    job = module._Job(there, ALONE, None, None, check_replicas=False)
     issued, go_on = threading.Event(), threading.Event()
 
     def hold(mark: Any) -> None:
@@ -350,7 +351,7 @@ def test_a_step_on_the_device_waits_for_the_copies_and_the_cpu_does_not(late):
 
 def test_a_change_before_the_step_is_an_error(machine):
     there = produced(machine, {"w": values(1, MIB)})
-    job = background._Job(there, rank=0, world_size=1, save=lambda plan: None)
+    job = background._Job(there, ALONE, None, None, check_replicas=False)
     there["w"].add_(1)
     job.stage(staging.StagingPool())
     assert isinstance(job.error, StateError)
@@ -620,7 +621,7 @@ def steps_after_copies(machine, module, saved, monkeypatch):
 
 def writes_what_was_staged(machine, module, saved, monkeypatch):
     state = {"w": values(1, MIB)}
-    job = module._Job(produced(machine, state), rank=0, world_size=1, save=lambda plan: None)
+    job = module._Job(produced(machine, state), ALONE, None, None, check_replicas=False)
     job.stage(staging.StagingPool())
     return torch.equal(job.plan.data[0], state["w"])
 
@@ -638,7 +639,7 @@ PLANTED = [
     ("loading.shard_reader", "            for buffer in own:\n                uploads.wait(buffer)",
      "            pass", loads_right, "late"),
     ("saving.async_save", "wait_on_device(device, mark)", "pass", steps_after_copies, "late"),
-    ("saving.async_save", "for mark in marks.values():\n            wait_for(mark)", "pass",
+    ("saving.async_save", "for mark in marks.values():\n                wait_for(mark)", "pass",
      writes_what_was_staged, "late"),
 ]  # fmt: skip
 

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from shardckpt.config import current
 from shardckpt.errors import StalledError
@@ -253,6 +252,8 @@ def group_backends(kind: str | None) -> str:
     """Return the backends of a process group for CPU tensors and for those of a device type."""
     if kind in (None, "cpu", "meta"):
         return "gloo"
+    import torch.distributed as dist  # not needed by saves and loads of one process
+
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
