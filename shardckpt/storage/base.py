@@ -381,6 +381,28 @@ class WriteTransaction(ABC):
         """
         return False
 
+    def create_from(
+        self, name: str, source: CheckpointFiles, *, size_bytes: int
+    ) -> WritableFile | None:
+        """Create a file that may take over ranges of a file of an earlier checkpoint, on any rank.
+
+        See WritableFile.clone. The new file must stay intact when the source is replaced or
+        removed.
+
+        Args:
+            name: The name of both files.
+            source: The files of the earlier checkpoint.
+            size_bytes: The final size of the file.
+
+        Returns:
+            The file, open for writing. None if the storage can't take over ranges: nothing was
+            made, and the caller creates the file. The default always returns None.
+
+        Raises:
+            StorageError: The file exists.
+        """
+        return None
+
     def close(self) -> None:  # noqa: B027
         """Release locks and other resources. Never raises. The default does nothing."""
 
@@ -397,6 +419,21 @@ class WritableFile(ABC):
     @abstractmethod
     def write(self, data: memoryview, *, offset: int) -> None:
         """Write all of `data` at `offset`. Called from any thread; should release the GIL."""
+
+    def clone(self, *, offset: int, size_bytes: int) -> bool:
+        """Take over a range of the file that `create_from` was given, without writing its bytes.
+
+        Called from any thread, in place of a write.
+
+        Args:
+            offset: The offset of the range in both files, a multiple of 1 MiB.
+            size_bytes: The size of the range: a multiple of 1 MiB, or up to the end of both files.
+
+        Returns:
+            Whether the file has the range. If not, the caller writes it. The default always returns
+            False.
+        """
+        return False
 
     @abstractmethod
     def close(self, *, size_bytes: int) -> None:

@@ -371,6 +371,17 @@ class _TieredTransaction(WriteTransaction):
             source = source.nearest
         return self._fast.link(name, source)
 
+    def create_from(
+        self, name: str, source: CheckpointFiles, *, size_bytes: int
+    ) -> WritableFile | None:
+        """See WriteTransaction.create_from."""
+        if isinstance(source, TieredFiles):
+            try:
+                source = source.nearest
+            except BROKEN:
+                return None
+        return self._fast.create_from(name, source, size_bytes=size_bytes)
+
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit."""
         self._fast.commit(manifest)

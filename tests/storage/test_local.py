@@ -272,10 +272,10 @@ class Unlinked(System):
     def link(self, name, target, *, dir_fd):
         raise OSError(errno.EPERM, "no links here")
 
-    def clone(self, source_fd, target_fd):
+    def clone(self, source_fd, target_fd, *, offset=0, size_bytes=0):
         if not self.clones:
             raise OSError(errno.EOPNOTSUPP, "no clones here")
-        os.copy_file_range(source_fd, target_fd, 1 << 30, 0, 0)
+        os.copy_file_range(source_fd, target_fd, size_bytes or 1 << 30, offset, offset)
 
 
 class TestUnlinked(StorageTests):
