@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NoReturn
 
 from shardckpt.errors import CheckpointNotFoundError, StateError
@@ -323,6 +324,7 @@ class WriteTransaction(ABC):
             id has them.
         commits_part: This rank writes to a place that rank 0's commit does not reach. It commits
             there, with rank 0's manifest, before rank 0 does. See Storage.join_part.
+        tiers: The state of the checkpoint in each place when it is committed, see Storage.tiers.
     """
 
     path: str
@@ -330,6 +332,7 @@ class WriteTransaction(ABC):
     shares_files: bool = True
     resumes: bool = False
     commits_part: bool = False
+    tiers: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:

@@ -29,7 +29,7 @@ from shardckpt.errors import (
 )
 from shardckpt.format.manifest import check_text
 from shardckpt.storage.base import CheckpointFiles, Storage, WritableFile, WriteTransaction
-from shardckpt.storage.copying import copy_part, has_checkpoint, id_in
+from shardckpt.storage.copying import copy_part, has_checkpoint, id_in, identity_at
 from shardckpt.storage.drain import Drain, OthersCopyError
 from shardckpt.storage.resolve import Location, resolve
 from shardckpt.storage.tiered_files import BROKEN, TieredFiles, was_saved_in_parts
@@ -105,16 +105,16 @@ class TieredStorage(Storage):
 
     def _places(self, path: str) -> list[Location]:
         """The path in each tier."""
-        texts = self.full_path(path).removeprefix(_SCHEME).split(",")
-        if len(texts) != len(self._roots):
+        paths = _paths_in(self.full_path(path))
+        if len(paths) != len(self._roots):
             raise StateError(
                 "This path has another number of tiers",
                 path=path,
                 expected=f"{len(self._roots)} paths, separated by commas",
-                actual=f"{len(texts)}",
+                actual=f"{len(paths)}",
             )
-        pairs = zip(self._roots, texts, strict=True)
-        return [Location(root.storage, unquote(text)) for root, text in pairs]
+        pairs = zip(self._roots, paths, strict=True)
+        return [Location(root.storage, one) for root, one in pairs]
 
     def open(self, path: str) -> TieredFiles:
         """See Storage.open. The checkpoint is that of the first tier with an intact manifest."""
@@ -144,7 +144,7 @@ class TieredStorage(Storage):
         place = self._places(path)[0]
         fast = place.storage.begin(place.path, checkpoint_id=checkpoint_id, overwrite=overwrite)
         token = f"{checkpoint_id} {fast.token}"
-        return _TieredTransaction(path, token, fast, lambda: self._copy_later(path))
+        return _TieredTransaction(path, token, fast, lambda: self._copy_later(path, saved=True))
 
     def join(self, path: str, *, token: str) -> WriteTransaction:
         """See Storage.join. Raises DirectoryNotSharedError if the machine has its own disk."""
@@ -174,7 +174,7 @@ class TieredStorage(Storage):
         )
 
     def _part_committed(self, path: str) -> None:
-        self._copy_later(path)
+        self._copy_later(path, saved=True)
         folders = [Location(s, p.rpartition("/")[0]) for s, p in self._places(path)]
         if (folder := _joined(folders)) not in self._resumed:
             self._resumed.add(folder)
@@ -196,7 +196,8 @@ class TieredStorage(Storage):
             if fast.storage.exists(fast.path):
                 fast.storage.remove(fast.path)
 
-    def _copy_later(self, path: str) -> None:
+    def _copy_later(self, path: str, *, saved: bool) -> None:
+        """Queue the copies of a checkpoint, which this process has `saved` or found."""
         fast, *slower = self._places(path)
 
         def copy(place: Location) -> None:
@@ -205,7 +206,7 @@ class TieredStorage(Storage):
             self._slow_names.setdefault(folder, set()).add(name)
 
         for number, place in enumerate(slower, start=1):
-            self._drain.add((path, number), functools.partial(copy, place))
+            self._drain.add((path, number), functools.partial(copy, place), wanted=saved)
         if self._keep_fast is not None:
             self._drain.add((path, "keep_fast"), functools.partial(self._thin_out, fast))
 
@@ -302,25 +303,29 @@ class TieredStorage(Storage):
             with suppress(*BROKEN):
                 first = self._places(path)[0]
                 first.storage.version(first.path)
-                self._copy_later(path)
+                self._copy_later(path, saved=False)
 
     def tiers(self, path: str) -> dict[str, str]:
         """See Storage.tiers."""
         path = self.full_path(path)
         found: dict[str, str] = {}
+        identity = ""
         for number, (storage, where) in enumerate(self._places(path)):
             if self._drain.waits((path, number)):
                 found[where] = "pending"
                 continue
-            try:
-                storage.version(where)
-                found[where] = "durable"
-            except BROKEN:
-                found[where] = "missing"
+            held = identity_at(storage, where)
+            identity = identity or held  # a slower tier may still have what was replaced
+            found[where] = "durable" if held and held == identity else "missing"
         return found
 
     def wait_for_tier(self, path: str, tier: int, timeout: float | None = None) -> None:
-        """See Storage.wait_for_tier."""
+        """See Storage.wait_for_tier.
+
+        Raises:
+            TimeoutError: The tier does not hold it in time.
+            ShardckptError: It can't be copied, for example because it is corrupted.
+        """
         if not 0 <= tier < len(self._roots):
             raise StateError(
                 "There is no such tier",
@@ -337,6 +342,7 @@ class TieredStorage(Storage):
 
         Raises:
             TimeoutError: Copies are left.
+            ShardckptError: A checkpoint can't be copied, for example because it is corrupted.
         """
         self._drain.wait_all(timeout)
 
@@ -356,6 +362,8 @@ class _TieredTransaction(WriteTransaction):
         self.path, self.token, self.commits_part = path, token, commits_part
         self.shares_files, self.resumes = fast.shares_files, fast.resumes
         self._fast, self._committed = fast, committed
+        first, *slower = _paths_in(path)
+        self.tiers = {first: "durable", **dict.fromkeys(slower, "pending")}
 
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
         """See WriteTransaction.create."""
@@ -402,15 +410,13 @@ def _remove(place: Location) -> None:
 
 
 def _copy(source: Location, target: Location) -> None:
-    """Copy a checkpoint, or this machine's part, unless the target has it or the source has gone.
+    """Copy a checkpoint, or this machine's part, unless the target has it.
 
     Raises:
+        CheckpointNotFoundError: The source was removed.
         OthersCopyError: The shards of this machine are copied, and other shards are missing.
     """
-    try:
-        files = source.storage.open(source.path)
-    except CheckpointNotFoundError:
-        return
+    files = source.storage.open(source.path)
     try:
         may_lack = was_saved_in_parts(files.manifest())
         if not copy_part(files, target.storage, target.path, may_lack=may_lack):
@@ -423,6 +429,11 @@ def _joined(places: Sequence[Location]) -> str:
     return _SCHEME + ",".join(_quoted(place.path) for place in places)
 
 
+def _paths_in(joined: str) -> list[str]:
+    """The paths in all tiers."""
+    return [unquote(text) for text in joined.removeprefix(_SCHEME).split(",")]
+
+
 def _quoted(path: str) -> str:
     """A path in which the separator of paths is quoted."""
     return path.replace("%", "%25").replace(",", "%2C")
@@ -430,5 +441,4 @@ def _quoted(path: str) -> str:
 
 def open_url(url: str) -> TieredStorage:
     """The storage of a URL of tiers."""
-    texts = [unquote(text) for text in url.removeprefix(_SCHEME).split(",")]
-    return TieredStorage(*texts)
+    return TieredStorage(*_paths_in(url))

@@ -1,4 +1,4 @@
-"""File systems that share ranges of files: a stand-in that copies, and real ones on loop devices."""
+"""File systems that share ranges of files: one that copies, and real ones on loop devices."""
 
 from __future__ import annotations
 

@@ -47,6 +47,27 @@ def test_what_can_never_be_copied_is_dropped(hurried):
     assert done == []
 
 
+def test_who_waits_for_what_is_dropped_gets_its_error(hurried):
+    drain, done = Drain(), []
+    for key in (("a", 1), ("b", 1)):
+        drain.add(key, fails(1, CorruptionError("damaged"), done), wanted=key == ("a", 1))
+    drain.wait(("b", 1), DEADLINE_S)
+    for _ in range(2):
+        with pytest.raises(CorruptionError):
+            drain.wait(("a", 1), DEADLINE_S)
+        with pytest.raises(CorruptionError):
+            drain.wait_all(DEADLINE_S)
+    drain.finish()  # the end of the program raises nothing
+    drain.add(("a", 1), fails(0, OSError(), done))
+    drain.wait_all(DEADLINE_S)
+    drain.add(("a", 1), fails(1, CorruptionError("damaged"), done), wanted=True)
+    with pytest.raises(CorruptionError):
+        drain.wait(("a", 1), DEADLINE_S)
+    drain.forget("a")
+    drain.wait_all(DEADLINE_S)
+    assert done == ["done"]
+
+
 def test_a_task_that_fails_does_not_delay_another_one(monkeypatch):
     monkeypatch.setattr(module, "_FIRST_WAIT_S", DEADLINE_S)
     drain, done, failed = Drain(), [], threading.Event()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -24,6 +26,7 @@ from shardckpt.storage import drain, tiered_files
 from shardckpt.storage import tiers as module
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing import StorageTests
+from tests.ranks import run_ranks
 
 STATE = {"w": torch.arange(2_000_000.0), "frozen": torch.ones(70), "step": 3}  # eight blocks
 DEADLINE_S = 60
@@ -158,6 +161,90 @@ def test_a_store_that_is_down_holds_up_nothing(tmp_path, monkeypatch):
     assert not store.exists("down://bucket/run/step-0")
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """No copy begins before this event is set."""
+    go, copy = threading.Event(), module._copy
+
+    def wait(source, target):
+        assert go.wait(DEADLINE_S)
+        copy(source, target)
+
+    monkeypatch.setattr(module, "_copy", wait)
+    yield go
+    go.set()
+
+
+@pytest.mark.parametrize("error", [CorruptionError, CheckpointNotFoundError])
+def test_who_waits_for_a_tier_learns_that_it_will_never_have_the_checkpoint(
+    tmp_path, url, held, error
+):
+    tiers = TieredStorage(tmp_path / "fast", url)
+    handle = shardckpt.async_save(STATE, "step-1", storage=tiers)
+    handle.result(DEADLINE_S)
+    shardckpt.save(STATE, "step-2", storage=tiers)
+    first = tmp_path / "fast/step-1"
+    if error is CorruptionError:
+        (shard,) = first.glob("*.safetensors")
+        shard.write_bytes(bytes(shard.stat().st_size))
+    else:
+        shutil.rmtree(first)
+    held.set()
+    with pytest.raises(error):
+        handle.result(DEADLINE_S, tier=1)
+    with pytest.raises(error):
+        tiers.wait(DEADLINE_S)
+    assert tiers.tiers("step-1")[f"{url}/step-1"] == "missing"
+    assert is_saved(shardckpt.load_state(f"{url}/step-2"))
+    tiers.remove("step-1")
+    tiers.wait(DEADLINE_S)
+
+
+def test_an_old_checkpoint_that_can_not_be_copied_is_no_error_of_this_program(tmp_path, url):
+    shardckpt.save(STATE, tmp_path / "fast/step-1")
+    (shard,) = (tmp_path / "fast/step-1").glob("*.safetensors")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    tiers = TieredStorage(tmp_path / "fast", url)
+    with shardckpt.CheckpointManager(tiers) as manager:
+        manager.save(2, STATE)
+    tiers.wait(DEADLINE_S)
+    assert set(tiers.tiers("step-2").values()) == {"durable"}
+
+
+def test_a_tier_with_an_older_checkpoint_does_not_have_this_one(tmp_path, url, held):
+    held.set()
+    tiers = TieredStorage(tmp_path / "fast", url)
+    shardckpt.save(STATE, "step-1", storage=tiers)
+    tiers.wait(DEADLINE_S)
+    shardckpt.save(STATE, tmp_path / "fast/step-1", overwrite=True)  # it is not copied
+    assert list(tiers.tiers("step-1").values()) == ["durable", "missing"]
+    tiers.resume()
+    tiers.wait(DEADLINE_S)
+    assert list(tiers.tiers("step-1").values()) == ["durable", "durable"]
+
+
+class Untouched(MemoryStorage):
+    """A store that is asked for nothing while a save runs."""
+
+    def refuse(self, *arguments, **options):
+        raise AssertionError("the slower tier was asked for something")
+
+    begin = assemble = open = version = exists = names = refuse
+
+
+def save_beside_a_store_that_is_down(folder):
+    shardckpt.register_storage("untouched", lambda url: Untouched())
+    tiers = TieredStorage(folder / "fast", "untouched://bucket/run")
+    tiers._drain.add = lambda *arguments, **options: None
+    report = shardckpt.save(STATE, "step-1", storage=tiers)
+    assert list(report.tiers.values()) == ["durable", "pending"]
+
+
+@pytest.mark.ranks
+def test_a_save_asks_a_slower_tier_for_nothing_on_any_rank(tmp_path):
+    run_ranks(2, save_beside_a_store_that_is_down, tmp_path)
+
+
 def test_retention_by_tier(tmp_path, url):
     tiers = TieredStorage(tmp_path / "fast", url, keep_fast=2)
     with shardckpt.CheckpointManager(tiers) as manager:
@@ -176,7 +263,7 @@ def test_retention_by_tier(tmp_path, url):
 def test_another_process_goes_on(tmp_path, url, monkeypatch):
     """What was not copied before the process ended is copied by the next one."""
     lost = TieredStorage(tmp_path / "fast", url)
-    monkeypatch.setattr(lost, "_copy_later", lambda path: None)
+    monkeypatch.setattr(lost, "_copy_later", lambda path, saved: None)
     with shardckpt.CheckpointManager(lost) as manager:
         manager.save(1, STATE)
     with pytest.raises(CheckpointNotFoundError):
