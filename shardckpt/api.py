@@ -382,7 +382,7 @@ def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint
         tensor([2., 3.])
     """
     place = resolve(path, storage)
-    return Checkpoint(place.path, storage=place.storage)
+    return Checkpoint(place.path, storage=place.storage, newest=True)
 
 
 def metadata(path: Path, *, storage: Storage | None = None) -> CheckpointMetadata:

@@ -107,6 +107,23 @@ class Storage(ABC):
             NotACheckpointError: The path does not hold a checkpoint.
         """
 
+    def open_newest(self, path: str) -> CheckpointFiles:
+        """Open a committed checkpoint for a load, on one rank.
+
+        A storage with several places may have different checkpoints at a path. Then this is the
+        newest one, and `open` may return another one, with less work. The default calls `open`.
+
+        Args:
+            path: The checkpoint.
+
+        Returns:
+            Its files.
+
+        Raises:
+            CheckpointError: See `open`.
+        """
+        return self.open(path)
+
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
         """Begin a checkpoint, on rank 0 alone. Nothing is visible at the path before commit.
 

@@ -29,7 +29,7 @@ from shardckpt.errors import (
 )
 from shardckpt.format.manifest import check_text
 from shardckpt.storage.base import CheckpointFiles, Storage, WritableFile, WriteTransaction
-from shardckpt.storage.copying import copy_part, has_checkpoint, id_in, identity_at
+from shardckpt.storage.copying import copy_part, created_in, has_checkpoint, id_in
 from shardckpt.storage.drain import Drain, OthersCopyError
 from shardckpt.storage.resolve import Location, resolve
 from shardckpt.storage.tiered_files import BROKEN, TieredFiles, was_saved_in_parts
@@ -138,6 +138,20 @@ class TieredStorage(Storage):
         # A damaged tier tells more than one where the checkpoint is missing.
         raise next((e for e in errors if not isinstance(e, CheckpointNotFoundError)), errors[0])
 
+    def open_newest(self, path: str) -> TieredFiles:
+        """See Storage.open_newest. Asks all tiers: the first one may have been away while the
+        checkpoint was replaced. A tier that does not answer is left out."""
+        files = self.open(path)
+        manifest = newest = files.manifest()
+        for place in self._places(files.path)[1:]:
+            text = _manifest_at(place)
+            if text is not None and created_in(text) > created_in(newest):
+                newest = text
+        if newest is manifest:
+            return files
+        files.close()
+        return self.open_part(path, newest)
+
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
         """See Storage.begin. Only the first tier is asked."""
         path = self.full_path(path)
@@ -201,7 +215,7 @@ class TieredStorage(Storage):
         fast, *slower = self._places(path)
 
         def copy(place: Location) -> None:
-            _copy(fast, place)
+            _copy(fast, place, saved=saved)
             folder, _, name = place.path.rpartition("/")
             self._slow_names.setdefault(folder, set()).add(name)
 
@@ -225,8 +239,7 @@ class TieredStorage(Storage):
                 files = storage.open(storage.child(folder, name))
                 text = files.manifest()
                 files.close()
-                created = text[:1000].partition(b'"created":"')[2][:25]
-                aged.append((created, name, id_in(text)))
+                aged.append((created_in(text), name, id_in(text)))
         aged.sort()
         waits = False
         for _, name, identity in aged[: -self._keep_fast] if folder == self._roots[0].path else ():
@@ -314,7 +327,8 @@ class TieredStorage(Storage):
             if self._drain.waits((path, number)):
                 found[where] = "pending"
                 continue
-            held = identity_at(storage, where)
+            manifest = _manifest_at(Location(storage, where))
+            held = id_in(manifest) if manifest else ""
             identity = identity or held  # a slower tier may still have what was replaced
             found[where] = "durable" if held and held == identity else "missing"
         return found
@@ -409,8 +423,24 @@ def _remove(place: Location) -> None:
         place.storage.remove(place.path)
 
 
-def _copy(source: Location, target: Location) -> None:
+def _manifest_at(place: Location) -> bytes | None:
+    """The manifest of the checkpoint at a place. None if there is none that can be read."""
+    with suppress(*BROKEN):
+        files = place.storage.open(place.path)
+        try:
+            text = files.manifest()
+            check_text(text, path=place.path)
+            return text
+        finally:
+            files.close()
+    return None
+
+
+def _copy(source: Location, target: Location, *, saved: bool) -> None:
     """Copy a checkpoint, or this machine's part, unless the target has it.
+
+    A checkpoint that this process has `saved` replaces any other one. One that it has found does
+    not replace a newer one, which was saved while this machine was away.
 
     Raises:
         CheckpointNotFoundError: The source was removed.
@@ -418,7 +448,10 @@ def _copy(source: Location, target: Location) -> None:
     """
     files = source.storage.open(source.path)
     try:
-        may_lack = was_saved_in_parts(files.manifest())
+        manifest = files.manifest()
+        if not saved and (held := _manifest_at(target)) and created_in(held) > created_in(manifest):
+            return
+        may_lack = was_saved_in_parts(manifest)
         if not copy_part(files, target.storage, target.path, may_lack=may_lack):
             raise OthersCopyError
     finally:

@@ -288,7 +288,7 @@ class NoParts(LocalStorage):
 
 def save_to_a_storage_without_assemble(folder: Path) -> None:
     with pytest.raises(StateError, match="can't assemble"):
-        module._copy(*copy_of_a_part(folder))
+        module._copy(*copy_of_a_part(folder), saved=True)
 
 
 def copy_of_a_part(folder: Path):

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ class TestTieredStorage(StorageTests):
         # The checkpoints of these tests have no manifest that could be copied.
         for one in (module, tiered_files):
             monkeypatch.setattr(one, "check_text", lambda text, path: None)
-        monkeypatch.setattr(module, "_copy", lambda source, target: None)
+        monkeypatch.setattr(module, "_copy", lambda *arguments, **options: None)
         return tiers
 
     @pytest.fixture
@@ -166,9 +167,9 @@ def held(monkeypatch):
     """No copy begins before this event is set."""
     go, copy = threading.Event(), module._copy
 
-    def wait(source, target):
+    def wait(*arguments, **options):
         assert go.wait(DEADLINE_S)
-        copy(source, target)
+        copy(*arguments, **options)
 
     monkeypatch.setattr(module, "_copy", wait)
     yield go
@@ -221,6 +222,44 @@ def test_a_tier_with_an_older_checkpoint_does_not_have_this_one(tmp_path, url, h
     tiers.resume()
     tiers.wait(DEADLINE_S)
     assert list(tiers.tiers("step-1").values()) == ["durable", "durable"]
+
+
+def made_at(path, time: str, version: int) -> None:
+    """Save a checkpoint that says that it was made at a time of the same day."""
+    with mock.patch("shardckpt.saving.commit.datetime") as module:
+        module.datetime.now.return_value.isoformat.return_value = f"2026-11-29T{time}+00:00"
+        shardckpt.save({"version": version}, path)
+
+
+def test_a_machine_that_was_away(tmp_path, url):
+    """Its fast tier has an older checkpoint than the slow one: the newest one loads, and is not
+    replaced by the older one."""
+    made_at(tmp_path / "fast/step-1", "10:00:00", 1)
+    made_at(f"{url}/step-1", "10:00:01", 2)
+    made_at(tmp_path / "fast/step-2", "10:00:00", 1)
+    tiers = TieredStorage(tmp_path / "fast", url)
+    state = {"version": 0}
+    shardckpt.load(state, "step-1", storage=tiers)
+    assert state == shardckpt.load_state("step-1", storage=tiers) == {"version": 2}
+    with shardckpt.CheckpointManager(tiers) as manager:
+        manager.save(3, state)
+    tiers.wait(DEADLINE_S)
+    assert shardckpt.load_state(f"{url}/step-1") == {"version": 2}
+    assert shardckpt.load_state(f"{url}/step-2") == {"version": 1}
+    assert shardckpt.load_state(f"{url}/step-3") == {"version": 2}
+    shardckpt.save({"version": 4}, "step-1", storage=tiers, overwrite=True)
+    tiers.wait(DEADLINE_S)
+    assert shardckpt.load_state(f"{url}/step-1") == {"version": 4}
+
+
+def test_a_load_while_a_slower_tier_is_down(tmp_path, held):
+    class Dead(MemoryStorage):
+        def open(self, path):
+            raise StoreUnavailableError("503")
+
+    shardckpt.register_storage("dead", lambda url: Dead())
+    shardckpt.save(STATE, tmp_path / "fast/step-1")
+    assert is_saved(shardckpt.load_state(f"tiers://{tmp_path}/fast/step-1,dead://bucket/step-1"))
 
 
 class Untouched(MemoryStorage):
