@@ -44,7 +44,8 @@ class SaveReport:
         linked_by_rank: The bytes in `bytes_by_rank` that were linked or cloned from the base, not
             written. Empty after a save with a planner.
         base_problems: Why unchanged files and blocks were written.
-        tiers: The path in each tier of a TieredStorage, with "durable" or "pending".
+        tiers: The path in each tier of a TieredStorage: "durable" for the first one, and "pending"
+            for the others. TieredStorage.tiers has the state at a later time.
         profile: The seconds of each rank's own work by phase, without waiting: "plan", "write"
             (copy, hash and write), "sync" (fsync), "compare" (digests of replicas), and on rank 0
             "divide" and "commit". Rank 0 has the profiles of all ranks, other ranks their own.

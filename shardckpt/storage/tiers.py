@@ -13,6 +13,7 @@ The path of a tiered checkpoint is `tiers://A/step-7,s3://bucket/B/step-7`: its 
 
 from __future__ import annotations
 
+import errno
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from urllib.parse import unquote
 
 from shardckpt.errors import (
     CheckpointBusyError,
+    CheckpointExistsError,
     CheckpointNotFoundError,
     DirectoryNotSharedError,
     ShardckptError,
@@ -28,6 +30,7 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.format.manifest import check_text
+from shardckpt.logs import logger
 from shardckpt.storage.base import CheckpointFiles, Storage, WritableFile, WriteTransaction
 from shardckpt.storage.copying import copy_part, created_in, has_checkpoint, id_in
 from shardckpt.storage.drain import Drain, OthersCopyError
@@ -153,9 +156,17 @@ class TieredStorage(Storage):
         return self.open_part(path, newest)
 
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
-        """See Storage.begin. Only the first tier is asked."""
+        """See Storage.begin. Raises CheckpointExistsError also if a slower tier is known to have a
+        checkpoint."""
         path = self.full_path(path)
-        place = self._places(path)[0]
+        place, *slower = self._places(path)
+        if not overwrite and (held := next(filter(self._has, slower), None)):
+            raise CheckpointExistsError(
+                "A slower tier has a checkpoint at this path already",
+                errno=errno.EEXIST,
+                path=held.path,
+                remedy="save to another path, or pass overwrite=True to replace it in all tiers",
+            )
         fast = place.storage.begin(place.path, checkpoint_id=checkpoint_id, overwrite=overwrite)
         token = f"{checkpoint_id} {fast.token}"
         return _TieredTransaction(path, token, fast, lambda: self._copy_later(path, saved=True))
@@ -255,19 +266,38 @@ class TieredStorage(Storage):
     def names(self, folder: str) -> list[str]:
         """See Storage.names: the names in all tiers. The slower tiers are listed once."""
         fast, *slower = self._places(folder)
-        found = set(fast.storage.names(fast.path))
-        for storage, path in slower:
-            if path not in self._listed:
-                with suppress(StorageError):  # a store that is down has none for now
-                    self._slow_names.setdefault(path, set()).update(storage.names(path))
-                    self._listed.add(path)
-            found |= self._slow_names.get(path, set())
-        return sorted(found)
+        return sorted(
+            {*fast.storage.names(fast.path), *(n for p in slower for n in self._known(p))}
+        )
+
+    def _known(self, folder: Location) -> set[str]:
+        """The names in a folder of a slower tier. They are listed at the first call; if that fails,
+        later, by the thread."""
+        path = folder.path
+        if path not in self._listed:
+            self._listed.add(path)
+            try:
+                self._list(folder)
+            except StorageError as error:
+                logger.warning("%s can't be listed now: %s", path, error)
+                self._drain.add(("list", path), functools.partial(self._list, folder))
+        return self._slow_names.get(path, set())
+
+    def _list(self, folder: Location) -> None:
+        found = folder.storage.names(folder.path)
+        self._slow_names.setdefault(folder.path, set()).update(found)
+
+    def _has(self, place: Location) -> bool:
+        """Whether a slower tier is known to have a checkpoint. It is asked if it has the name."""
+        folder, _, name = place.path.rpartition("/")
+        return name in self._known(Location(place.storage, folder)) and place.storage.exists(
+            place.path
+        )
 
     def exists(self, path: str) -> bool:
-        """See Storage.exists. Only the first tier is asked."""
-        fast = self._places(path)[0]
-        return fast.storage.exists(fast.path)
+        """See Storage.exists. The slower tiers are listed once."""
+        fast, *slower = self._places(path)
+        return fast.storage.exists(fast.path) or any(map(self._has, slower))
 
     def version(self, path: str) -> Hashable:
         """See Storage.version: that of the first tier with a checkpoint at the path."""

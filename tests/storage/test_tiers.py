@@ -14,10 +14,12 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import shardckpt
 from shardckpt import TieredStorage
 from shardckpt.errors import (
+    CheckpointExistsError,
     CheckpointNotFoundError,
     CorruptionError,
     StateError,
@@ -263,25 +265,73 @@ def test_a_load_while_a_slower_tier_is_down(tmp_path, held):
 
 
 class Untouched(MemoryStorage):
-    """A store that is asked for nothing while a save runs."""
+    """A store that is listed by rank 0, once, and asked for nothing else while saves run."""
 
     def refuse(self, *arguments, **options):
         raise AssertionError("the slower tier was asked for something")
 
-    begin = assemble = open = version = exists = names = refuse
+    begin = assemble = open = version = exists = refuse
+    lists = 0
+
+    def names(self, folder):
+        Untouched.lists += 1
+        raise StoreUnavailableError("503")
 
 
 def save_beside_a_store_that_is_down(folder):
     shardckpt.register_storage("untouched", lambda url: Untouched())
     tiers = TieredStorage(folder / "fast", "untouched://bucket/run")
     tiers._drain.add = lambda *arguments, **options: None
-    report = shardckpt.save(STATE, "step-1", storage=tiers)
-    assert list(report.tiers.values()) == ["durable", "pending"]
+    for step in (1, 2):
+        report = shardckpt.save(STATE, f"step-{step}", storage=tiers)
+        assert list(report.tiers.values()) == ["durable", "pending"]
+    assert Untouched.lists == (1 if dist.get_rank() == 0 else 0)
 
 
 @pytest.mark.ranks
-def test_a_save_asks_a_slower_tier_for_nothing_on_any_rank(tmp_path):
+def test_saves_list_a_slower_tier_once_and_ask_it_for_nothing(tmp_path):
     run_ranks(2, save_beside_a_store_that_is_down, tmp_path)
+
+
+def test_what_only_a_slower_tier_has_is_not_replaced_unasked(tmp_path, url):
+    """As on a new machine, whose first tier is empty."""
+    shardckpt.save({"run": 1}, f"{url}/step-1")
+    tiers = TieredStorage(tmp_path / "fast", url)
+    with pytest.raises(CheckpointExistsError, match="slower tier") as caught:
+        shardckpt.save({"run": 2}, "step-1", storage=tiers)
+    assert caught.value.path == f"{url}/step-1"
+    assert tiers.exists("step-1")
+    with (
+        shardckpt.CheckpointManager(tiers) as manager,
+        pytest.raises(CheckpointExistsError),
+    ):
+        manager.save(1, {"run": 2})
+    tiers.wait(DEADLINE_S)
+    assert shardckpt.load_state("step-1", storage=tiers) == {"run": 1}
+    shardckpt.save({"run": 2}, "step-1", storage=tiers, overwrite=True)
+    tiers.wait(DEADLINE_S)
+    assert shardckpt.load_state(f"{url}/step-1") == {"run": 2}
+    tiers.remove("step-1")
+    shardckpt.save({"run": 3}, "step-1", storage=tiers)
+    tiers.wait(DEADLINE_S)
+    assert shardckpt.load_state(f"{url}/step-1") == {"run": 3}
+
+
+def test_a_slower_tier_that_could_not_be_listed_is_listed_later(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(drain, "_FIRST_WAIT_S", 0.01)
+    shardckpt.save({"run": 1}, f"{url}/step-1")
+    tiers = TieredStorage(tmp_path / "fast", url)
+    names, failures = MemoryStorage.names, [StoreUnavailableError("503")] * 3
+
+    def fails(self, folder):
+        if failures:
+            raise failures.pop()
+        return names(self, folder)
+
+    monkeypatch.setattr(MemoryStorage, "names", fails)
+    assert tiers.names(tiers.full_path("")) == []
+    tiers.wait(DEADLINE_S)
+    assert tiers.names(tiers.full_path("")) == ["step-1"]
 
 
 def test_retention_by_tier(tmp_path, url):
