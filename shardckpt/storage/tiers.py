@@ -266,9 +266,7 @@ class TieredStorage(Storage):
     def names(self, folder: str) -> list[str]:
         """See Storage.names: the names in all tiers. The slower tiers are listed once."""
         fast, *slower = self._places(folder)
-        return sorted(
-            {*fast.storage.names(fast.path), *(n for p in slower for n in self._known(p))}
-        )
+        return sorted(set(fast.storage.names(fast.path)).union(*map(self._known, slower)))
 
     def _known(self, folder: Location) -> set[str]:
         """The names in a folder of a slower tier. They are listed at the first call; if that fails,
