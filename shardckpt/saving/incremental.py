@@ -128,7 +128,7 @@ class Base:
             return None
         file = transaction.create_from(name, self._files, size_bytes=size_bytes)
         step = 1 if self._verify else min(_SAMPLE, len(shard.digests))
-        return file and ClonedBlocks(file, self._files, shard, self.problems, step=step)
+        return ClonedBlocks(file, self._files, shard, self.problems, step=step) if file else None
 
 
 class ClonedBlocks:

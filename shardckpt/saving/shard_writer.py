@@ -27,7 +27,7 @@ from shardckpt.torch_compat import storage_id
 
 __all__ = ["WriteBlocks", "write_shard"]
 
-WriteBlocks = Callable[[memoryview, int, Sequence[int]], object]
+WriteBlocks = Callable[[memoryview, int, Sequence[int]], None]
 """A function that writes blocks to the file: their bytes, the offset of the first one, and the
 digest of each."""
 

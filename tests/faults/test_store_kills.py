@@ -12,8 +12,7 @@ from tests.faults.store_kills import creates, loads, prunes, removes, replaces, 
 @pytest.mark.parametrize(
     ("operation", "step"),
     [
-        (creates, 3),
-        (replaces, 3),
+        (creates, 5),
         pytest.param(with_base, 1, marks=pytest.mark.long),
         pytest.param(prunes, 1, marks=pytest.mark.long),
         pytest.param(removes, 1, marks=pytest.mark.long),
@@ -28,7 +27,9 @@ def test_killed_between_two_requests(object_server, operation, step):
 
 
 @pytest.mark.parametrize(
-    ("operation", "plant"), [(replaces, "commit"), (removes, "remove")], ids=["commit", "remove"]
+    ("operation", "plant"),
+    [pytest.param(replaces, "commit", marks=pytest.mark.long), (removes, "remove")],
+    ids=["commit", "remove"],
 )
 def test_planted_faults_are_seen(object_server, operation, plant):
     """Shards are deleted before the manifest that names them: only a kill in between shows it."""
