@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections import deque
@@ -30,6 +31,10 @@ class Drain:
     """
 
     def __init__(self) -> None:
+        self._begin()
+        _drains.add(self)
+
+    def _begin(self) -> None:
         self._changed = threading.Condition()
         self._tasks: deque[tuple[Hashable, Callable[[], None]]] = deque()
         self._running: Hashable = None
@@ -38,7 +43,6 @@ class Drain:
         self._wanted: set[Hashable] = set()
         self._dropped: dict[Hashable, Exception] = {}
         self._ending = False
-        _drains.add(self)
 
     def finish(self) -> None:
         """Wait until what can be done is done, and give up what fails."""
@@ -170,6 +174,15 @@ def _at_exit() -> None:
     for drain in list(_drains):
         drain.finish()
 
+
+def _in_forked_child() -> None:
+    """Leave the tasks to the parent: a forked child, such as a worker of a DataLoader, has none of
+    its threads, and would wait for them at its end."""
+    for drain in list(_drains):
+        drain._begin()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 # Before the executors of this process refuse work, which is before atexit. Private; tried with
 # Python 3.11.
