@@ -80,10 +80,11 @@ def _blocks_job(place: Place, bench: Bench, folder: str) -> Results:
         peer = kind(place, state)
         turns = [f"{folder}/{slug(name)}-{turn}" for turn in (0, 1)]
 
-        def before(turns: list[str] = turns) -> None:
-            changed = rows // 10
-            first = int(torch.randint(rows - changed, ()))
-            weight[first : first + changed] += 1
+        def before(turns: list[str] = turns, changes: bool = kind is _Based) -> None:
+            if changes:
+                changed = rows // 10
+                first = int(torch.randint(rows - changed, ()))
+                weight[first : first + changed] += 1
             turns.reverse()  # the checkpoint before last makes room
             remove(place, turns[0])
 
