@@ -67,8 +67,7 @@ class StagedPart:
 class Divider:
     """Divides the work before the stagings of a process, one after another.
 
-    If ranks don't answer again and again, fewer and fewer saves wait for them: after n saves in
-    vain the next 2**(n - 1) - 1 ones do not try.
+    After n failed divisions in a row, the next 2**(n - 1) - 1 saves stage all data at once.
     """
 
     def __init__(self) -> None:
