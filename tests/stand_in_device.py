@@ -148,11 +148,11 @@ def stand_in(**options: Any) -> Iterator[StandIn]:
     real, before = devices.accelerator, dict(vars(devices.accelerator))
     machine = StandIn(**options)
     kind = type(real)
-    classes = (*snapshot._COPYABLE, OnDevice, OnSecond)
+    classes = (*snapshot.PLAIN, OnDevice, OnSecond)
     try:
         real.__class__ = StandIn  # other modules hold the object
         vars(real).update(vars(machine))
-        with mock.patch.object(snapshot, "_COPYABLE", classes):
+        with mock.patch.object(snapshot, "PLAIN", classes):
             yield machine
     finally:
         vars(real).clear()

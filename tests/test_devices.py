@@ -30,6 +30,7 @@ from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.saving import async_save as background
 from shardckpt.saving import shard_writer, staging
+from shardckpt.saving.staged_part import Divider
 from shardckpt.state.flatten import flatten
 from shardckpt.state.local_chunks import LocalChunk
 from tests.stand_in_device import DEVICES, StandIn, raw, stand_in, to_device
@@ -329,7 +330,7 @@ def stepped(machine: StandIn, module: Any = background) -> bool:
         devices.wait_for(mark)
 
     module.wait_for = hold
-    thread = threading.Thread(target=job.stage, args=(staging.StagingPool(),))
+    thread = threading.Thread(target=job.stage, args=(staging.StagingPool(), Divider()))
     thread.start()
     try:
         assert issued.wait(60)
@@ -353,7 +354,7 @@ def test_a_change_before_the_step_is_an_error(machine):
     there = produced(machine, {"w": values(1, MIB)})
     job = background._Job(there, ALONE, None, None, check_replicas=False)
     there["w"].add_(1)
-    job.stage(staging.StagingPool())
+    job.stage(staging.StagingPool(), Divider())
     assert isinstance(job.error, StateError)
     assert job.error.tensor == "w"
 
@@ -622,7 +623,7 @@ def steps_after_copies(machine, module, saved, monkeypatch):
 def writes_what_was_staged(machine, module, saved, monkeypatch):
     state = {"w": values(1, MIB)}
     job = module._Job(produced(machine, state), ALONE, None, None, check_replicas=False)
-    job.stage(staging.StagingPool())
+    job.stage(staging.StagingPool(), Divider())
     return torch.equal(job.plan.data[0], state["w"])
 
 

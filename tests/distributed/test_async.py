@@ -55,7 +55,7 @@ def test_training_goes_on_while_ranks_save(tmp_path, kind):
 
 
 def unhooked(kind: str, folder: str) -> str:
-    background.wait_until_staged = lambda: None
+    background._Job.before_step = lambda job: None
     background.Snapshot.changed = lambda snapshot, flat: None
     try:
         return str(train_while_saving(kind, folder))

@@ -136,14 +136,14 @@ def test_a_compiled_step_waits_for_staging(tmp_path, slow_staging):
 
 
 def test_steps_that_do_not_wait_would_be_seen(tmp_path, slow_staging, monkeypatch):
-    monkeypatch.setattr(background, "wait_until_staged", lambda: None)
+    monkeypatch.setattr(background._Job, "before_step", lambda job: None)
     model, optimizer = a_job()
     with pytest.raises(errors.StateError, match="changed before it was staged"):
         train_while_saving(tmp_path, model, optimizer, {"model": model, "optimizer": optimizer})
 
 
 def test_steps_that_neither_wait_nor_are_noticed_would_be_seen(tmp_path, slow_staging, monkeypatch):
-    monkeypatch.setattr(background, "wait_until_staged", lambda: None)
+    monkeypatch.setattr(background._Job, "before_step", lambda job: None)
     monkeypatch.setattr(background.Snapshot, "changed", lambda snapshot, flat: None)
     model, optimizer = a_job()
     state = {"model": model, "optimizer": optimizer}
