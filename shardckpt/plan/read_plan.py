@@ -76,8 +76,9 @@ def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
 
 def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     """Plan the reads for tensors of `dims` dimensions. See plan_reads."""
-    chunks = np.concatenate([entry.chunks for entry, _ in pairs])
-    owner = np.repeat(np.arange(len(pairs)), [len(entry.chunks) for entry, _ in pairs])
+    held_chunks = [entry.chunks_in(t.offsets, t.sizes) for entry, t in pairs]
+    chunks = np.concatenate(held_chunks)
+    owner = np.repeat(np.arange(len(pairs)), list(map(len, held_chunks)))
     held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
     want_at = _rows([t.offsets for _, t in pairs], dims)[owner]
     want = _rows([t.sizes for _, t in pairs], dims)[owner]
