@@ -167,7 +167,7 @@ class _ListedTensor(TensorEntry, frozen=True, kw_only=True, eq=False, gc=False):
         numbers, dims = NumberText(text), len(self.shape)
         marks, width = numbers.marks, 3 + 2 * dims
         count, rest = divmod(len(marks) - 1, width)
-        if rest or not count or (numbers.kinds[1:-1] != ord(",")).any():
+        if not dims or rest or not count or (numbers.kinds[1:-1] != ord(",")).any():
             return None
 
         def number(row: int, column: int) -> int:

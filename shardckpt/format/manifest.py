@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
+from xxhash import xxh3_128_digest
 
 from shardckpt.errors import FormatVersionError, NotACheckpointError
 from shardckpt.format.digests import BLOCK_BYTES, digests_from_hex, digests_to_hex, text_digest
@@ -49,6 +50,7 @@ _NOT_CANONICAL = ("canonical JSON with unique keys", "JSON that is not canonical
 LARGE_BYTES = 4 << 20
 """The bytes of a large manifest. Its chunks are parsed as columns: Python's ints would take many
 times the memory of their text."""
+_SHORT_RUN = 64  # chunks
 _BATCH_BYTES = 512 << 10  # of a large manifest, encoded or parsed at a time
 
 
@@ -130,14 +132,37 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
 
 def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
     """Encode the member `tensors` of a manifest."""
+    texts: dict[bytes, bytes] = {}
     return _encode(
         {
-            name: TensorText(
-                entry.dtype, entry.shape, msgspec.Raw(_encode(entry.chunks.ravel().tolist()))
-            )
+            name: TensorText(entry.dtype, entry.shape, msgspec.Raw(_list_text(entry.chunks, texts)))
             for name, entry in tensors.items()
         }
     )
+
+
+def _list_text(chunks: Ints, texts: dict[bytes, bytes]) -> bytes:
+    """Encode a list of chunks.
+
+    In a long list, many ranks in turn have written a chunk to the same bytes of their shards, as
+    all ranks hold parts of the same sizes. The other numbers are often those of other tensors too.
+    Therefore their text is kept in `texts`, without the bytes.
+    """
+    cuts: list[int] = []
+    if long := len(chunks) >= _SHORT_RUN:
+        cuts = (np.flatnonzero((chunks[1:, 1:3] != chunks[:-1, 1:3]).any(axis=1)) + 1).tolist()
+    if not long or (len(cuts) + 1) * _SHORT_RUN > len(chunks):
+        return _encode(chunks.ravel().tolist())
+    parts = []
+    for low, high in itertools.pairwise([0, *cuts, len(chunks)]):
+        run = chunks[low:high].copy()
+        begin, end = run[0, 1:3].tolist()
+        run[:, 1:3] = -1  # no other number is negative
+        key = xxh3_128_digest(run.data)
+        if key not in texts:
+            texts[key] = _encode(run.ravel().tolist())[1:-1]
+        parts.append(texts[key].replace(b",-1,-1", b",%d,%d" % (begin, end)))
+    return b"[" + b",".join(parts) + b"]"
 
 
 _encode = msgspec.json.encode
