@@ -126,8 +126,11 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
         notes=manifest.notes,
         digest="",
     )
-    body = _encode(document).removesuffix(b',"digest":""}')
-    return body + digest_tail(body)
+    text = bytearray()  # without a copy of a large text
+    _encoder.encode_into(document, text)
+    del text[-len(b',"digest":""}') :]
+    text += digest_tail(text)
+    return bytes(text)
 
 
 def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
@@ -165,10 +168,11 @@ def _list_text(chunks: Ints, texts: dict[bytes, bytes]) -> bytes:
     return b"[" + b",".join(parts) + b"]"
 
 
-_encode = msgspec.json.encode
+_encoder = msgspec.json.Encoder()
+_encode = _encoder.encode
 
 
-def digest_tail(body: bytes | memoryview) -> bytes:
+def digest_tail(body: bytes | bytearray | memoryview) -> bytes:
     """Return the last bytes of a manifest: the digest of all bytes before them."""
     return f',"digest":"{text_digest(body)}"}}\n'.encode()
 

@@ -103,7 +103,8 @@ def pack_columns(columns: Ints) -> bytes:
 def unpack_columns(data: bytes) -> Ints:
     """Decode the bytes of `pack_columns`: columns [n, k]."""
     ((_, columns),) = _unpack_alike([data])
-    return columns[0]
+    only: Ints = columns[0]
+    return only
 
 
 def _unpack_alike(packed: Sequence[bytes]) -> Iterator[tuple[list[int], Ints]]:
