@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -28,10 +29,10 @@ from shardckpt.format.manifest import (
     manifest_of,
     shard_entries,
 )
-from shardckpt.format.number_lists import Ints, NumberText
+from shardckpt.format.number_lists import Ints, parse_lists
 from shardckpt.format.validation import Columns, check_chunks, joined_ranges, overlap, shard_sizes
 
-__all__ = ["LONG_BYTES", "check_parts", "listed_tensor", "part_from_bytes"]
+__all__ = ["LONG_BYTES", "check_parts", "chunks_of", "listed_tensor", "part_from_bytes"]
 
 LONG_BYTES = 16 << 10
 """The text of a long list of chunks, in bytes. Every rank parses shorter lists completely."""
@@ -145,63 +146,123 @@ class _ListedTensor(TensorEntry, frozen=True, kw_only=True, eq=False, gc=False):
         """See TensorEntry. No other tensor has its first chunk."""
         return bytes(memoryview(self._text)[:200])
 
-    def chunks_in(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Ints:
-        """See TensorEntry.
-
-        Raises:
-            CorruptionError: The chunks violate the format.
-        """
-        try:
-            band = self._band(bytes(memoryview(self._text)), offsets, sizes)
-        except (CorruptionError, ValueError):
-            band = None
-        return self.chunks if band is None else band
-
-    def _band(self, text: bytes, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Ints | None:
-        """Return the chunks of a part of the tensor that includes a box: all elements between two
-        offsets in one dimension.
+    def band(self, box: Box) -> _Band | None:
+        """Find a part of the tensor that includes a box: all elements between two offsets in one
+        dimension.
 
         Returns None if the chunks are not sorted by their offsets, as nearly all are.
-        Raises CorruptionError or ValueError if these chunks are not valid.
         """
-        numbers, dims = NumberText(text), len(self.shape)
-        marks, width = numbers.marks, 3 + 2 * dims
+        text, dims = memoryview(self._text), len(self.shape)
+        commas = np.flatnonzero(np.frombuffer(text, np.uint8) == ord(","))
+        marks, width = np.concatenate([[0], commas, [len(text) - 1]]), 3 + 2 * dims
         count, rest = divmod(len(marks) - 1, width)
-        if not dims or rest or not count or (numbers.kinds[1:-1] != ord(",")).any():
+        if rest or not dims:
             return None
 
         def number(row: int, column: int) -> int:
             at = row * width + column
-            return int(text[marks[at] + 1 : marks[at + 1]])
-
-        cut = (dim for dim in range(dims) if number(0, 3 + dims + dim) != self.shape[dim])
-        dim = next(cut, 0)
+            return int(bytes(text[marks[at] + 1 : marks[at + 1]]))
 
         def offset(row: int) -> int:
             return number(row, 3 + dim)
 
-        rows = range(count)
-        end = bisect_left(rows, offsets[dim] + sizes[dim], key=offset)
-        after = bisect_right(rows, offsets[dim], key=offset)
-        if not 0 < after <= end:
+        try:
+            cut = (dim for dim in range(dims) if number(0, 3 + dims + dim) != self.shape[dim])
+            dim = next(cut, 0)
+            begin, stop = box.offsets[dim], box.offsets[dim] + box.sizes[dim]
+            end = bisect_left(range(count), stop, key=offset)
+            last = bisect_right(range(count), begin, key=offset) - 1
+            if not 0 <= last < end:
+                return None
+            low, high = offset(last), offset(end - 1) + number(end - 1, 3 + dims + dim)
+            first = bisect_left(range(count), low, key=offset)
+        except ValueError:  # not a number
             return None
-        low, high = offset(after - 1), offset(end - 1) + number(end - 1, 3 + dims + dim)
-        first = bisect_left(rows, low, key=offset)
-        if not low <= offsets[dim] <= offsets[dim] + sizes[dim] <= high <= self.shape[dim]:
+        if not low <= begin < stop <= high <= self.shape[dim]:
             return None
-        borders = marks[first * width : end * width + 1]
-        flat = numbers.numbers(borders[:-1] + 1, borders[1:])
-        if flat is None:
-            return None
-        chunks = flat.reshape(-1, width)
-        shape = np.array([self.shape])
-        shape[0, dim] = high - low
-        moved = chunks.copy()
-        moved[:, 3 + dim] -= low
-        items = np.array([itemsize(self.dtype)])
-        part = Columns([self.name], items, shape, np.array([len(chunks)]), moved)
-        check_chunks([part], self.shard_sizes, self.path)
-        return chunks
+        rows = bytes(text[marks[first * width] + 1 : marks[end * width]])
+        return _Band(self, dim, low, high, b"[%b]" % rows)
+
+
+class _Band(NamedTuple):
+    """The elements of a tensor between two offsets in a dimension, and the text of their chunks."""
+
+    entry: _ListedTensor
+    dim: int
+    low: int
+    high: int
+    text: bytes
+
+
+class Box(Protocol):
+    """A box of a tensor: its offsets and sizes, by dimension."""
+
+    @property
+    def offsets(self) -> tuple[int, ...]: ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+
+
+def chunks_of(wanted: Sequence[tuple[TensorEntry, Box]]) -> list[Ints]:
+    """Return the chunks of boxes of tensors.
+
+    Args:
+        wanted: Tensors of one checkpoint with equal ndim, and a box of each that is not empty.
+
+    Returns:
+        Rows of `chunks` of each tensor. They include all chunks that share elements with the box,
+        and have been checked.
+
+    Raises:
+        CorruptionError: The chunks violate the format.
+    """
+    bands: dict[int, _Band] = {}
+    if {type(entry) for entry, _ in wanted} != {TensorEntry}:
+        for number, (entry, box) in enumerate(wanted):
+            band = entry.band(box) if isinstance(entry, _ListedTensor) else None
+            if band is not None:
+                bands[number] = band
+    checked = dict(zip(bands, _checked(list(bands.values())), strict=False))
+    if len(checked) < len(bands) and len(wanted) > 1:  # one is wrong, or two share chunks
+        return [rows for one in wanted for rows in chunks_of([one])]
+    return [
+        rows if (rows := checked.get(number)) is not None else entry.chunks
+        for number, (entry, _) in enumerate(wanted)
+    ]
+
+
+def _checked(bands: Sequence[_Band]) -> list[Ints]:
+    """Parse and check the chunks of bands. Returns an empty list if they are not valid together.
+
+    Each band is checked as a tensor of its own.
+    """
+    lists = parse_lists([band.text for band in bands]) if bands else None
+    if lists is None:
+        return []
+    width = 3 + 2 * len(bands[0].entry.shape)
+    counts, numbers = lists
+    if (counts % width).any():
+        return []
+    chunks, ends = numbers.reshape(-1, width), np.cumsum(counts // width)
+    shapes = np.array([band.entry.shape for band in bands])
+    moved = chunks.copy()
+    for row, (band, low, high) in enumerate(zip(bands, [0, *ends[:-1]], ends, strict=True)):
+        moved[low:high, 3 + band.dim] -= band.low
+        shapes[row, band.dim] = band.high - band.low
+    entries = [band.entry for band in bands]
+    columns = Columns(
+        [entry.name for entry in entries],
+        np.array([itemsize(entry.dtype) for entry in entries]),
+        shapes,
+        counts // width,
+        moved,
+    )
+    try:
+        check_chunks([columns], entries[0].shard_sizes, entries[0].path)
+    except CorruptionError:
+        return []
+    return np.split(chunks, ends[:-1])
 
 
 def check_parts(

@@ -52,11 +52,6 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False)
         """The bytes of the full tensor."""
         return math.prod(self.shape) * itemsize(self.dtype)
 
-    def chunks_in(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> NDArray[np.int64]:
-        """Return rows of `chunks`. They include all chunks that share elements with a box, which
-        is not empty."""
-        return self.chunks
-
     def identity(self) -> bytes | memoryview:
         """Return bytes that differ from those of the other tensors of the checkpoint."""
         return self.chunks.data

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardckpt.format.divided_manifest import chunks_of
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.dtypes import memory_dtype
 from shardckpt.format.entries import TensorEntry
@@ -76,7 +77,7 @@ def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
 
 def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     """Plan the reads for tensors of `dims` dimensions. See plan_reads."""
-    held_chunks = [entry.chunks_in(t.offsets, t.sizes) for entry, t in pairs]
+    held_chunks = chunks_of(pairs)
     chunks = np.concatenate(held_chunks)
     owner = np.repeat(np.arange(len(pairs)), list(map(len, held_chunks)))
     held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 from shardckpt.errors import ShardckptError
 from shardckpt.format import divided_manifest as divided
@@ -34,6 +35,7 @@ from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import to_bytes
 from shardckpt.format.safetensors_header import build_header
+from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.saved_tree import SavedState
 
 INPUTS_A_TRIAL = 5000
@@ -142,7 +144,8 @@ def _parse_together(data: bytes) -> None:
 
 def _read_all(entry: TensorEntry) -> None:
     if 0 not in entry.shape:
-        entry.chunks_in((0,) * len(entry.shape), entry.shape)
+        whole = LocalChunk((0,) * len(entry.shape), entry.shape, torch.empty(0))
+        divided.chunks_of([(entry, whole)])
 
 
 def parse_shard(data: bytes) -> None:

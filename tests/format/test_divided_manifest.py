@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from shardckpt import errors
 from shardckpt.format import divided_manifest, manifest
 from shardckpt.format.digests import text_digest
-from shardckpt.format.divided_manifest import check_parts, part_from_bytes
+from shardckpt.format.divided_manifest import check_parts, chunks_of, part_from_bytes
 from shardckpt.format.entries import ShardEntry, TensorEntry
 from shardckpt.format.manifest import from_bytes, to_bytes
 from tests.format.test_manifest import HOSTILE, SHARD, a_manifest, document, sealed
@@ -30,6 +31,11 @@ def every_list_is_long():
         patch.setattr(divided_manifest, "LARGE_BYTES", 0)
         patch.setattr(divided_manifest, "LONG_BYTES", 0)
         yield
+
+
+def chunks_in(entry, offsets, sizes):
+    """The chunks that a rank parses for one box."""
+    return chunks_of([(entry, SimpleNamespace(offsets=offsets, sizes=sizes))])[0]
 
 
 def parts(text, *, ranks=RANKS):
@@ -155,7 +161,7 @@ def test_a_box_has_the_chunks_that_the_complete_list_has(data):
     shape, chunks = data.draw(layouts())
     offsets, sizes = data.draw(boxes(len(shape)))
     for found in together(text_of(shape, chunks), ranks=2):
-        rows = found.tensors["w"].chunks_in(offsets, sizes)
+        rows = chunks_in(found.tensors["w"], offsets, sizes)
         assert in_box(rows, offsets, sizes) == in_box(chunks, offsets, sizes)
 
 
@@ -201,7 +207,7 @@ def try_broken(shape, chunks, offsets, sizes):
     unchecked = part_from_bytes(text, path="p", rank=RANKS - 1, world_size=RANKS)
     assert not len(unchecked.part.ranges)
     try:
-        rows = unchecked.tensors["w"].chunks_in(offsets, sizes)
+        rows = chunks_in(unchecked.tensors["w"], offsets, sizes)
     except errors.CorruptionError as error:
         assert error.tensor == "w"
     else:
@@ -227,7 +233,29 @@ def rows_of(count, *, begin=8):
 
 def test_few_chunks_of_a_long_list_are_returned():
     entry = together(text_of((300, 2), rows_of(300)), ranks=2)[1].tensors["w"]
-    assert entry.chunks_in((100, 1), (3, 1)).tolist() == rows_of(300)[100:103].tolist()
+    assert chunks_in(entry, (100, 1), (3, 1)).tolist() == rows_of(300)[100:103].tolist()
+
+
+def test_boxes_of_several_tensors():
+    """Two boxes of one tensor share a chunk; a list of another tensor is not sorted."""
+    rows, other = rows_of(9), rows_of(9, begin=1000)[::-1]
+    tensors = {
+        name: TensorEntry(dtype="F32", shape=(9, 2), chunks=chunks)
+        for name, chunks in (("w", rows), ("v", other))
+    }
+    text = to_bytes(a_manifest(state={}, per_rank=(), shards=SHARDS, tensors=tensors))
+    found = together(text)[0].tensors
+    wanted = [
+        (found[name], SimpleNamespace(offsets=(at, 0), sizes=(2, 2)))
+        for name, at in (("w", 0), ("w", 1), ("v", 3), ("w", 7))
+    ]
+    one, two, three, four = (chunks.tolist() for chunks in chunks_of(wanted))
+    assert one == rows[:2].tolist()
+    assert two == rows[1:3].tolist()
+    assert three == other.tolist()
+    assert four == rows[7:].tolist()
+    one, two = (chunks.tolist() for chunks in chunks_of(wanted[::3]))
+    assert (one, two) == (rows[:2].tolist(), rows[7:].tolist())
 
 
 def shared_bytes():
@@ -257,7 +285,7 @@ def test_a_hole_that_the_reads_do_not_reach():
 
 def test_a_hole_that_a_read_reaches():
     with pytest.raises(errors.CorruptionError, match="tile"):
-        parts(text_of(*HOLE), ranks=100)[99].tensors["w"].chunks_in((3, 0), (2, 2))
+        chunks_in(parts(text_of(*HOLE), ranks=100)[99].tensors["w"], (3, 0), (2, 2))
 
 
 def test_ranks_that_do_not_compare_their_parts_would_be_seen(monkeypatch):
