@@ -89,9 +89,13 @@ def _is_long(text: TensorText[msgspec.Raw]) -> bool:
 
 
 def _own(long: list[str], rank: int, world_size: int) -> list[str]:
-    """Return the tensors whose chunks this rank checks."""
+    """Return the tensors whose lists this rank checks.
+
+    They follow each other, as in shards: then their bytes join to few ranges.
+    """
     checkers = min(world_size, _MOST_CHECKERS)
-    return long[rank::checkers] if rank < checkers else []
+    begin, end = (-(-len(long) * min(at, checkers) // checkers) for at in (rank, rank + 1))
+    return long[begin:end]
 
 
 def listed_tensor(
