@@ -84,6 +84,7 @@ class ChunkTable:
         return [tables[row] for row in range(len(packed))]
 
 
+_BATCH_RANKS = 64
 _TYPES = {1: "u1", 2: "<u2", 4: "<u4", 8: "<i8"}
 
 
@@ -108,15 +109,20 @@ def unpack_columns(data: bytes) -> Ints:
 
 
 def _unpack_alike(packed: Sequence[bytes]) -> Iterator[tuple[list[int], Ints]]:
-    """Decode columns of several ranks: those of equal length and types are decoded at once.
+    """Decode columns of several ranks: some of equal length and types are decoded at once.
 
     Yields:
-        The numbers of the ranks, and their columns [ranks, n, k].
+        The numbers of these ranks, and their columns [ranks, n, k].
     """
     alike: dict[bytes, list[int]] = {}
     for number, data in enumerate(packed):
         alike.setdefault(data[: 12 + int.from_bytes(data[:4], "little")], []).append(number)
-    for head, numbers in alike.items():
+    batches = [
+        (head, every[low : low + _BATCH_RANKS])  # whose columns fit in the cache of a processor
+        for head, every in alike.items()
+        for low in range(0, len(every), _BATCH_RANKS)
+    ]
+    for head, numbers in batches:
         count, length = struct.unpack_from("<IQ", head)
         bodies = b"".join([zlib.decompress(packed[number][len(head) :]) for number in numbers])
         table = np.frombuffer(bodies, np.uint8).reshape(len(numbers), sum(head[12:]) * length)

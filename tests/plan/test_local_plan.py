@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardckpt.plan import local_plan as module
 from shardckpt.plan.local_plan import LocalPlan, TensorSpec, pack_columns, unpack_columns
 from shardckpt.plan.save_plan import global_plan
 from tests.plan.plans import a_plan
@@ -19,8 +20,9 @@ def test_columns_travel(rows):
     assert unpack_columns(pack_columns(columns)).tolist() == columns.tolist()
 
 
-def test_plans_of_many_ranks_are_unpacked_as_each_alone():
-    """Their columns differ in length and in type: rank 9 has numbers of two bytes."""
+def test_plans_of_many_ranks_are_unpacked_as_each_alone(monkeypatch):
+    """Two at a time. Their columns differ in length and in type: rank 9 has numbers of two bytes."""
+    monkeypatch.setattr(module, "_BATCH_RANKS", 2)
     common = [TensorSpec(f"w{i}", "F32", (1000, 4)) for i in range(5)]
     plans = [
         a_plan(common, (), [(i, (100 * rank, 0), (100, 4), i > 1) for i in range(rank % 3 + 2)])
