@@ -21,7 +21,7 @@ def test_columns_travel(rows):
 
 
 def test_plans_of_many_ranks_are_unpacked_as_each_alone(monkeypatch):
-    """Two at a time. Their columns differ in length and in type: rank 9 has numbers of two bytes."""
+    """Their columns differ in length and in type: rank 9 has numbers of two bytes."""
     monkeypatch.setattr(module, "_BATCH_RANKS", 2)
     common = [TensorSpec(f"w{i}", "F32", (1000, 4)) for i in range(5)]
     plans = [
