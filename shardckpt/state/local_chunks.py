@@ -7,6 +7,7 @@ of a DTensor follow from its mesh and placements. A ShardedTensor lists its own.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,9 +18,9 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
+from shardckpt.errors import PartialPlacementError, StateError, UnsupportedLeafError
 from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
-from shardckpt.io.tensor_memory import check_memory, owns_memory
+from shardckpt.io.tensor_memory import check_memory, owns_memory, plain_address
 from shardckpt.state.sharded_array import ShardedArray
 from shardckpt.torch_compat import distribute_locally, dtensor_local, spec_of
 
@@ -29,6 +30,7 @@ __all__ = [
     "Box",
     "LocalChunk",
     "Shards",
+    "addressed_chunk",
     "box_slices",
     "check_dense",
     "is_distributed",
@@ -38,6 +40,7 @@ __all__ = [
     "local_layout",
     "local_tensor",
     "may_have_replicas",
+    "plain_data",
 ]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -134,6 +137,37 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor if tensor.layout is torch.strided else None
 
 
+def plain_data(tensor: Any) -> torch.Tensor | None:
+    """Return the dense data of this rank, without a wait: a plain tensor, or the local part of a
+    DTensor if that is a plain tensor.
+
+    Returns None for all other tensors.
+    """
+    cls = type(tensor)
+    if cls is DTensor:
+        local = dtensor_local(tensor)
+        return local if type(local) is torch.Tensor else None
+    return tensor if cls in PLAIN and not hasattr(tensor, "global_shape") else None
+
+
+def addressed_chunk(tensor: torch.Tensor) -> LocalChunk | None:
+    """Return the box of a tensor whose elements on this rank are one contiguous run of CPU memory,
+    with its address, as most tensors are.
+
+    Returns None for all other tensors, for which local_chunks has checks and errors.
+    """
+    data = plain_data(tensor)
+    if data is None or not (address := plain_address(data)):
+        return None
+    if data is tensor:
+        shape = tensor.shape
+        return LocalChunk((0,) * len(shape), shape, tensor, address)
+    boxes = _layout_of(tensor).boxes  # type: ignore[arg-type]
+    if boxes is None or len(boxes) != 1 or boxes[0][1] != data.shape:
+        return None
+    return LocalChunk(*boxes[0], data, address)
+
+
 def local_chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
     """Return the boxes of `tensor` that this rank holds. Not collective.
 
@@ -142,6 +176,7 @@ def local_chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
 
     Raises:
         PartialPlacementError: The tensor is a DTensor of partial sums.
+        StateError: The local part of a DTensor does not have the size of its box.
     """
     chunks = _chunks(tensor, name=name)
     if tensor.dtype in OPAQUE:
@@ -320,6 +355,16 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
             local = local_tensor(tensor)
     assert local is not None, "a DTensor is dense"
     boxes = layout.boxes
+    held = sum(math.prod(sizes) for _, sizes in boxes)
+    if local.numel() != held or (len(boxes) == 1 and local.shape != boxes[0][1]):
+        raise StateError(
+            "The local part of a DTensor does not have the size that its placements give it",
+            tensor=name,
+            expected=" and ".join(str(list(sizes)) for _, sizes in boxes),
+            actual=f"{list(local.shape)}, of {list(tensor.shape)} with {tensor.placements}",
+            remedy="divide the tensor as distribute_tensor does: DTensor.from_local does not check "
+            "the sizes of local tensors",
+        )
     if len(boxes) == 1:
         (offsets, sizes) = boxes[0]
         return [LocalChunk(offsets, sizes, local)]

@@ -29,7 +29,7 @@ from shardckpt.format.typed_json import Record, record_of
 from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.state.file_groups import frozen_entries
 from shardckpt.state.flatten import FlatState
-from shardckpt.state.local_chunks import LocalChunk, Shards
+from shardckpt.state.local_chunks import LocalChunk, Shards, plain_data
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
     ModuleState,
@@ -223,9 +223,7 @@ class _Taker:
         """Copy a tensor of up to `copy_up_to` bytes that is not a parameter. Hold any other
         tensor.
         """
-        if copy_up_to < 0 or type(tensor) not in _COPYABLE or hasattr(tensor, "global_shape"):
-            return self.hold(tensor, copy_up_to)
-        if type(tensor) is DTensor and type(dtensor_local(tensor)) is not torch.Tensor:
+        if copy_up_to < 0 or plain_data(tensor) is None:
             return self.hold(tensor, copy_up_to)
         large = tensor.numel() * tensor.element_size() > copy_up_to
         if large and not self.modules:  # it can't be tied to a large buffer, which is copied
@@ -239,21 +237,21 @@ class _Taker:
 
     def hold(self, tensor: torch.Tensor, copy_up_to: float = _NEVER) -> Any:
         """Hold a tensor with its version. The inner tensors of others are held or copied."""
-        try:
-            split = saveable_form(tensor, name="")
-        except StateError:
-            return tensor  # flatten raises the error, with the name
-        if isinstance(split, Wrapped):
-            inner = {key: self.inner(item, copy_up_to) for key, item in split.inner.items()}
-            return dataclasses.replace(split, inner=inner)
-        if isinstance(split, Shards):
-            return self.inner(split, copy_up_to)
-        cls = type(tensor)
-        if cls not in _COPYABLE:
-            return tensor  # it can't be saved, or flatten handles its class
+        if plain_data(tensor) is None:
+            try:
+                split = saveable_form(tensor, name="")
+            except StateError:
+                return tensor  # flatten raises the error, with the name
+            if isinstance(split, Wrapped):
+                inner = {key: self.inner(item, copy_up_to) for key, item in split.inner.items()}
+                return dataclasses.replace(split, inner=inner)
+            if isinstance(split, Shards):
+                return self.inner(split, copy_up_to)
+            if type(tensor) not in _COPYABLE:
+                return tensor  # it can't be saved, or flatten handles its class
         if tensor.is_inference():  # it has no version
             return _copy(tensor)
-        if cls is not DTensor:  # the detach() of a DTensor is slow
+        if type(tensor) is not DTensor:  # the detach() of a DTensor is slow
             tensor = tensor.detach()  # does not change with `parameter.data = ...`
         self.snapshot.held[id(tensor)] = _mark(tensor)
         return tensor

@@ -26,7 +26,7 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
     For a tensor on the meta device, a new tensor of the same form is filled and returned.
     """
     selected = context.saved.selected(name)
-    if selected and context.fill_plain(template, name):
+    if selected and context.fill_in_place(template, name):
         return template
     target = saveable_form(template, name=name)
     if isinstance(target, Wrapped):
