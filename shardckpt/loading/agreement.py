@@ -49,10 +49,13 @@ class Shares(enum.IntEnum):
 
 
 def open_manifest(
-    storage: Storage, path: str, *, rank: int = 0, world_size: int = 1
+    storage: Storage, path: str, *, newest: bool = False, rank: int = 0, world_size: int = 1
 ) -> tuple[CheckpointFiles, Manifest]:
-    """Open a checkpoint and read its manifest. Not collective. See part_from_bytes."""
-    files = storage.open(path)
+    """Open a checkpoint and read its manifest. Not collective.
+
+    See Storage.open_newest and part_from_bytes.
+    """
+    files = storage.open_newest(path) if newest else storage.open(path)
     try:
         text = files.manifest()
         return files, part_from_bytes(text, path=files.path, rank=rank, world_size=world_size)
@@ -68,13 +71,14 @@ def open_together(
 
     Then all ranks open the newest checkpoint that any rank finds at the path: the disk of a
     machine that was away may hold an older one, or none. They get the manifest from a rank that has
-    it.
+    it. Rank 0 looks in all places.
 
     Returns:
         The checkpoint, or the error with which this rank did not open it.
     """
     ranks = {"rank": coordinator.rank, "world_size": coordinator.world_size}
-    opened = attempt(lambda: open_manifest(storage, path, **ranks))
+    newest = coordinator.rank == 0
+    opened = attempt(lambda: open_manifest(storage, path, newest=newest, **ranks))
     if not storage.in_parts or coordinator.world_size == 1:
         return opened
 

@@ -11,18 +11,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, StateError, UnsupportedLeafError
 from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
 from shardckpt.io.tensor_memory import check_memory, owns_memory, plain_address
 from shardckpt.state.sharded_array import ShardedArray
-from shardckpt.torch_compat import distribute_locally, dtensor_local, spec_of
+from shardckpt.torch_compat import (
+    distribute_locally,
+    dtensor_class,
+    dtensor_local,
+    is_dtensor,
+    spec_of,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "PLAIN",
@@ -98,9 +106,7 @@ def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int
 
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor or a ShardedTensor."""
-    return type(tensor) is not torch.Tensor and (
-        isinstance(tensor, DTensor) or is_sharded_tensor(tensor)
-    )
+    return type(tensor) is not torch.Tensor and (is_dtensor(tensor) or is_sharded_tensor(tensor))
 
 
 def may_have_replicas(tensor: AnyTensor, *, world_size: int) -> bool:
@@ -113,7 +119,7 @@ def may_have_replicas(tensor: AnyTensor, *, world_size: int) -> bool:
         return True
     if isinstance(tensor, ShardedArray):
         return False
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return True
     layout = _layout_of(tensor)
     return layout.mesh_size < world_size or layout.replicated
@@ -127,7 +133,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
     """
     if type(tensor) in PLAIN:
         return tensor if tensor.layout is torch.strided else None
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         local: Any = tensor.to_local()
         if hasattr(local, "wait"):  # an unfinished AsyncCollectiveTensor
             local = local.wait()
@@ -144,10 +150,12 @@ def plain_data(tensor: Any) -> torch.Tensor | None:
     Returns None for all other tensors.
     """
     cls = type(tensor)
-    if cls is DTensor:
+    if cls in PLAIN:
+        return None if hasattr(tensor, "global_shape") else tensor
+    if cls is dtensor_class():
         local = dtensor_local(tensor)
         return local if type(local) is torch.Tensor else None
-    return tensor if cls in PLAIN and not hasattr(tensor, "global_shape") else None
+    return None
 
 
 def addressed_chunk(tensor: torch.Tensor) -> LocalChunk | None:
@@ -193,7 +201,7 @@ def _chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
     if isinstance(tensor, ShardedArray):
         local = tensor.tensor
         chunks = [LocalChunk(tensor.offsets, tuple(local.shape), local)]
-    elif isinstance(tensor, DTensor):
+    elif is_dtensor(tensor):
         chunks = _dtensor_chunks(tensor, name=name)
     else:
         # detach() turns a DiskTensor into a plain tensor.
@@ -246,7 +254,7 @@ def check_dense(tensor: AnyTensor, *, name: str) -> None:
         actual, remedy = f"{tensor.layout}{also}", "convert it first: to_dense(), dequantize() ..."
     elif isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         actual, remedy = "a lazy parameter", "run the module once, which sets its shape"
-    elif isinstance(tensor, DTensor):
+    elif is_dtensor(tensor):
         local: Any = dtensor_local(tensor)
         if not hasattr(local, "wait"):  # otherwise its memory exists when the collective is done
             check_dense(local, name=name)
@@ -398,6 +406,8 @@ def _boxes(
 
 def _along(placements: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
     """Return the placements of a 1-D tensor that is sharded like dimension `dim` of a tensor."""
+    from torch.distributed.tensor import Replicate, Shard
+
     along: list[Any] = []
     for placement in placements:
         if getattr(placement, "dim", None) != dim:
