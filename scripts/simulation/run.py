@@ -170,7 +170,7 @@ def loads(world: World, manifest: bytes) -> dict[str, dict[str, float]]:
 def load(world: World, folder: str, who: str) -> dict[str, float]:
     """Plan the load of one rank, in this process."""
     ranks = max(1, world.ranks * 3 // 4)
-    rank = 0 if who == "rank 0" else ranks - 1
+    rank = 0 if who == "rank 0" else ranks // 2
     as_rank(rank, ranks)
     state = loading_state(ranks, shape=world.shape, tensors=world.tensors)
     storage = LocalStorage()
