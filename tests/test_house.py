@@ -312,6 +312,8 @@ WITHOUT_TEST_FILE = {
     "convert/dcp_files.py": "a target of convert: test_convert",
     "convert/source_loading.py": "a load of transformers: integrations/test_transformers",
     "convert/formats.py": "a declaration",
+    "io/downloads.py": "tests/test_devices, which tests saves and loads of one stand-in",
+    "loading/uploads.py": "tests/test_devices",
     "convert/like.py": "a source of convert: test_convert",
     "convert/transformed.py": "sources of convert: test_transforms",
     "convert/safetensors_files.py": "a source and a target of convert: test_convert",
