@@ -158,7 +158,7 @@ def test_digests_are_those_that_the_writer_makes(tmp_path, length):
         whole = (tmp_path / "c" / shard.name).read_bytes()
         parts = [torch.frombuffer(bytearray(whole[4096:]), dtype=torch.uint8)] if length else []
         for cut in (parts, [piece for part in parts for piece in part.split(70_000)]):
-            assert list(_block_digests(whole[:4096], cut)) == shard.digests.tolist()
+            assert list(_block_digests(whole[:4096], cut, {})) == shard.digests.tolist()
 
 
 def damage(kind: str, path: Path) -> None:
