@@ -192,7 +192,7 @@ PLANTS = [
         9,
         "an early stop is not the last epoch",
         f"{HANDLER}/trainer.py",
-        "last=epoch == self.end or handler.stop_training,",
+        "last=epoch == self.end or self._ends(),",
         "last=epoch == self.end,",
         f"{FAULTS}::test_09_an_early_stop_is_the_last_epoch",
     ),
