@@ -134,6 +134,8 @@ class EpochSums:
     def means(self) -> dict[str, float]:
         """The means over the samples of all ranks. Collective."""
         found = {n: (float(value), float(self.counts[n])) for n, value in self.sums.items()}
+        if not self.counts["loss"] and any(name.startswith("loss_") for name in found):
+            del found["loss"]  # the step of the user updates other optimizers than the main one
         computed = {n: float(_number(m.compute(), n)) for n, m in self.objects.items()}
         synced = {n for n, metric in self.objects.items() if getattr(metric, "sync", None)}
         # an object that does not gather from all ranks by itself has a value for each rank

@@ -345,7 +345,7 @@ def _total_norm(by_mesh: list[list[nn.Parameter]]) -> torch.Tensor:
         torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
         for group in by_mesh
     ]
-    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+    whole: list[torch.Tensor] = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
 

@@ -228,6 +228,8 @@ class TrainingState:
     def metric_names(self) -> set[str]:
         """Internal. The names of all metrics of an epoch."""
         names = {"loss", *self.metrics}
+        if self.training_step is not None:  # which may call `update`
+            names |= {f"loss_{name}" for name in self.optimizations if name != MAIN}
         if self.val_data is not None and self.validates:
             names |= {f"val_{name}" for name in names}
         return names | {"epoch", "step", *self.rates} | self.will_log

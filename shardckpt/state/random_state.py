@@ -68,7 +68,7 @@ class _PythonState:
 
     def __init__(self) -> None:
         # what the C part of the generator adds to an object: 624 words and an index
-        self._generator: random.Random = random.getstate.__self__  # type: ignore[attr-defined]
+        self._generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
         base = random.Random.__base__
         assert base is not None
         self._address = id(self._generator) + object.__basicsize__

@@ -101,6 +101,29 @@ def test_a_gan_trains_two_optimizers_and_resumes(tmp_path, name):
     assert handler.history["lr_discriminator"] == [0.1, 0.05, 0.025]
 
 
+def named_step(handler, batch):
+    """Both optimizers have names of their own."""
+    inputs, targets = batch
+    loss = nn.functional.cross_entropy(handler.module(inputs), targets)
+    handler.update(loss, "first")
+    handler.update(nn.functional.cross_entropy(handler.module(inputs), targets), "second")
+
+
+def test_optimizers_of_which_none_is_the_main_one(tmp_path):
+    handler = a_handler()
+    handler.optimizations.clear()
+    handler.set_optimizer(torch.optim.SGD, name="first", params="layers", lr=0.1)
+    handler.set_optimizer(torch.optim.SGD, name="second", params="head", lr=0.1)
+    handler.set_training_step(named_step)
+    handler.metrics.clear()
+    handler.auto_save(save_path=tmp_path, keep_best=1, monitor="val_loss_second")
+    history = quiet(handler, 2).history
+    losses = {"loss_first", "loss_second"}
+    assert set(history) == losses | {f"val_{n}" for n in losses} | {"lr_first", "lr_second"}
+    assert all(math.isfinite(value) for values in history.values() for value in values)
+    assert handler.best_path.endswith("epoch2")
+
+
 def test_a_resume_of_two_optimizers_compares_them(tmp_path):
     handler = a_gan()
     handler.auto_save(save_path=tmp_path, resume="auto")
