@@ -99,8 +99,8 @@ PLANTS = [
         3,
         "weights that are not there stay random",
         f"{HANDLER}/initializing.py",
-        "path, strict=strict, rename=rename",
-        "path, strict=False, rename=rename",
+        '            strict=strict,\n            dtype="cast",',
+        '            strict=False,\n            dtype="cast",',
         f"{FAULTS}::test_03_no_names_of_wrappers_and_no_random_weights[c]",
     ),
     plant(

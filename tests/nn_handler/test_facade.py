@@ -987,6 +987,7 @@ def share_of_zero(outputs, batch):
 
 def test_outputs_like_those_of_transformers(tmp_path):
     def job(folder, *, stop_at=None):
+        torch.manual_seed(0)
         handler = NNHandler(Language, device="cpu")
         handler.set_optimizer(torch.optim.SGD, lr=0.1)
         handler.set_train_loader(Named(), batch_size=4, shuffle=True)
