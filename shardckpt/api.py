@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.base import Coordinator
-from shardckpt.coordination.resolve import operation
+from shardckpt.coordination.resolve import operation, over_store
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.loading.pipeline import LoadOptions, run_load
 from shardckpt.maintenance.rescue import rescue as run_rescue
@@ -23,6 +23,7 @@ from shardckpt.saving.agreement import SaveTarget
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.saving.incremental import check_verify_base, open_base
 from shardckpt.saving.pipeline import plan_state, run_save
+from shardckpt.saving.staged_part import StagedPart
 from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import Storage
@@ -208,22 +209,30 @@ def async_save(
     earlier = _base(base, storage, verify=verify_base)
     ranks = operation(f"async_save {place.path}", process_group, comm=comm, channel="async")
 
-    def save_staged(staged_plan: Callable[[], LocalPlan]) -> SaveReport:
+    dividing = None
+    if over_store(comm):  # MPI does not
+        dividing = operation(f"divide {place.path}", process_group, channel="divide")
+
+    def save_staged(
+        plan: Callable[[], LocalPlan], *, part: Callable[[], StagedPart | None]
+    ) -> SaveReport:
         with ranks as coordinator:
             return run_save(
-                staged_plan,
+                plan,
                 SaveTarget(place.path, place.storage, overwrite),
                 coordinator=coordinator,
                 base=open_base(earlier, verify=verify_base),
                 check_replicas=check_replicas,
                 staged=True,
+                part=part,
             )
 
     return background.start_save(
         state,
         place.path,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        ranks=ranks,
+        dividing=dividing,
+        check_replicas=check_replicas,
         save=save_staged,
         wait_for_tier=place.storage.wait_for_tier,
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ __all__ = [
     "dcp_version",
     "distribute_locally",
     "dtensor",
+    "dtensor_class",
     "find_dtype",
     "foreach_copy",
     "group_store",
@@ -41,6 +43,7 @@ __all__ = [
     "is_parameter",
     "load_functions",
     "dtensor_local",
+    "is_dtensor",
     "map_instances",
     "owner_rank",
     "plain_functions",
@@ -108,12 +111,32 @@ def is_parameter(value: Any) -> bool:
 # ---- DTensor
 
 
-def dtensor_local(tensor: DTensor) -> Any:
+_dtensor_class: Any = None
+
+
+def dtensor_class() -> Any:
+    """Return DTensor, or None if no module has imported it: no value is a DTensor then.
+
+    The import takes half as long as that of torch.
+    """
+    global _dtensor_class
+    if _dtensor_class is None:
+        _dtensor_class = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return _dtensor_class
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Whether a value is a DTensor. Does not import DTensor."""
+    cls = dtensor_class()
+    return cls is not None and isinstance(value, cls)
+
+
+def dtensor_local(tensor: Any) -> Any:
     """Return the local tensor of a DTensor. to_local() is slow, and waits for collectives."""
     return tensor._local_tensor
 
 
-def spec_of(tensor: DTensor) -> Any:
+def spec_of(tensor: Any) -> Any:
     """Return the spec of a DTensor: its mesh, placements and shape."""
     return tensor._spec
 

@@ -40,6 +40,22 @@ def test_a_case_runs(tmp_path):
     assert not list(tmp_path.glob("shardckpt-bench-*")), "it cleans up"
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_cases_with_background_saves_run(tmp_path):
+    options = f"async async-replicated train --size-mb 8 --rounds 1 --dir {tmp_path}"
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *options.split(), "--peers", "shardckpt;DCP"],
+        env={**os.environ, "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert found.returncode == 0, found.stderr
+    assert " is out:" not in found.stdout, found.stdout
+    assert found.stdout.count("shardckpt ") == 6, found.stdout
+
+
 def test_ratios_and_verdicts(benchmarks):
     targets = [
         benchmarks.Target(against="DCP", factor=2),

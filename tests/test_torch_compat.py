@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import datetime
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,3 +231,41 @@ def _dcp_save(folder):
         )
         with shardckpt.alone():
             assert shardckpt.metadata(name).world_size == (1 if alone else 2)
+
+
+USES = """
+import sys, torch, shardckpt
+state = {"model": torch.nn.Linear(3, 4), "x": torch.ones(3)}
+shardckpt.save(state, "a")
+shardckpt.load(state, "a")
+shardckpt.load_state("a", device_map="cpu")
+shardckpt.verify("a")
+shardckpt.async_save(state, "b").result()
+with shardckpt.open_checkpoint("a") as checkpoint:
+    checkpoint["x"][0:2]
+slow = ("torch.distributed.tensor", "torch._dynamo", "sympy")
+print(*(name for name in slow if name in sys.modules))
+"""
+
+
+def test_a_process_without_dtensors_does_not_import_them(tmp_path):
+    """The import takes half as long as that of torch."""
+    run = subprocess.run(
+        [sys.executable, "-c", USES],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+def test_a_dtensor_is_found_once_its_module_is_imported(monkeypatch):
+    monkeypatch.setattr(torch_compat, "_dtensor_class", None)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "torch.distributed.tensor", None)
+        assert torch_compat.dtensor_class() is None
+        assert not torch_compat.is_dtensor(torch.ones(3))
+    assert torch_compat.dtensor_class() is DTensor

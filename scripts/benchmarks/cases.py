@@ -14,7 +14,7 @@ from benchmarks.small import small
 from benchmarks.stores import store, store_replicas, store_tiers
 from benchmarks.table import Row
 from benchmarks.trainer import trainer
-from benchmarks.training import blocked, train
+from benchmarks.training import blocked, blocked_replicated, train
 
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "save": save,
@@ -26,6 +26,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "slice": slices,
     "small": small,
     "async": blocked,
+    "async-replicated": blocked_replicated,
     "train": train,
     "trainer": trainer,
     "frozen": frozen,

@@ -23,7 +23,7 @@ from benchmarks.states import flat_tensors, local_state
 class Pending:
     """A save in the background: wait until the state may change, and until it is durable."""
 
-    staged: Callable[[], object]
+    wait_staged: Callable[[], object]
     result: Callable[[], object]
 
 

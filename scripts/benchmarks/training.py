@@ -29,9 +29,11 @@ def _in_background(place: Place, state: dict[str, Any]) -> list[Peer]:
     ]
 
 
-def _blocked_job(place: Place, bench: Bench, rounds: int, warm_up: int, turn: int) -> Results:
+def _blocked_job(
+    place: Place, bench: Bench, rounds: int, warm_up: int, turn: int, sharded: bool = True
+) -> Results:
     """The call, and wait_staged() right after it; the rest of the save is not measured."""
-    state = state_of(*trained(bench.size_bytes, sharded=True))
+    state = state_of(*trained(bench.size_bytes, sharded=sharded))
     contestants, found = [], _in_background(place, state)
     for peer in found:
         path, pending = f"{bench.root}/{slug(peer.name)}", list[Pending]()
@@ -51,7 +53,7 @@ def _blocked_job(place: Place, bench: Bench, rounds: int, warm_up: int, turn: in
                 after=lambda pending=pending: pending.pop().result(),
             )
         )
-    size = local_bytes(state)
+    size = local_bytes(state) if sharded else local_bytes(state) // place.world_size
     source, held = raw.Memory(size), list[raw.Memory]()
 
     def copy() -> None:
@@ -81,6 +83,13 @@ def blocked(bench: Bench) -> list[Row]:
         row("async_save: blocked until staged, first", "s", first, *goals),
         row("async_save: blocked until staged, steady", "s", steady, *goals),
     ]
+
+
+def blocked_replicated(bench: Bench) -> list[Row]:
+    """async_save of a replicated state on 4 ranks: blocked until staged. Raw copies a quarter."""
+    steady = bench.run("async, replicated", 4, _blocked_job, bench.rounds, 1, 0, False)
+    goals = (Target(against="DCP", factor=4), Target(against="raw", factor=1.5))
+    return [row("async_save, replicated state: blocked until staged", "s", steady, *goals)]
 
 
 class _Loop:

@@ -19,7 +19,7 @@ from shardckpt.errors import CoordinationError
 if dist.is_available():  # imported here, as the first async_save must return quickly
     from shardckpt.coordination.store import store_coordinator
 
-__all__ = ["Operation", "alone", "check_launcher", "is_alone", "operation"]
+__all__ = ["Operation", "alone", "check_launcher", "is_alone", "operation", "over_store"]
 
 _alone_here: ContextVar[bool] = ContextVar("shardckpt.alone", default=False)
 
@@ -105,6 +105,11 @@ def operation(
             remedy="call torch.distributed.init_process_group() first",
         )
     return _alone()
+
+
+def over_store(comm: Any = None) -> bool:
+    """Whether the ranks of an operation are connected by a process group, and not by MPI."""
+    return comm is None and not is_alone() and dist.is_available() and dist.is_initialized()
 
 
 def check_launcher(comm: Any = None) -> None:

@@ -70,7 +70,7 @@ _REFS = {"tensor": "$tensor", "numpy": "$ndarray", "per_rank": "$per_rank"}
 _REF_TYPES: dict[str, Any] = {tag: ref_type for ref_type, tag in _REFS.items()}
 
 
-class TensorRef(msgspec.Struct, frozen=True):
+class TensorRef(msgspec.Struct, frozen=True, gc=False):
     """A reference to a tensor, an array or a PerRank value.
 
     `name` is the name of the tensor. For "per_rank" it is the index into the list of values of each
@@ -263,8 +263,6 @@ def decode(
         if cls is dict:
             if len(node) == 1:
                 ((tag, body),) = node.items()
-                if tag == "$tensor" and type(body) is str:  # the most frequent tag
-                    return tensor(TensorRef(body, "tensor"))
                 if tag[:1] == "$":
                     try:
                         return tagged(tag, body)
@@ -276,7 +274,10 @@ def decode(
             for key, inner in node.items():
                 if key[:1] == "$":
                     raise _malformed(node)
-                found[key] = item(inner) if type(inner) in _NESTED else inner
+                if type(inner) is dict and len(inner) == 1 and type(inner.get("$tensor")) is str:
+                    found[key] = tensor(TensorRef(inner["$tensor"], "tensor"))  # as most items
+                else:
+                    found[key] = item(inner) if type(inner) in _NESTED else inner
             return found
         return [item(inner) for inner in node] if cls is list else node
 

@@ -121,6 +121,10 @@ def check_references(state: Any, per_rank: list[Any], tensors: Collection[str], 
                 inner += [item for item in node if type(item) in _NESTED]
                 continue
             for key, item in node.items():
+                if type(item) is dict and len(item) == 1:
+                    target = item.get("$tensor")
+                    if type(target) is str and target in tensors:
+                        continue  # a valid reference, as most items are
                 if key in _REFERENCES:
                     targets = in_each_rank if key == "$per_rank" else tensors
                     if type(item) is not str or item not in targets:

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from shardckpt import api
 from shardckpt.errors import StateError
@@ -29,7 +28,7 @@ from shardckpt.state.module_state import module_state
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.resolve import resolve
-from shardckpt.torch_compat import dtensor_local
+from shardckpt.torch_compat import dtensor_local, is_dtensor
 
 __all__ = [
     "ShardckptCallback",
@@ -205,7 +204,7 @@ class _Saving:
 
 def _same_memory(a: Any, b: Any) -> bool:
     """Whether two entries of state dicts are the same tensor."""
-    a, b = (dtensor_local(each) if isinstance(each, DTensor) else each for each in (a, b))
+    a, b = (dtensor_local(each) if is_dtensor(each) else each for each in (a, b))
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return a is b
     return a.data_ptr() == b.data_ptr() and (a.shape, a.dtype) == (b.shape, b.dtype)

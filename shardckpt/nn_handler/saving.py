@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from shardckpt import api
 from shardckpt.convert.single_files import (
@@ -43,6 +42,7 @@ from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.atomic_write import sweep_writes
 from shardckpt.storage.paths import is_alias, local_path
 from shardckpt.storage.posix import System, translated
+from shardckpt.torch_compat import is_dtensor
 
 __all__ = [
     "OneFile",
@@ -296,21 +296,21 @@ class _Whole:
         found = [
             (name, f"{tensor.dtype} {list(tensor.shape)}")
             for name, tensor in self._tensors.items()
-            if isinstance(tensor, DTensor)
+            if is_dtensor(tensor)
         ]
         return msgspec.msgpack.encode(found)
 
     def to_gather(self) -> list[str]:
         """The distributed tensors that rank 0 needs."""
         tensors = self._tensors
-        return [n for n in tensors if n in self._used and isinstance(tensors[n], DTensor)]
+        return [n for n in tensors if n in self._used and is_dtensor(tensors[n])]
 
     @torch.no_grad()
     def gather(self, names: list[str], coordinator: Coordinator) -> None:
         """Replace distributed tensors by full CPU tensors on rank 0. Collective."""
         for name in names:
             tensor = self._tensors[name]
-            assert isinstance(tensor, DTensor)
+            assert is_dtensor(tensor)
             with _device_of(tensor.device):
                 whole = tensor.full_tensor()
                 self._tensors[name] = whole.cpu() if coordinator.rank == 0 else tensor

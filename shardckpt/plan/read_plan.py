@@ -87,7 +87,8 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     chunks, owner, low, size = chunks[hit], owner[hit], low[hit], size[hit]
     held_at, held, want_at, want = held_at[hit], held[hit], want_at[hit], want[hit]
 
-    width = np.array([itemsize(entry.dtype) for entry, _ in pairs], dtype=np.int64)[owner]
+    widths = {dtype: itemsize(dtype) for dtype in {entry.dtype for entry, _ in pairs}}
+    width = np.array([widths[entry.dtype] for entry, _ in pairs], dtype=np.int64)[owner]
     begin = chunks[:, 1] + ((low - held_at) * _strides(held)).sum(axis=1) * width
     end = begin + size.prod(axis=1) * width
     into = np.array([t.address or address_of(t.data) for _, t in pairs], dtype=np.int64)[owner]

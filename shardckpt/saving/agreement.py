@@ -12,7 +12,7 @@ import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -28,7 +28,7 @@ from shardckpt.plan.state_merge import merge
 from shardckpt.reports import Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
-__all__ = ["Agreement", "SaveTarget", "agree", "new_id"]
+__all__ = ["Agreement", "Division", "SaveTarget", "agree", "divide", "new_id"]
 
 _cache = PlanCache()
 
@@ -80,6 +80,14 @@ class Agreement:
         if error_type is not None:
             self.transaction.abandon()
         self.transaction.close()
+
+
+class Division(NamedTuple):
+    """This rank's part of the global plan, and whether the ranks hold different entries or
+    values."""
+
+    writes: RankWrites
+    merged: bool
 
 
 class _Verdict(enum.Enum):
@@ -144,27 +152,30 @@ def agree(
     """
     with ExitStack() as on_error:
         lead = _Lead(local, target, work, on_error)
-        agreement = _agree(coordinator, local, target, lead, on_error)
+        agreement = _agree(coordinator, target, lead, on_error)
         on_error.pop_all()
     return agreement
 
 
+def divide(coordinator: Coordinator, local: LocalPlan, work: Stopwatch) -> Division:
+    """Agree on the part of each rank, and begin no checkpoint. Collective.
+
+    `agree` gives each rank the same part, as long as no plan changes. Raises as `agree`.
+    """
+    with ExitStack() as on_error:
+        lead = _Lead(attempt(lambda: local), None, work, on_error)
+        summary, answer, merged = _compare(coordinator, lead)
+        writes = summary.writes
+        if answer.verdict is _Verdict.DIVIDE:
+            writes = _divide(coordinator, attempt(lambda: None), summary.key, answer, lead)
+    assert writes is not None, "rank 0 answers KNOWN only if every rank has its plan"
+    return Division(writes, merged)
+
+
 def _agree(
-    coordinator: Coordinator,
-    local: Attempt[LocalPlan],
-    target: SaveTarget,
-    lead: _Lead,
-    on_error: ExitStack,
+    coordinator: Coordinator, target: SaveTarget, lead: _Lead, on_error: ExitStack
 ) -> Agreement:
-    summary = local.then(_summary, coordinator.world_size, lead.work)
-    answer = _decode_answer(
-        exchange(coordinator, "plan", lambda: _encode(summary.get().digests), lead.compare)
-    )
-    plan, (_, key, writes) = local.get(), summary.get()
-    merged = answer.verdict in (_Verdict.MERGE, _Verdict.MERGE_VALUES)
-    if merged:
-        offer = _encode(plan.offer(tensors=answer.verdict is _Verdict.MERGE))
-        answer = _decode_answer(exchange(coordinator, "compare", lambda: offer, lead.merge))
+    summary, answer, merged = _compare(coordinator, lead)
 
     # Every rank joins the transaction before any rank writes, as a directory may not be shared.
     def join() -> WriteTransaction:
@@ -172,16 +183,14 @@ def _agree(
             return lead.transaction
         return _abandoned_by(on_error, target.storage.join_part(target.path, token=answer.token))
 
-    transaction = attempt(join)
+    transaction, writes = attempt(join), summary.writes
     if answer.verdict is _Verdict.DIVIDE:
-        packed = transaction.then(lambda _: plan.pack(complete=coordinator.rank == 0))
-        writes = RankWrites.of(plan, exchange(coordinator, "divide", packed.get, lead.divide))
-        _cache.add_writes(key, answer.plan_id, writes)
+        writes = _divide(coordinator, transaction, summary.key, answer, lead)
     else:
         exchange(coordinator, "join", transaction.then(lambda _: b"").get, lambda payloads: b"")
     assert writes is not None, "rank 0 answers KNOWN only if every rank has its plan"
     return Agreement(
-        local=plan,
+        local=lead.local.get(),
         writes=writes,
         transaction=transaction.get(),
         checkpoint_id=answer.checkpoint_id,
@@ -189,6 +198,39 @@ def _agree(
         plan=lead.plan,
         tree=lead.tree,
     )
+
+
+def _compare(coordinator: Coordinator, lead: _Lead) -> tuple[_Summary, _Answer, bool]:
+    """Compare the plans of all ranks.
+
+    Returns:
+        The digests of this rank's plan, rank 0's answer, and whether the states were merged.
+    """
+    summary = lead.local.then(_summary, coordinator.world_size, lead.work)
+    answer = _decode_answer(
+        exchange(coordinator, "plan", lambda: _encode(summary.get().digests), lead.compare)
+    )
+    plan = lead.local.get()
+    merged = answer.verdict in (_Verdict.MERGE, _Verdict.MERGE_VALUES)
+    if merged:
+        offer = _encode(plan.offer(tensors=answer.verdict is _Verdict.MERGE))
+        answer = _decode_answer(exchange(coordinator, "compare", lambda: offer, lead.merge))
+    return summary.get(), answer, merged
+
+
+def _divide(
+    coordinator: Coordinator,
+    ready: Attempt[Any],
+    key: tuple[str, str, str],
+    answer: _Answer,
+    lead: _Lead,
+) -> RankWrites:
+    """Divide the work anew. Returns this rank's part. Raises the error of `ready` on all ranks."""
+    plan = lead.local.get()
+    packed = ready.then(lambda _: plan.pack(complete=coordinator.rank == 0))
+    writes = RankWrites.of(plan, exchange(coordinator, "divide", packed.get, lead.divide))
+    _cache.add_writes(key, answer.plan_id, writes)
+    return writes
 
 
 def _summary(local: LocalPlan, world_size: int, work: Stopwatch) -> _Summary:
@@ -209,7 +251,11 @@ class _Lead:
     """The decisions of rank 0. Its methods run only on rank 0; on other ranks it stays empty."""
 
     def __init__(
-        self, local: Attempt[LocalPlan], target: SaveTarget, work: Stopwatch, on_error: ExitStack
+        self,
+        local: Attempt[LocalPlan],
+        target: SaveTarget | None,
+        work: Stopwatch,
+        on_error: ExitStack,
     ) -> None:
         self.local = local
         self.target = target
@@ -254,11 +300,13 @@ class _Lead:
 
     def _begin(self) -> bytes:
         """Begin the checkpoint, with the values that all ranks agree on. Returns the answer."""
+        verdict = _Verdict.DIVIDE if self.plan is None else _Verdict.KNOWN
+        if self.target is None:
+            return _encode(_Answer(verdict, self.plan_id, "", ""))
         self.tree = filled(self.tree, self.local.get().rank0_trees)
         path, storage, overwrite = self.target
         identity = new_id()
         self.transaction = _abandoned_by(
             self.on_error, storage.begin(path, checkpoint_id=identity, overwrite=overwrite)
         )
-        verdict = _Verdict.DIVIDE if self.plan is None else _Verdict.KNOWN
         return _encode(_Answer(verdict, self.plan_id, self.transaction.token, identity))

@@ -15,16 +15,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
-from typing import Any
+from typing import Any, Protocol
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardckpt.config import current
+from shardckpt.coordination.resolve import Operation
 from shardckpt.errors import StateError
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.logs import logger
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport
+from shardckpt.saving.replicas import replica_digests
+from shardckpt.saving.staged_part import StagedPart, part_of, try_to_divide
 from shardckpt.saving.staging import StagingBuffer, StagingPool, current_events, stage, staged_bytes
 from shardckpt.state.flatten import flatten
 from shardckpt.state.snapshot import Snapshot, take_snapshot
@@ -34,7 +37,16 @@ __all__ = ["SaveHandle", "start_save", "wait_until_staged"]
 _HEAD_START_S = 0.001
 """Staging waits until async_save has returned, as a new thread can hold the GIL for 5 ms."""
 
-Save = Callable[[Callable[[], LocalPlan]], SaveReport]
+
+class Save(Protocol):
+    """Saves a plan. `plan` returns the staged plan, or raises the error of the staging. `part`
+    then returns the part that was staged, or None if all data were."""
+
+    def __call__(
+        self, plan: Callable[[], LocalPlan], *, part: Callable[[], StagedPart | None]
+    ) -> SaveReport: ...
+
+
 WaitForTier = Callable[[str, int, float | None], None]
 
 
@@ -126,8 +138,9 @@ def start_save(
     state: Any,
     path: str,
     *,
-    rank: int,
-    world_size: int,
+    ranks: Operation,
+    dividing: Operation | None,
+    check_replicas: bool,
     save: Save,
     wait_for_tier: WaitForTier = lambda path, tier, timeout: None,
 ) -> SaveHandle:
@@ -140,15 +153,17 @@ def start_save(
     Args:
         state: The state.
         path: The path of the checkpoint.
-        rank: This rank.
-        world_size: The number of ranks.
-        save: Saves a plan. Its argument returns the staged plan, or raises the error of staging.
+        ranks: The ranks.
+        dividing: The operation in which they divide the work before the staging; see
+            try_to_divide.
+        check_replicas: See `save` of the package.
+        save: Saves the staged plan.
         wait_for_tier: See SaveHandle.
 
     Returns:
         The handle of the save.
     """
-    job = _Job(state, rank=rank, world_size=world_size, save=save)
+    job = _Job(state, ranks, dividing, save, check_replicas=check_replicas)
     background = _the_background()
     errors = background.unraised_errors()
     handle = background.submit(path, job, wait_for_tier)
@@ -167,22 +182,33 @@ def wait_until_staged() -> None:
 class _Job:
     """One save: its snapshot, then its staged plan."""
 
-    def __init__(self, state: Any, *, rank: int, world_size: int, save: Save) -> None:
+    def __init__(
+        self,
+        state: Any,
+        ranks: Operation,
+        dividing: Operation | None,
+        save: Save,
+        *,
+        check_replicas: bool,
+    ) -> None:
         start = time.perf_counter()
-        self.rank = rank
-        self.world_size = world_size
+        self.rank = ranks.rank
+        self.world_size = ranks.world_size
+        self.dividing = dividing
+        self.check_replicas = check_replicas
         self.save_plan = save
         self.error: Exception | None = None
         self.snapshot = Snapshot()
         try:
             with collector_paused():
                 self.snapshot = take_snapshot(
-                    state, small_bytes=current().copy_at_once_bytes, rank=rank
+                    state, small_bytes=current().copy_at_once_bytes, rank=self.rank
                 )
         except Exception as error:  # raised on all ranks by the save
             self.error = error
         self.events = current_events()
         self.plan: LocalPlan | None = None
+        self.part: StagedPart | None = None
         self.buffer: StagingBuffer | None = None
         self.seconds = {"snapshot": time.perf_counter() - start}
 
@@ -201,9 +227,22 @@ class _Job:
     def _stage(self, pool: StagingPool) -> None:
         flat = flatten(self.snapshot.state, rank=self.rank)
         plan = local_plan(flat, world_size=self.world_size)
-        on_gpu = any(data.is_cuda for data in plan.data)
-        self.buffer = pool.take(staged_bytes(plan), pinned=on_gpu)
-        self.plan = stage(plan, self.buffer, self.events)
+        division = try_to_divide(self.dividing, plan)
+        own = plan if division is None else part_of(plan, division.writes)
+        on_gpu = any(data.is_cuda for data in own.data)
+        self.buffer = pool.take(staged_bytes(own), pinned=on_gpu)
+        self.plan = stage(own, self.buffer, self.events)
+        if division is not None:
+            for event in self.events.values():
+                event.synchronize()
+            replicas = replica_digests(
+                plan,
+                division.writes,
+                everything=self.check_replicas,
+                sampled=division.merged,
+            )
+            self.part = StagedPart(writes=division.writes, data=self.plan.data, replicas=replicas)
+            self.plan = dataclasses.replace(plan, data=())
         changed = self.snapshot.changed(flat)
         if changed is not None:
             raise StateError(
@@ -226,10 +265,10 @@ class _Job:
 
         wait([staging])
         try:
-            report = self.save_plan(staged_plan)
+            report = self.save_plan(staged_plan, part=lambda: self.part)
             return dataclasses.replace(report, seconds={**self.seconds, **report.seconds})
         finally:
-            self.plan = None
+            self.plan = self.part = None
             if self.buffer is not None:
                 pool.give_back(self.buffer)
 

@@ -4,7 +4,7 @@
 
 Each stage takes the result of the stage before it. An error on any rank ends the save on all ranks
 in the next exchange, and the path stays as it was. For async_save, the plan is staged before the
-ranks agree (saving/async_save).
+ranks agree (saving/async_save), or only this rank's part of it (saving/staged_part).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from shardckpt.saving.agreement import SaveTarget, agree
 from shardckpt.saving.commit import commit
 from shardckpt.saving.incremental import Base
 from shardckpt.saving.rank_writer import write_agreed
+from shardckpt.saving.staged_part import StagedPart
 from shardckpt.state.flatten import flatten
 
 __all__ = ["plan_state", "run_save"]
@@ -42,6 +43,7 @@ def run_save(
     base: AbstractContextManager[Base | None],
     check_replicas: bool,
     staged: bool = False,
+    part: Callable[[], StagedPart | None] = lambda: None,
 ) -> SaveReport:
     """Save the boxes of this rank's plan. Collective. See shardckpt.save.
 
@@ -52,6 +54,7 @@ def run_save(
         base: Opens the base of an incremental save.
         check_replicas: Compare replicas of any size.
         staged: The plan's data does not change while it is written.
+        part: Returns the data that this rank writes, if only they were staged. Called after `plan`.
 
     Returns:
         The report of the save.
@@ -62,7 +65,7 @@ def run_save(
             local = attempt(plan)
         agreement = agree(coordinator, local, target, work)
     with agreement, watch.phase("write"):
-        options = {"check_replicas": check_replicas, "staged": staged}
+        options = {"check_replicas": check_replicas, "staged": staged, "part": part()}
         written = attempt(write_agreed, agreement, coordinator, base, work, **options)
         committed, profile = commit(coordinator, written, agreement, work)
     report = SaveReport(

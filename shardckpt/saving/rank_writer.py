@@ -25,7 +25,7 @@ from shardckpt.saving.agreement import Agreement
 from shardckpt.saving.incremental import Base
 from shardckpt.saving.replicas import replica_digests
 from shardckpt.saving.shard_writer import write_shard
-from shardckpt.state.local_chunks import box_slices
+from shardckpt.saving.staged_part import StagedPart, planned_data
 from shardckpt.storage.base import WriteTransaction
 
 __all__ = ["RankShards", "ShardFile", "ShardResult", "layout", "write_agreed", "write_rank"]
@@ -100,9 +100,12 @@ class RankShards:
         rank: int,
         world_size: int,
         staged: bool = False,
+        data: Sequence[torch.Tensor] | None = None,
     ) -> RankShards:
-        """Return the chunks that a rank writes of its local plan."""
-        data = _planned_data(local, writes)
+        """Return the chunks that a rank writes of its local plan. `data` are their elements, if
+        they are not those of the plan.
+        """
+        data = planned_data(local, writes) if data is None else data
         return cls(
             rank=rank,
             world_size=world_size,
@@ -115,25 +118,6 @@ class RankShards:
         )
 
 
-def _planned_data(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
-    """Return the data of each write: a local chunk, or the part of it that this rank writes."""
-    held = local.chunks.boxes
-    data = []
-    for row, complete, box in zip(
-        writes.row.tolist(),
-        (held[writes.row] == writes.boxes[:, :, : held.shape[2]]).all(axis=(1, 2)).tolist(),
-        writes.boxes,
-        strict=True,
-    ):
-        tensor = local.data[row]
-        if not complete:
-            dims = tensor.dim()
-            offsets, sizes = box[:, :dims].tolist()
-            tensor = tensor[box_slices(held[row, 0, :dims].tolist(), offsets, sizes)]
-        data.append(tensor)
-    return data
-
-
 def write_agreed(
     agreement: Agreement,
     coordinator: Coordinator,
@@ -142,6 +126,7 @@ def write_agreed(
     *,
     check_replicas: bool,
     staged: bool,
+    part: StagedPart | None = None,
 ) -> ShardResult:
     """Write this rank's part of the agreed plan, durably. Not collective.
 
@@ -149,8 +134,13 @@ def write_agreed(
 
     Returns:
         The written files, for the commit.
+
+    Raises:
+        StateError: `part` was staged for another division of the work.
     """
     local, writes = agreement.local, agreement.writes
+    if part is not None:
+        part.check(writes)
     with work.phase("write"), base as opened_base:
         with collector_paused(), torch.no_grad():
             shards = RankShards.of(
@@ -159,14 +149,17 @@ def write_agreed(
                 rank=coordinator.rank,
                 world_size=coordinator.world_size,
                 staged=staged,
+                data=None if part is None else part.data,
             )
         result = write_rank(
             agreement.transaction, shards, base=opened_base, progress=coordinator.progress
         )
     work.seconds["write"] -= result.seconds["sync"]
     with work.phase("compare"):
-        result.replicas = replica_digests(
-            local, writes, everything=check_replicas, sampled=agreement.merged
+        result.replicas = (
+            part.replicas
+            if part is not None
+            else replica_digests(local, writes, everything=check_replicas, sampled=agreement.merged)
         )
     result.per_rank_trees = local.per_rank_trees
     result.commits_part = agreement.transaction.commits_part

@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import MutableMapping
 from typing import Any, TypeGuard
 
+import torch
+
 from shardckpt.errors import StateError
 from shardckpt.format.typed_json import TensorRef, record_of
-from shardckpt.state.local_chunks import PLAIN
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.match_context import Finish, Match, MatchContext
 from shardckpt.state.materialize import NOTHING, Builder
@@ -44,8 +45,8 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
     items: dict[Any, Finish] = {}
     for key, value in template.items():
         inner = f"{name}.{key}" if name else str(key)
-        plain = type(value) in PLAIN and context.saved.selected(inner)
-        if plain and context.fill_plain(value, inner):
+        tensor = isinstance(value, torch.Tensor) and context.saved.selected(inner)
+        if tensor and context.fill_in_place(value, inner):
             continue  # the read fills it, as it does for most tensors
         items[key] = match(context, value, inner)
 

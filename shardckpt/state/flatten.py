@@ -29,7 +29,13 @@ from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import SAVED, dtype_name
 from shardckpt.io.tensor_memory import plain_address
 from shardckpt.state.file_groups import OPTIMIZER, frozen_entries, frozen_group
-from shardckpt.state.local_chunks import PLAIN, AnyTensor, Shards, check_dense, local_tensor
+from shardckpt.state.local_chunks import (
+    AnyTensor,
+    Shards,
+    check_dense,
+    local_tensor,
+    plain_data,
+)
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
     ModuleState,
@@ -172,12 +178,14 @@ class _Flattener:
         nodes = []
         for key, item in items:
             inner = f"{name}.{key}" if name else str(key)
-            node = self.plain(item, inner) if type(item) in PLAIN else None
+            data = plain_data(item)
+            node = None if data is None else self.plain(item, data, inner)
             nodes.append((key, node or self.walk(item, inner, depth + 1)))
         return nodes
 
-    def plain(self, tensor: torch.Tensor, name: str) -> Any:
-        """Add a tensor of the most common form: with its own memory, and a new ASCII name.
+    def plain(self, tensor: torch.Tensor, data: torch.Tensor, name: str) -> Any:
+        """Add a tensor of the most common form: its `data` on this rank have their own memory, and
+        its ASCII name is new.
 
         Returns:
             Its reference. None for any other tensor, which is not added.
@@ -186,9 +194,8 @@ class _Flattener:
             self.inside is not None
             or name in self.names
             or not name.isascii()
-            or hasattr(tensor, "global_shape")  # it describes its shards
-            or tensor.dtype not in SAVED
-            or not (address := plain_address(tensor))
+            or data.dtype not in SAVED
+            or not (address := plain_address(data))
         ):
             return None
         self.names.add(name)

@@ -7,21 +7,30 @@ of a DTensor follow from its mesh and placements. A ShardedTensor lists its own.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
+from shardckpt.errors import PartialPlacementError, StateError, UnsupportedLeafError
 from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
-from shardckpt.io.tensor_memory import check_memory, owns_memory
+from shardckpt.io.tensor_memory import check_memory, owns_memory, plain_address
 from shardckpt.state.sharded_array import ShardedArray
-from shardckpt.torch_compat import distribute_locally, dtensor_local, spec_of
+from shardckpt.torch_compat import (
+    distribute_locally,
+    dtensor_class,
+    dtensor_local,
+    is_dtensor,
+    spec_of,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "PLAIN",
@@ -29,6 +38,7 @@ __all__ = [
     "Box",
     "LocalChunk",
     "Shards",
+    "addressed_chunk",
     "box_slices",
     "check_dense",
     "is_distributed",
@@ -38,6 +48,7 @@ __all__ = [
     "local_layout",
     "local_tensor",
     "may_have_replicas",
+    "plain_data",
 ]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -95,9 +106,7 @@ def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int
 
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor or a ShardedTensor."""
-    return type(tensor) is not torch.Tensor and (
-        isinstance(tensor, DTensor) or is_sharded_tensor(tensor)
-    )
+    return type(tensor) is not torch.Tensor and (is_dtensor(tensor) or is_sharded_tensor(tensor))
 
 
 def may_have_replicas(tensor: AnyTensor, *, world_size: int) -> bool:
@@ -110,7 +119,7 @@ def may_have_replicas(tensor: AnyTensor, *, world_size: int) -> bool:
         return True
     if isinstance(tensor, ShardedArray):
         return False
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return True
     layout = _layout_of(tensor)
     return layout.mesh_size < world_size or layout.replicated
@@ -124,7 +133,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
     """
     if type(tensor) in PLAIN:
         return tensor if tensor.layout is torch.strided else None
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         local: Any = tensor.to_local()
         if hasattr(local, "wait"):  # an unfinished AsyncCollectiveTensor
             local = local.wait()
@@ -132,6 +141,39 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
     if is_distributed(tensor) or hasattr(tensor, "__tensor_flatten__"):
         return None
     return tensor if tensor.layout is torch.strided else None
+
+
+def plain_data(tensor: Any) -> torch.Tensor | None:
+    """Return the dense data of this rank, without a wait: a plain tensor, or the local part of a
+    DTensor if that is a plain tensor.
+
+    Returns None for all other tensors.
+    """
+    cls = type(tensor)
+    if cls in PLAIN:
+        return None if hasattr(tensor, "global_shape") else tensor
+    if cls is dtensor_class():
+        local = dtensor_local(tensor)
+        return local if type(local) is torch.Tensor else None
+    return None
+
+
+def addressed_chunk(tensor: torch.Tensor) -> LocalChunk | None:
+    """Return the box of a tensor whose elements on this rank are one contiguous run of CPU memory,
+    with its address, as most tensors are.
+
+    Returns None for all other tensors, for which local_chunks has checks and errors.
+    """
+    data = plain_data(tensor)
+    if data is None or not (address := plain_address(data)):
+        return None
+    if data is tensor:
+        shape = tensor.shape
+        return LocalChunk((0,) * len(shape), shape, tensor, address)
+    boxes = _layout_of(tensor).boxes  # type: ignore[arg-type]
+    if boxes is None or len(boxes) != 1 or boxes[0][1] != data.shape:
+        return None
+    return LocalChunk(*boxes[0], data, address)
 
 
 def local_chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
@@ -142,6 +184,7 @@ def local_chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
 
     Raises:
         PartialPlacementError: The tensor is a DTensor of partial sums.
+        StateError: The local part of a DTensor does not have the size of its box.
     """
     chunks = _chunks(tensor, name=name)
     if tensor.dtype in OPAQUE:
@@ -158,7 +201,7 @@ def _chunks(tensor: AnyTensor, *, name: str) -> list[LocalChunk]:
     if isinstance(tensor, ShardedArray):
         local = tensor.tensor
         chunks = [LocalChunk(tensor.offsets, tuple(local.shape), local)]
-    elif isinstance(tensor, DTensor):
+    elif is_dtensor(tensor):
         chunks = _dtensor_chunks(tensor, name=name)
     else:
         # detach() turns a DiskTensor into a plain tensor.
@@ -211,7 +254,7 @@ def check_dense(tensor: AnyTensor, *, name: str) -> None:
         actual, remedy = f"{tensor.layout}{also}", "convert it first: to_dense(), dequantize() ..."
     elif isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         actual, remedy = "a lazy parameter", "run the module once, which sets its shape"
-    elif isinstance(tensor, DTensor):
+    elif is_dtensor(tensor):
         local: Any = dtensor_local(tensor)
         if not hasattr(local, "wait"):  # otherwise its memory exists when the collective is done
             check_dense(local, name=name)
@@ -320,6 +363,16 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
             local = local_tensor(tensor)
     assert local is not None, "a DTensor is dense"
     boxes = layout.boxes
+    held = sum(math.prod(sizes) for _, sizes in boxes)
+    if local.numel() != held or (len(boxes) == 1 and local.shape != boxes[0][1]):
+        raise StateError(
+            "The local part of a DTensor does not have the size that its placements give it",
+            tensor=name,
+            expected=" and ".join(str(list(sizes)) for _, sizes in boxes),
+            actual=f"{list(local.shape)}, of {list(tensor.shape)} with {tensor.placements}",
+            remedy="divide the tensor as distribute_tensor does: DTensor.from_local does not check "
+            "the sizes of local tensors",
+        )
     if len(boxes) == 1:
         (offsets, sizes) = boxes[0]
         return [LocalChunk(offsets, sizes, local)]
@@ -353,6 +406,8 @@ def _boxes(
 
 def _along(placements: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
     """Return the placements of a 1-D tensor that is sharded like dimension `dim` of a tensor."""
+    from torch.distributed.tensor import Replicate, Shard
+
     along: list[Any] = []
     for placement in placements:
         if getattr(placement, "dim", None) != dim:

@@ -17,9 +17,9 @@ from shardckpt.format.dtype_names import COMPLEX, NOT_COPYABLE
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.io.tensor_memory import plain_address, shares_elements
+from shardckpt.io.tensor_memory import shares_elements
 from shardckpt.state.flatten import Ties
-from shardckpt.state.local_chunks import PLAIN, AnyTensor, LocalChunk, local_chunks
+from shardckpt.state.local_chunks import AnyTensor, LocalChunk, addressed_chunk, local_chunks
 from shardckpt.state.markers import PerRank
 from shardckpt.state.materialize import NOTHING, Allocate, Builder, allocate
 from shardckpt.state.mismatches import Mismatches
@@ -118,30 +118,31 @@ class MatchContext:
         self.mismatches.wrong_dtype.append((name, "a tensor", type(node).__name__))
         return None
 
-    def fill_plain(self, template: torch.Tensor, name: str) -> bool:
-        """Fill a plain tensor whose CPU memory has the layout of the saved one, as most tensors
-        have.
+    def fill_in_place(self, template: torch.Tensor, name: str) -> bool:
+        """Fill a tensor whose elements on this rank have the layout of the saved ones, in one run
+        of CPU memory, as most tensors have.
 
         Returns:
             Whether the tensor is filled. If not, nothing is noted.
         """
         ref = self.saved.nodes.get(name)
-        if type(template) not in PLAIN or type(ref) is not TensorRef or ref.ref_type == "per_rank":
+        if type(ref) is not TensorRef or ref.ref_type == "per_rank":
             return False
         entry = self.saved.manifest.tensors[ref.name]
         if (
-            template.dtype != DTYPES[entry.dtype]
+            not (chunk := addressed_chunk(template))
+            or template.dtype != DTYPES[entry.dtype]
+            or (chunk.sizes if chunk.data is template else template.shape) != entry.shape
             or entry.dtype in NOT_COPYABLE
-            or not (address := plain_address(template))
-            or (shape := template.shape) != entry.shape
-            or template.is_neg()
-            or (entry.dtype in COMPLEX and template.is_conj())
-            or hasattr(template, "global_shape")  # it describes its shards
-            or self._memory.first_at(address, template, ref.name) != ref.name
+            or chunk.data.is_neg()
+            or (entry.dtype in COMPLEX and chunk.data.is_conj())
+            or self._memory.first_at(chunk.address, template, ref.name) != ref.name
         ):
             return False
         self.used.add(name)
-        self.reads.append((entry, LocalChunk((0,) * len(shape), shape, template, address)))
+        self.reads.append((entry, chunk))
+        if chunk.data is not template:
+            self.filled.append(template)
         return True
 
     def agrees(self, entry: TensorEntry, template: AnyTensor, name: str) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
@@ -30,7 +29,7 @@ from shardckpt.state.saved_tree import below
 from shardckpt.state.sharded_tensors import carry_layout, describes_itself, shards_of
 from shardckpt.state.tensor_matching import match_tensor
 from shardckpt.state.wrapper_tensors import facts_of
-from shardckpt.torch_compat import distribute_locally
+from shardckpt.torch_compat import distribute_locally, is_dtensor
 
 __all__ = ["match_optimizer"]
 
@@ -397,8 +396,10 @@ class _TorchForm:
             return carry_layout(parameter, new(parameter, dtype=dtype, requires_grad=False))
         if not entry.shape:
             return torch.empty((), dtype=dtype, device="cpu")
-        if not isinstance(parameter, DTensor):
+        if not is_dtensor(parameter):
             return torch.empty(entry.shape, dtype=dtype, device=parameter.device)
+        from torch.distributed.tensor import Replicate
+
         empty = torch.empty(entry.shape, dtype=dtype, device=parameter.to_local().device)
         placements = [
             placement if _is_cut_alike(placement, parameter, empty) else Replicate()
@@ -411,7 +412,7 @@ def _is_cut_alike(placement: Any, parameter: torch.Tensor, state: torch.Tensor) 
     """Whether a placement of the parameter shards state of another shape into the same rows."""
     return (
         state.dim() == parameter.dim()
-        and isinstance(placement, Shard)
+        and placement.is_shard()
         and state.shape[placement.dim] == parameter.shape[placement.dim]
     )
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from shardckpt.errors import StateError
 from shardckpt.state.local_chunks import (
@@ -24,7 +23,7 @@ from shardckpt.state.local_chunks import (
     is_distributed,
     is_sharded_tensor,
 )
-from shardckpt.torch_compat import dtensor_local
+from shardckpt.torch_compat import dtensor_class, dtensor_local, is_dtensor
 
 __all__ = ["carry_layout", "describes_itself", "materialized", "shards_of"]
 
@@ -34,12 +33,12 @@ _METHODS = ("__create_chunk_list__", "__create_write_items__")
 
 def describes_itself(tensor: torch.Tensor) -> bool:
     """Whether `shards_of` can find the shards of a tensor."""
-    if type(tensor) is DTensor:
+    if type(tensor) is dtensor_class():
         local = dtensor_local(tensor)
         return type(local) is not torch.Tensor and _has_methods(local)
     if hasattr(tensor, "global_shape"):
         return True
-    if type(tensor) in PLAIN or isinstance(tensor, DTensor):
+    if type(tensor) in PLAIN or is_dtensor(tensor):
         return False
     return is_sharded_tensor(tensor) or _has_methods(tensor)
 
@@ -127,7 +126,7 @@ def _of_methods(tensor: Any, name: str) -> Shards:
         if 0 in sizes:
             continue
         data = tensor.__get_tensor_shard__(MetadataIndex(name, torch.Size(offsets), number))
-        if isinstance(data, DTensor):
+        if is_dtensor(data):
             data = data.to_local()
         data = data.detach()
         if data.numel() == torch.Size(sizes).numel() and data.is_contiguous():

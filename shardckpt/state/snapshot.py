@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardckpt.errors import StateError
@@ -29,7 +28,7 @@ from shardckpt.format.typed_json import Record, record_of
 from shardckpt.io.tensor_memory import owns_memory
 from shardckpt.state.file_groups import frozen_entries
 from shardckpt.state.flatten import FlatState
-from shardckpt.state.local_chunks import LocalChunk, Shards
+from shardckpt.state.local_chunks import PLAIN, LocalChunk, Shards, plain_data
 from shardckpt.state.markers import FromRank0, PerRank, Union
 from shardckpt.state.module_state import (
     ModuleState,
@@ -42,12 +41,18 @@ from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, opti
 from shardckpt.state.refusals import reading_state
 from shardckpt.state.sharded_array import ShardedArray
 from shardckpt.state.wrapper_tensors import Wrapped, saveable_form
-from shardckpt.torch_compat import change_count, dtensor, dtensor_local, is_parameter, spec_of
+from shardckpt.torch_compat import (
+    change_count,
+    dtensor,
+    dtensor_class,
+    dtensor_local,
+    is_parameter,
+    spec_of,
+)
 
 __all__ = ["Snapshot", "take_snapshot"]
 
 _DEPTH_LIMIT = 120  # more than flatten allows, which raises the error
-_COPYABLE = (torch.Tensor, nn.Parameter, DTensor)
 _NEVER = -1.0
 
 
@@ -108,7 +113,8 @@ class _Taker:
 
     @cached_property
     def parameters(self) -> set[tuple[Any, ...]]:
-        return {_memory(p) for _, module in self.modules for p in module.parameters()}
+        parameters = (p for _, module in self.modules for p in module.parameters())
+        return {_memory(p, _local(p)) for p in parameters}
 
     def walk(self, value: Any, at: str, *, copy_up_to: float, depth: int = 0) -> Any:
         """Return a value with copied containers and values, and its tensors copied or held."""
@@ -210,7 +216,7 @@ class _Taker:
         return {
             name: {
                 key: self.hold(item)
-                if type(item) in _COPYABLE
+                if isinstance(item, torch.Tensor)
                 else self.walk(item, at, copy_up_to=_NEVER)
                 for key, item in own.items()
             }
@@ -223,37 +229,36 @@ class _Taker:
         """Copy a tensor of up to `copy_up_to` bytes that is not a parameter. Hold any other
         tensor.
         """
-        if copy_up_to < 0 or type(tensor) not in _COPYABLE or hasattr(tensor, "global_shape"):
-            return self.hold(tensor, copy_up_to)
-        if type(tensor) is DTensor and type(dtensor_local(tensor)) is not torch.Tensor:
+        data = None if copy_up_to < 0 else plain_data(tensor)
+        if data is None:
             return self.hold(tensor, copy_up_to)
         large = tensor.numel() * tensor.element_size() > copy_up_to
         if large and not self.modules:  # it can't be tied to a large buffer, which is copied
             return self.hold(tensor)
-        memory = _memory(tensor)
+        memory = _memory(tensor, data)
         if memory not in self.copies:  # tied tensors stay tied
             if large or memory in self.parameters:
                 return self.hold(tensor)
-            self.copies[memory] = _copy(tensor)
+            self.copies[memory] = _copy(tensor, data)
         return self.copies[memory]
 
     def hold(self, tensor: torch.Tensor, copy_up_to: float = _NEVER) -> Any:
         """Hold a tensor with its version. The inner tensors of others are held or copied."""
-        try:
-            split = saveable_form(tensor, name="")
-        except StateError:
-            return tensor  # flatten raises the error, with the name
-        if isinstance(split, Wrapped):
-            inner = {key: self.inner(item, copy_up_to) for key, item in split.inner.items()}
-            return dataclasses.replace(split, inner=inner)
-        if isinstance(split, Shards):
-            return self.inner(split, copy_up_to)
-        cls = type(tensor)
-        if cls not in _COPYABLE:
-            return tensor  # it can't be saved, or flatten handles its class
+        if plain_data(tensor) is None:
+            try:
+                split = saveable_form(tensor, name="")
+            except StateError:
+                return tensor  # flatten raises the error, with the name
+            if isinstance(split, Wrapped):
+                inner = {key: self.inner(item, copy_up_to) for key, item in split.inner.items()}
+                return dataclasses.replace(split, inner=inner)
+            if isinstance(split, Shards):
+                return self.inner(split, copy_up_to)
+            if type(tensor) not in PLAIN and type(tensor) is not dtensor_class():
+                return tensor  # it can't be saved, or flatten handles its class
         if tensor.is_inference():  # it has no version
-            return _copy(tensor)
-        if cls is not DTensor:  # the detach() of a DTensor is slow
+            return _copy(tensor, _local(tensor))
+        if type(tensor) is not dtensor_class():  # the detach() of a DTensor is slow
             tensor = tensor.detach()  # does not change with `parameter.data = ...`
         self.snapshot.held[id(tensor)] = _mark(tensor)
         return tensor
@@ -269,28 +274,29 @@ class _Taker:
         return dataclasses.replace(inner, chunks=chunks)
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor without gradients. A tensor without memory is returned itself; flatten
-    raises.
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the local part of a DTensor, and any other tensor itself."""
+    return dtensor_local(tensor) if type(tensor) is dtensor_class() else tensor
+
+
+def _copy(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor, whose data on this rank are `local`, without gradients. A tensor without
+    memory is returned itself; flatten raises.
     """
-    local = dtensor_local(tensor) if type(tensor) is DTensor else tensor
     if local.is_meta or (local.layout is torch.strided and not owns_memory(local)):
         return tensor
     plain = memory_view(local)
     copied = plain.clone() if plain is local else plain.clone().view(local.dtype)
-    if type(tensor) is not DTensor:
-        return copied
-    return dtensor(copied, spec_of(tensor))
+    return copied if local is tensor else dtensor(copied, spec_of(tensor))
 
 
 def _mark(tensor: torch.Tensor) -> tuple[int, int]:
-    address = dtensor_local(tensor).data_ptr() if type(tensor) is DTensor else 0
-    return change_count(tensor), address
+    local = _local(tensor)
+    return change_count(tensor), 0 if local is tensor else local.data_ptr()
 
 
-def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key that is equal for tied tensors."""
-    local = dtensor_local(tensor) if type(tensor) is DTensor else tensor
+def _memory(tensor: torch.Tensor, local: torch.Tensor) -> tuple[Any, ...]:
+    """Return a key that is equal for tied tensors. `local` are the tensor's data on this rank."""
     if not owns_memory(local) or not local.numel():
         return (id(tensor),)
     view = (local.dtype, local.shape, local.stride(), local.is_conj(), local.is_neg())

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.local_chunks import check_dense
@@ -16,6 +15,7 @@ from shardckpt.state.saved_tree import below, under
 from shardckpt.state.sharded_array import ShardedArray, from_numpy
 from shardckpt.state.sharded_tensors import materialized
 from shardckpt.state.wrapper_tensors import WRAPPER, Wrapped, facts_of, saveable_form
+from shardckpt.torch_compat import dtensor_class
 
 __all__ = ["match_array", "match_generator", "match_sharded_array", "match_tensor"]
 
@@ -26,7 +26,7 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
     For a tensor on the meta device, a new tensor of the same form is filled and returned.
     """
     selected = context.saved.selected(name)
-    if selected and context.fill_plain(template, name):
+    if selected and context.fill_in_place(template, name):
         return template
     target = saveable_form(template, name=name)
     if isinstance(target, Wrapped):
@@ -41,7 +41,7 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
         template = materialized(template, name)
         target = saveable_form(template, name=name)
     context.fill(saved, target, name)
-    if type(template) is DTensor:
+    if type(template) is dtensor_class():
         context.filled.append(template)
     return template
 

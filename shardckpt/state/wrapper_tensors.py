@@ -12,15 +12,17 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardckpt.errors import UnsupportedLeafError
 from shardckpt.state.local_chunks import PLAIN, LocalChunk, Shards, local_layout
 from shardckpt.state.sharded_tensors import describes_itself, shards_of
-from shardckpt.torch_compat import dtensor_local
+from shardckpt.torch_compat import dtensor_local, is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["WRAPPER", "Wrapped", "facts_of", "saveable_form"]
 
@@ -69,7 +71,7 @@ def saveable_form(tensor: Any, *, name: str) -> Any:
         return tensor
     if describes_itself(tensor):
         return shards_of(tensor, name=name)
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         local = dtensor_local(tensor)
         if type(local) in PLAIN or hasattr(local, "wait") or not _wraps(local):
             return tensor
@@ -134,6 +136,8 @@ def _of_dtensor(tensor: DTensor, local: Any, name: str) -> Wrapped:
     """Split the local part of a DTensor into inner tensors, each a shard of a global inner
     tensor.
     """
+    from torch.distributed.tensor import Replicate, Shard
+
     class_name = f"{type(local).__module__}.{type(local).__qualname__}"
     rows = getattr(type(local), "checkpoint_rows", _ROWS.get(class_name))
     if rows is None:

@@ -22,6 +22,7 @@ def never_stopped(size: int, steps: int) -> np.ndarray:
     return u[1:-1, 1:-1]
 
 
+@pytest.mark.long
 def test_heat_on_any_ranks(tmp_path):
     job = run_job("openmpi", 4, "heat", str(tmp_path), folder=tmp_path / "out")
     job.checked()

@@ -11,8 +11,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.two_tensor import TwoTensor
 
-from shardckpt.errors import PartialPlacementError, UnsupportedLeafError
+from shardckpt.errors import PartialPlacementError, StateError, UnsupportedLeafError
 from shardckpt.state.local_chunks import (
+    addressed_chunk,
     box_slices,
     check_dense,
     has_file_layout,
@@ -108,6 +109,36 @@ def test_partial_sums_are_refused_by_name(rank_of_four):
     with pytest.raises(PartialPlacementError) as caught:
         local_chunks(tensor, name="layer.w")
     assert caught.value.tensor == "layer.w"
+
+
+@pytest.mark.parametrize("local", [torch.zeros(1, 3), torch.zeros(3, 3), torch.zeros(3, 2)])
+def test_a_local_part_of_another_size_than_its_box_is_refused_by_name(rank_of_four, local):
+    """DTensor.from_local does not check sizes. Reads would otherwise write past the memory."""
+    rank_of_four(1)
+    tensor = a_dtensor(local, init_device_mesh("cpu", (4,)), [Shard(0)], (8, 3))
+    assert addressed_chunk(tensor) is None
+    with pytest.raises(StateError, match="size") as raised:
+        local_chunks(tensor, name="layer.weight")
+    assert raised.value.tensor == "layer.weight"
+    assert "[2, 3]" in str(raised.value)
+
+
+def test_a_tensor_in_one_run_of_memory_is_one_box_with_its_address(rank_of_four):
+    rank_of_four(1)
+    mesh, local = init_device_mesh("cpu", (4,)), torch.zeros(2, 3)
+    chunk = addressed_chunk(a_dtensor(local, mesh, [Shard(0)], (8, 3)))
+    assert (chunk.offsets, chunk.sizes, chunk.address) == ((2, 0), (2, 3), local.data_ptr())
+    plain = addressed_chunk(local)
+    assert (plain.offsets, plain.sizes, plain.address) == ((0, 0), (2, 3), local.data_ptr())
+    others = [
+        local.T,
+        local[:0],
+        local.to("meta"),
+        a_dtensor(local, mesh, [Partial()], (2, 3)),
+        a_dtensor(local.T, mesh, [Shard(0)], (12, 2)),
+        TwoTensor(local, local),
+    ]
+    assert [addressed_chunk(tensor) for tensor in others] == [None] * len(others)
 
 
 def test_the_local_part_of_a_dtensor_is_its_data(rank_of_four):

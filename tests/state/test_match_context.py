@@ -19,7 +19,7 @@ def saved():
 
 def test_a_plain_tensor_is_filled_at_its_address(saved):
     context, tensor = saved.context(), torch.zeros(4)
-    assert context.fill_plain(tensor, "w")
+    assert context.fill_in_place(tensor, "w")
     ((_, chunk),) = context.reads
     assert chunk.address == tensor.data_ptr()
     assert context.used == {"w"}
@@ -40,17 +40,17 @@ def test_a_plain_tensor_is_filled_at_its_address(saved):
 )
 def test_another_tensor_is_left_to_the_full_match(saved, tensor):
     context = saved.context()
-    assert not context.fill_plain(tensor, "w")
+    assert not context.fill_in_place(tensor, "w")
     assert (context.reads, context.used) == ([], set())
-    assert not context.fill_plain(torch.zeros(4), "n")
-    assert not context.fill_plain(torch.zeros(4), "absent")
+    assert not context.fill_in_place(torch.zeros(4), "n")
+    assert not context.fill_in_place(torch.zeros(4), "absent")
 
 
 def test_one_memory_is_not_filled_with_two_saved_tensors(saved):
     context, tensor = saved.context(), torch.zeros(4)
-    assert context.fill_plain(tensor, "w")
-    assert context.fill_plain(tensor, "tied")
-    assert not context.fill_plain(tensor, "m.x")
+    assert context.fill_in_place(tensor, "w")
+    assert context.fill_in_place(tensor, "tied")
+    assert not context.fill_in_place(tensor, "m.x")
     with pytest.raises(StateError, match="same memory") as caught:
         context.fill(context.find("m.x", tensor), tensor, "m.x")
     assert caught.value.tensor == "m.x"
@@ -102,7 +102,7 @@ def test_a_cast_is_noted(saved):
 
 def test_an_unused_entry_fails_a_strict_load_only_below_a_module(saved):
     context = saved.context()
-    context.fill_plain(torch.zeros(4), "w")
+    context.fill_in_place(torch.zeros(4), "w")
     context.owners.append("m")
     context.note_missing_and_unused()
     assert set(context.mismatches.unexpected) == {"tied", "b", "n", "m.x"}
@@ -124,6 +124,6 @@ def test_a_value_is_built_with_the_tensors_of_another_where_they_fit(saved):
 def test_the_versions_of_filled_tensors_increase(saved):
     context, parameter = saved.context(), nn.Parameter(torch.zeros(4))
     before = parameter._version
-    assert context.fill_plain(parameter, "w")
+    assert context.fill_in_place(parameter, "w")
     context.mark_changed()
     assert parameter._version == before + 1
