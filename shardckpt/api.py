@@ -110,10 +110,11 @@ def save(
         check_replicas: Compare the replicas of tensors of any size between ranks. Values and
             tensors of up to 64 KiB are always compared. With a planner it needs ShardSavePlanner.
         base: An earlier checkpoint, as a path or open. Files that would be the same are linked,
-            not written. Either checkpoint can be removed, and the other stays complete. If the base
-            is missing or corrupted, everything is written and the report lists the reason.
-        verify_base: Read back and verify all linked blocks, instead of one block in 16. It needs
-            a base.
+            not written; blocks that would be the same are cloned if the file system can. Either
+            checkpoint can be removed, and the other stays complete. If the base is missing or
+            corrupted, everything is written and the report lists the reason.
+        verify_base: Read back and verify all linked and cloned blocks, instead of one block in 16.
+            It needs a base.
         storage: The storage of `path` and `base`. By default the scheme of a URL decides, and a
             path without one is on the file system.
 
@@ -390,7 +391,7 @@ def open_checkpoint(path: Path, *, storage: Storage | None = None) -> Checkpoint
         tensor([2., 3.])
     """
     place = resolve(path, storage)
-    return Checkpoint(place.path, storage=place.storage)
+    return Checkpoint(place.path, storage=place.storage, newest=True)
 
 
 def metadata(path: Path, *, storage: Storage | None = None) -> CheckpointMetadata:

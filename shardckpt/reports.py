@@ -41,10 +41,11 @@ class SaveReport:
         manifest_bytes: The bytes of the manifest.
         seconds: The seconds of each phase on this rank, including the time spent waiting for other
             ranks.
-        linked_by_rank: The bytes in `bytes_by_rank` that are linked to the base, not written. Empty
-            after a save with a planner.
-        base_problems: Why unchanged files were written and not linked.
-        tiers: The path in each tier of a TieredStorage, with "durable" or "pending".
+        linked_by_rank: The bytes in `bytes_by_rank` that were linked or cloned from the base, not
+            written. Empty after a save with a planner.
+        base_problems: Why unchanged files and blocks were written.
+        tiers: The path in each tier of a TieredStorage: "durable" for the first one, and "pending"
+            for the others. TieredStorage.tiers has the state at a later time.
         profile: The seconds of each rank's own work by phase, without waiting: "plan", "write"
             (copy, hash and write), "sync" (fsync), "compare" (digests of replicas), and on rank 0
             "divide" and "commit". Rank 0 has the profiles of all ranks, other ranks their own.
@@ -74,7 +75,7 @@ class SaveReport:
 
     @property
     def written_bytes(self) -> int:
-        """Bytes that were written: `total_bytes` without the linked files."""
+        """Bytes that were written: `total_bytes` without what was linked or cloned."""
         return self.total_bytes - sum(self.linked_by_rank)
 
 

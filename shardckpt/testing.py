@@ -34,6 +34,7 @@ __all__ = ["StorageTests"]
 
 _NAMES = ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors")
 _DATA = bytes(range(256)) * 40  # 10,240 bytes: not a multiple of a page
+_BLOCK_BYTES = 1 << 20
 
 
 def _manifest(digit: str) -> bytes:
@@ -214,6 +215,33 @@ class StorageTests:
             files.readinto(name, [memoryview(into)], offset=0)
             assert files.size_bytes(name) == len(_DATA)
             assert into == _DATA
+        files.close()
+
+    def test_a_file_that_takes_over_ranges(self, storage: Storage, path: str) -> None:
+        """A file with ranges of another one stays intact when its source is replaced. If the
+        storage can't do this, the name is free."""
+        old, changed = bytes(_BLOCK_BYTES) + _DATA * 103, b"changed!" * (_BLOCK_BYTES // 8)
+        name = _NAMES[0]
+        save(storage, path, _FIRST, data=old)
+        source = storage.open(path)
+        transaction = storage.begin(path + "-new", checkpoint_id="d" * 32, overwrite=False)
+        size = len(old)
+        file = transaction.create_from(name, source, size_bytes=size)
+        if file is None:
+            file = transaction.create(name, size_bytes=size)
+        assert not file.clone(offset=_BLOCK_BYTES, size_bytes=size), "it ends behind the source"
+        if file.clone(offset=_BLOCK_BYTES, size_bytes=size - _BLOCK_BYTES):
+            write(file, changed, size_bytes=size)
+        else:
+            write(file, changed + old[_BLOCK_BYTES:])
+        write(transaction.create(_NAMES[1], size_bytes=len(_DATA)))
+        source.close()
+        transaction.commit(_NEW)
+        save(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
+        files = storage.open(path + "-new")
+        into = bytearray(size)
+        files.readinto(name, [memoryview(into)], offset=0)
+        assert into == changed + old[_BLOCK_BYTES:]
         files.close()
 
     def test_reading_past_the_cache(self, storage: Storage, path: str) -> None:

@@ -126,6 +126,7 @@ def join_group(rank: int, world_size: int, port: int, *, name: str) -> None:
         world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )
+    dist.barrier()  # a rank that leaves the group while others still connect would fail them
 
 
 def on_world_sizes(sizes: Sequence[int], function: Callable[..., Any], *arguments: Any) -> None:

@@ -25,6 +25,9 @@ def main() -> None:
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all", default=[])
     parser.add_argument("--size-mb", type=float, default=1000, help="of a state; default 1000")
+    parser.add_argument(
+        "--store-mb", type=float, default=200, help="in the cases of object stores; default 200"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="that are measured; default 5")
     parser.add_argument("--small", type=int, default=20_000, help="number of small tensors")
     parser.add_argument("--planning", default="1024x1000", help="ranks x tensors of that case")
@@ -49,6 +52,7 @@ def main() -> None:
     bench = Bench(
         root=root,
         size_bytes=options.size_mb * 1e6,
+        store_bytes=options.store_mb * 1e6,
         rounds=options.rounds,
         small=options.small,
         planning=(int(ranks), int(tensors)),

@@ -24,6 +24,7 @@ class Bench:
 
     root: str
     size_bytes: float
+    store_bytes: float
     rounds: int
     small: int
     planning: tuple[int, int]  # ranks, tensors

@@ -8,7 +8,7 @@ from benchmarks.bench import Bench
 from benchmarks.loading import load, process, reshard
 from benchmarks.partial import disk, slices
 from benchmarks.planning import planning
-from benchmarks.repeated import frozen
+from benchmarks.repeated import blocks, frozen
 from benchmarks.saving import save, save_replicated
 from benchmarks.small import small
 from benchmarks.stores import store, store_replicas, store_tiers
@@ -30,6 +30,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "train": train,
     "trainer": trainer,
     "frozen": frozen,
+    "blocks": blocks,
     "planning": planning,
     "store": store,
     "store-replicas": store_replicas,

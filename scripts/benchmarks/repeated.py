@@ -1,6 +1,10 @@
-"""The case of a state that is saved again and again while most of it is frozen."""
+"""The cases of a state that is saved again and again while most of it does not change."""
 
 from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.bench import Bench, peers, remove, slug
 from benchmarks.files import bytes_written
@@ -60,3 +64,61 @@ def frozen(bench: Bench) -> list[Row]:
         row("repeated save, 90% frozen: bytes written", "MB", results, fewer, of="bytes_written"),
         row("repeated save, 90% frozen", "s", results),
     ]
+
+
+_ROW_BYTES = 1 << 20
+
+
+def _blocks_job(place: Place, bench: Bench, folder: str) -> Results:
+    rows = max(40, round(bench.size_bytes / place.world_size / _ROW_BYTES))
+    torch.manual_seed(place.rank)
+    weight = torch.randn(rows, _ROW_BYTES // 4)
+    mesh = init_device_mesh("cpu", (place.world_size,))
+    state = {"weight": DTensor.from_local(weight, mesh, [Shard(0)])}
+    contestants = []
+    for name, kind in (("shardckpt", _Based), ("without base=", Shardckpt)):
+        peer = kind(place, state)
+        turns = [f"{folder}/{slug(name)}-{turn}" for turn in (0, 1)]
+
+        def before(turns: list[str] = turns, changes: bool = kind is _Based) -> None:
+            if changes:
+                changed = rows // 10
+                first = int(torch.randint(rows - changed, ()))
+                weight[first : first + changed] += 1
+            turns.reverse()  # the checkpoint before last makes room
+            remove(place, turns[0])
+
+        def run(peer: Peer = peer, turns: list[str] = turns) -> dict[str, float]:
+            count = bytes_written()
+            peer.save(turns[0])
+            return {"bytes_written": bytes_written() - count}
+
+        def after(peer: Peer = peer, turns: list[str] = turns) -> None:
+            check = Check(state)
+            check.wipe(state)
+            peer.load(turns[0])
+            check.verify(state)
+
+        contestants.append(Contestant(name=name, before=before, run=run, after=after))
+    return compete(place, contestants, rounds=bench.rounds)
+
+
+def blocks(bench: Bench) -> list[Row]:
+    """Repeated save on 4 ranks of a tensor of which a tenth changes, on XFS and Btrfs."""
+    from tests.storage.clones import mounted
+
+    rows: list[Row] = []
+    for kind in ("xfs", "btrfs"):
+        size_bytes = int(5 * bench.size_bytes) + (1 << 30)
+        with mounted(kind, size_bytes=size_bytes, folder=bench.root) as folder:
+            if isinstance(folder, str):
+                print(f"not measured: blocks on {kind}: {folder}", flush=True)
+                continue
+            results = bench.run(f"blocks, {kind}", 4, _blocks_job, str(folder))
+        title = f"repeated save, a tenth of a tensor changed, {kind}"
+        fewer = Target(against="without base=", factor=8)
+        rows += [
+            row(f"{title}: bytes written", "MB", results, fewer, of="bytes_written"),
+            row(title, "s", results),
+        ]
+    return rows

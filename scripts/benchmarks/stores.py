@@ -100,7 +100,7 @@ def _clear(place: Place, url: str) -> None:
 def _job(place: Place, bench: Bench, variables: dict[str, str], load: bool) -> Results:
     os.environ.update(variables)
     torch.manual_seed(0)
-    state = state_of(*trained(bench.size_bytes, sharded=True))
+    state = state_of(*trained(bench.store_bytes, sharded=True))
     check = Check(state)
     contestants = []
     for peer in _peers(place, state):
@@ -125,7 +125,7 @@ def _replicas(place: Place, bench: Bench, variables: dict[str, str]) -> Results:
 
     os.environ.update(variables)
     torch.manual_seed(0)
-    state = state_of(*trained(bench.size_bytes, sharded=False))
+    state = state_of(*trained(bench.store_bytes, sharded=False))
     check = Check(state)
     url = f"{ROOT}/replicas"
     _clear(place, url)
@@ -159,7 +159,7 @@ def _tiers(place: Place, bench: Bench, variables: dict[str, str]) -> Results:
 
     os.environ.update(variables)
     torch.manual_seed(0)
-    state = state_of(*trained(bench.size_bytes, sharded=True))
+    state = state_of(*trained(bench.store_bytes, sharded=True))
     folder = os.path.join(bench.root, "tiers")
 
     def clear() -> None:

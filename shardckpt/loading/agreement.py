@@ -47,9 +47,11 @@ class Shares(enum.IntEnum):
     ACROSS_MACHINES = 2
 
 
-def open_manifest(storage: Storage, path: str) -> tuple[CheckpointFiles, Manifest]:
-    """Open a checkpoint and read its manifest. Not collective."""
-    files = storage.open(path)
+def open_manifest(
+    storage: Storage, path: str, *, newest: bool = False
+) -> tuple[CheckpointFiles, Manifest]:
+    """Open a checkpoint and read its manifest. Not collective. See Storage.open_newest."""
+    files = storage.open_newest(path) if newest else storage.open(path)
     try:
         return files, from_bytes(files.manifest(), path=files.path)
     except BaseException:
@@ -64,12 +66,12 @@ def open_together(
 
     Then all ranks open the newest checkpoint that any rank finds at the path: the disk of a
     machine that was away may hold an older one, or none. They get the manifest from a rank that has
-    it.
+    it. Rank 0 looks in all places.
 
     Returns:
         The checkpoint, or the error with which this rank did not open it.
     """
-    opened = attempt(open_manifest, storage, path)
+    opened = attempt(open_manifest, storage, path, newest=coordinator.rank == 0)
     if not storage.in_parts or coordinator.world_size == 1:
         return opened
 

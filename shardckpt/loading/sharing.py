@@ -14,6 +14,7 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,7 +34,7 @@ _REQUEST = struct.Struct("<IQ")  # the rank that asks, and the tag of the unit
 _GONE = (1 << 64) - 1  # in place of a tag: the rank asks for nothing any more
 _WAIT, _READY = b"w", b"r"
 _CONNECT_S = 10.0
-_FAREWELL_S = 1.0
+_FAREWELL_S = 5.0  # for all ranks together
 _WINDOW_BLOCKS = WINDOW_BYTES // BLOCK_BYTES
 
 
@@ -161,10 +162,12 @@ class Sharing:
         self.stop()
         self._server.close()
         wanted, self._wanted = self._wanted, defaultdict(set)
+        give_up_at = time.monotonic() + _FAREWELL_S
         for source, tags in wanted.items():
-            if tags and source not in self._unreachable:  # it need not wait for this rank
-                with suppress(OSError):
-                    self._ask(source, _GONE, wait_s=_FAREWELL_S).close()
+            left_s = give_up_at - time.monotonic()
+            if tags and source not in self._unreachable and left_s > 0:
+                with suppress(OSError):  # it need not wait for this rank
+                    self._ask(source, _GONE, wait_s=min(1.0, left_s)).close()
 
     def _ask(self, rank: int, tag: int, *, wait_s: float) -> socket.socket:
         """Connect to a rank, and ask for a unit."""

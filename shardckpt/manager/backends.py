@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 from shardckpt import api
+from shardckpt.checkpoint import Checkpoint
 from shardckpt.loading.shard_reader import check_size
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
@@ -119,7 +120,7 @@ class ShardedBackend:
 
     def record(self, path: str) -> Any:
         """See CheckpointBackend.record."""
-        with api.open_checkpoint(path, storage=self._storage) as checkpoint:
+        with Checkpoint(path, storage=self._storage) as checkpoint:
             for shard in checkpoint.manifest.shards:
                 check_size(checkpoint.files, shard)
             if f"{RECORD}.step" not in checkpoint:
@@ -128,7 +129,7 @@ class ShardedBackend:
 
     def verify(self, path: str, *, quick: bool, progress: Callable[[int], None]) -> None:
         """See CheckpointBackend.verify."""
-        with api.open_checkpoint(path, storage=self._storage) as checkpoint:
+        with Checkpoint(path, storage=self._storage) as checkpoint:
             shards = checkpoint.manifest.shards
             # Shards that other machines hold can't be read here until they are copied.
             if quick or any(checkpoint.files.elsewhere(shard.name) for shard in shards):

@@ -85,8 +85,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     Before it prunes, the manager verifies the newest checkpoint that it keeps, and each other one
     that a policy counts: once each. Corrupted checkpoints are neither counted nor removed. Files
-    that have not changed since the newest checkpoint are linked, not written. Each save first
-    removes the leftovers of failed saves from the folder.
+    that have not changed since the newest checkpoint are linked, not written; blocks are cloned if
+    the file system can. Each save first removes the leftovers of failed saves from the folder.
 
     A manager removes only checkpoints with its own owner: the label or, without a label, the
     template `name` with the policies but not their counts. It never removes a checkpoint that

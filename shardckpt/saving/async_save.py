@@ -27,7 +27,7 @@ from shardckpt.logs import logger
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport
 from shardckpt.saving.replicas import replica_digests
-from shardckpt.saving.staged_part import StagedPart, part_of, try_to_divide
+from shardckpt.saving.staged_part import Divider, StagedPart, part_of
 from shardckpt.saving.staging import StagingBuffer, StagingPool, current_events, stage, staged_bytes
 from shardckpt.state.flatten import flatten
 from shardckpt.state.snapshot import Snapshot, take_snapshot
@@ -154,8 +154,7 @@ def start_save(
         state: The state.
         path: The path of the checkpoint.
         ranks: The ranks.
-        dividing: The operation in which they divide the work before the staging; see
-            try_to_divide.
+        dividing: The operation in which they divide the work before the staging; see Divider.
         check_replicas: See `save` of the package.
         save: Saves the staged plan.
         wait_for_tier: See SaveHandle.
@@ -212,22 +211,22 @@ class _Job:
         self.buffer: StagingBuffer | None = None
         self.seconds = {"snapshot": time.perf_counter() - start}
 
-    def stage(self, pool: StagingPool) -> None:
+    def stage(self, pool: StagingPool, divider: Divider) -> None:
         """Copy the state. An error is kept for the save."""
         time.sleep(_HEAD_START_S)
         start = time.perf_counter()
         try:
             if self.error is None:
-                self._stage(pool)
+                self._stage(pool, divider)
         except Exception as error:
             self.error = error
         self.snapshot = Snapshot()  # drops the references to the state
         self.seconds["stage"] = time.perf_counter() - start
 
-    def _stage(self, pool: StagingPool) -> None:
+    def _stage(self, pool: StagingPool, divider: Divider) -> None:
         flat = flatten(self.snapshot.state, rank=self.rank)
         plan = local_plan(flat, world_size=self.world_size)
-        division = try_to_divide(self.dividing, plan)
+        division = divider.divide(self.dividing, plan)
         own = plan if division is None else part_of(plan, division.writes)
         on_gpu = any(data.is_cuda for data in own.data)
         self.buffer = pool.take(staged_bytes(own), pinned=on_gpu)
@@ -280,6 +279,7 @@ class _Background:
         self.stager = ThreadPoolExecutor(1, "shardckpt-stage")
         self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_lower_priority)
         self.pool = StagingPool()
+        self.divider = Divider()
         self.stagings: tuple[Future[None], ...] = ()
         self.handles: list[SaveHandle] = []
         self.lock = threading.Lock()
@@ -288,7 +288,7 @@ class _Background:
         """Queue a save."""
         with self.lock:
             # Each job runs in a copy of the caller's context, which holds the options of the call.
-            staging = self.stager.submit(copy_context().run, job.stage, self.pool)
+            staging = self.stager.submit(copy_context().run, job.stage, self.pool, self.divider)
             saving = self.saver.submit(copy_context().run, job.save, staging, self.pool)
             handle = SaveHandle(path, staging, saving, wait_for_tier)
             self.handles.append(handle)

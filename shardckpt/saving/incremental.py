@@ -1,14 +1,18 @@
-"""Incremental saves: files that have not changed are linked from an earlier checkpoint, the base.
+"""Incremental saves: files and blocks that have not changed are taken over from the base, an
+earlier checkpoint.
 
-A file is linked if its name, its size and the digest of every block are those of the new file. A
-base never fails a save: files that can't be linked are written.
+A file is linked if its name, its size and the digest of every block are those of the new file. In
+a file that has changed, the blocks whose digests are those of the same blocks of the base are
+cloned, if the file system can share ranges of files; the others are written. A base never fails a
+save: what can't be linked or cloned is written.
 """
 
 from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -23,14 +27,14 @@ from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import view_at
 from shardckpt.io.tensor_memory import contiguous_pieces
 from shardckpt.loading.shard_reader import check_size, corrupted_blocks
-from shardckpt.storage.base import CheckpointFiles, WriteTransaction
+from shardckpt.storage.base import CheckpointFiles, WritableFile, WriteTransaction
 from shardckpt.storage.resolve import Location
 
-__all__ = ["Base", "OpenCheckpoint", "check_verify_base", "open_base"]
+__all__ = ["Base", "ClonedBlocks", "OpenCheckpoint", "check_verify_base", "open_base"]
 
 _SAMPLE = 16
-"""The interval of the blocks that are read back of each linked file. A corrupted block is found
-within a few saves, and the file is then written instead of linked.
+"""The interval of the blocks that are read back of each file of the base. A corrupted block is
+found within a few saves, and is then written.
 """
 
 
@@ -58,7 +62,7 @@ class OpenCheckpoint(Protocol):
 
 
 class Base:
-    """An open base. `problems` lists why unchanged files could not be linked."""
+    """An open base. `problems` lists why unchanged files and blocks could not be taken over."""
 
     def __init__(
         self, files: CheckpointFiles | None, shards: Iterable[ShardEntry], *, verify: bool
@@ -108,19 +112,105 @@ class Base:
         check_size(files, shard)
         blocks = len(shard.digests)
         step = 1 if self._verify else min(_SAMPLE, blocks)
-        buffer = memoryview(bytearray(BLOCK_BYTES))
         for block in range(secrets.randbelow(step), blocks, step):
-            low = block * BLOCK_BYTES
-            view = buffer[: min(BLOCK_BYTES, shard.size_bytes - low)]
-            files.readinto(shard.name, [view], offset=low)
-            if corrupted_blocks(shard, low, view):
-                raise CorruptionError(
-                    "A file of the base is corrupted and was written again",
-                    path=f"{files.path}/{shard.name}",
-                    expected="the bytes that were saved",
-                    actual=f"other bytes in block {block}",
-                    remedy="don't load the base; this checkpoint is intact",
-                )
+            _check_block(files, shard, block)
+
+    def create(
+        self, transaction: WriteTransaction, name: str, *, size_bytes: int
+    ) -> ClonedBlocks | None:
+        """Create a file that has changed, if it can take blocks over from the base.
+
+        Returns:
+            The file. None if all blocks must be written, to a file that the caller creates.
+        """
+        shard = self._shards.get(name)
+        if self._files is None or shard is None:
+            return None
+        file = transaction.create_from(name, self._files, size_bytes=size_bytes)
+        step = 1 if self._verify else min(_SAMPLE, len(shard.digests))
+        return ClonedBlocks(file, self._files, shard, self.problems, step=step) if file else None
+
+
+class ClonedBlocks:
+    """The blocks that a new file takes over from the same file of the base.
+
+    Args:
+        file: The new file.
+        files: The files of the base.
+        shard: The file of the base.
+        problems: Corrupted blocks of the base are added to this list.
+        step: The interval of the blocks of the base that are read back.
+
+    Attributes:
+        cloned_bytes: The bytes taken over so far.
+    """
+
+    def __init__(
+        self,
+        file: WritableFile,
+        files: CheckpointFiles,
+        shard: ShardEntry,
+        problems: list[str],
+        *,
+        step: int,
+    ) -> None:
+        self.file = file
+        self.cloned_bytes = 0
+        self._files, self._shard, self._problems = files, shard, problems
+        self._digests = shard.digests.tolist()
+        self._step, self._phase = step, secrets.randbelow(step)
+        self._lock = threading.Lock()
+
+    def write(self, view: memoryview, offset: int, digests: Sequence[int]) -> None:
+        """Write blocks to the file, or clone them. Called from any thread.
+
+        Args:
+            view: The blocks; the last block of the file may have bytes behind its end.
+            offset: The offset of the first block.
+            digests: The digest of each block.
+        """
+        first = offset // BLOCK_BYTES
+        base = self._digests[first : first + len(digests)]
+        same = [one == other for one, other in itertools.zip_longest(digests, base)]
+        at = 0
+        for is_same, run in itertools.groupby(same[: len(digests)]):
+            end = at + len(list(run))
+            if not is_same or not self._clone(first + at, first + end):
+                data = view[at * BLOCK_BYTES : end * BLOCK_BYTES]
+                self.file.write(data, offset=offset + at * BLOCK_BYTES)
+            at = end
+
+    def _clone(self, first: int, end: int) -> bool:
+        """Clone blocks that have not changed. Returns whether the file has them intact."""
+        low = first * BLOCK_BYTES
+        size_bytes = min(end * BLOCK_BYTES, self._shard.size_bytes) - low
+        if not self.file.clone(offset=low, size_bytes=size_bytes):
+            return False
+        try:
+            for block in range(first, end):
+                if block % self._step == self._phase:
+                    _check_block(self._files, self._shard, block)
+        except (ShardckptError, OSError) as error:
+            self._problems.append(str(error))
+            return False
+        with self._lock:
+            self.cloned_bytes += size_bytes
+        return True
+
+
+def _check_block(files: CheckpointFiles, shard: ShardEntry, block: int) -> None:
+    """Read a block of the base. Raises CorruptionError if it is corrupted."""
+    low = block * BLOCK_BYTES
+    view = memoryview(bytearray(min(BLOCK_BYTES, shard.size_bytes - low)))
+    files.readinto(shard.name, [view], offset=low)
+    if corrupted_blocks(shard, low, view):
+        raise CorruptionError(
+            "A block of the base is corrupted and was written again",
+            path=f"{files.path}/{shard.name}",
+            expected="the bytes that were saved",
+            actual=f"other bytes in block {block}",
+            remedy="don't load the base; this checkpoint has the right bytes in this block",
+        )
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def run_save(
         world_size=coordinator.world_size,
         seconds=watch.seconds,
         profile=profile,
-        tiers=target.storage.tiers(target.path),
+        tiers=dict(agreement.transaction.tiers),
         **committed.report(),
     )
     logger.info(

@@ -32,14 +32,23 @@ __all__ = ["RankShards", "ShardFile", "ShardResult", "layout", "write_agreed", "
 
 
 class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
-    """A file that a rank has written. `chunks` is the number of chunks in it."""
+    """A file that a rank has written.
+
+    Attributes:
+        name: Its name.
+        chunks: The number of chunks in it.
+        header_bytes: The size of its header.
+        size_bytes: Its size.
+        digests: The digests of its blocks, as little-endian numbers of 8 bytes.
+        linked_bytes: The bytes that were linked or cloned from the base.
+    """
 
     name: str
     chunks: int
     header_bytes: int
     size_bytes: int
     digests: bytes
-    linked: bool = False
+    linked_bytes: int = 0
 
 
 class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
@@ -62,8 +71,8 @@ class ShardResult(msgspec.Struct, array_like=True, kw_only=True):
 
     @property
     def linked_bytes(self) -> int:
-        """The size of the files that were linked from the base, in bytes."""
-        return sum(file.size_bytes for file in self.files if file.linked)
+        """The bytes of all files that were linked or cloned from the base."""
+        return sum(file.linked_bytes for file in self.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +189,8 @@ def write_rank(
     Args:
         transaction: The checkpoint that is being written.
         shards: The chunks to write.
-        base: An earlier checkpoint. Files that have not changed since are linked, not written.
+        base: An earlier checkpoint. Files and blocks that have not changed since are linked and
+            cloned, not written.
         progress: Called with the number of bytes written so far.
     """
     total = _Total(progress)
@@ -218,7 +228,7 @@ def _write_file(
     total: _Total,
     watch: Stopwatch,
 ) -> ShardFile:
-    """Link one file from the base, or write it."""
+    """Link one file from the base, or write it, apart from blocks that the base has."""
     chunks = ChunkTable(tensor=shards.chunks.tensor[rows], boxes=shards.chunks.boxes[rows])
     name = shard_name(rank=shards.rank, world_size=shards.world_size, file_group=group)
     header, size_bytes = _layout_once(group, shards.layouts, shards.specs, chunks)
@@ -232,9 +242,10 @@ def _write_file(
         progress=progress,
     )
     if linked:
-        digests = linked.digests
+        digests, linked_bytes = linked.digests, size_bytes
     else:
-        file = transaction.create(name, size_bytes=size_bytes)
+        cloned = base and base.create(transaction, name, size_bytes=size_bytes)
+        file = cloned.file if cloned else transaction.create(name, size_bytes=size_bytes)
         try:
             written_bytes, digests = write_shard(
                 file,
@@ -242,6 +253,7 @@ def _write_file(
                 tensors=shards.data(rows),
                 staged=shards.staged,
                 progress=progress,
+                write=cloned.write if cloned else None,
             )
             if written_bytes != size_bytes:
                 raise _resized(f"{transaction.path}/{name}", shards.rank, size_bytes, written_bytes)
@@ -250,13 +262,14 @@ def _write_file(
         except BaseException:
             file.discard()
             raise
+        linked_bytes = cloned.cloned_bytes if cloned else 0
     return ShardFile(
         name=name,
         chunks=len(chunks),
         header_bytes=len(header),
         size_bytes=size_bytes,
         digests=digests.astype("<u8").tobytes(),
-        linked=linked is not None,
+        linked_bytes=linked_bytes,
     )
 
 

@@ -9,7 +9,7 @@ copy.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -25,7 +25,11 @@ from shardckpt.io.threads import stalled, workers
 from shardckpt.storage.base import WritableFile
 from shardckpt.torch_compat import storage_id
 
-__all__ = ["write_shard"]
+__all__ = ["WriteBlocks", "write_shard"]
+
+WriteBlocks = Callable[[memoryview, int, Sequence[int]], None]
+"""A function that writes blocks to the file: their bytes, the offset of the first one, and the
+digest of each."""
 
 _BUFFERS = 3
 _THREADS = 2
@@ -39,6 +43,7 @@ def write_shard(
     begin: int = 0,
     staged: bool = False,
     progress: Callable[[int], None] = lambda written_bytes: None,
+    write: WriteBlocks | None = None,
 ) -> tuple[int, NDArray[np.uint64]]:
     """Write a shard's header and its tensors, in order. The file stays open.
 
@@ -49,6 +54,7 @@ def write_shard(
         begin: The offset of the first byte to write, a multiple of the block size.
         staged: The tensors do not change while they are written, so large ones are not copied.
         progress: Called with the number of bytes written so far.
+        write: Writes the blocks, from several threads; by default with `file.write`.
 
     Returns:
         The offset at which the written bytes end, and the digest of each block.
@@ -57,7 +63,7 @@ def write_shard(
         StorageError: The file system refused a write. No thread writes any more.
     """
     with workers(_THREADS, "shardckpt-write", buffers=_BUFFERS) as (pool, buffers):
-        stream = _Stream(file, buffers, pool, progress, begin)
+        stream = _Stream(file, buffers, pool, progress, begin, write)
         head = [torch.frombuffer(bytearray(header), dtype=torch.uint8)] if header else []
         joined = list(_runs(tensors)) if staged else tensors
         for tensor in itertools.chain(head, joined):
@@ -107,8 +113,10 @@ class _Stream:
         pool: ThreadPoolExecutor,
         progress: Callable[[int], None],
         begin: int,
+        write: WriteBlocks | None,
     ) -> None:
         self.file = file
+        self.write = write or (lambda view, offset, digests: file.write(view, offset=offset))
         self.begin = begin
         self.buffers = buffers
         self.pool = pool
@@ -150,9 +158,9 @@ class _Stream:
     def write_from(self, address: int) -> None:
         """Append BUFFER_BYTES from an address, without a copy."""
         view = view_at(address, BUFFER_BYTES)
-        self.submit(view, BUFFER_BYTES)
         for begin in range(0, BUFFER_BYTES, BLOCK_BYTES):
             self.digests.append(block_digest(view[begin : begin + BLOCK_BYTES]))
+        self.submit(view, BUFFER_BYTES)
 
     def hash_block(self) -> None:
         view = self.buffers[self.current].view
@@ -170,7 +178,8 @@ class _Stream:
         self.submit(view[:size], self.filled)
 
     def submit(self, view: memoryview, size_bytes: int) -> None:
-        self.pending[self.current] = self.pool.submit(self.file.write, view, offset=self.submitted)
+        digests = self.digests[(self.submitted - self.begin) // BLOCK_BYTES :]
+        self.pending[self.current] = self.pool.submit(self.write, view, self.submitted, digests)
         self.submitted += size_bytes
         self.progress(self.submitted - self.begin)
         self.current = (self.current + 1) % len(self.buffers)

@@ -23,13 +23,15 @@ from shardckpt.reports import Stopwatch
 from shardckpt.saving.agreement import Division, divide
 from shardckpt.state.local_chunks import box_slices
 
-__all__ = ["StagedPart", "part_of", "planned_data", "try_to_divide"]
+__all__ = ["Divider", "StagedPart", "part_of", "planned_data"]
 
 _LIMIT_S = 1.0
 """The next step of the optimizer waits for the staging, so the ranks may not take longer."""
 
 _LEAST_BYTES = 1 << 20
 """It takes less time to copy fewer bytes than to divide them."""
+
+_MOST_IN_VAIN = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,31 +64,45 @@ class StagedPart:
             )
 
 
-def try_to_divide(ranks: Operation | None, plan: LocalPlan) -> Division | None:
-    """Divide the work among the ranks before the staging. Collective.
+class Divider:
+    """Divides the work before the stagings of a process, one after another.
 
-    Args:
-        ranks: The ranks. None if they can't divide the work now.
-        plan: This rank's plan.
-
-    Returns:
-        This rank's part. None if other ranks hold little of its data, or if a rank does not answer
-        within a second: this rank then stages all its data, and the save goes on.
+    After n failed divisions in a row, the next 2**(n - 1) - 1 saves stage all data at once.
     """
-    if ranks is None or ranks.world_size == 1:
-        return None
-    sizes = [
-        data.nbytes if shared else 0 for data, shared in zip(plan.data, plan.shared, strict=True)
-    ]
-    if sum(sizes) < _LEAST_BYTES:
-        return None
-    limits = dict.fromkeys(("arrival_deadline_s", "deadline_s", "stall_deadline_s"), _LIMIT_S)
-    try:
-        with options(**limits), ranks as coordinator:
-            return divide(coordinator, plan, Stopwatch())
-    except ShardckptError as error:  # the save meets it again, and raises it
-        logger.debug("stage all data of rank %d: %s", ranks.rank, error)
-        return None
+
+    def __init__(self) -> None:
+        self._in_vain = self._pause = 0
+
+    def divide(self, ranks: Operation | None, plan: LocalPlan) -> Division | None:
+        """Divide the work among the ranks. Collective.
+
+        Args:
+            ranks: The ranks. None if they can't divide the work now.
+            plan: This rank's plan.
+
+        Returns:
+            This rank's part. None if other ranks hold little of its data, or if a rank does not
+            answer within a second: this rank then stages all its data, and the save goes on.
+        """
+        if ranks is None or ranks.world_size == 1:
+            return None
+        rows = zip(plan.data, plan.shared, strict=True)
+        if sum(data.nbytes for data, shared in rows if shared) < _LEAST_BYTES:
+            return None
+        if self._pause:
+            self._pause -= 1
+            return None
+        limits = dict.fromkeys(("arrival_deadline_s", "deadline_s", "stall_deadline_s"), _LIMIT_S)
+        try:
+            with options(**limits), ranks as coordinator:
+                division = divide(coordinator, plan, Stopwatch())
+        except ShardckptError as error:  # the save meets it again, and raises it
+            logger.debug("stage all data of rank %d: %s", ranks.rank, error)
+            self._in_vain = min(self._in_vain + 1, _MOST_IN_VAIN)
+            self._pause = 2 ** (self._in_vain - 1) - 1
+            return None
+        self._in_vain = 0
+        return division
 
 
 def part_of(plan: LocalPlan, writes: RankWrites) -> LocalPlan:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NoReturn
 
 from shardckpt.errors import CheckpointNotFoundError, StateError
@@ -105,6 +106,23 @@ class Storage(ABC):
             CheckpointNotFoundError: The path does not exist.
             NotACheckpointError: The path does not hold a checkpoint.
         """
+
+    def open_newest(self, path: str) -> CheckpointFiles:
+        """Open a committed checkpoint for a load, on one rank.
+
+        A storage with several places may have different checkpoints at a path. Then this is the
+        newest one, and `open` may return another one, with less work. The default calls `open`.
+
+        Args:
+            path: The checkpoint.
+
+        Returns:
+            Its files.
+
+        Raises:
+            CheckpointError: See `open`.
+        """
+        return self.open(path)
 
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
         """Begin a checkpoint, on rank 0 alone. Nothing is visible at the path before commit.
@@ -323,6 +341,7 @@ class WriteTransaction(ABC):
             id has them.
         commits_part: This rank writes to a place that rank 0's commit does not reach. It commits
             there, with rank 0's manifest, before rank 0 does. See Storage.join_part.
+        tiers: The state of the checkpoint in each place when it is committed, see Storage.tiers.
     """
 
     path: str
@@ -330,6 +349,7 @@ class WriteTransaction(ABC):
     shares_files: bool = True
     resumes: bool = False
     commits_part: bool = False
+    tiers: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
@@ -381,6 +401,28 @@ class WriteTransaction(ABC):
         """
         return False
 
+    def create_from(
+        self, name: str, source: CheckpointFiles, *, size_bytes: int
+    ) -> WritableFile | None:
+        """Create a file that may take over ranges of a file of an earlier checkpoint, on any rank.
+
+        See WritableFile.clone. The new file must stay intact when the source is replaced or
+        removed.
+
+        Args:
+            name: The name of both files.
+            source: The files of the earlier checkpoint.
+            size_bytes: The final size of the file.
+
+        Returns:
+            The file, open for writing. None if the storage can't take over ranges: nothing was
+            made, and the caller creates the file. The default always returns None.
+
+        Raises:
+            StorageError: The file exists.
+        """
+        return None
+
     def close(self) -> None:  # noqa: B027
         """Release locks and other resources. Never raises. The default does nothing."""
 
@@ -397,6 +439,21 @@ class WritableFile(ABC):
     @abstractmethod
     def write(self, data: memoryview, *, offset: int) -> None:
         """Write all of `data` at `offset`. Called from any thread; should release the GIL."""
+
+    def clone(self, *, offset: int, size_bytes: int) -> bool:
+        """Take over a range of the file that `create_from` was given, without writing its bytes.
+
+        Called from any thread, in place of a write.
+
+        Args:
+            offset: The offset of the range in both files, a multiple of 1 MiB.
+            size_bytes: The size of the range: a multiple of 1 MiB, or up to the end of both files.
+
+        Returns:
+            Whether the file has the range. If not, the caller writes it. The default always returns
+            False.
+        """
+        return False
 
     @abstractmethod
     def close(self, *, size_bytes: int) -> None:

@@ -19,7 +19,7 @@ from shardckpt.format.manifest import check_text
 from shardckpt.io.buffers import BUFFER_BYTES, lease
 from shardckpt.storage.base import CheckpointFiles, Storage, WriteTransaction
 
-__all__ = ["copy_checkpoint", "copy_part", "has_checkpoint", "id_in"]
+__all__ = ["copy_checkpoint", "copy_part", "created_in", "has_checkpoint", "id_in"]
 
 _SHARDS_AT_ONCE = 4
 _ALIGN = 4096  # of what a direct file takes
@@ -31,6 +31,11 @@ def id_in(manifest: bytes) -> str:
     found = _ID.search(manifest[:200])
     assert found is not None, "every manifest has an id"
     return found[1].decode()
+
+
+def created_in(manifest: bytes) -> str:
+    """The time in a manifest whose digest has been checked, as text that can be compared."""
+    return manifest[:1000].partition(b'"created":"')[2][:25].decode()
 
 
 def copy_checkpoint(

@@ -26,6 +26,7 @@ from shardckpt.errors import (
     StateError,
     StorageError,
 )
+from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.manifest import MANIFEST_HEAD, is_shard_name
 from shardckpt.storage import deletion
 from shardckpt.storage.base import (
@@ -305,6 +306,22 @@ class LocalTransaction(WriteTransaction):
         path = os.path.join(self._temporary, name)
         return isinstance(source, LocalFiles) and source.link_or_clone(name, path)
 
+    def create_from(
+        self, name: str, source: CheckpointFiles, *, size_bytes: int
+    ) -> LocalFile | None:
+        """See WriteTransaction.create_from. A clone of the first block shows whether the file
+        system can share ranges."""
+        if not isinstance(source, LocalFiles) or size_bytes <= BLOCK_BYTES:
+            return None
+        path = os.path.join(self._temporary, name)
+        with translated(path):
+            file = _CloningFile(self._system, path, name, source, size_bytes=size_bytes)
+            if file.clone(offset=0, size_bytes=BLOCK_BYTES):
+                return file
+            file.discard()
+            self._system.unlink(path)
+        return None
+
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit."""
         assert self._lock is not None, "only rank 0 commits"
@@ -412,10 +429,13 @@ class LocalFile(WritableFile):
         try:
             if self.direct:
                 self.direct = self._can(lambda: system.direct(self._fd, on=True))
-            self._can(lambda: system.allocate(self._fd, size_bytes=size_bytes))
+            self._allocate(size_bytes)
         except BaseException:
             self.discard()
             raise
+
+    def _allocate(self, size_bytes: int) -> None:
+        self._can(lambda: self._system.allocate(self._fd, size_bytes=size_bytes))
 
     def _can(self, call: Callable[[], None]) -> bool:
         """Make a call. Returns whether the file system supports it."""
@@ -464,6 +484,26 @@ class LocalFile(WritableFile):
                 self._system.close(self._fd)
 
 
+class _CloningFile(LocalFile):
+    """A file that takes over ranges of a shard of an earlier checkpoint.
+
+    Its space is not allocated in advance, as Btrfs would keep the space of the ranges too.
+    """
+
+    def __init__(
+        self, system: System, path: str, name: str, source: LocalFiles, *, size_bytes: int
+    ) -> None:
+        self._name, self._source = name, source
+        super().__init__(system, path, size_bytes=size_bytes)
+
+    def _allocate(self, size_bytes: int) -> None:
+        self._system.truncate(self._fd, size_bytes=size_bytes)
+
+    def clone(self, *, offset: int, size_bytes: int) -> bool:
+        """See WritableFile.clone."""
+        return self._source.clone_range(self._name, self._fd, offset=offset, size_bytes=size_bytes)
+
+
 class _Assembly(LocalTransaction):
     """A checkpoint that several processes write to `.NAME.parts-ID`, without a lock.
 
@@ -497,6 +537,9 @@ class _Assembly(LocalTransaction):
         """See WriteTransaction.link."""
         path = os.path.join(self._parts, name)
         return isinstance(source, LocalFiles) and source.link_or_clone(name, path)
+
+    def create_from(self, name: str, source: CheckpointFiles, *, size_bytes: int) -> None:
+        """See WriteTransaction.create_from. A file without its final name takes nothing over."""
 
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit. Raises CheckpointBusyError if another process commits."""

@@ -268,6 +268,16 @@ class LocalFiles(CheckpointFiles):
             with suppress(OSError):
                 self._system.close(target)
 
+    def clone_range(self, name: str, target_fd: int, *, offset: int, size_bytes: int) -> bool:
+        """Share a range of a shard with an open file, at the same offset. Returns whether that
+        worked: the file system must support it, and hold both files."""
+        try:
+            with self._using(name) as shard:
+                self._system.clone(shard.fd, target_fd, offset=offset, size_bytes=size_bytes)
+            return True
+        except (OSError, CheckpointError):
+            return False
+
     def _using(self, name: str) -> _Shard:
         """Open a shard for a with block. Closes shards that are not in use above a limit."""
         with self._lock:

@@ -32,8 +32,8 @@ class OpenedCheckpoint:
         CheckpointError: The checkpoint can't be read.
     """
 
-    def __init__(self, path: str, *, storage: Storage) -> None:
-        self._files = storage.open(path)
+    def __init__(self, path: str, *, storage: Storage, newest: bool = False) -> None:
+        self._files = storage.open_newest(path) if newest else storage.open(path)
         try:
             self._text = self._files.manifest()
             check_text(self._text, path=self._files.path)

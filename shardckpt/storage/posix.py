@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import struct
 import sys
 import weakref
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _CACHESTAT = ctypes.c_long(451)  # asm-generic/unistd.h; its structs are in linux/mman.h
 _Cachestat, _CachestatRange = ctypes.c_uint64 * 5, ctypes.c_uint64 * 2
-_FICLONE = 0x40049409  # linux/fs.h
+_FICLONERANGE = 0x4020940D  # linux/fs.h, with its struct file_clone_range
+_CloneRange = struct.Struct("=qQQQ")  # source_fd, source offset, size, target offset
 
 
 class System:
@@ -176,9 +178,19 @@ class System:
         """
         os.link(name, target, src_dir_fd=dir_fd, follow_symlinks=False)
 
-    def clone(self, source_fd: int, target_fd: int) -> None:
-        """Share the blocks of another file with a file, copied on write (FICLONE)."""
-        fcntl.ioctl(target_fd, _FICLONE, source_fd)
+    def clone(
+        self, source_fd: int, target_fd: int, *, offset: int = 0, size_bytes: int = 0
+    ) -> None:
+        """Share a range of another file with a file, copied on write (FICLONERANGE).
+
+        Args:
+            source_fd: The other file.
+            target_fd: The file.
+            offset: The offset of the range in both files.
+            size_bytes: The size of the range; 0 for all bytes up to the end of the other file.
+        """
+        span = _CloneRange.pack(source_fd, offset, size_bytes, offset)
+        fcntl.ioctl(target_fd, _FICLONERANGE, span)
 
     def unlink(self, path: str) -> None:
         """Remove a file."""

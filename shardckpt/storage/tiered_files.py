@@ -71,7 +71,7 @@ class TieredFiles(CheckpointFiles):
         raise errors[0]
 
     def size_bytes(self, name: str) -> int:
-        """See CheckpointFiles.size_bytes: the largest, since a shard may be truncated in a tier."""
+        """See CheckpointFiles.size_bytes: that of the first tier that has the shard."""
         size: int = self._first(lambda files: files.size_bytes(name))
         return size
 

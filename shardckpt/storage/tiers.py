@@ -13,6 +13,7 @@ The path of a tiered checkpoint is `tiers://A/step-7,s3://bucket/B/step-7`: its 
 
 from __future__ import annotations
 
+import errno
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from urllib.parse import unquote
 
 from shardckpt.errors import (
     CheckpointBusyError,
+    CheckpointExistsError,
     CheckpointNotFoundError,
     DirectoryNotSharedError,
     ShardckptError,
@@ -28,8 +30,9 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.format.manifest import check_text
+from shardckpt.logs import logger
 from shardckpt.storage.base import CheckpointFiles, Storage, WritableFile, WriteTransaction
-from shardckpt.storage.copying import copy_part, has_checkpoint, id_in
+from shardckpt.storage.copying import copy_part, created_in, has_checkpoint, id_in
 from shardckpt.storage.drain import Drain, OthersCopyError
 from shardckpt.storage.resolve import Location, resolve
 from shardckpt.storage.tiered_files import BROKEN, TieredFiles, was_saved_in_parts
@@ -105,16 +108,16 @@ class TieredStorage(Storage):
 
     def _places(self, path: str) -> list[Location]:
         """The path in each tier."""
-        texts = self.full_path(path).removeprefix(_SCHEME).split(",")
-        if len(texts) != len(self._roots):
+        paths = _paths_in(self.full_path(path))
+        if len(paths) != len(self._roots):
             raise StateError(
                 "This path has another number of tiers",
                 path=path,
                 expected=f"{len(self._roots)} paths, separated by commas",
-                actual=f"{len(texts)}",
+                actual=f"{len(paths)}",
             )
-        pairs = zip(self._roots, texts, strict=True)
-        return [Location(root.storage, unquote(text)) for root, text in pairs]
+        pairs = zip(self._roots, paths, strict=True)
+        return [Location(root.storage, one) for root, one in pairs]
 
     def open(self, path: str) -> TieredFiles:
         """See Storage.open. The checkpoint is that of the first tier with an intact manifest."""
@@ -138,13 +141,35 @@ class TieredStorage(Storage):
         # A damaged tier tells more than one where the checkpoint is missing.
         raise next((e for e in errors if not isinstance(e, CheckpointNotFoundError)), errors[0])
 
+    def open_newest(self, path: str) -> TieredFiles:
+        """See Storage.open_newest. Asks all tiers: the first one may have been away while the
+        checkpoint was replaced. A tier that does not answer is left out."""
+        files = self.open(path)
+        manifest = newest = files.manifest()
+        for place in self._places(files.path)[1:]:
+            text = _manifest_at(place)
+            if text is not None and created_in(text) > created_in(newest):
+                newest = text
+        if newest is manifest:
+            return files
+        files.close()
+        return self.open_part(path, newest)
+
     def begin(self, path: str, *, checkpoint_id: str, overwrite: bool) -> WriteTransaction:
-        """See Storage.begin. Only the first tier is asked."""
+        """See Storage.begin. Raises CheckpointExistsError also if a slower tier is known to have a
+        checkpoint."""
         path = self.full_path(path)
-        place = self._places(path)[0]
+        place, *slower = self._places(path)
+        if not overwrite and (held := next(filter(self._has, slower), None)):
+            raise CheckpointExistsError(
+                "A slower tier has a checkpoint at this path already",
+                errno=errno.EEXIST,
+                path=held.path,
+                remedy="save to another path, or pass overwrite=True to replace it in all tiers",
+            )
         fast = place.storage.begin(place.path, checkpoint_id=checkpoint_id, overwrite=overwrite)
         token = f"{checkpoint_id} {fast.token}"
-        return _TieredTransaction(path, token, fast, lambda: self._copy_later(path))
+        return _TieredTransaction(path, token, fast, lambda: self._copy_later(path, saved=True))
 
     def join(self, path: str, *, token: str) -> WriteTransaction:
         """See Storage.join. Raises DirectoryNotSharedError if the machine has its own disk."""
@@ -174,7 +199,7 @@ class TieredStorage(Storage):
         )
 
     def _part_committed(self, path: str) -> None:
-        self._copy_later(path)
+        self._copy_later(path, saved=True)
         folders = [Location(s, p.rpartition("/")[0]) for s, p in self._places(path)]
         if (folder := _joined(folders)) not in self._resumed:
             self._resumed.add(folder)
@@ -196,16 +221,17 @@ class TieredStorage(Storage):
             if fast.storage.exists(fast.path):
                 fast.storage.remove(fast.path)
 
-    def _copy_later(self, path: str) -> None:
+    def _copy_later(self, path: str, *, saved: bool) -> None:
+        """Queue the copies of a checkpoint, which this process has `saved` or found."""
         fast, *slower = self._places(path)
 
         def copy(place: Location) -> None:
-            _copy(fast, place)
+            _copy(fast, place, saved=saved)
             folder, _, name = place.path.rpartition("/")
             self._slow_names.setdefault(folder, set()).add(name)
 
         for number, place in enumerate(slower, start=1):
-            self._drain.add((path, number), functools.partial(copy, place))
+            self._drain.add((path, number), functools.partial(copy, place), wanted=saved)
         if self._keep_fast is not None:
             self._drain.add((path, "keep_fast"), functools.partial(self._thin_out, fast))
 
@@ -224,8 +250,7 @@ class TieredStorage(Storage):
                 files = storage.open(storage.child(folder, name))
                 text = files.manifest()
                 files.close()
-                created = text[:1000].partition(b'"created":"')[2][:25]
-                aged.append((created, name, id_in(text)))
+                aged.append((created_in(text), name, id_in(text)))
         aged.sort()
         waits = False
         for _, name, identity in aged[: -self._keep_fast] if folder == self._roots[0].path else ():
@@ -241,19 +266,36 @@ class TieredStorage(Storage):
     def names(self, folder: str) -> list[str]:
         """See Storage.names: the names in all tiers. The slower tiers are listed once."""
         fast, *slower = self._places(folder)
-        found = set(fast.storage.names(fast.path))
-        for storage, path in slower:
-            if path not in self._listed:
-                with suppress(StorageError):  # a store that is down has none for now
-                    self._slow_names.setdefault(path, set()).update(storage.names(path))
-                    self._listed.add(path)
-            found |= self._slow_names.get(path, set())
-        return sorted(found)
+        return sorted(set(fast.storage.names(fast.path)).union(*map(self._known, slower)))
+
+    def _known(self, folder: Location) -> set[str]:
+        """The names in a folder of a slower tier. They are listed at the first call; if that fails,
+        later, by the thread."""
+        path = folder.path
+        if path not in self._listed:
+            self._listed.add(path)
+            try:
+                self._list(folder)
+            except StorageError as error:
+                logger.warning("%s can't be listed now: %s", path, error)
+                self._drain.add(("list", path), functools.partial(self._list, folder))
+        return self._slow_names.get(path, set())
+
+    def _list(self, folder: Location) -> None:
+        found = folder.storage.names(folder.path)
+        self._slow_names.setdefault(folder.path, set()).update(found)
+
+    def _has(self, place: Location) -> bool:
+        """Whether a slower tier is known to have a checkpoint. It is asked if it has the name."""
+        folder, _, name = place.path.rpartition("/")
+        return name in self._known(Location(place.storage, folder)) and place.storage.exists(
+            place.path
+        )
 
     def exists(self, path: str) -> bool:
-        """See Storage.exists. Only the first tier is asked."""
-        fast = self._places(path)[0]
-        return fast.storage.exists(fast.path)
+        """See Storage.exists. The slower tiers are listed once."""
+        fast, *slower = self._places(path)
+        return fast.storage.exists(fast.path) or any(map(self._has, slower))
 
     def version(self, path: str) -> Hashable:
         """See Storage.version: that of the first tier with a checkpoint at the path."""
@@ -302,25 +344,30 @@ class TieredStorage(Storage):
             with suppress(*BROKEN):
                 first = self._places(path)[0]
                 first.storage.version(first.path)
-                self._copy_later(path)
+                self._copy_later(path, saved=False)
 
     def tiers(self, path: str) -> dict[str, str]:
         """See Storage.tiers."""
         path = self.full_path(path)
         found: dict[str, str] = {}
+        identity = ""
         for number, (storage, where) in enumerate(self._places(path)):
             if self._drain.waits((path, number)):
                 found[where] = "pending"
                 continue
-            try:
-                storage.version(where)
-                found[where] = "durable"
-            except BROKEN:
-                found[where] = "missing"
+            manifest = _manifest_at(Location(storage, where))
+            held = id_in(manifest) if manifest else ""
+            identity = identity or held  # a slower tier may still have what was replaced
+            found[where] = "durable" if held and held == identity else "missing"
         return found
 
     def wait_for_tier(self, path: str, tier: int, timeout: float | None = None) -> None:
-        """See Storage.wait_for_tier."""
+        """See Storage.wait_for_tier.
+
+        Raises:
+            TimeoutError: The tier does not hold it in time.
+            ShardckptError: It can't be copied, for example because it is corrupted.
+        """
         if not 0 <= tier < len(self._roots):
             raise StateError(
                 "There is no such tier",
@@ -337,6 +384,7 @@ class TieredStorage(Storage):
 
         Raises:
             TimeoutError: Copies are left.
+            ShardckptError: A checkpoint can't be copied, for example because it is corrupted.
         """
         self._drain.wait_all(timeout)
 
@@ -356,6 +404,8 @@ class _TieredTransaction(WriteTransaction):
         self.path, self.token, self.commits_part = path, token, commits_part
         self.shares_files, self.resumes = fast.shares_files, fast.resumes
         self._fast, self._committed = fast, committed
+        first, *slower = _paths_in(path)
+        self.tiers = {first: "durable", **dict.fromkeys(slower, "pending")}
 
     def create(self, name: str, *, size_bytes: int, shared: bool = False) -> WritableFile:
         """See WriteTransaction.create."""
@@ -370,6 +420,17 @@ class _TieredTransaction(WriteTransaction):
         if isinstance(source, TieredFiles):
             source = source.nearest
         return self._fast.link(name, source)
+
+    def create_from(
+        self, name: str, source: CheckpointFiles, *, size_bytes: int
+    ) -> WritableFile | None:
+        """See WriteTransaction.create_from."""
+        if isinstance(source, TieredFiles):
+            try:
+                source = source.nearest
+            except BROKEN:
+                return None
+        return self._fast.create_from(name, source, size_bytes=size_bytes)
 
     def commit(self, manifest: bytes) -> None:
         """See WriteTransaction.commit."""
@@ -390,18 +451,35 @@ def _remove(place: Location) -> None:
         place.storage.remove(place.path)
 
 
-def _copy(source: Location, target: Location) -> None:
-    """Copy a checkpoint, or this machine's part, unless the target has it or the source has gone.
+def _manifest_at(place: Location) -> bytes | None:
+    """The manifest of the checkpoint at a place. None if there is none that can be read."""
+    with suppress(*BROKEN):
+        files = place.storage.open(place.path)
+        try:
+            text = files.manifest()
+            check_text(text, path=place.path)
+            return text
+        finally:
+            files.close()
+    return None
+
+
+def _copy(source: Location, target: Location, *, saved: bool) -> None:
+    """Copy a checkpoint, or this machine's part, unless the target has it.
+
+    A checkpoint that this process has `saved` replaces any other one. One that it has found does
+    not replace a newer one, which was saved while this machine was away.
 
     Raises:
+        CheckpointNotFoundError: The source was removed.
         OthersCopyError: The shards of this machine are copied, and other shards are missing.
     """
+    files = source.storage.open(source.path)
     try:
-        files = source.storage.open(source.path)
-    except CheckpointNotFoundError:
-        return
-    try:
-        may_lack = was_saved_in_parts(files.manifest())
+        manifest = files.manifest()
+        if not saved and (held := _manifest_at(target)) and created_in(held) > created_in(manifest):
+            return
+        may_lack = was_saved_in_parts(manifest)
         if not copy_part(files, target.storage, target.path, may_lack=may_lack):
             raise OthersCopyError
     finally:
@@ -412,6 +490,11 @@ def _joined(places: Sequence[Location]) -> str:
     return _SCHEME + ",".join(_quoted(place.path) for place in places)
 
 
+def _paths_in(joined: str) -> list[str]:
+    """The paths in all tiers."""
+    return [unquote(text) for text in joined.removeprefix(_SCHEME).split(",")]
+
+
 def _quoted(path: str) -> str:
     """A path in which the separator of paths is quoted."""
     return path.replace("%", "%25").replace(",", "%2C")
@@ -419,5 +502,4 @@ def _quoted(path: str) -> str:
 
 def open_url(url: str) -> TieredStorage:
     """The storage of a URL of tiers."""
-    texts = [unquote(text) for text in url.removeprefix(_SCHEME).split(",")]
-    return TieredStorage(*texts)
+    return TieredStorage(*_paths_in(url))

@@ -24,6 +24,7 @@ from tests.faults.disk import Content, Disk, Mark, ProcessDied
 FOLDER = "/no-such-folder/runs"
 PATH = f"{FOLDER}/c"
 FROZEN = nn.Linear(20, 20).requires_grad_(False)
+LARGE = torch.arange(280_000.0)  # more than a block
 
 
 def state_of(version: int, *, elements: int = 300) -> dict[str, object]:
@@ -42,6 +43,7 @@ def version_at(disk: Disk, path: str = PATH) -> int | None:
     expected = state_of(version, elements=len(found["w"]))
     assert torch.equal(found["w"], expected["w"]), f"version {version} with other tensors"
     assert torch.equal(found["b"], expected["b"]), f"version {version} with other tensors"
+    assert torch.equal(found.get("a", LARGE), LARGE), f"version {version} with other tensors"
     return version
 
 
@@ -84,6 +86,14 @@ class Run:
             )
         if path == PATH:
             self.acknowledge()
+
+    def cloning_save(self) -> None:
+        """A save that takes the first block of its only file over from the checkpoint that it
+        replaces, if there is one."""
+        state = {**self.next_state(), "a": LARGE}
+        base = PATH if self.version > 1 else None
+        shardckpt.save(state, PATH, overwrite=True, base=base, storage=self.storage)
+        self.acknowledge()
 
     def reshard(self, shards: int = 3) -> None:
         source = f"{FOLDER}-of-sources/{self.version}"
@@ -183,6 +193,12 @@ def _based_on_itself(run: Run) -> None:
     run.based_save()
 
 
+def _cloned(run: Run) -> None:
+    run.cloning_save()
+    run.disk.settle()
+    run.cloning_save()
+
+
 def _base_removed(run: Run) -> None:
     base = f"{FOLDER}-of-bases/c"
     run.based_save(path=base)
@@ -199,6 +215,7 @@ HISTORIES: dict[str, tuple[History, bool]] = {
     "reshard": (lambda run: (run.save(), run.reshard()), True),
     "based on what it replaces": (_based_on_itself, True),
     "base removed": (_base_removed, True),
+    "blocks of what it replaces": (_cloned, True),
 }
 """name -> (what happens, whether the disk can exchange names)."""
 

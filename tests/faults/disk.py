@@ -325,11 +325,16 @@ class Disk(System):
             directory, new = self._free(target)
             self._change(Names(directory, ((new, inode),)))
 
-    def clone(self, source_fd: int, target_fd: int) -> None:
+    def clone(
+        self, source_fd: int, target_fd: int, *, offset: int = 0, size_bytes: int = 0
+    ) -> None:
         with self.lock_:
             self._call()
             data = self.content.files[self.descriptors[source_fd]]
-            self._change(Data(self.descriptors[target_fd], 0, data))
+            end = offset + size_bytes if size_bytes else len(data)
+            if end > len(data):
+                raise OSError(errno.EINVAL, "the range ends behind the file")
+            self._change(Data(self.descriptors[target_fd], offset, data[offset:end]))
 
     def unlink(self, path: str) -> None:
         with self.lock_:

@@ -13,7 +13,7 @@ import random
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 from urllib.parse import urlsplit
 
@@ -36,6 +36,9 @@ KINDS = (
     "stale",  # the answer that the same request got before
     "torn",  # the last request of a multipart upload answers 200 with an error, and nothing is done
 )
+KILLS = ("killed", "killed late")
+"""The process that asks is killed: and nothing is done, or when it is done."""
+
 ELEMENTS = 2_400_000  # 9.6 MB: a multipart upload of two parts
 Answer = tuple[int, list[tuple[str, str]], bytes]
 
@@ -51,6 +54,8 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.lock = threading.Lock()
         self.seen: Counter[str] = Counter()
+        self.running = 0
+        self.kill: Callable[[], None] = lambda: None
         self.answers: dict[tuple[str, str], Answer] = {}
         self.restart()
 
@@ -66,6 +71,17 @@ class Proxy(http.server.ThreadingHTTPServer):
             self.seen[self.kind] += fails
             return self.kind if fails else ""
 
+    @contextlib.contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Count the requests that are under way."""
+        with self.lock:
+            self.running += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.running -= 1
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: Proxy
@@ -79,6 +95,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             super().handle_one_request()
 
     def do(self) -> None:
+        with self.server.one_more():
+            self.respond()
+
+    def respond(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         conditional = "if-match" in self.headers or "if-none-match" in self.headers
         completes = self.command == "POST" and "uploadId=" in self.path
@@ -90,7 +110,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(int(fault), [], f"<Error><Code>{code}</Code></Error>".encode())
         if fault == "torn":
             return self.answer(200, [], b"<Error><Code>InternalError</Code></Error>")
-        if fault == "reset":
+        if fault == "killed":
+            self.server.kill()
+        if fault in ("reset", "killed"):
             self.close_connection = True
             return None
         before = self.server.answers.get((self.command, self.path))
@@ -98,7 +120,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "twice":
             found = self.forward(body)
         self.server.answers[self.command, self.path] = found
-        if fault == "late":
+        if fault == "killed late":
+            self.server.kill()
+        if fault in ("late", "killed late"):
             self.close_connection = True
             return None
         # A get that finds nothing although there is something breaks what a store must promise.

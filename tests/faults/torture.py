@@ -30,6 +30,7 @@ HARNESSES = {
     "header": ("tests.faults.fuzz:header_trial", "inputs for the parser of shard headers"),
     "stores": ("tests.faults.stores:trial", "requests that an object store failed"),
     "proxy": ("tests.faults.store_proxy:trial", "answers of an object server that failed"),
+    "store-kills": ("tests.faults.store_kills:trial", "processes killed between two requests"),
     "meshes": ("tests.faults.test_meshes:trial", "states saved on one mesh, loaded on another"),
     "ranks": ("tests.faults.rank_faults:trial", "ranks that fail"),
     "kills": ("tests.faults.kills:trial", "processes killed at random"),

@@ -364,3 +364,19 @@ def test_a_rank_that_fetches_nothing_is_waited_for_once(pair):
     reader.stop()
     assert not other.receive(UNIT, memoryview(bytearray(len(BLOCKS))))
     assert not other.receive(UNIT, memoryview(b"")), "it is not asked again"
+
+
+def test_a_rank_that_fails_says_farewell_for_a_limited_time(monkeypatch):
+    """Each of 20 machines that are gone takes a second."""
+    rank, now, asked = Sharing("127.0.0.1", 20), [0.0], []
+    rank.begin([Unit(n, 0, 0, 1, (n, 20)) for n in range(20)], [rank.address] * 21, b"t" * 32)
+
+    def ask(source, tag, *, wait_s):
+        now[0] += wait_s
+        asked.append(source)
+        raise OSError("gone")
+
+    monkeypatch.setattr(rank, "_ask", ask)
+    monkeypatch.setattr("shardckpt.loading.sharing.time.monotonic", lambda: now[0])
+    rank.close()
+    assert len(asked) == 5

@@ -29,14 +29,14 @@ class Transaction:
         self.manifest = manifest
 
 
-def a_file(rank, size_bytes, *, ranks=2, linked=False, chunks=1):
+def a_file(rank, size_bytes, *, ranks=2, linked_bytes=0, chunks=1):
     return ShardFile(
         name=f"shard-{rank:05}-of-{ranks:05}.safetensors",
         chunks=chunks,
         header_bytes=4096,
         size_bytes=size_bytes,
         digests=np.array([rank + 5], "<u8").tobytes(),
-        linked=linked,
+        linked_bytes=linked_bytes,
     )
 
 
@@ -50,7 +50,7 @@ def committed(results, *, tree=b"{}", **options):
 def test_the_manifest_lists_the_files_of_all_ranks_in_order():
     results = [
         ShardResult(files=(a_file(0, 5000),)),
-        ShardResult(files=(a_file(1, 6000, linked=True),), problems=("old",)),
+        ShardResult(files=(a_file(1, 6000, linked_bytes=5500),), problems=("old",)),
     ]
     facts, text, manifest = committed(results, tree=b'{"step":3}')
     assert [(s.name[:11], s.size_bytes) for s in manifest.shards] == [
@@ -61,10 +61,10 @@ def test_the_manifest_lists_the_files_of_all_ranks_in_order():
     assert (manifest.world_size, manifest.state, manifest.per_rank) == (2, {"step": 3}, ())
     report = facts.report()
     assert report["bytes_by_rank"] == (5000, 6000)
-    assert report["linked_by_rank"] == (0, 6000)
+    assert report["linked_by_rank"] == (0, 5500)
     assert report["manifest_bytes"] == len(text)
     assert report["base_problems"] == ("rank 1: old",)
-    assert results[1].linked_bytes == results[1].size_bytes == 6000
+    assert results[1].linked_bytes == 5500
 
 
 def test_values_of_ranks_are_kept_if_any_rank_has_them():

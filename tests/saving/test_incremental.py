@@ -242,10 +242,10 @@ class Links(System):
     def link(self, name, target, *, dir_fd):
         raise OSError(self.code, "no link", target)
 
-    def clone(self, source_fd, target_fd):
+    def clone(self, source_fd, target_fd, *, offset=0, size_bytes=0):
         if not self.clones:
             raise OSError(errno.EOPNOTSUPP, "no clone")
-        os.copy_file_range(source_fd, target_fd, 1 << 30, 0, 0)
+        os.copy_file_range(source_fd, target_fd, size_bytes or 1 << 30, offset, offset)
 
     def fsync(self, fd):
         self.synced.append(os.readlink(f"/proc/self/fd/{fd}"))

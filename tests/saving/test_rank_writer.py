@@ -63,7 +63,7 @@ def test_a_file_holds_the_bytes_of_its_tensors():
     result = write_rank(transaction, shards_of(state), progress=seen.append)
     (file,) = result.files
     assert file.name == "shard-00000-of-00001.safetensors"
-    assert (file.chunks, file.linked) == (2, False)
+    assert (file.chunks, file.linked_bytes) == (2, 0)
     written = transaction.files[file.name]
     assert written.closed
     assert len(written.data) == file.size_bytes == result.size_bytes == seen[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardckpt
 from shardckpt import errors
+from shardckpt.coordination import resolve
 from shardckpt.saving import async_save, staged_part
 from shardckpt.saving.staged_part import StagedPart
 from tests.ranks import run_ranks
@@ -121,6 +123,33 @@ def test_if_a_rank_is_late_the_others_stage_all_their_data(tmp_path, late):
         assert fractions[0] < 0.6
         assert fractions[1] == 1 or rank == late
         assert fractions[2] < 0.6
+
+
+def save_beside_a_rank_with_little(folder: str) -> list[bool]:
+    """Whether each save tried to divide the work."""
+    tried: list[bool] = []
+    enter = resolve.Operation.__enter__
+
+    def noted(operation):
+        if threading.current_thread().name.startswith("shardckpt-stage"):
+            tried[-1] = True
+        return enter(operation)
+
+    resolve.Operation.__enter__ = noted
+    for number in range(8):
+        tried.append(False)
+        state = replicated() if dist.get_rank() else {"little": torch.ones(3)}
+        shardckpt.async_save({"all": shardckpt.Union(state)}, f"{folder}/{number}").result(60)
+        assert torch.equal(
+            shardckpt.load_state(f"{folder}/{number}")["all"]["buffer"], replicated()["buffer"]
+        )
+    return tried
+
+
+def test_fewer_and_fewer_saves_wait_for_a_rank_that_never_divides(tmp_path):
+    first, second = run_ranks(2, save_beside_a_rank_with_little, str(tmp_path))
+    assert first == [False] * 8
+    assert [number for number, tried in enumerate(second) if tried] == [0, 1, 3, 7]
 
 
 def save_unequal(folder: str) -> str:

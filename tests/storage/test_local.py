@@ -32,6 +32,7 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.names import hidden_path
 from shardckpt.storage.posix import System
 from shardckpt.testing import StorageTests, save
+from tests.storage.clones import Clones
 
 
 @pytest.fixture
@@ -265,25 +266,19 @@ def _is_memory(path):
 
 
 class Unlinked(System):
-    """A file system without hard links; `clones` says whether it shares blocks."""
-
-    clones = False
+    """A file system without hard links and clones."""
 
     def link(self, name, target, *, dir_fd):
         raise OSError(errno.EPERM, "no links here")
 
-    def clone(self, source_fd, target_fd):
-        if not self.clones:
-            raise OSError(errno.EOPNOTSUPP, "no clones here")
-        os.copy_file_range(source_fd, target_fd, 1 << 30, 0, 0)
+    def clone(self, source_fd, target_fd, *, offset=0, size_bytes=0):
+        raise OSError(errno.EOPNOTSUPP, "no clones here")
 
 
 class TestUnlinked(StorageTests):
-    @pytest.fixture(params=[False, True], ids=["plain", "clones"])
+    @pytest.fixture(params=[Unlinked, Clones])
     def storage(self, request):
-        system = Unlinked()
-        system.clones = request.param
-        return LocalStorage(system)
+        return LocalStorage(request.param())
 
 
 class Dribbling(System):

@@ -253,7 +253,7 @@ def test_ranks_load_the_newest_checkpoint_that_any_of_them_finds(tmp_path):
 def save_without_copies(folder: Path) -> None:
     tiers = tiers_of(folder, dist.get_rank())
     if dist.get_rank() == 1:
-        tiers._copy_later = lambda path: None  # its process ends first
+        tiers._copy_later = lambda path, saved: None  # its process ends first
     with shardckpt.CheckpointManager(tiers) as manager:
         manager.save(1, state_of(True))
     if dist.get_rank() == 0:
@@ -288,13 +288,13 @@ class NoParts(LocalStorage):
 
 def save_to_a_storage_without_assemble(folder: Path) -> None:
     with pytest.raises(StateError, match="can't assemble"):
-        module._copy(*copy_of_a_part(folder))
+        module._copy(*copy_of_a_part(folder), saved=True)
 
 
 def copy_of_a_part(folder: Path):
     """The places of a part of a checkpoint, and of its copy."""
     tiers = tiers_of(folder, dist.get_rank())
-    tiers._copy_later = lambda path: None
+    tiers._copy_later = lambda path, saved: None
     shardckpt.save(state_of(True), "step-1", storage=tiers)
     fast = tiers._places("step-1")[0]
     return fast, Location(NoParts(), str(folder / f"other-{dist.get_rank()}/step-1"))

@@ -123,7 +123,7 @@ class ShardReader(StorageReader):
                 remedy="call ShardReader(path), or dcp.load(..., checkpoint_id=path)",
             )
         self._close()
-        self._opened = open_manifest(*self._place)
+        self._opened = open_manifest(*self._place, newest=True)
         manifest = self._opened[1]
         saved = self._saved = SavedState(manifest)
         described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
