@@ -55,7 +55,7 @@ __all__ = [
     "wrapper_tensor",
 ]
 
-TRIED = ("2.6.0", "2.8.0", "2.10.0", "2.13.0", "2.14.1")
+TRIED = ("2.6.0", "2.8.0", "2.10.0", "2.12.1", "2.13.0", "2.14.1")
 """The versions of torch that scripts/versions tests."""
 
 foreach_copy = torch._foreach_copy_

@@ -12,15 +12,20 @@ text. In a new name each `*` repeats the text of the same `*` of the pattern.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, TypeAlias
+
+import torch
 
 from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtype_names import NOT_COPYABLE
+from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.derived import DerivedEntry, cut, derived, joined, padded, permuted
@@ -48,6 +53,18 @@ class Transform(ABC):
         True
     """
 
+    def __post_init__(self) -> None:
+        """Check the types of the arguments. Raises StateError."""
+        for name, value in vars(self).items():
+            check = _CHECKS.get(name)
+            if check is not None and not check[0](value):
+                raise StateError(
+                    f"Invalid argument of the transform {type(self).__name__}",
+                    expected=f"{name}: {check[1]}",
+                    actual=repr(value)[:200],
+                    remedy="correct the transform",
+                )
+
     @abstractmethod
     def patterns(self) -> tuple[str, ...]:
         """Return the patterns of the saved names; all have the same number of `*`."""
@@ -67,6 +84,8 @@ class Transform(ABC):
             ValueError: The tensors do not fit. The text says what was expected.
         """
 
+
+_GROUPS = "param_groups"  # beside `state`, in the state of an optimizer
 
 Transforms: TypeAlias = Sequence[Transform]
 
@@ -302,6 +321,8 @@ class Pad(Transform):
             raise ValueError(f"a size of {tensor.shape[dim]} or more, not {self.size}")
         if tensor.dtype in NOT_COPYABLE:
             raise ValueError(f"a dtype with constants, not {tensor.dtype}")
+        if not _holds(tensor.dtype, self.value):
+            raise ValueError(f"a value that {tensor.dtype} can hold, not {self.value!r}")
         return [padded(tensor, dim, self.size, self.value)]
 
 
@@ -343,6 +364,49 @@ class Trim(Transform):
         if not 0 <= self.size <= tensor.shape[dim]:
             raise ValueError(f"a size from 0 to {tensor.shape[dim]}, not {self.size}")
         return [cut(tensor, dim, [(0, self.size)])]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _are(items: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(items, Sequence) and not isinstance(items, str) and all(map(check, items))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_into(value: Any) -> bool:
+    return _is_name(value) or (_are(value, _is_name) and len(value) > 0)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "pattern": (_is_name, "a str"),
+    "name": (_is_name, "a str"),
+    "names": (lambda value: _are(value, _is_name) and len(value) > 0, "a list or tuple of str"),
+    "into": (_is_into, "names"),
+    "dim": (_is_int, "an int"),
+    "size": (_is_int, "an int"),
+    "groups": (_is_int, "an int"),
+    "sizes": (lambda value: value is None or _are(value, _is_int), "None or ints"),
+    "dims": (lambda value: value is None or _are(value, _is_int), "None or ints"),
+    "value": (lambda value: isinstance(value, (bool, Real)), "a number"),
+}
+"""Argument of a transform -> whether a value is valid, and what is."""
+
+
+def _holds(dtype: str, value: float) -> bool:
+    """Whether a dtype can hold a constant: rounded if it has fractions, otherwise exactly."""
+    try:
+        found = torch.tensor(value, dtype=DTYPES[dtype], device="cpu")
+    except (RuntimeError, OverflowError, ValueError):
+        return False
+    if not (found.is_floating_point() or found.is_complex()):
+        return bool(found.item() == value)
+    finite = found.to(torch.complex128 if found.is_complex() else torch.float64).isfinite()
+    return bool(finite) or not math.isfinite(value)
 
 
 def _dim(dim: int, tensor: TensorEntry) -> int:
@@ -392,6 +456,8 @@ def _apply(manifest: Manifest, transform: Transform, path: str) -> Manifest:
     removed: set[str] = set()
     added: dict[str, tuple[TensorRef, str]] = {}  # new name -> tensor, name of its first source
     made: dict[Any, TensorRef] = {}  # so that tied tensors stay tied
+    groups = _groups(saved)
+    moved: dict[str, dict[str, dict[str, None]]] = {}  # groups -> parameter -> its new names
     for names, new_names in _matches(transform, list(refs), path):
         sources = [refs[name] for name in names]
         entries = [derived(tensors[ref.name], ref.name) for ref in sources]
@@ -405,8 +471,10 @@ def _apply(manifest: Manifest, transform: Transform, path: str) -> Manifest:
                 expected=str(error),
                 remedy="correct the transform",
             ) from None
-        for name, entry, before in zip(new_names, results, _same(entries, results), strict=True):
-            key = (entry.dtype, entry.shape, entry.pieces, sources[0].ref_type)
+        made_of = tuple(ref.name for ref in sources)
+        pairs = zip(new_names, results, _same(entries, results), strict=True)
+        for number, (name, entry, before) in enumerate(pairs):
+            key = number, made_of
             if before is not None:  # only the name changes
                 made[key] = sources[before]
             if key not in made:
@@ -421,7 +489,10 @@ def _apply(manifest: Manifest, transform: Transform, path: str) -> Manifest:
                 )
             added[name] = (made[key], names[0])
         removed.update(names)
-    tree = _edited(saved.tree, removed, added)
+        for optimizer, old, new in _parameters(groups, names, new_names):
+            moved.setdefault(optimizer, {}).setdefault(old, {})[new] = None
+    _check_moved(saved, moved, removed, path)
+    tree = _edited(_with_parameters(saved.tree, "", moved), removed, added, _homes(moved))
     held = {ref.name for ref in refs.values()} - {ref.name for ref in _refs(tree)}
     return replace(
         manifest,
@@ -441,6 +512,82 @@ def _unused(name: str, tensors: Mapping[str, TensorEntry]) -> str:
     while name in tensors:
         name += "'"
     return name
+
+
+def _groups(saved: SavedState) -> dict[str, set[str]]:
+    """Return the names of the parameters of each optimizer, by the name of its groups."""
+    found = {}
+    for name, node in saved.nodes.items():
+        if name.rpartition(".")[2] == _GROUPS and isinstance(node, list):
+            lists = [group.get("params") for group in node if isinstance(group, dict)]
+            names = {n for each in lists if isinstance(each, list) for n in each if _is_name(n)}
+            found[name] = names
+    return found
+
+
+def _parameters(
+    groups: Mapping[str, set[str]], names: Sequence[str], new_names: Sequence[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (groups, parameter, its new name) for tensors of the state of an optimizer that get the
+    name of another parameter."""
+    for at, parameters in groups.items():
+        prefix = f"{at.removesuffix(_GROUPS)}state."
+        for name in names:
+            parts = name.removeprefix(prefix).split(".") if name.startswith(prefix) else []
+            for length in range(1, len(parts)):
+                old, key = ".".join(parts[:length]), ".".join(["", *parts[length:]])
+                if old not in parameters:
+                    continue
+                for new in new_names:
+                    if new.startswith(prefix) and new.endswith(key):
+                        yield at, old, new.removeprefix(prefix).removesuffix(key)
+
+
+def _check_moved(
+    saved: SavedState, moved: Mapping[str, Mapping[str, Any]], removed: set[str], path: str
+) -> None:
+    """Raise StateError if a part of the state of a parameter keeps the old name."""
+    for at, names in moved.items():
+        for old in names:
+            prefix = f"{at.removesuffix(_GROUPS)}state.{old}."
+            left = [name for name in saved.leaves if name.startswith(prefix)]
+            if rest := [name for name in left if name not in removed]:
+                raise StateError(
+                    "A transform renames a part of the state of a parameter",
+                    path=path,
+                    tensor=rest[0],
+                    expected=f"new names for all of {prefix}*, which are tensors",
+                    remedy="rename all of them, or load without the optimizer: "
+                    'keys=["model"], for example',
+                )
+
+
+def _homes(moved: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Return the names of the dicts with the state of renamed parameters."""
+    return {
+        f"{at.removesuffix(_GROUPS)}state.{new}"
+        for at, names in moved.items()
+        for each in names.values()
+        for new in each
+    }
+
+
+def _with_parameters(node: Any, name: str, moved: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Return the tree with the new names of parameters in the groups of optimizers."""
+    if name in moved:
+        return [_with_names(group, moved[name]) for group in node]
+    if not any(under(at, name) for at in moved):
+        return node
+    if not (items := children(node)):
+        return node
+    return rebuilt(node, ((k, _with_parameters(v, below(name, k), moved)) for k, v in items))
+
+
+def _with_names(group: Any, moved: Mapping[str, Any]) -> Any:
+    if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+        return group
+    names = dict.fromkeys(new for old in group["params"] for new in moved.get(old, (old,)))
+    return {**group, "params": list(names)}
 
 
 def _refs(node: Any) -> Iterator[TensorRef]:
@@ -499,12 +646,18 @@ def _absent(name: str, names: list[str], path: str, transform: Transform) -> Loa
     )
 
 
-def _edited(tree: Any, removed: set[str], added: Mapping[str, tuple[TensorRef, str]]) -> Any:
+def _edited(
+    tree: Any,
+    removed: set[str],
+    added: Mapping[str, tuple[TensorRef, str]],
+    new_dicts: set[str],
+) -> Any:
     """Return the tree without the removed leaves, and with the added ones.
 
-    An added tensor stands in the innermost dict around its source whose name begins its own name.
+    An added tensor stands in the innermost dict around its source whose name begins its own name,
+    or in a new dict in there.
     """
-    homes: dict[str, dict[str, TensorRef]] = {}
+    homes: dict[str, dict[str, Any]] = {}
     holders = _dicts_around(tree, removed)
     for name, (ref, source) in added.items():
         home = next((at for at in holders[source] if under(name, at) and name != at), None)
@@ -515,7 +668,11 @@ def _edited(tree: Any, removed: set[str], added: Mapping[str, tuple[TensorRef, s
                 expected=f"a name that begins with the name of a dict around {source}",
                 remedy="correct the new names of the transform",
             )
-        homes.setdefault(home, {})[name[len(home) :].lstrip(".")] = ref
+        inside = homes.setdefault(home, {})
+        new_dict = next((at for at in new_dicts if under(name, at) and under(at, home)), home)
+        if new_dict != home:
+            inside = inside.setdefault(new_dict[len(home) :].lstrip("."), {})
+        inside[name[len(new_dict) :].lstrip(".")] = ref
     nothing = object()
 
     def edit(node: Any, name: str) -> Any:
@@ -526,6 +683,14 @@ def _edited(tree: Any, removed: set[str], added: Mapping[str, tuple[TensorRef, s
         if not isinstance(node, dict):
             return rebuilt(node, ((key, None if v is nothing else v) for key, v in kept))
         new = homes.pop(name, {})
+        for key, value in kept:
+            if str(key) in new and value is not nothing:
+                raise StateError(
+                    "A tensor gets the name of a dict that holds other entries",
+                    tensor=below(name, key),
+                    expected="a name that no entry has",
+                    remedy="correct the new names of the transform",
+                )
         # a tensor that keeps its name keeps its place
         kept = [(key, new.pop(str(key)) if str(key) in new else value) for key, value in kept]
         chosen = [(key, value) for key, value in kept if value is not nothing]

@@ -30,6 +30,10 @@ PRELOAD = [
 ]
 
 
+FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""In PyTorch 2.6, FSDP2 can't gather parameters on CPU ranks."""
+
+
 class RankError(AssertionError):
     """What ranks raised, as text."""
 

@@ -107,6 +107,7 @@ COMMANDS = [
     "rescue",
     "reshard",
     "convert",
+    "extract",
     "diff",
     "stats, cat",
     "merge",

@@ -307,7 +307,6 @@ WITHOUT_TEST_FILE = {
     "coordination/base.py": "an interface; test_single, test_store and mpi test its classes",
     "coordination/process_group.py": "needs mpirun or srun: tests/mpi",
     "coordination/mpi/coordinator.py": "needs mpirun: tests/mpi",
-    "cli/convert.py": "a command: convert/test_convert",
     "cli/maintenance.py": "commands: test_main and maintenance/test_rescue",
     "cli/entry.py": "the entry point: test_extras_are_optional",
     "convert/dcp_files.py": "a target of convert: test_convert",

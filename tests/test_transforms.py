@@ -135,11 +135,16 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
 
 
-def test_a_module_takes_a_split_weight_and_its_optimizer_state(tmp_path):
+def trained(model: nn.Module, steps: int = 1):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        sum(p.square().sum() for p in model.parameters()).backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_a_module_takes_a_split_weight(tmp_path):
     fused = nn.Linear(8, 24, bias=False)
-    optimizer = torch.optim.AdamW(fused.parameters())
-    fused(torch.ones(2, 8)).sum().backward()
-    optimizer.step()
     shardckpt.save({"model": {"qkv": fused}, "n": 3}, tmp_path / "c")
     state = {"model": Attention(), "n": 0}
     split = Split("*qkv.weight", into=("*q.weight", "*k.weight", "*v.weight"))
@@ -148,6 +153,57 @@ def test_a_module_takes_a_split_weight_and_its_optimizer_state(tmp_path):
     assert torch.equal(torch.cat([model.q.weight, model.k.weight, model.v.weight]), fused.weight)
     assert state["n"] == 3
     assert not report.unexpected
+
+
+class Norm(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        setattr(self, name, nn.Parameter(torch.ones(2)))
+
+
+def test_an_optimizer_follows_the_new_names_of_its_parameters(tmp_path):
+    old = Norm("gamma")
+    optimizer = trained(old)
+    shardckpt.save({"model": old, "optimizer": optimizer}, tmp_path / "c")
+    new = Norm("weight")
+    again = trained(new, steps=3)
+    renames = [
+        Rename("model.gamma", "model.weight"),
+        Rename("optimizer.state.gamma.*", "optimizer.state.weight.*"),
+    ]
+    state = {"model": new, "optimizer": again}
+    report = shardckpt.load(state, tmp_path / "c", transforms=renames)
+    assert not report.unexpected
+    assert torch.equal(new.weight, old.gamma)
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(again.state[new.weight][key], optimizer.state[old.gamma][key])
+        assert torch.equal(again.state[new.layer.bias][key], optimizer.state[old.layer.bias][key])
+    shardckpt.convert(tmp_path / "c", tmp_path / "d", transforms=renames)
+    groups = shardckpt.load_state(tmp_path / "d")["optimizer"]["param_groups"]
+    assert groups[0]["params"] == ["weight", "layer.weight", "layer.bias"]
+
+
+def test_a_part_of_the_state_of_a_parameter_is_not_renamed_alone(tmp_path):
+    old = Norm("gamma")
+    shardckpt.save({"model": old, "optimizer": trained(old)}, tmp_path / "c")
+    for rename in (
+        Rename("optimizer.state.gamma.exp_avg", "optimizer.state.weight.exp_avg"),
+        Split("*.gamma.exp_avg", into=("*.a.exp_avg", "*.b.exp_avg")),
+    ):
+        with pytest.raises(StateError, match="a part of the state"):
+            shardckpt.load_state(tmp_path / "c", transforms=[rename])
+
+
+def test_an_optimizer_whose_parameters_keep_other_names_is_refused(tmp_path):
+    old = Norm("gamma")
+    shardckpt.save({"model": old, "optimizer": trained(old)}, tmp_path / "c")
+    new = Norm("weight")
+    renames = [Rename("model.gamma", "model.weight")]
+    with pytest.raises(LoadMismatchError, match="gamma"):
+        shardckpt.load(
+            {"model": new, "optimizer": trained(new)}, tmp_path / "c", transforms=renames
+        )
 
 
 def rank_reads_its_part(folder: str) -> int:
@@ -217,11 +273,19 @@ def test_names_in_nested_states(tmp_path):
         (Pad("w", 3), LoadMismatchError, "a size of 6 or more"),
         (Trim("w", 7), LoadMismatchError, "from 0 to 6"),
         (Rename("w", "v"), StateError, "same name"),
+        (Rename("w", "d"), StateError, "the name of a dict"),
+        (Pad("i", 5, value=1.5), LoadMismatchError, "a value that I64 can hold"),
+        (Pad("i", 5, value=1 << 70), LoadMismatchError, "a value that I64 can hold"),
+        (Pad("i", 5, value=float("nan")), LoadMismatchError, "a value that I64 can hold"),
+        (Pad("b", 5, value=2), LoadMismatchError, "a value that BOOL can hold"),
+        (Pad("h", 5, value=1e9), LoadMismatchError, "a value that F16 can hold"),
         ("w", StateError, "an object of shardckpt.transforms"),
     ],
 )
 def test_transforms_that_do_not_fit(tmp_path, transform, error, text):
-    shardckpt.save({"w": torch.ones(6, 2), "v": torch.ones(6), "n": 3}, tmp_path / "c")
+    saved = {"w": torch.ones(6, 2), "v": torch.ones(6), "n": 3, "d": {"x": torch.ones(1)}}
+    saved |= {"i": torch.arange(3), "b": torch.ones(3).bool(), "h": torch.ones(3).half()}
+    shardckpt.save(saved, tmp_path / "c")
     state = {"w": torch.zeros(6, 2)}
     for call in (
         lambda: shardckpt.load(state, tmp_path / "c", transforms=[transform]),
@@ -233,6 +297,40 @@ def test_transforms_that_do_not_fit(tmp_path, transform, error, text):
         assert text in str(caught.value)
     assert not state["w"].any()
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (Split, ("w", ())),
+        (Split, ("w", ("a", 3))),
+        (Split, ("w", ("a", "b"), 1.5)),
+        (Split, ("w", ("a", "b"), 0, (1.0, 5.0))),
+        (Split, ("w", ("a", "b"), 0, None, 1.0)),
+        (Concatenate, ("wv", "x")),
+        (Concatenate, ((), "x")),
+        (Transpose, ("w", ("a", "b"))),
+        (Pad, ("w", "8")),
+        (Pad, ("w", 8, 0, "x")),
+        (Trim, ("w", 2.0)),
+        (Trim, (3, 2)),
+        (Rename, ("w", None)),
+    ],
+)
+def test_arguments_of_wrong_types(make, arguments):
+    with pytest.raises(StateError, match="Invalid argument of the transform"):
+        make(*arguments)
+
+
+def test_different_tensors_without_saved_elements_are_not_tied(tmp_path):
+    shardckpt.save({"a": torch.ones(0, 2), "b": torch.ones(0, 2)}, tmp_path / "c")
+    found = shardckpt.load_state(tmp_path / "c", transforms=[Pad("*", 3)])
+    found["a"] += 1
+    assert found["b"].sum() == 0
+    split = Split("*", into=("*1", "*2"))
+    found = shardckpt.load_state(tmp_path / "c", transforms=[split, Pad("*", 3)])
+    found["a1"] += 1
+    assert [found[name].sum().item() for name in ("a2", "b1", "b2")] == [0, 0, 0]
 
 
 def test_a_transformed_tensor_can_not_stay_on_disk(tmp_path):

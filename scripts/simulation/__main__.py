@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("sizes", nargs="*", type=size, metavar="RANKSxTENSORS")
     parser.add_argument("--layout", choices=["fsdp", "hsdp", "tp", "ddp"], default="fsdp")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
+    parser.add_argument("--load", nargs=2, metavar=("FOLDER", "WHO"), help=argparse.SUPPRESS)
     parser.add_argument("--dcp", action="store_true", help="compare with default DCP")
     parser.add_argument("--growth", type=Path, metavar="JSON", help="run the usual sizes")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "SVG"))
@@ -45,6 +46,9 @@ def main() -> None:
         table(json.loads(asked.table.read_text()))
     elif asked.growth:
         asked.growth.write_text(json.dumps([alone(*world) for world in GROWTH], indent=1) + "\n")
+    elif asked.load:
+        ((ranks, tensors),) = asked.sizes
+        print(json.dumps(one_load(ranks, tensors, asked.layout, *asked.load)))
     elif asked.json:
         for ranks, tensors in asked.sizes:
             print(json.dumps(run(ranks, tensors, asked.layout)))
@@ -72,6 +76,14 @@ def run(ranks: int, tensors: int, layout: str) -> dict[str, Any]:
     return dataclasses.asdict(simulate(World(ranks=ranks, tensors=tensors, layout=layout)))
 
 
+def one_load(ranks: int, tensors: int, layout: str, folder: str, who: str) -> dict[str, float]:
+    """Plan the load of one rank; what it costs."""
+    from simulation.run import load
+    from simulation.world import World
+
+    return load(World(ranks=ranks, tensors=tensors, layout=layout), folder, who)
+
+
 def alone(ranks: int, tensors: int) -> dict[str, Any]:
     """The same in a process of its own, so that the memory is its own."""
     print(f"{ranks} ranks x {tensors} tensors", file=sys.stderr, flush=True)
@@ -96,9 +108,12 @@ def show(found: dict[str, Any]) -> None:
                 )
             decided = sum(phase["decide_s"] for phase in phases)
             print(f"  {'all decisions' if who == 'rank 0' else '':30}{'':10}{decided:9.3f}s")
-    print("load by three quarters as many ranks, each of them")
-    for phase, seconds in found["load_s"].items():
-        print(f"  {phase:30}{seconds:9.3f}s")
+    for who, load in found["loads"].items():
+        print(f"load by three quarters as many ranks, {who}")
+        for phase in ("manifest", "match", "reads", "compare"):
+            print(f"  {phase:30}{load[phase]:9.3f}s")
+        print(f"  {'memory':30}{load['memory_bytes'] >> 20:9,} MiB")
+        print(f"  {'ranges of the other ranks':30}{load['ranges_bytes']:9,} bytes")
     chunks = found["chunks"]
     print(
         f"manifest {found['manifest_bytes']:,} bytes, {chunks:,} chunks, "
@@ -112,7 +127,7 @@ def table(results: list[dict[str, Any]]) -> None:
     print(
         "| ranks x tensors | first save: divide, s | manifest, s | bytes to rank 0 / from it "
         "| repeated save, s | bytes to rank 0 | manifest, bytes a chunk | load: manifest, s "
-        "| match and reads, s |\n|" + "---|" * 9
+        "| match and reads, s | memory, MiB | load on rank 0, s |\n|" + "---|" * 11
     )
     for found in results:
         first, again = (save["rank 0"] for save in found["saves"].values())
@@ -120,7 +135,8 @@ def table(results: list[dict[str, Any]]) -> None:
             sum(phase["decide_s"] for phase in first if (phase["name"] == "write") is last)
             for last in (False, True)
         )
-        load = found["load_s"]
+        lead, load = found["loads"]["rank 0"], found["loads"]["ordinary rank"]
+        on_rank_0 = sum(lead[phase] for phase in ("manifest", "match", "reads", "compare"))
         received, sent = (
             sum(phase[way] for phase in first) for way in ("received_bytes", "sent_bytes")
         )
@@ -130,7 +146,8 @@ def table(results: list[dict[str, Any]]) -> None:
             f"| {sum(phase['decide_s'] for phase in again):.3f} "
             f"| {sum(phase['received_bytes'] for phase in again):,} "
             f"| {found['manifest_bytes'] / found['chunks']:.1f} "
-            f"| {load['manifest']:.2f} | {load['match'] + load['reads']:.2f} |"
+            f"| {load['manifest']:.2f} | {load['match'] + load['reads']:.2f} "
+            f"| {load['memory_bytes'] >> 20:,} | {on_rank_0:.2f} |"
         )
 
 

@@ -27,9 +27,9 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             decided(r, "repeated save", "plan") + decided(r, "repeated save", "write")
             for r in results
         ],
-        "load: manifest (every rank)": [result["load_s"]["manifest"] for result in results],
+        "load: manifest (every rank)": [loaded(r, "manifest") for r in results],
         "load: match and reads (every rank)": [
-            result["load_s"]["match"] + result["load_s"]["reads"] for result in results
+            loaded(r, "match") + loaded(r, "reads") for r in results
         ],
     }
     for name, values in lines.items():
@@ -57,6 +57,12 @@ def decided(result: dict[str, Any], save: str, phase: str) -> float:
     """Seconds of rank 0 in a phase."""
     phases = result["saves"][save]["rank 0"]
     return sum(found["decide_s"] for found in phases if found["name"] == phase)
+
+
+def loaded(result: dict[str, Any], phase: str) -> float:
+    """Seconds of an ordinary rank in a phase of a load."""
+    seconds: float = result["loads"]["ordinary rank"][phase]
+    return seconds
 
 
 def moved(result: dict[str, Any], save: str, way: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import msgspec
 
@@ -87,6 +88,7 @@ class Nowhere:
 
     direct = commits_part = False
     path = token = "nowhere"
+    tiers: ClassVar[dict[str, str]] = {}
 
     def __init__(self) -> None:
         self.kept = b""
@@ -104,10 +106,6 @@ class Nowhere:
     def open(self, path: str) -> Nowhere:
         """See Storage.open."""
         return self
-
-    def tiers(self, path: str) -> dict[str, str]:
-        """See Storage.tiers."""
-        return {}
 
     def create(self, name: str, *, size_bytes: int) -> Nowhere:
         """See WriteTransaction.create."""

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from shardckpt.format import divided_manifest
 from shardckpt.format.digests import BLOCK_BYTES
+from shardckpt.format.divided_manifest import check_parts
+from shardckpt.format.entries import Manifest
+from shardckpt.format.manifest import from_bytes
+from shardckpt.format.number_lists import Ints
+from shardckpt.format.validation import joined_ranges
+from shardckpt.io.gc_pause import collector_paused
 from shardckpt.loading.agreement import open_manifest
-from shardckpt.plan.local_plan import LocalPlan
+from shardckpt.plan.local_plan import LocalPlan, pack_columns, unpack_columns
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.plan.save_plan import RankWrites
 from shardckpt.plan.shard_layout import shard_name
@@ -22,6 +35,8 @@ from shardckpt.saving.rank_writer import ShardFile, ShardResult
 from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.matching import match_state
 from shardckpt.state.saved_tree import SavedState
+from shardckpt.storage.base import MANIFEST_NAME
+from shardckpt.storage.local import LocalStorage
 from simulation.ranks import Nowhere, Phase, Recorder
 from simulation.world import World, as_rank, check, loading_state, plan_of
 
@@ -34,7 +49,7 @@ class Result:
 
     world: World
     saves: dict[str, dict[str, list[Phase]]] = field(default_factory=dict)
-    load_s: dict[str, float] = field(default_factory=dict)
+    loads: dict[str, dict[str, float]] = field(default_factory=dict)
     manifest_bytes: int = 0
     chunks: int = 0
     peak_bytes: int = 0
@@ -128,27 +143,80 @@ def simulate(world: World) -> Result:
         others.known = msgspec.msgpack.decode(msgspec.msgpack.decode(lead.answered["plan"])[0])[1]
         result.saves[name] = {"rank 0": lead.phases, "ordinary rank": follow.phases}
     result.manifest_bytes = len(storage.kept)
-    result.load_s = load(world, storage, result)
+    result.chunks = sum(len(plan.chunks) for plan in others.plans) // world.replicas
+    result.loads = loads(world, storage.kept)
     result.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return result
 
 
-def load(world: World, storage: Nowhere, result: Result) -> dict[str, float]:
-    """Plan a load by three quarters as many ranks; seconds by phase, on any of them."""
+def loads(world: World, manifest: bytes) -> dict[str, dict[str, float]]:
+    """Plan a load by three quarters as many ranks: seconds by phase, and bytes of memory.
+
+    Rank 0 and an ordinary rank are processes of their own, so that their memory is their own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, MANIFEST_NAME).write_bytes(manifest)
+        found = {}
+        for who in ("rank 0", "ordinary rank"):
+            size = f"{world.ranks}x{world.tensors}"
+            command = [sys.executable, "-m", "simulation", "--layout", world.layout, size]
+            done = subprocess.run(
+                [*command, "--load", folder, who], check=True, stdout=subprocess.PIPE, text=True
+            )
+            found[who] = json.loads(done.stdout)
+        return found
+
+
+def load(world: World, folder: str, who: str) -> dict[str, float]:
+    """Plan the load of one rank, in this process."""
     ranks = max(1, world.ranks * 3 // 4)
-    seconds = {}
-    since = time.process_time()
-    _, manifest = open_manifest(storage, "nowhere")
-    seconds["manifest"] = time.process_time() - since
-    result.chunks = sum(len(entry.chunks) for entry in manifest.tensors.values())
-    as_rank(ranks // 2, ranks)
+    rank = 0 if who == "rank 0" else ranks // 2
+    as_rank(rank, ranks)
     state = loading_state(ranks, shape=world.shape, tensors=world.tensors)
+    storage = LocalStorage()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of memory so far
+    memory, seconds = _memory("VmRSS"), {}
     since = time.process_time()
-    saved = SavedState(manifest)
-    matched = match_state(state, saved, rank=ranks // 2, world_size=ranks, cast=False)
-    assert matched.strict_mismatches.error("nowhere") is None
-    seconds["match"] = time.process_time() - since
-    since = time.process_time()
-    plan_reads(matched.reads)
-    seconds["reads"] = time.process_time() - since
+
+    def phase(name: str) -> None:
+        nonlocal since
+        now = time.process_time()
+        seconds[name], since = now - since, now
+
+    with collector_paused():
+        files, manifest = open_manifest(storage, folder, rank=rank, world_size=ranks)
+        phase("manifest")
+        matched = match_state(state, SavedState(manifest), rank=rank, world_size=ranks, cast=False)
+        phase("match")
+        plan_reads(matched.reads)
+        phase("reads")
+    assert matched.strict_mismatches.error(folder) is None
+    seconds["memory_bytes"] = _memory("VmHWM") - memory
+    seconds["ranges_bytes"] = 0
+    seconds["compare"] = 0.0
+    if who == "rank 0" and manifest.part is not None:
+        packed = [
+            manifest.part.ranges,
+            *_parts_of_others(from_bytes(files.manifest(), path=folder), ranks),
+        ]
+        packed = [pack_columns(ranges) for ranges in packed]
+        seconds["ranges_bytes"] = sum(map(len, packed[1:]))
+        since = time.process_time()
+        parts = [unpack_columns(ranges) for ranges in packed]
+        check_parts(parts, len(manifest.shards), files.manifest, path=folder)
+        phase("compare")
     return seconds
+
+
+def _parts_of_others(manifest: Manifest, ranks: int) -> Iterator[Ints]:
+    """The parts that ranks 1, 2, ... check, made from the complete manifest."""
+    for rank in range(1, ranks):
+        if names := divided_manifest._own(list(manifest.tensors), rank, ranks):
+            ranges = np.concatenate([manifest.tensors[name].chunks[:, :3] for name in names])
+            yield joined_ranges(ranges, len(manifest.shards))
+
+
+def _memory(field: str) -> int:
+    """A field of the memory of this process, in bytes."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))

@@ -41,6 +41,11 @@ class World:
         return self.ranks // inner, inner
 
     @property
+    def replicas(self) -> int:
+        """The number of ranks that hold the same chunk."""
+        return 1 if self.layout in ("fsdp", "tp") else self.mesh_shape[1]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """The shape of each tensor."""
         return self.mesh_shape[0] * self.rows, COLUMNS

@@ -21,6 +21,7 @@ VERSIONS = [
     ("2.6.0", "3.10", "1.26.4"),
     ("2.8.0", "3.11", "1.26.4"),
     ("2.10.0", "3.12", "2.*"),
+    ("2.12.1", "3.13", "2.*"),
     ("2.13.0", "3.12", "2.*"),
     ("2.14.1", "3.13", "2.*"),
     ("2.14.1", "3.14", "2.*"),
@@ -33,13 +34,17 @@ TESTS = [
     "tests/nn_handler/test_handler.py", "tests/nn_handler/test_emergency.py",
 ]  # fmt: skip
 """The part of the tests that depends on torch."""
-FREE_BYTES = 8 << 30
+TOOLS = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "opentelemetry-sdk"]
+FREE_BYTES = 12 << 30
+"""The disk space that an installation needs: up to 4 GB of downloads, and 7 GB in the end."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/versions", description=__doc__)
     parser.add_argument("torch", nargs="*", help="versions of torch; default: all of the table")
-    parser.add_argument("--work", type=Path, help="a folder for environments, which are kept there")
+    parser.add_argument(
+        "--work", type=Path, help="a folder to keep environments and checkpoints in"
+    )
     parser.add_argument("--prefix", default="", help='a command before each command, as "nice"')
     parser.add_argument("--only-reads", action="store_true", help="compare checkpoints, no tests")
     parser.add_argument("--only-page", action="store_true", help="write the page alone")
@@ -47,7 +52,8 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not arguments.only_page:
         with tempfile.TemporaryDirectory() as temporary:
-            work = arguments.work or Path(temporary)
+            work = (arguments.work or Path(temporary)).absolute()
+            work.mkdir(parents=True, exist_ok=True)
             chosen = [row for row in VERSIONS if not arguments.torch or row[0] in arguments.torch]
             run = Run(work, arguments.prefix.split(), results)
             run.all(chosen, tests=not arguments.only_reads)
@@ -63,23 +69,32 @@ class Run:
 
     def __init__(self, work: Path, prefix: list[str], results: dict[str, dict]) -> None:
         self.work, self.prefix, self.results = work, prefix, results
+        self.read_by: dict[tuple[str, str, str], dict[tuple[str, str, str], bool]] = {}
 
     def all(self, rows: list[tuple[str, str, str]], *, tests: bool) -> None:
-        made = [row for row in rows if self.make(*row)]
-        for row in made:  # before the first reads
+        """Test one row after another, then read the checkpoints of later rows with earlier ones."""
+        for row in rows:
+            if not self.make(*row):
+                continue
             if tests or not self.checkpoint(row).exists():
                 self.states(row, "write", self.checkpoint(row))
-        for row in made:
-            result = self.results[name(*row)]
-            result["reads"] = [
-                name(*other)
-                for other in VERSIONS
-                if self.checkpoint(other).exists()
-                and self.states(row, "read", self.checkpoint(other))
-            ]
+            self.read(row)
             if tests:
-                result |= self.tests(row)
+                self.results[name(*row)] |= self.tests(row)
             self.save()
+        for row in rows:
+            if self.checkpoint(row).exists():
+                self.read(row)
+                self.save()
+
+    def read(self, row: tuple[str, str, str]) -> None:
+        """Read all checkpoints that exist and that this row has not read."""
+        reads = self.read_by.setdefault(row, {})
+        for other in VERSIONS:
+            if self.checkpoint(other).exists() and other not in reads:
+                self.make(*row)  # it may have been removed for a later row
+                reads[other] = self.states(row, "read", self.checkpoint(other))
+        self.results[name(*row)]["reads"] = [name(*other) for other in reads if reads[other]]
 
     def save(self) -> None:
         RESULTS.write_text(json.dumps(self.results, indent=1) + "\n")
@@ -91,14 +106,14 @@ class Run:
         return self.work / f"written-by-torch-{row[0]}-python-{row[1]}"
 
     def make(self, torch: str, python: str, numpy: str) -> bool:
-        """Make an environment. False if this machine can't."""
+        """Make an environment, unless it exists. False if this machine can't."""
         row = (torch, python, numpy)
         result = self.results.setdefault(name(*row), {})
         result.pop("not_run", None)
         found, folder = interpreter(python), self.environment(row)
         if found is None:
             result["not_run"] = f"this machine has no Python {python}"
-        elif not (folder / "done").exists() and shutil.disk_usage(self.work).free < FREE_BYTES:
+        elif not (folder / "done").exists() and not self.has_space():
             result["not_run"] = "the disk is full"
         elif not (folder / "done").exists():
             print(f"installing {name(*row)}", flush=True)
@@ -106,11 +121,21 @@ class Run:
             pins = folder / "constraints.txt"
             pins.write_text(f"torch=={torch}\nnumpy=={numpy}\n")
             install = ["bin/pip", "install", "--quiet", "--no-cache-dir", "-c", pins]
-            for what in (["torch"], ["-e", f"{ROOT}[test]"]):
-                self.call(row, [*install, *what], check=True)
-            (folder / "done").touch()
+            for what in (["torch"], ["-e", f"{ROOT}[cli,progress,telemetry]", *TOOLS]):
+                if self.call(row, [*install, *what]):
+                    result["not_run"] = "pip could not install it"
+                    break
+            else:
+                (folder / "done").touch()
         self.save()
         return "not_run" not in result
+
+    def has_space(self) -> bool:
+        """Remove the oldest environments until there is space for another one."""
+        made = sorted(self.work.glob("torch-*/done"), key=lambda done: done.stat().st_mtime)
+        while shutil.disk_usage(self.work).free < FREE_BYTES and made:
+            shutil.rmtree(made.pop(0).parent)
+        return shutil.disk_usage(self.work).free >= FREE_BYTES
 
     def call(self, row: tuple[str, str, str], command: list, **options) -> int:
         """Run a program of an environment in the root of the project. Returns its exit code."""

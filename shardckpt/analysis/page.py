@@ -28,6 +28,7 @@ from shardckpt.format.entries import TensorEntry
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.maintenance.verify import verify_shards
 from shardckpt.storage.atomic_write import write_file
+from shardckpt.storage.base import Storage
 from shardckpt.storage.opened import checkpoints_in
 from shardckpt.storage.paths import local_path
 from shardckpt.storage.resolve import Location, resolve
@@ -38,7 +39,7 @@ _DATA = "{{data}}"
 
 
 def write_report(
-    paths: Sequence[Path],
+    paths: Path | Sequence[Path],
     html: str | os.PathLike[str],
     *,
     norms: bool = False,
@@ -54,7 +55,7 @@ def write_report(
     checkpoint are shown as text and never as HTML.
 
     Args:
-        paths: Checkpoints of any format, folders of checkpoints, or URLs.
+        paths: Checkpoints of any format, folders of checkpoints, or URLs; also a single path.
         html: The file to write.
         norms: Also read all tensors, and show their norms in each checkpoint.
         verify: Also verify all blocks, and show which tensors are corrupted.
@@ -82,7 +83,8 @@ def write_report(
     phases = [_timing(path) for path in timings]
     checkpoints: list[dict[str, Any]] = []
     tensors: dict[str, Any] = {}
-    for source in _sources(paths):
+    several = [paths] if isinstance(paths, (str, os.PathLike, Storage)) else paths
+    for source in _sources(several):
         progress(source.path)
         facts, tensors = _facts(source)
         if verify and isinstance(source, Checkpoint):
@@ -216,6 +218,8 @@ def _timing(path: str | os.PathLike[str]) -> dict[str, Any]:
             for rank, phases in report["profile"].items()
         }
         title = str(report["path"])
+        if not all(math.isfinite(s) for phases in profile.values() for s in phases.values()):
+            raise ValueError("seconds that are not finite")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StateError(
             "A file of timings can't be read",

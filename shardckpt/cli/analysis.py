@@ -118,7 +118,10 @@ def _cat(options: SimpleNamespace) -> None:
         offsets, sizes, index = _box(name, shape, text)
         tensor = source.read_box(names[name], offsets, sizes)[index]
     array = _as_numpy(tensor, name)
-    if options.npy is not None:
+    if options.json:
+        facts = {"name": options.tensor, "dtype": _dtype(tensor.dtype), "shape": array.shape}
+        print(json.dumps(_plain({**facts, "values": array.tolist()})))
+    elif options.npy is not None:
         file = io.BytesIO()
         np.save(file, array, allow_pickle=False)
         write_file(local_path(options.npy), file.getvalue(), overwrite=options.overwrite)
@@ -288,6 +291,7 @@ COMMANDS = (
             click.Option(["--all"], is_flag=True, help="Print more than 1,000 elements."),
             click.Option(["--npy"], metavar="FILE", help="Write a file of numpy instead."),
             OVERWRITE,
+            JSON,
         ],
     ),
     (

@@ -1,4 +1,4 @@
-"""shardckpt convert: from and to other formats."""
+"""The commands convert and extract: from and to other formats."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shardckpt.cli.parameters import FORMAT, JOBS, JSON, KEYS, OVERWRITE, RENAME
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.convert.convert import convert_source, open_source
 from shardckpt.reports import ConvertReport
+from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.resolve import resolve
 from shardckpt.transforms import Rename
 
@@ -41,22 +42,37 @@ def _size(text: str) -> int:
 
 
 def _convert(options: SimpleNamespace) -> None:
+    _write(
+        options,
+        keys=options.keys,
+        rename=dict(each for each in options.rename or () if "*" not in each[0]) or None,
+        transforms=[Rename(*each) for each in options.rename or () if "*" in each[0]],
+        like=options.like,
+    )
+
+
+def _extract(options: SimpleNamespace) -> None:
+    names = list(options.names)
+    rename = None
+    if len(names) == 1 and not re.search(r"[*?\[]", names[0]):
+        with open_source(options.source, check=False) as source:
+            is_entry = names[0] in SavedState(source.manifest).leaves
+        rename = None if is_entry else {names[0]: ""}
+    _write(options, keys=names, rename=rename)
+
+
+def _write(options: SimpleNamespace, **choice: Any) -> None:
+    """Write the entries of the source that `choice` selects: arguments of open_source."""
+
     def opened() -> Any:
-        return open_source(
-            options.source,
-            keys=options.keys,
-            rename=dict(each for each in options.rename or () if "*" not in each[0]) or None,
-            transforms=[Rename(*each) for each in options.rename or () if "*" in each[0]],
-            dtype=options.dtype,
-            like=options.like,
-            check=options.rank == 0,  # only one rank checks
-        )
+        check = options.rank == 0  # only one rank checks
+        return open_source(options.source, dtype=options.dtype, check=check, **choice)
 
     target = resolve(options.target)
     with shared(options, options.source, opened) as (coordinator, source):
         total = sum(entry.size_bytes for entry in source.manifest.tensors.values())
         rank_bytes = total // coordinator.world_size
-        with progress_bar("convert", total_bytes=rank_bytes, shown=options.rank == 0) as bar:
+        with progress_bar(options.command, total_bytes=rank_bytes, shown=options.rank == 0) as bar:
             report = convert_source(
                 source,
                 target,
@@ -94,37 +110,41 @@ def report_lines(report: ConvertReport) -> Iterator[str]:
             yield f"  {word:7}  and {len(entries) - _MOST_LINES} more: --json lists all"
 
 
+_SHARDS = click.Option(["--shards"], type=int, help="The number of shards, or of files of dcp.")
+_FILE_SIZE = click.Option(
+    ["--max-file-size"],
+    type=_size,
+    metavar="SIZE",
+    help="The size of files of hf, such as 500MB or 2GiB. The default is 5GB.",
+)
+_DTYPE = click.Option(
+    ["--dtype"],
+    type=click.Choice(["float64", "float32", "float16", "bfloat16"]),
+    help="The dtype of all floating-point tensors of 16 bits and more.",
+)
+_LIKE = click.Option(
+    ["--like"],
+    metavar="PATH",
+    help="A checkpoint whose tensors the target has: the same names, shapes and "
+    "dtypes. With --format hf, configuration and tokenizer are copied from it.",
+)
+_SOURCE, _TARGET = click.Argument(["source"]), click.Argument(["target"])
+
 COMMANDS = (
     (
         "convert",
         _convert,
         [
-            click.Argument(["source"]),
-            click.Argument(["target"]),
-            FORMAT,
-            click.Option(["--shards"], type=int, help="The number of shards, or of files of dcp."),
-            click.Option(
-                ["--max-file-size"],
-                type=_size,
-                metavar="SIZE",
-                help="The size of files of hf, such as 500MB or 2GiB. The default is 5GB.",
-            ),
-            KEYS,
-            RENAME,
-            click.Option(
-                ["--dtype"],
-                type=click.Choice(["float64", "float32", "float16", "bfloat16"]),
-                help="The dtype of all floating-point tensors of 16 bits and more.",
-            ),
-            click.Option(
-                ["--like"],
-                metavar="PATH",
-                help="A checkpoint whose tensors the target has: the same names, shapes and "
-                "dtypes. With --format hf, configuration and tokenizer are copied from it.",
-            ),
-            OVERWRITE,
-            JSON,
-            JOBS,
+            *(_SOURCE, _TARGET, FORMAT, _SHARDS, _FILE_SIZE, KEYS, RENAME, _DTYPE, _LIKE),
+            *(OVERWRITE, JSON, JOBS),
+        ],
+    ),
+    (
+        "extract",
+        _extract,
+        [
+            *(_SOURCE, click.Argument(["names"], nargs=-1, required=True), _TARGET),
+            *(FORMAT, _SHARDS, _FILE_SIZE, _DTYPE, OVERWRITE, JSON, JOBS),
         ],
     ),
 )

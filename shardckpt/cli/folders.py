@@ -64,9 +64,10 @@ def _cp(options: SimpleNamespace) -> None:
     target, given = resolve(options.target), resolve(options.source)
     with OpenedCheckpoint(given.path, storage=given.storage) as source:
         total = _size(source)
-        if _has(target, source.manifest.checkpoint_id):
+        present = _has(target, source.manifest.checkpoint_id)
+        if present and not options.json:
             print(printable(f"{target.path}: has this checkpoint already"))
-        else:
+        if not present:
             with progress_bar("copy", total_bytes=total) as bar:
                 copy_checkpoint(
                     source.files,
@@ -81,7 +82,10 @@ def _cp(options: SimpleNamespace) -> None:
     ):
         report = verify_shards(copy.files, copy.manifest, progress=bar.advance)
     report.raise_if_corrupted()
-    print(printable(f"{target.path}: {size_text(total)}, intact"))
+    if options.json:
+        print(json.dumps({"path": target.path, "size_bytes": total, "copied": not present}))
+    else:
+        print(printable(f"{target.path}: {size_text(total)}, intact"))
 
 
 def _has(place: Location, identity: str) -> bool:
@@ -93,12 +97,17 @@ def _has(place: Location, identity: str) -> bool:
 
 
 def _rm(options: SimpleNamespace) -> None:
+    removed: list[str] = []
     for path in options.paths:
         place = resolve(path)
         with OpenedCheckpoint(place.path, storage=place.storage):
             pass  # an error for a path that holds no checkpoint
         place.storage.remove(place.path)
-        print(printable(f"removed {place.path}"))
+        removed.append(place.path)
+        if not options.json:
+            print(printable(f"removed {place.path}"))
+    if options.json:
+        print(json.dumps({"removed": removed}, indent=2))
 
 
 def _prune(options: SimpleNamespace) -> None:
@@ -139,16 +148,23 @@ def _prune(options: SimpleNamespace) -> None:
         if not options.dry_run:
             storage.remove(checkpoint.path)
         word = "would remove" if options.dry_run else "removed"
-        print(printable(f"{word} {checkpoint.path}"))
-    print(f"kept {count_text(len(saved) - len(removed), 'checkpoint')}")
+        if not options.json:
+            print(printable(f"{word} {checkpoint.path}"))
+    if options.json:
+        paths = [checkpoint.path for checkpoint in removed]
+        kept = [checkpoint.path for checkpoint in saved if checkpoint not in removed]
+        facts = {"removed": paths, "kept": kept, "dry_run": options.dry_run}
+        print(json.dumps(facts, indent=2))
+    else:
+        print(f"kept {count_text(len(saved) - len(removed), 'checkpoint')}")
 
 
 def _du(options: SimpleNamespace) -> None:
     storage = resolve(options.path).storage
     files: dict[Any, int] = {}
-    rows: list[tuple[str, ...]] = []
+    sizes: dict[str, int] = {}
     for name, checkpoint in checkpoints_in(options.path, OpenedCheckpoint):
-        rows.append((size_text(_size(checkpoint)), name))
+        sizes[name] = _size(checkpoint)
         for shard in checkpoint.manifest.shards:
             path = f"{checkpoint.path}/{shard.name}"
             key: Any = path
@@ -157,7 +173,12 @@ def _du(options: SimpleNamespace) -> None:
                     found = os.stat(path)
                     key = found.st_dev, found.st_ino
             files[key] = shard.size_bytes
-    rows.append((size_text(sum(files.values())), "in all, each linked file once"))
+    total = sum(files.values())
+    if options.json:
+        print(json.dumps({"checkpoints": sizes, "size_bytes": total}, indent=2))
+        return
+    rows = [(size_text(size), name) for name, size in sizes.items()]
+    rows.append((size_text(total), "in all, each linked file once"))
     for line in table(rows, right=(0,)):
         print(printable(line))
 
@@ -169,12 +190,12 @@ COMMANDS = (
     (
         "cp",
         _cp,
-        [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE],
+        [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE, JSON],
     ),
     (
         "rm",
         _rm,
-        [click.Argument(["paths"], nargs=-1, required=True)],
+        [click.Argument(["paths"], nargs=-1, required=True), JSON],
     ),
     (
         "prune",
@@ -191,7 +212,8 @@ COMMANDS = (
                 help="Whether small or large values of the metric are best.",
             ),
             click.Option(["--dry-run"], is_flag=True, help="Print what would be removed."),
+            JSON,
         ],
     ),
-    ("du", _du, [_PATH]),
+    ("du", _du, [_PATH, JSON]),
 )

@@ -134,9 +134,15 @@ _COMMANDS = {
     "convert": (
         "convert",
         "Write a checkpoint in another format. SOURCE is a checkpoint of shardckpt, of "
-        "torch.distributed.checkpoint (dcp), of torchsnapshot, of Lightning or of Megatron- "
-        "Core, a torch file (.pt, .pth, .ckpt, .bin), a safetensors file, or a directory of "
-        "Hugging Face (hf). Entries that TARGET cannot hold are left out and listed.",
+        "torch.distributed.checkpoint (dcp), of torchsnapshot, of Lightning or of Megatron-Core, a "
+        "torch file (.pt, .pth, .ckpt, .bin), a safetensors file, or a directory of Hugging Face "
+        "(hf). Entries that TARGET cannot hold are left out and listed.",
+    ),
+    "extract": (
+        "convert",
+        "Write some entries of a checkpoint of any format to a new one. A NAME is the name of an "
+        "entry, a prefix of names, or a pattern such as `model.*.bias`. With a single prefix, the "
+        "names in TARGET begin after it.",
     ),
     "diff": (
         "analysis",

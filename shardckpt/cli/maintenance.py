@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from types import SimpleNamespace
 
 import click
@@ -10,7 +12,7 @@ from shardckpt.analysis.entries import pieces
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.multiprocess import say, shared
-from shardckpt.cli.parameters import JOBS, OVERWRITE, SUBSET
+from shardckpt.cli.parameters import JOBS, JSON, OVERWRITE, SUBSET
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.convert.convert import open_source
 from shardckpt.convert.sources import origin_of
@@ -53,6 +55,11 @@ def _verify(options: SimpleNamespace) -> None:
                 progress=bar.advance,
                 coordinator=coordinator,
             )
+        if options.json:
+            facts = {**dataclasses.asdict(report), "errors": [str(e) for e in report.errors]}
+            say(coordinator, json.dumps({**facts, "subset": options.subset}, indent=2))
+            report.raise_if_corrupted()
+            return
         for word, names in (("corrupted", report.corrupted), ("intact", report.intact)):
             if report.errors:
                 say(coordinator, "\n".join(f"{word:9} {name}" for name in names))
@@ -95,8 +102,13 @@ def _verify_foreign(options: SimpleNamespace) -> None:
                 return b""
 
             exchange(coordinator, "verify", read, lambda payloads: b"")
+        source_format = origin_of(source).format
+        if options.json:
+            facts = {"path": source.path, "format": source_format, "checked_bytes": total}
+            say(coordinator, json.dumps({**facts, "readable": list(tensors)}, indent=2))
+            return
         found = f"{count_text(len(tensors), 'tensor')}, {size_text(total)}"
-        say(coordinator, f"{options.path}: {origin_of(source).format}, {found}: readable")
+        say(coordinator, f"{options.path}: {source_format}, {found}: readable")
 
 
 def _rescue(options: SimpleNamespace) -> None:
@@ -107,6 +119,9 @@ def _rescue(options: SimpleNamespace) -> None:
             overwrite=options.overwrite,
             progress=bar.reach,
         )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2))
+        return
     for bit in report.repaired:
         print(printable(f"repaired {bit}"))
     for name, why in report.lost.items():
@@ -138,22 +153,24 @@ def _reshard(options: SimpleNamespace) -> None:
                 overwrite=options.overwrite,
                 progress=bar.reach,
             )
-        say(
-            coordinator,
-            f"{options.target}: {count_text(options.shards, 'shard')}, {size_text(total)}",
-        )
+        if options.json:
+            facts = {"path": target.path, "shards": options.shards, "size_bytes": total}
+            say(coordinator, json.dumps(facts, indent=2))
+            return
+        shards = count_text(options.shards, "shard")
+        say(coordinator, f"{options.target}: {shards}, {size_text(total)}")
 
 
 COMMANDS = (
     (
         "verify",
         _verify,
-        [click.Argument(["path"]), SUBSET, JOBS],
+        [click.Argument(["path"]), SUBSET, JOBS, JSON],
     ),
     (
         "rescue",
         _rescue,
-        [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE],
+        [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE, JSON],
     ),
     (
         "reshard",
@@ -164,6 +181,7 @@ COMMANDS = (
             click.Option(["--shards"], type=int, required=True, help="The number of shards."),
             OVERWRITE,
             JOBS,
+            JSON,
         ],
     ),
 )

@@ -13,7 +13,11 @@ from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
 from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
+from shardckpt.convert.lightning import SUFFIX as LIGHTNING_SUFFIX
+from shardckpt.convert.lightning import lightning_state
 from shardckpt.convert.like import Like
+from shardckpt.convert.npz import SUFFIX as NPZ
+from shardckpt.convert.npz import open_npz
 from shardckpt.convert.safetensors_files import (
     HuggingFace,
     SafetensorsFile,
@@ -56,6 +60,7 @@ Opened: TypeAlias = Checkpoint | Foreign | Selected | Transformed | Cast | Like
 _TORCH_SUFFIXES = (".ckpt", ".bin")
 """Suffixes of torch files. Lightning has folders with these names too."""
 
+_ONE_FILE = {"lightning", "safetensors", "torch"}
 _BYTES_PER_FILE = 1 << 30
 _HUGGING_FACE_BYTES = 5_000_000_000  # the default of transformers
 
@@ -80,8 +85,8 @@ def convert(
     Values keep every bit, without `transforms` and `dtype`. PerRank values become a list of the
     values of all ranks, unless the target is a checkpoint of shardckpt. Objects of classes, and
     files beside the weights, are left out if the target can't hold them, and the report lists them.
-    Memory: a few buffers; for "torch" the full state, for "dcp" one file. The target appears when
-    it is complete.
+    Memory: a few buffers; for "torch" and "lightning" the full state, for "dcp" one file. The
+    target appears when it is complete.
 
     Args:
         source: A checkpoint of shardckpt or of torch.distributed.checkpoint (DCP); a torch file,
@@ -89,7 +94,8 @@ def convert(
             Hugging Face; or a folder of an NNHandler with a file for each component.
         target: The new checkpoint.
         to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
-            "torch", .safetensors is "safetensors", and no suffix is "shardckpt".
+            "torch", .safetensors is "safetensors", and no suffix is "shardckpt". "lightning" is a
+            torch file in .ckpt that Lightning resumes.
         keys: The saved names to convert, after `transforms`: prefixes or shell patterns.
         rename: New names of the entries that `keys` selects; see `load`.
         transforms: Changes of the tensors; see `load`. `keys` and `rename` apply after them.
@@ -177,6 +183,8 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
     if is_single_file(path):
         if path.endswith(".safetensors"):
             return open_safetensors(path, check=check)
+        if path.endswith(NPZ):
+            return open_npz(path, check=check)
         return open_torch_file(path, check=check)
     if os.path.isfile(os.path.join(path, INDEX)):
         return foreign(path, "files of components", read_many(path))
@@ -231,8 +239,8 @@ def convert_source(
         )
         return _report(source, path, target_format)
     options: Any = {"overwrite": overwrite, "system": _system_of(target, target_format)}
-    if target_format == "torch":
-        _write_torch(source, path, ranks, progress, **options)
+    if target_format in ("torch", "lightning"):
+        _write_torch(source, path, target_format, ranks, progress, **options)
         return _report(source, path, target_format)
     writer: Target
     if target_format == "dcp":
@@ -311,6 +319,7 @@ def _check_options(
 def _write_torch(
     source: Source,
     target: str,
+    target_format: Format,
     ranks: Coordinator,
     progress: Callable[[int], None],
     *,
@@ -324,6 +333,8 @@ def _write_torch(
     def alone() -> bytes:
         if ranks.rank == 0:
             state = state_of(source, source.manifest.state)
+            if target_format == "lightning":
+                state = lightning_state(state, source.path)
             write_one(state, target, overwrite=overwrite, system=system, progress=advance)
         return b""
 
@@ -342,12 +353,14 @@ def _format_of(target: str, to: Format | None) -> Format:
         return by_suffix
     if to == "torch" and target.endswith(_TORCH_SUFFIXES):
         return to
-    if to not in FORMATS or (to != by_suffix and {to, by_suffix} & {"torch", "safetensors"}):
+    if to == "lightning" and target.endswith(LIGHTNING_SUFFIX):
+        return to
+    if to not in FORMATS or (to != by_suffix and {to, by_suffix} & _ONE_FILE):
         raise StateError(
             "The target path does not match the format",
             path=target,
             expected=f"one of {', '.join(FORMATS)}; a path in .pt, .pth, .ckpt or .bin for torch, "
-            "in .safetensors for safetensors, in none of them for the others",
+            "in .ckpt for lightning, in .safetensors for safetensors, in none of them for others",
             actual=repr(to),
         )
     return to

@@ -79,8 +79,9 @@ class DcpCheckpoint:
             self._metadata = self._read_metadata.metadata
             self.identity = xxhash.xxh3_128(data).hexdigest()
         self._current, self._loaded = "", dict[tuple[int, ...], torch.Tensor]()
+        self._flattened = self._read_metadata.flattened
         self.tensors: dict[str, torch.Size] = {
-            name: entry.size
+            name: self._flattened.get(name, entry.size)
             for name, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
@@ -198,6 +199,30 @@ class DcpCheckpoint:
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """Read a box of a tensor, on the CPU. Its parts are kept in memory until another tensor is
         read. Raises CoverageError for a tensor with holes."""
+        if name in self._flattened:
+            return self._read_flattened(name, offsets, sizes)
+        return self._read_saved(name, offsets, sizes)
+
+    def _read_flattened(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Read a box of a tensor that Megatron-Core divided into a grid of equal, flat parts."""
+        shape, (*grid, count) = self._flattened[name], self._entry(name).size
+        dims = range(len(shape))
+        if 0 in sizes:
+            return torch.empty(sizes, dtype=self._entry(name).properties.dtype, device="cpu")
+        part = [n // parts for n, parts in zip(shape, grid, strict=True)]
+        first = [offsets[d] // part[d] for d in dims]
+        parts = [-(-(offsets[d] + sizes[d]) // part[d]) - first[d] for d in dims]
+        saved = self._read_saved(name, (*first, 0), (*parts, count)).reshape(*parts, *part)
+        order = [axis for d in dims for axis in (d, d + len(shape))]
+        box = saved.permute(order).reshape([parts[d] * part[d] for d in dims])
+        return box[box_slices([first[d] * part[d] for d in dims], offsets, sizes)]
+
+    def _read_saved(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Read a box of a tensor in the shape that its parts have."""
         if name != self._current:
             self._check_coverage(name)
             self._current, self._loaded = name, {}

@@ -3,6 +3,7 @@ Stand-ins replace them, and their fields are checked."""
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -23,16 +24,19 @@ from shardckpt.torch_compat import storage_info
 __all__ = ["ReadMetadata", "parse_metadata"]
 
 _MOST_DIMS = 64
+_FLATTENED = "nd_reformulated_orig_global_shape"
 
 
 @dataclass(frozen=True, slots=True)
 class ReadMetadata:
     """The metadata of DCP. `writer` is the class of the metadata if it is not that of DCP;
-    `unknown` are fields and entries that DCP does not have: name -> description."""
+    `unknown` are fields and entries that DCP does not have: name -> description. `flattened` are
+    the shapes of the tensors that Megatron-Core saved as a grid of flat parts, by name."""
 
     metadata: Metadata
     writer: str | None = None
     unknown: dict[str, str] = field(default_factory=dict)
+    flattened: dict[str, torch.Size] = field(default_factory=dict)
 
 
 def parse_metadata(data: Readable) -> ReadMetadata:
@@ -62,6 +66,9 @@ def parse_metadata(data: Readable) -> ReadMetadata:
         else:
             described = getattr(node, "name", class_name)
             unknown[_text(entry_name)] = f"is described by {described}, which is not known here"
+    flattened = _flattened(facts.get("mcore_data"), entries)
+    if flattened.keys() == (facts.get("mcore_data") or {}).keys():
+        unknown.pop(".metadata: mcore_data", None)
     metadata = Metadata(
         state_dict_metadata=entries,
         planner_data={
@@ -73,7 +80,25 @@ def parse_metadata(data: Readable) -> ReadMetadata:
             for index, location in _dict(facts["storage_data"]).items()
         },
     )
-    return ReadMetadata(metadata, writer, unknown)
+    return ReadMetadata(metadata, writer, unknown, flattened)
+
+
+def _flattened(saved: Any, entries: dict[str, Any]) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors of Megatron-Core that are divided into a grid of equal
+    parts, each of which is saved flat, in an additional last dimension."""
+    shapes = {}
+    for name, facts in _dict(saved or {}).items():
+        if not isinstance(facts, dict) or _FLATTENED not in facts:
+            continue
+        shape, entry = _sizes(facts[_FLATTENED]), entries[_text(name)]
+        saved_size = list(getattr(entry, "size", ()))
+        grid, part = saved_size[:-1], math.prod(saved_size[-1:])
+        if len(grid) != len(shape) or any(n % parts for n, parts in zip(shape, grid, strict=True)):
+            raise ValueError(f"{name} of shape {list(shape)} in a grid of {grid}")
+        if math.prod(shape) != math.prod(grid) * part:
+            raise ValueError(f"{name} of shape {list(shape)} in parts of {part} elements")
+        shapes[name] = shape
+    return shapes
 
 
 def _facts(node: Any, class_name: str) -> dict[str, Any]:

@@ -6,5 +6,5 @@ from typing import Literal, get_args
 
 __all__ = ["FORMATS", "Format"]
 
-Format = Literal["shardckpt", "dcp", "hf", "safetensors", "torch"]
+Format = Literal["shardckpt", "dcp", "hf", "lightning", "safetensors", "torch"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -68,7 +68,8 @@ _ROLES = tuple(
             r"(model|pytorch_model)_\d+\.(safetensors|bin)|.*\.(safetensors|bin|pth|pt|ckpt)",
             f"other weights or state; {_CONVERTIBLE}",
         ),
-        (r".*\.(h5|msgpack|gguf|onnx|ot|tflite|npz|mlmodel)", "weights for another framework"),
+        (r".*\.(h5|msgpack|gguf|onnx|ot|tflite|mlmodel)", "weights for another framework"),
+        (r".*\.npz", f"arrays of numpy; {_CONVERTIBLE}"),
         (r"__\d+_\d+\.distcp", "a data file to which the metadata does not refer"),
         (r"metadata\.json|context", "Megatron's or NeMo's description of the run"),
     )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shardckpt.format.dtype_names import itemsize
 
-__all__ = ["FORMAT_VERSION", "Manifest", "ShardEntry", "TensorEntry"]
+__all__ = ["FORMAT_VERSION", "CheckedPart", "Manifest", "ShardEntry", "TensorEntry"]
 
 FORMAT_VERSION = 1
 
@@ -52,6 +52,22 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False)
         """The bytes of the full tensor."""
         return math.prod(self.shape) * itemsize(self.dtype)
 
+    def identity(self) -> bytes | memoryview:
+        """Return bytes that differ from those of the other tensors of the checkpoint."""
+        return self.chunks.data
+
+
+class CheckedPart(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """The part of a manifest that one rank has checked.
+
+    Attributes:
+        digest: The digest of the manifest.
+        ranges: The bytes of the chunks: (shard, begin, end) of each range [n, 3].
+    """
+
+    digest: str
+    ranges: NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -68,6 +84,8 @@ class Manifest:
         per_rank: The PerRank values of each rank, as typed JSON; empty if there are none.
         notes: Texts of tools, by title.
         format_version: The version of the format.
+        part: The part of the chunks that this rank has checked, if several ranks check the
+            manifest. None if this rank has checked all of them.
     """
 
     checkpoint_id: str
@@ -80,3 +98,4 @@ class Manifest:
     per_rank: tuple[Any, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    part: CheckedPart | None = None

@@ -6,39 +6,52 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
+from xxhash import xxh3_128_digest
 
 from shardckpt.errors import FormatVersionError, NotACheckpointError
 from shardckpt.format.digests import BLOCK_BYTES, digests_from_hex, digests_to_hex, text_digest
 from shardckpt.format.dtype_names import check_supported, is_supported, itemsize
 from shardckpt.format.entries import FORMAT_VERSION, Manifest, ShardEntry, TensorEntry
-from shardckpt.format.validation import Columns, check_chunks, check_references, refuse
+from shardckpt.format.number_lists import Ints, parse_lists
+from shardckpt.format.validation import Columns, check_chunks, check_references, refuse, shard_sizes
 
 __all__ = [
+    "LARGE_BYTES",
     "MANIFEST_HEAD",
+    "MOST_DIMS",
     "ShardText",
+    "TensorText",
     "check_text",
+    "columns_of",
+    "decode_document",
     "digest_tail",
     "encode_tensors",
+    "entries_of",
     "from_bytes",
     "is_shard_name",
+    "manifest_of",
     "shard_entries",
     "to_bytes",
 ]
 
 _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}(-[a-z0-9]+)?\.safetensors")
-_MAX_DIMS = 64  # the limit of torch and numpy
+MOST_DIMS = 64
+"""The dimensions of a tensor, at most: the limit of torch and numpy."""
 MANIFEST_HEAD = b'{"format":"shardckpt"'
 """The first bytes of every manifest."""
 
 _HEAD = f'{{"format":"shardckpt","version":{FORMAT_VERSION},'.encode()
 _NOT_CANONICAL = ("canonical JSON with unique keys", "JSON that is not canonical")
-_BATCH_BYTES = 4 << 20  # of JSON decoded at a time: Python's ints take many times its memory
+LARGE_BYTES = 4 << 20
+"""The bytes of a large manifest. Its chunks are parsed as columns: Python's ints would take many
+times the memory of their text."""
+_SHORT_RUN = 64  # chunks
+_BATCH_BYTES = 512 << 10  # of a large manifest, encoded or parsed at a time
 
 
 class ShardText(msgspec.Struct, forbid_unknown_fields=True):
@@ -53,13 +66,17 @@ class ShardText(msgspec.Struct, forbid_unknown_fields=True):
 _Chunks = TypeVar("_Chunks", list[int], msgspec.Raw)
 
 
-class _Tensor(msgspec.Struct, Generic[_Chunks], forbid_unknown_fields=True, gc=False):
+class TensorText(msgspec.Struct, Generic[_Chunks], forbid_unknown_fields=True, gc=False):
+    """The JSON object of a tensor in a manifest."""
+
     dtype: str
     shape: tuple[int, ...]
     chunks: _Chunks
 
 
-class _Document(msgspec.Struct, Generic[_Chunks], forbid_unknown_fields=True):
+class Document(msgspec.Struct, Generic[_Chunks], forbid_unknown_fields=True):
+    """The JSON object of a manifest."""
+
     format: str
     version: int
     id: str
@@ -67,7 +84,7 @@ class _Document(msgspec.Struct, Generic[_Chunks], forbid_unknown_fields=True):
     library: str
     world_size: int
     shards: list[ShardText]
-    tensors: dict[str, _Tensor[_Chunks]]
+    tensors: dict[str, TensorText[_Chunks]]
     state: Any
     per_rank: list[Any]
     notes: dict[str, str]
@@ -80,10 +97,8 @@ class _Head(msgspec.Struct):
 
 
 # The decoders are built at import, so that the first load does not have to.
-_decode_small: Callable[[bytes], _Document[Any]] = msgspec.json.Decoder(_Document[list[int]]).decode
-_decode_large: Callable[[bytes], _Document[Any]] = msgspec.json.Decoder(
-    _Document[msgspec.Raw]
-).decode
+_decode_small: Callable[[bytes], Document[Any]] = msgspec.json.Decoder(Document[list[int]]).decode
+_decode_large: Callable[[bytes], Document[Any]] = msgspec.json.Decoder(Document[msgspec.Raw]).decode
 _decode_head = msgspec.json.Decoder(_Head).decode
 _decode_lists = msgspec.json.Decoder(list[list[int]]).decode
 
@@ -94,7 +109,7 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
     `tensors` is the encoded member `tensors`, if the caller has it already.
     """
     encoded: Any = msgspec.Raw(encode_tensors(manifest.tensors) if tensors is None else tensors)
-    document = _Document(
+    document = Document(
         format="shardckpt",
         version=manifest.format_version,
         id=manifest.checkpoint_id,
@@ -111,26 +126,53 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
         notes=manifest.notes,
         digest="",
     )
-    body = _encode(document).removesuffix(b',"digest":""}')
-    return body + digest_tail(body)
+    text = bytearray()  # without a copy of a large text
+    _encoder.encode_into(document, text)
+    del text[-len(b',"digest":""}') :]
+    text += digest_tail(text)
+    return bytes(text)
 
 
 def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
     """Encode the member `tensors` of a manifest."""
+    texts: dict[bytes, bytes] = {}
     return _encode(
         {
-            name: _Tensor(
-                entry.dtype, entry.shape, msgspec.Raw(_encode(entry.chunks.ravel().tolist()))
-            )
+            name: TensorText(entry.dtype, entry.shape, msgspec.Raw(_list_text(entry.chunks, texts)))
             for name, entry in tensors.items()
         }
     )
 
 
-_encode = msgspec.json.encode
+def _list_text(chunks: Ints, texts: dict[bytes, bytes]) -> bytes:
+    """Encode a list of chunks.
+
+    In a long list, many ranks in turn have written a chunk to the same bytes of their shards, as
+    all ranks hold parts of the same sizes. The other numbers are often those of other tensors too.
+    Therefore their text is kept in `texts`, without the bytes.
+    """
+    cuts: list[int] = []
+    if long := len(chunks) >= _SHORT_RUN:
+        cuts = (np.flatnonzero((chunks[1:, 1:3] != chunks[:-1, 1:3]).any(axis=1)) + 1).tolist()
+    if not long or (len(cuts) + 1) * _SHORT_RUN > len(chunks):
+        return _encode(chunks.ravel().tolist())
+    parts = []
+    for low, high in itertools.pairwise([0, *cuts, len(chunks)]):
+        run = chunks[low:high].copy()
+        begin, end = run[0, 1:3].tolist()
+        run[:, 1:3] = -1  # no other number is negative
+        key = xxh3_128_digest(run.data)
+        if key not in texts:
+            texts[key] = _encode(run.ravel().tolist())[1:-1]
+        parts.append(texts[key].replace(b",-1,-1", b",%d,%d" % (begin, end)))
+    return b"[" + b",".join(parts) + b"]"
 
 
-def digest_tail(body: bytes | memoryview) -> bytes:
+_encoder = msgspec.json.Encoder()
+_encode = _encoder.encode
+
+
+def digest_tail(body: bytes | bytearray | memoryview) -> bytes:
     """Return the last bytes of a manifest: the digest of all bytes before them."""
     return f',"digest":"{text_digest(body)}"}}\n'.encode()
 
@@ -150,10 +192,20 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
         FormatVersionError: A newer version of shardckpt wrote the manifest.
         CorruptionError: The manifest is corrupted or violates the format.
     """
+    document = decode_document(data, path)
+    shards = tuple(shard_entries(document.shards, path))
+    columns = list(columns_of(document.tensors, path))
+    check_chunks(columns, shard_sizes(shards), path)
+    return manifest_of(document, shards, entries_of(document.tensors, columns), path)
+
+
+def decode_document(data: bytes, path: str) -> Document[Any]:
+    """Decode the text of a manifest, and check its head, digest and canonical form."""
+    large = len(data) > LARGE_BYTES
     try:
-        document = (_decode_small if len(data) <= _BATCH_BYTES else _decode_large)(data)
+        document = (_decode_large if large else _decode_small)(data)
         # The text is canonical if encoding the document gives it again.
-        canonical = _encode(document) + b"\n" == data
+        canonical = _encodes_to(document, data) if large else _encode(document) + b"\n" == data
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
         _check_head(data, path)
         refuse(path, "the members of format version 1", str(error)[:200])
@@ -161,10 +213,33 @@ def from_bytes(data: bytes, *, path: str) -> Manifest:
     _check_digest(data, path)
     if not canonical:
         refuse(path, *_NOT_CANONICAL)
-    shards = tuple(shard_entries(document.shards, path))
-    columns = list(_columns(document.tensors, path))
-    check_chunks(columns, shards, path)
-    tensors = _tensors(document.tensors, columns)
+    return document
+
+
+def _encodes_to(document: Document[msgspec.Raw], data: bytes) -> bool:
+    """Whether a text is the encoded document. Little of the text is in memory a second time."""
+    without = msgspec.structs.replace(document, tensors={})
+    head, _, tail = _encode(without).partition(b'"tensors":{')
+    head += b'"tensors":{'
+    if not data.startswith(head):
+        return False
+    at, names = len(head), list(document.tensors)
+    for part in _batches([entry.chunks for entry in document.tensors.values()]):
+        text = _encode({name: document.tensors[name] for name in names[part]})[1:-1]
+        text = text if at == len(head) else b"," + text
+        if not data.startswith(text, at):
+            return False
+        at += len(text)
+    return data[at:] == tail + b"\n"
+
+
+def manifest_of(
+    document: Document[Any],
+    shards: tuple[ShardEntry, ...],
+    tensors: dict[str, TensorEntry],
+    path: str,
+) -> Manifest:
+    """Check the remaining members of a document, and return the manifest."""
     if document.world_size < 1:
         refuse(path, "a world size of 1 or more", document.world_size)
     if document.per_rank and len(document.per_rank) != document.world_size:
@@ -215,7 +290,7 @@ def _check_head(data: bytes, path: str) -> None:
     _check_version(head, data, path)
 
 
-def _check_version(head: _Head | _Document[Any], data: bytes, path: str) -> None:
+def _check_version(head: _Head | Document[Any], data: bytes, path: str) -> None:
     if head.format != "shardckpt":
         raise NotACheckpointError(
             "The manifest was not written by shardckpt",
@@ -256,16 +331,16 @@ def shard_entries(entries: Iterable[ShardText], path: str) -> Iterator[ShardEntr
         yield ShardEntry(name=entry.name, size_bytes=entry.size, digests=digests)
 
 
-def _columns(entries: dict[str, _Tensor[Any]], path: str) -> Iterator[Columns]:
-    """Arrange the tensors in columns, one set of columns for each ndim."""
+def columns_of(entries: dict[str, TensorText[Any]], path: str) -> Iterator[Columns]:
+    """Arrange tensors in columns, one set of columns for each ndim. Checks dtypes and shapes."""
     by_dims: dict[int, list[str]] = {}
     for name, entry in entries.items():
         by_dims.setdefault(len(entry.shape), []).append(name)
     for dims, names in by_dims.items():
         group = [entries[name] for name in names]
         unknown = {dtype for dtype in {e.dtype for e in group} if not is_supported(dtype)}
-        if dims > _MAX_DIMS or unknown:
-            wrong = next(n for n in names if dims > _MAX_DIMS or entries[n].dtype in unknown)
+        if dims > MOST_DIMS or unknown:
+            wrong = next(n for n in names if dims > MOST_DIMS or entries[n].dtype in unknown)
             check_supported(entries[wrong].dtype, tensor=wrong, path=path)
             refuse(path, "a known dtype and at most 64 dimensions", entries[wrong].dtype, wrong)
         try:
@@ -287,36 +362,51 @@ def _columns(entries: dict[str, _Tensor[Any]], path: str) -> Iterator[Columns]:
         yield Columns(names, items, shapes, counts // width, chunks.reshape(-1, width))
 
 
-def _numbers(chunks: list[Any], path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _numbers(chunks: list[Any], path: str) -> tuple[Ints, Ints]:
     """Return the length of each tensor's list of chunks, and all numbers of the lists.
 
     Raises struct.error for numbers of more than 64 bits.
     """
-    counts, numbers = [], []
-    for lists in [chunks] if type(chunks[0]) is list else _decoded(chunks, path):
-        counts.append(np.fromiter(map(len, lists), np.int64, len(lists)))
-        # four times as fast as numpy.array(list)
-        packed = struct.pack(f"={counts[-1].sum()}q", *itertools.chain.from_iterable(lists))
-        numbers.append(np.frombuffer(packed, np.int64))
+    if type(chunks[0]) is list:
+        return _packed(chunks)
+    columns = []
+    for part in _batches(chunks):
+        columns.append(parse_lists(chunks[part]) or _packed(_decoded(chunks[part], path)))
+    counts, numbers = zip(*columns, strict=True)
     return np.concatenate(counts), np.concatenate(numbers)
 
 
-def _decoded(raws: list[msgspec.Raw], path: str) -> Iterator[list[list[int]]]:
-    """Decode lists from JSON, a few at a time."""
-    number = np.cumsum([len(memoryview(raw)) for raw in raws]) // _BATCH_BYTES
-    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(raws)]
-    for begin, end in itertools.pairwise(cuts):
-        text = b"[" + b",".join(raws[begin:end]) + b"]"
-        try:
-            lists = _decode_lists(text)
-        except (msgspec.MsgspecError, UnicodeError) as error:
-            refuse(path, "lists of integers as chunks", str(error)[:200])
-        if _encode(lists) != text:
-            refuse(path, *_NOT_CANONICAL)
-        yield lists
+def _packed(lists: list[list[int]]) -> tuple[Ints, Ints]:
+    counts = np.fromiter(map(len, lists), np.int64, len(lists))
+    # four times as fast as numpy.array(list)
+    packed = struct.pack(f"={counts.sum()}q", *itertools.chain.from_iterable(lists))
+    return counts, np.frombuffer(packed, np.int64)
 
 
-def _tensors(entries: dict[str, _Tensor[Any]], columns: list[Columns]) -> dict[str, TensorEntry]:
+def _batches(texts: Sequence[msgspec.Raw]) -> Iterator[slice]:
+    """Divide texts into batches of about _BATCH_BYTES."""
+    sizes = np.fromiter((len(memoryview(text)) for text in texts), np.int64, len(texts))
+    number = np.cumsum(sizes) // _BATCH_BYTES
+    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(texts)]
+    yield from itertools.starmap(slice, itertools.pairwise(cuts))
+
+
+def _decoded(raws: Sequence[msgspec.Raw], path: str) -> list[list[int]]:
+    """Decode lists of any integers from JSON."""
+    text = b"[" + b",".join(raws) + b"]"
+    try:
+        lists = _decode_lists(text)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        refuse(path, "lists of integers as chunks", str(error)[:200])
+    if _encode(lists) != text:
+        refuse(path, *_NOT_CANONICAL)
+    return lists
+
+
+def entries_of(
+    entries: dict[str, TensorText[Any]], columns: list[Columns]
+) -> dict[str, TensorEntry]:
+    """Return the tensors that were arranged in columns."""
     tensors: dict[str, TensorEntry] = {}
     for group in columns:
         parts = list(group.chunks[:, None])  # most tensors have one chunk

@@ -12,7 +12,15 @@ from shardckpt.errors import CorruptionError
 from shardckpt.format.entries import ShardEntry
 from shardckpt.format.tiling import first_gap, stable_order
 
-__all__ = ["Columns", "check_chunks", "check_references", "refuse"]
+__all__ = [
+    "Columns",
+    "check_chunks",
+    "check_references",
+    "joined_ranges",
+    "overlap",
+    "refuse",
+    "shard_sizes",
+]
 
 Ints = NDArray[np.int64]
 _REFERENCES = {"$tensor", "$ndarray", "$per_rank"}
@@ -50,8 +58,16 @@ class Columns(NamedTuple):
     chunks: Ints
 
 
-def check_chunks(columns: Sequence[Columns], shards: tuple[ShardEntry, ...], path: str) -> None:
-    """Check that chunks lie within their shards, do not overlap, and tile their tensors."""
+def shard_sizes(shards: Sequence[ShardEntry]) -> Ints:
+    """Return the bytes of each shard."""
+    return np.array([shard.size_bytes for shard in shards], dtype=np.int64)
+
+
+def check_chunks(columns: Sequence[Columns], size_bytes: Ints, path: str) -> None:
+    """Check that chunks lie within their shards, do not overlap, and tile their tensors.
+
+    `size_bytes` has the bytes of each shard.
+    """
     names = [name for group in columns for name in group.names]
     counts = [group.counts for group in columns]
     tensor = np.repeat(np.arange(len(names)), np.concatenate([np.empty(0, np.int64), *counts]))
@@ -64,27 +80,57 @@ def check_chunks(columns: Sequence[Columns], shards: tuple[ShardEntry, ...], pat
             actual = f"shard {shard[index]}, bytes {begin[index]} to {end[index]}"
             refuse(path, expected, actual, names[int(tensor[index])])
 
-    size_bytes = np.array([shard.size_bytes for shard in shards], dtype=np.int64)
-    forbid((shard < 0) | (shard >= len(shards)), f"a shard from 0 to {len(shards) - 1}")
+    count = len(size_bytes)
+    forbid((shard < 0) | (shard >= count), f"a shard from 0 to {count - 1}")
     forbid((begin < 8) | (end < begin) | (end > size_bytes[shard]), "bytes within the shard")
     items = np.concatenate([np.empty(0, np.int64), *(group.items for group in columns)])
     forbid(begin % items[tensor] != 0, "a chunk aligned to its element size")
-    forbid(_overlaps(shard, begin, end, len(shards)), "chunks that don't overlap in the file")
+    forbid(_overlaps(shard, begin, end, count), "chunks that don't overlap in the file")
     for group in columns:
         _check_boxes(group, path)
 
 
 def _overlaps(shard: Ints, begin: Ints, end: Ints, shards: int) -> NDArray[np.bool_]:
     """Return a mask of the chunks that begin before the previous chunk of their shard ends."""
-    order = stable_order(shard, below=shards)
-    same = shard[order][1:] == shard[order][:-1]
-    # Chunks are usually in the order of the file.
-    if (same & (begin[order][1:] <= begin[order][:-1])).any():
-        order = np.lexsort((end, begin, shard))
-        same = shard[order][1:] == shard[order][:-1]
+    order = _by_position(shard, begin, end, shards)
     over = np.zeros(len(order), dtype=bool)
+    same = shard[order][1:] == shard[order][:-1]
     over[order[1:]] = same & (begin[order][1:] < end[order][:-1])
     return over
+
+
+def _by_position(shard: Ints, begin: Ints, end: Ints, shards: int) -> Ints:
+    """Return the order of ranges of bytes by shard, begin and end."""
+    order = stable_order(shard, below=shards)
+    # Chunks are usually in the order of the file.
+    same = shard[order][1:] == shard[order][:-1]
+    if (same & (begin[order][1:] <= begin[order][:-1])).any():
+        order = np.lexsort((end, begin, shard))
+    return order
+
+
+def joined_ranges(ranges: Ints, shards: int) -> Ints:
+    """Join ranges of bytes where one begins at the end of another.
+
+    Args:
+        ranges: (shard, begin, end) of each [n, 3]. They do not overlap.
+        shards: The number of shards.
+
+    Returns:
+        The joined ranges [m, 3], by shard and begin.
+    """
+    shard, begin, end = ranges.T
+    shard, begin, end = ranges[_by_position(shard, begin, end, shards)].T
+    new = np.ones(len(ranges), dtype=bool)
+    new[1:] = (shard[1:] != shard[:-1]) | (begin[1:] != end[:-1])
+    last = np.roll(new, -1)
+    return np.column_stack([shard[new], begin[new], end[last]])
+
+
+def overlap(ranges: Ints, shards: int) -> bool:
+    """Whether two of the ranges of bytes (shard, begin, end) [n, 3] overlap."""
+    shard, begin, end = ranges.T
+    return bool(_overlaps(shard, begin, end, shards).any())
 
 
 def _check_boxes(group: Columns, path: str) -> None:

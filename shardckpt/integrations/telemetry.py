@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from shardckpt.errors import DependencyError
+from shardckpt.errors import DependencyError, printable
 
 __all__ = ["OpenTelemetryHandler", "PrometheusHandler"]
 
@@ -149,7 +149,7 @@ def _own_bytes(record: Any) -> int:
 
 def _attributes(record: Any) -> dict[str, str | int]:
     attributes: dict[str, str | int] = {
-        "shardckpt.path": record.path,
+        "shardckpt.path": printable(record.path),  # exporters refuse bytes that are not UTF-8
         "shardckpt.rank": record.rank,
     }
     if record.report is not None:

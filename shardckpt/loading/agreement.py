@@ -15,10 +15,11 @@ from shardckpt.config import current
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import Attempt, attempt, exchange
 from shardckpt.errors import DirectoryNotSharedError
+from shardckpt.format.divided_manifest import check_parts, part_from_bytes
 from shardckpt.format.entries import Manifest
-from shardckpt.format.manifest import from_bytes
 from shardckpt.io.sockets import own_address
 from shardckpt.loading.sharing import TOKEN_BYTES, Sharing
+from shardckpt.plan.local_plan import pack_columns, unpack_columns
 from shardckpt.plan.page_cache_policy import ReadSummary, past_cache, summarize_reads
 from shardckpt.plan.read_plan import Reads
 from shardckpt.plan.shared_reads import Segments, Wanted, find_segments, units_of, wanted_runs
@@ -48,12 +49,16 @@ class Shares(enum.IntEnum):
 
 
 def open_manifest(
-    storage: Storage, path: str, *, newest: bool = False
+    storage: Storage, path: str, *, newest: bool = False, rank: int = 0, world_size: int = 1
 ) -> tuple[CheckpointFiles, Manifest]:
-    """Open a checkpoint and read its manifest. Not collective. See Storage.open_newest."""
+    """Open a checkpoint and read its manifest. Not collective.
+
+    See Storage.open_newest and part_from_bytes.
+    """
     files = storage.open_newest(path) if newest else storage.open(path)
     try:
-        return files, from_bytes(files.manifest(), path=files.path)
+        text = files.manifest()
+        return files, part_from_bytes(text, path=files.path, rank=rank, world_size=world_size)
     except BaseException:
         files.close()
         raise
@@ -71,7 +76,9 @@ def open_together(
     Returns:
         The checkpoint, or the error with which this rank did not open it.
     """
-    opened = attempt(open_manifest, storage, path, newest=coordinator.rank == 0)
+    ranks = {"rank": coordinator.rank, "world_size": coordinator.world_size}
+    newest = coordinator.rank == 0
+    opened = attempt(lambda: open_manifest(storage, path, newest=newest, **ranks))
     if not storage.in_parts or coordinator.world_size == 1:
         return opened
 
@@ -107,12 +114,12 @@ def open_together(
         return opened
     if opened.value is not None:
         opened.value[0].close()
-    return attempt(_open_part, storage, path, manifest)
 
+    def open_part() -> tuple[CheckpointFiles, Manifest]:
+        files = storage.open_part(path, manifest)
+        return files, part_from_bytes(manifest, path=files.path, **ranks)
 
-def _open_part(storage: Storage, path: str, manifest: bytes) -> tuple[CheckpointFiles, Manifest]:
-    files = storage.open_part(path, manifest)
-    return files, from_bytes(manifest, path=files.path)
+    return attempt(open_part)
 
 
 def agree_on_reads(
@@ -153,14 +160,20 @@ def agree_on_reads(
         _, manifest = opened.get()
         summary = summarize_reads(state.reads if several else (), machine=platform.node())
         unused = zlib.compress(msgspec.msgpack.encode(refused.unexpected), 1)
-        return msgspec.msgpack.encode((manifest.checkpoint_id, summary, unused))
+        identity, ranges = manifest.checkpoint_id, b""
+        if (part := manifest.part) is not None:  # the parts of one text are a whole
+            identity, ranges = f"{identity}, digest {part.digest}", pack_columns(part.ranges)
+        return msgspec.msgpack.encode((identity, summary, unused, ranges))
 
     def decide(payloads: list[bytes]) -> list[bytes]:
-        decode = msgspec.msgpack.Decoder(tuple[str, ReadSummary, bytes]).decode
-        ids, summaries, unused = zip(*map(decode, payloads), strict=True)
-        same_checkpoint(path)([checkpoint_id.encode() for checkpoint_id in ids])
+        decode = msgspec.msgpack.Decoder(tuple[str, ReadSummary, bytes, bytes]).decode
+        ids, summaries, unused, ranges = zip(*map(decode, payloads), strict=True)
+        same_checkpoint(path)([identity.encode() for identity in ids])
+        files, manifest = opened.get()
+        if manifest.part is not None:
+            parts = [unpack_columns(packed) for packed in ranges]
+            check_parts(parts, len(manifest.shards), files.manifest, path=path)
         check_unused([msgspec.msgpack.decode(zlib.decompress(names)) for names in unused], path)
-        files = opened.get()[0]
         shares = Shares.NOTHING
         if len({summary.machine for summary in summaries}) > 1:
             shares = Shares.ACROSS_MACHINES

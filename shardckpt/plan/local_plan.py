@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -69,11 +69,22 @@ class ChunkTable:
     @classmethod
     def unpack(cls, data: bytes) -> ChunkTable:
         """Decode the bytes of `pack`."""
-        columns = unpack_columns(data)
-        count, width = columns.shape
-        return cls(tensor=columns[:, 0], boxes=columns[:, 1:].reshape(count, 2, (width - 1) // 2))
+        return cls.unpack_all([data])[0]
+
+    @classmethod
+    def unpack_all(cls, packed: Sequence[bytes]) -> list[ChunkTable]:
+        """Decode the bytes of `pack` of several ranks. Many tables are decoded at once."""
+        tables: dict[int, ChunkTable] = {}
+        for rows, columns in _unpack_alike(packed):
+            count, length, width = columns.shape
+            boxes = columns[:, :, 1:].reshape(count, length, 2, (width - 1) // 2)
+            tensor = np.ascontiguousarray(columns[:, :, 0])
+            for index, row in enumerate(rows):
+                tables[row] = cls(tensor=tensor[index], boxes=boxes[index])
+        return [tables[row] for row in range(len(packed))]
 
 
+_BATCH_RANKS = 64
 _TYPES = {1: "u1", 2: "<u2", 4: "<u4", 8: "<i8"}
 
 
@@ -92,14 +103,36 @@ def pack_columns(columns: Ints) -> bytes:
 
 def unpack_columns(data: bytes) -> Ints:
     """Decode the bytes of `pack_columns`: columns [n, k]."""
-    count, length = struct.unpack_from("<IQ", data)
-    widths, body = data[12 : 12 + count], zlib.decompress(data[12 + count :])
-    columns = np.empty((length, count), dtype=np.int64)
-    at = 0
-    for index, width in enumerate(widths):
-        columns[:, index] = np.frombuffer(body, _TYPES[width], length, at)
-        at += width * length
-    return columns
+    ((_, columns),) = _unpack_alike([data])
+    only: Ints = columns[0]
+    return only
+
+
+def _unpack_alike(packed: Sequence[bytes]) -> Iterator[tuple[list[int], Ints]]:
+    """Decode columns of several ranks: some of equal length and types are decoded at once.
+
+    Yields:
+        The numbers of these ranks, and their columns [ranks, n, k].
+    """
+    alike: dict[bytes, list[int]] = {}
+    for number, data in enumerate(packed):
+        alike.setdefault(data[: 12 + int.from_bytes(data[:4], "little")], []).append(number)
+    batches = [
+        (head, every[low : low + _BATCH_RANKS])  # whose columns fit in the cache of a processor
+        for head, every in alike.items()
+        for low in range(0, len(every), _BATCH_RANKS)
+    ]
+    for head, numbers in batches:
+        count, length = struct.unpack_from("<IQ", head)
+        bodies = b"".join([zlib.decompress(packed[number][len(head) :]) for number in numbers])
+        table = np.frombuffer(bodies, np.uint8).reshape(len(numbers), sum(head[12:]) * length)
+        columns = np.empty((len(numbers), length, count), dtype=np.int64)
+        at = 0
+        for index, width in enumerate(head[12:]):
+            column = np.ascontiguousarray(table[:, at : at + width * length])
+            columns[:, :, index] = column.view(_TYPES[width])
+            at += width * length
+        yield numbers, columns
 
 
 def pad_boxes(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ints:
@@ -210,19 +243,26 @@ class LocalPlan:
     @classmethod
     def unpack(cls, data: bytes) -> LocalPlan:
         """Decode the bytes of `pack`. The plan has no data."""
-        packed = _decode(data)
-        chunks = ChunkTable.unpack(packed.chunks)
-        shared = np.unpackbits(np.frombuffer(packed.shared, dtype=np.uint8), count=len(chunks))
-        return cls(
-            common=packed.common,
-            rank_only=packed.rank_only,
-            file_group=_file_groups(packed.file_group),
-            chunks=chunks,
-            shared=shared.astype(np.bool_),
-            tree=packed.tree,
-            per_rank_trees=packed.per_rank_trees,
-            unions=packed.unions,
-        )
+        return cls.unpack_all([data])[0]
+
+    @classmethod
+    def unpack_all(cls, payloads: Sequence[bytes]) -> list[LocalPlan]:
+        """Decode the bytes of `pack` of all ranks."""
+        packed = [_decode(payload) for payload in payloads]
+        tables = ChunkTable.unpack_all([plan.chunks for plan in packed])
+        return [
+            cls(
+                common=plan.common,
+                rank_only=plan.rank_only,
+                file_group=_file_groups(plan.file_group),
+                chunks=chunks,
+                shared=_mask(plan.shared, len(chunks)),
+                tree=plan.tree,
+                per_rank_trees=plan.per_rank_trees,
+                unions=plan.unions,
+            )
+            for plan, chunks in zip(packed, tables, strict=True)
+        ]
 
 
 class _Packed(msgspec.Struct):
@@ -243,6 +283,12 @@ _decode = msgspec.msgpack.Decoder(_Packed).decode
 def _file_groups(data: bytes) -> Ints:
     """Decode the file groups, which are mostly equal on all ranks. Do not modify the result."""
     return unpack_columns(data)[:, 0]
+
+
+@lru_cache(maxsize=16)
+def _mask(data: bytes, count: int) -> NDArray[np.bool_]:
+    """Decode a mask, which is mostly equal on all ranks. Do not modify the result."""
+    return np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count).astype(np.bool_)
 
 
 def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:

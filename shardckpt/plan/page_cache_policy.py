@@ -38,7 +38,7 @@ def summarize_reads(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: st
     """Return the summary of a rank's reads. Pure."""
     return ReadSummary(
         machine,
-        xxhash.xxh3_64_intdigest(b"".join(entry.chunks.data for entry, _ in reads)),
+        xxhash.xxh3_64_intdigest(b"".join(entry.identity() for entry, _ in reads)),
         sum(chunk.data.nbytes for _, chunk in reads),
         sum(entry.size_bytes for entry, _ in reads),
     )

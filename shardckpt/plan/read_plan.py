@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardckpt.format.divided_manifest import chunks_of
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.dtypes import memory_dtype
 from shardckpt.format.entries import TensorEntry
@@ -76,8 +77,9 @@ def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
 
 def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     """Plan the reads for tensors of `dims` dimensions. See plan_reads."""
-    chunks = np.concatenate([entry.chunks for entry, _ in pairs])
-    owner = np.repeat(np.arange(len(pairs)), [len(entry.chunks) for entry, _ in pairs])
+    held_chunks = chunks_of(pairs)
+    chunks = np.concatenate(held_chunks)
+    owner = np.repeat(np.arange(len(pairs)), list(map(len, held_chunks)))
     held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
     want_at = _rows([t.offsets for _, t in pairs], dims)[owner]
     want = _rows([t.sizes for _, t in pairs], dims)[owner]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shardckpt.errors import CoverageError
 from shardckpt.format.dtype_names import itemsize
-from shardckpt.format.tiling import first_gap, stable_order
+from shardckpt.format.tiling import Gap, first_gap, stable_order
 from shardckpt.plan.local_plan import (
     ChunkTable,
     Ints,
@@ -29,7 +29,7 @@ from shardckpt.plan.local_plan import (
     widen_boxes,
 )
 from shardckpt.plan.replica_assignment import Rows, divide, group_equal, joined
-from shardckpt.plan.shard_layout import chunk_bytes
+from shardckpt.plan.shard_layout import chunk_bytes, tensor_blocks
 from shardckpt.state.file_groups import FROZEN, GROUP_COUNT, MAIN, files_of
 
 __all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
@@ -264,14 +264,21 @@ def _shares(
         packed = b"" if file_groups is None else pack_columns(file_groups.reshape(-1, 1))
         return msgspec.msgpack.encode((table.pack(), columns, packed))
 
+    def other_groups(held: Ints, at: Ints) -> Ints | None:
+        file_groups = numbers.file_group[at]
+        return None if np.array_equal(held[: len(at)], file_groups) else file_groups
+
     nothing = share(slice(0, 0), compare[:0], None)
     shares = []
+    others: dict[tuple[int, int], Ints | None] = {}  # most ranks have the same two arrays
     for rank, plan in enumerate(plans):
         part = slice(assigned_bounds[rank], assigned_bounds[rank + 1])
         rows = compare[compared[rank] : compared[rank + 1]]
         at = numbers.of_common[rank]
-        file_groups = numbers.file_group[at]
-        other = None if np.array_equal(plan.file_group[: len(at)], file_groups) else file_groups
+        arrays = id(plan.file_group), id(at)
+        if arrays not in others:
+            others[arrays] = other_groups(plan.file_group, at)
+        other = others[arrays]
         empty = part.start == part.stop and not len(rows) and other is None
         shares.append(nothing if empty else share(part, rows, other))
     return tuple(shares)
@@ -300,29 +307,32 @@ def check_coverage(specs: Sequence[TensorSpec], chunks: ChunkTable, rank: Ints) 
     `rank` [n] has the rank of each chunk.
     """
     dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
-    shapes = pad_shapes([spec.shape for spec in specs], dims=dims)
-    order = stable_order(chunks.tensor, below=len(specs))
-    boxes = widen_boxes(chunks.boxes[order], dims=dims)
-    bounds = np.searchsorted(chunks.tensor[order], np.arange(len(specs) + 1))
-    gap = first_gap(shapes, bounds, boxes[:, 0], boxes[:, 1])
-    if gap is None:
-        return
-    index, (problem, offsets, sizes) = gap
-    rows = slice(bounds[index], bounds[index + 1])
+    for block, rows, ends in tensor_blocks(chunks.tensor, len(specs)):
+        shapes = pad_shapes([spec.shape for spec in specs[block]], dims=dims)
+        boxes = widen_boxes(chunks.boxes[rows], dims=dims)
+        gap = first_gap(shapes, np.array([0, *ends]), boxes[:, 0], boxes[:, 1])
+        if gap is not None:
+            index, found = gap
+            part = slice([0, *ends][index], ends[index])
+            raise _coverage_error(specs[block][index], found, boxes[part], rank[rows[part]])
+
+
+def _coverage_error(spec: TensorSpec, gap: Gap, boxes: Ints, rank: Ints) -> CoverageError:
+    """Return the error for a gap in a tensor, with its boxes [m, 2, D] and their ranks [m]."""
+    problem, offsets, sizes = gap
     (low, high), (begin, end) = (
         (at, at + size)
-        for at, size in ((boxes[rows, 0], boxes[rows, 1]), (np.array(offsets), np.array(sizes)))
+        for at, size in ((boxes[:, 0], boxes[:, 1]), (np.array(offsets), np.array(sizes)))
     )
     if problem == "overlap":
         holding = ((low < end) & (high > begin)).all(axis=1)
     else:  # no rank holds a hole
         holding = ((low == begin) & (high == end)).all(axis=1)
-    spec = specs[index]
     offsets, sizes = offsets[: len(spec.shape)], sizes[: len(spec.shape)]
-    raise CoverageError(
+    return CoverageError(
         f"The chunks of the ranks do not tile the tensor: {problem}",
         tensor=spec.name,
-        rank=tuple(np.unique(rank[order][rows][holding]).tolist()) or None,
+        rank=tuple(np.unique(rank[holding]).tolist()) or None,
         expected=f"every element of shape {list(spec.shape)} exactly once",
         actual=f"{problem} at offsets {list(offsets)}, sizes {list(sizes)}",
         remedy="save the state on all ranks of the mesh, each with its own part",

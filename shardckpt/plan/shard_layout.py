@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.entries import TensorEntry
 from shardckpt.format.tiling import stable_order
-from shardckpt.plan.local_plan import ChunkTable, Ints, TensorSpec, widen_boxes
+from shardckpt.plan.local_plan import ChunkTable, Ints, TensorSpec, flat_boxes, widen_boxes
 from shardckpt.state.file_groups import MAIN, file_suffix
 
-__all__ = ["chunk_bytes", "shard_name", "tensor_entries"]
+__all__ = ["chunk_bytes", "shard_name", "tensor_blocks", "tensor_entries"]
+
+_BLOCK_CHUNKS = 1 << 16
 
 
 def shard_name(*, rank: int, world_size: int, file_group: int = MAIN) -> str:
@@ -38,38 +41,53 @@ def tensor_entries(
     after a header of header_bytes[s] bytes. The chunks of a tensor are sorted by offsets.
     """
     dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
-    tensor, boxes = chunks.tensor, widen_boxes(chunks.boxes, dims=dims)
     sizes = chunk_bytes(specs, chunks)
     shard = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     total = np.concatenate([[0], np.cumsum(sizes)])
     end = total[1:] + (header_bytes - total[bounds[:-1]])[shard]
-    order = _by_offsets(tensor, boxes, len(specs))
-    flat = np.empty((len(tensor), 3 + 2 * dims), dtype=np.int64)
-    columns = [shard, end - sizes, end, *boxes[:, 0].T, *boxes[:, 1].T]
-    for index, column in enumerate(columns):
-        flat[:, index] = column
-    flat = flat[order]
-    rows = np.searchsorted(tensor[order], np.arange(len(specs) + 1)).tolist()
-    used = [np.array([*range(3 + n), *range(3 + dims, 3 + dims + n)]) for n in range(dims)]
-    return {
-        spec.name: TensorEntry(
-            dtype=spec.dtype,
-            shape=tuple(spec.shape),
-            chunks=flat[low:high]
-            if len(spec.shape) == dims
-            else flat[low:high][:, used[len(spec.shape)]],
-        )
-        for spec, low, high in zip(specs, rows[:-1], rows[1:], strict=True)
-    }
+    used = [np.array([*range(3 + n), *range(3 + dims, 3 + dims + n)]) for n in range(dims + 1)]
+    entries: dict[str, TensorEntry] = {}
+    for block, rows, ends in tensor_blocks(chunks.tensor, len(specs)):
+        boxes = widen_boxes(chunks.boxes[rows], dims=dims)
+        order = _by_offsets(chunks.tensor[rows], boxes)
+        rows, boxes = rows[order], boxes[order]
+        flat = np.empty((len(rows), 3 + 2 * dims), dtype=np.int64)
+        flat[:, 0], flat[:, 1], flat[:, 2] = shard[rows], end[rows] - sizes[rows], end[rows]
+        flat[:, 3:] = flat_boxes(boxes)
+        for spec, low, high in zip(specs[block], [0, *ends[:-1]], ends, strict=True):
+            part = flat[low:high]
+            if len(spec.shape) < dims:
+                part = part[:, used[len(spec.shape)]]
+            entries[spec.name] = TensorEntry(dtype=spec.dtype, shape=tuple(spec.shape), chunks=part)
+    return entries
 
 
-def _by_offsets(tensor: Ints, boxes: Ints, count: int) -> Ints:
-    """Return the order of chunks by tensor and offsets. They are usually sorted already."""
+def tensor_blocks(tensor: Ints, count: int) -> Iterator[tuple[slice, Ints, list[int]]]:
+    """Divide chunks into blocks of consecutive tensors, which fit in the cache of a processor.
+
+    Args:
+        tensor: The tensor of each chunk [n].
+        count: The number of tensors.
+
+    Yields:
+        The tensors of a block, their chunks by tensor, and where the chunks of each tensor end.
+    """
     order = stable_order(tensor, below=count)
-    sorted_so_far = np.diff(tensor[order]) > 0
+    ends = np.cumsum(np.bincount(tensor, minlength=count))
+    cuts = np.flatnonzero(np.diff(ends // _BLOCK_CHUNKS, prepend=0)) + 1
+    borders = [0, *cuts[cuts < count].tolist(), count] if count else []
+    for low, high in itertools.pairwise(borders):
+        begin = int(ends[low - 1]) if low else 0
+        yield slice(low, high), order[begin : ends[high - 1]], (ends[low:high] - begin).tolist()
+
+
+def _by_offsets(tensor: Ints, boxes: Ints) -> Ints:
+    """Return the order of chunks by tensor and offsets. They are sorted by tensor, and usually by
+    offsets too."""
+    sorted_so_far = np.diff(tensor) > 0
     for offsets in boxes[:, 0].T:
-        step = np.diff(offsets[order])
+        step = np.diff(offsets)
         if not (sorted_so_far | (step >= 0)).all():
             return np.lexsort((*boxes[:, 0, ::-1].T, tensor)).astype(np.int64)
         sorted_so_far |= step > 0
-    return order
+    return np.arange(len(tensor))

@@ -293,7 +293,7 @@ class _Lead:
     def divide(self, payloads: list[bytes]) -> list[bytes]:
         """Divide the work among the ranks."""
         with self.work.phase("divide"), collector_paused():
-            plan = global_plan([LocalPlan.unpack(payload) for payload in payloads], self.common)
+            plan = global_plan(LocalPlan.unpack_all(payloads), self.common)
             self.plan = KnownPlan(plan, self.partial)
         _cache.add_plan(self.plan_id, self.plan)
         return list(plan.shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import threading
@@ -128,9 +129,10 @@ class LocalFiles(CheckpointFiles):
                     actual=f"{status.st_size} bytes",
                     remedy="load another checkpoint",
                 )
-            data = bytearray(status.st_size)
-            self._fill(fd, MANIFEST_NAME, memoryview(data), 0)
-            return bytes(data)
+            data = io.BytesIO(bytes(status.st_size))  # its bytes are returned without a copy
+            with data.getbuffer() as view:
+                self._fill(fd, MANIFEST_NAME, view, 0)
+            return data.getvalue()
         finally:
             self._system.close(fd)
 

@@ -92,7 +92,16 @@ def test_other_formats_have_a_page_too(tmp_path):
     assert data["checkpoints"][0]["values"] == 1
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"path": "p", "profile": {"x": {}}}', "[]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        '{"path": "p", "profile": {"x": {}}}',
+        '{"path": "p", "profile": {"0": {"write": NaN}}}',  # which browsers refuse in JSON
+        "[]",
+    ],
+)
 def test_a_file_of_timings_in_another_form_is_named(tmp_path, text):
     shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
     (tmp_path / "bad.json").write_text(text)
@@ -101,6 +110,12 @@ def test_a_file_of_timings_in_another_form_is_named(tmp_path, text):
             [tmp_path / "c"], tmp_path / "p.html", timings=[tmp_path / "bad.json"]
         )
     assert not (tmp_path / "p.html").exists()
+
+
+def test_a_single_path_is_not_taken_as_letters(tmp_path):
+    shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
+    shardckpt.write_report(str(tmp_path / "c"), tmp_path / "p.html")
+    assert data_of(tmp_path / "p.html")["checkpoints"][0]["name"] == "c"
 
 
 def test_the_command_writes_the_page_once(tmp_path, capsys):

@@ -122,3 +122,13 @@ def test_merge_writes_the_average(two, tmp_path, capsys):
     assert main(["merge", two[0], str(tmp_path / "x")]) == StateError.exit_code
     with pytest.raises(SystemExit):
         main(["merge", *two, target, "--weights", "1;3"])
+
+
+def test_cat_prints_json(two, capsys):
+    assert main(["cat", two[0], "w[1, 2:4]", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"name": "w[1, 2:4]", "dtype": "float32", "shape": [2], "values": [8.0, 9.0]}
+    shardckpt.save({"x": torch.tensor([float("nan"), 1.5]).bfloat16()}, two[0], overwrite=True)
+    assert main(["cat", two[0], "x", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dtype"], found["values"]) == ("bfloat16", ["nan", 1.5])

@@ -17,11 +17,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 
 from shardckpt.errors import ShardckptError
-from shardckpt.format import manifest
+from shardckpt.format import divided_manifest as divided
+from shardckpt.format import lazy_manifest as lazy
+from shardckpt.format import manifest, number_lists
 from shardckpt.format import safetensors_header as shard
 from shardckpt.format import tiling as boxes
 from shardckpt.format import typed_json as values
@@ -31,6 +35,7 @@ from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
 from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import to_bytes
 from shardckpt.format.safetensors_header import build_header
+from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.saved_tree import SavedState
 
 INPUTS_A_TRIAL = 5000
@@ -99,6 +104,48 @@ def parse_manifest(data: bytes) -> None:
             outline.find(name)
             outline.tensor(name)
     SavedState(manifest.from_bytes(data, path="fuzz"))
+
+
+def parse_large(data: bytes) -> None:
+    """What two ranks do with the bytes of a large manifest: together they refuse what one rank
+    refuses alone."""
+    try:
+        manifest.from_bytes(data, path="fuzz")
+        valid = True
+    except ShardckptError:
+        valid = False
+    with (
+        mock.patch.multiple(divided, LARGE_BYTES=0, LONG_BYTES=0),
+        mock.patch.multiple(lazy, LARGE_BYTES=0, LONG_BYTES=0, _MANY=0),
+        mock.patch.multiple(manifest, LARGE_BYTES=0, _BATCH_BYTES=8),
+    ):
+        try:
+            _parse_together(data)
+        except ShardckptError:
+            assert not valid, f"two ranks refuse {data!r}"
+            raise
+    assert valid, f"two ranks accept {data!r}"
+
+
+def _parse_together(data: bytes) -> None:
+    with suppress(ShardckptError):
+        outline = LazyManifest(data, path="fuzz")
+        for name in ("w", "s"):
+            outline.find(name)
+            if entry := outline.tensor(name):
+                _read_all(entry)
+    found = [divided.part_from_bytes(data, path="fuzz", rank=r, world_size=2) for r in range(2)]
+    for each in found:
+        for entry in each.tensors.values():
+            _read_all(entry)
+    ranges = [each.part.ranges for each in found if each.part]
+    divided.check_parts(ranges, len(found[0].shards), lambda: data, path="fuzz")
+
+
+def _read_all(entry: TensorEntry) -> None:
+    if 0 not in entry.shape:
+        whole = LocalChunk((0,) * len(entry.shape), entry.shape, torch.empty(0))
+        divided.chunks_of([(entry, whole)])
 
 
 def parse_shard(data: bytes) -> None:
@@ -258,6 +305,7 @@ def header_input(rng: random.Random) -> bytes:
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[random.Random], bytes], bytes]] = {
     "manifest": (parse_manifest, manifest_input, VALID_MANIFEST),
+    "large": (parse_large, manifest_input, VALID_MANIFEST),
     "header": (parse_shard, header_input, VALID_HEADER),
 }
 
@@ -292,6 +340,11 @@ def manifest_trial(seed: int) -> int:
     return trial_of("manifest", seed)
 
 
+def large_trial(seed: int) -> int:
+    """Inputs for ranks that parse a large manifest together."""
+    return trial_of("large", seed)
+
+
 def header_trial(seed: int) -> int:
     """Inputs for the parser of shard headers."""
     return trial_of("header", seed)
@@ -322,7 +375,7 @@ def main() -> None:
 
     target, runs, seed = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     parse, make, _ = TARGETS[target]
-    for module in (manifest, shard, values, boxes, rules):
+    for module in (manifest, divided, number_lists, shard, values, boxes, rules):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 setattr(module, name, atheris.instrument_func(function))

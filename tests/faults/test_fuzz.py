@@ -52,6 +52,15 @@ def test_any_bytes(data):
         fuzz.attempt(parse, data)
 
 
+def test_ranks_that_accept_what_one_rank_refuses_would_be_seen(monkeypatch):
+    """A planted fault: no rank checks a long list."""
+    monkeypatch.setattr(fuzz.divided, "_own", lambda long, rank, world_size: [])
+    monkeypatch.setattr(fuzz, "_read_all", lambda entry: None)
+    with pytest.raises(AssertionError, match="two ranks accept"):
+        for seed in range(20):
+            fuzz.trial_of("large", seed)
+
+
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_documents_with_changes(target, monkeypatch):
     monkeypatch.setattr(fuzz, "INPUTS_A_TRIAL", 2000)

@@ -27,6 +27,7 @@ HARNESSES = {
     "hostile": ("tests.faults.test_hostile:trial", "calls with hostile checkpoints"),
     "handler": ("tests.faults.test_handler_attacks:trial", "hostile checkpoints of a handler"),
     "manifest": ("tests.faults.fuzz:manifest_trial", "inputs for the parser of manifests"),
+    "large": ("tests.faults.fuzz:large_trial", "inputs for the ranks that parse a large manifest"),
     "header": ("tests.faults.fuzz:header_trial", "inputs for the parser of shard headers"),
     "stores": ("tests.faults.stores:trial", "requests that an object store failed"),
     "proxy": ("tests.faults.store_proxy:trial", "answers of an object server that failed"),

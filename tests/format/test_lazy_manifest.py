@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt import errors
+from shardckpt.format import lazy_manifest
 from shardckpt.format import typed_json as values
 from shardckpt.format.entries import ShardEntry, TensorEntry
 from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.manifest import from_bytes, to_bytes
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.state.saved_tree import SavedState
+from tests.format.test_divided_manifest import chunks_in
 from tests.format.test_manifest import SHARD, a_manifest, document, sealed
 
 NAMES = st.text(alphabet="ab.$", max_size=4)
@@ -73,6 +75,80 @@ def reference(node):
     if isinstance(node, dict):
         return {key: reference(item) for key, item in node.items()}
     return TensorRef({1: "w", 2: "s"}[node], "tensor")
+
+
+@pytest.fixture
+def every_object_is_large(monkeypatch):
+    monkeypatch.setattr(lazy_manifest, "LARGE_BYTES", 0)
+    monkeypatch.setattr(lazy_manifest, "_MANY", 0)
+
+
+@given(STATES, st.lists(NAMES, max_size=9))
+def test_a_search_finds_what_decoding_finds(state, names):
+    """With an early name that needs no search, so that the searches are not used up."""
+    data = to_bytes(a_manifest(state=values.encode(state, at="")))
+    for name in [*names, *SavedState(from_bytes(data, path="p")).leaves]:
+        with pytest.MonkeyPatch.context() as patch:
+            outline = LazyManifest(data, path="p")
+            patch.setattr(lazy_manifest, "LARGE_BYTES", 0)
+            patch.setattr(lazy_manifest, "_MANY", 0)
+            assert LazyManifest(data, path="p").find(name) == outline.find(name), name
+
+
+@pytest.mark.parametrize(
+    "name", ["w", 'quote"', "back\\slash", "line\n", "ä", "", "a.b", " ", "\x7f"]
+)
+def test_a_tensor_of_any_name_is_searched(name, every_object_is_large):
+    entry = a_manifest().tensors["w"]
+    state = {name: {"$tensor": name}, "other": 1}
+    data = to_bytes(a_manifest(tensors={"v": entry, name: entry}, state=state, per_rank=()))
+    for _ in range(9):
+        outline = LazyManifest(data, path="p")
+        assert outline.find(name) == (name or None)
+        assert outline.tensor(name).chunks.tolist() == entry.chunks.tolist()
+        assert outline.tensor("x") is outline.find("\ud800") is None
+
+
+def test_an_object_is_searched_a_few_times_and_then_decoded(every_object_is_large, monkeypatch):
+    searches = []
+    search = lazy_manifest._search
+    monkeypatch.setattr(lazy_manifest, "_search", lambda *a: searches.append(a) or search(*a))
+    outline, _ = both()
+    entries = [outline.tensor("w") or outline.tensor("nothing") for _ in range(9)]
+    assert entries == [outline.tensor("w")] * 9
+    assert len(searches) == 1
+    assert [outline.tensor("nothing") for _ in range(9)] == [None] * 9
+    assert len(searches) == lazy_manifest._MOST_SEARCHES
+
+
+def test_a_long_list_is_parsed_where_it_is_read(monkeypatch):
+    monkeypatch.setattr(lazy_manifest, "LONG_BYTES", 0)
+    outline, manifest = both()
+    whole = manifest.tensors["w"].chunks
+    assert outline.tensor("w").chunks.tolist() == whole.tolist()
+    assert chunks_in(outline.tensor("w"), (2, 0), (1, 1)).tolist() == whole[1:].tolist()
+    assert outline.tensor("s") is outline.tensor("e") is None
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({"shape": shape} for shape in ([-4, 2], [1 << 40] * 2, [1] * 65, [0, 2])),
+        *({"chunks": chunks} for chunks in ([0, 1], [0, 1 << 70], {})),
+        {"dtype": "F33"},
+    ],
+)
+def test_a_long_list_of_an_invalid_tensor(facts, monkeypatch):
+    monkeypatch.setattr(lazy_manifest, "LONG_BYTES", 0)
+    changed = document()
+    changed["tensors"]["w"].update(facts)
+    text = sealed(changed)
+    entry = LazyManifest(text, path="p").tensor("w")
+    if entry is not None:
+        with pytest.raises(errors.CorruptionError):
+            chunks_in(entry, (0, 0), (1, 1))
+    with pytest.raises(errors.CorruptionError):
+        from_bytes(text, path="p")
 
 
 def test_tensors_are_those_of_the_complete_manifest():

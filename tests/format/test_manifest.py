@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from shardckpt import errors
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.entries import Manifest, ShardEntry, TensorEntry
-from shardckpt.format.manifest import from_bytes, to_bytes
+from shardckpt.format.manifest import encode_tensors, from_bytes, to_bytes
 
 SHARD = "shard-00000-of-00001.safetensors"
 
@@ -64,6 +65,24 @@ def test_any_names_and_shapes(shapes):
     shards = (ShardEntry(name=SHARD, size_bytes=at, digests=np.array([1], np.uint64)),)
     manifest = a_manifest(shards=shards, tensors=tensors, state={"a": 1}, per_rank=())
     assert to_bytes(from_bytes(to_bytes(manifest), path="p")) == to_bytes(manifest)
+
+
+@pytest.mark.parametrize("dims", [0, 1, 3])
+@pytest.mark.parametrize("lengths", [[200], [64, 64], [100, 1, 100, 1, 100], [1] * 70, [63], []])
+def test_long_lists_are_encoded_as_short_ones(lengths, dims):
+    """Runs of chunks at the same bytes of their shards are encoded once for several tensors."""
+    tensors = {}
+    for index, step in enumerate((10, 10, 1000)):
+        begin = np.repeat(np.arange(len(lengths)) * step, lengths)
+        shard = np.arange(len(begin)) * (index // 2 + 1)
+        boxes = np.arange(2 * dims * len(begin)).reshape(len(begin), 2 * dims)
+        chunks = np.column_stack([shard, begin, begin + 7, boxes])
+        tensors[f"t{index}"] = TensorEntry(dtype="F32", shape=(1,) * dims, chunks=chunks)
+    plain = {
+        name: {"dtype": "F32", "shape": entry.shape, "chunks": entry.chunks.ravel().tolist()}
+        for name, entry in tensors.items()
+    }
+    assert encode_tensors(tensors) == msgspec.json.encode(plain)
 
 
 def sealed(document) -> bytes:

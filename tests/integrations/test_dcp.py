@@ -23,7 +23,7 @@ from shardckpt.integrations.dcp import (
     ShardWriter,
 )
 from tests.distributed import jobs
-from tests.ranks import join_group, on_world_sizes, run_ranks
+from tests.ranks import FSDP2_ON_CPU, join_group, on_world_sizes, run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -269,6 +269,7 @@ def reshard_with_dcp(folder: str, own: bool) -> None:
     on_world_sizes((3, 2, 1), save_and_load, folder, 3, own)
 
 
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason="in this torch, FSDP2 needs GPUs")
 @pytest.mark.parametrize("own", [False, True], ids=["dcp planners", "own planners"])
 def test_resharding_through_dcp(tmp_path, own):
     run_ranks(3, reshard_with_dcp, str(tmp_path), own)

@@ -76,3 +76,10 @@ def test_the_weights_are_loaded_without_lightning(tmp_path):
     state = shardckpt.load_state(tmp_path / "run" / "last.ckpt")
     assert state["state_dict"]["layers.0.weight"].shape == (16, 8)
     assert state["lightning"]["epoch"] == 1
+
+
+def test_a_converted_checkpoint_is_resumed_by_lightning_itself(tmp_path, uninterrupted):
+    job(JOB, "ddp", tmp_path / "run", 2, "-", ranks=2)
+    shardckpt.convert(tmp_path / "run" / "last.ckpt", tmp_path / "file.ckpt", to="lightning")
+    second = job(JOB, "lightning", tmp_path / "new", 4, tmp_path / "file.ckpt", ranks=2)
+    assert second["digest"] == uninterrupted["ddp"]["digest"]

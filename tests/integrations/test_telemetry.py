@@ -48,6 +48,12 @@ def registry(attach):
     return registry
 
 
+def test_a_path_that_is_not_utf_8_is_escaped(tmp_path, spans):
+    shardckpt.save({"w": torch.ones(1)}, f"{tmp_path}/\udcff")
+    path = spans.get_finished_spans()[-1].attributes["shardckpt.path"]
+    assert path.encode().endswith(b"/\\udcff")
+
+
 def test_a_save_is_a_span_with_its_phases(tmp_path, spans):
     report = shardckpt.save({"w": torch.ones(100)}, tmp_path / "c")
     *phases, span = spans.get_finished_spans()

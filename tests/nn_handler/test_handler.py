@@ -17,7 +17,7 @@ import shardckpt
 from shardckpt import NNHandler, api, errors
 from shardckpt.nn_handler.trainer_saving import checkpoint_name
 from tests.nn_handler.models import Net, a_handler, accuracy, data, same, weights, with_data
-from tests.ranks import on_world_sizes, run_ranks
+from tests.ranks import FSDP2_ON_CPU, on_world_sizes, run_ranks
 
 
 @pytest.mark.parametrize("name", ["c", "c.pth", "deep/er/c.pt", "c.safetensors"])
@@ -258,6 +258,7 @@ def train_on_ranks(size: int, folder: str, parallel: str) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason="in this torch, FSDP2 needs GPUs")
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_any_number_of_ranks_resumes(tmp_path, parallel):
     sizes = (4, 2, 3, 1)

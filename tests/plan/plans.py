@@ -78,4 +78,4 @@ def worlds(draw):
 
 def travelled(plans):
     """What rank 0 gets of them."""
-    return [LocalPlan.unpack(plan.pack(complete=rank == 0)) for rank, plan in enumerate(plans)]
+    return LocalPlan.unpack_all([p.pack(complete=rank == 0) for rank, p in enumerate(plans)])

@@ -6,11 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardckpt.plan.local_plan import (
-    TensorSpec,
-    pack_columns,
-    unpack_columns,
-)
+from shardckpt.plan import local_plan as module
+from shardckpt.plan.local_plan import LocalPlan, TensorSpec, pack_columns, unpack_columns
 from shardckpt.plan.save_plan import global_plan
 from tests.plan.plans import a_plan
 
@@ -21,6 +18,21 @@ from tests.plan.plans import a_plan
 def test_columns_travel(rows):
     columns = np.array(rows, dtype=np.int64).reshape(len(rows), 2)
     assert unpack_columns(pack_columns(columns)).tolist() == columns.tolist()
+
+
+def test_plans_of_many_ranks_are_unpacked_as_each_alone(monkeypatch):
+    """Their columns differ in length and in type: rank 9 has numbers of two bytes."""
+    monkeypatch.setattr(module, "_BATCH_RANKS", 2)
+    common = [TensorSpec(f"w{i}", "F32", (1000, 4)) for i in range(5)]
+    plans = [
+        a_plan(common, (), [(i, (100 * rank, 0), (100, 4), i > 1) for i in range(rank % 3 + 2)])
+        for rank in range(10)
+    ]
+    packed = [plan.pack(complete=rank == 0) for rank, plan in enumerate(plans)]
+    for plan, one, text in zip(plans, LocalPlan.unpack_all(packed), packed, strict=True):
+        for found in (one, LocalPlan.unpack(text)):
+            assert found.digests()[2] == plan.digests()[2]
+            assert found.chunks.boxes.shape == plan.chunks.boxes.shape
 
 
 def test_what_travels_is_small():

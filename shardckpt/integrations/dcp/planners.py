@@ -120,7 +120,7 @@ class ShardSavePlanner(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """See SavePlanner.create_global_plan."""
-        locals_ = [LocalPlan.unpack(plan.planner_data) for plan in all_plans]
+        locals_ = LocalPlan.unpack_all([plan.planner_data for plan in all_plans])
         merged = merge([local.offer(tensors=True) for local in locals_])
         self.tree = filled(merged.tree, self.local.rank0_trees)
         self.global_writes = global_plan(locals_, merged.common)
