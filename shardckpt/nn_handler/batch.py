@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,17 @@ __all__ = [
     "binds",
     "call_model",
     "forward",
+    "is_column",
     "joined",
+    "kept_outputs",
+    "like",
+    "mapped",
     "split",
     "to_device",
 ]
+
+_CACHES = {"past_key_values", "cache"}
+"""Outputs of models of transformers that are larger than all others, and of no use later."""
 
 
 @dataclass(slots=True)
@@ -133,8 +140,8 @@ def call_model(model: nn.Module, inputs: Any, module: nn.Module) -> Any:
             return model(**given)
     if type(inputs) is Several:
         return model(*inputs)
-    plain = type(inputs) in (tuple, list)
-    if plain and not binds(module, (inputs,)) and binds(module, inputs):
+    several = isinstance(inputs, (tuple, list))
+    if several and not binds(module, (inputs,)) and binds(module, inputs):
         return model(*inputs)
     return model(inputs)
 
@@ -161,34 +168,59 @@ def binds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
     return True
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a nested value to a device.
+def mapped(act: Callable[[Any], Any], value: Any) -> Any:
+    """Apply `act` to the tensors of a nested value, and to objects that have a method `to`.
 
-    Containers keep their types. Objects with a method `to` move themselves, such as PackedSequence
-    and BatchEncoding.
+    Containers keep their types. PackedSequence and BatchEncoding have a method `to`.
     """
     if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
-        return value.to(device)
-    if isinstance(value, dict):
-        moved = {key: to_device(item, device) for key, item in value.items()}
-        return moved if type(value) is dict else _like(value, moved)
+        return act(value)
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return like(value, {key: mapped(act, item) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(to_device(item, device) for item in value)
+        return value._make(mapped(act, item) for item in value)
     if isinstance(value, (list, tuple)):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(mapped(act, item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        moved = {name: to_device(item, device) for name, item in fields.items()}
-        return dataclasses.replace(value, **moved)
+        changed = {name: mapped(act, item) for name, item in fields.items()}
+        return dataclasses.replace(value, **changed)
     return value
 
 
-def _like(value: dict[Any, Any], moved: dict[Any, Any]) -> dict[Any, Any]:
+def like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same type with other items."""
+    if type(value) is dict or not isinstance(value, dict):
+        return items
     made = copy.copy(value)
-    made.update(moved)
+    for key, item in items.items():  # the outputs of transformers have no method `update`
+        made[key] = item
     return made
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors of a nested value to a device; see mapped."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return mapped(lambda part: part.to(device), value)
+
+
+def kept_outputs(outputs: Any) -> Any:
+    """The outputs of a batch on the CPU, without their graph and the caches of transformers."""
+    caches = _CACHES & outputs.keys() if isinstance(outputs, Mapping) else set()
+    if caches and dataclasses.is_dataclass(outputs):  # as in transformers
+        outputs = dataclasses.replace(outputs, **dict.fromkeys(caches))  # type: ignore[type-var]
+    elif caches:
+        outputs = {key: item for key, item in outputs.items() if key not in caches}
+    return mapped(_kept, outputs)
+
+
+def _kept(part: Any) -> Any:
+    if isinstance(part, torch.Tensor):
+        return part.detach().to("cpu")
+    if isinstance(part, nn.utils.rnn.PackedSequence):
+        part = part._replace(data=part.data.detach())
+    return part.to(torch.device("cpu"))
 
 
 def batch_size(targets: Any) -> int:
@@ -206,22 +238,31 @@ def batch_size(targets: Any) -> int:
     return sizes.pop() if len(sizes) == 1 else max(len(items), 1)
 
 
+def is_column(value: Any) -> bool:
+    """Whether a value is a list with a text or a number for each sample."""
+    return isinstance(value, list) and any(isinstance(item, (str, int, float)) for item in value)
+
+
 def joined(parts: list[Any]) -> Any:
-    """Concatenate the outputs of several batches along their first dimension."""
-    first = parts[0]
-    if isinstance(first, torch.Tensor):
+    """Concatenate the outputs of several batches along their first dimension.
+
+    The containers are those of the last part: the first one may come from a checkpoint.
+    """
+    last = parts[-1]
+    if isinstance(last, torch.Tensor):
         return torch.cat([part if part.dim() else part.reshape(1) for part in parts])
-    if isinstance(first, Mapping):
-        return {key: joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple) and hasattr(first, "_make"):
-        return first._make(joined(list(items)) for items in zip(*parts, strict=True))
-    if isinstance(first, (list, tuple)):
-        return type(first)(joined(list(items)) for items in zip(*parts, strict=True))
-    if first is None:
+    if isinstance(last, Mapping):
+        return like(last, {key: joined([part[key] for part in parts]) for key in last})
+    if is_column(last):
+        return [item for part in parts for item in part]
+    if isinstance(last, (list, tuple)):
+        items = [joined(list(items)) for items in zip(*parts, strict=True)]
+        return last._make(items) if hasattr(last, "_make") else type(last)(items)
+    if last is None:
         return None
     raise StateError(
         "The outputs of the model can't be concatenated",
-        expected="tensors, or tuples, lists and dicts of them",
-        actual=type(first).__name__,
+        expected="tensors, lists of texts or numbers, or tuples, lists and dicts of these",
+        actual=type(last).__name__,
         remedy="call predict with one batch at a time",
     )

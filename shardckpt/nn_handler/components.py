@@ -95,7 +95,7 @@ class Components(TrainingState):
             )
         self.model_class, self.model_kwargs = model_class, model_kwargs
         self.model = wrap(model_class(**model_kwargs), self.layout)
-        self.wrapped_for = [p.requires_grad for p in self.module.parameters()]
+        self.wrapped_for = [(id(p), p.requires_grad) for p in self.module.parameters()]
         self.ema, self.probed = None, False
         self.frozen, self.kept_eval, self.compiling, self.class_name = [], [], None, None
         self.model_code = collect_code(model_class) if self._save_code else None
@@ -531,8 +531,9 @@ class Components(TrainingState):
     def set_hyperparameters(self, *, optimizer: str = MAIN, **options: Any) -> None:
         """Change options of an optimizer and keep its moments. Not collective.
 
-        The change also holds after a resume: it replaces the options of the checkpoint. A
-        scheduler continues with a new rate as its base.
+        The change also holds after a resume: it replaces the options of the checkpoint, unless the
+        run that saved it had made the same change. A scheduler continues with a new rate as its
+        base, OneCycleLR with it as its largest rate.
 
         Args:
             optimizer: The name of the optimizer.

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 
 from shardckpt.errors import StateError
-from shardckpt.nn_handler.batch import Result, joined, to_device
+from shardckpt.nn_handler.batch import Result, joined, kept_outputs
 from shardckpt.nn_handler.parallel import Layout, gathered, mean_over_ranks
 from shardckpt.nn_handler.training_state import TrainingState
 
 __all__ = ["EpochSums", "accumulates"]
-
-_CPU = torch.device("cpu")
 
 
 def accumulates(metric: Any) -> bool:
@@ -41,8 +39,8 @@ class WholeEpoch:
 
     def update(self, outputs: Any, targets: Any) -> None:
         """Add a batch."""
-        self.outputs.append(_detached(to_device(outputs, _CPU)))
-        self.targets.append(_detached(to_device(targets, _CPU)))
+        self.outputs.append(kept_outputs(outputs))
+        self.targets.append(kept_outputs(targets))
 
     def compute(self) -> Any:
         """The value over the batches of all ranks; collective."""
@@ -75,9 +73,18 @@ class _Batches:
         if not self.count:
             return {}
         return {
-            "outputs": joined(self.outputs[: self.count]),
-            "targets": joined(self.targets[: self.count]),
+            "outputs": _plain(joined(self.outputs[: self.count])),
+            "targets": _plain(joined(self.targets[: self.count])),
         }
+
+
+def _plain(value: Any) -> Any:
+    """A nested value in dicts, tuples and lists of Python's own types."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (tuple if isinstance(value, tuple) else list)(map(_plain, value))
+    return value
 
 
 class EpochSums:
@@ -127,6 +134,8 @@ class EpochSums:
     def means(self) -> dict[str, float]:
         """The means over the samples of all ranks. Collective."""
         found = {n: (float(value), float(self.counts[n])) for n, value in self.sums.items()}
+        if not self.counts["loss"] and any(name.startswith("loss_") for name in found):
+            del found["loss"]  # the step of the user updates other optimizers than the main one
         computed = {n: float(_number(m.compute(), n)) for n, m in self.objects.items()}
         synced = {n for n, metric in self.objects.items() if getattr(metric, "sync", None)}
         # an object that does not gather from all ranks by itself has a value for each rank
@@ -171,19 +180,6 @@ def _copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else copy.deepcopy(value)
 
 
-def _detached(value: Any) -> Any:
-    """A nested value without the graph of its tensors."""
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    if isinstance(value, Mapping):
-        return {key: _detached(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(map(_detached, value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_detached, value))
-    return value
-
-
 def _plus(total: Any, number: Any, size: int) -> Any:
     """total + size * number; in float64, and on the device of a number that is a tensor."""
     if not isinstance(number, torch.Tensor):
@@ -206,4 +202,5 @@ def _number(value: Any, name: str) -> Any:
             f"The metric {name!r} returned no number",
             expected="a number, or a tensor with one element",
             actual=f"{type(value).__name__}: {error}",
+            remedy="return one number; add each metric of a collection by itself",
         ) from error

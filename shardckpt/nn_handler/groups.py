@@ -128,8 +128,18 @@ def _check_free(names: Collection[str], held: Mapping[str, str]) -> None:
 def group_names(
     optimizer: torch.optim.Optimizer, module: nn.Module, loss: nn.Module | None
 ) -> list[list[str]]:
-    """The names of the parameters in each group of an optimizer, as `grouped` takes them."""
+    """The names of the parameters in each group of an optimizer, as `grouped` takes them.
+
+    Raises StateError for parameters that the model does not have.
+    """
     by_id, _ = _named(module, loss)
+    lost = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in by_id]
+    if lost:
+        raise StateError(
+            "The optimizer holds parameters that the model does not have",
+            actual=f"{len(lost)} of them, such as one of shape {tuple(lost[0].shape)}",
+            remedy="call set_optimizer after a change of the model or the loss",
+        )
     return [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 

@@ -200,13 +200,13 @@ class NNHandler(Components):
             sanity_val_batches: Validate on so many batches before training, to find mistakes
                 early. The results are dropped. Only on a Dataset, and not after a resume.
             precision: "bf16", "fp16" (with a gradient scaler), "tf32" or "fp32".
-            nan_guard: The answer to a loss that is not finite: "stop" raises an error
-                before the weights change, "skip" skips the step, and "restore" loads the weights
-                and the optimizers of the last checkpoint of this run, and continues with the next
-                batch.
+            nan_guard: The answer to a loss or a gradient that is not finite: "stop" raises an
+                error before the weights change, "skip" skips the step, and "restore" loads the
+                weights and the optimizers of the last checkpoint of this run, keeps the rates, and
+                continues with the next batch. The batches of such a step count in no metric.
             agree_every: The largest number of steps between two agreements of the ranks on
                 signals, failures and `stop_training`. The ranks agree more often if steps take
-                longer than 0.025 seconds, and before each save. Ignored on one rank.
+                longer than 0.025 seconds or become slow, and before each save. Ignored on one rank.
             fast_dev_run: Try one batch of training and one of validation. Nothing is saved, and
                 callbacks that write files are not called.
 
@@ -296,7 +296,7 @@ class NNHandler(Components):
 
         Args:
             inputs: A batch for the model, or a Dataset or loader. If its batches are pairs, the
-                model gets their first items.
+                model gets their first items, unless its forward needs both.
             ema: Use the averaged weights.
             loader_options: The arguments of a DataLoader, if `inputs` is a Dataset or a list of
                 samples.
@@ -625,6 +625,7 @@ class NNHandler(Components):
                 without optimizers and schedulers. Averaged weights stay on the disk until
                 `ema_weights` or `predict(..., ema=True)` uses them.
             strict: Raise an error if the names of the model's tensors differ from the checkpoint.
+                With False, a warning lists the differences.
             skip_optimizer: Leave out the optimizers and their schedulers.
             skip_scheduler: Leave out the schedulers.
             skip_history: Leave out the history.
@@ -685,14 +686,16 @@ class NNHandler(Components):
     ) -> NNHandler:
         """Create a new handler with only the weights of a checkpoint. Collective.
 
-        Names lose the prefixes of wrappers: `module.` and `_orig_mod.`.
+        Names lose the prefixes of wrappers: `module.` and `_orig_mod.`. Tensors are converted to
+        the dtypes of the model.
 
         Args:
             path: A checkpoint of a handler, another sharded checkpoint, a torch file (.pth, .pt,
                 .ckpt, .bin), a safetensors file, or a folder of Hugging Face or DCP.
             model_class: See NNHandler.
             device: See NNHandler.
-            strict: Raise an error if the names differ.
+            strict: Raise an error if names or shapes differ. With False, a warning lists the
+                differences; an error is raised only if no name fits.
             prefix: The prefix of the weights in the checkpoint; by default the best match.
             ema: Use the averaged weights of a handler's checkpoint.
             parallel: See NNHandler.

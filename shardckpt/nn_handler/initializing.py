@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from shardckpt import api
 from shardckpt.convert.convert import open_source
+from shardckpt.errors import LoadMismatchError, printable
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.loading.memory_checkpoint import StateStorage
+from shardckpt.logs import warn
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.reports import LoadReport
 from shardckpt.state.module_state import canonical_names
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import resolve
 
-__all__ = ["fill_weights", "weight_names"]
+__all__ = ["differences", "fill_weights", "warn_of_skipped", "weight_names", "with_remedy"]
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -53,7 +58,64 @@ def fill_weights(
             return f"model.{targets[name]}"
         return f"other.{name}" if name in leaves else name
 
-    api.load({"model": handler.model}, path, strict=strict, rename=rename, storage=storage)
+    if not own & set(targets.values()):
+        strict = True  # otherwise nothing would be loaded
+    with with_remedy("strict=False loads what fits; prefix= chooses the weights in the checkpoint"):
+        report = api.load(
+            {"model": handler.model},
+            path,
+            strict=strict,
+            dtype="cast",
+            rename=rename,
+            storage=storage,
+        )
+    if not strict:
+        warn_of_skipped(path, handler.rank, **differences(report))
+
+
+@contextmanager
+def with_remedy(text: str) -> Iterator[None]:
+    """Give a LoadMismatchError the remedy that the called function offers."""
+    try:
+        yield
+    except LoadMismatchError as error:
+        error.remedy = text
+        raise
+
+
+def differences(report: LoadReport) -> dict[str, Any]:
+    """The arguments of warn_of_skipped, after a load with strict=False."""
+    return {
+        "missing": report.missing,
+        "unexpected": [name for name in report.unexpected if name.startswith("model.")],
+        "wrong_shape": report.wrong_shape,
+        "wrong_dtype": report.wrong_dtype,
+    }
+
+
+def warn_of_skipped(
+    path: str,
+    rank: int,
+    *,
+    missing: Sequence[str] = (),
+    unexpected: Sequence[str] = (),
+    wrong_shape: Sequence[tuple[str, object, object]] = (),
+    wrong_dtype: Sequence[tuple[str, object, object]] = (),
+) -> None:
+    """Warn on rank 0 of what a load with strict=False left as it was, or did not use."""
+    parts = {
+        "not in the checkpoint": missing,
+        "of another shape": [f"{name} (saved {saved})" for name, _, saved in wrong_shape],
+        "of another dtype": [f"{name} (saved {saved})" for name, _, saved in wrong_dtype],
+        "not in the handler": unexpected,
+    }
+    texts = [
+        f"{text}: {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if names[8:] else "")
+        for text, names in parts.items()
+        if names
+    ]
+    if texts and rank == 0:
+        warn(printable(f"strict=False skipped tensors of {path}. {'; '.join(texts)}"))
 
 
 def _whole(source: Source, name: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
+from shardckpt.nn_handler.initializing import differences, warn_of_skipped, with_remedy
 from shardckpt.nn_handler.model_code import class_of_code
 from shardckpt.nn_handler.objects import Given, Names, making
 from shardckpt.nn_handler.optimization import MAIN
@@ -58,6 +60,15 @@ from shardckpt.torch_compat import child_names
 
 __all__ = ["LoadOptions", "Source", "load", "open_source", "restore", "restore_tensors"]
 
+_CREATED = (
+    'give the model of the checkpoint: model_class=..., or objects={"model.kwargs": {...}}; '
+    "strict=False loads what fits"
+)
+_RESTORED = (
+    "create the model with the arguments that it had when this was saved, or take what fits with "
+    "NNHandler.initialize_from_checkpoint(..., strict=False)"
+)
+_FUNCTIONS = ("loss_fn", "loss_arguments", "metrics")  # resolved when the model exists
 _VALUES = ("config", "progress", "callbacks", "scheduler", "schedulers", "scaler", "ema.decay")
 
 
@@ -230,7 +241,7 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
                 names.resolve(callback.args, f"{at}.args"),
                 names.resolve(callback.kwargs, f"{at}.kwargs"),
             )
-    names.raise_missing()
+    names.raise_missing(_unused(names, options, later=_FUNCTIONS))
     return parts
 
 
@@ -390,20 +401,30 @@ def _check_loss(handler: Components, groups: Any, path: str) -> None:
         )
 
 
+def _unused(names: Names, options: LoadOptions, *, later: Collection[str] = ()) -> list[str]:
+    """The places of the caller's objects that the checkpoint does not have.
+
+    `later`: the parts of the checkpoint that are not resolved yet.
+    """
+    known = {"auto_saver", "compile", *later}
+    parts = {at: at.partition(".")[0] for at in options.given.keys() - names.used}
+    return [
+        at
+        for at, part in sorted(parts.items())
+        if part not in known and options.takes("optimizer" if part == "optimizers" else part)
+    ]
+
+
 def _check_used(names: Names, options: LoadOptions) -> None:
     """Raise StateError for objects of the caller that were not used."""
-    unused = [
-        at
-        for at in options.given.keys() - names.used - {"auto_saver", "compile"}
-        if options.takes(at.partition(".")[0])
-    ]
+    unused = _unused(names, options)
     if unused:
         raise StateError(
             "objects= has keys that the checkpoint does not have",
             path=names.path,
             expected="positions in it, as model.class, model.kwargs.width, optimizer.class, "
             "optimizer.options.lr, scheduler.class, callbacks.0, callbacks.0.args.0",
-            actual=", ".join(sorted(unused)),
+            actual=", ".join(unused),
             remedy="correct or remove these",
         )
 
@@ -433,7 +454,7 @@ def _set_functions(
     names.missing.clear()
     handler.loss_arguments = names.make(names.resolve(config.loss_arguments, at), at)
     handler.passes_epoch = config.pass_epoch_to_loss
-    names.raise_missing()
+    names.raise_missing(_unused(names, options))
 
 
 def _loss_tensors(source: Source) -> nn.Module | None:
@@ -472,6 +493,7 @@ def _check_names(handler: Components, source: Source) -> None:
         unexpected=sorted(f"model.{name}" for name in saved - own),
     ).error(source.path)
     if error is not None:
+        error.remedy = _CREATED
         raise error
 
 
@@ -485,7 +507,7 @@ def restore(
     placed: bool = False,
 ) -> None:
     """Load a checkpoint into a handler whose parts are set. Collective."""
-    path = source.path
+    path, created = source.path, saved is not None
     if saved is None:  # the handler was not created from the checkpoint
         saved = source.values()
         _check_parts(handler.config(), saved.config, path)
@@ -502,7 +524,10 @@ def restore(
         state |= {} if placed else {"ema": {"weights": ema.weights}}
     if source.ranks is None:
         state["ranks"] = PerRank({}, on_resize=lambda every: {"every": every})
-    api.load(state, path, strict=strict, storage=source.storage)
+    with with_remedy(_CREATED if created else _RESTORED):
+        report = api.load(state, path, strict=strict, storage=source.storage)
+    if not (strict or placed):  # `place` warns by itself
+        warn_of_skipped(path, handler.rank, **differences(report))
 
     def apply() -> bytes:
         _apply(handler, source, saved, ema, state.get("ranks"), skip=skip, placed=placed)
@@ -533,7 +558,7 @@ def _apply(
     if saved.scaler and not placed:
         _scaler(handler, saved.scaler, path)
     _progress(handler, saved.progress, history="history" not in skip)
-    handler.apply_hyperparameters()
+    handler.apply_hyperparameters(saved.progress.hyperparameters)
     if "callbacks" not in skip:
         _callbacks(handler.callbacks, saved.callbacks, path)
     if source.ranks is None:
@@ -553,11 +578,19 @@ def _on_disk(source: Source, name: str) -> Any:
 
 
 def restore_tensors(handler: Components, source: Source) -> None:
-    """Load the weights, averages and optimizers of a checkpoint, and nothing else. Collective."""
+    """Load the weights, averages and optimizers of a checkpoint, and nothing else. Collective.
+
+    The options of optimizers, such as the rate, stay as they are: schedulers go on with them.
+    """
     state = handler.tensor_state()
     if handler.ema is not None:
         state["ema"] = {"weights": handler.ema.weights}
+    groups = [group for one in handler.optimizers.values() for group in one.param_groups]
+    options = [{n: copy.deepcopy(v) for n, v in group.items() if n != "params"} for group in groups]
     api.load(state, source.path, storage=source.storage)
+    groups = [group for one in handler.optimizers.values() for group in one.param_groups]
+    for group, own in zip(groups, options, strict=True):
+        group.update(own)
 
 
 def _follow(handler: Components, saved: Config, path: str) -> None:

@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -300,6 +300,8 @@ class Names:
         if type(described) is not dict or {k: type(v) for k, v in described.items()} != keys:
             raise self._malformed(at, f"a dict of {', '.join(keys)}", described)
         inner = f"{at}.{_ARGUMENTS}"
+        args = self.resolve(described["args"], f"{inner}.args")
+        keywords = self.resolve(described["keywords"], f"{inner}.keywords")
         function = self.given_at(f"{inner}.function")
         if function is None:
             name = described["function"].get(_IMPORT)
@@ -309,8 +311,6 @@ class Names:
                 return self._miss(f"{inner}.function", str(name or described["function"]))
             held = is_function(found) and slot is Slot.ARGUMENT
             function = Given(self._held(found, at) if held else found)
-        args = self.resolve(described["args"], f"{inner}.args")
-        keywords = self.resolve(described["keywords"], f"{inner}.keywords")
         return _Call(functools.partial, [function, *args], keywords)
 
     def _ordered(self, described: Any, at: str) -> Any:
@@ -363,8 +363,11 @@ class Names:
         setattr(held, _HELD, function)
         return held
 
-    def raise_missing(self) -> None:
-        """Raise one CheckpointError for all names that did not resolve."""
+    def raise_missing(self, unused: Collection[str] = ()) -> None:
+        """Raise one CheckpointError for all names that did not resolve.
+
+        `unused`: places of objects that were given, and that the checkpoint does not have.
+        """
         if not self.missing:
             return
         parts = {at.partition(".")[0] for at in self.missing}
@@ -385,6 +388,9 @@ class Names:
             path=self.path,
             tensor=", ".join(wanted) + more,
             expected=", ".join(f"{at}: {self.missing[at]}" for at in wanted) + more,
+            actual=f"objects= gives {', '.join(sorted(unused))}, which the checkpoint does not have"
+            if unused
+            else None,
             remedy="give them to load: "
             + " or ".join(ways)
             + (f"; or, if you trust it, call load after {', '.join(first)}" if first else ""),

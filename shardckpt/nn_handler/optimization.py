@@ -44,7 +44,7 @@ class Optimization:
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def set_options(self, options: Mapping[str, Any]) -> None:
-        """Set options in all groups; a new rate is also the base of the scheduler."""
+        """Set options in all groups; a new rate also scales the schedule."""
         for name, value in options.items():
             if name not in self.optimizer.defaults:
                 raise StateError(
@@ -54,11 +54,13 @@ class Optimization:
                 )
             self.optimizer.defaults[name] = value
             for group in self.optimizer.param_groups:
-                base = group.get("initial_lr")
+                base = group.get("max_lr", group.get("initial_lr"))  # max_lr of OneCycleLR
                 if name != "lr" or not base:
                     group[name] = value
-                elif base != value:
-                    group["lr"], group["initial_lr"] = group["lr"] * value / base, value
+                    continue
+                for rate in ("lr", "initial_lr", "max_lr", "min_lr"):
+                    if rate in group and base != value:
+                        group[rate] = value if group[rate] == base else group[rate] * value / base
             if name == "lr" and self.scheduler is not None:
                 self.scheduler.set_base(float(value))
 

@@ -33,6 +33,7 @@ __all__ = [
     "Buffers",
     "Layout",
     "Parallel",
+    "are_finite",
     "average_gradients",
     "checked_device",
     "clip_gradients",
@@ -318,21 +319,35 @@ def reshard(model: nn.Module) -> None:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:
     """Scale all gradients so that the norm of all of them, over all ranks, is at most `norm`."""
-    by_mesh: dict[Any, list[torch.Tensor]] = {}
+    by_mesh = _by_mesh(parameters)
+    if by_mesh:
+        total = _total_norm(by_mesh)
+        for group in by_mesh:
+            torch.nn.utils.clip_grads_with_norm_(group, norm, total)
+
+
+def are_finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all gradients are finite. Collective for sharded parameters."""
+    by_mesh = _by_mesh(parameters)
+    return not by_mesh or bool(torch.isfinite(_total_norm(by_mesh)))
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters with a gradient, by the device mesh of the gradient."""
+    found: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            mesh = getattr(parameter.grad, "device_mesh", None)
-            by_mesh.setdefault(mesh, []).append(parameter)
-    if not by_mesh:
-        return
-    norms = [
+            found.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    return list(found.values())
+
+
+def _total_norm(by_mesh: list[list[nn.Parameter]]) -> torch.Tensor:
+    norms: list[Any] = [
         torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        for group in by_mesh.values()
+        for group in by_mesh
     ]
-    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
-    total = whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
-    for group in by_mesh.values():
-        torch.nn.utils.clip_grads_with_norm_(group, norm, total)
+    whole: list[torch.Tensor] = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
 
 def mean_over_ranks(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:

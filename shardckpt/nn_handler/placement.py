@@ -10,6 +10,7 @@ from torch import nn
 
 from shardckpt import api
 from shardckpt.errors import LoadMismatchError, StateError
+from shardckpt.nn_handler.initializing import warn_of_skipped
 from shardckpt.plan.device_map import DeviceMap
 from shardckpt.storage.base import Storage
 
@@ -46,7 +47,7 @@ def place(
         storage=storage,
     )
     try:
-        model.load_state_dict(saved.get("model", {}), strict=strict, assign=True)
+        found = model.load_state_dict(saved.get("model", {}), strict=strict, assign=True)
     except RuntimeError as error:  # names or shapes
         raise LoadMismatchError(
             "The model does not fit the checkpoint",
@@ -55,6 +56,7 @@ def place(
             remedy="give the model of the checkpoint: model_class=..., or "
             'objects={"model.kwargs": {...}}',
         ) from error
+    warn_of_skipped(path, 0, missing=found.missing_keys, unexpected=found.unexpected_keys)
     first = next(model.parameters(), torch.empty(0, device="cpu")).device
     inputs = torch.device("cpu") if first.type == "meta" else first
     _fill_buffers(model, make, inputs)

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from shardckpt.nn_handler.batch import Several, binds, call_model, joined, to_device
+from shardckpt.nn_handler.batch import (
+    Several,
+    binds,
+    call_model,
+    is_column,
+    joined,
+    kept_outputs,
+    like,
+    to_device,
+)
 from shardckpt.nn_handler.data import ValData
 from shardckpt.nn_handler.parallel import gathered, largest
 from shardckpt.nn_handler.training_state import TrainingState
@@ -31,7 +40,7 @@ def predictions(handler: TrainingState, data: ValData) -> Any:
 
     def act(batch: Any, counts: bool) -> None:
         inputs = to_device(_inputs(batch, handler.module), handler.device)
-        outputs = to_device(call_model(handler.model, inputs, handler.module), torch.device("cpu"))
+        outputs = kept_outputs(call_model(handler.model, inputs, handler.module))
         if counts:
             found.append(outputs)
 
@@ -50,7 +59,11 @@ def _inputs(batch: Any, module: nn.Module) -> Any:
     """The inputs of a batch, without the targets if it seems to have some."""
     if not isinstance(batch, (tuple, list)):
         return batch
-    if len(batch) > 2 and not binds(module, batch) and binds(module, batch[:-1]):
+    nested = isinstance(batch[0], (tuple, list, Mapping))  # (inputs, targets)
+    takes_all, takes_most = binds(module, batch), binds(module, batch[:-1])
+    if len(batch) == 2 and takes_all and not takes_most and not nested:
+        return Several(batch)
+    if len(batch) > 2 and not takes_all and takes_most:
         return Several(batch[:-1])
     return batch[0] if len(batch) in (1, 2) else batch
 
@@ -66,10 +79,13 @@ def _woven(parts: list[Any], length: int) -> Any:
 
 
 def _taken(value: Any, order: torch.Tensor) -> Any:
+    """The items of a value in an order; one value for each batch stays as it is."""
     if isinstance(value, torch.Tensor):
-        return value[order]
+        return value[order] if len(value) == len(order) else value
+    if is_column(value):
+        return [value[at] for at in order.tolist()]
     if isinstance(value, Mapping):
-        return {key: _taken(item, order) for key, item in value.items()}
+        return like(value, {key: _taken(item, order) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_make"):
         return value._make(_taken(item, order) for item in value)
     if isinstance(value, (list, tuple)):

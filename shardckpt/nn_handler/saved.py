@@ -119,6 +119,7 @@ class Progress(_Struct):
     history_epochs: dict[str, list[_Count]] = {}
     run_steps: list[_Count] = []
     validations: list[dict[str, float]] = []
+    hyperparameters: dict[str, dict[str, Any]] = {}
 
 
 class CallbackState(_Struct):

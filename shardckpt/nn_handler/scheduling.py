@@ -66,8 +66,12 @@ class Scheduler:
     def set_base(self, rate: float) -> None:
         """Set the rate that the schedule scales."""
         for scheduler in (self.torch, *inner_schedulers(self.torch)):
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+            bases = getattr(scheduler, "base_lrs", [])
+            if hasattr(scheduler, "max_lrs"):  # of CyclicLR
+                pairs = zip(scheduler.max_lrs, bases, strict=True)
+                scheduler.max_lrs = [most * rate / base if base else most for most, base in pairs]
+            if bases and not isinstance(scheduler, OneCycleLR):  # its rates are in the groups
+                scheduler.base_lrs = [rate] * len(bases)
 
     @property
     def needs_metric(self) -> bool:

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
-import torch
-
 from shardckpt.errors import RankFailedError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.agreement import Agreement
@@ -70,6 +68,7 @@ class Trainer:
             note=self._note_point,
             guard=self._guard,
             go_back=self._go_back,
+            put_back=self._put_back,
         )
         self.end, self.end_step = handler.begin_run(
             self.options.epochs, self.options.max_steps, resumed=resumed
@@ -80,7 +79,7 @@ class Trainer:
                 self._agree()
                 if not resumed:
                     self._try_validation()
-                while handler.epoch < self.end and not handler.stop_training:
+                while handler.epoch < self.end and not self._ends():
                     self._epoch()
                 self._hooks("on_train_end")
                 self._agree()
@@ -113,7 +112,7 @@ class Trainer:
             handler.ema.decay = options.ema_decay
         handler.wrap_again()
         self._warn_of_untrained()
-        if saver is not None and saver.on_exception:
+        if options.nan_guard == "skip" or (saver is not None and saver.on_exception):
             self.buffers = BufferCopies(handler.module)
         return resumed
 
@@ -121,19 +120,22 @@ class Trainer:
         handler = self.handler
         self._begin_epoch()
         while self._step():
-            if handler.step >= self.end_step:
-                handler.stop_training = True
-        if not handler.position.batches and not handler.stop_training:
+            pass
+        if not handler.position.batches and not self._ends():
             raise StateError(
                 "The train loader gave no batch",
                 actual=f"epoch {handler.epoch + 1}, rank {handler.rank}",
                 remedy="give a Dataset, or a loader that can be iterated in every epoch; a "
                 "generator ends with the first one",
             )
-        if handler.stop_training and self._unfinished():
+        if self._ends() and self._unfinished():
             self._save_within()
         else:
             self._finish_epoch()
+
+    def _ends(self) -> bool:
+        """Whether training ends early, or after max_steps."""
+        return self.handler.stop_training or self.handler.step >= self.end_step
 
     def _begin_epoch(self) -> None:
         """Prepare the remaining batches of the epoch."""
@@ -178,18 +180,18 @@ class Trainer:
         assert handler.train_data is not None
         assert self.updater is not None
         agrees = self._agrees()
-        ends = agrees and (handler.stop_training or self.failure is not None)
+        ends = agrees and (self._ends() or self.failure is not None)
         group = [] if ends else self.batches.for_step(agreed=agrees)
         self.failure = self.failure or self.batches.failure
         if agrees or not group:
             group = group[: self._agree(len(group))]
-        if not group or (agrees and handler.stop_training):
+        if not group or (agrees and self._ends()):
             return False
         for number, batch in enumerate(group):
             self._hooks("on_batch_start", batch, number)
         if self.buffers is not None:
             self.buffers.note()
-        loss = torch.as_tensor(self.updater.step(group, self.sums))
+        loss = self.updater.step(group, self.sums)
         handler.step += 1
         handler.train_data.advance(handler.position, len(group))
         self._mark()
@@ -214,6 +216,7 @@ class Trainer:
         handler, saver = self.handler, self.saver
         epoch = handler.epoch + 1
         results = {**self.sums.means(), **handler.rates}
+        handler.sums = None  # a value that is logged now would be lost
         if handler.val_data is not None and self._validates(epoch):
             found = self._validate()
             results |= found
@@ -236,7 +239,7 @@ class Trainer:
                 saver.after_epoch(
                     handler,
                     results,
-                    last=epoch == self.end or handler.stop_training,
+                    last=epoch == self.end or self._ends(),
                     save_last=self.options.save_on_last_epoch,
                 )
 
@@ -277,6 +280,11 @@ class Trainer:
                 actual=f"step {handler.step}",
                 remedy="save earlier: auto_save(every_steps=...)",
             )
+
+    def _put_back(self) -> None:
+        """Restore the buffers of the last boundary."""
+        if self.buffers is not None:
+            self.buffers.put_back()
 
     def _validate(self) -> dict[str, float]:
         self._hooks("on_validation_start")
@@ -372,6 +380,8 @@ class Trainer:
     def _hooks(self, hook: str, *args: Any) -> None:
         """Call a hook of all callbacks; ModelCheckpoints come last."""
         callbacks = [*self.bar, *self.handler.callbacks]
+        if not callbacks:
+            return
         if self.options.fast_dev_run:
             callbacks = [callback for callback in callbacks if not callback.writes_files]
         callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
@@ -447,8 +457,8 @@ class Trainer:
         handler = self.handler
         if self.at == "update":
             raise StateError("A step of the optimizer was cut short")
-        if self.at == "forward" and self.buffers is not None:
-            self.buffers.put_back()
+        if self.at == "forward":
+            self._put_back()
         if failure.together:
             saver.emergency(handler)
         elif handler.parallel != "ddp":

@@ -6,7 +6,7 @@ that train, save and load.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +82,7 @@ class TrainingState:
     sums: Any = None  # the EpochSums that `log` adds to
     updater: Any = None  # the Updater of the step that is being trained
     probed: bool = False  # whether DDP is known to find a gradient for every parameter
-    wrapped_for: list[bool] = field(default_factory=list)  # what needed gradients then
+    wrapped_for: list[tuple[int, bool]] = field(default_factory=list)  # parameters, with gradients
     validations: list[dict[str, float]] = field(default_factory=list)  # those between epochs
     run_steps: list[int] = field(default_factory=list)
     will_log: set[str] = field(default_factory=set)
@@ -145,12 +145,20 @@ class TrainingState:
             reshard(self.module)
 
     def wrap_again(self) -> None:
-        """Internal. Wrap the model again if other parameters need gradients. Collective."""
-        trained = [parameter.requires_grad for parameter in self.module.parameters()]
-        if self.parallel == "ddp" and self.wrapped_for != trained:
+        """Internal. Wrap the model again for other parameters that need gradients. Collective."""
+        reshard(self.module)
+        now = [(id(p), p.requires_grad) for p in self.module.parameters()]
+        if self.parallel == "ddp" and self.wrapped_for != now:
             self.rewrap()
             self.probed = False
-        self.wrapped_for = trained
+        elif self.parallel == "fsdp" and [n for n, _ in self.wrapped_for] != [n for n, _ in now]:
+            raise StateError(
+                "The model has other parameters than when FSDP2 sharded it",
+                actual=f"{len(now)} parameters, {len(self.wrapped_for)} before, or other ones",
+                remedy="change it before it is sharded: give a function that creates the whole "
+                "model, NNHandler(build)",
+            )
+        self.wrapped_for = now
 
     def rewrap(self, *, find_unused: bool = False) -> None:
         """Internal. Create a new DDP around the model. Collective."""
@@ -181,11 +189,16 @@ class TrainingState:
         found = {name: one.scheduler for name, one in self.optimizations.items()}
         return {name: one for name, one in found.items() if one is not None}
 
-    def apply_hyperparameters(self) -> None:
-        """Internal. Set `hyperparameters` in the optimizers and the bases of schedulers."""
+    def apply_hyperparameters(self, made: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Internal. Set `hyperparameters` in the optimizers and the bases of schedulers.
+
+        `made`: those that the checkpoint's run had set. A schedule may have changed them since.
+        """
         for name, options in self.hyperparameters.items():
+            known = (made or {}).get(name, {})
+            new = {option: v for option, v in options.items() if known.get(option) != v}
             if name in self.optimizations:
-                self.optimizations[name].set_options(options)
+                self.optimizations[name].set_options(new)
         if self.hyperparameters:
             self.note_rates()
 
@@ -215,6 +228,8 @@ class TrainingState:
     def metric_names(self) -> set[str]:
         """Internal. The names of all metrics of an epoch."""
         names = {"loss", *self.metrics}
+        if self.training_step is not None:  # which may call `update`
+            names |= {f"loss_{name}" for name in self.optimizations if name != MAIN}
         if self.val_data is not None and self.validates:
             names |= {f"val_{name}" for name in names}
         return names | {"epoch", "step", *self.rates} | self.will_log
@@ -494,6 +509,7 @@ class TrainingState:
                 "rate": self.rates.get("lr", 0.0),
                 "rates": self.rates,
                 "seed": self.seed_value,
+                "hyperparameters": self.hyperparameters,
                 "stopped": self.stop_training,
             },
             "callbacks": self.callback_states(),

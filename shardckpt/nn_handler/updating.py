@@ -14,10 +14,11 @@ from torch import nn
 
 from shardckpt.errors import StateError
 from shardckpt.logs import warn
-from shardckpt.nn_handler.batch import forward
+from shardckpt.nn_handler.batch import Result, forward
 from shardckpt.nn_handler.epoch_metrics import EpochSums
 from shardckpt.nn_handler.optimization import Optimization
 from shardckpt.nn_handler.parallel import (
+    are_finite,
     average_gradients,
     clip_gradients,
     largest,
@@ -34,7 +35,8 @@ class Updater:
     """Makes the steps of one call of NNHandler.train.
 
     `note` is called when a forward pass or an update begins. `guard` calls a function that may fail
-    on this rank alone. `go_back` loads the last checkpoint; see the option `nan_guard`.
+    on this rank alone. `go_back` loads the last checkpoint, and `put_back` restores the buffers of
+    the last boundary; see the option `nan_guard`.
     """
 
     def __init__(
@@ -45,16 +47,19 @@ class Updater:
         note: Callable[[Literal["forward", "update"]], None],
         guard: Callable[[Callable[[], Any]], None],
         go_back: Callable[[], None],
+        put_back: Callable[[], None],
     ) -> None:
         self.handler, self.options = handler, options
-        self.note, self.guard, self.go_back = note, guard, go_back
+        self.note, self.guard, self.go_back, self.put_back = note, guard, go_back, put_back
         self.autocast = options.autocast(handler.device)
         self.scaler: Any = handler.scaler if self.autocast is not None else None
         self.closure = _needs_closure(handler, options)
-        self._updates = False  # whether the step of the user has updated weights by itself
+        self._updates: list[torch.Tensor] = []  # the losses with which the user's own step updates
+        self._counted: list[Callable[[], None]] = []  # what adds to the sums if the loss is finite
+        self._passes_by: list[bool] = []  # for each batch: whether DDP averages no gradients of it
 
-    def step(self, group: list[Any], sums: EpochSums) -> torch.Tensor | float:
-        """Train on a group of batches; return the loss of the last one."""
+    def step(self, group: list[Any], sums: EpochSums) -> torch.Tensor:
+        """Train on a group of batches; return the loss of the last one, or of the last update."""
         self.note("forward")
         self.handler.updater = self
         try:
@@ -62,10 +67,10 @@ class Updater:
         finally:
             self.handler.updater = None
         self._after_update()
-        return 0.0 if loss is None else loss
+        return loss
 
-    def _step(self, group: list[Any], sums: EpochSums) -> torch.Tensor | None:
-        self._updates = False
+    def _step(self, group: list[Any], sums: EpochSums) -> torch.Tensor:
+        self._updates, self._counted, self._passes_by = [], [], []
         if self.closure is not None:
             return self._step_with_closure(self.closure, group, sums)
         self._zero_gradients()
@@ -73,9 +78,9 @@ class Updater:
         with self._unwrapped() if probes else nullcontext():
             losses = self._backward(group, sums)
         if not losses:  # the user's own step has updated the weights
-            return None
+            return self._updates[-1]
         self._average_over_ranks(probes)
-        self._update(list(self.handler.optimizations.values()), self._all_parameters, losses[-1])
+        self._update(list(self.handler.optimizations.values()), self._all_parameters, losses)
         return losses[-1]
 
     def _zero_gradients(self) -> None:
@@ -89,10 +94,15 @@ class Updater:
         for number, batch in enumerate(group, 1):
             if handler.parallel != "none":
                 synchronize_gradients(handler.model, now=number == len(group))
-            result = forward(handler, batch, self.autocast)
+            result = self._forward(batch)
             if result is None:
                 self._check_updates(group)
                 continue
+            if self._updates:
+                raise StateError(
+                    "A training step that calls handler.update returned a loss too",
+                    remedy="return None, or leave the update to training and return the loss",
+                )
             if not result.loss.requires_grad:
                 raise StateError(
                     "The loss does not depend on a parameter that needs gradients",
@@ -103,8 +113,31 @@ class Updater:
             torch.autograd.backward(part if self.scaler is None else self.scaler.scale(part))
             losses.append(result.loss.detach())
             if sums is not None:
-                self.guard(partial(sums.add, result))
+                self._count(partial(sums.add, result))
         return losses
+
+    def _forward(self, batch: Any) -> Result | None:
+        """The result of a batch. Notes whether a step of the user's own passes DDP by."""
+        model = self.handler.model
+        if self.handler.training_step is None or not isinstance(
+            model, nn.parallel.DistributedDataParallel
+        ):
+            return forward(self.handler, batch, self.autocast)
+        calls: list[None] = []
+        hook = model.register_forward_pre_hook(lambda module, args: calls.append(None))
+        try:
+            result = forward(self.handler, batch, self.autocast)
+        finally:
+            hook.remove()
+        self._passes_by.append(not calls)
+        return result
+
+    def _count(self, act: Callable[[], None]) -> None:
+        """Add a loss to the sums of the epoch; with a nan_guard, when it is known to be finite."""
+        if self.options.nan_guard is None:
+            self.guard(act)
+        else:
+            self._counted.append(act)
 
     def _check_updates(self, group: list[Any]) -> None:
         if len(group) > 1:
@@ -122,14 +155,14 @@ class Updater:
     def update(self, loss: torch.Tensor, name: str) -> None:
         """Run the backward pass of a loss and step one optimizer; see TrainingState.update."""
         handler, one = self.handler, self.handler.optimizations[name]
-        self._updates = True
-        handler.log_loss(loss, name)
+        self._updates.append(loss.detach())
+        self._count(partial(handler.log_loss, self._updates[-1], name))
         one.optimizer.zero_grad()
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
         parameters = [p for group in one.optimizer.param_groups for p in group["params"]]
         if handler.parallel == "ddp":
             average_gradients(parameters)
-        self._update([one], lambda: parameters, loss.detach())
+        self._update([one], lambda: parameters, self._updates[-1:])
 
     def _all_parameters(self) -> Iterable[nn.Parameter]:
         loss_module = self.handler.loss_module
@@ -140,10 +173,10 @@ class Updater:
         self,
         chosen: list[Optimization],
         parameters: Callable[[], Iterable[nn.Parameter]],
-        loss: torch.Tensor,
+        losses: list[torch.Tensor],
     ) -> None:
-        """Clip gradients and step optimizers and their schedulers, if the loss is finite."""
-        if not self._is_finite(loss):
+        """Clip gradients and step optimizers and their schedulers, unless the nan_guard acts."""
+        if not self._may_update(losses, parameters):
             return
         if self.options.gradient_clipping_norm is not None:
             for one in chosen if self.scaler is not None else ():
@@ -224,30 +257,50 @@ class Updater:
             used = average_gradients(handler.module.parameters())
             if not all(used):
                 handler.rewrap(find_unused=True)
+        elif any(self._passes_by):
+            if not all(self._passes_by):
+                raise StateError(
+                    "The training step used handler.model for some batches of one step alone",
+                    expected="handler.model for all of them, or handler.module for all of them",
+                )
+            average_gradients(handler.module.parameters())
         if handler.parallel != "none" and handler.loss_module is not None:
             average_gradients(handler.loss_module.parameters())
 
-    def _is_finite(self, loss: torch.Tensor) -> bool:
+    def _may_update(
+        self, losses: list[torch.Tensor], parameters: Callable[[], Iterable[nn.Parameter]]
+    ) -> bool:
         """Whether the weights may be updated, by the nan_guard; collective if there is one."""
         if self.options.nan_guard is None:
             return True
-        if not largest([int(not bool(torch.isfinite(loss)))])[0]:
-            return True
+        counted, self._counted = self._counted, []
+        found = "The loss"
+        wrong = [loss for loss in losses if not torch.isfinite(loss)]
+        if not largest([len(wrong)])[0]:
+            # a gradient scaler looks at gradients by itself
+            if self.scaler is not None or not largest([int(not are_finite(parameters()))])[0]:
+                for act in counted:
+                    self.guard(act)
+                return True
+            found = "A gradient"
         if self.options.nan_guard == "stop":
             raise StateError(
-                "The loss is not finite",
-                expected="a finite number on every rank",
-                actual=f"{float(loss)} on rank {self.handler.rank}, step {self.handler.step}",
+                f"{found} is not finite",
+                expected="finite numbers on every rank",
+                actual=f"a loss of {float((wrong or losses)[0])} on rank {self.handler.rank}, "
+                f"step {self.handler.step + 1}",
                 remedy="lower the learning rate, clip gradients, or skip such steps with "
                 'nan_guard="skip"',
             )
-        text = f"The loss of step {self.handler.step} is not finite on some rank"
+        text = f"{found} of step {self.handler.step + 1} is not finite on some rank"
         if self.options.nan_guard == "restore":
             if self.handler.rank == 0:
                 warn(f"{text}: the weights of the last checkpoint are loaded")
             self.go_back()
-        elif self.handler.rank == 0:
-            warn(f"{text}: the step is skipped")
+        else:
+            if self.handler.rank == 0:
+                warn(f"{text}: the step is skipped")
+            self.put_back()
         return False
 
     def _after_update(self) -> None:

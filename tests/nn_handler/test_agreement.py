@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
+
+from torch.distributed import HashStore
 
 from shardckpt.nn_handler import agreement
 from shardckpt.nn_handler.agreement import Agreement
@@ -16,6 +19,7 @@ def distances(most: int, slowest_us: list[int]) -> list[int]:
         mock.patch.object(agreement.dist, "is_initialized", return_value=True),
         mock.patch.object(agreement.dist, "get_world_size", return_value=2),
         mock.patch.object(agreement, "largest", lambda numbers: [*numbers[:-1], next(times)]),
+        mock.patch.object(agreement, "_LATE_S", math.inf),
     ):
         one = Agreement(most)
         for _ in slowest_us:
@@ -41,3 +45,36 @@ def test_one_rank_agrees_with_itself_before_each_step():
     for _ in range(5):
         assert one.due()
         assert one.largest([1, 2]) == [1, 2]
+
+
+def test_ranks_that_are_all_late_agree_a_step_later():
+    """Three ranks take turns in each step; the numbers are the steps before which they agree."""
+    store = HashStore()
+    with (
+        mock.patch.object(agreement, "dist") as dist,
+        mock.patch.object(agreement, "group_store", return_value=store),
+        mock.patch.object(agreement, "largest", lambda numbers: numbers),
+        mock.patch.object(agreement, "_PERIOD_S", 1e6),
+    ):
+        dist.get_world_size.return_value = 3
+        dist.get_rank.return_value = 0
+        ranks = [Agreement(8) for _ in range(3)]
+        for one in ranks:
+            one._name = ranks[0]._name  # of one training, rather than of three in this process
+        found: list[int] = []
+        late = {10: [0], 20: [0, 1, 2], 21: [0, 1, 2]}
+        for step in range(32):
+            due = []
+            for rank, one in enumerate(ranks):
+                with mock.patch.object(
+                    agreement, "_LATE_S", -1.0 if rank in late.get(step, []) else math.inf
+                ):
+                    due.append(one.due())
+            assert len(set(due)) == 1
+            if due[0]:
+                found.append(step)
+                for one in ranks:
+                    one.largest([0])
+    # by number: 0, 1, 3, 7, 15, 23, 31; without the vote of all ranks before step 20
+    assert found == [0, 1, 3, 7, 15, 21, 29]
+    assert store.num_keys() == 0

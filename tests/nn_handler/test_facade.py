@@ -13,6 +13,7 @@ import threading
 import time
 import types
 import warnings
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from torch.utils.data import (
 
 import shardckpt
 from shardckpt import NNHandler
-from shardckpt.errors import CheckpointError, StateError
+from shardckpt.errors import CheckpointError, LoadMismatchError, StateError
 from shardckpt.nn_handler import Callback, EarlyStopping, ModelCheckpoint
 from shardckpt.nn_handler.batch import batch_size, to_device
 from tests.nn_handler.models import NormNet, accuracy, data, same, weights
@@ -680,6 +681,41 @@ def test_changed_options_are_told_and_set_hyperparameters_changes_them(tmp_path)
     assert changed.optimizer.state
 
 
+def test_a_changed_rate_is_set_once_and_then_follows_the_schedule(tmp_path):
+    def job(epochs):
+        handler = make()
+        handler.set_optimizer(torch.optim.SGD, lr=0.1)
+        handler.set_scheduler(
+            torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10, monitor="loss"
+        )
+        handler.set_hyperparameters(lr=0.5)
+        handler.auto_save(interval=1, save_path=tmp_path, resume="auto")
+        return train(handler, epochs)
+
+    job(2)
+    assert job(4).history["lr"] == pytest.approx([0.5, 0.05, 0.005, 0.0005])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        (torch.optim.lr_scheduler.OneCycleLR, {"max_lr": 0.1, "total_steps": 30}),
+        (torch.optim.lr_scheduler.CyclicLR, {"base_lr": 0.1, "max_lr": 0.3, "step_size_up": 4}),
+        (torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 5}),
+    ],
+)
+def test_a_changed_rate_scales_the_whole_schedule(scheduler, options):
+    rates = []
+    for changed in (0.1, 0.2):
+        handler = make()
+        handler.set_optimizer(torch.optim.SGD, lr=0.1)
+        handler.set_scheduler(scheduler, interval="step", **options)
+        train(handler)
+        handler.set_hyperparameters(lr=changed)
+        rates.append(torch.tensor(train(handler, 2).history["lr"][1:]))
+    assert torch.allclose(2 * rates[0], rates[1])
+
+
 def test_changed_options_of_a_group_are_told(tmp_path):
     def job(epochs, rate):
         handler = make()
@@ -690,6 +726,80 @@ def test_changed_options_of_a_group_are_told(tmp_path):
     job(1, 0.5)
     with pytest.warns(UserWarning, match="optimizer group 1 lr: 0.5 in the checkpoint, 0.3 in"):
         assert job(2, 0.3).history["lr_1"] == [0.5, 0.5]
+
+
+def test_a_load_that_is_not_strict_says_what_it_skips(tmp_path):
+    other = torch.nn.Linear(8, 5)
+    weights = {"body.0.weight": torch.ones(8, 4), "head.bias": other.bias, "neck": torch.ones(1)}
+    torch.save(weights, tmp_path / "w.ckpt")
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        handler = NNHandler.initialize_from_checkpoint(tmp_path / "w.ckpt", Body, strict=False)
+    assert torch.equal(handler.module.body[0].weight, weights["body.0.weight"])
+    text = str(caught[0].message)
+    assert "not in the checkpoint: model.body.0.bias, model.head.weight" in text
+    assert "of another shape: model.head.bias (saved" in text
+    assert "not in the handler: model.neck" in text
+    torch.save({"neck": torch.ones(1)}, tmp_path / "none.ckpt")
+    with pytest.raises(LoadMismatchError, match="prefix= chooses"):
+        NNHandler.initialize_from_checkpoint(tmp_path / "none.ckpt", Body, strict=False)
+    make().save(tmp_path / "a")
+    kwargs = {"width": 8, "extra": True}
+    for device_map in (None, "cpu"):
+        with pytest.warns(UserWarning, match=r"not in the checkpoint: (model\.)?extra"):
+            NNHandler.load(
+                tmp_path / "a",
+                device_map=device_map,
+                strict=False,
+                model_class=Extended,
+                objects={"model.kwargs": kwargs},
+                skip_optimizer=True,
+            )
+
+
+def test_remedies_of_a_mismatch_name_arguments_that_there_are(tmp_path):
+    make().save(tmp_path / "a")
+    with pytest.raises(LoadMismatchError, match="model_class=") as caught:
+        NNHandler.load(tmp_path / "a", objects={"model.kwargs": {"width": 9}})
+    assert "keys=" not in caught.value.remedy
+    with pytest.raises(LoadMismatchError, match="create the model with the arguments"):
+        make(width=9).restore(tmp_path / "a")
+    with pytest.raises(LoadMismatchError, match="prefix="):
+        NNHandler.initialize_from_checkpoint(tmp_path / "a", Body, width=9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_are_converted(tmp_path, dtype):
+    saved = Body().to(dtype).state_dict()
+    torch.save(saved, tmp_path / "w.pt")
+    found = NNHandler.initialize_from_checkpoint(tmp_path / "w.pt", Body).module.state_dict()
+    assert all(torch.equal(found[name], saved[name].float()) for name in saved)
+
+
+class Batch(NamedTuple):
+    inputs: torch.Tensor
+    scale: torch.Tensor
+
+
+def test_a_named_tuple_of_inputs():
+    handler, batch = NNHandler(Two, device="cpu"), Batch(X, torch.rand(96))
+    assert torch.equal(handler.predict(batch), handler.model(*batch))
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    handler.set_train_loader([(batch, Y)])
+    assert train(handler).step == 1
+
+
+def test_a_value_that_is_logged_too_late_is_an_error():
+    handler = make()
+    handler.add_callback(lambda handler, metrics: handler.log("late", 1.0))
+    with pytest.raises(StateError, match="outside of an epoch"):
+        train(handler)
+
+
+class Extended(Body):
+    def __init__(self, width: int, extra: bool) -> None:
+        super().__init__(width)
+        self.extra = nn.Parameter(torch.zeros(int(extra)))
 
 
 def test_a_typo_in_a_device_map_is_an_error(tmp_path):
@@ -825,6 +935,101 @@ def test_evaluate_and_predict():
     assert handler.model.training
 
 
+@dataclasses.dataclass
+class Output(collections.OrderedDict):
+    """As the outputs of transformers are."""
+
+    logits: Any = None
+    loss: Any = None
+    past_key_values: Any = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                self[field.name] = value
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+    def __reduce__(self):
+        values = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return type(self), values
+
+    def update(self, *args, **kwargs):
+        raise TypeError("no such method")
+
+
+class Language(Body):
+    """A model whose outputs hold its loss, and a cache that can't be concatenated."""
+
+    def forward(self, inputs, labels=None):
+        logits = super().forward(inputs)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return Output(logits=logits, loss=loss, past_key_values=object())
+
+
+class Named(Dataset):
+    def __len__(self) -> int:
+        return 21
+
+    def __getitem__(self, index):
+        return {"inputs": X[index], "labels": Y[index], "id": f"sample {index}"}
+
+
+def share_of_zero(outputs, batch):
+    assert [f"sample {index}" for index in range(len(batch["id"]))] == sorted(
+        batch["id"], key=lambda text: int(text.split()[1])
+    )
+    assert torch.equal(batch["labels"], torch.stack([Y[int(n.split()[1])] for n in batch["id"]]))
+    return (outputs.logits.argmax(1) == 0).float().mean()
+
+
+def test_outputs_like_those_of_transformers(tmp_path):
+    def job(folder, *, stop_at=None):
+        torch.manual_seed(0)
+        handler = NNHandler(Language, device="cpu")
+        handler.set_optimizer(torch.optim.SGD, lr=0.1)
+        handler.set_train_loader(Named(), batch_size=4, shuffle=True)
+        handler.set_val_loader(Named(), batch_size=4)
+        handler.add_metric("zeros", share_of_zero, whole_epoch=True)
+        handler.auto_save(save_path=tmp_path / folder, resume="auto")
+        return train(handler, 2 if stop_at is None else None, max_steps=stop_at, seed=1)
+
+    handler = job("never")
+    outputs = handler.predict(Named(), batch_size=4)
+    assert torch.allclose(outputs.logits, handler.model(X[:21]).logits)
+    assert "past_key_values" not in outputs
+    assert handler.evaluate()["zeros"] == handler.history["val_zeros"][-1]
+    job("stopped", stop_at=2)
+    assert job("stopped").history == handler.history
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, inputs, scale):
+        return self.layer(inputs) * scale[:, None]
+
+
+def test_predict_takes_batches_of_two_inputs():
+    torch.manual_seed(0)
+    handler, scale = NNHandler(Two, device="cpu"), torch.rand(96)
+    expected = handler.model(X, scale)
+    for batches in (
+        TensorDataset(X, scale),
+        TensorDataset(X, scale, Y),
+        [((X, scale), Y)],
+        [((X, scale),)],
+        [{"inputs": X, "scale": scale}],
+    ):
+        options = {} if isinstance(batches, list) else {"batch_size": 7}
+        found = handler.predict(DataLoader(batches, **options or {"batch_size": None}))
+        assert torch.allclose(found, expected)
+
+
 def test_steps_limits_and_validation_by_steps():
     handler = train(make(), None, max_steps=8, validate_every_steps=3)
     assert (handler.step, handler.epoch) == (8, 1)
@@ -837,16 +1042,18 @@ def test_steps_limits_and_validation_by_steps():
 
 
 def test_max_steps_resumes(tmp_path):
-    def job(stop):
+    def job(stop, steps=8):
         handler = make()
         handler.add_callback(StopAt(stop))
         handler.auto_save(interval=-1, save_path=tmp_path, resume="auto")
-        return train(handler, None, max_steps=8)
+        return train(handler, None, max_steps=steps)
 
+    assert job(0, 0).step == 0
     with pytest.raises(KeyError):
         job(7)
     assert job(0).step == 8
     assert job(0).step == 8
+    assert job(0, 15).step == 15  # a script that asks for more
 
 
 def own_step(handler, batch):

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 import shardckpt
 from shardckpt import NNHandler, errors
@@ -20,12 +20,13 @@ from shardckpt.nn_handler import (
     Callback,
     CSVLogger,
     ExperimentLogger,
+    LearningRateMonitor,
     LogFile,
     ModelCheckpoint,
     TensorBoardLogger,
     progress,
 )
-from tests.nn_handler.models import NormNet, a_handler, data, same, weights, with_data
+from tests.nn_handler.models import NormNet, a_handler, accuracy, data, same, weights, with_data
 
 
 def quiet(handler: NNHandler, epochs: int | None = 1, **options) -> NNHandler:
@@ -100,6 +101,29 @@ def test_a_gan_trains_two_optimizers_and_resumes(tmp_path, name):
     assert handler.history["lr_discriminator"] == [0.1, 0.05, 0.025]
 
 
+def named_step(handler, batch):
+    """Both optimizers have names of their own."""
+    inputs, targets = batch
+    loss = nn.functional.cross_entropy(handler.module(inputs), targets)
+    handler.update(loss, "first")
+    handler.update(nn.functional.cross_entropy(handler.module(inputs), targets), "second")
+
+
+def test_optimizers_of_which_none_is_the_main_one(tmp_path):
+    handler = a_handler()
+    handler.optimizations.clear()
+    handler.set_optimizer(torch.optim.SGD, name="first", params="layers", lr=0.1)
+    handler.set_optimizer(torch.optim.SGD, name="second", params="head", lr=0.1)
+    handler.set_training_step(named_step)
+    handler.metrics.clear()
+    handler.auto_save(save_path=tmp_path, keep_best=1, monitor="val_loss_second")
+    history = quiet(handler, 2).history
+    losses = {"loss_first", "loss_second"}
+    assert set(history) == losses | {f"val_{n}" for n in losses} | {"lr_first", "lr_second"}
+    assert all(math.isfinite(value) for values in history.values() for value in values)
+    assert handler.best_path.endswith("epoch2")
+
+
 def test_a_resume_of_two_optimizers_compares_them(tmp_path):
     handler = a_gan()
     handler.auto_save(save_path=tmp_path, resume="auto")
@@ -119,6 +143,9 @@ def test_a_step_of_ones_own_that_does_nothing_is_an_error():
     handler = a_gan()
     handler.set_training_step(lambda handler, batch: None)
     with pytest.raises(errors.StateError, match=r"did not call handler\.update"):
+        quiet(handler)
+    handler.set_training_step(lambda handler, batch: gan_step(handler, batch) or torch.ones(()))
+    with pytest.raises(errors.StateError, match="returned a loss too"):
         quiet(handler)
     handler.set_training_step(gan_step)
     with pytest.raises(errors.StateError, match="accumulate"):
@@ -280,15 +307,78 @@ def test_the_nan_guard_goes_back_to_the_last_checkpoint(tmp_path):
     handler.set_loss_fn(NotFinite())
     with pytest.raises(errors.StateError, match="needs checkpoints"):
         quiet(handler, nan_guard="restore")
-    handler.auto_save(save_path=tmp_path, every_steps=2)
+    handler.auto_save(save_path=tmp_path, every_steps=3)
+    handler.set_scheduler(torch.optim.lr_scheduler.StepLR, interval="step", step_size=1, gamma=0.5)
+    rate = LearningRateMonitor()
+    handler.add_callback(rate)
     watch = Watch()
     handler.add_callback(watch)
     with pytest.warns(UserWarning, match="the weights of the last checkpoint are loaded"):
         quiet(handler, nan_guard="restore", validate_every=0)
     assert handler.step == 6
-    assert same(watch.seen[5], watch.seen[4])  # of step 4, which was saved
+    assert same(watch.seen[5], watch.seen[3])  # of step 3, which was saved
     assert not same(watch.seen[6], watch.seen[5])
+    steps = [0.01 * 0.5**step for step in (1, 2, 3, 4, 4, 5)]  # the fifth step was no step
+    assert [found for (found,) in rate.rates] == pytest.approx(steps)
     assert all(torch.isfinite(w).all() for w in weights(handler).values())
+
+
+class Damaged(TensorDataset):
+    """Some samples are NaN."""
+
+    def __init__(self, samples: list[int]) -> None:
+        inputs, targets = data().tensors
+        inputs[samples] = math.nan
+        super().__init__(inputs, targets)
+
+
+def a_norm_net(dataset) -> NNHandler:
+    torch.manual_seed(0)
+    handler = NNHandler(NormNet)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    handler.add_metric("accuracy", accuracy)
+    handler.set_train_loader(dataset, batch_size=8)
+    return handler
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_step_that_is_skipped_leaves_no_trace(batches):
+    """As if its batches were not there, whichever of them is not finite."""
+    handler, options = a_norm_net(Damaged([17])), {"gradient_accumulation_steps": batches}
+    with pytest.warns(UserWarning, match="the step is skipped"):
+        quiet(handler, nan_guard="skip", ema_decay=0.9, **options)
+    left = [sample for sample in range(48) if not 16 <= sample < 16 + 8 * batches]
+    without = quiet(a_norm_net(Subset(data(), left)), **options)
+    assert same(weights(handler), weights(without))
+    assert handler.history == without.history
+    assert all(torch.isfinite(average).all() for average in handler.ema.weights.values())
+
+
+class Root(nn.Module):
+    """Its loss is 0 in the first step, and the gradient is infinite or NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs):
+        return self.weight.abs().sqrt() + 0 * inputs[:, :1]
+
+
+@pytest.mark.parametrize("guard", ["skip", "stop"])
+def test_the_nan_guard_looks_at_gradients(guard):
+    handler = NNHandler(Root)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_loss_fn(nn.MSELoss())
+    handler.set_train_loader(TensorDataset(torch.ones(8, 4), torch.zeros(8, 1)), batch_size=4)
+    if guard == "skip":
+        with pytest.warns(UserWarning, match=r"A gradient of step [12] is not finite"):
+            quiet(handler, nan_guard=guard)
+    else:
+        with pytest.raises(errors.StateError, match="A gradient is not finite"):
+            quiet(handler, nan_guard=guard)
+    assert handler.module.weight.item() == 0
 
 
 def test_mistakes_in_validation_show_before_training():

@@ -87,7 +87,8 @@ def test_a_package_that_is_gone_lives_in_the_checkpoint(saved):
 
 
 def test_code_is_shown_without_being_run(saved):
-    shown = NNHandler.load(saved / "c", model_class=torch.nn.Module, strict=False)
+    with pytest.warns(UserWarning, match="not in the handler: model"):
+        shown = NNHandler.load(saved / "c", model_class=torch.nn.Module, strict=False)
     assert "class Model" in shown.model_code["mine.model"]
     assert not (saved / "ran").exists()
 

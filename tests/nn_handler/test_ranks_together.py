@@ -229,6 +229,40 @@ def parameters_that_one_rank_uses() -> None:
     assert same_on_all(numbers(handler))
 
 
+def step_past_ddp(handler, batch):
+    """A method of the model other than forward is not known to DDP."""
+    return nn.functional.cross_entropy(handler.module(batch[0]), batch[1])
+
+
+def step_through_ddp(handler, batch):
+    return nn.functional.cross_entropy(handler.model(batch[0]), batch[1])
+
+
+def steps_of_ones_own() -> None:
+    for batches in (1, 3):
+        found = []
+        for step in (step_past_ddp, step_through_ddp):
+            handler = a_handler("ddp")
+            handler.set_training_step(step)
+            quiet(handler, 2, gradient_accumulation_steps=batches)
+            assert same_on_all(numbers(handler))
+            found.append(handler.history["loss"])
+        assert found[0] == pytest.approx(found[1])
+
+
+def a_model_that_is_changed() -> None:
+    for parallel in ("ddp", "fsdp"):
+        handler = a_handler(parallel)
+        torch.manual_seed(dist.get_rank())
+        handler.module.head = nn.Linear(6, 3)
+        assert "call set_optimizer" in message(lambda handler=handler: quiet(handler))
+        handler.set_optimizer(torch.optim.SGD, lr=0.1)
+        if parallel == "ddp":
+            assert same_on_all(numbers(quiet(handler)))
+        else:
+            assert "NNHandler(build)" in message(lambda handler=handler: quiet(handler))
+
+
 def static_graph() -> None:
     found = []
     for options in ({}, {"static_graph": True}):
@@ -253,6 +287,16 @@ class Noted(Callback):
 
     def on_step_end(self, handler, loss):
         handler.stop_training |= self.stops and dist.get_rank() == 1 and handler.step == 4
+
+
+class BecomesSlow(Callback):
+    """One step takes long, by the clock of each rank."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, handler, loss):
+        agreement._LATE_S = -1.0 if handler.step == self.step else 1e6
 
 
 class Holes(TensorDataset):
@@ -287,6 +331,7 @@ def agreements(folder: str) -> None:
     with (
         mock.patch.object(agreement, "largest", noted),
         mock.patch.object(agreement, "_PERIOD_S", 1e6),  # however slow the steps are
+        mock.patch.object(agreement, "_LATE_S", 1e6),
     ):
         quiet(begin("ddp"))
         assert sorted(set(agreed)) == [0, 1, 3, 7, 15, 20]
@@ -295,6 +340,9 @@ def agreements(folder: str) -> None:
         assert sorted(set(agreed)) == [0, 1, 3, 5, 10, 15, 20]
         begin("ddp").add_callback(Noted(stops=True))
         assert quiet(handler).step == 7
+        begin("ddp").add_callback(BecomesSlow(step=8))
+        quiet(handler)
+        assert sorted(set(agreed)) == [0, 1, 3, 7, 9, 17, 20]
         assert same_on_all(numbers(handler))
         for parallel in ("ddp", "fsdp"):
             begin(parallel, Holes()).auto_save(save_path=f"{folder}/holes-{parallel}")
@@ -321,6 +369,8 @@ def everything(folder: str) -> None:
     handlers_that_differ(folder)
     one_rank_decides(folder)
     parameters_that_one_rank_uses()
+    steps_of_ones_own()
+    a_model_that_is_changed()
     static_graph()
     a_group_without_gloo()
     agreements(folder)

@@ -139,6 +139,9 @@ def test_an_argument_that_can_not_be_recorded_is_asked_for(tmp_path, untrusted):
     with pytest.raises(errors.CheckpointError, match=r"model\.kwargs\.config") as caught:
         NNHandler.load(tmp_path / "c")
     assert "objects={'model.kwargs.config': ...}" in caught.value.remedy
+    with pytest.raises(errors.CheckpointError) as caught:
+        NNHandler.load(tmp_path / "c", objects={"model.kwargs.confg": Config(5), "loss_fn": len})
+    assert "model.kwargs.confg, which the checkpoint does not have" in caught.value.actual
     given = NNHandler.load(tmp_path / "c", objects={"model.kwargs.config": Config(5)})
     assert given.module.head.in_features == 5
 

@@ -65,3 +65,21 @@ def test_the_generator_of_the_device_is_in_the_state(monkeypatch):
     module.state = torch.tensor([3, 4])
     set_random_state({**state, "cuda": torch.tensor([5])})  # the checkpoint of another device
     assert module.state.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        random.random,
+        lambda: random.gauss(0, 1),
+        lambda: random.shuffle([1, 2, 3]),
+        lambda: random.getrandbits(3),
+        lambda: random.seed(3),
+        lambda: random.setstate(random.Random(5).getstate()),
+    ],
+)
+def test_each_change_of_pythons_generator_is_seen(change):
+    seed_generators(7)
+    for _ in range(700):  # its memory is mixed again after 624 numbers
+        assert random_state()["python"] == random.getstate()
+        change()
