@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from shardckpt.errors import StateError
+
 __all__ = ["Conversion", "hub_names", "model_names", "unchanged"]
 
 Tensors = Mapping[str, torch.Tensor]
@@ -43,7 +45,11 @@ def unchanged(tensors: Tensors) -> list[Conversion]:
 
 
 def hub_names(model: Any, tensors: Tensors) -> list[Conversion]:
-    """Plan the conversion of a model's tensors, given on the meta device, to those of the hub."""
+    """Plan the conversion of a model's tensors, given on the meta device, to those of the hub.
+
+    Raises:
+        StateError: Two tensors would get the same name.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, apply_converters, apply_renamings
 
@@ -57,9 +63,19 @@ def hub_names(model: Any, tensors: Tensors) -> list[Conversion]:
         renamed, pattern = apply_converters(name, converters)
         return (renamed, pattern) if pattern else (apply_renamings(name, renamings), None)
 
-    return _plan(
+    plan = _plan(
         model, tensors, rename, converters, last=lambda name: str(apply_renamings(name, renamings))
     )
+    left_out = set(tensors) - {source for step in plan for source in step.sources}
+    if left_out:
+        raise StateError(
+            "Two tensors of the model have the same name on the hub",
+            tensor=min(left_out),
+            expected="a hub name of its own for each tensor",
+            actual=f"{len(left_out)} tensors would be lost: {', '.join(sorted(left_out)[:5])}",
+            remedy="save the model's state_dict with shardckpt.save, which keeps its own names",
+        )
+    return plan
 
 
 def model_names(model: Any, own: Tensors, tensors: Tensors) -> list[Conversion]:
@@ -115,7 +131,7 @@ def _plan(
     for renamed, group in members.items():
         sources = tuple(name for name, _ in group)
         pattern = group[0][1]
-        if pattern is None:
+        if pattern is None:  # as transformers, take the last one
             plan.append(Conversion(sources[-1:], {renamed: tensors[sources[-1]]}))
             continue
         run = _runner(model, by_pattern[pattern], renamed, group, last)

@@ -183,6 +183,18 @@ def test_weights_are_saved_in_the_dtype_of_the_call(tmp_path):
         load_pretrained(build("mixtral"), tmp_path / "model", dtype="strict")
 
 
+def test_two_tensors_with_one_hub_name_are_refused(tmp_path):
+    """The folder would lose one of them."""
+    from transformers.core_model_loading import WeightRenaming
+
+    model = build("llama")
+    model._weight_conversions = [WeightRenaming("q_proj", "k_proj")]
+    with pytest.raises(StateError, match="same name on the hub") as raised:
+        save_pretrained(model, tmp_path / "hub")
+    assert "_proj" in raised.value.tensor
+    assert not (tmp_path / "hub").exists()
+
+
 def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_ours(tmp_path):
     folder = tmp_path / "model"
     save_pretrained(build("llama"), folder, max_shard_size=2_000)
