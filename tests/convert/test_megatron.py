@@ -1,8 +1,9 @@
-"""Tensors that the distributed optimizer of Megatron-Core saves flat, up to version 0.14."""
+"""Checkpoints of Megatron-Core, and tensors that its optimizer saved flat up to version 0.14."""
 
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,22 @@ from shardckpt.convert.convert import open_source
 from tests.convert import layouts
 
 WEIGHT = torch.arange(72.0).reshape(3, 4, 6)
+
+
+WRITTEN = Path(__file__).parent / "made_by" / "megatron-core-0.16.1"
+
+
+def test_what_megatron_core_wrote_has_its_values(tmp_path):
+    """made_by/write_megatron.py wrote it: four ranks, two of them with tensor parallelism."""
+    report = shardckpt.convert(WRITTEN, tmp_path / "c")
+    state = shardckpt.load_state(tmp_path / "c")
+    weights = torch.stack([torch.arange(24.0).reshape(4, 6) + 100 * layer for layer in range(3)])
+    assert torch.equal(state["layers.weight"], weights)
+    assert torch.equal(state["optimizer.state.exp_avg.layers.weight"], weights + 0.5)
+    assert torch.equal(state["bias"], torch.arange(5.0))
+    assert (state["iteration"], state["args"]) == (7, {"hidden": 4})
+    assert report.writer == "Megatron-Core"
+    assert not [name for name in sys.modules if name.startswith("megatron")]
 
 
 def grid(folder: Path, facts: object) -> None:
