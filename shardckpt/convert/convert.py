@@ -362,5 +362,6 @@ def _format_of(target: str, to: Format | None) -> Format:
             expected=f"one of {', '.join(FORMATS)}; a path in .pt, .pth, .ckpt or .bin for torch, "
             "in .ckpt for lightning, in .safetensors for safetensors, in none of them for others",
             actual=repr(to),
+            remedy="change the suffix of the path, or pass another format",
         )
     return to

@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from shardckpt.errors import StalledError
-from shardckpt.io.devices import accelerator, page_lock
 
 __all__ = [
     "BUFFER_BYTES",
@@ -92,6 +91,8 @@ def page_locked(size_bytes: int) -> Buffer:
     Memory of ours is locked in place, as torch may round its own up to a power of two. If nothing
     can be locked, for example because of a limit, the memory is ordinary and copies are slower.
     """
+    from shardckpt.io.devices import accelerator, page_lock  # inspect and ls need no torch
+
     of_torch: Any = accelerator.page_locked_tensor(size_bytes)
     if of_torch is not None:
         return Buffer(memoryview(of_torch.numpy()))
