@@ -12,7 +12,7 @@ from tests.faults.store_kills import creates, loads, prunes, removes, replaces, 
 @pytest.mark.parametrize(
     ("operation", "step"),
     [
-        (creates, 5),
+        pytest.param(creates, 5, marks=pytest.mark.long),
         pytest.param(with_base, 1, marks=pytest.mark.long),
         pytest.param(prunes, 1, marks=pytest.mark.long),
         pytest.param(removes, 1, marks=pytest.mark.long),

@@ -179,6 +179,7 @@ def test_a_planted_clone_of_the_wrong_bytes_is_seen(tmp_path):
         assert_intact(tmp_path / "1", {"w": weight})
 
 
+@pytest.mark.long
 def test_a_planted_comparison_that_ignores_digests_is_seen(tmp_path, monkeypatch):
     write = ClonedBlocks.write
 
