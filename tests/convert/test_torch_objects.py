@@ -182,7 +182,8 @@ def test_other_threads_meet_no_stand_ins(tmp_path):
             try:
                 torch.load(tmp_path / "y.pt", weights_only=True)
                 outcomes.append("loaded")
-            except pickle.UnpicklingError as error:
+            except (pickle.UnpicklingError, KeyError) as error:
+                # A KeyError, if the stand-ins go between torch's check and its look-up.
                 outcomes.append("refused" if "Loss" in str(error) else str(error))
 
     thread = threading.Thread(target=load)
