@@ -199,7 +199,7 @@ class LoadMismatchError(ShardckptError, ValueError):
     """The state to load into and the checkpoint differ. The error lists every entry.
 
     `missing`, `unexpected`, `wrong_shape` and `wrong_dtype` are tuples of names
-    (for the last two, of (name, expected, actual)), or None if there are none.
+    (for the last two, of (name, expected, actual)), or None in place of an empty tuple.
     """
 
     missing: tuple[str, ...] | None = None

@@ -20,32 +20,10 @@ def benchmarks(monkeypatch):
     return __import__("benchmarks.table", fromlist=["table"])
 
 
-@pytest.mark.timeout(400)
-def test_a_case_runs(tmp_path):
-    options = f"small --small 20 --rounds 1 --dir {tmp_path} --json {tmp_path}/out.json"
-    options += " --peers shardckpt;torch.save"  # the others take seconds to import
-    options += f" --markdown {tmp_path}/out.md"
+def run_bench(folder: Path, *arguments: str) -> str:
+    """What the benchmark prints."""
     found = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *options.split()],
-        env={**os.environ, "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=380,
-    )
-    assert found.returncode == 0, found.stderr
-    assert " is out:" not in found.stdout, found.stdout
-    assert "20 small tensors, load, warm" in (tmp_path / "out.md").read_text()
-    samples = json.loads((tmp_path / "out.json").read_text())["samples"]["small, save"]["samples"]
-    assert {"shardckpt", "torch.save", "raw, O_DIRECT, 1 threads a rank"} <= set(samples)
-    assert not list(tmp_path.glob("shardckpt-bench-*")), "it cleans up"
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_the_cases_with_background_saves_run(tmp_path):
-    options = f"async async-replicated train --size-mb 8 --rounds 1 --dir {tmp_path}"
-    found = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *options.split(), "--peers", "shardckpt;DCP"],
+        [sys.executable, "-m", "benchmarks", *arguments, "--rounds", "1", "--dir", str(folder)],
         env={**os.environ, "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}"},
         capture_output=True,
         text=True,
@@ -53,7 +31,26 @@ def test_the_cases_with_background_saves_run(tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert " is out:" not in found.stdout, found.stdout
-    assert found.stdout.count("shardckpt ") == 6, found.stdout
+    assert not list(folder.glob("shardckpt-bench-*")), "it cleans up"
+    return found.stdout
+
+
+@pytest.mark.timeout(600)
+def test_a_case_runs(tmp_path):
+    options = f"small --small 20 --json {tmp_path}/out.json --markdown {tmp_path}/out.md"
+    # The other peers take seconds to import.
+    run_bench(tmp_path, *options.split(), "--peers", "shardckpt;torch.save")
+    assert "20 small tensors, load, warm" in (tmp_path / "out.md").read_text()
+    samples = json.loads((tmp_path / "out.json").read_text())["samples"]["small, save"]["samples"]
+    assert {"shardckpt", "torch.save", "raw, O_DIRECT, 1 threads a rank"} <= set(samples)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_cases_with_background_saves_run(tmp_path):
+    cases = "async async-replicated train --size-mb 8"
+    printed = run_bench(tmp_path, *cases.split(), "--peers", "shardckpt;DCP")
+    assert printed.count("shardckpt ") == 6, printed
 
 
 def test_ratios_and_verdicts(benchmarks):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -28,6 +32,30 @@ class _Based(Shardckpt):
         self.base = path
 
 
+def _contestant(
+    place: Place, peer: Peer, state: dict[str, Any], turns: list[str], change: Callable[[], object]
+) -> Contestant:
+    """A peer that saves to two paths in turn. `change` changes the state before each save."""
+
+    def before() -> None:
+        change()
+        turns.reverse()  # the checkpoint before last makes room
+        remove(place, turns[0])
+
+    def run() -> dict[str, float]:
+        count = bytes_written()
+        peer.save(turns[0])
+        return {"bytes_written": bytes_written() - count}
+
+    def after() -> None:
+        check = Check(state)
+        check.wipe(state)
+        peer.load(turns[0])
+        check.verify(state)
+
+    return Contestant(name=peer.name, before=before, run=run, after=after)
+
+
 def _frozen_job(place: Place, bench: Bench) -> Results:
     model, optimizer = with_frozen_base(bench.size_bytes)
     state = state_of(model, optimizer)
@@ -35,24 +63,7 @@ def _frozen_job(place: Place, bench: Bench) -> Results:
     contestants = []
     for peer in [based, *(peer for peer in peers(place, state) if peer.name != based.name)]:
         turns = [f"{bench.root}/{slug(peer.name)}-{turn}" for turn in (0, 1)]
-
-        def before(turns: list[str] = turns) -> None:
-            step(optimizer)
-            turns.reverse()  # the checkpoint before last makes room
-            remove(place, turns[0])
-
-        def run(peer: Peer = peer, turns: list[str] = turns) -> dict[str, float]:
-            count = bytes_written()
-            peer.save(turns[0])
-            return {"bytes_written": bytes_written() - count}
-
-        def after(peer: Peer = peer, turns: list[str] = turns) -> None:
-            check = Check(state)
-            check.wipe(state)
-            peer.load(turns[0])
-            check.verify(state)
-
-        contestants.append(Contestant(name=peer.name, before=before, run=run, after=after))
+        contestants.append(_contestant(place, peer, state, turns, lambda: step(optimizer)))
     return compete(place, contestants, rounds=bench.rounds)
 
 
@@ -75,31 +86,20 @@ def _blocks_job(place: Place, bench: Bench, folder: str) -> Results:
     weight = torch.randn(rows, _ROW_BYTES // 4)
     mesh = init_device_mesh("cpu", (place.world_size,))
     state = {"weight": DTensor.from_local(weight, mesh, [Shard(0)])}
+
+    def change() -> None:
+        changed = rows // 10
+        first = int(torch.randint(rows - changed, ()))
+        weight[first : first + changed] += 1
+
     contestants = []
-    for name, kind in (("shardckpt", _Based), ("without base=", Shardckpt)):
-        peer = kind(place, state)
+    for name, kind, changes in (
+        ("shardckpt", _Based, change),  # once a round: the other one saves the same state
+        ("without base=", Shardckpt, lambda: None),
+    ):
         turns = [f"{folder}/{slug(name)}-{turn}" for turn in (0, 1)]
-
-        def before(turns: list[str] = turns, changes: bool = kind is _Based) -> None:
-            if changes:
-                changed = rows // 10
-                first = int(torch.randint(rows - changed, ()))
-                weight[first : first + changed] += 1
-            turns.reverse()  # the checkpoint before last makes room
-            remove(place, turns[0])
-
-        def run(peer: Peer = peer, turns: list[str] = turns) -> dict[str, float]:
-            count = bytes_written()
-            peer.save(turns[0])
-            return {"bytes_written": bytes_written() - count}
-
-        def after(peer: Peer = peer, turns: list[str] = turns) -> None:
-            check = Check(state)
-            check.wipe(state)
-            peer.load(turns[0])
-            check.verify(state)
-
-        contestants.append(Contestant(name=name, before=before, run=run, after=after))
+        contestant = _contestant(place, kind(place, state), state, turns, changes)
+        contestants.append(dataclasses.replace(contestant, name=name))
     return compete(place, contestants, rounds=bench.rounds)
 
 

@@ -8,7 +8,8 @@ plain form, which is converted: arrays and numbers of numpy, paths, namespaces, 
 dict and list. Entries that hold other objects are left out.
 
 The safe globals belong to the process. If torch.load in another thread meets a stand-in, it raises
-the error that it would raise without them.
+the error that it would raise without them. If they are removed between its check and its look-up,
+it raises a KeyError.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _LIMIT_S = 1.0
 _LEAST_BYTES = 1 << 20
 """It takes less time to copy fewer bytes than to divide them."""
 
-_MOST_IN_VAIN = 7
+_MOST_FAILED = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Divider:
     """
 
     def __init__(self) -> None:
-        self._in_vain = self._pause = 0
+        self._failed = self._pause = 0
 
     def divide(self, ranks: Operation | None, plan: LocalPlan) -> Division | None:
         """Divide the work among the ranks. Collective.
@@ -98,10 +98,10 @@ class Divider:
                 division = divide(coordinator, plan, Stopwatch())
         except ShardckptError as error:  # the save meets it again, and raises it
             logger.debug("stage all data of rank %d: %s", ranks.rank, error)
-            self._in_vain = min(self._in_vain + 1, _MOST_IN_VAIN)
-            self._pause = 2 ** (self._in_vain - 1) - 1
+            self._failed = min(self._failed + 1, _MOST_FAILED)
+            self._pause = 2 ** (self._failed - 1) - 1
             return None
-        self._in_vain = 0
+        self._failed = 0
         return division
 
 

@@ -238,7 +238,7 @@ class MatchContext:
         markers = dict(_items_of_type(like, name, PerRank))
 
         def per_rank(ref: TensorRef, at: str) -> Any:
-            marker = markers.get(at, PerRank(None, "error"))  # there is no value to keep
+            marker = markers.get(at, PerRank(None, "error"))  # the state holds no value
             rank = self.saved_rank(marker, at)
             if rank is not None:
                 return builder.build(self.saved.per_rank(ref, rank=rank), at)

@@ -263,7 +263,7 @@ class Storage(ABC):
             The value.
 
         Raises:
-            CheckpointError: There is no checkpoint at the path.
+            CheckpointError: The path does not lead to a checkpoint.
         """
         files = self.open(path)
         try:

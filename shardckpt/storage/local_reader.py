@@ -37,7 +37,7 @@ class _Shard:
     Attributes:
         fd: Its descriptor.
         lock: Guards the other attributes.
-        direct: Its descriptor with O_DIRECT. None if there is none, or not yet.
+        direct: Its descriptor with O_DIRECT. None if it is not open.
         tried_direct: Whether an attempt was made to open `direct`.
         users: The number of running reads.
     """

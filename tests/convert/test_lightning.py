@@ -71,10 +71,12 @@ def test_a_model_and_its_optimizer_become_a_file_of_lightning(tmp_path):
 
 
 def test_tensors_alone_are_the_weights(tmp_path):
-    torch.save(model().state_dict(), tmp_path / "w.pt")
+    weights = model().state_dict()
+    torch.save(weights, tmp_path / "w.pt")
     shardckpt.convert(tmp_path / "w.pt", tmp_path / "x.ckpt", to="lightning")
     found = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    model().load_state_dict(found["state_dict"])
+    assert found["state_dict"].keys() == weights.keys()
+    assert all(torch.equal(found["state_dict"][name], weights[name]) for name in weights)
 
 
 def test_nested_weights_get_names(tmp_path):
