@@ -50,7 +50,7 @@ def page(names: list[str], results: dict[str, dict], tests: list[str]) -> str:
 def _row(name: str, result: dict, run: list[str]) -> str:
     torch, python = (part.split()[1] for part in name.split(", "))
     reads = result["reads"]
-    short = [other.split()[1].rstrip(",") for other in reads]
+    short = dict.fromkeys(other.split()[1].rstrip(",") for other in reads)
     read = "all" if set(run) <= set(reads) else ", ".join(short)
     cells = [torch, python, result["numpy"], result["passed"], result["skipped"]]
     cells += [len(result["failed"]), read]
