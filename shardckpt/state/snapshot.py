@@ -34,6 +34,7 @@ from shardckpt.state.module_state import (
     ModuleState,
     ddp_rank0_buffers,
     has_state,
+    instances_in,
     modules_in,
     named_state,
 )
@@ -101,6 +102,7 @@ def take_snapshot(state: Any, *, small_bytes: int, rank: int = 0) -> Snapshot:
 
 class _Taker:
     def __init__(self, state: Any, rank: int) -> None:
+        self.state = state
         self.rank = rank
         self.snapshot = Snapshot()
         self.modules = list(modules_in(state))
@@ -115,6 +117,15 @@ class _Taker:
     def parameters(self) -> set[tuple[Any, ...]]:
         parameters = (p for _, module in self.modules for p in module.parameters())
         return {_memory(p, _local(p)) for p in parameters}
+
+    @cached_property
+    def optimizer_memory(self) -> set[Any]:
+        """The first elements of the keys of the state of all optimizers."""
+        optimizers = (optimizer for _, optimizer in instances_in(self.state, Optimizer))
+        tensors = (
+            t for o in optimizers for _, t in instances_in([*o.state.values()], torch.Tensor)
+        )
+        return {_memory(tensor, _local(tensor))[0] for tensor in tensors}
 
     def walk(self, value: Any, at: str, *, copy_up_to: float, depth: int = 0) -> Any:
         """Return a value with copied containers and values, and its tensors copied or held."""
@@ -238,6 +249,8 @@ class _Taker:
         memory = _memory(tensor, data)
         if memory not in self.copies:  # tied tensors stay tied
             if large or memory in self.parameters:
+                return self.hold(tensor)
+            if copy_up_to < math.inf and memory[0] in self.optimizer_memory:
                 return self.hold(tensor)
             self.copies[memory] = tensor, _copy(tensor, data)
         return self.copies[memory][1]

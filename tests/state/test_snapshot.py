@@ -106,6 +106,17 @@ def test_parameters_and_optimizer_state_are_held_and_buffers_copied():
     assert snapshot.changed(flat) is not None
 
 
+def test_small_tensors_that_are_tied_to_state_of_an_optimizer_stay_tied():
+    model = a_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 5)).sum().backward()
+    optimizer.step()
+    own = optimizer.state[model[0].bias]
+    state = {"first": own["exp_avg"], "m": model, "o": optimizer, "later": [own["step"]]}
+    flat = flatten(take_snapshot(state, small_bytes=1 << 16).state, rank=0)
+    assert list(flat.tensors) == list(flatten(state, rank=0).tensors)
+
+
 @pytest.mark.parametrize("name", ["m.0.weight", "large", "o.state.0.weight.exp_avg"])
 def test_each_change_is_seen(name):
     model = a_model()
