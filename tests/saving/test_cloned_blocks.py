@@ -157,6 +157,18 @@ def test_a_corrupted_block_of_the_base(tmp_path, monkeypatch):
     assert_intact(tmp_path / "1", {"w": weight})
 
 
+def test_a_corrupted_block_of_a_file_without_changes_is_not_cloned(tmp_path, monkeypatch):
+    weight, storage, base = rows(20), LocalStorage(Clones()), tmp_path / "0"
+    shardckpt.save({"w": weight}, base)
+    flip(base / FILE, 18 * MIB + 5)
+    samples = iter([18, 3])  # of the check before the link, and of one before clones
+    monkeypatch.setattr(incremental.secrets, "randbelow", lambda step: next(samples) % step)
+    report = shardckpt.save({"w": weight}, tmp_path / "1", base=base, storage=storage)
+    (problem,) = report.base_problems
+    assert "other bytes in block 18" in problem
+    assert_intact(tmp_path / "1", {"w": weight})
+
+
 @pytest.mark.parametrize("size", [0, 5, 10 * MIB, 10 * MIB + 17, None])
 def test_a_truncated_or_missing_file_of_the_base(tmp_path, size):
     weight = rows(20)
