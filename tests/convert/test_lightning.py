@@ -68,6 +68,8 @@ def test_a_model_and_its_optimizer_become_a_file_of_lightning(tmp_path):
     for old, new in zip(made.parameters(), other.parameters(), strict=True):
         assert torch.equal(optimizer.state[old]["exp_avg"], again.state[new]["exp_avg"])
     assert found["lr_schedulers"][0]["gamma"] == 0.9
+    loop = found["loops"]["fit_loop"]
+    assert loop["epoch_loop.state_dict"] == {"_batches_that_stepped": 9}
 
 
 def test_tensors_alone_are_the_weights(tmp_path):
