@@ -247,9 +247,10 @@ def _rewrite(tree: Any, selected: Callable[[str], bool], renamed: Callable[[str]
         result = {} if result is nothing else result
         names = set(_names(result, ""))
         for name, value in moved.items():
-            if name in names:
-                raise _same_name(name)
-            names |= set(_names(value, name))
+            added = set(_names(value, name))
+            if twice := names & added:
+                raise _same_name(min(twice))
+            names |= added
         result = {**result, **moved}
     return {} if result is nothing else result
 
