@@ -30,6 +30,9 @@ def lightning_state(state: Mapping[Any, Any], path: str) -> dict[Any, Any]:
     rest = dict(state)
     if isinstance(others := rest.get("lightning"), Mapping) and "state_dict" in rest:
         rest = {**others, **{key: item for key, item in rest.items() if key != "lightning"}}
+    prefix = "state_dict."  # a rename may add a prefix to the names of the weights
+    if deeper := [key for key in rest if isinstance(key, str) and key.startswith(prefix)]:
+        rest["state_dict"] = {key.removeprefix(prefix): rest.pop(key) for key in deeper}
     if "state_dict" not in rest and "model" in rest:
         rest["state_dict"] = rest.pop("model")
     elif "state_dict" not in rest and rest and all(map(torch.is_tensor, rest.values())):

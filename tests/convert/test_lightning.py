@@ -88,6 +88,14 @@ def test_nested_weights_get_names(tmp_path):
     assert sorted(found["state_dict"]) == ["a.b", "c"]
 
 
+def test_a_rename_adds_the_prefix_of_a_module(tmp_path):
+    shardckpt.save({"model": {"a": torch.ones(2)}, "step": 1}, tmp_path / "c")
+    rename = {"model": "state_dict.net"}
+    shardckpt.convert(tmp_path / "c", tmp_path / "x.ckpt", to="lightning", rename=rename)
+    found = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert list(found["state_dict"]) == ["net.a"]
+
+
 def test_a_source_without_weights_and_a_wrong_suffix_are_refused(tmp_path):
     shardckpt.save({"net": torch.ones(2), "step": 3}, tmp_path / "c")
     with pytest.raises(errors.StateError, match="state_dict"):

@@ -13,6 +13,8 @@ from tests.ranks import PRELOAD
 
 pl = pytest.importorskip("lightning.pytorch")
 
+from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa: E402
+
 PRELOAD += ["shardckpt.integrations.lightning", "lightning.pytorch"]
 JOB = Path(__file__).parent / "lightning_job.py"
 pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("default")]
@@ -109,10 +111,14 @@ def fitted(epochs, checkpoint=None):
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_progress_bar=False,
         enable_checkpointing=False, enable_model_summary=False,
+        plugins=[LightningEnvironment()],  # without it, Lightning starts MPI in this process
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(net.data, batch_size=4)
     trainer.fit(net, loader, ckpt_path=checkpoint)
     return trainer, net
+
+
+PREFIX = {"model": "state_dict.layers"}
 
 
 def trained_by_a_loop(epochs):
@@ -143,7 +149,10 @@ def test_the_trainer_resumes_what_a_loop_without_lightning_saved(tmp_path):
     state = trained_by_a_loop(2) | {"step": 8, "epoch": 2}
     shardckpt.save(state, tmp_path / "ours")
     shardckpt.convert(
-        tmp_path / "ours", tmp_path / "b.ckpt", to="lightning", rename={"model": "model.layers"}
+        tmp_path / "ours",
+        tmp_path / "b.ckpt",
+        to="lightning",
+        rename={"model": "state_dict.layers"},
     )
     trainer, net = fitted(3, tmp_path / "b.ckpt")
     assert (trainer.global_step, trainer.current_epoch) == (12, 3)
@@ -158,7 +167,10 @@ def test_the_trainer_resumes_without_a_scheduler(tmp_path):
     del state["scheduler"]
     shardckpt.save(state, tmp_path / "ours")
     shardckpt.convert(
-        tmp_path / "ours", tmp_path / "b.ckpt", to="lightning", rename={"model": "model.layers"}
+        tmp_path / "ours",
+        tmp_path / "b.ckpt",
+        to="lightning",
+        rename={"model": "state_dict.layers"},
     )
     trainer, _ = fitted(1, tmp_path / "b.ckpt")
     assert trainer.global_step == 4
