@@ -186,10 +186,13 @@ class _Saved:
         optimizer_files: dict[int, str],
         model_files: dict[int, str],
     ) -> None:
+        objects = ObjectsLoader()
         loaded = [
-            self._load(optimizer_files[rank], ObjectsLoader())["optimizer_state_dict"]
+            self._load(optimizer_files[rank], objects)["optimizer_state_dict"]
             for rank in sorted(optimizer_files)
         ]
+        if why := objects.left_out.get("optimizer_state_dict.loss_scaler"):
+            self.left_out["loss_scaler"] = why
         stage = loaded[0]["zero_stage"]
         if stage not in (1, 2, 3):
             raise ValueError(f"the ZeRO stage {stage}")
