@@ -94,10 +94,11 @@ def open_deepspeed(path: str, folder: str, *, check: bool) -> Foreign:
     version = saved.state.get("ds_version")
     writer = f"DeepSpeed {version}" if type(version) is str else "DeepSpeed"
     beside = {} if path == folder else left_beside(path, {os.path.basename(folder), *_LATEST})
+    used = {name.partition("/")[0] for name in saved.files}
     origin = Origin(
         format=saved.layout,
         writer=writer,
-        left_out={**beside, **left_beside(folder, saved.files), **saved.left_out},
+        left_out={**beside, **left_beside(folder, used), **saved.left_out},
         changed=saved.objects.changed,
         files=tuple(sorted(saved.files)),
     )
