@@ -194,7 +194,7 @@ class _Saved:
         ]
         if why := objects.left_out.get("optimizer_state_dict.loss_scaler"):
             self.left_out["loss_scaler"] = why
-        stage = loaded[0]["zero_stage"]
+        stage = loaded[0].get("zero_stage", 1)  # the optimizer for bfloat16 does not save it
         if stage not in (1, 2, 3):
             raise ValueError(f"the ZeRO stage {stage}")
         counts = loaded[0]["partition_count"]
