@@ -216,5 +216,5 @@ def raise_unreadable(path: str) -> None:
             path=path,
             expected="one of the sources in docs/convert.md",
             actual=", ".join((readable + files)[:8]),
-            remedy=f"convert one of them, such as {os.path.join(path, (readable + files)[0])}",
+            remedy=f"pass one of them, such as {os.path.join(path, (readable + files)[0])}",
         )

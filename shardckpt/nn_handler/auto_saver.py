@@ -13,6 +13,7 @@ from typing import Any, Literal
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
 from shardckpt.errors import ShardckptError, StateError
+from shardckpt.logs import warn
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.manager.retention import ranked
 from shardckpt.nn_handler.saving import (
@@ -25,7 +26,7 @@ from shardckpt.nn_handler.saving import (
 )
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 from shardckpt.nn_handler.training_state import TrainingState
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import translated
 from shardckpt.storage.resolve import resolve
@@ -73,6 +74,23 @@ class AutoSaver:
         label: str = "auto_save",
         **plan: Any,
     ) -> None:
+        flags = {
+            "save_last": save_last,
+            "on_exception": on_exception,
+            "on_signal": on_signal,
+            "asynchronous": asynchronous,
+            "links": links,
+            "overwrite": plan.get("overwrite", False),
+        }
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise StateError(
+                    f"Invalid {name} for saving", expected="True or False", actual=repr(value)
+                )
+        if type(tolerate) is not int or tolerate < 0:
+            raise StateError(
+                "Invalid tolerate for saving", expected="an int from 0", actual=repr(tolerate)
+            )
         if links and save_last:
             raise StateError(
                 "save_last=True saves a checkpoint under the name of the link `last`",
@@ -190,6 +208,10 @@ class AutoSaver:
             every = CheckpointManager(self.folder, label=None, **self._place())
             found = every.first_that_loads(restore, _newest_first)
             resumed = found is not None
+            if found is None:
+                self._warn_of_others(handler)
+        elif restore is not None and self.options["resume"] and handler.run_id is None:
+            self._warn_of_progress(handler)
         if handler.run_id is None:
             with operation("NNHandler: the id of this run") as coordinator:
                 fresh = uuid.uuid4().hex.encode()
@@ -208,6 +230,28 @@ class AutoSaver:
             self._last = CheckpointManager(self.folder, label=label, **self._place())
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return resumed
+
+    def _warn_of_progress(self, handler: TrainingState) -> None:
+        if handler.rank == 0:
+            warn(
+                'resume="auto" has no effect: the handler has trained before this call, to step '
+                f"{handler.step}. Call auto_save before the first call of train"
+            )
+
+    def _warn_of_others(self, handler: TrainingState) -> None:
+        """Warn of checkpoints in the folder that have another format than the name."""
+        local = isinstance(self._storage, LocalStorage) and os.path.isdir(self.folder)
+        if handler.rank or not local:
+            return
+        names = [name for name in sorted(os.listdir(self.folder)) if not name.startswith(".")]
+        sharded = [n for n in names if os.path.isfile(f"{self.folder}/{n}/{MANIFEST_NAME}")]
+        others = sharded if self.one_file else list(filter(is_one_file, names))
+        if others:
+            warn(
+                f'resume="auto" found no checkpoint of the format of name={self.plan.name!r} in '
+                f"{self.folder}, but {', '.join(others[:8])}: training begins anew. The suffix of "
+                "the name chooses the format"
+            )
 
     def _make_folder(self) -> None:
         """Create the folder, or raise StorageError before training. Collective."""
@@ -247,7 +291,7 @@ class AutoSaver:
 
     def within_epoch(self, handler: TrainingState, *, now: bool) -> None:
         """Internal. Save between two steps if a save is due, or `now`. Collective."""
-        if now or self.due(handler):
+        if (now and handler.step != self._saved_step) or self.due(handler):
             self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
 
     def after_epoch(
@@ -278,8 +322,9 @@ class AutoSaver:
             name=name,
             if_exists="overwrite" if self.plan.overwrite else "number",
         )
-        self._saved_step, self._saved_at = handler.step, time.monotonic()
+        self._saved_at = time.monotonic()
         if all(path != saved.path for path, _ in self._failed):
+            self._saved_step = handler.step
             self._fresh.append(saved.path)
         self._link(handler)
         return saved

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -171,8 +172,11 @@ def binds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
 def mapped(act: Callable[[Any], Any], value: Any) -> Any:
     """Apply `act` to the tensors of a nested value, and to objects that have a method `to`.
 
-    Containers keep their types. PackedSequence and BatchEncoding have a method `to`.
+    Arrays of numbers become tensors. Containers keep their types. PackedSequence and BatchEncoding
+    have a method `to`.
     """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(np.array(value))
     if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
         return act(value)
     if isinstance(value, Mapping):
@@ -250,7 +254,15 @@ def joined(parts: list[Any]) -> Any:
     """
     last = parts[-1]
     if isinstance(last, torch.Tensor):
-        return torch.cat([part if part.dim() else part.reshape(1) for part in parts])
+        try:
+            return torch.cat([part if part.dim() else part.reshape(1) for part in parts])
+        except (RuntimeError, TypeError) as error:
+            raise StateError(
+                "The outputs of the batches can't be concatenated",
+                expected="tensors of one shape, except for the first dimension",
+                actual=", ".join(dict.fromkeys(str(tuple(part.shape)) for part in parts))[:200],
+                remedy="pad them to one shape, or take one batch at a time",
+            ) from error
     if isinstance(last, Mapping):
         return like(last, {key: joined([part[key] for part in parts]) for key in last})
     if is_column(last):

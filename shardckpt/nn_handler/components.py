@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardckpt.errors import StateError
+from shardckpt.errors import ShardckptError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.callback import Callback, Hook, Metrics
@@ -21,7 +21,7 @@ from shardckpt.nn_handler.model_code import collect_code
 from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Buffers, Layout, Parallel, start, wrap
 from shardckpt.nn_handler.scheduling import Interval, Scheduler
-from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.nn_handler.training_state import TrainingState, check_metric_name
 from shardckpt.state.random_state import seed_generators
 
 __all__ = ["Components", "check_compile"]
@@ -174,6 +174,8 @@ class Components(TrainingState):
                 expected="an object with param_groups, as optimizers of torch are",
                 actual=type(optimizer).__name__,
             )
+        if not exact:
+            _warn_of_unknown(optimizer, named)
         recipe = {"class": optimizer_class, "groups": named, "options": options}
         former = self.optimizations.get(name)
         made = Optimization(optimizer=optimizer, recipe=recipe)
@@ -264,7 +266,9 @@ class Components(TrainingState):
         self.loss_tensors = None
         loss = self.loss_module
         if loss is not None and self.parallel != "none" and self.device.type != "meta":
-            for tensor in (*loss.parameters(), *loss.buffers()):
+            models = {id(buffer) for buffer in self.module.buffers()}
+            buffers = [buffer for buffer in loss.buffers() if id(buffer) not in models]
+            for tensor in (*self.loss_parameters(), *buffers):
                 dist.broadcast(tensor.data, 0)
         if (former or loss) and former is not loss and MAIN in self.optimizations:
             self._optimize_loss(loss)
@@ -278,7 +282,7 @@ class Components(TrainingState):
             if (names := [n for n in group["params"] if not n.startswith("loss_fn.")])
         ]
         if loss is not None:
-            groups.append({"params": [f"loss_fn.{n}" for n, _ in loss.named_parameters()]})
+            groups.append({"params": self.loss_parameters()})
         self.make_optimizer(recipe["class"], groups, recipe["options"], exact=True)
 
     def set_training_step(self, step: Callable[..., Any]) -> None:
@@ -331,11 +335,7 @@ class Components(TrainingState):
             ...     return (outputs.argmax(1) == targets).float().mean()
             >>> handler.add_metric("accuracy", correct)
         """
-        taken = ("loss", "epoch", "step")
-        if not isinstance(name, str) or not name:
-            raise StateError("Invalid name of a metric", expected="a str", actual=repr(name))
-        if name in taken or name == "lr" or name.startswith(("val_", "lr_")):
-            raise StateError("The name of this metric is taken", actual=repr(name))
+        check_metric_name(name)
         check_function(metric, "metric", f"add_metric({name!r}, metric)")
         if whole_epoch and not callable(metric):
             raise StateError(
@@ -419,6 +419,8 @@ class Components(TrainingState):
                 expected="an instance of Callback, or a function",
                 actual=repr(callback),
             )
+        if isinstance(callback, Callback):
+            _warn_of_hooks(callback)
         self.callbacks.append(callback if isinstance(callback, Callback) else Hook(callback))
 
     def remove_callback(self, callback: Callback | type[Callback]) -> None:
@@ -468,8 +470,8 @@ class Components(TrainingState):
             >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
             >>> handler.seed(7)
         """
-        if type(seed) is not int:
-            raise StateError("Invalid seed", expected="an int", actual=repr(seed))
+        if type(seed) is not int or not -(1 << 63) <= seed < 1 << 63:
+            raise StateError("Invalid seed", expected="an int of 64 bits", actual=repr(seed))
         self.seed_value = seed
         seed_generators(self.seed_value + self.layout.data[0])
 
@@ -520,11 +522,11 @@ class Components(TrainingState):
 
     def _submodule(self, name: str) -> nn.Module:
         modules: dict[str, nn.Module] = dict(self.module.named_modules(remove_duplicate=False))
-        if name not in modules:
+        if not isinstance(name, str) or name not in modules:
             raise StateError(
                 "The model has no such module",
                 expected=", ".join(filter(None, modules)),
-                actual=name,
+                actual=repr(name)[:200],
             )
         return modules[name]
 
@@ -552,7 +554,7 @@ class Components(TrainingState):
             >>> handler.optimizer.param_groups[0]["lr"]
             0.003
         """
-        self._optimization(optimizer)
+        self._optimization(optimizer).check_options(options)
         self.hyperparameters.setdefault(optimizer, {}).update(options)
         self.apply_hyperparameters()
 
@@ -642,11 +644,35 @@ class Components(TrainingState):
         self.layout = Layout(mode="none", device=device)
 
 
+def _warn_of_hooks(callback: Callback) -> None:
+    """Warn of methods with the name of a hook of another library, which are never called."""
+    hooks = [name for name in dir(Callback) if name.startswith("on_")]
+    unknown = [n for n in dir(type(callback)) if n.startswith("on_") and n not in hooks]
+    if unknown:
+        warn(
+            f"{type(callback).__name__} has methods that are not hooks and are never called: "
+            f"{', '.join(unknown)}. The hooks are {', '.join(hooks)}"
+        )
+
+
+def _warn_of_unknown(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Warn of options of groups that the optimizer does not have, and that torch accepts."""
+    known = {*optimizer.defaults, "params", "name", "initial_lr"}
+    unknown = dict.fromkeys(name for group in groups for name in group if name not in known)
+    if unknown and optimizer.defaults:
+        warn(
+            f"{type(optimizer).__name__} does not use these options of a group: "
+            f"{', '.join(unknown)}. Its options are {', '.join(sorted(optimizer.defaults))}"
+        )
+
+
 @contextmanager
 def from_arguments(what: str, cls: Any) -> Iterator[None]:
     """Turn an error of a constructor about its arguments into a StateError."""
     try:
         yield
+    except ShardckptError:
+        raise
     except (TypeError, ValueError) as error:
         raise StateError(
             f"The {what} does not take these arguments",

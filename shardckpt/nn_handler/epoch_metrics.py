@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from shardckpt.errors import StateError
+from shardckpt.logs import warn
 from shardckpt.nn_handler.batch import Result, joined, kept_outputs
 from shardckpt.nn_handler.parallel import Layout, gathered, mean_over_ranks
-from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.nn_handler.training_state import TrainingState, check_metric_name
 
 __all__ = ["EpochSums", "accumulates"]
 
@@ -111,9 +112,21 @@ class EpochSums:
         """Add a batch."""
         self._add("loss", result.loss, result.size)
         for name, value in result.terms.items():
+            check_metric_name(name)
             self._add(name, value, result.size)
         if self.handler.metrics and result.outputs is not None:
             self._add_metrics(result)
+        elif self.handler.metrics:
+            self._warn_of_outputs()
+
+    def _warn_of_outputs(self) -> None:
+        if "outputs" not in self.handler.warned and self.handler.rank == 0:
+            self.handler.warned.add("outputs")
+            warn(
+                f"The training step returned no outputs, so the metrics "
+                f"{', '.join(self.handler.metrics)} are not computed. Return "
+                '{"loss": loss, "outputs": outputs, "targets": targets}'
+            )
 
     @torch.no_grad()
     def _add_metrics(self, result: Result) -> None:

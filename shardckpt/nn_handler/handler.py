@@ -27,6 +27,7 @@ from shardckpt.nn_handler.prediction import is_data, predictions
 from shardckpt.nn_handler.summary import summary
 from shardckpt.nn_handler.train_options import NanGuard, Precision, TrainOptions, matmul_precision
 from shardckpt.nn_handler.trainer import Trainer
+from shardckpt.nn_handler.trial import undone
 from shardckpt.nn_handler.validation import validate
 from shardckpt.plan.device_map import DeviceMap
 from shardckpt.storage.paths import local_path
@@ -192,7 +193,7 @@ class NNHandler(Components):
             seed: See `seed`.
             progress_bar: Show the progress on stderr, on rank 0; see ProgressBar.
             save_on_last_epoch: Let auto_save save after the last epoch, whatever its interval.
-            max_steps: End after so many steps, if `epochs` does not end training before.
+            max_steps: End after so many additional steps, if `epochs` does not end training before.
             validate_every_steps: Also validate after every so many steps. The results are appended
                 to `validations`, and passed to the hook on_validation_end.
             limit_train_batches: End each epoch after so many batches on each rank.
@@ -207,11 +208,11 @@ class NNHandler(Components):
             agree_every: The largest number of steps between two agreements of the ranks on
                 signals, failures and `stop_training`. The ranks agree more often if steps take
                 longer than 0.025 seconds or become slow, and before each save. Ignored on one rank.
-            fast_dev_run: Try one batch of training and one of validation. Nothing is saved, and
-                callbacks that write files are not called.
+            fast_dev_run: Try one batch of training and one of validation, and then undo this step.
+                Nothing is saved, and callbacks that write files are not called.
 
         Returns:
-            The history: the values of each metric by epoch.
+            The history: the values of each metric by epoch. With fast_dev_run, that of the trial.
 
         Raises:
             StateError: An argument is invalid, or a part of the handler is missing.
@@ -237,11 +238,12 @@ class NNHandler(Components):
         options = TrainOptions(**arguments)
         self._warn_unconfirmed()
         trainer = Trainer(self, options)
-        if seed is not None and not self.replaying():
-            self.seed(seed)
-        with matmul_precision(options.precision):
-            trainer.run()
-        return self.history
+        with undone(self) if fast_dev_run else nullcontext():
+            if seed is not None and not self.replaying():
+                self.seed(seed)
+            with matmul_precision(options.precision):
+                trainer.run()
+            return self.history
 
     def _warn_unconfirmed(self) -> None:
         waiting = [text for text in self.unconfirmed if text not in self.warned]
@@ -295,8 +297,9 @@ class NNHandler(Components):
         Collective for data that is divided among the ranks, and for a sharded model.
 
         Args:
-            inputs: A batch for the model, or a Dataset or loader. If its batches are pairs, the
-                model gets their first items, unless its forward needs both.
+            inputs: A batch for the model, or a Dataset, a loader or an iterator of batches. If its
+                batches are pairs, the model gets their first items, unless its forward needs both.
+                Arrays of numpy become tensors of their dtypes.
             ema: Use the averaged weights.
             loader_options: The arguments of a DataLoader, if `inputs` is a Dataset or a list of
                 samples.

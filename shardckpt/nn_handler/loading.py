@@ -17,7 +17,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardckpt import api
-from shardckpt.convert.single_files import INDEX, is_single_file, read_many, read_one
+from shardckpt.convert.single_files import (
+    INDEX,
+    is_one_file,
+    is_single_file,
+    read_many,
+    read_one,
+)
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import alone, operation
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
@@ -53,8 +59,9 @@ from shardckpt.state.markers import PerRank
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import canonical_names
 from shardckpt.state.random_state import random_state, seed_generators, set_random_state
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.posix import translated
 from shardckpt.storage.resolve import resolve
 from shardckpt.torch_compat import child_names
 
@@ -119,6 +126,7 @@ def open_source(path: str) -> Source:
     elif os.path.isfile(os.path.join(path, INDEX)):
         state = read_many(path)
     else:
+        _refuse_folder(path)
         return Source(path=path, storage=LocalStorage())
     if not isinstance(state, Mapping):
         raise NotACheckpointError(
@@ -131,6 +139,27 @@ def open_source(path: str) -> Source:
     state = dict(state)
     ranks = state.pop("ranks", None) if "config" in state else None
     return Source(path=path, storage=StateStorage(state), ranks=ranks)
+
+
+def _refuse_folder(path: str) -> None:
+    """Raise NotACheckpointError for a folder that holds checkpoints."""
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, MANIFEST_NAME)):
+        return
+    with translated(path):
+        inner = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+        found = [
+            place
+            for place in inner
+            if is_one_file(place)
+            or any(os.path.isfile(os.path.join(place, mark)) for mark in (MANIFEST_NAME, INDEX))
+        ]
+        if found:
+            raise NotACheckpointError(
+                "This folder is not a checkpoint, but contains checkpoints",
+                path=path,
+                actual=", ".join(os.path.basename(place) for place in found[:8]),
+                remedy=f"give one of them: the newest is {max(found, key=os.path.getmtime)}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +231,7 @@ def _load(handler_class: type[Components], path: str, options: LoadOptions) -> C
         parts = _resolved(names, config, options)
     handler = _with_model(handler_class, names, parts, source, options)
     handler.adopt_code(config.code, config.model.class_name if options.trust_code else None)
+    names.own_part = lambda name: handler.own_parts().get(name)
     if options.strict:
         _check_names(handler, source)
     _set_parts(handler, names, parts, source, config, options)
@@ -230,6 +260,7 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
             if found is not None and options.takes(part):
                 parts[f"{at}.class"] = names.resolve(found.class_name, f"{at}.class", slot)
                 parts[f"{at}.options"] = names.resolve(found.options, f"{at}.options")
+                _check_options(names, found.options, f"{at}.options")
         if options.takes("optimizer"):
             at = f"{_place(name, 'optimizer')}.groups"
             parts[at] = names.resolve(saved.optimizer.groups, at)
@@ -243,6 +274,23 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
             )
     names.raise_missing(_unused(names, options, later=_FUNCTIONS))
     return parts
+
+
+def _check_options(names: Names, options: dict[str, Any], at: str) -> None:
+    """Raise StateError if the caller gives an option that the saved state would replace."""
+    for name, value in options.items():
+        plain = not isinstance(value, (dict, list, tuple))
+        if plain and (given := names.given.get(f"{at}.{name}", value)) is not value:
+            raise StateError(
+                "objects= can't change this option: the state in the checkpoint replaces it",
+                path=names.path,
+                tensor=f"{at}.{name}",
+                expected=repr(value)[:200],
+                actual=repr(given)[:200],
+                remedy="load with skip_scheduler=True, and then call set_scheduler"
+                if "scheduler" in at
+                else f"after load call handler.set_hyperparameters({name}=...)",
+            )
 
 
 def _optimizers(config: Config) -> dict[str, NamedOptimizer]:
@@ -334,7 +382,11 @@ def _set_parts(
     config: Config,
     options: LoadOptions,
 ) -> None:
-    made = {at: names.make(tree, at) for at, tree in parts.items() if not at.startswith("model.")}
+    made = {
+        at: names.make(tree, at)
+        for at, tree in parts.items()
+        if not at.startswith(("model.", "callbacks."))
+    }
     _set_trained(handler, config, source.path)
     _set_functions(handler, names, source, config, options)
     for name, saved in _optimizers(config).items():
@@ -366,9 +418,9 @@ def _set_parts(
         if proposed is not None:
             with making(part, source.path):
                 handler.propose(part, proposed)
-    for at, callback in made.items():
+    for at, tree in parts.items():
         if at.startswith("callbacks."):
-            _add_callback(handler, callback, at, source.path)
+            _add_callback(handler, names.make(tree, at), at, source.path)
 
 
 def _set_trained(handler: Components, config: Config, path: str) -> None:
@@ -512,6 +564,7 @@ def restore(
         saved = source.values()
         _check_parts(handler.config(), saved.config, path)
         _follow(handler, saved.config, path)
+    _warn_of_loss(handler.config()["loss_fn"], saved.config.loss_fn, handler.rank)
     state = {} if placed else handler.tensor_state()
     if placed or "optimizer" in skip or not _optimizers(saved.config):
         state.pop("optimizer", None)
@@ -622,6 +675,30 @@ def _follow(handler: Components, saved: Config, path: str) -> None:
                     exact=True,
                 )
     _warn_of_options(_own_parts(own), saved, handler)
+
+
+def _warn_of_loss(own: Any, saved: Any, rank: int) -> None:
+    """Warn of tensors among the arguments of the loss that those of the checkpoint replace."""
+    changed = _other_tensors(own, saved)
+    if changed and rank == 0:
+        warn(
+            f"The loss gets its tensors from the checkpoint: {', '.join(changed)} had other values "
+            "in the script. To use those, call set_loss_fn after the load, or in a callback's "
+            "on_train_start"
+        )
+
+
+def _other_tensors(own: Any, saved: Any, at: str = "") -> list[str]:
+    """The places of tensors that differ in two descriptions."""
+    if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return [] if torch.equal(own.cpu(), saved.cpu()) else [at]
+    if not (isinstance(own, dict) and isinstance(saved, dict)):
+        return []
+    return [
+        place
+        for name in own.keys() & saved.keys()
+        for place in _other_tensors(own[name], saved[name], str(name))
+    ]
 
 
 def _own_parts(own: dict[str, Any]) -> dict[str, Any]:

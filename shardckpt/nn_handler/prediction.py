@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ __all__ = ["is_data", "predictions"]
 
 def is_data(value: Any) -> bool:
     """Whether a value gives batches, rather than being one."""
-    return isinstance(value, (Dataset, DataLoader)) or (
+    return isinstance(value, (Dataset, DataLoader, Iterator)) or (
         hasattr(value, "__iter__") and hasattr(value, "dataset")
     )
 
