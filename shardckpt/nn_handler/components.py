@@ -355,7 +355,8 @@ class Components(TrainingState):
 
         Args:
             data: A Dataset, a DataLoader, or any iterable of batches.
-            loader_options: The arguments of a DataLoader, if `data` is a Dataset.
+            loader_options: The arguments of a DataLoader, if `data` is a Dataset. `batch_size` is
+                that of each rank.
 
         Raises:
             StateError: The data or the options are invalid.

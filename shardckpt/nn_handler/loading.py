@@ -192,6 +192,17 @@ class LoadOptions:
     @cached_property
     def given(self) -> dict[str, Any]:
         """The objects of the caller by their place in the checkpoint."""
+        for name, value in (("objects", self.objects), ("metrics", self.metrics)):
+            if not isinstance(value, Mapping | None):
+                raise StateError(
+                    f"Invalid {name} for load", expected="a dict", actual=repr(value)[:200]
+                )
+        if not (self.model_class is None or callable(self.model_class)):
+            raise StateError(
+                "The model's class is not callable",
+                expected="a class, or a function that creates the model",
+                actual=repr(self.model_class)[:200],
+            )
         named = {"model.class": self.model_class, "loss_fn": self.loss_fn}
         metrics = {f"metrics.{name}": metric for name, metric in (self.metrics or {}).items()}
         chosen = {at: value for at, value in named.items() if value is not None}

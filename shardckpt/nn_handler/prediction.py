@@ -63,7 +63,7 @@ def _inputs(batch: Any, module: nn.Module) -> Any:
     takes_all, takes_most = binds(module, batch), binds(module, batch[:-1])
     if len(batch) == 2 and takes_all and not takes_most and not nested:
         return Several(batch)
-    if len(batch) > 2 and not takes_all and takes_most:
+    if len(batch) > 2 and takes_most:
         return Several(batch[:-1])
     return batch[0] if len(batch) in (1, 2) else batch
 

@@ -20,7 +20,7 @@ from shardckpt.errors import (
     NotACheckpointError,
     StateError,
 )
-from shardckpt.nn_handler import Callback, EarlyStopping, LearningRateMonitor
+from shardckpt.nn_handler import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from tests.nn_handler.models import same, weights
 from tests.nn_handler.test_facade import DS, Body, X, Y, make, train
 
@@ -287,6 +287,11 @@ def test_other_wrong_arguments(tmp_path):
     handler.save(tmp_path / "b.pth")
     with pytest.raises(StateError, match="has no suffix"):
         NNHandler.save_multi_from_single(tmp_path / "b.pth", tmp_path / "c.safetensors")
+    for wrong in ({"objects": 3}, {"metrics": [3]}, {"model_class": "Body"}):
+        with pytest.raises(StateError):
+            NNHandler.load(tmp_path / "b.pth", **wrong)
+    with pytest.raises(StateError, match="Invalid interval"):
+        ModelCheckpoint(tmp_path, interval=0)
     with pytest.raises(LoadMismatchError, match="no averaged weights"):
         NNHandler.initialize_from_checkpoint(tmp_path / "b.pth", Body, ema=True)
     with pytest.raises(LoadMismatchError, match="no weights with this prefix"):
@@ -371,6 +376,22 @@ def test_outputs_of_several_shapes():
     handler = NNHandler(Ragged, device="cpu")
     with pytest.raises(StateError, match=r"\(2, 2\), \(1, 1\)"):
         handler.predict(TensorDataset(X[:3]), batch_size=2)
+
+
+class Optional(nn.Module):
+    """A model with arguments that may be left out."""
+
+    def forward(self, x, scale=None, shift=None):
+        return x * (1 if scale is None else scale) + (0 if shift is None else shift)
+
+
+def test_targets_are_no_inputs_of_a_model_with_optional_arguments():
+    handler = NNHandler(Optional, device="cpu")
+    ones = torch.ones(96, 1)
+    assert torch.equal(handler.predict(TensorDataset(X, Y), batch_size=7), X)
+    assert torch.equal(handler.predict(TensorDataset(X, 2 * ones, Y), batch_size=7), 2 * X)
+    found = handler.predict(TensorDataset(X, 2 * ones, ones, Y), batch_size=7)
+    assert torch.equal(found, 2 * X + 1)
 
 
 class Records(nn.Module):
