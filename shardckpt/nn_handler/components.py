@@ -604,7 +604,7 @@ class Components(TrainingState):
         """
         waiting = [f"{part}: {options}" for part, options in self.proposed.items()]
         return waiting + [
-            f"{type(c).__name__}: {c.arguments}"
+            f"{type(c).__name__}: {c.constructor_arguments}"
             for c in self.callbacks
             if c.writes_files and not c.confirmed
         ]

@@ -257,7 +257,7 @@ class NNHandler(Components):
     def evaluate(
         self, data: Any = None, *, ema: bool = False, **loader_options: Any
     ) -> dict[str, float]:
-        """Compute the loss and the metrics, in evaluation mode. Collective.
+        """Compute the loss and the metrics, in evaluation mode and without autocast. Collective.
 
         Args:
             data: See set_val_loader; by default the validation data.

@@ -238,6 +238,7 @@ def _load(handler_class: type[Components], path: str, options: LoadOptions) -> C
     config = saved.config
     bounds = Bounds(lambda: list(source.shapes.values()), path=path)
     names = Names(options.given, bounds, path=path)
+    _check_options(config, options, path)
     with making("config", path):
         parts = _resolved(names, config, options)
     handler = _with_model(handler_class, names, parts, source, options)
@@ -271,7 +272,6 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
             if found is not None and options.takes(part):
                 parts[f"{at}.class"] = names.resolve(found.class_name, f"{at}.class", slot)
                 parts[f"{at}.options"] = names.resolve(found.options, f"{at}.options")
-                _check_options(names, found.options, f"{at}.options")
         if options.takes("optimizer"):
             at = f"{_place(name, 'optimizer')}.groups"
             parts[at] = names.resolve(saved.optimizer.groups, at)
@@ -287,21 +287,24 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
     return parts
 
 
-def _check_options(names: Names, options: dict[str, Any], at: str) -> None:
+def _check_options(config: Config, options: LoadOptions, path: str) -> None:
     """Raise StateError if the caller gives an option that the saved state would replace."""
-    for name, value in options.items():
-        plain = not isinstance(value, (dict, list, tuple))
-        if plain and (given := names.given.get(f"{at}.{name}", value)) is not value:
-            raise StateError(
-                "objects= can't change this option: the state in the checkpoint replaces it",
-                path=names.path,
-                tensor=f"{at}.{name}",
-                expected=repr(value)[:200],
-                actual=repr(given)[:200],
-                remedy="load with skip_scheduler=True, and then call set_scheduler"
-                if "scheduler" in at
-                else f"after load call handler.set_hyperparameters({name}=...)",
-            )
+    for name, saved in _optimizers(config).items():
+        for part, found in (("optimizer", saved.optimizer), ("scheduler", saved.scheduler)):
+            for option, value in found.options.items() if found is not None else ():
+                at = f"{_place(name, part)}.options.{option}"
+                if at not in options.given or isinstance(value, (dict, list, tuple)):
+                    continue
+                raise StateError(
+                    "objects= can't change this option: the state in the checkpoint replaces it",
+                    path=path,
+                    tensor=at,
+                    expected=repr(value)[:200],
+                    actual=repr(options.given[at])[:200],
+                    remedy=f"after load call handler.set_hyperparameters({option}=...)"
+                    if part == "optimizer"
+                    else "load with skip_scheduler=True, and then call set_scheduler",
+                )
 
 
 def _optimizers(config: Config) -> dict[str, NamedOptimizer]:
@@ -498,7 +501,9 @@ def _set_functions(
     """Set the loss and the metrics. Those that do not resolve must be given before training."""
     wanted: dict[str, Any] = {"loss_fn": config.loss_fn}
     wanted |= {f"metrics.{name}": metric for name, metric in config.metrics.items()}
-    wanted |= {at: None for at in options.given if at.startswith("metrics.")}
+    inner = tuple(f"metrics.{name}." for name in config.metrics)
+    added = [at for at in options.given if at.startswith("metrics.") and not at.startswith(inner)]
+    wanted |= {at: None for at in added if at not in wanted}
     for at, described in wanted.items():
         if described is None and at not in options.given:
             continue

@@ -452,7 +452,13 @@ class Names:
         if type(tree) is _Own:
             found = self.own_part(tree.name)
             if found is None:
-                raise self._malformed(tree.at, "a part of the handler", tree.name)
+                raise CheckpointError(
+                    "The checkpoint names a part of the handler that this handler does not have",
+                    path=self.path,
+                    tensor=tree.at,
+                    actual=repr(tree.name)[:200],
+                    remedy=_remedy(tree.at),
+                )
             return found
         if type(tree) is not _Instance:
             return tree

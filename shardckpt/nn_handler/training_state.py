@@ -138,8 +138,8 @@ class TrainingState:
         parts: dict[str, Any] = {"handler": self}
         parts |= {f"optimizers.{name}": one for name, one in self.optimizers.items()}
         parts |= {f"schedulers.{name}": one for name, one in self.schedulers.items()}
-        parts |= {f"module.{n}": one for n, one in self.module.named_parameters()}
-        parts |= {f"module.{n}": one for n, one in self.module.named_modules() if n}
+        named = self.module.named_parameters, self.module.named_buffers, self.module.named_modules
+        parts |= {f"module.{name}": one for each in named for name, one in each() if name}
         return {**parts, "module": self.module, "model": self.model}
 
     def train_mode(self) -> None:
@@ -433,8 +433,9 @@ class TrainingState:
             "whole_epoch": list(self.whole_epoch),
             "callbacks": describe(
                 [
-                    {"class": type(c), "args": list(c.arguments[0]), "kwargs": c.arguments[1]}
+                    {"class": type(c), "args": list(args), "kwargs": kwargs}
                     for c in self.callbacks
+                    for args, kwargs in [c.constructor_arguments]
                 ],
                 own,
             ),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from shardckpt import NNHandler
 from shardckpt.errors import (
@@ -84,6 +86,18 @@ def test_a_callback_gets_the_parts_of_the_loaded_handler(tmp_path, name):
     assert loaded.callbacks[1].parts[0] is loaded.scheduler
 
 
+class Script(Callback):
+    def __init__(self, arguments) -> None:
+        self.arguments = {"of the script": arguments}
+
+
+def test_an_attribute_does_not_hide_the_arguments_of_a_callback(tmp_path):
+    handler = make()
+    handler.add_callback(Script(3))
+    handler.save(tmp_path / "a")
+    assert NNHandler.load(tmp_path / "a").callbacks[0].arguments == {"of the script": 3}
+
+
 def test_a_callback_of_a_part_that_is_left_out_is_an_error(tmp_path):
     handler = make()
     handler.add_callback(Holds(handler.optimizer))
@@ -113,7 +127,7 @@ def test_a_module_with_tensors_of_its_own_is_asked_for(tmp_path):
         held = [
             *getattr(loaded.loss_fn, "keywords", {}).values(),
             *loaded.loss_arguments.values(),
-            *(m.keywords["teacher"] for m in loaded.metrics.values()),
+            *(m.keywords["teacher"] for m in loaded.metrics.values()),  # and no other metric
             *(part for c in loaded.callbacks for part in c.parts),
         ]
         assert held == [teacher]
@@ -193,7 +207,7 @@ def test_a_resume_that_does_not_happen_is_told(tmp_path):
         train(other)
     other = make()
     other.auto_save(save_path=tmp_path, resume="auto", name="e{epoch}.pth")
-    assert train(other, 3).epoch == 6
+    assert train(other, 3).history == handler.history
 
 
 def test_one_step_is_saved_once(tmp_path):
@@ -424,6 +438,20 @@ class Stream(IterableDataset):
 def test_streams_are_data():
     assert make().predict(Stream(), batch_size=5).shape == (96, 3)
     assert isinstance(make().predict(np.ones((2, 4), "float32")), torch.Tensor)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_stream_has_a_progress_bar(monkeypatch):
+    pytest.importorskip("tqdm")
+    handler = make()
+    handler.set_train_loader(DataLoader(Stream(), batch_size=16))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    handler.train(1)
+    assert "6step" in sys.stderr.getvalue()
 
 
 # Paths
