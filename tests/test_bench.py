@@ -35,6 +35,7 @@ def run_bench(folder: Path, *arguments: str) -> str:
     return found.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_case_runs(tmp_path):
     options = f"small --small 20 --json {tmp_path}/out.json --markdown {tmp_path}/out.md"

@@ -91,9 +91,12 @@ def trial(seed: int) -> int:
         return try_part(Path(folder), attacks.FORMATS[seed % len(attacks.FORMATS)], slice(None))
 
 
-@pytest.mark.parametrize("number", range(len(attacks.FORMATS)))
+@pytest.mark.parametrize(
+    "number",
+    [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in range(2, len(attacks.FORMATS)))],
+)
 def test_hostile_checkpoints_of_a_handler(tmp_path, number):
-    """A third of the cases; scripts/torture tries all of them in all formats."""
+    """A part of the cases for each format; scripts/torture tries all of them in all formats."""
     assert len(CASES) > 200
     assert try_part(tmp_path, attacks.FORMATS[number], slice(number, None, 12)) > 10
 
@@ -110,7 +113,7 @@ def test_hostile_checkpoints_of_a_handler(tmp_path, number):
                 "refused: a function of the script as a factory": "a function of the script",
             },
         ),
-        ("sizes", {"refused: a large model": "MiB"}),
+        pytest.param("sizes", {"refused: a large model": "MiB"}, marks=pytest.mark.long),
     ],
 )
 def test_planted_holes_are_seen(tmp_path, hole, signs):

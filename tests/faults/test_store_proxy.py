@@ -25,7 +25,7 @@ QUICK = ("twice", "torn")
     ],
 )
 def test_some_requests_fail(object_server, kind):
-    step = 1 if kind == "torn" else 4  # of which there is one in an upload
+    step = 1 if kind == "torn" else 9  # of which there is one in an upload
     seen = store_proxy.every_fault(object_server, [kind], [creates, replaces], step=step)
     assert seen[kind] > 2
 

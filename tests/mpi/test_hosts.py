@@ -46,9 +46,8 @@ def job(name, *arguments, folder):
     return ("-m", "tests.mpi.launch", name, json.dumps(arguments), str(folder), "280")
 
 
-@pytest.mark.parametrize(
-    "launcher", ["torchrun", pytest.param("mpirun", marks=[needs("openmpi"), pytest.mark.long])]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=[needs("openmpi")])])
 def test_two_hosts(tmp_path, hosts, launcher):
     """All works between them; then the cable is pulled: both sides raise an error that names the
     other, and nothing is committed."""

@@ -139,7 +139,7 @@ def check_files(folder, value) -> None:
 
 
 @flavours(long=["mpich"])
-@pytest.mark.parametrize("fault", ["stop", "kill"])
+@pytest.mark.parametrize("fault", ["stop", pytest.param("kill", marks=pytest.mark.long)])
 def test_a_rank_that_stops_or_dies(tmp_path, flavour, fault):
     """The others raise an error that names it, and the job ends: MPI alone would wait for ever."""
     job = run_job(flavour, 2, "stopped", str(tmp_path), fault, folder=tmp_path / "out")

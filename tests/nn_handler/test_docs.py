@@ -58,7 +58,7 @@ def by_torchrun(ranks: int, script: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("ranks", [0, 1, 2, 4])
+@pytest.mark.parametrize("ranks", [0, 1, pytest.param(2, marks=pytest.mark.long), 4])
 def test_the_example_as_written(tmp_path, ranks):
     """torchrun itself starts 2; the others are forked, with its environment: importing torch
     takes longer than the training."""

@@ -6,6 +6,8 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from tests.nn_handler.plant import PLANTS, ROOT
 
 
@@ -20,6 +22,7 @@ def test_the_plants_fit():
         assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(), plant
 
 
+@pytest.mark.long
 def test_planted_faults_are_seen():
     """One that is quick; python -m tests.nn_handler.plant for all."""
     command = [sys.executable, "-m", "tests.nn_handler.plant", "18"]

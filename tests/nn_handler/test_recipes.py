@@ -12,7 +12,13 @@ from tests.nn_handler.recipes import EPOCHS, kill, run
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("recipe", "parallel"), [("conv", "ddp"), ("gan", "fsdp"), ("ranker", "fsdp"), ("llama", "ddp")]
+    ("recipe", "parallel"),
+    [
+        ("conv", "ddp"),
+        ("gan", "fsdp"),
+        ("ranker", "fsdp"),
+        pytest.param("llama", "ddp", marks=pytest.mark.long),
+    ],
 )
 def test_a_recipe_that_is_stopped_resumes_to_the_same_bits(tmp_path, recipe, parallel):
     if recipe == "llama":

@@ -158,6 +158,7 @@ def test_several_ranks(s3, object_server):
     assert {key.split("/")[0] for key in keys(f"{s3}-run")} == {"step-1"}
 
 
+@pytest.mark.long
 def test_several_processes_reshard(s3):
     shardckpt.save(STATE, s3)
     command = ["reshard", s3, f"{s3}-3", "--shards", "3", "--jobs", "2"]
