@@ -21,7 +21,7 @@ from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import ValData
 from shardckpt.nn_handler.initializing import fill_weights
 from shardckpt.nn_handler.loading import LoadOptions, load, open_source, restore
-from shardckpt.nn_handler.parallel import Parallel, largest
+from shardckpt.nn_handler.parallel import Buffers, Parallel, largest
 from shardckpt.nn_handler.plots import plot
 from shardckpt.nn_handler.prediction import is_data, predictions
 from shardckpt.nn_handler.summary import summary
@@ -606,6 +606,8 @@ class NNHandler(Components):
         parallel: Parallel = "auto",
         device_mesh: Any = None,
         tp_plan: Mapping[str, Any] | None = None,
+        parallel_options: Mapping[str, Any] | None = None,
+        buffers: Buffers = "rank0",
         model_class: Callable[..., nn.Module] | None = None,
         loss_fn: Callable[..., Any] | None = None,
         metrics: Mapping[str, Callable[..., Any]] | None = None,
@@ -634,9 +636,11 @@ class NNHandler(Components):
             skip_history: Leave out the history.
             skip_callbacks: Leave out the callbacks.
             skip_ema: Leave out the averaged weights.
-            parallel: See NNHandler.
+            parallel: See NNHandler. A checkpoint does not hold this and the next four arguments.
             device_mesh: See NNHandler.
             tp_plan: See NNHandler.
+            parallel_options: See NNHandler.
+            buffers: See NNHandler.
             model_class: The class of the model, in place of the saved name.
             loss_fn: The loss, in place of the saved one.
             metrics: Metrics by name, in place of the saved ones.
@@ -685,6 +689,11 @@ class NNHandler(Components):
         prefix: str | None = None,
         ema: bool = False,
         parallel: Parallel = "auto",
+        device_mesh: Any = None,
+        tp_plan: Mapping[str, Any] | None = None,
+        parallel_options: Mapping[str, Any] | None = None,
+        buffers: Buffers = "rank0",
+        save_model_code: bool = False,
         **model_kwargs: Any,
     ) -> NNHandler:
         """Create a new handler with only the weights of a checkpoint. Collective.
@@ -702,6 +711,11 @@ class NNHandler(Components):
             prefix: The prefix of the weights in the checkpoint; by default the best match.
             ema: Use the averaged weights of a handler's checkpoint.
             parallel: See NNHandler.
+            device_mesh: See NNHandler.
+            tp_plan: See NNHandler.
+            parallel_options: See NNHandler.
+            buffers: See NNHandler.
+            save_model_code: See NNHandler.
             model_kwargs: See NNHandler.
 
         Returns:
@@ -724,7 +738,17 @@ class NNHandler(Components):
             ... )
         """
         path = resolve(path).path
-        handler = cls(model_class, device, parallel=parallel, **model_kwargs)
+        handler = cls(
+            model_class,
+            device,
+            save_model_code,
+            parallel=parallel,
+            device_mesh=device_mesh,
+            tp_plan=tp_plan,
+            parallel_options=parallel_options,
+            buffers=buffers,
+            **model_kwargs,
+        )
         fill_weights(handler, path, strict=strict, prefix=prefix, ema=ema)
         return handler
 

@@ -39,7 +39,7 @@ from shardckpt.nn_handler.initializing import differences, warn_of_skipped, with
 from shardckpt.nn_handler.model_code import class_of_code
 from shardckpt.nn_handler.objects import Given, Names, making
 from shardckpt.nn_handler.optimization import MAIN
-from shardckpt.nn_handler.parallel import Parallel
+from shardckpt.nn_handler.parallel import Buffers, Parallel
 from shardckpt.nn_handler.placement import place
 from shardckpt.nn_handler.saved import (
     CallbackState,
@@ -177,6 +177,8 @@ class LoadOptions:
     parallel: Parallel
     device_mesh: Any
     tp_plan: Mapping[str, Any] | None
+    parallel_options: Mapping[str, Any] | None
+    buffers: Buffers
     model_class: Callable[..., nn.Module] | None
     loss_fn: Callable[..., Any] | None
     metrics: Mapping[str, Callable[..., Any]] | None
@@ -351,6 +353,8 @@ def _with_model(
             parallel=options.parallel,
             device_mesh=options.device_mesh,
             tp_plan=options.tp_plan,
+            parallel_options=options.parallel_options,
+            buffers=options.buffers,
         )
     else:
         with torch.device("meta"):

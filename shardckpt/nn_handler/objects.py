@@ -44,6 +44,7 @@ Described = Any
 _IMPORT, _ARGUMENTS, _ABSENT = "shardckpt.import", "arguments", "shardckpt.absent"
 _OWN = "shardckpt.own"
 _HELD = "shardckpt_held"
+_DDP = nn.parallel.DistributedDataParallel
 _PATH, _PARTIAL, _ORDERED = "pathlib:Path", "functools:partial", "collections:OrderedDict"
 _LONGEST_RANGE, _LISTED = 1 << 20, 50
 
@@ -63,6 +64,8 @@ def describe(
     inner = functools.partial(describe, own=own, holds_tensors=holds_tensors)
     if own is not None and id(value) in own:
         return {_OWN: own[id(value)]}
+    if own is not None and isinstance(value, _DDP) and id(value.module) in own:
+        return {_OWN: "model"}  # an earlier wrapper of the model
     value = getattr(value, _HELD, value) if is_function(value) else value
     if type(value) is dict:
         return {key: inner(item) for key, item in value.items()}

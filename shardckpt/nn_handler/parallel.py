@@ -121,10 +121,10 @@ def start(
             actual=f"dimensions {names}, parallel={parallel!r}",
         )
     mode: Parallel = parallel if parallel != "auto" else ("ddp" if mesh is None else "fsdp")
+    if options and mode != "none":
+        _check_options(mode, options)
     if not dist.is_initialized():
         mode = "none"
-    elif options:
-        _check_options(mode, options)
     return Layout(
         mode=mode,
         device=device,

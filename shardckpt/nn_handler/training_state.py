@@ -140,7 +140,7 @@ class TrainingState:
         parts |= {f"schedulers.{name}": one for name, one in self.schedulers.items()}
         named = self.module.named_parameters, self.module.named_buffers, self.module.named_modules
         parts |= {f"module.{name}": one for each in named for name, one in each() if name}
-        return {**parts, "module": self.module, "model": self.model}
+        return {**parts, "model": self.model, "module": self.module}  # "module" if they are one
 
     def train_mode(self) -> None:
         """Internal. Set the training mode, except for modules frozen or kept in evaluation."""

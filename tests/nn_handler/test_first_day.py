@@ -301,6 +301,8 @@ def test_other_wrong_arguments(tmp_path):
     handler.save(tmp_path / "b.pth")
     with pytest.raises(StateError, match="has no suffix"):
         NNHandler.save_multi_from_single(tmp_path / "b.pth", tmp_path / "c.safetensors")
+    with pytest.raises(StateError, match="Unknown parallel_options for ddp"):
+        NNHandler(Body, parallel_options={"find_unused": True})
     for wrong in ({"objects": 3}, {"metrics": [3]}, {"model_class": "Body"}):
         with pytest.raises(StateError):
             NNHandler.load(tmp_path / "b.pth", **wrong)

@@ -414,8 +414,14 @@ def parts_of_the_handler(folder: str) -> None:
         alone.set_loss_fn(Penalized(nn.Identity()))
         assert numbers(quiet(alone, gradient_clipping_norm=0.1)) == numbers(handler)
         handler.save(f"{folder}/parts-{parallel}")
-        loaded = with_data(NNHandler.load(f"{folder}/parts-{parallel}", parallel=other))
-        assert loaded.callbacks[0].parts == (loaded.model, loaded.module.head)
+        options = {"gradient_as_bucket_view": True} if other == "ddp" else {"wrap": (nn.Linear,)}
+        path, more = f"{folder}/parts-{parallel}", {"parallel": other, "parallel_options": options}
+        loaded = with_data(NNHandler.load(path, buffers="mean", **more))
+        fresh = NNHandler.initialize_from_checkpoint(path, Net, buffers="mean", width=6, **more)
+        for one in (loaded, fresh):
+            assert (one.layout.options, one.layout.buffers) == (options, "mean")
+        model = loaded.model if parallel == "ddp" else loaded.module
+        assert loaded.callbacks[0].parts == (model, loaded.module.head)
         assert loaded.loss_fn.model is loaded.module
         assert float(loaded.loss_fn.scale) == float(handler.loss_fn.scale) != 1.0
         quiet(loaded)
