@@ -30,6 +30,7 @@ __all__ = [
     "kept_outputs",
     "like",
     "mapped",
+    "on_device",
     "split",
     "to_device",
 ]
@@ -207,6 +208,16 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     return mapped(lambda part: part.to(device), value)
+
+
+def on_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments with their tensors and modules on a device, and all others as they are."""
+    if device.type == "meta":
+        return dict(arguments)
+    moved = (torch.Tensor, nn.Module)
+    return {
+        n: item.to(device) if isinstance(item, moved) else item for n, item in arguments.items()
+    }
 
 
 def kept_outputs(outputs: Any) -> Any:

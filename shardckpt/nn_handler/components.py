@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardckpt.errors import ShardckptError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
+from shardckpt.nn_handler.batch import on_device
 from shardckpt.nn_handler.callback import Callback, Hook, Metrics
 from shardckpt.nn_handler.data import TrainData, ValData
 from shardckpt.nn_handler.groups import Choice, Groups, group_names, grouped
@@ -240,7 +241,8 @@ class Components(TrainingState):
             loss_fn: Returns a scalar tensor, the mean over the batch, or a dict with that as "loss"
                 and with the terms of the loss, which appear in the history.
             pass_epoch_to_loss: Also pass `epoch=`, the number of completed epochs.
-            arguments: More keyword arguments of each call.
+            arguments: More keyword arguments of each call. Tensors and modules among them are moved
+                to the device.
 
         Raises:
             StateError: `loss_fn` is a class, or is not callable.
@@ -261,7 +263,8 @@ class Components(TrainingState):
         former = self.loss_module
         self.loss_fn = loss_fn.to(self.device) if placed else loss_fn  # type: ignore[attr-defined]
         if arguments or pass_epoch_to_loss or "loss_fn" not in self.awaited:
-            self.loss_arguments, self.passes_epoch = arguments, pass_epoch_to_loss
+            self.loss_arguments = on_device(arguments, self.device)
+            self.passes_epoch = pass_epoch_to_loss
         self.awaited.pop("loss_fn", None)
         self.loss_tensors = None
         loss = self.loss_module

@@ -308,7 +308,7 @@ def _are_columns(data: Any, options: dict[str, Any]) -> bool:
     if len(data) < 2 or not tensors or len({len(part) for part in data}) > 1:
         return False
     shapes = {tuple(part.shape) for part in data}
-    collated = bool(options) and options.get("collate_fn") is None
+    collated = options.get("batch_size", 1) != 1 and options.get("collate_fn") is None
     return len({len(shape) for shape in shapes}) > 1 or (collated and len(shapes) > 1)
 
 

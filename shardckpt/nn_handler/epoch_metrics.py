@@ -99,6 +99,7 @@ class EpochSums:
         self.handler = handler
         self.sums: dict[str, Any] = {"loss": 0.0}
         self.counts: dict[str, int] = {"loss": 0}
+        self.sources: dict[str, str] = {}
         own: dict[str, Any] = {n: m for n, m in handler.metrics.items() if accumulates(m)}
         self.objects = copy.deepcopy(own) if validation else own
         for metric in self.objects.values():
@@ -113,6 +114,7 @@ class EpochSums:
         self._add("loss", result.loss, result.size)
         for name, value in result.terms.items():
             check_metric_name(name)
+            self._claim(name, "a term of the loss")
             self._add(name, value, result.size)
         if self.handler.metrics and result.outputs is not None:
             self._add_metrics(result)
@@ -138,7 +140,19 @@ class EpochSums:
 
     def log(self, name: str, value: Any) -> None:
         """Add a value that the user logs."""
+        self._claim(name, "a logged value")
         self._add(name, value, 1)
+
+    def _claim(self, name: str, source: str) -> None:
+        """Raise StateError if values of another source have this name."""
+        first = "a metric" if name in self.handler.metrics else self.sources.get(name, source)
+        self.sources[name] = first
+        if first != source:
+            raise StateError(
+                "Two values have one name",
+                actual=f"{name!r} is {first} and {source}",
+                remedy="give one of them another name",
+            )
 
     def _add(self, name: str, value: Any, size: int) -> None:
         self.sums[name] = _plus(self.sums.get(name, 0.0), _number(value, name), size)

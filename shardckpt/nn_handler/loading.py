@@ -29,7 +29,7 @@ from shardckpt.coordination.resolve import alone, operation
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.logs import warn
-from shardckpt.nn_handler.batch import joined
+from shardckpt.nn_handler.batch import joined, on_device
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.components import Components
@@ -524,7 +524,8 @@ def _set_functions(
                 handler.add_metric(name, made, whole_epoch=name in config.whole_epoch)
     at = "loss_arguments"
     names.missing.clear()
-    handler.loss_arguments = names.make(names.resolve(config.loss_arguments, at), at)
+    arguments = names.make(names.resolve(config.loss_arguments, at), at)
+    handler.loss_arguments = on_device(arguments, handler.device)
     handler.passes_epoch = config.pass_epoch_to_loss
     names.raise_missing(_unused(names, options))
 
@@ -711,7 +712,8 @@ def _warn_of_loss(own: Any, saved: Any, rank: int) -> None:
 def _other_tensors(own: Any, saved: Any, at: str = "") -> list[str]:
     """The places of tensors that differ in two descriptions."""
     if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor):
-        return [] if torch.equal(own.cpu(), saved.cpu()) else [at]
+        alike = own.shape == saved.shape and own.dtype == saved.dtype
+        return [] if alike and torch.equal(own.cpu(), saved.cpu()) else [at]
     if not (isinstance(own, dict) and isinstance(saved, dict)):
         return []
     return [

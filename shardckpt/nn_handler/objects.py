@@ -110,11 +110,15 @@ def _has_more(module: nn.Module, arguments: Any, own: Mapping[int, str] | None) 
     items = arguments.values() if isinstance(arguments, dict) else arguments
     given = [item for item in items if isinstance(item, torch.Tensor)]
     return any(
-        id(tensor) not in (own or {})
-        and not any(torch.equal(tensor, item.to(tensor.device)) for item in given)
+        id(tensor) not in (own or {}) and not any(_equal(tensor, item) for item in given)
         for tensor in module.state_dict(keep_vars=True).values()
         if isinstance(tensor, torch.Tensor)
     )
+
+
+def _equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = (tensor.shape, tensor.dtype, type(other)) == (other.shape, other.dtype, torch.Tensor)
+    return alike and torch.equal(tensor, other.to(tensor.device))
 
 
 def _text(value: Any) -> str:

@@ -79,6 +79,7 @@ class TrainingState:
     compiling: dict[str, Any] | None = None
     hyperparameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     averaging: bool = False  # inside ema_weights()
+    trains: bool = False  # inside train()
     sums: Any = None  # the EpochSums that `log` adds to
     updater: Any = None  # the Updater of the step that is being trained
     probed: bool = False  # whether DDP is known to find a gradient for every parameter

@@ -290,6 +290,15 @@ def test_flags_of_auto_save(name):
         make().auto_save(tolerate=-1)
 
 
+def test_train_inside_of_train():
+    handler = make()
+    handler.add_callback(lambda handler, metrics: train(handler))
+    with pytest.raises(StateError, match="inside of train"):
+        train(handler)
+    handler.callbacks.clear()
+    assert train(handler).epoch == 2
+
+
 def test_other_wrong_arguments(tmp_path):
     handler = make()
     with pytest.raises(StateError, match="no such module"):
@@ -337,6 +346,43 @@ def test_names_of_logged_values(name):
             train(handler)
 
 
+def test_two_values_of_one_name():
+    def loss(outputs, targets):
+        found = nn.functional.cross_entropy(outputs, targets)
+        return {"loss": found, "share": found}
+
+    class Logs(Callback):
+        def on_step_end(self, handler, loss):
+            handler.log("share", loss)
+
+    handler = make()
+    handler.set_loss_fn(loss)
+    handler.add_callback(Logs())
+    with pytest.raises(StateError, match="'share' is a term of the loss and a logged value"):
+        train(handler)
+    handler.remove_callback(Logs)
+    assert train(handler).history["share"] == handler.history["loss"]
+    handler.add_metric("share", lambda outputs, targets: 0.5)
+    with pytest.raises(StateError, match="'share' is a metric and a term of the loss"):
+        train(handler)
+
+
+class Moves(nn.Module):
+    where = None
+
+    def to(self, device):
+        self.where = device
+        return self
+
+
+def test_arguments_of_a_loss_are_on_the_device():
+    handler, part = make(), Moves()
+    array = np.ones(2)
+    handler.set_loss_fn(distilled, teacher=part, array=array)
+    assert part.where == handler.device
+    assert handler.loss_arguments["array"] is array
+
+
 def test_metrics_without_outputs_are_told():
     handler = make()
     handler.add_metric("share", lambda outputs, targets: 0.5)
@@ -381,6 +427,8 @@ def test_tensors_in_place_of_a_dataset(options):
     with pytest.raises(StateError, match="A dict was given"):
         handler.predict({"x": X}, batch_size=8)
     assert handler.predict([X[0], X[1]], batch_size=2).shape == (2, 3)
+    images = [torch.ones(3, 4), torch.ones(3, 5)]  # of other sizes, one by one
+    handler.set_val_loader(images, batch_size=1)
 
 
 class Ragged(nn.Module):

@@ -423,7 +423,7 @@ def parts_of_the_handler(folder: str) -> None:
         model = loaded.model if parallel == "ddp" else loaded.module
         assert loaded.callbacks[0].parts == (model, loaded.module.head)
         assert loaded.loss_fn.model is loaded.module
-        assert float(loaded.loss_fn.scale) == float(handler.loss_fn.scale) != 1.0
+        assert loaded.loss_fn.scale.item() == handler.loss_fn.scale.item() != 1.0
         quiet(loaded)
 
 
