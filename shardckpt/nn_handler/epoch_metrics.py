@@ -118,16 +118,19 @@ class EpochSums:
             self._add(name, value, result.size)
         if self.handler.metrics and result.outputs is not None:
             self._add_metrics(result)
-        elif self.handler.metrics:
-            self._warn_of_outputs()
+        else:
+            self.warn_of_outputs()
 
-    def _warn_of_outputs(self) -> None:
-        if "outputs" not in self.handler.warned and self.handler.rank == 0:
-            self.handler.warned.add("outputs")
+    def warn_of_outputs(self) -> None:
+        """Warn once if there are metrics, but the user's own step returned no outputs for them."""
+        handler = self.handler
+        if handler.metrics and handler.rank == 0 and "outputs" not in handler.warned:
+            handler.warned.add("outputs")
             warn(
                 f"The training step returned no outputs, so the metrics "
-                f"{', '.join(self.handler.metrics)} are not computed. Return "
-                '{"loss": loss, "outputs": outputs, "targets": targets}'
+                f"{', '.join(handler.metrics)} are not computed. Return them beside the loss: "
+                '{"loss": loss, "outputs": outputs, "targets": targets}. A step that calls '
+                "handler.update logs its values with handler.log"
             )
 
     @torch.no_grad()

@@ -97,6 +97,8 @@ class Updater:
             result = self._forward(batch)
             if result is None:
                 self._check_updates(group)
+                if sums is not None:
+                    sums.warn_of_outputs()
                 continue
             if self._updates:
                 raise StateError(

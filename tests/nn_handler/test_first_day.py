@@ -389,6 +389,10 @@ def test_metrics_without_outputs_are_told():
     handler.set_training_step(lambda handler, batch: handler.model(batch[0]).mean())
     with pytest.warns(UserWarning, match="the metrics share are not computed"):
         train(handler)
+    handler.warned.clear()
+    handler.set_training_step(lambda handler, batch: handler.update(handler.model(batch[0]).mean()))
+    with pytest.warns(UserWarning, match="the metrics share are not computed"):
+        train(handler)
 
 
 def test_hooks_of_other_libraries_are_told():
