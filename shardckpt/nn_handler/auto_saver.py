@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
-from shardckpt.errors import ShardckptError, StateError
+from shardckpt.errors import ShardckptError, StateError, StorageError
 from shardckpt.logs import warn
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.manager.retention import ranked
@@ -103,6 +103,15 @@ class AutoSaver:
         self.plan = SavePlan(**plan)
         check_suffix(self.plan.name)
         self.one_file = is_one_file(self.plan.name)
+        made = {"last": label == "auto_save", "best": self.plan.monitor is not None}
+        self._links = [name for name in made if links and made[name]]
+        taken = [*self._links, *(["last"] if save_last else [])]
+        if os.path.splitext(self.plan.name)[0] in taken:
+            raise StateError(
+                "The name of the checkpoints is that of a link, or of save_last",
+                actual=self.plan.name,
+                remedy='choose another name, such as name="epoch{epoch}"',
+            )
         if self.one_file and asynchronous:
             raise StateError(
                 "A single file is not saved in the background",
@@ -263,6 +272,10 @@ class AutoSaver:
                 os.makedirs(self.folder, exist_ok=True)
                 if not os.access(self.folder, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, "No permission to write", self.folder)
+                for name in self._links:
+                    path = os.path.join(self.folder, name + self._suffix)
+                    if os.path.lexists(path) and not os.path.islink(path):
+                        raise FileExistsError(errno.EEXIST, "The name of a link is taken", path)
             return b""
 
         with operation(f"NNHandler: the folder {self.folder}") as coordinator:
@@ -332,16 +345,16 @@ class AutoSaver:
     def _link(self, handler: TrainingState) -> None:
         """Point the links `last` and `best` at the newest and the best complete checkpoint."""
         local = isinstance(self._storage, LocalStorage)
-        if handler.rank or not self.options["links"] or self._manager is None or not local:
+        if handler.rank or not self._links or self._manager is None or not local:
             return
-        newest, best = self._manager.checkpoints()[-1:], self._best()
-        targets = {
-            "last": newest[0] if newest and self.label == "auto_save" else None,
-            "best": best,
-        }
-        for name, checkpoint in targets.items():
-            if checkpoint is not None:
-                link(self.folder, name + self._suffix, os.path.basename(checkpoint.path))
+        newest = self._manager.checkpoints()[-1:]
+        targets = {"last": newest[0] if newest else None, "best": self._best()}
+        for name in self._links:
+            if (checkpoint := targets[name]) is not None:
+                try:
+                    link(self.folder, name + self._suffix, os.path.basename(checkpoint.path))
+                except StorageError as error:  # on rank 0 alone: an error would leave the others
+                    warn(f"The link {name} in {self.folder} was not made: {error.message}")
 
     def emergency(self, handler: TrainingState, *, process_group: Any = None) -> None:
         """Internal. Save before training ends, and wait for the save. Collective.

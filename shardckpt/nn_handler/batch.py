@@ -55,7 +55,7 @@ def forward(handler: TrainingState, batch: Any, autocast: Any = None) -> Result 
 
     None if a training step of the user's own has updated the weights by itself.
     """
-    batch = to_device(batch, handler.device)
+    batch = to_device(batch, handler.device, arrays=handler.training_step is None)
     with autocast or nullcontext():
         if handler.training_step is not None:
             return _of_step(handler.training_step(handler, batch), batch)
@@ -171,14 +171,11 @@ def binds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
 
 
 def mapped(act: Callable[[Any], Any], value: Any) -> Any:
-    """Apply `act` to the tensors of a nested value, and to objects that have a method `to`.
+    """Apply `act` to the tensors and arrays of a nested value, and to objects that have a `to`.
 
-    Arrays of numbers become tensors. Containers keep their types. PackedSequence and BatchEncoding
-    have a method `to`.
+    Containers keep their types. PackedSequence and BatchEncoding have a method `to`.
     """
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        value = torch.from_numpy(np.array(value))
-    if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
+    if isinstance(value, (torch.Tensor, np.ndarray)) or callable(getattr(value, "to", None)):
         return act(value)
     if isinstance(value, Mapping):
         return like(value, {key: mapped(act, item) for key, item in value.items()})
@@ -203,11 +200,23 @@ def like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return made
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a nested value to a device; see mapped."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    return mapped(lambda part: part.to(device), value)
+def _as_tensor(part: Any) -> Any:
+    """A tensor of an array of numbers, and all else as it is."""
+    numbers = isinstance(part, np.ndarray) and part.dtype.kind in "biufc"
+    return torch.from_numpy(np.array(part)) if numbers else part
+
+
+def to_device(value: Any, device: torch.device, *, arrays: bool = True) -> Any:
+    """Move the tensors of a nested value to a device; see mapped.
+
+    `arrays`: arrays of numbers become tensors.
+    """
+
+    def move(part: Any) -> Any:
+        part = _as_tensor(part) if arrays else part
+        return part if isinstance(part, np.ndarray) else part.to(device)
+
+    return value.to(device) if isinstance(value, torch.Tensor) else mapped(move, value)
 
 
 def on_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -231,6 +240,9 @@ def kept_outputs(outputs: Any) -> Any:
 
 
 def _kept(part: Any) -> Any:
+    part = _as_tensor(part)
+    if isinstance(part, np.ndarray):
+        return part
     if isinstance(part, torch.Tensor):
         return part.detach().to("cpu")
     if isinstance(part, nn.utils.rnn.PackedSequence):

@@ -21,6 +21,7 @@ from shardckpt.errors import (
     LoadMismatchError,
     NotACheckpointError,
     StateError,
+    StorageError,
 )
 from shardckpt.nn_handler import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from tests.nn_handler.models import same, weights
@@ -208,6 +209,32 @@ def test_a_resume_that_does_not_happen_is_told(tmp_path):
     other = make()
     other.auto_save(save_path=tmp_path, resume="auto", name="e{epoch}.pth")
     assert train(other, 3).history == handler.history
+
+
+def test_the_names_of_links_are_checked_before_training(tmp_path):
+    for options in ({"links": True}, {"save_last": True}):
+        with pytest.raises(StateError, match="that of a link"):
+            make().auto_save(name="last.pth", **options)
+    with pytest.raises(StateError, match="that of a link"):
+        ModelCheckpoint(tmp_path, name="best", links=True)
+    train(make()).save(tmp_path / "last")
+    handler = make()
+    handler.auto_save(save_path=tmp_path, links=True)
+    with pytest.raises(StorageError, match="The name of a link is taken"):
+        train(handler)
+    assert handler.step == 0
+
+
+def test_a_link_that_fails_does_not_end_training(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError("planted")
+
+    handler = make()
+    handler.auto_save(save_path=tmp_path, links=True)
+    monkeypatch.setattr(os, "symlink", refused)
+    with pytest.warns(UserWarning, match="The link last in .* was not made"):
+        train(handler)
+    assert os.listdir(tmp_path) == ["epoch1"]
 
 
 def test_one_step_is_saved_once(tmp_path):
@@ -417,6 +444,14 @@ def test_arrays_are_inputs():
     assert torch.equal(handler.predict(iter([arrays, arrays])), expected.repeat(2, 1))
     handler.set_train_loader([(X[:8].numpy(), Y[:8].numpy())] * 2)
     assert train(handler).step == 2
+
+    def step(handler, batch):  # a step of one's own gets the batch as it is
+        assert type(batch[0]) is np.ndarray
+        return handler.model(torch.as_tensor(batch[0])).mean()
+
+    handler.set_training_step(step)
+    handler.val_data = None
+    train(handler)
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 8}])
