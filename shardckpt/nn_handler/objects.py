@@ -80,7 +80,7 @@ def describe(
         return {_IMPORT: _PATH, _ARGUMENTS: [str(value)]}
     if inspect.isroutine(value) or isinstance(value, type):
         name = import_name(value)
-        return {_ABSENT: repr(value)} if name is None else {_IMPORT: name}
+        return {_ABSENT: _text(value)} if name is None else {_IMPORT: name}
     if isinstance(value, nn.Module) or (callable(value) and not has_state(value)):
         cls = type(value)
         name, arguments = import_name(cls), _arguments(value)
