@@ -31,6 +31,8 @@ __all__ = [
     "change_count",
     "child_names",
     "clone_store",
+    "current_accelerator",
+    "current_device",
     "dcp_save",
     "dcp_version",
     "distribute_locally",
@@ -276,6 +278,22 @@ def dcp_version() -> str | None:
 def caches_plans(planner: Any) -> bool:
     """Whether a planner of DCP reuses plans: its argument enable_plan_caching, since torch 2.7."""
     return bool(getattr(planner, "_enable_plan_caching", False))
+
+
+def current_accelerator() -> torch.device | None:
+    """Return the accelerator that torch has chosen, or None. 2.6 raises an error for None."""
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:
+        return None
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a device is the current one of the accelerator."""
+    if hasattr(torch.accelerator, "device_index"):  # 2.8
+        return torch.accelerator.device_index(device.index)
+    module: Any = torch.get_device_module(device)
+    return module.device(device.index)  # type: ignore[no-any-return]
 
 
 def dcp_save(state: Any, writer: Any, *, planner: Any, process_group: Any, alone: bool) -> None:

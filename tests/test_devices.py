@@ -511,8 +511,13 @@ def test_cuda_registers_memory_of_ours(monkeypatch, caplog, error):
 # ---- the accelerator of this machine
 
 
-def test_a_machine_without_an_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+def of_2_6():
+    raise RuntimeError("Cannot access accelerator device when none is available.")
+
+
+@pytest.mark.parametrize("torch_answers", [lambda: None, of_2_6], ids=["None", "an error"])
+def test_a_machine_without_an_accelerator(monkeypatch, torch_answers):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", torch_answers)
     real = devices.Accelerator()
     assert (real.kind(), real.in_use(), real.free_bytes()) == (None, [], {})
     assert not real.owns(torch.device("cuda"))

@@ -52,7 +52,7 @@ def merge(
             equal.
         to: The format of the target; see `convert`.
         keys: The saved names to merge; see `convert`.
-        rename: New names; see `load`.
+        rename: New names for the entries of all checkpoints; see `load`.
         shards: The number of shards; see `convert`.
         overwrite: Replace a checkpoint at `target`.
         storage: The storage of all; see `save`.
@@ -136,7 +136,7 @@ def _merged(sources: Sequence[Source], shares: Sequence[float]) -> Foreign:
                     tensor=name,
                     expected=f"{forms[0]}, as in {first.path}",
                     actual=form,
-                    remedy="choose the tensors with keys=, or give them equal names with rename=",
+                    remedy="choose the tensors with keys=, or convert a checkpoint to other names",
                 )
         entry = first.manifest.tensors[name]
         dtype = DTYPES[entry.dtype]

@@ -62,7 +62,8 @@ _ROLES = tuple(
         (r"recipe_state(\.pt)?", f"torchtune's progress and optimizer state; {_CONVERTIBLE}"),
         (r"pytorch_model_fsdp(_\d+)?", f"weights sharded by FSDP; {_CONVERTIBLE}"),
         (r"(optimizer|fsdp_optimizer)_\d+", f"optimizer state sharded by FSDP; {_CONVERTIBLE}"),
-        (r"global_step\d+|.*_(model|optim)_states\.pt", "DeepSpeed's state: use zero_to_fp32.py"),
+        (r"global_step\d+|.*_(model|optim)_states\.pt", f"DeepSpeed's state; {_CONVERTIBLE}"),
+        (r"zero_to_fp32\.py|latest(_universal)?", "a file that DeepSpeed writes beside the state"),
         (r"adapter_model\.\w+", f"an adapter's weights; {_CONVERTIBLE}"),
         (
             r"(model|pytorch_model)_\d+\.(safetensors|bin)|.*\.(safetensors|bin|pth|pt|ckpt)",
@@ -135,9 +136,8 @@ def writer_of(path: str) -> str | None:
 _UNREADABLE = (
     (
         r"(.*/)?(mp_rank_\d+_model_states\.pt|(bf16_)?zero_pp_rank_.*_states\.pt|zero_to_fp32\.py)",
-        "a DeepSpeed checkpoint",
-        "merge its files with `python zero_to_fp32.py {path} OUT` (deepspeed puts that script "
-        "into the folder), and convert OUT",
+        "a DeepSpeed checkpoint whose file `latest` does not name a folder in it",
+        "convert the folder in it that has the files *_states.pt",
     ),
     (
         r"(.*/)?mp_rank_\d+(_\d+)?/model_optim_rng\.pt|(.*/)?mp_rank_\d+(_\d+)?",

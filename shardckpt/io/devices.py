@@ -22,7 +22,7 @@ import torch
 from shardckpt.config import current
 from shardckpt.errors import StalledError
 from shardckpt.logs import logger
-from shardckpt.torch_compat import foreach_copy
+from shardckpt.torch_compat import current_accelerator, foreach_copy
 
 __all__ = [
     "Accelerator",
@@ -48,12 +48,12 @@ class Accelerator:
 
     def kind(self) -> str | None:
         """Return the type of the devices, such as "cuda". None if this machine has none."""
-        found = torch.accelerator.current_accelerator()
+        found = current_accelerator()
         return found.type if found is not None and torch.accelerator.is_available() else None
 
     def owns(self, device: torch.device) -> bool:
         """Whether a device is one of the accelerator."""
-        found = torch.accelerator.current_accelerator()
+        found = current_accelerator()
         return found is not None and found.type == device.type
 
     def in_use(self) -> list[torch.device]:
@@ -61,7 +61,7 @@ class Accelerator:
 
         Other devices are not touched: a context would take hundreds of megabytes of their memory.
         """
-        found = torch.accelerator.current_accelerator()
+        found = current_accelerator()
         if found is None:
             return []
         module = torch.get_device_module(found)

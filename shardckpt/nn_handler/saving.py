@@ -43,7 +43,7 @@ from shardckpt.state.optimizer_state import plain_state
 from shardckpt.storage.atomic_write import sweep_writes
 from shardckpt.storage.paths import is_alias, local_path
 from shardckpt.storage.posix import System, translated
-from shardckpt.torch_compat import is_dtensor
+from shardckpt.torch_compat import current_device, is_dtensor
 
 __all__ = [
     "OneFile",
@@ -360,9 +360,7 @@ def _filled(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _device_of(device: torch.device) -> Any:
-    return (
-        torch.accelerator.device_index(device.index) if accelerator.owns(device) else nullcontext()
-    )
+    return current_device(device) if accelerator.owns(device) else nullcontext()
 
 
 class OneFile:

@@ -107,8 +107,12 @@ class Base:
                 return shard
             self.problems.append(f"{self._files.path}/{name}: can't be linked or cloned here")
         except (ShardckptError, OSError) as error:
-            self.problems.append(str(error))
+            self._note(error)
         return None
+
+    def _note(self, error: Exception) -> None:
+        if str(error) not in self.problems:
+            self.problems.append(str(error))
 
     def _check(self, files: CheckpointFiles, shard: ShardEntry) -> None:
         """Raise an error if a file is missing, has another size, or has a corrupted block."""
@@ -128,6 +132,11 @@ class Base:
         """
         shard = self._shards.get(name)
         if self._files is None or shard is None:
+            return None
+        try:
+            check_size(self._files, shard)
+        except (ShardckptError, OSError) as error:
+            self._note(error)
             return None
         file = transaction.create_from(name, self._files, size_bytes=size_bytes)
         step = 1 if self._verify else min(_SAMPLE, len(shard.digests))

@@ -104,9 +104,9 @@ class _Taker:
         self.rank = rank
         self.snapshot = Snapshot()
         self.modules = list(modules_in(state))
-        self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.arrays: dict[int, np.ndarray[Any, Any]] = {}
-        self.sharded_arrays: dict[int, ShardedArray] = {}
+        # With each copy its original, as the memory and the id of a freed object are used again.
+        self.copies: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.arrays: dict[int, tuple[Any, Any]] = {}
         # Modules come first, so that the copies of their tensors are found for tied entries.
         self.named = {id(module): named_state(module, at=at) for at, module in self.modules}
         self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
@@ -141,10 +141,10 @@ class _Taker:
             if isinstance(value, deque):
                 return deque(items, value.maxlen)
             return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, np.ndarray):
-            return self.arrays.setdefault(id(value), value.copy())
-        if isinstance(value, ShardedArray):
-            return self.sharded_arrays.setdefault(id(value), value.copy())
+        if isinstance(value, (np.ndarray, ShardedArray)):
+            if id(value) not in self.arrays:
+                self.arrays[id(value)] = value, value.copy()
+            return self.arrays[id(value)][1]
         if isinstance(value, nn.Module):
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
@@ -239,8 +239,8 @@ class _Taker:
         if memory not in self.copies:  # tied tensors stay tied
             if large or memory in self.parameters:
                 return self.hold(tensor)
-            self.copies[memory] = _copy(tensor, data)
-        return self.copies[memory]
+            self.copies[memory] = tensor, _copy(tensor, data)
+        return self.copies[memory][1]
 
     def hold(self, tensor: torch.Tensor, copy_up_to: float = _NEVER) -> Any:
         """Hold a tensor with its version. The inner tensors of others are held or copied."""

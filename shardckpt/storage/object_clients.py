@@ -2,7 +2,8 @@
 
 Credentials, regions and endpoints come from the environment, as the stores' own tools take them
 (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME
-and so on), or from the option `storage`. obstore has the list of their names.
+and so on), or from the option `storage`. obstore has the list of their names. For S3, boto3 finds
+the credentials that neither of them holds: those of a profile in ~/.aws, or of the machine's role.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from shardckpt.config import current
@@ -61,6 +63,25 @@ _CLIENT = {
     "user_agent",
 }
 """Settings of the connection; obstore takes them apart from those of the store."""
+
+_AWS_CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+}
+"""Settings with which obstore has the credentials, or needs none."""
+
+_AWS_ENDPOINTS = {"AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"}
+
+_MACHINE = re.compile(r"169\.254\.169\.254|metadata\.google\.internal")
+"""In the texts of errors of a request for the credentials of the machine."""
+
+_VARIABLES = {
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT",
+    "az": "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or AZURE_USE_AZURE_CLI",
+}
 
 _ALLOW_HTTP = ("AWS_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
 _DELETE_AT_ONCE = 1000
@@ -130,15 +151,19 @@ class ClientObjects(Objects):
             },
             "retry_timeout": timedelta(seconds=current().store_deadline_s),
         }
+        profile = _profile(url, settings)
         options: dict[str, Any] = {
+            **profile,
             "config": {
-                **_unsigned(url, settings),
+                **_unsigned(url, {**profile.get("config", {}), **settings}),
+                **profile.get("config", {}),
                 **{key: value for key, value in settings.items() if key not in _CLIENT},
             },
             "client_options": {
                 "timeout": timedelta(seconds=current().stall_deadline_s),
                 "connect_timeout": timedelta(seconds=10),
                 "allow_http": any(_is_true(os.environ.get(name)) for name in _ALLOW_HTTP),
+                **_certificates(url),
                 **{key: value for key, value in settings.items() if key in _CLIENT},
             },
         }
@@ -178,6 +203,14 @@ class ClientObjects(Objects):
                 remedy="check the credentials and the rights of their owner",
             ) from error
         except (exceptions.BaseError, OSError, ValueError) as error:
+            if _MACHINE.search(_first_line(error)):
+                scheme = self.url.partition(":")[0]
+                raise StoragePermissionError(
+                    "The environment has no credentials for the store, and this machine has none",
+                    path=f"{self.url}/{key}",
+                    actual=_first_line(error),
+                    remedy=f"set {_VARIABLES.get(scheme, 'the credentials')}",
+                ) from error
             if _UNAVAILABLE.search(_first_line(error)):
                 raise StoreUnavailableError(
                     "The store does not answer, or asks for fewer requests",
@@ -333,6 +366,65 @@ class _ClientUpload(Upload):
             self._writer.close()
         with suppress(Exception):
             self._objects.delete([self._key])
+
+
+def _profile(url: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of obstore's store with the credentials that boto3 finds for S3, and with
+    the endpoint of their profile. Empty if the environment or the settings have credentials."""
+    given = {f"AWS_{key.upper().removeprefix('AWS_')}" for key in settings} | set(os.environ)
+    if not url.startswith("s3://") or given & _AWS_CREDENTIALS:
+        return {}
+    try:
+        import boto3
+        import botocore.exceptions
+        import botocore.session
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError as error:
+        raise DependencyError(
+            "The environment has no credentials for S3, and boto3, which finds those of a profile "
+            "or of the machine, is not installed",
+            path=url,
+            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            'pip install "shardckpt[s3]"',
+        ) from error
+    session = botocore.session.Session()
+    try:
+        credentials = session.get_credentials()
+        endpoint = session.get_scoped_config().get("endpoint_url")
+    except botocore.exceptions.BotoCoreError as error:
+        raise StoragePermissionError(
+            "The credentials of the AWS profile can't be used",
+            path=url,
+            actual=_first_line(error),
+            remedy="check AWS_PROFILE and the files in ~/.aws",
+        ) from error
+    if credentials is None:
+        raise StoragePermissionError(
+            "No credentials for S3 were found",
+            path=url,
+            expected="credentials in the environment, in a profile in ~/.aws, or of the machine",
+            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
+            "for a public bucket, set AWS_SKIP_SIGNATURE=true",
+        )
+    provider = Boto3CredentialProvider(boto3.Session(botocore_session=session))
+    named = {} if endpoint is None or given & _AWS_ENDPOINTS else {"endpoint": endpoint}
+    return {"credential_provider": provider, "config": named}
+
+
+def _certificates(url: str) -> dict[str, bytes]:
+    """Settings with the certificates to trust for S3, as AWS_CA_BUNDLE names their file."""
+    path = os.environ.get("AWS_CA_BUNDLE")
+    if not path or not url.startswith("s3://"):
+        return {}
+    try:
+        return {"root_certificate": Path(path).read_bytes()}
+    except OSError as error:
+        raise StateError(
+            "The certificates for S3 can't be read",
+            path=path,
+            actual=error.strerror,
+            remedy="check the environment variable AWS_CA_BUNDLE",
+        ) from error
 
 
 def _unsigned(url: str, settings: Mapping[str, Any]) -> dict[str, Any]:

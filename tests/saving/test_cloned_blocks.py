@@ -4,6 +4,7 @@ complete without the other."""
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 
 import pytest
@@ -156,16 +157,20 @@ def test_a_corrupted_block_of_the_base(tmp_path, monkeypatch):
     assert_intact(tmp_path / "1", {"w": weight})
 
 
-@pytest.mark.parametrize("size", [0, 5, 10 * MIB, 10 * MIB + 17])
-def test_a_truncated_file_of_the_base(tmp_path, size):
+@pytest.mark.parametrize("size", [0, 5, 10 * MIB, 10 * MIB + 17, None])
+def test_a_truncated_or_missing_file_of_the_base(tmp_path, size):
     weight = rows(20)
     shardckpt.save({"w": weight}, tmp_path / "0")
-    with open(tmp_path / "0" / FILE, "r+b") as file:
-        file.truncate(size)
+    if size is None:
+        (tmp_path / "0" / FILE).unlink()
+    else:
+        os.truncate(tmp_path / "0" / FILE, size)
     weight[0] += 1
-    shardckpt.save(
+    report = shardckpt.save(
         {"w": weight}, tmp_path / "1", base=tmp_path / "0", storage=LocalStorage(Clones())
     )
+    (problem,) = report.base_problems
+    assert str(tmp_path / "0" / FILE) in problem
     assert_intact(tmp_path / "1", {"w": weight})
 
 

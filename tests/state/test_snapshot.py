@@ -129,3 +129,26 @@ def test_inference_tensors_are_copied():
         tensor.zero_()
         state["m"].weight.zero_()
     assert facts(snapshot.state) == before
+
+
+class Counting:
+    """Its state_dict makes new objects, which nothing else refers to."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def state_dict(self):
+        return {
+            "tensors": [torch.full((size,), self.count) for size in (1, 2, 8)],
+            "arrays": [np.full(size, self.count) for size in (1, 2, 8)],
+        }
+
+    def load_state_dict(self, state): ...
+
+
+def test_memory_of_an_earlier_state_dict_that_is_used_again():
+    state = [Counting(number) for number in range(20)]
+    taken = take_snapshot(state, small_bytes=SMALL_BYTES).state
+    assert [{int(item[0]) for group in one.values() for item in group} for one in taken] == [
+        {number} for number in range(20)
+    ]

@@ -209,8 +209,44 @@ def test_settings_of_the_program(s3, object_server, monkeypatch):
     }
     with shardckpt.options(storage=settings):
         assert shardckpt.load_state(s3) == {"n": 1}
-    with shardckpt.options(storage={"no_such_setting": 1}), pytest.raises(StateError):
+    unknown = {**settings, "no_such_setting": 1}
+    with shardckpt.options(storage=unknown), pytest.raises(StateError):
         shardckpt.load_state(s3)
+
+
+@pytest.fixture
+def no_credentials(s3, monkeypatch, tmp_path):
+    """The folder of the files of AWS profiles. The environment and the machine hold nothing."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return tmp_path
+
+
+def test_an_aws_profile_has_the_credentials_and_the_endpoint(
+    s3, object_server, no_credentials, monkeypatch
+):
+    (no_credentials / "credentials").write_text(
+        f"[training]\naws_access_key_id = {object_server['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {object_server['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    (no_credentials / "config").write_text(
+        "[profile training]\nregion = us-east-1\n"
+        f"endpoint_url = {object_server['AWS_ENDPOINT_URL']}\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "training")
+    shardckpt.save({"n": 1}, s3)
+    assert shardckpt.load_state(s3) == {"n": 1}
+    monkeypatch.setenv("AWS_PROFILE", "trainign")
+    with pytest.raises(StoragePermissionError, match="trainign"):
+        shardckpt.load_state(s3)
+
+
+def test_no_credentials_are_an_error_that_says_how_to_give_them(no_credentials):
+    with pytest.raises(StoragePermissionError, match="set AWS_ACCESS_KEY_ID"):
+        shardckpt.load_state("s3://tests/any")
 
 
 def test_what_the_store_refuses_is_typed(s3, monkeypatch):
