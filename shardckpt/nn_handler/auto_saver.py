@@ -74,19 +74,14 @@ class AutoSaver:
         label: str = "auto_save",
         **plan: Any,
     ) -> None:
-        flags = {
-            "save_last": save_last,
-            "on_exception": on_exception,
-            "on_signal": on_signal,
-            "asynchronous": asynchronous,
-            "links": links,
-            "overwrite": plan.get("overwrite", False),
-        }
-        for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise StateError(
-                    f"Invalid {name} for saving", expected="True or False", actual=repr(value)
-                )
+        _check_flags(
+            save_last=save_last,
+            on_exception=on_exception,
+            on_signal=on_signal,
+            asynchronous=asynchronous,
+            links=links,
+            overwrite=plan.get("overwrite", False),
+        )
         if type(tolerate) is not int or tolerate < 0:
             raise StateError(
                 "Invalid tolerate for saving", expected="an int from 0", actual=repr(tolerate)
@@ -392,6 +387,14 @@ class AutoSaver:
             self._manager.close()
             if self._handler is not None:
                 self._link(self._handler)
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise StateError(
+                f"Invalid {name} for saving", expected="True or False", actual=repr(value)
+            )
 
 
 def _newest_first(found: list[SavedCheckpoint]) -> list[SavedCheckpoint]:
