@@ -94,10 +94,11 @@ def open_deepspeed(path: str, folder: str, *, check: bool) -> Foreign:
     version = saved.state.get("ds_version")
     writer = f"DeepSpeed {version}" if type(version) is str else "DeepSpeed"
     beside = {} if path == folder else left_beside(path, {os.path.basename(folder), *_LATEST})
+    used = {name.partition("/")[0] for name in saved.files}
     origin = Origin(
         format=saved.layout,
         writer=writer,
-        left_out={**beside, **left_beside(folder, saved.files), **saved.left_out},
+        left_out={**beside, **left_beside(folder, used), **saved.left_out},
         changed=saved.objects.changed,
         files=tuple(sorted(saved.files)),
     )
@@ -193,7 +194,7 @@ class _Saved:
         ]
         if why := objects.left_out.get("optimizer_state_dict.loss_scaler"):
             self.left_out["loss_scaler"] = why
-        stage = loaded[0]["zero_stage"]
+        stage = loaded[0].get("zero_stage", 1)  # the optimizer for bfloat16 does not save it
         if stage not in (1, 2, 3):
             raise ValueError(f"the ZeRO stage {stage}")
         counts = loaded[0]["partition_count"]

@@ -197,24 +197,25 @@ def raise_unreadable(path: str) -> None:
         if os.path.isdir(os.path.join(path, name))
         for below in names_in(os.path.join(path, name))[:1000]
     ]
-    marks = (".metadata", MANIFEST_NAME, *WEIGHTS)
+    marks = (".metadata", MANIFEST_NAME, "latest", *WEIGHTS)
     readable = sorted({name.split("/")[0] for name in inner if name.split("/")[1] in marks})
     for pattern, what, remedy in _UNREADABLE:
-        found = next((name for name in [*names, *inner] if re.fullmatch(pattern, name)), None)
-        if found is not None and not readable:
+        match = next((name for name in [*names, *inner] if re.fullmatch(pattern, name)), None)
+        if match is not None and not readable:
             raise NotACheckpointError(
                 f"Conversion of this folder is not supported: it is {what}",
                 path=path,
                 expected="one of the sources in docs/convert.md",
-                actual=found,
+                actual=match,
                 remedy=remedy.format(path=path),
             )
     files = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
     if readable or files:
+        found = list(dict.fromkeys(readable + files))
         raise NotACheckpointError(
             "This folder is not a checkpoint, but contains checkpoints or files of weights",
             path=path,
             expected="one of the sources in docs/convert.md",
-            actual=", ".join((readable + files)[:8]),
-            remedy=f"pass one of them, such as {os.path.join(path, (readable + files)[0])}",
+            actual=", ".join(found[:8]),
+            remedy=f"pass one of them, such as {os.path.join(path, found[0])}",
         )

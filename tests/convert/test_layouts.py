@@ -329,6 +329,8 @@ FOLDERS = {
     "Llama": ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
     "another framework": ["saved_model.pb", "variables/variables.index"],
     "checkpoint-20": ["checkpoint-20/model.safetensors", "checkpoint-30/model.safetensors"],
+    "checkpoint-5": ["checkpoint-5/latest", "checkpoint-5/zero_to_fp32.py"],
+    "a.ckpt, b.ckpt": ["a.ckpt/.metadata", "b.ckpt"],
     "iter_0000010": ["latest_checkpointed_iteration.txt", "iter_0000010/.metadata"],
     "weights": ["weights/.metadata", "context/model.yaml"],
     "unet": ["model_index.json", "unet/diffusion_pytorch_model.safetensors"],

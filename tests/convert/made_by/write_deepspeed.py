@@ -26,11 +26,14 @@ STEP = "global_step3"
 VARIANTS = {
     "stage-0": {"stage": 0},
     "stage-1": {"stage": 1},
+    "stage-1-bf16": {"stage": 1},
     "stage-2": {"stage": 2},
     "stage-2-aligned": {"stage": 2, "parameter_alignment": True, "round_robin_gradients": True},
     "stage-3": {"stage": 3},
     "stage-3-subgroups": {"stage": 3, "sub_group_size": 5},
 }
+MORE = {"stage-1-bf16": {"data_types": {"grad_accum_dtype": "fp32"}}}
+"""Options with which DeepSpeed uses another class of optimizer."""
 UNIVERSAL = {"stage-1": "universal", "stage-3": "universal-of-stage-3"}
 
 
@@ -71,6 +74,7 @@ def write(variant: str) -> None:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": zero["stage"] > 0},
+        **MORE.get(variant, {}),
     }
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(groups(model), lr=0.01), config=config
