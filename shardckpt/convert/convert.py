@@ -352,7 +352,7 @@ def _format_of(target: str, to: Format | None) -> Format:
     if to is None and target.endswith(_TORCH_SUFFIXES):
         return "torch"
     if to is None:
-        check_suffix(target, remedy='change the suffix, or pass to="shardckpt"')
+        check_suffix(target, remedy='change the suffix, or pass to="shardckpt", "dcp" or "hf"')
         return by_suffix
     if to == "torch" and target.endswith(_TORCH_SUFFIXES):
         return to

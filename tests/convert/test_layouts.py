@@ -352,6 +352,17 @@ def test_folders_that_are_refused_say_what_they_are(tmp_path, text):
     assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_the_index_names_is_missing(tmp_path, kind):
+    (tmp_path / "c").mkdir()
+    index = {"metadata": {}, "weight_map": {"w": "part-1"}}
+    (tmp_path / "c" / f"{kind}.index.json").write_text(json.dumps(index))
+    with pytest.raises(errors.CorruptionError, match="is missing") as caught:
+        convert(str(tmp_path / "c"), str(tmp_path / "d"))
+    assert caught.value.path.endswith("part-1")
+    assert f"{kind}.index.json" in str(caught.value)
+
+
 def test_an_adapter_and_other_weights(tmp_path):
     layouts.trainer_folder(tmp_path / "c", Net(width=5))
     (tmp_path / "c" / "model.safetensors").rename(tmp_path / "c" / "adapter_model.safetensors")
