@@ -13,7 +13,7 @@ import torch
 from shardckpt.api import Path
 from shardckpt.convert.convert import convert_source, open_source
 from shardckpt.convert.formats import Format
-from shardckpt.convert.sources import Foreign, LazyTensor, plain_tree
+from shardckpt.convert.sources import Foreign, LazyTensor, Origin, origin_of, plain_tree
 from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.maintenance.rewritable import Source
@@ -42,7 +42,8 @@ def merge(
 
     Tensors of floating-point and complex dtypes are averaged in float64, and saved with their
     dtype. Other tensors and values come from the first checkpoint; a PerRank value becomes a list
-    of the values of all ranks. Memory: a few buffers for each checkpoint; for the target "torch"
+    of the values of all ranks. For "hf", configuration and tokenizer are copied from the first
+    checkpoint. Memory: a few buffers for each checkpoint; for the target "torch"
     the full state.
 
     Args:
@@ -52,7 +53,7 @@ def merge(
             equal.
         to: The format of the target; see `convert`.
         keys: The saved names to merge; see `convert`.
-        rename: New names; see `load`.
+        rename: New names for the entries of all checkpoints; see `load`.
         shards: The number of shards; see `convert`.
         overwrite: Replace a checkpoint at `target`.
         storage: The storage of all; see `save`.
@@ -136,7 +137,7 @@ def _merged(sources: Sequence[Source], shares: Sequence[float]) -> Foreign:
                     tensor=name,
                     expected=f"{forms[0]}, as in {first.path}",
                     actual=form,
-                    remedy="choose the tensors with keys=, or give them equal names with rename=",
+                    remedy="choose the tensors with keys=, or convert a checkpoint to other names",
                 )
         entry = first.manifest.tensors[name]
         dtype = DTYPES[entry.dtype]
@@ -146,7 +147,10 @@ def _merged(sources: Sequence[Source], shares: Sequence[float]) -> Foreign:
         tensors[name] = LazyTensor(dtype, entry.shape, read)
     paths = ", ".join(source.path for source in sources)
     tree = plain_tree(first.manifest, first.manifest.state)
-    return Foreign(paths, "a merge", tree, tensors, identity=(paths, shares))
+    model = origin_of(first)
+    home = model.home or first.path
+    origin = Origin(format="a merge", companions=model.companions, home=home)
+    return Foreign(paths, "a merge", tree, tensors, identity=(paths, shares), origin=origin)
 
 
 def _form(source: Source, name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from shardckpt.analysis.diff import diff
-from shardckpt.analysis.entries import saved_entries, tensors_of
+from shardckpt.analysis.entries import saved_entries, tensors_of, values_of
 from shardckpt.analysis.merge import merge
 from shardckpt.analysis.page import write_report
 from shardckpt.analysis.stats import stats
@@ -101,17 +101,21 @@ def _stats_row(name: str, one: TensorStats) -> tuple[str, ...]:
 
 
 def _cat(options: SimpleNamespace) -> None:
+    if options.json and options.npy is not None:
+        raise click.UsageError("--json and --npy exclude each other")
     with open_source(options.path) as source:
-        names = tensors_of(saved_entries(source))
+        entries = saved_entries(source)
+        names, values = tensors_of(entries), values_of(entries)
         found = None if options.tensor in names else _SLICE.fullmatch(options.tensor)
         name, text = found.groups() if found else (options.tensor, None)
         if name not in names:
+            known = ", ".join(list(names)[:8])
             raise LoadMismatchError(
                 "The checkpoint has no such tensor",
                 path=source.path,
                 tensor=name,
                 expected="the name of a tensor",
-                actual=", ".join(list(names)[:8]),
+                actual=f"the value {values[name]!r}"[:200] if name in values else known,
                 remedy="list the names with `shardckpt inspect`",
             )
         shape = source.manifest.tensors[names[name]].shape

@@ -88,7 +88,7 @@ def _drop_output() -> None:
 def _with_options(text: str, parameters: Sequence[click.Parameter]) -> str:
     """Replace the Python arguments that an error names by the options of the command."""
     options = {each.name: each.opts[0] for each in parameters if isinstance(each, click.Option)}
-    options |= {"file_bytes": "--max-file-size", "to": "--format"}
+    options = {"keys": "NAMES", **options, "file_bytes": "--max-file-size", "to": "--format"}
 
     def option(found: re.Match[str]) -> str:
         name, value = found.groups()
@@ -134,9 +134,10 @@ _COMMANDS = {
     "convert": (
         "convert",
         "Write a checkpoint in another format. SOURCE is a checkpoint of shardckpt, of "
-        "torch.distributed.checkpoint (dcp), of torchsnapshot, of Lightning or of Megatron-Core, a "
-        "torch file (.pt, .pth, .ckpt, .bin), a safetensors file, or a directory of Hugging Face "
-        "(hf). Entries that TARGET cannot hold are left out and listed.",
+        "torch.distributed.checkpoint (dcp), of torchsnapshot, of DeepSpeed, of Lightning or of "
+        "Megatron-Core, a torch file (.pt, .pth, .ckpt, .bin), a safetensors file, a file of numpy "
+        "(.npz), or a directory of Hugging Face (hf). Entries that TARGET cannot hold are left out "
+        "and listed.",
     ),
     "extract": (
         "convert",
@@ -148,29 +149,30 @@ _COMMANDS = {
         "analysis",
         "Compare two checkpoints of any format. The exit code is 0 if they are equal, 1 if they "
         "differ. Two checkpoints of shardckpt are compared by digests, and only blocks that "
-        "differ are read.",
+        "differ are read. --rename applies to the entries of FIRST, and --keys after it to both.",
     ),
     "stats": (
         "analysis",
-        "Print the norm, the smallest and largest element, the mean, and the number of zeros, "
-        "NaN and infinite elements of each tensor.",
+        "Print the norm, range and mean of each tensor, and count its zeros, NaN and infinite "
+        "elements.",
     ),
     "cat": (
         "analysis",
-        "Print a tensor, or a slice of it, such as `model.weight[0:8, -1]`. Dtypes that numpy "
-        "lacks are converted to float32 or complex64.",
+        "Print a tensor or a slice of it. TENSOR is a name, or a name with a slice, such as "
+        "`model.weight[0:8, -1]`. Dtypes that numpy lacks are converted to float32 or complex64.",
     ),
     "merge": (
         "analysis",
-        "Write the average of the tensors of several checkpoints. The last path is the target. "
-        "Integers and other values come from the first checkpoint.",
+        "Write the average of the tensors of several checkpoints of any format. The last path is "
+        "the target. --keys and --rename apply to each checkpoint. Integers and other values come "
+        "from the first checkpoint.",
     ),
     "report": (
         "analysis",
-        "Write an HTML page about checkpoints: their sizes, the tensors of the newest one, and "
-        "the ranks that hold them. A path is a checkpoint or a folder of checkpoints.",
+        "Write an HTML page about checkpoints. It shows their sizes, the tensors of the newest "
+        "one, and the ranks that hold them. A path is a checkpoint or a folder of checkpoints.",
     ),
-    "ls": ("folders", "List the checkpoints in a folder."),
+    "ls": ("folders", "List the checkpoints of shardckpt in a folder."),
     "cp": (
         "folders",
         "Copy a checkpoint to another path or URL, and verify the copy. Run it again to go on "
@@ -179,9 +181,10 @@ _COMMANDS = {
     "rm": ("folders", "Remove checkpoints."),
     "prune": (
         "folders",
-        "Remove the checkpoints of a CheckpointManager that no option keeps. The newest one stays.",
+        "Remove the checkpoints that no option keeps. PATH is the folder of a CheckpointManager. "
+        "The newest checkpoint stays.",
     ),
-    "du": ("folders", "Print the size of each checkpoint in a folder."),
+    "du": ("folders", "Print the size of each checkpoint of shardckpt in a folder."),
 }
 """Command -> module, description. A module is imported when its command runs, as torch is slow."""
 

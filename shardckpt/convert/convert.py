@@ -11,6 +11,7 @@ import torch
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
+from shardckpt.convert.deepspeed import deepspeed_folder, open_deepspeed
 from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
 from shardckpt.convert.lightning import SUFFIX as LIGHTNING_SUFFIX
@@ -89,9 +90,9 @@ def convert(
     target appears when it is complete.
 
     Args:
-        source: A checkpoint of shardckpt or of torch.distributed.checkpoint (DCP); a torch file,
-            which is read with weights_only=True; a safetensors file; a folder in the layout of
-            Hugging Face; or a folder of an NNHandler with a file for each component.
+        source: A checkpoint of shardckpt, of torch.distributed.checkpoint (DCP) or of DeepSpeed; a
+            torch file, which is read with weights_only=True; a safetensors file; a folder in the
+            layout of Hugging Face; or a folder of an NNHandler with a file for each component.
         target: The new checkpoint.
         to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
             "torch", .safetensors is "safetensors", and no suffix is "shardckpt". "lightning" is a
@@ -200,6 +201,8 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
                 return open_torch_folder(path, weights, check=check)
         if fsdp_folders(path):
             return open_fsdp(path)
+        if folder := deepspeed_folder(path):
+            return open_deepspeed(path, folder, check=check)
         raise_unreadable(path)
     return Checkpoint(path, storage=place.storage)
 
@@ -349,7 +352,7 @@ def _format_of(target: str, to: Format | None) -> Format:
     if to is None and target.endswith(_TORCH_SUFFIXES):
         return "torch"
     if to is None:
-        check_suffix(target, remedy='change the suffix, or pass to="shardckpt"')
+        check_suffix(target, remedy='change the suffix, or pass to="shardckpt", "dcp" or "hf"')
         return by_suffix
     if to == "torch" and target.endswith(_TORCH_SUFFIXES):
         return to

@@ -20,6 +20,7 @@ __all__ = [
     "JSON_LIMIT_BYTES",
     "check_regular",
     "file_in",
+    "indexed_file",
     "mapped",
     "open_regular",
     "read_small",
@@ -132,6 +133,24 @@ def file_in(folder: str, name: object) -> str:
             actual=f"a link to {target}",
             remedy="if the link is yours, replace it with a copy of the file; otherwise load "
             "another checkpoint",
+        )
+    return path
+
+
+def indexed_file(folder: str, name: object, index: str) -> str:
+    """Return the path of a file that the file `index` of a folder names.
+
+    Raises:
+        CorruptionError: The name leads out of the folder, or the file is missing.
+    """
+    path = file_in(folder, name)
+    if not os.path.exists(path):
+        raise CorruptionError(
+            "A file of these weights is missing",
+            path=path,
+            expected=f"a file, which {index} names",
+            actual="no such file",
+            remedy="download or copy the missing file",
         )
     return path
 

@@ -62,7 +62,8 @@ _ROLES = tuple(
         (r"recipe_state(\.pt)?", f"torchtune's progress and optimizer state; {_CONVERTIBLE}"),
         (r"pytorch_model_fsdp(_\d+)?", f"weights sharded by FSDP; {_CONVERTIBLE}"),
         (r"(optimizer|fsdp_optimizer)_\d+", f"optimizer state sharded by FSDP; {_CONVERTIBLE}"),
-        (r"global_step\d+|.*_(model|optim)_states\.pt", "DeepSpeed's state: use zero_to_fp32.py"),
+        (r"global_step\d+|.*_(model|optim)_states\.pt", f"DeepSpeed's state; {_CONVERTIBLE}"),
+        (r"zero_to_fp32\.py|latest(_universal)?", "a file that DeepSpeed writes beside the state"),
         (r"adapter_model\.\w+", f"an adapter's weights; {_CONVERTIBLE}"),
         (
             r"(model|pytorch_model)_\d+\.(safetensors|bin)|.*\.(safetensors|bin|pth|pt|ckpt)",
@@ -135,9 +136,8 @@ def writer_of(path: str) -> str | None:
 _UNREADABLE = (
     (
         r"(.*/)?(mp_rank_\d+_model_states\.pt|(bf16_)?zero_pp_rank_.*_states\.pt|zero_to_fp32\.py)",
-        "a DeepSpeed checkpoint",
-        "merge its files with `python zero_to_fp32.py {path} OUT` (deepspeed puts that script "
-        "into the folder), and convert OUT",
+        "a DeepSpeed checkpoint whose file `latest` does not name a folder in it",
+        "convert the folder in it that has the files *_states.pt",
     ),
     (
         r"(.*/)?mp_rank_\d+(_\d+)?/model_optim_rng\.pt|(.*/)?mp_rank_\d+(_\d+)?",
@@ -197,24 +197,25 @@ def raise_unreadable(path: str) -> None:
         if os.path.isdir(os.path.join(path, name))
         for below in names_in(os.path.join(path, name))[:1000]
     ]
-    marks = (".metadata", MANIFEST_NAME, *WEIGHTS)
+    marks = (".metadata", MANIFEST_NAME, "latest", *WEIGHTS)
     readable = sorted({name.split("/")[0] for name in inner if name.split("/")[1] in marks})
     for pattern, what, remedy in _UNREADABLE:
-        found = next((name for name in [*names, *inner] if re.fullmatch(pattern, name)), None)
-        if found is not None and not readable:
+        match = next((name for name in [*names, *inner] if re.fullmatch(pattern, name)), None)
+        if match is not None and not readable:
             raise NotACheckpointError(
                 f"Conversion of this folder is not supported: it is {what}",
                 path=path,
                 expected="one of the sources in docs/convert.md",
-                actual=found,
+                actual=match,
                 remedy=remedy.format(path=path),
             )
     files = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
     if readable or files:
+        found = list(dict.fromkeys(readable + files))
         raise NotACheckpointError(
             "This folder is not a checkpoint, but contains checkpoints or files of weights",
             path=path,
             expected="one of the sources in docs/convert.md",
-            actual=", ".join((readable + files)[:8]),
-            remedy=f"convert one of them, such as {os.path.join(path, (readable + files)[0])}",
+            actual=", ".join(found[:8]),
+            remedy=f"pass one of them, such as {os.path.join(path, found[0])}",
         )

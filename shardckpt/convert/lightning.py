@@ -4,7 +4,8 @@
 A source that Lightning wrote, or the strategies of shardckpt, has the entries of Lightning already.
 Otherwise `model` becomes `state_dict`, `optimizer` becomes the only item of `optimizer_states`, and
 `scheduler` that of `lr_schedulers`. Lightning's optimizers are those of torch, whose states have
-indices in place of names. Tested with lightning 2.6.
+indices in place of names. Integers `step` and `epoch` become the progress of the Trainer. Tested
+with lightning 2.6.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def lightning_state(state: Mapping[Any, Any], path: str) -> dict[Any, Any]:
     rest = dict(state)
     if isinstance(others := rest.get("lightning"), Mapping) and "state_dict" in rest:
         rest = {**others, **{key: item for key, item in rest.items() if key != "lightning"}}
+    prefix = "state_dict."  # a rename may add a prefix to the names of the weights
+    if deeper := [key for key in rest if isinstance(key, str) and key.startswith(prefix)]:
+        rest["state_dict"] = {key.removeprefix(prefix): rest.pop(key) for key in deeper}
     if "state_dict" not in rest and "model" in rest:
         rest["state_dict"] = rest.pop("model")
     elif "state_dict" not in rest and rest and all(map(torch.is_tensor, rest.values())):
@@ -46,13 +50,34 @@ def lightning_state(state: Mapping[Any, Any], path: str) -> dict[Any, Any]:
             rest[several] = [rest.pop(name)]
     if isinstance(rest.get("optimizer_states"), (list, tuple)):
         rest["optimizer_states"] = [_indexed(item) for item in rest["optimizer_states"]]
-    step = rest.get("step")
+    steps = _count(rest.get("global_step", rest.get("step")))
+    epoch = _count(rest.get("epoch"))
     head = {
-        "epoch": 0,
-        "global_step": step if type(step) is int else 0,
+        "epoch": epoch,
+        "global_step": steps,
         _VERSION: _WRITTEN_VERSION,
+        "loops": {"fit_loop": _progress(steps, epoch)},
+        "lr_schedulers": [],  # the Trainer refuses a file without this entry
     }
     return {**head, **rest, "state_dict": _flat(weights)}
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else 0
+
+
+def _progress(steps: int, epoch: int) -> dict[str, Any]:
+    """Return the state of the Trainer's loop after `steps` steps, at the start of `epoch`."""
+    epochs = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
+    step = {"total": {"ready": steps, "completed": steps}, "current": {"ready": 0, "completed": 0}}
+    zero = dict.fromkeys(("ready", "started", "completed"), 0)
+    optimizer = {"step": step, "zero_grad": {"total": zero, "current": zero}}
+    return {
+        "epoch_progress": {"total": epochs, "current": epochs},
+        "epoch_loop.state_dict": {"_batches_that_stepped": steps},
+        "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
+        "epoch_loop.manual_optimization.optim_step_progress": step,
+    }
 
 
 def _flat(weights: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Like(AbstractContextManager["Like"]):
         self.path, self.source = source.path, source
         have, wanted = _tensors(source), _tensors(model)
         unlike = [
-            f"{name}: {_form(entry)}, not {_form(have[name][1]) if name in have else 'absent'}"
+            f"{name}: {_form(have[name][1]) if name in have else 'absent'}, not {_form(entry)}"
             for name, (_, entry) in wanted.items()
             if name not in have or not _fits(have[name][1], entry)
         ]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from shardckpt.convert.foreign_file import file_in, read_small, utf8_path
+from shardckpt.convert.foreign_file import file_in, indexed_file, read_small, utf8_path
 from shardckpt.convert.layouts import companions, left_beside, writer_of
 from shardckpt.convert.single_files import (
     DIGEST,
@@ -88,7 +88,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
             weight_map = msgspec.json.decode(text, type=Index).weight_map
         names = sorted(set(weight_map.values())) if weight_map is not None else [weights]
         for name in names:
-            file_path = file_in(path, name)
+            file_path = indexed_file(path, name, weights)
             with errors_of(file_path, _REMEDY):
                 found, file_metadata = _tensors_in(file_path)
             named = weight_map or dict.fromkeys(found, name)

@@ -41,6 +41,7 @@ learned one in each pass, the others at once."""
 _ARRAY_DTYPE = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 _AS_DICT = {"argparse.Namespace", "types.SimpleNamespace"}
 _AS_TEXT = {"torch.torch_version.TorchVersion"}
+_AS_NUMBER = {"deepspeed.runtime.zero.config.ZeroStageEnum"}
 _PATH = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
 
 
@@ -204,6 +205,8 @@ class ObjectsLoader:
                 return b""
             if made.name in _AS_TEXT:
                 return str(made.args[0])
+            if made.name in _AS_NUMBER:
+                return int(made.args[0])
             if _PATH.fullmatch(made.name):
                 self.changed[name] = f"{made.name}, taken as text"
                 return "/".join(map(str, made.args)).replace("//", "/")

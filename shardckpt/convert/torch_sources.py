@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from shardckpt.convert.foreign_file import file_in, read_small
+from shardckpt.convert.foreign_file import file_in, indexed_file, read_small
 from shardckpt.convert.layouts import companions, left_beside, writer_of
 from shardckpt.convert.single_files import errors_of, read_one
 from shardckpt.convert.sources import Foreign, Origin, foreign
@@ -103,7 +103,7 @@ def open_torch_folder(path: str, weights: str, *, check: bool) -> Foreign:
     state: dict[Any, Any] = {}
     names = sorted(set(weight_map.values())) if weight_map is not None else [weights]
     for name in names:
-        file_path = file_in(path, name)
+        file_path = indexed_file(path, name, weights)
         found = read_objects(file_path, objects, check=check)
         wanted = {tensor for tensor, at in (weight_map or {}).items() if at == name}
         if missing := wanted - {key for key, item in found.items() if torch.is_tensor(item)}:

@@ -135,7 +135,7 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
 
 def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
     """Encode the member `tensors` of a manifest."""
-    texts: dict[bytes, bytes] = {}
+    texts: dict[bytes, list[bytes]] = {}
     return _encode(
         {
             name: TensorText(entry.dtype, entry.shape, msgspec.Raw(_list_text(entry.chunks, texts)))
@@ -144,16 +144,17 @@ def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
     )
 
 
-def _list_text(chunks: Ints, texts: dict[bytes, bytes]) -> bytes:
+def _list_text(chunks: Ints, texts: dict[bytes, list[bytes]]) -> bytes:
     """Encode a list of chunks.
 
     In a long list, many ranks in turn have written a chunk to the same bytes of their shards, as
     all ranks hold parts of the same sizes. The other numbers are often those of other tensors too.
-    Therefore their text is kept in `texts`, without the bytes.
+    Therefore their text is kept in `texts`, in the pieces before and after the bytes.
     """
     cuts: list[int] = []
     if long := len(chunks) >= _SHORT_RUN:
-        cuts = (np.flatnonzero((chunks[1:, 1:3] != chunks[:-1, 1:3]).any(axis=1)) + 1).tolist()
+        begin_steps, end_steps = np.diff(chunks[:, 1:3].T)
+        cuts = (np.flatnonzero(begin_steps | end_steps) + 1).tolist()
     if not long or (len(cuts) + 1) * _SHORT_RUN > len(chunks):
         return _encode(chunks.ravel().tolist())
     parts = []
@@ -163,8 +164,8 @@ def _list_text(chunks: Ints, texts: dict[bytes, bytes]) -> bytes:
         run[:, 1:3] = -1  # no other number is negative
         key = xxh3_128_digest(run.data)
         if key not in texts:
-            texts[key] = _encode(run.ravel().tolist())[1:-1]
-        parts.append(texts[key].replace(b",-1,-1", b",%d,%d" % (begin, end)))
+            texts[key] = _encode(run.ravel().tolist())[1:-1].split(b",-1,-1")
+        parts.append((b",%d,%d" % (begin, end)).join(texts[key]))
     return b"[" + b",".join(parts) + b"]"
 
 

@@ -7,6 +7,7 @@ checks the others one by one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,9 @@ Ints = NDArray[np.int64]
 Gap = tuple[str, tuple[int, ...], tuple[int, ...]]
 """("overlap" | "hole" | "out of bounds", offsets, sizes) of a box that is not tiled."""
 
-_GRID_CELLS = 1 << 22  # a larger grid is checked slab by slab
+# Boxes with more corners, in more dimensions, are checked slab by slab.
+_CORNERS = 1 << 20
+_FEW_DIMS = 4
 
 
 def stable_order(keys: Ints, *, below: int) -> Ints:
@@ -171,9 +174,9 @@ def _gap(
         return ("overlap", low[1], high[1]) if len(low) > 1 else None
     if len(dims) == 1:
         return _gap_along(full, low, high, dims[0])
+    if len(dims) <= _FEW_DIMS or len(low) << len(dims) <= _CORNERS:
+        return _gap_at_corners(full, low, high, dims)
     edges = [np.unique(np.concatenate([[0, full[d]], low[:, d], high[:, d]])) for d in dims]
-    if np.prod([float(len(edge)) for edge in edges]) <= max(_GRID_CELLS, 4 * len(low)):
-        return _gap_in_grid(full, low, high, dims, edges)
     fewest = min(range(len(dims)), key=lambda index: len(edges[index]))
     dim, rest = dims[fewest], [d for d in dims if d != dims[fewest]]
     for begin, end in zip(edges[fewest][:-1], edges[fewest][1:], strict=True):
@@ -201,28 +204,32 @@ def _gap_along(
     return ("hole" if begins[first] > ends[first] else "overlap"), at, to
 
 
-def _gap_in_grid(
-    full: NDArray[np.int64],
-    low: NDArray[np.int64],
-    high: NDArray[np.int64],
-    dims: list[int],
-    edges: list[NDArray[np.int64]],
+def _gap_at_corners(
+    full: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], dims: list[int]
 ) -> _Range | None:
-    """Count the boxes over each cell of the grid of all edges, by differences at corners."""
-    counts = np.zeros([len(edge) for edge in edges], dtype=np.int32)
-    begins = [np.searchsorted(edge, low[:, d]) for d, edge in zip(dims, edges, strict=True)]
-    ends = [np.searchsorted(edge, high[:, d]) for d, edge in zip(dims, edges, strict=True)]
-    for corner in range(1 << len(dims)):
-        at_end = [corner >> axis & 1 for axis in range(len(dims))]
-        corners = tuple(e if last else b for b, e, last in zip(begins, ends, at_end, strict=True))
-        np.add.at(counts, corners, -1 if sum(at_end) % 2 else 1)
-    for axis in range(len(dims)):
-        np.cumsum(counts, axis=axis, out=counts)
-    inner = counts[tuple(slice(0, -1) for _ in dims)]
-    if (inner == 1).all():
+    """Count the boxes over each element by differences at the corners of the boxes.
+
+    Each box adds 1 or -1 at its corners, and the tensor itself takes away as much at its own. The
+    sum over all corners at or before an element is then the number of boxes over it, less 1. So the
+    boxes tile the tensor if the sum at each corner is 0. Otherwise the first other corner in
+    row-major order is the first element with a wrong number of boxes.
+    """
+    begins = np.append(low[:, dims].T, np.zeros((len(dims), 1), np.int64), axis=1)
+    ends = np.append(high[:, dims].T, full[dims, None], axis=1)
+    signs = np.append(np.ones(len(low), np.int64), -1)
+    choices = np.array(list(itertools.product([False, True], repeat=len(dims))))
+    corners = np.concatenate([np.where(at[:, None], ends, begins) for at in choices], axis=1)
+    signs = np.concatenate([-signs if at.sum() % 2 else signs for at in choices])
+    order = np.lexsort(corners[::-1])
+    corners, signs = corners[:, order], signs[order]
+    new = np.flatnonzero(np.append(True, (corners[:, 1:] != corners[:, :-1]).any(axis=0)))
+    sums = np.add.reduceat(signs, new)
+    wrong = np.flatnonzero(sums)
+    if len(wrong) == 0:
         return None
-    cell = np.unravel_index(int((inner != 1).argmax()), inner.shape)
     at, to = low[0].copy(), high[0].copy()
-    for index, dim in enumerate(dims):
-        at[dim], to[dim] = edges[index][cell[index]], edges[index][cell[index] + 1]
-    return ("hole" if inner[cell] == 0 else "overlap"), at, to
+    for dim, begin, edges in zip(
+        dims, corners[:, new[wrong[0]]], np.append(begins, ends, axis=1), strict=True
+    ):
+        at[dim], to[dim] = begin, edges[edges > begin].min()
+    return ("hole" if sums[wrong[0]] < 0 else "overlap"), at, to

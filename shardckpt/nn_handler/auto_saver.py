@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import operation
-from shardckpt.errors import ShardckptError, StateError
+from shardckpt.errors import ShardckptError, StateError, StorageError
+from shardckpt.logs import warn
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.manager.retention import ranked
 from shardckpt.nn_handler.saving import (
@@ -25,7 +26,7 @@ from shardckpt.nn_handler.saving import (
 )
 from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 from shardckpt.nn_handler.training_state import TrainingState
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import translated
 from shardckpt.storage.resolve import resolve
@@ -73,6 +74,18 @@ class AutoSaver:
         label: str = "auto_save",
         **plan: Any,
     ) -> None:
+        _check_flags(
+            save_last=save_last,
+            on_exception=on_exception,
+            on_signal=on_signal,
+            asynchronous=asynchronous,
+            links=links,
+            overwrite=plan.get("overwrite", False),
+        )
+        if type(tolerate) is not int or tolerate < 0:
+            raise StateError(
+                "Invalid tolerate for saving", expected="an int from 0", actual=repr(tolerate)
+            )
         if links and save_last:
             raise StateError(
                 "save_last=True saves a checkpoint under the name of the link `last`",
@@ -85,6 +98,15 @@ class AutoSaver:
         self.plan = SavePlan(**plan)
         check_suffix(self.plan.name)
         self.one_file = is_one_file(self.plan.name)
+        made = {"last": label == "auto_save", "best": self.plan.monitor is not None}
+        self._links = [name for name in made if links and made[name]]
+        taken = [*self._links, *(["last"] if save_last else [])]
+        if os.path.splitext(self.plan.name)[0] in taken:
+            raise StateError(
+                "The name of the checkpoints is that of a link, or of save_last",
+                actual=self.plan.name,
+                remedy='choose another name, such as name="epoch{epoch}"',
+            )
         if self.one_file and asynchronous:
             raise StateError(
                 "A single file is not saved in the background",
@@ -190,6 +212,10 @@ class AutoSaver:
             every = CheckpointManager(self.folder, label=None, **self._place())
             found = every.first_that_loads(restore, _newest_first)
             resumed = found is not None
+            if found is None:
+                self._warn_of_others(handler)
+        elif restore is not None and self.options["resume"] and handler.run_id is None:
+            self._warn_of_progress(handler)
         if handler.run_id is None:
             with operation("NNHandler: the id of this run") as coordinator:
                 fresh = uuid.uuid4().hex.encode()
@@ -209,6 +235,28 @@ class AutoSaver:
         self._saved_step, self._saved_at = handler.step, time.monotonic()
         return resumed
 
+    def _warn_of_progress(self, handler: TrainingState) -> None:
+        if handler.rank == 0:
+            warn(
+                'resume="auto" has no effect: the handler has trained before this call, to step '
+                f"{handler.step}. Call auto_save before the first call of train"
+            )
+
+    def _warn_of_others(self, handler: TrainingState) -> None:
+        """Warn of checkpoints in the folder that have another format than the name."""
+        local = isinstance(self._storage, LocalStorage) and os.path.isdir(self.folder)
+        if handler.rank or not local:
+            return
+        names = [name for name in sorted(os.listdir(self.folder)) if not name.startswith(".")]
+        sharded = [n for n in names if os.path.isfile(f"{self.folder}/{n}/{MANIFEST_NAME}")]
+        others = sharded if self.one_file else list(filter(is_one_file, names))
+        if others:
+            warn(
+                f'resume="auto" found no checkpoint of the format of name={self.plan.name!r} in '
+                f"{self.folder}, but {', '.join(others[:8])}: training begins anew. The suffix of "
+                "the name chooses the format"
+            )
+
     def _make_folder(self) -> None:
         """Create the folder, or raise StorageError before training. Collective."""
         if not isinstance(self._storage, LocalStorage):
@@ -219,6 +267,10 @@ class AutoSaver:
                 os.makedirs(self.folder, exist_ok=True)
                 if not os.access(self.folder, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, "No permission to write", self.folder)
+                for name in self._links:
+                    path = os.path.join(self.folder, name + self._suffix)
+                    if os.path.lexists(path) and not os.path.islink(path):
+                        raise FileExistsError(errno.EEXIST, "The name of a link is taken", path)
             return b""
 
         with operation(f"NNHandler: the folder {self.folder}") as coordinator:
@@ -247,7 +299,7 @@ class AutoSaver:
 
     def within_epoch(self, handler: TrainingState, *, now: bool) -> None:
         """Internal. Save between two steps if a save is due, or `now`. Collective."""
-        if now or self.due(handler):
+        if (now and handler.step != self._saved_step) or self.due(handler):
             self.save(handler, {}, name=f"step{handler.step}{self._suffix}")
 
     def after_epoch(
@@ -278,8 +330,9 @@ class AutoSaver:
             name=name,
             if_exists="overwrite" if self.plan.overwrite else "number",
         )
-        self._saved_step, self._saved_at = handler.step, time.monotonic()
+        self._saved_at = time.monotonic()
         if all(path != saved.path for path, _ in self._failed):
+            self._saved_step = handler.step
             self._fresh.append(saved.path)
         self._link(handler)
         return saved
@@ -287,16 +340,16 @@ class AutoSaver:
     def _link(self, handler: TrainingState) -> None:
         """Point the links `last` and `best` at the newest and the best complete checkpoint."""
         local = isinstance(self._storage, LocalStorage)
-        if handler.rank or not self.options["links"] or self._manager is None or not local:
+        if handler.rank or not self._links or self._manager is None or not local:
             return
-        newest, best = self._manager.checkpoints()[-1:], self._best()
-        targets = {
-            "last": newest[0] if newest and self.label == "auto_save" else None,
-            "best": best,
-        }
-        for name, checkpoint in targets.items():
-            if checkpoint is not None:
-                link(self.folder, name + self._suffix, os.path.basename(checkpoint.path))
+        newest = self._manager.checkpoints()[-1:]
+        targets = {"last": newest[0] if newest else None, "best": self._best()}
+        for name in self._links:
+            if (checkpoint := targets[name]) is not None:
+                try:
+                    link(self.folder, name + self._suffix, os.path.basename(checkpoint.path))
+                except StorageError as error:  # on rank 0 alone: an error would leave the others
+                    warn(f"The link {name} in {self.folder} was not made: {error.message}")
 
     def emergency(self, handler: TrainingState, *, process_group: Any = None) -> None:
         """Internal. Save before training ends, and wait for the save. Collective.
@@ -334,6 +387,14 @@ class AutoSaver:
             self._manager.close()
             if self._handler is not None:
                 self._link(self._handler)
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise StateError(
+                f"Invalid {name} for saving", expected="True or False", actual=repr(value)
+            )
 
 
 def _newest_first(found: list[SavedCheckpoint]) -> list[SavedCheckpoint]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +30,7 @@ __all__ = [
     "kept_outputs",
     "like",
     "mapped",
+    "on_device",
     "split",
     "to_device",
 ]
@@ -53,7 +55,7 @@ def forward(handler: TrainingState, batch: Any, autocast: Any = None) -> Result 
 
     None if a training step of the user's own has updated the weights by itself.
     """
-    batch = to_device(batch, handler.device)
+    batch = to_device(batch, handler.device, arrays=handler.training_step is None)
     with autocast or nullcontext():
         if handler.training_step is not None:
             return _of_step(handler.training_step(handler, batch), batch)
@@ -169,11 +171,11 @@ def binds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
 
 
 def mapped(act: Callable[[Any], Any], value: Any) -> Any:
-    """Apply `act` to the tensors of a nested value, and to objects that have a method `to`.
+    """Apply `act` to the tensors and arrays of a nested value, and to objects that have a `to`.
 
     Containers keep their types. PackedSequence and BatchEncoding have a method `to`.
     """
-    if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
+    if isinstance(value, (torch.Tensor, np.ndarray)) or callable(getattr(value, "to", None)):
         return act(value)
     if isinstance(value, Mapping):
         return like(value, {key: mapped(act, item) for key, item in value.items()})
@@ -198,11 +200,33 @@ def like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return made
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a nested value to a device; see mapped."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    return mapped(lambda part: part.to(device), value)
+def _as_tensor(part: Any) -> Any:
+    """A tensor of an array of numbers, and all else as it is."""
+    numbers = isinstance(part, np.ndarray) and part.dtype.kind in "biufc"
+    return torch.from_numpy(np.array(part)) if numbers else part
+
+
+def to_device(value: Any, device: torch.device, *, arrays: bool = True) -> Any:
+    """Move the tensors of a nested value to a device; see mapped.
+
+    `arrays`: arrays of numbers become tensors.
+    """
+
+    def move(part: Any) -> Any:
+        part = _as_tensor(part) if arrays else part
+        return part if isinstance(part, np.ndarray) else part.to(device)
+
+    return value.to(device) if isinstance(value, torch.Tensor) else mapped(move, value)
+
+
+def on_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments with their tensors and modules on a device, and all others as they are."""
+    if device.type == "meta":
+        return dict(arguments)
+    moved = (torch.Tensor, nn.Module)
+    return {
+        n: item.to(device) if isinstance(item, moved) else item for n, item in arguments.items()
+    }
 
 
 def kept_outputs(outputs: Any) -> Any:
@@ -216,6 +240,9 @@ def kept_outputs(outputs: Any) -> Any:
 
 
 def _kept(part: Any) -> Any:
+    part = _as_tensor(part)
+    if isinstance(part, np.ndarray):
+        return part
     if isinstance(part, torch.Tensor):
         return part.detach().to("cpu")
     if isinstance(part, nn.utils.rnn.PackedSequence):
@@ -250,7 +277,15 @@ def joined(parts: list[Any]) -> Any:
     """
     last = parts[-1]
     if isinstance(last, torch.Tensor):
-        return torch.cat([part if part.dim() else part.reshape(1) for part in parts])
+        try:
+            return torch.cat([part if part.dim() else part.reshape(1) for part in parts])
+        except (RuntimeError, TypeError) as error:
+            raise StateError(
+                "The outputs of the batches can't be concatenated",
+                expected="tensors of one shape, except for the first dimension",
+                actual=", ".join(dict.fromkeys(str(tuple(part.shape)) for part in parts))[:200],
+                remedy="pad them to one shape, or take one batch at a time",
+            ) from error
     if isinstance(last, Mapping):
         return like(last, {key: joined([part[key] for part in parts]) for key in last})
     if is_column(last):

@@ -45,14 +45,14 @@ class Callback:
         6
     """
 
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    constructor_arguments: tuple[tuple[Any, ...], dict[str, Any]]
     writes_files = False
     confirmed = True
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
         """Note the arguments of the constructor."""
         made = super().__new__(cls)
-        made.arguments = args, kwargs
+        made.constructor_arguments = args, kwargs
         return made
 
     def on_train_start(self, handler: Any) -> None:

@@ -124,6 +124,8 @@ class ModelCheckpoint(Callback):
         interval: int = 1,
         links: bool = False,
     ) -> None:
+        if type(interval) is not int or interval < 1:
+            raise StateError("Invalid interval", expected="an int from 1", actual=repr(interval))
         self.monitor, self.mode = monitor, mode
         self.best = math.inf if mode == "min" else -math.inf
         self.saver = AutoSaver(

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardckpt.errors import StateError
+from shardckpt.errors import ShardckptError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.auto_saver import AutoSaver
+from shardckpt.nn_handler.batch import on_device
 from shardckpt.nn_handler.callback import Callback, Hook, Metrics
 from shardckpt.nn_handler.data import TrainData, ValData
 from shardckpt.nn_handler.groups import Choice, Groups, group_names, grouped
@@ -21,7 +22,7 @@ from shardckpt.nn_handler.model_code import collect_code
 from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Buffers, Layout, Parallel, start, wrap
 from shardckpt.nn_handler.scheduling import Interval, Scheduler
-from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.nn_handler.training_state import TrainingState, check_metric_name
 from shardckpt.state.random_state import seed_generators
 
 __all__ = ["Components", "check_compile"]
@@ -174,6 +175,8 @@ class Components(TrainingState):
                 expected="an object with param_groups, as optimizers of torch are",
                 actual=type(optimizer).__name__,
             )
+        if not exact:
+            _warn_of_unknown(optimizer, named)
         recipe = {"class": optimizer_class, "groups": named, "options": options}
         former = self.optimizations.get(name)
         made = Optimization(optimizer=optimizer, recipe=recipe)
@@ -238,7 +241,8 @@ class Components(TrainingState):
             loss_fn: Returns a scalar tensor, the mean over the batch, or a dict with that as "loss"
                 and with the terms of the loss, which appear in the history.
             pass_epoch_to_loss: Also pass `epoch=`, the number of completed epochs.
-            arguments: More keyword arguments of each call.
+            arguments: More keyword arguments of each call. Tensors and modules among them are moved
+                to the device.
 
         Raises:
             StateError: `loss_fn` is a class, or is not callable.
@@ -259,12 +263,15 @@ class Components(TrainingState):
         former = self.loss_module
         self.loss_fn = loss_fn.to(self.device) if placed else loss_fn  # type: ignore[attr-defined]
         if arguments or pass_epoch_to_loss or "loss_fn" not in self.awaited:
-            self.loss_arguments, self.passes_epoch = arguments, pass_epoch_to_loss
+            self.loss_arguments = on_device(arguments, self.device)
+            self.passes_epoch = pass_epoch_to_loss
         self.awaited.pop("loss_fn", None)
         self.loss_tensors = None
         loss = self.loss_module
         if loss is not None and self.parallel != "none" and self.device.type != "meta":
-            for tensor in (*loss.parameters(), *loss.buffers()):
+            models = {id(buffer) for buffer in self.module.buffers()}
+            buffers = [buffer for buffer in loss.buffers() if id(buffer) not in models]
+            for tensor in (*self.loss_parameters(), *buffers):
                 dist.broadcast(tensor.data, 0)
         if (former or loss) and former is not loss and MAIN in self.optimizations:
             self._optimize_loss(loss)
@@ -278,7 +285,7 @@ class Components(TrainingState):
             if (names := [n for n in group["params"] if not n.startswith("loss_fn.")])
         ]
         if loss is not None:
-            groups.append({"params": [f"loss_fn.{n}" for n, _ in loss.named_parameters()]})
+            groups.append({"params": self.loss_parameters()})
         self.make_optimizer(recipe["class"], groups, recipe["options"], exact=True)
 
     def set_training_step(self, step: Callable[..., Any]) -> None:
@@ -331,11 +338,7 @@ class Components(TrainingState):
             ...     return (outputs.argmax(1) == targets).float().mean()
             >>> handler.add_metric("accuracy", correct)
         """
-        taken = ("loss", "epoch", "step")
-        if not isinstance(name, str) or not name:
-            raise StateError("Invalid name of a metric", expected="a str", actual=repr(name))
-        if name in taken or name == "lr" or name.startswith(("val_", "lr_")):
-            raise StateError("The name of this metric is taken", actual=repr(name))
+        check_metric_name(name)
         check_function(metric, "metric", f"add_metric({name!r}, metric)")
         if whole_epoch and not callable(metric):
             raise StateError(
@@ -355,7 +358,8 @@ class Components(TrainingState):
 
         Args:
             data: A Dataset, a DataLoader, or any iterable of batches.
-            loader_options: The arguments of a DataLoader, if `data` is a Dataset.
+            loader_options: The arguments of a DataLoader, if `data` is a Dataset. `batch_size` is
+                that of each rank.
 
         Raises:
             StateError: The data or the options are invalid.
@@ -419,6 +423,8 @@ class Components(TrainingState):
                 expected="an instance of Callback, or a function",
                 actual=repr(callback),
             )
+        if isinstance(callback, Callback):
+            _warn_of_hooks(callback)
         self.callbacks.append(callback if isinstance(callback, Callback) else Hook(callback))
 
     def remove_callback(self, callback: Callback | type[Callback]) -> None:
@@ -468,8 +474,8 @@ class Components(TrainingState):
             >>> handler = NNHandler(nn.Linear, in_features=4, out_features=2)
             >>> handler.seed(7)
         """
-        if type(seed) is not int:
-            raise StateError("Invalid seed", expected="an int", actual=repr(seed))
+        if type(seed) is not int or not -(1 << 63) <= seed < 1 << 63:
+            raise StateError("Invalid seed", expected="an int of 64 bits", actual=repr(seed))
         self.seed_value = seed
         seed_generators(self.seed_value + self.layout.data[0])
 
@@ -520,11 +526,11 @@ class Components(TrainingState):
 
     def _submodule(self, name: str) -> nn.Module:
         modules: dict[str, nn.Module] = dict(self.module.named_modules(remove_duplicate=False))
-        if name not in modules:
+        if not isinstance(name, str) or name not in modules:
             raise StateError(
                 "The model has no such module",
                 expected=", ".join(filter(None, modules)),
-                actual=name,
+                actual=repr(name)[:200],
             )
         return modules[name]
 
@@ -552,7 +558,7 @@ class Components(TrainingState):
             >>> handler.optimizer.param_groups[0]["lr"]
             0.003
         """
-        self._optimization(optimizer)
+        self._optimization(optimizer).check_options(options)
         self.hyperparameters.setdefault(optimizer, {}).update(options)
         self.apply_hyperparameters()
 
@@ -601,7 +607,7 @@ class Components(TrainingState):
         """
         waiting = [f"{part}: {options}" for part, options in self.proposed.items()]
         return waiting + [
-            f"{type(c).__name__}: {c.arguments}"
+            f"{type(c).__name__}: {c.constructor_arguments}"
             for c in self.callbacks
             if c.writes_files and not c.confirmed
         ]
@@ -642,11 +648,35 @@ class Components(TrainingState):
         self.layout = Layout(mode="none", device=device)
 
 
+def _warn_of_hooks(callback: Callback) -> None:
+    """Warn of methods with the name of a hook of another library, which are never called."""
+    hooks = [name for name in dir(Callback) if name.startswith("on_")]
+    unknown = [n for n in dir(type(callback)) if n.startswith("on_") and n not in hooks]
+    if unknown:
+        warn(
+            f"{type(callback).__name__} has methods that are not hooks and are never called: "
+            f"{', '.join(unknown)}. The hooks are {', '.join(hooks)}"
+        )
+
+
+def _warn_of_unknown(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Warn of options of groups that the optimizer does not have, and that torch accepts."""
+    known = {*optimizer.defaults, "params", "name", "initial_lr"}
+    unknown = dict.fromkeys(name for group in groups for name in group if name not in known)
+    if unknown and optimizer.defaults:
+        warn(
+            f"{type(optimizer).__name__} does not use these options of a group: "
+            f"{', '.join(unknown)}. Its options are {', '.join(sorted(optimizer.defaults))}"
+        )
+
+
 @contextmanager
 def from_arguments(what: str, cls: Any) -> Iterator[None]:
     """Turn an error of a constructor about its arguments into a StateError."""
     try:
         yield
+    except ShardckptError:
+        raise
     except (TypeError, ValueError) as error:
         raise StateError(
             f"The {what} does not take these arguments",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -120,6 +121,12 @@ class TrainData:
         own = {"loader": [g.get_state() for g in generators]} if generators else {}
         return {**random_state(), **own}
 
+    def set_random(self, state: dict[str, Any]) -> None:
+        """Restore the state that random_now returned."""
+        set_random_state(state)
+        for generator, own in zip(_generators(self.loader), state.get("loader", ()), strict=False):
+            generator.set_state(own)
+
     def batches(self, epoch: int, position: Position) -> Iterator[Any]:
         """The batches of an epoch, counted from 0, from a position on."""
         set_epoch(self.loader, epoch)
@@ -129,10 +136,7 @@ class TrainData:
             cast(torch.Generator, self.loader.generator).manual_seed(position.seed + epoch)
             return iter(self.loader)
         if position.batches and position.random is not None:
-            set_random_state(position.random)
-            own = zip(_generators(self.loader), position.random.get("loader", ()), strict=False)
-            for generator, state in own:
-                generator.set_state(state)
+            self.set_random(position.random)
         found: Iterator[Any] = iter(self.loader)
         for _ in itertools.islice(found, position.batches):
             pass
@@ -278,6 +282,34 @@ def _check_data(data: Any, options: dict[str, Any]) -> None:
             actual=f"the class {data.__name__}" if isinstance(data, type) else repr(data)[:200],
             remedy="give one, as in set_train_loader(dataset, batch_size=32)",
         )
+    if isinstance(data, Mapping) and not isinstance(data, Dataset):
+        raise StateError(
+            "A dict was given, where a dataset or a loader was expected",
+            actual=f"a {type(data).__name__} of {', '.join(map(str, data))}"[:200],
+            remedy="give one of its datasets, or a Dataset whose samples are dicts",
+        )
+    if type(data) in (list, tuple) and _are_columns(data, options):
+        raise StateError(
+            "Tensors were given, where a dataset was expected",
+            expected="a Dataset, a list of samples with batch_size=, or a list of batches",
+            actual=f"{len(data)} tensors of the shapes {[tuple(t.shape) for t in data]}",
+            remedy="give TensorDataset(inputs, targets), of tensors; torch.as_tensor makes them "
+            "from arrays",
+        )
+
+
+def _are_columns(data: Any, options: dict[str, Any]) -> bool:
+    """Whether data are the inputs and the targets of all samples, as Keras takes them.
+
+    Such tensors have one length. As batches they would have one number of dimensions, and as
+    samples to collate one shape.
+    """
+    tensors = all(isinstance(part, (torch.Tensor, np.ndarray)) and part.ndim for part in data)
+    if len(data) < 2 or not tensors or len({len(part) for part in data}) > 1:
+        return False
+    shapes = {tuple(part.shape) for part in data}
+    collated = options.get("batch_size", 1) != 1 and options.get("collate_fn") is None
+    return len({len(shape) for shape in shapes}) > 1 or (collated and len(shapes) > 1)
 
 
 def _with_options(data: Any, options: dict[str, Any]) -> StateError:

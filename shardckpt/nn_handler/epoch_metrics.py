@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from shardckpt.errors import StateError
+from shardckpt.logs import warn
 from shardckpt.nn_handler.batch import Result, joined, kept_outputs
 from shardckpt.nn_handler.parallel import Layout, gathered, mean_over_ranks
-from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.nn_handler.training_state import TrainingState, check_metric_name
 
 __all__ = ["EpochSums", "accumulates"]
 
@@ -98,6 +99,7 @@ class EpochSums:
         self.handler = handler
         self.sums: dict[str, Any] = {"loss": 0.0}
         self.counts: dict[str, int] = {"loss": 0}
+        self.sources: dict[str, str] = {}
         own: dict[str, Any] = {n: m for n, m in handler.metrics.items() if accumulates(m)}
         self.objects = copy.deepcopy(own) if validation else own
         for metric in self.objects.values():
@@ -111,9 +113,25 @@ class EpochSums:
         """Add a batch."""
         self._add("loss", result.loss, result.size)
         for name, value in result.terms.items():
+            check_metric_name(name)
+            self._claim(name, "a term of the loss")
             self._add(name, value, result.size)
         if self.handler.metrics and result.outputs is not None:
             self._add_metrics(result)
+        else:
+            self.warn_of_outputs()
+
+    def warn_of_outputs(self) -> None:
+        """Warn once if there are metrics, but the user's own step returned no outputs for them."""
+        handler = self.handler
+        if handler.metrics and handler.rank == 0 and "outputs" not in handler.warned:
+            handler.warned.add("outputs")
+            warn(
+                f"The training step returned no outputs, so the metrics "
+                f"{', '.join(handler.metrics)} are not computed. Return them beside the loss: "
+                '{"loss": loss, "outputs": outputs, "targets": targets}. A step that calls '
+                "handler.update logs its values with handler.log"
+            )
 
     @torch.no_grad()
     def _add_metrics(self, result: Result) -> None:
@@ -125,7 +143,19 @@ class EpochSums:
 
     def log(self, name: str, value: Any) -> None:
         """Add a value that the user logs."""
+        self._claim(name, "a logged value")
         self._add(name, value, 1)
+
+    def _claim(self, name: str, source: str) -> None:
+        """Raise StateError if values of another source have this name."""
+        first = "a metric" if name in self.handler.metrics else self.sources.get(name, source)
+        self.sources[name] = first
+        if first != source:
+            raise StateError(
+                "Two values have one name",
+                actual=f"{name!r} is {first} and {source}",
+                remedy="give one of them another name",
+            )
 
     def _add(self, name: str, value: Any, size: int) -> None:
         self.sums[name] = _plus(self.sums.get(name, 0.0), _number(value, name), size)

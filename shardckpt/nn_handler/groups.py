@@ -45,6 +45,13 @@ def grouped(
     Raises:
         StateError: A group is empty, no group is given, or another optimizer holds a parameter.
     """
+    if not _are_groups(groups):
+        raise StateError(
+            "Invalid groups",
+            expected='a dict from parameters to options, as in {"head": {"lr": 0.1}}, or a list of '
+            'dicts as in [{"params": "head", "lr": 0.1}]',
+            actual=repr(groups)[:200],
+        )
     if isinstance(groups, Mapping):
         groups = [{"params": [prefix], **options} for prefix, options in groups.items()]
     held = held or {}
@@ -77,6 +84,15 @@ def grouped(
             "handler.freeze_module(name, freeze=False)",
         )
     return chosen, named
+
+
+def _are_groups(groups: Any) -> bool:
+    if groups is None:
+        return True
+    if not isinstance(groups, (Mapping, list, tuple)):
+        return False
+    items = groups.values() if isinstance(groups, Mapping) else groups
+    return all(isinstance(options, Mapping) for options in items)
 
 
 def _choose(

@@ -21,12 +21,13 @@ from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import ValData
 from shardckpt.nn_handler.initializing import fill_weights
 from shardckpt.nn_handler.loading import LoadOptions, load, open_source, restore
-from shardckpt.nn_handler.parallel import Parallel, largest
+from shardckpt.nn_handler.parallel import Buffers, Parallel, largest
 from shardckpt.nn_handler.plots import plot
 from shardckpt.nn_handler.prediction import is_data, predictions
 from shardckpt.nn_handler.summary import summary
 from shardckpt.nn_handler.train_options import NanGuard, Precision, TrainOptions, matmul_precision
 from shardckpt.nn_handler.trainer import Trainer
+from shardckpt.nn_handler.trial import undone
 from shardckpt.nn_handler.validation import validate
 from shardckpt.plan.device_map import DeviceMap
 from shardckpt.storage.paths import local_path
@@ -192,7 +193,7 @@ class NNHandler(Components):
             seed: See `seed`.
             progress_bar: Show the progress on stderr, on rank 0; see ProgressBar.
             save_on_last_epoch: Let auto_save save after the last epoch, whatever its interval.
-            max_steps: End after so many steps, if `epochs` does not end training before.
+            max_steps: End after so many additional steps, if `epochs` does not end training before.
             validate_every_steps: Also validate after every so many steps. The results are appended
                 to `validations`, and passed to the hook on_validation_end.
             limit_train_batches: End each epoch after so many batches on each rank.
@@ -207,11 +208,11 @@ class NNHandler(Components):
             agree_every: The largest number of steps between two agreements of the ranks on
                 signals, failures and `stop_training`. The ranks agree more often if steps take
                 longer than 0.025 seconds or become slow, and before each save. Ignored on one rank.
-            fast_dev_run: Try one batch of training and one of validation. Nothing is saved, and
-                callbacks that write files are not called.
+            fast_dev_run: Try one batch of training and one of validation, and then undo this step.
+                Nothing is saved, and callbacks that write files are not called.
 
         Returns:
-            The history: the values of each metric by epoch.
+            The history: the values of each metric by epoch. With fast_dev_run, that of the trial.
 
         Raises:
             StateError: An argument is invalid, or a part of the handler is missing.
@@ -237,11 +238,12 @@ class NNHandler(Components):
         options = TrainOptions(**arguments)
         self._warn_unconfirmed()
         trainer = Trainer(self, options)
-        if seed is not None and not self.replaying():
-            self.seed(seed)
-        with matmul_precision(options.precision):
-            trainer.run()
-        return self.history
+        with undone(self) if fast_dev_run else nullcontext():
+            if seed is not None and not self.replaying():
+                self.seed(seed)
+            with matmul_precision(options.precision):
+                trainer.run()
+            return self.history
 
     def _warn_unconfirmed(self) -> None:
         waiting = [text for text in self.unconfirmed if text not in self.warned]
@@ -255,7 +257,7 @@ class NNHandler(Components):
     def evaluate(
         self, data: Any = None, *, ema: bool = False, **loader_options: Any
     ) -> dict[str, float]:
-        """Compute the loss and the metrics, in evaluation mode. Collective.
+        """Compute the loss and the metrics, in evaluation mode and without autocast. Collective.
 
         Args:
             data: See set_val_loader; by default the validation data.
@@ -295,8 +297,9 @@ class NNHandler(Components):
         Collective for data that is divided among the ranks, and for a sharded model.
 
         Args:
-            inputs: A batch for the model, or a Dataset or loader. If its batches are pairs, the
-                model gets their first items, unless its forward needs both.
+            inputs: A batch for the model, or a Dataset, a loader or an iterator of batches. If its
+                batches are pairs, the model gets their first items, unless its forward needs both.
+                Arrays of numpy become tensors of their dtypes.
             ema: Use the averaged weights.
             loader_options: The arguments of a DataLoader, if `inputs` is a Dataset or a list of
                 samples.
@@ -603,6 +606,8 @@ class NNHandler(Components):
         parallel: Parallel = "auto",
         device_mesh: Any = None,
         tp_plan: Mapping[str, Any] | None = None,
+        parallel_options: Mapping[str, Any] | None = None,
+        buffers: Buffers = "rank0",
         model_class: Callable[..., nn.Module] | None = None,
         loss_fn: Callable[..., Any] | None = None,
         metrics: Mapping[str, Callable[..., Any]] | None = None,
@@ -631,9 +636,11 @@ class NNHandler(Components):
             skip_history: Leave out the history.
             skip_callbacks: Leave out the callbacks.
             skip_ema: Leave out the averaged weights.
-            parallel: See NNHandler.
+            parallel: See NNHandler. A checkpoint does not hold this and the next four arguments.
             device_mesh: See NNHandler.
             tp_plan: See NNHandler.
+            parallel_options: See NNHandler.
+            buffers: See NNHandler.
             model_class: The class of the model, in place of the saved name.
             loss_fn: The loss, in place of the saved one.
             metrics: Metrics by name, in place of the saved ones.
@@ -682,6 +689,11 @@ class NNHandler(Components):
         prefix: str | None = None,
         ema: bool = False,
         parallel: Parallel = "auto",
+        device_mesh: Any = None,
+        tp_plan: Mapping[str, Any] | None = None,
+        parallel_options: Mapping[str, Any] | None = None,
+        buffers: Buffers = "rank0",
+        save_model_code: bool = False,
         **model_kwargs: Any,
     ) -> NNHandler:
         """Create a new handler with only the weights of a checkpoint. Collective.
@@ -699,6 +711,11 @@ class NNHandler(Components):
             prefix: The prefix of the weights in the checkpoint; by default the best match.
             ema: Use the averaged weights of a handler's checkpoint.
             parallel: See NNHandler.
+            device_mesh: See NNHandler.
+            tp_plan: See NNHandler.
+            parallel_options: See NNHandler.
+            buffers: See NNHandler.
+            save_model_code: See NNHandler.
             model_kwargs: See NNHandler.
 
         Returns:
@@ -721,7 +738,17 @@ class NNHandler(Components):
             ... )
         """
         path = resolve(path).path
-        handler = cls(model_class, device, parallel=parallel, **model_kwargs)
+        handler = cls(
+            model_class,
+            device,
+            save_model_code,
+            parallel=parallel,
+            device_mesh=device_mesh,
+            tp_plan=tp_plan,
+            parallel_options=parallel_options,
+            buffers=buffers,
+            **model_kwargs,
+        )
         fill_weights(handler, path, strict=strict, prefix=prefix, ema=ema)
         return handler
 

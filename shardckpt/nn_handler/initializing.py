@@ -51,7 +51,18 @@ def fill_weights(
             }
             targets = weight_names(refs, own, prefix=prefix)
             storage = StateStorage({name: _whole(source, refs[name]) for name in targets})
-            leaves = set(targets)
+            leaves = set(refs)
+
+    if prefix is not None and not targets:
+        raise LoadMismatchError(
+            "The checkpoint has no averaged weights"
+            if ema
+            else "The checkpoint has no weights with this prefix",
+            path=path,
+            expected=None if ema else f"names that begin with {prefix}",
+            actual=printable(", ".join(sorted(leaves)[:8])),
+            remedy="leave out ema=True" if ema else "correct prefix, or leave it out",
+        )
 
     def rename(name: str) -> str:
         if name in targets:

@@ -17,13 +17,19 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardckpt import api
-from shardckpt.convert.single_files import INDEX, is_single_file, read_many, read_one
+from shardckpt.convert.single_files import (
+    INDEX,
+    is_one_file,
+    is_single_file,
+    read_many,
+    read_one,
+)
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import alone, operation
 from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
 from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.logs import warn
-from shardckpt.nn_handler.batch import joined
+from shardckpt.nn_handler.batch import joined, on_device
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.components import Components
@@ -33,7 +39,7 @@ from shardckpt.nn_handler.initializing import differences, warn_of_skipped, with
 from shardckpt.nn_handler.model_code import class_of_code
 from shardckpt.nn_handler.objects import Given, Names, making
 from shardckpt.nn_handler.optimization import MAIN
-from shardckpt.nn_handler.parallel import Parallel
+from shardckpt.nn_handler.parallel import Buffers, Parallel
 from shardckpt.nn_handler.placement import place
 from shardckpt.nn_handler.saved import (
     CallbackState,
@@ -53,8 +59,9 @@ from shardckpt.state.markers import PerRank
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import canonical_names
 from shardckpt.state.random_state import random_state, seed_generators, set_random_state
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.posix import translated
 from shardckpt.storage.resolve import resolve
 from shardckpt.torch_compat import child_names
 
@@ -119,6 +126,7 @@ def open_source(path: str) -> Source:
     elif os.path.isfile(os.path.join(path, INDEX)):
         state = read_many(path)
     else:
+        _refuse_folder(path)
         return Source(path=path, storage=LocalStorage())
     if not isinstance(state, Mapping):
         raise NotACheckpointError(
@@ -131,6 +139,27 @@ def open_source(path: str) -> Source:
     state = dict(state)
     ranks = state.pop("ranks", None) if "config" in state else None
     return Source(path=path, storage=StateStorage(state), ranks=ranks)
+
+
+def _refuse_folder(path: str) -> None:
+    """Raise NotACheckpointError for a folder that holds checkpoints."""
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, MANIFEST_NAME)):
+        return
+    with translated(path):
+        inner = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+        found = [
+            place
+            for place in inner
+            if is_one_file(place)
+            or any(os.path.isfile(os.path.join(place, mark)) for mark in (MANIFEST_NAME, INDEX))
+        ]
+        if found:
+            raise NotACheckpointError(
+                "This folder is not a checkpoint, but contains checkpoints",
+                path=path,
+                actual=", ".join(os.path.basename(place) for place in found[:8]),
+                remedy=f"give one of them: the newest is {max(found, key=os.path.getmtime)}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +177,8 @@ class LoadOptions:
     parallel: Parallel
     device_mesh: Any
     tp_plan: Mapping[str, Any] | None
+    parallel_options: Mapping[str, Any] | None
+    buffers: Buffers
     model_class: Callable[..., nn.Module] | None
     loss_fn: Callable[..., Any] | None
     metrics: Mapping[str, Callable[..., Any]] | None
@@ -163,6 +194,17 @@ class LoadOptions:
     @cached_property
     def given(self) -> dict[str, Any]:
         """The objects of the caller by their place in the checkpoint."""
+        for name, value in (("objects", self.objects), ("metrics", self.metrics)):
+            if not isinstance(value, Mapping | None):
+                raise StateError(
+                    f"Invalid {name} for load", expected="a dict", actual=repr(value)[:200]
+                )
+        if not (self.model_class is None or callable(self.model_class)):
+            raise StateError(
+                "The model's class is not callable",
+                expected="a class, or a function that creates the model",
+                actual=repr(self.model_class)[:200],
+            )
         named = {"model.class": self.model_class, "loss_fn": self.loss_fn}
         metrics = {f"metrics.{name}": metric for name, metric in (self.metrics or {}).items()}
         chosen = {at: value for at, value in named.items() if value is not None}
@@ -198,10 +240,12 @@ def _load(handler_class: type[Components], path: str, options: LoadOptions) -> C
     config = saved.config
     bounds = Bounds(lambda: list(source.shapes.values()), path=path)
     names = Names(options.given, bounds, path=path)
+    _check_options(config, options, path)
     with making("config", path):
         parts = _resolved(names, config, options)
     handler = _with_model(handler_class, names, parts, source, options)
     handler.adopt_code(config.code, config.model.class_name if options.trust_code else None)
+    names.own_part = lambda name: handler.own_parts().get(name)
     if options.strict:
         _check_names(handler, source)
     _set_parts(handler, names, parts, source, config, options)
@@ -243,6 +287,26 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
             )
     names.raise_missing(_unused(names, options, later=_FUNCTIONS))
     return parts
+
+
+def _check_options(config: Config, options: LoadOptions, path: str) -> None:
+    """Raise StateError if the caller gives an option that the saved state would replace."""
+    for name, saved in _optimizers(config).items():
+        for part, found in (("optimizer", saved.optimizer), ("scheduler", saved.scheduler)):
+            for option, value in found.options.items() if found is not None else ():
+                at = f"{_place(name, part)}.options.{option}"
+                if at not in options.given or isinstance(value, (dict, list, tuple)):
+                    continue
+                raise StateError(
+                    "objects= can't change this option: the state in the checkpoint replaces it",
+                    path=path,
+                    tensor=at,
+                    expected=repr(value)[:200],
+                    actual=repr(options.given[at])[:200],
+                    remedy=f"after load call handler.set_hyperparameters({option}=...)"
+                    if part == "optimizer"
+                    else "load with skip_scheduler=True, and then call set_scheduler",
+                )
 
 
 def _optimizers(config: Config) -> dict[str, NamedOptimizer]:
@@ -289,6 +353,8 @@ def _with_model(
             parallel=options.parallel,
             device_mesh=options.device_mesh,
             tp_plan=options.tp_plan,
+            parallel_options=options.parallel_options,
+            buffers=options.buffers,
         )
     else:
         with torch.device("meta"):
@@ -334,7 +400,11 @@ def _set_parts(
     config: Config,
     options: LoadOptions,
 ) -> None:
-    made = {at: names.make(tree, at) for at, tree in parts.items() if not at.startswith("model.")}
+    made = {
+        at: names.make(tree, at)
+        for at, tree in parts.items()
+        if not at.startswith(("model.", "callbacks."))
+    }
     _set_trained(handler, config, source.path)
     _set_functions(handler, names, source, config, options)
     for name, saved in _optimizers(config).items():
@@ -366,9 +436,9 @@ def _set_parts(
         if proposed is not None:
             with making(part, source.path):
                 handler.propose(part, proposed)
-    for at, callback in made.items():
+    for at, tree in parts.items():
         if at.startswith("callbacks."):
-            _add_callback(handler, callback, at, source.path)
+            _add_callback(handler, names.make(tree, at), at, source.path)
 
 
 def _set_trained(handler: Components, config: Config, path: str) -> None:
@@ -435,7 +505,9 @@ def _set_functions(
     """Set the loss and the metrics. Those that do not resolve must be given before training."""
     wanted: dict[str, Any] = {"loss_fn": config.loss_fn}
     wanted |= {f"metrics.{name}": metric for name, metric in config.metrics.items()}
-    wanted |= {at: None for at in options.given if at.startswith("metrics.")}
+    inner = tuple(f"metrics.{name}." for name in config.metrics)
+    added = [at for at in options.given if at.startswith("metrics.") and not at.startswith(inner)]
+    wanted |= {at: None for at in added if at not in wanted}
     for at, described in wanted.items():
         if described is None and at not in options.given:
             continue
@@ -452,7 +524,8 @@ def _set_functions(
                 handler.add_metric(name, made, whole_epoch=name in config.whole_epoch)
     at = "loss_arguments"
     names.missing.clear()
-    handler.loss_arguments = names.make(names.resolve(config.loss_arguments, at), at)
+    arguments = names.make(names.resolve(config.loss_arguments, at), at)
+    handler.loss_arguments = on_device(arguments, handler.device)
     handler.passes_epoch = config.pass_epoch_to_loss
     names.raise_missing(_unused(names, options))
 
@@ -512,6 +585,7 @@ def restore(
         saved = source.values()
         _check_parts(handler.config(), saved.config, path)
         _follow(handler, saved.config, path)
+    _warn_of_loss(handler.config()["loss_fn"], saved.config.loss_fn, handler.rank)
     state = {} if placed else handler.tensor_state()
     if placed or "optimizer" in skip or not _optimizers(saved.config):
         state.pop("optimizer", None)
@@ -622,6 +696,31 @@ def _follow(handler: Components, saved: Config, path: str) -> None:
                     exact=True,
                 )
     _warn_of_options(_own_parts(own), saved, handler)
+
+
+def _warn_of_loss(own: Any, saved: Any, rank: int) -> None:
+    """Warn of tensors among the arguments of the loss that those of the checkpoint replace."""
+    changed = _other_tensors(own, saved)
+    if changed and rank == 0:
+        warn(
+            f"The loss gets its tensors from the checkpoint: {', '.join(changed)} had other values "
+            "in the script. To use those, call set_loss_fn after the load, or in a callback's "
+            "on_train_start"
+        )
+
+
+def _other_tensors(own: Any, saved: Any, at: str = "") -> list[str]:
+    """The places of tensors that differ in two descriptions."""
+    if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor):
+        alike = own.shape == saved.shape and own.dtype == saved.dtype
+        return [] if alike and torch.equal(own.cpu(), saved.cpu()) else [at]
+    if not (isinstance(own, dict) and isinstance(saved, dict)):
+        return []
+    return [
+        place
+        for name in own.keys() & saved.keys()
+        for place in _other_tensors(own[name], saved[name], str(name))
+    ]
 
 
 def _own_parts(own: dict[str, Any]) -> dict[str, Any]:

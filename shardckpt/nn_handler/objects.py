@@ -42,38 +42,53 @@ Described = Any
 """Plain data, in which dicts with these keys describe classes, functions and objects."""
 
 _IMPORT, _ARGUMENTS, _ABSENT = "shardckpt.import", "arguments", "shardckpt.absent"
+_OWN = "shardckpt.own"
 _HELD = "shardckpt_held"
+_DDP = nn.parallel.DistributedDataParallel
 _PATH, _PARTIAL, _ORDERED = "pathlib:Path", "functools:partial", "collections:OrderedDict"
 _LONGEST_RANGE, _LISTED = 1 << 20, 50
 
 
-def describe(value: Any) -> Described:
+def describe(
+    value: Any, own: Mapping[int, str] | None = None, *, holds_tensors: bool = False
+) -> Described:
     """Describe a value as plain data.
 
     Functions and classes are described by name, modules by their class and its arguments. A value
     that can't be described, such as a logger, is absent.
+
+    `own`: the names of the handler's own parts by id, which are described by these names.
+    `holds_tensors`: the checkpoint holds the tensors of modules that are part of the value. Without
+    it, a module is absent if its arguments alone would give it other tensors.
     """
+    inner = functools.partial(describe, own=own, holds_tensors=holds_tensors)
+    if own is not None and id(value) in own:
+        return {_OWN: own[id(value)]}
+    if own is not None and isinstance(value, _DDP) and id(value.module) in own:
+        return {_OWN: "model"}  # an earlier wrapper of the model
     value = getattr(value, _HELD, value) if is_function(value) else value
     if type(value) is dict:
-        return {key: describe(item) for key, item in value.items()}
+        return {key: inner(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(describe(item) for item in value)
+        return type(value)(inner(item) for item in value)
     if type(value) is OrderedDict:
-        return {_IMPORT: _ORDERED, _ARGUMENTS: describe([list(pair) for pair in value.items()])}
+        return {_IMPORT: _ORDERED, _ARGUMENTS: inner([list(pair) for pair in value.items()])}
     if type(value) is functools.partial:
         parts = {"function": value.func, "args": list(value.args), "keywords": value.keywords}
-        return {_IMPORT: _PARTIAL, _ARGUMENTS: describe(parts)}
+        return {_IMPORT: _PARTIAL, _ARGUMENTS: inner(parts)}
     if isinstance(value, PurePath):
         return {_IMPORT: _PATH, _ARGUMENTS: [str(value)]}
     if inspect.isroutine(value) or isinstance(value, type):
         name = import_name(value)
-        return {_ABSENT: repr(value)} if name is None else {_IMPORT: name}
+        return {_ABSENT: _text(value)} if name is None else {_IMPORT: name}
     if isinstance(value, nn.Module) or (callable(value) and not has_state(value)):
         cls = type(value)
         name, arguments = import_name(cls), _arguments(value)
         if name is None or arguments is None:
             return {_ABSENT: _text(value)}
-        return {_IMPORT: name, _ARGUMENTS: describe(arguments)}
+        if not holds_tensors and isinstance(value, nn.Module) and _has_more(value, arguments, own):
+            return {_ABSENT: _text(value)}
+        return {_IMPORT: name, _ARGUMENTS: inner(arguments)}
     return value if _is_plain(value) else {_ABSENT: _text(value)}
 
 
@@ -90,8 +105,24 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
+def _has_more(module: nn.Module, arguments: Any, own: Mapping[int, str] | None) -> bool:
+    """Whether a module has tensors besides those in its arguments and those of the handler."""
+    items = arguments.values() if isinstance(arguments, dict) else arguments
+    given = [item for item in items if isinstance(item, torch.Tensor)]
+    return any(
+        id(tensor) not in (own or {}) and not any(_equal(tensor, item) for item in given)
+        for tensor in module.state_dict(keep_vars=True).values()
+        if isinstance(tensor, torch.Tensor)
+    )
+
+
+def _equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = (tensor.shape, tensor.dtype, type(other)) == (other.shape, other.dtype, torch.Tensor)
+    return alike and torch.equal(tensor, other.to(tensor.device))
+
+
 def _text(value: Any) -> str:
-    return repr(value)[:200]
+    return " ".join(repr(value).split())[:200]
 
 
 def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
@@ -157,9 +188,10 @@ def warn_of_absent(described: Described, known: set[str]) -> None:
         if name not in known:
             known.add(name)
             warn(
-                f"{name} is not in the checkpoint: {text} has no importable name, or its arguments "
-                f"are not plain values. Pass it to load: objects={{{name!r}: ...}}. To save it by "
-                "name, define it at the top level of a module, with plain values as arguments"
+                f"{name} is not in the checkpoint: {text} has no importable name, its arguments "
+                "are not plain values, or it has tensors of its own. Pass it to load: "
+                f"objects={{{name!r}: ...}}. To save it by name, define it at the top level of a "
+                "module, with plain values as arguments"
             )
 
 
@@ -215,6 +247,14 @@ class _Instance:
 
 
 @dataclass(frozen=True, slots=True)
+class _Own:
+    """A part of the handler, such as its model."""
+
+    name: str
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Call:
     """A partial function or an OrderedDict, to be created when all names are resolved."""
 
@@ -234,12 +274,14 @@ class Names:
 
     `given` holds objects by place, such as "loss_fn" or "model.kwargs.block". `bounds` limits the
     size of modules. Functions among the arguments of constructors can't be called before `open`.
+    `own_part` finds a part of the handler by its name; it is set when the model exists.
     """
 
     def __init__(self, given: Mapping[str, Any], bounds: Bounds, *, path: str) -> None:
         self.given, self.bounds, self.path = given, bounds, path
         self.missing: dict[str, str] = {}
         self.used: set[str] = set()
+        self.own_part: Callable[[str], Any] = lambda name: None
         self._gate = _Gate()
 
     def open(self) -> None:
@@ -253,6 +295,10 @@ class Names:
         if type(described) is dict:
             if _ABSENT in described:
                 return self._miss(at, str(described[_ABSENT]))
+            if _OWN in described:
+                if type(described[_OWN]) is not str or at.startswith("model."):
+                    raise self._malformed(at, "the name of a part of the handler", described)
+                return _Own(described[_OWN], at)
             if _IMPORT in described:
                 return self._named(described, at, slot)
             return {k: self.resolve(item, f"{at}.{k}") for k, item in described.items()}
@@ -410,6 +456,17 @@ class Names:
             return type(tree)(self._make(item) for item in tree)
         if type(tree) is _Call:
             return tree.cls(*self._make(tree.args), **self._make(tree.keywords))
+        if type(tree) is _Own:
+            found = self.own_part(tree.name)
+            if found is None:
+                raise CheckpointError(
+                    "The checkpoint names a part of the handler that this handler does not have",
+                    path=self.path,
+                    tensor=tree.at,
+                    actual=repr(tree.name)[:200],
+                    remedy=_remedy(tree.at),
+                )
+            return found
         if type(tree) is not _Instance:
             return tree
         with making(tree.at, self.path):

@@ -43,8 +43,8 @@ class Optimization:
         """The learning rate of each group."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def set_options(self, options: Mapping[str, Any]) -> None:
-        """Set options in all groups; a new rate also scales the schedule."""
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise StateError for options that the optimizer does not have."""
         for name, value in options.items():
             if name not in self.optimizer.defaults:
                 raise StateError(
@@ -52,6 +52,14 @@ class Optimization:
                     expected=", ".join(sorted(self.optimizer.defaults)),
                     actual=name,
                 )
+            number = isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+            if name == "lr" and not (number and value >= 0):
+                raise StateError("Invalid rate", expected="a number from 0", actual=repr(value))
+
+    def set_options(self, options: Mapping[str, Any]) -> None:
+        """Set options in all groups; a new rate also scales the schedule."""
+        self.check_options(options)
+        for name, value in options.items():
             self.optimizer.defaults[name] = value
             for group in self.optimizer.param_groups:
                 base = group.get("max_lr", group.get("initial_lr"))  # max_lr of OneCycleLR

@@ -121,10 +121,10 @@ def start(
             actual=f"dimensions {names}, parallel={parallel!r}",
         )
     mode: Parallel = parallel if parallel != "auto" else ("ddp" if mesh is None else "fsdp")
+    if options and mode != "none":
+        _check_options(mode, options)
     if not dist.is_initialized():
         mode = "none"
-    elif options:
-        _check_options(mode, options)
     return Layout(
         mode=mode,
         device=device,
@@ -148,7 +148,8 @@ def checked_device(device: Any) -> torch.device:
             "Invalid device",
             expected='"cpu", "cuda", "cuda:0" or a torch.device',
             actual=f"{device!r}: {error}".partition("\n")[0],
-            remedy="give arguments of the model by name, as in NNHandler(Net, width=32)",
+            remedy="give a device; pass arguments of the model by name, as in "
+            "NNHandler(Net, width=32)",
         ) from error
     if found.type in ("cpu", "meta"):
         return found
@@ -231,10 +232,23 @@ def _shard(model: nn.Module, layout: Layout) -> None:
     options = dict(layout.options)
     wrapped = options.pop("wrap", None)
     options |= {} if layout.mesh is None else {"mesh": layout.mesh["dp"]}
-    for block in _blocks(model, wrapped):
+    blocks = _blocks(model, wrapped)
+    if not _has_forward(model):
+        blocks += [part for part in _called_parts(model) if part not in blocks]
+    for block in blocks:
         if any(p.requires_grad for p in block.parameters()):
             fully_shard(block, **options)
     fully_shard(model, **options)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _called_parts(module: nn.Module) -> list[nn.Module]:
+    """The children of a container, and those of containers in it."""
+    found = [[m] if _has_forward(m) else _called_parts(m) for m in module.children()]
+    return [part for parts in found for part in parts]
 
 
 def _blocks(model: nn.Module, wrapped: Any) -> list[nn.Module]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardckpt.errors import DependencyError, StateError
+from shardckpt.storage.posix import translated
 
 __all__ = ["plot"]
 
@@ -28,6 +30,7 @@ def plot(
         raise DependencyError(
             "Plots need an extra that is not installed", remedy='pip install "shardckpt[plot]"'
         ) from error
+    names = [names] if isinstance(names, str) else names
     wanted = names or list(dict.fromkeys(name.removeprefix("val_") for name in history))
     unknown = [n for n in wanted if n not in history and f"val_{n}" not in history]
     if unknown or not wanted:
@@ -44,5 +47,15 @@ def plot(
         axis.set(title=name, xlabel="epoch")
         axis.legend()
     if path is not None:
-        figure.savefig(path)
+        with translated(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            try:
+                figure.savefig(path)
+            except ValueError as error:
+                raise StateError(
+                    "matplotlib does not write this format",
+                    path=path,
+                    expected="a suffix such as .png, .svg or .pdf",
+                    actual=str(error),
+                ) from error
     return figure

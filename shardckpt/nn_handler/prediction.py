@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ __all__ = ["is_data", "predictions"]
 
 def is_data(value: Any) -> bool:
     """Whether a value gives batches, rather than being one."""
-    return isinstance(value, (Dataset, DataLoader)) or (
+    return isinstance(value, (Dataset, DataLoader, Iterator)) or (
         hasattr(value, "__iter__") and hasattr(value, "dataset")
     )
 
@@ -63,7 +63,7 @@ def _inputs(batch: Any, module: nn.Module) -> Any:
     takes_all, takes_most = binds(module, batch), binds(module, batch[:-1])
     if len(batch) == 2 and takes_all and not takes_most and not nested:
         return Several(batch)
-    if len(batch) > 2 and not takes_all and takes_most:
+    if len(batch) > 2 and takes_most:
         return Several(batch[:-1])
     return batch[0] if len(batch) in (1, 2) else batch
 

@@ -6,7 +6,6 @@ import importlib
 import sys
 import time
 import warnings
-from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -88,9 +87,9 @@ class ProgressBar(Callback):
 
     def _open(self, handler: TrainingState) -> None:
         loader = handler.train_data.loader if handler.train_data is not None else None
-        total = None
-        if isinstance(loader, Sized):
-            batches = min(len(loader), self.limit_batches or len(loader))
+        total, batches = None, _length(loader)
+        if batches is not None:
+            batches = min(batches, self.limit_batches or batches)
             total = -(-batches // self.batches_per_step)
         self._bar = self._tqdm(
             total=total,
@@ -105,6 +104,14 @@ class ProgressBar(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _length(loader: Any) -> int | None:
+    """The number of batches; None for a stream, whose loader has a __len__ that raises."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _tqdm() -> Any:

@@ -64,6 +64,12 @@ def _check_alike(payloads: list[bytes]) -> bytes:
 
 def _check_ready(handler: TrainingState) -> None:
     handler.check_given()
+    if handler.trains:
+        raise StateError(
+            "train was called inside of train",
+            remedy="call it after train has returned; a callback ends training with "
+            "handler.stop_training = True",
+        )
     if handler.averaging:
         raise StateError(
             "Training inside ema_weights() is not possible: its end restores the weights",

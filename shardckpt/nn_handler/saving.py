@@ -110,6 +110,7 @@ def save_multi_files(
 ) -> None:
     """Save a handler as one file for each component. Collective. See NNHandler.save_multi_files."""
     _check_format(file_format)
+    _check_folder(folder)
     _save_whole(
         handler.state,
         folder,
@@ -117,6 +118,16 @@ def save_multi_files(
             _only(s, keys_to_save), folder, file_format, overwrite=overwrite, progress=progress
         ),
     )
+
+
+def _check_folder(folder: str) -> None:
+    """Raise StateError for a directory whose name has the suffix of a file."""
+    if is_one_file(folder):
+        raise StateError(
+            "A directory with a file for each component has no suffix",
+            path=folder,
+            remedy="leave the suffix out, or call save_single_file",
+        )
 
 
 def _only(state: dict[str, Any], keys: Collection[str] | None) -> dict[str, Any]:
@@ -151,6 +162,7 @@ def save_multi_from_single(
 ) -> None:
     """Turn a single file into several. Not collective."""
     _check_format(file_format)
+    _check_folder(folder)
     write_many(read_one(path), folder, file_format, overwrite=overwrite)
 
 

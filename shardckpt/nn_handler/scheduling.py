@@ -119,8 +119,23 @@ def _make(
 ) -> Any:
     options = dict(options)
     if cls in (SequentialLR, ChainedScheduler) and "schedulers" in options:
-        options["schedulers"] = [_make(optimizer, k, o) for k, o in options["schedulers"]]
+        options["schedulers"] = [
+            _make(optimizer, *_class_and_options(pair)) for pair in options["schedulers"]
+        ]
     return cls(optimizer=optimizer, **options)
+
+
+def _class_and_options(pair: Any) -> tuple[Callable[..., Any], Mapping[str, Any]]:
+    """One of the schedulers of a SequentialLR or ChainedScheduler; StateError for an instance."""
+    listed = isinstance(pair, (tuple, list)) and len(pair) == 2
+    if not (listed and callable(pair[0]) and isinstance(pair[1], Mapping)):
+        raise StateError(
+            "The option schedulers has an item that is not a pair",
+            expected="a class and its options, as in (LinearLR, {'total_iters': 6})",
+            actual=f"an instance of {type(pair).__name__}",
+            remedy="write schedulers=[(LinearLR, {'total_iters': 6}), ...]",
+        )
+    return pair[0], pair[1]
 
 
 def _without_functions(value: Any) -> Any:

@@ -28,6 +28,7 @@ _LEAST = {
     "sanity_val_batches": 0,
     "agree_every": 1,
 }
+_FLAGS = ("use_amp", "progress_bar", "save_on_last_epoch", "fast_dev_run")
 _OPTIONAL = {"epochs", "max_steps", "validate_every_steps", "limit_train_batches"}
 _OPTIONAL |= {"limit_val_batches"}
 _TRIAL = {  # with fast_dev_run
@@ -73,6 +74,9 @@ class TrainOptions:
                 raise _bad(name, f"an int from {least}", number)
         if self.epochs is None and self.max_steps is None:
             raise _bad("epochs", "an int from 0, or max_steps", None)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, "True or False", getattr(self, name))
         norm = self.gradient_clipping_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             raise _bad("gradient_clipping_norm", "None, or a number above 0", norm)

@@ -59,8 +59,16 @@ class Trainer:
 
     def run(self) -> None:
         """Train. Collective."""
-        handler, saver = self.handler, self.saver
+        handler = self.handler
         check_on_all(handler, self.options)
+        handler.trains = True
+        try:
+            self._train()
+        finally:
+            handler.trains = False
+
+    def _train(self) -> None:
+        handler, saver = self.handler, self.saver
         resumed = self._prepare()
         self.updater = Updater(
             handler,

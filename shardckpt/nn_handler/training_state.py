@@ -28,7 +28,7 @@ from shardckpt.nn_handler.scheduling import Scheduler
 from shardckpt.state.markers import PerRank
 from shardckpt.state.random_state import random_state
 
-__all__ = ["TrainingState"]
+__all__ = ["TrainingState", "check_metric_name"]
 
 _NEVER = 1 << 62
 
@@ -79,6 +79,7 @@ class TrainingState:
     compiling: dict[str, Any] | None = None
     hyperparameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     averaging: bool = False  # inside ema_weights()
+    trains: bool = False  # inside train()
     sums: Any = None  # the EpochSums that `log` adds to
     updater: Any = None  # the Updater of the step that is being trained
     probed: bool = False  # whether DDP is known to find a gradient for every parameter
@@ -121,10 +122,26 @@ class TrainingState:
 
     @property
     def loss_module(self) -> nn.Module | None:
-        """The loss, if it is a module with parameters to train."""
+        """The loss, if it is a module with parameters to train besides those of the model."""
         loss = self.loss_fn
-        trained = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
+        trained = any(p.requires_grad for p in self.loss_parameters())
         return loss if trained and isinstance(loss, nn.Module) else None
+
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """Internal. The parameters of the loss that are not those of the model."""
+        if not isinstance(self.loss_fn, nn.Module):
+            return []
+        models = {id(parameter) for parameter in self.module.parameters()}
+        return [p for p in self.loss_fn.parameters() if id(p) not in models]
+
+    def own_parts(self) -> dict[str, Any]:
+        """Internal. The parts of the handler that callbacks, losses and metrics may hold."""
+        parts: dict[str, Any] = {"handler": self}
+        parts |= {f"optimizers.{name}": one for name, one in self.optimizers.items()}
+        parts |= {f"schedulers.{name}": one for name, one in self.schedulers.items()}
+        named = self.module.named_parameters, self.module.named_buffers, self.module.named_modules
+        parts |= {f"module.{name}": one for each in named for name, one in each() if name}
+        return {**parts, "model": self.model, "module": self.module}  # "module" if they are one
 
     def train_mode(self) -> None:
         """Internal. Set the training mode, except for modules frozen or kept in evaluation."""
@@ -287,7 +304,7 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(self.device.type, **options)
 
     def log(self, name: str, value: Any) -> None:
-        """Add a value to the metrics of an epoch, from a step, a loss or a callback.
+        """Add a value to the metrics of an epoch, in a step, a loss or a hook of batches and steps.
 
         The history gets the mean over the epoch and the ranks, as `name`, or as `val_<name>` if it
         is logged during validation. Not collective.
@@ -298,7 +315,8 @@ class TrainingState:
             value: A number, or a tensor with one element.
 
         Raises:
-            StateError: No epoch is being trained or validated, or the value is not a number.
+            StateError: No epoch is being trained or validated, the name is taken, or the value is
+                not a number.
 
         Example:
             >>> import torch
@@ -322,6 +340,7 @@ class TrainingState:
                 remedy="call it in a training step, in a loss, or in the hooks of batches and "
                 "steps",
             )
+        check_metric_name(name)
         self.sums.log(name, value)
 
     def update(self, loss: torch.Tensor, optimizer: str = MAIN) -> None:
@@ -376,7 +395,7 @@ class TrainingState:
 
     def log_loss(self, loss: torch.Tensor, optimizer: str) -> None:
         """Internal. Add the loss of one optimizer to an epoch's metrics."""
-        self.log("loss" if optimizer == MAIN else f"loss_{optimizer}", loss.detach())
+        self.sums.log("loss" if optimizer == MAIN else f"loss_{optimizer}", loss.detach())
 
     def check_given(self) -> None:
         """Internal. Raise StateError if a loss or metric of a checkpoint must still be given."""
@@ -392,6 +411,7 @@ class TrainingState:
 
     def config(self) -> dict[str, Any]:
         """Internal. The arguments of all parts as plain data; see shardckpt.nn_handler.objects."""
+        own = {id(part): name for name, part in self.own_parts().items()}
         described: dict[str, Any] = {
             name: {
                 "optimizer": one.description(self.module, self.loss_module),
@@ -400,19 +420,25 @@ class TrainingState:
             for name, one in self.optimizations.items()
         }
         config: dict[str, Any] = {
-            "model": describe({"class": self.model_class, "kwargs": self.model_kwargs}),
+            "model": describe(
+                {"class": self.model_class, "kwargs": self.model_kwargs}, holds_tensors=True
+            ),
             **described.pop(MAIN, {"optimizer": None, "scheduler": None}),
             "optimizers": described,
-            "loss_fn": describe(self.loss_fn),
-            "loss_arguments": describe(self.loss_arguments),
+            "loss_fn": describe(
+                self.loss_fn, own, holds_tensors=isinstance(self.loss_fn, nn.Module)
+            ),
+            "loss_arguments": describe(self.loss_arguments, own),
             "pass_epoch_to_loss": self.passes_epoch,
-            "metrics": describe(self.metrics),
+            "metrics": describe(self.metrics, own),
             "whole_epoch": list(self.whole_epoch),
             "callbacks": describe(
                 [
-                    {"class": type(c), "args": list(c.arguments[0]), "kwargs": c.arguments[1]}
+                    {"class": type(c), "args": list(args), "kwargs": kwargs}
                     for c in self.callbacks
-                ]
+                    for args, kwargs in [c.constructor_arguments]
+                ],
+                own,
             ),
             "auto_saver": self.auto_saver and self.auto_saver.description(),
             "frozen": list(self.frozen),
@@ -516,6 +542,19 @@ class TrainingState:
             "ranks": PerRank({**boundary, "epoch_random": position.random}),
             "config": config,
         }
+
+
+def check_metric_name(name: Any) -> None:
+    """Raise StateError for a name that no metric, term of the loss or logged value can have."""
+    if not isinstance(name, str) or not name:
+        raise StateError("Invalid name of a metric", expected="a str", actual=repr(name))
+    if name in ("loss", "epoch", "step", "lr") or name.startswith(("val_", "lr_")):
+        raise StateError(
+            "The name of this metric is taken",
+            expected="a name other than loss, epoch, step and lr, without the prefix val_ or lr_",
+            actual=repr(name),
+            remedy="give another name; in validation, the prefix val_ is added to it",
+        )
 
 
 def _plain_sums(state: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -97,6 +97,8 @@ class Updater:
             result = self._forward(batch)
             if result is None:
                 self._check_updates(group)
+                if sums is not None:
+                    sums.warn_of_outputs()
                 continue
             if self._updates:
                 raise StateError(
@@ -165,9 +167,8 @@ class Updater:
         self._update([one], lambda: parameters, self._updates[-1:])
 
     def _all_parameters(self) -> Iterable[nn.Parameter]:
-        loss_module = self.handler.loss_module
-        own = loss_module.parameters() if loss_module is not None else ()
-        return itertools.chain(self.handler.model.parameters(), own)
+        handler = self.handler
+        return itertools.chain(handler.model.parameters(), handler.loss_parameters())
 
     def _update(
         self,
@@ -265,7 +266,7 @@ class Updater:
                 )
             average_gradients(handler.module.parameters())
         if handler.parallel != "none" and handler.loss_module is not None:
-            average_gradients(handler.loss_module.parameters())
+            average_gradients(handler.loss_parameters())
 
     def _may_update(
         self, losses: list[torch.Tensor], parameters: Callable[[], Iterable[nn.Parameter]]

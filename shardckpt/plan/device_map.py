@@ -70,8 +70,8 @@ def _device(device: Any) -> torch.device | str:
         raise StateError(
             "A device of the device map is not available",
             expected='"cpu", "meta", "disk", or a device of this machine',
-            actual=repr(device),
-            remedy=str(error).splitlines()[0],
+            actual=f"{device!r}: {error}".splitlines()[0],
+            remedy="correct the device map",
         ) from error
     return known
 

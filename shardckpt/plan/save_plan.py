@@ -63,8 +63,8 @@ class RankWrites:
 
         `share` is the message of rank 0 (GlobalPlan.shares).
         """
-        replicated, compare, file_groups = msgspec.msgpack.decode(
-            share, type=tuple[bytes, bytes, bytes]
+        replicated, compare, file_groups, numbers = msgspec.msgpack.decode(
+            share, type=tuple[bytes, bytes, bytes, bytes]
         )
         assigned = ChunkTable.unpack(replicated)
         held = local.chunks
@@ -82,7 +82,11 @@ class RankWrites:
                 unpack_columns(file_groups)[:, 0], file_group[len(local.common) :]
             )
         file = files_of(file_group[chunks.tensor], chunk_bytes(specs, chunks))
-        order = layout_order(specs, chunks, file)
+        place = None
+        if numbers:  # rank 0 knows the tensors in common in another order
+            place = np.arange(len(specs))
+            place[np.argsort(unpack_columns(numbers)[:, 0])] = np.arange(len(local.common))
+        order = layout_order(specs, chunks, file, place)
         counts = [n.tolist() for n in np.unique(file, return_counts=True)]
         return cls(
             row=row[order],
@@ -116,13 +120,18 @@ class GlobalPlan:
         return ChunkTable(tensor=self.chunks.tensor[rows], boxes=self.chunks.boxes[rows])
 
 
-def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | None = None) -> Ints:
+def layout_order(
+    specs: Sequence[TensorSpec],
+    chunks: ChunkTable,
+    file: Ints | None = None,
+    place: Ints | None = None,
+) -> Ints:
     """Return the order of chunks on disk.
 
     Chunks are sorted by file, if `file` [n] has their files, then by falling item size, so that
     chunks are aligned without padding. Small chunks come last, as they are read in one block and
-    some are written by other ranks. Chunks that are equal in this respect keep the order of the
-    state.
+    some are written by other ranks. Chunks that are equal in this respect have the order of their
+    tensors: that of `specs`, or `place` [t], the place of each tensor.
     """
     items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
     widths = np.unique(items)[::-1]
@@ -130,7 +139,7 @@ def layout_order(specs: Sequence[TensorSpec], chunks: ChunkTable, file: Ints | N
     key = np.searchsorted(-widths, -items)[chunks.tensor] * 2 + small
     if file is not None:
         key += file * (len(widths) * 2)
-    key = key * len(specs) + chunks.tensor
+    key = key * len(specs) + (chunks.tensor if place is None else place[chunks.tensor])
     if (np.diff(key) > 0).all():
         return np.arange(len(key))
     order = np.argsort(key, kind="stable")
@@ -255,32 +264,41 @@ def _shares(
     """Return the message to each rank.
 
     It has the replicated chunks that the rank writes, and those that it compares. It has the file
-    groups of the tensors in common, if they differ from those of the rank's own plan.
+    groups of the tensors in common, if they differ from those of the rank's own plan, and the
+    numbers of these tensors, if the rank has them in another order.
     """
 
-    def share(part: slice, rows: Ints, file_groups: Ints | None) -> bytes:
+    def share(
+        part: slice, rows: Ints, file_groups: Ints | None = None, order: Ints | None = None
+    ) -> bytes:
         table = ChunkTable(tensor=assigned.row[part], boxes=assigned.boxes[part])
         columns = pack_columns(rows.reshape(-1, 1))
-        packed = b"" if file_groups is None else pack_columns(file_groups.reshape(-1, 1))
-        return msgspec.msgpack.encode((table.pack(), columns, packed))
+        packed = [
+            b"" if c is None else pack_columns(c.reshape(-1, 1)) for c in (file_groups, order)
+        ]
+        return msgspec.msgpack.encode((table.pack(), columns, *packed))
 
     def other_groups(held: Ints, at: Ints) -> Ints | None:
         file_groups = numbers.file_group[at]
         return None if np.array_equal(held[: len(at)], file_groups) else file_groups
 
-    nothing = share(slice(0, 0), compare[:0], None)
+    def other_order(at: Ints) -> Ints | None:
+        return None if (np.diff(at) > 0).all() else at
+
+    nothing = share(slice(0, 0), compare[:0])
     shares = []
-    others: dict[tuple[int, int], Ints | None] = {}  # most ranks have the same two arrays
+    # Most ranks have the same two arrays.
+    others: dict[tuple[int, int], tuple[Ints | None, Ints | None]] = {}
     for rank, plan in enumerate(plans):
         part = slice(assigned_bounds[rank], assigned_bounds[rank + 1])
         rows = compare[compared[rank] : compared[rank + 1]]
         at = numbers.of_common[rank]
         arrays = id(plan.file_group), id(at)
         if arrays not in others:
-            others[arrays] = other_groups(plan.file_group, at)
-        other = others[arrays]
-        empty = part.start == part.stop and not len(rows) and other is None
-        shares.append(nothing if empty else share(part, rows, other))
+            others[arrays] = other_groups(plan.file_group, at), other_order(at)
+        file_groups, order = others[arrays]
+        empty = part.start == part.stop and not len(rows) and file_groups is None and order is None
+        shares.append(nothing if empty else share(part, rows, file_groups, order))
     return tuple(shares)
 
 

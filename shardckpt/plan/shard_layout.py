@@ -49,8 +49,8 @@ def tensor_entries(
     entries: dict[str, TensorEntry] = {}
     for block, rows, ends in tensor_blocks(chunks.tensor, len(specs)):
         boxes = widen_boxes(chunks.boxes[rows], dims=dims)
-        order = _by_offsets(chunks.tensor[rows], boxes)
-        rows, boxes = rows[order], boxes[order]
+        if (order := _by_offsets(chunks.tensor[rows], boxes)) is not None:
+            rows, boxes = rows[order], boxes[order]
         flat = np.empty((len(rows), 3 + 2 * dims), dtype=np.int64)
         flat[:, 0], flat[:, 1], flat[:, 2] = shard[rows], end[rows] - sizes[rows], end[rows]
         flat[:, 3:] = flat_boxes(boxes)
@@ -81,13 +81,13 @@ def tensor_blocks(tensor: Ints, count: int) -> Iterator[tuple[slice, Ints, list[
         yield slice(low, high), order[begin : ends[high - 1]], (ends[low:high] - begin).tolist()
 
 
-def _by_offsets(tensor: Ints, boxes: Ints) -> Ints:
-    """Return the order of chunks by tensor and offsets. They are sorted by tensor, and usually by
-    offsets too."""
+def _by_offsets(tensor: Ints, boxes: Ints) -> Ints | None:
+    """Return the order of chunks by tensor and offsets. They are sorted by tensor. None if they are
+    sorted by offsets too, as usual."""
     sorted_so_far = np.diff(tensor) > 0
     for offsets in boxes[:, 0].T:
         step = np.diff(offsets)
         if not (sorted_so_far | (step >= 0)).all():
             return np.lexsort((*boxes[:, 0, ::-1].T, tensor)).astype(np.int64)
         sorted_so_far |= step > 0
-    return np.arange(len(tensor))
+    return None

@@ -206,7 +206,7 @@ def _compare(coordinator: Coordinator, lead: _Lead) -> tuple[_Summary, _Answer, 
     Returns:
         The digests of this rank's plan, rank 0's answer, and whether the states were merged.
     """
-    summary = lead.local.then(_summary, coordinator.world_size, lead.work)
+    summary = lead.local.then(_summary, coordinator, lead.work)
     answer = _decode_answer(
         exchange(coordinator, "plan", lambda: _encode(summary.get().digests), lead.compare)
     )
@@ -233,10 +233,11 @@ def _divide(
     return writes
 
 
-def _summary(local: LocalPlan, world_size: int, work: Stopwatch) -> _Summary:
+def _summary(local: LocalPlan, coordinator: Coordinator, work: Stopwatch) -> _Summary:
     with work.phase("plan"), collector_paused():
         structure, values, rows = local.digests()
-    key = structure, rows, str(world_size)
+    # The same process may be another rank of another group, and then writes another part.
+    key = structure, rows, f"{coordinator.rank} of {coordinator.world_size}"
     known, writes = _cache.writes(key) or ("", None)
     return _Summary(_Digests(structure, values, rows, known), key, writes)
 

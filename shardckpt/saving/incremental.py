@@ -108,6 +108,7 @@ class Base:
             self.problems.append(f"{self._files.path}/{name}: can't be linked or cloned here")
         except (ShardckptError, OSError) as error:
             self.problems.append(str(error))
+            del self._shards[name]  # its blocks must not be cloned either
         return None
 
     def _check(self, files: CheckpointFiles, shard: ShardEntry) -> None:
@@ -128,6 +129,11 @@ class Base:
         """
         shard = self._shards.get(name)
         if self._files is None or shard is None:
+            return None
+        try:
+            check_size(self._files, shard)
+        except (ShardckptError, OSError) as error:
+            self.problems.append(str(error))
             return None
         file = transaction.create_from(name, self._files, size_bytes=size_bytes)
         step = 1 if self._verify else min(_SAMPLE, len(shard.digests))

@@ -67,11 +67,12 @@ class StagedPart:
 class Divider:
     """Divides the work before the stagings of a process, one after another.
 
-    After n failed divisions in a row, the next 2**(n - 1) - 1 saves stage all data at once.
+    After n failed divisions in a row, only every 2**(n - 1)th save tries it: ranks that count other
+    failures still try it at the same saves.
     """
 
     def __init__(self) -> None:
-        self._failed = self._pause = 0
+        self._saves = self._failed = 0
 
     def divide(self, ranks: Operation | None, plan: LocalPlan) -> Division | None:
         """Divide the work among the ranks. Collective.
@@ -86,11 +87,11 @@ class Divider:
         """
         if ranks is None or ranks.world_size == 1:
             return None
+        self._saves += 1
         rows = zip(plan.data, plan.shared, strict=True)
         if sum(data.nbytes for data, shared in rows if shared) < _LEAST_BYTES:
             return None
-        if self._pause:
-            self._pause -= 1
+        if self._failed and self._saves % 2 ** (self._failed - 1):
             return None
         limits = dict.fromkeys(("arrival_deadline_s", "deadline_s", "stall_deadline_s"), _LIMIT_S)
         try:
@@ -99,7 +100,6 @@ class Divider:
         except ShardckptError as error:  # the save meets it again, and raises it
             logger.debug("stage all data of rank %d: %s", ranks.rank, error)
             self._failed = min(self._failed + 1, _MOST_FAILED)
-            self._pause = 2 ** (self._failed - 1) - 1
             return None
         self._failed = 0
         return division

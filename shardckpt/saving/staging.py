@@ -88,7 +88,7 @@ class StagingPool:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._used_bytes = 0
+        self._used: list[int] = []  # the bytes of each buffer in use
         self._spare: StagingBuffer | None = None
 
     def take(self, size_bytes: int, *, locked: bool) -> StagingBuffer:
@@ -99,31 +99,32 @@ class StagingPool:
             StateError: No memory became free within SHARDCKPT_STALL_DEADLINE_S seconds.
         """
         size_bytes = _rounded(size_bytes)
-        budget_bytes = current().staging_bytes or 2 * size_bytes
+
+        def is_free() -> bool:
+            budget_bytes = current().staging_bytes or 2 * max([size_bytes, *self._used])
+            return not self._used or sum(self._used) + size_bytes <= budget_bytes
+
         with self._changed:
-            free = self._changed.wait_for(
-                lambda: not self._used_bytes or self._used_bytes + size_bytes <= budget_bytes,
-                timeout=current().stall_deadline_s,
-            )
+            free = self._changed.wait_for(is_free, timeout=current().stall_deadline_s)
             if not free:
                 raise StateError(
                     "No memory for staging became free",
                     expected=f"an earlier save to end within {current().stall_deadline_s:g} s",
-                    actual=f"{self._used_bytes} bytes in use, {size_bytes} needed",
+                    actual=f"{sum(self._used)} bytes in use, {size_bytes} needed",
                     remedy="save less often, or raise SHARDCKPT_STAGING_BYTES",
                 )
             buffer, self._spare = self._spare, None
             if buffer is None or buffer.size_bytes < size_bytes or buffer.locked != locked:
                 buffer = StagingBuffer(size_bytes, locked=locked)
             buffer.used_bytes = size_bytes  # a larger buffer counts only for the bytes in use
-            self._used_bytes += size_bytes
+            self._used.append(size_bytes)
             return buffer
 
     def give_back(self, buffer: StagingBuffer) -> None:
         """Take a buffer back. Its memory must not be used any more."""
         buffer.use_huge_pages()
         with self._changed:
-            self._used_bytes -= buffer.used_bytes
+            self._used.remove(buffer.used_bytes)
             if self._spare is None or self._spare.size_bytes < buffer.size_bytes:
                 self._spare = buffer
             self._changed.notify_all()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,11 +34,14 @@ __all__ = [
     "has_state",
     "is_wrapped",
     "module_state",
+    "instances_in",
     "modules_in",
     "names_by_identity",
     "named_state",
     "parameter_names",
 ]
+
+T = TypeVar("T")
 
 _LEAVES = (torch.Tensor, str, int, float, type(None))
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
@@ -75,13 +78,20 @@ def has_state(value: Any) -> bool:
 
 def modules_in(state: Any, *, at: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, module) of the outermost modules in a nested state, whose own name is `at`."""
+    return instances_in(state, nn.Module, at=at)
+
+
+def instances_in(state: Any, cls: type[T], *, at: str = "") -> Iterator[tuple[str, T]]:
+    """Yield (name, object) of the outermost objects of a class in a nested state, whose own name is
+    `at`.
+    """
     stack: list[tuple[tuple[str, ...], Any]] = [((at,) if at else (), state)]
     seen: set[int] = set()
     while stack:
         path, value = stack.pop()
         if isinstance(value, (Union, PerRank, FromRank0)):
             value = value.value
-        if isinstance(value, nn.Module):
+        if isinstance(value, cls):
             yield ".".join(path), value
             continue
         items: Iterable[tuple[Any, Any]] = ()
@@ -96,7 +106,7 @@ def modules_in(state: Any, *, at: str = "") -> Iterator[tuple[str, nn.Module]]:
             stack.extend(
                 ((*path, str(key)), item)
                 for key, item in reversed(list(items))
-                if not isinstance(item, _LEAVES)  # most items are leaves
+                if isinstance(item, cls) or not isinstance(item, _LEAVES)  # most are leaves
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from shardckpt.errors import LoadMismatchError, StateError
@@ -234,8 +234,9 @@ def _rewrite(tree: Any, selected: Callable[[str], bool], renamed: Callable[[str]
                 raise _same_name(name)
         if isinstance(node, dict):
             chosen = [(key, value) for key, value in kept if value is not nothing]
-            if len(dict(chosen)) < len(chosen):
-                raise _same_name(new)
+            keys = [key for key, _ in chosen]
+            if len(set(keys)) < len(keys):
+                raise _same_name(below(new, max(keys, key=keys.count)))
             return rebuilt(node, chosen) if chosen else nothing
         if all(value is nothing for _, value in kept):
             return nothing
@@ -243,8 +244,22 @@ def _rewrite(tree: Any, selected: Callable[[str], bool], renamed: Callable[[str]
 
     result = rewrite(tree, "", "")
     if moved:
-        result = {**({} if result is nothing else result), **moved}
+        result = {} if result is nothing else result
+        names = set(_names(result, ""))
+        for name, value in moved.items():
+            added = set(_names(value, name))
+            if twice := names & added:
+                raise _same_name(min(twice))
+            names |= added
+        result = {**result, **moved}
     return {} if result is nothing else result
+
+
+def _names(node: Any, name: str) -> Iterator[str]:
+    """Yield the names of a node and of the nodes below it."""
+    yield name
+    for key, item in children(node):
+        yield from _names(item, below(name, key))
 
 
 def _same_name(name: str) -> StateError:

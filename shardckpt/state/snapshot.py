@@ -34,6 +34,7 @@ from shardckpt.state.module_state import (
     ModuleState,
     ddp_rank0_buffers,
     has_state,
+    instances_in,
     modules_in,
     named_state,
 )
@@ -101,12 +102,13 @@ def take_snapshot(state: Any, *, small_bytes: int, rank: int = 0) -> Snapshot:
 
 class _Taker:
     def __init__(self, state: Any, rank: int) -> None:
+        self.state = state
         self.rank = rank
         self.snapshot = Snapshot()
         self.modules = list(modules_in(state))
-        self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.arrays: dict[int, np.ndarray[Any, Any]] = {}
-        self.sharded_arrays: dict[int, ShardedArray] = {}
+        # With each copy its original, as the memory and the id of a freed object are used again.
+        self.copies: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.arrays: dict[int, tuple[Any, Any]] = {}
         # Modules come first, so that the copies of their tensors are found for tied entries.
         self.named = {id(module): named_state(module, at=at) for at, module in self.modules}
         self.read = {id(module): self.module(module, f".{at}") for at, module in self.modules}
@@ -115,6 +117,15 @@ class _Taker:
     def parameters(self) -> set[tuple[Any, ...]]:
         parameters = (p for _, module in self.modules for p in module.parameters())
         return {_memory(p, _local(p)) for p in parameters}
+
+    @cached_property
+    def optimizer_memory(self) -> set[Any]:
+        """The first elements of the keys of the state of all optimizers."""
+        optimizers = (optimizer for _, optimizer in instances_in(self.state, Optimizer))
+        tensors = (
+            t for o in optimizers for _, t in instances_in([*o.state.values()], torch.Tensor)
+        )
+        return {_memory(tensor, _local(tensor))[0] for tensor in tensors}
 
     def walk(self, value: Any, at: str, *, copy_up_to: float, depth: int = 0) -> Any:
         """Return a value with copied containers and values, and its tensors copied or held."""
@@ -141,10 +152,10 @@ class _Taker:
             if isinstance(value, deque):
                 return deque(items, value.maxlen)
             return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, np.ndarray):
-            return self.arrays.setdefault(id(value), value.copy())
-        if isinstance(value, ShardedArray):
-            return self.sharded_arrays.setdefault(id(value), value.copy())
+        if isinstance(value, (np.ndarray, ShardedArray)):
+            if id(value) not in self.arrays:
+                self.arrays[id(value)] = value, value.copy()
+            return self.arrays[id(value)][1]
         if isinstance(value, nn.Module):
             return self.read.get(id(value)) or self.module(value, at)
         if isinstance(value, Optimizer):
@@ -239,8 +250,10 @@ class _Taker:
         if memory not in self.copies:  # tied tensors stay tied
             if large or memory in self.parameters:
                 return self.hold(tensor)
-            self.copies[memory] = _copy(tensor, data)
-        return self.copies[memory]
+            if copy_up_to < math.inf and memory[0] in self.optimizer_memory:
+                return self.hold(tensor)
+            self.copies[memory] = tensor, _copy(tensor, data)
+        return self.copies[memory][1]
 
     def hold(self, tensor: torch.Tensor, copy_up_to: float = _NEVER) -> Any:
         """Hold a tensor with its version. The inner tensors of others are held or copied."""

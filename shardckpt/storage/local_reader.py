@@ -140,7 +140,7 @@ class LocalFiles(CheckpointFiles):
         names = sorted(self._system.listdir(self._directory))
         if ".metadata" in names:
             return "a checkpoint of torch.distributed.checkpoint"
-        return f"{len(names)} files: {', '.join(names[:5])}" if names else "an empty directory"
+        return f"a directory with {', '.join(names[:5])}" if names else "an empty directory"
 
     def names(self) -> list[str]:
         """List the names of all files in the directory, for rescues."""

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from shardckpt.config import current
@@ -162,6 +163,7 @@ class ClientObjects(Objects):
                 "timeout": timedelta(seconds=current().stall_deadline_s),
                 "connect_timeout": timedelta(seconds=10),
                 "allow_http": any(_is_true(os.environ.get(name)) for name in _ALLOW_HTTP),
+                **_certificates(url),
                 **{key: value for key, value in settings.items() if key in _CLIENT},
             },
         }
@@ -407,6 +409,22 @@ def _profile(url: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     provider = Boto3CredentialProvider(boto3.Session(botocore_session=session))
     named = {} if endpoint is None or given & _AWS_ENDPOINTS else {"endpoint": endpoint}
     return {"credential_provider": provider, "config": named}
+
+
+def _certificates(url: str) -> dict[str, bytes]:
+    """Settings with the certificates to trust for S3, as AWS_CA_BUNDLE names their file."""
+    path = os.environ.get("AWS_CA_BUNDLE")
+    if not path or not url.startswith("s3://"):
+        return {}
+    try:
+        return {"root_certificate": Path(path).read_bytes()}
+    except OSError as error:
+        raise StateError(
+            "The certificates for S3 can't be read",
+            path=path,
+            actual=error.strerror,
+            remedy="check the environment variable AWS_CA_BUNDLE",
+        ) from error
 
 
 def _unsigned(url: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,17 @@ def runs(tmp_path):
     return paths
 
 
+def test_the_configuration_of_the_first_model_is_copied(tmp_path):
+    for name in ("a", "b"):
+        shardckpt.save({"w": torch.ones(2)}, tmp_path / "c", overwrite=True)
+        shardckpt.convert(tmp_path / "c", tmp_path / name, to="hf")
+        (tmp_path / name / "config.json").write_text(name)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    report = shardckpt.merge(paths, tmp_path / "merged", to="hf", keys=["w"])
+    assert report.copied == ("config.json",)
+    assert (tmp_path / "merged" / "config.json").read_text() == "a"
+
+
 @pytest.mark.parametrize("name", ["merged", "merged.pth", "merged.safetensors"])
 @pytest.mark.parametrize("weights", [None, [0.5, 0.25, 0.25], [3, 0, -1]])
 def test_the_tensors_are_averaged_with_the_weights(name, weights, runs, tmp_path):

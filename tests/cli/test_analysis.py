@@ -81,6 +81,18 @@ def test_cat_refuses_a_slice_that_is_none(text, two, capsys):
     assert "w" in capsys.readouterr().err
 
 
+def test_cat_writes_one_kind_of_output(two, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        main(["cat", two[0], "w", "--json", "--npy", str(tmp_path / "x.npy")])
+    assert caught.value.code == 2
+
+
+def test_cat_says_that_an_entry_is_a_value(tmp_path, capsys):
+    shardckpt.save({"w": torch.ones(2), "step": 7}, tmp_path / "c")
+    assert main(["cat", str(tmp_path / "c"), "step"]) == LoadMismatchError.exit_code
+    assert "actual: the value 7" in capsys.readouterr().err
+
+
 def test_cat_prints_complex_numbers_and_names_with_brackets(tmp_path, capsys):
     half = torch.tensor([1 + 2j], dtype=torch.complex32)
     bits = torch.zeros(1, dtype=torch.uint8).view(torch.bits8)

@@ -45,6 +45,9 @@ def test_extract_entries_and_patterns_keeps_their_names(saved, tmp_path, capsys)
     assert main(["extract", saved, "model.1.bias", target, "--overwrite"]) == 0
     assert list(load_file(target)) == ["model.1.bias"]
     assert main(["extract", saved, "nothing", target]) == LoadMismatchError.exit_code
+    error = capsys.readouterr().err
+    assert "NAMES names 'nothing'" in error
+    assert "keys=" not in error
 
 
 def test_extract_needs_a_name(saved, tmp_path, capsys):

@@ -329,6 +329,8 @@ FOLDERS = {
     "Llama": ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
     "another framework": ["saved_model.pb", "variables/variables.index"],
     "checkpoint-20": ["checkpoint-20/model.safetensors", "checkpoint-30/model.safetensors"],
+    "checkpoint-5": ["checkpoint-5/latest", "checkpoint-5/zero_to_fp32.py"],
+    "a.ckpt, b.ckpt": ["a.ckpt/.metadata", "b.ckpt"],
     "iter_0000010": ["latest_checkpointed_iteration.txt", "iter_0000010/.metadata"],
     "weights": ["weights/.metadata", "context/model.yaml"],
     "unet": ["model_index.json", "unet/diffusion_pytorch_model.safetensors"],
@@ -348,6 +350,17 @@ def test_folders_that_are_refused_say_what_they_are(tmp_path, text):
     assert text in str(caught.value)
     assert caught.value.remedy
     assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_the_index_names_is_missing(tmp_path, kind):
+    (tmp_path / "c").mkdir()
+    index = {"metadata": {}, "weight_map": {"w": "part-1"}}
+    (tmp_path / "c" / f"{kind}.index.json").write_text(json.dumps(index))
+    with pytest.raises(errors.CorruptionError, match="is missing") as caught:
+        convert(str(tmp_path / "c"), str(tmp_path / "d"))
+    assert caught.value.path.endswith("part-1")
+    assert f"{kind}.index.json" in str(caught.value)
 
 
 def test_an_adapter_and_other_weights(tmp_path):

@@ -68,6 +68,8 @@ def test_a_model_and_its_optimizer_become_a_file_of_lightning(tmp_path):
     for old, new in zip(made.parameters(), other.parameters(), strict=True):
         assert torch.equal(optimizer.state[old]["exp_avg"], again.state[new]["exp_avg"])
     assert found["lr_schedulers"][0]["gamma"] == 0.9
+    loop = found["loops"]["fit_loop"]
+    assert loop["epoch_loop.state_dict"] == {"_batches_that_stepped": 9}
 
 
 def test_tensors_alone_are_the_weights(tmp_path):
@@ -84,6 +86,14 @@ def test_nested_weights_get_names(tmp_path):
     shardckpt.convert(tmp_path / "c", tmp_path / "x.ckpt", to="lightning")
     found = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert sorted(found["state_dict"]) == ["a.b", "c"]
+
+
+def test_a_rename_adds_the_prefix_of_a_module(tmp_path):
+    shardckpt.save({"model": {"a": torch.ones(2)}, "step": 1}, tmp_path / "c")
+    rename = {"model": "state_dict.net"}
+    shardckpt.convert(tmp_path / "c", tmp_path / "x.ckpt", to="lightning", rename=rename)
+    found = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert list(found["state_dict"]) == ["net.a"]
 
 
 def test_a_source_without_weights_and_a_wrong_suffix_are_refused(tmp_path):

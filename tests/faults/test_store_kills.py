@@ -9,6 +9,7 @@ from tests.faults import store_kills
 from tests.faults.store_kills import creates, loads, prunes, removes, replaces, with_base
 
 
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     ("operation", "step"),
     [

@@ -64,11 +64,43 @@ def test_agrees_with_counting(case):
 
 
 @given(shapes_and_boxes())
-def test_agrees_when_the_grid_is_taken_slab_by_slab(case):
+def test_agrees_when_the_boxes_are_taken_slab_by_slab(case):
     shape, tiles = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes, "_GRID_CELLS", 0)
+        patch.setattr(boxes, "_CORNERS", 0)
+        patch.setattr(boxes, "_FEW_DIMS", 0)
         assert (find_gap(shape, *as_arrays(shape, tiles)) is None) == truly_tiles(shape, tiles)
+
+
+@given(shapes_and_boxes())
+def test_names_the_first_wrong_element(case):
+    shape, tiles = case
+    counts = np.zeros(shape, dtype=int)
+    for offsets, sizes in tiles:
+        counts[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))] += 1
+    gap = find_gap(shape, *as_arrays(shape, tiles))
+    if gap is not None and gap[0] != "out of bounds":
+        assert gap[1] == tuple(np.argwhere(counts != 1)[0].tolist())
+        assert gap[0] == ("overlap" if counts[gap[1]] else "hole")
+        assert min(gap[2], default=1) > 0
+
+
+def bricks(count):
+    """Row i is cut at column i, so that the boxes have as many borders as there are rows."""
+    at = np.arange(1, count)
+    left = np.stack([at, 0 * at, 0 * at + 1, at], axis=1)
+    right = np.stack([at, at, 0 * at + 1, count - at], axis=1)
+    return np.concatenate([[[0, 0, 1, count]], left, right])
+
+
+def test_many_boxes_that_are_no_grid_are_quick_enough_to_check():
+    """If each row were checked alone, this would take minutes."""
+    size = 200_000
+    rows = bricks(size)
+    assert find_gap([size, size], rows[:, :2], rows[:, 2:]) is None
+    rows = rows[:-1]
+    gap = find_gap([size, size], rows[:, :2], rows[:, 2:])
+    assert gap == ("hole", (size - 1, size - 1), (1, 1))
 
 
 def test_names_the_place():

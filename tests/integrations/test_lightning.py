@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import shardckpt
 from tests.integrations.jobs import job
 from tests.ranks import PRELOAD
 
-pytest.importorskip("lightning")
+pl = pytest.importorskip("lightning.pytorch")
+
+from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa: E402
 
 PRELOAD += ["shardckpt.integrations.lightning", "lightning.pytorch"]
 JOB = Path(__file__).parent / "lightning_job.py"
@@ -83,3 +86,91 @@ def test_a_converted_checkpoint_is_resumed_by_lightning_itself(tmp_path, uninter
     shardckpt.convert(tmp_path / "run" / "last.ckpt", tmp_path / "file.ckpt", to="lightning")
     second = job(JOB, "lightning", tmp_path / "new", 4, tmp_path / "file.ckpt", ranks=2)
     assert second["digest"] == uninterrupted["ddp"]["digest"]
+
+
+class Net(pl.LightningModule):
+    """Four steps in each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        self.data = torch.randn(16, 4)
+
+    def training_step(self, batch, index):
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
+def fitted(epochs, checkpoint=None):
+    """A Trainer of one CPU rank after a number of epochs, and its module."""
+    net = Net()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False,
+        plugins=[LightningEnvironment()],  # without it, Lightning starts MPI in this process
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(net.data, batch_size=4)
+    trainer.fit(net, loader, ckpt_path=checkpoint)
+    return trainer, net
+
+
+PREFIX = {"model": "state_dict.layers"}
+
+
+def trained_by_a_loop(epochs):
+    """The same training without Lightning."""
+    net = Net()
+    (optimizer,), (scheduler,) = net.configure_optimizers()
+    for _ in range(epochs):
+        for index, batch in enumerate(net.data.split(4)):
+            optimizer.zero_grad()
+            net.training_step(batch, index).backward()
+            optimizer.step()
+        scheduler.step()
+    return {"model": net.layers, "optimizer": optimizer, "scheduler": scheduler}
+
+
+def test_the_trainer_resumes_a_file_of_its_own_that_was_converted_to_ours_and_back(tmp_path):
+    trainer, _ = fitted(1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    shardckpt.convert(tmp_path / "a.ckpt", tmp_path / "ours")
+    shardckpt.convert(tmp_path / "ours", tmp_path / "b.ckpt", to="lightning")
+    resumed, net = fitted(3, tmp_path / "b.ckpt")
+    complete, expected = fitted(3)
+    assert resumed.global_step == complete.global_step == 12
+    assert all(map(torch.equal, net.state_dict().values(), expected.state_dict().values()))
+
+
+def test_the_trainer_resumes_what_a_loop_without_lightning_saved(tmp_path):
+    state = trained_by_a_loop(2) | {"step": 8, "epoch": 2}
+    shardckpt.save(state, tmp_path / "ours")
+    shardckpt.convert(
+        tmp_path / "ours",
+        tmp_path / "b.ckpt",
+        to="lightning",
+        rename={"model": "state_dict.layers"},
+    )
+    trainer, net = fitted(3, tmp_path / "b.ckpt")
+    assert (trainer.global_step, trainer.current_epoch) == (12, 3)
+    expected = trained_by_a_loop(3)
+    found = net.layers.state_dict()
+    assert all(torch.equal(found[name], x) for name, x in expected["model"].state_dict().items())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.9**3)
+
+
+def test_the_trainer_resumes_without_a_scheduler(tmp_path):
+    state = trained_by_a_loop(1)
+    del state["scheduler"]
+    shardckpt.save(state, tmp_path / "ours")
+    shardckpt.convert(
+        tmp_path / "ours",
+        tmp_path / "b.ckpt",
+        to="lightning",
+        rename={"model": "state_dict.layers"},
+    )
+    trainer, _ = fitted(1, tmp_path / "b.ckpt")
+    assert trainer.global_step == 4

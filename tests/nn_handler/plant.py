@@ -224,7 +224,7 @@ PLANTS = [
         13,
         "a lambda can't be saved",
         f"{HANDLER}/objects.py",
-        "return {_ABSENT: repr(value)} if name is None else {_IMPORT: name}",
+        "return {_ABSENT: _text(value)} if name is None else {_IMPORT: name}",
         "return value if name is None else {_IMPORT: name}",
         f"{BASIC}::test_what_has_no_importable_name_is_reported_and_asked_for_again[c.pth]",
     ),

@@ -183,7 +183,7 @@ def test_paths_as_arguments(tmp_path, name):
     handler.add_callback(ModelCheckpoint(tmp_path / "best"))
     handler.save(tmp_path / name)
     loaded = NNHandler.load(tmp_path / name)
-    assert loaded.callbacks[0].arguments == ((Path(tmp_path / "log.csv"),), {})
+    assert loaded.callbacks[0].constructor_arguments == ((Path(tmp_path / "log.csv"),), {})
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])

@@ -359,6 +359,74 @@ def agreements(folder: str) -> None:
                 assert any("failed 3 steps ago" in str(one.message) for one in caught)
 
 
+class Chain(nn.Module):
+    """A container of networks that are not sequences, without a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.rest = nn.ModuleDict({"second": nn.Linear(4, 4), "third": nn.ModuleList()})
+        self.rest["third"].append(nn.Linear(4, 3))
+
+
+def chain_step(handler, batch):
+    parts = handler.module
+    outputs = parts.rest["third"][0](parts.rest["second"](parts.first(batch[0])))
+    return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def containers_without_forward() -> None:
+    torch.manual_seed(0)
+    handler = NNHandler(Chain, parallel="fsdp")
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    handler.set_training_step(chain_step)
+    before = handler.module.first.weight.full_tensor()
+    quiet(with_data(handler))
+    assert not torch.equal(before, handler.module.first.weight.full_tensor())
+
+
+class Penalized(nn.Module):
+    """A loss with a parameter of its own beside the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.scale = model, nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs * self.scale, targets)
+
+
+class Holds(Callback):
+    def __init__(self, *parts) -> None:
+        self.parts = parts
+
+
+def parts_of_the_handler(folder: str) -> None:
+    for parallel, other in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        handler = a_handler(parallel)
+        handler.set_loss_fn(Penalized(handler.module))
+        handler.add_callback(Holds(handler.model, handler.module.head))
+        before = numbers(handler)
+        quiet(handler, ema_decay=0.5, fast_dev_run=True)
+        assert (numbers(handler), handler.step) == (before, 0)
+        quiet(handler, gradient_clipping_norm=0.1)
+        alone = a_handler(parallel)
+        alone.set_loss_fn(Penalized(nn.Identity()))
+        assert numbers(quiet(alone, gradient_clipping_norm=0.1)) == numbers(handler)
+        handler.save(f"{folder}/parts-{parallel}")
+        options = {"gradient_as_bucket_view": True} if other == "ddp" else {"wrap": (nn.Linear,)}
+        path, more = f"{folder}/parts-{parallel}", {"parallel": other, "parallel_options": options}
+        loaded = with_data(NNHandler.load(path, buffers="mean", **more))
+        fresh = NNHandler.initialize_from_checkpoint(path, Net, buffers="mean", width=6, **more)
+        for one in (loaded, fresh):
+            assert (one.layout.options, one.layout.buffers) == (options, "mean")
+        model = loaded.model if parallel == "ddp" else loaded.module
+        assert loaded.callbacks[0].parts == (model, loaded.module.head)
+        assert loaded.loss_fn.model is loaded.module
+        assert loaded.loss_fn.scale.item() == handler.loss_fn.scale.item() != 1.0
+        quiet(loaded)
+
+
 def everything(folder: str) -> None:
     running_means(folder)
     failures_of_one_rank(folder)
@@ -374,6 +442,8 @@ def everything(folder: str) -> None:
     static_graph()
     a_group_without_gloo()
     agreements(folder)
+    containers_without_forward()
+    parts_of_the_handler(folder)
 
 
 @pytest.mark.ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -59,6 +60,37 @@ def test_every_element_is_written_once_by_a_rank_that_holds_it(plans, split_byte
     assert plan.specs == everything
     for spec in everything:  # an empty tensor is one empty chunk, wherever it is replicated
         assert 0 not in spec.shape or empty[spec.name] >= 1
+
+
+def with_own_order(plan, data):
+    """The plan of a rank that has its tensors in another order, without some that it lacks."""
+    lacks = set(range(len(plan.common))) - set(plan.chunks.tensor.tolist())
+    dropped = data.draw(st.sets(st.sampled_from(sorted(lacks)))) if lacks else set()
+    kept = [index for index in range(len(plan.common)) if index not in dropped]
+    order = data.draw(st.permutations(kept))
+    rank_only = range(len(plan.common), len(plan.common) + len(plan.rank_only))
+    at = {index: number for number, index in enumerate([*order, *rank_only])}
+    return dataclasses.replace(
+        plan,
+        common=tuple(plan.common[index] for index in order),
+        file_group=plan.file_group[[*order, *rank_only]],
+        chunks=dataclasses.replace(
+            plan.chunks, tensor=np.array([at[i] for i in plan.chunks.tensor.tolist()], np.int64)
+        ),
+    )
+
+
+@given(worlds(), st.data())
+def test_rank_0_and_ranks_with_other_tensors_agree(plans, data):
+    plans = [with_own_order(plan, data) for plan in plans]
+    plan = global_plan(plans, [own.common for own in plans])
+    for rank, writes in enumerate(writes_of(plans, plan)):
+        local, whole = plans[rank], plan.of_rank(rank)
+        specs = (*local.common, *local.rank_only)
+        names = [specs[index].name for index in local.chunks.tensor[writes.row].tolist()]
+        assert names == [plan.specs[index].name for index in whole.tensor.tolist()]
+        dims = writes.boxes.shape[2]
+        assert whole.boxes[:, :, :dims].tolist() == writes.boxes.tolist()
 
 
 @given(worlds(), st.sampled_from([0, 20, 1 << 20]))

@@ -1,13 +1,15 @@
-"""A transaction that was begun is closed after a save, and abandoned first if the save fails."""
+"""The agreement of the ranks, and the end of the transaction that it begins."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import shardckpt
 from shardckpt.saving import agreement, commit, rank_writer
 from shardckpt.storage.local import LocalStorage, LocalTransaction
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -55,3 +57,25 @@ def test_after_an_error_in_any_stage_it_is_abandoned(tmp_path, monkeypatch, call
     monkeypatch.undo()
     shardckpt.save(state, tmp_path / "c")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def save_in_two_groups(folder: str) -> list[str]:
+    """Rank 1 writes the second part in one group and the first part in the other one."""
+    wrong = []
+    groups = {name: dist.new_group(ranks) for name, ranks in (("a", [0, 1]), ("b", [1, 2]))}
+    state = {f"layer{number}": torch.full((64, 64), float(number)) for number in range(4)}
+    for number in (1, 2):  # the plan of the second save is known
+        for name, group in groups.items():
+            if dist.get_rank(group) >= 0:
+                path = f"{folder}/{name}{number}"
+                shardckpt.save(state, path, process_group=group)
+                found = {key: torch.zeros(64, 64) for key in state}
+                shardckpt.load(found, path, process_group=group)
+                wrong += [
+                    f"{path} {key}" for key in state if not torch.equal(found[key], state[key])
+                ]
+    return wrong
+
+
+def test_a_process_that_has_different_ranks_in_two_groups(tmp_path):
+    assert run_ranks(3, save_in_two_groups, str(tmp_path)) == [[], [], []]

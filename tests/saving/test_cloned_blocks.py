@@ -4,6 +4,7 @@ complete without the other."""
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 
 import pytest
@@ -156,16 +157,32 @@ def test_a_corrupted_block_of_the_base(tmp_path, monkeypatch):
     assert_intact(tmp_path / "1", {"w": weight})
 
 
-@pytest.mark.parametrize("size", [0, 5, 10 * MIB, 10 * MIB + 17])
-def test_a_truncated_file_of_the_base(tmp_path, size):
+def test_a_corrupted_block_of_a_file_without_changes_is_not_cloned(tmp_path, monkeypatch):
+    weight, storage, base = rows(20), LocalStorage(Clones()), tmp_path / "0"
+    shardckpt.save({"w": weight}, base)
+    flip(base / FILE, 18 * MIB + 5)
+    samples = iter([18, 3])  # of the check before the link, and of one before clones
+    monkeypatch.setattr(incremental.secrets, "randbelow", lambda step: next(samples) % step)
+    report = shardckpt.save({"w": weight}, tmp_path / "1", base=base, storage=storage)
+    (problem,) = report.base_problems
+    assert "other bytes in block 18" in problem
+    assert_intact(tmp_path / "1", {"w": weight})
+
+
+@pytest.mark.parametrize("size", [0, 5, 10 * MIB, 10 * MIB + 17, None])
+def test_a_truncated_or_missing_file_of_the_base(tmp_path, size):
     weight = rows(20)
     shardckpt.save({"w": weight}, tmp_path / "0")
-    with open(tmp_path / "0" / FILE, "r+b") as file:
-        file.truncate(size)
+    if size is None:
+        (tmp_path / "0" / FILE).unlink()
+    else:
+        os.truncate(tmp_path / "0" / FILE, size)
     weight[0] += 1
-    shardckpt.save(
+    report = shardckpt.save(
         {"w": weight}, tmp_path / "1", base=tmp_path / "0", storage=LocalStorage(Clones())
     )
+    (problem,) = report.base_problems
+    assert str(tmp_path / "0" / FILE) in problem
     assert_intact(tmp_path / "1", {"w": weight})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import shardckpt
 from shardckpt import errors
 from shardckpt.coordination import resolve
 from shardckpt.saving import async_save, staged_part
-from shardckpt.saving.staged_part import StagedPart
+from shardckpt.saving.staged_part import Divider, StagedPart
 from tests.ranks import run_ranks
 
 RANKS = 4
@@ -156,6 +157,31 @@ def test_fewer_and_fewer_saves_wait_for_a_rank_that_never_divides(tmp_path):
     first, second = run_ranks(2, save_beside_a_rank_with_little, str(tmp_path))
     assert first == [False] * 4
     assert [number for number, tried in enumerate(second) if tried] == [0, 1, 3]
+
+
+def test_ranks_that_count_other_failures_divide_again(monkeypatch):
+    """A division takes place if both ranks try it at the same save."""
+    plan = SimpleNamespace(data=[torch.ones(1 << 18)], shared=[True])
+    ranks = SimpleNamespace(rank=0, world_size=2, __enter__=None)
+    tried: list[Divider] = []
+
+    def fail(coordinator, plan, watch):
+        tried.append(divider)
+        raise errors.RankFailedError("no call")
+
+    monkeypatch.setattr(staged_part, "divide", fail)
+    ranks = contextlib.nullcontext(ranks)
+    ranks.rank, ranks.world_size = 0, 2
+    both = one, other = Divider(), Divider()
+    for save in range(200):
+        tried.clear()
+        for divider in both if save > 2 else [one]:  # the other one fails less often
+            divider.divide(ranks, plan)
+        if save <= 2:
+            other.divide(None, plan)
+        if len(tried) == 2:
+            break
+    assert len(tried) == 2
 
 
 def save_unequal(folder: str) -> str:

@@ -65,6 +65,17 @@ def test_a_large_spare_does_not_use_up_the_budget(monkeypatch):
     pool.take(1, locked=False)  # there is room for two like this
 
 
+def test_a_small_save_does_not_wait_for_a_large_one(monkeypatch):
+    monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
+    pool = StagingPool()
+    large = pool.take(9 << 20, locked=False)
+    pool.take(1, locked=False)  # there is room for two like the large one
+    with pytest.raises(errors.StateError, match="memory"):
+        pool.take(9 << 20, locked=False)
+    pool.give_back(large)
+    pool.take(9 << 20, locked=False)
+
+
 def test_staging_memory_that_never_comes_free_is_an_error(monkeypatch):
     monkeypatch.setenv("SHARDCKPT_STALL_DEADLINE_S", str(0.1))
     monkeypatch.setenv("SHARDCKPT_STAGING_BYTES", str(1))

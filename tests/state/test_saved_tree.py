@@ -73,6 +73,19 @@ def test_renamed_entries_load_in_place(path):
     assert report.unexpected == ()
 
 
-def test_two_names_made_one(path):
-    with pytest.raises(errors.StateError, match="same name"):
-        shardckpt.load_state(path, rename={"net.a": "net.ab"})
+@pytest.mark.parametrize(
+    ("rename", "name"),
+    [
+        ({"net.a": "net.ab"}, "net.ab"),
+        ({"net": "list"}, "list"),  # at the top
+        ({"net.a.w": "step"}, "step"),  # moved to the top
+        ({"net.a.w": "list.0"}, "list.0"),
+        ({"net.a.w": "net.ab.w"}, "net.ab.w"),
+        ({"net.a.w": "x", "list.0": "x"}, "x"),
+        ({"net.a": "x", "list.0": "x.w"}, "x.w"),
+    ],
+)
+def test_two_names_made_one(path, rename, name):
+    with pytest.raises(errors.StateError, match="same name") as caught:
+        shardckpt.load_state(path, rename=rename)
+    assert caught.value.tensor == name

@@ -106,6 +106,17 @@ def test_parameters_and_optimizer_state_are_held_and_buffers_copied():
     assert snapshot.changed(flat) is not None
 
 
+def test_small_tensors_that_are_tied_to_state_of_an_optimizer_stay_tied():
+    model = a_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 5)).sum().backward()
+    optimizer.step()
+    own = optimizer.state[model[0].bias]
+    state = {"first": own["exp_avg"], "m": model, "o": optimizer, "later": [own["step"]]}
+    flat = flatten(take_snapshot(state, small_bytes=1 << 16).state, rank=0)
+    assert list(flat.tensors) == list(flatten(state, rank=0).tensors)
+
+
 @pytest.mark.parametrize("name", ["m.0.weight", "large", "o.state.0.weight.exp_avg"])
 def test_each_change_is_seen(name):
     model = a_model()
@@ -129,3 +140,26 @@ def test_inference_tensors_are_copied():
         tensor.zero_()
         state["m"].weight.zero_()
     assert facts(snapshot.state) == before
+
+
+class Counting:
+    """Its state_dict makes new objects, which nothing else refers to."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def state_dict(self):
+        return {
+            "tensors": [torch.full((size,), self.count) for size in (1, 2, 8)],
+            "arrays": [np.full(size, self.count) for size in (1, 2, 8)],
+        }
+
+    def load_state_dict(self, state): ...
+
+
+def test_memory_of_an_earlier_state_dict_that_is_used_again():
+    state = [Counting(number) for number in range(20)]
+    taken = take_snapshot(state, small_bytes=SMALL_BYTES).state
+    assert [{int(item[0]) for group in one.values() for item in group} for one in taken] == [
+        {number} for number in range(20)
+    ]

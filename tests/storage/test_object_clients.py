@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.server
+import ssl
 import threading
+from pathlib import Path
 
 import pytest
 
-from shardckpt.errors import StoreUnavailableError
+from shardckpt.errors import StateError, StoreUnavailableError
 from shardckpt.storage.object_clients import ClientObjects, _unsigned
 from shardckpt.storage.objects import ConditionFailedError
 
@@ -17,7 +19,7 @@ def answering(monkeypatch):
     """Starts a server that gives one answer; returns the objects of a bucket in it."""
     servers = []
 
-    def start(scheme: str, status: int, code: str) -> ClientObjects:
+    def start(scheme: str, status: int, code: str, *, certificate: str = "") -> ClientObjects:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_PUT(self):
                 self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -32,8 +34,13 @@ def answering(monkeypatch):
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        protocol = "https" if certificate else "http"
+        endpoint = f"{protocol}://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         settings = {
             "s3": {
                 "endpoint": endpoint,
@@ -84,3 +91,22 @@ def test_payloads_are_signed_without_tls(monkeypatch):
     assert _unsigned("s3://tests", {}) == unsigned
     monkeypatch.setenv("AWS_UNSIGNED_PAYLOAD", "false")
     assert _unsigned("s3://tests", {}) == {}, "what the program's environment says counts"
+
+
+def test_a_store_with_a_certificate_of_its_own(answering, monkeypatch):
+    """AWS_CA_BUNDLE names the file of the certificates, as for Amazon's own tools."""
+    folder = Path(__file__).parent / "certificates"
+
+    def put():
+        objects = answering("s3", 412, "no", certificate=str(folder / "server.pem"))
+        objects.put_if("key", b"text", replaces=None)
+
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    with pytest.raises(StoreUnavailableError):
+        put()
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(folder / "certificate.pem"))
+    with pytest.raises(ConditionFailedError):
+        put()
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(folder / "missing.pem"))
+    with pytest.raises(StateError, match=r"missing\.pem"):
+        put()
