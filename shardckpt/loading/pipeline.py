@@ -170,7 +170,7 @@ def _finish(
                 remedy="look at the logs of these ranks, and at the network between them; "
                 "create the state again before you continue: it may be partly overwritten",
             )
-        profile.update({rank: seconds for rank, seconds in results.items() if seconds})
+        profile.update({rank: s for rank, s in results.items() if s and not isinstance(s, str)})
         return b""
 
     exchange(coordinator, "read", report, gather)
