@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 
 from shardckpt.errors import CheckpointError
+from shardckpt.nn_handler.recording import signature
 from shardckpt.nn_handler.trust import is_torch_module
 
 __all__ = ["Bounds"]
@@ -70,7 +70,7 @@ class Bounds:
         """Raise CheckpointError if a module of torch would be larger than the checkpoint."""
         if args and cls is not nn.Sequential:
             raise TypeError("expected keyword arguments")
-        bound = inspect.signature(cls).bind(*args, **kwargs)
+        bound = signature(cls).bind(*args, **kwargs)
         values = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         layers = [n for name, n in values.items() if "layers" in name and type(n) is int]
         parts = [m for m in values.values() if isinstance(m, nn.Module)]

@@ -23,7 +23,7 @@ from torch import nn
 from shardckpt.errors import CheckpointError, ShardckptError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.bounds import Bounds
-from shardckpt.nn_handler.recording import recorded
+from shardckpt.nn_handler.recording import recorded, signature
 from shardckpt.nn_handler.trust import (
     Slot,
     import_name,
@@ -150,7 +150,7 @@ def _of_torch(value: nn.Module, made: dict[str, Any]) -> dict[str, Any] | None:
     """
     arguments: dict[str, Any] = {}
     recurrent = isinstance(value, (nn.LSTM, nn.GRU))  # which take any arguments, for RNNBase
-    parameters = dict(inspect.signature(nn.RNNBase if recurrent else type(value)).parameters)
+    parameters = dict(signature(nn.RNNBase if recurrent else type(value)).parameters)
     if recurrent:
         del parameters["mode"]
     for name, parameter in parameters.items():

@@ -20,7 +20,7 @@ from weakref import ref
 import torch
 from torch import nn
 
-__all__ = ["install", "recorded"]
+__all__ = ["install", "recorded", "signature"]
 
 # By id: a module's __hash__ may need what its __init__ sets, and the module is new here.
 _made: dict[int, tuple[ref[nn.Module], Any, Any]] = {}
@@ -49,11 +49,20 @@ def install() -> None:
     nn.Module.__setstate__ = forget  # type: ignore[method-assign]
 
 
+def signature(cls: type) -> inspect.Signature:
+    """The signature of a constructor. For modules, inspect.signature(cls) of Python 3.11.2 and
+    earlier gives that of `new`, which takes any arguments."""
+    if not issubclass(cls, nn.Module) or cls.__new__ is not nn.Module.__new__:
+        return inspect.signature(cls)
+    found = inspect.signature(cls.__init__)
+    return found.replace(parameters=[*found.parameters.values()][1:])
+
+
 def recorded(module: nn.Module) -> dict[str, Any] | None:
     """The arguments of a module by name; None if they are unknown or have no names."""
     try:
         _, args, kwargs = _made[id(module)]
-        bound = inspect.signature(type(module)).bind(*_strong(args), **_strong(kwargs))
+        bound = signature(type(module)).bind(*_strong(args), **_strong(kwargs))
     except (KeyError, TypeError, ValueError):
         return None
     parameter_kinds = {n: p.kind for n, p in bound.signature.parameters.items()}

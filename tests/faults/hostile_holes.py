@@ -48,7 +48,7 @@ def kind_of_file_unchecked() -> None:
 
 
 def names_followed() -> None:
-    replace("file_in", os.path.join, single_files, safetensors_files, dcp)
+    replace("file_in", os.path.join, foreign_file, single_files, safetensors_files, dcp)
 
 
 def seal_by_one_key() -> None:
