@@ -133,7 +133,7 @@ def test_names_in_a_checkpoint_do_not_drive_the_terminal(tmp_path, capsys, words
 
 
 def test_a_reader_that_has_gone(tmp_path):
-    shardckpt.save({f"{n}": n for n in range(3_000)}, tmp_path / "c")
+    shardckpt.save({f"{n}": n for n in range(8_000)}, tmp_path / "c")
     command = f"{sys.executable} -m shardckpt inspect {tmp_path / 'c'} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == str(tmp_path / "c")

@@ -14,18 +14,20 @@ from tests.faults import store_proxy
 from tests.faults.store_proxy import creates, loads, removes, replaces
 from tests.faults.test_stores import trusting
 
-QUICK = ("twice", "torn")
-
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "step"),
     [
-        pytest.param(kind, marks=[pytest.mark.long] * (kind not in QUICK))
-        for kind in store_proxy.KINDS
+        ("twice", 9),
+        ("torn", 1),  # of which there is one in an upload
+        *(
+            pytest.param(kind, 4, marks=pytest.mark.long)
+            for kind in store_proxy.KINDS
+            if kind != "torn"
+        ),
     ],
 )
-def test_some_requests_fail(object_server, kind):
-    step = 1 if kind == "torn" else 9  # of which there is one in an upload
+def test_some_requests_fail(object_server, kind, step):
     seen = store_proxy.every_fault(object_server, [kind], [creates, replaces], step=step)
     assert seen[kind] > 2
 
