@@ -125,7 +125,7 @@ def _sources(paths: Sequence[Path]) -> Iterator[Source]:
 
 
 def _places(path: Path) -> list[Location]:
-    """Return the checkpoint at a path or, if there is none, the checkpoints in the folder."""
+    """Return the checkpoint at a path. For a folder of checkpoints, return all in it."""
     place = resolve(path)
     try:
         open_source(place.path, storage=place.storage, check=False).close()

@@ -185,7 +185,7 @@ class ShardckptManager(BaseCheckpointManager):
         saved = {one.step: one.path for one in self.manager.checkpoints()}
         if step != -1 and step not in saved:
             raise CheckpointNotFoundError(
-                "There is no checkpoint of this step",
+                "The folder contains no checkpoint of this step",
                 path=self.folder,
                 expected=f"step {step}",
                 actual=f"steps {sorted(saved)}",

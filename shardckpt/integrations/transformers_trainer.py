@@ -49,7 +49,7 @@ class Shardckpt:
 
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """See Trainer.train. `resume_from_checkpoint=True` takes the newest complete checkpoint in
-        `output_dir`, and begins anew if there is none."""
+        `output_dir`. Without one, training begins anew."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _newest(self.args.output_dir)
         self._random: Any = None

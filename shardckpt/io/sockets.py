@@ -17,7 +17,7 @@ def own_address(host: str | None, *, across_machines: bool) -> str:
     """Return the address of this machine on the interface that leads to a host.
 
     Args:
-        host: The name or address of the host, such as that of the store; None if there is none.
+        host: The name or address of the host, such as that of the store, or None.
         across_machines: Whether other machines must reach the address. Then it is that of the name
             of this machine if the host is this machine and leads to a loopback interface.
     """

@@ -98,7 +98,7 @@ def _are_groups(groups: Any) -> bool:
 def _choose(
     wanted: Any, by_id: Mapping[int, str], parameters: Mapping[str, Any], module: nn.Module
 ) -> list[str]:
-    """The names that one choice or several select, each once; StateError if there are none."""
+    """Return the names that the choices select, each once. StateError for an empty result."""
     choices = [wanted] if isinstance(wanted, (str, torch.Tensor)) or callable(wanted) else wanted
     choices = choices if isinstance(choices, Iterable) else ()
     found = [name for choice in choices for name in _matching(choice, by_id, parameters)]

@@ -285,7 +285,8 @@ class NNHandler(Components):
         found = self.val_data if data is None else ValData(data, loader_options, self.layout)
         if found is None:
             raise StateError(
-                "There is no data to evaluate on", remedy="pass data, or call set_val_loader first"
+                "The handler has no validation data",
+                remedy="pass data, or call set_val_loader first",
             )
         with self._weights(ema):
             return validate(self, found, guard=lambda act: act(), agree=self._any_rank)

@@ -383,7 +383,7 @@ class TrainingState:
             self.log_loss(loss, optimizer)
 
     def _optimization(self, name: str) -> Optimization:
-        """The optimizer of a name; StateError if there is none."""
+        """Return the optimizer with a name. StateError for an unknown name."""
         if name not in self.optimizations:
             raise StateError(
                 "The handler has no optimizer of this name",

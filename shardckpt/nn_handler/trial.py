@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from shardckpt.nn_handler.parallel import reshard
 from shardckpt.nn_handler.training_state import TrainingState
+from shardckpt.torch_compat import dtensor_local, is_dtensor
 
 __all__ = ["undone"]
 
@@ -77,4 +78,4 @@ def _tensors(handler: TrainingState) -> list[Any]:
 
 
 def _local(tensor: Any) -> Any:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return dtensor_local(tensor) if is_dtensor(tensor) else tensor

@@ -151,7 +151,7 @@ def _tried(
     """Carry out a task.
 
     Returns:
-        The longest wait before the next attempt, 0 if there is none; and the error.
+        The longest wait before the next attempt, or 0 without another attempt; and the error.
     """
     try:
         task()

@@ -108,7 +108,7 @@ class ObjectStorage(Storage):
         text = _get(objects, prefix + MANIFEST_NAME)[0]
         if text is None and not any(True for _ in objects.list(prefix)):
             raise CheckpointNotFoundError(
-                "There is nothing at this path",
+                "The store has no object at this path",
                 path=path,
                 expected="a checkpoint",
                 actual="no object with this prefix",
@@ -186,7 +186,7 @@ class ObjectStorage(Storage):
         found = objects.head(prefix + MANIFEST_NAME)
         if found is None:
             raise CheckpointNotFoundError(
-                "There is no checkpoint at this path", path=path, remedy="check the URL"
+                "The store has no checkpoint at this path", path=path, remedy="check the URL"
             )
         return found.version
 
@@ -407,7 +407,7 @@ class ObjectFiles(CheckpointFiles):
         """See CheckpointFiles.manifest."""
         if self._manifest is None:
             raise NotACheckpointError(
-                "There is no shardckpt checkpoint at this URL",
+                "This URL is not that of a shardckpt checkpoint",
                 path=self.path,
                 expected=f"the object {MANIFEST_NAME} below it",
                 actual="other objects",

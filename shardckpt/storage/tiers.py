@@ -370,7 +370,7 @@ class TieredStorage(Storage):
         """
         if not 0 <= tier < len(self._roots):
             raise StateError(
-                "There is no such tier",
+                "This storage does not have a tier with this number",
                 expected=f"a number from 0 to {len(self._roots) - 1}",
                 actual=repr(tier),
             )
@@ -452,7 +452,7 @@ def _remove(place: Location) -> None:
 
 
 def _manifest_at(place: Location) -> bytes | None:
-    """The manifest of the checkpoint at a place. None if there is none that can be read."""
+    """The manifest of the checkpoint at a place. None if it can't be read."""
     with suppress(*BROKEN):
         files = place.storage.open(place.path)
         try:

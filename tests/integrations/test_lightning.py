@@ -145,15 +145,16 @@ def test_the_trainer_resumes_a_file_of_its_own_that_was_converted_to_ours_and_ba
     assert all(map(torch.equal, net.state_dict().values(), expected.state_dict().values()))
 
 
+def as_lightning(state, folder):
+    """Write the state of a loop as the file b.ckpt of Lightning."""
+    shardckpt.save(state, folder / "ours")
+    names = {"model": "state_dict.layers"}
+    shardckpt.convert(folder / "ours", folder / "b.ckpt", to="lightning", rename=names)
+
+
 def test_the_trainer_resumes_what_a_loop_without_lightning_saved(tmp_path):
     state = trained_by_a_loop(2) | {"step": 8, "epoch": 2}
-    shardckpt.save(state, tmp_path / "ours")
-    shardckpt.convert(
-        tmp_path / "ours",
-        tmp_path / "b.ckpt",
-        to="lightning",
-        rename={"model": "state_dict.layers"},
-    )
+    as_lightning(state, tmp_path)
     trainer, net = fitted(3, tmp_path / "b.ckpt")
     assert (trainer.global_step, trainer.current_epoch) == (12, 3)
     expected = trained_by_a_loop(3)
@@ -165,12 +166,6 @@ def test_the_trainer_resumes_what_a_loop_without_lightning_saved(tmp_path):
 def test_the_trainer_resumes_without_a_scheduler(tmp_path):
     state = trained_by_a_loop(1)
     del state["scheduler"]
-    shardckpt.save(state, tmp_path / "ours")
-    shardckpt.convert(
-        tmp_path / "ours",
-        tmp_path / "b.ckpt",
-        to="lightning",
-        rename={"model": "state_dict.layers"},
-    )
+    as_lightning(state, tmp_path)
     trainer, _ = fitted(1, tmp_path / "b.ckpt")
     assert trainer.global_step == 4
