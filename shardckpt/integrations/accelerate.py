@@ -207,7 +207,7 @@ def _path_to_load(accelerator: Any, path: str | None) -> str:
     saved = _numbered(accelerator) if accelerator.project_dir else []
     if not saved:
         raise CheckpointNotFoundError(
-            "The project folder contains no automatic checkpoint",
+            "The project folder contains no checkpoint with an automatic name",
             path=accelerator.project_dir,
             expected="checkpoints/checkpoint_N in the project folder",
             actual="none",

@@ -81,7 +81,7 @@ def test_a_handle_waits_for_a_tier(tiers, url):
     handle = shardckpt.async_save(STATE, "step-1", storage=tiers)
     handle.result(DEADLINE_S, tier=1)
     assert is_saved(shardckpt.load_state(f"{url}/step-1"))
-    with pytest.raises(StateError, match="no such tier"):
+    with pytest.raises(StateError, match="does not have a tier with this number"):
         handle.result(tier=2)
 
 
