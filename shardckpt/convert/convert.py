@@ -35,6 +35,11 @@ from shardckpt.convert.single_files import (
 )
 from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
 from shardckpt.convert.targets import Target
+from shardckpt.convert.torch_checkpointing import (
+    has_metadata,
+    has_rank_files,
+    open_torch_checkpointing,
+)
 from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
 from shardckpt.convert.torchsnapshot import METADATA as SNAPSHOT
 from shardckpt.convert.torchsnapshot import open_torchsnapshot
@@ -194,6 +199,8 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
             return DcpCheckpoint(path).source()
         if os.path.isfile(os.path.join(path, SNAPSHOT)):
             return open_torchsnapshot(path)
+        if has_metadata(path):
+            return open_torch_checkpointing(path, check=check)
         for weights in WEIGHTS:
             if os.path.isfile(os.path.join(path, weights)):
                 if ".safetensors" in weights:
@@ -203,6 +210,8 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
             return open_fsdp(path)
         if folder := deepspeed_folder(path):
             return open_deepspeed(path, folder, check=check)
+        if has_rank_files(path):
+            return open_torch_checkpointing(path, check=check)
         raise_unreadable(path)
     return Checkpoint(path, storage=place.storage)
 
