@@ -269,7 +269,7 @@ def differences(
             return int(unequal.sum()), 0.0
         bits = (memory_view(each).reshape(len(unequal), -1) for each in (a, b))
         a, b = (each[unequal].reshape(-1).view(a.dtype) for each in bits)
-        exact = torch.zeros(len(a), dtype=torch.bool)
+        exact = torch.zeros(len(a), dtype=torch.bool, device="cpu")
     wide = torch.complex128 if a.dtype.is_complex or b.dtype.is_complex else torch.float64
     x, y = (each.reshape(-1).to(wide) for each in (a, b))
     gap = (x - y).abs()

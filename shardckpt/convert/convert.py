@@ -95,9 +95,10 @@ def convert(
     target appears when it is complete.
 
     Args:
-        source: A checkpoint of shardckpt, of torch.distributed.checkpoint (DCP) or of DeepSpeed; a
-            torch file, which is read with weights_only=True; a safetensors file; a folder in the
-            layout of Hugging Face; or a folder of an NNHandler with a file for each component.
+        source: A checkpoint of shardckpt, of torch.distributed.checkpoint (DCP), of
+            torch_checkpointing or of DeepSpeed; a torch file, which is read with weights_only=True;
+            a safetensors file; a folder in the layout of Hugging Face; or a folder of an NNHandler
+            with a file for each component.
         target: The new checkpoint.
         to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
             "torch", .safetensors is "safetensors", and no suffix is "shardckpt". "lightning" is a

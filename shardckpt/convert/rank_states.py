@@ -307,12 +307,11 @@ class RankStates:
         return PerRank(nodes.get(0))
 
     def _own(self, node: Any, name: str) -> Any:
-        """Return a value of one rank. Parts of tensors in it are left out."""
+        """Return a value of one rank. Raises CorruptionError for a part of a tensor in it."""
         if id(node) in self._locals:
             local = self._locals[id(node)][1]
             if local.absent or local.sharding or local.boxes:
-                self.left_out[name] = "a part of a tensor, in a container that differs by rank"
-                return None
+                raise self._disagree(name, "a part of a tensor in a dict or list of another form")
             return self._whole(local)
         if isinstance(node, dict):
             return {key: self._own(item, below(name, key)) for key, item in node.items()}

@@ -615,7 +615,8 @@ def dtensor(*, mesh: bytes, placement: bytes, order: bytes = b"N") -> bytes:
     )
 
 
-RANKS = tensor(0, [2], [1]).replace(b"FloatStorage", b"IntStorage")
+RANK_STORAGE = STORAGE.replace(b"Float", b"Int").replace(text("0"), text("1"))
+RANKS = tensor(0, [2], [1], RANK_STORAGE.replace(b"K\x06", b"K\x02"))
 COORDINATE = text("_coordinate_on_dim") + b"(K\x01t"
 
 
@@ -646,7 +647,12 @@ DTENSORS: dict[str, bytes] = {
         mesh=mesh_of(RANKS.replace(whole(2), whole(1 << 40)).replace(whole(1), whole(0))),
         placement=shard(),
     ),
-    "a mesh with a rank twice": dtensor(mesh=mesh_of(RANKS), placement=shard()),
+    "a mesh with a rank twice": dtensor(
+        mesh=mesh_of(RANKS.replace(whole(0) + b"(" + whole(2), whole(1) + b"(" + whole(2)).replace(
+            b"(" + whole(1) + b"t\x89", b"(" + whole(0) + b"t\x89")),
+        placement=shard(),
+    ),
+    "the part of a tensor that another rank lacks": dtensor(mesh=mesh_of(RANKS), placement=shard()),
     "a mesh without ranks": dtensor(mesh=COORDINATE, placement=shard()),
     "a layout of 2**40 ranks": dtensor(mesh=layout_of(MANY, MANY), placement=shard()),
     "a layout of 2**40 dimensions": dtensor(
@@ -702,6 +708,11 @@ FOREIGN: dict[str, Attack] = {
     **{f"metadata.pkl: {what}": rank_file("metadata.pkl", p) for what, p in PICKLES.items()},
     **{f"rank: {what}": rank_file("model_1.pt", archive(p)) for what, p in PICKLES.items()},
     **{f"rank: {what}": rank_file("model_1.pt", archive(p)) for what, p in TORCH_PICKLES.items()},
-    **{f"rank: {what}": rank_file("model_1.pt", archive(p)) for what, p in DTENSORS.items()},
+    **{
+        f"rank: {what}": rank_file(
+            "model_1.pt", archive(p, **{"data/1": struct.pack("<ii", 0, 1)})
+        )
+        for what, p in DTENSORS.items()
+    },
     **{f"rank file: {what}": rank_file("model_1.pt", made) for what, made in TORCH_FILES.items()},
 }  # fmt: skip
