@@ -10,13 +10,18 @@ import runpy
 import sys
 from typing import Any
 
-from tests.ranks import like_torchrun, run_ranks
+from tests.ranks import Ranks, like_torchrun, run_ranks, start_ranks
 
 
 def job(script: Any, *arguments: Any, ranks: int) -> Any:
     """Run a script in new processes. Returns the JSON in the last line that rank 0 prints."""
     printed = run_ranks(ranks, _run, str(script), [str(one) for one in arguments], ranks)[0]
     return json.loads(printed.splitlines()[-1])
+
+
+def start_job(script: Any, *arguments: Any, ranks: int) -> Ranks:
+    """As job, without waiting. The result of a rank is all that it prints."""
+    return start_ranks(ranks, _run, str(script), [str(one) for one in arguments], ranks)
 
 
 def _run(path: str, arguments: list[str], ranks: int) -> str:
