@@ -152,8 +152,8 @@ class ReplicaCheckpoints:
                 self._shared.wait_staged()  # torchft may replace the state before the next step
         if self._own is not None and (saved or self._own_step < due):
             self._own_step = step
-            state = self._replica_state or {}
-            self._own.save(step, state, metrics=metrics, if_exists="overwrite")
+            own = self._replica_state or {}
+            self._own.save(step, own, metrics=metrics, if_exists="overwrite")
         return saved
 
     def wait(self) -> None:
