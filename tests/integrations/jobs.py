@@ -33,3 +33,19 @@ def _run(path: str, arguments: list[str], ranks: int) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         runpy.run_path(path, run_name="__main__")
     return out.getvalue()
+
+
+def allow_fsdp_on_cpu():
+    """Shard CPU ranks too, by the same code: accelerate takes the plugin only on devices."""
+    from accelerate import state
+
+    initialize = state.AcceleratorState.__init__
+
+    def with_plugin(self, *arguments, fsdp_plugin=None, **named):
+        initialize(self, *arguments, fsdp_plugin=fsdp_plugin, **named)
+        if fsdp_plugin is not None and self.distributed_type == state.DistributedType.MULTI_CPU:
+            self.distributed_type = state.DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            state.PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    state.AcceleratorState.__init__ = with_plugin

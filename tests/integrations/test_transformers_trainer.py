@@ -61,10 +61,18 @@ def test_a_run_resumed_on_one_rank_is_equal_but_for_the_order_of_sums(stopped, u
     assert resumed["steps"] == uninterrupted[kind]["steps"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("best", [4, 8, 12])
+@pytest.mark.parametrize(
+    ("kind", "best"),
+    [
+        ("ddp", 12),
+        *(
+            pytest.param(kind, best, marks=pytest.mark.long)
+            for kind, best in [("ddp", 4), ("ddp", 8), ("fsdp2", 4), ("fsdp2", 12)]
+        ),
+    ],
+)
 def test_the_best_model_is_loaded_at_the_end(tmp_path, uninterrupted, kind, best):
-    """Step 8 is best before and after a restart; step 12 is the newest one at the end."""
+    """Steps 4 and 8 are best before a restart and after it. Step 12 is also the last one."""
     run = tmp_path / "run"
     job(JOB, run, 8, kind, f"best-{best}", ranks=2)
     resumed = job(JOB, run, 12, kind, f"best-{best}", ranks=2)
@@ -93,10 +101,11 @@ def test_a_checkpoint_that_the_trainer_did_not_complete_is_left_out(stopped, uni
     assert job(JOB, folder, 12, ranks=2)["digest"] == uninterrupted["ddp"]["digest"]
 
 
-def test_save_only_model_and_save_model_write_folders_of_the_hub(tmp_path):
+def test_save_only_model_save_model_and_push_to_hub_write_folders_of_the_hub(tmp_path):
     transformers = pytest.importorskip("transformers")
     job(JOB, tmp_path / "run", 4, "only-model", "save-model", ranks=2)
-    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4"):
+    job(JOB, tmp_path / "pushed", 4, "push", ranks=2)
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4", tmp_path / "pushed"):
         assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 

@@ -1,7 +1,7 @@
 """A training with a Trainer on CPU ranks, as a script: FOLDER STEPS [OPTION...]
 
 Trains to STEPS of 12 steps, resuming if there is a checkpoint, and prints a digest of the weights.
-Options: `fsdp2`, `lora`, `only-model`, `save-model`, and `best-N`, which evaluates when it saves,
+Options: `fsdp2`, `lora`, `only-model`, `save-model`, `push`, and `best-N`, which evaluates when it saves,
 finds step N best, and loads its weights in the end.
 """
 
@@ -17,29 +17,11 @@ import transformers  # noqa: E402
 from transformers.trainer_callback import ExportableState  # noqa: E402
 
 from shardckpt.integrations.transformers_trainer import Trainer  # noqa: E402
+from tests.integrations.jobs import allow_fsdp_on_cpu  # noqa: E402
 
 FOLDER, STEPS, *OPTIONS = sys.argv[1:]
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 BEST = next((int(option[5:]) for option in OPTIONS if option.startswith("best-")), None)
-
-
-def allow_fsdp_on_cpu():
-    """Shard CPU ranks too, by the same code: accelerate takes the plugin only on devices."""
-    from accelerate import state
-
-    initialize = state.AcceleratorState.__init__
-
-    def with_plugin(self, *arguments, fsdp_plugin=None, **named):
-        first = not self.initialized
-        initialize(self, *arguments, fsdp_plugin=fsdp_plugin, **named)
-        if first and self.distributed_type == state.DistributedType.MULTI_CPU:
-            self.distributed_type = state.DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-            state.PartialState._shared_state["distributed_type"] = self.distributed_type
-
-    state.AcceleratorState.__init__ = with_plugin
-
-
 config = transformers.LlamaConfig(
     hidden_size=16,
     num_hidden_layers=2,
@@ -122,6 +104,8 @@ trainer = Evaluated(
 trainer.train(resume_from_checkpoint=True)
 if "save-model" in OPTIONS:
     trainer.save_model()
+if "push" in OPTIONS:
+    trainer.save_model(_internal_call=True)  # as push_to_hub does
 weights = torch.cat(
     [
         (value.full_tensor() if hasattr(value, "full_tensor") else value).flatten()
