@@ -1,8 +1,8 @@
 """A training with a Trainer on CPU ranks, as a script: FOLDER STEPS [OPTION...]
 
 Trains to STEPS of 12 steps, resuming if there is a checkpoint, and prints a digest of the weights.
-Options: `fsdp2`, `lora`, `only-model`, `save-model`, `push`, and `best-N`, which evaluates when it saves,
-finds step N best, and loads its weights in the end.
+Options: `fsdp2`, `lora`, `only-model`, `save-model`, `push`, and `best-N`, which evaluates when it
+saves, finds step N best, and loads its weights in the end.
 """
 
 import hashlib
