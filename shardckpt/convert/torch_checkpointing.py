@@ -151,7 +151,8 @@ class _Boxes(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class _Described:
-    """What the metadata say of a tensor: its dtype, and its sharding or the boxes of a rank."""
+    """The facts about a tensor in the metadata: its dtype, and its sharding or the boxes of a
+    rank."""
 
     dtype: str
     sharding: Sharding | None
@@ -401,7 +402,7 @@ class _Saved:
         return root
 
     def _describe(self, tensor: LocalTensor, item: _Files, path: Path, rank: int) -> None:
-        """Add what the metadata say to a tensor. A DTensor says more itself."""
+        """Add the facts in the metadata to a tensor. A DTensor in the file has more of them."""
         found = item.of(path, rank)
         if found is None or tensor.absent:
             return
