@@ -69,7 +69,7 @@ def layout_digests(
             known[key] = dims, xxh3_64_intdigest(msgspec.msgpack.encode(tensors))
         dims, seed = known[key]
         boxes = np.ascontiguousarray(chunks.boxes[low:high, :, :dims])
-        digests.append(xxh3_64_intdigest(boxes, seed) >> 1)  # an int64
+        digests.append(xxh3_64_intdigest(boxes.data, seed) >> 1)  # an int64
     return digests
 
 
