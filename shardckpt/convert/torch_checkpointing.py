@@ -248,7 +248,6 @@ def open_torch_checkpointing(path: str, *, check: bool) -> Foreign:
         state = saved.state()
     origin = Origin(
         format="torch_checkpointing",
-        writer="torch_checkpointing",
         left_out={**_beside(path, saved.used), **saved.states.left_out},
         changed=saved.states.changed,
         files=tuple(sorted(saved.used)),

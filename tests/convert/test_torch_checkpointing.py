@@ -84,7 +84,7 @@ def test_the_state_is_that_which_torch_checkpointing_loads(name, copied, tmp_pat
     expected.pop("note", None)
     options = {"keys": ["model", "alone"]} if name == "hsdp" else {}  # without partial sums
     report, state = loaded(copied(name), tmp_path, **options)
-    assert report.writer == "torch_checkpointing"
+    assert report.source_format == "torch_checkpointing"
     assert set(expected) <= set(state)
     for key, value in expected.items():
         if key == "optimizer" and "_optimizer_state_format_version" in value:
@@ -162,7 +162,7 @@ def test_transforms_and_the_commands_take_it_as_a_source(copied, tmp_path, capsy
     assert main(["diff", str(folder), str(tmp_path / "model.pth"), *options]) == 0
     for command in (["inspect"], ["stats"], ["verify"]):
         assert main([*command, str(folder)]) == 0, command
-    assert "written by torch_checkpointing" in capsys.readouterr().out
+    assert "\n  torch_checkpointing\n" in capsys.readouterr().out
     assert main(["cat", str(folder), "model.up.weight[0]"]) == 0
     assert capsys.readouterr().out.startswith("[")
 
