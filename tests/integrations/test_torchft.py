@@ -163,6 +163,14 @@ def test_each_group_gets_its_own_state_of_the_checkpoint_or_before(tmp_path):
     assert states == [{"position": 2}, {"position": 12}]
 
 
+def test_the_folder_may_be_in_an_object_store(tmp_path):
+    folder, own = f"memory:/{tmp_path}", {"position": 7}
+    assert saved_at(group(folder, replica_id=0, replica_state=own), 1, 2) == [1, 2]
+    own["position"] = 0
+    manager, weight, _ = group(folder, replica_id=0, replica_state=own)
+    assert (manager.step, weight.tolist(), own) == (2, [2, 2, 2], {"position": 7})
+
+
 @pytest.mark.parametrize(
     ("state", "options", "message"),
     [
