@@ -95,7 +95,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     Args:
         folder: The folder of the checkpoints: a path, a URL such as `s3://bucket/run`, or a storage
-            that has a root. The first save creates it.
+            that has a root, such as TieredStorage. The first save creates it.
         keep: The retention policies: KeepLast, KeepBest, KeepEverySteps, KeepEveryHours, or your
             own function. A checkpoint is kept if any policy keeps it. Without policies, all
             checkpoints are kept.
@@ -111,7 +111,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             is full, does not answer or throttles. Such a save is tried once more, then a warning is
             issued. With `asynchronous` it is not tried again: its state is gone. Other errors are
             always raised.
-        on_failure: Called on every rank with the path and the error of a save that failed so.
+        on_failure: Called on every rank with the path and the error of each tolerated failure.
         storage: The storage of the folder; see `save`.
         backend: How checkpoints are stored; by default as shards. With a backend of your own the
             folder is a local path.
