@@ -262,12 +262,16 @@ def differences(
     difference. Tensors of different dtypes must have dtypes with arithmetic."""
     exact: torch.Tensor | None = None
     if a.dtype == b.dtype:
-        unequal = _unequal_bits(a, b)
+        integers = _INTEGERS[min(a.element_size(), 8)]  # torch can't index all dtypes
+        bits = [memory_view(each).reshape(-1).view(integers) for each in (a, b)]
+        unequal = bits[0] != bits[1]
+        if a.element_size() > 8:  # complex128
+            unequal = unequal.reshape(-1, 2).any(dim=1)
+            bits = [each.reshape(-1, 2) for each in bits]
         if not unequal.any():
             return 0, 0.0
         if a.dtype in OPAQUE:
             return int(unequal.sum()), 0.0
-        bits = (memory_view(each).reshape(len(unequal), -1) for each in (a, b))
         a, b = (each[unequal].reshape(-1).view(a.dtype) for each in bits)
         exact = torch.zeros(len(a), dtype=torch.bool, device="cpu")
     wide = torch.complex128 if a.dtype.is_complex or b.dtype.is_complex else torch.float64
@@ -279,16 +283,6 @@ def differences(
         close = _equal_integers(a, b) if exact is None else exact  # float64 can't tell all apart
     gap = gap[~close]
     return len(gap), float(gap.max()) if len(gap) else 0.0
-
-
-def _unequal_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return which elements of two tensors of one dtype and shape have different bytes."""
-    integers = _INTEGERS[min(a.element_size(), 8)]
-    bits = [memory_view(each).reshape(-1).view(integers) for each in (a, b)]
-    unequal = bits[0] != bits[1]
-    if a.element_size() > 8:  # complex128
-        unequal = unequal.reshape(-1, 2).any(dim=1)
-    return unequal
 
 
 def _is_integer(tensor: torch.Tensor) -> bool:

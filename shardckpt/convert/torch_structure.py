@@ -319,7 +319,10 @@ def _axes(facts: Any) -> Iterator[tuple[list[int], list[int]]]:
     if "axes" in facts:  # torch 2.14
         parts = [(axis.state["shape"], axis.state["stride"]) for axis in facts["axes"]]
     else:
-        parts = list(zip(facts["shape"], facts["stride"], strict=True))
+        shape, stride = (
+            node if type(node) is tuple else (node,) for node in (facts["shape"], facts["stride"])
+        )
+        parts = list(zip(shape, stride, strict=True))
     for shape, stride in parts:
         yield list(_flat(shape)), list(_flat(stride))
 
