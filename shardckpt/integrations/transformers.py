@@ -64,8 +64,8 @@ def save_pretrained(
     generation configuration and the tokenizer, and appears when it is complete. Tied weights are
     saved under one name, and buffers that transformers ignores are left out. For a PEFT model only
     the adapter is saved. The ranks first write the weights beside the folder. Then each writes an
-    equal part of the files, so that no rank needs memory for more than a few weights. The file system
-    needs room for the weights twice.
+    equal part of the files, so that no rank needs memory for more than a few weights. The file
+    system needs room for the weights twice.
 
     Args:
         model: A PreTrainedModel or a PeftModel, plain or under DDP, FSDP2 or tensor parallelism.
