@@ -135,9 +135,10 @@ class ShardckptError(Exception):
         Exception.__init__(self, message)
 
     def __str__(self) -> str:
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         facts = {
             "path": _one_line(self.path),
-            "rank": self.rank,
+            "rank": ", ".join(map(str, ranks)) if self.rank is not None else None,
             "tensor": _one_line(self.tensor),
             "expected": self.expected,
             "actual": self.actual,

@@ -122,6 +122,12 @@ def test_the_entries_of_a_mismatch_are_attributes():
     assert again.wrong_shape == error.wrong_shape
 
 
+def test_ranks_are_listed_without_brackets():
+    assert "\n  rank: 0\n" in f"{errors.StateError('m', rank=(0,))}\n"
+    assert "\n  rank: 1, 3\n" in f"{errors.StateError('m', rank=(1, 3))}\n"
+    assert "\n  rank: 2\n" in f"{errors.StateError('m', rank=2)}\n"
+
+
 def test_a_line_end_in_a_name_does_not_make_another_fact():
     text = str(errors.StateError("Bad", path="run\n  remedy: none", tensor="w\n  path: x"))
     assert text.splitlines() == ["Bad", r"  path: run\n  remedy: none", r"  tensor: w\n  path: x"]

@@ -23,11 +23,11 @@ _REMEDY = "resume on as many ranks as saved; or leave the loader out and begin t
 def loader_position(loader: Any) -> PerRank:
     """Mark a StatefulDataLoader as an entry of a state. Not collective.
 
-    A load on as many ranks gives each rank its own position. On another number of ranks, a loader
-    of a map-style dataset with a DistributedSampler or StatefulDistributedSampler, without worker
-    processes, continues after the samples that all ranks together have taken. They must be a whole
-    number of steps of the new ranks. Every other loader is refused: its position holds state that
-    only the same rank can take.
+    A load on the same number of ranks gives each rank its own position. On another number of ranks,
+    a loader of a map-style dataset with a DistributedSampler or StatefulDistributedSampler, without
+    worker processes, continues after the samples that all ranks together have taken. They must be a
+    whole number of steps of the new ranks. Every other loader is refused: its position holds state
+    that only the same rank can take.
 
     Args:
         loader: The StatefulDataLoader of this rank.

@@ -61,11 +61,11 @@ def save_pretrained(
     """Save a model as transformers' save_pretrained does, from all ranks and without gathering it.
 
     Collective. The folder has the weights under the names of the hub, the configuration, the
-    generation configuration and the tokenizer, and appears when it is complete. Of tied weights one
-    name is saved, and buffers that transformers ignores are left out. For a PEFT model only the
-    adapter is saved. The ranks first write the weights beside the folder, and then each an equal
-    part of the files, so that no rank needs memory for more than a few weights. The file system
-    needs room for the weights twice.
+    generation configuration and the tokenizer, and appears when it is complete. Tied weights are
+    saved under one name, and buffers that transformers ignores are left out. For a PEFT model only
+    the adapter is saved. The ranks first write the weights beside the folder. Then each writes an
+    equal part of the files, so that no rank needs memory for more than a few weights. The file
+    system needs room for the weights twice.
 
     Args:
         model: A PreTrainedModel or a PeftModel, plain or under DDP, FSDP2 or tensor parallelism.
@@ -113,9 +113,9 @@ def load_pretrained(
     """Load weights of the hub into a model, each rank its own shards.
 
     Collective. The model is built and sharded before: `AutoModel.from_config(config)`, also on the
-    meta device, then fully_shard, tensor parallelism or DDP. A weight whose name alone differs from
-    the file is read in parts. Weights that transformers joins or splits, such as experts, are read
-    in full by every rank, one layer at a time.
+    meta device, then fully_shard, tensor parallelism or DDP. A weight that differs from the file
+    only in its name is read in parts. Weights that transformers joins or splits, such as experts,
+    are read in full by every rank, one layer at a time.
 
     Args:
         model: A PreTrainedModel, or a PeftModel, which loads an adapter.

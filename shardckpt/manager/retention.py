@@ -116,7 +116,8 @@ class KeepBest:
 
     Args:
         count: How many to keep.
-        monitor: The name of the metric. Checkpoints without it are not kept by this policy.
+        monitor: The name of the metric. Checkpoints without it are not kept by this policy. If no
+            checkpoint has it, but some have other metrics, the manager warns.
         mode: Whether "min" or "max" is best.
 
     Raises:

@@ -42,8 +42,8 @@ class NNHandler(Components):
     """A model with its optimizers, schedulers, loss, loaders, metrics and callbacks.
 
     The same script runs under python, torchrun and mpirun. A checkpoint holds plain data: classes
-    and functions are saved by their import names. `save` warns of an object without one, and `load`
-    asks for it.
+    and functions are saved by their import names. `save` warns about an object without one, and it
+    must be passed to `load`.
 
     Args:
         model_class: The class of the model, or a function that creates it. All ranks start with
@@ -117,7 +117,7 @@ class NNHandler(Components):
 
         Args:
             interval: Save after every so many epochs. -1 saves after the last epoch or an early
-                stop, 0 and None never.
+                stop; 0 or None turns this off.
             save_path: The folder of the checkpoints.
             name: The template of their names, with the fields `epoch`, `step`, `loss`, `lr`,
                 `val_loss` and every metric, also as `val_<metric>`. The suffix chooses the format,
