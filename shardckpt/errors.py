@@ -24,7 +24,8 @@
     │   └── StalledError(TimeoutError)         a read or write that does not return
     ├── CoordinationError(RuntimeError)    the ranks can't work together
     │   ├── RankFailedError                    a rank raised an error, died or hangs
-    │   └── DirectoryNotSharedError            ranks that don't see the same directory
+    │   ├── DirectoryNotSharedError            ranks that don't see the same directory
+    │   └── ShardMismatchError                 a shard that does not match the manifest
     └── DependencyError(ImportError)       an optional dependency is not installed
 
 The command `shardckpt` exits with the `exit_code` of the error's class. Each family has its own
@@ -55,6 +56,7 @@ __all__ = [
     "RankFailedError",
     "RankMismatchError",
     "ReplicaMismatchError",
+    "ShardMismatchError",
     "ShardckptError",
     "StalledError",
     "StateError",
@@ -295,6 +297,13 @@ class RankFailedError(CoordinationError):
 
 class DirectoryNotSharedError(CoordinationError):
     """Some ranks don't see the directory that rank 0 created."""
+
+
+class ShardMismatchError(CoordinationError):
+    """A rank wrote a shard whose tensors, boxes or order are not those of the manifest.
+
+    Nothing was committed.
+    """
 
 
 class DependencyError(ShardckptError, ImportError):

@@ -14,12 +14,14 @@ _FENCE = re.compile(r"^( *)```(\S*)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DO
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: its language, the file that it is, its code, and its line in the page."""
+    """A fenced block: its language, the file that it is, its code, its line in the page, and the
+    numbers of its highlighted lines."""
 
     language: str
     title: str | None
     code: str
     line: int
+    highlighted: tuple[int, ...]
 
 
 def blocks(page: str) -> list[Block]:
@@ -30,7 +32,10 @@ def blocks(page: str) -> list[Block]:
         title = re.search(r'title="([^"]+)"', options)
         lines = [line.removeprefix(indent) for line in code.splitlines()]
         number = page.count("\n", 0, match.start()) + 1
-        found.append(Block(language, title[1] if title else None, "\n".join(lines) + "\n", number))
+        marks = re.search(r'hl_lines="([^"]+)"', options)
+        highlighted = tuple(map(int, marks[1].split())) if marks else ()
+        code = "\n".join(lines) + "\n"
+        found.append(Block(language, title[1] if title else None, code, number, highlighted))
     return found
 
 

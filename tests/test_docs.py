@@ -77,6 +77,13 @@ def test_every_module_that_the_architecture_page_names_exists():
     assert {f"{name}.py" for name in named} <= set(modules_of_the_package())
 
 
+def test_the_contributing_page_names_every_command():
+    scripts = [path.name for path in (ROOT / "scripts").iterdir() if path.is_file()]
+    commands = {name for name in scripts if "." not in name}
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    assert set(re.findall(r"`scripts/(\w+)[` ]", page)) == commands
+
+
 def test_a_missing_module_would_be_seen():
     page = "```text\nshardckpt/\n  api.py   calls\n  io/   memory\n    buffers.py  buffers\n```"
     assert modules_of_the_tree(page) == ["api.py", "io/buffers.py"]

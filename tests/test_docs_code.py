@@ -43,7 +43,7 @@ def in_folder(folder: str) -> None:
 def needed(text: str) -> set[str]:
     """The packages of scripts/integrations that the code of a page imports."""
     code = "".join(block.code for block in blocks(text))
-    packages = "accelerate|lightning|peft|torchdata|torchtitan|transformers"
+    packages = "accelerate|lightning|peft|torchdata|torchft|torchtitan|transformers"
     integrations = rf"^from shardckpt\.integrations\.({packages})\b"
     return {
         package

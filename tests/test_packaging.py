@@ -43,12 +43,25 @@ def test_the_classifiers_are_the_pythons_of_the_table(project):
     assert set(re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))) == pythons
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("setuptools"), reason="setuptools builds")
+def test_the_top_level_holds_these_names_and_no_others():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("a source archive, without git")
+    folders = {".ci", "docs", "scripts", "shardckpt", "tests"}
+    texts = {"CHANGELOG.md", "LICENSE", "README.md"}
+    settings = {".gitignore", "pyproject.toml", "setup.cfg"}
+    found = {name.partition("/")[0] for name in listed.stdout.splitlines()}
+    assert found == folders | texts | settings
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("hatchling"), reason="hatchling builds")
 def test_the_wheel_and_the_source_archive_are_complete(tmp_path):
     copy = tmp_path / "copy"
     ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "site", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    build = "from setuptools import build_meta as b; b.build_wheel('out'); b.build_sdist('out')"
+    build = "from hatchling import build as b; b.build_wheel('out'); b.build_sdist('out')"
     (copy / "out").mkdir()
     run = [sys.executable, "-c", build]
     subprocess.run(run, cwd=copy, check=True, capture_output=True, timeout=120)
@@ -64,7 +77,8 @@ def test_the_wheel_and_the_source_archive_are_complete(tmp_path):
     with tarfile.open(source) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert modules <= files
-    wanted = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "setup.cfg", "mkdocs.yml"}
-    wanted |= {"docs/format.md", "scripts/test", "tests/test_api.py", "tests/conftest.py"}
+    wanted = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "setup.cfg"}
+    wanted |= {"docs/format.md", "scripts/test", "scripts/mkdocs.yml"}
+    wanted |= {"tests/test_api.py", "tests/conftest.py"}
     assert wanted <= files
     assert not {name for name in files if name.endswith(".pyc") or name.startswith(".git")}

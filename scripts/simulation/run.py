@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import subprocess
@@ -25,10 +26,10 @@ from shardckpt.format.number_lists import Ints
 from shardckpt.format.validation import joined_ranges
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.loading.agreement import open_manifest
-from shardckpt.plan.local_plan import LocalPlan, pack_columns, unpack_columns
+from shardckpt.plan.local_plan import ChunkTable, LocalPlan, pack_columns, unpack_columns
 from shardckpt.plan.read_plan import plan_reads
 from shardckpt.plan.save_plan import RankWrites
-from shardckpt.plan.shard_layout import shard_name
+from shardckpt.plan.shard_layout import layout_digests, shard_name
 from shardckpt.saving.agreement import SaveTarget
 from shardckpt.saving.pipeline import run_save
 from shardckpt.saving.rank_writer import ShardFile, ShardResult
@@ -82,6 +83,10 @@ class Others:
         for rank, (plan, share) in enumerate(zip(self.plans, shares, strict=True)):
             writes = RankWrites.of(plan, share)
             ends = np.cumsum(np.append(0, writes.boxes[:, 1].prod(axis=1) * 4))
+            specs = (*plan.common, *plan.rank_only)
+            chunks = ChunkTable(tensor=plan.chunks.tensor[writes.row], boxes=writes.boxes)
+            bounds = [0, *itertools.accumulate(count for _, count in writes.files)]
+            layouts = layout_digests(specs, chunks, bounds)
             files, done = [], 0
             for file_group, count in writes.files:
                 begin, done = done, done + count
@@ -94,6 +99,7 @@ class Others:
                         chunks=count,
                         header_bytes=HEADER_BYTES,
                         size_bytes=size,
+                        layout=layouts[len(files)],
                         digests=np.random.default_rng(rank).bytes(8 * -(-size // BLOCK_BYTES)),
                     )
                 )

@@ -13,6 +13,8 @@ from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.dcp_files import DcpFolder
 from shardckpt.convert.deepspeed import deepspeed_folder, open_deepspeed
 from shardckpt.convert.formats import FORMATS, Format
+from shardckpt.convert.gguf import SUFFIX as GGUF
+from shardckpt.convert.gguf import open_gguf
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
 from shardckpt.convert.lightning import SUFFIX as LIGHTNING_SUFFIX
 from shardckpt.convert.lightning import lightning_state
@@ -186,6 +188,8 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
             return open_safetensors(path, check=check)
         if path.endswith(NPZ):
             return open_npz(path, check=check)
+        if path.endswith(GGUF):
+            return open_gguf(path)
         return open_torch_file(path, check=check)
     if os.path.isfile(os.path.join(path, INDEX)):
         return foreign(path, "files of components", read_many(path))

@@ -69,7 +69,8 @@ _ROLES = tuple(
             r"(model|pytorch_model)_\d+\.(safetensors|bin)|.*\.(safetensors|bin|pth|pt|ckpt)",
             f"other weights or state; {_CONVERTIBLE}",
         ),
-        (r".*\.(h5|msgpack|gguf|onnx|ot|tflite|mlmodel)", "weights for another framework"),
+        (r".*\.(h5|msgpack|onnx|ot|tflite|mlmodel)", "weights for another framework"),
+        (r".*\.gguf", f"weights of llama.cpp; {_CONVERTIBLE}"),
         (r".*\.npz", f"arrays of numpy; {_CONVERTIBLE}"),
         (r"__\d+_\d+\.distcp", "a data file to which the metadata does not refer"),
         (r"metadata\.json|context", "Megatron's or NeMo's description of the run"),
@@ -176,7 +177,12 @@ _UNREADABLE = (
         "convert_llama_weights_to_hf.py first",
     ),
     (
-        r"saved_model\.pb|.*\.ckpt\.index|.*\.(h5|msgpack|gguf|onnx|keras)",
+        r".*\.gguf",
+        "weights of llama.cpp",
+        "convert the .gguf file itself",
+    ),
+    (
+        r"saved_model\.pb|.*\.ckpt\.index|.*\.(h5|msgpack|onnx|keras)",
         "weights for another framework than PyTorch",
         "export them for PyTorch with that framework",
     ),

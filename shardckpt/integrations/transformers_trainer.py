@@ -58,8 +58,10 @@ class Shardckpt:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See Trainer.save_model. Collective. Writes the files of save_pretrained. A folder that
         holds other files keeps them."""
-        if _internal_call and not self.args.save_only_model:
-            return  # _save_optimizer_and_scheduler saves the model too
+        if _internal_call and output_dir is not None and not self.args.save_only_model:
+            # for checkpoint-N, which must exist before the Trainer looks for the best one
+            api.save(self._state(), output_dir, overwrite=True)
+            return
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         folder = os.path.abspath(output_dir or self.args.output_dir)
 
@@ -88,13 +90,13 @@ class Shardckpt:
         }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        api.save(self._state(), output_dir, overwrite=True)
+        """Do nothing: save_model has saved them."""
 
     def _save_scaler(self, output_dir: str) -> None:
-        """Do nothing: _save_optimizer_and_scheduler has saved it."""
+        """Do nothing: save_model has saved it."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Do nothing: _save_optimizer_and_scheduler has saved it."""
+        """Do nothing: save_model has saved it."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not _is_ours(resume_from_checkpoint):

@@ -273,7 +273,7 @@ def _read_window(source: _Source, window: _Window, buffer: Buffer) -> int:
     low = high = 0
     gap = BLOCK_BYTES if source.files.remote else 0
     for read in window.reads:
-        if run and _floor(read[0]) > high + gap:
+        if run and read[0] > high + gap and _floor(read[0]) > high + gap:  # most are adjacent
             _read_run(source, window, (low, high), run, buffer)
             total += high - low
             run = []

@@ -13,6 +13,8 @@ from shardckpt.coordination.base import Coordinator
 from shardckpt.maintenance.rewritable import Source, read_chunks
 from shardckpt.plan.file_ranges import FileRange, file_ranges
 from shardckpt.plan.local_plan import ChunkTable, TensorSpec
+from shardckpt.plan.plan_cache import shard_mismatch
+from shardckpt.plan.shard_layout import layout_digests
 from shardckpt.saving.shard_writer import write_shard
 from shardckpt.storage.base import WritableFile
 
@@ -32,11 +34,13 @@ class NewFile:
 
 
 class WrittenFile(msgspec.Struct, array_like=True, kw_only=True):
-    """A file, or the range of it that a rank wrote: the digests of its blocks, in order."""
+    """A file, or the range of it that a rank wrote: the digests of its blocks, in order. `layout`
+    is the digest of the chunks of the file, see layout_digests."""
 
     file: int
     header_bytes: int
     size_bytes: int
+    layout: int
     digests: bytes
 
     def of_blocks(self) -> NDArray[np.uint64]:
@@ -83,11 +87,13 @@ def write_ranges(
         new = new_file(part.file)
         end, digests = _write_range(source, new, part, advance)
         done_bytes += end - part.begin
+        (layout,) = layout_digests(new.specs, new.chunks, [0, len(new.chunks)])
         written.append(
             WrittenFile(
                 file=part.file,
                 header_bytes=len(new.header),
                 size_bytes=new.size_bytes,
+                layout=layout,
                 digests=digests.astype("<u8").tobytes(),
             )
         )
@@ -122,12 +128,22 @@ def _write_range(
 
 
 def joined_files(payloads: Sequence[bytes]) -> list[WrittenFile]:
-    """Return all files in order, from the messages of all ranks, in rank order."""
+    """Return all files in order, from the messages of all ranks, in rank order.
+
+    Raises:
+        ShardMismatchError: Ranks have written parts of a file with other chunks, or in another
+            order.
+    """
     decode = msgspec.msgpack.Decoder(list[WrittenFile]).decode
     files: list[WrittenFile] = []
-    for part in (part for payload in payloads for part in decode(payload)):
-        if files and files[-1].file == part.file:
+    for rank, payload in enumerate(payloads):
+        for part in decode(payload):
+            if not files or files[-1].file != part.file:
+                files.append(part)
+                continue
+            if files[-1].layout != part.layout:
+                raise shard_mismatch(
+                    rank, expected=f"the chunks of file {part.file} on the other ranks"
+                )
             files[-1].digests += part.digests
-        else:
-            files.append(part)
     return files

@@ -174,7 +174,7 @@ class _Reshard:
         assert self.transaction is not None
         file, held = self.files[number], self.plan.chunks
         chunks = ChunkTable(tensor=held.tensor[file.rows], boxes=held.boxes[file.rows])
-        header, size_bytes = layout(self.plan.specs, chunks)
+        header, size_bytes, _ = layout(self.plan.specs, chunks)
         return NewFile(
             header=header,
             size_bytes=size_bytes,
@@ -195,6 +195,7 @@ class _Reshard:
                     chunks=file.rows.stop - file.rows.start,
                     header_bytes=written.header_bytes,
                     size_bytes=written.size_bytes,
+                    layout=written.layout,
                     digests=written.digests,
                 )
             )

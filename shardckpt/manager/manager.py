@@ -132,6 +132,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         1
     """
 
+    _passing: tuple[type[ShardckptError], ...] = PASSING
+
     def __init__(
         self,
         folder: str | os.PathLike[str] | Storage,
@@ -284,7 +286,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
 
     def _may_pass(self, path: str, error: ShardckptError) -> bool:
         """Return whether all ranks have an error of a storage that may recover. Collective."""
-        own = "storage" if isinstance(error, PASSING) else type(error).__name__
+        own = "storage" if isinstance(error, self._passing) else type(error).__name__
 
         def decide(payloads: list[bytes]) -> bytes:
             # RankFailedError is the error of the ranks that only heard of another one.

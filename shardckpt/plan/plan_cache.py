@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 
+from shardckpt.errors import ShardMismatchError
 from shardckpt.format.manifest import encode_tensors
 from shardckpt.plan.local_plan import Ints
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites
-from shardckpt.plan.shard_layout import tensor_entries
+from shardckpt.plan.shard_layout import layout_digests, tensor_entries
 
-__all__ = ["KnownPlan", "PlanCache"]
+__all__ = ["KnownPlan", "PlanCache", "shard_mismatch"]
 
 _LIMIT_BYTES = 1 << 30
 _LIMIT_PLANS = 8
@@ -37,14 +39,25 @@ class KnownPlan:
     def encoded_tensors(self, files: Ints) -> bytes:
         """Return the encoded member `tensors` of the manifest.
 
-        `files` [s, 2] are the number of chunks and the bytes of the header of each file.
+        `files` [s, 4] are the rank, the number of chunks, the bytes of the header and the digest of
+        the layout of each file that the ranks have written.
+
+        Raises:
+            ShardMismatchError: A rank has written other chunks than planned, or in another order.
         """
         if self._files is None or not np.array_equal(self._files, files):
             plan = self.plan
-            bounds = np.cumsum(np.append(0, files[:, 0]))
-            assert np.isin(plan.bounds, bounds).all(), "every chunk must be in a file of its rank"
+            rank, counts, header_bytes, layouts = files.T
+            bounds = np.cumsum(np.append(0, counts))
+            written = np.bincount(rank, counts, len(plan.bounds) - 1)
+            wrong = np.flatnonzero(written != np.diff(plan.bounds))
+            if not len(wrong):
+                planned = layout_digests(plan.specs, plan.chunks, bounds.tolist())
+                wrong = rank[np.array(planned) != layouts]
+            if len(wrong):
+                raise shard_mismatch(int(wrong[0]))
             entries = tensor_entries(
-                plan.specs, plan.chunks, bounds=bounds, header_bytes=files[:, 1]
+                plan.specs, plan.chunks, bounds=bounds, header_bytes=header_bytes
             )
             self._encoded, self._files = encode_tensors(entries), files
         return self._encoded
@@ -54,6 +67,18 @@ class KnownPlan:
         """The approximate memory of the plan in bytes."""
         chunks = self.plan.chunks
         return chunks.tensor.nbytes + chunks.boxes.nbytes + len(self._encoded)
+
+
+def shard_mismatch(rank: int, **facts: Any) -> ShardMismatchError:
+    """Return the error for a rank whose shards are not those of the plan."""
+    facts = {"expected": "the chunks of the plan", "actual": "other ones", **facts}
+    return ShardMismatchError(
+        "A rank wrote a shard that does not match the manifest",
+        rank=rank,
+        remedy="restart all ranks and save again; please report this error, as it is a fault of "
+        "shardckpt",
+        **facts,
+    )
 
 
 class PlanCache:

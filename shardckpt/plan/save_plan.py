@@ -29,7 +29,7 @@ from shardckpt.plan.local_plan import (
     widen_boxes,
 )
 from shardckpt.plan.replica_assignment import Rows, divide, group_equal, joined
-from shardckpt.plan.shard_layout import chunk_bytes, tensor_blocks
+from shardckpt.plan.shard_layout import FileLayout, chunk_bytes, tensor_blocks
 from shardckpt.state.file_groups import FROZEN, GROUP_COUNT, MAIN, files_of
 
 __all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
@@ -47,15 +47,15 @@ class RankWrites:
         boxes: The boxes of the global tensors to write [m, 2, D].
         files: The file group of each file, and the number of chunks in it.
         compare: Rows of the local plan that other ranks hold as well.
-        layouts: The header and the size in bytes of each file, by file group. They follow from the
-            plan alone, and are kept for the next save.
+        layouts: The layout of each file, by file group. They follow from the plan alone, and are
+            kept for the next save.
     """
 
     row: Ints
     boxes: Ints
     files: tuple[tuple[int, int], ...]
     compare: Ints
-    layouts: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+    layouts: dict[int, FileLayout] = field(default_factory=dict)
 
     @classmethod
     def of(cls, local: LocalPlan, share: bytes) -> RankWrites:

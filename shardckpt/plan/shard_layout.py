@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.entries import TensorEntry
@@ -13,9 +16,24 @@ from shardckpt.format.tiling import stable_order
 from shardckpt.plan.local_plan import ChunkTable, Ints, TensorSpec, flat_boxes, widen_boxes
 from shardckpt.state.file_groups import MAIN, file_suffix
 
-__all__ = ["chunk_bytes", "shard_name", "tensor_blocks", "tensor_entries"]
+__all__ = [
+    "FileLayout",
+    "chunk_bytes",
+    "layout_digests",
+    "shard_name",
+    "tensor_blocks",
+    "tensor_entries",
+]
 
 _BLOCK_CHUNKS = 1 << 16
+
+
+class FileLayout(NamedTuple):
+    """The header of a file, its size in bytes, and the digest of its chunks (layout_digests)."""
+
+    header: bytes
+    size_bytes: int
+    digest: int
 
 
 def shard_name(*, rank: int, world_size: int, file_group: int = MAIN) -> str:
@@ -30,6 +48,29 @@ def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:
     for sizes in chunks.boxes[:, 1].T:  # many times as fast as prod(axis=1)
         size_bytes *= sizes
     return size_bytes
+
+
+def layout_digests(
+    specs: Sequence[TensorSpec], chunks: ChunkTable, bounds: Sequence[int]
+) -> list[int]:
+    """Return a digest of each file: of the tensors and boxes of its chunks, in order.
+
+    Rows bounds[s] to bounds[s + 1] of `chunks` are those of file s. Neither the numbers of tensors
+    nor unused dimensions count, as they differ between a rank and rank 0.
+    """
+    known: dict[bytes, tuple[int, int]] = {}  # most files have chunks of the same tensors
+    digests = []
+    for low, high in itertools.pairwise(bounds):
+        numbers = chunks.tensor[low:high]
+        key = numbers.tobytes()
+        if key not in known:
+            tensors = [specs[number] for number in numbers.tolist()]
+            dims = max([len(spec.shape) for spec in tensors], default=0)
+            known[key] = dims, xxh3_64_intdigest(msgspec.msgpack.encode(tensors))
+        dims, seed = known[key]
+        boxes = np.ascontiguousarray(chunks.boxes[low:high, :, :dims])
+        digests.append(xxh3_64_intdigest(boxes.data, seed) >> 1)  # an int64
+    return digests
 
 
 def tensor_entries(

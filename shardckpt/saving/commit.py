@@ -6,7 +6,7 @@ import datetime
 import itertools
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, cast
 
 import msgspec
 import numpy as np
@@ -14,14 +14,17 @@ import numpy as np
 from shardckpt._version import __version__
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import Attempt, exchange
+from shardckpt.errors import ShardMismatchError
 from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.manifest import to_bytes
+from shardckpt.format.safetensors_header import parse_chunk_name, parse_header
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.consistency import compare_replicas
 from shardckpt.plan.local_plan import Ints
+from shardckpt.plan.plan_cache import shard_mismatch
 from shardckpt.reports import Stopwatch
 from shardckpt.saving.agreement import Agreement
-from shardckpt.saving.rank_writer import ShardResult
+from shardckpt.saving.rank_writer import ShardResult, layout
 from shardckpt.storage.base import PARTS_NOTE, WriteTransaction
 
 __all__ = ["Committed", "commit", "commit_manifest", "file_table"]
@@ -55,14 +58,16 @@ class _Decision(msgspec.Struct, array_like=True, frozen=True):
     """Rank 0's answer to the results of all ranks.
 
     Attributes:
-        committed: The facts of the commit.
+        committed: The facts of the commit. None if a shard does not match the manifest.
         in_parts: Whether the commit follows in another exchange, after those of other ranks.
         manifest: The manifest, for a rank that commits its part.
+        differing: The rank whose shard does not match the manifest.
     """
 
-    committed: Committed
+    committed: Committed | None
     in_parts: bool = False
     manifest: bytes = b""
+    differing: int = -1
 
 
 def _deflated(sizes: list[int]) -> bytes:
@@ -95,18 +100,24 @@ def commit(
 
     Raises:
         ReplicaMismatchError: Ranks hold different values of a tensor.
+        ShardMismatchError: A rank has written other chunks than planned, or in another order.
         ShardckptError: The error in `written`, on its rank. The other ranks raise an error that
             names that rank.
     """
     profile: dict[int, dict[str, float]] = {}
     manifest = b""  # on rank 0
+    results: list[ShardResult] = []
 
     def decide(payloads: list[bytes]) -> bytes | list[bytes]:
         nonlocal manifest
-        results = [_decode_result(payload) for payload in payloads]
+        results.extend(_decode_result(payload) for payload in payloads)
         in_parts = any(result.commits_part for result in results)
         with work.phase("commit"):
-            committed, manifest = _manifest_of(agreement, results)
+            try:
+                committed, manifest = _manifest_of(agreement, results)
+            except ShardMismatchError as error:
+                differing = _Decision(None, differing=cast("int", error.rank))
+                return msgspec.msgpack.encode(differing)
             if not in_parts:
                 agreement.transaction.commit(manifest)
         profile.update({rank: result.seconds for rank, result in enumerate(results)})
@@ -117,6 +128,8 @@ def commit(
 
     answer = exchange(coordinator, "write", lambda: msgspec.msgpack.encode(written.get()), decide)
     decision = msgspec.msgpack.decode(answer, type=_Decision)
+    if decision.committed is None:
+        _refuse(coordinator, decision.differing, agreement, results)
     if decision.in_parts:
 
         def commit_part() -> bytes:
@@ -150,6 +163,57 @@ def _manifest_of(agreement: Agreement, results: Sequence[ShardResult]) -> tuple[
         tree=agreement.tree,
         notes={PARTS_NOTE: note} if machines > 1 else {},
     )
+
+
+class _Chunk(NamedTuple):
+    """A chunk in the header of a shard: its tensor, a description, and the path of the shard."""
+
+    tensor: str
+    text: str
+    path: str
+
+
+def _chunks_in(header: bytes, path: str) -> list[_Chunk]:
+    tensors, _ = parse_header(header, file_size_bytes=None, path=path)
+    return [
+        _Chunk(parse_chunk_name(t.name)[0], f"{t.name}, {t.dtype} {list(t.shape)}", path)
+        for t in tensors
+    ]
+
+
+def _refuse(
+    coordinator: Coordinator, rank: int, agreement: Agreement, results: Sequence[ShardResult]
+) -> NoReturn:
+    """Raise the error for a rank whose shards do not match the plan. Collective.
+
+    Rank 0 compares the headers of that rank's shards with the plan, to name the first chunk that
+    differs.
+    """
+
+    def headers() -> bytes:
+        own = agreement.writes if coordinator.rank == rank else None
+        layouts = [own.layouts[group] for group, _ in own.files] if own else []
+        return msgspec.msgpack.encode([file.header for file in layouts])
+
+    def compare(payloads: list[bytes]) -> bytes:
+        assert agreement.plan is not None, "the plan is on rank 0"
+        plan, folder = agreement.plan.plan, agreement.transaction.path
+        sent = msgspec.msgpack.decode(payloads[rank], type=list[bytes])
+        written = [
+            chunk
+            for file, header in zip(results[rank].files, sent, strict=True)
+            for chunk in _chunks_in(header, f"{folder}/{file.name}")
+        ]
+        planned = _chunks_in(layout(plan.specs, plan.of_rank(rank)).header, folder)
+        missing = _Chunk("", "no such chunk", folder)
+        for one, other in itertools.zip_longest(planned, written, fillvalue=missing):
+            if one.text != other.text:
+                facts = {"path": other.path, "tensor": one.tensor or other.tensor}
+                raise shard_mismatch(rank, expected=one.text, actual=other.text, **facts)
+        raise shard_mismatch(rank, path=folder)
+
+    exchange(coordinator, "headers", headers, compare)
+    raise AssertionError("rank 0 raises an error")
 
 
 def commit_manifest(transaction: WriteTransaction, **facts: Any) -> Committed:
@@ -237,6 +301,10 @@ def _without_repeats(problems: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def file_table(results: Sequence[ShardResult]) -> Ints:
-    """Return [number of chunks, size of the header in bytes] of each file, in order."""
-    rows = [(file.chunks, file.header_bytes) for result in results for file in result.files]
-    return np.array(rows, dtype=np.int64)
+    """Return the table of all files, in order, for KnownPlan.encoded_tensors."""
+    rows = [
+        (rank, file.chunks, file.header_bytes, file.layout)
+        for rank, result in enumerate(results)
+        for file in result.files
+    ]
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)

@@ -20,7 +20,7 @@ from shardckpt.io.devices import Mark, submitted_work
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.local_plan import ChunkTable, LocalPlan, TensorSpec
 from shardckpt.plan.save_plan import RankWrites
-from shardckpt.plan.shard_layout import chunk_bytes, shard_name
+from shardckpt.plan.shard_layout import FileLayout, chunk_bytes, layout_digests, shard_name
 from shardckpt.reports import Stopwatch
 from shardckpt.saving.agreement import Agreement
 from shardckpt.saving.incremental import Base
@@ -40,6 +40,7 @@ class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
         chunks: The number of chunks in it.
         header_bytes: The size of its header.
         size_bytes: Its size.
+        layout: The digest of its chunks, see layout_digests.
         digests: The digests of its blocks, as little-endian numbers of 8 bytes.
         linked_bytes: The bytes that were linked or cloned from the base.
     """
@@ -48,6 +49,7 @@ class ShardFile(msgspec.Struct, array_like=True, kw_only=True):
     chunks: int
     header_bytes: int
     size_bytes: int
+    layout: int
     digests: bytes
     linked_bytes: int = 0
 
@@ -98,7 +100,7 @@ class RankShards:
     chunks: ChunkTable
     files: Sequence[tuple[int, int]]
     data: Callable[[slice], Iterable[torch.Tensor]]
-    layouts: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+    layouts: dict[int, FileLayout] = field(default_factory=dict)
     staged: bool = False
 
     @classmethod
@@ -234,7 +236,7 @@ def _write_file(
     """Link one file from the base, or write it, apart from blocks that the base has."""
     chunks = ChunkTable(tensor=shards.chunks.tensor[rows], boxes=shards.chunks.boxes[rows])
     name = shard_name(rank=shards.rank, world_size=shards.world_size, file_group=group)
-    header, size_bytes = _layout_once(group, shards.layouts, shards.specs, chunks)
+    header, size_bytes, digest = _layout_once(group, shards.layouts, shards.specs, chunks)
     progress = total.of(name)
     linked = base and base.link_unchanged(
         transaction,
@@ -273,6 +275,7 @@ def _write_file(
         chunks=len(chunks),
         header_bytes=len(header),
         size_bytes=size_bytes,
+        layout=digest,
         digests=digests.astype("<u8").tobytes(),
         linked_bytes=linked_bytes,
     )
@@ -310,18 +313,18 @@ class _Total:
 
 def _layout_once(
     group: int,
-    known: dict[int, tuple[bytes, int]],
+    known: dict[int, FileLayout],
     specs: Sequence[TensorSpec],
     chunks: ChunkTable,
-) -> tuple[bytes, int]:
+) -> FileLayout:
     if group not in known:
         with collector_paused():
             known[group] = layout(specs, chunks)
     return known[group]
 
 
-def layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]:
-    """Return the header of a file that holds the chunks, and the size of the file in bytes."""
+def layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> FileLayout:
+    """Return the layout of a file that holds the chunks."""
     sizes = chunk_bytes(specs, chunks).tolist()
     entries = []
     dtypes: dict[str, str] = {}
@@ -335,4 +338,5 @@ def layout(specs: Sequence[TensorSpec], chunks: ChunkTable) -> tuple[bytes, int]
     # The metadata must not differ from save to save: unchanged tensors must give the same bytes.
     extra = {"dtypes": msgspec.json.encode(dtypes).decode()} if dtypes else {}
     header = build_header(entries, {"format": "shardckpt", **extra})
-    return header, len(header) + sum(sizes)
+    (digest,) = layout_digests(specs, chunks, [0, len(chunks)])
+    return FileLayout(header, len(header) + sum(sizes), digest)

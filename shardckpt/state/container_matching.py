@@ -45,8 +45,7 @@ def match_mapping(context: MatchContext, template: Any, name: str, match: Match)
     items: dict[Any, Finish] = {}
     for key, value in template.items():
         inner = f"{name}.{key}" if name else str(key)
-        tensor = isinstance(value, torch.Tensor) and context.saved.selected(inner)
-        if tensor and context.fill_in_place(value, inner):
+        if isinstance(value, torch.Tensor) and context.fill_in_place(value, inner):
             continue  # the read fills it, as it does for most tensors
         items[key] = match(context, value, inner)
 

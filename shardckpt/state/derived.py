@@ -155,7 +155,7 @@ def expanded(wanted: Wanted) -> tuple[Wanted, list[Callable[[], object]]]:
     Returns:
         The reads, and the functions that write the constants.
     """
-    if not any(isinstance(entry, DerivedEntry) for entry, _ in wanted):
+    if DerivedEntry not in {type(entry) for entry, _ in wanted}:
         return wanted, []
     reads: Wanted = []
     constants: list[Callable[[], object]] = []

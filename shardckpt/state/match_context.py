@@ -74,7 +74,7 @@ class MatchContext:
 
     def mark_changed(self) -> None:
         """Increment the autograd versions of the filled tensors, as a change in place does."""
-        tensors = [*self.filled, *(chunk.data for _, chunk in self.reads)]
+        tensors = self.filled + [chunk.data for _, chunk in self.reads]
         with plain_functions():
             try:
                 increment_version(tensors)
@@ -119,13 +119,13 @@ class MatchContext:
         return None
 
     def fill_in_place(self, template: torch.Tensor, name: str) -> bool:
-        """Fill a tensor whose elements on this rank have the layout of the saved ones, in one run
-        of CPU memory, as most tensors have.
+        """Fill a selected tensor whose elements on this rank have the layout of the saved ones, in
+        one run of CPU memory, as most tensors have.
 
         Returns:
             Whether the tensor is filled. If not, nothing is noted.
         """
-        ref = self.saved.nodes.get(name)
+        ref = self.saved.leaves.get(name)  # which `keys` selects
         if type(ref) is not TensorRef or ref.ref_type == "per_rank":
             return False
         entry = self.saved.manifest.tensors[ref.name]

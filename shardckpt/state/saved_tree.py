@@ -178,7 +178,7 @@ class SavedState:
             self.leaves[name] = node
         for key, item in items:
             inner = f"{name}.{key}" if name else str(key)
-            if type(item) is TensorRef and self.selected(inner):  # most items
+            if type(item) is TensorRef and (self._keys is None or self.selected(inner)):
                 self.nodes[inner] = self.leaves[inner] = item
             else:
                 self._index(item, inner)

@@ -25,13 +25,12 @@ def match_tensor(context: MatchContext, template: Any, name: str) -> Any:
 
     For a tensor on the meta device, a new tensor of the same form is filled and returned.
     """
-    selected = context.saved.selected(name)
-    if selected and context.fill_in_place(template, name):
+    if context.fill_in_place(template, name):
         return template
     target = saveable_form(template, name=name)
     if isinstance(target, Wrapped):
         return _match_wrapped(context, target, name)
-    if not selected:
+    if not context.saved.selected(name):
         return template
     check_dense(target, name=name)
     saved = context.find(name, target)

@@ -1,6 +1,7 @@
 """A training with an Accelerator on CPU ranks, as a script: FOLDER STEPS [OPTION...]
 
 Trains to STEPS of the steps of two epochs, resuming if there is a checkpoint; saves at the end.
+Options: `automatic` names, `fsdp2`.
 """
 
 import hashlib
@@ -12,9 +13,14 @@ import warnings
 warnings.simplefilter("ignore")
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration  # noqa: E402
+from accelerate.utils import (  # noqa: E402
+    DataLoaderConfiguration,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+)
 
 from shardckpt.integrations.accelerate import use_shardckpt  # noqa: E402
+from tests.integrations.jobs import allow_fsdp_on_cpu  # noqa: E402
 
 FOLDER, STEPS, *OPTIONS = sys.argv[1:]
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -34,8 +40,13 @@ automatic = "automatic" in OPTIONS
 configuration = ProjectConfiguration(
     FOLDER, automatic_checkpoint_naming=automatic, total_limit=2 if automatic else None
 )
+plugins = {}
+if "fsdp2" in OPTIONS and WORLD > 1:
+    allow_fsdp_on_cpu()
+    plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
 accelerator = Accelerator(
     cpu=True,
+    **plugins,
     step_scheduler_with_optimizer=False,  # otherwise a scheduler takes a step for each rank
     project_config=configuration,
     dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5),
@@ -68,11 +79,14 @@ while counter.value < int(STEPS):
             break
 if not automatic:
     accelerator.save_state(checkpoint)
-weights = torch.cat(
-    [value.flatten() for value in accelerator.unwrap_model(model).state_dict().values()]
-)
-digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
-accelerator.print(
-    json.dumps({"digest": digest, "sum": weights.double().sum().item(), "steps": counter.value})
-)
+state = accelerator.unwrap_model(model).state_dict().values()
+full = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in state]
+weights = torch.cat([value.flatten() for value in full])
+found = {
+    "digest": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
+    "sum": weights.double().sum().item(),
+    "steps": counter.value,
+    "sharded": any(hasattr(value, "full_tensor") for value in model.parameters()),
+}
+accelerator.print(json.dumps(found))
 accelerator.end_training()

@@ -20,22 +20,32 @@ JOB = Path(__file__).parent / "accelerate_job.py"
 pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("default")]
 
 
+KINDS = ["ddp", "fsdp2"]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return job(JOB, tmp_path_factory.mktemp("uninterrupted"), 12, ranks=2)
+    """The results of 12 steps on 2 ranks, by kind."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {kind: job(JOB, folder / kind, 12, kind, ranks=2) for kind in KINDS}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [5, 8])  # within the first epoch, and at its end
-def test_a_run_resumed_on_as_many_ranks_is_equal(tmp_path, uninterrupted, step):
-    job(JOB, tmp_path, step, ranks=2)
+def test_a_run_resumed_on_as_many_ranks_is_equal(tmp_path, uninterrupted, kind, step):
+    first = job(JOB, tmp_path, step, kind, ranks=2)
+    assert first["sharded"] == (kind == "fsdp2")
     assert shardckpt.metadata(tmp_path / "checkpoint").world_size == 2
-    assert job(JOB, tmp_path, 12, ranks=2) == uninterrupted
+    assert job(JOB, tmp_path, 12, kind, ranks=2) == uninterrupted[kind]
 
 
-def test_a_run_resumed_on_one_rank_is_equal_but_for_the_order_of_sums(tmp_path, uninterrupted):
-    job(JOB, tmp_path, 5, ranks=2)
-    resumed = job(JOB, tmp_path, 12, ranks=1)
-    assert resumed["sum"] == pytest.approx(uninterrupted["sum"], rel=1e-4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumed_on_one_rank_is_equal_but_for_the_order_of_sums(
+    tmp_path, uninterrupted, kind
+):
+    job(JOB, tmp_path, 5, kind, ranks=2)
+    resumed = job(JOB, tmp_path, 12, kind, ranks=1)
+    assert resumed["sum"] == pytest.approx(uninterrupted[kind]["sum"], rel=1e-4)
     assert resumed["steps"] == 12
 
 

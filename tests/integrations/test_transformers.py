@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -271,6 +272,46 @@ def test_an_adapter_is_saved_without_its_base(tmp_path):
     model = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "adapter")
     state = results[0][1]
     assert all(np.array_equal(value, state[name]) for name, value in full(model).items())
+
+
+def train(adapter, steps, source, target):
+    """Take steps of SGD with the same batches on any number of ranks, and save."""
+    model = build("llama")
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    inner = model.base_model.model if adapter else model
+    for layer in inner.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    if source:
+        load_pretrained(model, source)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for step in steps:
+        ids = torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(step))
+        own = ids[dist.get_rank() :: dist.get_world_size()]
+        model(own, labels=own).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_pretrained(model, target)
+    return full(model)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_training_continues_from_its_folder_on_2_ranks_and_on_1(tmp_path, adapter):
+    if adapter:
+        pytest.importorskip("peft")
+    complete, half, new = (str(tmp_path / name) for name in ("complete", "half", "new"))
+    expected, _ = run_ranks(2, train, adapter, range(4), None, complete)
+    before, _ = run_ranks(2, train, adapter, range(2), None, half)
+    assert any(not np.array_equal(before[name], expected[name]) for name in expected)
+    same, _ = run_ranks(2, train, adapter, range(2, 4), half, new)
+    assert all(np.array_equal(same[name], expected[name]) for name in expected)
+    [one] = run_ranks(1, train, adapter, range(2, 4), half, f"{new}-1")
+    for name in expected:
+        np.testing.assert_allclose(one[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
 def minilm(source, target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from shardckpt.convert.safetensors_files import HuggingFace, SafetensorsFile
 from shardckpt.convert.single_files import read_one
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.maintenance import reshard
+from shardckpt.plan.local_plan import ChunkTable
 from shardckpt.storage.local import LocalStorage
 
 
@@ -120,6 +122,26 @@ def test_a_part_that_fails(tmp_path, source, name, monkeypatch):
         monkeypatch.setattr(opened, "read_box", full)
         with pytest.raises(errors.NoSpaceError):
             rewritten(targets(name, opened, f"{tmp_path}/x"), 8)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["1", "safetensors"])
+def test_a_part_in_another_order(tmp_path, source, name):
+    """The second rank lays the file out in another order than the others."""
+    with open_source(source) as opened:
+        make = targets(name, opened, f"{tmp_path}/x")
+        works = [make() for _ in range(3)]
+        new_file = works[1]._new_file
+
+        def in_another_order(number):
+            new = new_file(number)
+            tensor, boxes = new.chunks.tensor[::-1].copy(), new.chunks.boxes[::-1].copy()
+            return dataclasses.replace(new, chunks=ChunkTable(tensor=tensor, boxes=boxes))
+
+        works[1]._new_file = in_another_order
+        with pytest.raises(errors.ShardMismatchError) as caught:
+            rewritten(iter(works).__next__, 3)
+    assert caught.value.rank == 1
     assert os.listdir(tmp_path) == []
 
 

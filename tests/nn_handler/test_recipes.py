@@ -15,8 +15,8 @@ from tests.nn_handler.recipes import EPOCHS, kill, run
     ("recipe", "parallel"),
     [
         ("conv", "ddp"),
-        ("gan", "fsdp"),
         ("ranker", "fsdp"),
+        pytest.param("gan", "fsdp", marks=pytest.mark.long),
         pytest.param("llama", "ddp", marks=pytest.mark.long),
     ],
 )

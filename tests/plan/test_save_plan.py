@@ -14,10 +14,9 @@ from shardckpt.errors import CoverageError
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.plan import replica_assignment as replicas
 from shardckpt.plan import save_plan
-from shardckpt.plan.local_plan import (
-    TensorSpec,
-)
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec
 from shardckpt.plan.save_plan import RankWrites, global_plan
+from shardckpt.plan.shard_layout import layout_digests
 from shardckpt.state import file_groups as kinds
 from tests.plan.plans import a_plan, travelled, worlds
 
@@ -91,6 +90,10 @@ def test_rank_0_and_ranks_with_other_tensors_agree(plans, data):
         assert names == [plan.specs[index].name for index in whole.tensor.tolist()]
         dims = writes.boxes.shape[2]
         assert whole.boxes[:, :, :dims].tolist() == writes.boxes.tolist()
+        own = ChunkTable(tensor=local.chunks.tensor[writes.row], boxes=writes.boxes)
+        bounds = [0, len(own)]
+        digest = layout_digests(specs, own, bounds)
+        assert digest == layout_digests(plan.specs, whole, bounds)
 
 
 @given(worlds(), st.sampled_from([0, 20, 1 << 20]))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 
+from shardckpt.errors import ShardMismatchError
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.manifest import encode_tensors
-from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes, widen_boxes
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import global_plan
-from shardckpt.plan.shard_layout import chunk_bytes, shard_name, tensor_entries
+from shardckpt.plan.shard_layout import chunk_bytes, layout_digests, shard_name, tensor_entries
 from shardckpt.state.file_groups import GROUP_COUNT, group_in_name
-from tests.plan.plans import travelled, worlds
+from tests.plan.plans import replicated, travelled, worlds
 
 
 @given(worlds())
@@ -35,11 +37,44 @@ def test_entries_say_where_each_chunk_lies(plans):
         rows = sorted(expected[spec.name], key=lambda row: row[3 : 3 + len(spec.shape)])
         assert entry.chunks.tolist() == rows
     known = KnownPlan(plan)
-    files = np.column_stack([np.diff(plan.bounds), headers])
+    digests = layout_digests(plan.specs, plan.chunks, plan.bounds.tolist())
+    files = np.column_stack([np.arange(len(plans)), np.diff(plan.bounds), headers, digests])
     assert known.encoded_tensors(files) == encode_tensors(entries)
     assert known.encoded_tensors(files) is known.encoded_tensors(files.copy())
-    changed = known.encoded_tensors(files + np.array([0, 4096]))
+    changed = known.encoded_tensors(files + np.array([0, 0, 4096, 0]))
     assert changed != encode_tensors(entries) or not len(plan.chunks)
+
+
+def test_the_digest_of_a_file_is_that_of_its_chunks_in_order():
+    specs = [TensorSpec("a", "F32", (4, 8)), TensorSpec("b", "F32", (4, 8))]
+    other = [TensorSpec("b", "F32", (4, 8)), TensorSpec("a", "F32", (4, 8))]
+    boxes = pad_boxes([((0, 0), (2, 8)), ((2, 0), (2, 8)), ((0, 0), (4, 8))])
+
+    def digest(specs, tensor, boxes):
+        chunks = ChunkTable(tensor=np.array(tensor), boxes=boxes)
+        return layout_digests(specs, chunks, [0, len(tensor)])[0]
+
+    same = [digest(specs, [0, 0, 1], boxes), digest(other, [1, 1, 0], boxes)]
+    same.append(digest(specs, [0, 0, 1], widen_boxes(boxes, dims=3)))
+    different = [
+        digest(specs, [0, 0, 1], boxes[[1, 0, 2]]),
+        digest(specs, [1, 1, 0], boxes),
+        digest([TensorSpec("a", "I32", (4, 8)), specs[1]], [0, 0, 1], boxes),
+        digest([TensorSpec("a", "F32", (4, 9)), specs[1]], [0, 0, 1], boxes),
+        digest(specs, [0, 0, 1], boxes[:, ::-1]),
+    ]
+    assert len(set(same)) == 1
+    assert len({*same, *different}) == 6
+
+
+def test_chunks_that_are_not_those_of_the_plan():
+    plan = global_plan(replicated([4, 5], 2))
+    digests = layout_digests(plan.specs, plan.chunks, plan.bounds.tolist())
+    files = np.column_stack([[0, 1], np.diff(plan.bounds), [4096, 4096], digests])
+    for change in ([0, 1, 0, 0], [0, 0, 0, 1]):
+        with pytest.raises(ShardMismatchError) as caught:
+            KnownPlan(plan).encoded_tensors(files + np.array([[0, 0, 0, 0], change]))
+        assert caught.value.rank == 1
 
 
 def test_the_name_of_a_shard_has_the_rank_the_world_size_and_the_file_group():

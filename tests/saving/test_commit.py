@@ -13,6 +13,7 @@ from shardckpt.errors import ReplicaMismatchError
 from shardckpt.format.manifest import encode_tensors, from_bytes
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import global_plan
+from shardckpt.plan.shard_layout import layout_digests
 from shardckpt.reports import Stopwatch
 from shardckpt.saving.agreement import Agreement
 from shardckpt.saving.commit import commit, commit_manifest, file_table
@@ -24,6 +25,7 @@ class Transaction:
     """A transaction that keeps the manifest."""
 
     manifest = b""
+    path = "p"
 
     def commit(self, manifest):
         self.manifest = manifest
@@ -35,6 +37,7 @@ def a_file(rank, size_bytes, *, ranks=2, linked_bytes=0, chunks=1):
         chunks=chunks,
         header_bytes=4096,
         size_bytes=size_bytes,
+        layout=7,
         digests=np.array([rank + 5], "<u8").tobytes(),
         linked_bytes=linked_bytes,
     )
@@ -90,7 +93,7 @@ def test_a_problem_of_many_ranks_is_reported_once_and_at_most_eight_are():
 
 def test_the_table_of_files_has_chunks_and_header_of_each_file():
     results = [ShardResult(files=(a_file(0, 1, chunks=3), a_file(0, 1))), ShardResult(files=())]
-    assert file_table(results).tolist() == [[3, 4096], [1, 4096]]
+    assert file_table(results).tolist() == [[0, 3, 4096, 7], [0, 1, 4096, 7]]
 
 
 def agreement(plan, transaction):
@@ -138,8 +141,10 @@ def test_replicas_that_differ_end_the_commit_before_the_manifest():
 
 def test_the_facts_and_the_work_of_a_commit():
     transaction, work = Transaction(), Stopwatch()
-    result = ShardResult(files=(a_file(0, 4096, ranks=1, chunks=0),), seconds={"write": 1.5})
     plan = global_plan(replicated([], 1))
+    file = a_file(0, 4096, ranks=1, chunks=0)
+    (file.layout,) = layout_digests(plan.specs, plan.chunks, plan.bounds.tolist())
+    result = ShardResult(files=(file,), seconds={"write": 1.5})
     facts, profile = commit(
         SingleCoordinator(), attempt(lambda: result), agreement(plan, transaction), work
     )

@@ -399,8 +399,8 @@ def _union(written: list[_Written], paths: dict[str, tuple[Any, ...]] | None) ->
         leaves.update(message.values)
     results = [message.result for message in written]
     files = file_table(results)
-    bounds = np.cumsum(np.append(0, files[:, 0]))
-    entries = tensor_entries(specs, chunks, bounds=bounds, header_bytes=files[:, 1])
+    bounds = np.cumsum(np.append(0, files[:, 1]))
+    entries = tensor_entries(specs, chunks, bounds=bounds, header_bytes=files[:, 2])
     return {
         "tensors": encode_tensors(entries),
         "results": results,
