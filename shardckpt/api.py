@@ -256,10 +256,9 @@ def load(
 
     Collective, as `save` is. Each rank reads its own part of each tensor. Bytes that ranks on
     several machines need, or several ranks from an object store, are read once and sent to the
-    others. Tensors are filled where
-    they are, on their devices; modules on the meta device get memory. Other leaves are replaced in
-    the dicts and lists that hold them. Modules and optimizers load the entries under their names.
-    Every block that is read is verified.
+    others. Tensors are filled where they are, on their devices; modules on the meta device get
+    memory. Other leaves are replaced in the dicts and lists that hold them. Modules and optimizers
+    load the entries under their names. Every block that is read is verified.
 
     Args:
         state: A state as `save` takes it. Its names choose the entries to load.

@@ -169,7 +169,7 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
         if "manifest" not in vars(self) and (source := self._lazy_manifest.find(name)) is not None:
             return SavedTensor(self, name, source)
         if name not in self._saved.leaves:
-            raise KeyError(name)
+            raise KeyError(f"{name}: not in {self.path}; list(checkpoint) returns the names")
         node = self._saved.leaves[name]
         if _is_array(node):
             return SavedTensor(self, name, node.name)

@@ -174,9 +174,10 @@ class TensorDifference:
     Attributes:
         dtypes: Both dtypes.
         shapes: Both shapes.
-        elements: The number of elements that differ; None if dtypes or shapes differ.
+        elements: The number of elements that differ. None if shapes differ, or dtypes that were not
+            compared by value.
         largest: The largest absolute difference of two elements; NaN if one of them is NaN. None if
-            dtypes or shapes differ, or the dtype has no arithmetic.
+            `elements` is None, or the dtype has no arithmetic.
 
     Example:
         >>> import torch, shardckpt
@@ -203,6 +204,8 @@ class DiffReport:
         only_second: The names of entries that only the second one has.
         tensors: Name -> difference, of the tensors that differ.
         values: Name -> both values, of the other entries that differ. Enums are text.
+        dtypes: Name -> both dtypes, of the tensors whose elements are equal within a given
+            tolerance, but whose dtypes differ.
         equal_tensors: The number of equal tensors.
         equal_values: The number of equal values.
         bytes_read: The bytes of tensors that were read from the first one, because their digests
@@ -223,13 +226,14 @@ class DiffReport:
     only_second: tuple[str, ...]
     tensors: dict[str, TensorDifference]
     values: dict[str, tuple[object, object]]
+    dtypes: dict[str, tuple[torch.dtype, torch.dtype]]
     equal_tensors: int
     equal_values: int
     bytes_read: int
 
     @property
     def equal(self) -> bool:
-        """Whether the checkpoints are equal."""
+        """Whether the checkpoints are equal. Dtypes count only without a tolerance."""
         return not (self.only_first or self.only_second or self.tensors or self.values)
 
 

@@ -153,11 +153,13 @@ def dtensor(local: torch.Tensor, spec: Any) -> DTensor:
 def distribute_locally(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> DTensor:
     """Create a DTensor from a tensor that is equal on all ranks. Without communication.
 
-    Before torch 2.7, distribute_tensor always communicates.
+    Before torch 2.7, distribute_tensor always communicates. Up to torch 2.9, it does not divide
+    uneven strided shards as FSDP2 does.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+    strides = any(hasattr(placement, "split_factor") for placement in placements)
+    if not strides and "src_data_rank" in inspect.signature(distribute_tensor).parameters:
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
     steps = list(zip(placements, mesh.shape, mesh.get_coordinate(), strict=True))
     strided = [step for step in steps if hasattr(step[0], "split_factor")]
@@ -170,9 +172,8 @@ def distribute_locally(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any
             length = -(-size // parts)
             begin = min(part * length, size)
             local = local.narrow(placement.dim, begin, min(length, size - begin))
-    return DTensor.from_local(
-        local.contiguous(), mesh, placements, shape=tensor.shape, stride=tensor.stride()
-    )
+    local = local.clone(memory_format=torch.contiguous_format)  # without the memory of the rest
+    return DTensor.from_local(local, mesh, placements, shape=tensor.shape, stride=tensor.stride())
 
 
 # ---- modules and optimizers

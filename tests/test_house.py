@@ -317,6 +317,8 @@ WITHOUT_TEST_FILE = {
     "convert/like.py": "a source of convert: test_convert",
     "convert/transformed.py": "sources of convert: test_transforms",
     "convert/safetensors_files.py": "a source and a target of convert: test_convert",
+    "convert/rank_states.py": "the states of ranks as one source: test_torch_checkpointing",
+    "convert/torch_structure.py": "the files of ranks: test_torch_checkpointing",
     "convert/single_files.py": "sources and targets of convert: test_torch_reader",
     "convert/foreign_file.py": "the checks of sources: test_layouts and faults/test_hostile",
     "convert/sources.py": "the sources of convert: test_convert",

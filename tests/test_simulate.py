@@ -25,7 +25,7 @@ def simulated(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("layout", ["hsdp", pytest.param("tp", marks=pytest.mark.long)])
-def test_a_small_world(layout):
+def test_a_small_world(layout, tmp_path):
     done = simulated("-m", "simulation", "--json", "--layout", layout, "16x6")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
@@ -37,6 +37,37 @@ def test_a_small_world(layout):
         assert [phase["name"] for phase in again[who]] == ["plan", "join", "write"]
     for load in found["loads"].values():
         assert min(load["manifest"], load["match"], load["reads"], load["memory_bytes"]) > 0
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([found]))
+    rows = table_and_plot(results)
+    assert len(rows) == 1
+    assert rows[0].startswith("| 16 x 6 |")
+
+
+def table_and_plot(results: Path) -> list[str]:
+    """Draw the picture of results, and return the rows of their table."""
+    pytest.importorskip("matplotlib")
+    picture = results.with_suffix(".svg")
+    done = simulated("-m", "simulation", "--plot", str(results), str(picture))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "</svg>" in picture.read_text()
+    done = simulated("-m", "simulation", "--table", str(results))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[2:]
+
+
+@pytest.mark.long
+def test_the_growth_of_a_few_sizes(tmp_path):
+    results = tmp_path / "few.json"
+    done = simulated("-m", "simulation", "--growth", str(results), "2x3", "4x3")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row.split("|")[1] for row in table_and_plot(results)] == [" 2 x 3 ", " 4 x 3 "]
+
+
+def test_the_table_of_the_docs_is_that_of_its_results(tmp_path):
+    (tmp_path / "scale.json").write_text((ROOT / "docs/scale.json").read_text())
+    page = (ROOT / "docs/scale.md").read_text()
+    assert "\n".join(table_and_plot(tmp_path / "scale.json")) in page
 
 
 def test_plans_that_are_not_the_library_s_are_seen():

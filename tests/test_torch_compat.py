@@ -167,19 +167,20 @@ def _distributed(whole_only):
         again = torch_compat.dtensor(here.to_local().clone(), torch_compat.spec_of(here))
         assert type(again) is DTensor
         assert torch.equal(again.full_tensor(), whole)
-    strided = fully_shard_over_tensor_parallel(
-        init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    )
-    spec = torch_compat.spec_of(strided)
-    whole = torch.arange(80.0).reshape(16, 5)
-    here = torch_compat.distribute_locally(whole, strided.device_mesh, spec.placements)
-    assert any(hasattr(placement, "split_factor") for placement in spec.placements)
-    data, tensor = strided.device_mesh.get_coordinate()
-    assert torch.equal(here.to_local(), whole.chunk(2)[tensor].chunk(2)[data])
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    for rows in (16, 6, 5):
+        strided = fully_shard_over_tensor_parallel(mesh, rows)
+        spec = torch_compat.spec_of(strided)
+        whole = torch.arange(rows * 5.0).reshape(rows, 5)
+        here = torch_compat.distribute_locally(whole, strided.device_mesh, spec.placements)
+        assert any(hasattr(placement, "split_factor") for placement in spec.placements)
+        data, tensor = strided.device_mesh.get_coordinate()
+        assert torch.equal(here.to_local(), whole.chunk(2)[tensor].chunk(2)[data])
+        assert here.to_local().shape == strided.to_local().shape
 
 
-def fully_shard_over_tensor_parallel(mesh):
-    model = parallelize_module(nn.Linear(5, 16), mesh["b"], ColwiseParallel())
+def fully_shard_over_tensor_parallel(mesh, rows):
+    model = parallelize_module(nn.Linear(5, rows), mesh["b"], ColwiseParallel())
     return fully_shard(model, mesh=mesh["a"]).weight
 
 

@@ -3,6 +3,7 @@
 scripts/simulate 1024x1000                     one save, one more, and a load
 scripts/simulate 1024x1000 --layout hsdp
 scripts/simulate --growth docs/scale.json      the sizes of docs/scale.md, each in a process
+scripts/simulate --growth few.json 10x3 30x3   other sizes
 scripts/simulate --plot docs/scale.json docs/scale.svg
 scripts/simulate --table docs/scale.json       the table of docs/scale.md
 scripts/simulate --dcp 64x1000 128x1000        rank 0 of default DCP, beside shardckpt
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--load", nargs=2, metavar=("FOLDER", "WHO"), help=argparse.SUPPRESS)
     parser.add_argument("--dcp", action="store_true", help="compare with default DCP")
-    parser.add_argument("--growth", type=Path, metavar="JSON", help="run the usual sizes")
+    parser.add_argument("--growth", type=Path, metavar="JSON", help="run several sizes")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "SVG"))
     parser.add_argument("--table", type=Path, metavar="JSON")
     asked = parser.parse_args()
@@ -45,7 +46,8 @@ def main() -> None:
     elif asked.table:
         table(json.loads(asked.table.read_text()))
     elif asked.growth:
-        asked.growth.write_text(json.dumps([alone(*world) for world in GROWTH], indent=1) + "\n")
+        worlds = [alone(*world) for world in asked.sizes or GROWTH]
+        asked.growth.write_text(json.dumps(worlds, indent=1) + "\n")
     elif asked.load:
         ((ranks, tensors),) = asked.sizes
         print(json.dumps(one_load(ranks, tensors, asked.layout, *asked.load)))

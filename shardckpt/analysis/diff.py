@@ -35,8 +35,8 @@ def diff(
     first: Path,
     second: Path,
     *,
-    rtol: float = 0.0,
-    atol: float = 0.0,
+    rtol: float | None = None,
+    atol: float | None = None,
     keys: Select = None,
     rename: Rename = None,
     storage: Storage | None = None,
@@ -48,11 +48,17 @@ def diff(
     digests are equal, and are not read. Everything else is read and compared by value. Two NaN are
     equal, and so are 0.0 and -0.0. Elements may differ by `atol + rtol * abs(second)`.
 
+    Tensors of different dtypes differ, if no tolerance is given. With a tolerance, which may be 0,
+    their elements are compared in float64 or complex128, integers with integers exactly, and the
+    report names the dtypes of those that are equal. Dtypes without arithmetic always differ from
+    others.
+
     Args:
         first: A checkpoint, as `convert` takes it.
         second: Another one.
-        rtol: The relative tolerance.
-        atol: The absolute tolerance.
+        rtol: The relative tolerance, by default 0. For values that were rounded to another dtype,
+            pass its `torch.finfo(dtype).eps`.
+        atol: The absolute tolerance, by default 0.
         keys: The names to compare, after `rename`; see `load`.
         rename: New names for the entries of `first`; see `load`.
         storage: The storage of both; see `save`.
@@ -75,7 +81,7 @@ def diff(
         True
     """
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+        if not (value is None or (isinstance(value, (int, float)) and 0 <= value < math.inf)):
             raise StateError(
                 f"Invalid {name}", expected="a number of at least 0", actual=repr(value)
             )
@@ -91,12 +97,13 @@ class _Comparison:
         self,
         one: Source,
         other: Source,
-        rtol: float,
-        atol: float,
+        rtol: float | None,
+        atol: float | None,
         progress: Callable[[int], None],
     ) -> None:
         self.one, self.other = one, other
-        self.rtol, self.atol = rtol, atol
+        self.rtol, self.atol = rtol or 0.0, atol or 0.0
+        self.across_dtypes = rtol is not None or atol is not None
         self.progress = progress
         self.bytes_read = self.compared_bytes = 0
 
@@ -111,11 +118,15 @@ class _Comparison:
         both_tensors = [name for name in names if name in other_names]
         both_values = [name for name in values if name in other_values]
         both = {*both_tensors, *both_values}
-        different = {}
+        different, dtypes = {}, {}
         for name in both_tensors:
             found = self.compare(names[name], other_names[name])
             if found is not None:
                 different[name] = found
+                continue
+            one_dtype, other_dtype = self.dtypes(names[name], other_names[name])
+            if one_dtype != other_dtype:
+                dtypes[name] = one_dtype, other_dtype
         changed = {
             name: (values[name], other_values[name])
             for name in both_values
@@ -128,18 +139,25 @@ class _Comparison:
             only_second=tuple(name for name in theirs if name not in both),
             tensors=different,
             values=changed,
+            dtypes=dtypes,
             equal_tensors=len(both_tensors) - len(different),
             equal_values=len(both_values) - len(changed),
             bytes_read=self.bytes_read,
         )
 
+    def dtypes(self, name: str, other_name: str) -> tuple[torch.dtype, torch.dtype]:
+        """Return the dtypes of a tensor in both checkpoints."""
+        tensors, others = self.one.manifest.tensors, self.other.manifest.tensors
+        return DTYPES[tensors[name].dtype], DTYPES[others[other_name].dtype]
+
     def compare(self, name: str, other_name: str) -> TensorDifference | None:
-        """Compare a tensor. Returns None if it is equal."""
+        """Compare a tensor. Returns None if its elements are equal."""
         entry = self.one.manifest.tensors[name]
         other_entry = self.other.manifest.tensors[other_name]
-        dtypes = DTYPES[entry.dtype], DTYPES[other_entry.dtype]
+        dtypes = self.dtypes(name, other_name)
         shapes = entry.shape, other_entry.shape
-        if dtypes[0] != dtypes[1] or shapes[0] != shapes[1]:
+        comparable = dtypes[0] == dtypes[1] or (self.across_dtypes and not {*dtypes} & OPAQUE)
+        if not comparable or shapes[0] != shapes[1]:
             return TensorDifference(dtypes=dtypes, shapes=shapes, elements=None, largest=None)
         elements, largest = 0, 0.0
         for box in self.boxes(entry, other_entry):
@@ -160,6 +178,9 @@ class _Comparison:
     def boxes(self, entry: TensorEntry, other_entry: TensorEntry) -> Iterator[Box]:
         """Yield the boxes of a tensor that may differ, as far as the digests show."""
         if not (isinstance(self.one, Checkpoint) and isinstance(self.other, Checkpoint)):
+            yield (0,) * len(entry.shape), entry.shape
+            return
+        if entry.dtype != other_entry.dtype:
             yield (0,) * len(entry.shape), entry.shape
             return
         dims = len(entry.shape)
@@ -237,25 +258,40 @@ def row_boxes(
 def differences(
     a: torch.Tensor, b: torch.Tensor, rtol: float = 0.0, atol: float = 0.0
 ) -> tuple[int, float]:
-    """Return the number of different elements of two tensors of one dtype and shape, and the
-    largest absolute difference."""
-    integers = _INTEGERS[min(a.element_size(), 8)]
-    bits = [memory_view(each).reshape(-1).view(integers) for each in (a, b)]
-    unequal = bits[0] != bits[1]
-    if a.element_size() > 8:  # complex128
-        unequal = unequal.reshape(-1, 2).any(dim=1)
-        bits = [each.reshape(-1, 2) for each in bits]
-    if not unequal.any():
-        return 0, 0.0
-    if a.dtype in OPAQUE:
-        return int(unequal.sum()), 0.0
-    wide = torch.complex128 if a.dtype.is_complex else torch.float64
-    x, y = (each[unequal].reshape(-1).view(a.dtype).to(wide) for each in bits)
+    """Return the number of different elements of two tensors of one shape, and the largest absolute
+    difference. Tensors of different dtypes must have dtypes with arithmetic."""
+    exact: torch.Tensor | None = None
+    if a.dtype == b.dtype:
+        integers = _INTEGERS[min(a.element_size(), 8)]  # torch can't index all dtypes
+        bits = [memory_view(each).reshape(-1).view(integers) for each in (a, b)]
+        unequal = bits[0] != bits[1]
+        if a.element_size() > 8:  # complex128
+            unequal = unequal.reshape(-1, 2).any(dim=1)
+            bits = [each.reshape(-1, 2) for each in bits]
+        if not unequal.any():
+            return 0, 0.0
+        if a.dtype in OPAQUE:
+            return int(unequal.sum()), 0.0
+        a, b = (each[unequal].reshape(-1).view(a.dtype) for each in bits)
+        exact = torch.zeros(len(a), dtype=torch.bool, device="cpu")
+    wide = torch.complex128 if a.dtype.is_complex or b.dtype.is_complex else torch.float64
+    x, y = (each.reshape(-1).to(wide) for each in (a, b))
     gap = (x - y).abs()
-    gap[x == y] = 0.0  # infinities
-    integer = not (a.dtype.is_floating_point or a.dtype.is_complex)
-    close = (gap <= atol + rtol * y.abs()) & gap.isfinite() | (x.isnan() & y.isnan())
-    if integer and not (rtol or atol):
-        close[:] = False  # float64 can't tell all int64 apart
+    gap[same := x == y] = 0.0  # infinities
+    close = same | (gap <= atol + rtol * y.abs()) & gap.isfinite() | (x.isnan() & y.isnan())
+    if not (rtol or atol) and _is_integer(a) and _is_integer(b):
+        close = _equal_integers(a, b) if exact is None else exact  # float64 can't tell all apart
     gap = gap[~close]
     return len(gap), float(gap.max()) if len(gap) else 0.0
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+
+
+def _equal_integers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return which elements of two tensors of integers or bools are equal numbers."""
+    flat = [each.reshape(-1) for each in (a, b)]
+    x, y = (each.view(torch.int64) if each.dtype == torch.uint64 else each.long() for each in flat)
+    # numbers from 2**63 on, of uint64, are now below 0
+    return (x == y) & (x >= 0) if torch.uint64 in (a.dtype, b.dtype) else x == y

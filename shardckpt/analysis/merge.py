@@ -101,7 +101,7 @@ def _shares(sources: Sequence[Path], weights: Sequence[float] | None) -> list[fl
             "Too few checkpoints to merge",
             expected="a list of two paths or more",
             actual=repr(sources),
-            remedy="pass several paths",
+            remedy="pass two paths or more before the target",
         )
     given = [1.0] * len(sources) if weights is None else _numbers(weights)
     total = sum(given)

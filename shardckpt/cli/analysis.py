@@ -63,6 +63,8 @@ def _diff_lines(report: DiffReport) -> Iterator[str]:
         yield f"{name}: {value!r} and {other!r}"
     for name, found in report.tensors.items():
         yield f"{name}: {_difference(found)}"
+    for name, dtypes in report.dtypes.items():
+        yield f"{name}: {_dtypes(dtypes)}, equal within the tolerance"
     same = f"{count_text(report.equal_tensors, 'tensor')} and "
     yield f"equal: {same}{count_text(report.equal_values, 'other value')}"
 
@@ -71,9 +73,14 @@ def _difference(found: TensorDifference) -> str:
     if found.shapes[0] != found.shapes[1]:
         return "shapes {} and {}".format(*map(list, found.shapes))
     if found.elements is None:
-        return "dtypes {} and {}".format(*map(_dtype, found.dtypes))
+        return _dtypes(found.dtypes)
     largest = "" if found.largest is None else f", largest difference {found.largest:.6g}"
-    return f"{count_text(found.elements, 'element')} of {list(found.shapes[0])} differ{largest}"
+    text = f"{count_text(found.elements, 'element')} of {list(found.shapes[0])} differ{largest}"
+    return text if found.dtypes[0] == found.dtypes[1] else f"{_dtypes(found.dtypes)}, {text}"
+
+
+def _dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+    return "dtypes {} and {}".format(*map(_dtype, dtypes))
 
 
 def _stats(options: SimpleNamespace) -> None:
@@ -266,7 +273,7 @@ def _paths(*names: str) -> list[click.Parameter]:
 
 
 def _number(name: str, text: str) -> click.Option:
-    return click.Option([name], type=float, default=0.0, metavar="NUMBER", help=text)
+    return click.Option([name], type=float, metavar="NUMBER", help=text)
 
 
 COMMANDS = (
@@ -275,8 +282,8 @@ COMMANDS = (
         _diff,
         [
             *_paths("first", "second"),
-            _number("--rtol", "The relative tolerance."),
-            _number("--atol", "The absolute tolerance."),
+            _number("--rtol", "The relative tolerance. Tensors may then have different dtypes."),
+            _number("--atol", "The absolute tolerance. Tensors may then have different dtypes."),
             KEYS,
             RENAME,
             JSON,

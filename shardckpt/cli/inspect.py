@@ -111,9 +111,9 @@ def page(
     tensors = list(_tensors(saved))
     yield checkpoint.path
     yield from _origin(checkpoint)
-    parts = _sizes_by_first_key(tensors)
-    if len(parts) > 1:
-        yield from ("", "parts", *table(parts, right=(1, 2)))
+    sums = _sizes_by_first_key(tensors)
+    if len(sums) > 1:
+        yield from ("", "sums by the first key", *table(sums, right=(1, 2)))
     if tensors:
         fold = len(tensors) >= _MANY and not everything and keys is None
         rows = _folded(tensors) if fold else [_row(*tensor) for tensor in tensors]

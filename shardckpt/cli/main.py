@@ -134,10 +134,10 @@ _COMMANDS = {
     "convert": (
         "convert",
         "Write a checkpoint in another format. SOURCE is a checkpoint of shardckpt, of "
-        "torch.distributed.checkpoint (dcp), of torchsnapshot, of DeepSpeed, of Lightning or of "
-        "Megatron-Core, a torch file (.pt, .pth, .ckpt, .bin), a safetensors file, a file of numpy "
-        "(.npz) or of llama.cpp (.gguf), or a directory of Hugging Face (hf). Entries that TARGET "
-        "cannot hold are left out and listed.",
+        "torch.distributed.checkpoint (dcp), of torch_checkpointing, of torchsnapshot, of "
+        "DeepSpeed, of Lightning or of Megatron-Core, a torch file (.pt, .pth, .ckpt, .bin), a "
+        "safetensors file, a file of numpy (.npz) or of llama.cpp (.gguf), or a directory of "
+        "Hugging Face (hf). Entries that TARGET cannot hold are left out and listed.",
     ),
     "extract": (
         "convert",

@@ -37,6 +37,11 @@ from shardckpt.convert.single_files import (
 )
 from shardckpt.convert.sources import Foreign, Selected, foreign, origin_of, state_of
 from shardckpt.convert.targets import Target
+from shardckpt.convert.torch_checkpointing import (
+    has_metadata,
+    has_rank_files,
+    open_torch_checkpointing,
+)
 from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
 from shardckpt.convert.torchsnapshot import METADATA as SNAPSHOT
 from shardckpt.convert.torchsnapshot import open_torchsnapshot
@@ -92,9 +97,10 @@ def convert(
     target appears when it is complete.
 
     Args:
-        source: A checkpoint of shardckpt, of torch.distributed.checkpoint (DCP) or of DeepSpeed; a
-            torch file, which is read with weights_only=True; a safetensors file; a folder in the
-            layout of Hugging Face; or a folder of an NNHandler with a file for each component.
+        source: A checkpoint of shardckpt, of torch.distributed.checkpoint (DCP), of
+            torch_checkpointing or of DeepSpeed; a torch file, which is read with weights_only=True;
+            a safetensors file; a folder in the layout of Hugging Face; or a folder of an NNHandler
+            with a file for each component.
         target: The new checkpoint.
         to: Its format. By default the suffix of `target` decides: .pt, .pth, .ckpt and .bin are
             "torch", .safetensors is "safetensors", and no suffix is "shardckpt". "lightning" is a
@@ -198,6 +204,8 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
             return DcpCheckpoint(path).source()
         if os.path.isfile(os.path.join(path, SNAPSHOT)):
             return open_torchsnapshot(path)
+        if has_metadata(path):
+            return open_torch_checkpointing(path, check=check)
         for weights in WEIGHTS:
             if os.path.isfile(os.path.join(path, weights)):
                 if ".safetensors" in weights:
@@ -207,6 +215,8 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
             return open_fsdp(path)
         if folder := deepspeed_folder(path):
             return open_deepspeed(path, folder, check=check)
+        if has_rank_files(path):
+            return open_torch_checkpointing(path, check=check)
         raise_unreadable(path)
     return Checkpoint(path, storage=place.storage)
 

@@ -156,11 +156,6 @@ _UNREADABLE = (
         "merge its files with torch.distributed.checkpoint's consolidate_safetensors_files",
     ),
     (
-        r"metadata\.pkl",
-        "a torch_checkpointing checkpoint, whose files contain objects of DTensor",
-        "load it with torch_checkpointing, and save the state with shardckpt.save",
-    ),
-    (
         r"__\d+_\d+\.distcp",
         "a DCP checkpoint without its .metadata: the save did not end",
         "use the checkpoint before it",

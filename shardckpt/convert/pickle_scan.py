@@ -94,17 +94,19 @@ def scan(data: Readable, begin: int = 0) -> int:
 
 
 class Named:
-    """Stands for the result of calling `name` with `args`, changed by `state`."""
+    """Stands for the result of calling `name` with `args`, changed by `state`. `items` are those
+    that were added to it; in a mapping, keys and items in turn."""
 
     name: str = ""
     args: tuple[Any, ...]
     state: Any
     items: list[Any]
+    is_mapping: bool
 
     def __new__(cls, *args: Any) -> Named:
         """Create an object, as the pickle requests."""
         made = super().__new__(cls)
-        made.args, made.state, made.items = args, None, []
+        made.args, made.state, made.items, made.is_mapping = args, None, [], False
         return made
 
     def __setstate__(self, state: Any) -> None:
@@ -118,6 +120,7 @@ class Named:
     def __setitem__(self, key: Any, item: Any) -> None:
         """Add an item of a subclass of dict."""
         self.items += key, item
+        self.is_mapping = True
 
     def __call__(self, *args: Any) -> Any:
         """Refuse a call such as that of a bound method, which torch also refuses."""

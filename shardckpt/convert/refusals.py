@@ -10,7 +10,7 @@ import re
 
 from shardckpt.errors import CheckpointError, CorruptionError, NotACheckpointError
 
-__all__ = ["is_harmful", "plain_text", "refusal", "refused_name", "wrong_container"]
+__all__ = ["is_harmful", "malicious", "plain_text", "refusal", "refused_name", "wrong_container"]
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NEWER_PROTOCOLS = {"149", "67"}  # FRAME and SHORT_BINBYTES, which begin protocols 4 and 3
@@ -30,6 +30,14 @@ _HARMFUL = re.compile(
 def is_harmful(name: str) -> bool:
     """Whether a function starts programs, runs code or opens files, as no saved state does."""
     return _HARMFUL.fullmatch(name) is not None
+
+
+def malicious(path: str, name: str, *, tensor: str | None = None) -> CorruptionError:
+    """Return the typed error for a file that calls a harmful function."""
+    message, remedy = _MADE_TO_DO_HARM
+    return CorruptionError(
+        message, path=path, tensor=tensor, actual=f"a call of {name}", remedy=remedy
+    )
 
 
 def plain_text(error: BaseException) -> str:
@@ -66,9 +74,8 @@ def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> Ch
     error_type: type[CheckpointError] = NotACheckpointError
     name = refused_name(error)
     if name and is_harmful(name):
-        error_type, actual = CorruptionError, f"a call of {name}"
-        message, remedy = _MADE_TO_DO_HARM
-    elif name:
+        return malicious(path, name, tensor=tensor)
+    if name:
         message = "This file holds objects of classes, which only unpickling could read"
         actual = f"an object of {name}"
         remedy = (
@@ -80,8 +87,7 @@ def refusal(path: str, error: BaseException, *, tensor: str | None = None) -> Ch
         actual = "an object made by a function that the file makes itself, as a bound method"
         remedy = "save it again where you trust it, with tensors and plain values alone"
     elif found := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", text):
-        error_type, actual = CorruptionError, f"a call of {found[1]}"
-        message, remedy = _MADE_TO_DO_HARM
+        return malicious(path, found[1], tensor=tensor)
     elif (operand := re.search(r"Unsupported operand (\d+)", text)) and (
         operand[1] in _NEWER_PROTOCOLS
     ):

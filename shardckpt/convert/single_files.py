@@ -65,6 +65,7 @@ __all__ = [
     "UNSEALED",
     "FileFormat",
     "check_loads",
+    "check_records",
     "check_sealed",
     "check_suffix",
     "corrupted",
@@ -145,7 +146,7 @@ def read_one(path: str, *, check: bool = True, load: LoadTorch = load_torch) -> 
             return _read_safetensors(path, check=check)
         found = load_torch_file(path, load)
         if check:
-            _check_records(path)
+            check_records(path)
         return found
 
 
@@ -326,7 +327,7 @@ def _without_data(value: Any) -> Any:
     return value
 
 
-def _check_records(path: str) -> None:
+def check_records(path: str) -> None:
     """Raise an error if the records of a torch file do not match their checksums, which torch.load
     does not check. Without checksums (torch.serialization.set_crc32_options) all of them are 0."""
     if not zipfile.is_zipfile(path):  # true for all torch files, except of torch before 1.6

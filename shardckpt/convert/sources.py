@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +23,7 @@ from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.format.validation import check_references
 from shardckpt.maintenance.rewritable import Source
-from shardckpt.state.flatten import flatten
+from shardckpt.state.flatten import PerRank, flatten
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.state.saved_tree import Rename, SavedState, Select, children, rebuilt
 from shardckpt.storage.base import MANIFEST_NAME
@@ -71,9 +71,9 @@ class LazyTensor:
 class Foreign(AbstractContextManager["Foreign"]):
     """A checkpoint of another library as a Source. Not collective.
 
-    `tree` is the typed JSON of its state, as in a manifest. `identity` distinguishes it from
-    others. Raises CorruptionError if the tree refers to a missing tensor, UnsupportedLeafError for
-    a dtype that a shard can't hold.
+    `tree` is the typed JSON of its state, as in a manifest, and `per_rank` that of the PerRank
+    values of each rank. `identity` distinguishes it from others. Raises CorruptionError if the tree
+    refers to a missing tensor, UnsupportedLeafError for a dtype that a shard can't hold.
     """
 
     def __init__(
@@ -83,11 +83,12 @@ class Foreign(AbstractContextManager["Foreign"]):
         tree: Any,
         tensors: Mapping[str, LazyTensor],
         *,
+        per_rank: Sequence[Any] = (),
         identity: object = None,
         close: Callable[[], None] = lambda: None,
         origin: Origin | None = None,
     ) -> None:
-        check_references(tree, [], tensors, path)
+        check_references(tree, list(per_rank), tensors, path)
         self.origin = origin or Origin(format=source_format)
         self.path, self._tensors, self._close = path, tensors, close
         entries = {
@@ -98,15 +99,21 @@ class Foreign(AbstractContextManager["Foreign"]):
             )
             for name, lazy in tensors.items()
         }
-        facts = [tree, [(name, e.dtype, e.shape) for name, e in entries.items()], str(identity)]
+        facts = [
+            tree,
+            per_rank,
+            [(name, e.dtype, e.shape) for name, e in entries.items()],
+            str(identity),
+        ]
         self.manifest = Manifest(
             checkpoint_id=text_digest(msgspec.json.encode(facts)),
             created="",
             library=source_format,
-            world_size=1,
+            world_size=max(1, len(per_rank)),
             shards=(),
             tensors=entries,
             state=tree,
+            per_rank=tuple(per_rank),
             notes={"converted": f"from {source_format}"},
         )
 
@@ -128,20 +135,35 @@ def foreign(
     state: Any,
     *,
     reads: Mapping[int, Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]] | None = None,
+    per_rank: Sequence[Mapping[str, Any]] = (),
     identity: object = None,
     origin: Origin | None = None,
 ) -> Foreign:
     """Make a source of a nested state of CPU tensors.
 
-    `reads` has a function that reads boxes of a tensor, by the id of the tensor.
+    `reads` has a function that reads boxes of a tensor, by the id of the tensor. `per_rank` are the
+    values of each rank, by the names of the PerRank in the state, and in their order.
     """
     flat = flatten(state, rank=0)
+    tensors, trees = {**flat.tensors, **flat.rank_only}, [flat.per_rank_trees]
+    for rank, own in enumerate(per_rank[1:], 1):
+        other = flatten({name: PerRank(value) for name, value in own.items()}, rank=rank)
+        tensors |= other.rank_only
+        trees.append(other.per_rank_trees)
     lazy = {}
-    for name, tensor in flat.tensors.items():
+    for name, tensor in tensors.items():
         assert isinstance(tensor, torch.Tensor)
         read = (reads or {}).get(id(tensor)) or functools.partial(_cut, tensor.detach())
         lazy[name] = LazyTensor(tensor.dtype, tuple(tensor.shape), read)
-    return Foreign(path, source_format, flat.tree, lazy, identity=identity, origin=origin)
+    return Foreign(
+        path,
+        source_format,
+        flat.tree,
+        lazy,
+        per_rank=trees if per_rank else (),
+        identity=identity,
+        origin=origin,
+    )
 
 
 def _cut(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:

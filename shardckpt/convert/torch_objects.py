@@ -20,7 +20,7 @@ import pickle
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, ClassVar
 
@@ -33,7 +33,7 @@ from shardckpt.format import typed_json as values
 from shardckpt.state.flatten import flatten
 from shardckpt.state.saved_tree import below
 
-__all__ = ["ObjectsLoader", "StandIn"]
+__all__ = ["ObjectsLoader", "StandIn", "stand_in", "why"]
 
 _MOST_PASSES = 20
 """The maximum number of passes over a pickle. Names that the pickle builds while it runs are
@@ -67,6 +67,14 @@ class StandIn:
         self.state = state
 
 
+def stand_in(name: str, args: Sequence[Any] = (), state: Any = None) -> StandIn:
+    """Return what stands for an object of the class `name`, or for the result of a function."""
+    cls = type("StandIn", (StandIn,), {"name": name, "thread": threading.get_ident()})
+    made: StandIn = object.__new__(cls)
+    made.args, made.state = tuple(args), state
+    return made
+
+
 class ObjectsLoader:
     """Loads a torch file, or an entry of DCP, with stand-ins. `plain` converts the result.
 
@@ -74,12 +82,12 @@ class ObjectsLoader:
     another form. Not thread-safe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, containers: Mapping[int, tuple[Any, str]] | None = None) -> None:
         self.left_out: dict[str, str] = {}
         self.changed: dict[str, str] = {}
         self._stand_ins: dict[str, type[Any]] = {}
         self._numbers = itertools.count()
-        self._containers: dict[int, tuple[Any, str]] = {}  # id -> (container, its class)
+        self._containers: dict[int, tuple[Any, str]] = dict(containers or {})
         self._done: dict[int, Any] = {}
         for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             self._add(f"{module}._reconstruct")

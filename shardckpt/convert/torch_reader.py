@@ -14,7 +14,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 import torch
 
@@ -22,7 +22,16 @@ from shardckpt.convert.foreign_file import mapped, utf8_path
 from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
 from shardckpt.errors import CorruptionError, NotACheckpointError
 
-__all__ = ["LoadTorch", "check_torch_file", "load_torch", "load_torch_file", "load_torch_bytes"]
+__all__ = [
+    "LoadTorch",
+    "Record",
+    "Storage",
+    "check_torch_file",
+    "load_torch",
+    "load_torch_bytes",
+    "load_torch_file",
+    "read_structure",
+]
 
 _MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the format of torch before 1.6
 _SPREAD, _SPREAD_BYTES = 4, 64 << 20
@@ -52,18 +61,28 @@ _CALLS = {
     "collections.Counter",
 }
 """The functions that a file may call: those whose result is not larger than their arguments."""
+_WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 _OF_TENSORS = re.compile(r"torch\._utils\._rebuild_\w+|torch(\.\w+)*\.\w*(Tensor|Storage)")
 """Other functions that torch.load(weights_only=True) would call, with a result as large as they ask
 for."""
 
 
-class _Storage:
-    """Stands for a storage. `key` and `numel` are those of the pickle, `size_bytes` is what it
-    needs."""
+class Storage:
+    """Stands for a storage. `type_name`, `key` and `numel` are those of the pickle, `size_bytes` is
+    what it needs."""
 
-    def __init__(self, key: str, item_bytes: int, numel: int) -> None:
-        self.key, self.item_bytes, self.numel = key, item_bytes, numel
+    def __init__(self, type_name: str, key: str, item_bytes: int, numel: int) -> None:
+        self.type_name, self.key = type_name, key
+        self.item_bytes, self.numel = item_bytes, numel
         self.size_bytes = item_bytes * numel
+
+
+class Record(NamedTuple):
+    """The place of a storage in a torch file, and its checksum, which is 0 without checksums."""
+
+    begin: int
+    size_bytes: int
+    crc: int
 
 
 def load_torch(file: str | BinaryIO, mmap: bool = False) -> Any:
@@ -108,6 +127,21 @@ def check_torch_file(data: Readable, path: str) -> None:
         )
 
 
+def read_structure(data: Readable, path: str) -> tuple[Any, dict[str, Record]]:
+    """Read the pickle of a torch file that may hold DTensors, with stand-ins for all names in it.
+
+    Returns:
+        The root of the pickle, in which a Named stands for each tensor and object; and the records
+        of the storages, by key.
+
+    Raises:
+        CorruptionError: See check_torch_file; or the bytes of the file are in another order.
+    """
+    if not _is_zip(data):
+        _refuse(path, "a zip archive of torch.save", f"a file that begins {bytes(data[:4])!r}")
+    return _ZipCheck(data, path, wrappers=True).structure()
+
+
 def _is_zip(data: Readable) -> bool:
     return bytes(data[:4]) == b"PK\x03\x04"
 
@@ -115,27 +149,50 @@ def _is_zip(data: Readable) -> bool:
 class _ZipCheck:
     """Compares the records of an archive with its pickle."""
 
-    def __init__(self, data: Readable, path: str) -> None:
-        self.data, self.path = data, path
+    def __init__(self, data: Readable, path: str, *, wrappers: bool = False) -> None:
+        self.data, self.path, self.wrappers = data, path, wrappers
         self.records: dict[str, zipfile.ZipInfo] = {}
+        self.root = ""
 
-    def run(self) -> None:
-        """See check_torch_file."""
-        root = self._read_directory()
+    def structure(self) -> tuple[Any, dict[str, Record]]:
+        """See read_structure."""
+        found = self.run()
+        order = self.records.get(f"{self.root}/byteorder")
+        if order is not None and self._bytes(order) != b"little":
+            _refuse(self.path, "little-endian numbers", "another byte order")
+        folder = f"{self.root}/data/"
+        return found, {
+            name.removeprefix(folder): Record(self._begin(info), info.file_size, info.CRC)
+            for name, info in self.records.items()
+            if name.startswith(folder)
+        }
+
+    def _begin(self, info: zipfile.ZipInfo) -> int:
+        begin: int = info.header_offset
+        begin += 30 + sum(struct.unpack("<HH", self.data[begin + 26 : begin + 30]))
+        if begin + info.file_size > len(self.data):
+            _refuse(self.path, "records within the file", info.filename[:200])
+        return begin
+
+    def _bytes(self, info: zipfile.ZipInfo) -> bytes:
+        begin = self._begin(info)
+        return bytes(self.data[begin : begin + info.file_size])
+
+    def run(self) -> Any:
+        """Check the archive; see check_torch_file. Returns the root of its pickle."""
+        root = self.root = self._read_directory()
         pickled = self.records.get(f"{root}/data.pkl")
         if pickled is None or pickled.file_size > _PICKLE_LIMIT_BYTES:
             _refuse(self.path, "a pickle, data.pkl", "none, or too large a one")
-        begin = pickled.header_offset
-        begin += 30 + sum(struct.unpack("<HH", self.data[begin + 26 : begin + 30]))
-        text = bytes(self.data[begin : begin + pickled.file_size])
+        text = self._bytes(pickled)
         if scan(text) != len(text):
             _refuse(self.path, "one pickle in data.pkl", "bytes after its end")
 
-        def storage_bytes(storage: _Storage) -> int:
+        def storage_bytes(storage: Storage) -> int:
             record = self.records.get(f"{root}/data/{storage.key}")
             return record.file_size if record else -1
 
-        _check_pickle(text, storage_bytes, len(self.data), self.path)
+        return _check_pickle(text, storage_bytes, len(self.data), self.path, wrappers=self.wrappers)
 
     def _read_directory(self) -> str:
         """Read the records of the archive. Returns the name of their folder."""
@@ -195,9 +252,9 @@ def _check_legacy(data: Readable, path: str) -> None:
     for _ in range(5):
         ends.append(scan(data, ends[-1]))
     text = bytes(data[ends[3] : ends[4]])
-    storages: dict[str, _Storage] = {}
+    storages: dict[str, Storage] = {}
 
-    def storage_bytes(storage: _Storage) -> int:
+    def storage_bytes(storage: Storage) -> int:
         storages[storage.key] = storage
         total = sum(other.size_bytes for other in storages.values())
         return storage.size_bytes if total <= len(data) - ends[5] else -1
@@ -206,22 +263,29 @@ def _check_legacy(data: Readable, path: str) -> None:
 
 
 def _check_pickle(
-    text: bytes, storage_bytes: Callable[[_Storage], int], file_bytes: int, path: str
-) -> None:
-    """Check the pickle of a torch file against the bytes of its storages.
+    text: bytes,
+    storage_bytes: Callable[[Storage], int],
+    file_bytes: int,
+    path: str,
+    *,
+    wrappers: bool = False,
+) -> Any:
+    """Check the pickle of a torch file against the bytes of its storages. Returns its root.
 
-    `storage_bytes` returns the bytes of a storage in the file, -1 if they are missing.
+    `storage_bytes` returns the bytes of a storage in the file, -1 if they are missing. `wrappers`:
+    it may hold DTensors, whose wrappers the caller does not make.
     """
 
-    def storage(pid: Any) -> _Storage:
+    def storage(pid: Any) -> Storage:
         storage_type, key, numel = (
             (pid[1], pid[2], pid[4]) if type(pid) is tuple and len(pid) > 4 else [0] * 3
         )
         if not isinstance(storage_type, type) or type(numel) is not int or numel < 0:
             raise pickle.UnpicklingError("a persistent id that is not a storage's")
-        found = re.fullmatch(r"torch\.(\w+)Storage", getattr(storage_type, "name", ""))
+        type_name = getattr(storage_type, "name", "")
+        found = re.fullmatch(r"torch\.(\w+)Storage", type_name)
         item_bytes = _STORAGE_ITEM_BYTES.get(found[1], 1) if found else 1
-        made = _Storage(str(key), item_bytes, numel)
+        made = Storage(type_name, str(key), item_bytes, numel)
         in_file = storage_bytes(made)
         if made.size_bytes > in_file:
             expected = f"{made.size_bytes} bytes of the storage {key}"[:200]
@@ -229,7 +293,8 @@ def _check_pickle(
         return made
 
     root = Names(text, allowed=lambda name: True, storage=storage).load()
-    tensors = _Structure(path, most_values=_SHARED_VALUES + len(text)).tensors_below(root)
+    structure = _Structure(path, most_values=_SHARED_VALUES + len(text), wrappers=wrappers)
+    tensors = structure.tensors_below(root)
     total = sum(math.prod(size) * item_bytes for (_, _, size, _, item_bytes) in tensors)
     limit = _SPREAD * file_bytes + _SPREAD_BYTES
     if total > limit:
@@ -241,16 +306,22 @@ def _check_pickle(
             remedy="if you trust the file, load it with torch.load, and save small tensors instead "
             "of the expanded ones",
         )
+    return root
 
 
 _View = tuple[str, int, tuple[int, ...], tuple[int, ...], int]
 
 
+def _is_mesh(node: Any) -> bool:
+    """Whether a node is a DeviceMesh, which refers to its root, which refers to it."""
+    return isinstance(node, Named) and node.name.endswith(".DeviceMesh")
+
+
 class _Structure:
     """Visits all objects of a pickle, each once."""
 
-    def __init__(self, path: str, *, most_values: int) -> None:
-        self.path, self.most_values = path, most_values
+    def __init__(self, path: str, *, most_values: int, wrappers: bool) -> None:
+        self.path, self.most_values, self.wrappers = path, most_values, wrappers
         self.counts: dict[int, int] = {}  # id of an object -> values below it; 0 during the visit
         self.views: set[_View] = set()
 
@@ -270,7 +341,7 @@ class _Structure:
                 levels -= 1
                 continue
             if id(node) in self.counts:
-                if not self.counts[id(node)]:
+                if not self.counts[id(node)] and not (self.wrappers and _is_mesh(node)):
                     self._refuse("values that don't contain themselves", "a cycle")
                 continue
             self.counts[id(node)] = 0
@@ -295,7 +366,11 @@ class _Structure:
             )
         return list(node)
 
-    def _check_call(self, name: str, args: tuple[Any, ...], state: Any = None) -> None:
+    def _check_call(
+        self, name: str, args: tuple[Any, ...], state: Any = None, *, wrapped: bool = False
+    ) -> None:
+        if name == _WRAPPER and wrapped:
+            return
         if name == "_codecs.encode":
             good = len(args) == 2 and args[1] in ("latin1", "latin-1")
         elif name == "builtins.bytearray":
@@ -303,7 +378,7 @@ class _Structure:
         elif name == _TYPED:
             good = len(args) == 4 and isinstance(args[0], type) and issubclass(args[0], Named)
             if good:
-                self._check_call(args[0].name, args[2])
+                self._check_call(args[0].name, args[2], wrapped=self.wrappers)
         else:
             good = name in _CALLS or not _OF_TENSORS.fullmatch(name)
         # The state of a tensor would give it another storage.
@@ -328,7 +403,7 @@ class _Structure:
             dtype = args[6] if len(args) > 6 else None
             item_bytes = dtype.itemsize if isinstance(dtype, torch.dtype) else 0
         numbers: Iterable[Any] = (offset, *size, *stride)
-        good = isinstance(storage, _Storage) and item_bytes > 0 and len(size) == len(stride)
+        good = isinstance(storage, Storage) and item_bytes > 0 and len(size) == len(stride)
         if good and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
             last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
             if 0 in size or (offset + last + 1) * item_bytes <= storage.size_bytes:

@@ -33,6 +33,9 @@ def digests_from_hex(text: str) -> NDArray[np.uint64]:
     return np.frombuffer(bytes.fromhex(text), dtype=">u8").astype(np.uint64)
 
 
-def text_digest(data: bytes | bytearray | memoryview) -> str:
-    """Return the digest of a text, 32 hex digits."""
-    return xxhash.xxh3_128_hexdigest(data)
+def text_digest(*parts: bytes | memoryview) -> str:
+    """Return the digest of a text, 32 hex digits. The text may be given in parts."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

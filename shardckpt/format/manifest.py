@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -108,8 +108,9 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
 
     `tensors` is the encoded member `tensors`, if the caller has it already.
     """
-    encoded: Any = msgspec.Raw(encode_tensors(manifest.tensors) if tensors is None else tensors)
-    document = Document(
+    if tensors is None:
+        tensors = encode_tensors(manifest.tensors.items())
+    document: Document[Any] = Document(
         format="shardckpt",
         version=manifest.format_version,
         id=manifest.checkpoint_id,
@@ -120,26 +121,24 @@ def to_bytes(manifest: Manifest, *, tensors: bytes | None = None) -> bytes:
             ShardText(shard.name, shard.size_bytes, digests_to_hex(shard.digests))
             for shard in manifest.shards
         ],
-        tensors=encoded,
+        tensors={},
         state=manifest.state,
         per_rank=list(manifest.per_rank),
         notes=manifest.notes,
         digest="",
     )
-    text = bytearray()  # without a copy of a large text
-    _encoder.encode_into(document, text)
-    del text[-len(b',"digest":""}') :]
-    text += digest_tail(text)
-    return bytes(text)
+    head, member, tail = _encode(document).partition(b'"tensors":')  # strings have no bare quotes
+    body = head, member, tensors, tail[len(b"{}") : -len(b',"digest":""}')]
+    return b"".join((*body, digest_tail(*body)))  # a large text is copied once
 
 
-def encode_tensors(tensors: Mapping[str, TensorEntry]) -> bytes:
+def encode_tensors(tensors: Iterable[tuple[str, TensorEntry]]) -> bytes:
     """Encode the member `tensors` of a manifest."""
     texts: dict[bytes, list[bytes]] = {}
     return _encode(
         {
             name: TensorText(entry.dtype, entry.shape, msgspec.Raw(_list_text(entry.chunks, texts)))
-            for name, entry in tensors.items()
+            for name, entry in tensors
         }
     )
 
@@ -169,13 +168,12 @@ def _list_text(chunks: Ints, texts: dict[bytes, list[bytes]]) -> bytes:
     return b"[" + b",".join(parts) + b"]"
 
 
-_encoder = msgspec.json.Encoder()
-_encode = _encoder.encode
+_encode = msgspec.json.Encoder().encode
 
 
-def digest_tail(body: bytes | bytearray | memoryview) -> bytes:
-    """Return the last bytes of a manifest: the digest of all bytes before them."""
-    return f',"digest":"{text_digest(body)}"}}\n'.encode()
+def digest_tail(*body: bytes | memoryview) -> bytes:
+    """Return the last bytes of a manifest: the digest of all bytes before them, in parts."""
+    return f',"digest":"{text_digest(*body)}"}}\n'.encode()
 
 
 def from_bytes(data: bytes, *, path: str) -> Manifest:

@@ -24,7 +24,7 @@ __all__ = ["load_state", "save_state", "use_shardckpt"]
 
 
 def save_state(accelerator: Any, path: str | os.PathLike[str], **options: Any) -> SaveReport:
-    """Save what `accelerator.save_state` saves, each rank its own part.
+    """Save the state that `accelerator.save_state` saves. Each rank writes its own part.
 
     Collective. The state has the prepared models, optimizers, schedulers and samplers, the gradient
     scaler, the objects of `register_for_checkpointing`, and the random-number state of every rank.

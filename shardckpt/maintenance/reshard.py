@@ -96,7 +96,10 @@ def even_plan(source: Source, shards: int) -> tuple[LocalPlan, GlobalPlan]:
     """
     if not (isinstance(shards, int) and 1 <= shards <= _MOST_SHARDS):
         raise StateError(
-            "Invalid number of shards", expected=f"from 1 to {_MOST_SHARDS:,}", actual=repr(shards)
+            "Invalid number of shards",
+            expected=f"from 1 to {_MOST_SHARDS:,}",
+            actual=repr(shards),
+            remedy="pass a number in this range",
         )
     tensors = source.manifest.tensors
     specs = tuple(TensorSpec(name, entry.dtype, entry.shape) for name, entry in tensors.items())

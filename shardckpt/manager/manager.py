@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -153,11 +153,18 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             raise StateError(
                 "Invalid value for check", expected='"full" or "quick"', actual=repr(check)
             )
+        self.keep = tuple(keep) if isinstance(keep, Iterable) else ()
+        if not isinstance(keep, Iterable) or not all(map(callable, self.keep)):
+            raise StateError(
+                "Invalid value for keep",
+                expected="a list of retention policies",
+                actual=repr(keep),
+                remedy="pass a list, such as keep=[shardckpt.KeepLast(2)]",
+            )
         if backend is not None and storage is None:
             storage = LocalStorage()
         self._storage, self.folder = resolve(folder, storage, fixed=True)
         _checked_name(_name_of(name, step=0))
-        self.keep = tuple(keep)
         self.label = label
         self.owner = label or _owner(name, self.keep)
         self._identity = uuid.uuid4().hex
@@ -173,6 +180,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
         self._failures = 0
         self._records: dict[str, tuple[Hashable, _Record | None]] = {}
         self._verified: dict[str, bool] = {}
+        self._absent_metrics: set[str] = set()
 
     def save(
         self,
@@ -321,6 +329,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 raise CheckpointExistsError(
                     "The path exists already",
                     path=path,
+                    expected="a free path",
+                    actual="a checkpoint of this name",
                     remedy='pass another step or name, or if_exists="overwrite"',
                 )
             # A corrupted checkpoint must not be the base, as its files would be linked again.
@@ -576,9 +586,21 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                 None,
             )
             if corrupted is None:
+                self._warn_of_absent_metrics(saved)
                 return removable
             saved.remove(corrupted)
         return []
+
+    def _warn_of_absent_metrics(self, saved: list[SavedCheckpoint]) -> None:
+        """Warn once of each metric that a policy monitors and no checkpoint has."""
+        names = {name for checkpoint in saved for name in checkpoint.metrics}
+        monitored = {policy.monitor for policy in self.keep if isinstance(policy, KeepBest)}
+        for metric in sorted(monitored - names - self._absent_metrics) if names else ():
+            self._absent_metrics.add(metric)
+            warn(
+                f"KeepBest keeps no checkpoint in {self.folder}: it monitors the metric "
+                f"{metric!r}, and the saved metrics are {', '.join(sorted(names))}"
+            )
 
     def _may_remove(self, checkpoint: SavedCheckpoint) -> bool:
         """Whether this manager saved a checkpoint, or an earlier manager of the same owner."""

@@ -38,7 +38,11 @@ class Rows:
 
     def take(self, index: NDArray[np.generic]) -> Rows:
         """Select the rows of an index or mask."""
-        return Rows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        if index.dtype == np.bool_:
+            index = np.flatnonzero(index)
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        # Many times as fast as an index in brackets, for boxes.
+        return Rows(**{name: column.take(index, axis=0) for name, column in columns.items()})
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

@@ -230,7 +230,7 @@ def global_plan(
     order = layout_order(specs, chunks, written.rank * GROUP_COUNT + file)
     return GlobalPlan(
         specs=specs,
-        chunks=ChunkTable(tensor=chunks.tensor[order], boxes=chunks.boxes[order]),
+        chunks=ChunkTable(tensor=chunks.tensor[order], boxes=chunks.boxes.take(order, axis=0)),
         bounds=np.searchsorted(written.rank[order], ranks),
         shares=_shares(plans, numbers, assigned, compare, assigned_bounds, compared),
         compared=np.diff(compared),
@@ -307,11 +307,13 @@ def _gather_rows(plans: Sequence[LocalPlan], numbers: _Numbers) -> tuple[Rows, N
     dims = max((plan.chunks.boxes.shape[2] for plan in plans), default=0)
     counts = [len(plan.chunks) for plan in plans]
     rank = np.repeat(np.arange(len(plans)), counts)
+    row = np.arange(len(rank))
+    row -= np.repeat(np.cumsum(counts) - counts, counts)
     tensor = numbers.of_chunks(plans)
     boxes = np.concatenate([widen_boxes(plan.chunks.boxes, dims=dims) for plan in plans])
     rows = Rows(
         rank=rank,
-        row=np.arange(len(rank)) - np.repeat(np.cumsum(counts) - counts, counts),
+        row=row,
         tensor=tensor,
         boxes=boxes,
         size_bytes=chunk_bytes(numbers.specs, ChunkTable(tensor=tensor, boxes=boxes)),
@@ -327,7 +329,7 @@ def check_coverage(specs: Sequence[TensorSpec], chunks: ChunkTable, rank: Ints) 
     dims = max([chunks.boxes.shape[2], *(len(spec.shape) for spec in specs)])
     for block, rows, ends in tensor_blocks(chunks.tensor, len(specs)):
         shapes = pad_shapes([spec.shape for spec in specs[block]], dims=dims)
-        boxes = widen_boxes(chunks.boxes[rows], dims=dims)
+        boxes = widen_boxes(chunks.boxes.take(rows, axis=0), dims=dims)
         gap = first_gap(shapes, np.array([0, *ends]), boxes[:, 0], boxes[:, 1])
         if gap is not None:
             index, found = gap

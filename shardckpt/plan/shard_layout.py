@@ -75,8 +75,8 @@ def layout_digests(
 
 def tensor_entries(
     specs: Sequence[TensorSpec], chunks: ChunkTable, *, bounds: Ints, header_bytes: Ints
-) -> dict[str, TensorEntry]:
-    """Return the entries of tensors in the manifest, with the position of each chunk.
+) -> Iterator[tuple[str, TensorEntry]]:
+    """Yield the name and the entry of each tensor in the manifest, with the position of each chunk.
 
     Rows bounds[s] to bounds[s + 1] of `chunks` are those of shard s, in the order of the file,
     after a header of header_bytes[s] bytes. The chunks of a tensor are sorted by offsets.
@@ -87,20 +87,20 @@ def tensor_entries(
     total = np.concatenate([[0], np.cumsum(sizes)])
     end = total[1:] + (header_bytes - total[bounds[:-1]])[shard]
     used = [np.array([*range(3 + n), *range(3 + dims, 3 + dims + n)]) for n in range(dims + 1)]
-    entries: dict[str, TensorEntry] = {}
     for block, rows, ends in tensor_blocks(chunks.tensor, len(specs)):
-        boxes = widen_boxes(chunks.boxes[rows], dims=dims)
-        if (order := _by_offsets(chunks.tensor[rows], boxes)) is not None:
-            rows, boxes = rows[order], boxes[order]
+        boxes = widen_boxes(chunks.boxes.take(rows, axis=0), dims=dims)
+        number = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+        if (order := _by_offsets(number, boxes)) is not None:
+            rows, boxes = rows[order], boxes.take(order, axis=0)
         flat = np.empty((len(rows), 3 + 2 * dims), dtype=np.int64)
-        flat[:, 0], flat[:, 1], flat[:, 2] = shard[rows], end[rows] - sizes[rows], end[rows]
+        flat[:, 0], flat[:, 2] = shard[rows], end[rows]
+        flat[:, 1] = flat[:, 2] - sizes[rows]
         flat[:, 3:] = flat_boxes(boxes)
         for spec, low, high in zip(specs[block], [0, *ends[:-1]], ends, strict=True):
             part = flat[low:high]
             if len(spec.shape) < dims:
                 part = part[:, used[len(spec.shape)]]
-            entries[spec.name] = TensorEntry(dtype=spec.dtype, shape=tuple(spec.shape), chunks=part)
-    return entries
+            yield spec.name, TensorEntry(dtype=spec.dtype, shape=tuple(spec.shape), chunks=part)
 
 
 def tensor_blocks(tensor: Ints, count: int) -> Iterator[tuple[slice, Ints, list[int]]]:

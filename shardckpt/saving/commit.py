@@ -114,7 +114,8 @@ def commit(
         in_parts = any(result.commits_part for result in results)
         with work.phase("commit"):
             try:
-                committed, manifest = _manifest_of(agreement, results)
+                with collector_paused():
+                    committed, manifest = _manifest_of(agreement, results)
             except ShardMismatchError as error:
                 differing = _Decision(None, differing=cast("int", error.rank))
                 return msgspec.msgpack.encode(differing)
@@ -152,8 +153,7 @@ def _manifest_of(agreement: Agreement, results: Sequence[ShardResult]) -> tuple[
     assert agreement.plan is not None, "the plan is on rank 0"
     digests = [np.frombuffer(result.replicas, dtype="<u8") for result in results]
     compare_replicas(agreement.plan.plan, digests)
-    with collector_paused():
-        tensors = agreement.plan.encoded_tensors(file_table(results))
+    tensors = agreement.plan.encoded_tensors(file_table(results))
     machines = 1 + sum(result.commits_part for result in results)
     note = f"on {machines} machines, each with the shards of its ranks"
     return build_manifest(

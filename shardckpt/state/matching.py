@@ -64,7 +64,10 @@ def casts(dtype: DtypePolicy) -> bool:
     """
     if dtype not in ("strict", "cast"):
         raise StateError(
-            "Unknown value for dtype", expected='"strict" or "cast"', actual=repr(dtype)
+            "Unknown value for dtype",
+            expected='"strict" or "cast"',
+            actual=repr(dtype),
+            remedy='pass dtype="cast" to convert saved tensors to the dtypes of the state',
         )
     return dtype == "cast"
 

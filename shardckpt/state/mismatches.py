@@ -51,9 +51,19 @@ class Mismatches:
             unexpected=tuple(self.unexpected) or None,
             wrong_shape=tuple(self.wrong_shape) or None,
             wrong_dtype=tuple(self.wrong_dtype) or None,
-            remedy="strict=False loads the matching entries; dtype='cast' converts dtypes; "
-            "rename= and keys= map and select names",
+            remedy=self._remedy(),
         )
+
+    def _remedy(self) -> str:
+        """Name the arguments of load that solve these mismatches."""
+        remedies = ["strict=False loads the matching entries"]
+        if self.wrong_dtype:
+            remedies.append("dtype='cast' converts dtypes")
+        if self.missing or self.unexpected:
+            remedies.append("rename= and keys= map and select names")
+        if self.missing:
+            remedies.append("`shardckpt inspect` lists the saved names")
+        return "; ".join(remedies)
 
 
 def _unused(names: list[str], path: str) -> LoadMismatchError:

@@ -50,7 +50,10 @@ def rename_function(rename: Rename) -> Callable[[str], str]:
         type(name) is not str for pair in rename.items() for name in pair
     ):
         raise StateError(
-            "Invalid rename", expected="a dict of str, or a function", actual=repr(rename)[:200]
+            "Invalid rename",
+            expected="a dict of str, or a function",
+            actual=repr(rename)[:200],
+            remedy='pass rename={"old": "new"}, or a function from saved name to new name',
         )
     prefixes = sorted(((a.rstrip("."), b.rstrip(".")) for a, b in rename.items()), reverse=True)
     prefixes.sort(key=lambda pair: -len(pair[0]))

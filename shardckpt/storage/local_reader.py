@@ -81,7 +81,8 @@ class LocalFiles(CheckpointFiles):
                 path=self.path,
                 expected="a directory that shardckpt.save wrote",
                 actual="a file",
-                remedy="pass the directory of the checkpoint",
+                remedy="pass the directory of the checkpoint; `shardckpt convert` reads files of "
+                "torch, safetensors and other formats",
             ) from error
         except FileNotFoundError as error:
             # A save that died between its two renames left the old checkpoint under this name.

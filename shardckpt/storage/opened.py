@@ -100,5 +100,11 @@ def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]
         with checkpoint:
             yield name, checkpoint
     if not found:
-        with cls(folder, storage=storage) as checkpoint:
+        try:
+            checkpoint = cls(folder, storage=storage)
+        except CheckpointNotFoundError as error:
+            error.expected = "a checkpoint, or a folder of checkpoints"
+            error.remedy = "check the path"
+            raise
+        with checkpoint:
             yield folder.rstrip("/").rpartition("/")[2], checkpoint

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 import shardckpt
 from shardckpt import PerRank, errors
 from shardckpt.analysis.diff import differences
-from shardckpt.format.dtypes import SAVED
+from shardckpt.format.dtypes import DTYPES, SAVED
 
 SIZE = 1 << 20
 
@@ -164,3 +164,83 @@ def test_every_dtype_is_compared(dtype):
     ones = torch.ones(64, dtype=torch.uint8).view(dtype)
     assert differences(zeros, zeros.clone() if dtype.itemsize > 1 else zeros) == (0, 0.0)
     assert differences(zeros, ones)[0] == len(zeros)
+
+
+def compared(a, b, tmp_path, **tolerance):
+    for name, tensor in (("a", a), ("b", b)):
+        shardckpt.save({"w": tensor}, tmp_path / name, overwrite=True)
+    return shardckpt.diff(tmp_path / "a", tmp_path / "b", **tolerance)
+
+
+@pytest.mark.parametrize("other_format", ["c.pth", "c"])
+def test_rounded_values_are_equal_within_the_eps_of_their_dtype(tmp_path, other_format):
+    first = tmp_path / "first"
+    shardckpt.save({"model": {"a": torch.randn(300), "tied": torch.zeros(2)}, "n": 1}, first)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = tmp_path / other_format
+        shardckpt.convert(first, rounded, dtype=dtype, overwrite=True)
+        for pair in ((first, rounded), (rounded, first)):
+            found = shardckpt.diff(*pair, keys="model")
+            assert found.tensors["model.a"].elements is None
+            assert not found.dtypes
+            found = shardckpt.diff(*pair, keys="model", rtol=torch.finfo(dtype).eps, atol=1e-7)
+            assert found.equal
+            assert set(found.dtypes["model.a"]) == {torch.float32, dtype}
+            assert list(found.dtypes) == ["model.a", "model.tied"]
+            found = shardckpt.diff(*pair, keys="model", rtol=torch.finfo(dtype).eps / 8)
+            assert found.tensors["model.a"].elements > 0
+            assert found.tensors["model.a"].largest > 0
+            assert "model.tied" in found.dtypes  # zeros
+
+
+def test_a_tolerance_of_0_compares_across_dtypes_exactly(tmp_path):
+    w = torch.tensor([0.5, -1.25, math.nan, math.inf, -0.0])
+    assert compared(w, w.double(), tmp_path, atol=0).equal
+    assert not compared(w, w.double(), tmp_path).equal
+    other = w.double()
+    other[0] += 2**-50
+    found = compared(w, other, tmp_path, rtol=0)
+    assert found.tensors["w"].elements == 1
+    assert found.tensors["w"].dtypes == (torch.float32, torch.float64)
+
+
+INTEGERS = [2**63 - 1, 2**63 - 2, 2**53 + 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "elements"),
+    [
+        (torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 3.5]), 1),
+        (torch.tensor([1, 0, 1]), torch.tensor([True, False, False]), 1),
+        (torch.tensor([True, False]), torch.tensor([1.0, 0.0]), 0),
+        (torch.tensor(INTEGERS), torch.tensor(INTEGERS, dtype=torch.uint64), 0),
+        (torch.tensor([-1, 5]), torch.tensor([2**64 - 1, 5], dtype=torch.uint64), 1),
+        (torch.tensor([-1, 5], dtype=torch.int8), torch.tensor([255, 5], dtype=torch.uint8), 1),
+        (torch.tensor([1.5, 2]), torch.tensor([1.5 + 0j, 2 + 1j]), 1),
+        (torch.tensor([1 + 1j, 2]), torch.tensor([1 + 1j, 2], dtype=torch.complex128), 0),
+        (torch.tensor([1.5, 448.0]), torch.tensor([1.5, 448.0]).to(torch.float8_e4m3fn), 0),
+        (torch.tensor([1.5, 3.14]), torch.tensor([1.5, 3.14]).to(torch.float8_e5m2), 1),
+        (torch.tensor([math.nan, 1]), torch.tensor([math.nan, 1]).to(torch.float8_e5m2), 0),
+        (torch.tensor([math.nan, 1]), torch.tensor([0, 1]), 1),
+        (torch.tensor(2.0), torch.tensor(2), 0),
+        (torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64), 0),
+    ],
+)
+def test_dtypes_of_all_kinds_are_compared(a, b, elements, tmp_path):
+    for pair in ((a, b), (b, a)):
+        assert not compared(*pair, tmp_path).equal
+        found = compared(*pair, tmp_path, atol=0)
+        assert found.equal == (elements == 0)
+        if elements:
+            assert found.tensors["w"].elements == elements
+        else:
+            assert found.dtypes == {"w": (pair[0].dtype, pair[1].dtype)}
+
+
+def test_dtypes_without_arithmetic_and_other_shapes_always_differ(tmp_path):
+    for dtype in (DTYPES[name] for name in ("BITS8", "F4X2") if name in DTYPES):
+        packed = torch.zeros(4, dtype=torch.uint8).view(dtype)
+        found = compared(packed, torch.zeros(4), tmp_path, rtol=1, atol=1)
+        assert found.tensors["w"].elements is None
+    found = compared(torch.zeros(4), torch.zeros(5).half(), tmp_path, rtol=1, atol=1)
+    assert found.tensors["w"].shapes == ((4,), (5,))

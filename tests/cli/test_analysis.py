@@ -38,6 +38,21 @@ def test_diff_lists_what_differs_and_exits_with_1(two, capsys):
     assert main(["diff", two[0], "nowhere"]) not in (0, 1)
 
 
+def test_diff_names_other_dtypes_and_exits_with_0_within_a_tolerance(two, tmp_path, capsys):
+    one, half = two[0], str(tmp_path / "half.pth")
+    shardckpt.convert(one, half, dtype="float16")
+    assert main(["diff", one, half]) == 1
+    assert "w: dtypes float32 and float16\n" in capsys.readouterr().out
+    assert main(["diff", one, half, "--atol", "0"]) == 0
+    assert "w: dtypes float32 and float16, equal within the tolerance" in capsys.readouterr().out
+    assert main(["diff", two[1], half, "--rtol", "0", "--keys", "w", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["tensors"]["w"]["elements"] == 1
+    assert report["dtypes"] == {}
+    assert main(["diff", two[1], half, "--rtol", "0", "--keys", "w"]) == 1
+    assert "dtypes float32 and float16, 1 element of [4, 6] differ" in capsys.readouterr().out
+
+
 def test_stats_prints_a_row_for_each_tensor(two, capsys):
     assert main(["stats", two[0]]) == 0
     lines = capsys.readouterr().out.splitlines()

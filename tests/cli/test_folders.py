@@ -57,6 +57,7 @@ def test_ls(run, capsys):
     assert main(["ls", f"{run}/step-1"]) == 0
     assert capsys.readouterr().out.startswith("  step-1")
     assert main(["ls", f"{run}/nothing"]) == CheckpointNotFoundError.exit_code
+    assert "expected: a checkpoint, or a folder of checkpoints" in capsys.readouterr().err
 
 
 def test_ls_warns_of_a_checkpoint_that_cannot_be_read(tmp_path, capsys, caplog):

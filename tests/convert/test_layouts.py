@@ -324,7 +324,6 @@ FOLDERS = {
     "use_collectives": ["__0.metadata", "__0_0.distcp"],
     "did not end": ["__0_0.distcp", "__1_0.distcp"],
     "consolidate": ["shard-00001-model-00001-of-00001.safetensors"],
-    "torch_checkpointing": ["metadata.pkl", "model_0.pt", "model_1.pt"],
     "FSDP weights in one file": ["pytorch_model_fsdp.bin", "optimizer.bin"],
     "Llama": ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
     "another framework": ["saved_model.pb", "variables/variables.index"],

@@ -76,6 +76,16 @@ def torchsnapshot(folder: Path) -> Path:
     return Path(shutil.copytree(written, folder / "torchsnapshot", dirs_exist_ok=True))
 
 
+def torch_checkpointing(name: str) -> Attack:
+    def make(folder: Path) -> Path:
+        written = Path(__file__).parent.parent / "convert" / "made_by" / "torch_checkpointing-0.1.1"
+        ignore = shutil.ignore_patterns("expected.pt")
+        made = folder / "torch_checkpointing"
+        return Path(shutil.copytree(written / name, made, dirs_exist_ok=True, ignore=ignore))
+
+    return make
+
+
 def hugging_face(folder: Path) -> Path:
     made = folder / "hf"
     made.mkdir()
@@ -95,6 +105,8 @@ GOOD: dict[str, Attack] = {
     "hub": hub,
     "hugging face": hugging_face,
     "torchsnapshot": torchsnapshot,
+    "torch_checkpointing": torch_checkpointing("fsdp2"),
+    "torch_checkpointing, safetensors": torch_checkpointing("mixed"),
 }
 
 
@@ -137,6 +149,12 @@ PLACES: dict[str, tuple[str, str]] = {
     "the hub's link": ("hub", "model.safetensors"),
     ".snapshot_metadata": ("torchsnapshot", ".snapshot_metadata"),
     "a torch file of torchsnapshot": ("torchsnapshot", "0/progress/pair"),
+    "metadata.pkl": ("torch_checkpointing", "metadata.pkl"),
+    "a file of a rank": ("torch_checkpointing", "model_1.pt"),
+    "a safetensors file of a rank": (
+        "torch_checkpointing, safetensors",
+        "rank_1/model.safetensors",
+    ),
     "an index of Hugging Face": ("hugging face", "model.safetensors.index.json"),
     "a file of Hugging Face": ("hugging face", "model-00001-of-00001.safetensors"),
 }
@@ -559,6 +577,108 @@ INDEXES: dict[str, Attack] = {
 }
 
 
+# torch_checkpointing.
+
+
+def rank_file(file_name: str, content: Callable[[], bytes] | bytes) -> Attack:
+    def attack(folder: Path) -> Path:
+        made = torch_checkpointing("fsdp2")(folder)
+        (made / file_name).write_bytes(content if isinstance(content, bytes) else content())
+        return made
+
+    return attack
+
+
+def named(module: str, qualname: str, facts: bytes) -> bytes:
+    """The pickle of an object with this state."""
+    return name(module, qualname) + b")\x81}(" + facts + b"ub"
+
+
+def dtensor(*, mesh: bytes, placement: bytes, order: bytes = b"N") -> bytes:
+    """The pickle of a state with a DTensor [6] on a mesh of two ranks, as torch writes it."""
+    spec = named(
+        "torch.distributed.tensor._dtensor_spec", "DTensorSpec",
+        text("mesh") + named("torch.distributed.device_mesh", "DeviceMesh", mesh)
+        + text("placements") + b"(" + placement + b"t"
+        + text("tensor_meta") + name("torch.distributed.tensor._dtensor_spec", "TensorMeta")
+        + b"((" + whole(12) + b"t(K\x01t" + name("torch", "float32") + b"t\x81"
+        + text("shard_order") + order,
+    )  # fmt: skip
+    facts = b"}(" + text("_local_tensor") + tensor(0, [6], [1]) + text("_spec") + spec + b"u"
+    cls = name("torch.distributed.tensor", "DTensor")
+    return state(
+        call(
+            "torch._tensor",
+            "_rebuild_from_type_v2",
+            name("torch._utils", "_rebuild_wrapper_subclass") + cls + b"(t(N" + facts + b"t",
+        )
+    )
+
+
+RANK_STORAGE = STORAGE.replace(b"Float", b"Int").replace(text("0"), text("1"))
+RANKS = tensor(0, [2], [1], RANK_STORAGE.replace(b"K\x06", b"K\x02"))
+COORDINATE = text("_coordinate_on_dim") + b"(K\x01t"
+
+
+def mesh_of(tensor: bytes, coordinate: bytes = COORDINATE) -> bytes:
+    return text("mesh") + tensor + coordinate
+
+
+def layout_of(sizes: bytes, strides: bytes) -> bytes:
+    layout = named(
+        "torch.distributed._mesh_layout", "_MeshLayout",
+        text("shape") + sizes + text("stride") + strides,
+    )  # fmt: skip
+    ranks = text("_rank_map") + RANKS + text("_rank") + b"K\x01"
+    return ranks + text("_layout") + layout + COORDINATE
+
+
+def shard(dim: int = 0, factor: int | None = None) -> bytes:
+    kind = "Shard" if factor is None else "_StridedShard"
+    more = b"" if factor is None else text("split_factor") + whole(factor)
+    facts = text("dim") + whole(dim) + more
+    return named("torch.distributed.tensor.placement_types", kind, facts)
+
+
+MANY = b"(" + whole(1 << 40) + b"t"
+DTENSORS: dict[str, bytes] = {
+    "a mesh of floats": dtensor(mesh=mesh_of(tensor(0, [2], [1])), placement=shard()),
+    "a mesh of 2**40 ranks": dtensor(
+        mesh=mesh_of(RANKS.replace(whole(2), whole(1 << 40)).replace(whole(1), whole(0))),
+        placement=shard(),
+    ),
+    "a mesh with a rank twice": dtensor(
+        mesh=mesh_of(RANKS.replace(whole(0) + b"(" + whole(2), whole(1) + b"(" + whole(2)).replace(
+            b"(" + whole(1) + b"t\x89", b"(" + whole(0) + b"t\x89")),
+        placement=shard(),
+    ),
+    "the part of a tensor that another rank lacks": dtensor(mesh=mesh_of(RANKS), placement=shard()),
+    "a mesh without ranks": dtensor(mesh=COORDINATE, placement=shard()),
+    "a layout of 2**40 ranks": dtensor(mesh=layout_of(MANY, MANY), placement=shard()),
+    "a layout of 2**40 dimensions": dtensor(
+        mesh=layout_of(b"(" + b"K\x01" * 5000 + b"t", b"(" + b"K\x01" * 5000 + b"t"),
+        placement=shard(),
+    ),
+    "strides of 2**40": dtensor(mesh=layout_of(b"(K\x02t", MANY), placement=shard()),
+    "a coordinate that is text": dtensor(
+        mesh=mesh_of(RANKS, text("_coordinate_on_dim") + text("x")), placement=shard()
+    ),
+    "a dimension of 2**40": dtensor(mesh=mesh_of(RANKS), placement=shard(1 << 40)),
+    "a negative dimension": dtensor(mesh=mesh_of(RANKS), placement=shard(-1)),
+    "a split factor of 2**62": dtensor(mesh=mesh_of(RANKS), placement=shard(0, 1 << 62)),
+    "1,000 placements": dtensor(mesh=mesh_of(RANKS), placement=shard() * 1000),
+    "an order that is text": dtensor(mesh=mesh_of(RANKS), placement=shard(), order=text("x")),
+    "a spec that is text": dtensor(mesh=mesh_of(RANKS), placement=text("x")),
+    "a wrapper of a function": state(
+        call(
+            "torch._tensor", "_rebuild_from_type_v2",
+            name("torch._utils", "_rebuild_wrapper_subclass") + name("os", "system")
+            + b"(" + text("touch shardckpt-was-here") + b"tN",
+        )
+    ),
+}  # fmt: skip
+
+
 def sparse_companion(folder: Path) -> Path:
     made = hugging_face(folder)
     sparse(1 << 40)(made / "config.json")
@@ -585,4 +705,14 @@ FOREIGN: dict[str, Attack] = {
     **{f"safetensors: {what}": attack for what, attack in SAFETENSORS.items()},
     **{f"dcp: {what}": attack for what, attack in DCP.items()},
     **{f"index: {what}": attack for what, attack in INDEXES.items()},
+    **{f"metadata.pkl: {what}": rank_file("metadata.pkl", p) for what, p in PICKLES.items()},
+    **{f"rank: {what}": rank_file("model_1.pt", archive(p)) for what, p in PICKLES.items()},
+    **{f"rank: {what}": rank_file("model_1.pt", archive(p)) for what, p in TORCH_PICKLES.items()},
+    **{
+        f"rank: {what}": rank_file(
+            "model_1.pt", archive(p, **{"data/1": struct.pack("<ii", 0, 1)})
+        )
+        for what, p in DTENSORS.items()
+    },
+    **{f"rank file: {what}": rank_file("model_1.pt", made) for what, made in TORCH_FILES.items()},
 }  # fmt: skip

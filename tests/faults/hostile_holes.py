@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from shardckpt.convert import dcp, dcp_metadata, foreign_file, safetensors_files, single_files
+from shardckpt.convert import (
+    dcp,
+    dcp_metadata,
+    foreign_file,
+    safetensors_files,
+    single_files,
+    torch_checkpointing,
+)
 from shardckpt.convert import torch_reader as torch_file
 from shardckpt.format import typed_json
 
@@ -82,9 +89,29 @@ def sharing_unbounded() -> None:
     replace("_SHARED_VALUES", 1 << 62, torch_file)
 
 
+def rank_metadata_unpickled() -> None:
+    replace("Names", _Unpickler, torch_checkpointing)
+    replace("scan", len, torch_checkpointing)
+
+
+class _Unpickler:
+    def __init__(self, data: Any, **options: Any) -> None:
+        self.data = data
+
+    def load(self) -> Any:
+        return pickle.loads(bytes(self.data))
+
+
+def rank_file_unpickled() -> None:
+    loaded = lambda path, rank: (torch.load(path, weights_only=False), {})  # noqa: E731
+    replace("read_local_state", loaded, torch_checkpointing)
+
+
 HOLES: dict[str, Callable[[], None]] = {
     "metadata of DCP is unpickled": metadata_unpickled,
     "a torch file is unpickled": torch_file_unpickled,
+    "metadata of torch_checkpointing are unpickled": rank_metadata_unpickled,
+    "a file of a rank is unpickled": rank_file_unpickled,
     "a torch file is not checked": torch_file_unchecked,
     "a pickle is not scanned": pickle_not_scanned,
     "a file of any kind is opened": kind_of_file_unchecked,

@@ -32,6 +32,8 @@ WARM_CALLS = sorted({*OWN_CALLS, *FOREIGN_CALLS})
 PLANTED = {
     "metadata of DCP is unpickled": "metadata: runs a command",
     "a torch file is unpickled": "torch: runs a command",
+    "metadata of torch_checkpointing are unpickled": "metadata.pkl: runs a command",
+    "a file of a rank is unpickled": "rank: runs a command",
     "a torch file is not checked": "torch: bytes after the end",
     "a pickle is not scanned": "metadata: a memo index of 2**24",
     "a file of any kind is opened": "a pipe for a torch file",
@@ -170,8 +172,8 @@ def test_good_files_of_every_format_are_read(tmp_path):
     corpus = Corpus(tmp_path)
     for name, path in zip(GOOD, corpus.warm[1:], strict=True):
         corpus.paths[name] = str(path)
-        if name == "torchsnapshot":  # it has other entries than those that these calls name
-            corpus.add(name, ["shardckpt convert"])
+        if name.startswith("torch"):  # they have other entries than those that these calls name
+            corpus.add(name, ["shardckpt convert", "shardckpt inspect"])
             continue
         folder_of_others = name in ("hub", "hugging face")
         corpus.add(name, ["convert to shardckpt", "convert to torch"])

@@ -82,7 +82,7 @@ def test_long_lists_are_encoded_as_short_ones(lengths, dims):
         name: {"dtype": "F32", "shape": entry.shape, "chunks": entry.chunks.ravel().tolist()}
         for name, entry in tensors.items()
     }
-    assert encode_tensors(tensors) == msgspec.json.encode(plain)
+    assert encode_tensors(tensors.items()) == msgspec.json.encode(plain)
 
 
 def sealed(document) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -103,6 +105,25 @@ def test_each_rank_continues_at_its_own_position(tmp_path, kind):
 @pytest.mark.parametrize("step", [12, 6])
 def test_other_ranks_continue_after_the_samples_taken(tmp_path, kind, after, step):
     run_ranks(max(after, 2), save_and_resume, kind, str(tmp_path / "c"), 2, after, step)
+
+
+def take(path, count):
+    """Continue at the saved position, if there is one, take batches, and save."""
+    own = loader("stateful")
+    state = {"loader": loader_position(own)}
+    if os.path.exists(path):
+        shardckpt.load(state, path)
+    found = steps(itertools.islice(own, count))
+    shardckpt.save(state, path, overwrite=True)
+    return found
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_new_processes_continue(tmp_path, after):
+    complete = run_ranks(2, take, str(tmp_path / "complete"), None)[0]
+    path = str(tmp_path / "c")
+    assert run_ranks(2, take, path, 2)[0] == complete[:2]
+    assert run_ranks(after, take, path, None)[0] == complete[2:]
 
 
 @pytest.mark.parametrize(

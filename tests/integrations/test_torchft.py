@@ -74,6 +74,14 @@ def test_the_first_group_of_the_quorum_saves_steps_that_were_committed(tmp_path)
     assert saved_at((manager, weight, checkpoints), 4) == []
 
 
+def test_a_step_that_was_not_committed_is_not_saved_by_the_next_writer(tmp_path):
+    first, second = group(tmp_path), group(tmp_path, rank=1)
+    assert saved_at(first, 4, every=4) == [4]
+    assert saved_at(second, 4, every=4) == []
+    second[0].rank = 0  # the first group has left, and the next step failed
+    assert saved_at(second, 4, every=4) == []
+
+
 def test_the_next_writer_saves_at_once_if_the_step_is_missing(tmp_path):
     first, second = group(tmp_path), group(tmp_path, rank=1)
     assert saved_at(second, 1, 2, 3, 4, 5, every=4) == []
@@ -155,6 +163,14 @@ def test_each_group_gets_its_own_state_of_the_checkpoint_or_before(tmp_path):
     assert states == [{"position": 2}, {"position": 12}]
 
 
+def test_the_folder_may_be_in_an_object_store(tmp_path):
+    folder, own = f"memory:/{tmp_path}", {"position": 7}
+    assert saved_at(group(folder, replica_id=0, replica_state=own), 1, 2) == [1, 2]
+    own["position"] = 0
+    manager, weight, _ = group(folder, replica_id=0, replica_state=own)
+    assert (manager.step, weight.tolist(), own) == (2, [2, 2, 2], {"position": 7})
+
+
 @pytest.mark.parametrize(
     ("state", "options", "message"),
     [
@@ -176,16 +192,16 @@ def test_an_invalid_interval_is_refused(tmp_path):
 
 @pytest.fixture
 def train(tmp_path):
-    """Trains with two replica groups, and returns what each printed, or why it printed nothing."""
+    """Trains with replica groups, and returns what each printed, or why it printed nothing."""
     pytest.importorskip("torchft")
     from torchft.coordination import LighthouseServer
 
     PRELOAD.append("torchft")
     lighthouses = []
 
-    def run(name, steps, *options, ranks=1, first=(), second=(), back=False):
+    def run(name, steps, *options, ranks=1, first=(), second=(), back=False, join_ms=10000):
         lighthouse = LighthouseServer(
-            bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=10000, heartbeat_timeout_ms=1000
+            bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=join_ms, heartbeat_timeout_ms=1000
         )
         lighthouses.append(lighthouse)
         port = lighthouse.address().rsplit(":", 1)[1]
@@ -194,7 +210,8 @@ def train(tmp_path):
             arguments = [number, tmp_path / name, steps, port, *options, *more]
             return start_job(JOB, *arguments, ranks=ranks)
 
-        groups = [start(0, *first), start(1, *second)]
+        others = range(1, 3 if "three" in options else 2)
+        groups = [start(0, *first), *(start(number, *second) for number in others)]
         if back:
             groups[0].wait(60.0)
             while not (tmp_path / f"{name}-{steps}-1-at-9").exists():
@@ -250,10 +267,21 @@ def test_another_group_writes_after_the_writer_died(tmp_path, train, death, save
 
 
 def test_a_group_that_comes_back_takes_part_and_writes_again(tmp_path, train):
-    complete = train("complete", 12, "same")
-    back, survivor = train(
-        "run", 12, "same", "position", first=["die-at-6"], second=["wait-at-9"], back=True
-    )
+    complete = train("complete", 40, "same")
+    options = {"first": ["die-at-6"], "second": ["wait-at-9"], "back": True}
+    back, survivor = train("run", 40, "same", "position", **options)
     assert (back["first"], back["position"]) == (8, 4)
-    assert (survivor["saved"], back["saved"]) == ([8], [12])
+    assert (survivor["saved"][0], back["saved"][-1]) == (8, 40)
+    assert sorted(survivor["saved"] + back["saved"]) == list(range(8, 41, 4))
     assert back["digest"] == survivor["digest"] == complete[0]["digest"]
+
+
+def test_the_others_train_on_while_the_writer_takes_long(tmp_path, train):
+    complete = train("complete", 12, "same", "three")
+    options = {"first": ["slow-save-4"], "second": ["wait-at-9"], "join_ms": 300}
+    slow, *others = train("run", 12, "same", "three", **options)
+    assert slow["saved"][0] == 4
+    assert [one["saved"][:2] for one in others] == [[5, 8], []]  # step 4 was missing
+    assert steps(tmp_path / "run") == [4, 5, 8, 12]
+    assert len({one["digest"] for one in [slow, *others]}) == 1
+    assert slow["sum"] == pytest.approx(complete[0]["sum"], rel=1e-4)  # thirds are not exact

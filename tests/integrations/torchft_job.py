@@ -2,8 +2,9 @@
 
 Trains to STEPS, and saves every four steps. Options: `same` gives all groups the same data, so that
 a step does not depend on who takes part; `async`; `keep`; `position` saves the position in the data
-by group; `die-at-N` ends this group after step N, and `die-in-save-N` when it commits the
-checkpoint of step N; `wait-at-N` waits there until group 0 has come `back`.
+by group; `three` begins with three groups; `die-at-N` ends this group after step N, and
+`die-in-save-N` when it commits the checkpoint of step N; `slow-save-N` commits it when the other
+groups have trained on to step 8; `wait-at-N` waits there until group 0 has come `back`.
 """
 
 import datetime
@@ -92,12 +93,22 @@ def die(*arguments, **named):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def commit_late(*arguments):
+    wait_for("1-at-8")
+    pipeline.commit = commit
+    committed = commit(*arguments)
+    tell("back")
+    return committed
+
+
+commit = pipeline.commit
 if "back" in OPTIONS:
     tell("back")
-else:  # the first quorum has both groups
+else:  # the first quorum has all groups
     tell(f"{REPLICA}-at-0")
-    wait_for(f"{1 - int(REPLICA)}-at-0")
-saved = []
+    for number in range(3 if "three" in OPTIONS else 2):
+        wait_for(f"{number}-at-0")
+saved, waited = [], False
 while manager.current_step() < int(STEPS):
     step = manager.current_step()
     optimizer.zero_grad()
@@ -115,10 +126,15 @@ while manager.current_step() < int(STEPS):
         die()
     if f"die-in-save-{manager.current_step()}" in OPTIONS:
         pipeline.commit = die
+    if f"slow-save-{manager.current_step()}" in OPTIONS:
+        pipeline.commit = commit_late
     if (checkpoint := checkpoints.save(every=4)) is not None:
         saved.append(checkpoint.step)
     if f"wait-at-{manager.current_step()}" in OPTIONS:
         wait_for("back")
+        waited = True
+    if waited and manager.num_participants() < 2:
+        time.sleep(0.1)  # group 0 joins within a few of the steps
 checkpoints.wait()
 weights = torch.cat(
     [

@@ -68,6 +68,9 @@ def test_policies():
         lambda: KeepEverySteps(-1),
         lambda: KeepEveryHours(True),
         lambda: CheckpointManager("c", check="half"),
+        lambda: CheckpointManager("c", keep=3),
+        lambda: CheckpointManager("c", keep=KeepLast(3)),
+        lambda: CheckpointManager("c", keep=[3]),
         lambda: CheckpointManager("c").save(-1, {}),
         lambda: CheckpointManager("c").save(1, [torch.ones(1)]),
         lambda: CheckpointManager("c").save(1, {"checkpoint_manager": 1}),
@@ -106,6 +109,18 @@ def test_a_loop_of_ones_own(tmp_path):
     assert manager.restore_latest(target)
     assert target["step"] == 45
     assert "step-4-v1" in os.listdir(tmp_path / "c")
+
+
+def test_a_monitored_metric_that_no_checkpoint_has_is_reported_once(tmp_path):
+    manager = CheckpointManager(tmp_path / "c", keep=[KeepBest(1, "val_loss")])
+    manager.save(1, state(1))
+    manager.save(2, state(2))
+    with pytest.warns(UserWarning, match="'val_loss', and the saved metrics are valloss") as caught:
+        manager.save(3, state(3), metrics={"valloss": 0.1})
+    assert [one.filename for one in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        manager.save(4, state(4), metrics={"valloss": 0.2})
 
 
 def damage(path, *, cut: bool = False) -> None:

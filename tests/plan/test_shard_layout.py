@@ -21,7 +21,8 @@ from tests.plan.plans import replicated, travelled, worlds
 def test_entries_say_where_each_chunk_lies(plans):
     plan = global_plan(travelled(plans))
     headers = np.arange(1, len(plans) + 1) * 4096
-    entries = tensor_entries(plan.specs, plan.chunks, bounds=plan.bounds, header_bytes=headers)
+    table = tensor_entries(plan.specs, plan.chunks, bounds=plan.bounds, header_bytes=headers)
+    entries = dict(table)
     expected = {spec.name: [] for spec in plan.specs}
     for rank in range(len(plans)):
         at, own = int(headers[rank]), plan.of_rank(rank)
@@ -39,10 +40,10 @@ def test_entries_say_where_each_chunk_lies(plans):
     known = KnownPlan(plan)
     digests = layout_digests(plan.specs, plan.chunks, plan.bounds.tolist())
     files = np.column_stack([np.arange(len(plans)), np.diff(plan.bounds), headers, digests])
-    assert known.encoded_tensors(files) == encode_tensors(entries)
+    assert known.encoded_tensors(files) == encode_tensors(entries.items())
     assert known.encoded_tensors(files) is known.encoded_tensors(files.copy())
     changed = known.encoded_tensors(files + np.array([0, 0, 4096, 0]))
-    assert changed != encode_tensors(entries) or not len(plan.chunks)
+    assert changed != encode_tensors(entries.items()) or not len(plan.chunks)
 
 
 def test_the_digest_of_a_file_is_that_of_its_chunks_in_order():
@@ -101,7 +102,7 @@ def test_the_chunks_of_a_tensor_are_sorted_by_their_offsets():
     boxes = pad_boxes([((2, 0), (2, 2)), ((0, 1), (2, 1)), ((0, 0), (2, 1))])
     table = ChunkTable(tensor=np.zeros(3, np.int64), boxes=boxes)
     bounds, header_bytes = np.array([0, 2, 3]), np.array([100, 200])
-    entry = tensor_entries([spec], table, bounds=bounds, header_bytes=header_bytes)["w"]
+    ((_, entry),) = tensor_entries([spec], table, bounds=bounds, header_bytes=header_bytes)
     assert entry.chunks.tolist() == [
         [1, 200, 202, 0, 0, 2, 1],
         [0, 104, 106, 0, 1, 2, 1],

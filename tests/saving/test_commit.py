@@ -45,7 +45,7 @@ def a_file(rank, size_bytes, *, ranks=2, linked_bytes=0, chunks=1):
 
 def committed(results, *, tree=b"{}", **options):
     transaction = Transaction()
-    options = {"checkpoint_id": "1" * 32, "tensors": encode_tensors({}), **options}
+    options = {"checkpoint_id": "1" * 32, "tensors": encode_tensors(()), **options}
     facts = commit_manifest(transaction, results=results, tree=tree, **options)
     return facts, transaction.manifest, from_bytes(transaction.manifest, path="p")
 

@@ -31,6 +31,16 @@ def test_one_error_lists_every_mismatch():
         assert line in str(error)
 
 
+def test_the_remedy_names_the_arguments_for_these_mismatches():
+    dtype = Mismatches(wrong_dtype=[("w", "a", "b")]).error("p").remedy
+    assert "dtype='cast'" in dtype
+    assert "rename=" not in dtype
+    missing = Mismatches(missing=["a"]).error("p").remedy
+    assert "rename=" in missing
+    assert "shardckpt inspect" in missing
+    assert "cast" not in missing
+
+
 def test_the_error_for_a_single_mismatch_names_its_tensor():
     assert Mismatches(missing=["layer.w"]).error("p").tensor == "layer.w"
     assert Mismatches(wrong_shape=[("w", [2], [3])]).error("p").tensor == "w"
