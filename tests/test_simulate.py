@@ -20,11 +20,12 @@ def simulated(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": where},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
     )
 
 
-@pytest.mark.parametrize("layout", ["hsdp", pytest.param("tp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["hsdp", "tp"])
 def test_a_small_world(layout, tmp_path):
     done = simulated("-m", "simulation", "--json", "--layout", layout, "16x6")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -159,6 +159,7 @@ def test_every_tensor_of_another_library_is_read(lightning, capsys):
     assert main(["verify", str(lightning)]) == CorruptionError.exit_code
 
 
+@pytest.mark.long
 def test_processes_share_the_tensors_of_another_library(tmp_path, capfd):
     torch.save({f"w{i}": torch.ones(4) for i in range(5)}, tmp_path / "w.pt")
     assert main(["verify", str(tmp_path / "w.pt"), "--jobs", "2"]) == 0
