@@ -98,7 +98,7 @@ def _with_options(text: str, parameters: Sequence[click.Parameter]) -> str:
 
 
 def _checkpoints_below(path: str | None) -> str:
-    """Return a hint that lists the checkpoints in a folder. Empty if there are none."""
+    """Return a hint that lists the checkpoints in a folder, or "" for a folder without any."""
     found = []
     with suppress(ShardckptError):
         storage, folder = resolve(path)

@@ -72,7 +72,7 @@ class Sharding(NamedTuple):
 
     @property
     def reduction(self) -> str:
-        """The reduction of the partial placements; empty if there is none."""
+        """The reduction of the first partial placement, or "" for a tensor without one."""
         return next((p.reduction for p in self.placements if p.reduction), "")
 
     @property

@@ -24,8 +24,8 @@ __all__ = ["SUFFIX", "open_gguf"]
 
 SUFFIX = ".gguf"
 _VERSIONS = (2, 3)
-_MOST_DIMS, _MOST_KEYS = 4, 100
-_MOST_HEADER_BYTES = 64 << 20
+_MOST_DIMS, _MOST_KEYS, _MOST_ENTRIES = 4, 100, 1 << 16
+_MOST_HEADER_BYTES, _MOST_TEXTS = 64 << 20, 1 << 20
 _DTYPES = {
     0: torch.float32, 1: torch.float16, 24: torch.int8, 25: torch.int16, 26: torch.int32,
     27: torch.int64, 28: torch.float64, 30: torch.bfloat16,
@@ -37,7 +37,7 @@ _QUANTIZED = {
     35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 _VALUES = "BbHhIif?sxQqd"
-"""The struct formats of values, by the number of their type. `s` is a text, `x` an array."""
+"""The struct formats of values, by the number of their type. `s` is a text, and `x` is an array."""
 
 
 class _Tensor(NamedTuple):
@@ -51,43 +51,56 @@ class _Header:
     """Reads the numbers and texts of a header, one after another."""
 
     def __init__(self, data: Any) -> None:
-        self.data, self.at = data, 0
+        self.data, self.at, self.skipped_texts = data, 0, 0
+        self.end = min(len(data), _MOST_HEADER_BYTES)
 
     def numbers(self, form: str) -> tuple[Any, ...]:
         form = f"<{form}"
         found = struct.unpack_from(form, self.data, self.at)
-        self.at += struct.calcsize(form)
-        if self.at > _MOST_HEADER_BYTES:
-            raise ValueError(f"a header of more than {_MOST_HEADER_BYTES} bytes")
+        self._skip(struct.calcsize(form))
         return found
 
     def text(self) -> str:
         (length,) = self.numbers("Q")
-        if length > _MOST_HEADER_BYTES:
-            raise ValueError(f"a text of {length} bytes")
-        (data,) = self.numbers(f"{length}s")
-        return str(data, "utf-8")
+        begin = self.at
+        self._skip(length)
+        return str(self.data[begin : self.at], "utf-8")
 
     def value(self) -> Any:
-        """Read a value of the description. An array is passed over: its items are not used."""
+        """Read a value of the description. The items of an array are skipped: nothing uses them."""
         (type_number,) = self.numbers("I")
         form = _VALUES[type_number]
         if form == "x":
-            return self._pass_array()
+            return self._skip_array()
         return self.text() if form == "s" else self.numbers(form)[0]
 
-    def _pass_array(self) -> None:
+    def _skip_array(self) -> None:
         type_number, length = self.numbers("IQ")
         form = _VALUES[type_number]
         if form == "x":
             raise ValueError("an array of arrays")
-        if length > _MOST_HEADER_BYTES:
-            raise ValueError(f"an array of {length} items")
         if form == "s":
-            for _ in range(length):
-                self.text()
+            self._skip_texts(length)
         else:
-            self.numbers(f"{length}{form}" if length else "")
+            self._skip(length * struct.calcsize(f"<{form}"))
+
+    def _skip_texts(self, count: int) -> None:
+        self.skipped_texts += count
+        if self.skipped_texts > _MOST_TEXTS:
+            raise ValueError(f"arrays of more than {_MOST_TEXTS} texts")
+        at, length = self.at, struct.Struct("<Q")
+        for _ in range(count):
+            at += length.size + length.unpack_from(self.data, at)[0]
+            if at > self.end:
+                break
+        self._skip(at - self.at)
+
+    def _skip(self, count: int) -> None:
+        self.at += count
+        if self.at > self.end:
+            raise ValueError(
+                f"a header that ends behind the file, or has more than {_MOST_HEADER_BYTES} bytes"
+            )
 
 
 def open_gguf(path: str) -> Foreign:
@@ -111,9 +124,13 @@ def _opened(path: str, data: Any, size_bytes: int) -> Foreign:
     _check_version(path, data[:8])
     header.numbers("8x")
     count, values = header.numbers("QQ")
+    if max(count, values) > _MOST_ENTRIES:
+        raise ValueError(f"{count} tensors and {values} other entries")
     described: dict[str, Any] = {}
     for _ in range(values):
         key = header.text()
+        if key in described:
+            raise ValueError(f"two values {key!r}")
         described[key] = header.value()
     tensors = [_tensor(header) for _ in range(count)]
     alignment = described.get("general.alignment", 32)

@@ -81,7 +81,7 @@ class Manifest:
         shards: The shards, in the order of their numbers.
         tensors: The tensors by name.
         state: The tree of the saved state, as typed JSON.
-        per_rank: The PerRank values of each rank, as typed JSON; empty if there are none.
+        per_rank: The PerRank values of each rank, as typed JSON. Empty for a state without PerRank.
         notes: Texts of tools, by title.
         format_version: The version of the format.
         part: The part of the chunks that this rank has checked, if several ranks check the

@@ -30,11 +30,11 @@ class Mismatches:
 
     @property
     def only_unexpected(self) -> bool:
-        """Whether there are no other mismatches than `unexpected`."""
+        """Whether all mismatches are unexpected entries."""
         return not (self.missing or self.wrong_shape or self.wrong_dtype)
 
     def error(self, path: str) -> LoadMismatchError | None:
-        """Return one error that lists every mismatch, or None if there is no mismatch."""
+        """Return one error that lists every mismatch, or None without any mismatch."""
         lines = [f"missing in the checkpoint: {name}" for name in self.missing]
         lines += [f"saved, but not used by the state: {name}" for name in self.unexpected]
         for fact, entries in (("shape", self.wrong_shape), ("dtype", self.wrong_dtype)):

@@ -175,7 +175,7 @@ class _TorchForm:
                 break
         names = [best[id(parameter)] for parameter in self.parameters]
         if 0 < most < len(names):
-            # Of the names of a tied parameter, the saved one depends on the order of the modules.
+            # A tied parameter has several names. The order of the modules decides which is saved.
             free = self.group_of.keys() - names
             names = [
                 name

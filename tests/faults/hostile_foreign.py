@@ -691,6 +691,53 @@ def sparse_index(folder: Path) -> Path:
     return made
 
 
+# Files of llama.cpp.
+
+
+def gguf(header: bytes, size_bytes: int = 0) -> Attack:
+    """A header of version 3 behind the magic bytes, and zeros up to a size."""
+
+    def attack(folder: Path) -> Path:
+        path = folder / "x.gguf"
+        path.write_bytes(b"GGUF\3\0\0\0" + header)
+        os.truncate(path, max(size_bytes, 8 + len(header)))
+        return path
+
+    return attack
+
+
+def array_of(type_number: int, length: int) -> bytes:
+    """The counts of a header with one value, an array."""
+    return struct.pack("<QQQ", 0, 1, 1) + b"a" + struct.pack("<IIQ", 9, type_number, length)
+
+
+def ggml_tensor(sizes: tuple[int, ...], offset: int = 0, name: bytes = b"a") -> bytes:
+    """A header with one tensor of float32."""
+    head = struct.pack("<QQQ", 1, 0, len(name)) + name
+    numbers = (len(sizes), *sizes, 0, offset)
+    return head + struct.pack(f"<I{len(sizes)}QIQ", *numbers)
+
+
+GGUF: dict[str, Attack] = {
+    "2**26 bytes in an array": gguf(array_of(0, 1 << 26), 80 << 20),
+    "2**23 numbers in an array": gguf(array_of(12, 1 << 23), 80 << 20),
+    "2**40 numbers in an array": gguf(array_of(12, 1 << 40), 80 << 20),
+    "2**22 empty texts": gguf(array_of(8, 1 << 22), 80 << 20),
+    "an array of arrays": gguf(array_of(9, 1), 4096),
+    "2**22 values": gguf(struct.pack("<QQ", 0, 1 << 22), 80 << 20),
+    "2**16 values": gguf(struct.pack("<QQ", 0, 1 << 16), 80 << 20),
+    "2**22 tensors": gguf(struct.pack("<QQ", 1 << 22, 0), 200 << 20),
+    "2**16 tensors": gguf(struct.pack("<QQ", 1 << 16, 0), 200 << 20),
+    "a text of 2**63 bytes": gguf(struct.pack("<QQQ", 0, 1, 1 << 63), 4096),
+    "a tensor of 4 TB": gguf(ggml_tensor((1 << 40,)), 4096),
+    "2**64 elements": gguf(ggml_tensor((1 << 16,) * 4), 4096),
+    "an offset behind the end": gguf(ggml_tensor((1,), offset=1 << 40), 4096),
+    "2**31 dimensions": gguf(struct.pack("<QQQ", 1, 0, 1) + b"a\0\0\0\x80", 4096),
+    "a name that is not UTF-8": gguf(ggml_tensor((1,), name=b"\xff"), 4096),
+    "a pipe": lambda folder: os.mkfifo(folder / "x.gguf") or folder / "x.gguf",
+}
+
+
 FOREIGN: dict[str, Attack] = {
     **{
         f"{kind} for {place}": instead(*where, make)
@@ -705,6 +752,7 @@ FOREIGN: dict[str, Attack] = {
     **{f"safetensors: {what}": attack for what, attack in SAFETENSORS.items()},
     **{f"dcp: {what}": attack for what, attack in DCP.items()},
     **{f"index: {what}": attack for what, attack in INDEXES.items()},
+    **{f"gguf: {what}": attack for what, attack in GGUF.items()},
     **{f"metadata.pkl: {what}": rank_file("metadata.pkl", p) for what, p in PICKLES.items()},
     **{f"rank: {what}": rank_file("model_1.pt", archive(p)) for what, p in PICKLES.items()},
     **{f"rank: {what}": rank_file("model_1.pt", archive(p)) for what, p in TORCH_PICKLES.items()},

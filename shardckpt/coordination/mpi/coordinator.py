@@ -177,8 +177,8 @@ class MpiCoordinator(HeartbeatCoordinator):
         self._pulse.start()
 
     def watch(self, work: Callable[[], None], *, phase: str) -> None:
-        """See Coordinator.watch. Only collectives of torch need watching, and there is no process
-        group."""
+        """Run `work`, as Coordinator.watch does. Only collectives of torch need watching, and MPI
+        ranks use none."""
         work()
 
     def gather(self, payload: bytes, *, phase: str) -> list[bytes] | None:

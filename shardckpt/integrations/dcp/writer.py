@@ -62,7 +62,7 @@ class ShardWriter(StorageWriter):
     Collective: every rank passes one to dcp.save. With ShardSavePlanner the guarantees of
     shardckpt.save hold. Other planners choose the items to write; before the commit the writer
     checks that these cover every tensor exactly once. Under mpirun and srun, create the writer on
-    every rank: it calls init_from_mpi() if there is no process group.
+    every rank: it calls init_from_mpi() unless a process group exists.
 
     Args:
         path: See `shardckpt.save`. Leave it out if you pass `checkpoint_id` to dcp.save.
