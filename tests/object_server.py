@@ -94,7 +94,7 @@ def object_server(*, volumes: int = 60) -> Iterator[dict[str, str]]:
     if kind == "seaweedfs":
         command += [
             *(f"-master.port={more[0]}", f"-volume.port={more[1]}", f"-filer.port={more[2]}"),
-            f"-volume.max={volumes}",
+            *(f"-volume.max={volumes}", "-volume.minFreeSpace=100MiB"),  # by default 1% of the disk
         ]
     log = open(Path(folder, "log"), "wb")  # noqa: SIM115
     accounts = {"AZURITE_ACCOUNTS": f"{KEY}:{_ACCOUNT_KEY}"}

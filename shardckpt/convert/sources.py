@@ -23,8 +23,9 @@ from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.format.validation import check_references
 from shardckpt.maintenance.rewritable import Source
-from shardckpt.state.flatten import PerRank, flatten
+from shardckpt.state.flatten import flatten
 from shardckpt.state.local_chunks import box_slices
+from shardckpt.state.markers import PerRank
 from shardckpt.state.saved_tree import Rename, SavedState, Select, children, rebuilt
 from shardckpt.storage.base import MANIFEST_NAME
 
