@@ -1,4 +1,4 @@
-"""AutoSaver: a training run that saves itself, and resumes from what it saved."""
+"""AutoSaver: saves a training while it runs, and resumes it from its checkpoints."""
 
 from __future__ import annotations
 
@@ -172,17 +172,17 @@ class AutoSaver:
         return None if best is None else best.metrics[self.plan.monitor or ""]
 
     def take_fresh(self) -> list[str]:
-        """Internal. The paths saved to since the last call."""
+        """Internal. Return the paths saved to since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
     def take_failed(self) -> list[tuple[str, ShardckptError]]:
-        """Internal. The path and the error of each tolerated failure since the last call."""
+        """Internal. Return the path and the error of each tolerated failure since the last call."""
         failed, self._failed = self._failed, []
         return failed
 
     def description(self) -> dict[str, Any]:
-        """Internal. Its arguments, as plain data."""
+        """Internal. Return the arguments as plain data."""
         return {**self.options, **asdict(self.plan)}
 
     def begin(
@@ -192,7 +192,7 @@ class AutoSaver:
         number: int = 0,
         restore: Callable[[str], None] | None = None,
     ) -> bool:
-        """Internal. Prepare for training, and resume with `restore`; whether it resumed.
+        """Internal. Prepare for training, and resume with `restore`. Returns whether it resumed.
 
         Collective. `number` counts the savers with the same label before this one.
         """
@@ -281,7 +281,7 @@ class AutoSaver:
         return f"{self.label}{number} {handler.run_id}"
 
     def _place(self) -> dict[str, Any]:
-        """The storage and the backend of the managers, and how they take failures."""
+        """Return the arguments that all managers share: storage, backend, tolerated failures."""
         return {
             "storage": self._storage,
             "backend": OneFile() if self.one_file else None,
@@ -294,7 +294,7 @@ class AutoSaver:
         return self.plan.due_by_time((time.monotonic() - self._saved_at) / 60)
 
     def due(self, handler: TrainingState) -> bool:
-        """Internal. Whether to save at the current step; the same on all ranks."""
+        """Internal. Whether to save at the current step. The same on all ranks."""
         return self.plan.due_at_step(handler.step, saved_at=self._saved_step)
 
     def within_epoch(self, handler: TrainingState, *, now: bool) -> None:
@@ -372,7 +372,7 @@ class AutoSaver:
             manager.save(handler.step, state, name=name, if_exists="number")
 
     def go_back(self, load: Callable[[str], None]) -> bool:
-        """Internal. Load the newest intact checkpoint of this run; whether there is one."""
+        """Internal. Load the newest intact checkpoint of this run. Returns whether there is one."""
         assert self._manager is not None, "begin comes first"
         return self._manager.first_that_loads(load) is not None
 

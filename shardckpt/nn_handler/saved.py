@@ -20,7 +20,7 @@ _Name = dict[str, Any]
 
 
 class _Struct(msgspec.Struct, kw_only=True):
-    """The base of the structs. A field `seed` must be one that torch can take."""
+    """The base class of the structs. Checks that torch accepts the field `seed`."""
 
     def __post_init__(self) -> None:
         if not -(1 << 63) <= getattr(self, "seed", 0) < 1 << 64:
@@ -88,7 +88,7 @@ class Config(msgspec.Struct, kw_only=True):
     code: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        """The names of optimizers are part of the names of entries."""
+        """Check the names of optimizers, which are parts of the names of entries."""
         wrong = [name for name in self.optimizers if not name.isidentifier() or name == "main"]
         if wrong:
             raise ValueError("Expected words other than main as names of optimizers")
@@ -178,7 +178,7 @@ _T = TypeVar("_T")
 
 
 def checked(value: Any, cls: type[_T], at: str, *, path: str) -> _T:
-    """Convert a value to a struct; CheckpointError with the field if it is malformed."""
+    """Convert a value to a struct. Raises CheckpointError with the field if it is malformed."""
     try:
         return msgspec.convert(value, cls)
     except Exception as error:  # msgspec iterates over odd values such as tensors

@@ -88,7 +88,7 @@ class SavePlan:
         return self.every_minutes is not None and minutes >= self.every_minutes
 
     def policies(self) -> list[Retention]:
-        """The retention policies, for a CheckpointManager."""
+        """Return the retention policies, for a CheckpointManager."""
         kept: list[Retention] = []
         if self.overwrite or self.keep_last:
             kept.append(KeepLast(self.keep_last or 1))
@@ -119,7 +119,7 @@ class SavePlan:
 
 
 def name_fields(template: str) -> list[str]:
-    """The fields of a template for names; StateError for a malformed template."""
+    """Return the fields of a template for names. Raises StateError for a malformed template."""
     try:
         return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except (ValueError, TypeError) as error:
@@ -127,9 +127,9 @@ def name_fields(template: str) -> list[str]:
 
 
 def checkpoint_name(template: str, metrics: Mapping[str, Any]) -> str:
-    """The template with metrics filled in, such as `epoch{epoch}_loss{val_loss:.4f}`.
+    """Return the template with metrics filled in, such as `epoch{epoch}_loss{val_loss:.4f}`.
 
-    Raises StateError for a metric that is not there, and where the name would leave its folder.
+    Raises StateError for an unknown metric, and for a name that leads out of the folder.
     """
     for field in name_fields(template):
         if field not in metrics:
