@@ -15,6 +15,9 @@ from shardckpt.errors import CheckpointError
 __all__ = ["Config", "NamedOptimizer", "OwnState", "Progress", "Saved", "checked"]
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_REMEDY = (
+    "load another checkpoint, or take the weights alone with NNHandler.initialize_from_checkpoint"
+)
 _Name = dict[str, Any]
 """A class by its import name; see shardckpt.nn_handler.objects."""
 
@@ -191,8 +194,7 @@ def checked(value: Any, cls: type[_T], at: str, *, path: str) -> _T:
             path=path,
             tensor=f"{at}{field}".removeprefix(".") or "config",
             actual=text,
-            remedy="load another checkpoint, or take the weights alone with "
-            "NNHandler.initialize_from_checkpoint",
+            remedy=_REMEDY,
         ) from error
 
 
@@ -224,6 +226,5 @@ def _bad_random(at: str, path: str, error: Exception | None) -> CheckpointError:
         path=path,
         tensor=at,
         actual=None if error is None else f"{type(error).__name__}: {error}".partition("\n")[0],
-        remedy="load another checkpoint, or take the weights alone with "
-        "NNHandler.initialize_from_checkpoint",
+        remedy=_REMEDY,
     )

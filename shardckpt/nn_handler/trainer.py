@@ -107,7 +107,7 @@ class Trainer:
         Collective.
         """
         handler, options, saver = self.handler, self.options, self.saver
-        if options.nan_guard == "restore" and (saver is None or not saver.plan.saves()):
+        if options.nan_guard == "restore" and (saver is None or not saver.schedule.saves()):
             raise StateError(
                 'nan_guard="restore" needs checkpoints to go back to',
                 remedy="call auto_save first, with every_steps= for example",
@@ -258,10 +258,12 @@ class Trainer:
         every, saver = self.options.validate_every, self.saver
         if not every:
             return False
-        saves = saver is not None and saver.plan.due_after_epoch(
+        saves = saver is not None and saver.schedule.due_after_epoch(
             epoch, last=epoch == self.end, save_last=self.options.save_on_last_epoch
         )
-        return epoch % every == 0 or (saves and saver is not None and saver.plan.needs_validation())
+        return epoch % every == 0 or (
+            saves and saver is not None and saver.schedule.needs_validation()
+        )
 
     def _try_validation(self) -> None:
         """Validate on a few batches before training, so that mistakes show at once.

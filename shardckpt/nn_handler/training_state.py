@@ -24,6 +24,7 @@ from shardckpt.nn_handler.model_code import in_notebook
 from shardckpt.nn_handler.objects import describe, warn_of_absent
 from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Layout, Parallel, reshard, wrap
+from shardckpt.nn_handler.save_schedule import check_monitor
 from shardckpt.nn_handler.scheduling import Scheduler
 from shardckpt.state.markers import PerRank
 from shardckpt.state.random_state import random_state
@@ -253,14 +254,7 @@ class TrainingState:
 
     def check_monitor(self, monitor: str) -> None:
         """Internal. Raise StateError for a metric that training never computes."""
-        if monitor not in self.metric_names():
-            raise StateError(
-                "The monitored metric never appears",
-                expected=f"one of {', '.join(sorted(self.metric_names()))}",
-                actual=monitor,
-                remedy="correct monitor, or add the metric; val_ ones need a validation loader, "
-                "and names that you log are announced by handler.will_log.add(name)",
-            )
+        check_monitor(monitor, self.metric_names())
 
     def replaying(self) -> bool:
         """Internal. Whether the next call of train repeats one from before a resume."""

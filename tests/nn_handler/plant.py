@@ -286,10 +286,10 @@ PLANTS = [
     plant(
         16,
         "a missing metric is written out raw",
-        f"{HANDLER}/trainer_saving.py",
+        f"{HANDLER}/save_schedule.py",
         "            raise _unknown(field, template, set(metrics))",
         "            return template",
-        "tests/nn_handler/test_trainer_saving.py::test_names",
+        "tests/nn_handler/test_save_schedule.py::test_a_checkpoint_name_is_filled_from_metrics",
     ),
     plant(
         17,
@@ -302,7 +302,7 @@ PLANTS = [
     plant(
         18,
         "bad intervals are ignored",
-        f"{HANDLER}/trainer_saving.py",
+        f"{HANDLER}/save_schedule.py",
         "if self.interval is not None and (type(",
         "if False and (type(",
         f"{BASIC}::test_bad_intervals",
