@@ -1,4 +1,4 @@
-"""Random nested states: what was saved comes back, built anew and in place."""
+"""Random nested states load as they were saved, built anew and in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input: each a typed error that names path, tensor, what was expected and what found."""
+"""Bad input raises a typed error that names path, tensor, expected and actual value."""
 
 from __future__ import annotations
 

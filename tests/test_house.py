@@ -222,7 +222,7 @@ def untyped() -> set[str]:
 
 
 def test_scripts_check_installs_all_that_is_imported():
-    """mypy reads every import: what is only in another extra would be missing in a fresh clone."""
+    """mypy reads every import. A package in another extra would be missing in a fresh clone."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     check = project["optional-dependencies"]["check"]

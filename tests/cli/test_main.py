@@ -17,7 +17,7 @@ from tests.cli.states import save_some
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    """As a process of its own, in which nothing but shardckpt is imported."""
+    """Run it in a process of its own, in which only shardckpt is imported."""
     command = [sys.executable, "-m", "shardckpt", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
 

@@ -33,7 +33,7 @@ SAFETENSORS = {n: dtype for n, dtype in DTYPES.items() if shard_form(n, ()) == (
 
 
 def model() -> dict:
-    """Every dtype, with bits that are no number, too; views, scalars, nothing; a tie."""
+    """A state with every dtype, NaN, views, scalars, empty tensors and tied tensors."""
     raw = torch.arange(0, 6 * 16 * 7, 7).to(torch.uint8).reshape(6, 16)
     tensors = {name: raw.view(dtype) for name, dtype in SAFETENSORS.items() if name != "BOOL"}
     weight = torch.arange(400_000.0).reshape(500, 800)

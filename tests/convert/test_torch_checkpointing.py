@@ -31,7 +31,7 @@ FOLDERS = ["single", "plain", "fsdp2", "mixed", "mesh", "hsdp"]
 
 
 class Model(nn.Module):
-    """That of the script."""
+    """The model of the script that wrote the folder."""
 
     def __init__(self):
         super().__init__()

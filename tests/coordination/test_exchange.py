@@ -77,7 +77,7 @@ def talk() -> None:
 
 
 def groups(folder: str) -> None:
-    """A part of the ranks saves by itself; others, and a rank that is no member, are told."""
+    """Some ranks save as a group. A rank outside of the group gets an error."""
     rank = dist.get_rank()
     group = dist.new_group([0, 2])
     alone = dist.new_group([1])

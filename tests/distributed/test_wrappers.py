@@ -108,7 +108,7 @@ def check(name, folder):
 def same(mine, theirs):
     assert mine.keys() == theirs.keys()
     differing = [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
-    # What a batch norm of another rank than DDP's rank 0 has seen is not kept, nor used.
+    # The means of batch norms on other ranks than DDP's rank 0 are neither saved nor used.
     assert not [n for n in differing if "running" not in n or dist.get_rank() == 0]
 
 

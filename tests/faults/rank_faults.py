@@ -118,7 +118,7 @@ def plant(case: Case) -> None:
 
 
 def operate(folder: str, case: Case) -> tuple[str, object, object, float]:
-    """What a rank does: ("saved" | "own" | "other", rank named, phase named, seconds)."""
+    """The outcome of a rank: ("saved" | "own" | "other", rank named, phase named, seconds)."""
     os.environ["SHARDCKPT_DEADLINE_S"] = str(DEADLINE_S)
     os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(DEADLINE_S if case.phase == "begin" else 60.0)
     os.environ["SHARDCKPT_STALL_DEADLINE_S"] = str(DEADLINE_S if case.fault == "stuck" else 60.0)

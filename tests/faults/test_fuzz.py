@@ -1,4 +1,4 @@
-"""Any bytes and any JSON as manifest and as header: nothing but ShardckptError escapes."""
+"""Any bytes and any JSON as manifest and as header raise only ShardckptError."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every state that a crash may leave of a job that removes old checkpoints: what is to be kept
-loads, what is removed is gone or whole, and the next save leaves nothing else."""
+"""Every state that a crash may leave of a job that removes old checkpoints: kept checkpoints
+load, removed ones are absent or complete, and the next save leaves no other files."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from shardckpt.storage.local import LocalStorage
 
 
 class Ranks:
-    """Who takes part; these ranks come one after another."""
+    """The coordinator of ranks that run one after another."""
 
     def __init__(self, rank, world_size):
         self.rank, self.world_size = rank, world_size

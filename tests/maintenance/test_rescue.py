@@ -138,7 +138,7 @@ def test_a_lost_manifest_is_rebuilt_and_marked(damaged, capsys):
 
 
 def test_a_lost_manifest_and_a_lost_shard(damaged):
-    """What is in pieces is lost: nobody knows how large it was."""
+    """A tensor in pieces is lost, because its size is unknown."""
     os.unlink(damaged / "manifest.json")
     os.unlink(damaged / SHARDS[0])
     report, _, _ = rescued(damaged)

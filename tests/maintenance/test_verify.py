@@ -314,7 +314,7 @@ def renamed(files, names):
 
 @pytest.mark.parametrize("names", [["t1"], ["t1", "t2"]])
 def test_a_header_that_tells_another_story(files, names):
-    """The first place in a shard is told."""
+    """The error names the first place in a shard."""
     forged, manifest = renamed(files, names)
     (error,) = verify_shards(Shelf(forged), manifest).errors
     assert error.message == "The header of a shard does not match the manifest"

@@ -1,4 +1,4 @@
-"""CheckpointManager: what it keeps, never loses, and restores."""
+"""CheckpointManager keeps, prunes and restores checkpoints, and loses none that must stay."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_broken_ones_are_not_counted_nor_removed(tmp_path):
 
 
 def test_the_newest_that_verifies_is_never_removed(tmp_path, monkeypatch):
-    """What was just saved turns out broken: the one before stays, whatever the policy says."""
+    """If the newest checkpoint is corrupted, the one before it stays, whatever the policy is."""
     manager = CheckpointManager(tmp_path, keep=[KeepLast(1)])
     manager.save(1, state(1))
     save = shardckpt.save

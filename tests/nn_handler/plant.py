@@ -35,7 +35,7 @@ FAULTS, RESUME, RANKS, BASIC = (
 
 @dataclass(frozen=True)
 class Plant:
-    """A fault: (file, text, what stands there instead) of each change, and the test to see it."""
+    """A fault: (file, text, new text) of each change, and the test that must see it."""
 
     fault: int
     what: str
@@ -398,7 +398,7 @@ class Planted(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 
 
 def run(plant: Plant) -> str:
-    """What becomes of a plant's test: "passes", "fails", or "hangs"."""
+    """Return the outcome of a plant's test: "passes", "fails", or "hangs"."""
     child = os.fork()
     if child == 0:
         os.setsid()

@@ -1,4 +1,4 @@
-"""What ranks that fail learn of each other: threads over one store in place of ranks."""
+"""Ranks that fail report to each other. Threads over one store take the place of ranks."""
 
 from __future__ import annotations
 

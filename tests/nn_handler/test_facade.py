@@ -1,4 +1,4 @@
-"""What a user of Lightning, Keras or the Trainer of transformers expects of NNHandler."""
+"""NNHandler does what users of Lightning, Keras or the Trainer of transformers expect."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_unfrozen_parameters_that_no_optimizer_holds_are_named():
         train(handler)
 
 
-# Data as it is handed over
+# Data in the forms that users pass
 
 
 class Seen(Dataset):

@@ -1,4 +1,4 @@
-"""What new users of NNHandler tried on their first day."""
+"""The calls that new users of NNHandler tried on their first day."""
 
 from __future__ import annotations
 

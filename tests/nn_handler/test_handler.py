@@ -90,7 +90,7 @@ def test_auto_save_names_and_overwrite(tmp_path):
     with pytest.warns(UserWarning, match="until you confirm"):
         resumed.train(epochs=1)
     assert os.listdir(tmp_path / "one") == ["e8"]
-    resumed.save(tmp_path / "again")  # what is not confirmed stays in the checkpoint
+    resumed.save(tmp_path / "again")  # unconfirmed parts stay in the checkpoint
     resumed = with_data(NNHandler.load(tmp_path / "again"))
     assert "'save_path': " in resumed.unconfirmed[0]
     resumed.confirm()

@@ -1,4 +1,4 @@
-"""What users hand over by mistake, or change between two runs: told early, and nothing lost."""
+"""Wrong arguments, and changes between two runs, are reported early, and nothing is lost."""
 
 from __future__ import annotations
 

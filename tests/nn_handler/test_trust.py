@@ -1,4 +1,5 @@
-"""Names in a handler's checkpoint are data: what they resolve to, and what waits for a word."""
+"""Names in a handler's checkpoint are data. They resolve by rules, and some parts wait for
+confirm()."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves with a base: what is unchanged is linked, nothing is ever lost by it."""
+"""Saves with a base link unchanged files, and lose nothing."""
 
 from __future__ import annotations
 

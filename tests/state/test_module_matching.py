@@ -27,7 +27,7 @@ class PostHook(nn.Module):
 
 
 class Override(PostHook):
-    """Its load_state_dict takes nothing but the state."""
+    """Its load_state_dict takes only the state."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ class Renames(PostHook):
 
 
 class Copies(Renames):
-    """What is saved is no memory of the module's own."""
+    """Its state dict holds memory that is not the module's own."""
 
     @staticmethod
     def turn(module, state, prefix, metadata):

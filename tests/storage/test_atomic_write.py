@@ -1,4 +1,4 @@
-"""Files and folders that appear at once: what they replace, follow, collect and never touch."""
+"""Files and folders that appear at once, and the files that they replace, remove or keep."""
 
 from __future__ import annotations
 

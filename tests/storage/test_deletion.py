@@ -125,7 +125,7 @@ def test_without_locks_nothing_is_swept(tmp_path):
 
 
 def test_an_old_one_does_not_come_back_in_part(tmp_path):
-    """What a save left aside goes for good before the checkpoint that took its place."""
+    """A checkpoint that a save set aside is removed before the checkpoint that replaced it."""
     path, calls = saved(tmp_path / "c"), []
     leftover(tmp_path, OLD)
 

@@ -196,7 +196,7 @@ def test_damage_is_found_past_the_cache_and_in_it(a_large_one, tmp_path, monkeyp
 
 @pytest.mark.parametrize("end", [3_000_000, 4096 * 1000])
 def test_a_file_that_is_cut_while_it_is_read(a_large_one, tmp_path, end):
-    """Its size was looked at, then it is cut: past the cache too, that is no short load."""
+    """It is truncated after its size was checked. The load raises, also past the cache."""
     path = shutil.copytree(a_large_one[1], tmp_path / "c")
     (shard,) = path.glob("*.safetensors")
 
@@ -339,9 +339,9 @@ def descriptors():
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_every_call_of_a_save_failing_once(tmp_path, overwrite):
-    """With one error each, in turn (tests/faults/errnos has all of them): the save raises a typed
-    error, or was none the worse; what was there stays; no leftovers after the next save; no
-    descriptor leaks."""
+    """Each system call fails once (tests/faults/errnos has all errors). The save raises a typed
+    error or succeeds, the old checkpoint stays, and neither leftovers nor open descriptors
+    remain after the next save."""
     if overwrite:
         shardckpt.save(OLD, tmp_path / "count")
     count = Failing()

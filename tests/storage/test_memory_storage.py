@@ -74,7 +74,7 @@ def test_a_checkpoint_is_not_saved_inside_another_one_or_around_it(url):
     objects.put(f"{prefix}c/", b"")  # as some tools mark a folder
     shardckpt.save({"n": 3}, f"{url}/c")
     assert shardckpt.load_state(f"{url}/c") == {"n": 3}
-    objects.delete([f"{prefix}a/manifest.json"])  # a removed checkpoint is no obstacle
+    objects.delete([f"{prefix}a/manifest.json"])  # a removed checkpoint does not block a save
     shardckpt.save({"n": 4}, f"{url}/a/b")
 
 

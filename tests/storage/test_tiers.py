@@ -350,7 +350,7 @@ def test_retention_by_tier(tmp_path, url):
 
 
 def test_another_process_goes_on(tmp_path, url, monkeypatch):
-    """What was not copied before the process ended is copied by the next one."""
+    """A checkpoint that a process did not copy before its end is copied by the next process."""
     lost = TieredStorage(tmp_path / "fast", url)
     monkeypatch.setattr(lost, "_copy_later", lambda path, saved: None)
     with shardckpt.CheckpointManager(lost) as manager:

@@ -50,7 +50,7 @@ def test_a_call_that_crosses_the_news_that_it_is_late(link, call_comes_first):
 
 
 def test_news_of_an_older_call(link):
-    """It is noted, and forgotten once a later call is let in."""
+    """It is noted, and forgotten once a later call is accepted."""
     link.asked["n"] = "c"
     link._deliver(0, Message("late", "c", text="save a"))
     assert link.sent == [(0, Message("noted", "c"))]
