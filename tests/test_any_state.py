@@ -112,7 +112,7 @@ def blank(value):
 
 @settings(max_examples=100)
 @given(STATES)
-def test_any_state(tmp_path_factory, state):
+def test_any_state_loads_as_it_was_saved(tmp_path_factory, state):
     found = names(state)
     if len(set(found)) < len(found):  # such a state is refused; see tests/planning
         return

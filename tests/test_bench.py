@@ -1,4 +1,4 @@
-"""The benchmark: it runs, its table says what was found, and wrong values are seen."""
+"""The benchmark runs, prints its results, and detects wrong values."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_as_a_module(tmp_path):
     assert "Phase.WARM" in shown.stdout
 
 
-def test_reshard(tmp_path, capsys):
+def test_reshard_writes_another_number_of_shards(tmp_path, capsys):
     state = {"t": torch.arange(1 << 20).reshape(-1, 8), "r": PerRank({"x": torch.ones(2)}), "n": 1}
     shardckpt.save(state, tmp_path / "c")
     target = str(tmp_path / "d")
@@ -81,7 +81,7 @@ def newer(path):
         (cut, 6, "cut"),
     ],
 )
-def test_exit_codes(tmp_path, capsys, command, harm, code, word):
+def test_each_family_of_errors_has_its_exit_code(tmp_path, capsys, command, harm, code, word):
     save_some(tmp_path / "c")
     harm(tmp_path / "c")
     more = [str(tmp_path / "d"), "--shards", "1"] if command == "reshard" else []
@@ -102,7 +102,7 @@ def test_the_folder_of_a_run_is_met_with_a_hint(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["inspect"], ["reshard", "a", "b"], ["fly"]])
-def test_wrong_calls(arguments, capsys):
+def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""shardckpt convert: every kind to every kind, bit for bit, and what can't be converted."""
+"""shardckpt convert: from every format to every format, bit for bit, and the refused entries."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_like_another_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "dcp"])
-def test_numpy_arrays(tmp_path, target):
+def test_numpy_arrays_stay_arrays_where_no_pickle_is_needed(tmp_path, target):
     """They stay arrays where no unpickling is needed for it, else they are tensors."""
     shardckpt.save({"a": np.arange(3.0), "t": (np.arange(2), 1)}, tmp_path / "c")
     convert(str(tmp_path / "c"), str(tmp_path / target), to="dcp" if target == "dcp" else None)

@@ -91,5 +91,5 @@ def load_all(folder: str) -> None:
         shardckpt.load(state, path)
 
 
-def test_three_ranks(tmp_path):
+def test_three_ranks_check_a_manifest_together(tmp_path):
     run_ranks(WORLD, load_all, str(tmp_path))

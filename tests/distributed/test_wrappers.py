@@ -1,4 +1,4 @@
-"""Modules under every wrapper, tied weights among them: saved, loaded, and training goes on."""
+"""Modules under every wrapper, also with tied weights, are saved and loaded, and train on."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def check_all(names, folder):
 
 
 @pytest.mark.parametrize("ddp", [False, True], ids=["fsdp", "ddp"])
-def test_every_wrapper(tmp_path, ddp):
+def test_modules_under_every_wrapper_are_saved_and_loaded(tmp_path, ddp):
     names = [name for name in WRAPPERS if name.startswith("ddp") == ddp]
     run_ranks(2, check_all, names, str(tmp_path), timeout_s=110)
     for name in names:

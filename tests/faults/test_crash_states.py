@@ -21,7 +21,7 @@ SEED = 1
 
 
 @pytest.mark.parametrize("name", crash.HISTORIES)
-def test_crash_states(name):
+def test_every_crash_state_of_a_save_loads(name):
     tried = crash.check(crash.record(name), per_prefix=16, rng=random.Random(SEED))
     assert not tried.failures, "\n".join(tried.failures[:5])
     assert tried.states > 100

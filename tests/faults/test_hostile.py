@@ -165,7 +165,7 @@ def trial(seed: int) -> int:
         return try_part(Path(folder), seed % PARTS)
 
 
-def test_hostile_checkpoints(tmp_path):
+def test_hostile_checkpoints_are_refused(tmp_path):
     """A tenth of the calls; scripts/torture --only hostile makes all."""
     assert try_part(tmp_path, 0) > 500
 

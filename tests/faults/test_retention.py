@@ -13,7 +13,7 @@ from shardckpt.storage import deletion
 from shardckpt.storage.names import hidden_path
 from tests.faults import crash, retention
 from tests.faults.disk import Disk
-from tests.faults.test_crash_states import SEED, careless
+from tests.faults.test_every_crash_state_of_a_manager_loads import SEED, careless
 
 
 def check(disk, *, per_prefix, since=0, seed=SEED, enough=99):
@@ -28,7 +28,7 @@ def check(disk, *, per_prefix, since=0, seed=SEED, enough=99):
 
 
 @pytest.mark.parametrize("name", retention.HISTORIES)
-def test_crash_states(name):
+def test_every_crash_state_of_a_manager_loads(name):
     tried = check(retention.record(name), per_prefix=3)
     assert not tried.failures, "\n".join(tried.failures[:5])
     assert tried.states > 100

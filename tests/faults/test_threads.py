@@ -1,4 +1,4 @@
-"""Worker threads that raise or hang, two writers, and a reader of what is being replaced."""
+"""Worker threads that raise or hang, two writers, and a reader of a checkpoint that is replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under mpirun, with Open MPI and with MPICH: what works under torchrun works there."""
+"""Saves and loads under mpirun, with Open MPI and MPICH, work as under torchrun."""
 
 from __future__ import annotations
 

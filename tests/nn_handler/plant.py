@@ -160,7 +160,7 @@ PLANTS = [
             f"{HANDLER}/scheduling.py",
             "    scheduler.load_state_dict(state)\n",
             "    pass\n",
-            f"{RESUME}::test_every_scheduler[{name}]",
+            f"{RESUME}::test_every_scheduler_resumes_bit_for_bit[{name}]",
         )
         for name in ("LinearLR-epoch", "OneCycleLR-step", "LambdaLR-epoch", "SequentialLR-step")
     ),
@@ -218,7 +218,7 @@ PLANTS = [
         f"{HANDLER}/loading.py",
         "elif os.path.isfile(os.path.join(path, INDEX)):",
         "elif False:",
-        f"{FAULTS}::test_12_split_files_load_back_whole[torch]",
+        f"{FAULTS}::test_12_split_files_load_completely[torch]",
     ),
     plant(
         13,
@@ -305,7 +305,7 @@ PLANTS = [
         f"{HANDLER}/save_schedule.py",
         "if self.interval is not None and (type(",
         "if False and (type(",
-        f"{BASIC}::test_bad_intervals",
+        f"{BASIC}::test_bad_intervals_are_refused",
     ),
     plant(
         19,

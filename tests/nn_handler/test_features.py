@@ -179,7 +179,7 @@ def test_muon_beside_adamw(tmp_path):
         loaded.restore(tmp_path / "c")
 
 
-def test_lbfgs(tmp_path):
+def test_lbfgs_trains_and_resumes(tmp_path):
     handler = a_handler()
     handler.optimizations.clear()
     handler.set_optimizer(torch.optim.LBFGS, lr=0.5, max_iter=4)
@@ -241,7 +241,7 @@ class Stop(Callback):
             raise ValueError("planted")
 
 
-def test_a_metric_of_a_whole_epoch_is_no_mean_of_batches(tmp_path):
+def test_a_metric_of_a_whole_epoch_gets_all_outputs_at_once(tmp_path):
     def job(folder, stop):
         handler = a_handler()
         handler.add_metric("f1", f1, whole_epoch=True)
@@ -503,7 +503,7 @@ def test_weights_of_other_programs(tmp_path, name):
 # Plots, summaries and progress
 
 
-def test_plots(tmp_path):
+def test_plots_show_each_metric_by_epoch(tmp_path):
     handler = quiet(a_handler(), 4, validate_every=2)
     assert handler.history_epochs["val_loss"] == [2, 4]
     figure = handler.plot_history(tmp_path / "all.png")

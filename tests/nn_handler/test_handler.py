@@ -135,7 +135,7 @@ def test_names_of_checkpoints():
 
 
 @pytest.mark.parametrize("interval", [-2, 1.5, "1"])
-def test_bad_intervals(interval):
+def test_bad_intervals_are_refused(interval):
     with pytest.raises(errors.StateError, match="interval"):
         a_handler().auto_save(interval=interval)
 
@@ -163,7 +163,7 @@ def test_what_has_no_importable_name_is_reported_and_asked_for_again(tmp_path, n
     "device_map",
     ["cpu", "auto", "disk", {"": "cpu", "layers.0": "disk"}, {"head": "cpu", "layers": "disk"}],
 )
-def test_device_maps(tmp_path, name, device_map):
+def test_a_handler_loads_with_a_device_map(tmp_path, name, device_map):
     handler = a_handler(dropout=0.5)
     handler.train(epochs=1, ema_decay=0.9)
     handler.save(tmp_path / name)

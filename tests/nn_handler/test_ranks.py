@@ -264,7 +264,7 @@ def tensor_parallel(folder: str) -> None:
 
 
 @pytest.mark.ranks
-def test_tensor_parallel(tmp_path):
+def test_a_tensor_parallel_model_trains_and_resumes(tmp_path):
     run_ranks(4, tensor_parallel, str(tmp_path), timeout_s=110)
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)
     assert same(weights(NNHandler.load(tmp_path / "c")), expected)

@@ -1,4 +1,4 @@
-"""One world of two ranks for what NNHandler does on several ranks beside saving and stopping."""
+"""One job of two ranks tests NNHandler on several ranks, apart from saves and stops."""
 
 from __future__ import annotations
 

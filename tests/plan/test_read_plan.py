@@ -65,7 +65,7 @@ def test_every_element_of_a_box_is_read_to_its_place(row, rows, column, columns,
     assert torch.equal(view.float(), saved[row : row + rows, column : column + columns])
 
 
-def test_a_tensor_that_lies_as_saved_is_one_direct_read():
+def test_a_tensor_in_the_layout_of_the_file_is_one_direct_read():
     target = torch.zeros(ROWS, COLUMNS)
     reads = plan_reads([(entry(target), LocalChunk((0, 0), (ROWS, COLUMNS), target))])
     assert reads.direct.tolist() == [[0, 64, 64 + target.nbytes, target.data_ptr()]]

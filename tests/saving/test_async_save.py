@@ -331,7 +331,7 @@ def test_sys_exit_waits_for_saves(tmp_path):
 
 
 @starts_no_threads_at_exit
-def test_an_exception_waits_for_saves_and_tells_of_one_that_failed(tmp_path):
+def test_an_exception_waits_for_saves_and_a_failure_is_logged(tmp_path):
     (tmp_path / "d").write_text("")
     process = start(tmp_path, "raise ValueError('mine')", delay=0.5)
     _, stderr = process.communicate(timeout=100)

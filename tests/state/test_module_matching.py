@@ -155,7 +155,7 @@ def stream(data):
     [stream(b"scales"), b"abc", bytearray(b"abc"), torch.arange(5, dtype=torch.uint8), {"a": 1}],
     ids=lambda value: type(value).__name__,
 )
-def test_extra_state(tmp_path, value, asynchronous):
+def test_extra_state_is_passed_to_the_module(tmp_path, value, asynchronous):
     if asynchronous:
         shardckpt.async_save({"m": Extra(value)}, tmp_path / "c").result()
     else:

@@ -209,7 +209,7 @@ def test_a_file_that_is_cut_while_it_is_read(a_large_one, tmp_path, end):
         shardckpt.load_state(path, storage=LocalStorage(Cut()))
 
 
-def test_an_error_of_the_disk_is_told(a_large_one):
+def test_an_error_of_the_disk_is_a_typed_error(a_large_one):
     class Broken(Cold):
         def read(self, fd, buffers, *, offset, wait=True):
             if offset:
@@ -625,7 +625,7 @@ def test_a_replacing_save_that_died_between_its_renames(tmp_path):
     assert loadable(tmp_path / "c") == (1, True)
 
 
-def test_a_second_writer_is_told_at_once(tmp_path):
+def test_a_second_writer_is_refused_at_once(tmp_path):
     storage = LocalStorage()
     first = storage.begin(str(tmp_path / "c"), checkpoint_id="a" * 32, overwrite=False)
     begun = time.monotonic()
@@ -676,7 +676,7 @@ def test_directories_above_are_made_and_durable(tmp_path):
     assert os.listdir(path.parent) == []
 
 
-def test_what_stands_at_the_path_is_told(tmp_path):
+def test_the_error_names_what_is_at_the_path(tmp_path):
     shardckpt.save(OLD, tmp_path / "checkpoint")
     (tmp_path / "directory" / "of").mkdir(parents=True)
     (tmp_path / "file").touch()

@@ -201,7 +201,7 @@ def test_a_commit_that_is_repeated_on_its_way_succeeds(url):
     storage.remove(url)
 
 
-def test_removal(url):
+def test_a_removal_deletes_all_objects(url):
     storage = resolve(url).storage
     shardckpt.save(STATE, url)
     storage.remove(url)
@@ -267,7 +267,7 @@ def test_a_missing_shard_is_corruption(url):
         shardckpt.load_state(url)
 
 
-def test_urls(tmp_path):
+def test_urls_of_memory_are_checked_and_normalized(tmp_path):
     for url in ("memory://", "memory://b//x", "memory://b/../x"):
         with pytest.raises(StateError, match="Invalid URL"):
             shardckpt.save(STATE, url)

@@ -393,7 +393,7 @@ def test_auto_save_takes_tiers(tmp_path, url):
     assert torch.equal(again.module.weight, handler.module.weight)
 
 
-def test_paths(tiers, tmp_path, url):
+def test_paths_and_arguments_of_tiers_are_checked(tiers, tmp_path, url):
     full = f"tiers://{tmp_path}/fast/a,{url}/a"
     assert tiers.full_path("a") == tiers.full_path("/a"[1:] + "/") == full
     for path in ("/a", "../a", "a/./b"):
