@@ -13,7 +13,7 @@ from shardckpt.storage import deletion
 from shardckpt.storage.names import hidden_path
 from tests.faults import crash, retention
 from tests.faults.disk import Disk
-from tests.faults.test_every_crash_state_of_a_manager_loads import SEED, careless
+from tests.faults.test_crash_states import SEED, careless
 
 
 def check(disk, *, per_prefix, since=0, seed=SEED, enough=99):
