@@ -309,7 +309,7 @@ WITHOUT_TEST_FILE = {
     "coordination/mpi/coordinator.py": "needs mpirun: tests/mpi",
     "cli/maintenance.py": "commands: test_main and maintenance/test_rescue",
     "cli/entry.py": "the entry point: test_extras_are_optional",
-    "convert/dcp_files.py": "a target of convert: test_convert",
+    "convert/dcp_writer.py": "a target of convert: test_convert",
     "convert/source_loading.py": "a load of transformers: integrations/test_transformers",
     "convert/formats.py": "a declaration",
     "io/downloads.py": "tests/test_devices, which tests saves and loads of one stand-in",

@@ -10,7 +10,7 @@ import torch
 
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
-from shardckpt.convert.dcp_files import DcpFolder
+from shardckpt.convert.dcp_writer import DcpFolder
 from shardckpt.convert.deepspeed import deepspeed_folder, open_deepspeed
 from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.gguf import SUFFIX as GGUF

@@ -1,4 +1,4 @@
-"""NNHandler: a model with all that trains it, and the calls that train, save and load it."""
+"""NNHandler: a model with its optimizers, loss and data, and the calls to train, save and load."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def with_remedy(text: str) -> Iterator[None]:
 
 
 def differences(report: LoadReport) -> dict[str, Any]:
-    """The arguments of warn_of_skipped, after a load with strict=False."""
+    """Return the arguments of warn_of_skipped, after a load with strict=False."""
     return {
         "missing": report.missing,
         "unexpected": [name for name in report.unexpected if name.startswith("model.")],

@@ -310,14 +310,14 @@ def _check_options(config: Config, options: LoadOptions, path: str) -> None:
 
 
 def _optimizers(config: Config) -> dict[str, NamedOptimizer]:
-    """All optimizers of a checkpoint by name, each with its scheduler."""
+    """Return all optimizers of a checkpoint by name, each with its scheduler."""
     main = config.optimizer
     named = {MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)} if main else {}
     return {**named, **config.optimizers}
 
 
 def _place(name: str, part: str) -> str:
-    """The place of an optimizer or a scheduler in the configuration."""
+    """Return the place of an optimizer or a scheduler in the configuration."""
     return part if name == MAIN else f"optimizers.{name}.{part}"
 
 
@@ -472,7 +472,7 @@ def _check_loss(handler: Components, groups: Any, path: str) -> None:
 
 
 def _unused(names: Names, options: LoadOptions, *, later: Collection[str] = ()) -> list[str]:
-    """The places of the caller's objects that the checkpoint does not have.
+    """Return the places of the caller's objects that the checkpoint does not have.
 
     `later`: the parts of the checkpoint that are not resolved yet.
     """
@@ -531,7 +531,7 @@ def _set_functions(
 
 
 def _loss_tensors(source: Source) -> nn.Module | None:
-    """A module with the tensors of a loss that must still be given."""
+    """Return a module with the tensors of a loss that must still be given."""
     if not any(name.startswith("loss_fn.") for name in source.shapes):
         return None
     holder = nn.Module()
@@ -636,15 +636,15 @@ def _apply(
     if "callbacks" not in skip:
         _callbacks(handler.callbacks, saved.callbacks, path)
     if source.ranks is None:
-        _own(handler, ranks.value if ranks is not None else {}, path)
+        _restore_rank_values(handler, ranks.value if ranks is not None else {}, path)
     else:
         same = len(source.ranks) == handler.world_size
         own = source.ranks[handler.rank] if same else {"every": source.ranks}
-        _own(handler, own, path)
+        _restore_rank_values(handler, own, path)
 
 
 def _on_disk(source: Source, name: str) -> Any:
-    """Part of a checkpoint, with tensors that stay on the disk until they are used."""
+    """Return a part of a checkpoint, with tensors that stay on the disk until they are used."""
     found = api.load_state(source.path, keys=name, device_map="disk", storage=source.storage)
     for key in name.split("."):
         found = found[key]
@@ -710,7 +710,7 @@ def _warn_of_loss(own: Any, saved: Any, rank: int) -> None:
 
 
 def _other_tensors(own: Any, saved: Any, at: str = "") -> list[str]:
-    """The places of tensors that differ in two descriptions."""
+    """Return the places of tensors that differ in two descriptions."""
     if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor):
         alike = own.shape == saved.shape and own.dtype == saved.dtype
         return [] if alike and torch.equal(own.cpu(), saved.cpu()) else [at]
@@ -724,7 +724,7 @@ def _other_tensors(own: Any, saved: Any, at: str = "") -> list[str]:
 
 
 def _own_parts(own: dict[str, Any]) -> dict[str, Any]:
-    """The optimizers and schedulers in a handler's own configuration, by their place."""
+    """Return the optimizers and schedulers in a handler's own configuration, by their place."""
     parts = {"optimizer": own["optimizer"], "scheduler": own["scheduler"]}
     for name, one in own["optimizers"].items():
         parts |= {_place(name, part): one[part] for part in ("optimizer", "scheduler")}
@@ -732,7 +732,7 @@ def _own_parts(own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saved_parts(config: Config) -> dict[str, Any]:
-    """The optimizers and schedulers in a checkpoint, by their place."""
+    """Return the optimizers and schedulers in a checkpoint, by their place."""
     parts: dict[str, Any] = {"scheduler": config.scheduler}
     for name, one in _optimizers(config).items():
         parts |= {_place(name, "optimizer"): one.optimizer}
@@ -830,7 +830,7 @@ def _callbacks(callbacks: list[Callback], saved: dict[str, CallbackState], path:
             callback.load_state_dict(state.state)
 
 
-def _own(handler: Components, own: Any, path: str) -> None:
+def _restore_rank_values(handler: Components, own: Any, path: str) -> None:
     """Restore the values of this rank.
 
     On another number of ranks, rank 0 gets all sums, and random numbers start again.
@@ -862,7 +862,7 @@ def _own_state(own: Any, path: str) -> OwnState:
 
 
 def _added(every: list[Sums | None], *, times: int) -> Sums | None:
-    """The sums of all ranks for rank 0 (`times` 1), and zeros for the other ranks."""
+    """Return the sums of all ranks for rank 0 (`times` is 1), and zeros for the other ranks."""
     sums = [part for part in every if part is not None]
     if len(sums) < len(every):
         return None
@@ -879,7 +879,7 @@ def _added(every: list[Sums | None], *, times: int) -> Sums | None:
 
 
 def _joined_metrics(sums: list[Sums]) -> dict[str, dict[str, Any]]:
-    """The batches that metrics of whole epochs have seen; other metrics start again."""
+    """Return the batches that metrics of whole epochs have seen; other metrics start again."""
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for part in sums for name in part.metrics):
         states = [state for part in sums if (state := part.metrics.get(name))]

@@ -91,13 +91,13 @@ def fail(case: Case) -> None:
 def plant(case: Case) -> None:
     """Let this rank fail where it does its part of a phase."""
     if case.phase == "gather":
-        gather = saving._Whole.gather
+        gather = saving._GatheredState.gather
 
         def failing(*arguments):  # type: ignore[no-untyped-def]
             fail(case)
             gather(*arguments)
 
-        saving._Whole.gather = failing
+        saving._GatheredState.gather = failing
         return
     modules: tuple[Any, ...] = (agreement, commit)
     if case.operation in ("load", "file", "handler"):

@@ -1,7 +1,7 @@
 """The faults that facades of this kind have: a test for each that fails on a handler that has it.
 
 Faults 3 (part), 9 and up to 22; those of resume are in test_resume, of names in
-test_trainer_saving, of several ranks in test_ranks, of the manager in tests/manager.
+test_save_schedule, of several ranks in test_ranks, of the manager in tests/manager.
 """
 
 from __future__ import annotations

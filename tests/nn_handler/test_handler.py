@@ -15,7 +15,7 @@ from torch import nn
 
 import shardckpt
 from shardckpt import NNHandler, api, errors
-from shardckpt.nn_handler.trainer_saving import checkpoint_name
+from shardckpt.nn_handler.save_schedule import checkpoint_name
 from tests.nn_handler.models import Net, a_handler, accuracy, data, same, weights, with_data
 from tests.ranks import FSDP2_ON_CPU, on_world_sizes, run_ranks
 
