@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shardckpt import api
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.errors import LoadMismatchError, printable
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.loading.memory_checkpoint import StateStorage

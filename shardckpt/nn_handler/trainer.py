@@ -25,7 +25,8 @@ from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_consequence, meet
 from shardckpt.nn_handler.epoch_batches import EpochBatches
 from shardckpt.nn_handler.epoch_metrics import EpochSums
-from shardckpt.nn_handler.loading import open_source, restore, restore_tensors
+from shardckpt.nn_handler.handler_source import open_handler
+from shardckpt.nn_handler.loading import restore, restore_tensors
 from shardckpt.nn_handler.progress import ProgressBar
 from shardckpt.nn_handler.readiness import check_on_all
 from shardckpt.nn_handler.signals import end_process, stop_requests
@@ -117,7 +118,7 @@ class Trainer:
         if options.scales(handler.device) and handler.scaler is None:
             handler.set_grad_scaler()
         resumed = saver is not None and saver.begin(
-            handler, restore=lambda path: restore(handler, open_source(path))
+            handler, restore=lambda path: restore(handler, open_handler(path))
         )
         if options.ema_decay and handler.ema is not None:
             handler.ema.decay = options.ema_decay
@@ -287,7 +288,7 @@ class Trainer:
         handler, saver = self.handler, self.saver
         assert saver is not None
         self.at = "update"
-        if not saver.go_back(lambda path: restore_tensors(handler, open_source(path))):
+        if not saver.go_back(lambda path: restore_tensors(handler, open_handler(path))):
             raise StateError(
                 'nan_guard="restore" found no checkpoint to go back to',
                 actual=f"step {handler.step}",

@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
-from shardckpt.convert.convert import convert, open_source
+from shardckpt.convert.convert import convert
 from shardckpt.convert.dcp import DcpCheckpoint
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.single_files import read_one, write_many
 from shardckpt.convert.sources import Selected
 from shardckpt.format.dtype_names import shard_form

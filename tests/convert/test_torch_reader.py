@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from shardckpt.convert.convert import convert, open_source
+from shardckpt.convert.convert import convert
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.single_files import DIGEST, TREE, read_one, write_one
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
 

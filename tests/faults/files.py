@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from shardckpt.convert.convert import Format, convert_source, open_source
+from shardckpt.convert.convert import Format, convert_source
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.single_files import write_many, write_one
 from shardckpt.convert.sources import foreign, state_of
 from shardckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError

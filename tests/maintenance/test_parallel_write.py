@@ -10,7 +10,7 @@ import torch
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.safetensors_files import HuggingFace, SafetensorsFile
 from shardckpt.convert.single_files import read_one
 from shardckpt.format.digests import BLOCK_BYTES

@@ -207,7 +207,7 @@ PLANTS = [
     plant(
         11,
         "load needs an optimizer",
-        f"{HANDLER}/loading.py",
+        f"{HANDLER}/config_differences.py",
         "{MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)} if main else {}",
         "{MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)}",
         f"{BASIC}::test_saving_before_training",
@@ -215,7 +215,7 @@ PLANTS = [
     plant(
         12,
         "load does not know directories of several files",
-        f"{HANDLER}/loading.py",
+        f"{HANDLER}/handler_source.py",
         "elif os.path.isfile(os.path.join(path, INDEX)):",
         "elif False:",
         f"{FAULTS}::test_12_split_files_load_completely[torch]",
@@ -257,18 +257,18 @@ PLANTS = [
         "a scheduler is dropped",
         (
             (
-                f"{HANDLER}/loading.py",
+                f"{HANDLER}/config_differences.py",
                 '{"optimizer": own["optimizer"], "scheduler": own["scheduler"]}',
                 '{"optimizer": own["optimizer"]}',
             ),
             (
-                f"{HANDLER}/loading.py",
+                f"{HANDLER}/config_differences.py",
                 'parts: dict[str, Any] = {"scheduler": config.scheduler}',
                 "parts: dict[str, Any] = {}",
             ),
             (
-                f"{HANDLER}/loading.py",
-                'parts |= {_place(name, "scheduler"): one.scheduler}',
+                f"{HANDLER}/config_differences.py",
+                'parts |= {place_of(name, "scheduler"): one.scheduler}',
                 "pass",
             ),
         ),
