@@ -12,7 +12,7 @@ from shardckpt.state.local_chunks import LocalChunk, box_slices
 
 SHAPE = (4, 3)
 SAVED = torch.arange(12.0).reshape(SHAPE)
-TENSOR = derived(TensorEntry("F32", SHAPE, np.zeros((1, 7), np.int64)), "w")
+TENSOR = derived(TensorEntry(dtype="F32", shape=SHAPE, chunks=np.zeros((1, 7), np.int64)), "w")
 
 
 def read(tensor, offsets, sizes):
