@@ -57,6 +57,11 @@ class Reads:
     direct: Ints
     copies: list[CopyRead]
 
+    def size_bytes(self) -> int:
+        """Return the number of bytes of all reads."""
+        copied = sum(copy.end - copy.begin for copy in self.copies)
+        return int((self.direct[:, 2] - self.direct[:, 1]).sum()) + copied
+
 
 def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
     """Plan the reads that fill boxes of saved tensors. Pure.
