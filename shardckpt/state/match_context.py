@@ -131,9 +131,8 @@ class MatchContext:
             return False
         entry = self.saved.manifest.tensors[ref.name]
         if (
-            not (chunk := addressed_chunk(template))
+            not (chunk := addressed_chunk(template, entry.shape))
             or template.dtype != DTYPES[entry.dtype]
-            or (chunk.sizes if chunk.data is template else template.shape) != entry.shape
             or entry.dtype in NOT_COPYABLE
             or chunk.data.is_neg()
             or (entry.dtype in COMPLEX and chunk.data.is_conj())
