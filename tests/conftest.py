@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import uuid
 
 import pytest
@@ -10,6 +11,12 @@ from tests.object_server import root_url, shared_server
 # A busy machine makes neither a property false nor its examples wrong.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+def pytest_collection_finish(session):
+    """The collector need not look again at what the imports made, a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
