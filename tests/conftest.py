@@ -13,10 +13,14 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
+gc.disable()  # until all is imported: a million objects that the collector need not look at
+
+
 def pytest_collection_finish(session):
-    """The collector need not look again at what the imports made, a million objects."""
+    """Leave what the imports made out of every later collection of garbage."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
