@@ -63,9 +63,7 @@ def environment(flavour: str, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign) and k not in names}
     root = str(Path(__file__).parents[2])
     kept |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if flavour == "openmpi":
-        kept["OMPI_MCA_mpi_yield_when_idle"] = "1"  # ranks that wait leave the processor to others
-    else:
+    if flavour == "mpich":
         kept |= {"LD_LIBRARY_PATH": str(PREFIX / "mpich/lib"), "MPI4PY_MPIABI": "mpich"}
     return {**kept, **more}
 
