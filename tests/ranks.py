@@ -35,7 +35,7 @@ FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 class RankError(AssertionError):
-    """What ranks raised, as text."""
+    """The errors of ranks, as text."""
 
 
 def run_ranks(
@@ -58,7 +58,7 @@ class Ranks:
         self._store = store  # its server lives here
 
     def wait(self, timeout_s: float, *, ending: int | None = None) -> list[tuple[bool, Any]]:
-        """(True, what it returned) or (False, why not) for each rank; once so many have ended."""
+        """Return (True, result) or (False, error) for each rank, once so many have ended."""
         found: dict[int, tuple[bool, Any]] = {}
         give_up_at = time.monotonic() + timeout_s
         enough = len(self.processes) if ending is None else ending
@@ -163,8 +163,10 @@ def like_torchrun(world_size: int) -> None:
 
 
 def run_script(path: Any, *argument_lists: Sequence[Any], ranks: int = 0) -> list[str]:
-    """What a script prints on rank 0, run in new processes, in the script's own directory: as by
-    python, or on ranks as by torchrun. With several lists of arguments once for each."""
+    """Run a script in new processes, in its own directory, as python or torchrun do.
+
+    Returns the output of rank 0. With several lists of arguments, the script runs once for each.
+    """
     lists = [list(map(str, arguments)) for arguments in argument_lists] or [[]]
     return run_ranks(max(ranks, 1), _script, str(path), lists, ranks)[0]  # type: ignore[no-any-return]
 

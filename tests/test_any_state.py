@@ -1,4 +1,4 @@
-"""Random nested states: what was saved comes back, built anew and in place."""
+"""Random nested states load as they were saved, built anew and in place."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def blank(value):
 
 @settings(max_examples=100)
 @given(STATES)
-def test_any_state(tmp_path_factory, state):
+def test_any_state_loads_as_it_was_saved(tmp_path_factory, state):
     found = names(state)
     if len(set(found)) < len(found):  # such a state is refused; see tests/planning
         return

@@ -115,7 +115,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_values_survive(name, tmp_path):
+def test_values_load_as_they_were_saved(name, tmp_path):
     shardckpt.save({"v": VALUES[name]}, tmp_path / "c")
     loaded = shardckpt.load_state(tmp_path / "c")["v"]
     assert repr(loaded) == repr(VALUES[name])
@@ -127,7 +127,7 @@ def test_values_survive(name, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # torch calls complex32 experimental
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_every_dtype(dtype, tmp_path):
+def test_every_dtype_loads_bit_for_bit(dtype, tmp_path):
     raw = torch.arange(240, dtype=torch.uint8)
     tensor = (raw % 2).bool() if dtype is torch.bool else raw.view(dtype)
     shardckpt.save(

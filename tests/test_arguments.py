@@ -124,7 +124,7 @@ def test_a_manager_s_choices(tmp_path):
 
 def test_a_tp_plan_without_its_mesh():
     with pytest.raises(errors.StateError, match="mesh"):
-        parallel.start("none", None, None, {"0": None})
+        parallel.join_ranks("none", None, None, {"0": None})
 
 
 @pytest.mark.parametrize("take", [shardckpt.ShardReader, shardckpt.ReshardLoadPlanner])

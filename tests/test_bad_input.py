@@ -1,4 +1,4 @@
-"""Bad input: each a typed error that names path, tensor, what was expected and what found."""
+"""Bad input raises a typed error that names path, tensor, expected and actual value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refused(kind, call, *needed):
     return error
 
 
-def test_nothing_there(tmp_path):
+def test_a_path_without_anything_is_an_error(tmp_path):
     error = refused(
         errors.CheckpointNotFoundError,
         lambda: shardckpt.load_state(tmp_path / "no"),
@@ -172,7 +172,7 @@ def test_an_optimizer_without_its_module(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["", "a\0b", b"bytes"])
-def test_no_path(path):
+def test_an_invalid_path_is_an_error(path):
     refused(errors.StateError, lambda: shardckpt.save({}, path))
 
 
@@ -180,7 +180,7 @@ def test_a_bare_tensor_has_no_name(tmp_path):
     refused(errors.StateError, lambda: shardckpt.save(torch.ones(2), tmp_path / "c"))
 
 
-def test_no_permission(tmp_path):
+def test_a_lack_of_permission_is_an_error(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)

@@ -1,4 +1,4 @@
-"""The benchmark: it runs, its table says what was found, and wrong values are seen."""
+"""The benchmark runs, prints its results, and detects wrong values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def benchmarks(monkeypatch):
 
 
 def run_bench(folder: Path, *arguments: str) -> str:
-    """What the benchmark prints."""
+    """The output of the benchmark."""
     found = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments, "--rounds", "1", "--dir", str(folder)],
         env={**os.environ, "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def modules_of_the_package() -> list[str]:
 def test_the_architecture_page_has_every_module_once():
     page = (ROOT / "docs" / "architecture.md").read_text()
     assert sorted(modules_of_the_tree(page)) == modules_of_the_package()
+
+
+def test_the_diagram_has_every_module_once():
+    made = runpy.run_path(str(ROOT / "scripts" / "module_diagram.py"))["drawing"]()
+    assert made == (ROOT / "docs" / "assets" / "modules.svg").read_text()
+    drawn = re.findall(r'<text x="\d+" y="\d+">([^<]+)</text>', made)
+    state = ["tensors", "modules", "optimizers", "values"]
+    expected = [*(Path(name).stem for name in modules_of_the_package()), *state, *state]
+    pipelines = ["pipeline"] * 2  # in the titles
+    assert sorted([*(name.split("/")[-1] for name in drawn), *pipelines]) == sorted(expected)
 
 
 def test_every_module_that_the_architecture_page_names_exists():

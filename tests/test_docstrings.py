@@ -47,7 +47,7 @@ def documented(text: str, name: str) -> bool:
 
 
 def lacking_in_function(function: Any, text: str, where: str) -> list[str]:
-    """What the docstring of a function lacks."""
+    """The sections that the docstring of a function lacks."""
     present = sections(text)
     lacking = [f"Args: {name}" for name in parameters(function) if not documented(text, name)]
     returned = inspect.signature(function).return_annotation

@@ -142,7 +142,7 @@ def test_what_load_state_builds_is_the_caller_s_alone(tmp_path):
     ],
     ids=str,
 )
-def test_malformed_nodes(node):
+def test_malformed_nodes_are_refused(node):
     with pytest.raises(errors.CorruptionError):
         values.decode(node, tensor=lambda ref: ref)
 

@@ -126,7 +126,7 @@ def test_tensors_are_freed_at_once(name, tmp_path, monkeypatch):
     for target, to in (("x.pth", "torch"), ("x.safetensors", "safetensors"), ("x-dcp", "dcp")):
         shardckpt.convert("shards", target, to=to)
     NNHandler(torch.nn.Linear, in_features=100, out_features=100).save("handler.safetensors")
-    FREED[name]()  # what is made once
+    FREED[name]()  # create the objects that are made once
     gc.collect()
     gc.disable()
     try:

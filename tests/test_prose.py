@@ -1,4 +1,4 @@
-"""Documentation and package have none of the unclear patterns that scripts/prose finds."""
+"""Documentation, package, scripts and tests have no unclear pattern that scripts/prose finds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ def run(*paths: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_the_documentation_and_the_package_are_clear():
-    done = run()
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("docs", "README.md", "CHANGELOG.md", "shardckpt"),
+        pytest.param(("scripts", "tests"), marks=pytest.mark.long),
+    ],
+    ids=" ".join,
+)
+def test_documentation_and_code_are_clear(names):
+    done = run(*(PROSE.parent.parent / name for name in names))
     assert done.stdout == ""
     assert done.returncode == 0
 

@@ -1,4 +1,4 @@
-"""What save and load tell of where their time went."""
+"""The reports of save and load about their time."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ WAYS_TO_LOAD = ("load", "load_state", "dcp.load")
 
 
 def plain(value: Any) -> Any:
-    """What two equal states have in common: bytes, numbers, names."""
+    """Return the facts that are equal for equal states: bytes, numbers, names."""
     if isinstance(value, DTensor):
         local = value.to_local()
         wraps = hasattr(local, "local_shards") or hasattr(local, "__tensor_flatten__")
@@ -99,7 +99,7 @@ def _save(way: str, row: Row, path: str) -> None:
 
 
 def _load(way: str, row: Row, path: str) -> Any:
-    """What a way to load makes of a checkpoint."""
+    """The result of a way to load a checkpoint."""
     if way == "load_state":
         return shardckpt.load_state(path)["leaf"]
     state = {"leaf": row.make(0)}

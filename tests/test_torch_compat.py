@@ -99,7 +99,7 @@ def test_change_counts_grow_and_storages_differ():
     assert torch_compat.storage_id(empty) != torch_compat.storage_id(torch.ones(0))
 
 
-def test_parameters_are_told_from_tensors():
+def test_parameters_are_distinguished_from_tensors():
     assert torch_compat.is_parameter(nn.Parameter(torch.ones(1)))
     assert not torch_compat.is_parameter(torch.ones(1))
 

@@ -1,4 +1,4 @@
-"""What the cases share: where to write, how much, how often; contestants that several have."""
+"""The common parts of the cases: folder, size, rounds, and the contestants of several cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.states import flat_tensors, state_of, trained, whole_of
 
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """What all cases share: where to write, how much, how often; and what they found."""
+    """The common arguments of all cases: folder, size, rounds; and their results."""
 
     root: str
     size_bytes: float

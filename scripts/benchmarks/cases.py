@@ -36,4 +36,4 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "store-replicas": store_replicas,
     "store-tiers": store_tiers,
 }
-"""What the command line takes; a case gives rows for the table."""
+"""The cases by their names on the command line. A case returns rows of the table."""

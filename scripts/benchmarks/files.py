@@ -1,4 +1,4 @@
-"""What the bench does to files and asks of the kernel."""
+"""The operations of the bench on files, and its calls to the kernel."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Peer:
         """End what runs in the background."""
 
     def sync(self, path: str) -> None:
-        """What a library that does not fsync pays."""
+        """Sync the files. Libraries without fsync are charged for it."""
         self.place.barrier()
         sync_tree(path, rank=self.place.rank, world_size=self.place.world_size)
 

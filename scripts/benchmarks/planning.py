@@ -7,7 +7,7 @@ from benchmarks.table import Row, Target
 
 
 def planning(bench: Bench) -> list[Row]:
-    """What rank 0 does in a first save of 1,024 ranks and 1,000 tensors (takes minutes)."""
+    """The work of rank 0 in a first save of 1,024 ranks and 1,000 tensors (takes minutes)."""
     from simulation.dcp import simulate_dcp
     from simulation.run import simulate
     from simulation.world import World

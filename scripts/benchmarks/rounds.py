@@ -14,7 +14,7 @@ from benchmarks.files import peak_memory
 from benchmarks.ranks import Place
 
 RAW = "raw"
-"""The prefix of contestants that are no library but the machine."""
+"""The prefix of contestants that measure the machine and not a library."""
 
 
 def _nothing() -> None:
@@ -25,7 +25,7 @@ def _nothing() -> None:
 class Contestant:
     """Something to be measured: `run`, between `before` and `after`, which are not.
 
-    What `run` returns are further figures by name.
+    `run` returns further figures by name.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What is saved: a decoder's weights with AdamW's moments, sharded, replicated or whole."""
+"""The saved states: a decoder's weights with AdamW's moments, sharded, replicated or full."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def small_tensors(count: int, *, seed: int = 0) -> dict[str, Any]:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensors(state: Any) -> Iterator[torch.Tensor]:
-    """What this rank holds of each tensor of a state."""
+    """The part of each tensor of a state that this rank holds."""
     return (local(leaf).detach() for leaf in _tensors(state))
 
 

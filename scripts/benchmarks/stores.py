@@ -32,7 +32,7 @@ class DcpFsspec(Dcp):
         return FsspecWriter(path)
 
     def reader(self, path: str) -> Any:
-        """What loads."""
+        """Return the reader of a load."""
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
         return FsspecReader(path)

@@ -1,4 +1,4 @@
-"""What is printed: a row for each measurement, with its ratios and its targets."""
+"""The table: a row for each measurement, with its ratios and its targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Target:
     factor: float
 
     def verdict(self, figures: dict[str, float]) -> str | None:
-        """What was asked, found, and whether it is reached; None where nothing can be compared."""
+        """The target, the result, and whether it is reached. None without a comparison."""
         own = figures.get(OWN)
         other = self.factor if self.against == "limit" else figures.get(self.against)
         if own is None or other is None:

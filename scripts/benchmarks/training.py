@@ -132,7 +132,7 @@ def _train_job(place: Place, bench: Bench) -> Results:
         check[:] = [Check(state)]
 
     def after(peer: Peer, path: str) -> None:
-        """What was saved is the state as it was at the call, whatever the steps did since."""
+        """Check that the checkpoint has the state of the call, whatever the steps did since."""
         check[0].wipe(state)
         peer.load(path)
         check[0].verify(state)
@@ -159,7 +159,7 @@ def train(bench: Bench) -> list[Row]:
     results = bench.run("train", 4, _train_job)
     plain = [sample.seconds for sample in results.samples[_NO_SAVE]]
     lost = {
-        name: max(  # what is less than a millisecond can't be told from nothing
+        name: max(  # a loss of less than a millisecond can't be measured
             1e-3,
             statistics.median(
                 sample.seconds - base for sample, base in zip(samples, plain, strict=True)

@@ -1,4 +1,4 @@
-"""Checks of correctness: what was submitted before a save is saved, and a load fills it again."""
+"""Checks of correctness: a save contains all submitted work, and a load restores it."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def run(ranks: int, tensors: int, layout: str) -> dict[str, Any]:
-    """Simulate a world; what it costs."""
+    """Simulate a job, and return its costs."""
     from simulation.run import simulate
     from simulation.world import World
 
@@ -79,7 +79,7 @@ def run(ranks: int, tensors: int, layout: str) -> dict[str, Any]:
 
 
 def one_load(ranks: int, tensors: int, layout: str, folder: str, who: str) -> dict[str, float]:
-    """Plan the load of one rank; what it costs."""
+    """Plan the load of one rank, and return its costs."""
     from simulation.run import load
     from simulation.world import World
 

@@ -1,4 +1,4 @@
-"""What rank 0 of default DCP does with the same plans, by DCP's own code."""
+"""The work of rank 0 of default DCP on the same plans, by DCP's own code."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ HEADER_BYTES = 4096
 
 @dataclass
 class Result:
-    """What one world costs."""
+    """The costs of one job."""
 
     world: World
     saves: dict[str, dict[str, list[Phase]]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Result:
 
 
 class Others:
-    """What ranks 1, 2, ... send in a save, in the order of its phases."""
+    """The messages of ranks 1, 2, ... in a save, in the order of its phases."""
 
     def __init__(self, world: World, first: LocalPlan) -> None:
         self.world = world

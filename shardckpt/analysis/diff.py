@@ -13,7 +13,7 @@ import torch
 from shardckpt.analysis.entries import pieces, saved_entries, tensors_of, values_of
 from shardckpt.api import Path
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.errors import StateError
 from shardckpt.format import typed_json
 from shardckpt.format.digests import BLOCK_BYTES

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from shardckpt.api import Path
-from shardckpt.convert.convert import convert_source, open_source
+from shardckpt.convert.convert import convert_source
 from shardckpt.convert.formats import Format
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.sources import Foreign, LazyTensor, Origin, origin_of, plain_tree
 from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE

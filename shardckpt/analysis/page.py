@@ -16,7 +16,7 @@ from shardckpt.analysis.entries import saved_entries, tensors_of, values_of
 from shardckpt.analysis.stats import tensor_stats
 from shardckpt.api import Path
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,

@@ -13,7 +13,7 @@ import torch
 from shardckpt.analysis.entries import pieces, saved_entries, tensors_of
 from shardckpt.api import Path
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import TensorStats

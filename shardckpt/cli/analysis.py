@@ -25,7 +25,7 @@ from shardckpt.cli.convert import report_lines
 from shardckpt.cli.inspect import table
 from shardckpt.cli.parameters import FORMAT, JSON, KEYS, OVERWRITE, RENAME
 from shardckpt.cli.progress import count_text, progress_bar
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.errors import LoadMismatchError, StateError, printable
 from shardckpt.format.dtypes import OPAQUE
 from shardckpt.reports import DiffReport, TensorDifference, TensorStats

@@ -14,7 +14,8 @@ import click
 from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.parameters import FORMAT, JOBS, JSON, KEYS, OVERWRITE, RENAME
 from shardckpt.cli.progress import count_text, progress_bar, size_text
-from shardckpt.convert.convert import convert_source, open_source
+from shardckpt.convert.convert import convert_source
+from shardckpt.convert.opening import open_source
 from shardckpt.reports import ConvertReport
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.resolve import resolve

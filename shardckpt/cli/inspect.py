@@ -58,7 +58,7 @@ def _opened(path: str) -> OpenedCheckpoint | Foreign:
     except NotACheckpointError:
         if not isinstance(storage, LocalStorage):
             raise
-    from shardckpt.convert.convert import open_source
+    from shardckpt.convert.opening import open_source
 
     source: Any = open_source(full_path, check=False)
     return source  # type: ignore[no-any-return]

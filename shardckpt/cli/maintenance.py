@@ -14,7 +14,7 @@ from shardckpt.checkpoint import Checkpoint
 from shardckpt.cli.multiprocess import say, shared
 from shardckpt.cli.parameters import JOBS, JSON, OVERWRITE, SUBSET
 from shardckpt.cli.progress import count_text, progress_bar, size_text
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.sources import origin_of
 from shardckpt.coordination.exchange import exchange
 from shardckpt.errors import (

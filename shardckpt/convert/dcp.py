@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from shardckpt.convert.boxes import shared_box
 from shardckpt.convert.dcp_metadata import ReadMetadata, parse_metadata
 from shardckpt.convert.foreign_file import check_regular, file_in, mapped
 from shardckpt.convert.layouts import left_beside, writer_of
@@ -228,17 +229,11 @@ class DcpCheckpoint:
             self._current, self._loaded = name, {}
         box = torch.empty(sizes, dtype=self._entry(name).properties.dtype, device="cpu")
         for chunk in self._entry(name).chunks:
-            begin = tuple(map(max, offsets, chunk.offsets))
-            ends = [
-                min(o + s, at + size)
-                for o, s, at, size in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            inner = tuple(end - low for low, end in zip(begin, ends, strict=True))
-            if all(size > 0 for size in inner):
+            at = tuple(chunk.offsets)
+            shared = shared_box(offsets, sizes, at, tuple(chunk.sizes))
+            if shared is not None:
                 part = self._loaded_chunk(name, chunk)
-                box[box_slices(offsets, begin, inner)] = part[
-                    box_slices(chunk.offsets, begin, inner)
-                ]
+                box[box_slices(offsets, *shared)] = part[box_slices(at, *shared)]
         return box
 
     def _entry(self, name: str) -> TensorStorageMetadata:

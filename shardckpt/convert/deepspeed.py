@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardckpt.convert.boxes import read_rows
 from shardckpt.convert.foreign_file import file_in, read_small
 from shardckpt.convert.layouts import left_beside, names_in
 from shardckpt.convert.single_files import read_one
@@ -26,7 +27,6 @@ from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.convert.torch_objects import ObjectsLoader
 from shardckpt.convert.torch_sources import read_objects
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
-from shardckpt.state.local_chunks import box_slices
 from shardckpt.storage.posix import translated
 
 __all__ = ["deepspeed_folder", "open_deepspeed"]
@@ -37,7 +37,6 @@ _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.p
 _OTHER_FILE = re.compile(r"(layer_\d+|expp_rank_\d+).*_states\.pt")
 _LATEST = ("latest", "latest_universal")
 _LATEST_LIMIT_BYTES = 4096
-_MODEL = "mp_rank_00_model_states.pt"
 _INTERNAL = {
     "module", "optimizer", "buffer_names", "param_shapes", "frozen_param_shapes",
     "frozen_param_fragments", "shared_params", "sparse_tensor_module_names",
@@ -436,20 +435,20 @@ def _read_box(
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> torch.Tensor:
-    """Read a box of a tensor: the rows that contain it, then the box."""
-    row = math.prod(shape[1:])
-    first, rows = (offsets[0], sizes[0]) if shape else (0, 1)
-    begin, end = first * row, (first + rows) * row
-    flat = torch.empty(end - begin, dtype=dtype, device="cpu")
-    at = 0
-    for piece in pieces:
-        low, high = max(begin, at), min(end, at + piece.size)
-        if low < high:
-            start = piece.begin + low - at
-            flat[low - begin : high - begin] = piece.flat[start : start + high - low]
-        at += piece.size
-    part = flat.reshape((rows, *shape[1:]) if shape else ())
-    return part[box_slices((first, *(0,) * (len(shape) - 1)), offsets, sizes)] if shape else part
+    """Read a box of a tensor from its pieces."""
+
+    def read(begin: int, end: int) -> torch.Tensor:
+        flat = torch.empty(end - begin, dtype=dtype, device="cpu")
+        at = 0
+        for piece in pieces:
+            low, high = max(begin, at), min(end, at + piece.size)
+            if low < high:
+                start = piece.begin + low - at
+                flat[low - begin : high - begin] = piece.flat[start : start + high - low]
+            at += piece.size
+        return flat
+
+    return read_rows(shape, offsets, sizes, read)
 
 
 def _param_groups(

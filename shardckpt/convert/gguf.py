@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardckpt.convert.boxes import read_rows
 from shardckpt.convert.foreign_file import mapped, open_regular
 from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
-from shardckpt.state.local_chunks import box_slices
 from shardckpt.storage.posix import translated
 
 __all__ = ["SUFFIX", "open_gguf"]
@@ -195,17 +195,18 @@ def _read_box(
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> torch.Tensor:
-    """Read a box of a tensor: the rows that contain it, then the box."""
-    row = math.prod(shape[1:])
-    first, rows = (offsets[0], sizes[0]) if shape else (0, 1)
-    flat = torch.empty(rows * row, dtype=dtype, device="cpu")
-    with translated(path), open_regular(path) as file:
-        file.seek(begin + first * row * dtype.itemsize)
-        found_bytes = file.readinto(flat.view(torch.uint8).numpy())  # type: ignore[attr-defined]
-    if found_bytes != flat.nbytes:
-        raise _invalid(path, f"{found_bytes} of {flat.nbytes} bytes of a tensor")
-    part = flat.reshape((rows, *shape[1:]) if shape else ())
-    return part[box_slices((first, *(0,) * (len(shape) - 1)), offsets, sizes)] if shape else part
+    """Read a box of a tensor whose elements begin at byte `begin`."""
+
+    def read(first: int, end: int) -> torch.Tensor:
+        flat = torch.empty(end - first, dtype=dtype, device="cpu")
+        with translated(path), open_regular(path) as file:
+            file.seek(begin + first * dtype.itemsize)
+            size = file.readinto(flat.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+        if size != flat.nbytes:
+            raise _invalid(path, f"{size} of {flat.nbytes} bytes of a tensor")
+        return flat
+
+    return read_rows(shape, offsets, sizes, read)
 
 
 def _invalid(path: str, actual: str) -> CorruptionError:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import torch
 
+from shardckpt.convert.boxes import shared_box
 from shardckpt.convert.dtensor_layout import Box
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
 from shardckpt.convert.torch_structure import LocalTensor
@@ -379,11 +380,10 @@ def _read_pieces(
     """Read a box of a tensor from the parts of the ranks."""
     result: torch.Tensor | None = None
     for (begin, held, local_begin), local in pieces:
-        low = tuple(map(max, offsets, begin))
-        ends = zip(offsets, sizes, begin, held, low, strict=True)
-        inner = tuple(min(o + n, at + m) - first for o, n, at, m, first in ends)
-        if any(size <= 0 for size in inner):
+        shared = shared_box(offsets, sizes, begin, held)
+        if shared is None:
             continue
+        low, inner = shared
         at = tuple(b + first - o for b, first, o in zip(local_begin, low, begin, strict=True))
         part = local.read(at, inner)
         if inner == sizes:

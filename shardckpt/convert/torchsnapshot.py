@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import torch
 
+from shardckpt.convert.boxes import shared_box
 from shardckpt.convert.foreign_file import JSON_LIMIT_BYTES, file_in, mapped, read_small
 from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
@@ -229,12 +230,12 @@ class _Snapshot:
     ) -> torch.Tensor:
         box = torch.empty(sizes, dtype=saved.dtype, device="cpu")
         for part in saved.parts:
-            low = tuple(map(max, offsets, part.offsets))
-            ends = zip(offsets, sizes, part.offsets, part.sizes, low, strict=True)
-            inner = tuple(min(o + s, at + n) - a for o, s, at, n, a in ends)
-            if all(size > 0 for size in inner):
+            at = tuple(part.offsets)
+            shared = shared_box(offsets, sizes, at, tuple(part.sizes))
+            if shared is not None:
+                low, inner = shared
                 data = self._part(part, saved.dtype, name)
-                box[box_slices(offsets, low, inner)] = data[box_slices(part.offsets, low, inner)]
+                box[box_slices(offsets, low, inner)] = data[box_slices(at, low, inner)]
         return box
 
     def _part(self, part: _Part, dtype: torch.dtype, name: str) -> torch.Tensor:

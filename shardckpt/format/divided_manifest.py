@@ -84,10 +84,6 @@ def part_from_bytes(data: bytes, *, path: str, rank: int, world_size: int) -> Ma
     return dataclasses.replace(manifest, part=part)
 
 
-def _is_long(text: TensorText[msgspec.Raw]) -> bool:
-    return len(memoryview(text.chunks)) > LONG_BYTES
-
-
 def _own(long: list[str], rank: int, world_size: int) -> list[str]:
     """Return the tensors whose lists this rank checks.
 

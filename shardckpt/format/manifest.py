@@ -337,7 +337,8 @@ def columns_of(entries: dict[str, TensorText[Any]], path: str) -> Iterator[Colum
         by_dims.setdefault(len(entry.shape), []).append(name)
     for dims, names in by_dims.items():
         group = [entries[name] for name in names]
-        unknown = {dtype for dtype in {e.dtype for e in group} if not is_supported(dtype)}
+        dtypes = [entry.dtype for entry in group]
+        unknown = {dtype for dtype in set(dtypes) if not is_supported(dtype)}
         if dims > MOST_DIMS or unknown:
             wrong = next(n for n in names if dims > MOST_DIMS or entries[n].dtype in unknown)
             check_supported(entries[wrong].dtype, tensor=wrong, path=path)
@@ -357,7 +358,8 @@ def columns_of(entries: dict[str, TensorText[Any]], path: str) -> Iterator[Colum
         if (counts % width).any():
             wrong = names[int((counts % width).argmax())]
             refuse(path, f"{width} numbers for each chunk", "another count", wrong)
-        items = np.array([itemsize(entry.dtype) for entry in group], np.int64)
+        widths = {dtype: itemsize(dtype) for dtype in set(dtypes)}
+        items = np.fromiter(map(widths.__getitem__, dtypes), np.int64, len(dtypes))
         yield Columns(names, items, shapes, counts // width, chunks.reshape(-1, width))
 
 

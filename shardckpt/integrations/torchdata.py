@@ -52,7 +52,7 @@ class _Loader:
         self.loader = loader
 
     def step(self) -> dict[str, int | None]:
-        """The samples of a batch on one rank, and the ranks among which batches are divided."""
+        """Return the samples of a batch on one rank, and the ranks that divide the batches."""
         batches = self.loader.batch_sampler
         sampler = getattr(batches, "sampler", self.loader.sampler)
         return {
@@ -61,7 +61,7 @@ class _Loader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of this rank."""
+        """Return the position of this rank."""
         return {**self.step(), "position": self.loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.config import TORCH_DTYPE_MAP
 
 from shardckpt import api
-from shardckpt.convert.convert import convert_source, open_source
+from shardckpt.convert.convert import convert_source
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.source_loading import load_source
 from shardckpt.coordination.exchange import Attempt, attempt
 from shardckpt.coordination.resolve import operation

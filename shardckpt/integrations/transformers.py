@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from shardckpt import api
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.safetensors_files import HuggingFace
 from shardckpt.convert.source_loading import load_source
 from shardckpt.convert.sources import Foreign, LazyTensor, Origin

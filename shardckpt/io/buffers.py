@@ -162,4 +162,7 @@ _SHORT_BYTES = 64 << 10  # a shorter copy takes less time than to reacquire the 
 
 def copy_bytes(target: int, source: int, size_bytes: int) -> None:
     """Copy between addresses. Long copies release the GIL."""
-    (_move_in_between if size_bytes < _SHORT_BYTES else ctypes.memmove)(target, source, size_bytes)
+    if size_bytes < _SHORT_BYTES:
+        _move_in_between(target, source, size_bytes)
+    else:
+        ctypes.memmove(target, source, size_bytes)

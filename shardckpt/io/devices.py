@@ -74,7 +74,7 @@ class Accelerator:
             return []
 
     def free_bytes(self) -> dict[str, int]:
-        """Return the free memory of each visible device that can tell it."""
+        """Return the free memory of each visible device that reports it."""
         kind = self.kind()
         if kind is None:
             return {}

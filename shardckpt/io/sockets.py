@@ -30,7 +30,7 @@ def own_address(host: str | None, *, across_machines: bool) -> str:
 
 
 def _towards(host: str) -> str:
-    """The address from which this machine reaches a host. Sends nothing."""
+    """Return the address from which this machine reaches a host. Sends nothing."""
     family, kind, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)

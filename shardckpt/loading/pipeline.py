@@ -37,6 +37,10 @@ __all__ = ["LoadOptions", "run_load"]
 
 Opened = tuple[CheckpointFiles, Manifest]
 
+_LITTLE_BYTES = 64 << 20
+"""The bytes that one rank may read before the garbage collector runs again. When it runs, it scans
+all objects of the match, which exist until the load ends."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -59,6 +63,21 @@ def run_load(
     options: LoadOptions,
 ) -> LoadReport:
     """Load into a state, in place. Collective. See shardckpt.load."""
+    with ExitStack() as pause:
+        if coordinator.world_size == 1:  # then no wait for other ranks prolongs the pause
+            pause.enter_context(collector_paused())
+        return _load(state, path, coordinator, storage, options, pause)
+
+
+def _load(
+    state: Any,
+    path: str,
+    coordinator: Coordinator,
+    storage: Storage,
+    options: LoadOptions,
+    pause: ExitStack,
+) -> LoadReport:
+    """Load as run_load does. `pause` is closed before many bytes are read."""
     watch, work = Stopwatch(), Stopwatch()
     with ExitStack() as closing:
         with watch.phase("plan"):
@@ -74,6 +93,8 @@ def run_load(
         with watch.phase("read"):
             with work.phase("read"), collector_paused():
                 planned = matched.then(lambda matched: plan_reads(matched.reads))
+            if planned.value is None or planned.value.size_bytes() > _LITTLE_BYTES:
+                pause.close()
             sharing = None
             if shares is not Shares.NOTHING:
                 sharing = agree_on_sharing(coordinator, *opened.get(), planned, shares, closing)

@@ -97,11 +97,11 @@ class Sharing:
         self._server.start()
 
     def windows(self) -> Sequence[tuple[int, int]]:
-        """The shard and number of each window that has units of this rank."""
+        """Return the shard and number of each window that has units of this rank."""
         return list(self._units)
 
     def units(self, shard: int, window: int) -> Sequence[Unit]:
-        """The units of a window, in the same order on all ranks."""
+        """Return the units of a window, in the same order on all ranks."""
         return self._units.get((shard, window), ())
 
     def receive(self, unit: Unit, view: memoryview) -> bool:
@@ -213,7 +213,7 @@ class Sharing:
                 self._changed.notify_all()
 
     def _begin_to_send(self, tag: int) -> memoryview | None:
-        """The blocks of a unit. None if this rank does not have them soon."""
+        """Return the blocks of a unit. None if this rank does not have them soon."""
         with self._changed:
             sign_s = min(1.0, self._deadline_s / 5)
             self._changed.wait_for(lambda: self._closed or tag in self._held, sign_s)

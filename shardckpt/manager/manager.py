@@ -30,7 +30,14 @@ from shardckpt.errors import (
 )
 from shardckpt.logs import warn
 from shardckpt.manager.backends import RECORD, CheckpointBackend, ShardedBackend
-from shardckpt.manager.retention import KeepBest, Retention, SavedCheckpoint, ranked, to_remove
+from shardckpt.manager.retention import (
+    KeepBest,
+    Retention,
+    SavedCheckpoint,
+    check_mode,
+    ranked,
+    to_remove,
+)
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.storage.base import Storage
@@ -462,8 +469,8 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             raise StateError(
                 "restore_best needs a metric", remedy="pass monitor=, or a KeepBest policy"
             )
-        if mode not in (None, "min", "max"):
-            raise StateError("Invalid value for mode", expected='"min" or "max"', actual=repr(mode))
+        if mode is not None:
+            check_mode(mode)
         by = monitor or (best.monitor if best else "")
         better = mode or (best.mode if best and monitor in (None, best.monitor) else "min")
         return self._restore(state, lambda saved: ranked(saved, by, better), strict=strict)

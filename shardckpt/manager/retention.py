@@ -16,6 +16,7 @@ __all__ = [
     "KeepLast",
     "Retention",
     "SavedCheckpoint",
+    "check_mode",
     "ranked",
     "to_remove",
 ]
@@ -74,6 +75,12 @@ def ranked(
     known = [c for c in saved if not math.isnan(c.metrics.get(monitor, math.nan))]
     sign = 1 if mode == "min" else -1
     return sorted(known, key=lambda c: (sign * c.metrics[monitor], -c.step, -c.saved_at))
+
+
+def check_mode(mode: object) -> None:
+    """Raise StateError for a mode other than "min" and "max"."""
+    if mode not in ("min", "max"):
+        raise StateError("Invalid value for mode", expected='"min" or "max"', actual=repr(mode))
 
 
 def _check_positive(value: object, what: str, types: tuple[type, ...] = (int,)) -> None:
@@ -135,10 +142,7 @@ class KeepBest:
 
     def __post_init__(self) -> None:
         _check_positive(self.count, "count")
-        if self.mode not in ("min", "max"):
-            raise StateError(
-                "Invalid value for mode", expected='"min" or "max"', actual=repr(self.mode)
-            )
+        check_mode(self.mode)
 
     def __call__(self, saved: Sequence[SavedCheckpoint]) -> Iterable[SavedCheckpoint]:
         """Return the checkpoints to keep."""

@@ -1,4 +1,4 @@
-"""How often the ranks tell each other what they know while they train."""
+"""The agreements of the ranks while they train, and the number of steps between two of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ class Agreement:
         self._voted = False  # before the last step
 
     def due(self) -> bool:
-        """Note that a step begins; whether the ranks agree before it. The same on all ranks."""
+        """Note that a step begins. Returns whether the ranks agree before it.
+
+        The result is the same on all ranks.
+        """
         now = time.monotonic()
         self._slowest_s = max(self._slowest_s, now - self._began)
         self._began = now
@@ -66,7 +69,7 @@ class Agreement:
         return False
 
     def largest(self, numbers: list[int]) -> list[int]:
-        """The largest value of all ranks, for each of the numbers. Collective."""
+        """Return the largest value of all ranks, for each of the numbers. Collective."""
         *found, slowest_us = largest([*numbers, int(self._slowest_s * 1e6)])
         fitting = int(_PERIOD_S * 1e6) // max(slowest_us, 1)
         self._distance = max(1, min(self._most, 2 * self._distance, fitting))

@@ -1,4 +1,4 @@
-"""AutoSaver: a training run that saves itself, and resumes from what it saved."""
+"""AutoSaver: saves a training while it runs, and resumes it from its checkpoints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shardckpt.errors import ShardckptError, StateError, StorageError
 from shardckpt.logs import warn
 from shardckpt.manager import CheckpointManager, SavedCheckpoint
 from shardckpt.manager.retention import ranked
+from shardckpt.nn_handler.save_schedule import SaveSchedule, checkpoint_name
 from shardckpt.nn_handler.saving import (
     OneFile,
     check_config,
@@ -24,7 +25,6 @@ from shardckpt.nn_handler.saving import (
     link,
     state_on_all,
 )
-from shardckpt.nn_handler.trainer_saving import SavePlan, checkpoint_name
 from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
@@ -49,14 +49,14 @@ class AutoSaver:
         links: See NNHandler.auto_save.
         tolerate: See NNHandler.auto_save.
         label: Distinguishes the checkpoints of several savers in one folder.
-        plan: The other arguments of NNHandler.auto_save.
+        schedule: The other arguments of NNHandler.auto_save.
 
     Raises:
         StateError: An argument is invalid.
 
     Example:
         >>> from shardckpt.nn_handler import AutoSaver
-        >>> AutoSaver(save_path="runs", every_steps=100, keep_last=2).plan.keep_last
+        >>> AutoSaver(save_path="runs", every_steps=100, keep_last=2).schedule.keep_last
         2
     """
 
@@ -72,63 +72,34 @@ class AutoSaver:
         links: bool = False,
         tolerate: int = 3,
         label: str = "auto_save",
-        **plan: Any,
+        **schedule: Any,
     ) -> None:
-        _check_flags(
-            save_last=save_last,
-            on_exception=on_exception,
-            on_signal=on_signal,
-            asynchronous=asynchronous,
-            links=links,
-            overwrite=plan.get("overwrite", False),
-        )
-        if type(tolerate) is not int or tolerate < 0:
-            raise StateError(
-                "Invalid tolerate for saving", expected="an int from 0", actual=repr(tolerate)
-            )
-        if links and save_last:
-            raise StateError(
-                "save_last=True saves a checkpoint under the name of the link `last`",
-                remedy="leave out save_last or links",
-            )
-        if resume not in (None, "auto"):
-            raise StateError(
-                "Invalid value for resume", expected='"auto" or None', actual=repr(resume)
-            )
-        self.plan = SavePlan(**plan)
-        check_suffix(self.plan.name)
-        self.one_file = is_one_file(self.plan.name)
-        made = {"last": label == "auto_save", "best": self.plan.monitor is not None}
-        self._links = [name for name in made if links and made[name]]
-        taken = [*self._links, *(["last"] if save_last else [])]
-        if os.path.splitext(self.plan.name)[0] in taken:
-            raise StateError(
-                "The name of the checkpoints is that of a link, or of save_last",
-                actual=self.plan.name,
-                remedy='choose another name, such as name="epoch{epoch}"',
-            )
-        if self.one_file and asynchronous:
-            raise StateError(
-                "A single file is not saved in the background",
-                actual=self.plan.name,
-                remedy="leave .pth, .pt or .safetensors out of the name, or asynchronous=True",
-            )
-        # raises for an invalid path here, rather than in the first save
-        self._storage, _ = resolve(save_path, LocalStorage() if self.one_file else None)
-        self.options: dict[str, Any] = {
-            "save_path": save_path.full_path("")
-            if isinstance(save_path, Storage)
-            else os.fspath(save_path),
+        flags = {
             "save_last": save_last,
             "on_exception": on_exception,
             "on_signal": on_signal,
             "asynchronous": asynchronous,
-            "resume": resume,
             "links": links,
+        }
+        _check_flags(**flags, overwrite=schedule.get("overwrite", False))
+        _check_options(save_last=save_last, links=links, resume=resume, tolerate=tolerate)
+        self.schedule = SaveSchedule(**schedule)
+        self.label = label
+        self.one_file = is_one_file(self.schedule.name)
+        possible = {"last": label == "auto_save", "best": self.schedule.monitor is not None}
+        self._links = [name for name in possible if links and possible[name]]
+        taken = [*self._links, *(["last"] if save_last else [])]
+        _check_name(self.schedule.name, taken, asynchronous=asynchronous)
+        # raises for an invalid path here, rather than in the first save
+        self._storage, _ = resolve(save_path, LocalStorage() if self.one_file else None)
+        folder = save_path.full_path("") if isinstance(save_path, Storage) else os.fspath(save_path)
+        self.options: dict[str, Any] = {
+            "save_path": folder,
+            **flags,
+            "resume": resume,
             "tolerate": tolerate,
         }
-        self.label = label
-        self._suffix = os.path.splitext(self.plan.name)[1] if self.one_file else ""
+        self._suffix = os.path.splitext(self.schedule.name)[1] if self.one_file else ""
         self._manager: CheckpointManager | None = None
         self._last: CheckpointManager | None = None
         self._fresh: list[str] = []
@@ -154,9 +125,9 @@ class AutoSaver:
         return bool(self.options["on_signal"])
 
     def _best(self) -> SavedCheckpoint | None:
-        if self._manager is None or self.plan.monitor is None:
+        if self._manager is None or self.schedule.monitor is None:
             return None
-        found = ranked(self._manager.checkpoints(), self.plan.monitor, self.plan.mode)
+        found = ranked(self._manager.checkpoints(), self.schedule.monitor, self.schedule.mode)
         return found[0] if found else None
 
     @property
@@ -169,21 +140,21 @@ class AutoSaver:
     def best_score(self) -> float | None:
         """The monitored metric of `best_path`."""
         best = self._best()
-        return None if best is None else best.metrics[self.plan.monitor or ""]
+        return None if best is None else best.metrics[self.schedule.monitor or ""]
 
     def take_fresh(self) -> list[str]:
-        """Internal. The paths saved to since the last call."""
+        """Internal. Return the paths saved to since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
     def take_failed(self) -> list[tuple[str, ShardckptError]]:
-        """Internal. The path and the error of each tolerated failure since the last call."""
+        """Internal. Return the path and the error of each tolerated failure since the last call."""
         failed, self._failed = self._failed, []
         return failed
 
     def description(self) -> dict[str, Any]:
-        """Internal. Its arguments, as plain data."""
-        return {**self.options, **asdict(self.plan)}
+        """Internal. Return the arguments as plain data."""
+        return {**self.options, **asdict(self.schedule)}
 
     def begin(
         self,
@@ -192,16 +163,16 @@ class AutoSaver:
         number: int = 0,
         restore: Callable[[str], None] | None = None,
     ) -> bool:
-        """Internal. Prepare for training, and resume with `restore`; whether it resumed.
+        """Internal. Prepare for training, and resume with `restore`. Returns whether it resumed.
 
         Collective. `number` counts the savers with the same label before this one.
         """
         self._number, self._handler = number, handler
-        self.plan.check_names(handler.metric_names())
-        if self.plan.saves() or self.options["save_last"]:
+        self.schedule.check_names(handler.metric_names())
+        if self.schedule.saves() or self.options["save_last"]:
             self._make_folder()
         if self.one_file:
-            check_config(handler, self.plan.name)  # raises here, rather than in the first save
+            check_config(handler, self.schedule.name)  # raises here, rather than in the first save
         resumed = False
         if (
             restore is not None
@@ -224,7 +195,7 @@ class AutoSaver:
                 ).decode()
         self._manager = CheckpointManager(
             self.folder,
-            keep=self.plan.policies(),
+            keep=self.schedule.policies(),
             asynchronous=bool(self.options["asynchronous"]),
             label=self._label(handler),
             **self._place(),
@@ -252,9 +223,9 @@ class AutoSaver:
         others = sharded if self.one_file else list(filter(is_one_file, names))
         if others:
             warn(
-                f'resume="auto" found no checkpoint of the format of name={self.plan.name!r} in '
-                f"{self.folder}, but {', '.join(others[:8])}: training begins anew. The suffix of "
-                "the name chooses the format"
+                f'resume="auto" found no checkpoint of the format of name={self.schedule.name!r} '
+                f"in {self.folder}, but {', '.join(others[:8])}: training begins anew. The suffix "
+                "of the name chooses the format"
             )
 
     def _make_folder(self) -> None:
@@ -281,7 +252,7 @@ class AutoSaver:
         return f"{self.label}{number} {handler.run_id}"
 
     def _place(self) -> dict[str, Any]:
-        """The storage and the backend of the managers, and how they take failures."""
+        """Return the arguments that all managers share: storage, backend, tolerated failures."""
         return {
             "storage": self._storage,
             "backend": OneFile() if self.one_file else None,
@@ -291,11 +262,11 @@ class AutoSaver:
 
     def minutes_due(self) -> bool:
         """Internal. Whether `every_minutes` have passed, by the clock of this process."""
-        return self.plan.due_by_time((time.monotonic() - self._saved_at) / 60)
+        return self.schedule.due_by_time((time.monotonic() - self._saved_at) / 60)
 
     def due(self, handler: TrainingState) -> bool:
-        """Internal. Whether to save at the current step; the same on all ranks."""
-        return self.plan.due_at_step(handler.step, saved_at=self._saved_step)
+        """Internal. Whether to save at the current step. The same on all ranks."""
+        return self.schedule.due_at_step(handler.step, saved_at=self._saved_step)
 
     def within_epoch(self, handler: TrainingState, *, now: bool) -> None:
         """Internal. Save between two steps if a save is due, or `now`. Collective."""
@@ -306,9 +277,9 @@ class AutoSaver:
         self, handler: TrainingState, results: Mapping[str, float], *, last: bool, save_last: bool
     ) -> None:
         """Internal. Save after an epoch if a save is due. Collective."""
-        if self.plan.due_after_epoch(handler.epoch, last=last, save_last=save_last):
+        if self.schedule.due_after_epoch(handler.epoch, last=last, save_last=save_last):
             metrics = {"epoch": handler.epoch, "step": handler.step, **results}
-            self.save(handler, results, name=checkpoint_name(self.plan.name, metrics))
+            self.save(handler, results, name=checkpoint_name(self.schedule.name, metrics))
         if self._last is not None:
             self._last.save(
                 handler.step,
@@ -328,7 +299,7 @@ class AutoSaver:
             state_on_all(handler),
             metrics=metrics,
             name=name,
-            if_exists="overwrite" if self.plan.overwrite else "number",
+            if_exists="overwrite" if self.schedule.overwrite else "number",
         )
         self._saved_at = time.monotonic()
         if all(path != saved.path for path, _ in self._failed):
@@ -372,7 +343,7 @@ class AutoSaver:
             manager.save(handler.step, state, name=name, if_exists="number")
 
     def go_back(self, load: Callable[[str], None]) -> bool:
-        """Internal. Load the newest intact checkpoint of this run; whether there is one."""
+        """Internal. Load the newest intact checkpoint of this run. Returns whether there is one."""
         assert self._manager is not None, "begin comes first"
         return self._manager.first_that_loads(load) is not None
 
@@ -395,6 +366,38 @@ def _check_flags(**flags: Any) -> None:
             raise StateError(
                 f"Invalid {name} for saving", expected="True or False", actual=repr(value)
             )
+
+
+def _check_options(*, save_last: bool, links: bool, resume: object, tolerate: object) -> None:
+    """Raise StateError for an invalid option."""
+    if type(tolerate) is not int or tolerate < 0:
+        raise StateError(
+            "Invalid tolerate for saving", expected="an int from 0", actual=repr(tolerate)
+        )
+    if links and save_last:
+        raise StateError(
+            "save_last=True saves a checkpoint under the name of the link `last`",
+            remedy="leave out save_last or links",
+        )
+    if resume not in (None, "auto"):
+        raise StateError("Invalid value for resume", expected='"auto" or None', actual=repr(resume))
+
+
+def _check_name(name: str, taken: list[str], *, asynchronous: bool) -> None:
+    """Raise StateError for a template of names that the other options exclude."""
+    check_suffix(name)
+    if os.path.splitext(name)[0] in taken:
+        raise StateError(
+            "The name of the checkpoints is that of a link, or of save_last",
+            actual=name,
+            remedy='choose another name, such as name="epoch{epoch}"',
+        )
+    if is_one_file(name) and asynchronous:
+        raise StateError(
+            "A single file is not saved in the background",
+            actual=name,
+            remedy="leave .pth, .pt or .safetensors out of the name, or asynchronous=True",
+        )
 
 
 def _newest_first(found: list[SavedCheckpoint]) -> list[SavedCheckpoint]:

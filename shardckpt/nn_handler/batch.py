@@ -1,4 +1,4 @@
-"""One batch: to the device, through the model and the loss."""
+"""Move a batch to the device, and call the model and the loss with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _CACHES = {"past_key_values", "cache"}
-"""Outputs of models of transformers that are larger than all others, and of no use later."""
+"""Outputs of models of transformers that are large and that nobody uses after the batch."""
 
 
 @dataclass(slots=True)
@@ -51,9 +51,9 @@ class Result:
 
 
 def forward(handler: TrainingState, batch: Any, autocast: Any = None) -> Result | None:
-    """The loss, outputs and targets of a batch.
+    """Return the loss, outputs and targets of a batch.
 
-    None if a training step of the user's own has updated the weights by itself.
+    Returns None if a training step of the user's own has updated the weights by itself.
     """
     batch = to_device(batch, handler.device, arrays=handler.training_step is None)
     with autocast or nullcontext():
@@ -102,7 +102,7 @@ def _result(found: Any, outputs: Any, targets: Any, size: int) -> Result:
 
 
 def split(batch: Any, module: nn.Module) -> tuple[Any, Any]:
-    """The inputs and the targets of a batch.
+    """Return the inputs and the targets of a batch.
 
     A dict is both: the model gets the items that its forward has parameters for, the loss and the
     metrics get all items.
@@ -152,7 +152,7 @@ _signatures: WeakKeyDictionary[nn.Module, tuple[Any, inspect.Signature]] = WeakK
 
 
 def _signature(module: nn.Module) -> inspect.Signature:
-    """The signature of a module's forward, kept because it takes longer than a small layer."""
+    """Return the signature of a module's forward. Cached, as it takes longer than a small layer."""
     function = getattr(module.forward, "__func__", None)
     if function is None:  # an attribute of the instance
         return inspect.signature(module.forward)
@@ -191,7 +191,7 @@ def mapped(act: Callable[[Any], Any], value: Any) -> Any:
 
 
 def like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the same type with other items."""
+    """Return a mapping of the same type with other items."""
     if type(value) is dict or not isinstance(value, dict):
         return items
     made = copy.copy(value)
@@ -201,7 +201,7 @@ def like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def _as_tensor(part: Any) -> Any:
-    """A tensor of an array of numbers, and all else as it is."""
+    """Return an array of numbers as a tensor, and any other value unchanged."""
     numbers = isinstance(part, np.ndarray) and part.dtype.kind in "biufc"
     return torch.from_numpy(np.array(part)) if numbers else part
 
@@ -220,7 +220,7 @@ def to_device(value: Any, device: torch.device, *, arrays: bool = True) -> Any:
 
 
 def on_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Keyword arguments with their tensors and modules on a device, and all others as they are."""
+    """Return keyword arguments with their tensors and modules on a device. Others are unchanged."""
     if device.type == "meta":
         return dict(arguments)
     moved = (torch.Tensor, nn.Module)
@@ -230,7 +230,7 @@ def on_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, A
 
 
 def kept_outputs(outputs: Any) -> Any:
-    """The outputs of a batch on the CPU, without their graph and the caches of transformers."""
+    """Return the outputs of a batch on the CPU, without their graph and transformers' caches."""
     caches = _CACHES & outputs.keys() if isinstance(outputs, Mapping) else set()
     if caches and dataclasses.is_dataclass(outputs):  # as in transformers
         outputs = dataclasses.replace(outputs, **dict.fromkeys(caches))  # type: ignore[type-var]
@@ -251,7 +251,7 @@ def _kept(part: Any) -> Any:
 
 
 def batch_size(targets: Any) -> int:
-    """The number of samples in a tensor, in collated containers of tensors, or in a list."""
+    """Return the number of samples in a tensor, in collated containers of tensors, or in a list."""
     if isinstance(targets, nn.utils.rnn.PackedSequence):
         return int(targets.batch_sizes[0])
     if isinstance(targets, torch.Tensor):

@@ -135,7 +135,7 @@ class Callback:
         """
 
     def on_save_failed(self, handler: Any, path: str, error: Exception) -> None:
-        """Called after a save that failed for the storage's sake, and that auto_save tolerates.
+        """Called after a save that failed because of the storage, if auto_save tolerates it.
 
         `handler.failed_saves` counts them. If a save in the background failed, this is called with
         the next one.
@@ -143,7 +143,7 @@ class Callback:
         Args:
             handler: The handler.
             path: The path of the checkpoint that does not exist.
-            error: The error; the same class on all ranks.
+            error: The error. Its class is the same on all ranks.
         """
 
     def on_exception(self, handler: Any, error: BaseException) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from shardckpt.errors import StateError
+from shardckpt.manager.retention import check_mode
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.callback import Callback, Metrics
 from shardckpt.nn_handler.training_state import TrainingState
@@ -49,8 +50,7 @@ class EarlyStopping(Callback):
         patience: int = 3,
         min_delta: float = 0.0,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise StateError("Invalid value for mode", expected='"min" or "max"', actual=repr(mode))
+        check_mode(mode)
         if type(patience) is not int or patience < 1 or not min_delta >= 0:
             raise StateError(
                 "Invalid patience or min_delta",

@@ -20,7 +20,7 @@ from shardckpt.nn_handler.data import TrainData, ValData
 from shardckpt.nn_handler.groups import Choice, Groups, group_names, grouped
 from shardckpt.nn_handler.model_code import collect_code
 from shardckpt.nn_handler.optimization import MAIN, Optimization
-from shardckpt.nn_handler.parallel import Buffers, Layout, Parallel, start, wrap
+from shardckpt.nn_handler.parallel import Buffers, Layout, Parallel, join_ranks, wrap
 from shardckpt.nn_handler.scheduling import Interval, Scheduler
 from shardckpt.nn_handler.training_state import TrainingState, check_metric_name
 from shardckpt.state.random_state import seed_generators
@@ -51,7 +51,7 @@ class Components(TrainingState):
                 actual=repr(save_model_code)[:200],
                 remedy='write NNHandler(Net, device="cpu", width=32)',
             )
-        layout = start(
+        layout = join_ranks(
             parallel, device, device_mesh, tp_plan, options=parallel_options, buffers=buffers
         )
         super().__init__(layout=layout)
@@ -181,7 +181,7 @@ class Components(TrainingState):
         former = self.optimizations.get(name)
         made = Optimization(optimizer=optimizer, recipe=recipe)
         if former is not None and former.scheduler is not None:
-            made.scheduler = former.scheduler.anew(optimizer)
+            made.scheduler = former.scheduler.for_optimizer(optimizer)
             warn("The scheduler starts again with the new optimizer")
         self.optimizations[name] = made
         self.note_rates()

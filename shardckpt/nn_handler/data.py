@@ -90,9 +90,9 @@ class TrainData:
     def __init__(self, data: Any, options: dict[str, Any], layout: Layout) -> None:
         self.sampler: EpochSampler | None = None
         self.layout = layout
-        taken = take_apart(data, options)
+        taken = dataset_and_options(data, options)
         if taken is None:
-            self.loader = as_it_is(data, options, layout)
+            self.loader = unchanged_loader(data, options, layout)
             return
         dataset, options = taken
         if options.get("batch_size", 1) is None:
@@ -101,7 +101,7 @@ class TrainData:
         self.sampler = EpochSampler(len(dataset), shuffle=shuffle, layout=layout)
         # A loader draws a number when it is iterated. Its own generator keeps this from changing
         # the random numbers of training.
-        self.loader = made_loader(
+        self.loader = create_loader(
             dataset, sampler=self.sampler, generator=torch.Generator(), **options
         )
         if len(self.loader) == 0:
@@ -116,7 +116,7 @@ class TrainData:
         return self.sampler is None or position.length in (0, self.sampler.length)
 
     def random_now(self) -> dict[str, Any]:
-        """The state of all generators on which the batches of an epoch depend."""
+        """Return the state of all generators on which the batches of an epoch depend."""
         generators = _generators(self.loader) if self.sampler is None else []
         own = {"loader": [g.get_state() for g in generators]} if generators else {}
         return {**random_state(), **own}
@@ -128,7 +128,7 @@ class TrainData:
             generator.set_state(own)
 
     def batches(self, epoch: int, position: Position) -> Iterator[Any]:
-        """The batches of an epoch, counted from 0, from a position on."""
+        """Return the batches of an epoch, counted from 0, from a position on."""
         set_epoch(self.loader, epoch)
         if self.sampler is not None:
             self.sampler.seed = position.seed + epoch
@@ -157,8 +157,8 @@ class TrainData:
         return self.sampler is not None
 
 
-def made_loader(dataset: Any, **options: Any) -> DataLoader[Any]:
-    """A DataLoader; StateError for options that it does not take."""
+def create_loader(dataset: Any, **options: Any) -> DataLoader[Any]:
+    """Create a DataLoader. Raises StateError for options that it does not take."""
     try:
         return DataLoader(dataset, **options)
     except (TypeError, ValueError) as error:
@@ -169,13 +169,13 @@ def made_loader(dataset: Any, **options: Any) -> DataLoader[Any]:
         ) from error
 
 
-def as_it_is(data: Any, options: dict[str, Any], layout: Layout) -> Any:
-    """A loader to use as it is. Warns if the ranks would use the same samples."""
+def unchanged_loader(data: Any, options: dict[str, Any], layout: Layout) -> Any:
+    """Return a loader that is used unchanged. Warns if the ranks would use the same samples."""
     loader = data
     if _is_batches(data, options):
         loader = data
     elif isinstance(data, Dataset) or hasattr(data, "__getitem__"):
-        loader = made_loader(data, **options)
+        loader = create_loader(data, **options)
     elif options:
         raise _with_options(data, options)
     if layout.data[1] > 1 and not any(map(_divides, _parts(loader))):
@@ -199,7 +199,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """A loader with its samplers, its datasets and those inside of them, each once."""
+    """Return a loader with its samplers, its datasets and the datasets in these, each once."""
     found: dict[int, Any] = {}
     waiting = [loader]
     while waiting:
@@ -214,7 +214,7 @@ def _parts(loader: Any) -> list[Any]:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators of a loader and its samplers, each once."""
+    """Return the generators of a loader and its samplers, each once."""
     owned = [getattr(part, "generator", None) for part in _parts(loader)]
     return list({id(g): g for g in owned if isinstance(g, torch.Generator)}.values())
 
@@ -240,8 +240,11 @@ _KEPT = (
 )
 
 
-def take_apart(data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The dataset of a plain loader, and the options of a DataLoader for it; otherwise None."""
+def dataset_and_options(data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Return the dataset of a plain loader, and the options to create the loader again.
+
+    Returns None for any other loader.
+    """
     _check_data(data, options)
     if _is_batches(data, options):
         return None
@@ -354,9 +357,9 @@ class ValData:
         self.layout = layout
         self.counted: int | None = None
         self.length: int | None = None
-        taken = take_apart(data, options)
+        taken = dataset_and_options(data, options)
         if taken is None or taken[1].get("batch_size", 1) is None:
-            self.loader = as_it_is(data, options, layout)
+            self.loader = unchanged_loader(data, options, layout)
             return
         dataset, options = taken
         if len(dataset) == 0:
@@ -367,12 +370,12 @@ class ValData:
                 remedy="give other data, or leave the validation loader out",
             )
         batch_size = options.pop("batch_size", 1)
-        made_loader(dataset, batch_size=batch_size, **options)  # raises for invalid options
+        create_loader(dataset, batch_size=batch_size, **options)  # raises for invalid options
         for name in ("shuffle", "drop_last"):
             options.pop(name, None)
         batches = _EveryNth(len(dataset), batch_size, layout)
         self.counted, self.length = batches.counted, len(dataset)
-        self.loader = made_loader(
+        self.loader = create_loader(
             dataset,
             batch_sampler=batches,
             generator=torch.Generator().manual_seed(0),

@@ -1,4 +1,4 @@
-"""When training fails, find out which ranks failed, and where."""
+"""Find out which ranks failed when training ends in an error, and at which point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardckpt.config import current
 from shardckpt.errors import RankFailedError
 from shardckpt.torch_compat import change_count, group_store
 
-__all__ = ["BufferCopies", "Failure", "group_of_one", "is_echo", "meet"]
+__all__ = ["BufferCopies", "Failure", "group_of_one", "is_consequence", "meet"]
 
 _meetings = itertools.count()
 
@@ -25,48 +25,48 @@ class Failure:
     """The result of a meeting of ranks when training fails.
 
     Attributes:
-        together: All ranks stopped at the same point.
-        culprits: The ranks that failed by themselves, or did not answer.
-        problem: The reason why the ranks are not together.
-        elected: This rank may save for all, if the ranks are not together.
+        at_one_point: All ranks stopped at the same point.
+        failed_ranks: The ranks that failed by themselves, or did not answer.
+        problem: The reason why they are not at the same point.
+        may_save: This rank may save for all, if they are not at the same point.
     """
 
-    together: bool = True
-    culprits: tuple[int, ...] = ()
+    at_one_point: bool = True
+    failed_ranks: tuple[int, ...] = ()
     problem: str = ""
-    elected: bool = False
+    may_save: bool = False
 
     def error(self) -> RankFailedError:
-        """The error to raise on the other ranks."""
+        """Return the error to raise on the other ranks."""
         return RankFailedError(
             "Training fails on another rank",
-            rank=self.culprits,
+            rank=self.failed_ranks,
             actual=self.problem or None,
             remedy="look at that rank's own error",
         )
 
 
-def is_echo(error: BaseException) -> bool:
+def is_consequence(error: BaseException) -> bool:
     """Whether an error says that a collective broke, because another rank failed."""
     by_gloo = any(text in str(error) for text in ("gloo/", "Application timeout caused"))
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and by_gloo)
 
 
-def meet(where: str, *, echo: bool, patient: bool) -> Failure:
-    """Tell the other ranks that this one failed at a point, and learn what happened to them.
+def meet(where: str, *, consequence: bool, patient: bool) -> Failure:
+    """Report to the other ranks that this one failed at a point, and receive their reports.
 
     The ranks use the store of the process group. A rank that fails alone, within a step, leaves the
     others in a collective. Only the end of its process or the timeout of the group ends that: with
     gloo in torch 2.13, neither abort nor shutdown does. So a `patient` rank waits for a while for
     others that fail too, and then writes that it has given up. The others read this when their
-    collective breaks. `echo`: the error of this rank is such a break.
+    collective breaks. `consequence`: the error of this rank is such a break.
 
     Raises RankFailedError if the store does not answer.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Failure()
     try:
-        return _meet(where, echo=echo, patient=patient)
+        return _meet(where, consequence=consequence, patient=patient)
     except (RuntimeError, dist.DistError) as error:
         raise RankFailedError(
             "Training fails, and the other ranks can no longer be reached",
@@ -75,40 +75,43 @@ def meet(where: str, *, echo: bool, patient: bool) -> Failure:
         ) from error
 
 
-def _meet(where: str, *, echo: bool, patient: bool) -> Failure:
+def _meet(where: str, *, consequence: bool, patient: bool) -> Failure:
     group = dist.group.WORLD
     assert group is not None
     store, own = group_store(group), dist.get_rank()
     begin = f"shardckpt/emergency/{next(_meetings)}"
     keys = {rank: f"{begin}/{rank}" for rank in range(dist.get_world_size())}
-    store.set(keys[own], f"{where}\n{'echo' if echo else ''}")
-    give_up_at = time.monotonic() + (current().deadline_s / 3 if patient or echo else 0.0)
+    store.set(keys[own], f"{where}\n{'consequence' if consequence else ''}")
+    give_up_at = time.monotonic() + (current().deadline_s / 3 if patient or consequence else 0.0)
     while not (here := store.check(list(keys.values()))):
         if store.check([f"{begin}/verdict"]) or time.monotonic() > give_up_at:
             break
         time.sleep(0.05)
     # The first rank decides for all. Otherwise one could give up while the last one arrives.
     verdict = store.compare_set(f"{begin}/verdict", "", "met" if here else "given up").decode()
-    told = {r: store.get(key).decode().split("\n") for r, key in keys.items() if store.check([key])}
-    missing = tuple(rank for rank in keys if rank not in told)
-    culprits = tuple(rank for rank, (_, heard) in told.items() if not heard) or missing
-    places = sorted({place for place, _ in told.values()})
+    arrived = {rank: key for rank, key in keys.items() if store.check([key])}
+    reports = {rank: store.get(key).decode().split("\n") for rank, key in arrived.items()}
+    missing = tuple(rank for rank in keys if rank not in reports)
+    first = tuple(rank for rank, (_, follows) in reports.items() if not follows)
+    failed_ranks = first or missing
+    places = sorted({place for place, _ in reports.values()})
     if verdict == "met" and len(places) == 1:
-        return Failure(culprits=culprits)
+        return Failure(failed_ranks=failed_ranks)
     if verdict == "met":
-        return Failure(together=False, culprits=culprits, problem=f"the ranks stopped at {places}")
+        problem = f"the ranks stopped at {places}"
+        return Failure(at_one_point=False, failed_ranks=failed_ranks, problem=problem)
     problem = f"ranks {list(missing)} have not failed at the same step"
     chosen = store.compare_set(f"{begin}/elected", "", str(own)).decode()
     return Failure(
-        together=False,
-        culprits=culprits,
+        at_one_point=False,
+        failed_ranks=failed_ranks,
         problem=problem if missing else "a rank has given up waiting for the others",
-        elected=chosen == str(own),
+        may_save=chosen == str(own),
     )
 
 
 def group_of_one() -> Any:
-    """A process group of only this rank, for a save without the others. Not collective."""
+    """Create a process group of this rank alone, for a save without the others. Not collective."""
     return dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 

@@ -31,7 +31,7 @@ class EpochBatches:
         self._last: list[Any] = []
 
     def for_step(self, *, agreed: bool) -> list[Any]:
-        """The batches of the next step. `agreed`: the ranks agree before it."""
+        """Return the batches of the next step. `agreed`: the ranks agree before this step."""
         group: list[Any] = []
         if self.failure is None:
             try:

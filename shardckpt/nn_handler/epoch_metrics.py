@@ -44,7 +44,7 @@ class WholeEpoch:
         self.targets.append(kept_outputs(targets))
 
     def compute(self) -> Any:
-        """The value over the batches of all ranks; collective."""
+        """Return the value over the batches of all ranks. Collective."""
         own = (joined(self.outputs), joined(self.targets)) if self.outputs else None
         there = [part for part in gathered(own, self.layout) if part is not None]
         if not there:
@@ -52,7 +52,7 @@ class WholeEpoch:
         return self.function(*(joined([part[at] for part in there]) for at in (0, 1)))
 
     def state(self) -> _Batches:
-        """The batches so far."""
+        """Return the batches so far."""
         return _Batches(self.outputs, self.targets, len(self.outputs))
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -63,14 +63,14 @@ class WholeEpoch:
 
 
 class _Batches:
-    """The first batches of growing lists. Taking it costs nothing: a step may be followed by a
-    save, but mostly is not."""
+    """The first batches of lists that grow. It copies nothing, as most steps are followed by no
+    save."""
 
     def __init__(self, outputs: list[Any], targets: list[Any], count: int) -> None:
         self.outputs, self.targets, self.count = outputs, targets, count
 
     def plain(self) -> dict[str, Any]:
-        """The form that a checkpoint holds."""
+        """Return the form that a checkpoint holds."""
         if not self.count:
             return {}
         return {
@@ -80,7 +80,7 @@ class _Batches:
 
 
 def _plain(value: Any) -> Any:
-    """A nested value in dicts, tuples and lists of Python's own types."""
+    """Return a nested value with the dicts, tuples and lists of Python as its containers."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -162,7 +162,7 @@ class EpochSums:
         self.counts[name] = self.counts.get(name, 0) + size
 
     def means(self) -> dict[str, float]:
-        """The means over the samples of all ranks. Collective."""
+        """Return the means over the samples of all ranks. Collective."""
         found = {n: (float(value), float(self.counts[n])) for n, value in self.sums.items()}
         if not self.counts["loss"] and any(name.startswith("loss_") for name in found):
             del found["loss"]  # the step of the user updates other optimizers than the main one
@@ -176,7 +176,7 @@ class EpochSums:
         return {name: means[name] for name in (*first, *means) if name in means}
 
     def state(self) -> dict[str, Any]:
-        """The sums so far. TrainingState.state makes plain data of them."""
+        """Return the sums so far. TrainingState.state makes plain data of them."""
         states = {name: _state_of(metric) for name, metric in self.objects.items()}
         return {"sums": dict(self.sums), "counts": dict(self.counts), "metrics": states}
 
@@ -196,7 +196,7 @@ class EpochSums:
 
 
 def _state_of(metric: Any) -> Any:
-    """The state of a metric of torchmetrics. Other objects have none that is known."""
+    """Return the state of a metric of torchmetrics. Empty for other objects."""
     if isinstance(metric, WholeEpoch):
         return metric.state()
     defaults = getattr(metric, "_defaults", {})
@@ -204,7 +204,7 @@ def _state_of(metric: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of one state. torchmetrics changes tensors in place, but not those in its lists."""
+    """Return a copy of one state. torchmetrics changes tensors in place, except those in lists."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     return list(value) if isinstance(value, list) else copy.deepcopy(value)

@@ -144,7 +144,7 @@ def _check_free(names: Collection[str], held: Mapping[str, str]) -> None:
 def group_names(
     optimizer: torch.optim.Optimizer, module: nn.Module, loss: nn.Module | None
 ) -> list[list[str]]:
-    """The names of the parameters in each group of an optimizer, as `grouped` takes them.
+    """Return the names of the parameters in each group of an optimizer, as `grouped` takes them.
 
     Raises StateError for parameters that the model does not have.
     """
@@ -162,7 +162,7 @@ def group_names(
 def _named(
     module: nn.Module, loss: nn.Module | None
 ) -> tuple[dict[int, str], dict[str, nn.Parameter]]:
-    """The name of each parameter id, and the parameter of each name, of a model and its loss."""
+    """Return the parameters of a model and its loss: names by id, and parameters by name."""
     by_id = dict(parameter_names(module))
     parameters = {by_id[id(p)]: p for p in module.parameters()}
     for name, parameter in loss.named_parameters() if loss is not None else ():

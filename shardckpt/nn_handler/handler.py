@@ -1,4 +1,4 @@
-"""NNHandler: a model with all that trains it, and the calls that train, save and load it."""
+"""NNHandler: a model with its optimizers, loss and data, and the calls to train, save and load."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from shardckpt.nn_handler.batch import call_model, to_device
 from shardckpt.nn_handler.callbacks import ModelCheckpoint
 from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import ValData
+from shardckpt.nn_handler.handler_source import open_handler
 from shardckpt.nn_handler.initializing import fill_weights
-from shardckpt.nn_handler.loading import LoadOptions, load, open_source, restore
+from shardckpt.nn_handler.loading import LoadOptions, load, restore
 from shardckpt.nn_handler.parallel import Buffers, Parallel, largest
 from shardckpt.nn_handler.plots import plot
 from shardckpt.nn_handler.prediction import is_data, predictions
@@ -773,4 +774,4 @@ class NNHandler(Components):
             >>> handler.save("models/final")
             >>> handler.restore("models/final")
         """
-        restore(self, open_source(resolve(path).path))
+        restore(self, open_handler(resolve(path).path))

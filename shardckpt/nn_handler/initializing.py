@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shardckpt import api
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.errors import LoadMismatchError, printable
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.loading.memory_checkpoint import StateStorage
@@ -95,7 +95,7 @@ def with_remedy(text: str) -> Iterator[None]:
 
 
 def differences(report: LoadReport) -> dict[str, Any]:
-    """The arguments of warn_of_skipped, after a load with strict=False."""
+    """Return the arguments of warn_of_skipped, after a load with strict=False."""
     return {
         "missing": report.missing,
         "unexpected": [name for name in report.unexpected if name.startswith("model.")],

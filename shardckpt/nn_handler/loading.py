@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,24 +16,25 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardckpt import api
-from shardckpt.convert.single_files import (
-    INDEX,
-    is_one_file,
-    is_single_file,
-    read_many,
-    read_one,
-)
 from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import alone, operation
-from shardckpt.errors import CheckpointError, LoadMismatchError, NotACheckpointError, StateError
-from shardckpt.loading.memory_checkpoint import StateStorage
+from shardckpt.errors import CheckpointError, LoadMismatchError, StateError
 from shardckpt.logs import warn
 from shardckpt.nn_handler.batch import joined, on_device
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.components import Components
+from shardckpt.nn_handler.config_differences import (
+    check_parts,
+    optimizers_of,
+    own_parts,
+    place_of,
+    warn_of_loss,
+    warn_of_options,
+)
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
+from shardckpt.nn_handler.handler_source import HandlerSource, open_handler
 from shardckpt.nn_handler.initializing import differences, warn_of_skipped, with_remedy
 from shardckpt.nn_handler.model_code import class_of_code
 from shardckpt.nn_handler.objects import Given, Names, making
@@ -44,7 +44,6 @@ from shardckpt.nn_handler.placement import place
 from shardckpt.nn_handler.saved import (
     CallbackState,
     Config,
-    NamedOptimizer,
     OwnState,
     Progress,
     Saved,
@@ -59,13 +58,9 @@ from shardckpt.state.markers import PerRank
 from shardckpt.state.mismatches import Mismatches
 from shardckpt.state.module_state import canonical_names
 from shardckpt.state.random_state import random_state, seed_generators, set_random_state
-from shardckpt.storage.base import MANIFEST_NAME, Storage
-from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.posix import translated
-from shardckpt.storage.resolve import resolve
 from shardckpt.torch_compat import child_names
 
-__all__ = ["LoadOptions", "Source", "load", "open_source", "restore", "restore_tensors"]
+__all__ = ["LoadOptions", "load", "restore", "restore_tensors"]
 
 _CREATED = (
     'give the model of the checkpoint: model_class=..., or objects={"model.kwargs": {...}}; '
@@ -76,90 +71,6 @@ _RESTORED = (
     "NNHandler.initialize_from_checkpoint(..., strict=False)"
 )
 _FUNCTIONS = ("loss_fn", "loss_arguments", "metrics")  # resolved when the model exists
-_VALUES = ("config", "progress", "callbacks", "scheduler", "schedulers", "scaler", "ema.decay")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A checkpoint of any format as a Storage. `ranks` holds the values of each rank of a file."""
-
-    path: str
-    storage: Storage
-    ranks: list[Any] | None = None
-
-    def values(self) -> Saved:
-        """Read the values of a handler's checkpoint on this rank. Not collective."""
-        found = api.load_state(self.path, keys=_VALUES, strict=False, storage=self.storage)
-        config = found.get("config") if isinstance(found, dict) else None
-        if not isinstance(config, dict) or "model" not in config:
-            raise NotACheckpointError(
-                "This checkpoint was not saved by an NNHandler",
-                path=self.path,
-                expected="the entry config.model",
-                remedy="load its weights with NNHandler.initialize_from_checkpoint",
-            )
-        return checked(found, Saved, "", path=self.path)
-
-    @cached_property
-    def _tensors(self) -> dict[str, Any]:
-        with api.open_checkpoint(self.path, storage=self.storage) as checkpoint:
-            return dict(checkpoint.tensors())
-
-    @cached_property
-    def shapes(self) -> dict[str, torch.Size]:
-        """The shapes of all tensors by name. Not collective."""
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
-
-    @cached_property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtypes of all tensors by name. Not collective."""
-        return {name: tensor.dtype for name, tensor in self._tensors.items()}
-
-
-def open_source(path: str) -> Source:
-    """Open a sharded checkpoint, a torch or safetensors file, or a directory of several."""
-    place = resolve(path)
-    if not isinstance(place.storage, LocalStorage):
-        return Source(path=place.path, storage=place.storage)
-    if is_single_file(path):
-        state = read_one(path)
-    elif os.path.isfile(os.path.join(path, INDEX)):
-        state = read_many(path)
-    else:
-        _refuse_folder(path)
-        return Source(path=path, storage=LocalStorage())
-    if not isinstance(state, Mapping):
-        raise NotACheckpointError(
-            "The file does not hold a dict",
-            path=path,
-            expected="a dict of tensors and values",
-            actual=type(state).__name__,
-            remedy="load it with torch.load, and save a dict of what it holds",
-        )
-    state = dict(state)
-    ranks = state.pop("ranks", None) if "config" in state else None
-    return Source(path=path, storage=StateStorage(state), ranks=ranks)
-
-
-def _refuse_folder(path: str) -> None:
-    """Raise NotACheckpointError for a folder that holds checkpoints."""
-    if not os.path.isdir(path) or os.path.exists(os.path.join(path, MANIFEST_NAME)):
-        return
-    with translated(path):
-        inner = [os.path.join(path, name) for name in sorted(os.listdir(path))]
-        found = [
-            place
-            for place in inner
-            if is_one_file(place)
-            or any(os.path.isfile(os.path.join(place, mark)) for mark in (MANIFEST_NAME, INDEX))
-        ]
-        if found:
-            raise NotACheckpointError(
-                "This folder is not a checkpoint, but contains checkpoints",
-                path=path,
-                actual=", ".join(os.path.basename(place) for place in found[:8]),
-                remedy=f"give one of them: the newest is {max(found, key=os.path.getmtime)}",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +146,7 @@ def load(handler_class: type[Components], path: str, options: LoadOptions) -> Co
 
 
 def _load(handler_class: type[Components], path: str, options: LoadOptions) -> Components:
-    source = open_source(path)
+    source = open_handler(path)
     saved = source.values()
     config = saved.config
     bounds = Bounds(lambda: list(source.shapes.values()), path=path)
@@ -268,14 +179,14 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
         parts["model.class"] = Given(class_of_code(config.code or {}, name, path=names.path))
     else:
         parts["model.class"] = names.resolve(model.class_name, "model.class", Slot.MODEL)
-    for name, saved in _optimizers(config).items():
+    for name, saved in optimizers_of(config).items():
         for part, slot in (("optimizer", Slot.OPTIMIZER), ("scheduler", Slot.SCHEDULER)):
-            found, at = getattr(saved, part), _place(name, part)
+            found, at = getattr(saved, part), place_of(name, part)
             if found is not None and options.takes(part):
                 parts[f"{at}.class"] = names.resolve(found.class_name, f"{at}.class", slot)
                 parts[f"{at}.options"] = names.resolve(found.options, f"{at}.options")
         if options.takes("optimizer"):
-            at = f"{_place(name, 'optimizer')}.groups"
+            at = f"{place_of(name, 'optimizer')}.groups"
             parts[at] = names.resolve(saved.optimizer.groups, at)
     if options.takes("callbacks"):
         for number, callback in enumerate(config.callbacks):
@@ -291,10 +202,10 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
 
 def _check_options(config: Config, options: LoadOptions, path: str) -> None:
     """Raise StateError if the caller gives an option that the saved state would replace."""
-    for name, saved in _optimizers(config).items():
+    for name, saved in optimizers_of(config).items():
         for part, found in (("optimizer", saved.optimizer), ("scheduler", saved.scheduler)):
             for option, value in found.options.items() if found is not None else ():
-                at = f"{_place(name, part)}.options.{option}"
+                at = f"{place_of(name, part)}.options.{option}"
                 if at not in options.given or isinstance(value, (dict, list, tuple)):
                     continue
                 raise StateError(
@@ -309,23 +220,11 @@ def _check_options(config: Config, options: LoadOptions, path: str) -> None:
                 )
 
 
-def _optimizers(config: Config) -> dict[str, NamedOptimizer]:
-    """All optimizers of a checkpoint by name, each with its scheduler."""
-    main = config.optimizer
-    named = {MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)} if main else {}
-    return {**named, **config.optimizers}
-
-
-def _place(name: str, part: str) -> str:
-    """The place of an optimizer or a scheduler in the configuration."""
-    return part if name == MAIN else f"optimizers.{name}.{part}"
-
-
 def _with_model(
     handler_class: type[Components],
     names: Names,
     parts: dict[str, Any],
-    source: Source,
+    source: HandlerSource,
     options: LoadOptions,
 ) -> Components:
     """Create a handler with its model, without the saved weights. Collective."""
@@ -373,7 +272,7 @@ def _with_model(
     return handler
 
 
-def _as_saved(module: nn.Module, source: Source) -> nn.Module:
+def _as_saved(module: nn.Module, source: HandlerSource) -> nn.Module:
     """Give the tensors of a model the shapes and the floating-point dtypes that were saved.
 
     Only lazy tensors have no shape yet.
@@ -396,7 +295,7 @@ def _set_parts(
     handler: Components,
     names: Names,
     parts: dict[str, Any],
-    source: Source,
+    source: HandlerSource,
     config: Config,
     options: LoadOptions,
 ) -> None:
@@ -407,8 +306,8 @@ def _set_parts(
     }
     _set_trained(handler, config, source.path)
     _set_functions(handler, names, source, config, options)
-    for name, saved in _optimizers(config).items():
-        at, scheduler_at = _place(name, "optimizer"), _place(name, "scheduler")
+    for name, saved in optimizers_of(config).items():
+        at, scheduler_at = place_of(name, "optimizer"), place_of(name, "scheduler")
         if f"{at}.class" in made:
             with making(at, source.path):
                 _check_loss(handler, made[f"{at}.groups"], source.path)
@@ -472,7 +371,7 @@ def _check_loss(handler: Components, groups: Any, path: str) -> None:
 
 
 def _unused(names: Names, options: LoadOptions, *, later: Collection[str] = ()) -> list[str]:
-    """The places of the caller's objects that the checkpoint does not have.
+    """Return the places of the caller's objects that the checkpoint does not have.
 
     `later`: the parts of the checkpoint that are not resolved yet.
     """
@@ -500,7 +399,7 @@ def _check_used(names: Names, options: LoadOptions) -> None:
 
 
 def _set_functions(
-    handler: Components, names: Names, source: Source, config: Config, options: LoadOptions
+    handler: Components, names: Names, source: HandlerSource, config: Config, options: LoadOptions
 ) -> None:
     """Set the loss and the metrics. Those that do not resolve must be given before training."""
     wanted: dict[str, Any] = {"loss_fn": config.loss_fn}
@@ -530,8 +429,8 @@ def _set_functions(
     names.raise_missing(_unused(names, options))
 
 
-def _loss_tensors(source: Source) -> nn.Module | None:
-    """A module with the tensors of a loss that must still be given."""
+def _loss_tensors(source: HandlerSource) -> nn.Module | None:
+    """Return a module with the tensors of a loss that must still be given."""
     if not any(name.startswith("loss_fn.") for name in source.shapes):
         return None
     holder = nn.Module()
@@ -557,7 +456,7 @@ def _add_callback(handler: Components, made: Any, at: str, path: str) -> None:
         handler.add_callback(callback)
 
 
-def _check_names(handler: Components, source: Source) -> None:
+def _check_names(handler: Components, source: HandlerSource) -> None:
     """Raise LoadMismatchError for another model, before an optimizer is created for it."""
     own = set(canonical_names(handler.model).values())
     saved = {n.removeprefix("model.") for n in source.shapes if n.startswith("model.")}
@@ -572,7 +471,7 @@ def _check_names(handler: Components, source: Source) -> None:
 
 def restore(
     handler: Components,
-    source: Source,
+    source: HandlerSource,
     saved: Saved | None = None,
     *,
     strict: bool = True,
@@ -583,11 +482,11 @@ def restore(
     path, created = source.path, saved is not None
     if saved is None:  # the handler was not created from the checkpoint
         saved = source.values()
-        _check_parts(handler.config(), saved.config, path)
+        check_parts(handler.config(), saved.config, path)
         _follow(handler, saved.config, path)
-    _warn_of_loss(handler.config()["loss_fn"], saved.config.loss_fn, handler.rank)
+    warn_of_loss(handler.config()["loss_fn"], saved.config.loss_fn, handler.rank)
     state = {} if placed else handler.tensor_state()
-    if placed or "optimizer" in skip or not _optimizers(saved.config):
+    if placed or "optimizer" in skip or not optimizers_of(saved.config):
         state.pop("optimizer", None)
         state.pop("optimizers", None)
     ema = None
@@ -613,7 +512,7 @@ def restore(
 
 def _apply(
     handler: Components,
-    source: Source,
+    source: HandlerSource,
     saved: Saved,
     ema: EMA | None,
     ranks: PerRank | None,
@@ -627,7 +526,7 @@ def _apply(
     states = {**({MAIN: saved.scheduler} if saved.scheduler else {}), **saved.schedulers}
     for name, scheduler in handler.schedulers.items():
         if name in states and "scheduler" not in skip:
-            with making(_place(name, "scheduler"), path):
+            with making(place_of(name, "scheduler"), path):
                 scheduler.load_state_dict(states[name])
     if saved.scaler and not placed:
         _scaler(handler, saved.scaler, path)
@@ -636,22 +535,22 @@ def _apply(
     if "callbacks" not in skip:
         _callbacks(handler.callbacks, saved.callbacks, path)
     if source.ranks is None:
-        _own(handler, ranks.value if ranks is not None else {}, path)
+        _restore_rank_values(handler, ranks.value if ranks is not None else {}, path)
     else:
         same = len(source.ranks) == handler.world_size
         own = source.ranks[handler.rank] if same else {"every": source.ranks}
-        _own(handler, own, path)
+        _restore_rank_values(handler, own, path)
 
 
-def _on_disk(source: Source, name: str) -> Any:
-    """Part of a checkpoint, with tensors that stay on the disk until they are used."""
+def _on_disk(source: HandlerSource, name: str) -> Any:
+    """Return a part of a checkpoint, with tensors that stay on the disk until they are used."""
     found = api.load_state(source.path, keys=name, device_map="disk", storage=source.storage)
     for key in name.split("."):
         found = found[key]
     return found
 
 
-def restore_tensors(handler: Components, source: Source) -> None:
+def restore_tensors(handler: Components, source: HandlerSource) -> None:
     """Load the weights, averages and optimizers of a checkpoint, and nothing else. Collective.
 
     The options of optimizers, such as the rate, stay as they are: schedulers go on with them.
@@ -680,13 +579,13 @@ def _follow(handler: Components, saved: Config, path: str) -> None:
             parameter.requires_grad_(name not in saved.untrained)
         handler.frozen[:] = [n for n in saved.frozen if n in dict(handler.module.named_modules())]
         handler.wrap_again()
-    for name, theirs in _optimizers(saved).items():
+    for name, theirs in optimizers_of(saved).items():
         groups = theirs.optimizer.groups or []
         described = own["optimizer"] if name == MAIN else own["optimizers"][name]["optimizer"]
         held = [group["params"] for group in described["groups"]]
         if held != [group.get("params") for group in groups]:
             recipe = handler.optimizations[name].recipe
-            with making(f"{_place(name, 'optimizer')}.groups", path), catch_warnings():
+            with making(f"{place_of(name, 'optimizer')}.groups", path), catch_warnings():
                 simplefilter("ignore")  # the scheduler starts again: its state comes next
                 handler.make_optimizer(
                     recipe["class"],
@@ -695,99 +594,7 @@ def _follow(handler: Components, saved: Config, path: str) -> None:
                     name=name,
                     exact=True,
                 )
-    _warn_of_options(_own_parts(own), saved, handler)
-
-
-def _warn_of_loss(own: Any, saved: Any, rank: int) -> None:
-    """Warn of tensors among the arguments of the loss that those of the checkpoint replace."""
-    changed = _other_tensors(own, saved)
-    if changed and rank == 0:
-        warn(
-            f"The loss gets its tensors from the checkpoint: {', '.join(changed)} had other values "
-            "in the script. To use those, call set_loss_fn after the load, or in a callback's "
-            "on_train_start"
-        )
-
-
-def _other_tensors(own: Any, saved: Any, at: str = "") -> list[str]:
-    """The places of tensors that differ in two descriptions."""
-    if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor):
-        alike = own.shape == saved.shape and own.dtype == saved.dtype
-        return [] if alike and torch.equal(own.cpu(), saved.cpu()) else [at]
-    if not (isinstance(own, dict) and isinstance(saved, dict)):
-        return []
-    return [
-        place
-        for name in own.keys() & saved.keys()
-        for place in _other_tensors(own[name], saved[name], str(name))
-    ]
-
-
-def _own_parts(own: dict[str, Any]) -> dict[str, Any]:
-    """The optimizers and schedulers in a handler's own configuration, by their place."""
-    parts = {"optimizer": own["optimizer"], "scheduler": own["scheduler"]}
-    for name, one in own["optimizers"].items():
-        parts |= {_place(name, part): one[part] for part in ("optimizer", "scheduler")}
-    return {at: part for at, part in parts.items() if part}
-
-
-def _saved_parts(config: Config) -> dict[str, Any]:
-    """The optimizers and schedulers in a checkpoint, by their place."""
-    parts: dict[str, Any] = {"scheduler": config.scheduler}
-    for name, one in _optimizers(config).items():
-        parts |= {_place(name, "optimizer"): one.optimizer}
-        parts |= {_place(name, "scheduler"): one.scheduler}
-    return {at: part for at, part in parts.items() if part}
-
-
-def _warn_of_options(own: dict[str, Any], saved: Config, handler: Components) -> None:
-    """Warn of options of optimizers and schedulers that the checkpoint replaces."""
-    changed = []
-    for at, found in _saved_parts(saved).items():
-        mine, theirs = own[at]["options"], found.options
-        name = at.split(".")[1] if "." in at else MAIN
-        set_anew = handler.hyperparameters.get(name, {}) if at.endswith("optimizer") else {}
-        pairs = [(at, mine, theirs)]
-        if at.endswith("optimizer"):
-            groups = zip(own[at]["groups"], found.groups or (), strict=False)
-            pairs += [(f"{at} group {n}", *both) for n, both in enumerate(groups)]
-        changed += [
-            f"{where} {option}: {there.get(option, 'its default')!r} in the checkpoint, "
-            f"{here.get(option, 'its default')!r} in the script"
-            for where, here, there in pairs
-            for option in dict.fromkeys([*here, *there])
-            if option != "params"
-            and here.get(option) != there.get(option)
-            and option not in set_anew
-        ]
-    if changed:
-        warn(
-            f"The checkpoint's options are used: {'; '.join(changed)[:1000]}. To change those of "
-            "the optimizer and keep its moments, call "
-            "handler.set_hyperparameters(lr=...) before train"
-        )
-
-
-def _check_parts(own: dict[str, Any], saved: Config, path: str) -> None:
-    """Raise LoadMismatchError if an optimizer or scheduler is missing or of another class."""
-    mine, theirs = _own_parts(own), _saved_parts(saved)
-    for at in dict.fromkeys([*mine, *theirs]):
-        names = [
-            mine[at]["class"] if at in mine else None,
-            theirs[at].class_name if at in theirs else None,
-        ]
-        if names[0] == names[1] or all(name and "shardckpt.absent" in name for name in names):
-            continue
-        part = at.rpartition(".")[2]
-        raise LoadMismatchError(
-            f"The handler has another {part} than the checkpoint",
-            path=path,
-            tensor=at if "." in at else None,
-            expected=next(iter((names[0] or {"": "none"}).values())),
-            actual=next(iter((names[1] or {"": "none"}).values()), None),
-            remedy=f"set_{part} as it was when this was saved; to change it, NNHandler.load with "
-            f"skip_{part}=True, and then set_{part}",
-        )
+    warn_of_options(own_parts(own), saved, handler)
 
 
 def _scaler(handler: Components, saved: dict[str, Any], path: str) -> None:
@@ -830,7 +637,7 @@ def _callbacks(callbacks: list[Callback], saved: dict[str, CallbackState], path:
             callback.load_state_dict(state.state)
 
 
-def _own(handler: Components, own: Any, path: str) -> None:
+def _restore_rank_values(handler: Components, own: Any, path: str) -> None:
     """Restore the values of this rank.
 
     On another number of ranks, rank 0 gets all sums, and random numbers start again.
@@ -862,7 +669,7 @@ def _own_state(own: Any, path: str) -> OwnState:
 
 
 def _added(every: list[Sums | None], *, times: int) -> Sums | None:
-    """The sums of all ranks for rank 0 (`times` 1), and zeros for the other ranks."""
+    """Return the sums of all ranks for rank 0 (`times` is 1), and zeros for the other ranks."""
     sums = [part for part in every if part is not None]
     if len(sums) < len(every):
         return None
@@ -879,7 +686,7 @@ def _added(every: list[Sums | None], *, times: int) -> Sums | None:
 
 
 def _joined_metrics(sums: list[Sums]) -> dict[str, dict[str, Any]]:
-    """The batches that metrics of whole epochs have seen; other metrics start again."""
+    """Return the batches that metrics of whole epochs have seen; other metrics start again."""
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for part in sums for name in part.metrics):
         states = [state for part in sums if (state := part.metrics.get(name))]

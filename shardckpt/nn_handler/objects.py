@@ -126,7 +126,7 @@ def _text(value: Any) -> str:
 
 
 def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
-    """The arguments of an object; None if they are unknown."""
+    """Return the arguments of an object; None if they are unknown."""
     if type(value) is nn.Sequential:
         numbered = [str(number) for number in range(len(value))] == child_names(value)
         return list(value) if numbered else None
@@ -142,7 +142,7 @@ def _arguments(value: Any) -> dict[str, Any] | list[Any] | None:
 
 
 def _of_torch(value: nn.Module, made: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a module of torch.
+    """Return the arguments of a module of torch.
 
     They are its attributes of the same names, which classes of torch keep. Arguments that were
     noted replace attributes that are missing, lists, which torch extends, and modules that torch
@@ -170,7 +170,7 @@ def _of_torch(value: nn.Module, made: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def absent(described: Described, at: str) -> dict[str, str]:
-    """The text of everything absent in a description, by its place."""
+    """Return the texts of the absent objects in a description, by their places."""
     if isinstance(described, Mapping):
         if _ABSENT in described:
             return {at: described[_ABSENT]}
@@ -215,7 +215,7 @@ def making(at: str, path: str) -> Iterator[None]:
 
 
 def _remedy(at: str) -> str:
-    """The remedy for a part of a checkpoint that can't be created."""
+    """Return the remedy for a part of a checkpoint that can't be created."""
     part, _, name = at.partition(".")
     ways = {
         **{p: f"load with skip_{p}=True" for p in ("optimizer", "scheduler", "callbacks", "ema")},
@@ -310,7 +310,7 @@ class Names:
         return described
 
     def given_at(self, at: str) -> Given | None:
-        """The object that the caller gave for a place."""
+        """Return the object that the caller passed for a place."""
         if at not in self.given:
             return None
         self.used.add(at)
@@ -341,7 +341,7 @@ class Names:
         return Given(self._held(found, at) if held else found)
 
     def _partial(self, described: Any, at: str, slot: Slot) -> Any:
-        """A partial of a class or of a function, which the main script must trust too."""
+        """Resolve a partial of a class or function. One of the main script must be trusted too."""
         keys = {"function": dict, "args": list, "keywords": dict}
         if type(described) is not dict or {k: type(v) for k, v in described.items()} != keys:
             raise self._malformed(at, f"a dict of {', '.join(keys)}", described)

@@ -73,7 +73,7 @@ class Optimization:
                 self.scheduler.set_base(float(value))
 
     def description(self, module: nn.Module, loss: nn.Module | None) -> dict[str, Any]:
-        """The arguments of set_optimizer as plain data, with the groups as they are now."""
+        """Return the arguments of set_optimizer as plain data, with the groups as they are now."""
         begun, defaults = self.recipe["groups"], self.optimizer.defaults
         names = group_names(self.optimizer, module, loss)
         groups = []

@@ -1,4 +1,4 @@
-"""One process or several: the process group, devices, DDP and FSDP2, means over ranks."""
+"""The ranks of a training: process group, device, DDP and FSDP2, means over the ranks."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ __all__ = [
     "checked_device",
     "clip_gradients",
     "gathered",
+    "join_ranks",
     "largest",
     "mean_over_ranks",
     "reshard",
-    "start",
     "synchronize_buffers",
     "synchronize_gradients",
     "wrap",
@@ -82,7 +82,7 @@ class Layout:
         return self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
 
 
-def start(
+def join_ranks(
     parallel: Parallel,
     device: str | torch.device | None,
     mesh: DeviceMesh | None = None,
@@ -91,7 +91,7 @@ def start(
     options: Mapping[str, Any] | None = None,
     buffers: Buffers = "rank0",
 ) -> Layout:
-    """Join the process group of the launcher, if there is one; see NNHandler.
+    """Join the process group of the launcher, if there is one. See NNHandler.
 
     "auto" is "fsdp" with a device mesh. Otherwise it is "ddp" if torchrun, mpirun, srun or another
     launcher that sets WORLD_SIZE started several processes, and "none" if not.
@@ -136,7 +136,7 @@ def start(
 
 
 def checked_device(device: Any) -> torch.device:
-    """The device, by default the accelerator; StateError if it does not exist."""
+    """Return the device, by default the accelerator. Raises StateError if it does not exist."""
     if device is None:
         device = accelerator.kind() or "cpu"
     try:
@@ -246,13 +246,13 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def _called_parts(module: nn.Module) -> list[nn.Module]:
-    """The children of a container, and those of containers in it."""
+    """Return the children of a container, and those of containers in it."""
     found = [[m] if _has_forward(m) else _called_parts(m) for m in module.children()]
     return [part for parts in found for part in parts]
 
 
 def _blocks(model: nn.Module, wrapped: Any) -> list[nn.Module]:
-    """The modules to shard by themselves, inner ones first.
+    """Return the modules to shard by themselves, inner ones first.
 
     They are those of the classes `wrapped`, or by default the items of every ModuleList and
     Sequential.
@@ -321,7 +321,7 @@ def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
 def reshard(model: nn.Module) -> None:
     """Give the modules of FSDP2 their sharded parameters back. Not collective.
 
-    After a forward pass without a backward pass, FSDP2 keeps the whole parameters of its root. They
+    After a forward pass without a backward pass, FSDP2 keeps the full parameters of its root. They
     are other tensors, and the next forward pass uses them again.
     """
     from torch.distributed.fsdp import FSDPModule
@@ -347,7 +347,7 @@ def are_finite(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters with a gradient, by the device mesh of the gradient."""
+    """Return the parameters with a gradient, by the device mesh of the gradient."""
     found: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -365,7 +365,7 @@ def _total_norm(by_mesh: list[list[nn.Parameter]]) -> torch.Tensor:
 
 
 def mean_over_ranks(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """The means over all ranks of sums and counts by name. Collective.
+    """Return the means over all ranks of sums and counts by name. Collective.
 
     A rank may lack names that others have.
     """
@@ -390,18 +390,18 @@ def mean_over_ranks(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]
 
 
 def gathered(value: Any, layout: Layout) -> list[Any]:
-    """The values of all ranks that see different data, in order; collective."""
+    """Return the values of all ranks that use different data, in order. Collective."""
     _, places = layout.data
     if places == 1:
         return [value]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (layout.data[0], value))
-    by_place = dict(reversed(every))  # of ranks that see the same data, the first one
+    by_place = dict(reversed(every))  # the first of the ranks that use the same data
     return [by_place[place] for place in range(places)]
 
 
 def largest(flags: list[int]) -> list[int]:
-    """The largest value of all ranks, for each of the numbers. Collective.
+    """Return the largest value of all ranks, for each of the numbers. Collective.
 
     It does not wait for a GPU: the numbers stay on the CPU.
     """
@@ -417,7 +417,7 @@ _cpu_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def _cpu_group() -> Any:
-    """A group for tensors on the CPU: the default one (None), or one beside it if it has only NCCL.
+    """Return a group for tensors on the CPU: None for the default one, or another one beside NCCL.
 
     The first call is collective.
     """

@@ -28,14 +28,14 @@ __all__ = ["is_data", "predictions"]
 
 
 def is_data(value: Any) -> bool:
-    """Whether a value gives batches, rather than being one."""
+    """Whether a value is a source of batches, and not itself a batch."""
     return isinstance(value, (Dataset, DataLoader, Iterator)) or (
         hasattr(value, "__iter__") and hasattr(value, "dataset")
     )
 
 
 def predictions(handler: TrainingState, data: ValData) -> Any:
-    """The outputs for all of the data, concatenated on the CPU. Collective."""
+    """Return the outputs for all of the data, concatenated on the CPU. Collective."""
     found: list[Any] = []
 
     def act(batch: Any, counts: bool) -> None:
@@ -52,11 +52,13 @@ def predictions(handler: TrainingState, data: ValData) -> Any:
     )
     own = joined(found) if found else None
     there = [outputs for outputs in gathered(own, data.layout) if outputs is not None]
-    return joined(there) if data.length is None or len(there) == 1 else _woven(there, data.length)
+    if data.length is None or len(there) == 1:
+        return joined(there)
+    return _interleaved(there, data.length)
 
 
 def _inputs(batch: Any, module: nn.Module) -> Any:
-    """The inputs of a batch, without the targets if it seems to have some."""
+    """Return the inputs of a batch, without its last item if that is likely the targets."""
     if not isinstance(batch, (tuple, list)):
         return batch
     nested = isinstance(batch[0], (tuple, list, Mapping))  # (inputs, targets)
@@ -68,18 +70,18 @@ def _inputs(batch: Any, module: nn.Module) -> Any:
     return batch[0] if len(batch) in (1, 2) else batch
 
 
-def _woven(parts: list[Any], length: int) -> Any:
-    """The outputs of ranks that took turns in the samples, in the order of the samples."""
-    whole = joined(parts)
+def _interleaved(parts: list[Any], length: int) -> Any:
+    """Return the outputs of all ranks, whose samples alternate, in the order of the samples."""
+    outputs = joined(parts)
     places = len(parts)
     order = [index for place in range(places) for index in range(place, length, places)]
     back = torch.empty(length, dtype=torch.int64, device="cpu")
     back[torch.tensor(order, device="cpu")] = torch.arange(length, device="cpu")
-    return _taken(whole, back)
+    return _taken(outputs, back)
 
 
 def _taken(value: Any, order: torch.Tensor) -> Any:
-    """The items of a value in an order; one value for each batch stays as it is."""
+    """Return the items of a value in an order. A value for each batch is returned unchanged."""
     if isinstance(value, torch.Tensor):
         return value[order] if len(value) == len(order) else value
     if is_column(value):

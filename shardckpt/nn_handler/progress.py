@@ -107,7 +107,7 @@ class ProgressBar(Callback):
 
 
 def _length(loader: Any) -> int | None:
-    """The number of batches; None for a stream, whose loader has a __len__ that raises."""
+    """Return the number of batches. None for a stream, whose loader has a __len__ that raises."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
@@ -115,7 +115,7 @@ def _length(loader: Any) -> int | None:
 
 
 def _tqdm() -> Any:
-    """The bar that fits where stderr goes; None for a file, and without tqdm."""
+    """Return the bar for a terminal or a notebook. None if stderr is a file, or without tqdm."""
     kernel = getattr(
         getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None
     )

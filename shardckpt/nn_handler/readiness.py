@@ -34,7 +34,7 @@ def check_on_all(handler: TrainingState, options: TrainOptions) -> None:
 
 
 def _outline(handler: TrainingState, options: TrainOptions) -> dict[str, str]:
-    """The parts that take part in collectives, by name."""
+    """Return the parts that take part in collectives, by name."""
     saver = handler.auto_saver
     parts = {f"train({name}=)": value for name, value in asdict(options).items()}
     parts["set_val_loader"] = "called" if handler.val_data is not None else "not called"

@@ -50,8 +50,11 @@ def install() -> None:
 
 
 def signature(cls: type) -> inspect.Signature:
-    """The signature of a constructor. For modules, inspect.signature(cls) of Python 3.11.2 and
-    earlier gives that of `new`, which takes any arguments."""
+    """Return the signature of a constructor.
+
+    For modules, inspect.signature(cls) of Python 3.11.2 and earlier returns that of `new`, which
+    takes any arguments.
+    """
     if not issubclass(cls, nn.Module) or cls.__new__ is not nn.Module.__new__:
         return inspect.signature(cls)
     found = inspect.signature(cls.__init__)
@@ -59,7 +62,7 @@ def signature(cls: type) -> inspect.Signature:
 
 
 def recorded(module: nn.Module) -> dict[str, Any] | None:
-    """The arguments of a module by name; None if they are unknown or have no names."""
+    """Return the arguments of a module by name. None if they are unknown or have no names."""
     try:
         _, args, kwargs = _made[id(module)]
         bound = signature(type(module)).bind(*_strong(args), **_strong(kwargs))

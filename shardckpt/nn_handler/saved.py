@@ -15,12 +15,15 @@ from shardckpt.errors import CheckpointError
 __all__ = ["Config", "NamedOptimizer", "OwnState", "Progress", "Saved", "checked"]
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_REMEDY = (
+    "load another checkpoint, or take the weights alone with NNHandler.initialize_from_checkpoint"
+)
 _Name = dict[str, Any]
 """A class by its import name; see shardckpt.nn_handler.objects."""
 
 
 class _Struct(msgspec.Struct, kw_only=True):
-    """The base of the structs. A field `seed` must be one that torch can take."""
+    """The base class of the structs. Checks that torch accepts the field `seed`."""
 
     def __post_init__(self) -> None:
         if not -(1 << 63) <= getattr(self, "seed", 0) < 1 << 64:
@@ -88,7 +91,7 @@ class Config(msgspec.Struct, kw_only=True):
     code: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        """The names of optimizers are part of the names of entries."""
+        """Check the names of optimizers, which are parts of the names of entries."""
         wrong = [name for name in self.optimizers if not name.isidentifier() or name == "main"]
         if wrong:
             raise ValueError("Expected words other than main as names of optimizers")
@@ -178,7 +181,7 @@ _T = TypeVar("_T")
 
 
 def checked(value: Any, cls: type[_T], at: str, *, path: str) -> _T:
-    """Convert a value to a struct; CheckpointError with the field if it is malformed."""
+    """Convert a value to a struct. Raises CheckpointError with the field if it is malformed."""
     try:
         return msgspec.convert(value, cls)
     except Exception as error:  # msgspec iterates over odd values such as tensors
@@ -191,8 +194,7 @@ def checked(value: Any, cls: type[_T], at: str, *, path: str) -> _T:
             path=path,
             tensor=f"{at}{field}".removeprefix(".") or "config",
             actual=text,
-            remedy="load another checkpoint, or take the weights alone with "
-            "NNHandler.initialize_from_checkpoint",
+            remedy=_REMEDY,
         ) from error
 
 
@@ -224,6 +226,5 @@ def _bad_random(at: str, path: str, error: Exception | None) -> CheckpointError:
         path=path,
         tensor=at,
         actual=None if error is None else f"{type(error).__name__}: {error}".partition("\n")[0],
-        remedy="load another checkpoint, or take the weights alone with "
-        "NNHandler.initialize_from_checkpoint",
+        remedy=_REMEDY,
     )

@@ -33,7 +33,7 @@ from shardckpt.errors import RankFailedError, RankMismatchError, StateError
 from shardckpt.io.devices import accelerator
 from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.manager.backends import RECORD
-from shardckpt.nn_handler.emergency import is_echo
+from shardckpt.nn_handler.emergency import is_consequence
 from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.reports import LoadReport
 from shardckpt.saving.async_save import SaveHandle
@@ -70,7 +70,7 @@ def save(handler: TrainingState, path: str, *, overwrite: bool) -> None:
 
 
 def state_on_all(handler: TrainingState, process_group: Any = None) -> dict[str, Any]:
-    """The state of a handler. Collective.
+    """Return the state of a handler. Collective.
 
     An error on one rank, such as one of a callback's state_dict, is raised on all ranks at once.
     """
@@ -93,7 +93,7 @@ def save_single_file(handler: TrainingState, path: str, *, overwrite: bool) -> N
             path=path,
             expected="a path that ends in .pth, .pt or .safetensors",
         )
-    _save_whole(
+    _save_gathered(
         handler.state,
         path,
         lambda s, progress: write_one(s, path, overwrite=overwrite, progress=progress),
@@ -111,7 +111,7 @@ def save_multi_files(
     """Save a handler as one file for each component. Collective. See NNHandler.save_multi_files."""
     _check_format(file_format)
     _check_folder(folder)
-    _save_whole(
+    _save_gathered(
         handler.state,
         folder,
         lambda s, progress: write_many(
@@ -131,7 +131,7 @@ def _check_folder(folder: str) -> None:
 
 
 def _only(state: dict[str, Any], keys: Collection[str] | None) -> dict[str, Any]:
-    """The components of a state that the user wants."""
+    """Return the components of a state that `keys` names."""
     if keys is None:
         return state
     unknown = [key for key in keys if key not in state]
@@ -186,7 +186,7 @@ def check_config(handler: TrainingState, path: str) -> None:
         check_loads(handler.config(), path)
 
 
-def _save_whole(
+def _save_gathered(
     make: Callable[[], dict[str, Any]],
     path: str,
     write: Callable[[dict[str, Any], Callable[[int], None]], None],
@@ -198,10 +198,10 @@ def _save_whole(
     `make` returns the state. `write` gets the state without distributed tensors, and a function to
     call from time to time with the number of bytes written.
     """
-    made: list[_Whole] = []
+    made: list[_GatheredState] = []
 
     def describe() -> bytes:
-        made.append(_Whole(make()))
+        made.append(_GatheredState(make()))
         return made[0].summary()
 
     def decide(payloads: list[bytes]) -> bytes:
@@ -219,7 +219,7 @@ def _save_whole(
             ranks = [
                 torch.load(io.BytesIO(p), weights_only=True, map_location="cpu") for p in payloads
             ]
-            write({**state.whole(), "ranks": ranks}, coordinator.progress)
+            write({**state.full_state(), "ranks": ranks}, coordinator.progress)
             return b""
 
         exchange(coordinator, "write", state.own, write_all)
@@ -247,7 +247,7 @@ def _check_alike(payloads: list[bytes]) -> None:
             )
 
 
-def _gather(state: _Whole, names: list[str], coordinator: Coordinator) -> None:
+def _gather(state: _GatheredState, names: list[str], coordinator: Coordinator) -> None:
     """Gather distributed tensors on rank 0, with collectives of their own groups. Collective."""
 
     def gather() -> bytes:
@@ -256,7 +256,7 @@ def _gather(state: _Whole, names: list[str], coordinator: Coordinator) -> None:
         except WorkBroken:
             return b"another rank failed"
         except (RuntimeError, dist.DistError) as error:
-            if not is_echo(error):
+            if not is_consequence(error):
                 raise
             return str(error).splitlines()[0].encode()
         return b""
@@ -282,7 +282,7 @@ class _Tensor:
     name: str
 
 
-class _Whole:
+class _GatheredState:
     """A state that is turned into plain CPU tensors on rank 0. Tied tensors stay tied."""
 
     def __init__(self, state: dict[str, Any]) -> None:
@@ -305,7 +305,7 @@ class _Whole:
         return self._read(value.state_dict(), name) if has_state(value) else value
 
     def summary(self) -> bytes:
-        """The distributed tensors, which must be the same on all ranks."""
+        """Return the distributed tensors, which must be the same on all ranks."""
         found = [
             (name, f"{tensor.dtype} {list(tensor.shape)}")
             for name, tensor in self._tensors.items()
@@ -314,7 +314,7 @@ class _Whole:
         return msgspec.msgpack.encode(found)
 
     def to_gather(self) -> list[str]:
-        """The distributed tensors that rank 0 needs."""
+        """Return the distributed tensors that rank 0 needs."""
         tensors = self._tensors
         return [n for n in tensors if n in self._used and is_dtensor(tensors[n])]
 
@@ -325,24 +325,24 @@ class _Whole:
             tensor = self._tensors[name]
             assert is_dtensor(tensor)
             with _device_of(tensor.device):
-                whole = tensor.full_tensor()
-                self._tensors[name] = whole.cpu() if coordinator.rank == 0 else tensor
+                full = tensor.full_tensor()
+                self._tensors[name] = full.cpu() if coordinator.rank == 0 else tensor
             coordinator.progress(0)
 
     def own(self) -> bytes:
-        """The values of this rank."""
+        """Return the values of this rank."""
         buffer = io.BytesIO()
         torch.save(self._ranks.value, buffer)
         return buffer.getvalue()
 
-    def whole(self) -> Any:
-        """The complete state. Called on rank 0 after `gather`."""
+    def full_state(self) -> Any:
+        """Return the complete state. Called on rank 0 after `gather`."""
         plain = {name: _plain(self._tensors[name]) for name in self._used}
         return _filled(self._state, plain)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU that fills its memory: torch.save writes all memory of a tensor."""
+    """Return a CPU tensor without unused memory, as torch.save writes all memory of a tensor."""
     plain = tensor.detach().cpu()
     if plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes:
         return plain
@@ -389,14 +389,14 @@ class OneFile:
         process_group: Any,
         base: str | None,
     ) -> SaveHandle | None:
-        """See CheckpointBackend.save. Files are written whole, and at once."""
+        """See CheckpointBackend.save. A file is written in full, and never in the background."""
         if asynchronous:
             raise StateError(
                 "A single file is not saved in the background",
                 path=path,
                 remedy="leave out asynchronous=True, or the format",
             )
-        _save_whole(
+        _save_gathered(
             lambda: dict(state),
             path,
             lambda s, progress: write_one(s, path, overwrite=overwrite, progress=progress),

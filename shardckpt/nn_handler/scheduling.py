@@ -57,8 +57,8 @@ class Scheduler:
         self.monitor = monitor
         self._class, self._options = scheduler_class, dict(options)
 
-    def anew(self, optimizer: torch.optim.Optimizer) -> Scheduler:
-        """A new scheduler of the same kind for another optimizer."""
+    def for_optimizer(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        """Return a new scheduler of the same kind for another optimizer."""
         return Scheduler(
             optimizer, self._class, self._options, interval=self.interval, monitor=self.monitor
         )
@@ -79,7 +79,7 @@ class Scheduler:
         return isinstance(self.torch, ReduceLROnPlateau)
 
     def get_last_lr(self) -> list[float]:
-        """The rate of each parameter group, as the scheduler of torch returns it."""
+        """Return the rate of each parameter group, as the scheduler of torch returns it."""
         return [float(rate) for rate in self.torch.get_last_lr()]
 
     def after_step(self) -> None:
@@ -96,7 +96,7 @@ class Scheduler:
             self.torch.step()
 
     def description(self) -> dict[str, Any]:
-        """Its arguments, as plain data."""
+        """Return the arguments of set_scheduler as plain data."""
         return {
             "class": describe(self._class),
             "options": describe(self._options),
@@ -105,7 +105,7 @@ class Scheduler:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the torch scheduler, without functions."""
+        """Return the state of the torch scheduler, without functions."""
         state: dict[str, Any] = _without_functions(self.torch.state_dict())
         return state
 
@@ -126,7 +126,7 @@ def _make(
 
 
 def _class_and_options(pair: Any) -> tuple[Callable[..., Any], Mapping[str, Any]]:
-    """One of the schedulers of a SequentialLR or ChainedScheduler; StateError for an instance."""
+    """Return the class and options of an inner scheduler. Raises StateError for an instance."""
     listed = isinstance(pair, (tuple, list)) and len(pair) == 2
     if not (listed and callable(pair[0]) and isinstance(pair[1], Mapping)):
         raise StateError(

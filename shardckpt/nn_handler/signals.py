@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["StopRequests", "leave", "stop_requests"]
+__all__ = ["StopRequests", "end_process", "stop_requests"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -43,8 +43,8 @@ def stop_requests(*, enabled: bool) -> Iterator[StopRequests]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def leave(number: int) -> None:
-    """End as signals usually end a process: KeyboardInterrupt, or exit with 128 + number."""
+def end_process(number: int) -> None:
+    """End the process as a signal does: KeyboardInterrupt, or exit with 128 + number."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""The text of a handler."""
+"""Describe a handler as text."""
 
 from __future__ import annotations
 

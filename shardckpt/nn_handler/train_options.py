@@ -89,7 +89,7 @@ class TrainOptions:
         check_decay(self.ema_decay)
 
     def autocast(self, device: torch.device) -> torch.autocast | None:
-        """The context of a forward pass in a smaller precision, or None."""
+        """Return the context of a forward pass in a smaller precision, or None."""
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         usual = torch.float16 if device.type == "cuda" else torch.bfloat16
         dtype = dtypes.get(self.precision or "", usual if self.use_amp else None)

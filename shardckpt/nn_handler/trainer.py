@@ -22,13 +22,14 @@ from shardckpt.nn_handler.callbacks import ModelCheckpoint
 from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
-from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_echo, meet
+from shardckpt.nn_handler.emergency import BufferCopies, Failure, group_of_one, is_consequence, meet
 from shardckpt.nn_handler.epoch_batches import EpochBatches
 from shardckpt.nn_handler.epoch_metrics import EpochSums
-from shardckpt.nn_handler.loading import open_source, restore, restore_tensors
+from shardckpt.nn_handler.handler_source import open_handler
+from shardckpt.nn_handler.loading import restore, restore_tensors
 from shardckpt.nn_handler.progress import ProgressBar
 from shardckpt.nn_handler.readiness import check_on_all
-from shardckpt.nn_handler.signals import leave, stop_requests
+from shardckpt.nn_handler.signals import end_process, stop_requests
 from shardckpt.nn_handler.train_options import TrainOptions
 from shardckpt.nn_handler.updating import Updater
 from shardckpt.nn_handler.validation import validate
@@ -43,8 +44,8 @@ class Trainer:
     def __init__(self, handler: Components, options: TrainOptions) -> None:
         self.handler = handler
         self.options = options
-        self.failure: BaseException | None = None  # of this rank; the others learn of it
-        self.told = False  # all ranks know that training fails
+        self.failure: BaseException | None = None  # the error of this rank, for the next agreement
+        self.failure_is_known = False  # all ranks know that training fails
         self.save_failed = False  # another save would fail too, or wait for ranks that have left
         self.at: Literal["boundary", "forward", "update"] = "boundary"
         self.buffers: BufferCopies | None = None
@@ -102,9 +103,12 @@ class Trainer:
                 saver.close()
 
     def _prepare(self) -> bool:
-        """Create what training needs, and resume; whether it resumed. Collective."""
+        """Create the objects that training needs, and resume. Returns whether it resumed.
+
+        Collective.
+        """
         handler, options, saver = self.handler, self.options, self.saver
-        if options.nan_guard == "restore" and (saver is None or not saver.plan.saves()):
+        if options.nan_guard == "restore" and (saver is None or not saver.schedule.saves()):
             raise StateError(
                 'nan_guard="restore" needs checkpoints to go back to',
                 remedy="call auto_save first, with every_steps= for example",
@@ -114,7 +118,7 @@ class Trainer:
         if options.scales(handler.device) and handler.scaler is None:
             handler.set_grad_scaler()
         resumed = saver is not None and saver.begin(
-            handler, restore=lambda path: restore(handler, open_source(path))
+            handler, restore=lambda path: restore(handler, open_handler(path))
         )
         if options.ema_decay and handler.ema is not None:
             handler.ema.decay = options.ema_decay
@@ -183,7 +187,7 @@ class Trainer:
         self._mark()
 
     def _step(self) -> bool:
-        """One step of the optimizer; False at the end of the epoch or of training."""
+        """Run a step of the optimizer. Returns False at the end of the epoch or of training."""
         handler = self.handler
         assert handler.train_data is not None
         assert self.updater is not None
@@ -212,7 +216,7 @@ class Trainer:
         return True
 
     def _agrees(self) -> bool:
-        """Whether the ranks agree before the next step; the same on all ranks.
+        """Whether the ranks agree before the next step. The same on all ranks.
 
         A rank may ask for the end by handler.stop_training. All of them end when they agree.
         """
@@ -255,10 +259,12 @@ class Trainer:
         every, saver = self.options.validate_every, self.saver
         if not every:
             return False
-        saves = saver is not None and saver.plan.due_after_epoch(
+        saves = saver is not None and saver.schedule.due_after_epoch(
             epoch, last=epoch == self.end, save_last=self.options.save_on_last_epoch
         )
-        return epoch % every == 0 or (saves and saver is not None and saver.plan.needs_validation())
+        return epoch % every == 0 or (
+            saves and saver is not None and saver.schedule.needs_validation()
+        )
 
     def _try_validation(self) -> None:
         """Validate on a few batches before training, so that mistakes show at once.
@@ -282,7 +288,7 @@ class Trainer:
         handler, saver = self.handler, self.saver
         assert saver is not None
         self.at = "update"
-        if not saver.go_back(lambda path: restore_tensors(handler, open_source(path))):
+        if not saver.go_back(lambda path: restore_tensors(handler, open_handler(path))):
             raise StateError(
                 'nan_guard="restore" found no checkpoint to go back to',
                 actual=f"step {handler.step}",
@@ -317,7 +323,9 @@ class Trainer:
         self.at = point
 
     def _agree(self, batches: int | None = None, *, boundary: bool = True) -> int:
-        """Exchange what the ranks know, then save, stop or raise on all of them. Collective.
+        """Exchange signals, failures and due saves. Then save, stop or raise on all ranks.
+
+        Collective.
 
         `batches` is the number of batches that this rank has; None outside of an epoch. Returns
         the smallest number of all ranks, or the largest outside of a `boundary`.
@@ -335,7 +343,7 @@ class Trainer:
         )
         handler.stop_training = bool(stop)
         if failed:
-            self.told = True
+            self.failure_is_known = True
             self._warn_of_repeats()
             raise self.failure or RankFailedError(
                 "Training fails on another rank",
@@ -343,10 +351,10 @@ class Trainer:
                 remedy="look at that rank's own error",
             )
         if signal:
-            self.told = True
+            self.failure_is_known = True
             if saver is not None:
                 saver.emergency(handler)
-            leave(signal)
+            end_process(signal)
         if saver is not None and batches is not None and boundary:
             with self._saving():
                 saver.within_epoch(handler, now=bool(minutes))
@@ -355,13 +363,13 @@ class Trainer:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """Mark that a failure in the with block happens on all ranks."""
-        self.told = True
+        self.failure_is_known = True
         try:
             yield
         except Exception:
             self.save_failed = True
             raise
-        self.told = False
+        self.failure_is_known = False
         self._tell_saves()
 
     def _tell_saves(self) -> None:
@@ -379,14 +387,14 @@ class Trainer:
                 self.saver.within_epoch(self.handler, now=True)
 
     def _guard(self, act: Callable[[], Any]) -> None:
-        """Call what may fail on this rank alone; the others learn of it at the next boundary."""
+        """Call a function that may fail on this rank alone. The others learn it at the boundary."""
         try:
             act()
         except BaseException as error:
             self.failure = self.failure or error
 
     def _hooks(self, hook: str, *args: Any) -> None:
-        """Call a hook of all callbacks; ModelCheckpoints come last."""
+        """Call a hook of all callbacks. ModelCheckpoints come last."""
         callbacks = [*self.bar, *self.handler.callbacks]
         if not callbacks:
             return
@@ -425,7 +433,7 @@ class Trainer:
             )
 
     def _tell(self, error: BaseException) -> None:
-        """Call on_exception of all callbacks; errors that they raise become warnings."""
+        """Call on_exception of all callbacks. Errors that they raise become warnings."""
         for callback in (*self.bar, *self.handler.callbacks):
             try:
                 callback.on_exception(self.handler, error)
@@ -442,13 +450,15 @@ class Trainer:
         exits = isinstance(error, (KeyboardInterrupt, SystemExit)) and error is not self.failure
         if exits or self.save_failed:
             return error
-        echo, saves = is_echo(error), saver is not None and saver.on_exception
+        consequence, saves = is_consequence(error), saver is not None and saver.on_exception
         try:
             where = f"step {handler.step}, epoch {handler.epoch}, updating: {self.at == 'update'}"
-            failure = Failure() if self.told else meet(where, echo=echo, patient=saves)
+            failure = Failure()
+            if not self.failure_is_known:
+                failure = meet(where, consequence=consequence, patient=saves)
         except RankFailedError as unknown:
-            return unknown if echo else error
-        raised = failure.error() if echo else error
+            return unknown if consequence else error
+        raised = failure.error() if consequence else error
         try:
             if saver is not None and saves:
                 self._save_emergency(saver, failure)
@@ -461,15 +471,15 @@ class Trainer:
         return raised
 
     def _save_emergency(self, saver: AutoSaver, failure: Failure) -> None:
-        """Save with all ranks or, under DDP, where each rank has the whole state, alone."""
+        """Save with all ranks or, under DDP, where each rank has the full state, alone."""
         handler = self.handler
         if self.at == "update":
             raise StateError("A step of the optimizer was cut short")
         if self.at == "forward":
             self._put_back()
-        if failure.together:
+        if failure.at_one_point:
             saver.emergency(handler)
         elif handler.parallel != "ddp":
-            raise StateError(f"The ranks hold the state together, and {failure.problem}")
-        elif failure.elected:
+            raise StateError(f"No rank holds the full state, and {failure.problem}")
+        elif failure.may_save:
             saver.emergency(handler, process_group=group_of_one())

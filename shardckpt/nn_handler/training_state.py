@@ -1,4 +1,4 @@
-"""TrainingState: all that a checkpoint of a handler holds.
+"""TrainingState: everything that a checkpoint of a handler holds.
 
 The trainer, the savers, loading and the callbacks use it. NNHandler adds the setters, and the calls
 that train, save and load.
@@ -24,6 +24,7 @@ from shardckpt.nn_handler.model_code import in_notebook
 from shardckpt.nn_handler.objects import describe, warn_of_absent
 from shardckpt.nn_handler.optimization import MAIN, Optimization
 from shardckpt.nn_handler.parallel import Layout, Parallel, reshard, wrap
+from shardckpt.nn_handler.save_schedule import check_monitor
 from shardckpt.nn_handler.scheduling import Scheduler
 from shardckpt.state.markers import PerRank
 from shardckpt.state.random_state import random_state
@@ -128,14 +129,14 @@ class TrainingState:
         return loss if trained and isinstance(loss, nn.Module) else None
 
     def loss_parameters(self) -> list[nn.Parameter]:
-        """Internal. The parameters of the loss that are not those of the model."""
+        """Internal. Return the parameters of the loss that are not those of the model."""
         if not isinstance(self.loss_fn, nn.Module):
             return []
         models = {id(parameter) for parameter in self.module.parameters()}
         return [p for p in self.loss_fn.parameters() if id(p) not in models]
 
     def own_parts(self) -> dict[str, Any]:
-        """Internal. The parts of the handler that callbacks, losses and metrics may hold."""
+        """Internal. Return the parts of the handler that callbacks, losses and metrics may hold."""
         parts: dict[str, Any] = {"handler": self}
         parts |= {f"optimizers.{name}": one for name, one in self.optimizers.items()}
         parts |= {f"schedulers.{name}": one for name, one in self.schedulers.items()}
@@ -228,7 +229,7 @@ class TrainingState:
         }
 
     def untrained(self) -> list[str]:
-        """Internal. The names of parameters that need gradients and that no optimizer holds."""
+        """Internal. Return the names of the parameters to train that no optimizer holds."""
         reshard(self.module)
         held = {
             id(p)
@@ -243,7 +244,7 @@ class TrainingState:
         ]
 
     def metric_names(self) -> set[str]:
-        """Internal. The names of all metrics of an epoch."""
+        """Internal. Return the names of all metrics of an epoch."""
         names = {"loss", *self.metrics}
         if self.training_step is not None:  # which may call `update`
             names |= {f"loss_{name}" for name in self.optimizations if name != MAIN}
@@ -252,15 +253,8 @@ class TrainingState:
         return names | {"epoch", "step", *self.rates} | self.will_log
 
     def check_monitor(self, monitor: str) -> None:
-        """Internal. Raise StateError for a metric that training never brings."""
-        if monitor not in self.metric_names():
-            raise StateError(
-                "The monitored metric never appears",
-                expected=f"one of {', '.join(sorted(self.metric_names()))}",
-                actual=monitor,
-                remedy="correct monitor, or add the metric; val_ ones need a validation loader, "
-                "and names that you log are announced by handler.will_log.add(name)",
-            )
+        """Internal. Raise StateError for a metric that training never computes."""
+        check_monitor(monitor, self.metric_names())
 
     def replaying(self) -> bool:
         """Internal. Whether the next call of train repeats one from before a resume."""
@@ -383,7 +377,7 @@ class TrainingState:
             self.log_loss(loss, optimizer)
 
     def _optimization(self, name: str) -> Optimization:
-        """Return the optimizer with a name. StateError for an unknown name."""
+        """Return the optimizer with a name. Raises StateError for an unknown name."""
         if name not in self.optimizations:
             raise StateError(
                 "The handler has no optimizer of this name",
@@ -410,7 +404,7 @@ class TrainingState:
             )
 
     def config(self) -> dict[str, Any]:
-        """Internal. The arguments of all parts as plain data; see shardckpt.nn_handler.objects."""
+        """Internal. Return the arguments of all parts as plain data. See nn_handler/objects."""
         own = {id(part): name for name, part in self.own_parts().items()}
         described: dict[str, Any] = {
             name: {
@@ -457,7 +451,7 @@ class TrainingState:
         return config
 
     def _warn_of_notebook(self) -> None:
-        """Warn once if the class of the model lives in a notebook: nothing can import it there."""
+        """Warn once if the class of the model is defined in a notebook: nothing can import it."""
         name = getattr(self.model_class, "__name__", "")
         lives_here = getattr(self.model_class, "__module__", "") == "__main__"
         if lives_here and in_notebook() and "notebook" not in self.warned:
@@ -469,14 +463,14 @@ class TrainingState:
             )
 
     def callback_states(self) -> dict[str, Any]:
-        """Internal. The class name and state of each callback, as plain data."""
+        """Internal. Return the class name and state of each callback, as plain data."""
         return {
             str(number): {"kind": type(callback).__name__, "state": callback.state_dict()}
             for number, callback in enumerate(self.callbacks)
         }
 
     def tensor_state(self) -> dict[str, Any]:
-        """Internal. The part of the state that is loaded in place."""
+        """Internal. Return the part of the state that is loaded in place."""
         state: dict[str, Any] = {"model": self.model}
         others = self.optimizers
         main = others.pop(MAIN, None)
@@ -491,7 +485,7 @@ class TrainingState:
         return state
 
     def state(self) -> dict[str, Any]:
-        """Internal. The state that a checkpoint holds."""
+        """Internal. Return the state that a checkpoint holds."""
         if self.averaging:
             raise StateError(
                 "A save inside ema_weights() would save the averages in place of the weights",
@@ -558,7 +552,7 @@ def check_metric_name(name: Any) -> None:
 
 
 def _plain_sums(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The state of EpochSums as plain data."""
+    """Return the state of EpochSums as plain data."""
     if state is None:
         return None
     metrics = state.get("metrics") or {}

@@ -1,4 +1,4 @@
-"""A training that leaves no trace."""
+"""A trial of training, which is undone at its end."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def undone(handler: TrainingState) -> Iterator[None]:
 
 
 def _tensors(handler: TrainingState) -> list[Any]:
-    """The tensors of the model, of the loss and of the averages."""
+    """Return the tensors of the model, of the loss and of the averages."""
     modules = [handler.module]
     if isinstance(handler.loss_fn, torch.nn.Module):
         modules.append(handler.loss_fn)

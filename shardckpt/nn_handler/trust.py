@@ -89,7 +89,7 @@ def trust(*trusted: str | type | types.FunctionType) -> None:
 
 
 def import_name(value: Any) -> str | None:
-    """`module:qualname` of a class or function; None if it can't be found so."""
+    """Return `module:qualname` of a class or function. None if that name does not lead to it."""
     module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     if is_functional(value):
         module = functional.__name__  # the module of gelu and others is hidden
@@ -98,7 +98,7 @@ def import_name(value: Any) -> str | None:
 
 
 def resolve(name: str, slot: Slot, *, instance: bool, with_arguments: bool = False) -> Any:
-    """Resolve a name in a slot; None if no rule allows it.
+    """Resolve a name in a slot. Returns None if no rule allows it.
 
     `instance`: the checkpoint describes an instance of the class, not the class.
     `with_arguments`: it also chooses arguments for later calls of the function.
@@ -137,7 +137,7 @@ def _unwrapped(found: Any) -> Any:
 
 
 def _home(value: Any) -> str:
-    """The value of __module__ of a class or function."""
+    """Return the value of __module__ of a class or function."""
     get = type.__getattribute__ if issubclass(type(value), type) else object.__getattribute__
     home = get(value, "__module__")
     return home if type(home) is str else ""

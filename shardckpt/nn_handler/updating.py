@@ -1,4 +1,4 @@
-"""One step of training: forward, backward, gradients over the ranks, update."""
+"""A step of training: forward, backward, gradients over the ranks, update."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Updater:
         self._passes_by: list[bool] = []  # for each batch: whether DDP averages no gradients of it
 
     def step(self, group: list[Any], sums: EpochSums) -> torch.Tensor:
-        """Train on a group of batches; return the loss of the last one, or of the last update."""
+        """Train on a group of batches. Returns the loss of the last one, or of the last update."""
         self.note("forward")
         self.handler.updater = self
         try:
@@ -88,7 +88,7 @@ class Updater:
             optimizer.zero_grad()
 
     def _backward(self, group: list[Any], sums: EpochSums | None) -> list[torch.Tensor]:
-        """Add up gradients; return the loss of each batch."""
+        """Add up gradients. Returns the loss of each batch."""
         handler = self.handler
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(group, 1):
@@ -119,7 +119,7 @@ class Updater:
         return losses
 
     def _forward(self, batch: Any) -> Result | None:
-        """The result of a batch. Notes whether a step of the user's own passes DDP by."""
+        """Return the result of a batch. Notes whether a step of the user's own bypasses DDP."""
         model = self.handler.model
         if self.handler.training_step is None or not isinstance(
             model, nn.parallel.DistributedDataParallel
@@ -194,7 +194,7 @@ class Updater:
                 scheduler.after_step()
 
     def _scale(self) -> float:
-        """The scale of the gradients; reading it waits for the device."""
+        """Return the scale of the gradients. Reading it waits for the device."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def _step_optimizers(self, chosen: list[Optimization]) -> None:
@@ -209,7 +209,7 @@ class Updater:
     def _step_with_closure(
         self, one: Optimization, group: list[Any], sums: EpochSums
     ) -> torch.Tensor:
-        """One step of an optimizer that computes the loss several times, such as LBFGS."""
+        """Run a step of an optimizer that computes the loss several times, such as LBFGS."""
         handler, norm = self.handler, self.options.gradient_clipping_norm
         losses: list[torch.Tensor] = []
 
@@ -236,7 +236,7 @@ class Updater:
         return losses[0]
 
     def _probes(self) -> bool:
-        """Whether this step finds out if DDP must look for parameters without gradients."""
+        """Whether this step determines if DDP must look for parameters without gradients."""
         handler = self.handler
         asked = {"find_unused_parameters", "static_graph"} & handler.layout.options.keys()
         wrapped = isinstance(handler.model, nn.parallel.DistributedDataParallel)
@@ -251,7 +251,7 @@ class Updater:
             self.handler.model = wrapped
 
     def _average_over_ranks(self, probes: bool) -> None:
-        """Average the gradients that no wrapper of the model averages; collective."""
+        """Average the gradients that no wrapper of the model averages. Collective."""
         handler = self.handler
         if probes:
             handler.probed = True
@@ -271,7 +271,7 @@ class Updater:
     def _may_update(
         self, losses: list[torch.Tensor], parameters: Callable[[], Iterable[nn.Parameter]]
     ) -> bool:
-        """Whether the weights may be updated, by the nan_guard; collective if there is one."""
+        """Whether the nan_guard allows an update of the weights. Collective if there is one."""
         if self.options.nan_guard is None:
             return True
         counted, self._counted = self._counted, []
@@ -313,7 +313,8 @@ class Updater:
 
 
 def _needs_closure(handler: TrainingState, options: TrainOptions) -> Optimization | None:
-    """The optimizer that needs a closure; StateError if training can't give it one."""
+    """Return the optimizer that needs a closure. Raises StateError if training can't
+    provide it."""
     found = [one for one in handler.optimizations.values() if one.needs_closure]
     if not found:
         return None

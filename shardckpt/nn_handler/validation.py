@@ -29,9 +29,9 @@ def validate(
     agree: Callable[[bool], int],
     on_batch: Callable[[Any, int], None] = lambda batch, number: None,
 ) -> dict[str, float]:
-    """The loss and the metrics over the samples of all ranks. Collective.
+    """Return the loss and the metrics over the samples of all ranks. Collective.
 
-    The random numbers of training do not change. `agree` is called before each batch, and says
+    The random numbers of training do not change. `agree` is called before each batch, and returns
     whether any rank has one. `guard` calls a metric, which may fail on this rank alone.
     """
     data = data or handler.val_data

@@ -44,7 +44,7 @@ __all__ = [
 Ints = NDArray[np.int64]
 
 
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A global tensor: its name, the name of its dtype, and its shape."""
 
     name: str

@@ -57,6 +57,11 @@ class Reads:
     direct: Ints
     copies: list[CopyRead]
 
+    def size_bytes(self) -> int:
+        """Return the number of bytes of all reads."""
+        copied = sum(copy.end - copy.begin for copy in self.copies)
+        return int((self.direct[:, 2] - self.direct[:, 1]).sum()) + copied
+
 
 def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
     """Plan the reads that fill boxes of saved tensors. Pure.
@@ -64,15 +69,30 @@ def plan_reads(wanted: Iterable[tuple[TensorEntry, LocalChunk]]) -> Reads:
     The data of a chunk have the sizes of its box. Their dtype and device may differ from the saved
     ones; copying casts them.
     """
-    by_dims: dict[int, list[tuple[TensorEntry, LocalChunk]]] = {}
+    complete: dict[int, list[tuple[Ints, int]]] = {}  # by their number of dimensions
+    others: dict[int, list[tuple[TensorEntry, LocalChunk]]] = {}
     for pair in wanted:
-        if 0 not in pair[1].sizes:
-            by_dims.setdefault(len(pair[0].shape), []).append(pair)
-    plans = [_reads_of(dims, pairs) for dims, pairs in by_dims.items()]
+        entry, target = pair
+        shape = entry.shape
+        if target.address and type(entry) is TensorEntry and target.sizes == shape:
+            chunks = entry.chunks
+            if len(chunks) == 1:
+                complete.setdefault(len(shape), []).append((chunks, target.address))
+                continue
+        if 0 not in target.sizes:
+            others.setdefault(len(shape), []).append(pair)
+    plans = [_reads_of(dims, pairs) for dims, pairs in others.items()]
+    direct = [*map(_complete_reads, complete.values()), *(plan.direct for plan in plans)]
     return Reads(
-        direct=np.concatenate([np.empty((0, 4), np.int64), *(plan.direct for plan in plans)]),
+        direct=np.concatenate([np.empty((0, 4), np.int64), *direct]),
         copies=[copy for plan in plans for copy in plan.copies],
     )
+
+
+def _complete_reads(pairs: list[tuple[Ints, int]]) -> Ints:
+    """Return the direct reads of tensors with one chunk, which go to addresses as a whole."""
+    chunks, addresses = zip(*pairs, strict=True)
+    return np.column_stack([np.concatenate(chunks)[:, :3], np.array(addresses, dtype=np.int64)])
 
 
 def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:

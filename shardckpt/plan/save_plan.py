@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardckpt.errors import CoverageError
-from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.tiling import Gap, first_gap, stable_order
 from shardckpt.plan.local_plan import (
     ChunkTable,
@@ -29,7 +28,7 @@ from shardckpt.plan.local_plan import (
     widen_boxes,
 )
 from shardckpt.plan.replica_assignment import Rows, divide, group_equal, joined
-from shardckpt.plan.shard_layout import FileLayout, chunk_bytes, tensor_blocks
+from shardckpt.plan.shard_layout import FileLayout, chunk_bytes, item_sizes, tensor_blocks
 from shardckpt.state.file_groups import FROZEN, GROUP_COUNT, MAIN, files_of
 
 __all__ = ["GlobalPlan", "RankWrites", "check_coverage", "global_plan", "layout_order"]
@@ -133,7 +132,7 @@ def layout_order(
     some are written by other ranks. Chunks that are equal in this respect have the order of their
     tensors: that of `specs`, or `place` [t], the place of each tensor.
     """
-    items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
+    items = item_sizes(specs)
     widths = np.unique(items)[::-1]
     small = chunk_bytes(specs, chunks) < SMALL_BYTES
     key = np.searchsorted(-widths, -items)[chunks.tensor] * 2 + small

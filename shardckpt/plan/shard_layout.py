@@ -19,6 +19,7 @@ from shardckpt.state.file_groups import MAIN, file_suffix
 __all__ = [
     "FileLayout",
     "chunk_bytes",
+    "item_sizes",
     "layout_digests",
     "shard_name",
     "tensor_blocks",
@@ -41,10 +42,16 @@ def shard_name(*, rank: int, world_size: int, file_group: int = MAIN) -> str:
     return f"shard-{rank:05d}-of-{world_size:05d}{file_suffix(file_group)}.safetensors"
 
 
+def item_sizes(specs: Sequence[TensorSpec]) -> Ints:
+    """Return the size of an element of each tensor in bytes [t]."""
+    dtypes = [spec.dtype for spec in specs]
+    widths = {dtype: itemsize(dtype) for dtype in set(dtypes)}
+    return np.array([widths[dtype] for dtype in dtypes], dtype=np.int64)
+
+
 def chunk_bytes(specs: Sequence[TensorSpec], chunks: ChunkTable) -> Ints:
     """Return the size of each chunk in bytes [n]."""
-    items = np.array([itemsize(spec.dtype) for spec in specs], dtype=np.int64)
-    size_bytes: Ints = items[chunks.tensor]
+    size_bytes: Ints = item_sizes(specs)[chunks.tensor]
     for sizes in chunks.boxes[:, 1].T:  # many times as fast as prod(axis=1)
         size_bytes *= sizes
     return size_bytes

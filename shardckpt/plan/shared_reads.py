@@ -77,12 +77,12 @@ class Unit:
         return self.end - self.first
 
     def source(self, rank: int) -> int | None:
-        """The rank from which a rank of the path gets the blocks. None for the one that reads."""
+        """Return the rank from which a rank of the path gets the blocks. None for the first one."""
         position = self.path.index(rank)
         return self.path[(position - 1) // 2] if position else None
 
     def targets(self, rank: int) -> tuple[int, ...]:
-        """The ranks to which a rank of the path sends the blocks."""
+        """Return the ranks to which a rank of the path sends the blocks."""
         position = self.path.index(rank)
         return self.path[2 * position + 1 : 2 * position + 3]
 

@@ -283,7 +283,7 @@ def build_manifest(
 
 
 def _kept_notes(saved_by: Manifest | None) -> dict[str, str]:
-    """The notes of the original save that hold for a copy in one place."""
+    """Return the notes of the original save that hold for a copy in one place."""
     notes = saved_by.notes if saved_by else {}
     return {title: text for title, text in notes.items() if title != PARTS_NOTE}
 

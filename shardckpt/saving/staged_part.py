@@ -118,17 +118,11 @@ def part_of(plan: LocalPlan, writes: RankWrites) -> LocalPlan:
 def planned_data(local: LocalPlan, writes: RankWrites) -> list[torch.Tensor]:
     """Return the data of each write: a local chunk, or the part of it that this rank writes."""
     held = local.chunks.boxes
-    data = []
-    for row, complete, box in zip(
-        writes.row.tolist(),
-        (held[writes.row] == writes.boxes[:, :, : held.shape[2]]).all(axis=(1, 2)).tolist(),
-        writes.boxes,
-        strict=True,
-    ):
-        tensor = local.data[row]
-        if not complete:
-            dims = tensor.dim()
-            offsets, sizes = box[:, :dims].tolist()
-            tensor = tensor[box_slices(held[row, 0, :dims].tolist(), offsets, sizes)]
-        data.append(tensor)
+    data = [local.data[row] for row in writes.row.tolist()]
+    differs = (held[writes.row] != writes.boxes[:, :, : held.shape[2]]).any(axis=(1, 2))
+    for index in np.flatnonzero(differs).tolist():
+        dims = data[index].dim()
+        begin = held[writes.row[index], 0, :dims].tolist()
+        offsets, sizes = writes.boxes[index, :, :dims].tolist()
+        data[index] = data[index][box_slices(begin, offsets, sizes)]
     return data

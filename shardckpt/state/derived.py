@@ -7,6 +7,7 @@ saved tensors, so that a rank reads only its bytes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -155,7 +156,7 @@ def expanded(wanted: Wanted) -> tuple[Wanted, list[Callable[[], object]]]:
     Returns:
         The reads, and the functions that write the constants.
     """
-    if DerivedEntry not in {type(entry) for entry, _ in wanted}:
+    if DerivedEntry not in set(map(type, map(operator.itemgetter(0), wanted))):
         return wanted, []
     reads: Wanted = []
     constants: list[Callable[[], object]] = []

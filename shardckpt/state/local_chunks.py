@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, StateError, UnsupportedLeafError
 from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
+from shardckpt.format.manifest import MOST_DIMS
 from shardckpt.io.tensor_memory import check_memory, owns_memory, plain_address
 from shardckpt.state.sharded_array import ShardedArray
 from shardckpt.torch_compat import (
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+_ORIGINS = [(0,) * dims for dims in range(MOST_DIMS + 1)]
 _REMEMBERED = 65_536  # layouts of DTensors
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -158,18 +160,17 @@ def plain_data(tensor: Any) -> torch.Tensor | None:
     return None
 
 
-def addressed_chunk(tensor: torch.Tensor) -> LocalChunk | None:
-    """Return the box of a tensor whose elements on this rank are one contiguous run of CPU memory,
-    with its address, as most tensors are.
+def addressed_chunk(tensor: torch.Tensor, shape: tuple[int, ...]) -> LocalChunk | None:
+    """Return the box of a tensor of this shape whose elements on this rank are one contiguous run
+    of CPU memory, with its address, as most tensors are.
 
     Returns None for all other tensors, for which local_chunks has checks and errors.
     """
     data = plain_data(tensor)
-    if data is None or not (address := plain_address(data)):
+    if data is None or tensor.shape != shape or not (address := plain_address(data)):
         return None
-    if data is tensor:
-        shape = tensor.shape
-        return LocalChunk((0,) * len(shape), shape, tensor, address)
+    if data is tensor:  # a chunk for each of many tensors shares its tuples with others
+        return LocalChunk(_ORIGINS[len(shape)], shape, tensor, address)
     boxes = _layout_of(tensor).boxes  # type: ignore[arg-type]
     if boxes is None or len(boxes) != 1 or boxes[0][1] != data.shape:
         return None

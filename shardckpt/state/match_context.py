@@ -88,7 +88,8 @@ class MatchContext:
         A tensor that is tied to a filled one is filled too: other formats save one of the names.
         """
         self.mismatches.missing += [n for n, t in self._absent if not self._memory.first(t, "")]
-        self.mismatches.unexpected += [n for n in self.saved.leaves if n not in self.used]
+        if not self.used >= self.saved.leaves.keys():
+            self.mismatches.unexpected += [n for n in self.saved.leaves if n not in self.used]
 
     def strict_mismatches(self) -> Mismatches:
         """Return the mismatches that fail a strict load.
@@ -130,9 +131,8 @@ class MatchContext:
             return False
         entry = self.saved.manifest.tensors[ref.name]
         if (
-            not (chunk := addressed_chunk(template))
+            not (chunk := addressed_chunk(template, entry.shape))
             or template.dtype != DTYPES[entry.dtype]
-            or (chunk.sizes if chunk.data is template else template.shape) != entry.shape
             or entry.dtype in NOT_COPYABLE
             or chunk.data.is_neg()
             or (entry.dtype in COMPLEX and chunk.data.is_conj())

@@ -161,8 +161,8 @@ class _TorchForm:
         }
 
     def _best_names(self) -> list[str]:
-        """Return the names of the parameters. Of several possible names, those that were saved
-        win.
+        """Return the names of the parameters. Saved names come before other possible
+        names.
         """
         best: dict[int, str] = {}
         most = -1

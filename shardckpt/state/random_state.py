@@ -16,7 +16,7 @@ __all__ = ["random_state", "seed_generators", "set_random_state"]
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the generators of torch, numpy, Python and the current device."""
+    """Return the state of the generators of torch, numpy, Python and the current device."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": _python.state(),
@@ -41,7 +41,7 @@ class _NumpyState:
         self._state: list[Any] = []
 
     def state(self) -> list[Any]:
-        """The name of the generator, its keys as a tensor, and the rest."""
+        """Return the name of the generator, its keys as a tensor, and the rest."""
         generator = np.random.mtrand.get_bit_generator()
         if generator is not self._generator:
             known = type(generator) is np.random.MT19937
@@ -77,7 +77,7 @@ class _PythonState:
         self._state: tuple[Any, ...] = ()
 
     def state(self) -> tuple[Any, ...]:
-        """The result of random.getstate."""
+        """Return the result of random.getstate."""
         memory = ctypes.string_at(self._address, self._size_bytes)
         # a normal number that waits for its use is not in that memory
         if memory != self._memory or self._state[2] != self._generator.gauss_next:

@@ -27,14 +27,14 @@ _ID = re.compile(rb'"id":"([0-9a-f]{32})"')
 
 
 def id_in(manifest: bytes) -> str:
-    """The id in a manifest whose digest has been checked."""
+    """Return the id in a manifest whose digest has been checked."""
     found = _ID.search(manifest[:200])
     assert found is not None, "every manifest has an id"
     return found[1].decode()
 
 
 def created_in(manifest: bytes) -> str:
-    """The time in a manifest whose digest has been checked, as text that can be compared."""
+    """Return the time in a manifest whose digest has been checked, as text that can be compared."""
     return manifest[:1000].partition(b'"created":"')[2][:25].decode()
 
 
@@ -149,7 +149,7 @@ def _has_shard(files: CheckpointFiles, name: str) -> bool:
 
 
 def _read(files: CheckpointFiles) -> tuple[bytes, Sequence[ShardEntry]]:
-    """The manifest of a checkpoint, and its shards."""
+    """Return the manifest of a checkpoint, and its shards."""
     manifest = files.manifest()
     check_text(manifest, path=files.path)
     return manifest, LazyManifest(manifest, path=files.path).all_shards()

@@ -562,7 +562,7 @@ def _check_outside(objects: Objects, path: str, prefix: str) -> None:
 
 
 def _in_the_way(path: str, others: Sequence[str], *, overwrite: bool) -> ShardckptError:
-    """The error for objects below a path that are not of a checkpoint at this path."""
+    """Return the error for objects below a path that do not belong to its checkpoint."""
     actual = f"other objects: {', '.join(others)}"
     if not overwrite:
         return CheckpointExistsError(

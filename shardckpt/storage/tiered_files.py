@@ -61,7 +61,7 @@ class TieredFiles(CheckpointFiles):
         return self._manifest
 
     def _first(self, call: Callable[[CheckpointFiles], Any]) -> Any:
-        """The result of a call in the first tier where it succeeds."""
+        """Return the result of a call in the first tier where it succeeds."""
         errors: list[ShardckptError] = []
         for tier in self._tiers:
             try:
@@ -161,7 +161,7 @@ class _TierFiles(CheckpointFiles):
         self._lock = threading.Lock()
 
     def files(self) -> CheckpointFiles:
-        """The files. Raises CheckpointError if this tier has another checkpoint, or none."""
+        """Return the files. Raises CheckpointError if this tier does not have the checkpoint."""
         with self._lock:
             if self.opened is None:
                 opened = self._place.storage.open(self.path)

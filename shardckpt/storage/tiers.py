@@ -107,7 +107,7 @@ class TieredStorage(Storage):
         return _joined([Location(s, s.child(p, name)) for s, p in self._places(folder)])
 
     def _places(self, path: str) -> list[Location]:
-        """The path in each tier."""
+        """Return the path in each tier."""
         paths = _paths_in(self.full_path(path))
         if len(paths) != len(self._roots):
             raise StateError(
@@ -138,7 +138,7 @@ class TieredStorage(Storage):
                 continue
             is_part = number == 0 and was_saved_in_parts(text)
             return TieredFiles(path, text, places[number:], first=files, is_part=is_part)
-        # A damaged tier tells more than one where the checkpoint is missing.
+        # The error of a corrupted tier is more useful than that of a tier without the checkpoint.
         raise next((e for e in errors if not isinstance(e, CheckpointNotFoundError)), errors[0])
 
     def open_newest(self, path: str) -> TieredFiles:
@@ -269,8 +269,10 @@ class TieredStorage(Storage):
         return sorted(set(fast.storage.names(fast.path)).union(*map(self._known, slower)))
 
     def _known(self, folder: Location) -> set[str]:
-        """The names in a folder of a slower tier. They are listed at the first call; if that fails,
-        later, by the thread."""
+        """Return the names in a folder of a slower tier.
+
+        The first call lists them. If that fails, the thread lists them later.
+        """
         path = folder.path
         if path not in self._listed:
             self._listed.add(path)
@@ -452,7 +454,7 @@ def _remove(place: Location) -> None:
 
 
 def _manifest_at(place: Location) -> bytes | None:
-    """The manifest of the checkpoint at a place. None if it can't be read."""
+    """Return the manifest of the checkpoint at a place. None if it can't be read."""
     with suppress(*BROKEN):
         files = place.storage.open(place.path)
         try:
@@ -491,15 +493,15 @@ def _joined(places: Sequence[Location]) -> str:
 
 
 def _paths_in(joined: str) -> list[str]:
-    """The paths in all tiers."""
+    """Return the paths in all tiers."""
     return [unquote(text) for text in joined.removeprefix(_SCHEME).split(",")]
 
 
 def _quoted(path: str) -> str:
-    """A path in which the separator of paths is quoted."""
+    """Return a path in which the separator of paths is quoted."""
     return path.replace("%", "%25").replace(",", "%2C")
 
 
 def open_url(url: str) -> TieredStorage:
-    """The storage of a URL of tiers."""
+    """Return the storage of a URL of tiers."""
     return TieredStorage(*_paths_in(url))

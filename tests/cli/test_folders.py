@@ -46,7 +46,7 @@ def steps(folder):
     return shardckpt.CheckpointManager(folder, label=None).all_steps()
 
 
-def test_ls(run, capsys):
+def test_ls_lists_checkpoints_oldest_first(run, capsys):
     assert main(["ls", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in found] == [f"step-{step}" for step in range(4)]
@@ -70,7 +70,7 @@ def test_ls_warns_of_a_checkpoint_that_cannot_be_read(tmp_path, capsys, caplog):
     assert f"{tmp_path}/step-1 is left out: The manifest" in caplog.text
 
 
-def test_prune(run, capsys):
+def test_prune_keeps_the_chosen_checkpoints(run, capsys):
     assert main(["prune", run, "--keep-last", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("would remove") == 3
     assert steps(run) == [0, 1, 2, 3]
@@ -108,7 +108,7 @@ def test_linked_files_count_once(tmp_path, capsys, monkeypatch):
     assert total.split()[0].startswith("3.9"), total
 
 
-def test_cp(folder, tmp_path, capsys):
+def test_cp_copies_and_verifies(folder, tmp_path, capsys):
     source = str(tmp_path / "source")
     shardckpt.save(STATE, source)
     for target in (f"{folder}/a", f"{tmp_path}/b", f"memory://t/{uuid.uuid4().hex}"):
@@ -158,7 +158,7 @@ def test_an_interrupted_copy_goes_on(tmp_path, s3, monkeypatch):
     assert torch.equal(shardckpt.load_state(s3)["w"], STATE["w"])
 
 
-def test_tiers(tmp_path, capsys):
+def test_ls_shows_the_state_in_each_tier(tmp_path, capsys):
     url = f"tiers://{tmp_path}/fast,{tmp_path}/slow"
     shardckpt.save(STATE, tmp_path / "source")
     assert main(["cp", str(tmp_path / "source"), f"{tmp_path}/fast/a"]) == 0

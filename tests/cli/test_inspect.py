@@ -15,7 +15,7 @@ from shardckpt.errors import CorruptionError
 from tests.cli.states import Phase, save_some
 
 
-def test_inspect(tmp_path, capsys):
+def test_inspect_prints_tensors_values_and_shards(tmp_path, capsys):
     save_some(tmp_path / "c")
     assert main(["inspect", str(tmp_path / "c")]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -17,7 +17,7 @@ from tests.cli.states import save_some
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    """As a process of its own, in which nothing but shardckpt is imported."""
+    """Run it in a process of its own, in which only shardckpt is imported."""
     command = [sys.executable, "-m", "shardckpt", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
 
@@ -29,7 +29,7 @@ def test_as_a_module(tmp_path):
     assert "Phase.WARM" in shown.stdout
 
 
-def test_reshard(tmp_path, capsys):
+def test_reshard_writes_another_number_of_shards(tmp_path, capsys):
     state = {"t": torch.arange(1 << 20).reshape(-1, 8), "r": PerRank({"x": torch.ones(2)}), "n": 1}
     shardckpt.save(state, tmp_path / "c")
     target = str(tmp_path / "d")
@@ -78,18 +78,18 @@ def newer(path):
         (lambda path: os.rename(path, f"{path}-gone"), 5, "checkpoint does not exist"),
         (lambda path: (path / "manifest.json").unlink(), 5, "not a shardckpt checkpoint"),
         (newer, 5, "newer"),
-        (cut, 6, "cut"),
+        (cut, 6, "A shard"),
     ],
 )
-def test_exit_codes(tmp_path, capsys, command, harm, code, word):
+def test_each_family_of_errors_has_its_exit_code(tmp_path, capsys, command, harm, code, word):
     save_some(tmp_path / "c")
     harm(tmp_path / "c")
     more = [str(tmp_path / "d"), "--shards", "1"] if command == "reshard" else []
     if command == "inspect" and code == 6:
-        code, word = 0, ""  # the manifest tells all
+        code, word = 0, ""  # the manifest is intact
     assert main([command, str(tmp_path / "c"), *more]) == code
     error = capsys.readouterr().err
-    assert word in error
+    assert word in error.replace(str(tmp_path), "")  # whose name has the words of the case
     assert ("remedy" in error) == (code != 0)
     assert not (tmp_path / "d").exists()
 
@@ -102,7 +102,7 @@ def test_the_folder_of_a_run_is_met_with_a_hint(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["inspect"], ["reshard", "a", "b"], ["fly"]])
-def test_wrong_calls(arguments, capsys):
+def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2

@@ -30,7 +30,7 @@ def test_progress_counts_and_is_quiet_at_first():
         (1 << 70, "1048576.0 PiB"),
     ],
 )
-def test_sizes(size, text):
+def test_sizes_are_text_with_units(size, text):
     assert size_text(size) == text
 
 

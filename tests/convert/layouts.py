@@ -68,7 +68,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def lightning_rest() -> dict[str, Any]:
-    """What a Trainer saves beside weights and optimizers."""
+    """Return the entries of a Trainer beside weights and optimizers."""
     return {
         "epoch": 3,
         "global_step": 40,

@@ -1,4 +1,4 @@
-"""shardckpt convert: every kind to every kind, bit for bit, and what can't be converted."""
+"""shardckpt convert: from every format to every format, bit for bit, and the refused entries."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
-from shardckpt.convert.convert import convert, open_source
+from shardckpt.convert.convert import convert
 from shardckpt.convert.dcp import DcpCheckpoint
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.single_files import read_one, write_many
 from shardckpt.convert.sources import Selected
 from shardckpt.format.dtype_names import shard_form
@@ -33,7 +34,7 @@ SAFETENSORS = {n: dtype for n, dtype in DTYPES.items() if shard_form(n, ()) == (
 
 
 def model() -> dict:
-    """Every dtype, with bits that are no number, too; views, scalars, nothing; a tie."""
+    """A state with every dtype, NaN, views, scalars, empty tensors and tied tensors."""
     raw = torch.arange(0, 6 * 16 * 7, 7).to(torch.uint8).reshape(6, 16)
     tensors = {name: raw.view(dtype) for name, dtype in SAFETENSORS.items() if name != "BOOL"}
     weight = torch.arange(400_000.0).reshape(500, 800)
@@ -180,7 +181,7 @@ def test_like_another_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "dcp"])
-def test_numpy_arrays(tmp_path, target):
+def test_numpy_arrays_stay_arrays_where_no_pickle_is_needed(tmp_path, target):
     """They stay arrays where no unpickling is needed for it, else they are tensors."""
     shardckpt.save({"a": np.arange(3.0), "t": (np.arange(2), 1)}, tmp_path / "c")
     convert(str(tmp_path / "c"), str(tmp_path / target), to="dcp" if target == "dcp" else None)

@@ -55,7 +55,7 @@ def test_tensor_files_run_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "owned").exists()
 
 
-def test_errors(tmp_path):
+def test_invalid_folders_of_dcp_are_errors(tmp_path):
     with pytest.raises(errors.CheckpointNotFoundError):
         DcpCheckpoint(str(tmp_path / "absent"))
     with pytest.raises(errors.NotACheckpointError):

@@ -12,7 +12,7 @@ from torch import nn
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.torch_objects import ObjectsLoader
 from shardckpt.convert.torch_sources import read_objects
 from tests.convert.layouts import Call

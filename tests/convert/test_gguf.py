@@ -12,7 +12,7 @@ import torch
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 
 WRITTEN = Path(__file__).parent / "made_by" / "model.gguf"
 VALUES = torch.arange(64.0).reshape(2, 32) / 7

@@ -147,7 +147,7 @@ def test_the_folders_of_fsdp(tmp_path):
     assert report.writer == "accelerate"
 
 
-def test_what_lies_beside_the_weights_goes_to_hugging_faces_layout(tmp_path):
+def test_files_beside_the_weights_are_copied_to_hugging_faces_layout(tmp_path):
     model, folder = Net(width=5), tmp_path / "c"
     layouts.trainer_folder(folder, model)
     (tmp_path / "secret.json").write_text("secret")
@@ -231,7 +231,7 @@ def test_targets_named_as_torch_files(tmp_path, name):
     assert convert(str(tmp_path / "e" / name), str(tmp_path / "f")).source_format == "DCP"
 
 
-def test_megatron(tmp_path):
+def test_a_folder_of_megatron_is_converted(tmp_path):
     model = Net(width=5)
     layouts.megatron_folder(tmp_path / "c", model)
     report, state = loaded(tmp_path / "c")

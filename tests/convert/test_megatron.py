@@ -11,7 +11,7 @@ import torch
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from tests.convert import layouts
 
 WEIGHT = torch.arange(72.0).reshape(3, 4, 6)

@@ -13,7 +13,7 @@ import pytest
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 
 ARRAYS = {
     "w": np.arange(24, dtype=np.float32).reshape(2, 3, 4),

@@ -1,4 +1,4 @@
-"""Why torch.load refused a file, as a typed error."""
+"""Typed errors that explain why torch.load refused a file."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.cli.main import main
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.torch_compat import distribute_locally
 from shardckpt.transforms import Transpose
 
@@ -31,7 +31,7 @@ FOLDERS = ["single", "plain", "fsdp2", "mixed", "mesh", "hsdp"]
 
 
 class Model(nn.Module):
-    """That of the script."""
+    """The model of the script that wrote the folder."""
 
     def __init__(self):
         super().__init__()

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from shardckpt import errors
-from shardckpt.convert.convert import convert, open_source
+from shardckpt.convert.convert import convert
+from shardckpt.convert.opening import open_source
 from tests.convert import layouts
 from tests.convert.layouts import Call, loaded
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from shardckpt.convert.convert import convert, open_source
+from shardckpt.convert.convert import convert
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.single_files import DIGEST, TREE, read_one, write_one
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
 
@@ -105,7 +106,7 @@ def test_messages_have_a_remedy(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".ckpt", ""])
 def test_file_names_that_are_not_utf8(tmp_path, suffix):
-    """What is saved under such a name can be read again, by every reader."""
+    """Every reader can read a file that was saved under such a name."""
     path = str(tmp_path) + os.sep + os.fsdecode(b"w\xff") + suffix
     write_one({"a": torch.arange(3.0), "n": 1}, str(tmp_path / "x.pth"), overwrite=False)
     convert(tmp_path / "x.pth", path)

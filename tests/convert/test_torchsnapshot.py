@@ -11,7 +11,7 @@ import torch
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 
 WRITTEN = Path(__file__).parent / "made_by" / "torchsnapshot-0.1.0"
 

@@ -12,7 +12,7 @@ RANKS = 7
 
 @pytest.fixture(params=["tcp", "file"])
 def connect(request, tmp_path):
-    """What makes a connection to a store; the one in a file has no requests for many keys."""
+    """A function that connects to a store. The store in a file has no requests for many keys."""
     if request.param == "file":
         return lambda: dist.FileStore(str(tmp_path / "store"), RANKS)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

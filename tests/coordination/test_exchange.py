@@ -1,4 +1,4 @@
-"""Exchanges between ranks: what arrives, and whose error is whose."""
+"""Exchanges between ranks deliver messages, and each error names its rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardckpt.coordination.single import SingleCoordinator
 from tests.ranks import run_ranks
 
 
-def test_alone():
+def test_one_rank_exchanges_with_itself():
     alone = SingleCoordinator()
     assert exchange(alone, "p", lambda: b"x", lambda payloads: payloads[0] * 2) == b"xx"
     assert exchange(alone, "p", lambda: b"x", lambda payloads: payloads) == b"x"
@@ -77,7 +77,7 @@ def talk() -> None:
 
 
 def groups(folder: str) -> None:
-    """A part of the ranks saves by itself; others, and a rank that is no member, are told."""
+    """Some ranks save as a group. A rank outside of the group gets an error."""
     rank = dist.get_rank()
     group = dist.new_group([0, 2])
     alone = dist.new_group([1])
@@ -101,6 +101,6 @@ def talk_and_save(folder: str) -> None:
 
 
 @pytest.mark.ranks
-def test_three_ranks(tmp_path):
+def test_three_ranks_exchange_messages(tmp_path):
     run_ranks(3, talk_and_save, str(tmp_path), timeout_s=110)
     assert shardckpt.load_state(tmp_path / "two")["mine"] == [0, 2]

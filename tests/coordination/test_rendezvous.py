@@ -1,4 +1,4 @@
-"""The decision of rank 0 about the ranks that call, and what the other ranks make of it."""
+"""The decision of rank 0 about the ranks that call, and the errors of the other ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks take part in an operation."""
+"""The ranks that take part in an operation."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tests.coordination.conftest import RANKS
 
 
 def together(connect, work, ranks=RANKS):
-    """What `work` returns or raises on each rank, and the keys that are left."""
+    """Return the result or error of `work` on each rank, and the keys that remain."""
 
     def run(rank):
         coordinator = StoreCoordinator(StoreConnections(connect), "op", rank=rank, world_size=ranks)

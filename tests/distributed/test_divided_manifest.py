@@ -84,12 +84,12 @@ def load_all(folder: str) -> None:
         with pytest.raises(errors.CorruptionError):
             shardckpt.load(state, f"{folder}/{attack.__name__}")
         assert local(state) == local(a_state(0.0)), attack
-    if dist.get_rank() == 1:  # the parts of two texts are no whole
+    if dist.get_rank() == 1:  # parts of two texts don't form one text
         part = divided_manifest.CheckedPart
         divided_manifest.CheckedPart = lambda digest, ranges: part(digest="0" * 32, ranges=ranges)
     with pytest.raises(errors.DirectoryNotSharedError, match="digest"):
         shardckpt.load(state, path)
 
 
-def test_three_ranks(tmp_path):
+def test_three_ranks_check_a_manifest_together(tmp_path):
     run_ranks(WORLD, load_all, str(tmp_path))

@@ -1,4 +1,4 @@
-"""States that only several ranks can have, and what differs between ranks."""
+"""States that only several ranks can have, and entries that differ between ranks."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def sharded_tensors(folder: str) -> None:
     assert torch.equal(other.to_local()[:, 0], torch.arange(24.0).reshape(8, 3)[:, rank])
 
 
-def test_sharded_tensors(tmp_path):
+def test_sharded_tensors_with_several_shards_are_saved(tmp_path):
     run_ranks(3, sharded_tensors, str(tmp_path))
     whole = shardckpt.load_state(tmp_path / "c")["t"]
     assert torch.equal(whole, torch.arange(24.0).reshape(8, 3))

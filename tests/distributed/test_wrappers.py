@@ -1,4 +1,4 @@
-"""Modules under every wrapper, tied weights among them: saved, loaded, and training goes on."""
+"""Modules under every wrapper, also with tied weights, are saved and loaded, and train on."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def check(name, folder):
 def same(mine, theirs):
     assert mine.keys() == theirs.keys()
     differing = [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
-    # What a batch norm of another rank than DDP's rank 0 has seen is not kept, nor used.
+    # The means of batch norms on other ranks than DDP's rank 0 are neither saved nor used.
     assert not [n for n in differing if "running" not in n or dist.get_rank() == 0]
 
 
@@ -118,7 +118,7 @@ def check_all(names, folder):
 
 
 @pytest.mark.parametrize("ddp", [False, True], ids=["fsdp", "ddp"])
-def test_every_wrapper(tmp_path, ddp):
+def test_modules_under_every_wrapper_are_saved_and_loaded(tmp_path, ddp):
     names = [name for name in WRAPPERS if name.startswith("ddp") == ddp]
     run_ranks(2, check_all, names, str(tmp_path), timeout_s=110)
     for name in names:

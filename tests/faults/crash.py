@@ -28,7 +28,7 @@ LARGE = torch.arange(280_000.0)  # more than a block
 
 
 def state_of(version: int, *, elements: int = 300) -> dict[str, object]:
-    """What version so-and-so holds: every element differs from that of other versions."""
+    """Return the state of a version. Every element differs from that of other versions."""
     numbers = torch.arange(elements, dtype=torch.float32)
     return {"w": numbers + 1000 * version, "b": torch.full((3,), version), "step": version}
 

@@ -1,4 +1,4 @@
-"""What a crash may leave of a simulated disk: some of what was not forced to it."""
+"""The states that a crash may leave of a simulated disk, with some of the unsynced changes."""
 
 from __future__ import annotations
 

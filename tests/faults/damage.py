@@ -166,7 +166,7 @@ def other_damage() -> Iterator[tuple[str, Files, str]]:
                 end = min(low + 4096, len(files[name]))
                 zeroed = files[name][:low] + page[: end - low] + files[name][end:]
                 yield f"page {low} of {name} zeroed", {**files, name: zeroed}, name
-    # Both shards are hurt: which of them is named first is up to the threads that read.
+    # Both shards are corrupted. The threads that read determine which one is named first.
     either = "shard-0000"
     yield "shards swapped", {**files, first: files[second], second: files[first]}, either
     yield "manifest of another step", {**files, MANIFEST_NAME: other[MANIFEST_NAME]}, either

@@ -127,7 +127,7 @@ class Disk(System):
         self.fail_at: tuple[int, int] | None = None
         self.fail_for_ever = False
 
-    # What tests do.
+    # The calls of tests.
 
     def mark(self, kind: str, version: int) -> None:
         with self.lock_:
@@ -143,7 +143,7 @@ class Disk(System):
         """The process has died and another one goes on; the machine has not crashed."""
         self.descriptors, self.locked, self.die_at, self.fail_at = {}, {}, None, None
 
-    # What the calls have in common.
+    # The common parts of the calls.
 
     def _call(self) -> None:
         self.calls += 1

@@ -103,14 +103,14 @@ def outcome(operation: Callable[[crash.Run], None], at: int, code: int, *, for_e
 
 
 def retaining(at: int, code: int, *, for_ever: bool) -> bool:
-    """As outcome, of a save of a CheckpointManager and the removal that follows."""
+    """See `outcome`: for a save of a CheckpointManager and the removal that follows."""
     job = retention.prepared_job()
     disk = job.disk
     calls = disk.calls
     disk.fail_at, disk.fail_for_ever = (calls + at, code), for_ever
     acknowledged = {1, 2, 3}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what can't be removed is told
+        warnings.simplefilter("ignore")  # a warning names each file that can't be removed
         try:
             job.save()
             acknowledged.add(4)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from shardckpt.convert.convert import Format, convert_source, open_source
+from shardckpt.convert.convert import Format, convert_source
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.single_files import write_many, write_one
 from shardckpt.convert.sources import foreign, state_of
 from shardckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
@@ -68,7 +69,7 @@ FILES = [kind for kind, (name, _) in KINDS.items() if "." in name]
 
 
 def read(path: str) -> dict[str, Any]:
-    """What is at a path, of any kind; raises CheckpointError."""
+    """Load the checkpoint of any kind at a path. Raises CheckpointError."""
     with open_source(path) as source:
         found = state_of(source, source.manifest.state)
     assert isinstance(found, dict)
@@ -254,7 +255,7 @@ def all_bits(kind: str) -> list[tuple[str, int, int]]:
 
 
 def try_flips(kind: str, bits: list[tuple[str, int, int]]) -> int:
-    """Flip each of these bits and read: what was written, or a CheckpointError."""
+    """Flip each of these bits and read. The result is the written state or a CheckpointError."""
     files = dict(a_file(kind))
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/{KINDS[kind][0]}"

@@ -96,7 +96,7 @@ FILE_BYTES = len(VALID_HEADER) + 13
 
 
 def parse_manifest(data: bytes) -> None:
-    """What a slice and a load do with the bytes of a manifest."""
+    """Open a slice and load, with these bytes as the manifest."""
     with suppress(ShardckptError):
         manifest.check_text(data, path="fuzz")
         outline = LazyManifest(data, path="fuzz")
@@ -107,8 +107,8 @@ def parse_manifest(data: bytes) -> None:
 
 
 def parse_large(data: bytes) -> None:
-    """What two ranks do with the bytes of a large manifest: together they refuse what one rank
-    refuses alone."""
+    """Let two ranks check the bytes of a large manifest. Together they refuse the same manifests
+    as one rank alone."""
     try:
         manifest.from_bytes(data, path="fuzz")
         valid = True
@@ -149,7 +149,7 @@ def _read_all(entry: TensorEntry) -> None:
 
 
 def parse_shard(data: bytes) -> None:
-    """What verify does with the first bytes of a shard."""
+    """Verify a shard that begins with these bytes."""
     shard.header_bytes(data[:8], file_size_bytes=FILE_BYTES, path="fuzz")
     shard.parse_header(data, file_size_bytes=FILE_BYTES, path="fuzz")
 
@@ -311,8 +311,8 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[random.Random], byte
 
 
 def attempt(parse: Callable[[bytes], None], data: bytes) -> bool:
-    """Whether the input is accepted; AssertionError if anything but ShardckptError escapes, or it
-    takes too long."""
+    """Whether the input is accepted. Raises AssertionError if another error than ShardckptError
+    escapes, or if it takes too long."""
     begun = time.process_time()
     try:
         parse(data)
@@ -381,7 +381,7 @@ def main() -> None:
                 setattr(module, name, atheris.instrument_func(function))
 
     def one(data: bytes) -> None:
-        # Most bytes are no JSON: let them choose the changes to a valid document instead.
+        # Most bytes are not JSON. They choose the changes to a valid document instead.
         attempt(parse, data[1:] if data[:1] < b"\x20" else make(Drawn(data)))
 
     options = [f"-runs={runs}", f"-seed={seed}", "-max_len=4096", "-rss_limit_mb=2000"]

@@ -1,6 +1,6 @@
 """Checkpoints of a handler that someone made to do harm: what each changes in a handler's state.
 
-Those of REFUSED must end in a typed error; those of HARMLESS must load, and nothing of them runs.
+Each case of REFUSED must end in a typed error. Each case of HARMLESS must load, and run nothing.
 """
 
 from __future__ import annotations

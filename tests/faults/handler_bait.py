@@ -1,5 +1,5 @@
-"""What hostile checkpoints of a handler name, imported by the program that loads them; `called`
-notes everything of it that runs."""
+"""The objects that hostile checkpoints of a handler name. The program that loads them has imported
+this module; `called` notes each call."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def instead(name: str, make: Callable[[Path], Any]) -> Attack:
 
 
 class Evil:
-    """What a pickle would run."""
+    """The code that a pickle would run."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch shardckpt-was-here",)
@@ -150,7 +150,7 @@ ATTACKS: dict[str, Attack] = {
     "name in another directory": shard(name="x/" + SHARD),
     "the same shard twice": manifest(lambda d: d["shards"].append(d["shards"][0])),
     "a very long name": shard(name="shard-" + "0" * 5000 + "-of-00001.safetensors"),
-    # What stands in place of a file.
+    # Other things in place of a file.
     "shard is a symlink": instead(
         SHARD, lambda path: path.symlink_to(f"../{path.parent.name}-{SHARD}")
     ),
@@ -246,7 +246,7 @@ ATTACKS: dict[str, Attack] = {
     "pickle as manifest": raw(pickle.dumps(Evil())),
     "torch file as shard": lambda folder: torch.save(Evil(), folder / SHARD),
 }
-"""What load_state and verify must both refuse; verify not an enum of a class that is not there."""
+"""The cases that load_state and verify must refuse. verify accepts an enum of an absent class."""
 
 HEADERS: dict[str, Attack] = {
     "pickle as shard": lambda folder: reseal_shard(folder, pickle.dumps(Evil()).ljust(4200)),
@@ -270,8 +270,8 @@ HEADERS: dict[str, Attack] = {
     "another tensor's name in a header": header(lambda h: {**h, "c": h["b"]}),
     "NaN in a header": header_text('{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}'),
 }
-"""What verify must refuse. A load reads no header, and takes bytes with the right digest for
-numbers."""
+"""The cases that verify must refuse. A load reads no header, and accepts any bytes with the right
+digest."""
 
 
 def build(folder: Path, attack: Attack | None) -> Path:

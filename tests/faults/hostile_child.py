@@ -1,8 +1,8 @@
 """Opens hostile checkpoints under an audit hook, and prints as JSON what each of them did.
 
-Everything is imported, and every reader has opened a good checkpoint of each format, before a child
-is forked that opens the hostile ones; one that it does not survive is told, and another child goes
-on with the next.
+Everything is imported, and every reader has opened an intact checkpoint of each format. Then a
+child is forked that opens the hostile ones. If it dies, the result says so, and another child
+continues with the next checkpoint.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def reshard_it(path: Path) -> None:
 
 
 def run(*words: str) -> Callable[[Path], None]:
-    """A command of the command line; what it says stands for its error."""
+    """Run a command of the command line. Its output takes the place of an error."""
 
     def call(path: Path) -> None:
         said = io.StringIO()
@@ -199,7 +199,7 @@ CALLS: dict[str, Callable[[Path], None]] = {
 
 
 def attempt(call: str, path: Path, *, limit_s: int = FOLDER_S) -> dict[str, Any]:
-    """What a call did: its error, seconds of processor time, bytes of memory, forbidden events."""
+    """The result of a call: error, seconds of processor time, bytes of memory, forbidden events."""
     global watched
     seen.clear()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -226,7 +226,7 @@ def attempt(call: str, path: Path, *, limit_s: int = FOLDER_S) -> dict[str, Any]
 
 
 def attempts(jobs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """What every job did, in children."""
+    """Return the result of every job, which child processes run."""
     done = 0
     while done < len(jobs):
         reader, writer = os.pipe()

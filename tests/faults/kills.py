@@ -1,6 +1,6 @@
 """Processes killed at random moments of saves, replacing saves, async saves, retention, and the
-collection of what the killed ones left. The oracle is a pipe: what was acknowledged on it must
-load."""
+collection of what the killed ones left. Each save is acknowledged over a pipe, and an
+acknowledged checkpoint must load."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def saver(folder: str, oracle: int, first: int, elements: int) -> None:
 
 
 def filer(folder: str, oracle: int, first: int, elements: int) -> None:
-    """As saver, of a file or folder of one kind after another."""
+    """Save files and folders of each kind in turn, as `saver` saves checkpoints."""
     for version in itertools.count(first):
         state = state_of(version, elements=elements)
         name, write = files.KINDS[KINDS[version % len(KINDS)]]
@@ -135,7 +135,7 @@ class Replacing:
     def kill(self, rng: random.Random) -> None:
         done, begun = kill_once(saver, self.folder, rng, self.begun + 1)
         acknowledged, self.begun = max([self.acknowledged, *done]), max(begun)
-        self.acknowledged = newest(self.folder)  # what has been seen must not go away again
+        self.acknowledged = newest(self.folder)  # a checkpoint that was seen must stay
         assert acknowledged <= self.acknowledged <= self.begun, (
             f"version {self.acknowledged} loads; {acknowledged} was acknowledged, "
             f"{self.begun} begun"
@@ -229,7 +229,7 @@ def trial(seed: int) -> int:
 
 
 def _forget() -> None:
-    """What is acknowledged has not been published."""
+    """Acknowledge a save that was not published."""
     System.rename = lambda self, source, target: None  # type: ignore[method-assign]
     System.exchange = lambda self, one, other: None  # type: ignore[method-assign]
 

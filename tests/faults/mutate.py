@@ -29,9 +29,9 @@ COMMIT = [
     "tests/storage/test_lock.py",
     "tests/storage/test_deletion.py",
     "tests/storage/test_local.py",
-    "tests/faults/test_crash_states.py::test_crash_states",
+    "tests/faults/test_crash_states.py::test_every_crash_state_of_a_save_loads",
     "tests/faults/test_crash_states.py::test_crash_states_after_a_dead_save",
-    "tests/faults/test_retention.py::test_crash_states",
+    "tests/faults/test_retention.py::test_every_crash_state_of_a_manager_loads",
     "tests/faults/test_errnos.py::test_every_call_failing",
 ]
 TARGETS = {
@@ -94,7 +94,7 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What a node may become, each with a word for it."""
+    """Yield the mutants of a node, each with a word that describes it."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
         yield "comparison", _with(node, ops=[COMPARISONS[type(node.ops[0])](), *node.ops[1:]])
     elif isinstance(node, ast.BoolOp):
@@ -157,7 +157,7 @@ class _Replace(ast.NodeTransformer):
 
 
 def _is_text(node: ast.AST) -> bool:
-    """What is only said to people, or to type checkers: f-strings, messages, __all__."""
+    """Whether a node is only text for people or type checkers: f-strings, messages, __all__."""
     if isinstance(node, (ast.JoinedStr, ast.Import, ast.ImportFrom)):
         return True
     return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
@@ -168,7 +168,7 @@ def _short(node: ast.AST) -> str:
 
 
 def mutants(source: str) -> list[str]:
-    """What each mutant of a module changes."""
+    """List the change of each mutant of a module."""
     lister = _Replace()
     lister.visit(ast.parse(source))
     return lister.found

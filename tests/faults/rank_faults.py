@@ -91,13 +91,13 @@ def fail(case: Case) -> None:
 def plant(case: Case) -> None:
     """Let this rank fail where it does its part of a phase."""
     if case.phase == "gather":
-        gather = saving._Whole.gather
+        gather = saving._GatheredState.gather
 
         def failing(*arguments):  # type: ignore[no-untyped-def]
             fail(case)
             gather(*arguments)
 
-        saving._Whole.gather = failing
+        saving._GatheredState.gather = failing
         return
     modules: tuple[Any, ...] = (agreement, commit)
     if case.operation in ("load", "file", "handler"):
@@ -118,7 +118,7 @@ def plant(case: Case) -> None:
 
 
 def operate(folder: str, case: Case) -> tuple[str, object, object, float]:
-    """What a rank does: ("saved" | "own" | "other", rank named, phase named, seconds)."""
+    """The outcome of a rank: ("saved" | "own" | "other", rank named, phase named, seconds)."""
     os.environ["SHARDCKPT_DEADLINE_S"] = str(DEADLINE_S)
     os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(DEADLINE_S if case.phase == "begin" else 60.0)
     os.environ["SHARDCKPT_STALL_DEADLINE_S"] = str(DEADLINE_S if case.fault == "stuck" else 60.0)

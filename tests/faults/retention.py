@@ -33,14 +33,14 @@ def policies(every: int = 3) -> tuple[Retention, ...]:
 
 
 def kept(steps: Iterable[int], *, every: int = 3) -> set[int]:
-    """What policies() keep, said once more: those who check don't ask whom they check."""
+    """Return the steps that policies() keep. Computed here again, independently of the package."""
     ordered = sorted(steps)
     return {*ordered[-2:], *(step for step in ordered if step % every == 0)}
 
 
 class Job:
-    """A job that saves into a folder, by step. Its disk, a System, is told by `mark` what is begun
-    and what is acknowledged."""
+    """A job that saves into a folder, by step. `mark` notes on its disk, a System, which saves have
+    begun and which are acknowledged."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Job:
         with mock.patch.object(kinds, "FROZEN_FILE_BYTES", 1):
             self.manager.save(
                 self.version // STEP,
-                # What is frozen is linked from one checkpoint to the next.
+                # Frozen tensors are linked from one checkpoint to the next.
                 {**state_of(self.version, elements=self.elements), "frozen": FROZEN},
                 if_exists="overwrite",
             )

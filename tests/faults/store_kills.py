@@ -1,8 +1,8 @@
 """A process that is killed (SIGKILL) between any two of its requests to a real object server.
 
-The proxy before the server (store_proxy) kills it: before it forwards a request, or after. Then the
-store is looked at: what was acknowledged is there, nothing is there in part, the next save works,
-and what the killed one left is collected.
+The proxy in front of the server (store_proxy) kills it before or after it forwards a request. Then
+every acknowledged checkpoint must be complete, no other one may exist in part, the next save must
+work, and the leftovers of the killed process must be collected.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ OUTCOMES: dict[Callable[[str, Tell], None], list[list[Found]]] = {
     removes: [[(1, None, None), (None, None, None)], [(None, None, None)]],
     loads: [[(1, None, None)], [(1, None, None)]],
 }
-"""What a kill may leave, by the number of versions that were acknowledged before."""
+"""The versions that a kill may leave, by the number of versions acknowledged before."""
 
 
 def _work(variables: dict[str, str], operation: str, url: str, plant: str, told: Any) -> None:

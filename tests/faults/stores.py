@@ -237,7 +237,7 @@ class Trial:
         return int(state["version"])
 
     def check_clean(self) -> None:
-        """What dead saves left is collected by age, and nothing else."""
+        """Check that leftovers of dead saves are collected by age, and nothing else."""
         self.faulty.restart()
         before = {path: self.found(path) for path in (PATH, f"{URL}/step-2", f"{URL}/step-3")}
         objects = self.faulty.objects._objects

@@ -103,7 +103,7 @@ def _check(folder: str, fault: str, when: str, status: int) -> None:
     try:
         found = newest(folder)
     except (errors.CorruptionError, errors.NotACheckpointError):
-        assert fault == "retval=1", what + "a damaged checkpoint"  # the kernel lied; it is told
+        assert fault == "retval=1", what + "a damaged checkpoint"  # a write that lied
         found = 2
     assert found in ((2,) if code == SAVED else (1, 2)), what + f"version {found} loads"
     shardckpt.save(state_of(3), f"{folder}/c", overwrite=True)

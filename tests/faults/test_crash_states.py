@@ -21,7 +21,7 @@ SEED = 1
 
 
 @pytest.mark.parametrize("name", crash.HISTORIES)
-def test_crash_states(name):
+def test_every_crash_state_of_a_save_loads(name):
     tried = crash.check(crash.record(name), per_prefix=16, rng=random.Random(SEED))
     assert not tried.failures, "\n".join(tried.failures[:5])
     assert tried.states > 100
@@ -140,7 +140,7 @@ class InPlace(LocalStorage):
 
 
 class Early(LocalStorage):
-    """Commits only when the next save begins: what was acknowledged is not there yet."""
+    """Commits only when the next save begins, so an acknowledged checkpoint is missing."""
 
     late = None
 
@@ -184,7 +184,7 @@ class Moves(Disk):
 
 
 class Forgets(Disk):
-    """A disk whose links are no more than a promise: the file's data stay with the first name."""
+    """A disk whose links are not durable: the data of a file stay with its first name."""
 
     def link(self, name: str, target: str, *, dir_fd: int) -> None:
         super().link(name, target, dir_fd=dir_fd)

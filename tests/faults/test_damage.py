@@ -17,14 +17,14 @@ from tests.faults.disk import Disk
 SEED = 4
 
 
-def test_flipped_bits():
+def test_every_flipped_bit_is_detected():
     files = damage.a_checkpoint()
     assert sum(map(len, files.values())) >= 16 << 10
     bits = random.Random(SEED).sample(damage.all_bits(files), 500)
     damage.try_flips(files, bits)
 
 
-def test_cuts():
+def test_every_truncation_is_detected():
     files = damage.a_checkpoint()
     damage.try_cuts(files, random.Random(SEED).sample(damage.all_cuts(files), 200))
 
@@ -33,7 +33,7 @@ def test_cuts():
     ("files", "name"),
     [pytest.param(files, name, id=what) for what, files, name in damage.other_damage()],
 )
-def test_other_damage(files, name):
+def test_swapped_missing_and_longer_files_are_detected(files, name):
     damage.assert_detected(files, name)
 
 

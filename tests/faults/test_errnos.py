@@ -1,4 +1,4 @@
-"""System calls that fail and writes that lie, by the seam and for real."""
+"""System calls that fail, and writes that report a wrong length, simulated and real."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Lying(Disk):
 
 @pytest.mark.parametrize("says_all", [False, True])
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_write_that_lies_is_found_by_the_load(at, says_all):
+def test_a_load_detects_a_write_that_reported_a_wrong_length(at, says_all):
     disk = Lying()
     crash.Run(disk).save()
     disk.lie_at, disk.says_all = at, says_all

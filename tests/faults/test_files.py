@@ -25,7 +25,7 @@ def checked(kind: str, disk: Disk, **options: object) -> crash.Tried:
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 @pytest.mark.parametrize("kind", files.KINDS)
-def test_crash_states(kind, can_exchange):
+def test_every_crash_state_of_a_file_loads(kind, can_exchange):
     tried = checked(kind, files.replaced(kind, can_exchange=can_exchange), per_prefix=6)
     assert not tried.failures, "\n".join(tried.failures[:5])
     assert tried.states > 40
@@ -124,7 +124,7 @@ def test_a_leak_and_an_untyped_error_are_seen(monkeypatch, bug):
 
 
 @pytest.mark.parametrize("kind", files.SEALED)
-def test_flipped_bits(kind):
+def test_every_flipped_bit_of_a_file_is_detected(kind):
     files.try_flips(kind, random.Random(SEED).sample(files.all_bits(kind), 100))
 
 

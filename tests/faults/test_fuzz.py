@@ -1,4 +1,4 @@
-"""Any bytes and any JSON as manifest and as header: nothing but ShardckptError escapes."""
+"""Any bytes and any JSON as manifest and as header raise only ShardckptError."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def test_manifests_with_other_members(members):
 
 @QUICK
 @given(JSON)
-def test_any_state(state):
+def test_any_typed_json_is_read_or_refused(state):
     document = {**json.loads(fuzz.VALID_MANIFEST), "state": state}
     fuzz.attempt(fuzz.parse_manifest, fuzz.seal(document))
 
 
 @QUICK
 @given(st.dictionaries(TEXT | st.sampled_from(["w", "__metadata__"]), JSON, max_size=3))
-def test_any_header(header):
+def test_any_header_is_read_or_refused(header):
     fuzz.attempt(fuzz.parse_shard, fuzz.pack_header(header))
 
 
 @QUICK
 @given(st.binary(max_size=200))
-def test_any_bytes(data):
+def test_any_bytes_are_read_or_refused(data):
     for parse, _, _ in fuzz.TARGETS.values():
         fuzz.attempt(parse, data)
 

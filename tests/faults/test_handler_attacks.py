@@ -30,7 +30,7 @@ for what, text in attacks.NAMES.items():
 
 
 def attempts(folder: Path, cases, form: str, hole: str = "") -> list[dict]:
-    """What loading did with each case, from one child process."""
+    """The result of a load of each case, from one child process."""
     attacks.write(folder / f"good{form}", None)
     names = {f"good{form}": ("good", False)}
     for number, (what, (attack, refused)) in enumerate(cases.items()):
@@ -56,7 +56,7 @@ def attempts(folder: Path, cases, form: str, hole: str = "") -> list[dict]:
 
 
 def wrong(attempt: dict) -> str | None:
-    """What is not as it should be in an attempt."""
+    """Describe the problem of an attempt. None if it is as expected."""
     what = f"{attempt['case']}, {attempt['call']}: "
     if attempt["forbidden"]:
         return what + f"forbidden: {attempt['forbidden']}"

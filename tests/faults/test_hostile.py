@@ -1,5 +1,5 @@
-"""Hostile checkpoints: each refused with a typed error, at once, in little memory, and nothing runs
-and nothing is opened that is none of the checkpoint's files."""
+"""Hostile checkpoints are refused with a typed error, at once and in little memory. No code runs,
+and no file outside of the checkpoint is opened."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Corpus:
 
 
 def wrong(attempt) -> str | None:
-    """What is not as it should be in an attempt."""
+    """Describe the problem of an attempt. None if it is as expected."""
     what = f"{attempt['case']}, {attempt['call']}: "
     if attempt["forbidden"]:
         return what + f"forbidden: {attempt['forbidden']}"
@@ -165,7 +165,7 @@ def trial(seed: int) -> int:
         return try_part(Path(folder), seed % PARTS)
 
 
-def test_hostile_checkpoints(tmp_path):
+def test_hostile_checkpoints_are_refused(tmp_path):
     """A tenth of the calls; scripts/torture --only hostile makes all."""
     assert try_part(tmp_path, 0) > 500
 

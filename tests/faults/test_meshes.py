@@ -56,7 +56,7 @@ def part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 def save(
     tensors: dict[str, torch.Tensor], mesh: Mesh, placements: dict[str, Placements], path: str
 ) -> None:
-    """What `shardckpt.save` does on every rank of the mesh, rank after rank."""
+    """Do the work of `shardckpt.save` on every rank of the mesh, rank after rank."""
     world_size = math.prod(mesh)
     names = list(tensors)
     specs = tuple(

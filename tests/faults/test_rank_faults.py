@@ -16,7 +16,7 @@ SAMPLE = random.Random(7).sample(rank_faults.CASES, 3)
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: "-".join(map(str, astuple(case))))
-def test_ranks_fail(tmp_path, case):
+def test_the_other_ranks_raise_when_one_fails(tmp_path, case):
     rank_faults.attempt(case, str(tmp_path), most_s=40)
 
 

@@ -1,5 +1,5 @@
-"""Every state that a crash may leave of a job that removes old checkpoints: what is to be kept
-loads, what is removed is gone or whole, and the next save leaves nothing else."""
+"""Every state that a crash may leave of a job that removes old checkpoints: kept checkpoints
+load, removed ones are absent or complete, and the next save leaves no other files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check(disk, *, per_prefix, since=0, seed=SEED, enough=99):
 
 
 @pytest.mark.parametrize("name", retention.HISTORIES)
-def test_crash_states(name):
+def test_every_crash_state_of_a_manager_loads(name):
     tried = check(retention.record(name), per_prefix=3)
     assert not tried.failures, "\n".join(tried.failures[:5])
     assert tried.states > 100

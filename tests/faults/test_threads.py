@@ -1,4 +1,4 @@
-"""Worker threads that raise or hang, two writers, and a reader of what is being replaced."""
+"""Worker threads that raise or hang, two writers, and a reader of a checkpoint that is replaced."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_each_reading_thread_that_raises_fails_the_load(tmp_path):
 
 
 class Hangs(Breaks):
-    """A call that does not come back until the test lets it."""
+    """A call that returns only when the test allows it."""
 
     go_on = threading.Event()
 

@@ -1,7 +1,7 @@
 """The long run: every harness in turn, with random seeds, until the time is up.
 
-A trial is told by its harness and its seed alone, so that a failure can be replayed, and so that
-a run can go on where another one ended: with --seed as the table's last column says.
+A trial is determined by its harness and its seed alone, so that a failure can be replayed. A run
+can also go on where another one ended: pass the --seed in the last column of the table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HARNESSES = {
     "kills": ("tests.faults.kills:trial", "processes killed at random"),
     "syscalls": ("tests.faults.syscalls:trial", "system calls killed or failed by strace"),
 }
-"""name -> (module:function of a trial, what it counts)."""
+"""name -> (module:function of a trial, the noun that it counts)."""
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ def torture(
 
 
 def table(tallies: dict[str, Tally], *, seed: int) -> str:
-    """What was tried; `next` is the --seed that goes on from there."""
+    """Return a table of the trials so far. `next` is the --seed that continues after them."""
     lines = [f"{'harness':12} {'trials':>8} {'tried':>10} {'failed':>7} {'seconds':>8} {'next':>6}"]
     for name, tally in tallies.items():
         lines.append(

@@ -73,7 +73,7 @@ def test_one_rank_checks_everything_itself():
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name):
+def test_ranks_together_refuse_hostile_manifests(name):
     changed = document()
     HOSTILE[name](changed)
     for parse in (together, lambda text: from_bytes(text, path="p")):

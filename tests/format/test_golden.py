@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def a_state(rank: int):
-    """What the golden checkpoint holds; `model.sharded` was a DTensor, sharded along dim 1."""
+    """The state in the golden checkpoint. `model.sharded` was a DTensor, sharded along dim 1."""
     weight = torch.arange(12.0).reshape(3, 4)
     return {
         "model": {

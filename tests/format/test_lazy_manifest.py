@@ -1,4 +1,4 @@
-"""A manifest parsed in part says what the whole one says, or nothing."""
+"""A manifest that is parsed in part describes tensors as the full one does, or not at all."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name):
+def test_hostile_manifests_are_refused(name):
     changed = document()
     HOSTILE[name](changed)
     with pytest.raises(errors.CorruptionError) as caught:

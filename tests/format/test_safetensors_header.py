@@ -1,4 +1,4 @@
-"""Shards: what the safetensors library takes, and each rule broken."""
+"""The safetensors library accepts our headers, and each broken rule is refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def broken(change):
         lambda h: [h],
     ],
 )
-def test_each_rule(change):
+def test_a_header_that_breaks_a_rule_is_refused(change):
     data, size = broken(change)
     with pytest.raises(errors.CorruptionError) as caught:
         parse_header(data, file_size_bytes=size, path="where")

@@ -1,4 +1,4 @@
-"""find_gap and first_gap against counting every element."""
+"""find_gap and first_gap agree with a count of every element."""
 
 from __future__ import annotations
 
@@ -185,6 +185,6 @@ def test_numbers_that_wrap():
 
 
 @given(st.lists(st.integers(0, 1 << 17), max_size=20), st.sampled_from([1 << 16, 1 << 20]))
-def test_stable_order(keys, below):
+def test_stable_order_sorts_as_numpy_does(keys, below):
     keys = np.array([key % below for key in keys], dtype=np.int64)
     assert stable_order(keys, below=below).tolist() == np.argsort(keys, kind="stable").tolist()

@@ -1,4 +1,4 @@
-"""Typed JSON: whatever goes in comes out; what no encoder makes is refused."""
+"""Values survive typed JSON, and JSON that no encoder writes is refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def same(a, b):
 
 
 @given(TREES)
-def test_round_trip(value):
+def test_values_survive_encoding(value):
     assert same(there_and_back(value), value)
 
 
@@ -85,7 +85,7 @@ def test_nan_keeps_its_bits():
     assert np.array(there_and_back(odd)).tobytes() == np.array(odd).tobytes()
 
 
-def test_references():
+def test_references_are_decoded_by_the_caller():
     for kind in ("tensor", "numpy", "per_rank"):
         assert there_and_back([TensorRef("a.b", kind)]) == [TensorRef("a.b", kind)]
 

@@ -71,7 +71,7 @@ def not_compiled():
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_goes_on(tmp_path, name):
+def test_an_optimizer_continues_after_a_load(tmp_path, name):
     module, optimizer = job(OPTIMIZERS[name], 0)
     for _ in range(3):
         step(module, optimizer)

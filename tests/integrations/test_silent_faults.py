@@ -30,7 +30,7 @@ from tests.ranks import run_ranks
 
 
 def cause(failure: CheckpointException) -> Exception:
-    """What a rank raised inside dcp.save or dcp.load."""
+    """The error that a rank raised inside dcp.save or dcp.load."""
     return next(iter(failure.failures.values()))[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -53,3 +55,22 @@ def test_an_error_of_a_read_is_raised_before_values_are_put_back(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         load(state)
     assert state["n"] == 0
+
+
+@pytest.mark.parametrize("little_bytes", [64 << 20, 0])
+def test_the_collector_runs_again_before_many_bytes_are_read(monkeypatch, little_bytes):
+    enabled = []
+    read = pipeline.read_all
+
+    def read_all(*arguments, **options):
+        enabled.append(gc.isenabled())
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "read_all", read_all)
+    monkeypatch.setattr(pipeline, "_LITTLE_BYTES", little_bytes)
+    load({"w": torch.zeros(4), "n": 0})
+    assert enabled == [little_bytes == 0]
+    assert gc.isenabled()
+    with pytest.raises(LoadMismatchError):
+        load({"absent": torch.zeros(4)})
+    assert gc.isenabled()

@@ -10,7 +10,7 @@ import torch
 
 import shardckpt
 from shardckpt import errors
-from shardckpt.convert.convert import open_source
+from shardckpt.convert.opening import open_source
 from shardckpt.convert.safetensors_files import HuggingFace, SafetensorsFile
 from shardckpt.convert.single_files import read_one
 from shardckpt.format.digests import BLOCK_BYTES
@@ -20,7 +20,7 @@ from shardckpt.storage.local import LocalStorage
 
 
 class Ranks:
-    """Who takes part; these ranks come one after another."""
+    """The coordinator of ranks that run one after another."""
 
     def __init__(self, rank, world_size):
         self.rank, self.world_size = rank, world_size

@@ -107,7 +107,7 @@ def test_all_tensors_lost_and_the_values_kept(damaged):
     assert state == {"list": [None, 5], "step": 3, "model": {}}
 
 
-def test_a_cut_shard_keeps_what_lies_before_the_cut(damaged):
+def test_tensors_before_the_end_of_a_truncated_shard_are_saved(damaged):
     os.truncate(damaged / SHARDS[0], (damaged / SHARDS[0]).stat().st_size - 4)
     report, _, _ = rescued(damaged)
     assert report.lost
@@ -138,7 +138,7 @@ def test_a_lost_manifest_is_rebuilt_and_marked(damaged, capsys):
 
 
 def test_a_lost_manifest_and_a_lost_shard(damaged):
-    """What is in pieces is lost: nobody knows how large it was."""
+    """A tensor in pieces is lost, because its size is unknown."""
     os.unlink(damaged / "manifest.json")
     os.unlink(damaged / SHARDS[0])
     report, _, _ = rescued(damaged)
@@ -154,7 +154,7 @@ def test_a_checkpoint_without_intact_tensors_is_an_error(damaged):
     assert not (damaged.parent / "rescued").exists()
 
 
-def test_the_commands(damaged, capsys):
+def test_verify_and_rescue_report_corruption_on_the_command_line(damaged, capsys):
     assert main(["verify", str(damaged), "--subset", "1/2"]) == 0
     assert "intact (part 1/2)" in capsys.readouterr().out
     change(damaged / "manifest.json", 300, flip=1)

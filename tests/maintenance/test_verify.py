@@ -155,7 +155,7 @@ def test_parts_that_there_are_not(files, subset):
         check(files, subset=subset)
 
 
-def test_survey(files, no_search):
+def test_corrupted_blocks_are_listed_by_shard(files, no_search):
     for blocks in ((0, 3), (10,)):
         (damage,) = find_corruption(Shelf(corrupt(files, *blocks)), manifest_of(files))
         assert (damage.shard, damage.blocks, damage.flips) == (0, blocks, ())
@@ -313,8 +313,8 @@ def renamed(files, names):
 
 
 @pytest.mark.parametrize("names", [["t1"], ["t1", "t2"]])
-def test_a_header_that_tells_another_story(files, names):
-    """The first place in a shard is told."""
+def test_a_header_that_contradicts_the_manifest_is_an_error(files, names):
+    """The error names the first place in a shard."""
     forged, manifest = renamed(files, names)
     (error,) = verify_shards(Shelf(forged), manifest).errors
     assert error.message == "The header of a shard does not match the manifest"

@@ -1,4 +1,4 @@
-"""CheckpointManager: what it keeps, never loses, and restores."""
+"""CheckpointManager keeps, prunes and restores checkpoints, and loses none that must stay."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kept(found: list[SavedCheckpoint], *policies) -> list[int]:
     return [c.step for c in found if c.path not in gone]
 
 
-def test_policies():
+def test_policies_choose_the_checkpoints_to_keep():
     four = saved(1, 2, 3, 4, loss=[0.3, 0.1, float("nan"), 0.2])
     assert kept(four) == [1, 2, 3, 4]
     assert kept(four, KeepLast(2)) == [3, 4]
@@ -77,7 +77,7 @@ def test_policies():
         lambda: CheckpointManager("c").restore_best({}),
     ],
 )
-def test_bad_arguments(make):
+def test_bad_arguments_are_refused(make):
     with pytest.raises(errors.StateError):
         make()
 
@@ -183,7 +183,7 @@ def test_broken_ones_are_not_counted_nor_removed(tmp_path):
 
 
 def test_the_newest_that_verifies_is_never_removed(tmp_path, monkeypatch):
-    """What was just saved turns out broken: the one before stays, whatever the policy says."""
+    """If the newest checkpoint is corrupted, the one before it stays, whatever the policy is."""
     manager = CheckpointManager(tmp_path, keep=[KeepLast(1)])
     manager.save(1, state(1))
     save = shardckpt.save
@@ -302,7 +302,7 @@ def on_ranks(folder: str) -> list[int]:
 
 
 @pytest.mark.ranks
-def test_several_ranks(tmp_path):
+def test_several_ranks_share_a_manager(tmp_path):
     assert run_ranks(2, on_ranks, str(tmp_path)) == [[3, 3], [3, 3]]
     assert sorted(os.listdir(tmp_path)) == ["step-3", "step-4"]
 

@@ -74,7 +74,7 @@ exec ip netns exec $name unshare --uts --mount sh -c "$inside" -- "$@"
                 time.sleep(0.05)
 
     def processes(self, name: str) -> list[int]:
-        """What runs on a host."""
+        """The processes of a host."""
         found = subprocess.run(
             ["ip", "netns", "pids", name], capture_output=True, text=True, check=False
         )

@@ -1,4 +1,4 @@
-"""What the ranks of the tests under mpirun do; each returns what the test compares."""
+"""The jobs of the tests under mpirun. Each returns the values that its test compares."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def over_two_hosts(folder: str, private: str) -> list[Any]:
 
 
 def cut_off(folder: str, over: Any) -> Any:
-    """What this rank raises where the other one is cut off while it writes."""
+    """Return the error of this rank if the other one is cut off while it writes."""
     os.environ["SHARDCKPT_DEADLINE_S"] = str(4.0)
     write = rank_writer.write_rank
 

@@ -30,8 +30,10 @@ FLAVOURS = ("openmpi", "mpich")
 
 
 def flavours(*, long: Sequence[str] = ()) -> Any:
-    """Parametrises `flavour`; skips, with a reason, what is not installed. `long`: flavours for
-    which the test is a long one."""
+    """Parametrise `flavour`. Flavours that are not installed are skipped with a reason.
+
+    `long`: the flavours for which the test is a long one.
+    """
     marks = [
         pytest.param(name, marks=[needs(name), *[pytest.mark.long] * (name in long)])
         for name in FLAVOURS
@@ -73,7 +75,7 @@ def command(flavour: str, ranks: int, *program: str) -> list[str]:
 
 
 class Outcome:
-    """What a job came to: `values` by rank (None where a rank did not get so far)."""
+    """The result of a job: `values` by rank, None for a rank that did not return."""
 
     def __init__(self, folder: Path, ranks: int, done: Any, took_s: float) -> None:
         self.code = done.returncode

@@ -1,4 +1,4 @@
-"""A job that loses a node comes back with fewer ranks, from the newest checkpoint that is whole."""
+"""A job that loses a node comes back with fewer ranks, from the newest intact checkpoint."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def job(name, *arguments, folder):
 
 @pytest.mark.long
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=[needs("openmpi")])])
-def test_two_hosts(tmp_path, hosts, launcher):
+def test_two_hosts_save_until_the_cable_is_pulled(tmp_path, hosts, launcher):
     """All works between them; then the cable is pulled: both sides raise an error that names the
     other, and nothing is committed."""
     out = tmp_path / "out"

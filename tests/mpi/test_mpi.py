@@ -1,4 +1,4 @@
-"""Under mpirun, with Open MPI and with MPICH: what works under torchrun works there."""
+"""Saves and loads under mpirun, with Open MPI and MPICH, work as under torchrun."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_flavour(flavour, folder) -> None:
         assert not value["torch"]["before"]
         assert value["torch"]["dcp"] == [0.0, 1.0, 2.0, 3.0, 4.0]
         assert value["torch"]["handler"] == ["ddp", "fsdp"]
-    # Which rank of a node has which local rank is up to MPI.
+    # MPI assigns the local ranks of a node in any order.
     assert sorted(value["torch"]["world"][2] for value in values) == ["0", "1", "2"]
     others = [[[1], "plan"], [[1], "divide"], [[1], "write"]]
     late = [[[1], "begin"], "saved"] * 2
@@ -115,7 +115,7 @@ def check_wrong(found) -> None:
 
 
 def check_files(folder, value) -> None:
-    """What one process without any launcher sees of it."""
+    """Check the checkpoints from a process without a launcher."""
     for name in ("mpi", "async-0", "async-1", "async-2", "resharded", "converted"):
         state = shardckpt.load_state(folder / name)
         assert np.array_equal(np.asarray(state["u"]), WHOLE), name

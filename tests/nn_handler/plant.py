@@ -35,7 +35,7 @@ FAULTS, RESUME, RANKS, BASIC = (
 
 @dataclass(frozen=True)
 class Plant:
-    """A fault: (file, text, what stands there instead) of each change, and the test to see it."""
+    """A fault: (file, text, new text) of each change, and the test that must see it."""
 
     fault: int
     what: str
@@ -160,7 +160,7 @@ PLANTS = [
             f"{HANDLER}/scheduling.py",
             "    scheduler.load_state_dict(state)\n",
             "    pass\n",
-            f"{RESUME}::test_every_scheduler[{name}]",
+            f"{RESUME}::test_every_scheduler_resumes_bit_for_bit[{name}]",
         )
         for name in ("LinearLR-epoch", "OneCycleLR-step", "LambdaLR-epoch", "SequentialLR-step")
     ),
@@ -207,7 +207,7 @@ PLANTS = [
     plant(
         11,
         "load needs an optimizer",
-        f"{HANDLER}/loading.py",
+        f"{HANDLER}/config_differences.py",
         "{MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)} if main else {}",
         "{MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)}",
         f"{BASIC}::test_saving_before_training",
@@ -215,10 +215,10 @@ PLANTS = [
     plant(
         12,
         "load does not know directories of several files",
-        f"{HANDLER}/loading.py",
+        f"{HANDLER}/handler_source.py",
         "elif os.path.isfile(os.path.join(path, INDEX)):",
         "elif False:",
-        f"{FAULTS}::test_12_split_files_load_back_whole[torch]",
+        f"{FAULTS}::test_12_split_files_load_completely[torch]",
     ),
     plant(
         13,
@@ -257,18 +257,18 @@ PLANTS = [
         "a scheduler is dropped",
         (
             (
-                f"{HANDLER}/loading.py",
+                f"{HANDLER}/config_differences.py",
                 '{"optimizer": own["optimizer"], "scheduler": own["scheduler"]}',
                 '{"optimizer": own["optimizer"]}',
             ),
             (
-                f"{HANDLER}/loading.py",
+                f"{HANDLER}/config_differences.py",
                 'parts: dict[str, Any] = {"scheduler": config.scheduler}',
                 "parts: dict[str, Any] = {}",
             ),
             (
-                f"{HANDLER}/loading.py",
-                'parts |= {_place(name, "scheduler"): one.scheduler}',
+                f"{HANDLER}/config_differences.py",
+                'parts |= {place_of(name, "scheduler"): one.scheduler}',
                 "pass",
             ),
         ),
@@ -286,10 +286,10 @@ PLANTS = [
     plant(
         16,
         "a missing metric is written out raw",
-        f"{HANDLER}/trainer_saving.py",
+        f"{HANDLER}/save_schedule.py",
         "            raise _unknown(field, template, set(metrics))",
         "            return template",
-        "tests/nn_handler/test_trainer_saving.py::test_names",
+        "tests/nn_handler/test_save_schedule.py::test_a_checkpoint_name_is_filled_from_metrics",
     ),
     plant(
         17,
@@ -302,10 +302,10 @@ PLANTS = [
     plant(
         18,
         "bad intervals are ignored",
-        f"{HANDLER}/trainer_saving.py",
+        f"{HANDLER}/save_schedule.py",
         "if self.interval is not None and (type(",
         "if False and (type(",
-        f"{BASIC}::test_bad_intervals",
+        f"{BASIC}::test_bad_intervals_are_refused",
     ),
     plant(
         19,
@@ -328,15 +328,15 @@ PLANTS = [
         21,
         "a signal ends training without a save",
         f"{HANDLER}/trainer.py",
-        "                saver.emergency(handler)\n            leave(",
-        "                pass\n            leave(",
+        "                saver.emergency(handler)\n            end_process(",
+        "                pass\n            end_process(",
         f"{RESUME}::test_stopped_by_ctrl_c[]",
     ),
     plant(
         21,
         "an exception ends training without a save",
         f"{HANDLER}/trainer.py",
-        "        if failure.together:",
+        "        if failure.at_one_point:",
         "        if False:",
         f"{FAULTS}::test_21_a_save_on_an_exception_in_the_data",
     ),
@@ -398,7 +398,7 @@ class Planted(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 
 
 def run(plant: Plant) -> str:
-    """What becomes of a plant's test: "passes", "fails", or "hangs"."""
+    """Return the outcome of a plant's test: "passes", "fails", or "hangs"."""
     child = os.fork()
     if child == 0:
         os.setsid()

@@ -1,4 +1,4 @@
-"""What ranks that fail learn of each other: threads over one store in place of ranks."""
+"""Ranks that fail report to each other. Threads over one store take the place of ranks."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def meet(monkeypatch):
                 store.wait(["shardckpt/emergency/0/elected"])
             else:
                 time.sleep(delays_s[number])
-            place, echo = (places or "a" * size)[number], (echoes or [False] * size)[number]
-            return emergency.meet(place, echo=echo, patient=True)
+            place, consequence = (places or "a" * size)[number], (echoes or [False] * size)[number]
+            return emergency.meet(place, consequence=consequence, patient=True)
 
         with ThreadPoolExecutor(size) as pool:
             return list(pool.map(rank, range(size)))
@@ -58,26 +58,26 @@ def meet(monkeypatch):
 
 
 def test_all_fail_at_one_step(meet):
-    assert {f.together for f in meet([0, 0.02, 0], deadline_s=60.0)} == {True}
+    assert {f.at_one_point for f in meet([0, 0.02, 0], deadline_s=60.0)} == {True}
 
 
 def test_they_fail_at_different_steps(meet):
     found = meet([0, 0, 0], places="aab", deadline_s=60.0)
-    assert not any(f.together or f.elected for f in found)
+    assert not any(f.at_one_point or f.may_save for f in found)
     assert "['a', 'b']" in found[0].problem
 
 
 def test_one_fails_and_the_others_hear_of_it(meet):
     found = meet([LATE, 0, LATE], echoes=[True, False, True])
-    assert [f.culprits for f in found] == [(1,)] * 3
-    assert [f.elected for f in found] == [False, True, False]
-    assert not any(f.together for f in found)
+    assert [f.failed_ranks for f in found] == [(1,)] * 3
+    assert [f.may_save for f in found] == [False, True, False]
+    assert not any(f.at_one_point for f in found)
 
 
 def test_one_dies_without_a_word(meet):
     first, _, last = meet([0, None, 0], echoes=[True] * 3)
-    assert first.culprits == last.culprits == (1,)
-    assert first.elected != last.elected
+    assert first.failed_ranks == last.failed_ranks == (1,)
+    assert first.may_save != last.may_save
     assert isinstance(first.error(), emergency.RankFailedError)
     assert first.error().rank == (1,)
 
@@ -85,5 +85,5 @@ def test_one_dies_without_a_word(meet):
 @pytest.mark.parametrize("delay_s", [0.15, 0.19, 0.2, 0.21, 0.25])
 def test_one_that_comes_as_another_gives_up(meet, delay_s):
     one, other = meet([0, delay_s])
-    assert one.together == other.together
-    assert one.together or one.elected != other.elected
+    assert one.at_one_point == other.at_one_point
+    assert one.at_one_point or one.may_save != other.may_save

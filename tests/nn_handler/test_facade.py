@@ -1,4 +1,4 @@
-"""What a user of Lightning, Keras or the Trainer of transformers expects of NNHandler."""
+"""NNHandler does what users of Lightning, Keras or the Trainer of transformers expect."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_unfrozen_parameters_that_no_optimizer_holds_are_named():
         train(handler)
 
 
-# Data as it is handed over
+# Data in the forms that users pass
 
 
 class Seen(Dataset):
@@ -539,7 +539,7 @@ def test_values_as_arguments_come_back(tmp_path, argument):
         Pair(1, 2),
     ],
 )
-def test_values_that_would_come_back_as_others_are_told(tmp_path, argument):
+def test_values_that_a_checkpoint_can_not_hold_are_named(tmp_path, argument):
     handler = make(Keeps, argument=argument)
     with pytest.warns(UserWarning, match=r"model\.kwargs\.argument"):
         handler.save(tmp_path / "a")
@@ -638,7 +638,7 @@ def test_two_checkpoints_in_one_folder_keep_their_own_best(tmp_path):
     "name",
     ["a/{epoch}", "../x{epoch}", ".h{epoch}", "e{val_loss:d}", "e{epoch:.2q}", "", "{loss.x}"],
 )
-def test_a_name_that_can_not_work_is_told_before_the_first_step(tmp_path, name):
+def test_an_impossible_name_is_an_error_before_the_first_step(tmp_path, name):
     handler = make()
     with pytest.raises(StateError):
         handler.auto_save(interval=1, save_path=tmp_path, name=name)
@@ -664,7 +664,7 @@ def test_a_metric_that_is_added_before_a_resume_counts_its_own_samples(tmp_path)
     assert train(handler).history["one"] == [1.0]
 
 
-def test_changed_options_are_told_and_set_hyperparameters_changes_them(tmp_path):
+def test_a_warning_names_changed_options_and_set_hyperparameters_changes_them(tmp_path):
     def job(epochs, change=False, **options):
         handler = make()
         handler.set_optimizer(torch.optim.SGD, momentum=0.9, **options)
@@ -704,7 +704,7 @@ def test_a_changed_rate_is_set_once_and_then_follows_the_schedule(tmp_path):
         (torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 5}),
     ],
 )
-def test_a_changed_rate_scales_the_whole_schedule(scheduler, options):
+def test_a_changed_rate_scales_the_full_schedule(scheduler, options):
     rates = []
     for changed in (0.1, 0.2):
         handler = make()
@@ -716,7 +716,7 @@ def test_a_changed_rate_scales_the_whole_schedule(scheduler, options):
     assert torch.allclose(2 * rates[0], rates[1])
 
 
-def test_changed_options_of_a_group_are_told(tmp_path):
+def test_a_warning_names_changed_options_of_a_group(tmp_path):
     def job(epochs, rate):
         handler = make()
         handler.set_optimizer(torch.optim.SGD, lr=0.1, groups={"head": {"lr": rate}})
@@ -809,7 +809,7 @@ def test_a_typo_in_a_device_map_is_an_error(tmp_path):
     assert not NNHandler.load(tmp_path / "a", device_map="cpu").model.training
 
 
-def test_a_model_argument_without_its_name_is_told():
+def test_a_model_argument_without_its_name_is_an_error():
     with pytest.raises(StateError, match="by name"):
         NNHandler(Body, "cpu", 32)
 
@@ -1117,7 +1117,7 @@ class Counts:
         return self.right / self.all
 
 
-def test_metrics_that_take_in_a_whole_epoch():
+def test_a_metric_object_computes_over_the_epoch():
     handler = make()
     handler.add_metric("counted", Counts())
     handler.add_metric("accuracy", accuracy)

@@ -1,7 +1,7 @@
 """The faults that facades of this kind have: a test for each that fails on a handler that has it.
 
 Faults 3 (part), 9 and up to 22; those of resume are in test_resume, of names in
-test_trainer_saving, of several ranks in test_ranks, of the manager in tests/manager.
+test_save_schedule, of several ranks in test_ranks, of the manager in tests/manager.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def test_09_an_early_stop_is_the_last_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("file_format", ["torch", "safetensors"])
-def test_12_split_files_load_back_whole(tmp_path, file_format):
+def test_12_split_files_load_completely(tmp_path, file_format):
     suffix = {"torch": ".pth", "safetensors": ".safetensors"}[file_format]
     handler = quiet(a_handler(), ema_decay=0.5)
     handler.save_multi_files(tmp_path / "many", file_format)
@@ -334,7 +334,7 @@ def test_22_auto_resume_falls_back(tmp_path, how):
         ({"keep_best": 1, "monitor": "nothing"}, "never appears"),
     ],
 )
-def test_unknown_metrics_are_told_before_the_first_epoch(tmp_path, options, text):
+def test_unknown_metrics_are_errors_before_the_first_epoch(tmp_path, options, text):
     handler = a_handler()
     handler.auto_save(save_path=tmp_path, **options)
     with pytest.raises(errors.StateError, match=text):
@@ -387,7 +387,7 @@ def test_bad_ways_to_save(options):
         lambda h: EarlyStopping(mode="best"),
     ],
 )
-def test_bad_calls(act):
+def test_bad_calls_are_refused(act):
     with pytest.raises(errors.StateError):
         act(a_handler())
 
@@ -429,7 +429,7 @@ def test_frozen_modules_stay_as_they_are(tmp_path):
     assert all(p.requires_grad for p in handler.module.parameters())
 
 
-def test_skipping_parts(tmp_path):
+def test_parts_that_are_skipped_are_not_loaded(tmp_path):
     quiet(a_handler(), 2).save(tmp_path / "c")
     assert NNHandler.load(tmp_path / "c", skip_optimizer=True).optimizer is None
     alone = NNHandler.load(tmp_path / "c", skip_scheduler=True, skip_history=True)
@@ -460,7 +460,7 @@ def test_amp_on_the_cpu_is_bfloat16():
     assert math.isfinite(handler.history["loss"][0])
 
 
-def test_tensorboard(tmp_path):
+def test_metrics_are_written_for_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

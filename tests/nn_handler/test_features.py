@@ -1,4 +1,4 @@
-"""What users of Lightning, Keras and the Trainer of transformers expect beside training itself."""
+"""The features that users of Lightning, Keras and the Trainer expect beside training itself."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_muon_beside_adamw(tmp_path):
         loaded.restore(tmp_path / "c")
 
 
-def test_lbfgs(tmp_path):
+def test_lbfgs_trains_and_resumes(tmp_path):
     handler = a_handler()
     handler.optimizations.clear()
     handler.set_optimizer(torch.optim.LBFGS, lr=0.5, max_iter=4)
@@ -241,7 +241,7 @@ class Stop(Callback):
             raise ValueError("planted")
 
 
-def test_a_metric_of_a_whole_epoch_is_no_mean_of_batches(tmp_path):
+def test_a_metric_of_a_whole_epoch_gets_all_outputs_at_once(tmp_path):
     def job(folder, stop):
         handler = a_handler()
         handler.add_metric("f1", f1, whole_epoch=True)
@@ -261,7 +261,7 @@ def test_a_metric_of_a_whole_epoch_is_no_mean_of_batches(tmp_path):
 
 
 class OwnObject:
-    """A metric with update, compute and reset, which knows nothing of ranks."""
+    """A metric with update, compute and reset, without support for several ranks."""
 
     def __init__(self) -> None:
         self.reset()
@@ -318,7 +318,7 @@ def test_the_nan_guard_goes_back_to_the_last_checkpoint(tmp_path):
     assert handler.step == 6
     assert same(watch.seen[5], watch.seen[3])  # of step 3, which was saved
     assert not same(watch.seen[6], watch.seen[5])
-    steps = [0.01 * 0.5**step for step in (1, 2, 3, 4, 4, 5)]  # the fifth step was no step
+    steps = [0.01 * 0.5**step for step in (1, 2, 3, 4, 4, 5)]  # the fifth step was skipped
     assert [found for (found,) in rate.rates] == pytest.approx(steps)
     assert all(torch.isfinite(w).all() for w in weights(handler).values())
 
@@ -500,10 +500,10 @@ def test_weights_of_other_programs(tmp_path, name):
     assert same(weights(made), weights(handler))
 
 
-# What is shown
+# Plots, summaries and progress
 
 
-def test_plots(tmp_path):
+def test_plots_show_each_metric_by_epoch(tmp_path):
     handler = quiet(a_handler(), 4, validate_every=2)
     assert handler.history_epochs["val_loss"] == [2, 4]
     figure = handler.plot_history(tmp_path / "all.png")

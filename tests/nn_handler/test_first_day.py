@@ -1,4 +1,4 @@
-"""What new users of NNHandler tried on their first day."""
+"""The calls that new users of NNHandler tried on their first day."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_a_trial_does_not_hinder_a_resume(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["epoch1", "epoch2"]
 
 
-def test_a_resume_that_does_not_happen_is_told(tmp_path):
+def test_a_warning_says_that_nothing_was_resumed(tmp_path):
     handler = train(make())
     handler.auto_save(save_path=tmp_path, resume="auto", name="e{epoch}.pth")
     with pytest.warns(UserWarning, match='resume="auto" has no effect: .* to step 6'):
@@ -244,7 +244,7 @@ def test_one_step_is_saved_once(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["step4", "step8"]
 
 
-def test_other_tensors_of_a_loss_are_told(tmp_path):
+def test_a_warning_names_other_tensors_of_a_loss(tmp_path):
     def job(epochs, *values):
         handler = make()
         handler.set_loss_fn(nn.CrossEntropyLoss(weight=torch.tensor(values)))
@@ -273,7 +273,7 @@ def test_an_option_that_the_state_replaces_is_refused(tmp_path):
 # Arguments
 
 
-def test_options_of_groups_that_the_optimizer_lacks_are_told():
+def test_a_warning_names_options_of_groups_that_the_optimizer_lacks():
     handler = make()
     with pytest.warns(UserWarning, match="does not use these options of a group: learning_rate"):
         handler.set_optimizer(torch.optim.Adam, groups={"head": {"learning_rate": 1.0}})
@@ -410,7 +410,7 @@ def test_arguments_of_a_loss_are_on_the_device():
     assert handler.loss_arguments["array"] is array
 
 
-def test_metrics_without_outputs_are_told():
+def test_a_warning_says_that_metrics_got_no_outputs():
     handler = make()
     handler.add_metric("share", lambda outputs, targets: 0.5)
     handler.set_training_step(lambda handler, batch: handler.model(batch[0]).mean())
@@ -422,7 +422,7 @@ def test_metrics_without_outputs_are_told():
         train(handler)
 
 
-def test_hooks_of_other_libraries_are_told():
+def test_a_warning_names_hooks_of_other_libraries():
     class Other(Callback):
         def on_train_epoch_end(self, trainer, module):
             raise AssertionError
@@ -510,7 +510,7 @@ def of_dict(outputs, batch):
     return nn.functional.cross_entropy(outputs, batch["labels"])
 
 
-def test_a_loss_gets_the_whole_dict():
+def test_a_loss_gets_the_full_dict():
     samples = [{"x": x, "labels": y, "name": "a"} for x, y in DS]
     handler = NNHandler(Records, device="cpu")
     handler.set_optimizer(torch.optim.SGD, lr=0.1)

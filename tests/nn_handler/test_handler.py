@@ -15,7 +15,7 @@ from torch import nn
 
 import shardckpt
 from shardckpt import NNHandler, api, errors
-from shardckpt.nn_handler.trainer_saving import checkpoint_name
+from shardckpt.nn_handler.save_schedule import checkpoint_name
 from tests.nn_handler.models import Net, a_handler, accuracy, data, same, weights, with_data
 from tests.ranks import FSDP2_ON_CPU, on_world_sizes, run_ranks
 
@@ -90,7 +90,7 @@ def test_auto_save_names_and_overwrite(tmp_path):
     with pytest.warns(UserWarning, match="until you confirm"):
         resumed.train(epochs=1)
     assert os.listdir(tmp_path / "one") == ["e8"]
-    resumed.save(tmp_path / "again")  # what is not confirmed stays in the checkpoint
+    resumed.save(tmp_path / "again")  # unconfirmed parts stay in the checkpoint
     resumed = with_data(NNHandler.load(tmp_path / "again"))
     assert "'save_path': " in resumed.unconfirmed[0]
     resumed.confirm()
@@ -135,7 +135,7 @@ def test_names_of_checkpoints():
 
 
 @pytest.mark.parametrize("interval", [-2, 1.5, "1"])
-def test_bad_intervals(interval):
+def test_bad_intervals_are_refused(interval):
     with pytest.raises(errors.StateError, match="interval"):
         a_handler().auto_save(interval=interval)
 
@@ -163,7 +163,7 @@ def test_what_has_no_importable_name_is_reported_and_asked_for_again(tmp_path, n
     "device_map",
     ["cpu", "auto", "disk", {"": "cpu", "layers.0": "disk"}, {"head": "cpu", "layers": "disk"}],
 )
-def test_device_maps(tmp_path, name, device_map):
+def test_a_handler_loads_with_a_device_map(tmp_path, name, device_map):
     handler = a_handler(dropout=0.5)
     handler.train(epochs=1, ema_decay=0.9)
     handler.save(tmp_path / name)

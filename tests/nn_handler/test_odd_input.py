@@ -1,4 +1,4 @@
-"""What users hand over by mistake, or change between two runs: told early, and nothing lost."""
+"""Wrong arguments, and changes between two runs, are reported early, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def saving_into(folder) -> NNHandler:
         (lambda p: saving_into(p / "file" / "x").train(1), errors.StorageError, "refused"),
     ],
 )
-def test_told_before_training(tmp_path, act, kind, text):
+def test_wrong_input_is_an_error_before_training(tmp_path, act, kind, text):
     (tmp_path / "file").touch()
     with pytest.raises(kind, match=text):
         act(tmp_path)

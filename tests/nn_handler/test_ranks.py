@@ -81,7 +81,7 @@ def loss_that_fails_on_one_rank(outputs, targets):
 
 
 def outcome(handler: NNHandler) -> tuple[str, object, bool]:
-    """Which error training ends with, the rank it names, and whether it says "not saved"."""
+    """Return the error that ends training, its rank, and whether it says "not saved"."""
     try:
         handler.train(2, progress_bar=False, agree_every=1)
     except Exception as error:
@@ -153,7 +153,7 @@ def first_call_is_load(folder: str) -> tuple[float, str]:
     dist.all_gather(means, handler.module.head.weight.mean().reshape(1))
     assert means[0] == means[1]
     found = ""
-    if rank == 0:  # a save by one rank alone is told, and does not hang
+    if rank == 0:  # a save by one rank alone raises, and does not hang
         os.environ["SHARDCKPT_ARRIVAL_DEADLINE_S"] = str(2.0)
         for name in ("alone", "alone.pth"):
             with pytest.raises(RankFailedError) as caught:
@@ -264,7 +264,7 @@ def tensor_parallel(folder: str) -> None:
 
 
 @pytest.mark.ranks
-def test_tensor_parallel(tmp_path):
+def test_a_tensor_parallel_model_trains_and_resumes(tmp_path):
     run_ranks(4, tensor_parallel, str(tmp_path), timeout_s=110)
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)
     assert same(weights(NNHandler.load(tmp_path / "c")), expected)

@@ -1,4 +1,4 @@
-"""One world of two ranks for what NNHandler does on several ranks beside saving and stopping."""
+"""One job of two ranks tests NNHandler on several ranks, apart from saves and stops."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class OnRankOne(Callback):
 
 
 def handlers_that_differ(folder: str) -> None:
-    """Calls that one rank alone makes are told before the first collective that would hang."""
+    """A call that one rank alone makes is an error before the first collective that would hang."""
     alone = {
         "auto_save": lambda handler: handler.auto_save(save_path=folder),
         "add_callback": lambda handler: handler.add_callback(Callback()),

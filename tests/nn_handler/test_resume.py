@@ -1,4 +1,4 @@
-"""The proof of resume: stopped and resumed, training gives the bits of training never stopped."""
+"""A training that is stopped and resumed gives the same bits as one without a stop."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def end_state(handler: NNHandler) -> tuple:
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 @pytest.mark.parametrize("name", [*SCHEDULERS, "function"])
-def test_every_scheduler(tmp_path, name, interval):
+def test_every_scheduler_resumes_bit_for_bit(tmp_path, name, interval):
     options = {} if name == "function" else {"interval": interval}
     if (name, interval) == ("ReduceLROnPlateau", "step"):
         with pytest.raises(errors.StateError, match="epoch"):

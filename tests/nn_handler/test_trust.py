@@ -1,4 +1,5 @@
-"""Names in a handler's checkpoint are data: what they resolve to, and what waits for a word."""
+"""Names in a handler's checkpoint are data. They resolve by rules, and some parts wait for
+confirm()."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.nn_handler import Callback, CSVLogger, ModelCheckpoint, loading, trust
+from shardckpt.nn_handler.handler_source import HandlerSource
 from shardckpt.nn_handler.objects import describe
 from tests.faults import handler_attacks as attacks
 from tests.nn_handler.models import Net, a_handler, data, same, weights, with_data
@@ -353,8 +355,8 @@ def test_every_field_of_a_wrong_type_is_a_typed_error(monkeypatch):
             else:
                 found[last] = wrong
             state = {**{k: v for k, v in whole.items() if k != "ranks"}, **changed}
-            source = loading.Source(path="c", storage=StateStorage(state), ranks=ranks)
-            monkeypatch.setattr(loading, "open_source", lambda path, source=source: source)
+            source = HandlerSource(path="c", storage=StateStorage(state), ranks=ranks)
+            monkeypatch.setattr(loading, "open_handler", lambda path, source=source: source)
             try:
                 NNHandler.load("c", device="cpu")
             except errors.ShardckptError as error:

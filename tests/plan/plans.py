@@ -77,5 +77,5 @@ def worlds(draw):
 
 
 def travelled(plans):
-    """What rank 0 gets of them."""
+    """Return the plans as rank 0 receives them."""
     return LocalPlan.unpack_all([p.pack(complete=rank == 0) for rank, p in enumerate(plans)])

@@ -1,4 +1,4 @@
-"""Where device maps put tensors: pure, so that no accelerator is needed."""
+"""The devices that device maps choose. No accelerator is needed."""
 
 from __future__ import annotations
 

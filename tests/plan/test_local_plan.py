@@ -15,7 +15,7 @@ from tests.plan.plans import a_plan
 @given(
     st.lists(st.lists(st.sampled_from([-1, 0, 255, 256, 70_000, 1 << 40]), min_size=2, max_size=2))
 )
-def test_columns_travel(rows):
+def test_columns_are_packed_and_unpacked(rows):
     columns = np.array(rows, dtype=np.int64).reshape(len(rows), 2)
     assert unpack_columns(pack_columns(columns)).tolist() == columns.tolist()
 

@@ -1,4 +1,4 @@
-"""What each rank reads past the page cache, which others of the machine may share."""
+"""The reads that bypass the page cache, which other ranks of the machine may share."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_every_element_of_a_box_is_read_to_its_place(row, rows, column, columns,
     assert torch.equal(view.float(), saved[row : row + rows, column : column + columns])
 
 
-def test_a_tensor_that_lies_as_saved_is_one_direct_read():
+def test_a_tensor_in_the_layout_of_the_file_is_one_direct_read():
     target = torch.zeros(ROWS, COLUMNS)
     reads = plan_reads([(entry(target), LocalChunk((0, 0), (ROWS, COLUMNS), target))])
     assert reads.direct.tolist() == [[0, 64, 64 + target.nbytes, target.data_ptr()]]
@@ -117,3 +117,24 @@ def test_a_target_without_memory_is_refused():
     target.untyped_storage().resize_(0)
     with pytest.raises(UnsupportedLeafError):
         plan_reads([(entry(part), LocalChunk((0, 0), (4, 1), part))])
+
+
+def test_the_bytes_of_all_reads_are_counted():
+    saved = torch.arange(ROWS * COLUMNS, dtype=torch.float32).reshape(ROWS, COLUMNS)
+    target = torch.empty_like(saved)
+    read = plan_reads([(entry(saved), LocalChunk((0, 0), (ROWS, COLUMNS), target))])
+    cast = plan_reads([(entry(saved), LocalChunk((0, 0), (ROWS, COLUMNS), target.double()))])
+    assert len(read.direct)
+    assert cast.copies
+    assert read.size_bytes() == cast.size_bytes() == saved.nbytes
+
+
+@pytest.mark.parametrize("cut", [None, 1])
+def test_a_complete_tensor_is_read_to_its_address(cut):
+    saved = torch.arange(float(ROWS * COLUMNS)).reshape(ROWS, COLUMNS)
+    target = torch.empty_like(saved)
+    chunk = LocalChunk((0, 0), (ROWS, COLUMNS), target, target.data_ptr())
+    reads = plan_reads([(entry(saved, cut=cut), chunk)])
+    assert len(reads.direct) == (1 if cut is None else 2)
+    perform(reads, shards_of(saved, 64, cut))
+    assert torch.equal(target, saved)

@@ -18,7 +18,7 @@ from tests.plan.plans import replicated, travelled, worlds
 
 
 @given(worlds())
-def test_entries_say_where_each_chunk_lies(plans):
+def test_entries_have_the_position_of_each_chunk(plans):
     plan = global_plan(travelled(plans))
     headers = np.arange(1, len(plans) + 1) * 4096
     table = tensor_entries(plan.specs, plan.chunks, bounds=plan.bounds, header_bytes=headers)

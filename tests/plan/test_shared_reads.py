@@ -1,4 +1,4 @@
-"""Which rank reads the blocks that several ranks need."""
+"""One rank reads the blocks that several ranks need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging the states of several ranks, without any ranks."""
+"""The states of several ranks are merged. The test starts no ranks."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def nothing_left():
 
 @pytest.fixture
 def slow_staging(monkeypatch):
-    """Staging that copies nothing for a while: what changes before it is told from the copy."""
+    """Staging that copies nothing for a while: a change before it shows in the copy."""
     begun = threading.Event()
     stage = background.stage
 
@@ -124,7 +124,7 @@ def test_a_step_of_an_optimizer_outside_the_state_waits_too(tmp_path, slow_stagi
 
 def test_a_plain_state_dict_is_safe_from_steps(tmp_path, slow_staging):
     model, optimizer = a_job()
-    model.register_buffer("big", torch.zeros(3))  # a large one could not be told from a parameter
+    model.register_buffer("big", torch.zeros(3))  # a large one would look like a parameter
     assert train_while_saving(tmp_path, model, optimizer, {"model": model.state_dict()})
 
 
@@ -331,7 +331,7 @@ def test_sys_exit_waits_for_saves(tmp_path):
 
 
 @starts_no_threads_at_exit
-def test_an_exception_waits_for_saves_and_tells_of_one_that_failed(tmp_path):
+def test_an_exception_waits_for_saves_and_a_failure_is_logged(tmp_path):
     (tmp_path / "d").write_text("")
     process = start(tmp_path, "raise ValueError('mine')", delay=0.5)
     _, stderr = process.communicate(timeout=100)

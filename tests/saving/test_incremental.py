@@ -1,4 +1,4 @@
-"""Saves with a base: what is unchanged is linked, nothing is ever lost by it."""
+"""Saves with a base link unchanged files, and lose nothing."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_in_the_background(tmp_path):
     same(tmp_path / "2", model)
 
 
-def test_with_dcp(tmp_path):
+def test_a_writer_of_dcp_takes_a_base(tmp_path):
     model, _ = a_job()
     for number in range(2):
         base = tmp_path / "0" if number else None

@@ -1,4 +1,4 @@
-"""The digests by which ranks compare what several of them hold."""
+"""The digests by which ranks compare replicas."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def save_after_one_rank_changed(folder: str) -> bool:
     return True
 
 
-def test_a_rank_whose_state_changes_alone_is_saved_whole(tmp_path):
+def test_a_rank_whose_state_changes_alone_stages_all_its_data(tmp_path):
     assert run_ranks(2, save_after_one_rank_changed, str(tmp_path)) == [True] * 2
 
 

@@ -35,7 +35,7 @@ def test_staging_memory_is_used_again(monkeypatch):
 
 
 def memory_flags(address):
-    """What the kernel notes of the mapping that an address lies in."""
+    """Return the facts of the kernel about the mapping that an address lies in."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()

@@ -52,7 +52,7 @@ def test_load_on_another_default_device(tmp_path):
 
 
 def test_load_in_inference_mode(tmp_path):
-    """What a load makes can be trained afterwards."""
+    """A loaded model can be trained afterwards."""
     shardckpt.save(trained(0), tmp_path / "c")
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -148,7 +148,7 @@ def test_on_resize_decides_for_another_number_of_ranks(tmp_path, on_resize, expe
     assert context.kept == (["r"] if on_resize == "keep" else [])
 
 
-def test_with_as_many_ranks_a_rank_gets_its_own_value_whatever_on_resize(tmp_path):
+def test_with_as_many_ranks_each_rank_gets_its_own_value(tmp_path):
     saved = Saved({"r": PerRank({"seed": 7})}, tmp_path / "c")
     state, context = matched(saved, {"r": PerRank({"seed": 0}, "error")})
     assert state["r"].value == {"seed": 7}

@@ -1,4 +1,4 @@
-"""Which file each tensor goes into."""
+"""The file of each tensor."""
 
 from __future__ import annotations
 

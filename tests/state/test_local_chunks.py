@@ -116,7 +116,7 @@ def test_a_local_part_of_another_size_than_its_box_is_refused_by_name(rank_of_fo
     """DTensor.from_local does not check sizes. Reads would otherwise write past the memory."""
     rank_of_four(1)
     tensor = a_dtensor(local, init_device_mesh("cpu", (4,)), [Shard(0)], (8, 3))
-    assert addressed_chunk(tensor) is None
+    assert addressed_chunk(tensor, tuple(tensor.shape)) is None
     with pytest.raises(StateError, match="size") as raised:
         local_chunks(tensor, name="layer.weight")
     assert raised.value.tensor == "layer.weight"
@@ -126,9 +126,10 @@ def test_a_local_part_of_another_size_than_its_box_is_refused_by_name(rank_of_fo
 def test_a_tensor_in_one_run_of_memory_is_one_box_with_its_address(rank_of_four):
     rank_of_four(1)
     mesh, local = init_device_mesh("cpu", (4,)), torch.zeros(2, 3)
-    chunk = addressed_chunk(a_dtensor(local, mesh, [Shard(0)], (8, 3)))
+    chunk = addressed_chunk(a_dtensor(local, mesh, [Shard(0)], (8, 3)), (8, 3))
     assert (chunk.offsets, chunk.sizes, chunk.address) == ((2, 0), (2, 3), local.data_ptr())
-    plain = addressed_chunk(local)
+    plain = addressed_chunk(local, (2, 3))
+    assert addressed_chunk(local, (3, 2)) is None
     assert (plain.offsets, plain.sizes, plain.address) == ((0, 0), (2, 3), local.data_ptr())
     others = [
         local.T,
@@ -138,7 +139,9 @@ def test_a_tensor_in_one_run_of_memory_is_one_box_with_its_address(rank_of_four)
         a_dtensor(local.T, mesh, [Shard(0)], (12, 2)),
         TwoTensor(local, local),
     ]
-    assert [addressed_chunk(tensor) for tensor in others] == [None] * len(others)
+    assert [addressed_chunk(tensor, tuple(tensor.shape)) for tensor in others] == [None] * len(
+        others
+    )
 
 
 def test_the_local_part_of_a_dtensor_is_its_data(rank_of_four):

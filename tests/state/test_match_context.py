@@ -1,4 +1,4 @@
-"""What a match notes: reads, mismatches and used entries."""
+"""A match notes reads, mismatches and used entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads into modules and objects whose own state has another form than what was saved."""
+"""Loads into modules and objects whose own state has another form than the saved one."""
 
 from __future__ import annotations
 

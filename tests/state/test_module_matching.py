@@ -27,7 +27,7 @@ class PostHook(nn.Module):
 
 
 class Override(PostHook):
-    """Its load_state_dict takes nothing but the state."""
+    """Its load_state_dict takes only the state."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ class Renames(PostHook):
 
 
 class Copies(Renames):
-    """What is saved is no memory of the module's own."""
+    """Its state dict holds memory that is not the module's own."""
 
     @staticmethod
     def turn(module, state, prefix, metadata):
@@ -155,7 +155,7 @@ def stream(data):
     [stream(b"scales"), b"abc", bytearray(b"abc"), torch.arange(5, dtype=torch.uint8), {"a": 1}],
     ids=lambda value: type(value).__name__,
 )
-def test_extra_state(tmp_path, value, asynchronous):
+def test_extra_state_is_passed_to_the_module(tmp_path, value, asynchronous):
     if asynchronous:
         shardckpt.async_save({"m": Extra(value)}, tmp_path / "c").result()
     else:

@@ -90,7 +90,7 @@ def test_every_optimizer_goes_on(tmp_path, name):
     assert same(dict(other.state_dict()), dict(model.state_dict()))
 
 
-def test_sparse_adam(tmp_path):
+def test_the_state_of_sparse_adam_is_restored(tmp_path):
     def job(seed):
         torch.manual_seed(seed)
         table = nn.Embedding(10, 3, sparse=True)
@@ -183,7 +183,7 @@ def test_milestones_stay_a_counter(tmp_path):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_gradient_scalers(tmp_path, enabled):
+def test_gradient_scalers_are_restored(tmp_path, enabled):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=enabled)
     scaler.scale(torch.ones(1))
     shardckpt.save({"s": scaler}, tmp_path / "c")

@@ -1,4 +1,4 @@
-"""Optimizer state by parameter name: whatever else the state holds, whatever has changed since."""
+"""Optimizer state has parameter names, whatever other entries the state has or had."""
 
 from __future__ import annotations
 

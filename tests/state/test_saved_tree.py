@@ -1,4 +1,4 @@
-"""Choosing and renaming what was saved."""
+"""Saved entries are selected and renamed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def names(state, prefix="") -> set[str]:
         ([], set()),
     ],
 )
-def test_keys(path, keys, expected):
+def test_keys_select_entries(path, keys, expected):
     assert names(shardckpt.load_state(path, keys=keys)) == expected
 
 
@@ -54,7 +54,7 @@ def test_keys(path, keys, expected):
         ({"step": "count"}, {"count"}, {"step"}),
     ],
 )
-def test_rename(path, rename, present, absent):
+def test_rename_maps_prefixes(path, rename, present, absent):
     with shardckpt.open_checkpoint(path) as opened:
         found = set(flat(opened.load_state(rename=rename)))
     assert present <= found

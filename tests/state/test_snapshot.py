@@ -1,4 +1,4 @@
-"""Snapshots: what they hold is what the state held, whatever happens to it afterwards."""
+"""A snapshot keeps the state of the call, whatever happens to the state afterwards."""
 
 from __future__ import annotations
 

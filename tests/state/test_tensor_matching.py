@@ -41,7 +41,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_view_is_filled_where_it_lies(tmp_path, view):
+def test_a_view_is_filled_in_place(tmp_path, view):
     values = torch.arange(1.0, 5)
     shardckpt.save({"t": values}, tmp_path / "c")
     target = VIEWS[view]()
@@ -49,7 +49,7 @@ def test_a_view_is_filled_where_it_lies(tmp_path, view):
     assert target.tolist() == values.tolist()
 
 
-def test_a_conjugate_view_is_filled_where_it_lies(tmp_path):
+def test_a_conjugate_view_is_filled_in_place(tmp_path):
     values = torch.complex(torch.arange(1.0, 4), torch.ones(3))
     shardckpt.save({"t": values}, tmp_path / "c")
     below = torch.zeros(3, dtype=torch.complex64)
@@ -109,7 +109,7 @@ def test_a_tensor_that_does_not_fit_is_noted_and_not_filled(template, field, ent
     ],
     ids=["plain", "another byte order", "strided", "reversed"],
 )
-def test_an_array_is_filled_in_place_whatever_its_layout(make):
+def test_an_array_of_any_layout_is_filled_in_place(make):
     saved = Saved({"a": np.arange(4, dtype="f4")})
     array, context = make(), saved.context()
     finish = match_array(context, array, "a")

@@ -1,4 +1,4 @@
-"""Tensors that wrap others, that say how they are sharded, or that have no memory."""
+"""Tensors that wrap others, that describe their shards, or that have no memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear at once: what they replace, follow, collect and never touch."""
+"""Files and folders that appear at once, and the files that they replace, remove or keep."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("leaf", [lambda: None, object()])
-def test_what_torch_would_refuse_is_told_before_anything_is_written(tmp_path, leaf):
+def test_a_state_that_torch_would_refuse_is_an_error_before_any_write(tmp_path, leaf):
     begun = time.monotonic()
     state = {"w": torch.ones(1, 1 << 24), "bad": leaf}
     with pytest.raises(errors.UnsupportedLeafError):

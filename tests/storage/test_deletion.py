@@ -1,4 +1,4 @@
-"""Removal of checkpoints, and of what dead saves have left."""
+"""Removal of checkpoints, and of the leftovers of dead saves."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_without_locks_nothing_is_swept(tmp_path):
 
 
 def test_an_old_one_does_not_come_back_in_part(tmp_path):
-    """What a save left aside goes for good before the checkpoint that took its place."""
+    """A checkpoint that a save set aside is removed before the checkpoint that replaced it."""
     path, calls = saved(tmp_path / "c"), []
     leftover(tmp_path, OLD)
 
@@ -146,7 +146,7 @@ def test_an_old_one_does_not_come_back_in_part(tmp_path):
     assert calls == ["fsync", "old", "fsync", "rename", "fsync", ".c.tmp"]
 
 
-def test_what_can_not_be_removed_is_told(tmp_path, monkeypatch):
+def test_a_removal_that_fails_is_a_warning(tmp_path, monkeypatch):
     manager = shardckpt.CheckpointManager(tmp_path, keep=[shardckpt.KeepLast(1)])
     manager.save(1, {"w": torch.ones(3)})
     with monkeypatch.context() as patch:

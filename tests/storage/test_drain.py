@@ -103,7 +103,7 @@ def test_the_end_of_the_program_gives_up_only_what_fails(hurried):
 
 
 def test_a_forked_child_leaves_the_tasks_to_its_parent():
-    """As workers of a DataLoader do, which are forked while a checkpoint is copied."""
+    """Workers of a DataLoader are forked like this while a checkpoint is copied."""
     drain, done, begun, hold = Drain(), [], threading.Event(), threading.Event()
     drain.add("x", lambda: (begun.set(), hold.wait(DEADLINE_S)))
     drain.add("y", lambda: done.append("done"))

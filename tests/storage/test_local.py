@@ -196,7 +196,7 @@ def test_damage_is_found_past_the_cache_and_in_it(a_large_one, tmp_path, monkeyp
 
 @pytest.mark.parametrize("end", [3_000_000, 4096 * 1000])
 def test_a_file_that_is_cut_while_it_is_read(a_large_one, tmp_path, end):
-    """Its size was looked at, then it is cut: past the cache too, that is no short load."""
+    """It is truncated after its size was checked. The load raises, also past the cache."""
     path = shutil.copytree(a_large_one[1], tmp_path / "c")
     (shard,) = path.glob("*.safetensors")
 
@@ -209,7 +209,7 @@ def test_a_file_that_is_cut_while_it_is_read(a_large_one, tmp_path, end):
         shardckpt.load_state(path, storage=LocalStorage(Cut()))
 
 
-def test_an_error_of_the_disk_is_told(a_large_one):
+def test_an_error_of_the_disk_is_a_typed_error(a_large_one):
     class Broken(Cold):
         def read(self, fd, buffers, *, offset, wait=True):
             if offset:
@@ -339,9 +339,9 @@ def descriptors():
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_every_call_of_a_save_failing_once(tmp_path, overwrite):
-    """With one error each, in turn (tests/faults/errnos has all of them): the save raises a typed
-    error, or was none the worse; what was there stays; no leftovers after the next save; no
-    descriptor leaks."""
+    """Each system call fails once (tests/faults/errnos has all errors). The save raises a typed
+    error or succeeds, the old checkpoint stays, and neither leftovers nor open descriptors
+    remain after the next save."""
     if overwrite:
         shardckpt.save(OLD, tmp_path / "count")
     count = Failing()
@@ -625,7 +625,7 @@ def test_a_replacing_save_that_died_between_its_renames(tmp_path):
     assert loadable(tmp_path / "c") == (1, True)
 
 
-def test_a_second_writer_is_told_at_once(tmp_path):
+def test_a_second_writer_is_refused_at_once(tmp_path):
     storage = LocalStorage()
     first = storage.begin(str(tmp_path / "c"), checkpoint_id="a" * 32, overwrite=False)
     begun = time.monotonic()
@@ -676,7 +676,7 @@ def test_directories_above_are_made_and_durable(tmp_path):
     assert os.listdir(path.parent) == []
 
 
-def test_what_stands_at_the_path_is_told(tmp_path):
+def test_the_error_names_what_is_at_the_path(tmp_path):
     shardckpt.save(OLD, tmp_path / "checkpoint")
     (tmp_path / "directory" / "of").mkdir(parents=True)
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""The lock beside a checkpoint, and what ranks see of a save that has begun."""
+"""The lock beside a checkpoint, and a save that has begun, as other ranks see it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_lock_file_that_its_holder_removed_is_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EINVAL, errno.ENOSYS])
-def test_without_locks(tmp_path, code):
+def test_no_lock_is_held_where_the_file_system_has_none(tmp_path, code):
     lock = Lock(refusing(code), str(tmp_path / ".c.lock"))
     assert not lock.held
     lock.release()

@@ -74,7 +74,7 @@ def test_a_checkpoint_is_not_saved_inside_another_one_or_around_it(url):
     objects.put(f"{prefix}c/", b"")  # as some tools mark a folder
     shardckpt.save({"n": 3}, f"{url}/c")
     assert shardckpt.load_state(f"{url}/c") == {"n": 3}
-    objects.delete([f"{prefix}a/manifest.json"])  # a removed checkpoint is no obstacle
+    objects.delete([f"{prefix}a/manifest.json"])  # a removed checkpoint does not block a save
     shardckpt.save({"n": 4}, f"{url}/a/b")
 
 
@@ -201,7 +201,7 @@ def test_a_commit_that_is_repeated_on_its_way_succeeds(url):
     storage.remove(url)
 
 
-def test_removal(url):
+def test_a_removal_deletes_all_objects(url):
     storage = resolve(url).storage
     shardckpt.save(STATE, url)
     storage.remove(url)
@@ -267,7 +267,7 @@ def test_a_missing_shard_is_corruption(url):
         shardckpt.load_state(url)
 
 
-def test_urls(tmp_path):
+def test_urls_of_memory_are_checked_and_normalized(tmp_path):
     for url in ("memory://", "memory://b//x", "memory://b/../x"):
         with pytest.raises(StateError, match="Invalid URL"):
             shardckpt.save(STATE, url)

@@ -69,7 +69,7 @@ def answering(monkeypatch):
         ("az", 412, "ConditionNotMet", ConditionFailedError),
     ],
 )
-def test_a_condition_that_fails_is_told_from_a_store_that_is_busy(
+def test_a_failed_condition_and_a_busy_store_are_different_errors(
     answering, scheme, status, code, error
 ):
     objects = answering(scheme, status, code)

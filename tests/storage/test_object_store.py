@@ -150,7 +150,7 @@ def _save_on_ranks(url, variables):
     return mine["both"].sum().item()
 
 
-def test_several_ranks(s3, object_server):
+def test_several_ranks_save_to_an_object_store(s3, object_server):
     assert run_ranks(2, _save_on_ranks, s3, object_server) == [70_000, 70_000]
     state = shardckpt.load_state(s3)
     assert state["own"].tolist() == [0] * 1000 + [1] * 1000
@@ -167,7 +167,7 @@ def test_several_processes_reshard(s3):
     assert len(shardckpt.metadata(f"{s3}-3").shards) == 3
 
 
-def test_leftovers(s3):
+def test_leftovers_are_deleted_by_age(s3):
     storage = resolve(s3).storage
     shardckpt.save({"n": 1}, s3)
     dead = storage.begin(s3, checkpoint_id="d" * 32, overwrite=True)

@@ -1,4 +1,4 @@
-"""What users give as paths: local ones are understood, all others refused before anything is made.
+"""Paths of users: local ones are accepted, all others are refused before any file is created.
 
 Every public callable that takes a path stands in CALLS.
 """

@@ -350,7 +350,7 @@ def test_retention_by_tier(tmp_path, url):
 
 
 def test_another_process_goes_on(tmp_path, url, monkeypatch):
-    """What was not copied before the process ended is copied by the next one."""
+    """A checkpoint that a process did not copy before its end is copied by the next process."""
     lost = TieredStorage(tmp_path / "fast", url)
     monkeypatch.setattr(lost, "_copy_later", lambda path, saved: None)
     with shardckpt.CheckpointManager(lost) as manager:
@@ -393,7 +393,7 @@ def test_auto_save_takes_tiers(tmp_path, url):
     assert torch.equal(again.module.weight, handler.module.weight)
 
 
-def test_paths(tiers, tmp_path, url):
+def test_paths_and_arguments_of_tiers_are_checked(tiers, tmp_path, url):
     full = f"tiers://{tmp_path}/fast/a,{url}/a"
     assert tiers.full_path("a") == tiers.full_path("/a"[1:] + "/") == full
     for path in ("/a", "../a", "a/./b"):

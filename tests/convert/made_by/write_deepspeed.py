@@ -113,8 +113,8 @@ def gathered(engine, stage: int) -> dict:
 
 
 def write_universal(variant: str, weights: dict) -> dict:
-    """Write a universal checkpoint, and return its moments by key and name. Those of stage 3 are
-    flat."""
+    """Write a universal checkpoint, and return its moments by key and name. The moments of stage
+    3 are flat."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "universal"
         target.mkdir()

@@ -34,7 +34,7 @@ def link(monkeypatch):
 
 
 @pytest.mark.parametrize("call_comes_first", [True, False])
-def test_a_call_that_crosses_the_news_that_it_is_late(link, call_comes_first):
+def test_a_call_that_crosses_the_message_that_it_is_late(link, call_comes_first):
     """The rank raises on reading the news, so its call must not meet rank 0's next one."""
     events = [
         lambda: link._deliver(1, Message("call", "c", text="n1 save a")),
@@ -49,8 +49,8 @@ def test_a_call_that_crosses_the_news_that_it_is_late(link, call_comes_first):
     assert link.take_calls("c") == {1: ("n2", "save a")}
 
 
-def test_news_of_an_older_call(link):
-    """It is noted, and forgotten once a later call is let in."""
+def test_a_message_about_an_older_call_is_noted(link):
+    """It is noted, and forgotten once a later call is accepted."""
     link.asked["n"] = "c"
     link._deliver(0, Message("late", "c", text="save a"))
     assert link.sent == [(0, Message("noted", "c"))]

@@ -6,18 +6,23 @@ Nothing here uses a file system, a clock or other ranks.
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from shardckpt.errors import StateError
-from shardckpt.manager.retention import KeepBest, KeepLast, Retention
+from shardckpt.manager.retention import KeepBest, KeepLast, Retention, check_mode
 
-__all__ = ["SavePlan", "checkpoint_name", "name_fields"]
+__all__ = ["SaveSchedule", "check_monitor", "checkpoint_name", "name_fields"]
+
+_ADD_METRIC = (
+    "add the metric: those that begin with val_ need a validation loader, and a name that you log "
+    "is announced with handler.will_log.add(name)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SavePlan:
+class SaveSchedule:
     """When to save, and what to keep; see NNHandler.auto_save.
 
     Raises StateError for invalid or contradictory arguments.
@@ -55,10 +60,7 @@ class SavePlan:
                 )
         if self.keep_best is not None and self.monitor is None:
             raise StateError("keep_best needs a metric", remedy='pass monitor=, such as "val_loss"')
-        if self.mode not in ("min", "max"):
-            raise StateError(
-                "Invalid value for mode", expected='"min" or "max"', actual=repr(self.mode)
-            )
+        check_mode(self.mode)
         if self.overwrite and (self.keep_last or self.keep_best):
             raise StateError(
                 "overwrite=True keeps only the newest checkpoint",
@@ -88,7 +90,7 @@ class SavePlan:
         return self.every_minutes is not None and minutes >= self.every_minutes
 
     def policies(self) -> list[Retention]:
-        """The retention policies, for a CheckpointManager."""
+        """Return the retention policies, for a CheckpointManager."""
         kept: list[Retention] = []
         if self.overwrite or self.keep_last:
             kept.append(KeepLast(self.keep_last or 1))
@@ -101,14 +103,8 @@ class SavePlan:
         for field in name_fields(self.name):
             if field not in known:
                 raise _unknown(field, self.name, known)
-        if self.monitor is not None and self.monitor not in known:
-            raise StateError(
-                "The monitored metric never appears",
-                expected=f"one of {', '.join(sorted(known))}",
-                actual=self.monitor,
-                remedy="correct monitor, or add the metric; val_ ones need a validation loader, "
-                "and names that you log are announced by handler.will_log.add(name)",
-            )
+        if self.monitor is not None:
+            check_monitor(self.monitor, known)
         samples = {name: 1 if name in ("epoch", "step") else 0.5 for name in known}
         checkpoint_name(self.name, samples)  # raises for an invalid name before the first step
 
@@ -118,8 +114,19 @@ class SavePlan:
         return any(name.startswith("val_") for name in names)
 
 
+def check_monitor(monitor: str, known: Set[str]) -> None:
+    """Raise StateError for a metric that training never computes. `known` are its metrics."""
+    if monitor not in known:
+        raise StateError(
+            "The monitored metric never appears",
+            expected=f"one of {', '.join(sorted(known))}",
+            actual=monitor,
+            remedy=f"correct monitor, or {_ADD_METRIC}",
+        )
+
+
 def name_fields(template: str) -> list[str]:
-    """The fields of a template for names; StateError for a malformed template."""
+    """Return the fields of a template for names. Raises StateError for a malformed template."""
     try:
         return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except (ValueError, TypeError) as error:
@@ -127,9 +134,9 @@ def name_fields(template: str) -> list[str]:
 
 
 def checkpoint_name(template: str, metrics: Mapping[str, Any]) -> str:
-    """The template with metrics filled in, such as `epoch{epoch}_loss{val_loss:.4f}`.
+    """Return the template with metrics filled in, such as `epoch{epoch}_loss{val_loss:.4f}`.
 
-    Raises StateError for a metric that is not there, and where the name would leave its folder.
+    Raises StateError for an unknown metric, and for a name that leads out of the folder.
     """
     for field in name_fields(template):
         if field not in metrics:
@@ -156,8 +163,7 @@ def _unknown(field: str, template: str, known: set[str]) -> StateError:
         "The name of a checkpoint has an unknown field",
         expected=f"one of {', '.join(sorted(known))}",
         actual=f"{{{field}}} in {template!r}",
-        remedy="correct the name, or add the metric; val_ ones need a validation loader, and names "
-        "that you log are announced by handler.will_log.add(name)",
+        remedy=f"correct the name, or {_ADD_METRIC}",
     )
 
 
