@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import uuid
 
 import pytest
@@ -10,6 +11,16 @@ from tests.object_server import root_url, shared_server
 # A busy machine makes neither a property false nor its examples wrong.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+gc.disable()  # until all is imported: a million objects that the collector need not look at
+
+
+def pytest_collection_finish(session):
+    """Leave what the imports made out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ def test_processes_share_the_work(tmp_path, state, capsys):
     assert told.out.splitlines() == ["corrupted a", "intact    b"]
 
 
+@pytest.mark.long
 def test_processes_share_a_conversion(tmp_path, state):
     source, target = str(tmp_path / "c"), tmp_path / "d"
     assert main(["convert", source, str(target), "--format", "dcp", "--jobs", "2"]) == 0

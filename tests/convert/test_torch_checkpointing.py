@@ -467,7 +467,7 @@ def test_replicas_that_differ_are_listed(tmp_path):
     assert "x.w of rank 1" in report.left_out
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "mixed", "plain"])
+@pytest.mark.parametrize("name", ["fsdp2", "mixed", pytest.param("plain", marks=pytest.mark.long)])
 def test_truncated_and_changed_files_give_typed_errors(name, copied, tmp_path):
     """Every result is the right state or a typed error."""
     folder = copied(name)

@@ -20,28 +20,32 @@ from tests.faults.disk import Data, Disk, Names
 SEED = 1
 
 
+@pytest.mark.parametrize("per_prefix", [4, pytest.param(16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", crash.HISTORIES)
-def test_every_crash_state_of_a_save_loads(name):
-    tried = crash.check(crash.record(name), per_prefix=16, rng=random.Random(SEED))
+def test_every_crash_state_of_a_save_loads(name, per_prefix):
+    tried = crash.check(crash.record(name), per_prefix=per_prefix, rng=random.Random(SEED))
     assert not tried.failures, "\n".join(tried.failures[:5])
-    assert tried.states > 100
+    assert tried.states > 6 * per_prefix
 
 
-@pytest.mark.parametrize("seed", range(SEED, SEED + 4))
+@pytest.mark.parametrize(
+    "seed", [SEED, *(pytest.param(SEED + n, marks=pytest.mark.long) for n in range(1, 4))]
+)
 def test_crash_states_of_random_histories(seed):
     rng = random.Random(seed)
     tried = crash.check(crash.random_history(rng), per_prefix=8, rng=rng)
     assert not tried.failures, "\n".join(tried.failures[:5])
 
 
+@pytest.mark.parametrize("step", [8, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("replacing", "can_exchange"), [(False, True), (True, True), (True, False)]
 )
-def test_crash_states_after_a_dead_save(replacing, can_exchange):
-    """A process died at a system call, one in three, another one saved, then the machine
+def test_crash_states_after_a_dead_save(replacing, can_exchange, step):
+    """A process died at a system call, one in `step`, another one saved, then the machine
     crashed. scripts/torture lets it die anywhere."""
     failures = []
-    for at in itertools.count(1, 3):
+    for at in itertools.count(1, step):
         history = crash.dead_save(at, replacing=replacing, can_exchange=can_exchange)
         if history is None:
             break
@@ -83,12 +87,13 @@ def notes_kept(marks, content, *, again, can_exchange):
         raise AssertionError("the file is gone") from error
 
 
+@pytest.mark.parametrize("per_prefix", [6, pytest.param(16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_file_of_the_user_survives(can_exchange):
+def test_a_file_of_the_user_survives(can_exchange, per_prefix):
     disk = with_notes(can_exchange=can_exchange)
-    tried = crash.check(disk, per_prefix=16, rng=random.Random(SEED), oracle=notes_kept)
+    tried = crash.check(disk, per_prefix=per_prefix, rng=random.Random(SEED), oracle=notes_kept)
     assert not tried.failures, "\n".join(tried.failures[:5])
-    assert tried.states > 100
+    assert tried.states > 6 * per_prefix
 
 
 def test_a_file_of_the_user_that_is_lost_is_seen(monkeypatch):
@@ -167,7 +172,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-@pytest.mark.parametrize("name", ["save", "replace"])
+@pytest.mark.parametrize("name", ["save", pytest.param("replace", marks=pytest.mark.long)])
 def test_planted_bugs_are_seen(name, bug):
     disk, storage = PLANTED[bug]
     recorded = crash.record(name, disk=disk, storage=storage)

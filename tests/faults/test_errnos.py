@@ -25,10 +25,12 @@ from tests.faults.disk import Disk
         for name in errnos.OPERATIONS
     ],
 )
-def test_every_call_failing(name):
-    """Once or for ever and with one error each, in turn; scripts/torture tries all of them."""
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_every_call_failing(name, step):
+    """One call in `step`, once or for ever and with one error each, in turn; scripts/torture tries
+    all of them."""
     turns = itertools.cycle(itertools.product((False, True), errnos.CODES))
-    for at, (for_ever, code) in enumerate(turns, 1):
+    for at, (for_ever, code) in zip(itertools.count(1, step), turns, strict=False):
         if not errnos.OPERATIONS[name](at, code, for_ever=for_ever):
             break
     assert at > 8

@@ -23,17 +23,31 @@ def checked(kind: str, disk: Disk, **options: object) -> crash.Tried:
     return crash.check(disk, rng=random.Random(SEED), oracle=oracle, **options)
 
 
+@pytest.mark.parametrize("per_prefix", [2, pytest.param(6, marks=pytest.mark.long)])
 @pytest.mark.parametrize("can_exchange", [True, False])
 @pytest.mark.parametrize("kind", files.KINDS)
-def test_every_crash_state_of_a_file_loads(kind, can_exchange):
-    tried = checked(kind, files.replaced(kind, can_exchange=can_exchange), per_prefix=6)
+def test_every_crash_state_of_a_file_loads(kind, can_exchange, per_prefix):
+    disk = files.replaced(kind, can_exchange=can_exchange)
+    tried = checked(kind, disk, per_prefix=per_prefix)
     assert not tried.failures, "\n".join(tried.failures[:5])
-    assert tried.states > 40
+    assert tried.states > 6 * per_prefix
 
 
 @pytest.mark.parametrize(
     ("kind", "step", "can_exchange"),
-    [("torch", 3, True), ("torch", 5, False), ("to hf", 7, True), ("components", 19, False)],
+    [
+        ("torch", 7, True),
+        ("components", 67, False),
+        *(
+            pytest.param(*job, marks=pytest.mark.long)
+            for job in (
+                ("torch", 3, True),
+                ("torch", 5, False),
+                ("to hf", 7, True),
+                ("components", 19, False),
+            )
+        ),
+    ],
 )
 def test_crash_states_after_a_dead_save(kind, step, can_exchange):
     failures = []
@@ -76,8 +90,8 @@ def test_a_forgotten_fsync_is_seen(kind, forgotten):
 
 
 def test_a_forgotten_fsync_of_the_new_folder_is_seen():
-    disk = files.replaced("components", disk=careless("folder"))
-    assert checked("components", disk, per_prefix=16, enough=1).failures
+    disk = files.replaced("safetensors components", disk=careless("folder"))
+    assert checked("safetensors components", disk, per_prefix=6, enough=1).failures
 
 
 def test_writing_in_place_is_seen(monkeypatch):

@@ -20,7 +20,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 QUICK = settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 MEMBERS = st.sampled_from([*json.loads(fuzz.VALID_MANIFEST), "more"])
 
@@ -61,9 +61,10 @@ def test_ranks_that_accept_what_one_rank_refuses_would_be_seen(monkeypatch):
             fuzz.trial_of("large", seed)
 
 
+@pytest.mark.parametrize("inputs", [500, pytest.param(2000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("target", fuzz.TARGETS)
-def test_documents_with_changes(target, monkeypatch):
-    monkeypatch.setattr(fuzz, "INPUTS_A_TRIAL", 2000)
+def test_documents_with_changes(target, inputs, monkeypatch):
+    monkeypatch.setattr(fuzz, "INPUTS_A_TRIAL", inputs)
     fuzz.trial_of(target, 1)
 
 

@@ -28,7 +28,6 @@ FOREIGN_CALLS = [
     "convert to shardckpt", "initialize", "NNHandler.load", "restore", "load", "verify", "rescue",
     "reshard", "shardckpt convert", "shardckpt inspect",
 ]  # fmt: skip
-WARM_CALLS = sorted({*OWN_CALLS, *FOREIGN_CALLS})
 PLANTED = {
     "metadata of DCP is unpickled": "metadata: runs a command",
     "a torch file is unpickled": "torch: runs a command",
@@ -86,7 +85,8 @@ class Corpus:
 
     def run(self) -> list[dict]:
         # Warm with errors too: what a refusal imports is not the checkpoint's doing.
-        warm = [{"path": str(path), "call": call} for path in self.warm for call in WARM_CALLS]
+        calls = sorted({job["call"] for job in self.jobs})
+        warm = [{"path": str(path), "call": call} for path in self.warm for call in calls]
         (self.folder / "plan.json").write_text(json.dumps({"warm": warm, "jobs": self.jobs}))
         done = subprocess.run(
             [sys.executable, "-m", "tests.faults.hostile_child", str(self.folder)],

@@ -9,13 +9,15 @@ from shardckpt.storage.object_store import ObjectFiles, ObjectStorage, ObjectTra
 from tests.faults import stores
 
 
+@pytest.mark.parametrize("step", [7, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", stores.KINDS)
-def test_every_third_request_fails(kind):
-    assert stores.every_fault([kind], step=3, begin=stores.KINDS.index(kind) % 3) > 5
+def test_some_requests_fail(kind, step):
+    assert stores.every_fault([kind], step=step, begin=stores.KINDS.index(kind) % 3) > 5
 
 
-def test_requests_fail_at_random():
-    seen = stores.at_random(1, 300)
+@pytest.mark.parametrize("faults", [120, pytest.param(300, marks=pytest.mark.long)])
+def test_requests_fail_at_random(faults):
+    seen = stores.at_random(1, faults)
     assert seen.keys() == set(stores.KINDS) - {"late commits"}
 
 

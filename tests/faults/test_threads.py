@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import shardckpt
 from shardckpt import errors
@@ -18,6 +17,7 @@ from shardckpt.loading import shard_reader as reader
 from shardckpt.saving import shard_writer as writer
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
+from tests.ranks import run_ranks
 
 BIG = {"w": torch.arange(6_000_000, dtype=torch.int32)}  # 24 MB: some buffers
 
@@ -161,33 +161,32 @@ def test_bytes_that_were_planned_and_not_written_fail_the_save(tmp_path, monkeyp
     assert os.listdir(tmp_path) == []
 
 
+def save_and_load_in_turn(path):
+    """How many saves of this process, which knows of no other, were done, and how many refused."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    saved = busy = 0
+    for number in range(15):
+        try:
+            state = {"w": torch.full((1000,), float(rank)), "n": number}
+            shardckpt.save(state, path, overwrite=True)
+            saved += 1
+        except errors.CheckpointBusyError:
+            busy += 1
+        try:
+            found = shardckpt.load_state(path)["w"] if saved else torch.ones(1)
+        except errors.CheckpointNotFoundError:  # the other one replaced it meanwhile
+            continue
+        assert (found == found[0]).all()
+    return saved, busy
+
+
+@pytest.mark.ranks
 def test_two_processes_that_write_to_one_path(tmp_path):
     """Each save of each is whole or refused as busy, and one of them is there in the end."""
-    code = f"""
-import torch, shardckpt, sys
-saved = busy = 0
-for number in range(15):
-    try:
-        state = {{"w": torch.full((1000,), float(sys.argv[1])), "n": number}}
-        shardckpt.save(state, {str(tmp_path / "c")!r}, overwrite=True)
-        saved += 1
-    except shardckpt.errors.CheckpointBusyError:
-        busy += 1
-    try:
-        found = shardckpt.load_state({str(tmp_path / "c")!r})["w"] if saved else torch.ones(1)
-    except shardckpt.errors.CheckpointNotFoundError:  # the other one replaced it meanwhile
-        continue
-    assert (found == found[0]).all()
-print(saved, busy)
-"""
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(n)], stdout=subprocess.PIPE, text=True)
-        for n in range(2)
-    ]
-    told = [process.communicate(timeout=100)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert all(int(saved) + int(busy) == 15 for saved, busy in told)
-    assert sum(int(saved) for saved, _ in told) > 0
+    told = run_ranks(2, save_and_load_in_turn, str(tmp_path / "c"))
+    assert all(saved + busy == 15 for saved, busy in told)
+    assert sum(saved for saved, _ in told) > 0
     assert len(set(shardckpt.load_state(tmp_path / "c")["w"].tolist())) == 1
     assert os.listdir(tmp_path) == ["c"]
 

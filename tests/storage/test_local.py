@@ -7,10 +7,9 @@ import fcntl
 import itertools
 import os
 import random
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +31,7 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.names import hidden_path
 from shardckpt.storage.posix import System
 from shardckpt.testing import StorageTests, save
+from tests.ranks import run_ranks, start_ranks
 from tests.storage.clones import Clones
 
 
@@ -593,19 +593,22 @@ def test_the_order_of_a_commit(tmp_path):
     ]
 
 
-def test_leftovers_of_a_dead_save_are_collected(tmp_path):
-    code = f"""
-import os, signal, torch, shardckpt
-from shardckpt.storage.names import hidden_path
-from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.posix import System
 class Dies(System):
+    """The process dies before the checkpoint has its name."""
+
     def rename(self, old, new):
         os.kill(os.getpid(), signal.SIGKILL)
-shardckpt.save({{"w": torch.ones(9)}}, {str(tmp_path / "c")!r}, storage=LocalStorage(Dies()))
-"""
-    ended = subprocess.run([sys.executable, "-c", code], timeout=110, check=False)
-    assert ended.returncode == -signal.SIGKILL
+
+
+def save_and_die(path):
+    shardckpt.save({"w": torch.ones(9)}, path, storage=LocalStorage(Dies()))
+
+
+@pytest.mark.ranks
+def test_leftovers_of_a_dead_save_are_collected(tmp_path):
+    ranks = start_ranks(1, save_and_die, tmp_path / "c")
+    ranks.wait(110)
+    assert ranks.processes[0].exitcode == -signal.SIGKILL
     assert [name[:7] for name in os.listdir(tmp_path) if ".tmp-" in name] == [".c.tmp-"]
     with pytest.raises(errors.CheckpointNotFoundError):
         shardckpt.load_state(tmp_path / "c")
@@ -709,10 +712,14 @@ def test_a_file_that_is_linked_is_said_to_be(tmp_path):
         begun.abandon()
 
 
+def values_of_many_shards():
+    return torch.arange(1200 * 1024.0).reshape(-1, 1024)
+
+
 @pytest.fixture
 def many_shards(tmp_path):
     """A checkpoint of more shards than may be open at once, and what is in it."""
-    state = {"w": torch.arange(4800 * 1024.0).reshape(-1, 1024), "n": torch.ones(7)}
+    state = {"w": values_of_many_shards(), "n": torch.ones(7)}
     one, many = tmp_path / "one", tmp_path / "many"
     shardckpt.save(state, one)
     assert main(["reshard", str(one), str(many), "--shards", "300"]) == 0
@@ -721,25 +728,21 @@ def many_shards(tmp_path):
     return many, state
 
 
-FEW_DESCRIPTORS = """
-import resource, sys, torch, shardckpt
-from shardckpt.cli.main import main
-resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
-path, other = sys.argv[1:]
-for device_map in ("cpu", "disk"):
-    state = shardckpt.load_state(path, device_map=device_map)
-    assert torch.equal(state["w"] + 0, torch.arange(4800 * 1024.0).reshape(-1, 1024))
-assert main(["verify", path]) == 0
-assert main(["reshard", path, other, "--shards", "200"]) == 0
-"""
+def work_with_few_descriptors(path, other):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+    os.environ["SHARDCKPT_READ_THREADS"] = "8"
+    expected = values_of_many_shards()
+    for device_map in ("cpu", "disk"):
+        state = shardckpt.load_state(path, device_map=device_map)
+        assert torch.equal(state["w"] + 0, expected)
+    assert main(["verify", path]) == 0
+    assert main(["reshard", path, other, "--shards", "200"]) == 0
 
 
+@pytest.mark.ranks
 def test_more_shards_than_descriptors(many_shards, tmp_path):
     """Files that nobody reads are closed, and maps keep none open."""
-    command = [sys.executable, "-c", FEW_DESCRIPTORS, many_shards[0], tmp_path / "other"]
-    subprocess.run(
-        command, check=True, timeout=120, env={**os.environ, "SHARDCKPT_READ_THREADS": "8"}
-    )
+    run_ranks(1, work_with_few_descriptors, str(many_shards[0]), str(tmp_path / "other"))
 
 
 def test_files_in_use_stay_open(many_shards, monkeypatch):
