@@ -56,7 +56,7 @@ class Transform(ABC):
     def __post_init__(self) -> None:
         """Check the types of the arguments. Raises StateError."""
         for name, value in vars(self).items():
-            check = _CHECKS.get(name)
+            check = _CHECKS.get(f"{type(self).__name__}.{name}") or _CHECKS.get(name)
             if check is not None and not check[0](value):
                 raise StateError(
                     f"Invalid argument of the transform {type(self).__name__}",
@@ -375,18 +375,19 @@ def _are(items: Any, check: Callable[[Any], bool]) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and value != ""
 
 
-def _is_into(value: Any) -> bool:
-    return _is_name(value) or (_are(value, _is_name) and len(value) > 0)
+def _are_names(value: Any) -> bool:
+    return _are(value, _is_name) and len(value) > 0
 
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "pattern": (_is_name, "a str"),
-    "name": (_is_name, "a str"),
-    "names": (lambda value: _are(value, _is_name) and len(value) > 0, "a list or tuple of str"),
-    "into": (_is_into, "names"),
+    "pattern": (_is_name, "a str that is not empty"),
+    "name": (_is_name, "a str that is not empty"),
+    "names": (_are_names, "a list or tuple of str that are not empty"),
+    "into": (_is_name, "a str that is not empty"),
+    "Split.into": (_are_names, "a list or tuple of str that are not empty"),
     "dim": (_is_int, "an int"),
     "size": (_is_int, "an int"),
     "groups": (_is_int, "an int"),
@@ -398,15 +399,22 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _holds(dtype: str, value: float) -> bool:
-    """Whether a dtype can hold a constant: rounded if it has fractions, otherwise exactly."""
+    """Whether a dtype can hold a constant: rounded if it has fractions, otherwise exactly.
+
+    Torch converts to the nearest number that the dtype has. It must be the constant within the
+    precision of the dtype, and have its sign.
+    """
     try:
         found = torch.tensor(value, dtype=DTYPES[dtype], device="cpu")
-    except (RuntimeError, OverflowError, ValueError):
+    except (RuntimeError, OverflowError, TypeError, ValueError):
         return False
     if not (found.is_floating_point() or found.is_complex()):
         return bool(found.item() == value)
-    finite = found.to(torch.complex128 if found.is_complex() else torch.float64).isfinite()
-    return bool(finite) or not math.isfinite(value)
+    rounded = found.to(torch.complex128 if found.is_complex() else torch.float64).real.item()
+    if not math.isfinite(value) or value == 0:
+        return rounded == value or (math.isnan(rounded) and math.isnan(value))
+    facts = torch.finfo(found.dtype)
+    return abs(rounded - value) <= max(facts.eps * abs(value), facts.tiny) and rounded * value >= 0
 
 
 def _dim(dim: int, tensor: TensorEntry) -> int:
@@ -654,16 +662,18 @@ def _edited(
 ) -> Any:
     """Return the tree without the removed leaves, and with the added ones.
 
-    An added tensor stands in the innermost dict around its source whose name begins its own name,
-    or in a new dict in there.
+    An added tensor stands in the place of a removed one of the same name. Otherwise it stands in
+    the innermost dict around its source whose name begins its own name, or in a new dict in there.
     """
     homes: dict[str, dict[str, Any]] = {}
     holders = _dicts_around(tree, removed)
     for name, (ref, source) in added.items():
+        if name in removed:
+            continue
         home = next((at for at in holders[source] if under(name, at) and name != at), None)
         if home is None:
             raise StateError(
-                "A new tensor has no place in the saved state, which is a list",
+                "A new tensor has no place in the saved state",
                 tensor=name,
                 expected=f"a name that begins with the name of a dict around {source}",
                 remedy="correct the new names of the transform",
@@ -678,10 +688,12 @@ def _edited(
     def edit(node: Any, name: str) -> Any:
         items = children(node)
         if not items:
-            return nothing if name in removed else node
+            return (added[name][0] if name in added else nothing) if name in removed else node
         kept = [(key, edit(item, below(name, key))) for key, item in items]
         if not isinstance(node, dict):
-            return rebuilt(node, ((key, None if v is nothing else v) for key, v in kept))
+            gone = all(value is nothing for _, value in kept)
+            filled = ((key, None if value is nothing else value) for key, value in kept)
+            return nothing if gone else rebuilt(node, filled)
         new = homes.pop(name, {})
         for key, value in kept:
             if str(key) in new and value is not nothing:
@@ -691,7 +703,7 @@ def _edited(
                     expected="a name that no entry has",
                     remedy="correct the new names of the transform",
                 )
-        # a tensor that keeps its name keeps its place
+        # a tensor that gets the name of a removed dict takes its place
         kept = [(key, new.pop(str(key)) if str(key) in new else value) for key, value in kept]
         chosen = [(key, value) for key, value in kept if value is not nothing]
         return rebuilt(node, [*chosen, *new.items()]) if chosen or new else nothing

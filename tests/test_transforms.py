@@ -258,6 +258,29 @@ def test_names_in_nested_states(tmp_path):
     assert found["8"].tolist() == [1]
 
 
+def test_tensors_in_lists_keep_their_places(tmp_path):
+    saved = [torch.ones(2), torch.zeros(1)]
+    shardckpt.save({"l": saved, "m": {"w": torch.ones(1)}}, tmp_path / "c")
+    state = {"l": [torch.full((3,), 9.0), torch.full((1,), 9.0)]}
+    shardckpt.load(state, tmp_path / "c", transforms=[Pad("l.0", 3)])
+    assert state["l"][0].tolist() == [1, 1, 0]
+    for transform, expected in (
+        (Pad("l.*", 3), {"l": [[1, 1, 0], [0, 0, 0]], "m": {"w": [1]}}),
+        (Concatenate(("l.0", "l.1"), "l.1"), {"l": [None, [1, 1, 0]], "m": {"w": [1]}}),
+        (Rename("l.*", "k.*"), {"m": {"w": [1]}, "k.0": [1, 1], "k.1": [0]}),
+        (Rename("m.w", "m"), {"l": [[1, 1], [0]], "m": [1]}),
+    ):
+        assert lists(shardckpt.load_state(tmp_path / "c", transforms=[transform])) == expected
+
+
+def lists(state):
+    if isinstance(state, dict):
+        return {key: lists(item) for key, item in state.items()}
+    if isinstance(state, list):
+        return [lists(item) for item in state]
+    return None if state is None else state.tolist()
+
+
 @pytest.mark.parametrize(
     ("transform", "error", "text"),
     [
@@ -279,12 +302,20 @@ def test_names_in_nested_states(tmp_path):
         (Pad("i", 5, value=float("nan")), LoadMismatchError, "a value that I64 can hold"),
         (Pad("b", 5, value=2), LoadMismatchError, "a value that BOOL can hold"),
         (Pad("h", 5, value=1e9), LoadMismatchError, "a value that F16 can hold"),
+        (Pad("f", 5, value=1e9), LoadMismatchError, "a value that F8_E4M3 can hold"),
+        (Pad("e", 5, value=0), LoadMismatchError, "a value that F8_E8M0 can hold"),
+        (Pad("e", 5, value=-1), LoadMismatchError, "a value that F8_E8M0 can hold"),
         ("w", StateError, "an object of shardckpt.transforms"),
     ],
 )
 def test_transforms_that_do_not_fit(tmp_path, transform, error, text):
     saved = {"w": torch.ones(6, 2), "v": torch.ones(6), "n": 3, "d": {"x": torch.ones(1)}}
     saved |= {"i": torch.arange(3), "b": torch.ones(3).bool(), "h": torch.ones(3).half()}
+    saved["f"] = torch.ones(3).to(torch.float8_e4m3fn)
+    if hasattr(torch, "float8_e8m0fnu"):
+        saved["e"] = torch.ones(3).to(torch.float8_e8m0fnu)
+    elif getattr(transform, "pattern", "") == "e":
+        pytest.skip("this version of torch lacks the dtype")
     shardckpt.save(saved, tmp_path / "c")
     state = {"w": torch.zeros(6, 2)}
     for call in (
@@ -315,6 +346,9 @@ def test_transforms_that_do_not_fit(tmp_path, transform, error, text):
         (Trim, ("w", 2.0)),
         (Trim, (3, 2)),
         (Rename, ("w", None)),
+        (Rename, ("w", "")),
+        (Split, ("w", "ab")),
+        (Concatenate, (("v", "w"), ["x"])),
     ],
 )
 def test_arguments_of_wrong_types(make, arguments):

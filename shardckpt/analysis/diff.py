@@ -83,7 +83,10 @@ def diff(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (value is None or (isinstance(value, (int, float)) and 0 <= value < math.inf)):
             raise StateError(
-                f"Invalid {name}", expected="a number of at least 0", actual=repr(value)
+                f"Invalid {name}",
+                expected="a finite number of at least 0",
+                actual=repr(value),
+                remedy=f"pass such a number, or leave out {name}",
             )
     with (
         open_source(first, storage=storage) as one,
@@ -260,7 +263,6 @@ def differences(
 ) -> tuple[int, float]:
     """Return the number of different elements of two tensors of one shape, and the largest absolute
     difference. Tensors of different dtypes must have dtypes with arithmetic."""
-    exact: torch.Tensor | None = None
     if a.dtype == b.dtype:
         integers = _INTEGERS[min(a.element_size(), 8)]  # torch can't index all dtypes
         bits = [memory_view(each).reshape(-1).view(integers) for each in (a, b)]
@@ -273,14 +275,14 @@ def differences(
         if a.dtype in OPAQUE:
             return int(unequal.sum()), 0.0
         a, b = (each[unequal].reshape(-1).view(a.dtype) for each in bits)
-        exact = torch.zeros(len(a), dtype=torch.bool, device="cpu")
     wide = torch.complex128 if a.dtype.is_complex or b.dtype.is_complex else torch.float64
     x, y = (each.reshape(-1).to(wide) for each in (a, b))
     gap = (x - y).abs()
-    gap[same := x == y] = 0.0  # infinities
-    close = same | (gap <= atol + rtol * y.abs()) & gap.isfinite() | (x.isnan() & y.isnan())
-    if not (rtol or atol) and _is_integer(a) and _is_integer(b):
-        close = _equal_integers(a, b) if exact is None else exact  # float64 can't tell all apart
+    gap[x == y] = 0.0  # infinities
+    if _is_integer(a) and _is_integer(b):  # float64 rounds large integers
+        near = gap < 2.0**62
+        gap[near] = (_modulo(a) - _modulo(b))[near].abs().double()
+    close = (gap == 0) | (gap <= atol + rtol * y.abs()) & gap.isfinite() | (x.isnan() & y.isnan())
     gap = gap[~close]
     return len(gap), float(gap.max()) if len(gap) else 0.0
 
@@ -289,9 +291,7 @@ def _is_integer(tensor: torch.Tensor) -> bool:
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
 
 
-def _equal_integers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return which elements of two tensors of integers or bools are equal numbers."""
-    flat = [each.reshape(-1) for each in (a, b)]
-    x, y = (each.view(torch.int64) if each.dtype == torch.uint64 else each.long() for each in flat)
-    # numbers from 2**63 on, of uint64, are now below 0
-    return (x == y) & (x >= 0) if torch.uint64 in (a.dtype, b.dtype) else x == y
+def _modulo(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of integers or bools as int64, modulo 2**64."""
+    flat = tensor.reshape(-1)
+    return flat.view(torch.int64) if flat.dtype == torch.uint64 else flat.long()

@@ -85,7 +85,7 @@ def tensor_stats(
 def _measure(source: Source, name: str) -> TensorStats:
     entry = source.manifest.tensors[name]
     dtype = DTYPES[entry.dtype]
-    squares = total = 0.0
+    norm = total = 0.0
     smallest, largest = math.inf, -math.inf
     nan = inf = zeros = finite = 0
     for offsets, sizes in pieces(source, name, (0,) * len(entry.shape), entry.shape):
@@ -96,7 +96,7 @@ def _measure(source: Source, name: str) -> TensorStats:
         zeros += int((piece == 0).sum())
         piece = piece[piece.isfinite()]
         finite += len(piece)
-        squares += float(piece.abs().square().sum())
+        norm = math.hypot(norm, _norm(piece))
         if len(piece) and not dtype.is_complex:
             total += float(piece.sum())
             smallest = min(smallest, float(piece.min()))
@@ -105,7 +105,7 @@ def _measure(source: Source, name: str) -> TensorStats:
     return TensorStats(
         dtype=dtype,
         shape=entry.shape,
-        norm=math.sqrt(squares),
+        norm=norm,
         smallest=smallest if ordered else None,
         largest=largest if ordered else None,
         mean=total / finite if ordered else None,
@@ -113,3 +113,13 @@ def _measure(source: Source, name: str) -> TensorStats:
         inf=inf,
         zeros=zeros,
     )
+
+
+def _norm(piece: torch.Tensor) -> float:
+    """Return the Euclidean norm of finite float64 or complex128, even if a square overflows."""
+    size = piece.abs()
+    squares = float(size.square().sum())
+    if 1e-200 < squares < math.inf or not len(size):
+        return math.sqrt(squares)
+    largest = float(size.max())
+    return largest * math.sqrt(float((size / largest).square().sum())) if largest else 0.0

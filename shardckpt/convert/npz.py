@@ -82,6 +82,8 @@ def _opened(path: str, *, check: bool) -> Foreign:
                 continue
             state[name] = torch.empty((), dtype=dtype, device="cpu").expand(array.shape)
             reads[id(state[name])] = partial(_read_box, path, array)
+        if left_out and set(left_out) == {info.filename for info in archive.infolist()}:
+            raise _invalid(path, "an archive without arrays")
         if check and (bad := archive.testzip()) is not None:
             raise _invalid(path, f"{bad} does not match its checksum")
     origin = Origin(format="a file of numpy", left_out=left_out)

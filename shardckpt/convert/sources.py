@@ -120,7 +120,7 @@ class Foreign(AbstractContextManager["Foreign"]):
 
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """See Source.read_box."""
-        return self._tensors[name].read(offsets, sizes).contiguous()
+        return self._tensors[name].read(offsets, sizes).detach().contiguous()
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -178,6 +178,13 @@ class _Flattener:
         nodes = []
         for key, item in items:
             inner = f"{name}.{key}" if name else str(key)
+            if not inner:
+                raise StateError(
+                    "An entry of the state has no name",
+                    expected="keys that are not empty",
+                    actual="an empty key",
+                    remedy="rename the key",
+                )
             data = plain_data(item)
             node = None if data is None else self.plain(item, data, inner)
             nodes.append((key, node or self.walk(item, inner, depth + 1)))

@@ -89,6 +89,7 @@ class SavedState:
 
     Entries that `keys` does not select are left out, and `rename` has been applied. An entry whose
     new name does not begin with the name of its dict is moved to the top, under its full new name.
+    Dicts that get the same name become one.
 
     Attributes:
         nodes: All nodes by name.
@@ -101,8 +102,11 @@ class SavedState:
         self._rename = rename
         self.renamed = rename_function(rename)
         self.tree = values.decode(manifest.state, tensor=_keep, unknown=_keep)
+        self._left: set[str] = set()
         if keys is not None or rename is not None:
-            self.tree = _rewrite(self.tree, self.selected, self.renamed)
+            self.tree, self._left = _rewrite(self.tree, self.selected, self.renamed)
+        if rename is not None:
+            _check_names(self.tree)
         self.nodes: dict[str, Any] = {}
         self.leaves: dict[str, Any] = {}
         self._index(self.tree, "")
@@ -181,6 +185,8 @@ class SavedState:
             self.leaves[name] = node
         for key, item in items:
             inner = f"{name}.{key}" if name else str(key)
+            if inner in self._left:  # None stands in its place
+                continue
             if type(item) is TensorRef and (self._keys is None or self.selected(inner)):
                 self.nodes[inner] = self.leaves[inner] = item
             else:
@@ -214,48 +220,95 @@ def below(name: str, key: Any) -> str:
     return f"{name}.{key}" if name else str(key)
 
 
-def _rewrite(tree: Any, selected: Callable[[str], bool], renamed: Callable[[str], str]) -> Any:
-    """Return the tree with renamed keys, without unselected entries (None in a list or tuple)."""
-    moved: dict[str, Any] = {}
+def _rewrite(
+    tree: Any, selected: Callable[[str], bool], renamed: Callable[[str], str]
+) -> tuple[Any, set[str]]:
+    """Return the tree with renamed keys, without unselected entries (None in a list or tuple).
+
+    Also return the old names of the items of lists that got a name outside their list.
+    """
+    moved: list[tuple[str, Any]] = []
+    left: set[str] = set()
     nothing = object()
 
     def rewrite(node: Any, old: str, new: str) -> Any:
         items = children(node)
         if not items:
             return node if selected(new) else nothing
-        kept: list[tuple[Any, Any]] = []
+        is_dict = isinstance(node, dict)
+        kept: dict[Any, Any] = {}
         for key, item in items:
             name = renamed(below(old, key))
             value = rewrite(item, below(old, key), name)
-            if name == below(new, key):
-                kept.append((key, value))
-            elif value is nothing:
+            stays = name == below(new, key)
+            if not is_dict:
+                kept[key] = value if stays else nothing
+                left.update(() if stays else [below(new, key)])
+            if value is nothing or (stays and not is_dict):
                 continue
-            elif isinstance(node, dict) and under(name, new):
-                kept.append((name[len(new) :].lstrip("."), value))
-            elif moved.setdefault(name, value) is not value:
-                raise _same_name(name)
-        if isinstance(node, dict):
-            chosen = [(key, value) for key, value in kept if value is not nothing]
-            keys = [key for key, _ in chosen]
-            if len(set(keys)) < len(keys):
-                raise _same_name(below(new, max(keys, key=keys.count)))
-            return rebuilt(node, chosen) if chosen else nothing
-        if all(value is nothing for _, value in kept):
+            if stays:
+                _join(kept, key, value, name)
+            elif is_dict and name == new:
+                _merge(kept, value, name)
+            elif is_dict and under(name, new):
+                _join(kept, name[len(new) :].lstrip("."), value, name)
+            else:
+                moved.append((name, value))
+        if all(value is nothing for value in kept.values()):
             return nothing
-        return rebuilt(node, ((key, None if v is nothing else v) for key, v in kept))
+        return rebuilt(node, ((k, None if v is nothing else v) for k, v in kept.items()))
 
     result = rewrite(tree, "", "")
-    if moved:
-        result = {} if result is nothing else result
-        names = set(_names(result, ""))
-        for name, value in moved.items():
-            added = set(_names(value, name))
-            if twice := names & added:
-                raise _same_name(min(twice))
-            names |= added
-        result = {**result, **moved}
-    return {} if result is nothing else result
+    if result is nothing:
+        result = {}
+    dicts = dict(_dicts(result, ""))
+    for name, value in moved:
+        if name in dicts:
+            _merge(dicts[name], value, name)
+        else:
+            _join(result, name, value, name)
+            dicts.update(_dicts(value, name))
+    return result, left
+
+
+def _join(into: dict[Any, Any], key: Any, value: Any, name: str) -> None:
+    """Put a node into a dict. Two dicts of one name become one."""
+    if key not in into:
+        into[key] = value
+    elif type(into[key]) is dict and type(value) is dict and into[key] and value:
+        _merge(into[key], value, name)
+    else:
+        raise _same_name(name)
+
+
+def _merge(into: dict[Any, Any], node: Any, name: str) -> None:
+    """Put the items of a node into the dict of the same name."""
+    items = children(node)
+    if not items and not name:
+        raise StateError(
+            "A saved entry has no name after renaming", remedy="change the rename rules"
+        )
+    if not items:
+        raise _same_name(name)
+    for key, item in items:
+        _join(into, key if isinstance(node, dict) else str(key), item, below(name, key))
+
+
+def _dicts(node: Any, name: str) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yield the name of each dict that has items, and the dict."""
+    if type(node) is dict:
+        yield name, node
+    for key, item in children(node):
+        yield from _dicts(item, below(name, key))
+
+
+def _check_names(tree: Any) -> None:
+    """Raise StateError if two nodes of a renamed tree have the same name."""
+    seen: set[str] = set()
+    for name in _names(tree, ""):
+        if name in seen:
+            raise _same_name(name)
+        seen.add(name)
 
 
 def _names(node: Any, name: str) -> Iterator[str]:

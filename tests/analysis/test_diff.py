@@ -155,7 +155,12 @@ def test_elements_within_the_tolerance_are_equal():
         finite = torch.tensor([5.0, math.inf]), torch.tensor([infinite, infinite])
         assert differences(*finite, rtol=0.5, atol=1)[0] == 1 + (infinite < 0)
     large = torch.tensor([2**62, 5])
-    assert differences(large, large + torch.tensor([1, 0])) == (1, 0.0)  # not told by float64
+    assert differences(large, large + torch.tensor([1, 0])) == (1, 1.0)  # float64 rounds both
+    assert differences(large, large + torch.tensor([2, 0]), rtol=1e-30, atol=1) == (1, 2.0)
+    assert differences(large, large + torch.tensor([2, 0]), atol=2) == (0, 0.0)
+    ends = torch.tensor([-(2**63), 2**63 - 1])
+    assert differences(ends, ends.flip(0), atol=1) == (2, 2.0**64)
+    assert differences(ends[:1], ends[:1].view(torch.uint64), atol=1) == (1, 2.0**64)
 
 
 @pytest.mark.parametrize("dtype", sorted(SAVED, key=str), ids=str)

@@ -52,6 +52,14 @@ def test_nan_and_infinite_elements_are_counted_and_left_out(tmp_path):
     assert (found["z"].norm, found["z"].mean) == (5.0, None)
 
 
+def test_squares_may_overflow(tmp_path):
+    large = torch.tensor([3e200, -4e200], dtype=torch.float64)
+    shardckpt.save({"large": large, "small": 1 / large, "zero": 0 * large}, tmp_path / "c")
+    norms = {name: one.norm for name, one in shardckpt.stats(tmp_path / "c").items()}
+    expected = {"large": 5e200, "small": 5e-200 / 12, "zero": 0.0}
+    assert norms == pytest.approx(expected, rel=1e-12, abs=0)
+
+
 def test_keys_select_tensors(tmp_path):
     shardckpt.save({"a": torch.ones(1), "b": torch.ones(1), "n": 1}, tmp_path / "c")
     assert list(shardckpt.stats(tmp_path / "c", keys="b")) == ["b"]

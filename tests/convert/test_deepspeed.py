@@ -229,3 +229,10 @@ def test_a_truncated_file_is_found(kind, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(errors.CheckpointError):
         shardckpt.convert(folder, tmp_path / "c")
+
+
+@pytest.mark.parametrize("kind", ["stage-1", "stage-3"])
+def test_what_is_read_needs_no_gradient(kind):
+    with open_source(WRITTEN / kind) as source:
+        for name, entry in source.manifest.tensors.items():
+            assert not source.read_box(name, (0,) * len(entry.shape), entry.shape).requires_grad

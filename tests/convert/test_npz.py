@@ -50,6 +50,13 @@ def test_objects_and_texts_are_left_out(tmp_path):
     assert report.left_out.keys() == {"objects", "text"}
 
 
+def test_an_archive_without_arrays_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        file.writestr("data.pkl", b"")
+    with pytest.raises(errors.CorruptionError, match="without arrays"):
+        shardckpt.convert(tmp_path / "x.npz", tmp_path / "c")
+
+
 class Harm:
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -48,6 +48,13 @@ def test_what_ties_tensors():
         assert ties.first(other, str(index)) == str(index)
 
 
+@pytest.mark.parametrize("item", [torch.ones(1), 1, {"a": 1}])
+def test_an_empty_key_is_no_name(item):
+    with pytest.raises(errors.StateError, match="no name"):
+        flatten({"": item}, rank=0)
+    assert flatten({"a": {"": item}}, rank=0).tree["a"].keys() == {""}
+
+
 AMBIGUOUS = {
     "tensors": ({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)}, "a.b"),
     "values": ({"a": {"b": 1}, "a.b": 2}, "a.b"),

@@ -76,7 +76,10 @@ def test_renamed_entries_load_in_place(path):
 @pytest.mark.parametrize(
     ("rename", "name"),
     [
-        ({"net.a": "net.ab"}, "net.ab"),
+        ({"net.a": "net.ab"}, "net.ab.w"),
+        ({"net.ab": "net.a.w"}, "net.a.w"),
+        ({"net.ab.w": "net.ab"}, "net.ab"),
+        ({"list.0": "list.1"}, "list.1"),
         ({"net": "list"}, "list"),  # at the top
         ({"net.a.w": "step"}, "step"),  # moved to the top
         ({"net.a.w": "list.0"}, "list.0"),
@@ -89,3 +92,45 @@ def test_two_names_made_one(path, rename, name):
     with pytest.raises(errors.StateError, match="same name") as caught:
         shardckpt.load_state(path, rename=rename)
     assert caught.value.tensor == name
+
+
+@pytest.mark.parametrize("load", ["load_state", "convert"])
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("net", {"a": {"w": 1, "b": 2}, "ab": {"w": 3}}),
+        ("net.a", {"w": 1, "b": 2}),
+        ("pair", {"0": 1, "1": 2}),
+    ],
+)
+def test_a_prefix_that_is_removed_leaves_no_level(path, tmp_path, load, key, expected):
+    if load == "convert":
+        shardckpt.convert(path, tmp_path / "out", keys=[key], rename={key: ""})
+        state = shardckpt.load_state(tmp_path / "out")
+    else:
+        state = shardckpt.load_state(path, keys=list(expected), rename={key: ""})
+    assert sizes(state) == expected
+
+
+def sizes(state):
+    if isinstance(state, dict):
+        return {key: sizes(item) for key, item in state.items()}
+    return state.numel() if isinstance(state, torch.Tensor) else state
+
+
+def test_dicts_of_the_same_name_become_one(path):
+    state = shardckpt.load_state(path, rename={"net.ab.w": "net.a.c", "net.ab": "net.a"})
+    assert sizes(state["net"]) == {"a": {"w": 1, "b": 2, "c": 3}}
+
+
+def test_an_entry_needs_a_name(path):
+    with pytest.raises(errors.StateError, match="no name"):
+        shardckpt.load_state(path, rename={"step": ""})
+
+
+def test_the_items_of_a_list_keep_their_indices(path):
+    target = {"list": [torch.zeros(4), 0], "x": torch.zeros(4)}
+    with pytest.raises(errors.LoadMismatchError) as caught:
+        shardckpt.load(target, path, rename={"list.0": "x"}, keys=["list", "x"])
+    assert caught.value.missing == ("list.0",)
+    assert shardckpt.load_state(path, rename={"list.0": "x"})["list"] == [None, 5]
