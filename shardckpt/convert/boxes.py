@@ -1,4 +1,4 @@
-"""Boxes of tensors: the box that two boxes share, and the rows that contain a box."""
+"""Read boxes of tensors whose files hold complete rows."""
 
 from __future__ import annotations
 
@@ -9,22 +9,10 @@ import torch
 
 from shardckpt.state.local_chunks import box_slices
 
-__all__ = ["read_rows", "shared_box"]
+__all__ = ["read_rows"]
 
 Sizes = tuple[int, ...]
 """One number for each dimension, in elements."""
-
-
-def shared_box(
-    offsets: Sizes, sizes: Sizes, other_offsets: Sizes, other_sizes: Sizes
-) -> tuple[Sizes, Sizes] | None:
-    """Return the offsets and sizes of the box that two boxes share. None if it is empty."""
-    begin = tuple(map(max, offsets, other_offsets))
-    ends = zip(offsets, sizes, other_offsets, other_sizes, strict=True)
-    shared = tuple(
-        min(at + n, other + m) - low for (at, n, other, m), low in zip(ends, begin, strict=True)
-    )
-    return (begin, shared) if all(size > 0 for size in shared) else None
 
 
 def read_rows(

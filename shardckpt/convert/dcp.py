@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardckpt.convert.boxes import shared_box
 from shardckpt.convert.dcp_metadata import ReadMetadata, parse_metadata
 from shardckpt.convert.foreign_file import check_regular, file_in, mapped
 from shardckpt.convert.layouts import left_beside, writer_of
@@ -40,7 +39,7 @@ from shardckpt.errors import (
     NotACheckpointError,
 )
 from shardckpt.format.tiling import find_gap
-from shardckpt.state.local_chunks import box_slices
+from shardckpt.state.local_chunks import box_slices, shared_box
 from shardckpt.storage.posix import translated
 
 __all__ = ["DcpCheckpoint", "fsdp_folders", "is_dcp", "open_fsdp"]

@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 import torch
 
-from shardckpt.convert.boxes import shared_box
 from shardckpt.convert.dtensor_layout import Box
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
 from shardckpt.convert.torch_structure import LocalTensor
@@ -26,7 +25,7 @@ from shardckpt.format import typed_json as values
 from shardckpt.format.tiling import find_gap
 from shardckpt.io.buffers import BUFFER_BYTES
 from shardckpt.maintenance.rewritable import cut_box
-from shardckpt.state.local_chunks import box_slices
+from shardckpt.state.local_chunks import box_slices, shared_box
 from shardckpt.state.markers import PerRank
 from shardckpt.state.saved_tree import below
 

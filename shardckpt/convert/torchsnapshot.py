@@ -20,7 +20,6 @@ import msgspec
 import numpy as np
 import torch
 
-from shardckpt.convert.boxes import shared_box
 from shardckpt.convert.foreign_file import JSON_LIMIT_BYTES, file_in, mapped, read_small
 from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
@@ -28,7 +27,7 @@ from shardckpt.convert.torch_reader import LoadTorch, load_torch, load_torch_byt
 from shardckpt.errors import CorruptionError, CoverageError, NotACheckpointError, ShardckptError
 from shardckpt.format.digests import text_digest
 from shardckpt.format.tiling import find_gap
-from shardckpt.state.local_chunks import box_slices
+from shardckpt.state.local_chunks import box_slices, shared_box
 from shardckpt.storage.posix import translated
 from shardckpt.torch_compat import find_dtype
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from shardckpt.format.entries import TensorEntry
-from shardckpt.state.local_chunks import LocalChunk, box_slices
+from shardckpt.state.local_chunks import LocalChunk, box_slices, shared_box
 
 __all__ = ["DerivedEntry", "Piece", "cut", "derived", "expanded", "joined", "padded", "permuted"]
 
@@ -47,11 +47,10 @@ class Piece(NamedTuple):
 
     def within(self, offsets: Sequence[int], sizes: Sequence[int]) -> Piece | None:
         """Return the part of the piece in a box of the derived tensor. None if it is empty."""
-        low = tuple(map(max, self.offsets, offsets))
-        ends = zip(self.offsets, self.sizes, offsets, sizes, low, strict=True)
-        size = tuple(min(a + n, b + m) - c for a, n, b, m, c in ends)
-        if any(length <= 0 for length in size):
+        shared = shared_box(self.offsets, self.sizes, offsets, sizes)
+        if shared is None:
             return None
+        low, size = shared
         source = list(self.source)
         for dim, of in enumerate(self.order):
             source[of] += low[dim] - self.offsets[dim]

@@ -50,6 +50,7 @@ __all__ = [
     "local_tensor",
     "may_have_replicas",
     "plain_data",
+    "shared_box",
 ]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -104,6 +105,21 @@ def box_slices(outer: Sequence[int], offsets: Sequence[int], sizes: Sequence[int
         slice(offset - start, offset - start + size)
         for start, offset, size in zip(outer, offsets, sizes, strict=True)
     )
+
+
+def shared_box(
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    other_offsets: Sequence[int],
+    other_sizes: Sequence[int],
+) -> Box | None:
+    """Return the offsets and sizes of the box that two boxes share. None if it is empty."""
+    begin = tuple(map(max, offsets, other_offsets))
+    ends = zip(offsets, sizes, other_offsets, other_sizes, strict=True)
+    shared = tuple(
+        min(at + n, other + m) - low for (at, n, other, m), low in zip(ends, begin, strict=True)
+    )
+    return (begin, shared) if all(size > 0 for size in shared) else None
 
 
 def is_distributed(tensor: torch.Tensor) -> bool:

@@ -158,18 +158,6 @@ class SavedState:
             )
         return self._per_rank[rank][int(ref.name)]
 
-    def leaves_below(self, name: str) -> list[str]:
-        """List the names of the leaves of the node at `name`."""
-        leaves: list[str] = []
-        stack = [(name, self.nodes[name])] if name in self.nodes else []
-        while stack:
-            at, node = stack.pop()
-            items = children(node)
-            stack += [(below(at, key), item) for key, item in items]
-            if not items:
-                leaves.append(at)
-        return leaves
-
     def with_node(self, node: Any, name: str) -> SavedState:
         """Return a SavedState in which `node` is the only saved node, under `name`."""
         other = object.__new__(SavedState)

@@ -1,25 +1,11 @@
-"""Boxes of tensors: the box that two boxes share, and a box read from the rows around it."""
+"""A box of a tensor is read from the rows that contain it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from shardckpt.convert.boxes import read_rows, shared_box
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "shared"),
-    [
-        (((0, 0), (4, 4)), ((2, 1), (4, 2)), ((2, 1), (2, 2))),
-        (((2, 1), (4, 2)), ((0, 0), (4, 4)), ((2, 1), (2, 2))),
-        (((0, 0), (2, 4)), ((2, 0), (2, 4)), None),
-        (((0, 0), (0, 4)), ((0, 0), (2, 4)), None),
-        (((), ()), ((), ()), ((), ())),
-    ],
-)
-def test_two_boxes_share_a_box_or_nothing(one, other, shared):
-    assert shared_box(*one, *other) == shared
+from shardckpt.convert.boxes import read_rows
 
 
 @pytest.mark.parametrize(

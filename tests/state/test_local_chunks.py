@@ -21,6 +21,7 @@ from shardckpt.state.local_chunks import (
     local_layout,
     local_tensor,
     may_have_replicas,
+    shared_box,
 )
 from shardckpt.state.sharded_array import ShardedArray
 
@@ -209,3 +210,17 @@ def test_a_tensor_that_is_not_dense_is_refused_by_name(name):
 def test_dense_tensors_and_tensors_on_meta_are_accepted():
     for tensor in (torch.ones(2), torch.ones(2, device="meta"), torch.ones(4)[::2]):
         check_dense(tensor, name="w")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        (((0, 0), (4, 4)), ((2, 1), (4, 2)), ((2, 1), (2, 2))),
+        (((2, 1), (4, 2)), ((0, 0), (4, 4)), ((2, 1), (2, 2))),
+        (((0, 0), (2, 4)), ((2, 0), (2, 4)), None),
+        (((0, 0), (0, 4)), ((0, 0), (2, 4)), None),
+        (((), ()), ((), ()), ((), ())),
+    ],
+)
+def test_two_boxes_share_a_box_or_nothing(one, other, shared):
+    assert shared_box(*one, *other) == shared
