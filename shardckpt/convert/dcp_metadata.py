@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
+from shardckpt.convert.pickle_scan import Named, PickleStructure, Readable, scan
 from shardckpt.torch_compat import storage_info
 
 __all__ = ["ReadMetadata", "parse_metadata"]
@@ -44,7 +44,7 @@ def parse_metadata(data: Readable) -> ReadMetadata:
     Megatron-Core. Raises UnpicklingError, TypeError or ValueError for other pickles."""
     if scan(data) != len(data):
         raise pickle.UnpicklingError("bytes after the end of the pickle")
-    root = Names(data, allowed=lambda name: True).load()
+    root = PickleStructure(data, allowed=lambda name: True).load()
     name = root.name if isinstance(root, Named) else type(root).__name__
     facts = _dict(root.state) if isinstance(root, Named) and root.state is not None else {}
     if not {"state_dict_metadata", "storage_data"} <= facts.keys():

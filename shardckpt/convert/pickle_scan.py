@@ -1,9 +1,9 @@
 """Check pickles before they are loaded, and read their structure without importing their classes.
 
 An unpickler in C allocates memory by numbers in the pickle: an index into its memo, the length of a
-string. `scan` first checks the opcodes, and refuses those that a saved state does not need. `Names`
-then reads the structure: a stand-in replaces every class and function, so that nothing that a
-pickle names is imported, called or changed.
+string. `scan` first checks the opcodes, and refuses those that a saved state does not need.
+`PickleStructure` then reads the structure: a stand-in replaces every class and function, so that
+nothing that a pickle names is imported, called or changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Named", "Names", "Readable", "scan"]
+__all__ = ["Named", "PickleStructure", "Readable", "scan"]
 
 Readable = bytes | memoryview | mmap.mmap
 
@@ -127,7 +127,7 @@ class Named:
         raise pickle.UnpicklingError("Trying to call reduce for unrecognized function")
 
 
-class Names(pickle.Unpickler):
+class PickleStructure(pickle.Unpickler):
     """Reads the structure of a pickle. `allowed` decides whether a full name may occur in it.
     `storage` is called with each persistent id."""
 

@@ -25,7 +25,7 @@ import xxhash
 from shardckpt.convert.dtensor_layout import Box, Placement, Sharding
 from shardckpt.convert.foreign_file import file_in, mapped, open_regular
 from shardckpt.convert.layouts import left_beside, names_in
-from shardckpt.convert.pickle_scan import Names, scan
+from shardckpt.convert.pickle_scan import PickleStructure, scan
 from shardckpt.convert.rank_states import RankStates
 from shardckpt.convert.safetensors_files import tensors_in
 from shardckpt.convert.single_files import check_records, errors_of
@@ -165,7 +165,7 @@ def _read_metadata(path: str) -> tuple[_Metadata, str]:
     with _errors(file), translated(file), mapped(file) as data:
         if scan(data) != len(data):
             raise ValueError("bytes after the end of the pickle")
-        found = Names(data, allowed=lambda name: False).load()
+        found = PickleStructure(data, allowed=lambda name: False).load()
         digest = xxhash.xxh3_128(data).hexdigest()
         if type(found) is dict and "rank_to_layout_info_mappings" in found:
             found = _of_old(msgspec.convert(found, _OldMetadata))

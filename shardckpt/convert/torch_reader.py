@@ -19,13 +19,13 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 import torch
 
 from shardckpt.convert.foreign_file import mapped, utf8_path
-from shardckpt.convert.pickle_scan import Named, Names, Readable, scan
+from shardckpt.convert.pickle_scan import Named, PickleStructure, Readable, scan
 from shardckpt.errors import CorruptionError, NotACheckpointError
 
 __all__ = [
     "LoadTorch",
-    "Record",
-    "Storage",
+    "StorageRecord",
+    "StorageStandIn",
     "check_torch_file",
     "load_torch",
     "load_torch_bytes",
@@ -67,7 +67,7 @@ _OF_TENSORS = re.compile(r"torch\._utils\._rebuild_\w+|torch(\.\w+)*\.\w*(Tensor
 for."""
 
 
-class Storage:
+class StorageStandIn:
     """Stands for a storage. `type_name`, `key` and `numel` are those of the pickle, `size_bytes` is
     what it needs."""
 
@@ -77,7 +77,7 @@ class Storage:
         self.size_bytes = item_bytes * numel
 
 
-class Record(NamedTuple):
+class StorageRecord(NamedTuple):
     """The place of a storage in a torch file, and its checksum, which is 0 without checksums."""
 
     begin: int
@@ -127,7 +127,7 @@ def check_torch_file(data: Readable, path: str) -> None:
         )
 
 
-def read_structure(data: Readable, path: str) -> tuple[Any, dict[str, Record]]:
+def read_structure(data: Readable, path: str) -> tuple[Any, dict[str, StorageRecord]]:
     """Read the pickle of a torch file that may hold DTensors, with stand-ins for all names in it.
 
     Returns:
@@ -154,7 +154,7 @@ class _ZipCheck:
         self.records: dict[str, zipfile.ZipInfo] = {}
         self.root = ""
 
-    def structure(self) -> tuple[Any, dict[str, Record]]:
+    def structure(self) -> tuple[Any, dict[str, StorageRecord]]:
         """See read_structure."""
         found = self.run()
         order = self.records.get(f"{self.root}/byteorder")
@@ -162,7 +162,7 @@ class _ZipCheck:
             _refuse(self.path, "little-endian numbers", "another byte order")
         folder = f"{self.root}/data/"
         return found, {
-            name.removeprefix(folder): Record(self._begin(info), info.file_size, info.CRC)
+            name.removeprefix(folder): StorageRecord(self._begin(info), info.file_size, info.CRC)
             for name, info in self.records.items()
             if name.startswith(folder)
         }
@@ -188,7 +188,7 @@ class _ZipCheck:
         if scan(text) != len(text):
             _refuse(self.path, "one pickle in data.pkl", "bytes after its end")
 
-        def storage_bytes(storage: Storage) -> int:
+        def storage_bytes(storage: StorageStandIn) -> int:
             record = self.records.get(f"{root}/data/{storage.key}")
             return record.file_size if record else -1
 
@@ -252,9 +252,9 @@ def _check_legacy(data: Readable, path: str) -> None:
     for _ in range(5):
         ends.append(scan(data, ends[-1]))
     text = bytes(data[ends[3] : ends[4]])
-    storages: dict[str, Storage] = {}
+    storages: dict[str, StorageStandIn] = {}
 
-    def storage_bytes(storage: Storage) -> int:
+    def storage_bytes(storage: StorageStandIn) -> int:
         storages[storage.key] = storage
         total = sum(other.size_bytes for other in storages.values())
         return storage.size_bytes if total <= len(data) - ends[5] else -1
@@ -264,7 +264,7 @@ def _check_legacy(data: Readable, path: str) -> None:
 
 def _check_pickle(
     text: bytes,
-    storage_bytes: Callable[[Storage], int],
+    storage_bytes: Callable[[StorageStandIn], int],
     file_bytes: int,
     path: str,
     *,
@@ -276,7 +276,7 @@ def _check_pickle(
     it may hold DTensors, whose wrappers the caller does not make.
     """
 
-    def storage(pid: Any) -> Storage:
+    def storage(pid: Any) -> StorageStandIn:
         storage_type, key, numel = (
             (pid[1], pid[2], pid[4]) if type(pid) is tuple and len(pid) > 4 else [0] * 3
         )
@@ -285,14 +285,14 @@ def _check_pickle(
         type_name = getattr(storage_type, "name", "")
         found = re.fullmatch(r"torch\.(\w+)Storage", type_name)
         item_bytes = _STORAGE_ITEM_BYTES.get(found[1], 1) if found else 1
-        made = Storage(type_name, str(key), item_bytes, numel)
+        made = StorageStandIn(type_name, str(key), item_bytes, numel)
         in_file = storage_bytes(made)
         if made.size_bytes > in_file:
             expected = f"{made.size_bytes} bytes of the storage {key}"[:200]
             _refuse(path, expected, f"{max(in_file, 0)}")
         return made
 
-    root = Names(text, allowed=lambda name: True, storage=storage).load()
+    root = PickleStructure(text, allowed=lambda name: True, storage=storage).load()
     structure = _Structure(path, most_values=_SHARED_VALUES + len(text), wrappers=wrappers)
     tensors = structure.tensors_below(root)
     total = sum(math.prod(size) * item_bytes for (_, _, size, _, item_bytes) in tensors)
@@ -403,7 +403,7 @@ class _Structure:
             dtype = args[6] if len(args) > 6 else None
             item_bytes = dtype.itemsize if isinstance(dtype, torch.dtype) else 0
         numbers: Iterable[Any] = (offset, *size, *stride)
-        good = isinstance(storage, Storage) and item_bytes > 0 and len(size) == len(stride)
+        good = isinstance(storage, StorageStandIn) and item_bytes > 0 and len(size) == len(stride)
         if good and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
             last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
             if 0 in size or (offset + last + 1) * item_bytes <= storage.size_bytes:

@@ -22,7 +22,7 @@ from shardckpt.convert.foreign_file import mapped, utf8_path
 from shardckpt.convert.pickle_scan import Named
 from shardckpt.convert.refusals import is_harmful, malicious
 from shardckpt.convert.torch_objects import stand_in
-from shardckpt.convert.torch_reader import Record, Storage, read_structure
+from shardckpt.convert.torch_reader import StorageRecord, StorageStandIn, read_structure
 
 __all__ = ["LocalTensor", "Structure", "read_local_state"]
 
@@ -125,7 +125,7 @@ class _Reader:
     """Replaces the stand-ins of pickle_scan by values."""
 
     def __init__(
-        self, path: str, file: torch.Tensor, records: dict[str, Record], rank: int
+        self, path: str, file: torch.Tensor, records: dict[str, StorageRecord], rank: int
     ) -> None:
         self.path, self.file, self.records, self.rank = path, file, records, rank
         self.containers: dict[int, tuple[Any, str]] = {}
@@ -142,7 +142,9 @@ class _Reader:
             return type(node)((self.plain(key), self.plain(item)) for key, item in node.items())
         if type(node) in (list, tuple, set):
             return type(node)(map(self.plain, node))
-        return stand_in("torch.storage.UntypedStorage") if isinstance(node, Storage) else node
+        return (
+            stand_in("torch.storage.UntypedStorage") if isinstance(node, StorageStandIn) else node
+        )
 
     def _made(self, node: Named) -> Any:
         name, args = node.name, node.args

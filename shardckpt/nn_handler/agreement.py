@@ -10,13 +10,13 @@ import torch.distributed as dist
 from shardckpt.nn_handler.parallel import largest
 from shardckpt.torch_compat import group_store
 
-__all__ = ["Agreement"]
+__all__ = ["TrainingAgreement"]
 
 _PERIOD_S, _LATE_S = 0.2, 0.5
 _trainings = itertools.count()
 
 
-class Agreement:
+class TrainingAgreement:
     """The exchanges of small numbers between the ranks of a training.
 
     The ranks agree before the first step of an epoch. The number of steps until they agree again

@@ -26,10 +26,10 @@ __all__ = [
     "call_model",
     "forward",
     "is_column",
-    "joined",
+    "concatenated",
     "kept_outputs",
     "like",
-    "mapped",
+    "map_tensors",
     "on_device",
     "split",
     "to_device",
@@ -170,7 +170,7 @@ def binds(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
     return True
 
 
-def mapped(act: Callable[[Any], Any], value: Any) -> Any:
+def map_tensors(act: Callable[[Any], Any], value: Any) -> Any:
     """Apply `act` to the tensors and arrays of a nested value, and to objects that have a `to`.
 
     Containers keep their types. PackedSequence and BatchEncoding have a method `to`.
@@ -178,14 +178,14 @@ def mapped(act: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, (torch.Tensor, np.ndarray)) or callable(getattr(value, "to", None)):
         return act(value)
     if isinstance(value, Mapping):
-        return like(value, {key: mapped(act, item) for key, item in value.items()})
+        return like(value, {key: map_tensors(act, item) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(mapped(act, item) for item in value)
+        return value._make(map_tensors(act, item) for item in value)
     if isinstance(value, (list, tuple)):
-        return type(value)(mapped(act, item) for item in value)
+        return type(value)(map_tensors(act, item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        changed = {name: mapped(act, item) for name, item in fields.items()}
+        changed = {name: map_tensors(act, item) for name, item in fields.items()}
         return dataclasses.replace(value, **changed)
     return value
 
@@ -207,7 +207,7 @@ def _as_tensor(part: Any) -> Any:
 
 
 def to_device(value: Any, device: torch.device, *, arrays: bool = True) -> Any:
-    """Move the tensors of a nested value to a device; see mapped.
+    """Move the tensors of a nested value to a device; see map_tensors.
 
     `arrays`: arrays of numbers become tensors.
     """
@@ -216,7 +216,7 @@ def to_device(value: Any, device: torch.device, *, arrays: bool = True) -> Any:
         part = _as_tensor(part) if arrays else part
         return part if isinstance(part, np.ndarray) else part.to(device)
 
-    return value.to(device) if isinstance(value, torch.Tensor) else mapped(move, value)
+    return value.to(device) if isinstance(value, torch.Tensor) else map_tensors(move, value)
 
 
 def on_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def kept_outputs(outputs: Any) -> Any:
         outputs = dataclasses.replace(outputs, **dict.fromkeys(caches))  # type: ignore[type-var]
     elif caches:
         outputs = {key: item for key, item in outputs.items() if key not in caches}
-    return mapped(_kept, outputs)
+    return map_tensors(_kept, outputs)
 
 
 def _kept(part: Any) -> Any:
@@ -270,7 +270,7 @@ def is_column(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, (str, int, float)) for item in value)
 
 
-def joined(parts: list[Any]) -> Any:
+def concatenated(parts: list[Any]) -> Any:
     """Concatenate the outputs of several batches along their first dimension.
 
     The containers are those of the last part: the first one may come from a checkpoint.
@@ -287,11 +287,11 @@ def joined(parts: list[Any]) -> Any:
                 remedy="pad them to one shape, or take one batch at a time",
             ) from error
     if isinstance(last, Mapping):
-        return like(last, {key: joined([part[key] for part in parts]) for key in last})
+        return like(last, {key: concatenated([part[key] for part in parts]) for key in last})
     if is_column(last):
         return [item for part in parts for item in part]
     if isinstance(last, (list, tuple)):
-        items = [joined(list(items)) for items in zip(*parts, strict=True)]
+        items = [concatenated(list(items)) for items in zip(*parts, strict=True)]
         return last._make(items) if hasattr(last, "_make") else type(last)(items)
     if last is None:
         return None

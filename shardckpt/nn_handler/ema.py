@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shardckpt.errors import StateError
-from shardckpt.nn_handler.parallel import reshard
+from shardckpt.nn_handler.parallel import free_full_parameters
 from shardckpt.state.module_state import canonical_names, module_state
 from shardckpt.torch_compat import foreach_copy
 
@@ -93,7 +93,8 @@ class EMA:
             _fill(tensors, self.weights)
             yield
         finally:
-            reshard(model)  # otherwise the next forward pass uses the averages that it has gathered
+            # Otherwise the next forward pass would use the averages that this one has gathered.
+            free_full_parameters(model)
             _fill(tensors, own)
 
 

@@ -21,7 +21,7 @@ from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import ValData
 from shardckpt.nn_handler.handler_source import open_handler
 from shardckpt.nn_handler.initializing import fill_weights
-from shardckpt.nn_handler.loading import LoadOptions, load, restore
+from shardckpt.nn_handler.loading import HandlerLoadOptions, load, restore
 from shardckpt.nn_handler.parallel import Buffers, Parallel, largest
 from shardckpt.nn_handler.plots import plot
 from shardckpt.nn_handler.prediction import is_data, predictions
@@ -676,7 +676,7 @@ class NNHandler(Components):
             2
         """
         arguments = {name: value for name, value in locals().items() if name not in ("cls", "path")}
-        found = load(cls, resolve(path).path, LoadOptions(**arguments))
+        found = load(cls, resolve(path).path, HandlerLoadOptions(**arguments))
         assert isinstance(found, cls)
         return found
 

@@ -20,7 +20,7 @@ from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import alone, operation
 from shardckpt.errors import CheckpointError, LoadMismatchError, StateError
 from shardckpt.logs import warn
-from shardckpt.nn_handler.batch import joined, on_device
+from shardckpt.nn_handler.batch import concatenated, on_device
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.components import Components
@@ -37,7 +37,7 @@ from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.handler_source import HandlerSource, open_handler
 from shardckpt.nn_handler.initializing import differences, warn_of_skipped, with_remedy
 from shardckpt.nn_handler.model_code import class_of_code
-from shardckpt.nn_handler.objects import Given, Names, making
+from shardckpt.nn_handler.objects import Given, NameResolver, making
 from shardckpt.nn_handler.optimization import MAIN
 from shardckpt.nn_handler.parallel import Buffers, Parallel
 from shardckpt.nn_handler.placement import place
@@ -45,8 +45,8 @@ from shardckpt.nn_handler.saved import (
     CallbackState,
     Config,
     OwnState,
-    Progress,
     Saved,
+    SavedProgress,
     Scaler,
     Sums,
     check_random,
@@ -60,7 +60,7 @@ from shardckpt.state.module_state import canonical_names
 from shardckpt.state.random_state import random_state, seed_generators, set_random_state
 from shardckpt.torch_compat import child_names
 
-__all__ = ["LoadOptions", "load", "restore", "restore_tensors"]
+__all__ = ["HandlerLoadOptions", "load", "restore", "restore_tensors"]
 
 _CREATED = (
     'give the model of the checkpoint: model_class=..., or objects={"model.kwargs": {...}}; '
@@ -74,7 +74,7 @@ _FUNCTIONS = ("loss_fn", "loss_arguments", "metrics")  # resolved when the model
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
+class HandlerLoadOptions:
     """The arguments of NNHandler.load."""
 
     device: str | torch.device | None
@@ -139,18 +139,18 @@ class LoadOptions:
         return part not in self.skip and not left_out
 
 
-def load(handler_class: type[Components], path: str, options: LoadOptions) -> Components:
+def load(handler_class: type[Components], path: str, options: HandlerLoadOptions) -> Components:
     """Create a handler. Collective, except with a device map. See NNHandler.load."""
     with alone() if options.device_map is not None else nullcontext():
         return _load(handler_class, path, options)
 
 
-def _load(handler_class: type[Components], path: str, options: LoadOptions) -> Components:
+def _load(handler_class: type[Components], path: str, options: HandlerLoadOptions) -> Components:
     source = open_handler(path)
     saved = source.values()
     config = saved.config
     bounds = Bounds(lambda: list(source.shapes.values()), path=path)
-    names = Names(options.given, bounds, path=path)
+    names = NameResolver(options.given, bounds, path=path)
     _check_options(config, options, path)
     with making("config", path):
         parts = _resolved(names, config, options)
@@ -167,7 +167,7 @@ def _load(handler_class: type[Components], path: str, options: LoadOptions) -> C
     return handler
 
 
-def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, Any]:
+def _resolved(names: NameResolver, config: Config, options: HandlerLoadOptions) -> dict[str, Any]:
     """Resolve the names of all parts and their arguments, before anything is created.
 
     Raises one CheckpointError for all names that do not resolve.
@@ -200,7 +200,7 @@ def _resolved(names: Names, config: Config, options: LoadOptions) -> dict[str, A
     return parts
 
 
-def _check_options(config: Config, options: LoadOptions, path: str) -> None:
+def _check_options(config: Config, options: HandlerLoadOptions, path: str) -> None:
     """Raise StateError if the caller gives an option that the saved state would replace."""
     for name, saved in optimizers_of(config).items():
         for part, found in (("optimizer", saved.optimizer), ("scheduler", saved.scheduler)):
@@ -222,10 +222,10 @@ def _check_options(config: Config, options: LoadOptions, path: str) -> None:
 
 def _with_model(
     handler_class: type[Components],
-    names: Names,
+    names: NameResolver,
     parts: dict[str, Any],
     source: HandlerSource,
-    options: LoadOptions,
+    options: HandlerLoadOptions,
 ) -> Components:
     """Create a handler with its model, without the saved weights. Collective."""
     chosen = names.make(parts["model.class"], "model.class")
@@ -293,11 +293,11 @@ def _as_saved(module: nn.Module, source: HandlerSource) -> nn.Module:
 
 def _set_parts(
     handler: Components,
-    names: Names,
+    names: NameResolver,
     parts: dict[str, Any],
     source: HandlerSource,
     config: Config,
-    options: LoadOptions,
+    options: HandlerLoadOptions,
 ) -> None:
     made = {
         at: names.make(tree, at)
@@ -370,7 +370,9 @@ def _check_loss(handler: Components, groups: Any, path: str) -> None:
         )
 
 
-def _unused(names: Names, options: LoadOptions, *, later: Collection[str] = ()) -> list[str]:
+def _unused(
+    names: NameResolver, options: HandlerLoadOptions, *, later: Collection[str] = ()
+) -> list[str]:
     """Return the places of the caller's objects that the checkpoint does not have.
 
     `later`: the parts of the checkpoint that are not resolved yet.
@@ -384,7 +386,7 @@ def _unused(names: Names, options: LoadOptions, *, later: Collection[str] = ()) 
     ]
 
 
-def _check_used(names: Names, options: LoadOptions) -> None:
+def _check_used(names: NameResolver, options: HandlerLoadOptions) -> None:
     """Raise StateError for objects of the caller that were not used."""
     unused = _unused(names, options)
     if unused:
@@ -399,7 +401,11 @@ def _check_used(names: Names, options: LoadOptions) -> None:
 
 
 def _set_functions(
-    handler: Components, names: Names, source: HandlerSource, config: Config, options: LoadOptions
+    handler: Components,
+    names: NameResolver,
+    source: HandlerSource,
+    config: Config,
+    options: HandlerLoadOptions,
 ) -> None:
     """Set the loss and the metrics. Those that do not resolve must be given before training."""
     wanted: dict[str, Any] = {"loss_fn": config.loss_fn}
@@ -605,7 +611,7 @@ def _scaler(handler: Components, saved: dict[str, Any], path: str) -> None:
     handler.scaler.load_state_dict(saved)
 
 
-def _progress(handler: Components, saved: Progress, *, history: bool) -> None:
+def _progress(handler: Components, saved: SavedProgress, *, history: bool) -> None:
     handler.epoch, handler.step = saved.epoch, saved.step
     handler.position = Position(**msgspec.to_builtins(saved.position))
     handler.runs, handler.run_id = list(saved.runs), saved.run_id
@@ -693,7 +699,7 @@ def _joined_metrics(sums: list[Sums]) -> dict[str, dict[str, Any]]:
         if not states:
             continue
         if all(state.keys() == {"outputs", "targets"} for state in states):
-            found[name] = {key: joined([state[key] for state in states]) for key in states[0]}
+            found[name] = {key: concatenated([state[key] for state in states]) for key in states[0]}
         else:
             warn(
                 f"The metric {name!r} starts again within the epoch: its state is that of another "

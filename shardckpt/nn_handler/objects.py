@@ -30,13 +30,13 @@ from shardckpt.nn_handler.trust import (
     is_function,
     is_functional,
     is_torch_module,
-    resolve,
+    resolve_name,
 )
 from shardckpt.state.flatten import flatten
 from shardckpt.state.module_state import has_state
 from shardckpt.torch_compat import child_names
 
-__all__ = ["Described", "Given", "Names", "absent", "describe", "making", "warn_of_absent"]
+__all__ = ["Described", "Given", "NameResolver", "absent", "describe", "making", "warn_of_absent"]
 
 Described = Any
 """Plain data, in which dicts with these keys describe classes, functions and objects."""
@@ -269,7 +269,7 @@ class _Gate:
     is_open = False
 
 
-class Names:
+class NameResolver:
     """Resolves all names in a checkpoint, and then creates the objects.
 
     `given` holds objects by place, such as "loss_fn" or "model.kwargs.block". `bounds` limits the
@@ -331,7 +331,7 @@ class Names:
             return self._partial(arguments, at, slot)
         if (name, slot, instance) == (_ORDERED, Slot.ARGUMENT, True):
             return self._ordered(arguments, at)
-        found = resolve(name, slot, instance=instance)
+        found = resolve_name(name, slot, instance=instance)
         tree = self.resolve(arguments, f"{at}.arguments") if instance else None
         if found is None:
             return self._miss(at, name)
@@ -352,7 +352,7 @@ class Names:
         if function is None:
             name = described["function"].get(_IMPORT)
             plain = type(name) is str and described["function"].keys() == {_IMPORT}
-            found = resolve(name, slot, instance=False, with_arguments=True) if plain else None
+            found = resolve_name(name, slot, instance=False, with_arguments=True) if plain else None
             if found is None:
                 return self._miss(f"{inner}.function", str(name or described["function"]))
             held = is_function(found) and slot is Slot.ARGUMENT

@@ -41,7 +41,7 @@ __all__ = [
     "join_ranks",
     "largest",
     "mean_over_ranks",
-    "reshard",
+    "free_full_parameters",
     "synchronize_buffers",
     "synchronize_gradients",
     "wrap",
@@ -318,7 +318,7 @@ def synchronize_gradients(model: nn.Module, *, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
-def reshard(model: nn.Module) -> None:
+def free_full_parameters(model: nn.Module) -> None:
     """Give the modules of FSDP2 their sharded parameters back. Not collective.
 
     After a forward pass without a backward pass, FSDP2 keeps the full parameters of its root. They

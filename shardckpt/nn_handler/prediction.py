@@ -13,8 +13,8 @@ from shardckpt.nn_handler.batch import (
     Several,
     binds,
     call_model,
+    concatenated,
     is_column,
-    joined,
     kept_outputs,
     like,
     to_device,
@@ -50,10 +50,10 @@ def predictions(handler: TrainingState, data: ValData) -> Any:
         act,
         agree=lambda more: largest([int(more)])[0],
     )
-    own = joined(found) if found else None
+    own = concatenated(found) if found else None
     there = [outputs for outputs in gathered(own, data.layout) if outputs is not None]
     if data.length is None or len(there) == 1:
-        return joined(there)
+        return concatenated(there)
     return _interleaved(there, data.length)
 
 
@@ -72,7 +72,7 @@ def _inputs(batch: Any, module: nn.Module) -> Any:
 
 def _interleaved(parts: list[Any], length: int) -> Any:
     """Return the outputs of all ranks, whose samples alternate, in the order of the samples."""
-    outputs = joined(parts)
+    outputs = concatenated(parts)
     places = len(parts)
     order = [index for place in range(places) for index in range(place, length, places)]
     back = torch.empty(length, dtype=torch.int64, device="cpu")

@@ -12,7 +12,7 @@ import torch
 
 from shardckpt.errors import CheckpointError
 
-__all__ = ["Config", "NamedOptimizer", "OwnState", "Progress", "Saved", "checked"]
+__all__ = ["Config", "NamedOptimizer", "OwnState", "SavedProgress", "Saved", "checked"]
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _REMEDY = (
@@ -30,14 +30,14 @@ class _Struct(msgspec.Struct, kw_only=True):
             raise ValueError("Expected a seed of 64 bits")
 
 
-class Model(_Struct):
+class SavedModel(_Struct):
     """The class of the model, and its arguments."""
 
     class_name: _Name = msgspec.field(name="class")
     kwargs: dict[str, Any]
 
 
-class Optimizer(_Struct):
+class SavedOptimizer(_Struct):
     """The arguments of set_optimizer."""
 
     class_name: _Name = msgspec.field(name="class")
@@ -45,7 +45,7 @@ class Optimizer(_Struct):
     options: dict[str, Any] = {}
 
 
-class Scheduler(_Struct):
+class SavedScheduler(_Struct):
     """The arguments of set_scheduler."""
 
     class_name: _Name = msgspec.field(name="class")
@@ -57,11 +57,11 @@ class Scheduler(_Struct):
 class NamedOptimizer(_Struct):
     """An optimizer beside the main one, and its scheduler."""
 
-    optimizer: Optimizer
-    scheduler: Scheduler | None = None
+    optimizer: SavedOptimizer
+    scheduler: SavedScheduler | None = None
 
 
-class Callback(_Struct):
+class SavedCallback(_Struct):
     """The class of a callback, and its arguments."""
 
     class_name: _Name = msgspec.field(name="class")
@@ -72,16 +72,16 @@ class Callback(_Struct):
 class Config(msgspec.Struct, kw_only=True):
     """The arguments of all parts of a handler."""
 
-    model: Model
-    optimizer: Optimizer | None = None
-    scheduler: Scheduler | None = None
+    model: SavedModel
+    optimizer: SavedOptimizer | None = None
+    scheduler: SavedScheduler | None = None
     optimizers: dict[str, NamedOptimizer] = {}
     loss_fn: Any = None
     loss_arguments: dict[str, Any] = {}
     pass_epoch_to_loss: bool = False
     metrics: dict[str, Any] = {}
     whole_epoch: list[str] = []
-    callbacks: list[Callback] = []
+    callbacks: list[SavedCallback] = []
     auto_saver: dict[str, Any] | None = None
     frozen: list[str] = []
     kept_eval: list[str] = []
@@ -106,7 +106,7 @@ class SavedPosition(_Struct):
     seed: int
 
 
-class Progress(_Struct):
+class SavedProgress(_Struct):
     """The progress of training."""
 
     epoch: _Count
@@ -152,7 +152,7 @@ class Saved(_Struct):
     """All values of a handler's checkpoint."""
 
     config: Config
-    progress: Progress
+    progress: SavedProgress
     callbacks: dict[str, CallbackState]
     scheduler: dict[str, Any] | None = None
     schedulers: dict[str, dict[str, Any]] = {}

@@ -2,8 +2,8 @@
 
 A boundary lies between two steps of the optimizer. A checkpoint holds the state at the last
 boundary: the trainer notes the position in the data, the random numbers and the running sums there,
-and after it only the optimizer changes weights. Every few boundaries (see Agreement), and before
-each save, the ranks agree on what happens next, so that they save, stop and fail together.
+and after it only the optimizer changes weights. Every few boundaries (see TrainingAgreement), and
+before each save, the ranks agree on the next action, so that they save, stop and fail together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from shardckpt.errors import RankFailedError, StateError
 from shardckpt.logs import warn
-from shardckpt.nn_handler.agreement import Agreement
+from shardckpt.nn_handler.agreement import TrainingAgreement
 from shardckpt.nn_handler.auto_saver import AutoSaver
 from shardckpt.nn_handler.callbacks import ModelCheckpoint
 from shardckpt.nn_handler.components import Components
@@ -53,7 +53,7 @@ class Trainer:
         bar = ProgressBar(options.gradient_accumulation_steps, options.limit_train_batches)
         self.bar = [bar] if options.progress_bar else []
         self.updater: Updater | None = None
-        self.agreement = Agreement(options.agree_every)
+        self.agreement = TrainingAgreement(options.agree_every)
         self.batches = EpochBatches(iter(()), per_step=1, count=None)
         self.end = self.end_step = 0
         handler.validates = options.validate_every > 0 or options.validate_every_steps is not None

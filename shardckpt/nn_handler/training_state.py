@@ -23,7 +23,7 @@ from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.model_code import in_notebook
 from shardckpt.nn_handler.objects import describe, warn_of_absent
 from shardckpt.nn_handler.optimization import MAIN, Optimization
-from shardckpt.nn_handler.parallel import Layout, Parallel, reshard, wrap
+from shardckpt.nn_handler.parallel import Layout, Parallel, free_full_parameters, wrap
 from shardckpt.nn_handler.save_schedule import check_monitor
 from shardckpt.nn_handler.scheduling import Scheduler
 from shardckpt.state.markers import PerRank
@@ -160,11 +160,11 @@ class TrainingState:
         finally:
             for module, training in modes:
                 module.training = training
-            reshard(self.module)
+            free_full_parameters(self.module)
 
     def wrap_again(self) -> None:
         """Internal. Wrap the model again for other parameters that need gradients. Collective."""
-        reshard(self.module)
+        free_full_parameters(self.module)
         now = [(id(p), p.requires_grad) for p in self.module.parameters()]
         if self.parallel == "ddp" and self.wrapped_for != now:
             self.rewrap()
@@ -230,7 +230,7 @@ class TrainingState:
 
     def untrained(self) -> list[str]:
         """Internal. Return the names of the parameters to train that no optimizer holds."""
-        reshard(self.module)
+        free_full_parameters(self.module)
         held = {
             id(p)
             for optimizer in self.optimizers.values()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from shardckpt.nn_handler.parallel import reshard
+from shardckpt.nn_handler.parallel import free_full_parameters
 from shardckpt.nn_handler.training_state import TrainingState
 from shardckpt.torch_compat import dtensor_local, is_dtensor
 
@@ -41,7 +41,7 @@ def undone(handler: TrainingState) -> Iterator[None]:
     Restores the tensors, the states of optimizers, schedulers and callbacks, the random numbers and
     the progress.
     """
-    reshard(handler.module)
+    free_full_parameters(handler.module)
     tensors = [(tensor, _local(tensor).detach().clone()) for tensor in _tensors(handler)]
     parts: list[Any] = [*handler.optimizers.values(), *handler.schedulers.values()]
     parts += [*handler.callbacks, *([handler.scaler] if handler.scaler is not None else [])]
@@ -52,7 +52,7 @@ def undone(handler: TrainingState) -> Iterator[None]:
     try:
         yield
     finally:
-        reshard(handler.module)
+        free_full_parameters(handler.module)
         with torch.no_grad():
             for tensor, value in tensors:
                 _local(tensor).copy_(value)

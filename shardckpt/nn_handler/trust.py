@@ -25,7 +25,7 @@ __all__ = [
     "is_function",
     "is_functional",
     "is_torch_module",
-    "resolve",
+    "resolve_name",
     "trust",
 ]
 
@@ -97,7 +97,7 @@ def import_name(value: Any) -> str | None:
     return f"{module}:{qualname}" if found is value else None
 
 
-def resolve(name: str, slot: Slot, *, instance: bool, with_arguments: bool = False) -> Any:
+def resolve_name(name: str, slot: Slot, *, instance: bool, with_arguments: bool = False) -> Any:
     """Resolve a name in a slot. Returns None if no rule allows it.
 
     `instance`: the checkpoint describes an instance of the class, not the class.

@@ -9,7 +9,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from shardckpt.convert.pickle_scan import Named, Names, scan
+from shardckpt.convert.pickle_scan import Named, PickleStructure, scan
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ class Call:
 def test_a_stand_in_takes_the_place_of_a_function_and_nothing_is_called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = pickle.dumps({"x": Call()}, protocol=2)
-    found = Names(data, allowed=lambda name: True).load()["x"]
+    found = PickleStructure(data, allowed=lambda name: True).load()["x"]
     assert isinstance(found, Named)
     assert found.name.endswith(".mkdir")
     assert found.args == ("owned",)
@@ -57,12 +57,12 @@ def test_a_stand_in_takes_the_place_of_a_function_and_nothing_is_called(tmp_path
 def test_a_name_that_is_not_allowed_is_refused():
     data = pickle.dumps(Call(), protocol=2)
     with pytest.raises(pickle.UnpicklingError, match="mkdir is not allowed"):
-        Names(data, allowed=lambda name: False).load()
+        PickleStructure(data, allowed=lambda name: False).load()
 
 
 def test_immutable_types_are_read_as_themselves():
     value = {"d": torch.float16, "o": OrderedDict(a=1), "s": torch.Size([2, 3])}
-    found = Names(pickle.dumps(value, protocol=2), allowed=lambda name: True).load()
+    found = PickleStructure(pickle.dumps(value, protocol=2), allowed=lambda name: True).load()
     assert found["d"] is torch.float16
     assert type(found["o"]) is OrderedDict
     assert tuple(found["s"]) == (2, 3)
@@ -70,6 +70,6 @@ def test_immutable_types_are_read_as_themselves():
 
 def test_data_outside_the_pickle_are_refused_unless_the_caller_has_them():
     data = b"\x80\x02K\x07Q."
-    assert Names(data, allowed=lambda name: True, storage=lambda pid: pid + 1).load() == 8
+    assert PickleStructure(data, allowed=lambda name: True, storage=lambda pid: pid + 1).load() == 8
     with pytest.raises(pickle.UnpicklingError, match="outside the pickle"):
-        Names(data, allowed=lambda name: True).load()
+        PickleStructure(data, allowed=lambda name: True).load()

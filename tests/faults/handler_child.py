@@ -79,7 +79,7 @@ def imports_and_calls(name: str, slot: Any, *, instance: bool) -> Any:
 
 def plant(hole: str) -> None:
     if hole == "names":
-        objects.resolve = imports_and_calls
+        objects.resolve_name = imports_and_calls
     elif hole == "sizes":
         bounds.Bounds._probe = lambda *arguments: None  # type: ignore[method-assign]
 

@@ -45,6 +45,7 @@ CHANGES = (
 SOURCES = (".py", ".pyc", ".so")
 FOLDER_S = 60  # a machine may have other work to do
 HOLE_S = 3
+HOLE_CPU_S = 1.2  # more than an attempt may take
 MOST_ADDRESSES = 1 << 30  # beyond what is taken before; threads and allocators reserve some
 
 
@@ -257,6 +258,7 @@ def _work(jobs: list[dict[str, Any]], told: Any) -> None:
     for job in jobs:
         if job.get("hole"):
             HOLES[job["hole"]]()
+            signal.setitimer(signal.ITIMER_PROF, HOLE_CPU_S)
         limit_s = HOLE_S if job.get("hole") else FOLDER_S
         told.write(json.dumps(attempt(job["call"], Path(job["path"]), limit_s=limit_s)) + "\n")
         told.flush()

@@ -90,7 +90,7 @@ def sharing_unbounded() -> None:
 
 
 def rank_metadata_unpickled() -> None:
-    replace("Names", _Unpickler, torch_checkpointing)
+    replace("PickleStructure", _Unpickler, torch_checkpointing)
     replace("scan", len, torch_checkpointing)
 
 

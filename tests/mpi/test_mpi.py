@@ -48,34 +48,48 @@ def load_with_torch(folders: list[str]) -> list[object]:
 
 
 @flavours(long=["mpich"])
-def test_all_that_works(tmp_path, flavour):
-    """4 ranks of torch, then 3 of MPI, then one process; and back."""
-    folders = [str(tmp_path / flavour)]
-    run_ranks(4, save_with_torch, folders)
-    check_flavour(flavour, tmp_path / flavour)
-    loaded = [True, list(map(float, range(10)))]
-    assert run_ranks(4, load_with_torch, folders) == [[loaded]] * 4
+def test_arrays_mistakes_and_failing_ranks(tmp_path, flavour):
+    """4 ranks of torch, then 3 of MPI, then one process."""
+    folder = tmp_path / flavour
+    run_ranks(4, save_with_torch, [str(folder)])
+    check_job(flavour, folder, ["plain", "wrong", "failing"])
+    check_files(folder, ["mpi", "async-0", "async-1", "async-2"])
 
 
-def check_flavour(flavour, folder) -> None:
+@pytest.mark.long
+@flavours()
+def test_commands_and_groups_of_torch(tmp_path, flavour):
+    """As above, and back on 4 ranks of torch."""
+    folder = tmp_path / flavour
+    run_ranks(4, save_with_torch, [str(folder)])
     damage(folder)
-    values = run_job(flavour, 3, "all_of_it", str(folder), folder=folder / "out").checked()
+    values = check_job(flavour, folder, ["plain", "wrong", "failing", "tools", "torch_group"])
+    for value in values:
+        assert value["tools"] == [0, 0, 6, 5, 6, 0, 0, 0]
+        assert value["torch_group"]["world"][:2] == [3, "3"]
+        assert not value["torch_group"]["before"]
+        assert value["torch_group"]["dcp"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert value["torch_group"]["handler"] == ["ddp", "fsdp"]
+        check_digest(folder, value["torch_group"]["digest"])
+    # MPI assigns the local ranks of a node in any order.
+    assert sorted(value["torch_group"]["world"][2] for value in values) == ["0", "1", "2"]
+    check_files(folder, ["mpi", "async-0", "async-1", "async-2", "resharded", "converted"])
+    check_files_of_commands(folder)
+    loaded = [True, list(map(float, range(10)))]
+    assert run_ranks(4, load_with_torch, [str(folder)]) == [[loaded]] * 4
+
+
+def check_job(flavour, folder, names) -> list[dict]:
+    values = run_job(flavour, 3, "several", str(folder), names, folder=folder / "out").checked()
     for rank, value in enumerate(values):
         check_plain(value["plain"], rank)
         check_wrong(value["wrong"])
-        assert value["tools"] == [0, 0, 6, 5, 6, 0, 0, 0]
-        assert value["torch"]["world"][:2] == [3, "3"]
-        assert not value["torch"]["before"]
-        assert value["torch"]["dcp"] == [0.0, 1.0, 2.0, 3.0, 4.0]
-        assert value["torch"]["handler"] == ["ddp", "fsdp"]
-    # MPI assigns the local ranks of a node in any order.
-    assert sorted(value["torch"]["world"][2] for value in values) == ["0", "1", "2"]
     others = [[[1], "plan"], [[1], "divide"], [[1], "write"]]
     late = [[[1], "begin"], "saved"] * 2
     assert values[0]["failing"] == others + late
     assert values[1]["failing"] == ["own"] * 3 + late
     assert values[2]["failing"] == others + late
-    check_files(folder, values[0])
+    return values
 
 
 def damage(folder) -> None:
@@ -114,28 +128,36 @@ def check_wrong(found) -> None:
     assert found["strides"]
 
 
-def check_files(folder, value) -> None:
+def check_files(folder, names) -> None:
     """Check the checkpoints from a process without a launcher."""
-    for name in ("mpi", "async-0", "async-1", "async-2", "resharded", "converted"):
+    for name in names:
         state = shardckpt.load_state(folder / name)
         assert np.array_equal(np.asarray(state["u"]), WHOLE), name
         assert torch.equal(state["t"], torch.from_numpy(WHOLE.T[:7, :7].copy())), name
         assert torch.equal(state["w"], torch.arange(10.0)), name
         assert (state["rank"], state["step"]) == ([0, 1, 2], 7), name
+    there = {"late-False-1", "late-True-1", "fine", "half-0", "half-1"}
+    gone = {"never", "raised", "late-False-0", "late-True-0", "0", "1"}
+    assert there <= set(os.listdir(folder))
+    assert not gone & set(os.listdir(folder))
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+def check_files_of_commands(folder) -> None:
     with shardckpt.open_checkpoint(folder / "resharded") as checkpoint:
         assert len(checkpoint.manifest.shards) == 5
         checkpoint.verify()
     assert torch.equal(read_one(f"{folder}/x.safetensors")["w"], torch.arange(10.0))
     with shardckpt.open_checkpoint(folder / "dcp-first") as checkpoint:
         assert checkpoint.manifest.world_size == 3
-    there = {"late-False-1", "late-True-1", "fine", "half-0", "half-1", "handler", "handler.pth"}
-    gone = {"never", "raised", "late-False-0", "late-True-0", "0", "1"}
-    assert there <= set(os.listdir(folder))
-    assert not gone & set(os.listdir(folder))
-    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+    assert {"handler", "handler.pth"} <= set(os.listdir(folder))
+
+
+def check_digest(folder, digest) -> None:
+    """Check that the ranks of MPI loaded the weights that those of torch saved."""
     trained = shardckpt.load_state(folder / "trained")
     weights = {name: tensor.double().sum().item() for name, tensor in trained["model"].items()}
-    assert weights == {name: value["torch"]["digest"][name] for name in weights}
+    assert weights == {name: digest[name] for name in weights}
 
 
 @flavours(long=["mpich"])

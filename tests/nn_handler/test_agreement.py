@@ -8,7 +8,7 @@ from unittest import mock
 from torch.distributed import HashStore
 
 from shardckpt.nn_handler import agreement
-from shardckpt.nn_handler.agreement import Agreement
+from shardckpt.nn_handler.agreement import TrainingAgreement
 
 
 def distances(most: int, slowest_us: list[int]) -> list[int]:
@@ -21,7 +21,7 @@ def distances(most: int, slowest_us: list[int]) -> list[int]:
         mock.patch.object(agreement, "largest", lambda numbers: [*numbers[:-1], next(times)]),
         mock.patch.object(agreement, "_LATE_S", math.inf),
     ):
-        one = Agreement(most)
+        one = TrainingAgreement(most)
         for _ in slowest_us:
             steps = 0
             while not one.due():
@@ -41,7 +41,7 @@ def test_slow_steps_shorten_the_distance():
 
 
 def test_one_rank_agrees_with_itself_before_each_step():
-    one = Agreement(8)
+    one = TrainingAgreement(8)
     for _ in range(5):
         assert one.due()
         assert one.largest([1, 2]) == [1, 2]
@@ -58,7 +58,7 @@ def test_ranks_that_are_all_late_agree_a_step_later():
     ):
         dist.get_world_size.return_value = 3
         dist.get_rank.return_value = 0
-        ranks = [Agreement(8) for _ in range(3)]
+        ranks = [TrainingAgreement(8) for _ in range(3)]
         for one in ranks:
             one._name = ranks[0]._name  # of one training, rather than of three in this process
         found: list[int] = []

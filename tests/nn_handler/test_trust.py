@@ -396,13 +396,13 @@ def test_a_script_s_own_functions_are_resolved():
         main.own.__module__ = "__main__"
         main.alias = number
         slot = trust.Slot.FUNCTION
-        assert trust.resolve("__main__:own", slot, instance=False) is main.own
-        assert trust.resolve("__main__:own", slot, instance=True) is None
+        assert trust.resolve_name("__main__:own", slot, instance=False) is main.own
+        assert trust.resolve_name("__main__:own", slot, instance=True) is None
         # a partial would call it with arguments of the checkpoint
-        assert trust.resolve("__main__:own", slot, instance=False, with_arguments=True) is None
-        assert trust.resolve("__main__:own", trust.Slot.MODEL, instance=False) is None
+        assert trust.resolve_name("__main__:own", slot, instance=False, with_arguments=True) is None
+        assert trust.resolve_name("__main__:own", trust.Slot.MODEL, instance=False) is None
         trusted, trust._prefixes = trust._prefixes, set()
-        assert trust.resolve("__main__:alias", slot, instance=False) is None
+        assert trust.resolve_name("__main__:alias", slot, instance=False) is None
         trust._prefixes = trusted
     finally:
         del main.own, main.alias
