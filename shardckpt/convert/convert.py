@@ -87,7 +87,8 @@ def convert(
         dtype: The dtype of all floating-point tensors of 16 bits and more: "float64", "float32",
             "float16" or "bfloat16". By default each keeps its dtype.
         like: A checkpoint whose tensors the target has: the same names, shapes and dtypes. Other
-            entries are left out. For "hf", configuration and tokenizer are copied from it.
+            entries are left out. For "hf", configuration and tokenizer are copied from it. Not with
+            `dtype`.
         shards: The number of shards, or of files of DCP. By default one for each GiB. Only for
             "shardckpt" and "dcp".
         file_bytes: The largest size of a file, unless a tensor is larger. By default 5 GB. Only for

@@ -28,6 +28,7 @@ from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
 from shardckpt.convert.torchsnapshot import METADATA as SNAPSHOT
 from shardckpt.convert.torchsnapshot import open_torchsnapshot
 from shardckpt.convert.transformed import Cast, Transformed, float_dtype
+from shardckpt.errors import StateError
 from shardckpt.state.saved_tree import Rename, Select
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
@@ -72,6 +73,13 @@ def open_source(
     """
     place = resolve(path, storage)
     wanted = None if dtype is None else float_dtype(dtype)
+    if wanted is not None and like is not None:
+        raise StateError(
+            "dtype= and like= exclude each other",
+            expected="like= alone, which sets the dtype of each tensor",
+            actual=f"dtype={str(wanted).removeprefix('torch.')!r} too",
+            remedy="leave out one of them",
+        )
     opened: Opened
     if isinstance(place.storage, LocalStorage):
         opened = _open(place, check=check)

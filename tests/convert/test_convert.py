@@ -172,6 +172,8 @@ def test_like_another_checkpoint(tmp_path):
     report = convert(tmp_path / "trained", tmp_path / "plain", **options)
     assert {"extra", "step"} <= report.left_out.keys()
     assert shardckpt.load_state(tmp_path / "plain").keys() == before.keys()
+    with pytest.raises(errors.StateError, match="exclude each other"):  # it would round twice
+        convert(tmp_path / "trained", tmp_path / "no", dtype="float16", **options)
     for change in ({"b": {"bias": torch.ones(5)}}, {"b": {}}, {"n": torch.ones(1).long()}):
         other = tmp_path / "other"
         shardckpt.save({"model": {**model, **change}}, other, overwrite=True)
