@@ -185,10 +185,18 @@ _UNREADABLE = (
 
 
 def raise_unreadable(path: str) -> None:
-    """Raise NotACheckpointError with a description of the folder, or with the folders and files in
-    it that convert can read."""
-    if not os.path.isdir(path):
+    """Raise NotACheckpointError with a description of the path, or with the folders and files in it
+    that convert can read. Returns if shardckpt's own error describes it."""
+    if not os.path.exists(path):
         return
+    if not os.path.isdir(path):
+        raise NotACheckpointError(
+            "The path is neither a file nor a folder",
+            path=path,
+            expected="one of the sources in docs/convert.md",
+            actual="a device, a pipe or a socket",
+            remedy="pass the path of a checkpoint",
+        )
     names = names_in(path)
     if any(re.fullmatch(r"shard-\d+-of-\d+\.safetensors", name) for name in names):
         return  # a checkpoint of shardckpt without its manifest
@@ -220,3 +228,10 @@ def raise_unreadable(path: str) -> None:
             actual=", ".join(found[:8]),
             remedy=f"pass one of them, such as {os.path.join(path, found[0])}",
         )
+    raise NotACheckpointError(
+        "This folder is not a checkpoint of a known format",
+        path=path,
+        expected="one of the sources in docs/convert.md",
+        actual=", ".join(names[:8]) or "an empty folder",
+        remedy="pass the folder that holds the files of the checkpoint",
+    )

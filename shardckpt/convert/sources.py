@@ -15,7 +15,7 @@ import torch
 
 from shardckpt.convert.layouts import left_beside
 from shardckpt.convert.transformed import Cast, Transformed
-from shardckpt.errors import LoadMismatchError
+from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtypes import dtype_name
@@ -145,12 +145,16 @@ def foreign(
     `reads` has a function that reads boxes of a tensor, by the id of the tensor. `per_rank` are the
     values of each rank, by the names of the PerRank in the state, and in their order.
     """
-    flat = flatten(state, rank=0)
-    tensors, trees = {**flat.tensors, **flat.rank_only}, [flat.per_rank_trees]
-    for rank, own in enumerate(per_rank[1:], 1):
-        other = flatten({name: PerRank(value) for name, value in own.items()}, rank=rank)
-        tensors |= other.rank_only
-        trees.append(other.per_rank_trees)
+    try:
+        flat = flatten(state, rank=0)
+        tensors, trees = {**flat.tensors, **flat.rank_only}, [flat.per_rank_trees]
+        for rank, own in enumerate(per_rank[1:], 1):
+            other = flatten({name: PerRank(value) for name, value in own.items()}, rank=rank)
+            tensors |= other.rank_only
+            trees.append(other.per_rank_trees)
+    except StateError as error:  # two entries of one name, say
+        error.path = path
+        raise
     lazy = {}
     for name, tensor in tensors.items():
         assert isinstance(tensor, torch.Tensor)

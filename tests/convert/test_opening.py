@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -48,3 +50,28 @@ def test_a_source_is_closed_after_an_error(tmp_path, monkeypatch):
     with pytest.raises(errors.LoadMismatchError):
         open_source(tmp_path / "shards", keys=["nothing"])
     assert closed == [str(tmp_path / "shards")]
+
+
+def test_an_error_about_the_names_in_a_file_has_its_path(tmp_path):
+    file = tmp_path / "x.pt"
+    torch.save({"a.b": torch.ones(2), "a": {"b": torch.ones(3)}}, file)
+    with pytest.raises(errors.StateError) as raised:
+        open_source(file)
+    assert raised.value.path == str(file)
+    assert raised.value.tensor == "a.b"
+
+
+@pytest.mark.parametrize("name", ["empty", "notes", "pipe"])
+def test_a_path_without_a_checkpoint_is_an_error_that_does_not_refer_to_convert(tmp_path, name):
+    path = tmp_path / name
+    if name == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    if name == "notes":
+        (path / "readme.txt").write_text("nothing")
+    with pytest.raises(errors.NotACheckpointError) as raised:
+        open_source(path)
+    assert raised.value.path == str(path)
+    assert raised.value.remedy
+    assert "convert" not in raised.value.remedy
