@@ -86,7 +86,10 @@ def _drop_output() -> None:
 
 
 def _with_options(text: str, parameters: Sequence[click.Parameter]) -> str:
-    """Replace the Python arguments that an error names by the options of the command."""
+    """Replace the Python arguments that an error names by the options of the command.
+
+    Paths and names of entries, which may look the same, are unchanged.
+    """
     options = {each.name: each.opts[0] for each in parameters if isinstance(each, click.Option)}
     options = {"keys": "NAMES", **options, "file_bytes": "--max-file-size", "to": "--format"}
 
@@ -94,7 +97,11 @@ def _with_options(text: str, parameters: Sequence[click.Parameter]) -> str:
         name, value = found.groups()
         return options[name] if value == "True" else f"{options[name]} {value}".rstrip()
 
-    return re.sub(rf"\b({'|'.join(options)})=(\w+|['\"]\w*['\"]|)", option, text)
+    argument = re.compile(rf"\b({'|'.join(options)})=(\w+|['\"]\w*['\"]|)")
+    return "\n".join(
+        line if line.startswith(("  path:", "  tensor:")) else argument.sub(option, line)
+        for line in text.split("\n")
+    )
 
 
 def _checkpoints_below(path: str | None) -> str:

@@ -29,6 +29,11 @@ def test_as_a_module(tmp_path):
     assert "Phase.WARM" in shown.stdout
 
 
+def test_a_path_that_looks_like_an_argument_is_printed_as_it_is(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "keys=a")]) != 0
+    assert f"path: {tmp_path}/keys=a\n" in capsys.readouterr().err
+
+
 def test_reshard_writes_another_number_of_shards(tmp_path, capsys):
     state = {"t": torch.arange(1 << 20).reshape(-1, 8), "r": PerRank({"x": torch.ones(2)}), "n": 1}
     shardckpt.save(state, tmp_path / "c")
