@@ -183,7 +183,7 @@ def addressed_chunk(tensor: torch.Tensor, shape: tuple[int, ...]) -> LocalChunk 
     Returns None for all other tensors, for which local_chunks has checks and errors.
     """
     data = plain_data(tensor)
-    if data is None or tensor.shape != shape or not (address := plain_address(data)):
+    if data is None or not (address := plain_address(data)) or tensor.shape != shape:
         return None
     if data is tensor:  # a chunk for each of many tensors shares its tuples with others
         return LocalChunk(_ORIGINS[len(shape)], shape, tensor, address)

@@ -133,7 +133,13 @@ def load(name, path):
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 3])
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("lists", "zero") else pytest.mark.long)
+        for name in JOBS
+    ],
+)
 def test_goes_on_on_another_number_of_ranks(tmp_path, name, world_size):
     weight = run_ranks(2, save, name, tmp_path)[0]
     for found in run_ranks(world_size, load, name, tmp_path):

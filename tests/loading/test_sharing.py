@@ -224,7 +224,7 @@ def load_with_a_rank_that_ends(path: str, how: str) -> str:
     return "failed as expected"
 
 
-@pytest.mark.parametrize("how", ["dies", "stops", "hangs"])
+@pytest.mark.parametrize("how", ["dies", pytest.param("stops", marks=pytest.mark.long), "hangs"])
 def test_a_reader_that_ends_is_an_error_on_all_other_ranks(tmp_path, how):
     path = str(tmp_path / "saved")
     shardckpt.save(tensors(), path)

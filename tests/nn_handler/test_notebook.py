@@ -58,6 +58,7 @@ def kernel_spec(tmp_path, monkeypatch):
     return "here"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_notebook_trains_shows_and_saves(tmp_path, kernel_spec):
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS])

@@ -59,7 +59,7 @@ def stop_and_resume(folder: str, parallel: str) -> list[str]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, parallel):
     assert run_ranks(2, stop_and_resume, str(tmp_path), parallel, timeout_s=110) == [["step2"]] * 2
 

@@ -14,7 +14,7 @@ from tests.nn_handler.recipes import EPOCHS, kill, run
 @pytest.mark.parametrize(
     ("recipe", "parallel"),
     [
-        ("conv", "ddp"),
+        pytest.param("conv", "ddp", marks=pytest.mark.long),
         ("ranker", "fsdp"),
         pytest.param("gan", "fsdp", marks=pytest.mark.long),
         pytest.param("llama", "ddp", marks=pytest.mark.long),
