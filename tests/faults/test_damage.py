@@ -17,14 +17,14 @@ from tests.faults.disk import Disk
 SEED = 4
 
 
-def test_every_flipped_bit_is_detected():
+def test_flipped_bits_are_detected():
     files = damage.a_checkpoint()
     assert sum(map(len, files.values())) >= 16 << 10
     bits = random.Random(SEED).sample(damage.all_bits(files), 500)
     damage.try_flips(files, bits)
 
 
-def test_every_truncation_is_detected():
+def test_truncations_are_detected():
     files = damage.a_checkpoint()
     damage.try_cuts(files, random.Random(SEED).sample(damage.all_cuts(files), 200))
 

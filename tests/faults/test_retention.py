@@ -28,7 +28,7 @@ def check(disk, *, per_prefix, since=0, seed=SEED, enough=99):
 
 
 @pytest.mark.parametrize("name", retention.HISTORIES)
-def test_every_crash_state_of_a_manager_loads(name):
+def test_crash_states_of_a_manager_can_be_loaded(name):
     tried = check(retention.record(name), per_prefix=3)
     assert not tried.failures, "\n".join(tried.failures[:5])
     assert tried.states > 100
