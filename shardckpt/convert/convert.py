@@ -13,15 +13,8 @@ from shardckpt.convert.formats import FORMATS, Format
 from shardckpt.convert.lightning import SUFFIX as LIGHTNING_SUFFIX
 from shardckpt.convert.lightning import lightning_state
 from shardckpt.convert.opening import open_source
-from shardckpt.convert.safetensors_files import (
-    HuggingFace,
-    SafetensorsFile,
-)
-from shardckpt.convert.single_files import (
-    check_suffix,
-    is_one_file,
-    write_one,
-)
+from shardckpt.convert.safetensors_files import HuggingFace, SafetensorsFile
+from shardckpt.convert.single_files import check_suffix, is_one_file, write_one
 from shardckpt.convert.sources import origin_of, state_of
 from shardckpt.convert.targets import Target
 from shardckpt.coordination.base import Coordinator

@@ -1,4 +1,4 @@
-"""Pause the cyclic garbage collector of Python while plans are built.
+"""Pause the cyclic garbage collector of Python during plans and small loads.
 
 Building a plan creates tens of thousands of small objects, none of them garbage. Without the pause
 the collector would repeatedly scan all of them, and all objects of the training job.
@@ -22,7 +22,7 @@ _resume = False
 def collector_paused() -> Iterator[None]:
     """Pause the collector in all threads during the with block.
 
-    Use it for milliseconds of computing, not for I/O.
+    Use it for milliseconds of work, not for long I/O or for waits.
     """
     global _pauses, _resume
     with _lock:

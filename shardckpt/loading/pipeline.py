@@ -38,8 +38,8 @@ __all__ = ["LoadOptions", "run_load"]
 Opened = tuple[CheckpointFiles, Manifest]
 
 _LITTLE_BYTES = 64 << 20
-"""The bytes that one rank may read before the garbage collector runs again. When it runs, it scans
-all objects of the match, which exist until the load ends."""
+"""The bytes that a single rank may read from its own machine before the garbage collector runs
+again. When it runs, it scans all objects of the match, which exist until the load ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,9 @@ def _load(
         with watch.phase("read"):
             with work.phase("read"), collector_paused():
                 planned = matched.then(lambda matched: plan_reads(matched.reads))
-            if planned.value is None or planned.value.size_bytes() > _LITTLE_BYTES:
+            if planned.value is None or (
+                opened.get()[0].remote or planned.value.size_bytes() > _LITTLE_BYTES
+            ):
                 pause.close()
             sharing = None
             if shares is not Shares.NOTHING:

@@ -102,14 +102,17 @@ class SavedState:
         self._rename = rename
         self.renamed = rename_function(rename)
         self.tree = values.decode(manifest.state, tensor=_keep, unknown=_keep)
-        self._left: set[str] = set()
+        left: set[str] = set()
         if keys is not None or rename is not None:
-            self.tree, self._left = _rewrite(self.tree, self.selected, self.renamed)
+            self.tree, left = _rewrite(self.tree, self.selected, self.renamed)
         if rename is not None:
             _check_names(self.tree)
         self.nodes: dict[str, Any] = {}
         self.leaves: dict[str, Any] = {}
         self._index(self.tree, "")
+        for name in left:  # None stands in their place
+            self.nodes.pop(name, None)
+            self.leaves.pop(name, None)
         self._per_rank: dict[int, list[Any]] = {}
 
     def selected(self, name: str) -> bool:
@@ -173,8 +176,6 @@ class SavedState:
             self.leaves[name] = node
         for key, item in items:
             inner = f"{name}.{key}" if name else str(key)
-            if inner in self._left:  # None stands in its place
-                continue
             if type(item) is TensorRef and (self._keys is None or self.selected(inner)):
                 self.nodes[inner] = self.leaves[inner] = item
             else:
@@ -213,7 +214,7 @@ def _rewrite(
 ) -> tuple[Any, set[str]]:
     """Return the tree with renamed keys, without unselected entries (None in a list or tuple).
 
-    Also return the old names of the items of lists that got a name outside their list.
+    Also return the names of the places in lists whose items got a name outside their list.
     """
     moved: list[tuple[str, Any]] = []
     left: set[str] = set()
@@ -225,13 +226,14 @@ def _rewrite(
             return node if selected(new) else nothing
         is_dict = isinstance(node, dict)
         kept: dict[Any, Any] = {}
+        gone: list[str] = []
         for key, item in items:
             name = renamed(below(old, key))
             value = rewrite(item, below(old, key), name)
             stays = name == below(new, key)
             if not is_dict:
                 kept[key] = value if stays else nothing
-                left.update(() if stays else [below(new, key)])
+                gone += [] if stays else [below(new, key)]
             if value is nothing or (stays and not is_dict):
                 continue
             if stays:
@@ -244,6 +246,7 @@ def _rewrite(
                 moved.append((name, value))
         if all(value is nothing for value in kept.values()):
             return nothing
+        left.update(gone)
         return rebuilt(node, ((k, None if v is nothing else v) for k, v in kept.items()))
 
     result = rewrite(tree, "", "")

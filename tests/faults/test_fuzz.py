@@ -20,7 +20,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 QUICK = settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 MEMBERS = st.sampled_from([*json.loads(fuzz.VALID_MANIFEST), "more"])
 

@@ -18,7 +18,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_acknowledged_checkpoints_survive_random_kills(tmp_path):
-    done = run("tests.faults.kills", str(tmp_path), "--seed", "9", "--count", "9")
+    done = run("tests.faults.kills", str(tmp_path), "--seed", "9", "--count", "15")
     assert done.returncode == 0, done.stderr
 
 

@@ -12,6 +12,7 @@ from shardckpt.errors import LoadMismatchError
 from shardckpt.loading import pipeline
 from shardckpt.loading.memory_checkpoint import StateStorage
 from shardckpt.loading.pipeline import LoadOptions, run_load
+from shardckpt.storage.base import CheckpointFiles
 
 SAVED = {"w": torch.arange(4.0), "n": 7}
 
@@ -57,8 +58,11 @@ def test_an_error_of_a_read_is_raised_before_values_are_put_back(monkeypatch):
     assert state["n"] == 0
 
 
-@pytest.mark.parametrize("little_bytes", [64 << 20, 0])
-def test_the_collector_runs_again_before_many_bytes_are_read(monkeypatch, little_bytes):
+@pytest.mark.parametrize(
+    ("little_bytes", "remote", "runs"),
+    [(64 << 20, False, False), (0, False, True), (64 << 20, True, True)],
+)
+def test_the_collector_runs_again_before_long_reads(monkeypatch, little_bytes, remote, runs):
     enabled = []
     read = pipeline.read_all
 
@@ -68,8 +72,9 @@ def test_the_collector_runs_again_before_many_bytes_are_read(monkeypatch, little
 
     monkeypatch.setattr(pipeline, "read_all", read_all)
     monkeypatch.setattr(pipeline, "_LITTLE_BYTES", little_bytes)
+    monkeypatch.setattr(CheckpointFiles, "remote", remote)
     load({"w": torch.zeros(4), "n": 0})
-    assert enabled == [little_bytes == 0]
+    assert enabled == [runs]
     assert gc.isenabled()
     with pytest.raises(LoadMismatchError):
         load({"absent": torch.zeros(4)})

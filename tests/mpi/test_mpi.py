@@ -48,22 +48,12 @@ def load_with_torch(folders: list[str]) -> list[object]:
 
 
 @flavours(long=["mpich"])
-def test_arrays_mistakes_and_failing_ranks(tmp_path, flavour):
-    """4 ranks of torch, then 3 of MPI, then one process."""
-    folder = tmp_path / flavour
-    run_ranks(4, save_with_torch, [str(folder)])
-    check_job(flavour, folder, ["plain", "wrong", "failing"])
-    check_files(folder, ["mpi", "async-0", "async-1", "async-2"])
-
-
-@pytest.mark.long
-@flavours()
-def test_commands_and_groups_of_torch(tmp_path, flavour):
-    """As above, and back on 4 ranks of torch."""
+def test_arrays_mistakes_failing_ranks_commands_and_groups_of_torch(tmp_path, flavour):
+    """4 ranks of torch, then 3 of MPI, then one process; and back."""
     folder = tmp_path / flavour
     run_ranks(4, save_with_torch, [str(folder)])
     damage(folder)
-    values = check_job(flavour, folder, ["plain", "wrong", "failing", "tools", "torch_group"])
+    values = check_job(flavour, folder)
     for value in values:
         assert value["tools"] == [0, 0, 6, 5, 6, 0, 0, 0]
         assert value["torch_group"]["world"][:2] == [3, "3"]
@@ -73,14 +63,14 @@ def test_commands_and_groups_of_torch(tmp_path, flavour):
         check_digest(folder, value["torch_group"]["digest"])
     # MPI assigns the local ranks of a node in any order.
     assert sorted(value["torch_group"]["world"][2] for value in values) == ["0", "1", "2"]
-    check_files(folder, ["mpi", "async-0", "async-1", "async-2", "resharded", "converted"])
+    check_files(folder)
     check_files_of_commands(folder)
     loaded = [True, list(map(float, range(10)))]
     assert run_ranks(4, load_with_torch, [str(folder)]) == [[loaded]] * 4
 
 
-def check_job(flavour, folder, names) -> list[dict]:
-    values = run_job(flavour, 3, "several", str(folder), names, folder=folder / "out").checked()
+def check_job(flavour, folder) -> list[dict]:
+    values = run_job(flavour, 3, "all_of_it", str(folder), folder=folder / "out").checked()
     for rank, value in enumerate(values):
         check_plain(value["plain"], rank)
         check_wrong(value["wrong"])
@@ -128,9 +118,9 @@ def check_wrong(found) -> None:
     assert found["strides"]
 
 
-def check_files(folder, names) -> None:
+def check_files(folder) -> None:
     """Check the checkpoints from a process without a launcher."""
-    for name in names:
+    for name in ("mpi", "async-0", "async-1", "async-2", "resharded", "converted"):
         state = shardckpt.load_state(folder / name)
         assert np.array_equal(np.asarray(state["u"]), WHOLE), name
         assert torch.equal(state["t"], torch.from_numpy(WHOLE.T[:7, :7].copy())), name

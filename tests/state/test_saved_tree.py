@@ -134,3 +134,12 @@ def test_the_items_of_a_list_keep_their_indices(path):
         shardckpt.load(target, path, rename={"list.0": "x"}, keys=["list", "x"])
     assert caught.value.missing == ("list.0",)
     assert shardckpt.load_state(path, rename={"list.0": "x"})["list"] == [None, 5]
+
+
+def test_a_place_in_a_list_that_is_gone_is_a_free_name(tmp_path):
+    saved = {"l": [torch.zeros(1), torch.ones(1)], "x": torch.full((1,), 2.0)}
+    shardckpt.save(saved, tmp_path / "c")
+    target = {"l": {"1": torch.zeros(1)}}
+    rename = {"l.0": "a", "l.1": "b", "x": "l.1"}
+    shardckpt.load(target, tmp_path / "c", rename=rename)
+    assert target["l"]["1"].item() == 2
