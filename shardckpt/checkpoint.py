@@ -14,7 +14,7 @@ from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.lazy_manifest import LazyManifest
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.devices import free_memory
-from shardckpt.io.gc_pause import collector_paused
+from shardckpt.io.gc_pause import collector_paused, ends_pauses
 from shardckpt.loading.lazy_tensor import MappedFiles, disk_tensor
 from shardckpt.loading.shard_reader import read_all, read_box
 from shardckpt.maintenance.verify import verify_shards
@@ -249,6 +249,7 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
             report.raise_if_corrupted()
         return report
 
+    @ends_pauses
     def load_state(
         self,
         *,

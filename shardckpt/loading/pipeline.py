@@ -21,7 +21,7 @@ from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import Attempt, exchange
 from shardckpt.errors import RankFailedError
 from shardckpt.format.entries import Manifest
-from shardckpt.io.gc_pause import collector_paused
+from shardckpt.io.gc_pause import collector_paused, ends_pauses
 from shardckpt.loading.agreement import Shares, agree_on_reads, agree_on_sharing, open_together
 from shardckpt.loading.shard_reader import read_all
 from shardckpt.loading.sharing import Sharing, TransferError
@@ -54,6 +54,7 @@ class LoadOptions:
 
 
 @reported("load", lambda state, path, *, coordinator, **_: (path, coordinator.rank))
+@ends_pauses
 def run_load(
     state: Any,
     path: str,

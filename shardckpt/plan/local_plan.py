@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardckpt.errors import RankMismatchError
+from shardckpt.errors import RankMismatchError, UnsupportedLeafError
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtype_names import NOT_COPYABLE
 from shardckpt.format.dtypes import dtype_name, memory_view
+from shardckpt.format.manifest import MOST_DIMS
 from shardckpt.state.flatten import FlatState, placeholder
 from shardckpt.state.local_chunks import PLAIN, AnyTensor, Box, local_chunks, may_have_replicas
 
@@ -324,6 +325,15 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
                     data.append(chunk.data)
                 dtype = dtype_name(tensor.dtype, tensor=name)
                 specs.append(TensorSpec(name, dtype, tuple(tensor.shape)))
+    many = next((spec for spec in specs if len(spec.shape) > MOST_DIMS), None)
+    if many is not None:
+        raise UnsupportedLeafError(
+            "A tensor has too many dimensions",
+            tensor=many.name,
+            expected=f"at most {MOST_DIMS}",
+            actual=len(many.shape),
+            remedy="reshape it",
+        )
     count = len(flat.tensors)
     return LocalPlan(
         common=tuple(specs[:count]),

@@ -15,7 +15,7 @@ from typing import Any
 
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import attempt
-from shardckpt.io.gc_pause import collector_paused
+from shardckpt.io.gc_pause import collector_paused, ends_pauses
 from shardckpt.logs import logger, reported
 from shardckpt.plan.local_plan import LocalPlan, local_plan
 from shardckpt.reports import SaveReport, Stopwatch
@@ -35,6 +35,7 @@ def plan_state(state: Any, coordinator: Coordinator) -> LocalPlan:
 
 
 @reported("save", lambda plan, target, *, coordinator, **_: (target.path, coordinator.rank))
+@ends_pauses
 def run_save(
     plan: Callable[[], LocalPlan],
     target: SaveTarget,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import os
+import sys
 import threading
 
 import pytest
+import torch
 
-from shardckpt.io.gc_pause import collector_paused
+import shardckpt
+from shardckpt.io.gc_pause import collector_paused, ends_pauses
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +53,72 @@ def test_a_thread_that_leaves_first_does_not_end_the_pause_of_another():
         thread.start()
         assert entered.wait(60)
     assert not gc.isenabled()
+    leave.set()
+    thread.join(60)
+    assert gc.isenabled()
+
+
+def test_a_function_ends_a_pause_whose_end_was_interrupted(monkeypatch):
+    def interrupted(pause, *error):
+        raise KeyboardInterrupt
+
+    @ends_pauses
+    def work():
+        with collector_paused():
+            pass
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collector_paused, "__exit__", interrupted)
+        work()
+    assert gc.isenabled()
+    with collector_paused():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(collector_paused, "__exit__", interrupted)
+            work()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in generators
+def test_interrupts_at_any_moment_of_a_load_leave_the_collector_on(tmp_path):
+    state = {"w": torch.ones(3)}
+    shardckpt.save(state, tmp_path / "c")
+    for at in itertools.count(1, 7):
+        count = itertools.count(1)
+
+        def interrupt(frame, event, argument, at=at, count=count):
+            if next(count) == at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            shardckpt.load(state, tmp_path / "c")
+        except KeyboardInterrupt:
+            assert gc.isenabled(), at
+        else:
+            break
+        finally:
+            sys.settrace(None)
+    assert at > 500
+
+
+def test_a_forked_child_has_no_pause_of_another_thread():
+    entered, leave = threading.Event(), threading.Event()
+
+    def pause():
+        with collector_paused():
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=pause)
+    thread.start()
+    assert entered.wait(60)
+    child = os.fork()
+    if not child:
+        os._exit(0 if gc.isenabled() else 1)
+    assert os.waitpid(child, 0)[1] == 0
     leave.set()
     thread.join(60)
     assert gc.isenabled()

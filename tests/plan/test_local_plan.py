@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardckpt.errors import UnsupportedLeafError
 from shardckpt.plan import local_plan as module
-from shardckpt.plan.local_plan import LocalPlan, TensorSpec, pack_columns, unpack_columns
+from shardckpt.plan.local_plan import (
+    LocalPlan,
+    TensorSpec,
+    local_plan,
+    pack_columns,
+    unpack_columns,
+)
 from shardckpt.plan.save_plan import global_plan
+from shardckpt.state.flatten import flatten
 from tests.plan.plans import a_plan
 
 
@@ -43,3 +53,12 @@ def test_what_travels_is_small():
     assert len(plan.pack(complete=False)) < 4 * 1000
     (share,) = global_plan([a_plan(common[:1], (), [(0, (0, 0), (16_384, 4096), False)])]).shares
     assert len(share) < 64
+
+
+def test_a_tensor_of_more_than_64_dimensions_is_refused():
+    state = {"most": torch.ones((1,) * 64), "more": torch.ones((1,) * 65)}
+    with pytest.raises(UnsupportedLeafError) as raised:
+        local_plan(flatten(state, rank=0), world_size=1)
+    assert raised.value.tensor == "more"
+    del state["more"]
+    assert local_plan(flatten(state, rank=0), world_size=1).chunks.boxes.shape == (1, 2, 64)
