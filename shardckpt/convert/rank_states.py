@@ -263,8 +263,8 @@ class RankStates:
             tensor=name,
             expected="Shard or Replicate placements",
             actual=f"Partial({reduction})",
-            remedy="convert the other entries: choose them with keys; or redistribute() this one to "
-            "Replicate() or Shard() before it is saved",
+            remedy="convert the other entries: choose them with keys; or redistribute() this one "
+            "to Replicate() or Shard() before it is saved",
         )
 
     def _disagree(self, name: str, actual: str) -> CorruptionError:

@@ -176,9 +176,8 @@ def start_save(
 
 def wait_until_staged() -> None:
     """Wait until all saves that have begun are staged, so that their states may change."""
-    if _background is not None:
-        for staging, _ in _background.stagings:
-            wait([staging])
+    for job in _background.staging_jobs if _background is not None else ():
+        job.staged.wait()
 
 
 class _Job:
@@ -213,6 +212,8 @@ class _Job:
         self.part: StagedPart | None = None
         # Done when the copies from the CPU have ended, and those from devices were submitted.
         self.copies: Future[dict[torch.device, Mark]] = Future()
+        # An event is read without a lock, which a KeyboardInterrupt might leave locked.
+        self.staged = threading.Event()
         self.unchecked: tuple[Snapshot, FlatState] | None = None
         self.lock = threading.Lock()
         self.buffer: StagingBuffer | None = None
@@ -227,10 +228,12 @@ class _Job:
                 self._stage(pool, divider)
         except Exception as error:
             self.error = error
-        if not self.copies.done():
-            self.copies.set_result({})
-        self.snapshot = Snapshot()  # drops the references to the state
-        self.seconds["stage"] = time.perf_counter() - start
+        finally:
+            if not self.copies.done():
+                self.copies.set_result({})
+            self.snapshot = Snapshot()  # drops the references to the state
+            self.seconds["stage"] = time.perf_counter() - start
+            self.staged.set()
 
     def _stage(self, pool: StagingPool, divider: Divider) -> None:
         flat = flatten(self.snapshot.state, rank=self.rank)
@@ -314,7 +317,7 @@ class _Background:
         self.saver = ThreadPoolExecutor(1, "shardckpt-save", initializer=_lower_priority)
         self.pool = StagingPool()
         self.divider = Divider()
-        self.stagings: tuple[tuple[Future[None], _Job], ...] = ()
+        self.staging_jobs: tuple[_Job, ...] = ()
         self.handles: list[SaveHandle] = []
         self.lock = threading.Lock()
 
@@ -326,8 +329,8 @@ class _Background:
             saving = self.saver.submit(copy_context().run, job.save, staging, self.pool)
             handle = SaveHandle(path, staging, saving, wait_for_tier)
             self.handles.append(handle)
-            running = [(other, job) for other, job in self.stagings if not other.done()]
-            self.stagings = (*running, (staging, job))
+            staging_jobs = [other for other in self.staging_jobs if not other.staged.is_set()]
+            self.staging_jobs = (*staging_jobs, job)
         return handle
 
     def unraised_errors(self) -> list[BaseException]:
@@ -365,8 +368,8 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     The hook is never removed, as that is not safe while another thread steps. It costs nothing
     while no state is being staged.
     """
-    for staging, job in _background.stagings if _background is not None else ():
-        if not staging.done():
+    for job in _background.staging_jobs if _background is not None else ():
+        if not job.staged.is_set():
             job.before_step()
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -287,6 +287,18 @@ def test_a_forked_child_saves_by_itself(tmp_path):
     handle.result(30)
     assert os.waitstatus_to_exitcode(status) == 0
     assert shardckpt.load_state(tmp_path / "child")["t"].tolist() == [0.0] * 3
+
+
+def test_loads_and_steps_need_no_lock_of_an_ended_save(tmp_path):
+    """A KeyboardInterrupt may leave the lock of a future locked, as its methods are in Python."""
+    state = {"t": torch.ones(3)}
+    handle = shardckpt.async_save(state, tmp_path / "c")
+    handle.result(30)
+    optimizer = torch.optim.SGD([torch.ones(3, requires_grad=True)])
+    with ThreadPoolExecutor(2) as threads, handle._staging._condition:
+        load = threads.submit(shardckpt.load, state, tmp_path / "c")
+        step = threads.submit(optimizer.step)
+        assert not wait([load, step], 10).not_done
 
 
 EXIT = """
