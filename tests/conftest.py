@@ -36,3 +36,25 @@ def s3(object_server, monkeypatch):
     for name, value in object_server.items():
         monkeypatch.setenv(name, value)
     return f"{root_url()}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=[False, True], ids=["late", "early"])
+def machine(request):
+    """A stand-in for an accelerator that runs work as late or as early as it may."""
+    from tests.device_states import forget
+    from tests.stand_in_device import stand_in
+
+    with stand_in(eager=request.param) as machine:
+        yield machine
+        forget()
+
+
+@pytest.fixture
+def late():
+    """A stand-in for an accelerator that runs work as late as it may."""
+    from tests.device_states import forget
+    from tests.stand_in_device import stand_in
+
+    with stand_in() as machine:
+        yield machine
+        forget()

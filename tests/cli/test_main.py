@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt import PerRank
 from shardckpt.cli.main import main
 from shardckpt.errors import StorageError
 from tests.cli.states import save_some
@@ -32,28 +31,6 @@ def test_as_a_module(tmp_path):
 def test_a_path_that_looks_like_an_argument_is_printed_as_it_is(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "keys=a")]) != 0
     assert f"path: {tmp_path}/keys=a\n" in capsys.readouterr().err
-
-
-def test_reshard_writes_another_number_of_shards(tmp_path, capsys):
-    state = {"t": torch.arange(1 << 20).reshape(-1, 8), "r": PerRank({"x": torch.ones(2)}), "n": 1}
-    shardckpt.save(state, tmp_path / "c")
-    target = str(tmp_path / "d")
-    assert main(["reshard", str(tmp_path / "c"), target, "--shards", "3"]) == 0
-    assert "3 shards" in capsys.readouterr().out
-    sizes = [path.stat().st_size for path in (tmp_path / "d").glob("*.safetensors")]
-    assert len(sizes) == 3
-    assert max(sizes) - min(sizes) <= 8192
-    found = shardckpt.load_state(target)
-    assert torch.equal(found["t"], state["t"])
-    assert found["r"][0]["x"].tolist() == [1, 1]
-    again = {"r": PerRank({"x": torch.zeros(2)})}
-    shardckpt.load(again, target)  # still a checkpoint of one rank
-    assert again["r"].value["x"].tolist() == [1, 1]
-    assert main(["verify", target]) == 0
-    assert main(["reshard", str(tmp_path / "c"), target, "--shards", "1"]) == 7
-    arguments = ["reshard", str(tmp_path / "c"), target, "--shards", "1", "--overwrite"]
-    assert main(arguments) == 0
-    assert main(["reshard", str(tmp_path / "c"), str(tmp_path / "e"), "--shards", "0"]) == 3
 
 
 def test_errors_name_the_options_of_the_command(tmp_path, capsys):
@@ -154,19 +131,6 @@ def test_an_output_that_is_full_or_closed(command, tmp_path, monkeypatch, capsys
     assert "StorageError: The output can't be written: No space" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdout", None)
     assert main([*command, str(tmp_path / "c")]) == 0
-
-
-def test_the_command_without_its_packages_says_how_to_install_them():
-    code = "import sys; sys.modules['click'] = None; import shardckpt.cli.entry as entry; "
-    done = subprocess.run(
-        [sys.executable, "-c", code + "sys.exit(entry.main())"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 9
-    assert 'pip install "shardckpt[cli]"' in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

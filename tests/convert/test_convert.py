@@ -11,71 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert
-from shardckpt.convert.dcp import DcpCheckpoint
 from shardckpt.convert.opening import open_source
 from shardckpt.convert.single_files import read_one, write_many
-from shardckpt.convert.sources import Selected
-from shardckpt.format.dtype_names import shard_form
-from shardckpt.format.dtypes import DTYPES
 from shardckpt.io.buffers import BUFFER_BYTES
+from tests.convert.states import plain, whole_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # DCP's, of one process
-
-
-SAFETENSORS = {n: dtype for n, dtype in DTYPES.items() if shard_form(n, ()) == (n, ())}
-
-
-def model() -> dict:
-    """A state with every dtype, NaN, views, scalars, empty tensors and tied tensors."""
-    raw = torch.arange(0, 6 * 16 * 7, 7).to(torch.uint8).reshape(6, 16)
-    tensors = {name: raw.view(dtype) for name, dtype in SAFETENSORS.items() if name != "BOOL"}
-    weight = torch.arange(400_000.0).reshape(500, 800)
-    return {
-        **tensors,
-        "bool": raw > 99,
-        "layers.0.weight": weight,
-        "tied": weight,
-        "turned": weight[:7].T,
-        "scalar": torch.tensor(2.5),
-        "nothing": torch.empty(0, 3),
-    }
-
-
-def whole_state() -> dict:
-    moments = [{"m": torch.ones(3), "step": 1}, {"m": torch.zeros(3), "step": 2}]
-    values = {"lr": float("-inf"), "betas": (0.9, 0.999), "name": "adam"}
-    return {"model": model(), "optimizer": {"state": moments, **values}, "step": 7}
-
-
-def bits(tensor: torch.Tensor) -> tuple:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return tensor.dtype, tuple(tensor.shape), flat.numpy().tobytes()
-
-
-def plain(value):
-    """Comparable, to the bit; dicts without their order, which not every format keeps."""
-    if isinstance(value, torch.Tensor):
-        return bits(value)
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
-    return type(value), value
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "c"
-    shardckpt.save(whole_state(), path)
-    return str(path)
 
 
 @pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "dcp"])
@@ -92,39 +39,6 @@ def test_a_complete_state_goes_and_comes_back(tmp_path, saved, target):
     if target != "dcp":
         assert plain(read_one(path)) == plain(whole_state())
         assert back["model"]["tied"] is back["model"]["layers.0.weight"]
-
-
-def test_torch_reads_the_dcp_directory(tmp_path, saved):
-    convert(saved, str(tmp_path / "dcp"), to="dcp", shards=3)
-    names = set(os.listdir(tmp_path / "dcp"))
-    assert names == {".metadata", "__0_0.distcp", "__1_0.distcp", "__2_0.distcp"}
-    state = whole_state()
-    state["model"] = {name: torch.zeros_like(tensor) for name, tensor in state["model"].items()}
-    state["step"] = 0
-    dcp.load(state, checkpoint_id=tmp_path / "dcp")
-    assert plain(state) == plain(whole_state())
-    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "x.pt")
-    assert plain(torch.load(tmp_path / "x.pt", weights_only=True)) == plain(whole_state())
-
-
-def test_the_model_as_hugging_face_has_it(tmp_path, saved):
-    names = ["--keys", "model", "--rename", "model=", "--max-file-size", "1MB"]
-    assert main(["convert", saved, str(tmp_path / "hf"), "--format", "hf", *names]) == 0
-    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    files = sorted(set(index["weight_map"].values()))
-    assert files == [f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)]
-    found = {name: load_file(tmp_path / "hf" / name) for name in files}
-    want = model()
-    tied = want.pop("tied")
-    assert plain({k: v for own in found.values() for k, v in own.items()}) == plain(want)
-    assert index["weight_map"] == {k: name for name, own in found.items() for k in own}
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in want.values())
-    with safe_open(tmp_path / "hf" / index["weight_map"]["layers.0.weight"], "pt") as file:
-        assert file.metadata() == {"format": "pt", "tied": "layers.0.weight"}
-    convert(str(tmp_path / "hf"), str(tmp_path / "back"), rename={"": "model"})
-    back = {"model": {name: torch.zeros_like(tensor) for name, tensor in model().items()}}
-    shardckpt.load(back, tmp_path / "back")
-    assert plain(back["model"]) == plain({**want, "tied": tied})
 
 
 def test_files_that_others_wrote(tmp_path):
@@ -193,30 +107,6 @@ def test_numpy_arrays_stay_arrays_where_no_pickle_is_needed(tmp_path, target):
     assert isinstance(back["a"], kind)
     assert isinstance(back["t"][0], kind)
     assert (back["a"].tolist(), back["t"][0].tolist()) == ([0.0, 1.0, 2.0], [0, 1])
-
-
-def test_what_ranks_had_of_their_own(tmp_path):
-    own = shardckpt.PerRank({"seed": 5, "state": torch.arange(3), "array": np.arange(2)})
-    shardckpt.save({"w": torch.ones(2), "rng": own, "other": own}, tmp_path / "c")
-    convert(str(tmp_path / "c"), str(tmp_path / "d"), keys=["rng", "w"], rename={"w": "v"})
-    with shardckpt.open_checkpoint(tmp_path / "d") as checkpoint:
-        assert set(checkpoint) == {"v", "rng"}
-        assert set(checkpoint.manifest.tensors) == {"v", "rng.state@rank0", "rng.array@rank0"}
-    back = {"v": torch.zeros(2), "rng": shardckpt.PerRank({"seed": 0, "state": 0, "array": 0})}
-    shardckpt.load(back, tmp_path / "d")
-    assert back["rng"].value["state"].tolist() == [0, 1, 2]
-    convert(str(tmp_path / "c"), str(tmp_path / "x.safetensors"), keys="rng")
-    (listed,) = read_one(str(tmp_path / "x.safetensors"))["rng"]
-    assert (listed["seed"], listed["array"].tolist()) == (5, [0, 1])
-
-
-def test_boxes_of_a_dcp_tensor_lie_in_several_parts(tmp_path):
-    tensor = torch.arange(7 * 9).reshape(7, 9)
-    shardckpt.save({"w": torch.arange(400_000.0), "t": tensor}, tmp_path / "c")
-    convert(str(tmp_path / "c"), str(tmp_path / "d"), to="dcp", shards=3)
-    found = DcpCheckpoint(str(tmp_path / "d"))
-    assert found.read_box("w", (100,), (399_000,)).tolist() == list(range(100, 399_100))
-    assert torch.equal(found.read_box("t", (2, 3), (4, 5)), tensor[2:6, 3:8])
 
 
 @pytest.mark.parametrize("target", ["shardckpt", "hf", "x.safetensors"])
@@ -349,30 +239,3 @@ def test_what_a_target_can_not_hold(tmp_path, saved, capsys):
         with pytest.raises(SystemExit):
             main(["convert", saved, target, *wrong])
     assert "5GB" in capsys.readouterr().err
-
-
-def test_only_a_conversion_is_replaced(tmp_path, saved):
-    target = str(tmp_path / "hf")
-    convert(saved, target, to="hf", keys="model")
-    with pytest.raises(errors.CheckpointExistsError):
-        convert(saved, target, to="hf", keys="model")
-    (tmp_path / "hf" / "config.json").write_text("{}")
-    with pytest.raises(errors.NotACheckpointError, match=r"config\.json"):
-        convert(saved, target, to="hf", keys="model", overwrite=True)
-    (tmp_path / "hf" / "config.json").unlink()
-    convert(saved, target, to="hf", keys="model.scalar", overwrite=True)
-    assert set(open_source(target).manifest.tensors) == {"model.scalar"}
-    with pytest.raises(errors.NotACheckpointError):
-        convert(saved, target, to="dcp", overwrite=True)
-    assert os.listdir(tmp_path) == ["hf"]
-
-
-def test_a_rank_fails_and_nothing_is_left(tmp_path, saved, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    for to in ("hf", "dcp", "shardckpt"):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="space"):
-            patch.setattr(Selected, "read_box", fail)
-            convert(saved, str(tmp_path / "t"), to=to, keys="model")
-        assert os.listdir(tmp_path) == []

@@ -10,7 +10,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+import shardckpt
 from shardckpt import NNHandler, errors
+from shardckpt.convert.convert import convert
 from shardckpt.convert.dcp import DcpCheckpoint
 from tests.nn_handler.models import Net
 
@@ -65,3 +67,12 @@ def test_invalid_folders_of_dcp_are_errors(tmp_path):
     metadata.write_bytes(metadata.read_bytes()[:50])
     with pytest.raises(errors.CorruptionError):
         DcpCheckpoint(str(tmp_path / "c"))
+
+
+def test_boxes_of_a_dcp_tensor_lie_in_several_parts(tmp_path):
+    tensor = torch.arange(7 * 9).reshape(7, 9)
+    shardckpt.save({"w": torch.arange(400_000.0), "t": tensor}, tmp_path / "c")
+    convert(str(tmp_path / "c"), str(tmp_path / "d"), to="dcp", shards=3)
+    found = DcpCheckpoint(str(tmp_path / "d"))
+    assert found.read_box("w", (100,), (399_000,)).tolist() == list(range(100, 399_100))
+    assert torch.equal(found.read_box("t", (2, 3), (4, 5)), tensor[2:6, 3:8])

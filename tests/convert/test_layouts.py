@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import pickle
 import sys
 import time
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
 import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert
-from shardckpt.convert.single_files import read_one
 from tests.convert import layouts
-from tests.convert.layouts import Call, loaded
+from tests.convert.layouts import loaded, same_weights
 from tests.nn_handler.models import Net
-
-
-def same_weights(found: dict, model: nn.Module) -> bool:
-    own = model.state_dict()
-    return found.keys() == own.keys() and all(torch.equal(found[k], own[k]) for k in own)
-
 
 LIGHTNING_LEFT = {
     "hyper_parameters.args.loss": "holds an object of tests.convert.layouts.Loss",
@@ -110,20 +97,6 @@ def test_the_folder_of_a_trainer(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["left_out"] == report.left_out
 
 
-def test_random_numbers_and_optimizer_of_a_trainer_by_themselves(tmp_path):
-    layouts.trainer_folder(tmp_path / "t", Net(width=5))
-    want = torch.load(tmp_path / "t" / "rng_state.pth", weights_only=False)
-    report, state = loaded(tmp_path / "t" / "rng_state.pth")
-    assert not report.left_out
-    assert state["python"] == want["python"]
-    name, keys, *rest = state["numpy"]
-    assert (name, rest) == (want["numpy"][0], list(want["numpy"][2:]))
-    assert keys.dtype == np.uint32
-    assert np.array_equal(keys, want["numpy"][1])
-    report, state = loaded(tmp_path / "t" / "optimizer.pt")
-    assert state["param_groups"][0]["betas"] == (0.9, 0.999)
-
-
 @pytest.mark.parametrize("safe", [True, False])
 def test_the_folder_of_accelerate(tmp_path, safe):
     model = Net(width=5)
@@ -145,46 +118,6 @@ def test_the_folders_of_fsdp(tmp_path):
     assert state["optimizer"]["state"]["w"].tolist() == [1, 1]
     assert report.left_out.keys() == {"random_states_0.pkl", "scheduler.bin"}
     assert report.writer == "accelerate"
-
-
-def test_files_beside_the_weights_are_copied_to_hugging_faces_layout(tmp_path):
-    model, folder = Net(width=5), tmp_path / "c"
-    layouts.trainer_folder(folder, model)
-    (tmp_path / "secret.json").write_text("secret")
-    (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
-    companions = {"config.json", "generation_config.json", "tokenizer.json"}
-    for overwrite in (False, True):
-        report = convert(str(folder), str(tmp_path / "hf"), to="hf", overwrite=overwrite)
-        assert set(report.copied) == companions
-        assert "special_tokens_map.json" in report.left_out
-        assert not companions & report.left_out.keys()
-        assert json.loads((tmp_path / "hf" / "config.json").read_text()) == layouts.CONFIG
-        weights = {n for n in os.listdir(tmp_path / "hf") if n not in companions}
-        assert all(name.startswith("model") for name in weights)
-    (tmp_path / "hf" / "tokenizer.json").write_text("mine")
-    with pytest.raises(errors.NotACheckpointError, match=r"tokenizer\.json"):
-        convert(str(folder), str(tmp_path / "hf"), to="hf", overwrite=True)
-
-
-def test_links_into_the_cache_of_the_hub_are_followed(tmp_path):
-    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
-    layouts.bin_folder(tmp_path / "made", Net(width=5), files=1)
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for name in ("config.json", "pytorch_model.bin"):
-        (tmp_path / "made" / name).rename(blobs / f"0{name}")
-        (snapshot / name).symlink_to(f"../../blobs/0{name}")
-    report = convert(str(snapshot), str(tmp_path / "hf"), to="hf")
-    assert report.copied == ("config.json",)
-    assert len(report.tensors) == len(Net(width=5).state_dict())
-
-
-def test_files_beside_shards_are_listed(tmp_path):
-    shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
-    (tmp_path / "c" / "tokenizer.json").write_text("{}")
-    report, _ = loaded(tmp_path / "c")
-    assert report.left_out.keys() == {"tokenizer.json"}
-    assert report.source_format == "shardckpt"
 
 
 WEIGHTS = {
@@ -210,13 +143,6 @@ def test_a_handler_begins_with_the_weights_of_any_of_them(tmp_path, name):
         warnings.simplefilter("error")
         handler = NNHandler.initialize_from_checkpoint(tmp_path / name, Net, "cpu", width=5)
     assert same_weights(handler.module.state_dict(), model)
-
-
-def test_indexed_torch_files_that_lack_a_tensor(tmp_path):
-    layouts.bin_folder(tmp_path / "c", Net(width=5), files=2)
-    torch.save({}, tmp_path / "c" / "pytorch_model-00001-of-00002.bin")
-    with pytest.raises(errors.CorruptionError, match="does not match"):
-        convert(str(tmp_path / "c"), str(tmp_path / "d"))
 
 
 @pytest.mark.parametrize("name", ["x.ckpt", "x.bin"])
@@ -268,56 +194,6 @@ def test_dcp_of_torch_2_2(tmp_path):
     assert state["w"].tolist() == [1, 1, 1]
 
 
-def scripted(path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.script(nn.Linear(2, 2)).save(path)
-
-
-class Exits:
-    def __reduce__(self):
-        return os.mkdir, ("/nowhere",)
-
-
-REFUSED = {
-    "module": (lambda path: torch.save(nn.Linear(2, 2), path), "torch.nn.modules.linear.Linear"),
-    "arguments": (lambda path: torch.save(argparse.Namespace, path), "argparse.Namespace"),
-    "tensor": (lambda path: torch.save(torch.ones(2), path), "Tensor"),
-    "script": (scripted, "TorchScript"),
-    "protocol": (lambda path: torch.save({"n": 1}, path, pickle_protocol=4), "protocol"),
-    "text": (lambda path: path.write_text("{}"), "begin"),
-    "method": (lambda path: torch.save(Call(Path.touch, Path("x")), path), "bound method"),
-    "system": (lambda path: torch.save({"x": Exits()}, path), "mkdir"),
-    "cut": (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "x.pt"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_files_that_are_refused_say_what_they_are(tmp_path, kind):
-    write, text = REFUSED[kind]
-    path = tmp_path / ("x.pt" if kind != "text" else "x.model")
-    write(path)
-    with pytest.raises(errors.CheckpointError) as caught:
-        convert(str(path), str(tmp_path / "c"))
-    expected = errors.CorruptionError if kind in ("system", "cut") else errors.NotACheckpointError
-    assert type(caught.value) is expected
-    assert text in str(caught.value)
-    assert caught.value.remedy
-    assert "\x1b" not in str(caught.value)
-    assert "weights_only" not in str(caught.value)
-    assert os.listdir(tmp_path) == [path.name]
-
-
-def test_a_strict_reader_names_the_class(tmp_path):
-    torch.save({"args": argparse.Namespace()}, tmp_path / "x.pth")
-    for read in (NNHandler.load, read_one):
-        with pytest.raises(errors.NotACheckpointError, match=r"argparse\.Namespace") as caught:
-            read(str(tmp_path / "x.pth"))
-        assert "\x1b" not in str(caught.value)
-        assert "shardckpt convert" in caught.value.remedy
-
-
 FOLDERS = {
     "DeepSpeed": ["latest", "zero_to_fp32.py", "global_step10/mp_rank_00_model_states.pt"],
     "Megatron-LM": ["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"],
@@ -349,29 +225,6 @@ def test_folders_that_are_refused_say_what_they_are(tmp_path, text):
     assert text in str(caught.value)
     assert caught.value.remedy
     assert time.process_time() - started < 1
-
-
-@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
-def test_a_file_that_the_index_names_is_missing(tmp_path, kind):
-    (tmp_path / "c").mkdir()
-    index = {"metadata": {}, "weight_map": {"w": "part-1"}}
-    (tmp_path / "c" / f"{kind}.index.json").write_text(json.dumps(index))
-    with pytest.raises(errors.CorruptionError, match="is missing") as caught:
-        convert(str(tmp_path / "c"), str(tmp_path / "d"))
-    assert caught.value.path.endswith("part-1")
-    assert f"{kind}.index.json" in str(caught.value)
-
-
-def test_an_adapter_and_other_weights(tmp_path):
-    layouts.trainer_folder(tmp_path / "c", Net(width=5))
-    (tmp_path / "c" / "model.safetensors").rename(tmp_path / "c" / "adapter_model.safetensors")
-    (tmp_path / "c" / "adapter_config.json").write_text("{}")
-    report, state = loaded(tmp_path / "c")
-    assert same_weights(state, Net(width=5)) or len(state) == len(report.tensors)
-    report = convert(str(tmp_path / "c"), str(tmp_path / "hf"), to="hf")
-    assert "adapter_config.json" in report.copied
-    assert set(load_file(tmp_path / "hf" / "model.safetensors")) == set(state)
-    assert not (tmp_path / "hf" / "model.safetensors.index.json").exists()
 
 
 def test_values_by_rank_are_listed_as_changed(tmp_path):

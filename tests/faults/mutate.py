@@ -29,6 +29,7 @@ COMMIT = [
     "tests/storage/test_lock.py",
     "tests/storage/test_deletion.py",
     "tests/storage/test_local.py",
+    "tests/storage/test_local_reader.py",
     "tests/faults/test_crash_states.py::test_crash_states_of_a_save_can_be_loaded",
     "tests/faults/test_crash_states.py::test_crash_states_after_a_dead_save",
     "tests/faults/test_retention.py::test_crash_states_of_a_manager_can_be_loaded",

@@ -8,10 +8,14 @@ import os
 import pytest
 import torch
 
-from shardckpt.errors import UnsupportedLeafError
+from shardckpt.errors import StalledError, UnsupportedLeafError
 from shardckpt.io import buffers
-from shardckpt.io.buffers import BUFFER_BYTES, HUGE_PAGE_BYTES, lease
+from shardckpt.io.buffers import BUFFER_BYTES, HUGE_PAGE_BYTES, lease, page_locked
 from shardckpt.io.tensor_memory import contiguous_pieces
+from tests.device_states import (
+    MIB,
+)
+from tests.stand_in_device import StandIn
 
 
 def address_in(view: memoryview) -> int:
@@ -110,3 +114,47 @@ def test_a_tensor_without_memory_is_refused():
     for view in views:
         with pytest.raises(UnsupportedLeafError, match="does not own memory"):
             list(contiguous_pieces(view))
+
+
+def test_memory_is_released_before_it_is_unmapped(late):
+    memory = page_locked(3 * MIB)
+    assert late.locked == {memory.address: 3 * MIB}  # not rounded up
+    view = memory.view
+    del memory
+    assert not late.locked
+    view[0] = 1  # still mapped: the view holds it
+
+
+def test_accelerators_that_lock_only_memory_of_torch_use_that(late, monkeypatch):
+    given = torch.zeros(64, dtype=torch.uint8)
+    monkeypatch.setattr(StandIn, "page_locked_tensor", lambda self, size: given[:size])
+    memory = page_locked(64)
+    memory.view[5] = 9
+    assert given[5] == 9
+    assert memory.address == given.data_ptr()
+    assert not late.locked
+
+
+def test_locked_and_ordinary_buffers_are_kept_apart(late):
+    with lease(1) as (plain,), lease(1, locked=True) as (locked,):
+        assert plain.address not in late.locked
+        assert late.locked[locked.address] == BUFFER_BYTES
+    with lease(1, locked=True) as (again,):
+        assert again is locked
+
+
+def test_a_forked_child_releases_nothing(late):
+    memory = page_locked(MIB)
+    child = os.fork()
+    if not child:
+        del memory
+        os._exit(0 if late.locked else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_buffers_of_a_copy_that_hangs_are_not_lent_again(late):
+    with pytest.raises(StalledError), lease(1, locked=True) as (buffer,):
+        raise StalledError("A copy hangs")
+    with lease(1, locked=True) as (other,):
+        assert other is not buffer
+    buffers._abandoned.clear()

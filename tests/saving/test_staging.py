@@ -18,6 +18,9 @@ from shardckpt.plan.read_plan import plan_reads
 from shardckpt.saving.staging import StagingBuffer, StagingPool, stage, staged_bytes
 from shardckpt.state.flatten import flatten
 from shardckpt.state.local_chunks import LocalChunk
+from tests.device_states import (
+    staged,
+)
 
 
 def test_staging_memory_is_used_again(monkeypatch):
@@ -123,3 +126,7 @@ def test_a_staged_plan_has_the_same_tensors_in_memory_of_its_own():
     assert all(begin <= d.data_ptr() < begin + buffer.size_bytes for d in staged.data)
     again, _ = stage(plan, buffer, {})
     assert [d.data_ptr() for d in again.data] == [d.data_ptr() for d in staged.data]
+
+
+def test_a_state_on_two_devices_and_the_cpu_is_staged(machine):
+    assert staged(machine)

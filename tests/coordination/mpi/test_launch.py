@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed.checkpoint as dcp
@@ -15,9 +14,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.cli.main import main
-from shardckpt.coordination.mpi import coordinator
 from shardckpt.coordination.mpi.launch import first_host, mpi_launch, slurm_launch
 from shardckpt.coordination.resolve import operation
+from tests.coordination.mpi.fake import Comm, fake_mpi
+
+pytestmark = pytest.mark.usefixtures("launched_by")
 
 OPENMPI = {
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -31,19 +32,6 @@ SRUN = {
     "SLURM_LOCALID": "1",
     "SLURM_STEP_NODELIST": "gpu[07-09,12]",
 }
-
-
-@pytest.fixture(autouse=True)
-def launched_by(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith(("OMPI_", "PMI", "SLURM_", "MPI_", "TORCHELASTIC_", "RANK", "WORLD_")):
-            monkeypatch.delenv(name)
-
-    def launch(variables):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return launch
 
 
 @pytest.mark.parametrize(
@@ -187,31 +175,6 @@ def test_mpi4py_is_missing(tmp_path, launched_by, monkeypatch):
     assert not (tmp_path / "c").exists()
 
 
-class Comm:
-    def __init__(self, size):
-        self.size = size
-
-    def Get_size(self):
-        return self.size
-
-
-def fake_mpi(*, size, level=3):
-    """An MPI that sees so many ranks, started with a thread level."""
-    return SimpleNamespace(
-        Comm=Comm,
-        Intracomm=Comm,
-        COMM_NULL=None,
-        COMM_WORLD=Comm(size),
-        Exception=ZeroDivisionError,
-        THREAD_SERIALIZED=2,
-        THREAD_MULTIPLE=3,
-        Query_thread=lambda: level,
-        Is_initialized=lambda: True,
-        Is_finalized=lambda: False,
-        Get_library_version=lambda: "Open MPI v5.0.11, and more",
-    )
-
-
 def test_mpirun_of_another_mpi(tmp_path, launched_by, monkeypatch):
     """Each rank believes to be alone: four saves of the same path, if nobody notices."""
     launched_by(OPENMPI)
@@ -219,21 +182,3 @@ def test_mpirun_of_another_mpi(tmp_path, launched_by, monkeypatch):
     with pytest.raises(errors.CoordinationError, match=r"4 ranks(.|\n)*Open MPI v5.0.11"):
         shardckpt.save({"step": 1}, tmp_path / "c")
     assert not (tmp_path / "c").exists()
-
-
-@pytest.mark.parametrize(("channel", "level"), [("main", 1), ("async", 2)])
-def test_mpi_without_threads(monkeypatch, channel, level):
-    mpi = fake_mpi(size=2, level=level)
-    monkeypatch.setattr(coordinator, "load_mpi", lambda: mpi)
-    with (
-        pytest.raises(errors.CoordinationError, match="thread level"),
-        operation("save", comm=Comm(2), channel=channel),
-    ):
-        pass
-    with operation("save", comm=Comm(1), channel=channel) as ranks:
-        assert ranks.world_size == 1
-
-
-def test_init_from_mpi_outside_of_mpi():
-    with pytest.raises(errors.CoordinationError, match="Neither mpirun nor srun"):
-        shardckpt.init_from_mpi()

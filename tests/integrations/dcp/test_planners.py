@@ -1,0 +1,87 @@
+"""The planners of shardckpt and those of DCP plan saves and loads."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+import shardckpt
+from shardckpt import errors
+from shardckpt.integrations.dcp import (
+    ReshardLoadPlanner,
+    ShardReader,
+    ShardSavePlanner,
+    ShardWriter,
+)
+from tests.integrations.dcp.states import a_state, is_full, zeros
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.mark.parametrize("save_planner", [None, ShardSavePlanner])
+@pytest.mark.parametrize("load_planner", [None, ReshardLoadPlanner])
+def test_planners_of_both_kinds(tmp_path, save_planner, load_planner):
+    writer = ShardWriter(tmp_path / "c")
+    dcp.save(a_state(), storage_writer=writer, planner=save_planner and save_planner())
+    shardckpt.open_checkpoint(tmp_path / "c").verify()
+    state = zeros()
+    dcp.load(
+        state, storage_reader=ShardReader(tmp_path / "c"), planner=load_planner and load_planner()
+    )
+    assert is_full(state)
+    assert is_full(shardckpt.load_state(tmp_path / "c"))
+    own = zeros()
+    shardckpt.load(own, tmp_path / "c")
+    assert is_full(own)
+
+
+def test_partial_loads_and_casts(tmp_path):
+    shardckpt.save({"w": torch.ones(3), "more": 1}, tmp_path / "c")
+    state = {"w": torch.zeros(3, dtype=torch.float64), "absent": torch.zeros(2)}
+    planner = ReshardLoadPlanner(allow_partial_load=True, dtype="cast")
+    dcp.load(state, storage_reader=ShardReader(tmp_path / "c"), planner=planner)
+    assert state["w"].tolist() == [1, 1, 1]
+    for options in ({}, {"allow_partial_load": True}):
+        target = {"w": torch.zeros(3), **({"absent": torch.zeros(2)} if not options else {})}
+        if options:
+            dcp.load(
+                target,
+                storage_reader=ShardReader(tmp_path / "c"),
+                planner=ReshardLoadPlanner(**options),
+            )
+            continue
+        with pytest.raises(CheckpointException, match="absent"):
+            dcp.load(
+                target, storage_reader=ShardReader(tmp_path / "c"), planner=ReshardLoadPlanner()
+            )
+    cast = {"w": torch.zeros(3, dtype=torch.float64)}
+    dcp.load(cast, storage_reader=ShardReader(tmp_path / "c", dtype="cast"))
+    assert cast["w"].tolist() == [1, 1, 1]
+
+
+def test_partners_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(CheckpointException, match="ShardWriter"):
+        dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "x", planner=ShardSavePlanner())
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "c")
+    with pytest.raises(CheckpointException, match="ShardReader"):
+        dcp.load({"w": torch.ones(2)}, checkpoint_id=tmp_path / "c", planner=ReshardLoadPlanner())
+    with pytest.raises(errors.NotACheckpointError, match=r"torch\.distributed\.checkpoint"):
+        shardckpt.load_state(tmp_path / "c")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["dcp planner", "own planner"])
+def test_counters_and_int_keys_through_dcp(tmp_path, own):
+    """DCP's planner takes a Counter apart, which is one value to shardckpt."""
+    shardckpt.save({"s": {"milestones": Counter([2, 2, 4]), "d": {1: 5}}}, tmp_path / "c")
+    state = {"s": {"milestones": Counter([2, 4]), "d": {1: 0}}}
+    planner = ReshardLoadPlanner() if own else None
+    dcp.load(state, storage_reader=ShardReader(tmp_path / "c"), planner=planner)
+    if own:
+        assert state == {"s": {"milestones": Counter([2, 2, 4]), "d": {1: 5}}}
+    else:  # whose planner makes texts of int keys
+        assert state["s"]["milestones"]["2"] == 2
+        assert state["s"]["d"]["1"] == 5

@@ -1,0 +1,134 @@
+"""dcp.save and dcp.async_save with shardckpt's writer."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+import shardckpt
+from shardckpt import errors
+from shardckpt.integrations.dcp import (
+    ShardReader,
+    ShardSavePlanner,
+    ShardWriter,
+)
+from tests.integrations.dcp.states import a_state, is_full, zeros
+from tests.ranks import join_group, run_ranks
+
+pytestmark = pytest.mark.ranks
+
+
+def test_checkpoint_ids_name_the_path(tmp_path):
+    dcp.save(a_state(), checkpoint_id=tmp_path / "c", storage_writer=ShardWriter())
+    state = zeros()
+    dcp.load(state, checkpoint_id=tmp_path / "c", storage_reader=ShardReader())
+    assert is_full(state)
+    for call in (
+        lambda: dcp.save(a_state(), storage_writer=ShardWriter()),
+        lambda: dcp.load(zeros(), storage_reader=ShardReader()),
+    ):
+        with pytest.raises(CheckpointException, match="has no path"):
+            call()
+
+
+def test_metadata_has_the_ids_of_the_save_and_the_load(tmp_path):
+    writer = ShardWriter(tmp_path / "c")
+    assert writer.save_id is None
+    dcp.save(a_state(), storage_writer=writer)
+    with shardckpt.open_checkpoint(tmp_path / "c") as checkpoint:
+        assert writer.save_id == checkpoint.manifest.checkpoint_id
+    reader = ShardReader(tmp_path / "c")
+    meta = reader.read_metadata().storage_meta
+    assert str(meta.checkpoint_id) == str(tmp_path / "c")
+    assert (meta.save_id, meta.load_id) == (writer.save_id, reader.load_id)
+    before = reader.load_id
+    reader.reset()
+    assert reader.load_id != before
+
+
+@pytest.mark.skipif(
+    "enable_plan_caching" not in inspect.signature(dcp.DefaultSavePlanner).parameters,
+    reason="DCP of this torch has no cache of plans",
+)
+def test_the_cache_of_plans_is_refused(tmp_path):
+    planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+    with pytest.raises(CheckpointException, match="cache of plans"):
+        dcp.save(a_state(), storage_writer=ShardWriter(tmp_path / "c"), planner=planner)
+    assert not (tmp_path / "c").exists()
+
+
+def async_saves(folder: str) -> list[bool]:
+    found = []
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+    for kind in (AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS):
+        for planner in (None, ShardSavePlanner()):
+            path = f"{folder}/{kind.name}{planner is None}"
+            state = a_state()
+            future = dcp.async_save(
+                state,
+                storage_writer=ShardWriter(path),
+                planner=planner,
+                async_checkpointer_type=kind,
+            )
+            state["w"].zero_()
+            future.result(timeout=60)
+            found.append(is_full(shardckpt.load_state(path)))
+    return found
+
+
+@pytest.mark.skipif(
+    "async_checkpointer_type" not in inspect.signature(dcp.async_save).parameters,
+    reason="dcp.async_save of this torch always uses a thread",
+)
+@pytest.mark.timeout(180)
+def test_async_save_by_thread_and_process(tmp_path, monkeypatch):
+    # The process that dcp starts makes a group of its own, by the launcher's variables.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    join_group(0, 1, store.port, name="parent")
+    try:
+        assert async_saves(str(tmp_path)) == [True] * 4
+    finally:
+        dist.destroy_process_group()
+
+
+def no_collectives(folder: str) -> str:
+    try:
+        dcp.save(a_state(), storage_writer=ShardWriter(f"{folder}/c"), use_collectives=False)
+    except (CheckpointException, errors.StateError) as error:
+        return "use_collectives" in str(error)
+    return "saved"
+
+
+@pytest.mark.skipif(
+    "use_collectives" not in inspect.signature(dcp.save).parameters,
+    reason="dcp.save of this torch always uses collectives",
+)
+def test_saving_without_collectives_is_refused(tmp_path):
+    assert run_ranks(2, no_collectives, str(tmp_path)) == [True, True]
+    assert not (tmp_path / "c").exists()
+
+
+def test_ranks_of_mpi_get_a_group_or_an_error(tmp_path, monkeypatch):
+    """Each would take itself for the only rank, and save what it has as if that were all."""
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", None)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    with pytest.raises(errors.DependencyError, match="mpi4py"):
+        dcp.save({"w": torch.ones(2)}, storage_writer=ShardWriter(tmp_path / "c"))
+    assert os.listdir(tmp_path) == []
