@@ -36,6 +36,7 @@ __all__ = [
     "dcp_save",
     "dcp_version",
     "distribute_locally",
+    "division_order",
     "dtensor",
     "dtensor_class",
     "find_dtype",
@@ -143,6 +144,16 @@ def spec_of(tensor: Any) -> Any:
     return tensor._spec
 
 
+def division_order(spec: Any) -> tuple[int, ...]:
+    """Return the mesh dimensions of a DTensor's spec in the order in which they divide the tensor.
+
+    From torch 2.10 on, a spec can have another order than that of the mesh.
+    """
+    entries = getattr(spec, "shard_order", None) or ()
+    first = [dim for entry in entries for dim in entry.mesh_dims]
+    return (*first, *(dim for dim in range(len(spec.placements)) if dim not in first))
+
+
 def dtensor(local: torch.Tensor, spec: Any) -> DTensor:
     """Create a DTensor of a local tensor and a spec. Public functions compute placements anew."""
     from torch.distributed.tensor import DTensor
@@ -155,6 +166,10 @@ def distribute_locally(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any
 
     Before torch 2.7, distribute_tensor always communicates. Up to torch 2.9, it does not divide
     uneven strided shards as FSDP2 does.
+
+    A strided shard of FSDP2 over tensor parallel is a shard of the parts that the mesh dimensions
+    to its right make. Any other strided shard, such as that of a view of a DTensor, has a chunk of
+    each of `split_factor` chunks.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -162,18 +177,40 @@ def distribute_locally(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any
     if not strides and "src_data_rank" in inspect.signature(distribute_tensor).parameters:
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
     steps = list(zip(placements, mesh.shape, mesh.get_coordinate(), strict=True))
-    strided = [step for step in steps if hasattr(step[0], "split_factor")]
-    others = [step for step in steps if not hasattr(step[0], "split_factor")]
+    over_others = _shards_the_parts_of_others(placements, mesh.shape)
+    if over_others:
+        strided = [step for step in steps if hasattr(step[0], "split_factor")]
+        others = [step for step in steps if not hasattr(step[0], "split_factor")]
+        steps = [*others, *reversed(strided)]
     local = tensor
-    # A strided shard is a shard of the parts that the mesh dimensions to its right make.
-    for placement, parts, part in [*others, *reversed(strided)]:
+    for placement, parts, part in steps:
         if hasattr(placement, "dim"):  # a Shard or a strided shard
-            size = local.shape[placement.dim]
-            length = -(-size // parts)
-            begin = min(part * length, size)
-            local = local.narrow(placement.dim, begin, min(length, size - begin))
+            factor = 1 if over_others else getattr(placement, "split_factor", 1)
+            pieces = [_chunk(local, placement.dim, factor, piece) for piece in range(factor)]
+            chunks = [_chunk(piece, placement.dim, parts, part) for piece in pieces]
+            local = chunks[0] if factor == 1 else torch.cat(chunks, placement.dim)
     local = local.clone(memory_format=torch.contiguous_format)  # without the memory of the rest
     return DTensor.from_local(local, mesh, placements, shape=tensor.shape, stride=tensor.stride())
+
+
+def _shards_the_parts_of_others(placements: Sequence[Any], sizes: Sequence[int]) -> bool:
+    """Whether each strided shard is one of the parts that the mesh dimensions to its right make."""
+    for at, placement in enumerate(placements):
+        if hasattr(placement, "split_factor"):
+            parts = 1
+            for other, size in zip(placements[at + 1 :], sizes[at + 1 :], strict=True):
+                parts *= size if getattr(other, "dim", None) == placement.dim else 1
+            if parts != placement.split_factor:
+                return False
+    return True
+
+
+def _chunk(tensor: torch.Tensor, dim: int, parts: int, part: int) -> torch.Tensor:
+    """Return one of the parts into which torch.chunk divides a tensor, or an empty one."""
+    size = tensor.shape[dim]
+    length = -(-size // parts)
+    begin = min(part * length, size)
+    return tensor.narrow(dim, begin, min(length, size - begin))
 
 
 # ---- modules and optimizers

@@ -69,7 +69,8 @@ class StagingBuffer:
         """
         specs, chunks = (*plan.common, *plan.rank_only), plan.chunks
         dtypes = [specs[index].dtype for index in chunks.tensor.tolist()]
-        layout = (dtypes, chunks.pack(), plan.file_group.tobytes())
+        shapes = [data.shape for data in plan.data]  # boxes do not show trailing dimensions of 1
+        layout = (dtypes, shapes, chunks.pack(), plan.file_group.tobytes())
         if self._views[0] != layout:
             file = files_of(plan.file_group[chunks.tensor], chunk_bytes(specs, chunks))
             views: list[torch.Tensor] = [self._bytes] * len(chunks)

@@ -24,6 +24,7 @@ from shardckpt.io.tensor_memory import check_memory, owns_memory, plain_address
 from shardckpt.state.sharded_array import ShardedArray
 from shardckpt.torch_compat import (
     distribute_locally,
+    division_order,
     dtensor_class,
     dtensor_local,
     is_dtensor,
@@ -347,7 +348,7 @@ def _layout_of(tensor: DTensor) -> _Layout:
         partial=partial,
         boxes=None
         if partial or coordinate is None
-        else _boxes(tuple(tensor.shape), mesh, tuple(coordinate), placements),
+        else _boxes(tuple(tensor.shape), mesh, tuple(coordinate), placements, division_order(spec)),
     )
     if len(_layouts) >= _REMEMBERED:
         _layouts.clear()
@@ -401,19 +402,24 @@ def _dtensor_chunks(tensor: DTensor, *, name: str) -> list[LocalChunk]:
 
 @lru_cache(maxsize=65_536)
 def _boxes(
-    shape: tuple[int, ...], mesh: Any, coordinate: tuple[int, ...], placements: tuple[Any, ...]
+    shape: tuple[int, ...],
+    mesh: Any,
+    coordinate: tuple[int, ...],
+    placements: tuple[Any, ...],
+    order: tuple[int, ...],
 ) -> list[Box]:
     """Return the boxes of a DTensor on this rank, in row-major order of the local tensor.
 
     There is one box, except for strided shards: if a dimension is sharded by one mesh dimension
     inside another, there is one box for each run of neighbouring indices. `coordinate` is that of
-    this rank in the mesh. Meshes of different ranks are equal, and a process may return as another
-    rank.
+    this rank in the mesh: meshes of different ranks are equal, and a process may return as another
+    rank. The mesh dimensions divide the tensor in `order`.
     """
     if all(placement.is_replicate() for placement in placements):
         return [((0,) * len(shape), shape)]
     runs = [
-        _runs(size, mesh, coordinate, _along(placements, dim)) for dim, size in enumerate(shape)
+        _runs(size, mesh, coordinate, _along(placements, dim), order)
+        for dim, size in enumerate(shape)
     ]
     return [
         (tuple(start for start, _ in box), tuple(length for _, length in box))
@@ -438,19 +444,23 @@ def _along(placements: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=4_096)
 def _runs(
-    size: int, mesh: Any, coordinate: tuple[int, ...], placements: tuple[Any, ...]
+    size: int,
+    mesh: Any,
+    coordinate: tuple[int, ...],
+    placements: tuple[Any, ...],
+    order: tuple[int, ...],
 ) -> list[tuple[int, int]]:
     """Return (start, length) of the runs of indices of a dimension that this rank holds.
 
-    Plain shards are divided by the rule of torch.chunk, for each mesh dimension in turn. For
+    Plain shards are divided by the rule of torch.chunk, for each mesh dimension in `order`. For
     strided shards, DTensor shards a tensor of indices, without communication.
     """
     if not any(hasattr(placement, "split_factor") for placement in placements):
         start, length = 0, size
-        for placement, parts, part in zip(placements, mesh.shape, coordinate, strict=True):
-            if placement.is_shard():
-                step = -(-length // parts)
-                begin = min(part * step, length)
+        for at in order:
+            if placements[at].is_shard():
+                step = -(-length // mesh.shape[at])
+                begin = min(coordinate[at] * step, length)
                 start, length = start + begin, min(step, length - begin)
         return [(start, length)]
     indices = distribute_locally(

@@ -110,6 +110,13 @@ def test_a_conjugate_beside_its_base_is_staged_as_itself(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
+def test_memory_is_used_again_for_tensors_with_other_dimensions_of_size_1(tmp_path):
+    for step, shape in enumerate([(2, 3), (2, 3, 1), (1, 2, 3), (2, 1, 3)]):
+        state = {"x": torch.rand(shape), "other": torch.rand(1, 1, 1)}
+        shardckpt.async_save(state, tmp_path / str(step)).result()
+        assert torch.equal(shardckpt.load_state(tmp_path / str(step))["x"], state["x"])
+
+
 def test_a_staged_plan_has_the_same_tensors_in_memory_of_its_own():
     turned = torch.arange(6).reshape(2, 3).t()
     state = {"w": torch.arange(70_000.0), "turned": turned, "s": torch.tensor(2)}

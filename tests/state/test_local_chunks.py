@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parameter import UninitializedParameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.two_tensor import TwoTensor
@@ -24,6 +25,7 @@ from shardckpt.state.local_chunks import (
     shared_box,
 )
 from shardckpt.state.sharded_array import ShardedArray
+from shardckpt.torch_compat import spec_of
 
 
 @pytest.fixture
@@ -95,6 +97,29 @@ def test_one_dimension_that_two_mesh_dimensions_shard_is_cut_in_turn(rank_of_fou
     mesh = init_device_mesh("cpu", (2, 2))
     tensor = a_dtensor(torch.zeros(2), mesh, [Shard(0), Shard(0)], (7,))
     assert boxes(tensor) == [((4,), (2,))]
+
+
+def test_the_flat_view_of_columns_is_a_run_of_each_row(rank_of_four):
+    rank_of_four(1)
+    mesh = init_device_mesh("cpu", (4,))
+    columns = [_StridedShard(0, split_factor=3)]  # a view of Shard(1) of 3 rows
+    flat = a_dtensor(torch.arange(6), mesh, columns, (24,))
+    assert boxes(flat) == [((2,), (2,)), ((10,), (2,)), ((18,), (2,))]
+    data = [chunk.data.tolist() for chunk in local_chunks(flat, name="w")]
+    assert data == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_the_mesh_dimensions_divide_a_tensor_in_the_order_of_its_spec(rank_of_four):
+    rank_of_four(2)
+    mesh = init_device_mesh("cpu", (2, 2))
+    tensor = a_dtensor(torch.zeros(2), mesh, [Shard(0), Shard(0)], (7,))
+    spec = spec_of(tensor)
+    if getattr(spec, "shard_order", None) is None:
+        pytest.skip("torch has no other order than that of the mesh")
+    (first,) = spec.shard_order
+    spec.shard_order = (first._replace(mesh_dims=(1, 0)),)
+    assert boxes(tensor) == [((2,), (2,))]
+    assert boxes(a_dtensor(torch.zeros(2), mesh, [Shard(0), Shard(0)], (7,))) == [((4,), (2,))]
 
 
 def test_a_rank_outside_the_mesh_holds_nothing(rank_of_four):
