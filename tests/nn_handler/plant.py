@@ -29,7 +29,7 @@ HANGS_S = 150
 ENVIRONMENT = "PLANTED"  # the changes, for ranks that the tests start
 HANDLER, MANAGER = "shardckpt/nn_handler", "shardckpt/manager/manager.py"
 FAULTS, RESUME, RANKS, BASIC = (
-    f"tests/nn_handler/test_{name}.py" for name in ("faults", "resume", "ranks", "handler")
+    f"tests/nn_handler/test_{name}.py" for name in ("auto_saver", "resume", "ranks", "handler")
 )
 
 
@@ -272,7 +272,7 @@ PLANTS = [
                 "pass",
             ),
         ),
-        "tests/nn_handler/test_odd_input.py::test_no_part_is_dropped_or_mixed_up_by_a_resume",
+        "tests/nn_handler/test_readiness.py::test_no_part_is_dropped_or_mixed_up_by_a_resume",
     ),
     plant(
         16,

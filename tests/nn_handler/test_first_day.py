@@ -25,7 +25,7 @@ from shardckpt.errors import (
 )
 from shardckpt.nn_handler import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from tests.nn_handler.models import same, weights
-from tests.nn_handler.test_facade import DS, Body, X, Y, make, train
+from tests.nn_handler.test_objects import DS, Body, X, Y, make, train
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from shardckpt.errors import CheckpointError, RankFailedError, StateError
 from shardckpt.nn_handler import Callback, agreement
 from shardckpt.nn_handler import parallel as of_ranks
 from tests.nn_handler.models import Net, NormNet, a_handler, data, same, weights, with_data
-from tests.nn_handler.test_features import OwnObject, a_gan, f1, gan_step
+from tests.nn_handler.test_updating import OwnObject, a_gan, f1, gan_step
 from tests.ranks import run_ranks
 
 
