@@ -28,9 +28,7 @@ ROOT = Path(__file__).parents[2]
 HANGS_S = 150
 ENVIRONMENT = "PLANTED"  # the changes, for ranks that the tests start
 HANDLER, MANAGER = "shardckpt/nn_handler", "shardckpt/manager/manager.py"
-FAULTS, RESUME, RANKS, BASIC = (
-    f"tests/nn_handler/test_{name}.py" for name in ("auto_saver", "resume", "ranks", "handler")
-)
+TESTS = "tests/nn_handler"
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ PLANTS = [
         "        checkpoint, base, manager = self._agree(",
         "        [self._backend.remove(c.path) for c in self.checkpoints() if self.keep]\n"
         "        checkpoint, base, manager = self._agree(",
-        f"{BASIC}::test_a_failed_save_keeps_the_last_good_one",
+        f"{TESTS}/test_handler.py::test_a_failed_save_keeps_the_last_good_one",
     ),
     plant(
         2,
@@ -63,7 +61,7 @@ PLANTS = [
         f"{HANDLER}/loading.py",
         "            parallel=options.parallel,",
         '            parallel="none",',
-        f"{RANKS}::test_load_as_the_first_call_and_a_save_by_one_rank_alone",
+        f"{TESTS}/test_ranks.py::test_load_as_the_first_call_and_a_save_by_one_rank_alone",
     ),
     plant(
         3,
@@ -71,7 +69,7 @@ PLANTS = [
         f"{HANDLER}/initializing.py",
         '_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")',
         "_WRAPPERS = ()",
-        f"{FAULTS}::test_03_no_names_of_wrappers_and_no_random_weights[c]",
+        f"{TESTS}/test_initializing.py::test_no_names_of_wrappers_and_no_random_weights[c]",
     ),
     Plant(
         3,
@@ -93,7 +91,7 @@ PLANTS = [
                 'state["optimizer"] = main.state_dict()\n',
             ),
         ),
-        f"{FAULTS}::test_03_no_names_of_wrappers_and_no_random_weights[c]",
+        f"{TESTS}/test_initializing.py::test_no_names_of_wrappers_and_no_random_weights[c]",
     ),
     plant(
         3,
@@ -101,7 +99,7 @@ PLANTS = [
         f"{HANDLER}/initializing.py",
         '            strict=strict,\n            dtype="cast",',
         '            strict=False,\n            dtype="cast",',
-        f"{FAULTS}::test_03_no_names_of_wrappers_and_no_random_weights[c]",
+        f"{TESTS}/test_initializing.py::test_no_names_of_wrappers_and_no_random_weights[c]",
     ),
     plant(
         4,
@@ -109,7 +107,7 @@ PLANTS = [
         f"{HANDLER}/trainer.py",
         "if options.ema_decay and handler.ema is None:",
         "if True:",
-        f"{FAULTS}::test_04_the_average_goes_on_and_the_model_is_not_its_copy[c]",
+        f"{TESTS}/test_ema.py::test_the_average_goes_on_and_the_model_is_not_its_copy[c]",
     ),
     plant(
         4,
@@ -119,7 +117,7 @@ PLANTS = [
         "    from shardckpt.nn_handler import ema as average\n"
         "    ema and average._fill(average._tensors(handler.model), ema.weights)\n"
         "    handler.ema = ema or (",
-        f"{FAULTS}::test_04_the_average_goes_on_and_the_model_is_not_its_copy[c]",
+        f"{TESTS}/test_ema.py::test_the_average_goes_on_and_the_model_is_not_its_copy[c]",
     ),
     plant(
         5,
@@ -127,7 +125,7 @@ PLANTS = [
         f"{HANDLER}/loading.py",
         "handler.scaler.load_state_dict(saved)",
         "pass",
-        f"{RESUME}::test_stopped_by_ctrl_c[]",
+        f"{TESTS}/test_resume.py::test_stopped_by_ctrl_c[]",
     ),
     plant(
         6,
@@ -135,7 +133,7 @@ PLANTS = [
         f"{HANDLER}/loading.py",
         "callback.load_state_dict(state.state)",
         "pass",
-        f"{FAULTS}::test_06_each_callback_has_its_own_state_and_arguments",
+        f"{TESTS}/test_callbacks.py::test_each_callback_has_its_own_state_and_arguments",
     ),
     plant(
         6,
@@ -143,7 +141,7 @@ PLANTS = [
         f"{HANDLER}/loading.py",
         "made[0](*made[1], **made[2])",
         "made[0](*made[1])",
-        f"{FAULTS}::test_06_each_callback_has_its_own_state_and_arguments",
+        f"{TESTS}/test_callbacks.py::test_each_callback_has_its_own_state_and_arguments",
     ),
     plant(
         6,
@@ -151,7 +149,7 @@ PLANTS = [
         f"{HANDLER}/training_state.py",
         'str(number): {"kind"',
         'type(callback).__name__: {"kind"',
-        f"{FAULTS}::test_06_each_callback_has_its_own_state_and_arguments",
+        f"{TESTS}/test_callbacks.py::test_each_callback_has_its_own_state_and_arguments",
     ),
     *(
         plant(
@@ -160,7 +158,7 @@ PLANTS = [
             f"{HANDLER}/scheduling.py",
             "    scheduler.load_state_dict(state)\n",
             "    pass\n",
-            f"{RESUME}::test_every_scheduler_resumes_bit_for_bit[{name}]",
+            f"{TESTS}/test_scheduling.py::test_every_scheduler_resumes_bit_for_bit[{name}]",
         )
         for name in ("LinearLR-epoch", "OneCycleLR-step", "LambdaLR-epoch", "SequentialLR-step")
     ),
@@ -170,7 +168,7 @@ PLANTS = [
         MANAGER,
         "if self._verified.get(_key(checkpoint), True) and self._may_remove(checkpoint)\n        ]",
         "if self._verified.get(_key(checkpoint), True) and self._may_remove(checkpoint)\n        ][:-1]",  # noqa: E501
-        f"{FAULTS}::test_08_retention_after_a_resume",
+        f"{TESTS}/test_auto_saver.py::test_retention_after_a_resume",
     ),
     plant(
         8,
@@ -178,7 +176,7 @@ PLANTS = [
         f"{HANDLER}/loading.py",
         "list(saved.runs), saved.run_id",
         "list(saved.runs), None",
-        f"{FAULTS}::test_08_retention_after_a_resume",
+        f"{TESTS}/test_auto_saver.py::test_retention_after_a_resume",
     ),
     plant(
         8,
@@ -194,7 +192,7 @@ PLANTS = [
         f"{HANDLER}/trainer.py",
         "last=epoch == self.end or self._ends(),",
         "last=epoch == self.end,",
-        f"{FAULTS}::test_09_an_early_stop_is_the_last_epoch",
+        f"{TESTS}/test_trainer.py::test_an_early_stop_is_the_last_epoch",
     ),
     plant(
         10,
@@ -202,7 +200,7 @@ PLANTS = [
         f"{HANDLER}/training_state.py",
         "metrics: dict[str, Callable[..., Any]] = field(default_factory=dict)",
         "metrics: dict[str, Callable[..., Any]] = field(default_factory=lambda kept={}: kept)",
-        f"{BASIC}::test_handlers_share_nothing",
+        f"{TESTS}/test_training_state.py::test_handlers_share_nothing",
     ),
     plant(
         11,
@@ -210,7 +208,7 @@ PLANTS = [
         f"{HANDLER}/config_differences.py",
         "{MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)} if main else {}",
         "{MAIN: NamedOptimizer(optimizer=main, scheduler=config.scheduler)}",
-        f"{BASIC}::test_saving_before_training",
+        f"{TESTS}/test_handler.py::test_saving_before_training",
     ),
     plant(
         12,
@@ -218,7 +216,7 @@ PLANTS = [
         f"{HANDLER}/handler_source.py",
         "elif os.path.isfile(os.path.join(path, INDEX)):",
         "elif False:",
-        f"{FAULTS}::test_12_split_files_load_completely[torch]",
+        f"{TESTS}/test_saving.py::test_split_files_load_completely[torch]",
     ),
     plant(
         13,
@@ -226,7 +224,8 @@ PLANTS = [
         f"{HANDLER}/objects.py",
         "return {_ABSENT: _text(value)} if name is None else {_IMPORT: name}",
         "return value if name is None else {_IMPORT: name}",
-        f"{BASIC}::test_what_has_no_importable_name_is_reported_and_asked_for_again[c.pth]",
+        f"{TESTS}/test_handler.py::"
+        "test_what_has_no_importable_name_is_reported_and_asked_for_again[c.pth]",
     ),
     plant(
         13,
@@ -234,7 +233,7 @@ PLANTS = [
         "shardckpt/convert/single_files.py",
         "    check_loads(state, target)\n",
         "",
-        f"{FAULTS}::test_13_what_torch_load_refuses_is_not_written",
+        f"{TESTS}/test_saving.py::test_what_torch_load_refuses_is_not_written",
     ),
     plant(
         14,
@@ -242,7 +241,7 @@ PLANTS = [
         f"{HANDLER}/initializing.py",
         "weight_names(checkpoint.tensors(), own, prefix=prefix)",
         'weight_names(checkpoint.tensors(), own, prefix="")',
-        f"{FAULTS}::test_14_weights_of_a_full_checkpoint[c]",
+        f"{TESTS}/test_initializing.py::test_weights_of_a_full_checkpoint[c]",
     ),
     plant(
         15,
@@ -250,7 +249,7 @@ PLANTS = [
         f"{HANDLER}/loading.py",
         'made[f"{at}.groups"],\n                    made[f"{at}.options"]',
         'None,\n                    made[f"{at}.options"]',
-        f"{FAULTS}::test_15_parameter_groups_of_any_kind",
+        f"{TESTS}/test_groups.py::test_parameter_groups_of_any_kind",
     ),
     Plant(
         15,
@@ -272,7 +271,7 @@ PLANTS = [
                 "pass",
             ),
         ),
-        "tests/nn_handler/test_readiness.py::test_no_part_is_dropped_or_mixed_up_by_a_resume",
+        f"{TESTS}/test_config_differences.py::test_no_part_is_dropped_or_mixed_up_by_a_resume",
     ),
     plant(
         16,
@@ -281,7 +280,7 @@ PLANTS = [
         "    if not dist.is_initialized() or dist.get_world_size() == 1:\n"
         "        found = add([own])",
         "    if True:\n        found = add([own])",
-        f"{RANKS}::test_metrics_and_names_are_the_same_on_all_ranks",
+        f"{TESTS}/test_ranks.py::test_metrics_and_names_are_the_same_on_all_ranks",
     ),
     plant(
         16,
@@ -289,7 +288,7 @@ PLANTS = [
         f"{HANDLER}/save_schedule.py",
         "            raise _unknown(field, template, set(metrics))",
         "            return template",
-        "tests/nn_handler/test_save_schedule.py::test_a_checkpoint_name_is_filled_from_metrics",
+        f"{TESTS}/test_save_schedule.py::test_a_checkpoint_name_is_filled_from_metrics",
     ),
     plant(
         17,
@@ -297,7 +296,7 @@ PLANTS = [
         f"{HANDLER}/trainer.py",
         "self.failure = self.failure or error",
         "pass",
-        f"{FAULTS}::test_17_an_exception_in_a_callback_stops_training_after_a_save",
+        f"{TESTS}/test_trainer.py::test_an_exception_in_a_callback_stops_training_after_a_save",
     ),
     plant(
         18,
@@ -305,7 +304,7 @@ PLANTS = [
         f"{HANDLER}/save_schedule.py",
         "if self.interval is not None and (type(",
         "if False and (type(",
-        f"{BASIC}::test_bad_intervals_are_refused",
+        f"{TESTS}/test_save_schedule.py::test_bad_intervals_are_refused",
     ),
     plant(
         19,
@@ -313,7 +312,7 @@ PLANTS = [
         f"{HANDLER}/data.py",
         "rest = order[self.start :]",
         "rest = order",
-        f"{RESUME}::test_no_sample_is_repeated_or_skipped",
+        f"{TESTS}/test_resume.py::test_no_sample_is_repeated_or_skipped",
     ),
     plant(
         20,
@@ -322,7 +321,7 @@ PLANTS = [
         '    with operation(f"save {path}", process_group) as coordinator:',
         "    torch.distributed.barrier()\n"
         '    with operation(f"save {path}", process_group) as coordinator:',
-        f"{RANKS}::test_load_as_the_first_call_and_a_save_by_one_rank_alone",
+        f"{TESTS}/test_ranks.py::test_load_as_the_first_call_and_a_save_by_one_rank_alone",
     ),
     plant(
         21,
@@ -330,7 +329,7 @@ PLANTS = [
         f"{HANDLER}/trainer.py",
         "                saver.emergency(handler)\n            end_process(",
         "                pass\n            end_process(",
-        f"{RESUME}::test_stopped_by_ctrl_c[]",
+        f"{TESTS}/test_resume.py::test_stopped_by_ctrl_c[]",
     ),
     plant(
         21,
@@ -338,7 +337,7 @@ PLANTS = [
         f"{HANDLER}/trainer.py",
         "        if failure.at_one_point:",
         "        if False:",
-        f"{FAULTS}::test_21_a_save_on_an_exception_in_the_data",
+        f"{TESTS}/test_trainer.py::test_a_save_on_an_exception_in_the_data",
     ),
     plant(
         21,
@@ -346,7 +345,7 @@ PLANTS = [
         f"{HANDLER}/parallel.py",
         "    if not dist.is_initialized() or dist.get_world_size() == 1:\n        return flags",
         "    if True:\n        return flags",
-        f"{RANKS}::test_a_signal_to_one_rank_stops_all_at_one_step[ddp]",
+        f"{TESTS}/test_ranks.py::test_a_signal_to_one_rank_stops_all_at_one_step[ddp]",
     ),
     plant(
         22,
@@ -354,7 +353,7 @@ PLANTS = [
         MANAGER,
         "except BROKEN as error:\n                if rank == 0:",
         "except () as error:\n                if rank == 0:",
-        f"{FAULTS}::test_22_auto_resume_falls_back[flipped]",
+        f"{TESTS}/test_auto_saver.py::test_auto_resume_falls_back[flipped]",
     ),
     plant(
         22,
@@ -362,12 +361,14 @@ PLANTS = [
         MANAGER,
         "except (CorruptionError, FormatVersionError) as error:",
         "except () as error:",
-        f"{FAULTS}::test_22_auto_resume_falls_back[cut]",
+        f"{TESTS}/test_auto_saver.py::test_auto_resume_falls_back[cut]",
     ),
 ]
 
 
-NOTHING = Plant(0, "nothing is changed", (), f"{BASIC}::test_handlers_share_nothing")
+NOTHING = Plant(
+    0, "nothing is changed", (), f"{TESTS}/test_training_state.py::test_handlers_share_nothing"
+)
 """The check of the check: its test must pass."""
 
 

@@ -20,8 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from shardckpt import NNHandler
 from shardckpt.nn_handler import Callback
-from tests.nn_handler.models import accuracy
-from tests.nn_handler.test_updating import GAN, gan_step
+from tests.nn_handler.models import GAN, accuracy, gan_step
 from tests.ranks import start_ranks
 
 EPOCHS = 2

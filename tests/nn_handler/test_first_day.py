@@ -24,8 +24,7 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.nn_handler import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from tests.nn_handler.models import same, weights
-from tests.nn_handler.test_objects import DS, Body, X, Y, make, train
+from tests.nn_handler.models import DS, Body, X, Y, make, same, train, weights
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 import shardckpt
 from shardckpt import NNHandler, api, errors
-from shardckpt.nn_handler.save_schedule import checkpoint_name
-from tests.nn_handler.models import Net, a_handler, accuracy, data, same, weights, with_data
+from tests.nn_handler.models import (
+    DS,
+    Net,
+    X,
+    a_handler,
+    accuracy,
+    data,
+    make,
+    same,
+    train,
+    weights,
+    with_data,
+)
 from tests.ranks import FSDP2_ON_CPU, on_world_sizes, run_ranks
 
 
@@ -126,20 +138,6 @@ def test_a_failed_save_keeps_the_last_good_one(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["e6"]
 
 
-def test_names_of_checkpoints():
-    metrics = {"epoch": 3, "val_loss": 0.12345, "odd": float("nan")}
-    assert checkpoint_name("e{epoch}_{val_loss:.2f}", metrics) == "e3_0.12"
-    for name in ("{nothing}", "{epoch", "{epoch:d!}", "../e{epoch}", "a/b", "", "."):
-        with pytest.raises(errors.StateError):
-            checkpoint_name(name, metrics)
-
-
-@pytest.mark.parametrize("interval", [-2, 1.5, "1"])
-def test_bad_intervals_are_refused(interval):
-    with pytest.raises(errors.StateError, match="interval"):
-        a_handler().auto_save(interval=interval)
-
-
 @pytest.mark.parametrize("name", ["c", "c.pth", "c.safetensors"])
 def test_what_has_no_importable_name_is_reported_and_asked_for_again(tmp_path, name):
     handler = a_handler()
@@ -203,34 +201,6 @@ def test_a_checkpoint_of_something_else(tmp_path):
         with pytest.raises(kind) as caught:
             NNHandler.load(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
-
-
-def test_handlers_share_nothing():
-    one, other = NNHandler(Net), NNHandler(Net)
-    one.add_metric("m", accuracy)
-    one.history["loss"] = [1.0]
-    assert other.metrics == {}
-    assert other.history == {}
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [({"epochs": -1}, "epochs"), ({"epochs": 1, "gradient_accumulation_steps": 0}, "accumulation")],
-)
-def test_bad_arguments_of_train(options, text):
-    with pytest.raises(errors.StateError, match=text):
-        a_handler().train(**options)
-
-
-def test_training_needs_its_parts():
-    with pytest.raises(errors.StateError) as caught:
-        NNHandler(Net).train(epochs=1)
-    assert "set_optimizer" in caught.value.remedy
-
-
-def test_an_unknown_parallel():
-    with pytest.raises(errors.StateError, match="parallel"):
-        NNHandler(Net, parallel="magic")
 
 
 def train_on_ranks(size: int, folder: str, parallel: str) -> None:
@@ -323,3 +293,18 @@ def test_torch_files_of_others(tmp_path):
     for name in ("old.pth", "no_checksums.pth"):
         fresh = NNHandler.initialize_from_checkpoint(tmp_path / name, Net, width=5)
         assert torch.equal(fresh.module.head.bias, model.head.bias)
+
+
+def test_evaluate_and_predict():
+    handler = make()
+    handler.add_metric("accuracy", accuracy)
+    train(handler, ema_decay=0.9)
+    found = handler.evaluate()
+    assert found["loss"] == pytest.approx(handler.history["val_loss"][-1])
+    assert handler.evaluate(DS, batch_size=7)["accuracy"] == pytest.approx(found["accuracy"])
+    outputs = handler.predict(DS, batch_size=7)
+    assert torch.allclose(outputs, handler.predict(X))
+    averaged = handler.predict(DataLoader(DS, 5), ema=True)
+    assert not torch.allclose(outputs, averaged)
+    assert averaged.shape == outputs.shape
+    assert handler.model.training

@@ -17,8 +17,19 @@ from shardckpt import NNHandler
 from shardckpt.errors import CheckpointError, RankFailedError, StateError
 from shardckpt.nn_handler import Callback, agreement
 from shardckpt.nn_handler import parallel as of_ranks
-from tests.nn_handler.models import Net, NormNet, a_handler, data, same, weights, with_data
-from tests.nn_handler.test_updating import OwnObject, a_gan, f1, gan_step
+from tests.nn_handler.models import (
+    Net,
+    NormNet,
+    OwnObject,
+    a_gan,
+    a_handler,
+    data,
+    f1,
+    gan_step,
+    same,
+    weights,
+    with_data,
+)
 from tests.ranks import run_ranks
 
 

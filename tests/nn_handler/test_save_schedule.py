@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from shardckpt import errors
+from shardckpt.errors import StateError
 from shardckpt.manager import KeepBest, KeepLast
 from shardckpt.nn_handler.save_schedule import SaveSchedule, checkpoint_name
+from tests.nn_handler.models import a_handler, make, train
 
 
 def epochs(count: int, *, save_last: bool = True, **options) -> list[int]:
@@ -53,3 +55,29 @@ def test_a_checkpoint_name_is_filled_from_metrics():
     SaveSchedule(name="{val_acc}").check_names({"val_acc"})
     assert SaveSchedule(name="{val_acc}").needs_validation()
     assert not SaveSchedule(name="{acc}").needs_validation()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a/{epoch}", "../x{epoch}", ".h{epoch}", "e{val_loss:d}", "e{epoch:.2q}", "", "{loss.x}"],
+)
+def test_an_impossible_name_is_an_error_before_the_first_step(tmp_path, name):
+    handler = make()
+    with pytest.raises(StateError):
+        handler.auto_save(interval=1, save_path=tmp_path, name=name)
+        train(handler)
+    assert handler.step == 0
+
+
+def test_names_of_checkpoints():
+    metrics = {"epoch": 3, "val_loss": 0.12345, "odd": float("nan")}
+    assert checkpoint_name("e{epoch}_{val_loss:.2f}", metrics) == "e3_0.12"
+    for name in ("{nothing}", "{epoch", "{epoch:d!}", "../e{epoch}", "a/b", "", "."):
+        with pytest.raises(errors.StateError):
+            checkpoint_name(name, metrics)
+
+
+@pytest.mark.parametrize("interval", [-2, 1.5, "1"])
+def test_bad_intervals_are_refused(interval):
+    with pytest.raises(errors.StateError, match="interval"):
+        a_handler().auto_save(interval=interval)
