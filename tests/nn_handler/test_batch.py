@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import types
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,23 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import Dataset
 
 from shardckpt import NNHandler
-from shardckpt.nn_handler.batch import Result, batch_size, to_device
+from shardckpt.errors import StateError
+from shardckpt.nn_handler import batch as batches
+from shardckpt.nn_handler.batch import (
+    Result,
+    Several,
+    batch_size,
+    binds,
+    call_model,
+    concatenated,
+    forward,
+    is_column,
+    kept_outputs,
+    like,
+    on_device,
+    split,
+    to_device,
+)
 from shardckpt.nn_handler.epoch_metrics import EpochSums
 from tests.nn_handler.models import Body, Net, Pair, TwoInputs, X, Y, make, train
 
@@ -196,3 +214,179 @@ def test_a_batch_of_targets_in_a_container():
     for size in (6, 2, 1):
         sums.add(Result(loss=torch.tensor(2.0), size=size))
     assert sums.means()["loss"] == 2.0
+
+
+META = torch.device("meta")
+
+
+class Point:
+    """An object with a method `to`, as BatchEncoding has."""
+
+    where = None
+
+    def to(self, device):
+        self.where = device
+        return self
+
+
+@dataclasses.dataclass
+class Boxes:
+    box: torch.Tensor
+    labels: list
+    count: int = dataclasses.field(default=0, init=False)
+
+
+def test_a_batch_is_a_pair_or_several_inputs_or_a_dict():
+    module = TwoInputs()
+    assert split((1, 2), module) == (1, 2)
+    assert split([1, 2], module) == (1, 2)
+    inputs, targets = split((1, 2, 3), module)
+    assert (type(inputs), inputs, targets) == (Several, (1, 2), 3)
+    both = {"a": 1}
+    assert split(both, module) == (both, both)
+
+
+@pytest.mark.parametrize(
+    ("batch", "actual"), [((1, 2, 3, 4), "tuple of 4"), ([1], "list of 1"), (3, "int")]
+)
+def test_a_batch_of_an_unknown_form_is_refused(batch, actual):
+    with pytest.raises(StateError, match="unknown form") as caught:
+        split(batch, TwoInputs())
+    assert caught.value.actual == actual
+    assert "set_training_step" in caught.value.remedy
+
+
+class TakesTwo(nn.Module):
+    def forward(self, a, b=1):
+        return a, b
+
+
+class TakesOthers(nn.Module):
+    def forward(self, a, **others):
+        return a, others
+
+
+def test_a_dict_is_passed_by_name_if_the_names_fit():
+    given = {"a": 3, "b": 4, "c": 5}
+    assert call_model(TakesTwo(), given, TakesTwo()) == (3, 4)
+    assert call_model(TakesOthers(), given, TakesOthers()) == (3, {"b": 4, "c": 5})
+    other = {"x": 3}
+    assert call_model(TakesTwo(), other, TakesTwo()) == (other, 1)
+    assert call_model(TakesOthers(), other, TakesOthers()) == (other, {})  # without the argument a
+
+
+def test_a_tuple_is_passed_as_one_if_the_model_takes_one():
+    assert call_model(TakesTwo(), (3, 4), TakesTwo()) == ((3, 4), 1)
+    assert call_model(TakesTwo(), Several((3, 4)), TakesTwo()) == (3, 4)
+    assert binds(TakesTwo(), (3, 4))
+    assert not binds(TakesTwo(), (3, 4, 5))
+    assert not binds(TakesTwo(), (), {"c": 1})
+
+
+def test_a_forward_that_is_replaced_has_its_own_signature():
+    module = TakesTwo()
+    assert binds(module, (1,))
+    module.forward = lambda a, b, c: None
+    assert not binds(module, (1,))
+    assert binds(module, (1, 2, 3))
+    del module.forward
+    assert binds(module, (1,))
+
+
+def test_objects_and_dataclasses_go_to_the_device():
+    moved = to_device({"point": Point(), "boxes": Boxes(torch.ones(2), ["a"]), "n": 3}, META)
+    assert moved["point"].where == META
+    assert moved["boxes"].box.is_meta
+    assert (moved["boxes"].labels, moved["n"]) == (["a"], 3)
+
+
+def test_arrays_of_numbers_become_tensors_unless_they_are_to_stay():
+    value = [np.ones(2), np.array(["text"])]
+    numbers, texts = to_device(value, META)
+    assert numbers.is_meta
+    assert texts is value[1]
+    assert to_device(value, META, arrays=False)[0] is value[0]
+
+
+def test_arguments_of_a_loss_go_to_the_device_if_they_are_tensors_or_modules():
+    value = {"weight": torch.ones(1), "part": nn.Linear(1, 1), "nested": [torch.ones(1)]}
+    moved = on_device(value, torch.device("cpu"))
+    assert moved["nested"] is value["nested"]
+    assert on_device(value, META) == value  # a model without memory has no loss to compute
+    assert not on_device(value, META)["weight"].is_meta
+
+
+def test_outputs_are_kept_without_their_graph_and_caches():
+    outputs = {"logits": torch.ones(2, requires_grad=True) * 2, "past_key_values": 1, "n": None}
+    kept = kept_outputs(outputs)
+    assert kept.keys() == {"logits", "n"}
+    assert not kept["logits"].requires_grad
+    assert outputs["logits"].requires_grad
+
+
+def test_the_size_of_a_batch_of_other_things_is_one():
+    for value in (None, 3, "text", torch.tensor(3.0), [], {}):
+        assert batch_size(value) == 1
+    assert batch_size(["a", "b", "c"]) == 3
+    assert batch_size((torch.ones(4, 2), torch.ones(4))) == 4
+    assert batch_size([torch.ones(4), torch.ones(3)]) == 2
+
+
+def test_columns_are_lists_with_a_value_for_each_sample():
+    assert is_column(["a", None])
+    assert is_column([1, 2.0])
+    assert not is_column([])
+    assert not is_column([torch.ones(1)])
+    assert not is_column(("a",))
+
+
+def test_outputs_of_several_batches_are_concatenated():
+    assert concatenated([torch.tensor(1), torch.tensor([2, 3])]).tolist() == [1, 2, 3]
+    first, second = ({"a": ["x"], "b": (torch.ones(n), None)} for n in (1, 2))
+    found = concatenated([first, second])
+    assert found["a"] == ["x", "x"]
+    assert found["b"][0].tolist() == [1, 1, 1]
+    assert found["b"][1] is None
+    pair = concatenated([Pair(torch.ones(1), torch.ones(2))] * 2)
+    assert (type(pair), len(pair.b)) == (Pair, 4)
+    with pytest.raises(StateError, match="outputs of the batches") as caught:
+        concatenated([torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4)])
+    assert caught.value.actual == "(2, 3), (2, 4)"
+    with pytest.raises(StateError, match="outputs of the model") as caught:
+        concatenated([{1}, {2}])
+    assert caught.value.actual == "set"
+
+
+def test_a_mapping_keeps_its_type_and_attributes():
+    original = collections.OrderedDict(a=1)
+    original.note = "kept"
+    changed = like(original, {"a": 2})
+    assert (type(changed), changed["a"], changed.note) == (collections.OrderedDict, 2, "kept")
+    assert original["a"] == 1
+    assert like(types.MappingProxyType({"a": 1}), {"a": 2}) == {"a": 2}
+
+
+@pytest.mark.parametrize(
+    ("returned", "actual"),
+    [
+        (3.0, "float"),
+        (torch.ones(2), "Tensor of shape (2,)"),
+        ({"ce": torch.ones(())}, "dict"),
+        ({"loss": torch.ones(2)}, "Tensor of shape (2,)"),
+    ],
+)
+def test_a_loss_is_a_scalar_tensor(returned, actual):
+    handler = make()
+    handler.set_loss_fn(lambda outputs, targets: returned)
+    with pytest.raises(StateError, match="not a scalar tensor") as caught:
+        forward(handler, (X, Y))
+    assert caught.value.actual == actual
+
+
+def test_a_loss_of_one_element_becomes_a_scalar():
+    handler = make()
+    handler.set_loss_fn(lambda outputs, targets: {"loss": outputs.sum().reshape(1), "n": 2})
+    result = forward(handler, (X[:5], Y[:5]))
+    assert result.loss.shape == ()
+    assert (result.size, result.terms) == (5, {"n": 2})
+    assert batches.Result(loss=result.loss).size == 1

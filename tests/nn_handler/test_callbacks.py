@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from shardckpt import NNHandler, errors
 from shardckpt.nn_handler import CSVLogger, EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -73,3 +76,83 @@ def test_two_checkpoint_callbacks_alike(tmp_path):
     handler.train(2, progress_bar=False)
     epochs = sorted(NNHandler.load(tmp_path / name).epoch for name in os.listdir(tmp_path))
     assert epochs == [1, 1, 4, 4]
+
+
+def stops_after(stopping: EarlyStopping, values: list[float | None]) -> int | None:
+    """Return the epoch after which training ends. None: an epoch without the metric."""
+    handler = SimpleNamespace(stop_training=False)
+    for epoch, value in enumerate(values, 1):
+        stopping.on_epoch_end(handler, {} if value is None else {stopping.monitor: value})
+        if handler.stop_training:
+            return epoch
+    return None
+
+
+def test_training_stops_after_so_many_epochs_without_an_improvement():
+    assert stops_after(EarlyStopping(patience=2), [3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0]) == 6
+    assert stops_after(EarlyStopping(mode="max", patience=1), [1.0, 2.0, 1.0]) == 3
+    assert stops_after(EarlyStopping(patience=1), [3.0, 2.0, 1.0]) is None
+
+
+def test_nan_is_no_improvement_and_an_epoch_without_the_metric_does_not_count():
+    assert stops_after(EarlyStopping(patience=2), [math.nan, math.nan]) == 2
+    assert stops_after(EarlyStopping(patience=1), [3.0, None, None, 2.0]) is None
+
+
+def test_an_improvement_is_larger_than_min_delta():
+    values = [1.0, 0.75, 0.5]
+    assert stops_after(EarlyStopping(patience=1, min_delta=0.25), values) == 2
+    assert stops_after(EarlyStopping(patience=1, min_delta=0.125), values) is None
+
+
+def test_early_stopping_goes_on_with_its_state():
+    one = EarlyStopping(patience=2)
+    assert stops_after(one, [2.0, 3.0]) is None
+    other = EarlyStopping(patience=2)
+    other.load_state_dict(one.state_dict())
+    assert (other.best, other.waited) == (2.0, 1)
+    assert stops_after(other, [2.5]) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"patience": 0}, {"patience": 1.0}, {"min_delta": -1}, {"min_delta": math.nan}]
+)
+def test_wrong_options_of_early_stopping_are_refused(options):
+    with pytest.raises(errors.StateError, match="Invalid patience or min_delta") as caught:
+        EarlyStopping(**options)
+    (item,) = options.items()
+    assert f"{item[0]}={item[1]!r}" in caught.value.actual
+
+
+def test_the_rates_of_all_groups_are_kept_for_each_step():
+    handler = SimpleNamespace(
+        optimizations={
+            "main": SimpleNamespace(rates=[0.1, 0.2]),
+            "rest": SimpleNamespace(rates=[0.3]),
+        }
+    )
+    one = LearningRateMonitor()
+    one.on_step_end(handler, torch.ones(()))
+    handler.optimizations["rest"].rates = [0.5]
+    one.on_step_end(handler, torch.ones(()))
+    assert one.rates == [[0.1, 0.2, 0.3], [0.1, 0.2, 0.5]]
+    other = LearningRateMonitor()
+    other.load_state_dict({"rates": [[1, 2]]})
+    assert other.state_dict() == {"rates": [[1.0, 2.0]]}
+
+
+def test_a_checkpoint_callback_notes_the_best_value_before_it_is_confirmed(tmp_path):
+    one = ModelCheckpoint(tmp_path / "c", monitor="accuracy", mode="max")
+    one.confirmed = False
+    one.on_train_start(SimpleNamespace())
+    for metrics in ({"accuracy": 0.5}, {"loss": 9.0}, {"accuracy": 0.25}, {"accuracy": math.nan}):
+        one.on_epoch_end(SimpleNamespace(), metrics)
+    assert one.state_dict() == {"best": 0.5}
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("interval", [0, 1.5, True, None])
+def test_the_interval_of_a_checkpoint_callback_is_a_number_of_epochs(tmp_path, interval):
+    with pytest.raises(errors.StateError, match="Invalid interval") as caught:
+        ModelCheckpoint(tmp_path, interval=interval)
+    assert caught.value.actual == repr(interval)

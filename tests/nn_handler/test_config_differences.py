@@ -7,6 +7,15 @@ import torch
 from torch import nn
 
 from shardckpt import NNHandler, errors
+from shardckpt.nn_handler.config_differences import (
+    check_parts,
+    optimizers_of,
+    own_parts,
+    place_of,
+    warn_of_loss,
+    warn_of_options,
+)
+from shardckpt.nn_handler.saved import Config, checked
 from tests.nn_handler.models import Net, a_gan, a_handler, make, train, with_data
 
 
@@ -81,3 +90,113 @@ def test_no_part_is_dropped_or_mixed_up_by_a_resume(tmp_path, before, after, par
     handler = after()
     with pytest.raises(errors.LoadMismatchError, match=f"another {part}"):
         handler.restore(tmp_path / "c")
+
+
+def saved(handler: NNHandler) -> Config:
+    return checked(handler.config(), Config, "config", path="c")
+
+
+def test_the_parts_of_a_handler_have_the_places_that_a_checkpoint_has():
+    handler = a_gan()
+    parts = own_parts(handler.config())
+    assert set(parts) == {
+        "optimizer",
+        "optimizers.discriminator.optimizer",
+        "optimizers.discriminator.scheduler",
+    }
+    assert set(optimizers_of(saved(handler))) == {"main", "discriminator"}
+    assert place_of("main", "scheduler") == "scheduler"
+    assert place_of("discriminator", "scheduler") == "optimizers.discriminator.scheduler"
+    without = NNHandler(Net)
+    assert optimizers_of(saved(without)) == own_parts(without.config()) == {}
+
+
+def test_the_same_parts_fit():
+    check_parts(a_gan().config(), saved(a_gan()), "c")
+    check_parts(NNHandler(Net).config(), saved(NNHandler(Net)), "c")
+
+
+def test_the_error_names_the_part_and_both_classes():
+    other = a_gan()
+    other.optimizations["discriminator"].scheduler = None
+    with pytest.raises(errors.LoadMismatchError, match="another scheduler than") as caught:
+        check_parts(other.config(), saved(a_gan()), "c")
+    assert caught.value.tensor == "optimizers.discriminator.scheduler"
+    assert (caught.value.expected, caught.value.actual) == (
+        "none",
+        "torch.optim.lr_scheduler:StepLR",
+    )
+    assert "skip_scheduler=True" in caught.value.remedy
+    with pytest.raises(errors.LoadMismatchError, match="another optimizer than") as caught:
+        check_parts(a_handler().config(), saved(NNHandler(Net)), "c")
+    assert caught.value.tensor is None
+    assert (caught.value.expected, caught.value.actual) == ("torch.optim.adam:Adam", "none")
+
+
+def test_classes_without_a_name_are_not_compared():
+    def local() -> NNHandler:
+        class Local(torch.optim.SGD):
+            pass
+
+        handler = NNHandler(Net)
+        handler.set_optimizer(Local, lr=0.1)
+        return handler
+
+    check_parts(local().config(), saved(local()), "c")
+    other = NNHandler(Net)
+    other.set_optimizer(torch.optim.SGD, lr=0.1)
+    with pytest.raises(errors.LoadMismatchError, match="another optimizer"):
+        check_parts(local().config(), saved(other), "c")
+
+
+def with_options(rate: float, decay: float, gamma: float) -> NNHandler:
+    handler = NNHandler(Net)
+    groups = {"head.bias": {"weight_decay": decay}}
+    handler.set_optimizer(torch.optim.SGD, params="head", groups=groups, lr=0.1)
+    handler.set_optimizer(torch.optim.SGD, name="rest", lr=rate)
+    handler.set_scheduler(torch.optim.lr_scheduler.ExponentialLR, optimizer="rest", gamma=gamma)
+    return handler
+
+
+def test_options_that_the_checkpoint_replaces_are_listed():
+    ours, theirs = with_options(0.5, 0.0, 0.9), with_options(0.25, 0.125, 0.8)
+    with pytest.warns(UserWarning, match="The checkpoint's options are used") as caught:
+        warn_of_options(own_parts(ours.config()), saved(theirs), ours)
+    (text,) = (str(one.message) for one in caught)
+    for part in (
+        "optimizer group 1 weight_decay: 0.125 in the checkpoint, 0.0 in the script",
+        "optimizers.rest.optimizer lr: 0.25 in the checkpoint, 0.5 in the script",
+        "optimizers.rest.scheduler gamma: 0.8 in the checkpoint, 0.9 in the script",
+    ):
+        assert part in text
+    assert text.count(" in the checkpoint, ") == 3
+
+
+def test_options_that_the_script_sets_anew_or_has_not_changed_are_not_listed():
+    ours, theirs = with_options(0.5, 0.0, 0.9), with_options(0.25, 0.0, 0.9)
+    warn_of_options(own_parts(theirs.config()), saved(theirs), theirs)
+    ours.set_hyperparameters(optimizer="rest", lr=0.5)
+    warn_of_options(own_parts(ours.config()), saved(theirs), ours)
+
+
+def test_an_option_that_one_side_lacks_has_its_default():
+    ours, theirs = NNHandler(Net), NNHandler(Net)
+    ours.set_optimizer(torch.optim.SGD, lr=0.1)
+    theirs.set_optimizer(torch.optim.SGD, lr=0.1, momentum=0.5)
+    with pytest.warns(UserWarning, match="momentum: 0.5 in the checkpoint, 'its default' in"):
+        warn_of_options(own_parts(ours.config()), saved(theirs), ours)
+
+
+def loss(*weight: float, scale: float = 1.0) -> dict:
+    handler = NNHandler(Net)
+    handler.set_loss_fn(nn.CrossEntropyLoss(weight=torch.tensor(weight), label_smoothing=scale))
+    return handler.config()["loss_fn"]
+
+
+def test_tensors_of_a_loss_that_the_checkpoint_replaces_are_named_on_one_rank():
+    warn_of_loss(loss(1.0, 2.0), loss(1.0, 2.0, scale=0.5), 0)
+    warn_of_loss(loss(1.0, 2.0), loss(1.0, 3.0), 1)
+    for other in (loss(1.0, 3.0), loss(1.0, 2.0, 3.0)):
+        with pytest.warns(UserWarning, match="gets its tensors from the checkpoint: weight"):
+            warn_of_loss(loss(1.0, 2.0), other, 0)
+    warn_of_loss(None, loss(1.0), 0)

@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
+from shardckpt.errors import RankFailedError
 from shardckpt.nn_handler import emergency
 
 HERE = threading.local()
@@ -87,3 +90,80 @@ def test_one_that_comes_as_another_gives_up(meet, delay_s):
     one, other = meet([0, delay_s])
     assert one.at_one_point == other.at_one_point
     assert one.at_one_point or one.may_save != other.may_save
+
+
+def test_one_process_stops_at_one_point():
+    found = emergency.meet("step 3", consequence=False, patient=True)
+    assert (found.at_one_point, found.failed_ranks, found.may_save) == (True, (), False)
+
+
+def test_the_error_of_other_ranks_names_those_that_failed():
+    error = emergency.Failure(failed_ranks=(1, 3), problem="late").error()
+    assert isinstance(error, RankFailedError)
+    assert (error.rank, error.actual) == ((1, 3), "late")
+    assert emergency.Failure().error().actual is None
+
+
+@pytest.mark.parametrize(
+    ("error", "follows"),
+    [
+        (dist.DistBackendError("broken"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("gloo/ is not a loss"), False),
+    ],
+)
+def test_only_a_collective_that_broke_follows_from_another_rank(error, follows):
+    assert emergency.is_consequence(error) is follows
+
+
+class Counter(nn.Module):
+    """A buffer that grows, beside one that is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, inputs):
+        self.seen = torch.cat([self.seen, torch.ones(1)])
+        return self.norm(inputs)
+
+
+def test_buffers_of_the_last_boundary_come_back():
+    model = Counter()
+    copies = emergency.BufferCopies(model)
+    copies.note()
+    model.norm(torch.ones(3, 2))
+    copies.note()
+    noted = {name: buffer.clone() for name, buffer in model.norm.named_buffers()}
+    model.norm(torch.full((3, 2), 5.0))
+    assert not torch.equal(model.norm.running_mean, noted["running_mean"])
+    copies.put_back()
+    assert all(torch.equal(b, noted[name]) for name, b in model.norm.named_buffers())
+
+
+def test_a_buffer_of_another_shape_stays():
+    model = Counter()
+    copies = emergency.BufferCopies(model)
+    copies.note()
+    model(torch.ones(3, 2))
+    copies.put_back()
+    assert model.seen.tolist() == [0, 1]
+    assert model.norm.num_batches_tracked == 0
+    copies.note()
+    model.seen.fill_(7)
+    copies.put_back()
+    assert model.seen.tolist() == [0, 1]
+
+
+def test_only_buffers_that_changed_are_copied_again():
+    model = Counter()
+    copies = emergency.BufferCopies(model)
+    copies.note()
+    before = dict(copies.copies)
+    model.seen.add_(1)
+    copies.note()
+    assert copies.copies[0] is not before[0]
+    assert copies.copies[1] is before[1]

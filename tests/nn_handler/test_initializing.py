@@ -9,6 +9,13 @@ from torch import nn
 import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.errors import LoadMismatchError
+from shardckpt.nn_handler.initializing import (
+    differences,
+    warn_of_skipped,
+    weight_names,
+    with_remedy,
+)
+from shardckpt.reports import LoadReport
 from tests.nn_handler.models import Body, Net, a_handler, make, same, train, weights
 
 
@@ -129,3 +136,80 @@ def test_weights_of_a_sharded_checkpoint_of_ones_own(tmp_path):
     shardckpt.save({"net": {"inner": model}, "step": 3}, tmp_path / "c")
     fresh = NNHandler.initialize_from_checkpoint(tmp_path / "c", Net, width=5)
     assert torch.equal(fresh.module.head.bias, model.head.bias)
+
+
+OWN = {"body.weight", "body.bias", "head.weight"}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "model.", "state_dict.", "model_state_dict.module.", "a.b.c."],
+)
+def test_the_prefix_of_the_weights_is_found(prefix):
+    saved = [*(f"{prefix}{name}" for name in sorted(OWN)), "optimizer.lr", "epoch"]
+    found = weight_names(saved, OWN)
+    assert {found[f"{prefix}{name}"] for name in OWN} == OWN
+
+
+def test_the_prefix_with_most_names_is_chosen_or_the_given_one():
+    saved = [f"ema.weights.{name}" for name in OWN] + ["model.body.weight"]
+    assert weight_names(saved, OWN) == {f"ema.weights.{name}": name for name in OWN}
+    assert weight_names(saved, OWN, prefix="model") == {"model.body.weight": "body.weight"}
+    assert weight_names(saved, OWN, prefix="model.") == {"model.body.weight": "body.weight"}
+    assert weight_names(saved, OWN, prefix="mod") == {}
+
+
+def test_wrappers_within_a_name_are_removed():
+    saved = ["module.body._orig_mod.weight", "_orig_mod.head._checkpoint_wrapped_module.weight"]
+    assert set(weight_names(saved, OWN).values()) == {"body.weight", "head.weight"}
+
+
+def test_a_module_of_the_model_may_be_called_module():
+    own = {"module.weight", "head.weight"}
+    assert weight_names(sorted(own), own) == {name: name for name in own}
+
+
+def test_a_checkpoint_without_names_of_the_model_keeps_its_own():
+    assert weight_names(["a", "b"], OWN) == {"a": "a", "b": "b"}
+    assert weight_names([], OWN) == {}
+
+
+def test_a_warning_lists_what_was_skipped_on_rank_0_alone():
+    skipped = {
+        "missing": [f"model.{number}" for number in range(10)],
+        "unexpected": ["model.neck"],
+        "wrong_shape": [("model.head", (2,), (3,))],
+        "wrong_dtype": [("model.body", "int8", "int64")],
+    }
+    with pytest.warns(UserWarning, match="strict=False skipped tensors of c") as caught:
+        warn_of_skipped("c", 0, **skipped)
+    text = str(caught[0].message)
+    assert "model.6, model.7 and 2 more" in text
+    assert "of another shape: model.head (saved (3,))" in text
+    assert "of another dtype: model.body (saved int64)" in text
+    assert "not in the handler: model.neck" in text
+    warn_of_skipped("c", 1, **skipped)
+    warn_of_skipped("c", 0)  # nothing was skipped
+
+
+def test_the_parts_beside_the_model_are_not_missed():
+    report = LoadReport(
+        path="c",
+        checkpoint_id="0" * 32,
+        saved_world_size=1,
+        bytes_read=0,
+        seconds={},
+        missing=("model.a",),
+        unexpected=("optimizer.lr", "model.b"),
+    )
+    assert differences(report)["missing"] == ("model.a",)
+    assert differences(report)["unexpected"] == ["model.b"]
+
+
+def test_a_mismatch_gets_the_remedy_of_the_call():
+    with pytest.raises(errors.LoadMismatchError) as caught, with_remedy("call this"):
+        raise errors.LoadMismatchError("planted", remedy="call that")
+    assert caught.value.remedy == "call this"
+    with pytest.raises(errors.StateError) as other, with_remedy("call this"):
+        raise errors.StateError("planted", remedy="call that")
+    assert other.value.remedy == "call that"

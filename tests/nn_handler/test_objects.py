@@ -20,7 +20,9 @@ from torch.nn import functional
 from shardckpt import NNHandler, errors
 from shardckpt.errors import CheckpointError
 from shardckpt.nn_handler import CSVLogger, ModelCheckpoint
-from shardckpt.nn_handler.objects import describe
+from shardckpt.nn_handler.bounds import Bounds
+from shardckpt.nn_handler.objects import NameResolver, absent, describe, making, warn_of_absent
+from shardckpt.nn_handler.trust import Slot
 from tests.faults import handler_attacks as attacks
 from tests.nn_handler.models import (
     Block,
@@ -274,3 +276,184 @@ def test_no_function_is_called_while_loading(tmp_path):
         NNHandler.load(tmp_path / "c")
     given = {"model.kwargs.init": number}
     assert NNHandler.load(tmp_path / "c", objects=given).module.value == 1
+
+
+def resolver(**given) -> NameResolver:
+    return NameResolver(given, Bounds(list, path="c"), path="c")
+
+
+def made(described, slot: Slot = Slot.ARGUMENT, **given):
+    names = resolver(**given)
+    tree = names.resolve(described, "a", slot)
+    names.raise_missing()
+    return names.make(tree, "a")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        [1, (2.0, "x", None)],
+        {"a": {"b": torch.float16}},
+        nn.ReLU,
+        functional.relu,
+        range(7),
+        Path("a/b"),
+        collections.OrderedDict(b=1, a=[2]),
+    ],
+)
+def test_plain_values_and_names_come_back_from_their_description(value):
+    found = made(describe(value))
+    assert (type(found), found) == (type(value), value)
+
+
+def test_a_pure_path_becomes_a_path_of_this_system():
+    assert describe(Path("a") / "b") == {"shardckpt.import": "pathlib:Path", "arguments": ["a/b"]}
+
+
+def test_a_partial_comes_back_with_its_arguments():
+    found = made(describe(functools.partial(nn.Linear, 2, bias=False)))
+    assert (found.func, found.args, found.keywords) == (nn.Linear, (2,), {"bias": False})
+
+
+@pytest.mark.parametrize("value", [lambda: 3, object(), torch.Generator(), {1, 2}.union])
+def test_what_has_no_description_is_absent(value):
+    found = describe({"x": [value]})
+    (text,) = absent(found, "").values()
+    assert set(absent(found, "")) == {"x.0"}
+    assert text == " ".join(repr(value).split())[:200]
+
+
+def test_the_handlers_own_parts_are_described_by_their_names():
+    model = nn.Linear(2, 2)
+    own = {id(model): "module", id(model.weight): "module.weight"}
+    assert describe([model, model.weight], own) == [
+        {"shardckpt.own": "module"},
+        {"shardckpt.own": "module.weight"},
+    ]
+    names = resolver()
+    names.own_part = {"module": model}.get
+    assert names.make(names.resolve({"shardckpt.own": "module"}, "a"), "a") is model
+    with pytest.raises(CheckpointError, match="does not have") as caught:
+        names.make(names.resolve({"shardckpt.own": "neck"}, "callbacks.0"), "callbacks.0")
+    assert caught.value.actual == "'neck'"
+    assert caught.value.remedy == "load with skip_callbacks=True"
+
+
+def test_a_module_with_tensors_beside_its_arguments_is_absent_unless_they_are_saved():
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(3))
+    assert "arguments" in describe(weighted)
+    linear = nn.Linear(2, 2)
+    assert list(absent(describe(linear), "a")) == ["a"]
+    arguments = describe(linear, holds_tensors=True)["arguments"]
+    assert arguments == {"in_features": 2, "out_features": 2, "bias": True}
+
+
+def test_an_absent_object_is_warned_of_once():
+    known: set[str] = set()
+    described = describe({"a": lambda: 1})
+    with pytest.warns(UserWarning, match=r"objects=\{'a': \.\.\.\}"):
+        warn_of_absent(described, known)
+    assert known == {"a"}
+    warn_of_absent(described, known)
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        ({"shardckpt.import": 3}, 'a name as "module:class"'),
+        ({"shardckpt.import": "torch.nn:ReLU", "more": 1}, 'a name as "module:class"'),
+        ({"shardckpt.import": "torch.nn:ReLU", "arguments": 3}, "arguments in a dict or a list"),
+        ({"shardckpt.import": "pathlib:Path", "arguments": ["a", "b"]}, "a path as one str"),
+        ({"shardckpt.import": "functools:partial", "arguments": []}, "function, args, keywords"),
+        ({"shardckpt.import": "collections:OrderedDict", "arguments": [1]}, "a list of pairs"),
+        ({"shardckpt.own": 3}, "the name of a part of the handler"),
+        (range(1 << 40), "a range of at most 1048576 numbers"),
+    ],
+)
+def test_a_malformed_description_is_refused(described, expected):
+    with pytest.raises(CheckpointError, match="malformed") as caught:
+        resolver().resolve({"b": described}, "a")
+    assert expected in caught.value.expected
+    assert caught.value.tensor == "config.a.b"
+    assert caught.value.remedy == "give it to load: objects={'a.b': ...}"
+
+
+def test_a_part_of_the_handler_is_no_argument_of_the_model():
+    with pytest.raises(CheckpointError, match="malformed"):
+        resolver().resolve({"shardckpt.own": "model"}, "model.kwargs.a")
+
+
+def test_what_the_caller_gives_replaces_a_description():
+    names = NameResolver({"a.b": 3, "a.c": None}, Bounds(list, path="c"), path="c")
+    tree = names.resolve({"b": {"shardckpt.absent": "x"}, "c": 5, "d": 6}, "a")
+    assert names.make(tree, "a") == {"b": 3, "c": None, "d": 6}
+    assert names.used == {"a.b", "a.c"}
+
+
+def test_missing_names_are_listed_with_the_ways_to_give_them():
+    names = resolver()
+    names.resolve({"shardckpt.import": "mine.models:Net"}, "model.class", Slot.MODEL)
+    names.resolve({"shardckpt.absent": "a\nlambda"}, "optimizers.rest.optimizer.options.f")
+    with pytest.raises(CheckpointError, match="has not given, imported or trusted") as caught:
+        names.raise_missing(["loss"])
+    assert caught.value.tensor == "model.class, optimizers.rest.optimizer.options.f"
+    assert "'a\\nlambda'" in caught.value.expected
+    assert caught.value.actual == "objects= gives loss, which the checkpoint does not have"
+    for way in ("model_class=...", "skip_optimizer=True", "import mine.models"):
+        assert way in caught.value.remedy
+    resolver().raise_missing(["loss"])  # nothing is missing
+
+
+def test_no_more_than_fifty_missing_names_are_listed():
+    names = resolver()
+    names.resolve([{"shardckpt.absent": "x"}] * 60, "a")
+    with pytest.raises(CheckpointError) as caught:
+        names.raise_missing()
+    assert caught.value.tensor.endswith("a.49, and 10 more")
+
+
+def test_functions_can_be_called_when_the_load_has_ended():
+    names = resolver()
+    tree = names.resolve(describe({"f": number}), "a")
+    held = names.make(tree, "a")["f"]
+    with pytest.raises(CheckpointError, match="was about to be called") as caught:
+        held()
+    assert caught.value.tensor == "a.f"
+    names.open()
+    assert held() == 1
+    assert describe(held) == describe(number)
+
+
+def test_the_function_of_a_scheduler_gives_a_factor_of_one_while_loading():
+    names = resolver()
+    tree = names.resolve(describe(number), "scheduler.options.lr_lambda")
+    held = names.make(tree, "a")
+    assert held(3) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("at", "remedy"),
+    [
+        ("optimizer", "load with skip_optimizer=True"),
+        ("optimizers.rest.optimizer", "load with skip_optimizer=True"),
+        ("metrics.f1", "give it to load: metrics={'f1': ...}"),
+        ("compile", 'leave it out of the load: objects={"compile": None}'),
+        ("frozen", "take the weights alone with NNHandler.initialize_from_checkpoint"),
+    ],
+)
+def test_an_error_while_a_part_is_made_names_the_part_and_a_remedy(at, remedy):
+    with pytest.raises(CheckpointError, match="can't be created") as caught, making(at, "c"):
+        raise ValueError("planted\nsecond line")
+    assert (caught.value.path, caught.value.tensor) == ("c", at)
+    assert caught.value.actual == "ValueError: planted"
+    assert caught.value.remedy == remedy
+
+
+def test_errors_of_the_package_keep_their_type_while_a_part_is_made():
+    with pytest.raises(errors.CorruptionError) as caught, making("ema", "c"):
+        raise errors.CorruptionError("planted")
+    assert caught.value.tensor == "ema"
+    with pytest.raises(CheckpointError, match="can't be created") as other, making("ema", "c"):
+        raise errors.StateError("planted")
+    assert other.value.actual == "planted"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
 from shardckpt import NNHandler, errors
 from shardckpt.errors import StateError
-from shardckpt.nn_handler import Callback, EarlyStopping
+from shardckpt.nn_handler import Callback, EarlyStopping, readiness
+from shardckpt.nn_handler.readiness import check_on_all
+from shardckpt.nn_handler.train_options import TrainOptions
 from tests.nn_handler.models import Net, a_handler, data, make, train
 
 
@@ -84,3 +87,60 @@ def test_training_needs_its_parts():
     with pytest.raises(errors.StateError) as caught:
         NNHandler(Net).train(epochs=1)
     assert "set_optimizer" in caught.value.remedy
+
+
+OPTIONS = TrainOptions(epochs=1)
+
+
+def test_a_handler_that_is_complete_can_train():
+    check_on_all(a_handler(), OPTIONS)
+
+
+def test_the_missing_part_is_named():
+    handler = NNHandler(Net)
+    with pytest.raises(StateError, match="can't train yet") as caught:
+        check_on_all(handler, OPTIONS)
+    assert caught.value.remedy == "call set_optimizer first"
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    with pytest.raises(StateError, match="can't train yet") as caught:
+        check_on_all(handler, OPTIONS)
+    assert caught.value.remedy == "call set_train_loader first"
+
+
+def test_parts_that_a_load_left_open_are_asked_for():
+    handler = a_handler()
+    handler.await_part("metrics.f1", "lambda", None)
+    handler.await_part("own_step", "a step", None)
+    with pytest.raises(StateError, match="could not resolve") as caught:
+        check_on_all(handler, OPTIONS)
+    assert caught.value.expected == "metrics.f1: lambda, own_step: a step"
+    assert "add_metric('f1', ...), set_training_step(...)" in caught.value.remedy
+
+
+def outline(handler: NNHandler, **options) -> bytes:
+    return msgspec.msgpack.encode(
+        readiness._outline(handler, TrainOptions(**{"epochs": 1, **options}))
+    )
+
+
+def test_the_rank_that_prepares_other_training_is_named():
+    """The outlines of three handlers, as ranks send them to rank 0."""
+    own = outline(a_handler())
+    assert readiness._check_alike([own, outline(a_handler(), progress_bar=False), own]) == b""
+    other = a_handler()
+    other.add_callback(EarlyStopping())
+    with pytest.raises(StateError, match="differently: add_callback") as caught:
+        readiness._check_alike([own, own, outline(other)])
+    assert caught.value.rank == 2
+    assert caught.value.expected == "[], as on rank 0"
+    assert caught.value.actual == "['EarlyStopping']"
+    with pytest.raises(StateError, match=r"differently: train\(epochs=\)"):
+        readiness._check_alike([own, outline(a_handler(), epochs=2)])
+    without = a_handler()
+    without.val_data = None
+    with pytest.raises(StateError, match="differently: set_val_loader"):
+        readiness._check_alike([own, outline(without)])
+    saving = a_handler()
+    saving.auto_save(save_path="runs")
+    with pytest.raises(StateError, match="differently: auto_save"):
+        readiness._check_alike([own, outline(saving)])
