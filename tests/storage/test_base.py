@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 import shardckpt
-from shardckpt.errors import StateError
+from shardckpt.errors import CheckpointNotFoundError, StateError
 from shardckpt.storage.base import (
     CheckpointFiles,
     Storage,
     WouldWait,
+    WritableFile,
+    WriteTransaction,
 )
 
 
@@ -50,3 +52,101 @@ def test_the_defaults_of_files():
 def test_a_storage_without_begin_refuses_a_save():
     with pytest.raises(StateError, match="can't be written to"):
         shardckpt.save({"a": 1}, "here", storage=ReadOnly())
+
+
+def test_a_read_only_storage_refuses_all_else_by_name():
+    storage = ReadOnly()
+    calls = {
+        "can't be written to": lambda: storage.begin("c", checkpoint_id="0", overwrite=False),
+        "can't list a folder": lambda: storage.names("c"),
+        "can't remove": lambda: storage.remove("c"),
+    }
+    for message, call in calls.items():
+        with pytest.raises(StateError, match=message) as raised:
+            call()
+        assert (raised.value.path, raised.value.actual) == ("c", "ReadOnly")
+        assert raised.value.remedy == "use another storage, such as a LocalStorage"
+    for call in (
+        lambda: storage.join("c", token="0"),
+        lambda: storage.join_part("c", token="0"),
+        lambda: storage.assemble("c", checkpoint_id="0", overwrite=False),
+    ):
+        with pytest.raises(StateError, match="can't be written to"):
+            call()
+
+
+def test_the_defaults_of_a_storage():
+    class Absent(ReadOnly):
+        def open(self, path):
+            raise CheckpointNotFoundError("absent", path=path)
+
+    storage = ReadOnly()
+    assert storage.full_path("a/b") == "a/b"
+    assert storage.child("a/", "b") == storage.child("a", "b") == "a/b"
+    assert storage.exists("here")
+    assert not Absent().exists("here")
+    assert isinstance(storage.open_newest("here"), Files)
+    assert isinstance(storage.open_part("here", b"m"), Files)
+    assert storage.tiers("here") == {}
+    for nothing in (storage.sweep, storage.remove_part):
+        assert nothing("here") is None
+    assert storage.wait_for_tier("here", 0) is None
+    with pytest.raises(StateError, match="Invalid path"):
+        storage.full_path("")
+
+
+def test_the_version_of_a_checkpoint_is_that_of_its_manifest_and_closes_the_files():
+    closed = []
+
+    class Closing(Files):
+        text = b"m"
+
+        def manifest(self):
+            return self.text
+
+        def close(self):
+            closed.append(self)
+
+    class Versioned(Storage):
+        def open(self, path):
+            return Closing()
+
+    storage = Versioned()
+    before = storage.version("c")
+    assert storage.version("c") == before
+    Closing.text = b"another"
+    assert storage.version("c") != before
+    assert len(closed) == 3
+
+
+def test_a_transaction_takes_nothing_over_by_default():
+    class Transaction(WriteTransaction):
+        def create(self, name, *, size_bytes, shared=False):
+            raise NotImplementedError
+
+        def commit(self, manifest):
+            raise NotImplementedError
+
+        def abandon(self):
+            pass
+
+    class File(WritableFile):
+        def write(self, data, *, offset):
+            pass
+
+        def close(self, *, size_bytes):
+            pass
+
+        def discard(self):
+            pass
+
+    transaction = Transaction()
+    assert not transaction.has("s", size_bytes=4)
+    assert not transaction.link("s", Files())
+    assert transaction.create_from("s", Files(), size_bytes=4) is None
+    assert not File().clone(offset=0, size_bytes=4)
+    assert transaction.shares_files
+    assert not transaction.resumes
+    assert not transaction.commits_part
+    assert not transaction.tiers
+    transaction.close()

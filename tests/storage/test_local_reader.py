@@ -243,3 +243,90 @@ def test_tensors_on_disk_outlive_their_checkpoint(tmp_path, many_shards):
     shutil.rmtree(path)
     shardckpt.save({"w": torch.zeros(3)}, path)
     assert torch.equal(gone["w"] + 0, state["w"])
+
+
+def test_a_path_that_is_a_file_or_another_folder_is_refused(tmp_path):
+    shardckpt.save(STATE, tmp_path / "c")
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").touch()
+    (tmp_path / "many").mkdir()
+    for name in "abcdefg":
+        (tmp_path / "many" / name).touch()
+    found = {
+        "file": "a file",
+        "empty": "an empty directory",
+        "dcp": "a checkpoint of torch.distributed.checkpoint",
+        "many": "a directory with a, b, c, d, e",
+    }
+    for name, actual in found.items():
+        with pytest.raises(errors.NotACheckpointError) as raised:
+            LocalStorage().open(str(tmp_path / name)).manifest()
+        assert (raised.value.path, raised.value.actual) == (str(tmp_path / name), actual)
+        assert "shardckpt convert" in raised.value.remedy
+    with pytest.raises(errors.CheckpointNotFoundError, match="does not exist"):
+        LocalStorage().open(str(tmp_path / "nothing"))
+
+
+def test_links_pipes_and_large_manifests_are_not_read(tmp_path, monkeypatch):
+    shardckpt.save(STATE, tmp_path / "c")
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    files = LocalStorage().open(str(tmp_path / "c"))
+    monkeypatch.setattr(files_module, "_MANIFEST_LIMIT_BYTES", 100)
+    with pytest.raises(errors.CorruptionError, match="too large") as raised:
+        files.manifest()
+    assert raised.value.expected == "at most 100 bytes"
+    shard.rename(tmp_path / "moved")
+    shard.symlink_to(tmp_path / "moved")
+    with pytest.raises(errors.CorruptionError, match="not a regular file") as raised:
+        files.size_bytes(shard.name)
+    assert raised.value.path == str(shard)
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(errors.CorruptionError, match="not a regular file"):
+        files.size_bytes(shard.name)
+    files.close()
+
+
+def test_a_shard_is_linked_or_cloned_or_neither_and_nothing_is_left(tmp_path):
+    class NoClones(System):
+        def clone(self, source_fd, target_fd, *, offset=0, size_bytes=0):
+            raise OSError(errno.EOPNOTSUPP, "no clones here")
+
+    class NoLinks(NoClones):
+        def link(self, name, target, *, dir_fd):
+            raise OSError(errno.EPERM, "no links here")
+
+    class Renamed(NoClones):
+        """The name is given to another file between the open and the link."""
+
+        def link(self, name, target, *, dir_fd):
+            with open(target, "x"):
+                pass
+
+    shardckpt.save(STATE, tmp_path / "c")
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    made = {NoClones: True, NoLinks: False, Renamed: False}
+    for system, expected in made.items():
+        files = LocalStorage(system()).open(str(tmp_path / "c"))
+        target = tmp_path / system.__name__
+        assert files.link_or_clone(shard.name, str(target)) is expected
+        assert not files.link_or_clone("shard-00007-of-00008.safetensors", str(target) + "2")
+        assert target.exists() is expected
+        files.close()
+    assert os.path.samefile(tmp_path / "NoClones", shard)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_corruption(tmp_path):
+    shardckpt.save(STATE, tmp_path / "c")
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    files = LocalStorage().open(str(tmp_path / "c"))
+    for actual in ("no checkpoint", "another checkpoint"):
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+        if actual == "another checkpoint":
+            shardckpt.save(STATE, tmp_path / "c")
+        with pytest.raises(errors.CheckpointNotFoundError, match="was replaced") as raised:
+            files.size_bytes(shard.name)
+        assert (raised.value.expected, raised.value.actual) == (shard.name, actual)
+    files.close()

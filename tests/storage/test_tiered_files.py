@@ -12,6 +12,8 @@ from shardckpt import TieredStorage
 from shardckpt.errors import (
     CorruptionError,
 )
+from shardckpt.storage.base import WouldWait
+from shardckpt.storage.tiered_files import TieredFiles, was_saved_in_parts
 
 STATE = {"w": torch.arange(2_000_000.0), "frozen": torch.ones(70), "step": 3}  # eight blocks
 DEADLINE_S = 60
@@ -79,3 +81,87 @@ def test_damage_in_all_tiers_is_corruption(tmp_path):
         shard.write_bytes(data)
     with pytest.raises(CorruptionError, match="block 3"):
         shardckpt.load_state("step-1", storage=tiers)
+
+
+def opened(tiers) -> TieredFiles:
+    files = tiers.open(tiers.full_path("step-1"))
+    assert isinstance(files, TieredFiles)
+    return files
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A checkpoint in two folders, and its shard."""
+    tiers = TieredStorage(tmp_path / "a", tmp_path / "b")
+    shardckpt.save({"w": torch.arange(9.0)}, "step-1", storage=tiers)
+    tiers.wait(DEADLINE_S)
+    (shard,) = (tmp_path / "a/step-1").glob("*.safetensors")
+    return tiers, shard
+
+
+def test_the_error_is_that_of_the_first_tier(copied, tmp_path):
+    tiers, shard = copied
+    files = opened(tiers)
+    for folder in "ab":
+        (tmp_path / folder / "step-1" / shard.name).unlink()
+    with pytest.raises(CorruptionError, match="missing") as raised:
+        files.size_bytes(shard.name)
+    assert raised.value.path == str(shard)
+    files.close()
+
+
+def test_a_tier_with_another_checkpoint_is_not_read(copied, tmp_path):
+    tiers, shard = copied
+    shardckpt.save({"w": torch.zeros(9)}, tmp_path / "b/step-1", overwrite=True)
+    files = opened(tiers)
+    shard.unlink()
+    with pytest.raises(CorruptionError, match="missing"):
+        files.map(shard.name)
+    with pytest.raises(CorruptionError, match="has another checkpoint") as raised:
+        files.copies()[1].manifest()
+    assert raised.value.path == str(tmp_path / "b/step-1")
+    assert raised.value.remedy == "wait until it is copied"
+    files.close()
+
+
+def test_reads_that_may_not_wait_are_refused_and_full_buffers_reported_once(copied):
+    tiers, shard = copied
+    files, filled = opened(tiers), []
+    buffers = [memoryview(bytearray(4)), memoryview(bytearray(5))]
+    with pytest.raises(WouldWait):
+        files.readinto(shard.name, buffers, offset=0, wait=False)
+    expected = shard.read_bytes()
+    shard.write_bytes(expected[:6])  # the first tier fills one buffer, and then fails
+    files.readinto(
+        shard.name, buffers, offset=0, on_filled=lambda buffer: filled.append(bytes(buffer))
+    )
+    assert filled == [expected[:4], expected[4:9]]
+    files.close()
+
+
+def test_verified_bytes_are_counted_by_tier(copied, tmp_path):
+    tiers, _ = copied
+    files = opened(tiers)
+    assert files.bytes_read() == {}
+    files.copies()[1].count_verified(5)
+    files.copies()[1].count_verified(2)
+    assert files.bytes_read() == {str(tmp_path / "b/step-1"): 7}
+    files.close()
+
+
+def test_a_duplicate_stays_open(copied):
+    tiers, shard = copied
+    files = opened(tiers)
+    other = files.duplicate()
+    files.close()
+    assert bytes(other.map(shard.name)) == shard.read_bytes()
+    other.close()
+
+
+def test_a_note_in_the_manifest_says_that_it_was_saved_in_parts():
+    assert was_saved_in_parts(b'{"notes":{"parts":"2"},"other":1}')
+    assert not was_saved_in_parts(b'{"notes":{"other":"parts"}}')
+    assert not was_saved_in_parts(b"{}")
+    with pytest.raises(CorruptionError, match="not valid JSON") as raised:
+        was_saved_in_parts(b'{"notes":{"parts":')
+    assert raised.value.remedy == "load another checkpoint"
