@@ -8,12 +8,16 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import shardckpt
 from shardckpt import errors
 from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert
+from shardckpt.convert.safetensors_files import HuggingFace, open_hugging_face, open_safetensors
+from shardckpt.convert.single_files import write_one
+from shardckpt.convert.sources import foreign
+from shardckpt.state.saved_tree import SavedState
 from tests.convert import layouts
 from tests.convert.layouts import loaded, same_weights
 from tests.convert.states import model, plain
@@ -69,3 +73,71 @@ def test_an_adapter_and_other_weights(tmp_path):
     assert "adapter_config.json" in report.copied
     assert set(load_file(tmp_path / "hf" / "model.safetensors")) == set(state)
     assert not (tmp_path / "hf" / "model.safetensors.index.json").exists()
+
+
+def test_a_file_is_read_by_boxes_with_its_aliases(tmp_path):
+    path = tmp_path / "x.safetensors"
+    weight = torch.arange(12.0).reshape(3, 4)
+    save_file({"w": weight, "s": torch.tensor(2)}, path, {"format": "pt", "tied": "w", "x": "y"})
+    with open_safetensors(str(path), check=True) as source:
+        assert SavedState(source.manifest).leaves.keys() == {"w", "s", "tied"}
+        assert source.read_box("w", (1, 1), (2, 2)).tolist() == [[5, 6], [9, 10]]
+        assert source.read_box("s", (), ()).item() == 2
+
+
+def test_the_digest_of_our_file_is_verified_only_when_asked(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_one({"w": torch.arange(9.0)}, str(path), overwrite=False)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    open_safetensors(str(path), check=False).close()
+    with pytest.raises(errors.CorruptionError) as raised:
+        open_safetensors(str(path), check=True)
+    assert raised.value.path == str(path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "tensor"),
+    [
+        ({"w": "f.safetensors"}, "v"),
+        ({"w": "f.safetensors", "v": "f.safetensors", "u": "f.safetensors"}, "u"),
+    ],
+)
+def test_an_index_that_does_not_match_a_file_is_corruption(tmp_path, weight_map, tensor):
+    save_file({"w": torch.ones(1), "v": torch.ones(1)}, tmp_path / "f.safetensors")
+    index = "model.safetensors.index.json"
+    (tmp_path / index).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(errors.CorruptionError, match="does not match") as raised:
+        open_hugging_face(str(tmp_path), index)
+    assert (raised.value.path, raised.value.tensor) == (f"{tmp_path}/f.safetensors", tensor)
+    assert raised.value.expected == f"the {len(weight_map)} tensors that {index} names"
+
+
+def test_tensors_have_the_order_of_the_index(tmp_path):
+    for name in "ba":
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {"b": "b.safetensors", "a": "a.safetensors"}}
+    (tmp_path / "i.json").write_text(json.dumps(index))
+    with open_hugging_face(str(tmp_path), "i.json") as source:
+        assert list(source.manifest.tensors) == ["b", "a"]
+        assert source.origin.files == ("a.safetensors", "b.safetensors", "i.json")
+
+
+def test_files_are_filled_up_to_their_size_and_a_larger_tensor_is_alone():
+    state = {name: torch.ones(size) for name, size in zip("abcd", (4, 6, 100, 1), strict=True)}
+    target = HuggingFace(foreign("p", "f", state), "t", file_bytes=40, overwrite=False)
+    assert target.files == [["a", "b"], ["c"], ["d"]]
+    assert target._name(1) == "model-00002-of-00003.safetensors"
+    one = HuggingFace(foreign("p", "f", state), "t", file_bytes=1000, overwrite=False)
+    assert one._name(0) == "model.safetensors"
+
+
+def test_the_layout_of_hugging_face_takes_only_tensors():
+    state = {"w": torch.ones(1), "empty": {}, "step": 3}
+    with pytest.raises(errors.StateError, match="only tensors") as raised:
+        HuggingFace(foreign("p", "f", state), "t", file_bytes=40, overwrite=False)
+    assert (raised.value.tensor, raised.value.actual) == ("step", "int")
+    assert "--keys model" in raised.value.remedy
+    del state["step"]
+    HuggingFace(foreign("p", "f", state), "t", file_bytes=40, overwrite=False)

@@ -7,6 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from shardckpt import errors
 from shardckpt.convert.convert import convert
+from shardckpt.convert.torch_objects import ObjectsLoader
+from shardckpt.convert.torch_sources import Index, open_torch_file, open_torch_folder, read_objects
 from tests.convert import layouts
 from tests.convert.layouts import Call, loaded
 from tests.nn_handler.models import Net
@@ -79,3 +82,62 @@ def test_files_that_are_refused_say_what_they_are(tmp_path, kind):
     assert "\x1b" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_file_without_a_known_suffix_must_begin_like_a_torch_file(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "weights")
+    with open_torch_file(str(tmp_path / "weights"), check=True) as source:
+        assert source.manifest.tensors.keys() == {"w"}
+    (tmp_path / "__0_0.distcp").write_bytes((tmp_path / "weights").read_bytes())
+    (tmp_path / "notes").write_text("hello")
+    found = {
+        "__0_0.distcp": ("a part of a DCP checkpoint", f"convert the folder {tmp_path}"),
+        "notes": ("a file that begins b'hell'", "check the path"),
+    }
+    for name, (actual, remedy) in found.items():
+        with pytest.raises(errors.NotACheckpointError, match="not a torch file") as raised:
+            open_torch_file(str(tmp_path / name), check=True)
+        assert (raised.value.actual, raised.value.remedy) == (actual, remedy)
+
+
+def test_checksums_are_verified_only_when_asked(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.full((1000,), 3.0)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.full((9,), 3.0).numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(data)
+    open_torch_file(str(path), check=False).close()
+    with pytest.raises(errors.CorruptionError):
+        open_torch_file(str(path), check=True)
+
+
+@pytest.mark.parametrize(("state", "actual"), [([1, 2], "list"), (torch.ones(1), "Tensor")])
+def test_a_file_that_holds_no_dict_is_refused(tmp_path, state, actual):
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(errors.NotACheckpointError, match="does not hold a dict") as raised:
+        read_objects(str(tmp_path / "x.pt"), ObjectsLoader())
+    assert raised.value.actual == actual
+
+
+def test_the_files_of_a_folder_are_read_as_the_index_says(tmp_path):
+    folder = tmp_path / "c"
+    model = Net(width=5)
+    layouts.bin_folder(folder, model, files=3)
+    (folder / "other.txt").touch()
+    with open_torch_folder(str(folder), "pytorch_model.bin.index.json", check=True) as source:
+        names = source.manifest.tensors.keys()
+        assert names == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            full = source.read_box(name, (0,) * tensor.dim(), tuple(tensor.shape))
+            assert torch.equal(full, tensor)
+        assert source.origin.format == "Hugging Face's layout, torch files"
+        assert "other.txt" in source.origin.left_out
+        assert source.origin.companions == ("config.json",)
+        assert len(source.origin.files) == 4
+
+
+def test_an_index_is_read_as_names_of_tensors_and_their_files():
+    index = msgspec.json.decode(b'{"metadata": {}, "weight_map": {"w": "f"}}', type=Index)
+    assert index.weight_map == {"w": "f"}
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(b'{"weight_map": {"w": 3}}', type=Index)
