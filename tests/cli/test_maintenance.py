@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import shardckpt
 from shardckpt import PerRank
 from shardckpt.cli.main import main
-from shardckpt.errors import CorruptionError
+from shardckpt.cli.progress import size_text
+from shardckpt.errors import CheckpointExistsError, CorruptionError
 
 
 def test_reshard_writes_another_number_of_shards(tmp_path, capsys):
@@ -74,3 +76,87 @@ def test_processes_share_the_tensors_of_another_library(tmp_path, capfd):
     torch.save({f"w{i}": torch.ones(4) for i in range(5)}, tmp_path / "w.pt")
     assert main(["verify", str(tmp_path / "w.pt"), "--jobs", "2"]) == 0
     assert capfd.readouterr().out.count("5 tensors, 80 B: readable") == 1
+
+
+def flip_last_byte(folder) -> None:
+    (shard,) = Path(folder).glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+def test_verify_lists_corrupted_and_intact_tensors(saved, capsys):
+    assert main(["verify", saved]) == 0
+    assert capsys.readouterr().out == f"{saved}: 1 shard, 5 tensors, {size_of(saved)}: intact\n"
+    flip_last_byte(saved)
+    assert main(["verify", saved]) == CorruptionError.exit_code
+    lines = capsys.readouterr().out.splitlines()
+    words = [line.split()[0] for line in lines]
+    assert words == sorted(words)
+    assert set(words) == {"corrupted", "intact"}
+    with shardckpt.open_checkpoint(saved) as checkpoint:
+        report = checkpoint.verify(strict=False)
+    assert [line.split()[1] for line in lines] == [*report.corrupted, *report.intact]
+
+
+def size_of(folder) -> str:
+    (shard,) = Path(folder).glob("*.safetensors")
+    return size_text(shard.stat().st_size)
+
+
+def test_verify_reads_a_part(tmp_path, capsys):
+    shardckpt.save({"w": torch.arange(600_000.0), "v": torch.ones(9)}, tmp_path / "c")
+    checked = 0
+    for part in ("1/2", "2/2"):
+        assert main(["verify", str(tmp_path / "c"), "--subset", part, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["subset"] == list(map(int, part.split("/")))
+        checked += report["checked_bytes"]
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    assert checked == shard.stat().st_size
+    assert main(["verify", str(tmp_path / "c"), "--subset", "2/2"]) == 0
+    assert capsys.readouterr().out.endswith(": intact (part 2/2)\n")
+
+
+def test_rescue_prints_what_it_saved_and_lost(tmp_path, capsys):
+    shardckpt.save({"a": torch.arange(300_000.0), "b": torch.zeros(300_000)}, tmp_path / "c")
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    os.truncate(shard, shard.stat().st_size - 9)
+    target = str(tmp_path / "r")
+    assert main(["rescue", str(tmp_path / "c"), target]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("lost     b: ")
+    assert last == f"{target}: 1 tensor saved, 1 lost"
+    assert list(shardckpt.load_state(target)) == ["a"]
+    assert main(["rescue", str(tmp_path / "c"), target]) == CheckpointExistsError.exit_code
+    assert main(["rescue", str(tmp_path / "c"), target, "--overwrite", "--json"]) == 0
+    (tmp_path / "c" / "manifest.json").unlink()
+    capsys.readouterr()
+    assert main(["rescue", str(tmp_path / "c"), target, "--overwrite"]) == 0
+    assert "The manifest was rebuilt" in capsys.readouterr().out
+
+
+def test_a_repaired_bit_is_printed(tmp_path, capsys):
+    shardckpt.save({"a": torch.zeros(300)}, tmp_path / "c")
+    flip_last_byte(tmp_path / "c")
+    assert main(["rescue", str(tmp_path / "c"), str(tmp_path / "r")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("repaired ")
+    assert lines[-1].endswith(": 1 tensor saved, 0 lost")
+
+
+def test_reshard_prints_the_size_of_its_target(saved, tmp_path, capsys):
+    target = str(tmp_path / "t")
+    assert main(["reshard", saved, target, "--shards", "2"]) == 0
+    assert capsys.readouterr().out == f"{target}: 2 shards, 64 B\n"
+
+
+def test_a_bit_of_the_manifest_that_flipped_is_named(saved, capsys):
+    manifest = Path(saved) / "manifest.json"
+    data = bytearray(manifest.read_bytes())
+    data[50] ^= 1
+    manifest.write_bytes(data)
+    assert main(["verify", saved]) == CorruptionError.exit_code
+    error = capsys.readouterr().err
+    assert "bit 0 of byte 50 flipped" in error
+    assert "repair it with `shardckpt rescue`" in error

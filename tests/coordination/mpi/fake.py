@@ -1,7 +1,8 @@
-"""A stand-in for mpi4py."""
+"""Stand-ins for mpi4py: one that only has a size, and one whose ranks are threads."""
 
 from __future__ import annotations
 
+import collections
 from types import SimpleNamespace
 
 
@@ -28,3 +29,73 @@ def fake_mpi(*, size, level=3):
         Is_finalized=lambda: False,
         Get_library_version=lambda: "Open MPI v5.0.11, and more",
     )
+
+
+class Threads:
+    """An MPI whose ranks are threads of this process. `world[rank]` is the communicator of a rank.
+
+    A message arrives when it is sent. With `mute`, no message from those ranks arrives.
+    """
+
+    BYTE = ANY_SOURCE = COMM_NULL = None
+    Exception = ZeroDivisionError
+
+    class Status:
+        def Get_count(self, datatype):
+            return len(self.data)
+
+        def Get_source(self):
+            return self.source
+
+    class Group:
+        @staticmethod
+        def Translate_ranks(group, ranks, other):
+            return ranks
+
+    def __init__(self, world_size):
+        self.mute = set()
+        self.world = [ThreadComm(self, rank, world_size) for rank in range(world_size)]
+        for comm in self.world:
+            comm.world = self.world
+        self.COMM_WORLD = self.world[0]
+
+
+class ThreadComm:
+    def __init__(self, mpi, rank, size):
+        self.mpi, self.rank, self.size = mpi, rank, size
+        self.queue = collections.deque()
+
+    def Get_rank(self):
+        return self.rank
+
+    def Get_size(self):
+        return self.size
+
+    def Get_group(self):
+        return None
+
+    def Idup(self):
+        return self, Done()
+
+    def Isend(self, message, rank, tag):
+        if self.rank not in self.mpi.mute:
+            self.world[rank].queue.append((self.rank, bytes(message[0])))
+        return Done()
+
+    Issend = Isend
+
+    def Improbe(self, source, tag, status):
+        if not self.queue:
+            return None
+        status.source, status.data = self.queue.popleft()
+        return SimpleNamespace(Irecv=lambda buffer: receive(buffer[0], status.data))
+
+
+class Done:
+    def Test(self):
+        return True
+
+
+def receive(buffer, data):
+    buffer[:] = data
+    return Done()
