@@ -25,7 +25,7 @@ from shardckpt.saving.incremental import check_verify_base, open_base
 from shardckpt.saving.pipeline import plan_state, run_save
 from shardckpt.saving.staged_part import StagedPart
 from shardckpt.state.matching import DtypePolicy, casts
-from shardckpt.state.saved_tree import Rename, Select
+from shardckpt.state.saved_tree import Renaming, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.resolve import Location, resolve
 from shardckpt.transforms import Transforms
@@ -246,7 +246,7 @@ def load(
     strict: bool = True,
     dtype: DtypePolicy = "strict",
     keys: Select = None,
-    rename: Rename = None,
+    rename: Renaming = None,
     transforms: Transforms | None = None,
     process_group: ProcessGroup | None = None,
     comm: Any = None,
@@ -317,7 +317,7 @@ def load_state(
     *,
     device_map: DeviceMap = "cpu",
     keys: Select = None,
-    rename: Rename = None,
+    rename: Renaming = None,
     transforms: Transforms | None = None,
     strict: bool = True,
     storage: Storage | None = None,

@@ -25,7 +25,7 @@ from shardckpt.reports import CheckpointMetadata, TensorMetadata, VerifyReport
 from shardckpt.state.derived import DerivedEntry, expanded
 from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.state.materialize import Builder
-from shardckpt.state.saved_tree import Rename, SavedState, Select
+from shardckpt.state.saved_tree import Renaming, SavedState, Select
 from shardckpt.storage.opened import OpenedCheckpoint
 from shardckpt.transforms import Transforms, transformed
 
@@ -255,7 +255,7 @@ class Checkpoint(OpenedCheckpoint, Mapping[str, Any]):
         *,
         device_map: DeviceMap = "cpu",
         keys: Select = None,
-        rename: Rename = None,
+        rename: Renaming = None,
         transforms: Transforms | None = None,
         strict: bool = True,
     ) -> Any:

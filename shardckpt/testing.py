@@ -52,7 +52,7 @@ class StorageTests:
 
     def test_a_checkpoint_comes_back(self, storage: Storage, path: str) -> None:
         """After commit, the files of two ranks are read back, byte for byte."""
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         files = storage.open(path)
         assert files.manifest() == _FIRST
         for name in _NAMES:
@@ -73,7 +73,7 @@ class StorageTests:
 
     def test_a_map_outlives_its_checkpoint(self, storage: Storage, path: str) -> None:
         """A map stays valid after close, and changes of its content are private."""
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         files = storage.open(path)
         mapped = files.map(_NAMES[0])
         files.close()
@@ -84,7 +84,7 @@ class StorageTests:
 
     def test_duplicates_are_closed_by_themselves(self, storage: Storage, path: str) -> None:
         """A duplicate can be read after the original is closed, and the other way round."""
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         files = storage.open(path)
         other, third = files.duplicate(), files.duplicate()
         third.close()
@@ -103,7 +103,7 @@ class StorageTests:
         transaction.abandon()
         transaction.abandon()
         assert_absent(storage, path)
-        save(storage, path, _LATER)
+        write_checkpoint(storage, path, _LATER)
 
     def test_files_are_made_once(self, storage: Storage, path: str) -> None:
         """To create a file twice is an error."""
@@ -146,7 +146,7 @@ class StorageTests:
 
     def test_a_taken_path(self, storage: Storage, path: str) -> None:
         """Only overwrite replaces a checkpoint. The old one stays complete until commit."""
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         with pytest.raises(CheckpointExistsError):
             storage.begin(path, checkpoint_id="b" * 32, overwrite=False)
         transaction = storage.begin(path, checkpoint_id="b" * 32, overwrite=True)
@@ -154,15 +154,15 @@ class StorageTests:
         assert_manifest(storage, path, _FIRST)
         transaction.abandon()
         assert_manifest(storage, path, _FIRST)
-        save(storage, path, _SECOND, overwrite=True)
+        write_checkpoint(storage, path, _SECOND, overwrite=True)
         assert_manifest(storage, path, _SECOND)
 
     def test_a_reader_of_a_replaced_checkpoint(self, storage: Storage, path: str) -> None:
         """A reader of a replaced checkpoint reads the old one or gets an error, never a mixture."""
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         files = storage.open(path)
         files.manifest()
-        save(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
+        write_checkpoint(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
         into = bytearray(len(_DATA))
         with suppress(CheckpointNotFoundError):  # the storage may refuse to read a replaced file
             files.readinto(_NAMES[0], [memoryview(into)], offset=0)
@@ -195,7 +195,7 @@ class StorageTests:
     def test_a_file_taken_over(self, storage: Storage, path: str) -> None:
         """A linked file stays intact when its source is replaced. If nothing was linked, the name
         is free."""
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         source = storage.open(path)
         transaction = storage.begin(path + "-new", checkpoint_id="d" * 32, overwrite=False)
         assert not transaction.link("shard-00007-of-00008.safetensors", source)
@@ -208,7 +208,7 @@ class StorageTests:
         other.close()
         source.close()
         transaction.commit(_NEW)
-        save(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
+        write_checkpoint(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
         files = storage.open(path + "-new")
         for name in _NAMES:
             into = bytearray(len(_DATA))
@@ -222,7 +222,7 @@ class StorageTests:
         storage can't do this, the name is free."""
         old, changed = bytes(_BLOCK_BYTES) + _DATA * 103, b"changed!" * (_BLOCK_BYTES // 8)
         name = _NAMES[0]
-        save(storage, path, _FIRST, data=old)
+        write_checkpoint(storage, path, _FIRST, data=old)
         source = storage.open(path)
         transaction = storage.begin(path + "-new", checkpoint_id="d" * 32, overwrite=False)
         size = len(old)
@@ -237,7 +237,7 @@ class StorageTests:
         write(transaction.create(_NAMES[1], size_bytes=len(_DATA)))
         source.close()
         transaction.commit(_NEW)
-        save(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
+        write_checkpoint(storage, path, _SECOND, overwrite=True, data=bytes(len(_DATA)))
         files = storage.open(path + "-new")
         into = bytearray(size)
         files.readinto(name, [memoryview(into)], offset=0)
@@ -246,7 +246,7 @@ class StorageTests:
 
     def test_reading_past_the_cache(self, storage: Storage, path: str) -> None:
         """A read past the cache returns the bytes of the file, also at its end, or nothing."""
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         files = storage.open(path)
         with mmap.mmap(-1, 12288) as memory, memoryview(memory) as buffer:
             for offset in (0, 4096, 8192):
@@ -263,7 +263,7 @@ class StorageTests:
         """Processes write a checkpoint without meeting. A later one goes on where an earlier one
         ended. Only storages whose `assemble` returns a transaction that `resumes` do this."""
         options = {"checkpoint_id": "b" * 32, "overwrite": True}
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         one = storage.assemble(path, **options)  # type: ignore[arg-type]
         if not one.resumes:
             one.abandon()
@@ -302,12 +302,12 @@ class StorageTests:
         one, two = storage.child(folder, "one"), storage.child(folder, "two")
         assert storage.names(folder) == []
         assert not storage.exists(one)
-        save(storage, one, _FIRST)
-        save(storage, two, _SECOND)
+        write_checkpoint(storage, one, _FIRST)
+        write_checkpoint(storage, two, _SECOND)
         assert storage.names(folder) == ["one", "two"]
         before = storage.version(one)
         assert storage.version(one) == before != storage.version(two)
-        save(storage, one, _LATER, overwrite=True)
+        write_checkpoint(storage, one, _LATER, overwrite=True)
         assert storage.version(one) != before
         storage.remove(one)
         storage.sweep(folder)
@@ -319,7 +319,7 @@ class StorageTests:
     def test_reading_missing_files(self, storage: Storage, path: str) -> None:
         """Missing files, and reads past the end, raise CorruptionError."""
         assert_absent(storage, path)
-        save(storage, path, _FIRST)
+        write_checkpoint(storage, path, _FIRST)
         files = storage.open(path)
         with pytest.raises(CorruptionError):
             files.size_bytes("shard-00007-of-00008.safetensors")
@@ -328,7 +328,7 @@ class StorageTests:
         files.close()
 
 
-def save(
+def write_checkpoint(
     storage: Storage, path: str, manifest: bytes, *, overwrite: bool = False, data: bytes = _DATA
 ) -> None:
     """Save a checkpoint of two ranks. Rank 1 joins the transaction of rank 0."""

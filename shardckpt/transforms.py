@@ -28,7 +28,7 @@ from shardckpt.format.dtype_names import NOT_COPYABLE
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import Manifest, TensorEntry
 from shardckpt.format.typed_json import TensorRef
-from shardckpt.state.derived import DerivedEntry, cut, derived, joined, padded, permuted
+from shardckpt.state.derived import DerivedEntry, concatenated, cut, derived, padded, permuted
 from shardckpt.state.saved_tree import SavedState, below, children, rebuilt, under
 
 __all__ = [
@@ -237,7 +237,7 @@ class Concatenate(Transform):
             for tensor, size in zip(tensors, sizes, strict=True):
                 width = size // self.groups
                 parts.append(cut(tensor, dim, [(group * width, (group + 1) * width)]))
-        return [joined(parts, dim)]
+        return [concatenated(parts, dim)]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,53 @@ def test_a_module_without_a_test_file_would_be_seen(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert modules_without_test_file(tmp_path / "a", tmp_path / "tests" / "a") == {"c.py"}
+
+
+DEFINED_TWICE = {
+    "COMMANDS": "each module of the command lists its own",
+    "Trainer": "transformers' own word, and the one of nn_handler",
+    "load_state": "accelerate's own word",
+    "main": "cli/entry calls cli/main",
+    "open_url": "storage/resolve calls it in the module of the scheme",
+    "rescue": "api is the public face of maintenance",
+    "reshard": "api is the public face of maintenance",
+}
+"""Names without an underscore that several modules define, and why."""
+
+
+def defined_names(source: str) -> set[str]:
+    """The names without an underscore that a module defines, apart from type variables."""
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                found.add(name)
+            case ast.ClassDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
+                found.add(name)
+            case ast.Assign(value=ast.Call(func=ast.Name(id="TypeVar"))):
+                pass
+            case ast.Assign(targets=targets):
+                found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def defined_twice(sources: dict[str, str]) -> set[str]:
+    counts = Counter(name for source in sources.values() for name in defined_names(source))
+    return {name for name, count in counts.items() if count > 1}
+
+
+def test_a_name_is_defined_in_one_module():
+    """One word means one thing."""
+    assert defined_twice(SOURCES) == DEFINED_TWICE.keys()
+
+
+def test_a_name_of_two_modules_would_be_seen():
+    sources = {
+        "a": "def f(): pass\nclass C: pass\nX = 1\nT = TypeVar('T')\n_Y = 1\nfrom d import Z",
+        "b": "async def f():\n    g = 1\nT = TypeVar('T')\n_Y = 1\nfrom d import Z",
+        "c": "C: TypeAlias = int\nX = Z = 3\ndef g(): pass",
+    }
+    assert defined_twice(sources) == {"f", "C", "X"}
 
 
 def test_one_module_alone_calls_a_kind_of_accelerator_by_its_name():

@@ -9,7 +9,7 @@ import torch
 
 import shardckpt
 from shardckpt.storage.local import LocalStorage
-from shardckpt.testing import StorageTests, save
+from shardckpt.testing import StorageTests, write_checkpoint
 from tests.docs_code import blocks
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "storage.md"
@@ -49,7 +49,7 @@ def test_the_suite_sees_a_storage_that_publishes_early(tmp_path):
 
     class Early(LocalStorage):
         def begin(self, path, *, checkpoint_id, overwrite):
-            save(LocalStorage(), path, b"early", overwrite=True)
+            write_checkpoint(LocalStorage(), path, b"early", overwrite=True)
             return super().begin(path, checkpoint_id=checkpoint_id, overwrite=True)
 
     with pytest.raises(AssertionError):

@@ -19,7 +19,7 @@ import numpy as np
 
 from shardckpt.format import divided_manifest
 from shardckpt.format.digests import BLOCK_BYTES
-from shardckpt.format.divided_manifest import check_parts
+from shardckpt.format.divided_manifest import check_manifest_parts
 from shardckpt.format.entries import Manifest
 from shardckpt.format.manifest import from_bytes
 from shardckpt.format.number_lists import Ints
@@ -209,7 +209,7 @@ def load(world: World, folder: str, who: str) -> dict[str, float]:
         seconds["ranges_bytes"] = sum(map(len, packed[1:]))
         since = time.process_time()
         parts = [unpack_columns(ranges) for ranges in packed]
-        check_parts(parts, len(manifest.shards), files.manifest, path=folder)
+        check_manifest_parts(parts, len(manifest.shards), files.manifest, path=folder)
         phase("compare")
     return seconds
 

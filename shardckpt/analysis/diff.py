@@ -19,16 +19,13 @@ from shardckpt.format import typed_json
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.dtypes import DTYPES, OPAQUE, memory_view
-from shardckpt.format.entries import TensorEntry
+from shardckpt.format.entries import Box, TensorEntry
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import DiffReport, TensorDifference
-from shardckpt.state.saved_tree import Rename, Select
+from shardckpt.state.saved_tree import Renaming, Select
 from shardckpt.storage.base import Storage
 
 __all__ = ["diff"]
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""The offsets and the sizes of a box, in elements."""
 
 
 def diff(
@@ -38,7 +35,7 @@ def diff(
     rtol: float | None = None,
     atol: float | None = None,
     keys: Select = None,
-    rename: Rename = None,
+    rename: Renaming = None,
     storage: Storage | None = None,
     progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> DiffReport:
@@ -110,7 +107,7 @@ class _Comparison:
         self.progress = progress
         self.bytes_read = self.compared_bytes = 0
 
-    def report(self, keys: Select, rename: Rename) -> DiffReport:
+    def report(self, keys: Select, rename: Renaming) -> DiffReport:
         one, other = self.one, self.other
         saved = saved_entries(one, keys=keys, rename=rename)
         others = saved_entries(other, keys=keys, check=False)
@@ -168,7 +165,7 @@ class _Comparison:
                 a = self.one.read_box(name, offsets, sizes)
                 b = self.other.read_box(other_name, offsets, sizes)
                 self.bytes_read += a.nbytes
-                count, most = differences(a, b, self.rtol, self.atol)
+                count, most = count_differences(a, b, self.rtol, self.atol)
                 elements += count
                 largest = math.nan if math.isnan(most) else max(largest, most)
         self.compared_bytes += entry.size_bytes
@@ -258,7 +255,7 @@ def row_boxes(
             done = high
 
 
-def differences(
+def count_differences(
     a: torch.Tensor, b: torch.Tensor, rtol: float = 0.0, atol: float = 0.0
 ) -> tuple[int, float]:
     """Return the number of different elements of two tensors of one shape, and the largest absolute

@@ -12,13 +12,13 @@ from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.typed_json import TensorRef
 from shardckpt.io.buffers import BUFFER_BYTES
 from shardckpt.maintenance.rewritable import Source, cut_box
-from shardckpt.state.saved_tree import Rename, SavedState, Select, enums_as_text
+from shardckpt.state.saved_tree import Renaming, SavedState, Select, enums_as_text
 
 __all__ = ["pieces", "saved_entries", "tensors_of", "values_of"]
 
 
 def saved_entries(
-    source: Source, *, keys: Select = None, rename: Rename = None, check: bool = True
+    source: Source, *, keys: Select = None, rename: Renaming = None, check: bool = True
 ) -> SavedState:
     """Return the saved entries by name. A PerRank is a list of the values of all ranks.
 

@@ -19,7 +19,7 @@ from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import ConvertReport
-from shardckpt.state.saved_tree import Rename, Select
+from shardckpt.state.saved_tree import Renaming, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.resolve import resolve
 
@@ -33,7 +33,7 @@ def merge(
     weights: Sequence[float] | None = None,
     to: Format | None = None,
     keys: Select = None,
-    rename: Rename = None,
+    rename: Renaming = None,
     shards: int | None = None,
     overwrite: bool = False,
     storage: Storage | None = None,

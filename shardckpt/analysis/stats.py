@@ -17,7 +17,7 @@ from shardckpt.convert.opening import open_source
 from shardckpt.format.dtypes import DTYPES, OPAQUE
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import TensorStats
-from shardckpt.state.saved_tree import Rename, SavedState, Select
+from shardckpt.state.saved_tree import Renaming, SavedState, Select
 from shardckpt.storage.base import Storage
 
 __all__ = ["stats", "tensor_stats"]
@@ -27,7 +27,7 @@ def stats(
     path: Path,
     *,
     keys: Select = None,
-    rename: Rename = None,
+    rename: Renaming = None,
     storage: Storage | None = None,
     progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> dict[str, TensorStats]:

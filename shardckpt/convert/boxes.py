@@ -9,14 +9,17 @@ import torch
 
 from shardckpt.state.local_chunks import box_slices
 
-__all__ = ["read_rows"]
+__all__ = ["ReadBox", "read_rows"]
 
-Sizes = tuple[int, ...]
+ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
+"""A function that takes the offsets and sizes of a box, and returns its elements."""
+
+_Sizes = tuple[int, ...]
 """One number for each dimension, in elements."""
 
 
 def read_rows(
-    shape: Sizes, offsets: Sizes, sizes: Sizes, read: Callable[[int, int], torch.Tensor]
+    shape: _Sizes, offsets: _Sizes, sizes: _Sizes, read: Callable[[int, int], torch.Tensor]
 ) -> torch.Tensor:
     """Read a box of a tensor that is stored in row-major order: the rows that contain it.
 

@@ -10,12 +10,11 @@ import torch
 
 from shardckpt.convert.dcp_writer import DcpFolder
 from shardckpt.convert.formats import FORMATS, Format
-from shardckpt.convert.lightning import SUFFIX as LIGHTNING_SUFFIX
-from shardckpt.convert.lightning import lightning_state
+from shardckpt.convert.lightning import LIGHTNING_SUFFIX, lightning_state
 from shardckpt.convert.opening import open_source
 from shardckpt.convert.safetensors_files import HuggingFace, SafetensorsFile
 from shardckpt.convert.single_files import check_suffix, is_one_file, write_one
-from shardckpt.convert.sources import origin_of, state_of
+from shardckpt.convert.sources import origin_of, state_in_memory
 from shardckpt.convert.targets import Target
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import exchange
@@ -25,7 +24,7 @@ from shardckpt.format.typed_json import TensorRef
 from shardckpt.maintenance.reshard import reshard, rewrite
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.reports import ConvertReport
-from shardckpt.state.saved_tree import Rename, SavedState, Select
+from shardckpt.state.saved_tree import Renaming, SavedState, Select
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix import System
@@ -48,7 +47,7 @@ def convert(
     *,
     to: Format | None = None,
     keys: Select = None,
-    rename: Rename = None,
+    rename: Renaming = None,
     transforms: Transforms | None = None,
     dtype: torch.dtype | str | None = None,
     like: str | os.PathLike[str] | None = None,
@@ -247,7 +246,7 @@ def _write_torch(
 
     def alone() -> bytes:
         if ranks.rank == 0:
-            state = state_of(source, source.manifest.state)
+            state = state_in_memory(source, source.manifest.state)
             if target_format == "lightning":
                 state = lightning_state(state, source.path)
             write_one(state, target, overwrite=overwrite, system=system, progress=advance)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from shardckpt.convert.boxes import ReadBox
 from shardckpt.convert.dcp_metadata import ReadMetadata, parse_metadata
 from shardckpt.convert.foreign_file import check_regular, file_in, mapped
 from shardckpt.convert.layouts import left_beside, writer_of
@@ -48,9 +49,6 @@ _METADATA = ".metadata"
 _SIDE_STATES = ("meta.pt", "common.pt")
 """Torch files with the rest of the state, of Lightning (epoch, callbacks, ...) and of
 Megatron-Core."""
-
-
-ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
 
 
 def is_dcp(path: str) -> bool:

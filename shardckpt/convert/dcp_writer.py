@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from shardckpt.convert.single_files import save_torch
-from shardckpt.convert.sources import state_of
+from shardckpt.convert.sources import state_in_memory
 from shardckpt.convert.targets import Folder
 from shardckpt.coordination.base import Coordinator
 from shardckpt.format import typed_json as values
@@ -205,7 +205,7 @@ class _Planner(DefaultSavePlanner):
         if write_item.tensor_data is None:
             buffer = io.BytesIO()
             node = values.encode(folder.values[name], at=name)
-            save_torch(state_of(folder.source, node), buffer, folder.path)
+            save_torch(state_in_memory(folder.source, node), buffer, folder.path)
             return buffer
         chunk = write_item.tensor_data.chunk
         part = folder.source.read_box(

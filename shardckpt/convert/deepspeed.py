@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardckpt.convert.boxes import read_rows
+from shardckpt.convert.boxes import ReadBox, read_rows
 from shardckpt.convert.foreign_file import file_in, read_small
 from shardckpt.convert.layouts import left_beside, names_in
 from shardckpt.convert.single_files import read_one
@@ -44,8 +44,6 @@ _INTERNAL = {
 }  # fmt: skip
 """Entries beside the weights that only the engine of DeepSpeed needs."""
 _INVALID = (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError)
-
-ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
 
 
 def deepspeed_folder(path: str) -> str | None:

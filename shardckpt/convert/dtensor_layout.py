@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["Box", "Placement", "Sharding"]
+__all__ = ["LocalBox", "Placement", "Sharding"]
 
 _MOST_RUNS = 1 << 16
 
@@ -28,7 +28,7 @@ class Placement(NamedTuple):
     reduction: str = ""
 
 
-class Box(NamedTuple):
+class LocalBox(NamedTuple):
     """A part of a global tensor, and its place in the local tensor of a rank."""
 
     offsets: tuple[int, ...]
@@ -80,7 +80,9 @@ class Sharding(NamedTuple):
         """Whether a placement is a strided shard."""
         return any(placement.split_factor for placement in self.placements)
 
-    def local(self, rank: int, *, right_to_left: bool = False) -> tuple[tuple[int, ...], list[Box]]:
+    def local(
+        self, rank: int, *, right_to_left: bool = False
+    ) -> tuple[tuple[int, ...], list[LocalBox]]:
         """Return the local shape on a rank of the mesh, and the boxes that the rank holds.
 
         Strided shards are made from left to right, as DTensor describes them; or `right_to_left`,
@@ -113,7 +115,7 @@ class Sharding(NamedTuple):
             raise ValueError(f"a tensor of which a rank holds more than {_MOST_RUNS} boxes")
         shape = tuple(sum(length for _, length, _ in found) for found in runs)
         return shape, [
-            Box(
+            LocalBox(
                 tuple(start for start, _, _ in box),
                 tuple(length for _, length, _ in box),
                 tuple(begin for _, _, begin in box),

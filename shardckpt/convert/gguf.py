@@ -20,9 +20,9 @@ from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.errors import CorruptionError, NotACheckpointError, ShardckptError
 from shardckpt.storage.posix import translated
 
-__all__ = ["SUFFIX", "open_gguf"]
+__all__ = ["GGUF_SUFFIX", "open_gguf"]
 
-SUFFIX = ".gguf"
+GGUF_SUFFIX = ".gguf"
 _VERSIONS = (2, 3)
 _MOST_DIMS, _MOST_KEYS, _MOST_ENTRIES = 4, 100, 1 << 16
 _MOST_HEADER_BYTES, _MOST_TEXTS = 64 << 20, 1 << 20

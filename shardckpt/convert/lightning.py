@@ -17,9 +17,9 @@ import torch
 
 from shardckpt.errors import StateError
 
-__all__ = ["SUFFIX", "lightning_state"]
+__all__ = ["LIGHTNING_SUFFIX", "lightning_state"]
 
-SUFFIX = ".ckpt"
+LIGHTNING_SUFFIX = ".ckpt"
 _VERSION = "pytorch-lightning_version"
 _WRITTEN_VERSION = "2.6.0"
 _SINGLE = {"optimizer": "optimizer_states", "scheduler": "lr_schedulers"}

@@ -24,9 +24,9 @@ from shardckpt.errors import CorruptionError, ShardckptError
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.storage.posix import translated
 
-__all__ = ["SUFFIX", "open_npz"]
+__all__ = ["NPZ_SUFFIX", "open_npz"]
 
-SUFFIX = ".npz"
+NPZ_SUFFIX = ".npz"
 _MEMBER = ".npy"
 _SPREAD, _SPREAD_BYTES = 64, 64 << 20
 """Compressed arrays may take so many times the bytes of the file, and so many bytes more."""

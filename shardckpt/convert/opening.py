@@ -10,12 +10,10 @@ import torch
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.convert.dcp import DcpCheckpoint, fsdp_folders, is_dcp, open_fsdp
 from shardckpt.convert.deepspeed import deepspeed_folder, open_deepspeed
-from shardckpt.convert.gguf import SUFFIX as GGUF
-from shardckpt.convert.gguf import open_gguf
+from shardckpt.convert.gguf import GGUF_SUFFIX, open_gguf
 from shardckpt.convert.layouts import WEIGHTS, raise_unreadable
 from shardckpt.convert.like import Like
-from shardckpt.convert.npz import SUFFIX as NPZ
-from shardckpt.convert.npz import open_npz
+from shardckpt.convert.npz import NPZ_SUFFIX, open_npz
 from shardckpt.convert.safetensors_files import open_hugging_face, open_safetensors
 from shardckpt.convert.single_files import INDEX, is_single_file, read_many
 from shardckpt.convert.sources import Foreign, Selected, foreign
@@ -25,32 +23,31 @@ from shardckpt.convert.torch_checkpointing import (
     open_torch_checkpointing,
 )
 from shardckpt.convert.torch_sources import open_torch_file, open_torch_folder
-from shardckpt.convert.torchsnapshot import METADATA as SNAPSHOT
-from shardckpt.convert.torchsnapshot import open_torchsnapshot
+from shardckpt.convert.torchsnapshot import SNAPSHOT_METADATA, open_torchsnapshot
 from shardckpt.convert.transformed import Cast, Transformed, float_dtype
 from shardckpt.errors import StateError
-from shardckpt.state.saved_tree import Rename, Select
+from shardckpt.state.saved_tree import Renaming, Select
 from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import Location, resolve
 from shardckpt.transforms import Transforms
 
-__all__ = ["Opened", "open_source"]
+__all__ = ["OpenedSource", "open_source"]
 
-Opened: TypeAlias = Checkpoint | Foreign | Selected | Transformed | Cast | Like
+OpenedSource: TypeAlias = Checkpoint | Foreign | Selected | Transformed | Cast | Like
 
 
 def open_source(
     path: str | os.PathLike[str] | Storage,
     *,
     keys: Select = None,
-    rename: Rename = None,
+    rename: Renaming = None,
     transforms: Transforms | None = None,
     dtype: torch.dtype | str | None = None,
     like: str | os.PathLike[str] | None = None,
     check: bool = True,
     storage: Storage | None = None,
-) -> Opened:
+) -> OpenedSource:
     """Open a checkpoint of any format as a source. Not collective.
 
     Args:
@@ -80,7 +77,7 @@ def open_source(
             actual=f"dtype={str(wanted).removeprefix('torch.')!r} too",
             remedy="leave out one of them",
         )
-    opened: Opened
+    opened: OpenedSource
     if isinstance(place.storage, LocalStorage):
         opened = _open(place, check=check)
     else:
@@ -109,9 +106,9 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
     if is_single_file(path):
         if path.endswith(".safetensors"):
             return open_safetensors(path, check=check)
-        if path.endswith(NPZ):
+        if path.endswith(NPZ_SUFFIX):
             return open_npz(path, check=check)
-        if path.endswith(GGUF):
+        if path.endswith(GGUF_SUFFIX):
             return open_gguf(path)
         return open_torch_file(path, check=check)
     if os.path.isfile(os.path.join(path, INDEX)):
@@ -119,7 +116,7 @@ def _open(place: Location, *, check: bool) -> Checkpoint | Foreign:
     if not os.path.isfile(os.path.join(path, MANIFEST_NAME)):
         if is_dcp(path):
             return DcpCheckpoint(path).source()
-        if os.path.isfile(os.path.join(path, SNAPSHOT)):
+        if os.path.isfile(os.path.join(path, SNAPSHOT_METADATA)):
             return open_torchsnapshot(path)
         if has_metadata(path):
             return open_torch_checkpointing(path, check=check)

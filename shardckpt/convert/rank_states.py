@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 import torch
 
-from shardckpt.convert.dtensor_layout import Box
+from shardckpt.convert.boxes import ReadBox
+from shardckpt.convert.dtensor_layout import LocalBox
 from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
 from shardckpt.convert.torch_structure import LocalTensor
 from shardckpt.errors import CorruptionError, CoverageError, NotACheckpointError, ShardckptError
@@ -31,8 +32,7 @@ from shardckpt.state.saved_tree import below
 
 __all__ = ["RankStates"]
 
-ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
-Nodes = list[tuple[int, Any]]
+_Nodes = list[tuple[int, Any]]
 """(rank, value) of each rank that has an entry."""
 _REMEDY = "load another checkpoint"
 _VERSION = "_optimizer_state_format_version"
@@ -44,11 +44,11 @@ class _Differs(NamedTuple):
     """An entry that differs by rank."""
 
     name: str
-    nodes: Nodes
+    nodes: _Nodes
 
 
 class _Piece(NamedTuple):
-    box: Box
+    box: LocalBox
     local: LocalTensor
 
 
@@ -89,7 +89,7 @@ class RankStates:
             CorruptionError: Ranks describe a tensor differently; or the error of `missing`.
             CoverageError: The parts of a tensor overlap, or don't cover it.
         """
-        nodes: Nodes = []
+        nodes: _Nodes = []
         for rank, (state, objects) in states.items():
             found = objects.plain(self._placed(state), item)
             if isinstance(found, StandIn):
@@ -116,7 +116,7 @@ class RankStates:
             return tuple(map(self._placed, node))
         return node
 
-    def _merge(self, nodes: Nodes, name: str) -> Any:
+    def _merge(self, nodes: _Nodes, name: str) -> Any:
         first = nodes[0][1]
         if all(id(node) in self._locals for _, node in nodes):
             return self._tensor([(r, self._locals[id(node)][1]) for r, node in nodes], name)
@@ -207,7 +207,7 @@ class RankStates:
 
     def _boxes(
         self, locals_: list[tuple[int, LocalTensor]], name: str
-    ) -> list[tuple[int, LocalTensor, Box]]:
+    ) -> list[tuple[int, LocalTensor, LocalBox]]:
         """Return the boxes that the ranks hold of a tensor. The shapes of the local tensors show
         the order in which strided shards were made."""
         expected: tuple[int, ...] = ()
@@ -341,7 +341,7 @@ def _global_shape(local: LocalTensor) -> tuple[int, ...]:
     return local.boxes[0]
 
 
-def _inside(box: Box, shape: Sequence[int]) -> bool:
+def _inside(box: LocalBox, shape: Sequence[int]) -> bool:
     ends = zip(box.local_offsets, box.sizes, shape, strict=True)
     return all(begin >= 0 and size >= 0 and begin + size <= full for begin, size, full in ends)
 

@@ -65,7 +65,7 @@ def open_safetensors(path: str, *, check: bool) -> Foreign:
     """Open a safetensors file as a source. `check`: verify the digest of a file of shardckpt, by
     reading it completely."""
     with errors_of(path, _REMEDY):
-        tensors, metadata = tensors_in(path)
+        tensors, metadata = lazy_tensors(path)
         layout, tree = "safetensors", _flat_tree(tensors, metadata)
         if sealed := is_sealed(path, metadata):
             tree = msgspec.json.decode(metadata[TREE])
@@ -90,7 +90,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
         for name in names:
             file_path = indexed_file(path, name, weights)
             with errors_of(file_path, _REMEDY):
-                found, file_metadata = tensors_in(file_path)
+                found, file_metadata = lazy_tensors(file_path)
             named = weight_map or dict.fromkeys(found, name)
             wanted = {tensor for tensor, file_name in named.items() if file_name == name}
             if wanted != found.keys():
@@ -118,7 +118,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
         return Foreign(path, "Hugging Face", tree, tensors, identity=sizes, origin=origin)
 
 
-def tensors_in(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def lazy_tensors(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Return the tensors of a file in order, and its metadata."""
     metadata = read_metadata(path)
     with utf8_path(path) as openable:

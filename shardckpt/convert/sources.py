@@ -26,7 +26,7 @@ from shardckpt.maintenance.rewritable import Source
 from shardckpt.state.flatten import flatten
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.state.markers import PerRank
-from shardckpt.state.saved_tree import Rename, SavedState, Select, children, rebuilt
+from shardckpt.state.saved_tree import Renaming, SavedState, Select, children, rebuilt
 from shardckpt.storage.base import MANIFEST_NAME
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "foreign",
     "origin_of",
     "plain_tree",
-    "state_of",
+    "state_in_memory",
 ]
 
 
@@ -183,7 +183,7 @@ class Selected(AbstractContextManager["Selected"]):
     if two names become equal.
     """
 
-    def __init__(self, source: Source, *, keys: Select = None, rename: Rename = None) -> None:
+    def __init__(self, source: Source, *, keys: Select = None, rename: Renaming = None) -> None:
         saved = SavedState(source.manifest, keys=keys, rename=rename)
         saved.check_used(path=source.path)
         if not saved.leaves:
@@ -264,7 +264,7 @@ def plain_tree(manifest: Manifest, node: Any) -> Any:
     return {key: plain_tree(manifest, item) for key, item in node.items()}
 
 
-def state_of(source: Source, node: Any) -> Any:
+def state_in_memory(source: Source, node: Any) -> Any:
     """Build the values of typed JSON in memory.
 
     PerRank values become lists, as in plain_tree. numpy arrays become tensors, which torch loads

@@ -22,12 +22,12 @@ from typing import Any, Literal
 import msgspec
 import xxhash
 
-from shardckpt.convert.dtensor_layout import Box, Placement, Sharding
+from shardckpt.convert.dtensor_layout import LocalBox, Placement, Sharding
 from shardckpt.convert.foreign_file import file_in, mapped, open_regular
 from shardckpt.convert.layouts import left_beside, names_in
 from shardckpt.convert.pickle_scan import PickleStructure, scan
 from shardckpt.convert.rank_states import RankStates
-from shardckpt.convert.safetensors_files import tensors_in
+from shardckpt.convert.safetensors_files import lazy_tensors
 from shardckpt.convert.single_files import check_records, errors_of
 from shardckpt.convert.sources import Foreign, Origin, foreign
 from shardckpt.convert.torch_objects import ObjectsLoader
@@ -37,7 +37,7 @@ from shardckpt.storage.posix import translated
 
 __all__ = ["has_metadata", "has_rank_files", "open_torch_checkpointing"]
 
-METADATA = "metadata.pkl"
+_METADATA = "metadata.pkl"
 _MARK, _END_BYTES = b"world_size", 4096
 _FILE = re.compile(r"([A-Za-z0-9_-]+)_(0|[1-9]\d{0,6})\.pt")
 _ZIP, _HEAD_BYTES, _STREAM = b"PK\x03\x04", 512, "archive"
@@ -50,13 +50,13 @@ _INVALID = (
     pickle.UnpicklingError,
 )  # fmt: skip
 
-Path = tuple[Any, ...]
+_KeyPath = tuple[Any, ...]
 """The keys that lead to an entry of an item."""
 
 
 def has_metadata(path: str) -> bool:
     """Whether a folder has the metadata of torch_checkpointing."""
-    file = os.path.join(path, METADATA)
+    file = os.path.join(path, _METADATA)
     if not os.path.isfile(file):
         return False
     with translated(file), mapped(file) as data:
@@ -156,12 +156,12 @@ class _Described:
 
     dtype: str
     sharding: Sharding | None
-    boxes: tuple[tuple[int, ...], list[Box]] | None
+    boxes: tuple[tuple[int, ...], list[LocalBox]] | None
 
 
 def _read_metadata(path: str) -> tuple[_Metadata, str]:
     """Return the metadata of a folder, and their digest."""
-    file = file_in(path, METADATA)
+    file = file_in(path, _METADATA)
     with _errors(file), translated(file), mapped(file) as data:
         if scan(data) != len(data):
             raise ValueError("bytes after the end of the pickle")
@@ -205,7 +205,7 @@ def _described(group: _Group) -> _Described | None:
     if packed.type == "default_tensor_v1":
         parts = msgspec.convert(packed.data, _Boxes)
         boxes = [
-            Box(tuple(offsets), tuple(sizes), tuple(local))
+            LocalBox(tuple(offsets), tuple(sizes), tuple(local))
             for offsets, sizes, local in zip(
                 parts.global_offsets, parts.local_sizes, parts.local_offsets, strict=True
             )
@@ -224,11 +224,11 @@ class _Files:
 
     named: dict[int, str] = field(default_factory=dict)
     files: dict[int, tuple[str, str]] = field(default_factory=dict)
-    described: dict[Path, list[tuple[_Described | None, frozenset[int]]]] = field(
+    described: dict[_KeyPath, list[tuple[_Described | None, frozenset[int]]]] = field(
         default_factory=dict
     )
 
-    def of(self, path: Path, rank: int) -> _Described | None:
+    def of(self, path: _KeyPath, rank: int) -> _Described | None:
         """Return the description of a tensor on a rank."""
         groups = self.described.get(path, ())
         return next((found for found, ranks in groups if rank in ranks), None)
@@ -284,9 +284,9 @@ class _Saved:
         self.used: set[str] = set()
         self.items: dict[str, _Files] = {}
         world_size = 0
-        if os.path.lexists(os.path.join(path, METADATA)):
+        if os.path.lexists(os.path.join(path, _METADATA)):
             metadata, self.digest = _read_metadata(path)
-            self.used.add(METADATA)
+            self.used.add(_METADATA)
             world_size = metadata.world_size
             for key, item in metadata.metadata.items():
                 self.items[key] = self._of_metadata(key, item, world_size)
@@ -390,7 +390,7 @@ class _Saved:
         """Read a safetensors file, which has names with dots in place of nested keys."""
         paths = {".".join(map(str, path)): path for path in item.described}
         root: dict[Any, Any] = {}
-        for name, lazy in tensors_in(file)[0].items():
+        for name, lazy in lazy_tensors(file)[0].items():
             *above, last = path = paths.get(name, (name,))
             node = root
             for key in above:
@@ -400,7 +400,7 @@ class _Saved:
             node[last] = tensor
         return root
 
-    def _describe(self, tensor: LocalTensor, item: _Files, path: Path, rank: int) -> None:
+    def _describe(self, tensor: LocalTensor, item: _Files, path: _KeyPath, rank: int) -> None:
         """Add the facts in the metadata to a tensor. A DTensor in the file has more of them."""
         found = item.of(path, rank)
         if found is None or tensor.absent:
@@ -420,7 +420,7 @@ def _agree(own: Sharding, described: Sharding) -> bool:
     return own[:3] == described[:3] and dims[0] == dims[1]
 
 
-def _tensors(node: Any, path: Path) -> Iterator[tuple[Path, LocalTensor]]:
+def _tensors(node: Any, path: _KeyPath) -> Iterator[tuple[_KeyPath, LocalTensor]]:
     """Yield the tensors of a state, with the paths that torch_checkpointing gives them."""
     if isinstance(node, LocalTensor):
         yield path, node

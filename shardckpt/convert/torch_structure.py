@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardckpt.convert.dtensor_layout import Box, Placement, Sharding
+from shardckpt.convert.dtensor_layout import LocalBox, Placement, Sharding
 from shardckpt.convert.foreign_file import mapped, utf8_path
 from shardckpt.convert.pickle_scan import Named
 from shardckpt.convert.refusals import is_harmful, malicious
@@ -62,7 +62,7 @@ class LocalTensor:
     identity: object = None
     checksum: object = None
     sharding: Sharding | None = None
-    boxes: tuple[tuple[int, ...], list[Box]] | None = None
+    boxes: tuple[tuple[int, ...], list[LocalBox]] | None = None
     absent: bool = False
 
 

@@ -31,9 +31,9 @@ from shardckpt.state.local_chunks import box_slices, shared_box
 from shardckpt.storage.posix import translated
 from shardckpt.torch_compat import find_dtype
 
-__all__ = ["METADATA", "open_torchsnapshot"]
+__all__ = ["SNAPSHOT_METADATA", "open_torchsnapshot"]
 
-METADATA = ".snapshot_metadata"
+SNAPSHOT_METADATA = ".snapshot_metadata"
 _CONTAINERS = ("dict", "OrderedDict", "list")
 _LEFT_OUT = object()
 _INVALID = (
@@ -79,11 +79,11 @@ def open_torchsnapshot(path: str) -> Foreign:
     Raises:
         CorruptionError: The metadata or a file is invalid.
     """
-    text = read_small(file_in(path, METADATA), limit_bytes=16 * JSON_LIMIT_BYTES)
+    text = read_small(file_in(path, SNAPSHOT_METADATA), limit_bytes=16 * JSON_LIMIT_BYTES)
     if text[:8] == b"version:":
         raise NotACheckpointError(
             "The metadata of this torchsnapshot checkpoint are YAML, which early versions wrote",
-            path=os.path.join(path, METADATA),
+            path=os.path.join(path, SNAPSHOT_METADATA),
             expected="JSON, as torchsnapshot 0.1.0 writes it",
             remedy="restore it with torchsnapshot, and save the state with shardckpt.save",
         )

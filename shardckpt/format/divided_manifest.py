@@ -32,7 +32,7 @@ from shardckpt.format.manifest import (
 from shardckpt.format.number_lists import Ints, parse_lists
 from shardckpt.format.validation import Columns, check_chunks, joined_ranges, overlap, shard_sizes
 
-__all__ = ["LONG_BYTES", "check_parts", "chunks_of", "listed_tensor", "part_from_bytes"]
+__all__ = ["LONG_BYTES", "check_manifest_parts", "chunks_of", "listed_tensor", "part_from_bytes"]
 
 LONG_BYTES = 16 << 10
 """The text of a long list of chunks, in bytes. Every rank parses shorter lists completely."""
@@ -51,8 +51,9 @@ def part_from_bytes(data: bytes, *, path: str, rank: int, world_size: int) -> Ma
         world_size: The number of ranks. All of them parse the manifest.
 
     Returns:
-        The manifest. If it has a `part`, the manifest is valid once `check_parts` has passed on
-        rank 0. It can be used before: the chunks of each tensor are checked when they are used.
+        The manifest. If it has a `part`, the manifest is valid once `check_manifest_parts` has
+        passed on rank 0. It can be used before: the chunks of each tensor are checked when they are
+        used.
 
     Raises:
         CheckpointError: See from_bytes.
@@ -146,7 +147,7 @@ class _ListedTensor(TensorEntry, frozen=True, kw_only=True, eq=False, gc=False):
         """See TensorEntry. No other tensor has its first chunk."""
         return bytes(memoryview(self._text)[:200])
 
-    def band(self, box: Box) -> _Band | None:
+    def band(self, box: HasBox) -> _Band | None:
         """Find a part of the tensor that includes a box: all elements between two offsets in one
         dimension.
 
@@ -194,7 +195,7 @@ class _Band(NamedTuple):
     text: bytes
 
 
-class Box(Protocol):
+class HasBox(Protocol):
     """A box of a tensor: its offsets and sizes, by dimension."""
 
     @property
@@ -204,7 +205,7 @@ class Box(Protocol):
     def sizes(self) -> tuple[int, ...]: ...
 
 
-def chunks_of(wanted: Sequence[tuple[TensorEntry, Box]]) -> list[Ints]:
+def chunks_of(wanted: Sequence[tuple[TensorEntry, HasBox]]) -> list[Ints]:
     """Return the chunks of boxes of tensors.
 
     Args:
@@ -265,7 +266,7 @@ def _checked(bands: Sequence[_Band]) -> list[Ints]:
     return np.split(chunks, ends[:-1])
 
 
-def check_parts(
+def check_manifest_parts(
     parts: Sequence[Ints], shards: int, manifest: Callable[[], bytes], *, path: str
 ) -> None:
     """Check that the chunks of several parts do not overlap in their files. Pure.

@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 
 from shardckpt.format.dtype_names import itemsize
 
-__all__ = ["FORMAT_VERSION", "CheckedPart", "Manifest", "ShardEntry", "TensorEntry"]
+__all__ = ["FORMAT_VERSION", "Box", "CheckedPart", "Manifest", "ShardEntry", "TensorEntry"]
 
 FORMAT_VERSION = 1
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""The offsets and the sizes of a part of a tensor, in elements."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

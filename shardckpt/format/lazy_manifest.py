@@ -24,7 +24,7 @@ from shardckpt.format.validation import refuse
 __all__ = ["LazyManifest"]
 
 
-LARGE_BYTES = 4 << 20
+LARGE_OBJECT_BYTES = 4 << 20
 """The text of a large object, in bytes."""
 _MANY = 100_000  # tensors
 _MOST_SEARCHES = 4
@@ -64,7 +64,7 @@ class LazyManifest:
     """
 
     def __init__(self, data: bytes, *, path: str) -> None:
-        many = len(data) > LARGE_BYTES and data.count(b'"dtype"') > _MANY
+        many = len(data) > LARGE_OBJECT_BYTES and data.count(b'"dtype"') > _MANY
         try:
             document: _Document[Any] = (_decode_many if many else _decode)(data)
         except _ERRORS as error:
@@ -182,7 +182,7 @@ class _Object:
         names = list(dict.fromkeys(names))
         members = self._members
         if not isinstance(members, dict):
-            large = len(memoryview(members)) > LARGE_BYTES
+            large = len(memoryview(members)) > LARGE_OBJECT_BYTES
             self._searches += 1
             try:
                 if large and self._searches <= _MOST_SEARCHES and not any(map(_escaped, names)):

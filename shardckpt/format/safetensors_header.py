@@ -18,22 +18,21 @@ import msgspec
 
 from shardckpt.errors import CorruptionError, StateError
 from shardckpt.format.dtype_names import TORCH_NAMES, check_supported, itemsize, shard_form
+from shardckpt.format.entries import Box
 
 __all__ = [
     "HEADER_ALIGN",
     "ShardTensor",
     "build_header",
     "chunk_name",
-    "unique_keys",
     "header_bytes",
     "parse_chunk_name",
     "parse_header",
+    "unique_keys",
 ]
 
 HEADER_ALIGN = 4096
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from shardckpt.format.number_lists import Ints
+
 __all__ = ["Gap", "find_gap", "first_gap", "stable_order"]
 
-Ints = NDArray[np.int64]
 
 Gap = tuple[str, tuple[int, ...], tuple[int, ...]]
 """("overlap" | "hole" | "out of bounds", offsets, sizes) of a box that is not tiled."""

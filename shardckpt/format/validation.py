@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shardckpt.errors import CorruptionError
 from shardckpt.format.entries import ShardEntry
+from shardckpt.format.number_lists import Ints
 from shardckpt.format.tiling import first_gap, stable_order
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "shard_sizes",
 ]
 
-Ints = NDArray[np.int64]
 _REFERENCES = {"$tensor", "$ndarray", "$per_rank"}
 _NESTED = {dict, list}
 _MAX_DEPTH = 300  # in levels of JSON; a dict with other than string keys takes three

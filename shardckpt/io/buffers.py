@@ -22,13 +22,13 @@ __all__ = [
     "BUFFER_BYTES",
     "HUGE_PAGE_BYTES",
     "Buffer",
-    "request_huge_pages",
     "copy_bytes",
     "have_huge_pages",
     "huge_pages",
     "lease",
     "page_locked",
     "private_memory",
+    "request_huge_pages",
     "view_at",
 ]
 

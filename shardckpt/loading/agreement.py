@@ -15,14 +15,14 @@ from shardckpt.config import current
 from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import Attempt, attempt, exchange
 from shardckpt.errors import DirectoryNotSharedError
-from shardckpt.format.divided_manifest import check_parts, part_from_bytes
+from shardckpt.format.divided_manifest import check_manifest_parts, part_from_bytes
 from shardckpt.format.entries import Manifest
 from shardckpt.io.sockets import own_address
 from shardckpt.loading.sharing import TOKEN_BYTES, Sharing
 from shardckpt.plan.local_plan import pack_columns, unpack_columns
 from shardckpt.plan.page_cache_policy import ReadSummary, past_cache, summarize_reads
 from shardckpt.plan.read_plan import Reads
-from shardckpt.plan.shared_reads import Segments, Wanted, find_segments, units_of, wanted_runs
+from shardckpt.plan.shared_reads import NeededBlocks, Segments, find_segments, units_of, wanted_runs
 from shardckpt.state.matching import MatchedState
 from shardckpt.state.mismatches import Mismatches, check_unused
 from shardckpt.storage.base import CheckpointFiles, Storage
@@ -172,7 +172,7 @@ def agree_on_reads(
         files, manifest = opened.get()
         if manifest.part is not None:
             parts = [unpack_columns(packed) for packed in ranges]
-            check_parts(parts, len(manifest.shards), files.manifest, path=path)
+            check_manifest_parts(parts, len(manifest.shards), files.manifest, path=path)
         check_unused([msgspec.msgpack.decode(zlib.decompress(names)) for names in unused], path)
         shares = Shares.NOTHING
         if len({summary.machine for summary in summaries}) > 1:
@@ -221,11 +221,11 @@ def agree_on_sharing(
         numbers = {shard.name: number for number, shard in enumerate(manifest.shards)}
         nearby = None if names is None else tuple(numbers[name] for name in names)
         runs = wanted_runs(reads.get()).tobytes()
-        wanted = Wanted(platform.node(), runs, nearby)
+        wanted = NeededBlocks(platform.node(), runs, nearby)
         return msgspec.msgpack.encode((wanted, opened.value.address if opened.value else None))
 
     def decide(payloads: list[bytes]) -> bytes:
-        decode = msgspec.msgpack.Decoder(tuple[Wanted, _Address | None]).decode
+        decode = msgspec.msgpack.Decoder(tuple[NeededBlocks, _Address | None]).decode
         wanted, addresses = zip(*map(decode, payloads), strict=True)
         # A rank that can't listen can't send.
         segments = find_segments(wanted, remote=files.remote) if all(addresses) else Segments()

@@ -29,13 +29,13 @@ from shardckpt.logs import logger, reported
 from shardckpt.plan.read_plan import Reads, plan_reads
 from shardckpt.reports import LoadReport, Stopwatch
 from shardckpt.state.matching import MatchedState, match_state
-from shardckpt.state.saved_tree import Rename, SavedState, Select
+from shardckpt.state.saved_tree import Renaming, SavedState, Select
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.transforms import Transforms, transformed
 
 __all__ = ["LoadOptions", "run_load"]
 
-Opened = tuple[CheckpointFiles, Manifest]
+_Opened = tuple[CheckpointFiles, Manifest]
 
 _LITTLE_BYTES = 64 << 20
 """The bytes that a single rank may read from its own machine before the garbage collector runs
@@ -49,7 +49,7 @@ class LoadOptions:
     strict: bool = True
     cast: bool = False
     keys: Select = None
-    rename: Rename = None
+    rename: Renaming = None
     transforms: Transforms | None = None
 
 
@@ -132,7 +132,7 @@ def _load(
 
 
 def _match(
-    opened: Opened, state: Any, path: str, coordinator: Coordinator, options: LoadOptions
+    opened: _Opened, state: Any, path: str, coordinator: Coordinator, options: LoadOptions
 ) -> MatchedState:
     """Match the state with the entries of the checkpoint."""
     manifest = transformed(opened[1], options.transforms, path=path)
@@ -145,7 +145,7 @@ def _match(
 
 def _read(
     reads: Reads,
-    opened: Opened,
+    opened: _Opened,
     *,
     past_cache: float,
     sharing: Sharing | None,

@@ -41,12 +41,12 @@ from shardckpt.state.local_chunks import LocalChunk
 from shardckpt.storage.base import CheckpointFiles, WouldWait
 
 __all__ = [
-    "corrupted_blocks",
+    "affected_tensors",
     "check_size",
+    "corrupted_blocks",
     "corruption_error",
     "read_all",
     "read_box",
-    "tensors_in",
 ]
 
 DIRECT_BYTES = 128 << 10
@@ -501,7 +501,7 @@ def corruption_error(
 ) -> CorruptionError:
     """Return the error for corrupted blocks."""
     ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in blocks]
-    affected = tensors_in(manifest, ranges, shard=shard)
+    affected = affected_tensors(manifest, ranges, shard=shard)
     return CorruptionError(
         "A shard is corrupted",
         path=f"{path}/{manifest.shards[shard].name}",
@@ -512,7 +512,7 @@ def corruption_error(
     )
 
 
-def tensors_in(
+def affected_tensors(
     manifest: Manifest | LazyManifest, ranges: Sequence[tuple[int, int]], *, shard: int
 ) -> list[str]:
     """Return the names of the tensors with bytes in any of the [begin, end) ranges of a shard."""

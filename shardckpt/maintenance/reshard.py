@@ -16,9 +16,10 @@ from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.errors import StateError
 from shardckpt.format.entries import Manifest
+from shardckpt.format.number_lists import Ints
 from shardckpt.maintenance.parallel_write import NewFile, joined_files, write_ranges
 from shardckpt.maintenance.rewritable import Source
-from shardckpt.plan.local_plan import ChunkTable, Ints, LocalPlan, TensorSpec, pad_boxes
+from shardckpt.plan.local_plan import ChunkTable, LocalPlan, TensorSpec, pad_boxes
 from shardckpt.plan.plan_cache import KnownPlan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
 from shardckpt.plan.shard_layout import chunk_bytes, shard_name

@@ -29,7 +29,7 @@ from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.safetensors_header import chunk_name, header_bytes, parse_header
 from shardckpt.io.buffers import BUFFER_BYTES, lease
 from shardckpt.io.threads import stalled, workers
-from shardckpt.loading.shard_reader import corrupted_blocks, tensors_in
+from shardckpt.loading.shard_reader import affected_tensors, corrupted_blocks
 from shardckpt.maintenance.bit_flips import find_flipped_bit
 from shardckpt.reports import VerifyReport
 from shardckpt.storage.base import CheckpointFiles
@@ -40,7 +40,7 @@ _MAX_SEARCHED_BLOCKS = 3
 """A shard with more corrupted blocks is not searched for flipped bits: a search takes up to a
 minute."""
 
-Progress = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 def _silent(checked_bytes: int) -> None:
@@ -73,7 +73,7 @@ class ShardCorruption:
         ranges = [(number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) for number in self.blocks]
         if self.flips:
             ranges = [(byte, byte + 1) for byte, _ in self.flips]
-        return tensors_in(manifest, ranges, shard=self.shard)
+        return affected_tensors(manifest, ranges, shard=self.shard)
 
     def error(self, manifest: Manifest, path: str) -> CorruptionError:
         """Return the error that names the file and the tensors."""
@@ -102,7 +102,7 @@ def verify_shards(
     manifest: Manifest,
     *,
     subset: tuple[int, int] = (1, 1),
-    progress: Progress = _silent,
+    progress: OnProgress = _silent,
     coordinator: Coordinator | None = None,
 ) -> VerifyReport:
     """Verify all shards, or one part of them.
@@ -146,7 +146,7 @@ def _check_by_all(
     manifest: Manifest,
     ranks: Coordinator,
     subset: tuple[int, int],
-    progress: Progress,
+    progress: OnProgress,
 ) -> _Checked:
     """Verify blocks on all ranks, each a part. Collective; all ranks get the same result."""
     part, parts = subset
@@ -239,7 +239,7 @@ def _check_subset(subset: tuple[int, int]) -> None:
 
 
 def _check_blocks(
-    files: CheckpointFiles, manifest: Manifest, *, subset: tuple[int, int], progress: Progress
+    files: CheckpointFiles, manifest: Manifest, *, subset: tuple[int, int], progress: OnProgress
 ) -> _Checked:
     """Verify blocks. Returns the numbers of the corrupted ones by shard, and the bytes read."""
     part, parts = subset

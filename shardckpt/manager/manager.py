@@ -50,7 +50,7 @@ T = TypeVar("T")
 PASSING = (NoSpaceError, StalledError, StoreUnavailableError)
 """The errors of a storage after which the same save may succeed later."""
 
-BROKEN = (CheckpointNotFoundError, CorruptionError, NotACheckpointError, StorageError)
+_BROKEN = (CheckpointNotFoundError, CorruptionError, NotACheckpointError, StorageError)
 """The errors after which a restore tries the next checkpoint."""
 
 
@@ -530,7 +530,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             path = os.fsdecode(encoded)
             try:
                 loaded = load(path)
-            except BROKEN as error:
+            except _BROKEN as error:
                 if rank == 0:
                     warn(f"{path} is corrupted and was skipped: {error.message}")
                 skipped.append(path)
@@ -625,7 +625,7 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
                     checkpoint.path, quick=self._check == "quick", progress=coordinator.progress
                 )
                 self._verified[key] = True
-            except BROKEN as error:
+            except _BROKEN as error:
                 warn(f"{checkpoint.path} is corrupted and does not count: {error.message}")
                 self._verified[key] = False
         return self._verified[key]

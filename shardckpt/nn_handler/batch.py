@@ -24,9 +24,9 @@ __all__ = [
     "batch_size",
     "binds",
     "call_model",
+    "concatenated_batches",
     "forward",
     "is_column",
-    "concatenated",
     "kept_outputs",
     "like",
     "map_tensors",
@@ -270,7 +270,7 @@ def is_column(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, (str, int, float)) for item in value)
 
 
-def concatenated(parts: list[Any]) -> Any:
+def concatenated_batches(parts: list[Any]) -> Any:
     """Concatenate the outputs of several batches along their first dimension.
 
     The containers are those of the last part: the first one may come from a checkpoint.
@@ -287,11 +287,13 @@ def concatenated(parts: list[Any]) -> Any:
                 remedy="pad them to one shape, or take one batch at a time",
             ) from error
     if isinstance(last, Mapping):
-        return like(last, {key: concatenated([part[key] for part in parts]) for key in last})
+        return like(
+            last, {key: concatenated_batches([part[key] for part in parts]) for key in last}
+        )
     if is_column(last):
         return [item for part in parts for item in part]
     if isinstance(last, (list, tuple)):
-        items = [concatenated(list(items)) for items in zip(*parts, strict=True)]
+        items = [concatenated_batches(list(items)) for items in zip(*parts, strict=True)]
         return last._make(items) if hasattr(last, "_make") else type(last)(items)
     if last is None:
         return None

@@ -13,7 +13,7 @@ from shardckpt.nn_handler.optimization import MAIN
 from shardckpt.nn_handler.saved import Config, NamedOptimizer
 
 __all__ = [
-    "check_parts",
+    "check_components",
     "optimizers_of",
     "own_parts",
     "place_of",
@@ -104,7 +104,7 @@ def warn_of_options(own: dict[str, Any], saved: Config, handler: Components) -> 
         )
 
 
-def check_parts(own: dict[str, Any], saved: Config, path: str) -> None:
+def check_components(own: dict[str, Any], saved: Config, path: str) -> None:
     """Raise LoadMismatchError if an optimizer or scheduler is missing or of another class."""
     mine, theirs = own_parts(own), _saved_parts(saved)
     for at in dict.fromkeys([*mine, *theirs]):

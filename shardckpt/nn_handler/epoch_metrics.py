@@ -10,7 +10,7 @@ import torch
 
 from shardckpt.errors import StateError
 from shardckpt.logs import warn
-from shardckpt.nn_handler.batch import Result, concatenated, kept_outputs
+from shardckpt.nn_handler.batch import Result, concatenated_batches, kept_outputs
 from shardckpt.nn_handler.parallel import Layout, gathered, mean_over_ranks
 from shardckpt.nn_handler.training_state import TrainingState, check_metric_name
 
@@ -45,11 +45,15 @@ class WholeEpoch:
 
     def compute(self) -> Any:
         """Return the value over the batches of all ranks. Collective."""
-        own = (concatenated(self.outputs), concatenated(self.targets)) if self.outputs else None
+        own = (
+            (concatenated_batches(self.outputs), concatenated_batches(self.targets))
+            if self.outputs
+            else None
+        )
         there = [part for part in gathered(own, self.layout) if part is not None]
         if not there:
             return float("nan")
-        return self.function(*(concatenated([part[at] for part in there]) for at in (0, 1)))
+        return self.function(*(concatenated_batches([part[at] for part in there]) for at in (0, 1)))
 
     def state(self) -> _Batches:
         """Return the batches so far."""
@@ -74,8 +78,8 @@ class _Batches:
         if not self.count:
             return {}
         return {
-            "outputs": _plain(concatenated(self.outputs[: self.count])),
-            "targets": _plain(concatenated(self.targets[: self.count])),
+            "outputs": _plain(concatenated_batches(self.outputs[: self.count])),
+            "targets": _plain(concatenated_batches(self.targets[: self.count])),
         }
 
 

@@ -21,7 +21,7 @@ from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.data import ValData
 from shardckpt.nn_handler.handler_source import open_handler
 from shardckpt.nn_handler.initializing import fill_weights
-from shardckpt.nn_handler.loading import HandlerLoadOptions, load, restore
+from shardckpt.nn_handler.loading import HandlerLoadOptions, load_handler, restore
 from shardckpt.nn_handler.parallel import Buffers, Parallel, largest
 from shardckpt.nn_handler.plots import plot
 from shardckpt.nn_handler.prediction import is_data, predictions
@@ -36,7 +36,7 @@ from shardckpt.storage.resolve import resolve
 
 __all__ = ["NNHandler"]
 
-Path = str | os.PathLike[str]
+FilePath = str | os.PathLike[str]
 
 
 class NNHandler(Components):
@@ -94,7 +94,7 @@ class NNHandler(Components):
     def auto_save(
         self,
         interval: int | None = 1,
-        save_path: Path = "checkpoints",
+        save_path: FilePath = "checkpoints",
         name: str = "epoch{epoch}",
         overwrite: bool = False,
         *,
@@ -387,7 +387,7 @@ class NNHandler(Components):
         found = self.module.parameters()
         return sum(p.numel() for p in found if p.requires_grad or not trainable)
 
-    def plot_history(self, path: Path | None = None, names: Sequence[str] | None = None) -> Any:
+    def plot_history(self, path: FilePath | None = None, names: Sequence[str] | None = None) -> Any:
         """Plot metrics by epoch, each beside its validation. Needs the extra `plot`.
 
         Not collective.
@@ -420,7 +420,7 @@ class NNHandler(Components):
             self.history, self.history_epochs, names, None if path is None else local_path(path)
         )
 
-    def plot_losses(self, path: Path | None = None) -> Any:
+    def plot_losses(self, path: FilePath | None = None) -> Any:
         """Plot the losses of training and validation. Needs the extra `plot`. Not collective.
 
         Args:
@@ -456,7 +456,7 @@ class NNHandler(Components):
     def __repr__(self) -> str:
         return summary(self)
 
-    def save(self, path: Path, *, overwrite: bool = True) -> None:
+    def save(self, path: FilePath, *, overwrite: bool = True) -> None:
         """Save everything. Collective.
 
         Args:
@@ -480,9 +480,9 @@ class NNHandler(Components):
             >>> handler.save("models/final")
             >>> handler.save("models/final.pth")
         """
-        saving.save(self, resolve(path).path, overwrite=overwrite)
+        saving.save_handler(self, resolve(path).path, overwrite=overwrite)
 
-    def save_single_file(self, path: Path, *, overwrite: bool = True) -> None:
+    def save_single_file(self, path: FilePath, *, overwrite: bool = True) -> None:
         """Save everything in one file. Collective.
 
         Args:
@@ -505,7 +505,7 @@ class NNHandler(Components):
 
     def save_multi_files(
         self,
-        folder: Path,
+        folder: FilePath,
         file_format: FileFormat = "torch",
         *,
         overwrite: bool = True,
@@ -543,7 +543,11 @@ class NNHandler(Components):
 
     @staticmethod
     def save_multi_from_single(
-        path: Path, folder: Path, file_format: FileFormat = "torch", *, overwrite: bool = False
+        path: FilePath,
+        folder: FilePath,
+        file_format: FileFormat = "torch",
+        *,
+        overwrite: bool = False,
     ) -> None:
         """Turn a single file into a directory with a file for each component. Not collective.
 
@@ -570,7 +574,9 @@ class NNHandler(Components):
         )
 
     @staticmethod
-    def save_single_from_multi(folder: Path, path: Path, *, overwrite: bool = False) -> None:
+    def save_single_from_multi(
+        folder: FilePath, path: FilePath, *, overwrite: bool = False
+    ) -> None:
         """Turn a directory with a file for each component into a single file. Not collective.
 
         Args:
@@ -595,7 +601,7 @@ class NNHandler(Components):
     @classmethod
     def load(
         cls,
-        path: Path,
+        path: FilePath,
         device: str | torch.device | None = None,
         device_map: DeviceMap = None,
         strict: bool = True,
@@ -676,14 +682,14 @@ class NNHandler(Components):
             2
         """
         arguments = {name: value for name, value in locals().items() if name not in ("cls", "path")}
-        found = load(cls, resolve(path).path, HandlerLoadOptions(**arguments))
+        found = load_handler(cls, resolve(path).path, HandlerLoadOptions(**arguments))
         assert isinstance(found, cls)
         return found
 
     @classmethod
     def initialize_from_checkpoint(
         cls,
-        path: Path,
+        path: FilePath,
         model_class: Callable[..., nn.Module],
         device: str | torch.device | None = None,
         *,
@@ -754,7 +760,7 @@ class NNHandler(Components):
         fill_weights(handler, path, strict=strict, prefix=prefix, ema=ema)
         return handler
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: FilePath) -> None:
         """Load a checkpoint into this handler, whose parts are already set. Collective.
 
         Args:

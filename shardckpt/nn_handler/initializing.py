@@ -24,7 +24,7 @@ from shardckpt.storage.base import MANIFEST_NAME, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import resolve
 
-__all__ = ["differences", "fill_weights", "warn_of_skipped", "weight_names", "with_remedy"]
+__all__ = ["fill_weights", "skipped_entries", "warn_of_skipped", "weight_names", "with_remedy"]
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -81,7 +81,7 @@ def fill_weights(
             storage=storage,
         )
     if not strict:
-        warn_of_skipped(path, handler.rank, **differences(report))
+        warn_of_skipped(path, handler.rank, **skipped_entries(report))
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def with_remedy(text: str) -> Iterator[None]:
         raise
 
 
-def differences(report: LoadReport) -> dict[str, Any]:
+def skipped_entries(report: LoadReport) -> dict[str, Any]:
     """Return the arguments of warn_of_skipped, after a load with strict=False."""
     return {
         "missing": report.missing,

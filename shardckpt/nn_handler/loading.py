@@ -20,12 +20,12 @@ from shardckpt.coordination.exchange import exchange
 from shardckpt.coordination.resolve import alone, operation
 from shardckpt.errors import CheckpointError, LoadMismatchError, StateError
 from shardckpt.logs import warn
-from shardckpt.nn_handler.batch import concatenated, on_device
+from shardckpt.nn_handler.batch import concatenated_batches, on_device
 from shardckpt.nn_handler.bounds import Bounds
 from shardckpt.nn_handler.callback import Callback
 from shardckpt.nn_handler.components import Components
 from shardckpt.nn_handler.config_differences import (
-    check_parts,
+    check_components,
     optimizers_of,
     own_parts,
     place_of,
@@ -35,7 +35,7 @@ from shardckpt.nn_handler.config_differences import (
 from shardckpt.nn_handler.data import Position
 from shardckpt.nn_handler.ema import EMA
 from shardckpt.nn_handler.handler_source import HandlerSource, open_handler
-from shardckpt.nn_handler.initializing import differences, warn_of_skipped, with_remedy
+from shardckpt.nn_handler.initializing import skipped_entries, warn_of_skipped, with_remedy
 from shardckpt.nn_handler.model_code import class_of_code
 from shardckpt.nn_handler.objects import Given, NameResolver, making
 from shardckpt.nn_handler.optimization import MAIN
@@ -60,7 +60,7 @@ from shardckpt.state.module_state import canonical_names
 from shardckpt.state.random_state import random_state, seed_generators, set_random_state
 from shardckpt.torch_compat import child_names
 
-__all__ = ["HandlerLoadOptions", "load", "restore", "restore_tensors"]
+__all__ = ["HandlerLoadOptions", "load_handler", "restore", "restore_tensors"]
 
 _CREATED = (
     'give the model of the checkpoint: model_class=..., or objects={"model.kwargs": {...}}; '
@@ -139,7 +139,9 @@ class HandlerLoadOptions:
         return part not in self.skip and not left_out
 
 
-def load(handler_class: type[Components], path: str, options: HandlerLoadOptions) -> Components:
+def load_handler(
+    handler_class: type[Components], path: str, options: HandlerLoadOptions
+) -> Components:
     """Create a handler. Collective, except with a device map. See NNHandler.load."""
     with alone() if options.device_map is not None else nullcontext():
         return _load(handler_class, path, options)
@@ -488,7 +490,7 @@ def restore(
     path, created = source.path, saved is not None
     if saved is None:  # the handler was not created from the checkpoint
         saved = source.values()
-        check_parts(handler.config(), saved.config, path)
+        check_components(handler.config(), saved.config, path)
         _follow(handler, saved.config, path)
     warn_of_loss(handler.config()["loss_fn"], saved.config.loss_fn, handler.rank)
     state = {} if placed else handler.tensor_state()
@@ -506,7 +508,7 @@ def restore(
     with with_remedy(_CREATED if created else _RESTORED):
         report = api.load(state, path, strict=strict, storage=source.storage)
     if not (strict or placed):  # `place` warns by itself
-        warn_of_skipped(path, handler.rank, **differences(report))
+        warn_of_skipped(path, handler.rank, **skipped_entries(report))
 
     def apply() -> bytes:
         _apply(handler, source, saved, ema, state.get("ranks"), skip=skip, placed=placed)
@@ -699,7 +701,9 @@ def _joined_metrics(sums: list[Sums]) -> dict[str, dict[str, Any]]:
         if not states:
             continue
         if all(state.keys() == {"outputs", "targets"} for state in states):
-            found[name] = {key: concatenated([state[key] for state in states]) for key in states[0]}
+            found[name] = {
+                key: concatenated_batches([state[key] for state in states]) for key in states[0]
+            }
         else:
             warn(
                 f"The metric {name!r} starts again within the epoch: its state is that of another "

@@ -13,7 +13,7 @@ from shardckpt.nn_handler.batch import (
     Several,
     binds,
     call_model,
-    concatenated,
+    concatenated_batches,
     is_column,
     kept_outputs,
     like,
@@ -50,10 +50,10 @@ def predictions(handler: TrainingState, data: ValData) -> Any:
         act,
         agree=lambda more: largest([int(more)])[0],
     )
-    own = concatenated(found) if found else None
+    own = concatenated_batches(found) if found else None
     there = [outputs for outputs in gathered(own, data.layout) if outputs is not None]
     if data.length is None or len(there) == 1:
-        return concatenated(there)
+        return concatenated_batches(there)
     return _interleaved(there, data.length)
 
 
@@ -72,7 +72,7 @@ def _inputs(batch: Any, module: nn.Module) -> Any:
 
 def _interleaved(parts: list[Any], length: int) -> Any:
     """Return the outputs of all ranks, whose samples alternate, in the order of the samples."""
-    outputs = concatenated(parts)
+    outputs = concatenated_batches(parts)
     places = len(parts)
     order = [index for place in range(places) for index in range(place, length, places)]
     back = torch.empty(length, dtype=torch.int64, device="cpu")

@@ -12,7 +12,7 @@ import torch
 
 from shardckpt.errors import CheckpointError
 
-__all__ = ["Config", "NamedOptimizer", "OwnState", "SavedProgress", "Saved", "checked"]
+__all__ = ["Config", "NamedOptimizer", "OwnState", "Saved", "SavedProgress", "checked"]
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _REMEDY = (

@@ -51,7 +51,7 @@ __all__ = [
     "check_suffix",
     "is_one_file",
     "link",
-    "save",
+    "save_handler",
     "save_multi_files",
     "save_multi_from_single",
     "save_single_file",
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 
-def save(handler: TrainingState, path: str, *, overwrite: bool) -> None:
+def save_handler(handler: TrainingState, path: str, *, overwrite: bool) -> None:
     """Save a handler. Collective. See NNHandler.save."""
     check_suffix(path)
     if is_one_file(path):

@@ -23,9 +23,11 @@ from shardckpt.errors import RankMismatchError, UnsupportedLeafError
 from shardckpt.format.digests import text_digest
 from shardckpt.format.dtype_names import NOT_COPYABLE
 from shardckpt.format.dtypes import dtype_name, memory_view
+from shardckpt.format.entries import Box
 from shardckpt.format.manifest import MOST_DIMS
+from shardckpt.format.number_lists import Ints
 from shardckpt.state.flatten import FlatState, placeholder
-from shardckpt.state.local_chunks import PLAIN, AnyTensor, Box, local_chunks, may_have_replicas
+from shardckpt.state.local_chunks import PLAIN, AnyTensor, local_chunks, may_have_replicas
 
 __all__ = [
     "ChunkTable",
@@ -41,8 +43,6 @@ __all__ = [
     "unpack_columns",
     "widen_boxes",
 ]
-
-Ints = NDArray[np.int64]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):

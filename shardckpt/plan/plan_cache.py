@@ -14,7 +14,7 @@ import numpy as np
 
 from shardckpt.errors import ShardMismatchError
 from shardckpt.format.manifest import encode_tensors
-from shardckpt.plan.local_plan import Ints
+from shardckpt.format.number_lists import Ints
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites
 from shardckpt.plan.shard_layout import layout_digests, tensor_entries
 

@@ -19,12 +19,12 @@ from shardckpt.format.divided_manifest import chunks_of
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.dtypes import memory_dtype
 from shardckpt.format.entries import TensorEntry
+from shardckpt.format.number_lists import Ints
 from shardckpt.io.tensor_memory import address_of
 from shardckpt.state.local_chunks import LocalChunk, box_slices, has_file_layout
 
 __all__ = ["WINDOW_BYTES", "CopyRead", "Reads", "plan_reads"]
 
-Ints = NDArray[np.int64]
 
 WINDOW_BYTES = 4 << 20
 """The window in bytes in which shards are read. A read does not cross a multiple of it, unless its

@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from shardckpt.format.number_lists import Ints
 from shardckpt.format.tiling import stable_order
-from shardckpt.plan.local_plan import Ints
 
-__all__ = ["Rows", "divide", "group_equal", "joined"]
+__all__ = ["Rows", "assign_replicas", "concatenate_rows", "group_equal"]
 
 SPLIT_BYTES = 1 << 20
 """A smaller replicated chunk, in bytes, is never divided."""
@@ -45,7 +45,7 @@ class Rows:
         return Rows(**{name: column.take(index, axis=0) for name, column in columns.items()})
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
+def concatenate_rows(parts: Sequence[Rows]) -> Rows:
     """Concatenate tables."""
     parts = [part for part in parts if len(part)] or list(parts[:1])
     if len(parts) == 1:
@@ -76,7 +76,7 @@ def group_equal(keys: Ints) -> tuple[Ints, Ints]:
     return first[order].astype(np.int64), rank_of[group.reshape(-1)]
 
 
-def divide(rows: Rows, group: Ints, loads: NDArray[np.float64]) -> Rows:
+def assign_replicas(rows: Rows, group: Ints, loads: NDArray[np.float64]) -> Rows:
     """Assign each of the chunks in `rows`, or each part of it, to one of the ranks that hold it.
 
     `group` [n] numbers the sets of equal chunks. `loads` are the bytes that each rank writes; they

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardckpt.errors import CoverageError
+from shardckpt.format.number_lists import Ints
 from shardckpt.format.tiling import Gap, first_gap, stable_order
 from shardckpt.plan.local_plan import (
     ChunkTable,
-    Ints,
     LocalPlan,
     TensorSpec,
     flat_boxes,
@@ -27,7 +27,7 @@ from shardckpt.plan.local_plan import (
     unpack_columns,
     widen_boxes,
 )
-from shardckpt.plan.replica_assignment import Rows, divide, group_equal, joined
+from shardckpt.plan.replica_assignment import Rows, assign_replicas, concatenate_rows, group_equal
 from shardckpt.plan.shard_layout import FileLayout, chunk_bytes, item_sizes, tensor_blocks
 from shardckpt.state.file_groups import FROZEN, GROUP_COUNT, MAIN, files_of
 
@@ -213,7 +213,7 @@ def global_plan(
     replicated = rows.take(shared)
     keys = np.column_stack([replicated.tensor, flat_boxes(replicated.boxes)])
     first, group = group_equal(keys)
-    unique_keys = joined([solo, replicated.take(first)])
+    unique_keys = concatenate_rows([solo, replicated.take(first)])
     table = ChunkTable(tensor=unique_keys.tensor, boxes=unique_keys.boxes)
     check_coverage(specs, table, unique_keys.rank)
     ranks = np.arange(len(plans) + 1)
@@ -223,7 +223,7 @@ def global_plan(
     compare = replicated.row[several]
     assigned_bounds = np.searchsorted(assigned.rank, ranks)
     compared = np.searchsorted(replicated.rank[several], ranks)
-    written = joined([solo, assigned])
+    written = concatenate_rows([solo, assigned])
     chunks = ChunkTable(tensor=written.tensor, boxes=written.boxes)
     file = files_of(file_group[written.tensor], written.size_bytes, written.rank)
     order = layout_order(specs, chunks, written.rank * GROUP_COUNT + file)
@@ -248,8 +248,8 @@ def _divide(
         loads: NDArray[np.float64] = np.bincount(
             solo.rank[held], weights=solo.size_bytes[held], minlength=world_size
         ).astype(np.float64)
-        divided.append(divide(replicated.take(shared), group[shared], loads))
-    return joined(divided)
+        divided.append(assign_replicas(replicated.take(shared), group[shared], loads))
+    return concatenate_rows(divided)
 
 
 def _shares(

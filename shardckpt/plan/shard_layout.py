@@ -12,8 +12,9 @@ from xxhash import xxh3_64_intdigest
 
 from shardckpt.format.dtype_names import itemsize
 from shardckpt.format.entries import TensorEntry
+from shardckpt.format.number_lists import Ints
 from shardckpt.format.tiling import stable_order
-from shardckpt.plan.local_plan import ChunkTable, Ints, TensorSpec, flat_boxes, widen_boxes
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec, flat_boxes, widen_boxes
 from shardckpt.state.file_groups import MAIN, file_suffix
 
 __all__ = [

@@ -1,8 +1,8 @@
 """The division of reads of the same blocks: one rank reads them, and sends them to the others.
 
-Pure functions. Each rank describes the blocks that it needs (Wanted). Rank 0 finds the segments
-that one rank should read for others. All ranks divide the segments into the same units, and choose
-the same rank to read each unit.
+Pure functions. Each rank describes the blocks that it needs (NeededBlocks). Rank 0 finds the
+segments that one rank should read for others. All ranks divide the segments into the same units,
+and choose the same rank to read each unit.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from shardckpt.format.digests import BLOCK_BYTES
+from shardckpt.format.number_lists import Ints
 from shardckpt.plan.read_plan import WINDOW_BYTES, Reads
 
-__all__ = ["Segments", "Unit", "Wanted", "find_segments", "units_of", "wanted_runs"]
+__all__ = ["NeededBlocks", "Segments", "Unit", "find_segments", "units_of", "wanted_runs"]
 
-Ints = NDArray[np.int64]
 _WINDOW_BLOCKS = WINDOW_BYTES // BLOCK_BYTES
 
 
-class Wanted(msgspec.Struct, array_like=True, frozen=True):
+class NeededBlocks(msgspec.Struct, array_like=True, frozen=True):
     """The blocks that a rank needs.
 
     Attributes:
@@ -104,7 +103,7 @@ def wanted_runs(reads: Reads) -> Ints:
     return np.column_stack([shard[starts], first[starts], (reached - apart)[ends]])
 
 
-def find_segments(wanted: Sequence[Wanted], *, remote: bool) -> Segments:
+def find_segments(wanted: Sequence[NeededBlocks], *, remote: bool) -> Segments:
     """Find the blocks that one rank should read for others.
 
     These are the blocks that several ranks need, if the storage is remote or the ranks are on

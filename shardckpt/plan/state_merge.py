@@ -23,7 +23,7 @@ from shardckpt.format.typed_json import tag_of
 from shardckpt.plan.local_plan import Offer, TensorSpec
 from shardckpt.state.saved_tree import below, under
 
-__all__ = ["Merged", "merge"]
+__all__ = ["Merged", "merge_states"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Merged:
     partial: frozenset[str] = frozenset()
 
 
-def merge(offers: Sequence[Offer], *, partial: frozenset[str] | None = None) -> Merged:
+def merge_states(offers: Sequence[Offer], *, partial: frozenset[str] | None = None) -> Merged:
     """Merge the states of all ranks. Pure.
 
     `partial` are the names of the tensors that only some ranks hold, if they are known from an
@@ -123,7 +123,7 @@ def _different_values(name: str, first: int, value: Any, rank: int, other: Any) 
     )
 
 
-Nodes = list[tuple[int, Any]]
+_Nodes = list[tuple[int, Any]]
 """(rank, typed JSON) of each rank that has an entry."""
 
 
@@ -132,7 +132,7 @@ class _Merger:
         self.unions = unions
         self.partial = partial
 
-    def merge(self, nodes: Nodes, name: str, free: bool) -> Any:
+    def merge(self, nodes: _Nodes, name: str, free: bool) -> Any:
         """Merge the nodes of several ranks. If `free` is set, keys of dicts may differ."""
         first_rank, first = nodes[0]
         if len(nodes) == 1:
@@ -157,7 +157,7 @@ class _Merger:
                 raise _different_values(name, first_rank, first, rank, node)
         return first
 
-    def sequence(self, nodes: Nodes, name: str, free: bool) -> Any:
+    def sequence(self, nodes: _Nodes, name: str, free: bool) -> Any:
         """Merge lists item by item. Lists may be longer on ranks with tensors of their own."""
         length = max(len(node) for _, node in nodes)
         items = []
@@ -170,7 +170,7 @@ class _Merger:
             items.append(self.merge(having, below(name, index), free))
         return items
 
-    def mapping(self, nodes: Nodes, name: str, free: bool) -> Any:
+    def mapping(self, nodes: _Nodes, name: str, free: bool) -> Any:
         """Merge dicts key by key."""
         if not free and all(_is_optimizer(node) for _, node in nodes):
             return self.optimizer(nodes, name)
@@ -191,7 +191,7 @@ class _Merger:
             merged.append([key, self.merge(having, inner, free)])
         return dict(merged) if plain else {"$dict": merged}
 
-    def optimizer(self, nodes: Nodes, name: str) -> Any:
+    def optimizer(self, nodes: _Nodes, name: str) -> Any:
         """Merge optimizers: their state by parameter, and groups with equal options into one."""
         parts = {
             "state": self.merge(
@@ -204,7 +204,7 @@ class _Merger:
         rest = [(r, {k: v for k, v in node.items() if k not in parts}) for r, node in nodes]
         return {**parts, **self.mapping(rest, name, False)}
 
-    def groups(self, nodes: Nodes, name: str) -> Any:
+    def groups(self, nodes: _Nodes, name: str) -> Any:
         """Merge the parameter groups of all ranks. Parameters on several ranks must have equal
         options. Parameters of one rank join a group with their options, or form a new one."""
         merged: list[dict[str, Any]] = []
@@ -232,7 +232,7 @@ class _Merger:
                 group_of.update((group["params"][at], index) for at in new)
         return merged
 
-    def comes_with_tensors(self, having: Nodes) -> bool:
+    def comes_with_tensors(self, having: _Nodes) -> bool:
         """Whether one of the nodes contains a tensor that only some ranks hold."""
         return any(
             tag != "$per_rank" and target in self.partial

@@ -24,7 +24,7 @@ from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.local_plan import LocalPlan, Offer, TensorSpec, filled
 from shardckpt.plan.plan_cache import KnownPlan, PlanCache
 from shardckpt.plan.save_plan import RankWrites, global_plan
-from shardckpt.plan.state_merge import merge
+from shardckpt.plan.state_merge import merge_states
 from shardckpt.reports import Stopwatch
 from shardckpt.storage.base import Storage, WriteTransaction
 
@@ -287,7 +287,7 @@ class _Lead:
         """Merge the states of all ranks into one."""
         with self.work.phase("plan"), collector_paused():
             offers = [_decode_offer(payload) for payload in payloads]
-            merged = merge(offers, partial=self.plan.partial if self.plan else None)
+            merged = merge_states(offers, partial=self.plan.partial if self.plan else None)
         self.tree, self.common, self.partial = merged.tree, merged.common, merged.partial
         return self._begin()
 

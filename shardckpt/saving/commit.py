@@ -17,10 +17,10 @@ from shardckpt.coordination.exchange import Attempt, exchange
 from shardckpt.errors import ShardMismatchError
 from shardckpt.format.entries import Manifest, ShardEntry
 from shardckpt.format.manifest import to_bytes
+from shardckpt.format.number_lists import Ints
 from shardckpt.format.safetensors_header import parse_chunk_name, parse_header
 from shardckpt.io.gc_pause import collector_paused
 from shardckpt.plan.consistency import compare_replicas
-from shardckpt.plan.local_plan import Ints
 from shardckpt.plan.plan_cache import shard_mismatch
 from shardckpt.reports import Stopwatch
 from shardckpt.saving.agreement import Agreement

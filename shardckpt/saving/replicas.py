@@ -13,7 +13,7 @@ from shardckpt.plan.save_plan import RankWrites
 
 __all__ = ["replica_digests"]
 
-SMALL_BYTES = 64 << 10
+COMPARED_BYTES = 64 << 10
 """Replicas up to this size are always compared. Larger ones are compared on request."""
 
 
@@ -25,16 +25,16 @@ def replica_digests(
     Args:
         local: This rank's plan.
         writes: This rank's part of the global plan.
-        everything: Compare chunks of any size, instead of only those up to SMALL_BYTES.
-        sampled: Compare large chunks by their first SMALL_BYTES.
+        everything: Compare chunks of any size, instead of only those up to COMPARED_BYTES.
+        sampled: Compare large chunks by their first COMPARED_BYTES.
     """
     digests = np.zeros(len(writes.compare), dtype="<u8")
     for index, row in enumerate(writes.compare.tolist()):
         data = local.data[row]
         size = data.numel() * data.element_size()
-        if sampled and not everything and size > SMALL_BYTES:
-            data, size = _beginning(data), SMALL_BYTES
-        if size and (everything or size <= SMALL_BYTES):
+        if sampled and not everything and size > COMPARED_BYTES:
+            data, size = _beginning(data), COMPARED_BYTES
+        if size and (everything or size <= COMPARED_BYTES):
             digest = xxhash.xxh3_64()
             for piece in contiguous_pieces(data.detach()):
                 digest.update(view_at(piece.data_ptr(), piece.numel() * piece.element_size()))
@@ -43,8 +43,8 @@ def replica_digests(
 
 
 def _beginning(data: torch.Tensor) -> torch.Tensor:
-    """Return the first elements of a large tensor, up to SMALL_BYTES."""
-    while (size := data.numel() * data.element_size()) > SMALL_BYTES:
-        rows = len(data) * SMALL_BYTES // size
+    """Return the first elements of a large tensor, up to COMPARED_BYTES."""
+    while (size := data.numel() * data.element_size()) > COMPARED_BYTES:
+        rows = len(data) * COMPARED_BYTES // size
         data = data[:rows] if rows else data[0]
     return data

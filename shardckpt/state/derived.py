@@ -17,10 +17,19 @@ import torch
 from shardckpt.format.entries import TensorEntry
 from shardckpt.state.local_chunks import LocalChunk, box_slices, shared_box
 
-__all__ = ["DerivedEntry", "Piece", "cut", "derived", "expanded", "joined", "padded", "permuted"]
+__all__ = [
+    "DerivedEntry",
+    "Piece",
+    "concatenated",
+    "cut",
+    "derived",
+    "expanded",
+    "padded",
+    "permuted",
+]
 
-Sizes: TypeAlias = tuple[int, ...]
-Wanted: TypeAlias = list[tuple[TensorEntry, LocalChunk]]
+_Sizes: TypeAlias = tuple[int, ...]
+BoxReads: TypeAlias = list[tuple[TensorEntry, LocalChunk]]
 
 
 class Piece(NamedTuple):
@@ -37,12 +46,12 @@ class Piece(NamedTuple):
         value: The constant.
     """
 
-    offsets: Sizes
-    sizes: Sizes
+    offsets: _Sizes
+    sizes: _Sizes
     name: str = ""
     entry: TensorEntry | None = None
-    source: Sizes = ()
-    order: Sizes = ()
+    source: _Sizes = ()
+    order: _Sizes = ()
     value: float = 0
 
     def within(self, offsets: Sequence[int], sizes: Sequence[int]) -> Piece | None:
@@ -56,11 +65,11 @@ class Piece(NamedTuple):
             source[of] += low[dim] - self.offsets[dim]
         return self._replace(offsets=low, sizes=size, source=tuple(source))
 
-    def source_sizes(self) -> Sizes:
+    def source_sizes(self) -> _Sizes:
         """Return the sizes by dimension of the saved tensor."""
         return tuple(self.sizes[dim] for dim in self.to_source())
 
-    def to_source(self) -> Sizes:
+    def to_source(self) -> _Sizes:
         """Return the dimension of the derived tensor for each dimension of the saved tensor."""
         return tuple(self.order.index(dim) for dim in range(len(self.order)))
 
@@ -75,7 +84,7 @@ class DerivedEntry(TensorEntry, frozen=True, kw_only=True, eq=False, gc=False):
     pieces: tuple[Piece, ...]
 
 
-def _entry(dtype: str, shape: Sizes, pieces: Iterable[Piece]) -> DerivedEntry:
+def _entry(dtype: str, shape: _Sizes, pieces: Iterable[Piece]) -> DerivedEntry:
     chunks = np.empty((0, 3 + 2 * len(shape)), np.int64)
     return DerivedEntry(dtype=dtype, shape=shape, chunks=chunks, pieces=tuple(pieces))
 
@@ -103,7 +112,7 @@ def cut(tensor: DerivedEntry, dim: int, ranges: Sequence[tuple[int, int]]) -> De
     return _entry(tensor.dtype, _resized(tensor.shape, dim, at), pieces)
 
 
-def joined(tensors: Sequence[DerivedEntry], dim: int) -> DerivedEntry:
+def concatenated(tensors: Sequence[DerivedEntry], dim: int) -> DerivedEntry:
     """Return tensors of equal dtype and equal other sizes, one after the other."""
     pieces, at = [], 0
     for tensor in tensors:
@@ -115,7 +124,7 @@ def joined(tensors: Sequence[DerivedEntry], dim: int) -> DerivedEntry:
 def permuted(tensor: DerivedEntry, order: Sequence[int]) -> DerivedEntry:
     """Return a tensor with permuted dimensions, as torch.permute does."""
 
-    def moved(sizes: Sizes) -> Sizes:
+    def moved(sizes: _Sizes) -> _Sizes:
         return tuple(sizes[dim] for dim in order)
 
     pieces = [
@@ -138,7 +147,7 @@ def padded(tensor: DerivedEntry, dim: int, size: int, value: float) -> DerivedEn
     return _entry(tensor.dtype, shape, pieces)
 
 
-def _resized(sizes: Sizes, dim: int, size: int) -> Sizes:
+def _resized(sizes: _Sizes, dim: int, size: int) -> _Sizes:
     return (*sizes[:dim], size, *sizes[dim + 1 :])
 
 
@@ -146,7 +155,7 @@ def _moved(piece: Piece, dim: int, by: int) -> Piece:
     return piece._replace(offsets=_resized(piece.offsets, dim, piece.offsets[dim] + by))
 
 
-def expanded(wanted: Wanted) -> tuple[Wanted, list[Callable[[], object]]]:
+def expanded(wanted: BoxReads) -> tuple[BoxReads, list[Callable[[], object]]]:
     """Replace the reads of derived tensors by reads of the saved ones.
 
     Args:
@@ -157,7 +166,7 @@ def expanded(wanted: Wanted) -> tuple[Wanted, list[Callable[[], object]]]:
     """
     if DerivedEntry not in set(map(type, map(operator.itemgetter(0), wanted))):
         return wanted, []
-    reads: Wanted = []
+    reads: BoxReads = []
     constants: list[Callable[[], object]] = []
     for entry, chunk in wanted:
         if not isinstance(entry, DerivedEntry):

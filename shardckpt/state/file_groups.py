@@ -7,13 +7,11 @@ optimizer state therefore have their own files, if a rank holds enough of them.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from shardckpt.format.number_lists import Ints
 from shardckpt.state.module_state import canonical_names
-
-Ints = NDArray[np.int64]
 
 __all__ = [
     "FROZEN",
@@ -23,8 +21,8 @@ __all__ = [
     "file_suffix",
     "files_of",
     "frozen_entries",
-    "group_in_name",
     "frozen_group",
+    "group_in_name",
 ]
 
 MAIN, OPTIMIZER, FROZEN = 0, 1, 2

@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardckpt.errors import PartialPlacementError, StateError, UnsupportedLeafError
 from shardckpt.format.dtypes import OPAQUE, memory_dtype, memory_view
+from shardckpt.format.entries import Box
 from shardckpt.format.manifest import MOST_DIMS
 from shardckpt.io.tensor_memory import check_memory, owns_memory, plain_address
 from shardckpt.state.sharded_array import ShardedArray
@@ -37,15 +38,14 @@ if TYPE_CHECKING:
 __all__ = [
     "PLAIN",
     "AnyTensor",
-    "Box",
     "LocalChunk",
     "Shards",
     "addressed_chunk",
     "box_slices",
     "check_dense",
+    "has_file_layout",
     "is_distributed",
     "is_sharded_tensor",
-    "has_file_layout",
     "local_chunks",
     "local_layout",
     "local_tensor",
@@ -57,9 +57,6 @@ __all__ = [
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ORIGINS = [(0,) * dims for dims in range(MOST_DIMS + 1)]
 _REMEMBERED = 65_536  # layouts of DTensors
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""(offsets, sizes) of a part of a global tensor."""
 
 
 class LocalChunk(msgspec.Struct, frozen=True, eq=False, gc=False):

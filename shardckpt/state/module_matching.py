@@ -18,7 +18,7 @@ from shardckpt.state.saved_tree import below
 from shardckpt.state.wrapper_tensors import Wrapped, saveable_form
 from shardckpt.torch_compat import carry_versions, load_functions, storage_id
 
-__all__ = ["match_module", "has_custom_load"]
+__all__ = ["has_custom_load", "match_module"]
 
 
 def match_module(context: MatchContext, template: nn.Module, name: str, match: Match) -> Finish:

@@ -32,12 +32,12 @@ __all__ = [
     "canonical_names",
     "ddp_rank0_buffers",
     "has_state",
+    "instances_in",
     "is_wrapped",
     "module_state",
-    "instances_in",
     "modules_in",
-    "names_by_identity",
     "named_state",
+    "names_by_identity",
     "parameter_names",
 ]
 

@@ -22,7 +22,7 @@ from shardckpt.state.optimizer_state import (
     flat_parameters,
     keeps_state,
     packed_state,
-    state_of,
+    state_by_parameter,
 )
 from shardckpt.state.refusals import setting_state
 from shardckpt.state.saved_tree import below
@@ -143,7 +143,7 @@ class _TorchForm:
 
         It casts state to the parameter's dtype, such as float32 moments of bfloat16 parameters.
         """
-        state = state_of(self.owner)
+        state = state_by_parameter(self.owner)
         for number, parameter in zip(self.numbers, self.parameters, strict=True):
             saved, now = self.filled.get(number), state.get(parameter)
             for key, value in saved.items() if isinstance(saved, dict) else ():

@@ -40,7 +40,7 @@ __all__ = [
     "optimizer_state",
     "packed_state",
     "plain_state",
-    "state_of",
+    "state_by_parameter",
 ]
 
 
@@ -282,7 +282,7 @@ def keeps_state(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
     return bool(owner_rank(optimizer, parameter) == optimizer.rank)  # type: ignore[attr-defined]
 
 
-def state_of(optimizer: Optimizer) -> Any:
+def state_by_parameter(optimizer: Optimizer) -> Any:
     """Return the dict in which an optimizer keeps its state by parameter."""
     return optimizer.optim.state if _is_zero(optimizer) else optimizer.state  # type: ignore[attr-defined]
 
@@ -301,7 +301,7 @@ def packed_state(optimizer: Optimizer, *, at: str) -> Any:
 
 def _packed_zero(optimizer: Optimizer, *, at: str) -> dict[str, Any]:
     parameters = flat_parameters(optimizer)
-    local = state_of(optimizer)
+    local = state_by_parameter(optimizer)
     local_parameters = [p for p in parameters if keeps_state(optimizer, p)]
     example = next(((p, local[p]) for p in local_parameters if local.get(p)), None)
     if not local_parameters:

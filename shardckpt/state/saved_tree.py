@@ -14,7 +14,7 @@ from shardckpt.format.entries import Manifest
 from shardckpt.format.typed_json import Record, TensorRef
 
 __all__ = [
-    "Rename",
+    "Renaming",
     "SavedState",
     "Select",
     "below",
@@ -24,7 +24,7 @@ __all__ = [
     "under",
 ]
 
-Rename = Mapping[str, str] | Callable[[str], str] | None
+Renaming = Mapping[str, str] | Callable[[str], str] | None
 Select = str | Iterable[str] | None
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def under(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
-def rename_function(rename: Rename) -> Callable[[str], str]:
+def rename_function(rename: Renaming) -> Callable[[str], str]:
     """Return the function that maps a saved name to a new one.
 
     A mapping renames prefixes. The longest prefix wins.
@@ -96,7 +96,7 @@ class SavedState:
         leaves: The leaves by name.
     """
 
-    def __init__(self, manifest: Manifest, *, keys: Select = None, rename: Rename = None) -> None:
+    def __init__(self, manifest: Manifest, *, keys: Select = None, rename: Renaming = None) -> None:
         self.manifest = manifest
         self._keys = _key_list(keys)
         self._rename = rename

@@ -42,7 +42,7 @@ MARK = b"shardckpt is writing this file or folder, or died doing so: "
 _READ = os.O_RDONLY | os.O_NONBLOCK
 _STREAM_BYTES = 1 << 20
 
-Foreign = Callable[[Sequence[str]], Sequence[str]]
+ForeignNames = Callable[[Sequence[str]], Sequence[str]]
 """A function that returns those names in a folder that are not part of the checkpoint in it."""
 
 
@@ -52,7 +52,7 @@ def atomic_write(
     *,
     overwrite: bool,
     index: Sequence[str] = (),
-    foreign: Foreign = lambda names: (),
+    foreign: ForeignNames = lambda names: (),
     system: System | None = None,
 ) -> Iterator[AtomicWrite]:
     """Write a file or folder that becomes visible and durable at the end of the with block.
@@ -114,7 +114,7 @@ class AtomicWrite:
         *,
         overwrite: bool,
         index: Sequence[str],
-        foreign: Foreign,
+        foreign: ForeignNames,
     ) -> None:
         self.system, self.target = system, target
         self.path = hidden_file_path(target, f"{uuid.uuid4().hex}.part")

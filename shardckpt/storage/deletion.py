@@ -23,10 +23,10 @@ from shardckpt.storage.posix import System, translated
 
 __all__ = [
     "collect_leftovers",
-    "foreign_directories",
     "exists",
-    "make_directories",
+    "foreign_directories",
     "foreign_names",
+    "make_directories",
     "old_name",
     "remove",
     "remove_files",

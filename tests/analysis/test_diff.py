@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 
 import shardckpt
 from shardckpt import PerRank, errors
-from shardckpt.analysis.diff import differences
+from shardckpt.analysis.diff import count_differences
 from shardckpt.format.dtypes import DTYPES, SAVED
 
 SIZE = 1 << 20
@@ -147,28 +147,31 @@ def test_a_tolerance_must_be_a_number(tolerance, first):
 
 def test_elements_within_the_tolerance_are_equal():
     a, b = torch.tensor([1.0, 100.0, math.inf, math.nan]), torch.tensor([1.1, 101.0, math.inf, 1.0])
-    assert differences(a, b)[0] == 3
-    assert differences(a, b, atol=0.2)[0] == 2
-    assert differences(a, b, rtol=0.2)[0] == 1
-    assert differences(torch.tensor([0.0, math.nan]), torch.tensor([-0.0, -math.nan])) == (0, 0.0)
+    assert count_differences(a, b)[0] == 3
+    assert count_differences(a, b, atol=0.2)[0] == 2
+    assert count_differences(a, b, rtol=0.2)[0] == 1
+    assert count_differences(torch.tensor([0.0, math.nan]), torch.tensor([-0.0, -math.nan])) == (
+        0,
+        0.0,
+    )
     for infinite in (math.inf, -math.inf):
         finite = torch.tensor([5.0, math.inf]), torch.tensor([infinite, infinite])
-        assert differences(*finite, rtol=0.5, atol=1)[0] == 1 + (infinite < 0)
+        assert count_differences(*finite, rtol=0.5, atol=1)[0] == 1 + (infinite < 0)
     large = torch.tensor([2**62, 5])
-    assert differences(large, large + torch.tensor([1, 0])) == (1, 1.0)  # float64 rounds both
-    assert differences(large, large + torch.tensor([2, 0]), rtol=1e-30, atol=1) == (1, 2.0)
-    assert differences(large, large + torch.tensor([2, 0]), atol=2) == (0, 0.0)
+    assert count_differences(large, large + torch.tensor([1, 0])) == (1, 1.0)  # float64 rounds both
+    assert count_differences(large, large + torch.tensor([2, 0]), rtol=1e-30, atol=1) == (1, 2.0)
+    assert count_differences(large, large + torch.tensor([2, 0]), atol=2) == (0, 0.0)
     ends = torch.tensor([-(2**63), 2**63 - 1])
-    assert differences(ends, ends.flip(0), atol=1) == (2, 2.0**64)
-    assert differences(ends[:1], ends[:1].view(torch.uint64), atol=1) == (1, 2.0**64)
+    assert count_differences(ends, ends.flip(0), atol=1) == (2, 2.0**64)
+    assert count_differences(ends[:1], ends[:1].view(torch.uint64), atol=1) == (1, 2.0**64)
 
 
 @pytest.mark.parametrize("dtype", sorted(SAVED, key=str), ids=str)
 def test_every_dtype_is_compared(dtype):
     zeros = torch.zeros(64, dtype=torch.uint8).view(dtype)
     ones = torch.ones(64, dtype=torch.uint8).view(dtype)
-    assert differences(zeros, zeros.clone() if dtype.itemsize > 1 else zeros) == (0, 0.0)
-    assert differences(zeros, ones)[0] == len(zeros)
+    assert count_differences(zeros, zeros.clone() if dtype.itemsize > 1 else zeros) == (0, 0.0)
+    assert count_differences(zeros, ones)[0] == len(zeros)
 
 
 def compared(a, b, tmp_path, **tolerance):

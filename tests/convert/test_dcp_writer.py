@@ -66,7 +66,7 @@ def test_the_tensors_of_at_most_one_file_are_read_at_a_time(tmp_path):
 
 def test_a_value_that_can_not_be_pickled_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
     source = foreign("p", "f", {"w": torch.ones(2), "n": 5})
-    monkeypatch.setattr(dcp_writer, "state_of", lambda source, node: lambda: 1)
+    monkeypatch.setattr(dcp_writer, "state_in_memory", lambda source, node: lambda: 1)
     folder = DcpFolder(source, str(tmp_path / "d"), files=1, overwrite=False)
     with pytest.raises(errors.UnsupportedLeafError, match="refuses"):
         rewrite(folder, SingleCoordinator(), lambda done_bytes: None)

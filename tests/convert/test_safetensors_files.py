@@ -130,6 +130,9 @@ def test_files_are_filled_up_to_their_size_and_a_larger_tensor_is_alone():
     assert target.files == [["a", "b"], ["c"], ["d"]]
     assert target._name(1) == "model-00002-of-00003.safetensors"
     one = HuggingFace(foreign("p", "f", state), "t", file_bytes=1000, overwrite=False)
+    large = {"large": torch.ones(100), "small": torch.ones(1)}
+    first = HuggingFace(foreign("p", "f", large), "t", file_bytes=40, overwrite=False)
+    assert first.files == [["large"], ["small"]]
     assert one._name(0) == "model.safetensors"
 
 

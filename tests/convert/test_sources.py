@@ -17,7 +17,7 @@ from shardckpt.convert.sources import (
     Selected,
     foreign,
     origin_of,
-    state_of,
+    state_in_memory,
 )
 from shardckpt.convert.transformed import Cast
 from tests.convert.layouts import loaded
@@ -95,7 +95,7 @@ def test_values_of_ranks_are_kept_by_rank():
     state = {"w": torch.ones(1), **{n: shardckpt.PerRank(v) for n, v in ranks[0].items()}}
     source = foreign("p", "f", state, per_rank=ranks)
     assert source.manifest.world_size == 3
-    plain = state_of(source, source.manifest.state)
+    plain = state_in_memory(source, source.manifest.state)
     assert plain["rng"] == [0, 1, 2]
     assert [t.tolist() for t in plain["t"]] == [[0, 0], [1, 1], [2, 2]]
 
@@ -115,7 +115,7 @@ def test_a_selection_renames_reads_and_closes_its_source():
     with Selected(source, keys=["x", "t"], rename={"b": "x"}) as selected:
         assert set(selected.manifest.tensors) == {"x.c"}
         assert selected.read_box("x.c", (0,), (2,)).tolist() == [1, 1]
-        assert state_of(selected, selected.manifest.state)["x"]["n"] == 5
+        assert state_in_memory(selected, selected.manifest.state)["x"]["n"] == 5
         assert selected.path == "p"
     assert closed == [1]
 
@@ -147,6 +147,6 @@ def test_tied_tensors_are_read_once_and_stay_one(monkeypatch):
     source = foreign("p", "f", {"a": weight, "b": weight})
     asked, read = [], source.read_box
     source.read_box = lambda *box: asked.append(box) or read(*box)
-    state = state_of(source, source.manifest.state)
+    state = state_in_memory(source, source.manifest.state)
     assert state["a"] is state["b"]
     assert len(asked) == 1

@@ -16,7 +16,7 @@ import torch
 from shardckpt.convert.convert import Format, convert_source
 from shardckpt.convert.opening import open_source
 from shardckpt.convert.single_files import write_many, write_one
-from shardckpt.convert.sources import foreign, state_of
+from shardckpt.convert.sources import foreign, state_in_memory
 from shardckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
 from shardckpt.storage.atomic_write import sweep_writes
 from shardckpt.storage.local import LocalStorage
@@ -71,7 +71,7 @@ FILES = [kind for kind, (name, _) in KINDS.items() if "." in name]
 def read(path: str) -> dict[str, Any]:
     """Load the checkpoint of any kind at a path. Raises CheckpointError."""
     with open_source(path) as source:
-        found = state_of(source, source.manifest.state)
+        found = state_in_memory(source, source.manifest.state)
     assert isinstance(found, dict)
     return found
 

@@ -116,7 +116,7 @@ def parse_large(data: bytes) -> None:
         valid = False
     with (
         mock.patch.multiple(divided, LARGE_BYTES=0, LONG_BYTES=0),
-        mock.patch.multiple(lazy, LARGE_BYTES=0, LONG_BYTES=0, _MANY=0),
+        mock.patch.multiple(lazy, LARGE_OBJECT_BYTES=0, LONG_BYTES=0, _MANY=0),
         mock.patch.multiple(manifest, LARGE_BYTES=0, _BATCH_BYTES=8),
     ):
         try:
@@ -139,7 +139,7 @@ def _parse_together(data: bytes) -> None:
         for entry in each.tensors.values():
             _read_all(entry)
     ranges = [each.part.ranges for each in found if each.part]
-    divided.check_parts(ranges, len(found[0].shards), lambda: data, path="fuzz")
+    divided.check_manifest_parts(ranges, len(found[0].shards), lambda: data, path="fuzz")
 
 
 def _read_all(entry: TensorEntry) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shardckpt import errors
 from shardckpt.format import divided_manifest, manifest
 from shardckpt.format.digests import text_digest
-from shardckpt.format.divided_manifest import check_parts, chunks_of, part_from_bytes
+from shardckpt.format.divided_manifest import check_manifest_parts, chunks_of, part_from_bytes
 from shardckpt.format.entries import ShardEntry, TensorEntry
 from shardckpt.format.manifest import from_bytes, to_bytes
 from tests.format.test_manifest import HOSTILE, SHARD, a_manifest, document, sealed
@@ -46,7 +46,7 @@ def together(text, *, ranks=RANKS):
     """The manifest of each rank, once all have checked it together."""
     found = parts(text, ranks=ranks)
     ranges = [each.part.ranges for each in found]
-    check_parts(ranges, len(found[0].shards), lambda: text, path="p")
+    check_manifest_parts(ranges, len(found[0].shards), lambda: text, path="p")
     return found
 
 

@@ -79,7 +79,7 @@ def reference(node):
 
 @pytest.fixture
 def every_object_is_large(monkeypatch):
-    monkeypatch.setattr(lazy_manifest, "LARGE_BYTES", 0)
+    monkeypatch.setattr(lazy_manifest, "LARGE_OBJECT_BYTES", 0)
     monkeypatch.setattr(lazy_manifest, "_MANY", 0)
 
 
@@ -90,7 +90,7 @@ def test_a_search_finds_what_decoding_finds(state, names):
     for name in [*names, *SavedState(from_bytes(data, path="p")).leaves]:
         with pytest.MonkeyPatch.context() as patch:
             outline = LazyManifest(data, path="p")
-            patch.setattr(lazy_manifest, "LARGE_BYTES", 0)
+            patch.setattr(lazy_manifest, "LARGE_OBJECT_BYTES", 0)
             patch.setattr(lazy_manifest, "_MANY", 0)
             assert LazyManifest(data, path="p").find(name) == outline.find(name), name
 

@@ -10,11 +10,11 @@ from shardckpt.errors import CorruptionError
 from shardckpt.format.digests import BLOCK_BYTES
 from shardckpt.format.manifest import from_bytes
 from shardckpt.loading.shard_reader import (
+    affected_tensors,
     check_size,
     corrupted_blocks,
     read_all,
     read_box,
-    tensors_in,
 )
 from shardckpt.plan.read_plan import plan_reads
 from tests.faults.damage import Shelf
@@ -80,7 +80,7 @@ def test_a_shard_of_another_size_is_refused(files):
 def test_the_tensors_in_a_range_of_bytes(files):
     manifest = manifest_of(files)
     _, begin, end = manifest.tensors["b"].chunks[0, :3].tolist()
-    assert tensors_in(manifest, [(begin, begin + 1)], shard=0) == ["b"]
-    assert tensors_in(manifest, [(0, end)], shard=0) == ["a", "b"]
-    assert tensors_in(manifest, [(end, end + 5), (0, 8)], shard=0) == []
-    assert tensors_in(manifest, [(0, end)], shard=1) == []
+    assert affected_tensors(manifest, [(begin, begin + 1)], shard=0) == ["b"]
+    assert affected_tensors(manifest, [(0, end)], shard=0) == ["a", "b"]
+    assert affected_tensors(manifest, [(end, end + 5), (0, 8)], shard=0) == []
+    assert affected_tensors(manifest, [(0, end)], shard=1) == []

@@ -351,7 +351,7 @@ PLANTS = [
         22,
         "a resume takes the newest, broken or not",
         MANAGER,
-        "except BROKEN as error:\n                if rank == 0:",
+        "except _BROKEN as error:\n                if rank == 0:",
         "except () as error:\n                if rank == 0:",
         f"{TESTS}/test_auto_saver.py::test_auto_resume_falls_back[flipped]",
     ),

@@ -88,7 +88,7 @@ def rows(*held):
 def test_a_rank_that_already_writes_more_gets_less():
     loads = np.array([600.0, 0.0])
     held = rows(*[(rank, tensor, 100) for tensor in range(10) for rank in range(2)])
-    divided = replicas.divide(held, held.tensor, loads)
+    divided = replicas.assign_replicas(held, held.tensor, loads)
     assert np.bincount(divided.rank, divided.size_bytes).tolist() == [200, 800]
     assert loads.tolist() == [800, 800]
     assert sorted(divided.tensor.tolist()) == list(range(10))
@@ -96,7 +96,7 @@ def test_a_rank_that_already_writes_more_gets_less():
 
 def test_a_chunk_goes_only_to_a_rank_that_holds_it():
     held = rows((0, 0, 100), (1, 0, 100), (1, 1, 100), (2, 1, 100))
-    divided = replicas.divide(held, held.tensor, np.zeros(3))
+    divided = replicas.assign_replicas(held, held.tensor, np.zeros(3))
     holders = {0: {0, 1}, 1: {1, 2}}
     written = zip(divided.tensor.tolist(), divided.rank.tolist(), strict=True)
     assert all(rank in holders[tensor] for tensor, rank in written)
@@ -105,5 +105,6 @@ def test_a_chunk_goes_only_to_a_rank_that_holds_it():
 
 def test_joined_tables_keep_their_order():
     one, other = rows((0, 1, 10)), rows((1, 2, 20), (2, 3, 30))
-    assert replicas.joined([one, one.take(np.arange(0)), other]).tensor.tolist() == [1, 2, 3]
-    assert len(replicas.joined([one.take(np.arange(0))])) == 0
+    table = replicas.concatenate_rows([one, one.take(np.arange(0)), other])
+    assert table.tensor.tolist() == [1, 2, 3]
+    assert len(replicas.concatenate_rows([one.take(np.arange(0))])) == 0

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from shardckpt.plan.read_plan import CopyRead, Reads
-from shardckpt.plan.shared_reads import Segments, Wanted, find_segments, units_of, wanted_runs
+from shardckpt.plan.shared_reads import NeededBlocks, Segments, find_segments, units_of, wanted_runs
 
 MIB = 1 << 20
 
 
 def wanted(machine: int, *runs: tuple[int, int, int], nearby: tuple[int, ...] | None = None):
     data = np.array(runs, np.int64).reshape(-1, 3).tobytes()
-    return Wanted(f"machine{machine}", data, nearby)
+    return NeededBlocks(f"machine{machine}", data, nearby)
 
 
 def test_runs_of_blocks():

@@ -11,7 +11,7 @@ import torch
 
 from shardckpt import FromRank0, Union, errors
 from shardckpt.plan.local_plan import filled, local_plan
-from shardckpt.plan.state_merge import merge
+from shardckpt.plan.state_merge import merge_states
 from shardckpt.state.flatten import flatten
 
 
@@ -21,7 +21,7 @@ def merged(*states):
         for rank, state in enumerate(states)
     ]
     offers = [plan.offer(tensors=True) for plan in plans]
-    return msgspec.json.decode(filled(merge(offers).tree, plans[0].rank0_trees))
+    return msgspec.json.decode(filled(merge_states(offers).tree, plans[0].rank0_trees))
 
 
 def t():

@@ -8,7 +8,7 @@ import torch
 
 from shardckpt.plan.local_plan import local_plan
 from shardckpt.plan.save_plan import RankWrites, global_plan
-from shardckpt.saving.replicas import SMALL_BYTES, replica_digests
+from shardckpt.saving.replicas import COMPARED_BYTES, replica_digests
 from shardckpt.state.flatten import flatten
 
 
@@ -30,7 +30,7 @@ def test_equal_elements_have_equal_digests_whatever_their_layout():
 
 
 def test_large_chunks_are_compared_only_on_request():
-    small, large = torch.zeros(SMALL_BYTES // 4), torch.zeros(SMALL_BYTES // 4 + 1)
+    small, large = torch.zeros(COMPARED_BYTES // 4), torch.zeros(COMPARED_BYTES // 4 + 1)
     found = digests({"small": small, "large": large}, everything=False)
     assert found["small"] != 0
     assert found["large"] == 0

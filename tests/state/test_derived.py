@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shardckpt.format.entries import TensorEntry
-from shardckpt.state.derived import cut, derived, expanded, joined, padded, permuted
+from shardckpt.state.derived import concatenated, cut, derived, expanded, padded, permuted
 from shardckpt.state.local_chunks import LocalChunk, box_slices
 
 SHAPE = (4, 3)
@@ -31,7 +31,7 @@ def read(tensor, offsets, sizes):
     [
         (TENSOR, SAVED),
         (cut(TENSOR, 0, [(3, 4), (0, 2)]), SAVED[[3, 0, 1]]),
-        (joined([TENSOR, cut(TENSOR, 1, [(1, 2)])], 1), torch.cat([SAVED, SAVED[:, 1:2]], 1)),
+        (concatenated([TENSOR, cut(TENSOR, 1, [(1, 2)])], 1), torch.cat([SAVED, SAVED[:, 1:2]], 1)),
         (permuted(TENSOR, (1, 0)), SAVED.T),
         (padded(TENSOR, 0, 6, 7.0), torch.cat([SAVED, torch.full((2, 3), 7.0)])),
         (permuted(padded(cut(TENSOR, 0, [(1, 3)]), 1, 5, 0.0), (1, 0)),
@@ -48,7 +48,7 @@ def test_every_box_of_a_derived_tensor_is_filled(tensor, expected):
 
 
 def test_only_the_pieces_in_a_box_are_read():
-    tensor = joined([cut(TENSOR, 0, [(0, 1)]), cut(TENSOR, 0, [(2, 3)])], 0)
+    tensor = concatenated([cut(TENSOR, 0, [(0, 1)]), cut(TENSOR, 0, [(2, 3)])], 0)
     data = torch.empty(1, 3)
     reads, constants = expanded([(tensor, LocalChunk((1, 0), (1, 3), data))])
     assert [(chunk.offsets, chunk.sizes) for _, chunk in reads] == [((2, 0), (1, 3))]

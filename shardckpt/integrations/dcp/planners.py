@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from shardckpt.errors import ShardckptError, StateError
 from shardckpt.plan.local_plan import LocalPlan, filled, local_plan
 from shardckpt.plan.save_plan import GlobalPlan, RankWrites, global_plan
-from shardckpt.plan.state_merge import merge
+from shardckpt.plan.state_merge import merge_states
 from shardckpt.state.flatten import flatten
 from shardckpt.state.matching import DtypePolicy, MatchedState, casts, match_state
 from shardckpt.state.mismatches import Mismatches, check_unused
@@ -121,7 +121,7 @@ class ShardSavePlanner(DefaultSavePlanner):
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """See SavePlanner.create_global_plan."""
         locals_ = LocalPlan.unpack_all([plan.planner_data for plan in all_plans])
-        merged = merge([local.offer(tensors=True) for local in locals_])
+        merged = merge_states([local.offer(tensors=True) for local in locals_])
         self.tree = filled(merged.tree, self.local.rank0_trees)
         self.global_writes = global_plan(locals_, merged.common)
         merging = len(set(merged.common)) > 1
