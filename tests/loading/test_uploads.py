@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt.plan.read_plan import plan_reads
+from shardckpt.io.buffers import lease
+from shardckpt.loading.uploads import Uploads
+from shardckpt.plan.read_plan import CopyRead, plan_reads
 from shardckpt.state.local_chunks import LocalChunk
 from tests.device_states import (
     filled,
@@ -14,7 +16,7 @@ from tests.device_states import (
     samples,
     values,
 )
-from tests.stand_in_device import to_device
+from tests.stand_in_device import raw, to_device
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +83,27 @@ def test_elements_that_are_not_aligned_are_moved_first(machine, tmp_path):
     shift = type(read)(0, 5, 41, read.dtype, read.sizes, read.strides, read.into)
     moved[5:41] = state["w"].view(torch.uint8)
     assert torch.equal(_part(moved, 0, shift), state["w"])
+
+
+def test_a_group_of_pieces_may_begin_at_any_byte(late):
+    """Elements are aligned in the file, and stay so in the copy on the device."""
+    data = torch.arange(64, dtype=torch.uint8)
+    targets = {torch.uint8: torch.zeros(3, dtype=torch.uint8), torch.float32: torch.zeros(4)}
+    there = {dtype: to_device(target) for dtype, target in targets.items()}
+    reads = [
+        CopyRead(0, 5, 8, torch.uint8, (3,), (1,), there[torch.uint8]),
+        CopyRead(0, 8, 24, torch.float32, (4,), (1,), there[torch.float32]),
+    ]
+    uploads = Uploads(reads)
+    with lease(1, locked=True) as (buffer,):
+        buffer.view[:64] = data.numpy().tobytes()
+        uploads.begin(buffer, 0, reads)
+        uploads.wait(buffer)
+    assert uploads.needed
+    assert raw(there[torch.uint8]).tolist() == [5, 6, 7]
+    assert torch.equal(raw(there[torch.float32]), data[8:24].view(torch.float32))
+
+
+def test_nothing_is_uploaded_to_the_cpu():
+    reads = [CopyRead(0, 0, 4, torch.float32, (1,), (1,), torch.zeros(1))]
+    assert not Uploads(reads).needed

@@ -122,7 +122,12 @@ def test_ranks_with_different_calls_get_an_error_that_names_the_odd_one(mpi):
     assert found[1].actual == "save d"
 
 
-def test_a_rank_that_does_not_call_is_named_on_the_others(mpi):
+def test_a_rank_that_does_not_call_is_named_on_the_others(mpi, monkeypatch):
+    given_up = set()
+    monkeypatch.setattr(
+        Link, "give_up", lambda self, ranks: given_up.add((self.rank, tuple(ranks)))
+    )
+
     def work(link):
         link.claim()
         with mpi_coordinator(link, channel="main", subject="save c"):
@@ -131,7 +136,7 @@ def test_a_rank_that_does_not_call_is_named_on_the_others(mpi):
     found = on_ranks(mpi, work, ranks=(0, 1), arrival_deadline_s=0.2)
     assert [type(error) for error in found] == [errors.RankFailedError] * 2
     assert {error.rank for error in found} == {(2,)}
-    assert link_module._lost == {2}
+    assert given_up == {(0, (2,)), (1, (2,))}
     late = on_ranks(mpi, work, ranks=(2,))  # it calls after the others have given it up
     assert "came too late" in late[0].actual
 
