@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -123,11 +125,31 @@ def test_a_shard_that_may_not_be_missing_is_corruption(source, tmp_path):
         copy_part(source, LocalStorage(), str(tmp_path / "copy"))
 
 
-def test_a_source_that_is_removed_meanwhile_is_not_committed(source, tmp_path):
+@pytest.mark.parametrize("shards_copied", [0, 2])
+def test_a_source_that_is_removed_meanwhile_is_not_committed(source, tmp_path, shards_copied):
+    closed = itertools.count(1)
+
     class Removing(LocalStorage):
         def assemble(self, path, **options):
-            LocalStorage().remove(str(tmp_path / "c"))
-            return super().assemble(path, **options)
+            transaction = super().assemble(path, **options)
+            create = transaction.create
+
+            def created(name, **options):
+                file = create(name, **options)
+                close = file.close
+
+                def close_and_remove(**options):
+                    close(**options)
+                    if next(closed) == shards_copied:
+                        self.remove(str(tmp_path / "c"))
+
+                file.close = close_and_remove
+                return file
+
+            transaction.create = created
+            if not shards_copied:
+                self.remove(str(tmp_path / "c"))
+            return transaction
 
     with pytest.raises(CheckpointNotFoundError):
         copy_part(source, Removing(), str(tmp_path / "copy"))
