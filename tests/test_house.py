@@ -305,15 +305,12 @@ WITHOUT_TEST_FILE = {"__main__.py": "a call of cli/entry", "_version.py": "a dec
 
 
 def modules_without_test_file(package: Path, tests: Path) -> set[str]:
-    """The modules that have no test file of their name in the same folder, apart from those of
-    nn_handler, whose tests are arranged by what a user does."""
+    """The modules that have no test file of their name in the folder of the tests."""
     modules = {path.relative_to(package) for path in package.rglob("*.py")}
     return {
         str(path)
         for path in modules
-        if path.name != "__init__.py"
-        and path.parts[0] != "nn_handler"
-        and not (tests / path.parent / f"test_{path.name}").exists()
+        if path.name != "__init__.py" and not (tests / path.parent / f"test_{path.name}").exists()
     }
 
 

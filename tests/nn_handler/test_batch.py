@@ -23,7 +23,7 @@ from shardckpt.nn_handler.batch import (
     batch_size,
     binds,
     call_model,
-    concatenated,
+    concatenated_batches,
     forward,
     is_column,
     kept_outputs,
@@ -341,19 +341,19 @@ def test_columns_are_lists_with_a_value_for_each_sample():
 
 
 def test_outputs_of_several_batches_are_concatenated():
-    assert concatenated([torch.tensor(1), torch.tensor([2, 3])]).tolist() == [1, 2, 3]
+    assert concatenated_batches([torch.tensor(1), torch.tensor([2, 3])]).tolist() == [1, 2, 3]
     first, second = ({"a": ["x"], "b": (torch.ones(n), None)} for n in (1, 2))
-    found = concatenated([first, second])
+    found = concatenated_batches([first, second])
     assert found["a"] == ["x", "x"]
     assert found["b"][0].tolist() == [1, 1, 1]
     assert found["b"][1] is None
-    pair = concatenated([Pair(torch.ones(1), torch.ones(2))] * 2)
+    pair = concatenated_batches([Pair(torch.ones(1), torch.ones(2))] * 2)
     assert (type(pair), len(pair.b)) == (Pair, 4)
     with pytest.raises(StateError, match="outputs of the batches") as caught:
-        concatenated([torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4)])
+        concatenated_batches([torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4)])
     assert caught.value.actual == "(2, 3), (2, 4)"
     with pytest.raises(StateError, match="outputs of the model") as caught:
-        concatenated([{1}, {2}])
+        concatenated_batches([{1}, {2}])
     assert caught.value.actual == "set"
 
 

@@ -10,7 +10,7 @@ import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.errors import LoadMismatchError
 from shardckpt.nn_handler.initializing import (
-    differences,
+    skipped_entries,
     warn_of_skipped,
     weight_names,
     with_remedy,
@@ -202,8 +202,8 @@ def test_the_parts_beside_the_model_are_not_missed():
         missing=("model.a",),
         unexpected=("optimizer.lr", "model.b"),
     )
-    assert differences(report)["missing"] == ("model.a",)
-    assert differences(report)["unexpected"] == ["model.b"]
+    assert skipped_entries(report)["missing"] == ("model.a",)
+    assert skipped_entries(report)["unexpected"] == ["model.b"]
 
 
 def test_a_mismatch_gets_the_remedy_of_the_call():
