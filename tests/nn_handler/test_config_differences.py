@@ -8,7 +8,7 @@ from torch import nn
 
 from shardckpt import NNHandler, errors
 from shardckpt.nn_handler.config_differences import (
-    check_parts,
+    check_components,
     optimizers_of,
     own_parts,
     place_of,
@@ -112,15 +112,15 @@ def test_the_parts_of_a_handler_have_the_places_that_a_checkpoint_has():
 
 
 def test_the_same_parts_fit():
-    check_parts(a_gan().config(), saved(a_gan()), "c")
-    check_parts(NNHandler(Net).config(), saved(NNHandler(Net)), "c")
+    check_components(a_gan().config(), saved(a_gan()), "c")
+    check_components(NNHandler(Net).config(), saved(NNHandler(Net)), "c")
 
 
 def test_the_error_names_the_part_and_both_classes():
     other = a_gan()
     other.optimizations["discriminator"].scheduler = None
     with pytest.raises(errors.LoadMismatchError, match="another scheduler than") as caught:
-        check_parts(other.config(), saved(a_gan()), "c")
+        check_components(other.config(), saved(a_gan()), "c")
     assert caught.value.tensor == "optimizers.discriminator.scheduler"
     assert (caught.value.expected, caught.value.actual) == (
         "none",
@@ -128,7 +128,7 @@ def test_the_error_names_the_part_and_both_classes():
     )
     assert "skip_scheduler=True" in caught.value.remedy
     with pytest.raises(errors.LoadMismatchError, match="another optimizer than") as caught:
-        check_parts(a_handler().config(), saved(NNHandler(Net)), "c")
+        check_components(a_handler().config(), saved(NNHandler(Net)), "c")
     assert caught.value.tensor is None
     assert (caught.value.expected, caught.value.actual) == ("torch.optim.adam:Adam", "none")
 
@@ -142,11 +142,11 @@ def test_classes_without_a_name_are_not_compared():
         handler.set_optimizer(Local, lr=0.1)
         return handler
 
-    check_parts(local().config(), saved(local()), "c")
+    check_components(local().config(), saved(local()), "c")
     other = NNHandler(Net)
     other.set_optimizer(torch.optim.SGD, lr=0.1)
     with pytest.raises(errors.LoadMismatchError, match="another optimizer"):
-        check_parts(local().config(), saved(other), "c")
+        check_components(local().config(), saved(other), "c")
 
 
 def with_options(rate: float, decay: float, gamma: float) -> NNHandler:
