@@ -1,4 +1,4 @@
-"""dcp.save, dcp.load and dcp.async_save with shardckpt's writer, reader and planners."""
+"""A model that FSDP2 divides is saved and loaded by dcp.save and dcp.load on other world sizes."""
 
 from __future__ import annotations
 

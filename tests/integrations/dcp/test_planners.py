@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 import shardckpt
 from shardckpt import errors
@@ -17,6 +18,7 @@ from shardckpt.integrations.dcp import (
     ShardSavePlanner,
     ShardWriter,
 )
+from shardckpt.integrations.dcp.planners import ShardMetadata, UnreadableMetadata
 from tests.integrations.dcp.states import a_state, is_full, zeros
 
 pytestmark = pytest.mark.ranks
@@ -85,3 +87,31 @@ def test_counters_and_int_keys_through_dcp(tmp_path, own):
     else:  # whose planner makes texts of int keys
         assert state["s"]["milestones"]["2"] == 2
         assert state["s"]["d"]["1"] == 5
+
+
+def test_planners_need_the_partner_of_shardckpt():
+    for planner, metadata, partner in (
+        (ShardSavePlanner(), StorageMeta(), "ShardWriter"),
+        (ReshardLoadPlanner(), Metadata({}), "ShardReader"),
+        (ReshardLoadPlanner(), ShardMetadata({}), "ShardReader"),
+    ):
+        with pytest.raises(errors.StateError, match=f"{type(planner).__name__} needs") as raised:
+            planner.set_up_planner({}, metadata)
+        assert raised.value.expected == f"shardckpt.{partner}"
+
+
+def test_options_of_dcp_are_refused():
+    with pytest.raises(errors.StateError, match="takes no options") as raised:
+        ShardSavePlanner(flatten_state_dict=False)
+    assert raised.value.actual == "flatten_state_dict"
+    with pytest.raises(errors.StateError):
+        ReshardLoadPlanner(dtype="round")
+
+
+def test_metadata_that_could_not_be_read_raise_their_error_at_each_use():
+    error = errors.CorruptionError("planted")
+    metadata = UnreadableMetadata(error)
+    for name in ("state_dict_metadata", "saved", "planner_data"):
+        with pytest.raises(errors.CorruptionError) as raised:
+            getattr(metadata, name)
+        assert raised.value is error

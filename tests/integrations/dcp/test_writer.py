@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import inspect
+import io
 import os
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 import shardckpt
 from shardckpt import errors
@@ -19,6 +26,8 @@ from shardckpt.integrations.dcp import (
     ShardSavePlanner,
     ShardWriter,
 )
+from shardckpt.integrations.dcp.writer import _nest, _union, _value, _Written
+from shardckpt.plan.local_plan import ChunkTable, TensorSpec, pad_boxes
 from tests.integrations.dcp.states import a_state, is_full, zeros
 from tests.ranks import join_group, run_ranks
 
@@ -132,3 +141,86 @@ def test_ranks_of_mpi_get_a_group_or_an_error(tmp_path, monkeypatch):
     with pytest.raises(errors.DependencyError, match="mpi4py"):
         dcp.save({"w": torch.ones(2)}, storage_writer=ShardWriter(tmp_path / "c"))
     assert os.listdir(tmp_path) == []
+
+
+class Twice(dcp.DefaultSavePlanner):
+    """Each rank writes each item twice."""
+
+    def finish_plan(self, new_plan):
+        plan = super().finish_plan(new_plan)
+        self.plan = dataclasses.replace(plan, items=[*plan.items, *plan.items])
+        return self.plan
+
+
+def test_a_chunk_that_a_planner_writes_twice_is_refused(tmp_path):
+    with pytest.raises(errors.CoverageError, match="several times") as raised:
+        shardckpt.save({"w": torch.ones(2, 3)}, tmp_path / "c", planner=Twice())
+    assert raised.value.tensor == "w"
+    assert raised.value.actual == "2 times offsets [0, 0], sizes [2, 3]"
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_ranks_that_write_a_tensor_of_different_dtypes_are_refused():
+    table = ChunkTable(tensor=np.array([0]), boxes=pad_boxes([((0,), (2,))]))
+    written = [
+        _Written(None, (TensorSpec("w", dtype, (2,)),), table.pack(), {})
+        for dtype in ("F32", "F32", "F16")
+    ]
+    with pytest.raises(errors.RankMismatchError, match="different dtypes or shapes") as raised:
+        _union(written, None)
+    assert (raised.value.rank, raised.value.tensor) == (2, "w")
+    assert (raised.value.expected, raised.value.actual) == ("F32 [2]", "F16 [2]")
+
+
+class Mark:
+    """A class that torch.load(weights_only=True) refuses."""
+
+
+def test_a_value_of_a_planner_is_read_without_pickle_or_looked_up():
+    def bytes_of(value):
+        stream = io.BytesIO()
+        torch.save(value, stream)
+        return stream
+
+    item = WriteItem(MetadataIndex("n.x"), WriteItemType.BYTE_IO)
+    assert _value(SimpleNamespace(resolve_data=lambda item: bytes_of((1, 2.5))), item) == {
+        "$tuple": [1, 2.5]
+    }
+    with pytest.raises(errors.UnsupportedLeafError, match="without pickle") as raised:
+        _value(SimpleNamespace(resolve_data=lambda item: bytes_of(Mark())), item)
+    assert raised.value.tensor == "n.x"
+    looked_up = SimpleNamespace(
+        resolve_data=lambda item: bytes_of(Mark()), lookup_object=lambda index: [7]
+    )
+    assert _value(looked_up, item) == [7]
+
+
+def test_values_are_nested_by_their_paths():
+    paths = {"a.0": ("a", 0), "a.2": ("a", 2), "b.x": ("b", "x"), "b.1": ("b", 1), "c": ("c",)}
+    leaves = {"a.0": 1, "a.2": 3, "b.x": 4, "b.1": 5, "c": {"$tuple": []}, "d.e": 6}
+    assert _nest(leaves, paths) == {
+        "a": [1, None, 3],
+        "b": {"$dict": [["x", 4], [1, 5]]},
+        "c": {"$tuple": []},
+        "d.e": 6,
+    }
+
+
+def test_the_paths_of_writers_are_those_of_storages(tmp_path):
+    assert ShardWriter.validate_checkpoint_id(tmp_path / "c")
+    assert ShardWriter.validate_checkpoint_id("memory://bucket/c")
+    assert not ShardWriter.validate_checkpoint_id("")
+    with pytest.raises(errors.StateError, match="has no path") as raised:
+        ShardWriter().set_up_storage_writer(True, rank=3)
+    assert raised.value.rank == 3
+
+
+def test_an_abandoned_writer_leaves_nothing(tmp_path):
+    for end in (lambda writer: writer.abandon(), lambda writer: None):
+        writer = ShardWriter(tmp_path / "c")
+        writer.prepare_global_plan([dcp.SavePlan([])])
+        assert os.listdir(tmp_path) != []
+        end(writer)
+        del writer
+        gc.collect()
+        assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
