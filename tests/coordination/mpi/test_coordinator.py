@@ -133,7 +133,7 @@ def test_a_rank_that_does_not_call_is_named_on_the_others(mpi, monkeypatch):
         with mpi_coordinator(link, channel="main", subject="save c"):
             raise AssertionError("the ranks must not meet")
 
-    found = on_ranks(mpi, work, ranks=(0, 1), arrival_deadline_s=0.2)
+    found = on_ranks(mpi, work, ranks=(0, 1), arrival_deadline_s=0.5)
     assert [type(error) for error in found] == [errors.RankFailedError] * 2
     assert {error.rank for error in found} == {(2,)}
     assert given_up == {(0, (2,)), (1, (2,))}
@@ -153,7 +153,7 @@ def test_a_rank_without_heartbeats_has_failed(mpi):
                 ranks.gather(b"", phase="write")
                 ranks.scatter(None, phase="write")
 
-    found = on_ranks(mpi, work, deadline_s=0.4)
+    found = on_ranks(mpi, work, deadline_s=0.5)
     assert [type(error) for error in found[:2]] == [errors.RankFailedError] * 2
     assert [(error.rank, error.facts["phase"]) for error in found[:2]] == [((2,), "write")] * 2
     assert "no sign of life" in found[0].actual
