@@ -14,7 +14,7 @@ from shardckpt.coordination.mpi import link as link_module
 from shardckpt.coordination.mpi.coordinator import check_communicator, mpi_coordinator
 from shardckpt.coordination.mpi.link import Link
 from shardckpt.coordination.resolve import operation
-from tests.coordination.mpi.fake import Comm, Threads, fake_mpi
+from tests.coordination.mpi.stand_in import Comm, Threads, fake_mpi
 
 pytestmark = pytest.mark.usefixtures("launched_by")
 

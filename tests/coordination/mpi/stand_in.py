@@ -1,4 +1,4 @@
-"""Stand-ins for mpi4py: one that only has a size, and one whose ranks are threads."""
+"""Variables of launchers, and stand-ins for mpi4py: one has a size, one has threads as ranks."""
 
 from __future__ import annotations
 
@@ -99,3 +99,17 @@ class Done:
 def receive(buffer, data):
     buffer[:] = data
     return Done()
+
+
+OPENMPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+MPICH = {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+}
