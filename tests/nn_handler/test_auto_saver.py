@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ import torch
 import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.errors import StoreUnavailableError
-from shardckpt.nn_handler import Callback, LogFile, ModelCheckpoint
+from shardckpt.nn_handler import AutoSaver, Callback, LogFile, ModelCheckpoint, auto_saver
 from shardckpt.storage.memory import MemoryStorage
-from tests.nn_handler.models import a_handler, same, train, weights, with_data
+from tests.nn_handler.models import a_handler, make, same, train, weights, with_data
 
 
 def test_retention_after_a_resume(tmp_path):
@@ -157,3 +158,119 @@ def test_callbacks_hear_of_failed_saves(tmp_path, asynchronous):
         assert told.saved == ["epoch1", "epoch4"]
     assert (tmp_path / "log").read_text().count("not saved: ") == 2
     assert storage.names("memory://bucket/run") == ["epoch1", "epoch4"]
+
+
+def begun(folder, **options) -> tuple[AutoSaver, NNHandler]:
+    saver, handler = AutoSaver(save_path=folder, **options), make()
+    assert not saver.begin(handler)
+    return saver, handler
+
+
+def test_a_saver_that_has_not_begun_has_no_checkpoints(tmp_path):
+    saver = AutoSaver(save_path=tmp_path / "new", monitor="loss")
+    assert (saver.best_path, saver.best_score, saver.take_fresh()) == (None, None, [])
+    assert saver.folder == str(tmp_path / "new")
+    assert (saver.on_exception, saver.on_signal, saver.one_file) == (True, True, False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_description_makes_the_same_saver(tmp_path):
+    saver = AutoSaver(save_path=tmp_path, name="e{epoch}.pth", every_steps=3, on_signal=False)
+    again = AutoSaver(**saver.description())
+    assert again.description() == saver.description()
+    assert (again.schedule, again.one_file, again.on_signal) == (saver.schedule, True, False)
+
+
+def test_steps_are_saved_when_they_are_due_and_once(tmp_path):
+    saver, handler = begun(tmp_path, every_steps=2, interval=None)
+    for handler.step in (1, 2):
+        assert saver.due(handler) == (handler.step == 2)
+        saver.within_epoch(handler, now=False)
+    saver.within_epoch(handler, now=True)
+    assert saver.take_fresh() == [str(tmp_path / "step2")]
+    assert saver.take_fresh() == []
+    handler.step = 3
+    saver.within_epoch(handler, now=True)
+    assert sorted(os.listdir(tmp_path)) == ["step2", "step3"]
+
+
+def test_epochs_are_saved_under_names_with_their_metrics(tmp_path):
+    saver, handler = begun(tmp_path, interval=2, name="e{epoch}_{loss:.1f}", keep_last=1)
+    for epoch in (1, 2, 3):
+        handler.epoch, handler.step = epoch, 6 * epoch
+        saver.after_epoch(handler, {"loss": epoch / 4}, last=epoch == 3, save_last=True)
+        assert os.listdir(tmp_path) == {1: [], 2: ["e2_0.5"], 3: ["e3_0.8"]}[epoch]
+
+
+def test_the_best_checkpoint_is_known_by_its_metric(tmp_path):
+    saver, handler = begun(tmp_path, monitor="val_loss", mode="max", keep_best=1)
+    for epoch, value in enumerate((0.25, 0.75, 0.5), 1):
+        handler.epoch, handler.step = epoch, epoch
+        saver.after_epoch(handler, {"val_loss": value}, last=False, save_last=False)
+    assert (saver.best_path, saver.best_score) == (str(tmp_path / "epoch2"), 0.75)
+
+
+def test_minutes_are_counted_from_the_last_save(tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: clock.now_s, now_s=0.0)
+    monkeypatch.setattr(auto_saver, "time", clock)
+    saver, handler = begun(tmp_path, every_minutes=2, interval=None)
+    clock.now_s = 119.0
+    assert not saver.minutes_due()
+    clock.now_s = 120.0
+    assert saver.minutes_due()
+    handler.step = 1
+    saver.within_epoch(handler, now=True)
+    assert not saver.minutes_due()
+
+
+def test_the_newest_intact_checkpoint_is_the_one_to_go_back_to(tmp_path):
+    saver, handler = begun(tmp_path, every_steps=1, interval=None)
+    loaded = []
+    assert not saver.go_back(loaded.append)
+    for handler.step in (1, 2):
+        saver.within_epoch(handler, now=False)
+    assert saver.go_back(loaded.append)
+    assert loaded == [str(tmp_path / "step2")]
+
+
+def test_an_emergency_is_saved_under_the_name_of_its_step(tmp_path):
+    for name, found in (("e{epoch}", "step7"), ("e{epoch}.pth", "step7.pth")):
+        saver, handler = begun(tmp_path / found, interval=-1, name=name)
+        handler.step = 7
+        saver.emergency(handler)
+        assert os.listdir(tmp_path / found) == [found]
+
+
+def test_a_resume_begins_only_before_the_first_step(tmp_path):
+    saver, handler = begun(tmp_path)
+    handler.step = 4
+    saver.save(handler, {}, name="step4")
+    loaded: list[str] = []
+    again, other = AutoSaver(save_path=tmp_path, resume="auto"), make()
+    assert again.begin(other, restore=loaded.append)
+    assert loaded == [str(tmp_path / "step4")]
+    other.step = 4
+    assert not again.begin(other, restore=loaded.append)
+    assert not AutoSaver(save_path=tmp_path).begin(make(), restore=loaded.append)
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"resume": "yes"}, "Invalid value for resume"),
+        ({"tolerate": 1.5}, "Invalid tolerate for saving"),
+        ({"links": 1}, "Invalid links for saving"),
+        ({"overwrite": None}, "Invalid overwrite for saving"),
+        ({"save_last": True, "name": "last"}, "that of a link, or of save_last"),
+        ({"links": True, "monitor": "loss", "name": "best"}, "that of a link, or of save_last"),
+        ({"name": "c.safetensors", "asynchronous": True}, "not saved in the background"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(tmp_path, options, text):
+    with pytest.raises(errors.StateError, match=text):
+        AutoSaver(save_path=tmp_path, **options)
+
+
+def test_the_name_best_is_free_without_a_monitor(tmp_path):
+    assert AutoSaver(save_path=tmp_path, links=True, name="best").schedule.name == "best"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import shardckpt
 from shardckpt import NNHandler, errors
 from shardckpt.errors import StateError
 from shardckpt.nn_handler import Callback, CSVLogger, EarlyStopping, ModelCheckpoint
+from shardckpt.nn_handler.components import check_class, check_compile, check_function
 from tests.nn_handler.models import (
     DS,
     Body,
@@ -235,3 +238,176 @@ def test_what_came_with_a_checkpoint_writes_nothing_before_it_is_confirmed(tmp_p
     loaded.train(1, progress_bar=False)
     assert sorted(os.listdir(out)) == ["auto", "best", "log.csv", "mark"]
     assert (out / "log.csv").read_text().count("\n") == 4  # the rows of before are not lost
+
+
+def test_an_instance_in_place_of_a_class_is_named():
+    scheduler = torch.optim.lr_scheduler
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(StateError, match="class of the optimizer was expected") as caught:
+        check_class(optimizer, torch.optim.Optimizer, "optimizer", "torch.optim.Adam, lr=0.1")
+    assert caught.value.actual == "an instance of SGD"
+    assert caught.value.remedy == "give the class: set_optimizer(SGD, ...)"
+    with pytest.raises(StateError, match="class of the scheduler was expected") as caught:
+        check_class(3, scheduler.LRScheduler, "scheduler", "StepLR, step_size=10")
+    assert caught.value.remedy == "give the class itself"
+    check_class(scheduler.StepLR, scheduler.LRScheduler, "scheduler", "StepLR, step_size=10")
+
+
+def test_a_class_in_place_of_a_function_is_named():
+    with pytest.raises(StateError, match="loss must be an instance or a function") as caught:
+        check_function(nn.L1Loss, "loss", "set_loss_fn(nn.CrossEntropyLoss())")
+    assert caught.value.actual == "the class L1Loss"
+    assert caught.value.remedy == "create an instance: L1Loss(...)"
+    with pytest.raises(StateError) as caught:
+        check_function(3, "metric", "add_metric('a', metric)")
+    assert (caught.value.actual, caught.value.remedy) == ("3", None)
+    check_function(types.SimpleNamespace(update=print), "metric", "")  # as torchmetrics have
+
+
+@pytest.mark.parametrize(
+    ("options", "actual"),
+    [
+        ({"backend": "mine"}, "backend='mine'"),
+        ({"backend": "eager", "options": {"cpp.cxx": ["sh"]}}, "options={'cpp.cxx': ['sh']}"),
+        ({"mode": 3}, "mode=3"),
+        ({"fullgraph": None}, "fullgraph=None"),
+    ],
+)
+def test_a_checkpoint_chooses_only_harmless_options_of_compilation(options, actual):
+    with pytest.raises(StateError, match="may not choose this option") as caught:
+        check_compile(options)
+    assert caught.value.actual == actual
+    check_compile({"backend": "eager", "mode": None, "dynamic": None, "fullgraph": True})
+
+
+def test_an_error_of_a_constructor_is_told_with_its_class():
+    handler = make()
+    with pytest.raises(StateError, match="optimizer does not take these arguments") as caught:
+        handler.set_optimizer(torch.optim.SGD, lrr=1)
+    assert caught.value.expected == "the arguments of SGD"
+    assert "lrr" in caught.value.actual
+    with pytest.raises(StateError, match="optimizer does not take these arguments") as caught:
+        handler.set_optimizer(torch.optim.SGD, lr=-1)
+    assert caught.value.actual == "ValueError: Invalid learning rate: -1"
+    with pytest.raises(StateError, match="made something else") as caught:
+        handler.set_optimizer(lambda groups: 3)
+    assert caught.value.actual == "int"
+    assert handler.optimizer.param_groups[0]["lr"] == 0.1  # as before
+
+
+@pytest.mark.parametrize("name", ["a.b", "", 3, "a b"])
+def test_the_name_of_an_optimizer_is_a_word(name):
+    with pytest.raises(StateError, match="Invalid name of an optimizer") as caught:
+        make().set_optimizer(torch.optim.SGD, name=name, lr=0.1)
+    assert caught.value.actual == repr(name)
+
+
+def test_the_model_is_changed_before_the_optimizer_is_set():
+    handler = NNHandler(Body, device="cpu")
+    handler.freeze_module("body")
+    handler.compile_model(backend="eager")
+    handler.set_model(Body, width=3)
+    assert handler.module.head.in_features == 3
+    assert (handler.frozen, handler.compiling) == ([], None)
+    handler.set_optimizer(torch.optim.SGD, lr=0.1)
+    with pytest.raises(StateError, match="holds the parameters of the current model"):
+        handler.set_model(Body)
+    with pytest.raises(StateError, match="where its class was expected") as caught:
+        NNHandler(Body(), device="cpu")
+    assert caught.value.actual == "Body"
+    with pytest.raises(StateError, match="class is not callable") as caught:
+        NNHandler("Body", device="cpu")
+    assert caught.value.actual == "'Body'"
+
+
+def test_a_metric_of_a_whole_epoch_is_a_function():
+    handler = make()
+    counts = types.SimpleNamespace(update=print)
+    with pytest.raises(StateError, match="whole_epoch=True needs a function") as caught:
+        handler.add_metric("seen", counts, whole_epoch=True)
+    assert caught.value.actual == "SimpleNamespace"
+    handler.add_metric("f1", accuracy, whole_epoch=True)
+    handler.add_metric("f1", accuracy)
+    assert handler.whole_epoch == []
+
+
+def test_a_callback_that_is_not_there_can_not_be_removed():
+    handler = make()
+    with pytest.raises(StateError, match="does not have this callback") as caught:
+        handler.remove_callback(EarlyStopping)
+    assert caught.value.expected == "no callback"
+    one, other = EarlyStopping("loss"), EarlyStopping("loss")
+    handler.add_callback(one)
+    with pytest.raises(StateError, match="does not have this callback"):
+        handler.remove_callback(other)
+    assert handler.callbacks == [one]
+
+
+def test_a_module_is_frozen_and_kept_in_evaluation_once():
+    handler = make()
+    for _ in range(2):
+        handler.freeze_module("body")
+        handler.keep_eval_on_module("body.0")
+    assert (handler.frozen, handler.kept_eval) == (["body"], ["body.0"])
+    handler.keep_eval_on_module("body.0", keep=False)
+    assert handler.kept_eval == []
+    with pytest.raises(StateError, match="no such module") as caught:
+        handler.freeze_module("neck")
+    assert caught.value.expected == "body, body.0, body.1, head"
+
+
+@pytest.mark.parametrize("seed", [1.0, True, None, 1 << 63, -(1 << 63) - 1])
+def test_a_seed_is_an_int_of_64_bits(seed):
+    handler = make()
+    with pytest.raises(StateError, match="Invalid seed"):
+        handler.seed(seed)
+    assert handler.seed_value == 0
+    handler.seed(-3)
+    first = torch.rand(2)
+    handler.seed(-3)
+    assert torch.equal(torch.rand(2), first)
+
+
+def test_hyperparameters_are_kept_for_each_optimizer():
+    handler = make()
+    handler.set_hyperparameters(lr=0.5)
+    handler.set_hyperparameters(momentum=0.25)
+    assert handler.hyperparameters == {"main": {"lr": 0.5, "momentum": 0.25}}
+    assert handler.rates == {"lr": 0.5}
+    with pytest.raises(StateError, match="no optimizer of this name") as caught:
+        handler.set_hyperparameters(optimizer="rest", lr=0.1)
+    assert (caught.value.expected, caught.value.actual) == ("main", "'rest'")
+    for wrong in ({"betas": (0, 1)}, {"lr": -math.inf}):
+        with pytest.raises(StateError):
+            handler.set_hyperparameters(**wrong)
+    assert handler.hyperparameters["main"] == {"lr": 0.5, "momentum": 0.25}
+
+
+def test_a_proposed_saver_begins_to_save_when_it_is_confirmed(tmp_path):
+    handler = make()
+    options = {"save_path": str(tmp_path), "every_steps": 3, "resume": "auto"}
+    handler.propose("auto_saver", options)
+    assert handler.unconfirmed == [f"auto_saver: {options}"]
+    assert handler.auto_saver is None
+    handler.confirm()
+    assert handler.unconfirmed == []
+    assert handler.auto_saver.schedule.every_steps == 3
+    assert handler.auto_saver.options["resume"] is None  # the load has resumed already
+    with pytest.raises(StateError, match="Invalid every_steps"):
+        handler.propose("auto_saver", {**options, "every_steps": 0})
+    with pytest.raises(StateError, match="may not choose"):
+        handler.propose("compile", {"backend": "mine"})
+    assert handler.unconfirmed == []
+
+
+def test_a_new_loss_replaces_the_parameters_of_the_former_in_the_optimizer():
+    handler = make()
+    handler.set_loss_fn(Scaled(1.0))
+    first = handler.loss_fn.factor
+    handler.set_loss_fn(Scaled(2.0))
+    held = {id(p) for group in handler.optimizer.param_groups for p in group["params"]}
+    assert id(first) not in held
+    assert id(handler.loss_fn.factor) in held
+    handler.set_loss_fn(nn.CrossEntropyLoss())
+    count = sum(len(group["params"]) for group in handler.optimizer.param_groups)
+    assert count == len(list(handler.module.parameters()))

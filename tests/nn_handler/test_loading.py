@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,10 @@ from torch.utils.data import TensorDataset
 
 import shardckpt
 from shardckpt import NNHandler, errors
-from shardckpt.nn_handler import Callback, EarlyStopping
+from shardckpt.nn_handler import Callback, EarlyStopping, loading
+from shardckpt.nn_handler.handler_source import open_handler
+from shardckpt.nn_handler.loading import HandlerLoadOptions, restore, restore_tensors
+from shardckpt.nn_handler.saved import Sums
 from tests.nn_handler.models import (
     DS,
     Body,
@@ -205,3 +210,106 @@ def test_a_part_of_a_checkpoint_can_be_left_out(tmp_path):
         NNHandler.load(tmp_path / "c", objects=left_out)
     loaded = NNHandler.load(tmp_path / "c", objects={**left_out, "compile": None})
     assert loaded.unconfirmed == []
+
+
+def options(**changed) -> HandlerLoadOptions:
+    """The options of NNHandler.load, as they are by default but for some."""
+    parameters = dict(inspect.signature(NNHandler.load).parameters)
+    del parameters["path"]
+    return HandlerLoadOptions(**{n: p.default for n, p in parameters.items()} | changed)
+
+
+def test_a_load_takes_all_parts_but_those_to_skip():
+    parts = {"optimizer", "scheduler", "history", "callbacks", "ema"}
+
+    def left_out(**changed) -> set[str]:
+        return {part for part in parts if not options(**changed).takes(part)}
+
+    assert left_out() == set()
+    assert left_out(skip_optimizer=True) == {"optimizer", "scheduler"}
+    assert left_out(skip_scheduler=True, skip_ema=True) == {"scheduler", "ema"}
+    assert left_out(device_map="cpu", skip_history=True) == {"optimizer", "scheduler", "history"}
+    assert options(device_map="cpu").placed
+
+
+def test_objects_are_given_by_their_place():
+    given = options(
+        objects={"a.b": 1, "loss_fn": 2}, loss_fn=number, metrics={"f1": number}, model_class=Net
+    ).given
+    assert given == {"a.b": 1, "loss_fn": number, "metrics.f1": number, "model.class": Net}
+    assert options().given == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"objects": [1]}, "Invalid objects for load"),
+        ({"metrics": number}, "Invalid metrics for load"),
+        ({"model_class": "Net"}, "model's class is not callable"),
+    ],
+)
+def test_objects_of_other_types_are_refused(changed, text):
+    with pytest.raises(errors.StateError, match=text) as caught:
+        _ = options(**changed).given
+    assert caught.value.actual == repr(next(iter(changed.values())))
+
+
+def test_going_back_loads_tensors_and_leaves_the_rates(tmp_path):
+    handler = train(make(), ema_decay=0.5)
+    handler.save(tmp_path / "c")
+    own, average = weights(handler), dict(handler.ema.weights)
+    average = {name: tensor.clone() for name, tensor in average.items()}
+    train(handler)
+    handler.optimizer.param_groups[0]["lr"] = 0.25
+    restore_tensors(handler, open_handler(str(tmp_path / "c")))
+    assert same(weights(handler), own)
+    assert same(handler.ema.weights, average)
+    assert handler.optimizer.param_groups[0]["lr"] == 0.25
+    assert (handler.epoch, handler.step) == (2, 12)
+
+
+def test_a_restore_replaces_the_progress_and_drops_what_the_checkpoint_lacks(tmp_path):
+    handler = train(make(), 2)
+    handler.save(tmp_path / "c")
+    other = train(make(), 3)
+    source = open_handler(str(tmp_path / "c"))
+    restore(other, source)
+    assert (other.epoch, other.step, other.history) == (2, 12, handler.history)
+    assert (other.run_id, other.runs, other.rates) == (handler.run_id, [0], {"lr": 0.1})
+    assert same(weights(other), weights(handler))
+    restore(other, source, skip={"history"})
+    assert (other.history, other.history_epochs) == ({}, {})
+
+
+def test_rank_0_gets_the_sums_of_all_ranks():
+    every = [
+        Sums(sums={"loss": 2.0, "ce": 1.0}, counts={"loss": 4, "ce": 2}),
+        Sums(sums={"loss": 3.0}, count=5),  # of a checkpoint of 0.1
+    ]
+    found = loading._added(every, times=1)
+    assert (found.sums, found.counts) == ({"loss": 5.0, "ce": 1.0}, {"loss": 9, "ce": 2})
+    others = loading._added(every, times=0)
+    assert (others.sums, others.counts) == ({"loss": 0.0, "ce": 0.0}, {"loss": 0, "ce": 0})
+    assert loading._added([*every, None], times=1) is None
+
+
+def test_batches_of_whole_epochs_are_joined_and_other_metrics_start_again():
+    batches = [{"outputs": torch.ones(n), "targets": torch.zeros(n)} for n in (1, 2)]
+    other = {"total": torch.tensor(3.0)}
+    every = [
+        Sums(sums={}, metrics={"f1": batches[0], "seen": other}),
+        Sums(sums={}, metrics={"f1": batches[1], "seen": other, "none": {}}),
+    ]
+    with pytest.warns(UserWarning, match="'seen' starts again within the epoch"):
+        found = loading._joined_metrics(every)
+    assert list(found) == ["f1"]
+    assert (len(found["f1"]["outputs"]), len(found["f1"]["targets"])) == (3, 3)
+
+
+def test_a_checkpoint_holds_the_state_of_a_rank_at_least():
+    handler = make()
+    with pytest.raises(errors.CheckpointError, match="no rank's state") as caught:
+        loading._restore_rank_values(handler, {"every": []}, "c")
+    assert caught.value.tensor == "ranks"
+    with pytest.raises(errors.CheckpointError, match="malformed"):
+        loading._restore_rank_values(handler, {"every": [3]}, "c")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from fractions import Fraction
 
+import msgspec
 import pytest
+import torch
 from torch import nn
 
 from shardckpt import NNHandler, errors
-from shardckpt.nn_handler import Callback
+from shardckpt.nn_handler import Callback, saving
+from shardckpt.nn_handler.saving import OneFile, check_config, link, state_on_all
 from tests.nn_handler.models import Net, a_handler, same, train, weights, with_data
 
 
@@ -110,3 +113,135 @@ def test_files_of_the_user_beside_components_stay(tmp_path):
             handler.save_multi_files(folder)
         assert "tokenizer.json" in caught.value.actual
     assert (folder / "tokenizer.json").read_text() == "precious"
+
+
+def test_a_link_replaces_an_earlier_one(tmp_path):
+    (tmp_path / f".last.{os.getpid()}.link").symlink_to("left over")
+    for target in ("epoch1", "epoch2"):
+        link(str(tmp_path), "last", target)
+        assert os.readlink(tmp_path / "last") == target
+    assert os.listdir(tmp_path) == ["last"]
+
+
+def test_a_link_replaces_no_file(tmp_path):
+    (tmp_path / "last").write_text("precious")
+    with pytest.raises(errors.StorageError, match="name of the link is taken"):
+        link(str(tmp_path), "last", "epoch1")
+    assert (tmp_path / "last").read_text() == "precious"
+
+
+@pytest.mark.parametrize("path", ["c", "c.bin", "c.safetensors.gz"])
+def test_a_single_file_has_a_known_suffix(tmp_path, path):
+    with pytest.raises(errors.StateError, match="suffix of a single file") as caught:
+        NNHandler(Net).save_single_file(tmp_path / path)
+    assert caught.value.path == str(tmp_path / path)
+
+
+def test_a_file_is_replaced_only_if_it_may_be(tmp_path):
+    handler = NNHandler(Net)
+    handler.save_single_file(tmp_path / "c.pth", overwrite=False)
+    before = (tmp_path / "c.pth").stat().st_ino
+    with pytest.raises(errors.CheckpointExistsError):
+        handler.save_single_file(tmp_path / "c.pth", overwrite=False)
+    assert (tmp_path / "c.pth").stat().st_ino == before
+    handler.save_single_file(tmp_path / "c.pth")
+    assert (tmp_path / "c.pth").stat().st_ino != before
+
+
+def test_a_format_of_component_files_is_torch_or_safetensors(tmp_path):
+    NNHandler(Net).save(tmp_path / "c.pth")
+    with pytest.raises(errors.StateError, match="Invalid value for file_format") as caught:
+        NNHandler.save_multi_from_single(tmp_path / "c.pth", tmp_path / "many", "pickle")
+    assert caught.value.actual == "'pickle'"
+    assert os.listdir(tmp_path) == ["c.pth"]
+
+
+class Tied(nn.Module):
+    """Two names of one tensor, and a small part of a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = self.other = nn.Parameter(torch.ones(3))
+        self.register_buffer("part", torch.zeros(100_000)[:2])
+
+
+def test_tied_tensors_stay_tied_and_unused_memory_is_left_out(tmp_path):
+    NNHandler(Tied, device="cpu").save(tmp_path / "c.pth")
+    found = torch.load(tmp_path / "c.pth", weights_only=True)["model"]
+    assert found["one"].data_ptr() == found["other"].data_ptr()
+    assert found["part"].untyped_storage().nbytes() == 8
+    assert (tmp_path / "c.pth").stat().st_size < 100_000
+
+
+def test_ranks_with_other_distributed_tensors_are_named():
+    def payload(**tensors: str) -> bytes:
+        return msgspec.msgpack.encode(list(tensors.items()))
+
+    own = payload(a="float32 [2]", b="float32 [3]")
+    saving._check_alike([own, own])
+    with pytest.raises(errors.RankMismatchError, match="different distributed tensors") as caught:
+        saving._check_alike([own, own, payload(a="float32 [2]", b="int8 [3]")])
+    assert (caught.value.rank, caught.value.tensor) == (2, "b")
+    assert (caught.value.expected, caught.value.actual) == ("float32 [3]", "int8 [3]")
+    with pytest.raises(errors.RankMismatchError):
+        saving._check_alike([own, payload(b="float32 [3]", a="float32 [2]")])  # in another order
+
+
+class FailsToSave(Callback):
+    def state_dict(self):
+        raise ValueError("planted")
+
+
+def test_the_state_of_all_ranks_or_an_error():
+    handler = a_handler()
+    state = state_on_all(handler)
+    assert state["model"] is handler.model
+    assert {"optimizer", "scheduler", "progress", "callbacks", "ranks", "config"} <= set(state)
+    handler.add_callback(FailsToSave())
+    with pytest.raises(ValueError, match="planted"):
+        state_on_all(handler)
+
+
+class Takes(Callback):
+    def __init__(self, value) -> None:
+        self.value = value
+
+
+def test_arguments_that_a_torch_file_can_not_hold_are_refused_before_training():
+    handler = NNHandler(Net)
+    handler.add_callback(Takes(Fraction(1, 2)))
+    check_config(handler, "c.safetensors")
+    with pytest.raises(errors.UnsupportedLeafError) as caught:
+        check_config(handler, "c.pth")
+    assert "callbacks.0.args.0" in caught.value.tensor
+
+
+def test_single_files_are_the_checkpoints_of_a_manager(tmp_path):
+    backend, path = OneFile(), str(tmp_path / "a.pth")
+    handler = NNHandler(Net)
+    options = {"overwrite": False, "process_group": None, "base": None}
+    with pytest.raises(errors.StateError, match="not saved in the background") as caught:
+        backend.save(handler.state(), path, asynchronous=True, **options)
+    assert caught.value.path == path
+    assert backend.names(str(tmp_path / "nowhere")) == []
+    assert backend.save(handler.state(), path, asynchronous=False, **options) is None
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "last.pth").symlink_to("a.pth")
+    (tmp_path / "b.txt").touch()
+    assert backend.names(str(tmp_path)) == ["a.pth", "b.txt"]
+    assert backend.exists(path)
+    assert backend.record(path) is None  # saved by no manager
+    with pytest.raises(errors.NotACheckpointError):
+        backend.record(str(tmp_path / "b.txt"))
+    version = backend.version(path)
+    backend.verify(path, quick=False, progress=lambda count: None)
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    content[content.index(handler.module.head.weight.detach().numpy().tobytes())] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    assert backend.version(path) != version
+    with pytest.raises(errors.CorruptionError):
+        backend.verify(path, quick=False, progress=lambda count: None)
+    backend.remove(path)
+    assert not backend.exists(path)
+    with pytest.raises(errors.ShardckptError, match=r"a\.pth"):
+        backend.remove(path)

@@ -10,7 +10,7 @@ from torch import nn
 
 from shardckpt import NNHandler
 from shardckpt.errors import StateError
-from shardckpt.nn_handler import Callback, EarlyStopping
+from shardckpt.nn_handler import Callback, EarlyStopping, ModelCheckpoint
 from tests.nn_handler.models import (
     DS,
     Body,
@@ -157,3 +157,82 @@ def test_a_save_on_an_exception_in_the_data(tmp_path):
     loaded.set_train_loader(data(), batch_size=8)
     assert same(weights(train(loaded)), weights(never))
     assert loaded.history == never.history
+
+
+class Notes(Callback):
+    """Notes the best checkpoint when it is called at the end of an epoch."""
+
+    def __init__(self, name: str, seen: list) -> None:
+        self.name, self.seen = name, seen
+
+    def on_epoch_end(self, handler, metrics):
+        self.seen.append((self.name, handler.best_path))
+
+
+def test_checkpoint_callbacks_are_called_after_all_others(tmp_path):
+    handler, seen = make(), []
+    handler.add_callback(ModelCheckpoint(tmp_path, monitor="loss", mode="min"))
+    for name in ("first", "second"):
+        handler.add_callback(Notes(name, seen))
+    train(handler)
+    assert seen == [("first", None), ("second", None)]
+    assert os.listdir(tmp_path) == ["best_epoch1"]
+
+
+class FailsTwice(Callback):
+    def on_step_end(self, handler, loss):
+        raise ValueError("planted")
+
+    def on_exception(self, handler, error):
+        raise KeyError(str(error))
+
+
+def test_an_error_of_on_exception_is_a_warning_beside_the_first_error():
+    handler = make()
+    handler.add_callback(FailsTwice())
+    with (
+        pytest.warns(UserWarning, match=r"FailsTwice\.on_exception raised KeyError\('planted'\)"),
+        pytest.raises(ValueError, match="planted"),
+    ):
+        train(handler)
+    assert not handler.trains
+
+
+def test_validation_runs_when_it_is_due_or_when_a_save_needs_it(tmp_path):
+    handler = make()
+    train(handler, 5, validate_every=2)
+    assert handler.history_epochs["val_loss"] == [2, 4]
+    assert "val_loss" not in train(make(), 2, validate_every=0).history
+    handler = make()
+    handler.auto_save(3, tmp_path, name="e{epoch}_{val_loss:.0f}")
+    train(handler, 4, validate_every=2)
+    assert handler.history_epochs["val_loss"] == [2, 3, 4]
+    assert [name.partition("_")[0] for name in sorted(os.listdir(tmp_path))] == ["e3", "e4"]
+
+
+def test_a_guard_that_goes_back_needs_checkpoints(tmp_path):
+    handler = make()
+    with pytest.raises(StateError, match="needs checkpoints to go back to") as caught:
+        train(handler, nan_guard="restore")
+    assert "auto_save" in caught.value.remedy
+    handler.auto_save(None, tmp_path)  # saves on errors and signals alone
+    with pytest.raises(StateError, match="needs checkpoints to go back to"):
+        train(handler, nan_guard="restore")
+    assert handler.step == 0
+
+
+def test_training_ends_after_the_step_in_which_it_was_asked_to(tmp_path):
+    class Ends(Callback):
+        def on_step_end(self, handler, loss):
+            handler.stop_training = handler.step == 2
+
+    handler = make()
+    handler.add_callback(Ends())
+    handler.auto_save(save_path=tmp_path)
+    with pytest.warns(UserWarning, match=r"callbacks\.0\.class"):
+        train(handler, 3)
+    assert (handler.epoch, handler.step, handler.history) == (0, 2, {})
+    assert os.listdir(tmp_path) == ["step2"]
+    handler.callbacks.clear()
+    train(handler, 1)  # ends the epoch
+    assert (handler.epoch, handler.step, handler.stop_training) == (1, 6, False)

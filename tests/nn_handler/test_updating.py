@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from shardckpt import NNHandler, errors
 from shardckpt.errors import StateError
@@ -211,3 +211,78 @@ def test_the_nan_guard():
     assert same(before, weights(handler))
     with pytest.raises(StateError, match="not finite"):
         train(handler, nan_guard="stop")
+
+
+def test_accumulated_gradients_are_those_of_all_batches_together():
+    found = []
+    for size, batches in ((8, 2), (16, 1)):
+        handler = a_norm_net(data())
+        handler.module.body[1].eval()
+        handler.keep_eval_on_module("body.1")
+        handler.set_train_loader(data(), batch_size=size)
+        train(handler, gradient_accumulation_steps=batches)
+        found.append(weights(handler))
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+def test_a_loss_without_gradients_is_an_error():
+    handler = a_handler()
+    handler.set_loss_fn(lambda outputs, targets: outputs.detach().sum())
+    with pytest.raises(errors.StateError, match="does not depend on a parameter") as caught:
+        train(handler)
+    assert "detach()" in caught.value.remedy
+    assert handler.step == 0
+
+
+def test_the_norm_of_the_gradients_is_limited():
+    handler = a_handler()
+    handler.optimizations.clear()
+    handler.set_optimizer(torch.optim.SGD, lr=1.0)
+    before = weights(handler)
+    train(handler, gradient_clipping_norm=0.125, max_steps=1)
+    moved = [(weights(handler)[name] - before[name]).flatten() for name in before]
+    assert torch.cat(moved).norm() == pytest.approx(0.125, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"nan_guard": "stop"}, "a nan_guard"),
+        ({"precision": "fp16"}, "a gradient scaler (fp16)"),
+        ({"precision": "fp16", "nan_guard": "skip"}, "a gradient scaler (fp16), a nan_guard"),
+        ({}, "other optimizers beside it"),
+    ],
+)
+def test_an_optimizer_that_computes_the_loss_excludes_other_options(options, problem):
+    handler = a_handler()
+    handler.optimizations.clear()
+    params = None if options else "head"
+    handler.set_optimizer(torch.optim.LBFGS, params=params, lr=0.5)
+    if not options:
+        handler.set_optimizer(torch.optim.SGD, name="rest", lr=0.1)
+    with pytest.raises(errors.StateError, match="LBFGS computes the loss several times") as caught:
+        train(handler, **options)
+    assert caught.value.actual == problem
+    assert handler.step == 0
+
+
+def test_a_step_that_the_scaler_skips_moves_no_schedule():
+    handler = NNHandler(Root, device="cpu")
+    handler.set_optimizer(torch.optim.SGD, lr=0.5)
+    handler.set_scheduler(torch.optim.lr_scheduler.ExponentialLR, interval="step", gamma=0.5)
+    handler.set_loss_fn(nn.MSELoss())
+    samples = TensorDataset(torch.ones(8, 4), torch.ones(8, 1))
+    handler.set_train_loader(DataLoader(samples, batch_size=4))
+    train(handler, precision="fp16")  # all gradients are infinite
+    assert handler.module.weight.item() == 0
+    assert handler.scheduler.get_last_lr() == [0.5]
+    assert handler.scaler.get_scale() == 2.0**14
+
+
+def test_update_is_called_in_a_step_of_training_alone():
+    handler = a_handler()
+    with pytest.raises(errors.StateError, match="update was called outside of training"):
+        handler.update(torch.ones(()))
+    with pytest.raises(errors.StateError, match="no optimizer of this name") as caught:
+        handler.update(torch.ones(()), "critic")
+    assert (caught.value.expected, caught.value.actual) == ("main", "'critic'")
