@@ -134,19 +134,16 @@ def test_the_error_names_the_part_and_both_classes():
 
 
 def test_classes_without_a_name_are_not_compared():
-    def local() -> NNHandler:
-        class Local(torch.optim.SGD):
-            pass
-
+    def local(name: str) -> NNHandler:
         handler = NNHandler(Net)
-        handler.set_optimizer(Local, lr=0.1)
+        handler.set_optimizer(type(name, (torch.optim.SGD,), {}), lr=0.1)
         return handler
 
-    check_components(local().config(), saved(local()), "c")
+    check_components(local("One").config(), saved(local("Other")), "c")
     other = NNHandler(Net)
     other.set_optimizer(torch.optim.SGD, lr=0.1)
     with pytest.raises(errors.LoadMismatchError, match="another optimizer"):
-        check_components(local().config(), saved(other), "c")
+        check_components(local("One").config(), saved(other), "c")
 
 
 def with_options(rate: float, decay: float, gamma: float) -> NNHandler:
