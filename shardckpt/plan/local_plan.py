@@ -179,6 +179,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     common: tuple[TensorSpec, ...]
     tree: bytes
     unions: tuple[str, ...]
+    empty_ties: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +197,7 @@ class LocalPlan:
         data: The elements of each of the chunks. They never leave the rank.
         rank0_trees: On rank 0, name -> the typed JSON of each FromRank0 value, encoded.
         unions: The names of the dicts in a Union marker.
+        empty_ties: The tensors that seem tied on this rank, which holds none of their elements.
     """
 
     common: tuple[TensorSpec, ...]
@@ -208,12 +210,13 @@ class LocalPlan:
     data: tuple[torch.Tensor, ...] = ()
     rank0_trees: Mapping[str, bytes] = field(default_factory=dict)
     unions: tuple[str, ...] = ()
+    empty_ties: tuple[TensorSpec, ...] = ()
 
     def offer(self, *, tensors: bool) -> Offer:
         """Return the part of the plan that ranks compare. Without `tensors`, it has only the
         values.
         """
-        return Offer(self.common if tensors else (), self.tree, self.unions)
+        return Offer(self.common if tensors else (), self.tree, self.unions, self.empty_ties)
 
     def digests(self) -> tuple[str, str, str]:
         """Return the digests of the structure (names, dtypes, shapes), of the values, and of the
@@ -346,6 +349,10 @@ def local_plan(flat: FlatState, *, world_size: int) -> LocalPlan:
         data=tuple(data),
         rank0_trees={name: msgspec.json.encode(own) for name, own in flat.rank0_trees.items()},
         unions=tuple(flat.unions),
+        empty_ties=tuple(
+            TensorSpec(name, dtype_name(tensor.dtype, tensor=name), tuple(tensor.shape))
+            for name, tensor in flat.empty_ties.items()
+        ),
     )
 
 

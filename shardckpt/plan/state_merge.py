@@ -7,6 +7,9 @@ which is an error.
 Values: only some ranks may have a key if it comes with such a tensor, below it or in the same dict.
 The same holds in the state of an optimizer, and in a dict that is marked with Union. An entry of
 several ranks must be equal on all of them.
+
+Tied tensors: a rank that holds no elements of a tensor can't tell whether it is tied to another.
+The ranks that hold some decide.
 """
 
 from __future__ import annotations
@@ -52,9 +55,13 @@ def merge_states(offers: Sequence[Offer], *, partial: frozenset[str] | None = No
     unions = {name for offer in parties for name in offer.unions}
     if partial is None:
         specs = {rank: {s.name: s for s in offer.common} for offer, rank in parties.items()}
+        listed = {name for of_rank in specs.values() for name in of_rank}
+        for offer, rank in parties.items():
+            specs[rank].update((s.name, s) for s in offer.empty_ties if s.name in listed)
         partial = _check_tensors(specs, unions)
     trees = [(rank, msgspec.json.decode(offer.tree)) for offer, rank in parties.items()]
-    tree = msgspec.json.encode(_Merger(unions, partial).merge(trees, "", False))
+    empty = {(rank, spec.name) for offer, rank in parties.items() for spec in offer.empty_ties}
+    tree = msgspec.json.encode(_Merger(unions, partial, empty).merge(trees, "", False))
     return Merged(tree, common, partial)
 
 
@@ -128,9 +135,12 @@ _Nodes = list[tuple[int, Any]]
 
 
 class _Merger:
-    def __init__(self, unions: set[str], partial: frozenset[str]) -> None:
+    def __init__(
+        self, unions: set[str], partial: frozenset[str], empty_ties: set[tuple[int, str]]
+    ) -> None:
         self.unions = unions
         self.partial = partial
+        self.empty_ties = empty_ties
 
     def merge(self, nodes: _Nodes, name: str, free: bool) -> Any:
         """Merge the nodes of several ranks. If `free` is set, keys of dicts may differ."""
@@ -151,6 +161,9 @@ class _Merger:
                 if len({node[tag][0] for _, node in nodes}) == 1:
                     bodies = [(rank, node[tag][1]) for rank, node in nodes]
                     return {tag: [first[tag][0], self.merge(bodies, name, free)]}
+        if self.empty_ties:
+            nodes = [n for n in nodes if (n[0], name) not in self.empty_ties] or nodes
+            first_rank, first = nodes[0]
         text = msgspec.json.encode(first)
         for rank, node in nodes:
             if msgspec.json.encode(node) != text:  # compare as text: 1, 1.0 and True differ

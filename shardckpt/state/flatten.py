@@ -48,7 +48,7 @@ from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, opti
 from shardckpt.state.refusals import all_refused, reading_state
 from shardckpt.state.sharded_array import ShardedArray, fits_tensor, from_numpy
 from shardckpt.state.wrapper_tensors import Wrapped, saveable_form
-from shardckpt.torch_compat import storage_id
+from shardckpt.torch_compat import dtensor_local, is_dtensor, storage_id
 
 __all__ = ["FlatState", "PerRank", "Ties", "flatten", "placeholder", "too_deep"]
 
@@ -63,6 +63,8 @@ class FlatState:
         tensors: The tensors that every rank has, by name. A rank may hold no shard of a tensor.
         rank_only: The tensors of this rank only, by name, from inside PerRank or FromRank0.
         saved_elsewhere: The names in `tensors` for which the values of another rank are saved.
+        empty_ties: The names that seem tied to one in `tensors`, but of whose elements this rank
+            holds none: views of one buffer may begin at the same place if they are empty.
         file_groups: The file groups of the tensors that are not in MAIN, by name.
         tree: The typed JSON of the state, the same on every rank. A placeholder stands for each
             FromRank0.
@@ -74,6 +76,7 @@ class FlatState:
     tensors: dict[str, AnyTensor] = field(default_factory=dict)
     rank_only: dict[str, AnyTensor] = field(default_factory=dict)
     saved_elsewhere: set[str] = field(default_factory=set)
+    empty_ties: dict[str, AnyTensor] = field(default_factory=dict)
     file_groups: dict[str, int] = field(default_factory=dict)
     tree: Any = None
     per_rank_trees: list[Any] = field(default_factory=list)
@@ -275,6 +278,8 @@ class _Flattener:
         first = ties.first(tensor, name)
         if first == name:
             tensors[name] = tensor
+        elif self.inside is None and is_dtensor(tensor) and not dtensor_local(tensor).numel():
+            self.flat.empty_ties[name] = tensor
         return first
 
     def sharded(self, value: ShardedArray, name: str) -> ShardedArray:

@@ -174,7 +174,8 @@ class MatchContext:
         """Note the reads that fill a tensor. Tied tensors are read once."""
         source, entry = saved
         first = self._memory.first(tensor, source)
-        if first != source:
+        chunks = local_chunks(tensor, name=name)
+        if first != source and any(chunk.data.numel() for chunk in chunks):
             raise StateError(
                 "Two saved tensors would be loaded into the same memory",
                 tensor=name,
@@ -182,7 +183,7 @@ class MatchContext:
                 actual=f"{source}, saved as a separate tensor",
                 remedy="exclude one of them with keys=, or untie the tensors first",
             )
-        for chunk in local_chunks(tensor, name=name):
+        for chunk in chunks:
             if shares_elements(chunk.data):
                 raise StateError(
                     "A tensor whose elements share memory can't be filled",

@@ -8,9 +8,13 @@ import types
 import msgspec
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardckpt import FromRank0, Union, errors
 from shardckpt.plan.local_plan import filled, local_plan
+from shardckpt.plan.save_plan import global_plan
 from shardckpt.plan.state_merge import merge_states
 from shardckpt.state.flatten import flatten
 
@@ -22,6 +26,40 @@ def merged(*states):
     ]
     offers = [plan.offer(tensors=True) for plan in plans]
     return msgspec.json.decode(filled(merge_states(offers).tree, plans[0].rank0_trees))
+
+
+def plan_of_rows(rank, *, tied):
+    """The plan of a rank of two, of which rank 0 alone holds elements: views of one buffer."""
+    dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    try:
+        mesh, buffer, rows = init_device_mesh("cpu", (2,)), torch.zeros(2, 4), 1 - rank
+        state = {
+            name: DTensor.from_local(
+                buffer[begin : begin + rows],
+                mesh,
+                [Shard(0)],
+                run_check=False,
+                shape=torch.Size((1, 4)),
+                stride=(4, 1),
+            )
+            for name, begin in (("a", 0), ("b", 0 if tied else rows))
+        }
+        return local_plan(flatten(state, rank=rank), world_size=2)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rank_without_elements_does_not_tie_the_tensors_of_others(tied):
+    plans = [plan_of_rows(rank, tied=tied) for rank in (0, 1)]
+    for offers in ([plan.offer(tensors=True) for plan in order] for order in (plans, plans[::-1])):
+        merged = merge_states(offers)
+        tree = {"a": {"$tensor": "a"}, "b": {"$tensor": "a" if tied else "b"}}
+        assert msgspec.json.decode(merged.tree) == tree
+        assert merged.partial == frozenset()
+    common = None if tied else [plan.common for plan in plans]
+    names = [spec.name for spec in global_plan(plans, common).specs]
+    assert names == (["a"] if tied else ["a", "b"])
 
 
 def t():

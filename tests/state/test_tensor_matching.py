@@ -57,6 +57,12 @@ def test_a_conjugate_view_is_filled_in_place(tmp_path):
     assert below.tolist() == values.conj().resolve_conj().tolist()
 
 
+def test_views_without_elements_may_begin_at_the_same_place(tmp_path):
+    shardckpt.save({"a": torch.empty(0), "b": torch.empty(0)}, tmp_path / "c")
+    memory = torch.zeros(4)
+    shardckpt.load({"a": memory[:0], "b": memory[:0]}, tmp_path / "c")
+
+
 def test_views_of_the_same_memory_are_not_filled_with_two_tensors(tmp_path):
     shardckpt.save({"a": torch.ones(2), "b": torch.zeros(2)}, tmp_path / "c")
     memory = torch.zeros(4)
