@@ -144,7 +144,8 @@ def _of_dtensor(tensor: DTensor, local: Any, name: str) -> Wrapped:
         raise _refused(local, name, "it is unknown how its inner tensors are sharded", of=tensor)
     for placement in tensor.placements:
         if not (placement == Replicate() or placement == Shard(0)):
-            raise _refused(local, name, f"placements {tensor.placements}", of=tensor)
+            actual, remedy = f"placements {tensor.placements}", "redistribute() it to Shard(0)"
+            raise _refused(local, name, actual, of=tensor, remedy=remedy)
     boxes = local_layout(tensor)
     inner_tensors, context = _flattened(local, name)
     shards: dict[str, Any] = {}
@@ -156,7 +157,9 @@ def _of_dtensor(tensor: DTensor, local: Any, name: str) -> Wrapped:
         if inner in rows and boxes:
             ((begin, *_), (length, *_)) = boxes[0]
             global_rows, first_row = shape[0] * tensor.shape[0], shape[0] * begin
-            if not length or global_rows % length or first_row % length:
+            if not length:
+                raise _refused(local, name, _NO_ROWS, of=tensor, remedy=_FEWER_RANKS)
+            if global_rows % length or first_row % length:
                 actual = f"{shape[0]} rows of {inner} for {length} of {tensor.shape[0]} rows"
                 raise _refused(local, name, actual, of=tensor)
             shape = (global_rows // length, *shape[1:])
@@ -166,6 +169,10 @@ def _of_dtensor(tensor: DTensor, local: Any, name: str) -> Wrapped:
     return Wrapped(shards, _facts(tensor, local, context), tensor)
 
 
+_NO_ROWS = "this rank holds no rows, which would show the rows of the inner tensors"
+_FEWER_RANKS = "divide the tensor among ranks that all get rows, or replicate it"
+
+
 def facts_of(node: Any) -> dict[str, Any] | None:
     """Return the facts in the saved node of a wrapper tensor. None for any other node."""
     facts = node.get(WRAPPER) if isinstance(node, dict) else None
@@ -173,8 +180,16 @@ def facts_of(node: Any) -> dict[str, Any] | None:
 
 
 def _refused(
-    tensor: Any, name: str, actual: str, *, of: torch.Tensor | None = None
+    tensor: Any,
+    name: str,
+    actual: str,
+    *,
+    of: torch.Tensor | None = None,
+    remedy: str = "",
 ) -> UnsupportedLeafError:
+    if not remedy and of is not None:
+        rows = f"{type(tensor).__qualname__}.checkpoint_rows"
+        remedy = f"set {rows} to the names of the inner tensors that are split with the outer one"
     class_name = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
     return UnsupportedLeafError(
         "A wrapper tensor can't be saved or loaded",
@@ -184,8 +199,5 @@ def _refused(
         if of is not None
         else "inner tensors that __tensor_flatten__ lists",
         actual=f"{'a DTensor of ' if of is not None else ''}{class_name}: {actual}",
-        remedy=f"set {type(tensor).__qualname__}.checkpoint_rows to the names of the inner tensors "
-        "that are split with the outer one"
-        if of is not None
-        else "save the tensors that it wraps, or a plain tensor made of it",
+        remedy=remedy or "save the tensors that it wraps, or a plain tensor made of it",
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.two_tensor import TwoTensor
 
 import shardckpt
@@ -38,6 +40,27 @@ def test_wrappers_that_differ_are_mismatches(tmp_path):
     shardckpt.load(state, tmp_path / "c")
     assert isinstance(state["w"], TwoTensor)
     assert torch.equal(state["w"].b, b)
+
+
+class Rows(TwoTensor):
+    checkpoint_rows = ("a", "b")
+
+
+def test_a_class_that_lists_its_rows_is_not_asked_to_list_them():
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        mesh, empty = init_device_mesh("cpu", (2,)), Rows(torch.zeros(0, 3), torch.zeros(0, 3))
+        shape = {"shape": torch.Size((1, 3)), "stride": (3, 1)}
+        sharded = DTensor.from_local(empty, mesh, [Shard(0)], run_check=False, **shape)
+        with pytest.raises(errors.UnsupportedLeafError, match="holds no rows") as caught:
+            flatten({"w": sharded}, rank=1)
+        assert "checkpoint_rows" not in caught.value.remedy
+        sharded = DTensor.from_local(Rows(torch.zeros(2, 3), torch.zeros(2, 3)), mesh, [Shard(1)])
+        with pytest.raises(errors.UnsupportedLeafError, match="placements") as caught:
+            flatten({"w": sharded}, rank=1)
+        assert "Shard(0)" in caught.value.remedy
+    finally:
+        dist.destroy_process_group()
 
 
 def test_frozen_wrappers_are_frozen_inside():
