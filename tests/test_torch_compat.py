@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, SequentialLR
 import shardckpt
 from shardckpt import torch_compat
 from shardckpt.integrations.dcp import ShardWriter
-from tests.ranks import run_ranks
+from tests.ranks import FSDP2_ON_CPU, run_ranks
 
 PACKAGE = Path(shardckpt.__file__).parent
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "torch_compat.py"})
@@ -168,7 +168,7 @@ def _distributed(whole_only):
         assert type(again) is DTensor
         assert torch.equal(again.full_tensor(), whole)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    for rows in (16, 6, 5):
+    for rows in (16, 6, 5) if FSDP2_ON_CPU else (16,):  # PyTorch 2.6 divides no other rows
         strided = fully_shard_over_tensor_parallel(mesh, rows)
         spec = torch_compat.spec_of(strided)
         whole = torch.arange(rows * 5.0).reshape(rows, 5)
