@@ -407,7 +407,8 @@ def run(plant: Plant) -> str:
         ranks.PRELOAD.insert(0, "tests.nn_handler.plant")  # for the server of the ranks
         install()
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", plant.test])
+            options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            code = pytest.main([*options, "-m", "", plant.test])  # long tests too
         os._exit(int(code))
     give_up_at = time.monotonic() + HANGS_S
     while time.monotonic() < give_up_at:

@@ -30,3 +30,13 @@ def test_planted_faults_are_seen():
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line[:6] for line in lines] == ["ok   0", "ok  18"]
+
+
+@pytest.mark.long
+def test_the_test_that_sees_a_fault_may_be_a_long_one():
+    test = "tests/nn_handler/test_ranks.py::test_a_signal_to_one_rank_stops_all_at_one_step[ddp]"
+    code = f"from tests.nn_handler import plant; print(plant.run(plant.Plant(0, '', (), '{test}')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout == "passes\n", done.stderr

@@ -87,6 +87,8 @@ def test_the_outputs_of_ranks_are_put_in_the_order_of_the_samples():
     assert found["pair"].b[0].tolist() == list(range(8))
     assert found["texts"] == [str(number) for number in range(8)]
     assert found["constant"].shape == (3,)  # one for each rank, and not one for each sample
+    two = prediction._interleaved([torch.tensor([0, 2, 4]), torch.tensor([1, 3])], 5)
+    assert two.tolist() == list(range(5))
 
 
 class OneOrTwo(nn.Module):
