@@ -241,6 +241,7 @@ class LocalPlan:
                 "tree": self.tree if complete else b"",
                 "per_rank_trees": self.per_rank_trees,
                 "unions": self.unions if complete else (),
+                "empty_ties": self.empty_ties if complete else (),
             }
         )
 
@@ -264,6 +265,7 @@ class LocalPlan:
                 tree=plan.tree,
                 per_rank_trees=plan.per_rank_trees,
                 unions=plan.unions,
+                empty_ties=plan.empty_ties,
             )
             for plan, chunks in zip(packed, tables, strict=True)
         ]
@@ -278,6 +280,7 @@ class _Packed(msgspec.Struct):
     tree: bytes
     per_rank_trees: bytes
     unions: tuple[str, ...] = ()
+    empty_ties: tuple[TensorSpec, ...] = ()
 
 
 _decode = msgspec.msgpack.Decoder(_Packed).decode

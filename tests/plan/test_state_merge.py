@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardckpt import FromRank0, Union, errors
-from shardckpt.plan.local_plan import filled, local_plan
+from shardckpt.plan.local_plan import LocalPlan, filled, local_plan
 from shardckpt.plan.save_plan import global_plan
 from shardckpt.plan.state_merge import merge_states
 from shardckpt.state.flatten import flatten
@@ -52,6 +52,8 @@ def plan_of_rows(rank, *, tied):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_rank_without_elements_does_not_tie_the_tensors_of_others(tied):
     plans = [plan_of_rows(rank, tied=tied) for rank in (0, 1)]
+    sent = [LocalPlan.unpack(plan.pack(complete=True)) for plan in plans]  # as the planner of DCP
+    assert [plan.offer(tensors=True) for plan in sent] == [p.offer(tensors=True) for p in plans]
     for offers in ([plan.offer(tensors=True) for plan in order] for order in (plans, plans[::-1])):
         merged = merge_states(offers)
         tree = {"a": {"$tensor": "a"}, "b": {"$tensor": "a" if tied else "b"}}
