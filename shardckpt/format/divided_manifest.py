@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -36,6 +37,8 @@ __all__ = ["LONG_BYTES", "check_manifest_parts", "chunks_of", "listed_tensor", "
 
 LONG_BYTES = 16 << 10
 """The text of a long list of chunks, in bytes. Every rank parses shorter lists completely."""
+_MANY_BOXES = 16
+"""The boxes of a tensor for which its list is parsed once, not searched for each box."""
 _MOST_CHECKERS = 64
 """The number of ranks that check lists. Rank 0 receives their ranges."""
 _NONE = msgspec.Raw(b"[]")
@@ -219,18 +222,23 @@ def chunks_of(wanted: Sequence[tuple[TensorEntry, HasBox]]) -> list[Ints]:
         CorruptionError: The chunks violate the format.
     """
     bands: dict[int, _Band] = {}
+    complete: dict[int, Ints] = {}
     if {type(entry) for entry, _ in wanted} != {TensorEntry}:
+        boxes = Counter(id(entry) for entry, _ in wanted)
         for number, (entry, box) in enumerate(wanted):
-            band = entry.band(box) if isinstance(entry, _ListedTensor) else None
-            if band is not None:
+            if boxes[id(entry)] > _MANY_BOXES:
+                if id(entry) not in complete:
+                    complete[id(entry)] = entry.chunks
+            elif isinstance(entry, _ListedTensor) and (band := entry.band(box)) is not None:
                 bands[number] = band
     checked = dict(zip(bands, _checked(list(bands.values())), strict=False))
-    if len(checked) < len(bands) and len(wanted) > 1:  # one is wrong, or two share chunks
-        return [rows for one in wanted for rows in chunks_of([one])]
-    return [
-        rows if (rows := checked.get(number)) is not None else entry.chunks
-        for number, (entry, _) in enumerate(wanted)
-    ]
+    if len(checked) < len(bands) and len(bands) > 1:  # one is wrong, or two share chunks
+        checked = {number: chunks_of([wanted[number]])[0] for number in bands}
+    found: list[Ints] = []
+    for number, (entry, _) in enumerate(wanted):
+        rows = checked.get(number, complete.get(id(entry)))
+        found.append(entry.chunks if rows is None else rows)
+    return found
 
 
 def _checked(bands: Sequence[_Band]) -> list[Ints]:

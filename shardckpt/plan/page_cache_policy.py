@@ -36,11 +36,12 @@ class ReadSummary(msgspec.Struct, array_like=True, frozen=True):
 
 def summarize_reads(reads: Sequence[tuple[TensorEntry, LocalChunk]], machine: str) -> ReadSummary:
     """Return the summary of a rank's reads. Pure."""
+    entries = {id(entry): entry for entry, _ in reads}.values()  # a tensor may have many chunks
     return ReadSummary(
         machine,
-        xxhash.xxh3_64_intdigest(b"".join(entry.identity() for entry, _ in reads)),
+        xxhash.xxh3_64_intdigest(b"".join(entry.identity() for entry in entries)),
         sum(chunk.data.nbytes for _, chunk in reads),
-        sum(entry.size_bytes for entry, _ in reads),
+        sum(entry.size_bytes for entry in entries),
     )
 
 

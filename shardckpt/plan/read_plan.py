@@ -30,6 +30,8 @@ WINDOW_BYTES = 4 << 20
 """The window in bytes in which shards are read. A read does not cross a multiple of it, unless its
 bytes go to an address."""
 
+_MANY_CHUNKS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class CopyRead:
@@ -97,7 +99,7 @@ def _complete_reads(pairs: list[tuple[Ints, int]]) -> Ints:
 
 def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
     """Plan the reads for tensors of `dims` dimensions. See plan_reads."""
-    held_chunks = chunks_of(pairs)
+    held_chunks = _near(pairs, chunks_of(pairs), dims)
     chunks = np.concatenate(held_chunks)
     owner = np.repeat(np.arange(len(pairs)), list(map(len, held_chunks)))
     held_at, held = chunks[:, 3 : 3 + dims], chunks[:, 3 + dims :]
@@ -128,6 +130,34 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
         copies += _cut_reads(shard, at, entry.dtype, sizes, into_view, held[row].tolist())
     direct = np.column_stack([chunks[:, 0], begin, end, into])[as_is]
     return Reads(direct=direct, copies=copies)
+
+
+def _near(
+    pairs: list[tuple[TensorEntry, LocalChunk]], held_chunks: list[Ints], dims: int
+) -> list[Ints]:
+    """Leave out chunks that lie before or behind a box in one dimension.
+
+    Otherwise m boxes of a tensor with n chunks would take n * m rows. All others are few.
+    """
+    boxes_of: dict[int, list[int]] = {}
+    for number, rows in enumerate(held_chunks):
+        if len(rows) > _MANY_CHUNKS and dims:
+            boxes_of.setdefault(id(rows), []).append(number)
+    near = list(held_chunks)
+    for numbers in boxes_of.values():
+        if len(numbers) > 1:
+            rows = held_chunks[numbers[0]]
+            dim = max(range(dims), key=lambda dim: len(np.unique(rows[:, 3 + dim])))
+            rows = rows[np.argsort(rows[:, 3 + dim], kind="stable")]
+            begins = rows[:, 3 + dim]
+            ends = np.maximum.accumulate(begins + rows[:, 3 + dims + dim])
+            want_at = np.array([pairs[number][1].offsets[dim] for number in numbers])
+            want = np.array([pairs[number][1].sizes[dim] for number in numbers])
+            first = np.searchsorted(ends, want_at, side="right")
+            last = np.searchsorted(begins, want_at + want, side="left")
+            for number, low, high in zip(numbers, first.tolist(), last.tolist(), strict=True):
+                near[number] = rows[low:high]
+    return near
 
 
 def _rows(numbers: list[tuple[int, ...]], dims: int) -> Ints:

@@ -236,6 +236,15 @@ def test_few_chunks_of_a_long_list_are_returned():
     assert chunks_in(entry, (100, 1), (3, 1)).tolist() == rows_of(300)[100:103].tolist()
 
 
+def test_a_list_is_parsed_once_for_many_boxes():
+    """A search for each box would take the square of the time."""
+    listed = together(text_of((40, 2), rows_of(40)))[1].tensors["w"]
+    boxes = [SimpleNamespace(offsets=(at, 0), sizes=(1, 2)) for at in range(40)]
+    found = chunks_of([(listed, box) for box in boxes])
+    assert {id(rows) for rows in found} == {id(found[0])}
+    assert found[0].tolist() == listed.chunks.tolist()
+
+
 def test_boxes_of_several_tensors():
     """Two boxes of one tensor share a chunk; a list of another tensor is not sorted."""
     rows, other = rows_of(9), rows_of(9, begin=1000)[::-1]

@@ -54,3 +54,12 @@ def test_stages_of_a_pipeline_read_tensors_of_their_own():
 
 def test_one_rank_and_none_that_reads():
     assert past_cache(shares(WHOLE)) == past_cache(shares([])) == [ALWAYS]
+
+
+def test_a_tensor_of_which_a_rank_reads_several_boxes_counts_once():
+    one, _ = rows(0, 0, 8)
+    boxes = [(one, LocalChunk((at,), (1,), torch.zeros(1))) for at in range(8)]
+    (summary,) = shares(boxes)
+    assert (summary.wanted_bytes, summary.tensor_bytes) == (32, 32)
+    assert summary.tensors == shares([(one, LocalChunk((0,), (8,), torch.zeros(8)))])[0].tensors
+    assert past_cache(shares(boxes, boxes)) == [NEVER] * 2

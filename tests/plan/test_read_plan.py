@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from shardckpt.errors import UnsupportedLeafError
 from shardckpt.format.entries import TensorEntry
 from shardckpt.io.buffers import view_at
+from shardckpt.plan import read_plan
 from shardckpt.plan.read_plan import WINDOW_BYTES, plan_reads
-from shardckpt.state.local_chunks import LocalChunk
+from shardckpt.state.local_chunks import LocalChunk, box_slices
 
 ROWS, COLUMNS = 6, 5
 
@@ -138,3 +141,46 @@ def test_a_complete_tensor_is_read_to_its_address(cut):
     assert len(reads.direct) == (1 if cut is None else 2)
     perform(reads, shards_of(saved, 64, cut))
     assert torch.equal(target, saved)
+
+
+@st.composite
+def tilings(draw):
+    """Boxes that tile a tensor of 12 x 10, in any order: cells of a grid, or runs of rows."""
+    rows = sorted(draw(st.sets(st.integers(1, 11))))
+    columns = sorted(draw(st.sets(st.integers(1, 9))))
+    cells = [
+        ((top, left), (bottom - top, right - left))
+        for top, bottom in itertools.pairwise([0, *rows, 12])
+        for left, right in itertools.pairwise([0, *columns, 10])
+    ]
+    return draw(st.permutations(cells))
+
+
+@given(tilings(), tilings(), st.booleans())
+def test_many_boxes_of_a_tensor_with_many_chunks_are_filled(held, wanted, turned):
+    saved = torch.arange(120.0).reshape(12, 10)
+    chunks, shard = [], b""
+    for (top, left), (rows, columns) in held:
+        data = saved[top : top + rows, left : left + columns].contiguous().numpy().tobytes()
+        chunks.append([0, len(shard), len(shard) + len(data), top, left, rows, columns])
+        shard += data
+    one = TensorEntry(dtype="F32", shape=(12, 10), chunks=np.array(chunks, np.int64))
+    found = torch.full((10, 12), -1.0).t() if turned else torch.full((12, 10), -1.0)
+    boxes = [
+        LocalChunk(offsets, sizes, found[box_slices((0, 0), offsets, sizes)])
+        for offsets, sizes in wanted
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_plan, "_MANY_CHUNKS", 1)
+        perform(plan_reads([(one, box) for box in boxes]), [shard])
+    assert torch.equal(found, saved)
+
+
+def test_boxes_and_chunks_are_not_compared_one_by_one():
+    chunks = [[0, 8 * row, 8 * row + 8, row, 0, 1, 2] for row in range(1000)]
+    one = TensorEntry(dtype="F32", shape=(1000, 2), chunks=np.array(chunks[::-1], np.int64))
+    boxes = [(one, LocalChunk((row, 0), (2, 2), torch.zeros(2, 2))) for row in range(0, 1000, 2)]
+    near = read_plan._near(boxes, [one.chunks] * 500, 2)
+    assert [sorted(chunks[:, 3].tolist()) for chunks in near] == [
+        [row, row + 1] for row in range(0, 1000, 2)
+    ]
