@@ -93,8 +93,9 @@ def use_shardckpt(accelerator: Any) -> None:
     """Make `accelerator.save_state` and `accelerator.load_state` use shardckpt. Not collective.
 
     Automatic names of a ProjectConfiguration and its `total_limit` work as before. Hooks of
-    `register_save_state_pre_hook` and `register_load_state_pre_hook` are called with the models and
-    an empty list of weights.
+    `register_save_state_pre_hook` and `register_load_state_pre_hook` are called with lists of the
+    models and of their state dicts. All models are saved and loaded, also those that a hook takes
+    out of the lists. A hook can't write files into the folder of the checkpoint.
 
     Args:
         accelerator: The accelerator.
@@ -111,7 +112,8 @@ def use_shardckpt(accelerator: Any) -> None:
     def save(output_dir: str | None = None, safe_serialization: bool = True) -> str:
         path = _path_to_save(accelerator, output_dir)
         for hook in accelerator._save_model_state_pre_hook.values():
-            hook(accelerator._models, [], path)
+            models = list(accelerator._models)  # a hook may take models and weights out
+            hook(models, [model.state_dict() for model in models], path)
         automatic = accelerator.project_configuration.automatic_checkpoint_naming
         save_state(accelerator, path, overwrite=not automatic)
         accelerator.project_configuration.iteration += 1
@@ -122,7 +124,7 @@ def use_shardckpt(accelerator: Any) -> None:
     def load(input_dir: str | None = None) -> None:
         path = _path_to_load(accelerator, input_dir)
         for hook in accelerator._load_model_state_pre_hook.values():
-            hook(accelerator._models, path)
+            hook(list(accelerator._models), path)
         load_state(accelerator, path)
 
     accelerator.save_state, accelerator.load_state = save, load

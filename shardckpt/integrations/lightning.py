@@ -25,6 +25,7 @@ from shardckpt.manager.manager import CheckpointManager
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.state.markers import FromRank0, PerRank
 from shardckpt.state.module_state import module_state
+from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
 from shardckpt.storage.resolve import resolve
@@ -93,6 +94,15 @@ class _Saving:
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         """See Strategy. Collective. An existing checkpoint at the path is replaced."""
+        plugin = getattr(self, "_checkpoint_io", None)
+        if plugin is not None and type(plugin).__name__ != "TorchCheckpointIO":
+            raise StateError(
+                "The strategy does not use a CheckpointIO",
+                path=str(filepath),
+                expected="no CheckpointIO plugin",
+                actual=type(plugin).__qualname__,
+                remedy="leave the plugin out; to save in the background, pass asynchronous=True",
+            )
         if storage_options is not None:
             raise StateError(
                 "The strategy does not take storage options",
@@ -102,6 +112,7 @@ class _Saving:
                 remedy="pass a URL as the path, and set the options of its storage",
             )
         path = os.fspath(self.broadcast(filepath))  # type: ignore[attr-defined]
+        self._obsolete = [each for each in self._obsolete if each != path]
         state = self._state(checkpoint)
         if self.asynchronous:
             handle = api.async_save(state, path, overwrite=True)
@@ -113,9 +124,13 @@ class _Saving:
     def _state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the state to save: what Lightning dumped, with tensors and other values apart."""
         others = {key: value for key, value in checkpoint.items() if key not in _TENSORS}
+        weights = self._weights_to_save(checkpoint["state_dict"])
+        optimizers = checkpoint.get("optimizer_states", [])
+        if weights is not self.lightning_module:
+            optimizers = self._named(optimizers)
         return {
-            "state_dict": self._weights_to_save(checkpoint["state_dict"]),
-            "optimizer_states": checkpoint.get("optimizer_states", []),
+            "state_dict": weights,
+            "optimizer_states": optimizers,
             "lightning": FromRank0(others),
             "random": PerRank(random_state()),
         }
@@ -123,11 +138,24 @@ class _Saving:
     def _weights_to_save(self, weights: dict[str, Any]) -> Any:
         """Return the module, which names the optimizer's parameters, unless a hook has changed its
         state dict."""
+        return self.lightning_module if self._is_own(weights) else weights
+
+    def _is_own(self, weights: Mapping[str, Any]) -> bool:
+        """Whether these are the tensors of the module."""
         own = module_state(self.lightning_module)
-        same = weights.keys() == own.keys() and all(
+        return weights.keys() == own.keys() and all(
             _same_memory(weights[name], own[name]) for name in own
         )
-        return self.lightning_module if same else weights
+
+    def _named(self, optimizers: list[Any]) -> list[Any]:
+        """Return states of optimizers with the names that their parameters have in the module."""
+        names = ParameterNames([("state_dict", self.lightning_module)])
+        return [
+            OptimizerState(optimizer_state(each, names, at=f"optimizer_states.{index}"))
+            if isinstance(each, torch.optim.Optimizer)
+            else each
+            for index, each in enumerate(optimizers)
+        ]
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """See Strategy. Collective. Checkpoints of Lightning itself are loaded by Lightning."""
@@ -166,8 +194,9 @@ class _Saving:
         """Put the loaded state where it belongs, if it was not filled in place."""
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """See Strategy. load_checkpoint has filled the model."""
-        if self._foreign:
+        """See Strategy. load_checkpoint has filled the model. A hook may have put other weights
+        into the checkpoint."""
+        if self._foreign or not self._is_own(checkpoint["state_dict"]):
             super().load_model_state_dict(checkpoint, strict=strict)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -295,7 +324,8 @@ class ShardckptCallback(_pl.Callback):
     """Saves a training, and resumes it when `fit` begins, under any strategy but FSDP1.
 
     Use it if the strategy of the training can't be replaced. It does not need ModelCheckpoint.
-    The collective calls are made at the end of batches and of epochs.
+    The collective calls are made at the end of batches and of epochs. The states of callbacks are
+    saved. Hooks named `on_save_checkpoint` and `on_load_checkpoint` are not called.
 
     Args:
         folder: The folder of the checkpoints.
@@ -368,7 +398,7 @@ class ShardckptCallback(_pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Save after a number of steps."""
         step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0:
+        if step and self.every_n_steps and step % self.every_n_steps == 0:
             self._save(trainer, pl_module, step)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

@@ -60,6 +60,10 @@ class _Loader:
             "replicas": getattr(sampler, "num_replicas", None),
         }
 
+    def samples(self) -> int:
+        """Return how many samples this rank takes in an epoch."""
+        return len(getattr(self.loader.batch_sampler, "sampler", self.loader.sampler))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position of this rank."""
         return {**self.step(), "position": self.loader.state_dict()}
@@ -74,7 +78,11 @@ class _Loader:
     def take(self, saved: list[dict[str, Any]]) -> _Loader:
         """Continue where the ranks that saved have stopped together."""
         iterable = isinstance(self.loader.dataset, IterableDataset)
-        self.loader.load_state_dict(_moved(saved, self.step(), iterable=iterable))
+        position = _moved(saved, self.step(), iterable=iterable)
+        sampler = position.get("_sampler_iter_state") or {}
+        if "samples_yielded" in sampler:  # the last batch may be smaller
+            sampler["samples_yielded"] = min(sampler["samples_yielded"], self.samples())
+        self.loader.load_state_dict(position)
         return self
 
 

@@ -418,14 +418,17 @@ def _fill_buffers(model: Any) -> None:
     rotary embeddings."""
     devices = (getattr(p, "device_mesh", p.device) for p in model.parameters())
     device = next((getattr(d, "device_type", d) for d in devices if str(d) != "meta"), "cpu")
-    for module in model.modules():
+    initializers = {"": model}  # the innermost model around each module initializes it
+    for name, module in model.named_modules():
+        outer = initializers[name.rpartition(".")[0]] if name else model
+        initializer = initializers[name] = module if hasattr(module, "_init_weights") else outer
         persistent = module.state_dict()
         lacking = {
-            name: buffer
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_meta and name not in persistent
+            key: buffer
+            for key, buffer in module.named_buffers(recurse=False)
+            if buffer.is_meta and key not in persistent
         }
-        for name, buffer in lacking.items():
-            setattr(module, name, torch.empty_like(buffer, device=device))
+        for key, buffer in lacking.items():
+            setattr(module, key, torch.empty_like(buffer, device=device))
         if lacking:
-            model._init_weights(module)
+            initializer._init_weights(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import shardckpt
 from shardckpt.errors import CheckpointNotFoundError, StateError
@@ -66,3 +67,26 @@ def test_a_missing_path_is_refused(tmp_path):
         accelerator.load_state(str(tmp_path / "nothing"))
     save_state(accelerator, tmp_path / "empty")
     accelerator.load_state(tmp_path / "empty")
+
+
+def test_hooks_may_take_models_and_weights_out_of_their_lists(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    use_shardckpt(accelerator)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    found = []
+
+    def save(models, weights, path):
+        found.append(torch.equal(weights.pop()["weight"], models.pop().weight))
+
+    def load(models, path):
+        models.pop()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    accelerator.save_state(str(tmp_path / "checkpoint"))
+    expected = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+    accelerator.load_state(str(tmp_path / "checkpoint"))
+    assert torch.equal(model.weight, expected)
+    assert accelerator._models == [model]
+    assert found == [True]

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import shardckpt
+from shardckpt.errors import StateError
 from tests.integrations.jobs import job
-from tests.ranks import PRELOAD
+from tests.ranks import PRELOAD, like_torchrun, run_ranks
 
 pl = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa: E402
+
+from shardckpt.integrations.lightning import ShardckptCallback, ShardckptStrategy  # noqa: E402
 
 PRELOAD += ["shardckpt.integrations.lightning", "lightning.pytorch"]
 JOB = Path(__file__).parent / "lightning_job.py"
@@ -169,3 +172,106 @@ def test_the_trainer_resumes_without_a_scheduler(tmp_path):
     as_lightning(state, tmp_path)
     trainer, _ = fitted(1, tmp_path / "b.ckpt")
     assert trainer.global_step == 4
+
+
+class Part(Net):
+    """A module whose hooks keep a frozen layer out of its checkpoints, and put it back."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = torch.nn.Linear(4, 4).requires_grad_(False)
+        self.strict_loading = False
+
+    def training_step(self, batch, index):
+        return super().training_step(self.frozen(batch), index)
+
+    def on_save_checkpoint(self, checkpoint):
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {n: x for n, x in weights.items() if "frozen" not in n}
+
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {
+            **checkpoint["state_dict"],
+            "frozen.bias": torch.full((4,), 2.0),
+        }
+
+
+class Saver(pl.Callback):
+    """Saves at the end of the first epoch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def fitted_by_ours(net, epochs, *callbacks, checkpoint=None):
+    """The module after a number of epochs with a strategy of shardckpt, on one CPU rank."""
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=list(callbacks),
+        strategy=ShardckptStrategy(), plugins=[LightningEnvironment()],
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(net.data, batch_size=4)
+    trainer.fit(net, loader, ckpt_path=checkpoint)
+    return net
+
+
+def resumed_by_hooks(path):
+    fitted_by_ours(Part(), 1, Saver(path / "a"))
+    assert "state_dict.frozen.bias" not in shardckpt.metadata(path / "a").tensors
+    net = fitted_by_ours(Part(), 1, checkpoint=path / "a")
+    assert net.frozen.bias.tolist() == [2.0] * 4
+
+
+def resumed_with_averages(path):
+    def average():
+        return pl.callbacks.EMAWeightAveraging(decay=0.5)
+
+    expected = fitted_by_ours(Net(), 2, average(), Saver(path / "a"))
+    net = fitted_by_ours(Net(), 2, average(), checkpoint=path / "a")
+    assert all(map(torch.equal, net.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.parametrize("resumed", [resumed_by_hooks, resumed_with_averages])
+def test_hooks_that_change_the_weights_of_a_checkpoint_are_honoured(tmp_path, resumed):
+    run_ranks(1, alone, resumed, tmp_path)
+
+
+def alone(resumed, path):
+    like_torchrun(1)
+    resumed(path)
+
+
+def test_a_checkpoint_saved_anew_is_not_removed_as_obsolete(tmp_path, monkeypatch):
+    strategy = ShardckptStrategy(asynchronous=True)
+    monkeypatch.setattr(strategy, "broadcast", lambda value: value)
+    monkeypatch.setattr(strategy, "_state", lambda checkpoint: checkpoint)
+    strategy.save_checkpoint({"step": 1}, tmp_path / "a")
+    strategy.save_checkpoint({"step": 2}, tmp_path / "b")
+    strategy.remove_checkpoint(tmp_path / "a")
+    strategy.save_checkpoint({"step": 3}, tmp_path / "a")
+    strategy._settle()
+    assert shardckpt.load_state(tmp_path / "a") == {"step": 3}
+
+
+def test_a_checkpoint_io_is_refused(tmp_path):
+    plugin = pl.plugins.io.AsyncCheckpointIO()
+    strategy = ShardckptStrategy(checkpoint_io=plugin)
+    with pytest.raises(StateError, match="does not use a CheckpointIO") as refused:
+        strategy.save_checkpoint({}, tmp_path / "a")
+    assert "asynchronous=True" in str(refused.value)
+
+
+def test_the_callback_does_not_save_before_the_first_step_of_accumulated_gradients(tmp_path):
+    callback = ShardckptCallback(tmp_path, every_n_steps=2)
+    net = Net()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=[callback],
+        accumulate_grad_batches=2, plugins=[LightningEnvironment()],
+    )  # fmt: skip
+    trainer.fit(net, torch.utils.data.DataLoader(net.data, batch_size=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]

@@ -152,3 +152,28 @@ def refused(kind, path, step, reason):
                 shardckpt.load({"loader": loader_position(loader(kind, step))}, path)
 
     on_world_sizes([2, 1], part)
+
+
+def positions(world_size, steps_taken):
+    """Loaders of all ranks in one process, after a number of steps."""
+    data, batches = torch.arange(26), 8 // world_size
+    loaders = [
+        StatefulDataLoader(
+            data,
+            batch_size=batches,
+            sampler=DistributedSampler(data, num_replicas=world_size, rank=rank, shuffle=False),
+        )
+        for rank in range(world_size)
+    ]
+    for own in loaders:
+        list(itertools.islice(own, steps_taken))
+    return loaders
+
+
+@pytest.mark.parametrize("taken", [3, 4])
+def test_other_ranks_continue_after_a_last_batch_that_is_smaller(taken):
+    saved = [loader_position(own).value.state_dict() for own in positions(2, taken)]
+    (own,) = positions(1, 0)
+    loader_position(own).value.take(saved)
+    rest = [batch.tolist() for batch in own]
+    assert rest == ([[24, 25]] if taken == 3 else [])

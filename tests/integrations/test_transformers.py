@@ -153,6 +153,23 @@ def test_tensor_parallel_shards_are_filled_and_saved(tmp_path):
     assert all(torch.equal(value, copy[name]) for name, value in own.items())
 
 
+def test_buffers_of_an_inner_model_on_the_meta_device_get_their_values(tmp_path):
+    """The outer model does not initialize the modules of the inner one."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(**SMALL, intermediate_size=8)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    model = transformers.LlavaForConditionalGeneration(config)
+    save_pretrained(model, tmp_path / "model")
+    with torch.device("meta"):
+        loaded = transformers.LlavaForConditionalGeneration(config)
+    load_pretrained(loaded, tmp_path / "model")
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffers[name], value) for name, value in model.named_buffers())
+
+
 @pytest.mark.parametrize("size", [2_000, "2KB", "0.002MB"])
 def test_the_size_of_files_is_a_limit(tmp_path, size):
     model = build("llama")
