@@ -126,6 +126,8 @@ def use_shardckpt(accelerator: Any) -> None:
         for hook in accelerator._load_model_state_pre_hook.values():
             hook(list(accelerator._models), path)
         load_state(accelerator, path)
+        if accelerator.project_configuration.automatic_checkpoint_naming:
+            _continue_numbers(accelerator)
 
     accelerator.save_state, accelerator.load_state = save, load
 
@@ -186,6 +188,14 @@ def _numbered(accelerator: Any) -> list[str]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
     numbers = sorted(int(n[11:]) for n in names if re.fullmatch(r"checkpoint_\d+", n))
     return [os.path.join(folder, f"checkpoint_{number}") for number in numbers]
+
+
+def _continue_numbers(accelerator: Any) -> None:
+    """Give the next save the number after the newest checkpoint, as a new process begins at 0."""
+    saved, configuration = _numbered(accelerator), accelerator.project_configuration
+    if saved:
+        newest = int(saved[-1].rpartition("_")[2])
+        configuration.iteration = max(configuration.iteration, newest + 1)
 
 
 def _path_to_save(accelerator: Any, path: str | None) -> str:

@@ -90,3 +90,22 @@ def test_hooks_may_take_models_and_weights_out_of_their_lists(tmp_path):
     assert torch.equal(model.weight, expected)
     assert accelerator._models == [model]
     assert found == [True]
+
+
+def test_a_resumed_run_continues_the_automatic_numbers(tmp_path):
+    def started():
+        configuration = accelerate.utils.ProjectConfiguration(
+            str(tmp_path), automatic_checkpoint_naming=True, total_limit=2
+        )
+        accelerator = accelerate.Accelerator(cpu=True, project_config=configuration)
+        use_shardckpt(accelerator)
+        return accelerator
+
+    first = started()
+    for _ in range(3):
+        first.save_state()
+    resumed = started()
+    resumed.load_state()
+    resumed.save_state()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["checkpoint_2", "checkpoint_3"]
