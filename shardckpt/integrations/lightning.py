@@ -24,7 +24,7 @@ from shardckpt.errors import StateError
 from shardckpt.manager.manager import CheckpointManager
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.state.markers import FromRank0, PerRank
-from shardckpt.state.module_state import module_state
+from shardckpt.state.module_state import ModuleState, ddp_rank0_buffers, module_state
 from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
@@ -62,6 +62,7 @@ class _Saving:
     """
 
     lightning_module: Any
+    model: Any
     optimizers: list[Any]
     is_global_zero: bool
 
@@ -126,7 +127,7 @@ class _Saving:
         others = {key: value for key, value in checkpoint.items() if key not in _TENSORS}
         weights = self._weights_to_save(checkpoint["state_dict"])
         optimizers = checkpoint.get("optimizer_states", [])
-        if weights is not self.lightning_module:
+        if not isinstance(weights, torch.nn.Module):
             optimizers = self._named(optimizers)
         return {
             "state_dict": weights,
@@ -138,7 +139,10 @@ class _Saving:
     def _weights_to_save(self, weights: dict[str, Any]) -> Any:
         """Return the module, which names the optimizer's parameters, unless a hook has changed its
         state dict."""
-        return self.lightning_module if self._is_own(weights) else weights
+        model = _wrapped(self.model, self.lightning_module)
+        if self._is_own(weights):
+            return model
+        return ModuleState(weights, set(), ddp_rank0_buffers(model) & weights.keys())
 
     def _is_own(self, weights: Mapping[str, Any]) -> bool:
         """Whether these are the tensors of the module."""
@@ -229,6 +233,12 @@ class _Saving:
             self._settle()
         finally:
             super().teardown()  # type: ignore[misc]
+
+
+def _wrapped(model: Any, module: Any) -> Any:
+    """Return the module in its wrapper of DDP, which says that buffers of rank 0 are saved: those
+    of batch norms differ between ranks."""
+    return model if isinstance(model, torch.nn.parallel.DistributedDataParallel) else module
 
 
 def _same_memory(a: Any, b: Any) -> bool:
@@ -389,7 +399,7 @@ class ShardckptCallback(_pl.Callback):
             },
         }
         return {
-            "state_dict": pl_module,
+            "state_dict": _wrapped(trainer.strategy.model, pl_module),
             "optimizer_states": [getattr(o, "_optimizer", o) for o in trainer.optimizers],
             "lightning": FromRank0(others),
             "random": PerRank(random_state()),

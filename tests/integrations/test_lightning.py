@@ -207,12 +207,13 @@ class Saver(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fitted_by_ours(net, epochs, *callbacks, checkpoint=None):
-    """The module after a number of epochs with a strategy of shardckpt, on one CPU rank."""
+def fitted_by_ours(net, epochs, *callbacks, checkpoint=None, ranks=1, strategy=None):
+    """The module after a number of epochs on CPU ranks, by default with a strategy of shardckpt."""
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False, callbacks=list(callbacks),
-        strategy=ShardckptStrategy(), plugins=[LightningEnvironment()],
+        accelerator="cpu", devices=ranks, max_epochs=epochs, logger=False,
+        enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=list(callbacks), strategy=strategy or ShardckptStrategy(),
+        plugins=[LightningEnvironment()] if ranks == 1 else [],
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(net.data, batch_size=4)
     trainer.fit(net, loader, ckpt_path=checkpoint)
@@ -238,6 +239,30 @@ def resumed_with_averages(path):
 @pytest.mark.parametrize("resumed", [resumed_by_hooks, resumed_with_averages])
 def test_hooks_that_change_the_weights_of_a_checkpoint_are_honoured(tmp_path, resumed):
     run_ranks(1, alone, resumed, tmp_path)
+
+
+def normalized(path, kind):
+    """Save a batch norm, whose statistics differ between ranks, and return those of this rank."""
+    like_torchrun(2)
+    net = Net()
+    callbacks = {
+        "module": [Saver(path / "step-4")],
+        "averages": [Saver(path / "step-4"), pl.callbacks.EMAWeightAveraging(decay=0.5)],
+        "callback": [ShardckptCallback(path)],
+    }[kind]
+    fitted_by_ours(net, 1, *callbacks, ranks=2, strategy="ddp" if kind == "callback" else None)
+    return net.layers[1].running_mean.tolist()
+
+
+@pytest.mark.parametrize("kind", ["module", "averages", "callback"])
+def test_batch_norms_whose_statistics_differ_between_ranks_are_saved(tmp_path, kind):
+    first, second = run_ranks(2, normalized, tmp_path, kind)
+    assert first != second
+    (folder,) = tmp_path.iterdir()
+    saved = shardckpt.load_state(folder)["state_dict"]["layers.1.running_mean"].tolist()
+    assert saved != second
+    if kind != "averages":
+        assert saved == first
 
 
 def alone(resumed, path):
