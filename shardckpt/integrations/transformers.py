@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,8 @@ from shardckpt.storage.resolve import resolve
 
 __all__ = ["load_pretrained", "save_pretrained", "weights_of", "working_folder"]
 
+DtypeOf = Callable[[Conversion, torch.dtype], torch.dtype]
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -72,7 +74,9 @@ def save_pretrained(
         folder: The new folder.
         tokenizer: A tokenizer or processor, which is saved to the folder too.
         max_shard_size: The largest size of a file, in bytes or as text such as "5GB".
-        dtype: The dtype of floating-point weights on disk. By default they keep theirs.
+        dtype: The dtype of floating-point weights on disk. By default they keep theirs. Weights
+            that transformers loads in float32 when it is given this dtype, such as the routers of
+            DeepSeek-V3, are saved in float32.
         overwrite: Replace a folder that save_pretrained made.
 
     Raises:
@@ -290,7 +294,9 @@ def _describe(model: Any, tokenizer: Any, work: str, dtype: torch.dtype | None) 
         inner.peft_config[_adapter_name(inner)].save_pretrained(work)
     else:
         config = copy.deepcopy(inner.config)
-        config.dtype = str(dtype or inner.dtype).removeprefix("torch.")
+        config.dtype = _dtype_name(dtype or inner.dtype)
+        if dtype is not None:
+            _set_dtype_below(config, _dtype_name(dtype))
         config.architectures = [type(inner).__name__.removeprefix("FSDP")]
         if inner.is_remote_code():
             from transformers.dynamic_module_utils import custom_object_save
@@ -303,6 +309,19 @@ def _describe(model: Any, tokenizer: Any, work: str, dtype: torch.dtype | None) 
         tokenizer.save_pretrained(work)
     names = sorted(n for n in os.listdir(work) if os.path.isfile(os.path.join(work, n)))
     return "/".join(names).encode()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _set_dtype_below(config: Any, name: str) -> None:
+    """Set the dtype of the configurations inside a configuration."""
+    for key in config.sub_configs:
+        inner = getattr(config, key, None)
+        if inner is not None:
+            inner.dtype = name
+            _set_dtype_below(inner, name)
 
 
 class _Pretrained(HuggingFace):
@@ -329,7 +348,28 @@ def _exported(
     tensors = _forms(source)
     plan = unchanged(tensors) if _is_adapter(model) else hub_names(_inner(model), tensors)
     origin = Origin(format="shardckpt", companions=tuple(files))
-    return _converted(source, plan, path, dtype=dtype, origin=origin)
+    return _converted(source, plan, path, dtype=_dtype_policy(model, dtype), origin=origin)
+
+
+def _dtype_policy(model: Any, dtype: torch.dtype | None) -> DtypeOf:
+    """Return the function that chooses the dtype of weights, as from_pretrained(dtype=) does."""
+    inner = _inner(model)
+    if dtype is None:
+        return lambda conversion, own: own
+    patterns = {} if _is_adapter(model) else inner._get_dtype_plan(dtype)
+    if not patterns:
+        return lambda conversion, own: dtype if own.is_floating_point else own
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern, names, _ = build_glob_alternation(list(patterns))
+
+    def choose(conversion: Conversion, own: torch.dtype) -> torch.dtype:
+        if not own.is_floating_point:
+            return own
+        found = next(filter(None, map(pattern.search, conversion.sources)), None)
+        return patterns[names[found.lastgroup]] if found else dtype
+
+    return choose
 
 
 def _imported(model: Any, source: Source) -> Foreign:
@@ -363,10 +403,13 @@ def _converted(
     plan: Sequence[Conversion],
     path: str,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: DtypeOf = lambda conversion, own: own,
     origin: Origin | None = None,
 ) -> Foreign:
-    """Return a source that reads and converts the tensors of another one when they are needed."""
+    """Return a source that reads and converts the tensors of another one when they are needed.
+
+    `dtype` chooses the dtype of a tensor that a conversion makes, from its own.
+    """
     names, entries = _names(source), source.manifest.tensors
     latest: list[tuple[Conversion, Mapping[str, torch.Tensor]]] = []  # of the last layer, once
 
@@ -392,7 +435,7 @@ def _converted(
     tensors = {}
     for conversion in plan:
         for name, form in conversion.targets.items():
-            to = dtype if dtype is not None and form.is_floating_point() else form.dtype
+            to = dtype(conversion, form.dtype)
             tensors[name] = LazyTensor(to, tuple(form.shape), reader(conversion, name, to))
     tree = values.mapping([(name, values.reference("tensor", name)) for name in tensors], at="")
     return Foreign(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardckpt.state.flatten import Ties
 from shardckpt.state.local_chunks import Shards, local_tensor
 from shardckpt.state.match_context import Finish, Match, MatchContext
 from shardckpt.state.materialize import NOTHING
@@ -59,6 +60,8 @@ def match_module(context: MatchContext, template: nn.Module, name: str, match: M
                 isinstance(before, torch.Tensor) and storages_of(before) <= own
             ):
                 not_filled[key] = after
+        if assign:
+            _fill_tied(state, assign, every)
         with setting_state(template, at=name):
             if assign:
                 _assign(module, assign)
@@ -147,6 +150,21 @@ def _load_state_dict(module: nn.Module, state: Any) -> None:
         module.load_state_dict(state, strict=False)
     else:
         module.load_state_dict(state)
+
+
+def _fill_tied(state: dict[str, Any], assign: dict[str, Any], every: dict[str, Any]) -> None:
+    """Give the new tensor that takes the place of one on the meta device to all tied names, so that
+    no code of the module gets a tensor without values.
+    """
+    ties = Ties()
+    meta = [k for k, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    firsts = {key: ties.first(state[key], key) for key in meta}
+    new: dict[str, Any] = {}
+    for key, tensor in assign.items():
+        new.setdefault(firsts[key], tensor)
+    for key, first in firsts.items():
+        if first in new:
+            assign[key] = every[key] = new[first]
 
 
 def _assign(module: nn.Module, tensors: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -153,14 +155,31 @@ def test_tensor_parallel_shards_are_filled_and_saved(tmp_path):
     assert all(torch.equal(value, copy[name]) for name, value in own.items())
 
 
-def test_buffers_of_an_inner_model_on_the_meta_device_get_their_values(tmp_path):
-    """The outer model does not initialize the modules of the inner one."""
+def test_tied_weights_of_a_model_with_a_load_hook_are_filled_on_the_meta_device(tmp_path):
+    config = transformers.MambaConfig(**SMALL, state_size=4, tie_word_embeddings=True)
+    model = transformers.MambaForCausalLM(config)
+    model.save_pretrained(tmp_path / "hub")
+    with torch.device("meta"):
+        loaded = transformers.MambaForCausalLM(config)
+    report = load_pretrained(loaded, tmp_path / "hub")
+    assert (report.missing, report.unexpected) == ((), ())
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+
+
+def llava():
     vision = transformers.CLIPVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         image_size=16, patch_size=8,
     )  # fmt: skip
     text = transformers.LlamaConfig(**SMALL, intermediate_size=8)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    return transformers.LlavaConfig(vision_config=vision, text_config=text)
+
+
+def test_buffers_of_an_inner_model_on_the_meta_device_get_their_values(tmp_path):
+    """The outer model does not initialize the modules of the inner one."""
+    config = llava()
     model = transformers.LlavaForConditionalGeneration(config)
     save_pretrained(model, tmp_path / "model")
     with torch.device("meta"):
@@ -199,6 +218,54 @@ def test_weights_are_saved_in_the_dtype_of_the_call(tmp_path):
     assert report.cast
     with pytest.raises(LoadMismatchError, match="dtype of"):
         load_pretrained(build("mixtral"), tmp_path / "model", dtype="strict")
+
+
+def deepseek():
+    config = transformers.DeepseekV3Config(
+        **SMALL, intermediate_size=24, moe_intermediate_size=8, n_routed_experts=4, n_group=2,
+        num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=4, q_lora_rank=4,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
+    )  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=32
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("build_model", "kept"),
+    [
+        (deepseek, {torch.float16: 2, torch.bfloat16: 2}),
+        (t5, {torch.float16: 2, torch.bfloat16: 0}),
+    ],
+)
+def test_weights_that_transformers_keeps_in_float32_are_saved_in_float32(
+    tmp_path, build_model, kept, dtype
+):
+    model = build_model()
+    model.save_pretrained(tmp_path / "hub")
+    type(model).from_pretrained(tmp_path / "hub", dtype=dtype).save_pretrained(tmp_path / "cast")
+    save_pretrained(model, tmp_path / "model", dtype=dtype)
+    expected, saved = (load_file(tmp_path / n / "model.safetensors") for n in ("cast", "model"))
+    assert saved.keys() == expected.keys()
+    assert sum(value.dtype == torch.float32 for value in saved.values()) == kept[dtype]
+    for name, value in saved.items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_configurations_inside_a_configuration_have_the_dtype_of_the_call(tmp_path):
+    model = transformers.LlavaForConditionalGeneration(llava())
+    save_pretrained(model, tmp_path / "model", dtype=torch.bfloat16)
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    configs = [saved, saved["text_config"], saved["vision_config"]]
+    assert [config["dtype"] for config in configs] == ["bfloat16"] * 3
+    assert model.config.text_config.dtype is None  # that of the model does not change
 
 
 def test_two_tensors_with_one_hub_name_are_refused(tmp_path):

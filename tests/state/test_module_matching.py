@@ -105,6 +105,28 @@ def test_values_that_follow_from_weights(tmp_path, kind, where):
     assert torch.equal(other.twice, module.w * 2)
 
 
+@pytest.mark.parametrize("loaded", ["first", "second"])
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_a_name_that_no_file_has_is_filled_through_its_tie_on_the_meta_device(
+    tmp_path, kind, loaded
+):
+    def tied():
+        module = nn.ModuleDict({"first": kind(), "second": kind()})
+        module["second"].w = module["first"].w
+        return module
+
+    module = tied()
+    module["first"].w.data.copy_(torch.arange(6.0).reshape(2, 3))
+    shardckpt.save({"m": module}, tmp_path / "c")
+    with torch.device("meta"):
+        other = tied()
+    shardckpt.load({"m": other}, tmp_path / "c", keys=f"m.{loaded}")
+    assert torch.equal(other["first"].w, module["first"].w)
+    assert other["second"].w is other["first"].w
+    if kind is not Override:  # torch does not call it inside
+        assert all(torch.equal(part.twice, part.w * 2) for part in other.values())
+
+
 def test_modules_of_torch_alone_stay_fast():
     plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LSTM(2, 2))
     assert not has_custom_load(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
