@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,8 +69,9 @@ class _Saving:
     def __init__(self, *, asynchronous: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.asynchronous = asynchronous
-        self._handles: list[SaveHandle] = []
+        self._handles: dict[str, SaveHandle] = {}  # by path
         self._obsolete: list[str] = []
+        self._counting: list[Any] = []  # callbacks for which saves in the background exist
         self._foreign = False  # the checkpoint being restored is Lightning's own
 
     @property
@@ -118,48 +119,16 @@ class _Saving:
         if self.asynchronous:
             handle = api.async_save(state, path, overwrite=True)
             self._settle()
-            self._handles.append(handle)
+            self._handles[path] = handle
         else:
             api.save(state, path, overwrite=True)
 
     def _state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Return the state to save: what Lightning dumped, with tensors and other values apart."""
-        others = {key: value for key, value in checkpoint.items() if key not in _TENSORS}
         weights = self._weights_to_save(checkpoint["state_dict"])
-        optimizers = checkpoint.get("optimizer_states", [])
-        if not isinstance(weights, torch.nn.Module):
-            optimizers = self._named(optimizers)
-        return {
-            "state_dict": weights,
-            "optimizer_states": optimizers,
-            "lightning": FromRank0(others),
-            "random": PerRank(random_state()),
-        }
+        return _state_to_save(checkpoint, weights, self.lightning_module)
 
     def _weights_to_save(self, weights: dict[str, Any]) -> Any:
-        """Return the module, which names the optimizer's parameters, unless a hook has changed its
-        state dict."""
-        model = _wrapped(self.model, self.lightning_module)
-        if self._is_own(weights):
-            return model
-        return ModuleState(weights, set(), ddp_rank0_buffers(model) & weights.keys())
-
-    def _is_own(self, weights: Mapping[str, Any]) -> bool:
-        """Whether these are the tensors of the module."""
-        own = module_state(self.lightning_module)
-        return weights.keys() == own.keys() and all(
-            _same_memory(weights[name], own[name]) for name in own
-        )
-
-    def _named(self, optimizers: list[Any]) -> list[Any]:
-        """Return states of optimizers with the names that their parameters have in the module."""
-        names = ParameterNames([("state_dict", self.lightning_module)])
-        return [
-            OptimizerState(optimizer_state(each, names, at=f"optimizer_states.{index}"))
-            if isinstance(each, torch.optim.Optimizer)
-            else each
-            for index, each in enumerate(optimizers)
-        ]
+        return _weights_to_save(weights, self.model, self.lightning_module)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """See Strategy. Collective. Checkpoints of Lightning itself are loaded by Lightning."""
@@ -176,7 +145,10 @@ class _Saving:
     def _load(self, path: str, *, fitting: bool) -> dict[str, Any]:
         with api.open_checkpoint(path) as opened:
             others = dict(opened.load_state(keys=["lightning"])["lightning"])
-            has_optimizers = any(name.startswith("optimizer_states") for name in opened)
+            # Without lr_schedulers only weights were saved: Lightning raises an error that says so.
+            has_optimizers = "lr_schedulers" in others and any(
+                name.startswith("optimizer_states") for name in opened
+            )
         state = self._template(optimizers=fitting and has_optimizers)
         if fitting:
             state["random"] = PerRank(random_state())
@@ -200,7 +172,7 @@ class _Saving:
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """See Strategy. load_checkpoint has filled the model. A hook may have put other weights
         into the checkpoint."""
-        if self._foreign or not self._is_own(checkpoint["state_dict"]):
+        if self._foreign or not _is_own(checkpoint["state_dict"], self.lightning_module):
             super().load_model_state_dict(checkpoint, strict=strict)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -216,8 +188,8 @@ class _Saving:
 
     def _settle(self) -> None:
         """Wait for the saves in the background, and remove the checkpoints that are obsolete."""
-        handles, self._handles = self._handles, []
-        for handle in handles:
+        handles, self._handles = self._handles, {}
+        for handle in handles.values():
             handle.result()
         obsolete, self._obsolete = self._obsolete, []
         for path in obsolete:
@@ -227,12 +199,76 @@ class _Saving:
                 place = resolve(path)
                 place.storage.remove(place.path)
 
+    def setup(self, trainer: Any) -> None:
+        """See Strategy. ModelCheckpoint will not choose the path of a save in the background."""
+        super().setup(trainer)  # type: ignore[misc]
+        callbacks = trainer.checkpoint_callbacks if self.asynchronous else ()
+        for callback in callbacks:
+            if hasattr(callback, "file_exists") and callback not in self._counting:
+                callback.file_exists = self._counted(callback.file_exists)
+                self._counting.append(callback)
+
+    def _counted(self, exists: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+        """Return ModelCheckpoint's `file_exists` as if each save and removal were complete."""
+
+        def file_exists(filepath: Any, trainer: Any) -> bool:
+            path = os.fspath(filepath)
+            if path in self._obsolete:
+                return False
+            return path in self._handles or exists(filepath, trainer)
+
+        return file_exists
+
     def teardown(self) -> None:
         """See Strategy. Waits for the saves in the background."""
         try:
             self._settle()
         finally:
+            while self._counting:
+                del self._counting.pop().file_exists
             super().teardown()  # type: ignore[misc]
+
+
+def _state_to_save(checkpoint: dict[str, Any], weights: Any, module: Any) -> dict[str, Any]:
+    """Return the state to save: what Lightning dumped, with tensors and other values apart."""
+    others = {key: value for key, value in checkpoint.items() if key not in _TENSORS}
+    optimizers = checkpoint.get("optimizer_states", [])
+    if not isinstance(weights, torch.nn.Module):
+        optimizers = _named(optimizers, module)
+    return {
+        "state_dict": weights,
+        "optimizer_states": optimizers,
+        "lightning": FromRank0(others),
+        "random": PerRank(random_state()),
+    }
+
+
+def _weights_to_save(weights: dict[str, Any], model: Any, module: Any) -> Any:
+    """Return the module, which names the optimizer's parameters, unless a hook has changed its
+    state dict."""
+    wrapped = _wrapped(model, module)
+    if _is_own(weights, module):
+        return wrapped
+    return ModuleState(weights, set(), ddp_rank0_buffers(wrapped) & weights.keys())
+
+
+def _is_own(weights: Mapping[str, Any], module: Any) -> bool:
+    """Whether these are the tensors of the module."""
+    own = module_state(module)
+    return weights.keys() == own.keys() and all(
+        _same_memory(weights[name], own[name]) for name in own
+    )
+
+
+def _named(optimizers: list[Any], module: Any) -> list[Any]:
+    """Return states of optimizers with the names that their parameters have in the module."""
+    names = ParameterNames([("state_dict", module)])
+    return [
+        OptimizerState(optimizer_state(each, names, at=f"optimizer_states.{index}"))
+        if isinstance(each, torch.optim.Optimizer)
+        else each
+        for index, each in enumerate(optimizers)
+    ]
 
 
 def _wrapped(model: Any, module: Any) -> Any:
@@ -334,8 +370,9 @@ class ShardckptCallback(_pl.Callback):
     """Saves a training, and resumes it when `fit` begins, under any strategy but FSDP1.
 
     Use it if the strategy of the training can't be replaced. It does not need ModelCheckpoint.
-    The collective calls are made at the end of batches and of epochs. The states of callbacks are
-    saved. Hooks named `on_save_checkpoint` and `on_load_checkpoint` are not called.
+    The collective calls are made at the end of batches and of epochs. The states of callbacks and
+    of the data module are saved. Hooks named `on_save_checkpoint` and `on_load_checkpoint` are
+    called, as the strategies do.
 
     Args:
         folder: The folder of the checkpoints.
@@ -367,43 +404,35 @@ class ShardckptCallback(_pl.Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the folder, and restore the newest checkpoint in it."""
         self._manager = CheckpointManager(self.folder, **self._options)
-        if not self.resume:
-            return
-        state = self._state(trainer, pl_module)
-        restored = self._manager.restore_latest(state)
+        if self.resume:
+            self._restore(self._manager, trainer, pl_module)
+
+    def _restore(self, manager: CheckpointManager, trainer: Any, pl_module: Any) -> None:
+        state = {
+            "state_dict": pl_module,
+            "optimizer_states": _optimizers(trainer),
+            "lightning": FromRank0({}),
+            "random": PerRank(random_state()),
+        }
+        restored = manager.restore_latest(state, strict=pl_module.strict_loading)
         if restored is None:
             return
         self._saved_step = restored.step
-        random = state["random"]
-        set_random_state(random.value if isinstance(random, PerRank) else random)
-        others = state["lightning"]
-        others = others.value if isinstance(others, FromRank0) else others
-        trainer.fit_loop.load_state_dict(others["fit_loop"])
-        for config, values in zip(trainer.lr_scheduler_configs, others["schedulers"], strict=True):
-            config.scheduler.load_state_dict(values)
-        if others["precision"]:
-            trainer.precision_plugin.load_state_dict(others["precision"])
-        for callback in trainer.callbacks:
-            if callback is not self and callback.state_key in others["callbacks"]:
-                callback.load_state_dict(others["callbacks"][callback.state_key])
+        others, random = (
+            each.value if isinstance(each, (FromRank0, PerRank)) else each
+            for each in (state["lightning"], state["random"])
+        )
+        _restore_others(_as_dumped(others), trainer, pl_module, self._others(trainer))
+        set_random_state(random)
+
+    def _others(self, trainer: Any) -> list[Any]:
+        """Return the other callbacks."""
+        return [callback for callback in trainer.callbacks if callback is not self]
 
     def _state(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        others = {
-            "fit_loop": trainer.fit_loop.state_dict(),
-            "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
-            "precision": trainer.precision_plugin.state_dict(),
-            "callbacks": {
-                callback.state_key: callback.state_dict()
-                for callback in trainer.callbacks
-                if callback is not self and callback.state_dict()
-            },
-        }
-        return {
-            "state_dict": _wrapped(trainer.strategy.model, pl_module),
-            "optimizer_states": [getattr(o, "_optimizer", o) for o in trainer.optimizers],
-            "lightning": FromRank0(others),
-            "random": PerRank(random_state()),
-        }
+        checkpoint = _dumped(trainer, pl_module, self._others(trainer))
+        weights = _weights_to_save(checkpoint["state_dict"], trainer.strategy.model, pl_module)
+        return _state_to_save(checkpoint, weights, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Save after a number of steps."""
@@ -428,3 +457,71 @@ class ShardckptCallback(_pl.Callback):
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+
+def _optimizers(trainer: Any) -> list[Any]:
+    return [getattr(optimizer, "_optimizer", optimizer) for optimizer in trainer.optimizers]
+
+
+def _dumped(trainer: Any, module: Any, callbacks: list[Any]) -> dict[str, Any]:
+    """Return a checkpoint as Lightning dumps it, but with the module's own tensors and optimizers:
+    some strategies of Lightning would gather them."""
+    precision, data = trainer.precision_plugin, trainer.datamodule
+    parts = [(precision, precision.state_dict()), (data, data.state_dict() if data else {})]
+    checkpoint = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": _pl.__version__,
+        "state_dict": module_state(module),
+        "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+        "callbacks": {
+            each.state_key: values for each in callbacks if (values := each.state_dict())
+        },
+        "optimizer_states": _optimizers(trainer),
+        "lr_schedulers": [each.scheduler.state_dict() for each in trainer.lr_scheduler_configs],
+        **{type(part).__qualname__: values for part, values in parts if values},
+    }
+    precision.on_save_checkpoint(checkpoint)
+    for callback in callbacks:
+        callback.on_save_checkpoint(trainer, module, checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _as_dumped(others: dict[str, Any]) -> dict[str, Any]:
+    """Return the values in the layout of Lightning. Callbacks of earlier versions had another."""
+    if "loops" in others:
+        return others
+    return {
+        "loops": {"fit_loop": others["fit_loop"]},
+        "lr_schedulers": others["schedulers"],
+        "callbacks": others["callbacks"],
+        "precision": others["precision"],
+    }
+
+
+def _restore_others(
+    others: dict[str, Any], trainer: Any, module: Any, callbacks: list[Any]
+) -> None:
+    """Restore what Lightning restores besides tensors and optimizers, in its order."""
+    checkpoint = {**others, "state_dict": module_state(module), "optimizer_states": []}
+    module.on_load_checkpoint(checkpoint)
+    if not _is_own(checkpoint["state_dict"], module):
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    data, precision = trainer.datamodule, trainer.precision_plugin
+    if data is not None and type(data).__qualname__ in checkpoint:
+        data.load_state_dict(checkpoint[type(data).__qualname__])
+    for callback in callbacks:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+    for callback in callbacks:
+        if callback.state_key in checkpoint["callbacks"]:
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+    precision.on_load_checkpoint(checkpoint)
+    values = checkpoint.get(type(precision).__qualname__, checkpoint.get("precision"))
+    if values:
+        precision.load_state_dict(values)
+    trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
+    for config, values in zip(
+        trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True
+    ):
+        config.scheduler.load_state_dict(values)

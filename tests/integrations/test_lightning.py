@@ -108,13 +108,15 @@ class Net(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
-def fitted(epochs, checkpoint=None):
+def fitted(epochs, checkpoint=None, *, net=None, callbacks=(), **options):
     """A Trainer of one CPU rank after a number of epochs, and its module."""
-    net = Net()
+    net = net or Net()
+    models = any(isinstance(each, pl.callbacks.ModelCheckpoint) for each in callbacks)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False,
+        enable_checkpointing=models, enable_model_summary=False, callbacks=list(callbacks),
         plugins=[LightningEnvironment()],  # without it, Lightning starts MPI in this process
+        **options,
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(net.data, batch_size=4)
     trainer.fit(net, loader, ckpt_path=checkpoint)
@@ -300,3 +302,138 @@ def test_the_callback_does_not_save_before_the_first_step_of_accumulated_gradien
     )  # fmt: skip
     trainer.fit(net, torch.utils.data.DataLoader(net.data, batch_size=4))
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+
+
+def test_the_callback_calls_hooks_that_change_the_weights(tmp_path):
+    fitted(1, net=Part(), callbacks=[ShardckptCallback(tmp_path)])
+    assert "state_dict.frozen.bias" not in shardckpt.metadata(tmp_path / "step-4").tensors
+    _, net = fitted(1, net=Part(), callbacks=[ShardckptCallback(tmp_path)])
+    assert net.frozen.bias.tolist() == [2.0] * 4
+
+
+class Data(pl.LightningDataModule):
+    """Counts the epochs that were begun."""
+
+    def __init__(self):
+        super().__init__()
+        self.epochs = 0
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.arange(64.0).view(16, 4) / 64, batch_size=4)
+
+    def state_dict(self):
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state):
+        self.epochs = state["epochs"]
+
+
+class Counting(pl.Callback):
+    """Keeps its state by hooks."""
+
+    batches = 0
+
+    def on_train_batch_end(self, trainer, *batch):
+        self.batches += 1
+        trainer.datamodule.epochs = trainer.current_epoch
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint["batches"] = self.batches
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        self.batches = checkpoint["batches"]
+
+
+def with_averages(epochs, path):
+    """The module, the averages and the best score after a number of epochs with the callback."""
+    average = pl.callbacks.EMAWeightAveraging(decay=0.5)
+    counting, data = Counting(), Data()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, plugins=[LightningEnvironment()],
+        callbacks=[average, ShardckptCallback(path), counting],
+    )  # fmt: skip
+    net = Net()
+    trainer.fit(net, data)
+    return [*net.state_dict().values(), torch.tensor([counting.batches, data.epochs])]
+
+
+def test_a_run_resumed_by_the_callback_continues_averages_and_the_states_of_hooks(tmp_path):
+    expected = with_averages(3, tmp_path / "a")
+    with_averages(1, tmp_path / "b")
+    assert all(map(torch.equal, with_averages(3, tmp_path / "b"), expected))
+
+
+class Logged(Net):
+    """Logs its loss."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        self.log("loss", loss)
+        return loss
+
+
+def saved_under_one_name(path):
+    """Save each step in the background under the name that ModelCheckpoint takes as free."""
+    models = pl.callbacks.ModelCheckpoint(
+        path, filename="fixed", save_top_k=-1, every_n_train_steps=1, monitor="loss"
+    )
+    fitted(2, net=Logged(), strategy=ShardckptStrategy(asynchronous=True), callbacks=[models])
+    assert "file_exists" not in vars(models)
+
+
+def test_a_path_whose_save_runs_in_the_background_is_not_free(tmp_path):
+    run_ranks(1, alone, saved_under_one_name, tmp_path)
+    steps = {path.name: shardckpt.load_state(path)["lightning"]["global_step"]
+             for path in tmp_path.iterdir()}  # fmt: skip
+    names = ["fixed.ckpt", *(f"fixed-v{number}.ckpt" for number in range(1, 8))]
+    assert steps == dict(zip(names, range(1, 9), strict=True))
+
+
+def test_a_path_that_is_removed_after_a_save_in_the_background_is_free(tmp_path, monkeypatch):
+    strategy = ShardckptStrategy(asynchronous=True)
+    monkeypatch.setattr(strategy, "broadcast", lambda value: value)
+    monkeypatch.setattr(strategy, "_state", lambda checkpoint: checkpoint)
+    exists = strategy._counted(lambda path, trainer: path.exists())
+    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for path in paths[:2]:
+        strategy.save_checkpoint({"step": 1}, path)
+    strategy.remove_checkpoint(paths[0])
+    assert paths[0].exists()
+    assert [exists(path, None) for path in paths] == [False, True, False]
+    strategy._settle()
+    assert not paths[0].exists()
+
+
+def resumed_from_weights(path):
+    models = pl.callbacks.ModelCheckpoint(path, filename="a", save_weights_only=True)
+    fitted(1, strategy=ShardckptStrategy(), callbacks=[models])
+    with pytest.raises(KeyError, match="contains only the model"):
+        fitted(2, path / "a.ckpt", strategy=ShardckptStrategy())
+
+
+def test_a_training_resumed_from_weights_alone_raises_the_error_of_lightning(tmp_path):
+    run_ranks(1, alone, resumed_from_weights, tmp_path)
+
+
+def test_the_callback_resumes_a_checkpoint_in_its_earlier_layout(tmp_path):
+    callback = ShardckptCallback(tmp_path)
+    dumped = callback._state
+
+    def state(trainer, pl_module):
+        saved = dumped(trainer, pl_module)
+        others = saved["lightning"].value
+        earlier = {
+            "fit_loop": others["loops"]["fit_loop"],
+            "schedulers": others["lr_schedulers"],
+            "precision": {},
+            "callbacks": others["callbacks"],
+        }
+        return {**saved, "lightning": shardckpt.FromRank0(earlier)}
+
+    callback._state = state
+    fitted(1, callbacks=[callback])
+    trainer, net = fitted(2, callbacks=[ShardckptCallback(tmp_path)])
+    _, expected = fitted(2)
+    assert trainer.global_step == 8
+    assert all(map(torch.equal, net.state_dict().values(), expected.state_dict().values()))
