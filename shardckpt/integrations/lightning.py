@@ -95,7 +95,7 @@ class _Saving:
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """See Strategy. Collective. An existing checkpoint at the path is replaced."""
+        """See Strategy. Collective. An existing checkpoint or link at the path is replaced."""
         plugin = getattr(self, "_checkpoint_io", None)
         if plugin is not None and type(plugin).__name__ != "TorchCheckpointIO":
             raise StateError(
@@ -113,6 +113,8 @@ class _Saving:
                 actual=repr(storage_options),
                 remedy="pass a URL as the path, and set the options of its storage",
             )
+        if os.path.islink(filepath):
+            self._unlink(filepath)
         path = os.fspath(self.broadcast(filepath))  # type: ignore[attr-defined]
         self._obsolete = [each for each in self._obsolete if each != path]
         state = self._state(checkpoint)
@@ -193,11 +195,18 @@ class _Saving:
             handle.result()
         obsolete, self._obsolete = self._obsolete, []
         for path in obsolete:
-            if _is_foreign(path):
+            if os.path.islink(path):
+                self._unlink(path)
+            elif _is_foreign(path):
                 super().remove_checkpoint(path)  # type: ignore[misc]
             elif self.is_global_zero:
                 place = resolve(path)
                 place.storage.remove(place.path)
+
+    def _unlink(self, path: Any) -> None:
+        """Remove a link that ModelCheckpoint made. Its target is another checkpoint, and stays."""
+        if self.is_global_zero:
+            os.unlink(path)
 
     def setup(self, trainer: Any) -> None:
         """See Strategy. ModelCheckpoint will not choose the path of a save in the background."""

@@ -437,3 +437,22 @@ def test_the_callback_resumes_a_checkpoint_in_its_earlier_layout(tmp_path):
     _, expected = fitted(2)
     assert trainer.global_step == 8
     assert all(map(torch.equal, net.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.parametrize("change", ["save", "remove"])
+def test_the_checkpoint_behind_a_link_stays_when_the_link_is_replaced_or_removed(
+    tmp_path, monkeypatch, change
+):
+    strategy = ShardckptStrategy()
+    monkeypatch.setattr(strategy, "broadcast", lambda value: value)
+    monkeypatch.setattr(strategy, "_state", lambda checkpoint: checkpoint)
+    strategy.save_checkpoint({"step": 1}, tmp_path / "step-1")
+    last = tmp_path / "last"
+    last.symlink_to("step-1")  # as ModelCheckpoint(save_last="link") does
+    if change == "save":
+        strategy.save_checkpoint({"step": 2}, last)
+        assert shardckpt.load_state(last) == {"step": 2}
+    else:
+        strategy.remove_checkpoint(last)
+    assert not last.is_symlink()
+    assert shardckpt.load_state(tmp_path / "step-1") == {"step": 1}
