@@ -43,6 +43,7 @@ from shardckpt.state.module_state import named_state
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import resolve
+from shardckpt.torch_compat import is_dtensor
 
 __all__ = ["load_pretrained", "save_pretrained", "weights_of", "working_folder"]
 
@@ -153,7 +154,7 @@ def load_pretrained(
                 return load_source(
                     _adapter_to_fill(model), path, opened, ranks, strict=strict, cast=cast
                 )
-            _fill_buffers(_inner(model))
+            _fill_unsaved(_inner(model))
             return load_source(
                 model,
                 path,
@@ -456,22 +457,34 @@ def _excuse(model: Any, mismatches: Mismatches) -> None:
     mismatches.unexpected[:] = [n for n in mismatches.unexpected if n in keys.unexpected_keys]
 
 
-def _fill_buffers(model: Any) -> None:
-    """Give memory and values to buffers on the meta device that no file has, such as frequencies of
-    rotary embeddings."""
+def _fill_unsaved(model: Any) -> None:
+    """Give memory and values to tensors on the meta device that files lack: buffers such as the
+    frequencies of rotary embeddings, and weights that transformers does not save, such as fixed
+    positions."""
     devices = (getattr(p, "device_mesh", p.device) for p in model.parameters())
     device = next((getattr(d, "device_type", d) for d in devices if str(d) != "meta"), "cpu")
+    unsaved = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_names = {*tied, *tied.values()}
+
+    def is_unsaved(name: str, tensor: torch.Tensor) -> bool:
+        return not (is_dtensor(tensor) or name in tied_names or unsaved.search(name) is None)
+
     initializers = {"": model}  # the innermost model around each module initializes it
     for name, module in model.named_modules():
         outer = initializers[name.rpartition(".")[0]] if name else model
         initializer = initializers[name] = module if hasattr(module, "_init_weights") else outer
-        persistent = module.state_dict()
+        persistent, prefix = module.state_dict(), f"{name}." if name else ""
         lacking = {
-            key: buffer
-            for key, buffer in module.named_buffers(recurse=False)
-            if buffer.is_meta and key not in persistent
+            key: tensor
+            for key, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and tensor.is_meta
+            if key not in persistent or is_unsaved(prefix + key, tensor)
         }
-        for key, buffer in lacking.items():
-            setattr(module, key, torch.empty_like(buffer, device=device))
+        for key, tensor in lacking.items():
+            filled = torch.empty_like(tensor, device=device)
+            if isinstance(tensor, torch.nn.Parameter):
+                filled = torch.nn.Parameter(filled, requires_grad=tensor.requires_grad)
+            setattr(module, key, filled)
         if lacking:
             initializer._init_weights(module)

@@ -189,6 +189,24 @@ def test_buffers_of_an_inner_model_on_the_meta_device_get_their_values(tmp_path)
     assert all(torch.equal(buffers[name], value) for name, value in model.named_buffers())
 
 
+def test_weights_that_transformers_does_not_save_get_their_values_on_the_meta_device(tmp_path):
+    config = transformers.MarianConfig(
+        vocab_size=30, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+        decoder_ffn_dim=8, encoder_attention_heads=1, decoder_attention_heads=1,
+        max_position_embeddings=16, pad_token_id=29,
+    )  # fmt: skip
+    model = transformers.MarianMTModel(config)
+    model.final_logits_bias += 1
+    model.save_pretrained(tmp_path / "model")
+    with torch.device("meta"):
+        loaded = transformers.MarianMTModel(config)
+    assert load_pretrained(loaded, tmp_path / "model").missing == ()
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("size", [2_000, "2KB", "0.002MB"])
 def test_the_size_of_files_is_a_limit(tmp_path, size):
     model = build("llama")
