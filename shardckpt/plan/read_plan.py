@@ -31,6 +31,7 @@ WINDOW_BYTES = 4 << 20
 bytes go to an address."""
 
 _MANY_CHUNKS = 16
+"""A tensor with more chunks is searched for those near a box."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +136,8 @@ def _reads_of(dims: int, pairs: list[tuple[TensorEntry, LocalChunk]]) -> Reads:
 def _near(
     pairs: list[tuple[TensorEntry, LocalChunk]], held_chunks: list[Ints], dims: int
 ) -> list[Ints]:
-    """Leave out chunks that lie before or behind a box in one dimension.
-
-    Otherwise m boxes of a tensor with n chunks would take n * m rows. All others are few.
+    """Leave out chunks that end before a box, or begin after it, in the dimension that most divides
+    the tensor. Otherwise m boxes of a tensor with n chunks would take n * m rows.
     """
     boxes_of: dict[int, list[int]] = {}
     for number, rows in enumerate(held_chunks):

@@ -25,6 +25,7 @@ from shardckpt.storage.memory import MemoryStorage
 from shardckpt.storage.object_store import TOMBSTONE
 from shardckpt.storage.resolve import resolve
 from shardckpt.testing import StorageTests
+from tests.storage.stores import keys
 
 STATE = {"w": torch.arange(300_000.0), "frozen": torch.ones(7), "step": 3}
 
@@ -47,12 +48,6 @@ class TestMemoryStorage(StorageTests):
 def loads(path) -> bool:
     state = shardckpt.load_state(path)
     return torch.equal(state["w"], STATE["w"]) and state["step"] == 3
-
-
-def keys(path: str) -> list[str]:
-    storage, path = resolve(path)
-    objects, prefix = storage.at(path)
-    return sorted(found.key.removeprefix(prefix) for found in objects.list(prefix))
 
 
 def test_a_checkpoint_is_not_saved_inside_another_one_or_around_it(url):

@@ -29,6 +29,7 @@ from shardckpt.storage import object_clients
 from shardckpt.storage.resolve import resolve
 from shardckpt.testing import StorageTests
 from tests.ranks import run_ranks
+from tests.storage.stores import keys
 
 STATE = {"w": torch.arange(5_000_000.0), "frozen": torch.ones(7), "step": 3}  # three parts
 
@@ -46,12 +47,6 @@ class TestObjectStorage(StorageTests):
 def loads(path) -> bool:
     state = shardckpt.load_state(path)
     return torch.equal(state["w"], STATE["w"]) and state["step"] == 3
-
-
-def keys(path: str) -> list[str]:
-    storage, path = resolve(path)
-    objects, prefix = storage.at(path)
-    return sorted(found.key.removeprefix(prefix) for found in objects.list(prefix))
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-
 import pytest
 import torch
 
@@ -17,18 +15,6 @@ from shardckpt.storage.tiered_files import TieredFiles, was_saved_in_parts
 
 STATE = {"w": torch.arange(2_000_000.0), "frozen": torch.ones(70), "step": 3}  # eight blocks
 DEADLINE_S = 60
-
-
-@pytest.fixture
-def url():
-    return f"memory://tests/{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def tiers(tmp_path, url):
-    made = TieredStorage(tmp_path / "fast", url)
-    yield made
-    made.wait(DEADLINE_S)
 
 
 def is_saved(state) -> bool:

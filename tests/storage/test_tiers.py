@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from pathlib import Path
 from unittest import mock
 
@@ -33,18 +32,6 @@ from tests.ranks import run_ranks
 
 STATE = {"w": torch.arange(2_000_000.0), "frozen": torch.ones(70), "step": 3}  # eight blocks
 DEADLINE_S = 60
-
-
-@pytest.fixture
-def url():
-    return f"memory://tests/{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def tiers(tmp_path, url):
-    made = TieredStorage(tmp_path / "fast", url)
-    yield made
-    made.wait(DEADLINE_S)
 
 
 class TestTieredStorage(StorageTests):
