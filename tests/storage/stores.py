@@ -1,4 +1,4 @@
-"""What tests of object stores share."""
+"""Helpers of the tests of object stores."""
 
 from shardckpt.storage.resolve import resolve
 
