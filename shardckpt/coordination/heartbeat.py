@@ -87,20 +87,33 @@ class HeartbeatCoordinator(ABC):
         if self.rank and (lost := self._given_up()):
             self._fail(lost, phase, "rank 0 has given them up")
         now, options = time.monotonic(), current()
-        silent, stalled = [], []
+        silent_s: dict[int, float] = {}
+        stalled_s: dict[int, float] = {}
         for rank, (beat, progress) in zip(ranks, self._signs(ranks), strict=True):
             last, alive_at, amount, moved_at = self._seen.get(rank, (0, begun, 0, begun))
             alive_at = max(begun, alive_at) if beat == last else now
             moved_at = max(begun, moved_at) if progress == amount else now
             self._seen[rank] = beat, alive_at, progress, moved_at
-            silent += [rank] if now - alive_at > options.deadline_s else []
-            stalled += [rank] if now - moved_at > options.stall_deadline_s else []
-        if silent:
-            what = f"no sign of life for {options.deadline_s:g} s: dead, stopped or cut off"
+            silent_s[rank], stalled_s[rank] = now - alive_at, now - moved_at
+        if silent := _overdue(silent_s, options.deadline_s):
+            what = f"no sign of life for about {options.deadline_s:g} s: dead, stopped or cut off"
             self._fail(silent, phase, what)
-        if stalled:
-            self._fail(stalled, phase, f"alive, but no progress for {options.stall_deadline_s:g} s")
+        if stalled := _overdue(stalled_s, options.stall_deadline_s):
+            what = f"alive, but no progress for about {options.stall_deadline_s:g} s"
+            self._fail(stalled, phase, what)
 
     def _fail(self, ranks: list[int], phase: str, what: str) -> NoReturn:
         self._give_up(ranks)
         raise rank_failed(ranks, phase, what)
+
+
+def _overdue(waited_s: dict[int, float], deadline_s: float) -> list[int]:
+    """Return the ranks that have failed, once a rank has passed the deadline.
+
+    The last signs of ranks that fail at one moment, as on a host that dies, are up to an interval
+    apart, and are seen up to an interval later.
+    """
+    if max(waited_s.values(), default=0.0) <= deadline_s:
+        return []
+    least_s = deadline_s - 2 * beat_interval_s()
+    return [rank for rank, waited in waited_s.items() if waited > least_s]

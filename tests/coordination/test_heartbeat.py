@@ -54,7 +54,7 @@ def test_ranks_that_live_and_progress_are_waited_for(clock):
 
 def test_a_rank_without_heartbeats_has_failed(clock):
     coordinator = Scripted(0, lambda rank, now: (7 if rank == 2 else int(now), int(now)))
-    with pytest.raises(RankFailedError, match="no sign of life for 10 s") as caught:
+    with pytest.raises(RankFailedError, match="no sign of life for about 10 s") as caught:
         wait(coordinator, clock)
     assert caught.value.rank == (2,)
     assert caught.value.facts["phase"] == "write"
@@ -64,10 +64,35 @@ def test_a_rank_without_heartbeats_has_failed(clock):
 
 def test_a_rank_with_heartbeats_but_without_progress_has_stalled(clock):
     coordinator = Scripted(0, lambda rank, now: (int(now), 7 if rank == 1 else int(now)))
-    with pytest.raises(RankFailedError, match="no progress for 50 s") as caught:
+    with pytest.raises(RankFailedError, match="no progress for about 50 s") as caught:
         wait(coordinator, clock)
     assert caught.value.rank == (1,)
     assert 1050 <= clock[0] <= 1054
+
+
+@pytest.mark.parametrize("later_s", [1, 2])
+def test_ranks_that_fail_together_are_named_together(clock, later_s):
+    """As after the death of a host. The last sign of rank 2 is seen later than that of rank 1."""
+    end = {1: 1300, 2: 1300 + later_s}
+    coordinator = Scripted(0, lambda rank, now: (int(min(now, end[rank])), int(now)))
+    with pytest.raises(RankFailedError) as caught:
+        wait(coordinator, clock)
+    assert caught.value.rank == (1, 2)
+
+
+def test_ranks_that_stall_together_are_named_together(clock):
+    end = {1: 1300, 2: 1302}
+    coordinator = Scripted(0, lambda rank, now: (int(now), int(min(now, end[rank]))))
+    with pytest.raises(RankFailedError) as caught:
+        wait(coordinator, clock)
+    assert caught.value.rank == (1, 2)
+
+
+def test_a_rank_that_is_only_late_is_not_named_with_one_that_failed(clock):
+    coordinator = Scripted(0, lambda rank, now: (7 if rank == 1 else int(now) // 5, int(now)))
+    with pytest.raises(RankFailedError) as caught:
+        wait(coordinator, clock)
+    assert caught.value.rank == (1,)
 
 
 def test_a_wait_does_not_count_the_silence_before_it(clock):
