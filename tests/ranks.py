@@ -111,13 +111,12 @@ def _main(
         join_group(rank, world_size, port, name="world")
         value = function(*arguments)
         results.put((rank, True, value))
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
     results.close()
     results.join_thread()
-    os._exit(0)  # groups that lost a rank may hang in their destructors
+    # Groups that lost a rank may hang in their destructors, and any group before PyTorch 2.8.
+    os._exit(0)
 
 
 def join_group(rank: int, world_size: int, port: int, *, name: str) -> None:

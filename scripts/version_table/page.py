@@ -22,6 +22,8 @@ versions. Some differences concern users:
   checkpoint with such a tensor raises a `CheckpointError` there, which names the dtype.
 - In PyTorch 2.6, FSDP2 can't gather parameters on CPU ranks: `'Stream' object has no attribute
   'record_event'`. FSDP2 needs GPUs there. Its state is saved and loaded on both.
+- Before PyTorch 2.8, `destroy_process_group()` directly after a collective on CPU ranks can hang.
+  Wait for a tenth of a second first. The groups that shardckpt destroys itself do not hang.
 - Python 3.12.0 and 3.12.1 start no threads at the end of a program. An asynchronous save that still
   runs then fails, and its error is logged: call `result()`.
 - In PyTorch 2.8, the state of SWALR contains a function, which a checkpoint refuses.

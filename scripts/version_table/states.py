@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardckpt
+from shardckpt.coordination.shutdown import destroy_groups
 from shardckpt.errors import CheckpointError
 from shardckpt.format.dtypes import DTYPES
 
@@ -132,7 +133,7 @@ def main():
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     {"write": write, "read": read}[arguments.action](arguments.folder)
-    dist.destroy_process_group()
+    destroy_groups()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,15 @@ def test_the_default_group_is_destroyed():
     assert not dist.is_initialized()
 
 
+def test_the_threads_of_gloo_get_the_lock_before_the_group_is_destroyed(monkeypatch):
+    done = []
+    monkeypatch.setattr(shutdown.time, "sleep", lambda _: done.append("sleep"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroy"))
+    shutdown.destroy_groups()
+    assert done == ["sleep", "destroy"]
+
+
 def test_without_a_group_nothing_is_destroyed(monkeypatch):
     monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("destroyed"))
     shutdown.destroy_groups()
