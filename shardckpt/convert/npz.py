@@ -11,6 +11,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,7 +65,10 @@ def _opened(path: str, *, check: bool) -> Foreign:
     left_out: dict[str, str] = {}
     state: dict[str, torch.Tensor] = {}
     reads = {}
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+    files = ExitStack()
+    try:
+        archive = files.enter_context(zipfile.ZipFile(files.enter_context(open_regular(path))))
+        arrays = _Arrays(path, archive)
         total = sum(info.file_size for info in archive.infolist())
         if total > (limit := _SPREAD * size + _SPREAD_BYTES):
             raise _invalid(path, f"{total} bytes of arrays, and {limit} at most")
@@ -81,13 +85,18 @@ def _opened(path: str, *, check: bool) -> Foreign:
                 left_out[name] = f"an array of {array.dtype}"
                 continue
             state[name] = torch.empty((), dtype=dtype, device="cpu").expand(array.shape)
-            reads[id(state[name])] = partial(_read_box, path, array)
+            reads[id(state[name])] = partial(arrays.read_box, array)
         if left_out and set(left_out) == {info.filename for info in archive.infolist()}:
             raise _invalid(path, "an archive without arrays")
         if check and (bad := archive.testzip()) is not None:
             raise _invalid(path, f"{bad} does not match its checksum")
-    origin = Origin(format="a file of numpy", left_out=left_out)
-    return foreign(path, "npz", state, reads=reads, identity=size, origin=origin)
+        origin = Origin(format="a file of numpy", left_out=left_out)
+        return foreign(
+            path, "npz", state, reads=reads, identity=size, origin=origin, close=files.close
+        )
+    except BaseException:
+        files.close()
+        raise
 
 
 def _described(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Array:
@@ -114,20 +123,32 @@ def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
         return None
 
 
-def _read_box(
-    path: str, array: _Array, offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> torch.Tensor:
-    """Read an array, and return a box of it."""
-    try:
-        with translated(path), open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            data = archive.read(array.member)
-        full = np.frombuffer(data, array.dtype, offset=array.begin).reshape(
-            array.shape, order=array.order
-        )
-    except _INVALID as error:
-        raise _invalid(path, f"{array.member}: {error}") from error
-    box = full[box_slices((0,) * len(sizes), offsets, sizes)]
-    return torch.from_numpy(np.array(box, dtype=array.dtype.newbyteorder("="), order="C"))
+class _Arrays:
+    """Reads arrays of an open archive. Keeps the last one: its boxes are read one after another."""
+
+    def __init__(self, path: str, archive: zipfile.ZipFile) -> None:
+        self.path, self.archive = path, archive
+        self._last: tuple[str, np.ndarray[Any, Any]] | None = None
+
+    def read_box(
+        self, array: _Array, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Read a box of an array."""
+        last = self._last
+        if last is None or last[0] != array.member:
+            self._last = None  # so that only one array is in memory
+            self._last = last = array.member, self._read(array)
+        box = last[1][box_slices((0,) * len(sizes), offsets, sizes)]
+        return torch.from_numpy(np.array(box, dtype=array.dtype.newbyteorder("="), order="C"))
+
+    def _read(self, array: _Array) -> np.ndarray[Any, Any]:
+        try:
+            with translated(self.path):
+                data = self.archive.read(array.member)
+            flat = np.frombuffer(data, array.dtype, offset=array.begin)
+            return flat.reshape(array.shape, order=array.order)
+        except _INVALID as error:
+            raise _invalid(self.path, f"{array.member}: {error}") from error
 
 
 def _invalid(path: str, actual: str) -> CorruptionError:

@@ -139,11 +139,13 @@ def foreign(
     per_rank: Sequence[Mapping[str, Any]] = (),
     identity: object = None,
     origin: Origin | None = None,
+    close: Callable[[], None] = lambda: None,
 ) -> Foreign:
     """Make a source of a nested state of CPU tensors.
 
     `reads` has a function that reads boxes of a tensor, by the id of the tensor. `per_rank` are the
-    values of each rank, by the names of the PerRank in the state, and in their order.
+    values of each rank, by the names of the PerRank in the state, and in their order. `close` is
+    called when the source is closed.
     """
     try:
         flat = flatten(state, rank=0)
@@ -167,6 +169,7 @@ def foreign(
         lazy,
         per_rank=trees if per_rank else (),
         identity=identity,
+        close=close,
         origin=origin,
     )
 

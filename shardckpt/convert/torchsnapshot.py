@@ -116,6 +116,7 @@ class _Snapshot:
         self.reads: dict[int, Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]] = {}
         self.entries: dict[str, dict[str, Any]] = {}
         self.shards: dict[str, list[_Part]] = {}
+        self._current, self._loaded = "", dict[tuple[int, ...], torch.Tensor]()
         for key, entry in document.manifest.items():
             rank, _, name = key.partition("/")
             int(rank)
@@ -125,7 +126,7 @@ class _Snapshot:
                 )
             known = self.entries.setdefault(name, entry)
             if known is not entry and entry["type"] in _CONTAINERS and "keys" in entry:
-                known["keys"] += [key for key in entry["keys"] if key not in known["keys"]]
+                known["keys"] = list(dict.fromkeys([*known["keys"], *entry["keys"]]))
             elif known != entry and entry["type"] not in (*_CONTAINERS, "ShardedTensor"):
                 self.left_out[f"{_plain(name)} of rank {rank}"] = "the entry of rank 0 is taken"
 
@@ -133,6 +134,11 @@ class _Snapshot:
         """Build the nested state. Tensors are placeholders, whose data `reads` reads."""
         root: dict[Any, Any] = {}
         containers: dict[str, Any] = {"": root}
+        keys: dict[str, dict[str, Any]] = {  # text -> key, which may be an int
+            name: {str(key): key for key in reversed(entry["keys"])}
+            for name, entry in self.entries.items()
+            if entry["type"] in _CONTAINERS and "keys" in entry
+        }
         for name in sorted(self.entries, key=lambda name: name.count("/")):
             entry = self.entries[name]
             above, _, last = name.rpartition("/")
@@ -147,8 +153,7 @@ class _Snapshot:
                     self.left_out[_plain(name)] = why(value)
                 if isinstance(value, StandIn) or value is _LEFT_OUT:
                     continue
-            keys = self.entries[above].get("keys", ()) if above in self.entries else ()
-            node[next((known for known in keys if str(known) == key), key)] = value
+            node[keys.get(above, {}).get(key, key)] = value
         lists = {
             id(containers[name]): self.entries[name]
             for name in containers
@@ -227,13 +232,17 @@ class _Snapshot:
     def _read_box(
         self, saved: _Saved, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
     ) -> torch.Tensor:
+        if name != self._current:  # the parts of one tensor are kept for its next boxes
+            self._current, self._loaded = name, {}
         box = torch.empty(sizes, dtype=saved.dtype, device="cpu")
         for part in saved.parts:
             at = tuple(part.offsets)
             shared = shared_box(offsets, sizes, at, tuple(part.sizes))
             if shared is not None:
                 low, inner = shared
-                data = self._part(part, saved.dtype, name)
+                if at not in self._loaded:
+                    self._loaded[at] = self._part(part, saved.dtype, name)
+                data = self._loaded[at]
                 box[box_slices(offsets, low, inner)] = data[box_slices(at, low, inner)]
         return box
 

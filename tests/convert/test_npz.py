@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import shardckpt
 from shardckpt import errors
@@ -40,6 +41,25 @@ def test_every_array_is_read(write, tmp_path):
         assert source.read_box("w", (1, 0, 2), (1, 3, 2)).tolist() == [
             [[14, 15], [18, 19], [22, 23]]
         ]
+
+
+def test_an_archive_is_opened_once_and_an_array_is_read_once_for_all_its_boxes(
+    tmp_path, monkeypatch
+):
+    np.savez_compressed(tmp_path / "x.npz", **{f"w{i}": np.arange(8.0) for i in range(3)})
+    opened, read = [], []
+    for method, calls in ((zipfile.ZipFile.__init__, opened), (zipfile.ZipFile.read, read)):
+
+        def counted(self, *args, method=method, calls=calls):
+            calls.append(args[0])
+            return method(self, *args)
+
+        monkeypatch.setattr(zipfile.ZipFile, method.__name__, counted)
+    with open_source(tmp_path / "x.npz") as source:
+        for name in source.manifest.tensors:
+            parts = [source.read_box(name, (at,), (1,)) for at in range(8)]
+            assert torch.equal(torch.cat(parts), torch.arange(8.0, dtype=torch.float64))
+    assert (len(opened), read) == (1, ["w0.npy", "w1.npy", "w2.npy"])
 
 
 def test_objects_and_texts_are_left_out(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import shardckpt
 from shardckpt import errors
 from shardckpt.convert.opening import open_source
+from shardckpt.convert.torchsnapshot import open_torchsnapshot
 
 WRITTEN = Path(__file__).parent / "made_by" / "torchsnapshot-0.1.0"
 
@@ -61,6 +62,18 @@ def test_a_part_is_read_alone(folder):
     with open_source(folder) as source:
         part = source.read_box("model.sharded", (2, 1), (3, 2))
     assert part.tolist() == [[9, 10], [13, 14], [17, 18]]
+
+
+def test_the_parts_of_a_tensor_are_read_once_for_all_its_boxes(folder, monkeypatch):
+    read = []
+    names = open_torchsnapshot.__globals__
+    mapped = names["mapped"]
+    monkeypatch.setitem(names, "mapped", lambda path: read.append(path) or mapped(path))
+    with open_source(folder) as source:
+        read.clear()
+        rows = [source.read_box("model.chunked", (row, 0), (1, 4)) for row in range(10)]
+    assert torch.equal(torch.cat(rows), torch.arange(40.0).reshape(10, 4))
+    assert len(read) < 10
 
 
 def test_a_missing_part_of_a_tensor_is_found(folder, tmp_path):
