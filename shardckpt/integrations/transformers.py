@@ -10,6 +10,7 @@ fused experts of a mixture-of-experts model. Tested with transformers 5.24 and p
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 import shutil
@@ -26,12 +27,21 @@ from shardckpt.convert.opening import open_source
 from shardckpt.convert.safetensors_files import HuggingFace
 from shardckpt.convert.source_loading import load_source
 from shardckpt.convert.sources import Foreign, LazyTensor, Origin
+from shardckpt.coordination.base import Coordinator
 from shardckpt.coordination.exchange import Attempt, attempt, exchange
 from shardckpt.coordination.resolve import operation
-from shardckpt.errors import StateError
+from shardckpt.errors import LoadMismatchError, StateError
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.typed_json import TensorRef
+from shardckpt.integrations.adapters import (
+    adapter_weights,
+    check_loadable,
+    class_before_sharding,
+    is_adapter,
+    save_adapter_config,
+    set_adapter_weights,
+)
 from shardckpt.integrations.key_conversion import Conversion, hub_names, model_names, unchanged
 from shardckpt.maintenance.reshard import rewrite
 from shardckpt.maintenance.rewritable import Source
@@ -93,9 +103,11 @@ def save_pretrained(
         >>> model = BertModel.from_pretrained("bert")
     """
     path, file_bytes = _local(folder), _size_bytes(max_shard_size)
+    _check_dtype(dtype)
+    weights_to_save = _state_to_save(model)
     with working_folder(path) as work:
         weights = os.path.join(work, "weights")
-        api.save(_state_to_save(model), weights)
+        api.save(weights_to_save, weights)
         subject = f"save_pretrained {path}"
         with operation(subject) as ranks, api.open_checkpoint(weights) as checkpoint:
             files = exchange(
@@ -103,7 +115,11 @@ def save_pretrained(
             )
             source = _exported(model, checkpoint, work, files.decode().split("/"), dtype)
             target = _Pretrained(
-                source, path, file_bytes=file_bytes, overwrite=overwrite, adapter=_is_adapter(model)
+                source,
+                path,
+                file_bytes=file_bytes,
+                overwrite=overwrite,
+                adapter=is_adapter(_inner(model)),
             )
             rewrite(target, ranks, lambda written_bytes: None)
 
@@ -146,24 +162,39 @@ def load_pretrained(
         >>> load_pretrained(BertModel(config), "bert").missing
         ()
     """
-    path, cast = os.fspath(folder), casts(dtype)
+    path, cast, inner = resolve(folder).path, casts(dtype), _checked(model)
+    adapter = is_adapter(inner)
+    if adapter:
+        own = adapter_weights(inner)
+        check_loadable(inner, own)
+    else:
+        _fill_unsaved(inner)
+        own = named_state(model).by_name()
+
+    def imported(source: Source) -> Source:
+        tensors = _forms(source)
+        plan = unchanged(tensors) if adapter else model_names(inner, own, tensors)
+        return _imported(source, plan, own, ranks)
+
+    def excuse(mismatches: Mismatches) -> None:
+        _excuse_tied(own, mismatches)
+        if not adapter:
+            _excuse_ignored(inner, mismatches)
+
     with operation(f"load_pretrained {path}") as ranks:
         opened: Attempt[Source] = attempt(open_source, path, check=False)
+        source: Attempt[Source] = opened.then(imported)
         try:
-            if _is_adapter(model):
-                return load_source(
-                    _adapter_to_fill(model), path, opened, ranks, strict=strict, cast=cast
-                )
-            _fill_unsaved(_inner(model))
-            return load_source(
-                model,
-                path,
-                opened.then(lambda source: _imported(model, source)),
-                ranks,
-                strict=strict,
-                cast=cast,
-                excuse=lambda mismatches: _excuse(model, mismatches),
+            state = own if adapter else model
+            report = load_source(
+                state, path, source, ranks, strict=strict, cast=cast, excuse=excuse
             )
+            if adapter:
+                set_adapter_weights(inner, own)
+            return report
+        except LoadMismatchError as error:
+            error.remedy = _remedy(error)
+            raise
         finally:
             if opened.value is not None:
                 opened.value.close()
@@ -174,12 +205,9 @@ def weights_of(model: Any) -> dict[str, Any]:
 
     For a PEFT model, these are the weights of the active adapter.
     """
-    if _is_adapter(model):
-        from peft import get_peft_model_state_dict
-
-        inner = _inner(model)
-        return dict(get_peft_model_state_dict(inner, adapter_name=_adapter_name(inner)))
     inner = _inner(model)
+    if is_adapter(inner):
+        return {name: tensor.detach() for name, tensor in adapter_weights(inner).items()}
     tensors = named_state(model).by_name()
     ignored = set(getattr(inner, "_keys_to_ignore_on_save", None) or ())
     tied = getattr(inner, "all_tied_weights_keys", None) or {}
@@ -206,22 +234,32 @@ def _local(folder: str | os.PathLike[str]) -> str:
     return os.path.abspath(place.path)
 
 
-def _adapter_to_fill(model: Any) -> dict[str, Any]:
-    weights = weights_of(model)
-    for name, weight in weights.items():
-        if weight.is_meta:
-            raise StateError(
-                "An adapter on the meta device can't be loaded",
-                tensor=name,
-                expected="weights with memory",
-                actual="device meta",
-                remedy="build the adapter outside of torch.device('meta')",
-            )
-    return weights
+def _checked(model: Any) -> Any:
+    """Return the model inside its wrappers, which must be one of transformers or PEFT."""
+    from transformers import PreTrainedModel
+
+    inner = _inner(model)
+    if not (isinstance(inner, PreTrainedModel) or is_adapter(inner)):
+        raise StateError(
+            "The layout of Hugging Face is that of a model of transformers or PEFT",
+            expected="a PreTrainedModel or PeftModel, or one under DDP or torch.compile",
+            actual=type(inner).__qualname__,
+            remedy="pass the PreTrainedModel inside, or use shardckpt.save and shardckpt.load",
+        )
+    return inner
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise StateError(
+            "Invalid value for dtype",
+            expected="a floating-point torch.dtype, or None to keep that of each weight",
+            actual=repr(dtype),
+        )
 
 
 def _state_to_save(model: Any) -> dict[str, Any]:
-    if getattr(_inner(model), "hf_quantizer", None) is not None:
+    if getattr(_checked(model), "hf_quantizer", None) is not None:
         raise StateError(
             "A quantized model can't be saved in the layout of Hugging Face",
             expected="weights in a floating-point dtype",
@@ -240,23 +278,6 @@ def _inner(model: Any) -> Any:
         if inner is None:
             return model
         model = inner
-
-
-def _is_adapter(model: Any) -> bool:
-    return bool(getattr(_inner(model), "peft_config", None))
-
-
-def _adapter_name(inner: Any) -> str:
-    active = inner.active_adapters
-    names: list[str] = active() if callable(active) else active
-    if len(names) != 1:
-        raise StateError(
-            "Only one adapter can be saved or loaded at a time",
-            expected="one active adapter",
-            actual=", ".join(names) or "none",
-            remedy="call model.set_adapter(name) first",
-        )
-    return names[0]
 
 
 def _size_bytes(size: int | str) -> int:
@@ -291,18 +312,19 @@ def working_folder(path: str) -> Iterator[str]:
 def _describe(model: Any, tokenizer: Any, work: str, dtype: torch.dtype | None) -> bytes:
     """Write the files beside the weights. Returns their names."""
     inner = _inner(model)
-    if _is_adapter(model):
-        inner.peft_config[_adapter_name(inner)].save_pretrained(work)
+    if is_adapter(inner):
+        save_adapter_config(inner, work)
     else:
         config = copy.deepcopy(inner.config)
         config.dtype = _dtype_name(dtype or inner.dtype)
         if dtype is not None:
             _set_dtype_below(config, _dtype_name(dtype))
-        config.architectures = [type(inner).__name__.removeprefix("FSDP")]
+        own_class = class_before_sharding(inner)
+        config.architectures = [own_class.__name__]
         if inner.is_remote_code():
             from transformers.dynamic_module_utils import custom_object_save
 
-            custom_object_save(inner, work, config=config)
+            custom_object_save(own_class.__new__(own_class), work, config=config)
         config.save_pretrained(work)
         if inner.can_generate() and inner.generation_config is not None:
             inner.generation_config.save_pretrained(work)
@@ -347,7 +369,7 @@ def _exported(
 ) -> Foreign:
     """Return the saved weights of a model as a source with the names of the hub."""
     tensors = _forms(source)
-    plan = unchanged(tensors) if _is_adapter(model) else hub_names(_inner(model), tensors)
+    plan = unchanged(tensors) if is_adapter(_inner(model)) else hub_names(_inner(model), tensors)
     origin = Origin(format="shardckpt", companions=tuple(files))
     return _converted(source, plan, path, dtype=_dtype_policy(model, dtype), origin=origin)
 
@@ -357,7 +379,7 @@ def _dtype_policy(model: Any, dtype: torch.dtype | None) -> DtypeOf:
     inner = _inner(model)
     if dtype is None:
         return lambda conversion, own: own
-    patterns = {} if _is_adapter(model) else inner._get_dtype_plan(dtype)
+    patterns = {} if is_adapter(inner) else inner._get_dtype_plan(dtype)
     if not patterns:
         return lambda conversion, own: dtype if own.is_floating_point else own
     from transformers.core_model_loading import build_glob_alternation
@@ -373,15 +395,58 @@ def _dtype_policy(model: Any, dtype: torch.dtype | None) -> DtypeOf:
     return choose
 
 
-def _imported(model: Any, source: Source) -> Foreign:
-    """Return weights of the hub as a source with the names of a model."""
-    inner, own = _inner(model), named_state(model).by_name()
-    plan = model_names(inner, own, _forms(source))
-    made = {name for conversion in plan for name in conversion.targets}
-    tied = getattr(inner, "all_tied_weights_keys", None) or {}
-    twice = {n for n, first in tied.items() if first in made and own.get(n) is own.get(first)}
-    plan = [conversion for conversion in plan if not twice.issuperset(conversion.targets)]
-    return _converted(source, plan, source.path)
+def _imported(
+    source: Source, plan: Sequence[Conversion], own: Mapping[str, Any], ranks: Coordinator
+) -> Foreign:
+    """Return weights of the hub as a source with the names of a model, and each tied weight once.
+
+    `own` has the tensors of the model, by name.
+    """
+    made: dict[int, str] = {}
+    kept, again = [], []
+    for conversion in plan:
+        ids = {name: id(own.get(name, conversion)) for name in conversion.targets}
+        if all(at in made for at in ids.values()):
+            again += [(name, made[at]) for name, at in ids.items()]
+        else:
+            kept.append(conversion)
+            made |= {at: name for name, at in ids.items()}
+    _check_equal(_converted(source, plan, source.path), again, ranks)
+    return _converted(source, kept, source.path)
+
+
+def _check_equal(source: Foreign, pairs: Sequence[tuple[str, str]], ranks: Coordinator) -> None:
+    """Check that pairs of tensors have equal values. Each rank reads a part of them."""
+    for name, first in pairs:
+        shape, other = (source.manifest.tensors[each].shape for each in (name, first))
+        if shape != other or not all(
+            _equal(source.read_box(name, *box), source.read_box(first, *box))
+            for box in _row_boxes(shape, ranks)
+        ):
+            raise LoadMismatchError(
+                "Two weights that are tied in the model have different values in the file",
+                path=source.path,
+                tensor=name,
+                expected=f"the values of {first}",
+                actual="other values",
+                remedy="build the model without the tie: for embeddings, with "
+                "config.tie_word_embeddings=False",
+            )
+
+
+def _row_boxes(
+    shape: tuple[int, ...], ranks: Coordinator
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Divide this rank's share of a tensor into boxes of at most 16 million elements, or a row."""
+    rows, *row = shape or (1,)
+    first, end = (rows * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    step = max(1, 2**24 // max(1, math.prod(row)))
+    for at in range(first, end, step):
+        yield (at, *(0,) * len(row))[: len(shape)], (min(step, end - at), *row)[: len(shape)]
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.to(torch.float64), b.to(torch.float64), rtol=0, atol=0, equal_nan=True)
 
 
 def _names(source: Source) -> dict[str, str]:
@@ -444,15 +509,27 @@ def _converted(
     )
 
 
-def _excuse(model: Any, mismatches: Mismatches) -> None:
-    """Remove the mismatches that transformers ignores when it loads this model, and weights on the
-    meta device that are tied to one that the file has."""
-    inner, own = _inner(model), named_state(model).by_name()
-    tied = getattr(inner, "all_tied_weights_keys", None) or {}
-    lacking = set(mismatches.missing)
-    lacking -= {n for n in lacking if tied.get(n, n) not in lacking and own[n] is own[tied[n]]}
-    keys = types.SimpleNamespace(missing_keys=lacking, unexpected_keys=set(mismatches.unexpected))
-    inner._adjust_missing_and_unexpected_keys(keys)
+def _remedy(error: LoadMismatchError) -> str | None:
+    """Name the arguments of load_pretrained that help."""
+    if "missing" not in error.facts:  # a tie; see _check_equal
+        return error.remedy
+    cast = "; dtype='cast' converts dtypes" if error.facts["wrong_dtype"] else ""
+    return f"strict=False loads the matching weights{cast}"
+
+
+def _excuse_tied(own: Mapping[str, Any], mismatches: Mismatches) -> None:
+    """Remove the missing weights that are tied to one that the file has."""
+    lacking = {*mismatches.missing, *(name for name, _, _ in mismatches.wrong_shape)}
+    filled = {id(tensor) for name, tensor in own.items() if name not in lacking}
+    mismatches.missing[:] = [n for n in mismatches.missing if id(own.get(n)) not in filled]
+
+
+def _excuse_ignored(model: Any, mismatches: Mismatches) -> None:
+    """Remove the mismatches that transformers ignores when it loads this model."""
+    keys = types.SimpleNamespace(
+        missing_keys={*mismatches.missing}, unexpected_keys={*mismatches.unexpected}
+    )
+    model._adjust_missing_and_unexpected_keys(keys)
     mismatches.missing[:] = [name for name in mismatches.missing if name in keys.missing_keys]
     mismatches.unexpected[:] = [n for n in mismatches.unexpected if n in keys.unexpected_keys]
 

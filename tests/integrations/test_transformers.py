@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -286,6 +286,90 @@ def test_the_configurations_inside_a_configuration_have_the_dtype_of_the_call(tm
     assert model.config.text_config.dtype is None  # that of the model does not change
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16"])
+def test_a_dtype_that_would_lose_the_values_is_refused(tmp_path, dtype):
+    with pytest.raises(StateError, match="Invalid value for dtype"):
+        save_pretrained(build("llama"), tmp_path / "model", dtype=dtype)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_tied_weights_that_differ_in_the_file_are_refused(tmp_path):
+    """transformers unties them with a warning. A load can't untie a model that is in shards."""
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    before = full(model)
+    load_pretrained(build("llama", seed=1), tmp_path / "model")
+    weights["lm_head.weight"][-1, -1] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    for strict in (True, False):
+        with pytest.raises(LoadMismatchError, match="tied in the model") as info:
+            load_pretrained(model, tmp_path / "model", strict=strict)
+        assert "tie_word_embeddings=False" in info.value.remedy
+    assert all(np.array_equal(value, before[name]) for name, value in full(model).items())
+
+
+@pytest.mark.parametrize("names", [["lm_head.weight"], ["encoder.embed_tokens.weight"]])
+def test_a_file_may_have_tied_weights_under_any_of_their_names(tmp_path, names):
+    model = t5()
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    shared = weights.pop("shared.weight")
+    save_file(weights | {name: shared.clone() for name in names}, file, metadata={"format": "pt"})
+    loaded = t5()
+    report = load_pretrained(loaded, tmp_path / "model")
+    assert (report.missing, report.unexpected) == ((), ())
+    assert torch.equal(loaded.shared.weight, model.shared.weight)
+
+
+@pytest.mark.parametrize("function", [save_pretrained, load_pretrained])
+def test_a_module_that_is_not_of_transformers_is_refused(tmp_path, function):
+    with pytest.raises(StateError, match="model of transformers or PEFT") as raised:
+        function(torch.nn.Linear(2, 2), tmp_path / "model")
+    assert raised.value.actual == "Linear"
+
+
+def save_own_code(source, target, _):
+    """Save a model whose code is in the folder of its configuration."""
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
+    model = transformers.AutoModel.from_config(config, trust_remote_code=True)
+    save_pretrained(fully_shard(model), target)
+
+
+def test_the_code_of_a_model_is_saved_from_shards(tmp_path):
+    """fully_shard gives the model a class in a module of torch."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "modeling_own.py").write_text(
+        "import torch\n"
+        "from transformers import PreTrainedConfig, PreTrainedModel\n"
+        "class OwnConfig(PreTrainedConfig):\n"
+        "    model_type = 'own'\n"
+        "class OwnModel(PreTrainedModel):\n"
+        "    config_class = OwnConfig\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.linear = torch.nn.Linear(2, 2)\n"
+        "        self.post_init()\n"
+    )
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
+    config = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": classes}
+    (source / "config.json").write_text(json.dumps(config))
+    run_ranks(1, save_own_code, str(source), str(tmp_path / "saved"), None)
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "modeling_own.py",
+    }
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["auto_map"] == classes
+    transformers.AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+
+
 def test_two_tensors_with_one_hub_name_are_refused(tmp_path):
     """The folder would lose one of them."""
     from transformers.core_model_loading import WeightRenaming
@@ -323,6 +407,7 @@ def test_another_model_is_refused_and_nothing_changes(tmp_path):
         load_pretrained(model, tmp_path / "llama")
     assert info.value.missing
     assert info.value.unexpected
+    assert info.value.remedy == "strict=False loads the matching weights"
     assert all(np.array_equal(value, before[name]) for name, value in full(model).items())
     report = load_pretrained(model, tmp_path / "llama", strict=False)
     assert "encoder.layer.0.attention.self.query.weight" in report.missing
