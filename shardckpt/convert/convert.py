@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from shardckpt.convert.dcp_writer import DcpFolder
@@ -191,6 +192,10 @@ def _report(source: Source, target: str, target_format: Format) -> ConvertReport
     }
     copied = origin.companions if target_format == "hf" else ()
     changed = dict(origin.changed)
+    if target_format in ("torch", "lightning"):
+        for name, node in leaves.items():
+            if _is_numpy_number(node):
+                changed[name] = f"numpy.{type(node).__name__}, taken as a value of Python"
     if target_format != "shardckpt":
         for name, node in leaves.items():
             if isinstance(node, TensorRef) and node.ref_type == "per_rank":
@@ -246,13 +251,26 @@ def _write_torch(
 
     def alone() -> bytes:
         if ranks.rank == 0:
-            state = state_in_memory(source, source.manifest.state)
+            state = _plain_numbers(state_in_memory(source, source.manifest.state))
             if target_format == "lightning":
                 state = lightning_state(state, source.path)
             write_one(state, target, overwrite=overwrite, system=system, progress=advance)
         return b""
 
     exchange(ranks, "write", alone, lambda payloads: b"")
+
+
+def _is_numpy_number(value: Any) -> bool:
+    """Whether a value is a number or a text of numpy, which torch.load refuses."""
+    return isinstance(value, np.generic) and value.dtype.kind in "biufcSU"
+
+
+def _plain_numbers(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _plain_numbers(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain_numbers, value))
+    return value.item() if _is_numpy_number(value) else value
 
 
 def _format_of(target: str, to: Format | None) -> Format:

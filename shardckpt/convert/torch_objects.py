@@ -20,7 +20,7 @@ import pickle
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, ClassVar
 
@@ -67,6 +67,20 @@ class StandIn:
         self.state = state
 
 
+class _TensorStandIn(torch.Tensor):
+    """Stands for a subclass of Tensor. A tensor of it is never made, only viewed as one of it."""
+
+    class_name: ClassVar[str] = ""
+    thread: ClassVar[int] = 0
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        raise pickle.UnpicklingError(f"Trying to call reduce for {cls.class_name}")
+
+    def __setstate__(self, state: Any) -> None:
+        if threading.get_ident() != self.thread:
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {self.class_name}")
+
+
 def stand_in(name: str, args: Sequence[Any] = (), state: Any = None) -> StandIn:
     """Return what stands for an object of the class `name`, or for the result of a function."""
     cls = type("StandIn", (StandIn,), {"name": name, "thread": threading.get_ident()})
@@ -95,9 +109,16 @@ class ObjectsLoader:
         self._add("numpy.ndarray")
         self._add("numpy.dtype")
 
-    def load(self, file: str | BinaryIO, mmap: bool = False) -> Any:
+    def load(
+        self, file: str | BinaryIO, mmap: bool = False, tensor_classes: Iterable[str] = ()
+    ) -> Any:
         """Call torch.load with stand-ins. Raises its errors for files that are corrupted or that
-        call the operating system."""
+        call the operating system. `tensor_classes` are the subclasses of Tensor in the file."""
+        for name in tensor_classes:
+            if name in self._stand_ins or is_harmful(name):
+                continue
+            fields = {"class_name": name, "thread": threading.get_ident()}
+            self._stand_ins[name] = type("TensorStandIn", (_TensorStandIn,), fields)
         self._learn_names(file)
         for passes in range(_MOST_PASSES, -1, -1):
             if not isinstance(file, str):
@@ -174,8 +195,11 @@ class ObjectsLoader:
             return result
         if isinstance(value, StandIn):
             return self._taken(value, name)
-        if isinstance(value, type) and issubclass(value, StandIn):
-            return _left(f"the class or function {value.name}")
+        if isinstance(value, type) and issubclass(value, (StandIn, _TensorStandIn)):
+            return _left(f"the class or function {_key_text(value)}")
+        if isinstance(value, _TensorStandIn):
+            self.changed[name] = f"{value.class_name}, taken as a tensor"
+            value = value.as_subclass(torch.Tensor)
         try:
             if isinstance(value, (torch.Tensor, np.ndarray)):
                 flatten({"tensor": value}, rank=0)
@@ -250,6 +274,8 @@ def _type_name(value: Any) -> str:
 
 
 def _key_text(key: Any) -> str:
+    if isinstance(key, type) and issubclass(key, _TensorStandIn):
+        return key.class_name
     is_class = isinstance(key, type) and issubclass(key, StandIn)
     return key.name if isinstance(key, StandIn) or is_class else str(key)
 

@@ -85,46 +85,47 @@ class StorageRecord(NamedTuple):
     crc: int
 
 
-def load_torch(file: str | BinaryIO, mmap: bool = False) -> Any:
+def load_torch(file: str | BinaryIO, mmap: bool = False, tensor_classes: Iterable[str] = ()) -> Any:
     """Load a torch file on the CPU. Torch refuses files that hold objects."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-LoadTorch = Callable[[str | BinaryIO, bool], Any]
-"""Reads a torch file that was checked, mapped into memory if the second argument is true."""
+LoadTorch = Callable[[str | BinaryIO, bool, Iterable[str]], Any]
+"""Reads a torch file that was checked, mapped into memory if the second argument is true. The third
+has the names of subclasses of Tensor in the file."""
 
 
 def load_torch_file(path: str, load: LoadTorch = load_torch) -> Any:
     """Load a torch file on the CPU. Tensors of a zip file are maps of it."""
     with mapped(path) as data:
-        check_torch_file(data, path)
+        tensor_classes = check_torch_file(data, path)
         is_zip = _is_zip(data)
     with utf8_path(path) as name:
-        return load(name, is_zip)
+        return load(name, is_zip, tensor_classes)
 
 
 def load_torch_bytes(data: Readable, path: str, load: LoadTorch = load_torch) -> Any:
     """Load a torch file that is a part of another file, on the CPU. `path` is for errors."""
-    check_torch_file(data, path)
+    tensor_classes = check_torch_file(data, path)
     file = cast(BinaryIO, _Reader(data))
-    return load(file, False)
+    return load(file, False, tensor_classes)
 
 
-def check_torch_file(data: Readable, path: str) -> None:
+def check_torch_file(data: Readable, path: str) -> set[str]:
     """Raise CorruptionError if a torch file declares more than it holds, NotACheckpointError if it
-    calls a function that a plain state does not need. Classes are left for torch.load to refuse."""
+    calls a function that a plain state does not need. Classes are left for torch.load to refuse.
+    Returns the names of subclasses of Tensor in it."""
     if _is_zip(data):
-        _ZipCheck(data, path).run()
-    elif bytes(data[: len(_MAGIC)]) == _MAGIC:
-        _check_legacy(data, path)
-    else:
-        raise NotACheckpointError(
-            "torch.save did not write this file",
-            path=path,
-            expected="a zip archive, or a file of torch before 1.6",
-            actual=f"a file that begins with {bytes(data[:8])!r}" if len(data) else "an empty file",
-            remedy="check the path",
-        )
+        return _ZipCheck(data, path).run()[1]
+    if bytes(data[: len(_MAGIC)]) == _MAGIC:
+        return _check_legacy(data, path)
+    raise NotACheckpointError(
+        "torch.save did not write this file",
+        path=path,
+        expected="a zip archive, or a file of torch before 1.6",
+        actual=f"a file that begins with {bytes(data[:8])!r}" if len(data) else "an empty file",
+        remedy="check the path",
+    )
 
 
 def read_structure(data: Readable, path: str) -> tuple[Any, dict[str, StorageRecord]]:
@@ -156,7 +157,7 @@ class _ZipCheck:
 
     def structure(self) -> tuple[Any, dict[str, StorageRecord]]:
         """See read_structure."""
-        found = self.run()
+        found = self.run()[0]
         order = self.records.get(f"{self.root}/byteorder")
         if order is not None and self._bytes(order) != b"little":
             _refuse(self.path, "little-endian numbers", "another byte order")
@@ -178,8 +179,9 @@ class _ZipCheck:
         begin = self._begin(info)
         return bytes(self.data[begin : begin + info.file_size])
 
-    def run(self) -> Any:
-        """Check the archive; see check_torch_file. Returns the root of its pickle."""
+    def run(self) -> tuple[Any, set[str]]:
+        """Check the archive; see check_torch_file. Returns the root of its pickle, and the names of
+        subclasses of Tensor."""
         root = self.root = self._read_directory()
         pickled = self.records.get(f"{root}/data.pkl")
         if pickled is None or pickled.file_size > _PICKLE_LIMIT_BYTES:
@@ -246,8 +248,9 @@ class _Reader(io.RawIOBase):
         return len(part)
 
 
-def _check_legacy(data: Readable, path: str) -> None:
-    """Check a file of torch before 1.6: five pickles, then the storages."""
+def _check_legacy(data: Readable, path: str) -> set[str]:
+    """Check a file of torch before 1.6: five pickles, then the storages. Returns the names of
+    subclasses of Tensor."""
     ends = [0]
     for _ in range(5):
         ends.append(scan(data, ends[-1]))
@@ -259,7 +262,7 @@ def _check_legacy(data: Readable, path: str) -> None:
         total = sum(other.size_bytes for other in storages.values())
         return storage.size_bytes if total <= len(data) - ends[5] else -1
 
-    _check_pickle(text, storage_bytes, len(data), path)
+    return _check_pickle(text, storage_bytes, len(data), path)[1]
 
 
 def _check_pickle(
@@ -269,14 +272,24 @@ def _check_pickle(
     path: str,
     *,
     wrappers: bool = False,
-) -> Any:
-    """Check the pickle of a torch file against the bytes of its storages. Returns its root.
+) -> tuple[Any, set[str]]:
+    """Check the pickle of a torch file against the bytes of its storages. Returns its root, and the
+    names of subclasses of Tensor in it.
 
     `storage_bytes` returns the bytes of a storage in the file, -1 if they are missing. `wrappers`:
     it may hold DTensors, whose wrappers the caller does not make.
     """
 
     def storage(pid: Any) -> StorageStandIn:
+        if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
+            raise NotACheckpointError(
+                "This file holds a module, which only unpickling could read",
+                path=path,
+                expected="tensors, numbers, text and containers of them",
+                actual=f"an object of {getattr(pid[1], 'name', 'a class')}"[:200],
+                remedy="if you trust it, load it in a program with its class; save its "
+                "state_dict()",
+            )
         storage_type, key, numel = (
             (pid[1], pid[2], pid[4]) if type(pid) is tuple and len(pid) > 4 else [0] * 3
         )
@@ -306,7 +319,7 @@ def _check_pickle(
             remedy="if you trust the file, load it with torch.load, and save small tensors instead "
             "of the expanded ones",
         )
-    return root
+    return root, structure.tensor_classes
 
 
 _View = tuple[str, int, tuple[int, ...], tuple[int, ...], int]
@@ -324,6 +337,7 @@ class _Structure:
         self.path, self.most_values, self.wrappers = path, most_values, wrappers
         self.counts: dict[int, int] = {}  # id of an object -> values below it; 0 during the visit
         self.views: set[_View] = set()
+        self.tensor_classes: set[str] = set()
 
     def tensors_below(self, root: Any) -> set[_View]:
         """Check the structure, and return its tensors."""
@@ -379,6 +393,8 @@ class _Structure:
             good = len(args) == 4 and isinstance(args[0], type) and issubclass(args[0], Named)
             if good:
                 self._check_call(args[0].name, args[2], wrapped=self.wrappers)
+                if isinstance(args[1], type) and issubclass(args[1], Named):
+                    self.tensor_classes.add(args[1].name)
         else:
             good = name in _CALLS or not _OF_TENSORS.fullmatch(name)
         # The state of a tensor would give it another storage.

@@ -239,3 +239,13 @@ def test_what_a_target_can_not_hold(tmp_path, saved, capsys):
         with pytest.raises(SystemExit):
             main(["convert", saved, target, *wrong])
     assert "5GB" in capsys.readouterr().err
+
+
+def test_numbers_of_numpy_become_numbers_of_python_in_torch_files(tmp_path):
+    state = {"lr": np.float32(0.1), "all": [np.int64(3), (np.bool_(True), np.str_("a"))], "n": 2}
+    shardckpt.save(state, tmp_path / "c")
+    report = shardckpt.convert(tmp_path / "c", tmp_path / "x.pt")
+    found = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert found == {"lr": float(np.float32(0.1)), "all": [3, (True, "a")], "n": 2}
+    assert report.changed.keys() == {"lr", "all.0", "all.1.0", "all.1.1"}
+    assert report.changed["lr"] == "numpy.float32, taken as a value of Python"

@@ -31,6 +31,10 @@ class Config(dict):
     pass
 
 
+class Image(torch.Tensor):
+    pass
+
+
 class Steps(list):
     pass
 
@@ -93,6 +97,32 @@ def test_values_of_all_kinds(tmp_path, dcp):
     for name, (_, want) in TAKEN.items():
         value = found["taken"][name]
         assert (value.tolist() if isinstance(value, np.ndarray) else value) == want, name
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_of_a_subclass_becomes_a_tensor(tmp_path, zipped):
+    weight = torch.arange(6.0).reshape(2, 3)
+    image = weight[1].as_subclass(Image)
+    image.note = "an attribute"
+    state = {"image": image, "weight": weight, "class": Image}
+    path = tmp_path / "a.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    report = convert(path, tmp_path / "b.pt")
+    found = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert type(found["image"]) is torch.Tensor
+    assert torch.equal(found["image"], weight[1])
+    assert torch.equal(found["weight"], weight)
+    name = f"{__name__}.Image"
+    assert report.changed == {"image": f"{name}, taken as a tensor"}
+    assert report.left_out == {"class": f"the class or function {name}"}
+
+
+def test_a_class_of_tensors_is_never_called(tmp_path):
+    path = tmp_path / "a.pt"
+    made = Call(Image, 1 << 40)
+    torch.save({"image": torch.ones(2).as_subclass(Image), "made": made}, path)
+    with pytest.raises(errors.CheckpointError):
+        convert(path, tmp_path / "b.pt")
 
 
 def test_keys_that_are_objects_and_containers_that_stand_twice(tmp_path):

@@ -84,6 +84,13 @@ def test_files_that_are_refused_say_what_they_are(tmp_path, kind):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_a_file_of_torch_before_1_6_that_holds_a_module_is_refused(tmp_path):
+    state = {"net": nn.Linear(1, 1), "step": 1}
+    torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(errors.NotACheckpointError, match=r"modules\.linear\.Linear"):
+        convert(tmp_path / "a.pt", tmp_path / "b")
+
+
 def test_a_file_without_a_known_suffix_must_begin_like_a_torch_file(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "weights")
     with open_torch_file(str(tmp_path / "weights"), check=True) as source:
