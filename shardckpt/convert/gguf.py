@@ -34,7 +34,7 @@ _QUANTIZED = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 _VALUES = "BbHhIif?sxQqd"
 """The struct formats of values, by the number of their type. `s` is a text, and `x` is an array."""
@@ -153,6 +153,8 @@ def _opened(path: str, data: Any, size_bytes: int) -> Foreign:
             raise ValueError(f"{tensor.name!r} ends behind the end of the file")
         state[tensor.name] = torch.empty((), dtype=dtype, device="cpu").expand(tensor.shape)
         reads[id(state[tensor.name])] = partial(_read_box, path, at, dtype, tensor.shape)
+    if isinstance(files := described.get("split.count"), int) and files > 1:
+        left_out["the other files"] = f"hold the rest of this model, of {files} files: convert each"
     if described:
         keys = ", ".join(itertools.islice(described, _MOST_KEYS))
         left_out.setdefault("metadata", f"describes the model: {keys}")

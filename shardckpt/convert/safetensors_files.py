@@ -34,9 +34,9 @@ from shardckpt.convert.sources import Foreign, LazyTensor, Origin, origin_of, pl
 from shardckpt.convert.targets import Folder, Target
 from shardckpt.convert.torch_sources import Index
 from shardckpt.coordination.base import Coordinator
-from shardckpt.errors import CorruptionError, NotACheckpointError, StateError
+from shardckpt.errors import CorruptionError, StateError
 from shardckpt.format import typed_json as values
-from shardckpt.format.dtype_names import check_supported, plain_dtype
+from shardckpt.format.dtype_names import check_supported, plain_form
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.safetensors_header import build_header
 from shardckpt.format.typed_json import TensorRef
@@ -65,11 +65,15 @@ def open_safetensors(path: str, *, check: bool) -> Foreign:
     """Open a safetensors file as a source. `check`: verify the digest of a file of shardckpt, by
     reading it completely."""
     with errors_of(path, _REMEDY):
-        tensors, metadata = lazy_tensors(path)
+        tensors, metadata, left_out = lazy_tensors(path)
         layout, tree = "safetensors", _flat_tree(tensors, metadata)
         if sealed := is_sealed(path, metadata):
             tree = msgspec.json.decode(metadata[TREE])
-        source = Foreign(path, layout, tree, tensors, identity=os.path.getsize(path))
+        else:
+            left_out = _texts(metadata, tensors) | left_out
+        origin = Origin(format=layout, left_out=left_out)
+        identity = os.path.getsize(path)
+        source = Foreign(path, layout, tree, tensors, identity=identity, origin=origin)
         if check and sealed:
             check_sealed(path)
         return source
@@ -80,6 +84,7 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
     is the file with the tensors, or the index."""
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     sizes = []
     weight_map: dict[str, str] | None = None
     with errors_of(path, _REMEDY):
@@ -90,61 +95,77 @@ def open_hugging_face(path: str, weights: str) -> Foreign:
         for name in names:
             file_path = indexed_file(path, name, weights)
             with errors_of(file_path, _REMEDY):
-                found, file_metadata = lazy_tensors(file_path)
-            named = weight_map or dict.fromkeys(found, name)
+                found, file_metadata, left = lazy_tensors(file_path)
+            in_file = {*found, *left}
+            named = weight_map or dict.fromkeys(in_file, name)
             wanted = {tensor for tensor, file_name in named.items() if file_name == name}
-            if wanted != found.keys():
+            if wanted != in_file:
                 raise CorruptionError(
                     "The index does not match a file of these weights",
                     path=file_path,
-                    tensor=min(wanted ^ found.keys()),
+                    tensor=min(wanted ^ in_file),
                     expected=f"the {len(wanted)} tensors that {weights} names",
-                    actual=f"{len(found)} tensors",
+                    actual=f"{len(in_file)} tensors",
                     remedy=_REMEDY,
                 )
             sizes.append(os.path.getsize(file_path))
             tensors.update(found)
+            left_out.update(left)
             metadata.update(file_metadata)
         if weight_map is not None:
-            tensors = {name: tensors[name] for name in weight_map}
+            tensors = {name: tensors[name] for name in weight_map if name in tensors}
         tree = _flat_tree(tensors, metadata)
         origin = Origin(
             format="Hugging Face's layout",
             writer=writer_of(path),
-            left_out=left_beside(path, {*names, weights}),
+            left_out=left_beside(path, {*names, weights}) | _texts(metadata, tensors) | left_out,
             files=tuple(sorted({*names, weights})),
             companions=companions(path),
         )
         return Foreign(path, "Hugging Face", tree, tensors, identity=sizes, origin=origin)
 
 
-def lazy_tensors(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """Return the tensors of a file in order, and its metadata."""
+def lazy_tensors(path: str) -> tuple[dict[str, LazyTensor], dict[str, str], dict[str, str]]:
+    """Return the tensors of a file in order, its metadata, and the reasons why tensors are left out
+    of dtypes that torch does not have."""
     metadata = read_metadata(path)
     with utf8_path(path) as openable:
         file: Any = safe_open(openable, "pt")
-    tensors = {}
+    tensors, left_out = {}, {}
     for name in file.keys():  # noqa: SIM118
         part = file.get_slice(name)
-        dtype = DTYPES.get(part.get_dtype())
+        saved, shape = part.get_dtype(), tuple(part.get_shape())
+        read = functools.partial(_read, part)
+        if saved == "F4":  # torch has two elements in a byte; the library does not slice them
+            saved, shape = "F4X2", (*shape[:-1], shape[-1] // 2)
+            read = functools.partial(_read_pairs, file, name)
+        dtype = DTYPES.get(saved)
         if dtype is None:
-            check_supported(part.get_dtype(), tensor=name, path=path)
-            raise NotACheckpointError(
-                "A tensor has a dtype that torch does not support",
-                path=path,
-                tensor=name,
-                expected="one of " + ", ".join(DTYPES),
-                actual=part.get_dtype(),
-                remedy="convert the other tensors of the file: select them with keys",
-            )
-        tensors[name] = LazyTensor(dtype, tuple(part.get_shape()), functools.partial(_read, part))
-    return tensors, metadata
+            check_supported(saved, tensor=name, path=path)
+            left_out[name] = f"a tensor of {saved}, which torch does not have"
+        else:
+            tensors[name] = LazyTensor(dtype, shape, read)
+    return tensors, metadata, left_out
 
 
 def _read(part: Any, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
     with torch.device("cpu"):  # the library makes tensors on the default device
         found: torch.Tensor = part[box_slices((0,) * len(sizes), offsets, sizes) or ...]
     return found
+
+
+def _read_pairs(
+    file: Any, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> torch.Tensor:
+    with torch.device("cpu"):
+        found: torch.Tensor = file.get_tensor(name)
+    return found[box_slices((0,) * len(sizes), offsets, sizes)]
+
+
+def _texts(metadata: dict[str, str], tensors: dict[str, LazyTensor]) -> dict[str, str]:
+    """Return the entry that names the texts of the metadata, which no target keeps."""
+    names = [n for n in metadata if n != "format" and (n in tensors or metadata[n] not in tensors)]
+    return {"metadata": f"describes the file: {', '.join(names)}"} if names else {}
 
 
 def _flat_tree(tensors: dict[str, LazyTensor], metadata: dict[str, str]) -> Any:
@@ -198,7 +219,7 @@ def _new_file(
     ordered = [names[index] for index in order.tolist()]
     header = build_header(
         [
-            (n, plain_dtype(entries[n].dtype, tensor=n), entries[n].shape, entries[n].size_bytes)
+            (n, *plain_form(entries[n].dtype, entries[n].shape, tensor=n), entries[n].size_bytes)
             for n in ordered
         ],
         metadata,

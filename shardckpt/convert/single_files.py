@@ -47,7 +47,7 @@ from shardckpt.errors import (
 )
 from shardckpt.format import typed_json as values
 from shardckpt.format.digests import BLOCK_BYTES, block_digest, text_digest
-from shardckpt.format.dtype_names import plain_dtype
+from shardckpt.format.dtype_names import plain_form
 from shardckpt.format.dtypes import dtype_name
 from shardckpt.format.safetensors_header import build_header, header_bytes, unique_keys
 from shardckpt.format.validation import check_references
@@ -215,7 +215,7 @@ def read_many(folder: str) -> dict[str, Any]:
 
 def _full_tensor(tensor: AnyTensor, name: str) -> torch.Tensor:
     if isinstance(tensor, torch.Tensor):
-        plain_dtype(dtype_name(tensor.dtype, tensor=name), tensor=name)
+        plain_form(dtype_name(tensor.dtype, tensor=name), tensor.shape, tensor=name)
         return tensor
     raise StateError(
         "A single file can't hold a part of an array",
@@ -266,7 +266,10 @@ def _write_safetensors(
         for key, tensor in sorted(flat.tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     }
     header = build_header(
-        [(k, dtype_name(t.dtype, tensor=k), tuple(t.shape), t.nbytes) for k, t in tensors.items()],
+        [
+            (key, *plain_form(dtype_name(t.dtype, tensor=key), t.shape, tensor=key), t.nbytes)
+            for key, t in tensors.items()
+        ],
         {"format": "pt", TREE: tree, DIGEST: UNSEALED},
     )
     size_bytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())

@@ -390,7 +390,9 @@ class _Saved:
         """Read a safetensors file, which has names with dots in place of nested keys."""
         paths = {".".join(map(str, path)): path for path in item.described}
         root: dict[Any, Any] = {}
-        for name, lazy in lazy_tensors(file)[0].items():
+        tensors, _, left_out = lazy_tensors(file)
+        self.states.left_out.update(left_out)
+        for name, lazy in tensors.items():
             *above, last = path = paths.get(name, (name,))
             node = root
             for key in above:

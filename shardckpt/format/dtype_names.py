@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from shardckpt.errors import CheckpointError, UnsupportedLeafError
 
@@ -19,7 +20,7 @@ __all__ = [
     "is_supported",
     "itemsize",
     "lacking",
-    "plain_dtype",
+    "plain_form",
     "shard_form",
 ]
 
@@ -108,8 +109,11 @@ def shard_form(name: str, sizes: tuple[int, ...]) -> tuple[str, tuple[int, ...]]
     return name, sizes
 
 
-def plain_dtype(name: str, *, tensor: str) -> str:
-    """Return the name if safetensors has the dtype. Otherwise raises UnsupportedLeafError."""
+def plain_form(name: str, shape: Sequence[int], *, tensor: str) -> tuple[str, tuple[int, ...]]:
+    """Return the dtype and shape of a tensor in a safetensors file, as the safetensors library
+    writes it. Raises UnsupportedLeafError if safetensors lacks the dtype."""
+    if name == "F4X2" and shape:  # a byte has two elements of the last dimension
+        return "F4", (*shape[:-1], 2 * shape[-1])
     if shard_form(name, ()) != (name, ()):
         raise UnsupportedLeafError(
             "A safetensors file can't hold a tensor of this dtype",
@@ -118,4 +122,4 @@ def plain_dtype(name: str, *, tensor: str) -> str:
             actual=TORCH_NAMES[name],
             remedy="save a checkpoint of shards or a .pth file, or convert the tensor first",
         )
-    return name
+    return name, tuple(shape)

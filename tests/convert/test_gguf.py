@@ -62,6 +62,13 @@ def described(*values: bytes, tensors: bytes = b"", count: int = 0, version: int
     return head + b"".join(values) + tensors
 
 
+def test_the_other_files_of_a_divided_model_are_named(tmp_path):
+    count = text("split.count") + struct.pack("<IH", 2, 3)
+    (tmp_path / "x-00001-of-00003.gguf").write_bytes(described(count))
+    report = shardckpt.convert(tmp_path / "x-00001-of-00003.gguf", tmp_path / "c")
+    assert "of 3 files" in report.left_out["the other files"]
+
+
 def tensor(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
     sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
     return text(name) + sizes + struct.pack("<IQ", kind, offset)

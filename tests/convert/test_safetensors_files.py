@@ -15,8 +15,9 @@ from shardckpt import errors
 from shardckpt.cli.main import main
 from shardckpt.convert.convert import convert
 from shardckpt.convert.safetensors_files import HuggingFace, open_hugging_face, open_safetensors
-from shardckpt.convert.single_files import write_one
+from shardckpt.convert.single_files import read_one, write_one
 from shardckpt.convert.sources import foreign
+from shardckpt.format.dtypes import DTYPES
 from shardckpt.state.saved_tree import SavedState
 from tests.convert import layouts
 from tests.convert.layouts import loaded, same_weights
@@ -144,3 +145,52 @@ def test_the_layout_of_hugging_face_takes_only_tensors():
     assert "--keys model" in raised.value.remedy
     del state["step"]
     HuggingFace(foreign("p", "f", state), "t", file_bytes=40, overwrite=False)
+
+
+def with_dtype(path, dtype: str, size_bytes: int) -> None:
+    """Write a safetensors file with a tensor `x` of any dtype, and another one `w`."""
+    header = {
+        "x": {"dtype": dtype, "shape": [2, 8], "data_offsets": [0, size_bytes]},
+        "w": {"dtype": "U8", "shape": [1], "data_offsets": [size_bytes, size_bytes + 1]},
+        "__metadata__": {"format": "pt", "author": "me", "tied": "w"},
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(size_bytes + 1)))
+
+
+@pytest.mark.skipif("F4X2" not in DTYPES, reason="torch lacks the dtype")
+@pytest.mark.parametrize("target", ["b.safetensors", "hf", "state.safetensors"])
+def test_pairs_of_four_bit_floats_are_read_and_written_as_safetensors_does(tmp_path, target):
+    with_dtype(tmp_path / "a.safetensors", "F4", 8)
+    names = {"rename": {"": "model"}} if target.startswith("state") else {}
+    to = "hf" if target == "hf" else None
+    report = convert(tmp_path / "a.safetensors", tmp_path / "c")
+    assert report.left_out == {"metadata": "describes the file: author"}
+    found = shardckpt.load_state(tmp_path / "c")["x"]
+    convert(tmp_path / "c", tmp_path / target, to=to, **names)
+    file = tmp_path / "hf" / "model.safetensors" if to else tmp_path / target
+    (written,) = (tensor for name, tensor in load_file(file).items() if name.endswith("x"))
+    for tensor in (found, written):
+        assert (tensor.dtype, tensor.shape) == (torch.float4_e2m1fn_x2, (2, 4))
+        assert tensor.view(torch.uint8).flatten().tolist() == list(range(8))
+    with open_safetensors(str(tmp_path / "a.safetensors"), check=True) as source:
+        part = source.read_box("x", (1, 1), (1, 2))
+        assert part.view(torch.uint8).tolist() == [[5, 6]]
+
+
+def test_tensors_of_dtypes_that_torch_lacks_are_left_out(tmp_path):
+    with_dtype(tmp_path / "model.safetensors", "F6_E2M3", 12)
+    for source in (tmp_path / "model.safetensors", tmp_path):
+        report = convert(source, tmp_path / "c", overwrite=True)
+        assert report.tensors == ("w", "tied")
+        assert report.left_out["x"] == "a tensor of F6_E2M3, which torch does not have"
+        assert report.left_out["metadata"] == "describes the file: author"
+
+
+@pytest.mark.skipif("F4X2" not in DTYPES, reason="torch lacks the dtype")
+def test_a_state_with_four_bit_floats_is_one_safetensors_file(tmp_path):
+    packed = torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    write_one({"x": packed, "step": 1}, str(tmp_path / "a.safetensors"), overwrite=False)
+    found = read_one(str(tmp_path / "a.safetensors"))
+    assert found["step"] == 1
+    assert found["x"].view(torch.uint8).tolist() == list(range(6))

@@ -9,7 +9,7 @@ from shardckpt.format.dtype_names import (
     check_supported,
     is_supported,
     itemsize,
-    plain_dtype,
+    plain_form,
     shard_form,
 )
 
@@ -31,9 +31,9 @@ def test_a_dtype_has_a_form_and_a_size_in_its_shard(name, form, size_bytes):
 
 
 def test_safetensors_files_hold_only_dtypes_of_safetensors():
-    assert plain_dtype("F32", tensor="w") == "F32"
+    assert plain_form("F32", [2, 3], tensor="w") == ("F32", (2, 3))
     with pytest.raises(errors.UnsupportedLeafError, match="complex128"):
-        plain_dtype("C128", tensor="w")
+        plain_form("C128", [2], tensor="w")
 
 
 def test_a_dtype_that_the_installed_torch_lacks_is_an_error(monkeypatch):

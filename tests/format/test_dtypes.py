@@ -10,7 +10,7 @@ import shardckpt
 from shardckpt.convert.convert import convert
 from shardckpt.errors import CheckpointError, UnsupportedLeafError
 from shardckpt.format import dtypes
-from shardckpt.format.dtype_names import itemsize, plain_dtype, shard_form
+from shardckpt.format.dtype_names import itemsize, plain_form, shard_form
 from shardckpt.format.dtypes import DTYPES, OPAQUE, dtype_name, memory_dtype, memory_view
 from shardckpt.format.safetensors_header import parse_header
 
@@ -46,11 +46,14 @@ def test_a_chunk_in_a_shard_has_a_dtype_of_safetensors_and_as_many_bytes():
 
 
 def test_only_dtypes_of_safetensors_go_into_its_files():
-    assert plain_dtype("BF16", tensor="w") == "BF16"
-    for name in {"C32", "C128", "UINT4", "F4X2", "BITS8"} & DTYPES.keys():
+    assert plain_form("BF16", (2,), tensor="w") == ("BF16", (2,))
+    for name in {"C32", "C128", "UINT4", "BITS8"} & DTYPES.keys():
         with pytest.raises(UnsupportedLeafError, match="safetensors") as caught:
-            plain_dtype(name, tensor="w")
+            plain_form(name, (2,), tensor="w")
         assert caught.value.tensor == "w"
+    assert plain_form("F4X2", (3, 4), tensor="w") == ("F4", (3, 8))
+    with pytest.raises(UnsupportedLeafError, match="safetensors"):
+        plain_form("F4X2", (), tensor="w")
 
 
 def test_integers_of_a_few_bits_are_copied_as_bytes():
