@@ -75,6 +75,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def printable_line(text: str) -> str:
+    """Escape all control characters of a text, also line ends.
+
+    A name with a line end could otherwise look like several lines of a list.
+    """
+    return printable(text).replace("\n", "\\n")
+
+
 def _one_line(name: str | None) -> str | None:
     """Escape the line ends of a name, which could otherwise look like another fact."""
     return None if name is None else str(name).replace("\n", "\\n")
@@ -145,7 +153,9 @@ class ShardckptError(Exception):
             **self.facts,
             "remedy": self.remedy,
         }
-        lines = [f"  {name}: {fact}" for name, fact in facts.items() if fact is not None]
+        texts = {name: str(fact) for name, fact in facts.items() if fact is not None}
+        # A line end in a fact must not begin another fact.
+        lines = [f"  {name}: {text}".replace("\n", "\n    ") for name, text in texts.items()]
         return printable("\n".join([self.message, *lines]))
 
     def __reduce__(self) -> tuple[Any, ...]:

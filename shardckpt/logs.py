@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from shardckpt.errors import printable
 
@@ -58,6 +58,14 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
+def _tell_handlers(call: str, path: str, facts: dict[str, Any]) -> None:
+    """Log a record to `shardckpt.reports`. A handler that raises must not fail the call."""
+    try:
+        _reports.info("%s %s", call, path, extra=facts)
+    except Exception:
+        logger.exception("A handler of the logger shardckpt.reports failed")
+
+
 def reported(
     call: str, about: Callable[..., tuple[str, int]]
 ) -> Callable[[_Function[_Arguments, _Report]], _Function[_Arguments, _Report]]:
@@ -82,8 +90,8 @@ def reported(
                 path, rank = about(*args, **kwargs)
                 facts = {"call": call, "path": path, "rank": rank, "report": report, "error": error}
                 facts |= {"begun_ns": begun_ns, "ended_ns": time.time_ns()}
-                _reports.info("%s %s", call, path, extra=facts)
-                error = None  # its traceback refers to this frame
+                _tell_handlers(call, path, facts)
+                error = facts = None  # type: ignore[assignment]  # its traceback refers to this frame
 
         return call_and_report
 

@@ -245,10 +245,10 @@ class TensorStats:
         dtype: The dtype.
         shape: The shape.
         norm: The Euclidean norm of the finite elements.
-        smallest: The smallest finite element. None for a complex tensor or one without finite
-            elements.
-        largest: The largest finite element. None for a complex tensor or one without finite
-            elements.
+        smallest: The smallest finite element, an int for dtypes of integers. None for a complex
+            tensor or one without finite elements.
+        largest: The largest finite element, an int for dtypes of integers. None for a complex
+            tensor or one without finite elements.
         mean: The mean of the finite elements. None for a complex tensor or one without finite
             elements.
         nan: The number of elements that are NaN.

@@ -131,3 +131,13 @@ def test_ranks_are_listed_without_brackets():
 def test_a_line_end_in_a_name_does_not_make_another_fact():
     text = str(errors.StateError("Bad", path="run\n  remedy: none", tensor="w\n  path: x"))
     assert text.splitlines() == ["Bad", r"  path: run\n  remedy: none", r"  tensor: w\n  path: x"]
+
+
+def test_a_line_end_in_a_fact_begins_no_other_fact():
+    error = errors.StateError("wrong", actual="name\n  remedy: delete it", remedy="rename")
+    assert str(error).splitlines() == [
+        "wrong",
+        "  actual: name",
+        "      remedy: delete it",
+        "  remedy: rename",
+    ]

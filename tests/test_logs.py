@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 
+import pytest
 import torch
 
 import shardckpt
@@ -40,3 +41,19 @@ def test_a_path_that_is_not_utf_8_can_be_logged(tmp_path, caplog):
     for record in records:
         record.getMessage().encode()
     assert os.fsencode(records[0].path).endswith(b"\xff")
+
+
+def test_a_handler_that_raises_fails_no_save_and_no_load(tmp_path, caplog):
+    class Raising(logging.Handler):
+        def emit(self, record):
+            raise RuntimeError("broken handler")
+
+    reports, handler = logging.getLogger("shardckpt.reports"), Raising()
+    reports.addHandler(handler)
+    try:
+        shardckpt.save({"w": torch.ones(3)}, tmp_path / "c")
+        with pytest.raises(shardckpt.LoadMismatchError):  # the error of the call itself
+            shardckpt.load({"w": torch.ones(4)}, tmp_path / "c")
+    finally:
+        reports.removeHandler(handler)
+    assert caplog.text.count("RuntimeError: broken handler") == 2

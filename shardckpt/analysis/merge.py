@@ -179,7 +179,7 @@ def _average(
     """Read a box of the average of a tensor."""
     first = sources[0].read_box(name, offsets, sizes)
     wide = torch.complex128 if first.dtype.is_complex else torch.float64
-    total = torch.zeros(sizes, dtype=wide, device="cpu")
-    for source, share in zip(sources, shares, strict=True):
+    total = shares[0] * first.to(wide)  # a sum that began with 0.0 would lose the sign of -0.0
+    for source, share in zip(sources[1:], shares[1:], strict=True):
         total += share * source.read_box(name, offsets, sizes).to(wide)
     return total.to(first.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -27,9 +26,9 @@ from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import TensorEntry
 from shardckpt.maintenance.rewritable import Source
 from shardckpt.maintenance.verify import verify_shards
-from shardckpt.storage.atomic_write import write_file
+from shardckpt.storage.atomic_write import atomic_write
 from shardckpt.storage.base import Storage
-from shardckpt.storage.opened import checkpoints_in
+from shardckpt.storage.opened import age, checkpoints_in
 from shardckpt.storage.paths import local_path
 from shardckpt.storage.resolve import Location, resolve
 
@@ -51,8 +50,9 @@ def write_report(
     """Write an HTML page about one or more checkpoints. Not collective.
 
     The page shows the size of each checkpoint, and the tensors of the newest one: dtype, shape,
-    bytes, and the ranks that hold them. It is one file without links to other files. Names in a
-    checkpoint are shown as text and never as HTML.
+    bytes, and the ranks that hold them. It lists the checkpoints of a folder that can't be read. It
+    is one file without links to other files. Names in a checkpoint are shown as text and never as
+    HTML.
 
     Args:
         paths: Checkpoints of any format, folders of checkpoints, or URLs; also a single path.
@@ -69,7 +69,7 @@ def write_report(
         The path of the page.
 
     Raises:
-        CheckpointError: A checkpoint can't be read; with `norms`, also if it is corrupted.
+        CheckpointError: A checkpoint can't be read; with `norms` alone, also if it is corrupted.
         StateError: A file of `timings` has another form.
         StorageError: The file system refused an operation, or the file exists.
 
@@ -80,28 +80,40 @@ def write_report(
         >>> shardckpt.write_report(["run"], "run.html")
         'run.html'
     """
-    phases = [_timing(path) for path in timings]
-    checkpoints: list[dict[str, Any]] = []
-    tensors: dict[str, Any] = {}
     several = [paths] if isinstance(paths, (str, os.PathLike, Storage)) else paths
-    for source in _sources(several):
+    with atomic_write(local_path(html), overwrite=overwrite) as write:  # checks the path first
+        phases = [_timing(path) for path in timings]
+        data = {**_data(several, norms, verify, progress), "timings": phases}
+        template = (package_files("shardckpt.analysis") / "page.html").read_text(encoding="utf-8")
+        write.add_bytes(template.replace(_DATA, _embedded(data)).encode())
+    return os.fspath(html)
+
+
+def _data(
+    paths: Sequence[Path], norms: bool, verify: bool, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Read the checkpoints. With both `norms` and `verify`, corrupted tensors have no norm."""
+    checkpoints: list[dict[str, Any]] = []
+    unreadable: list[dict[str, str]] = []
+    tensors: dict[str, Any] = {}
+
+    def left_out(name: str, error: CheckpointError) -> None:
+        unreadable.append({"name": name, "error": str(error)})
+
+    for source in _sources(paths, left_out):
         progress(source.path)
         facts, tensors = _facts(source)
+        corrupted: tuple[str, ...] = ()
         if verify and isinstance(source, Checkpoint):
             report = verify_shards(source.files, source.manifest)
-            facts["damage"] = {
-                "corrupted": list(report.corrupted),
-                "errors": [str(error) for error in report.errors],
-            }
+            corrupted = report.corrupted
+            errors = [str(error) for error in report.errors]
+            facts["damage"] = {"corrupted": list(corrupted), "errors": errors}
         if norms:
-            found = tensor_stats(source, saved_entries(source))
+            found = tensor_stats(source, saved_entries(source), skip=corrupted)
             facts["norms"] = {name: _finite(one.norm) for name, one in found.items()}
         checkpoints.append(facts)
-    data = {"checkpoints": checkpoints, "tensors": tensors, "timings": phases}
-    template = (package_files("shardckpt.analysis") / "page.html").read_text(encoding="utf-8")
-    text = template.replace(_DATA, _embedded(data))
-    write_file(local_path(html), text.encode(), overwrite=overwrite)
-    return os.fspath(html)
+    return {"checkpoints": checkpoints, "unreadable": unreadable, "tensors": tensors}
 
 
 def _embedded(data: Any) -> str:
@@ -113,10 +125,13 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _sources(paths: Sequence[Path]) -> Iterator[Source]:
+_OnError = Callable[[str, CheckpointError], None]
+
+
+def _sources(paths: Sequence[Path], on_error: _OnError) -> Iterator[Source]:
     """Yield each checkpoint, those of a folder by age. Each is closed before the next one."""
     for path in paths:
-        for place in _places(path):
+        for place in _places(path, on_error):
             source = open_source(place.path, storage=place.storage)
             try:
                 yield source
@@ -124,7 +139,7 @@ def _sources(paths: Sequence[Path]) -> Iterator[Source]:
                 source.close()
 
 
-def _places(path: Path) -> list[Location]:
+def _places(path: Path, on_error: _OnError) -> list[Location]:
     """Return the checkpoint at a path. For a folder of checkpoints, return all in it."""
     place = resolve(path)
     try:
@@ -132,18 +147,12 @@ def _places(path: Path) -> list[Location]:
     except (NotACheckpointError, CheckpointNotFoundError):
         found = []
         with suppress(CheckpointError):
-            found = sorted(_age(one) for _, one in checkpoints_in(path, Checkpoint))
+            opened = checkpoints_in(path, Checkpoint, on_error=on_error)
+            found = sorted(age(one) for _, one in opened)
         if not found:
             raise
         return [Location(place.storage, inside) for *_, inside in found]
     return [place]
-
-
-def _age(checkpoint: Checkpoint) -> tuple[str, list[tuple[str, int]], str]:
-    """Return a key that sorts checkpoints by age, and those of one second by their numbers."""
-    parts = re.findall(r"(\D*)(\d*)", checkpoint.path)
-    numbers = [(text, int(number or -1)) for text, number in parts]
-    return checkpoint.manifest.created, numbers, checkpoint.path
 
 
 def _facts(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:

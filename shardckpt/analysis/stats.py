@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -63,13 +63,21 @@ def stats(
 
 
 def tensor_stats(
-    source: Source, saved: SavedState, *, progress: Callable[[int], None] = lambda read_bytes: None
+    source: Source,
+    saved: SavedState,
+    *,
+    skip: Collection[str] = (),
+    progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> dict[str, TensorStats]:
-    """Return what `stats` returns, for an open source and its saved entries."""
+    """Return what `stats` returns, for an open source and its saved entries.
+
+    The tensors in `skip`, by their names in the manifest, are left out.
+    """
     names = {
         name: saved_name
         for name, saved_name in tensors_of(saved).items()
         if DTYPES[source.manifest.tensors[saved_name].dtype] not in OPAQUE
+        and saved_name not in skip
     }
     measure = functools.partial(_measure, source)
     threads = (os.cpu_count() or 1) if isinstance(source, Checkpoint) else 1
@@ -85,12 +93,12 @@ def tensor_stats(
 def _measure(source: Source, name: str) -> TensorStats:
     entry = source.manifest.tensors[name]
     dtype = DTYPES[entry.dtype]
-    norm = total = 0.0
-    smallest, largest = math.inf, -math.inf
+    norm = mean = 0.0
+    ranges: list[int | float] = []
     nan = inf = zeros = finite = 0
     for offsets, sizes in pieces(source, name, (0,) * len(entry.shape), entry.shape):
-        piece = source.read_box(name, offsets, sizes).reshape(-1)
-        piece = piece.to(torch.complex128 if dtype.is_complex else torch.float64)
+        saved = source.read_box(name, offsets, sizes).reshape(-1)
+        piece = saved.to(torch.complex128 if dtype.is_complex else torch.float64)
         nan += int(piece.isnan().sum())
         inf += int(piece.isinf().sum())
         zeros += int((piece == 0).sum())
@@ -98,26 +106,42 @@ def _measure(source: Source, name: str) -> TensorStats:
         finite += len(piece)
         norm = math.hypot(norm, _norm(piece))
         if len(piece) and not dtype.is_complex:
-            total += float(piece.sum())
-            smallest = min(smallest, float(piece.min()))
-            largest = max(largest, float(piece.max()))
-    ordered = finite > 0 and not dtype.is_complex
+            share = len(piece) / finite
+            mean = mean * (1 - share) + _mean(piece) * share
+            ranges += _range(saved) if saved.dtype in _INTEGERS else _range(piece)
+    ordered = len(ranges) > 0
     return TensorStats(
         dtype=dtype,
         shape=entry.shape,
         norm=norm,
-        smallest=smallest if ordered else None,
-        largest=largest if ordered else None,
-        mean=total / finite if ordered else None,
+        smallest=min(ranges) if ordered else None,
+        largest=max(ranges) if ordered else None,
+        mean=mean if ordered else None,
         nan=nan,
         inf=inf,
         zeros=zeros,
     )
 
 
+_INTEGERS = {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+_INTEGERS |= {torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def _range(piece: torch.Tensor) -> list[int | float]:
+    """Return the smallest and the largest element, exactly. torch does not order uint64."""
+    array = piece.numpy()
+    return [array.min().item(), array.max().item()]
+
+
+def _mean(piece: torch.Tensor) -> float:
+    """Return the mean of finite float64, even if their sum overflows."""
+    total = float(piece.sum())
+    return total / len(piece) if math.isfinite(total) else float((piece / len(piece)).sum())
+
+
 def _norm(piece: torch.Tensor) -> float:
     """Return the Euclidean norm of finite float64 or complex128, even if a square overflows."""
-    size = piece.abs()
+    size = (torch.view_as_real(piece) if piece.is_complex() else piece).abs()
     squares = float(size.square().sum())
     if 1e-200 < squares < math.inf or not len(size):
         return math.sqrt(squares)

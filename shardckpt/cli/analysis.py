@@ -23,10 +23,10 @@ from shardckpt.analysis.page import write_report
 from shardckpt.analysis.stats import stats
 from shardckpt.cli.convert import report_lines
 from shardckpt.cli.inspect import table
-from shardckpt.cli.parameters import FORMAT, JSON, KEYS, OVERWRITE, RENAME
+from shardckpt.cli.parameters import FORMAT, JSON, KEYS, OVERWRITE, RENAME, path_argument
 from shardckpt.cli.progress import count_text, progress_bar
 from shardckpt.convert.opening import open_source
-from shardckpt.errors import LoadMismatchError, StateError, printable
+from shardckpt.errors import LoadMismatchError, StateError, printable_line
 from shardckpt.format.dtypes import OPAQUE
 from shardckpt.reports import DiffReport, TensorDifference, TensorStats
 from shardckpt.storage.atomic_write import write_file
@@ -34,7 +34,7 @@ from shardckpt.storage.paths import local_path
 
 __all__ = ["COMMANDS"]
 
-_SLICE = re.compile(r"(.*?)\[([-\d:, .]*)\]")
+_SLICE = re.compile(r"(.*?)\[([-\d:, .]*)\]", re.DOTALL)
 
 
 def _diff(options: SimpleNamespace) -> int:
@@ -52,7 +52,7 @@ def _diff(options: SimpleNamespace) -> int:
         print(json.dumps({**_plain(dataclasses.asdict(report)), "equal": report.equal}, indent=2))
     else:
         for line in _diff_lines(report):
-            print(printable(line))
+            print(printable_line(line))
     return 0 if report.equal else 1
 
 
@@ -93,7 +93,7 @@ def _stats(options: SimpleNamespace) -> None:
     title = ("name", "dtype", "shape", "norm", "min", "max", "mean", "zeros", "NaN", "Inf")
     rows = [title, *(_stats_row(name, one) for name, one in found.items())]
     for line in table(rows, right=tuple(range(3, len(title)))):
-        print(printable(line))
+        print(printable_line(line))
 
 
 def _stats_row(name: str, one: TensorStats) -> tuple[str, ...]:
@@ -227,7 +227,8 @@ def _merge(options: SimpleNamespace) -> None:
     if options.json:
         print(json.dumps(dataclasses.asdict(report), indent=2))
     else:
-        print(printable("\n".join(report_lines(report))))
+        for line in report_lines(report):
+            print(printable_line(line))
 
 
 def _report(options: SimpleNamespace) -> None:
@@ -238,9 +239,9 @@ def _report(options: SimpleNamespace) -> None:
         verify=options.verify,
         timings=options.timings,
         overwrite=options.overwrite,
-        progress=lambda path: print(printable(path), file=sys.stderr),
+        progress=lambda path: print(printable_line(path), file=sys.stderr),
     )
-    print(printable(path))
+    print(printable_line(path))
 
 
 def _plain(node: Any) -> Any:
@@ -268,8 +269,9 @@ def _weights(context: click.Context, parameter: click.Parameter, text: str | Non
         raise click.BadParameter("expected numbers with commas, such as 0.9,0.1") from None
 
 
-def _paths(*names: str) -> list[click.Parameter]:
-    return [click.Argument([name]) for name in names]
+def _file(name: str, text: str, **facts: Any) -> click.Option:
+    file = click.Path(readable=False)  # shells complete file names in its place
+    return click.Option([name], type=file, metavar="FILE", help=text, **facts)
 
 
 def _number(name: str, text: str) -> click.Option:
@@ -281,7 +283,7 @@ COMMANDS = (
         "diff",
         _diff,
         [
-            *_paths("first", "second"),
+            *(path_argument("first"), path_argument("second")),
             _number("--rtol", "The relative tolerance. Tensors may then have different dtypes."),
             _number("--atol", "The absolute tolerance. Tensors may then have different dtypes."),
             KEYS,
@@ -292,15 +294,16 @@ COMMANDS = (
     (
         "stats",
         _stats,
-        [*_paths("path"), KEYS, JSON],
+        [path_argument("path"), KEYS, JSON],
     ),
     (
         "cat",
         _cat,
         [
-            *_paths("path", "tensor"),
+            path_argument("path"),
+            click.Argument(["tensor"]),
             click.Option(["--all"], is_flag=True, help="Print more than 1,000 elements."),
-            click.Option(["--npy"], metavar="FILE", help="Write a file of numpy instead."),
+            _file("--npy", "Write a file of numpy instead."),
             OVERWRITE,
             JSON,
         ],
@@ -309,7 +312,7 @@ COMMANDS = (
         "merge",
         _merge,
         [
-            click.Argument(["paths"], nargs=-1, required=True),
+            path_argument("paths", several=True),
             click.Option(
                 ["--weights"],
                 callback=_weights,
@@ -327,16 +330,14 @@ COMMANDS = (
         "report",
         _report,
         [
-            click.Argument(["paths"], nargs=-1, required=True),
-            click.Option(["--html"], required=True, metavar="FILE", help="The file to write."),
+            path_argument("paths", several=True),
+            _file("--html", "The file to write.", required=True),
             click.Option(["--norms"], is_flag=True, help="Also show the norm of each tensor."),
             click.Option(["--verify"], is_flag=True, help="Also verify all blocks."),
-            click.Option(
-                ["--timings"],
+            _file(
+                "--timings",
+                "Show the phases of a SaveReport or LoadReport in a JSON file. May be repeated.",
                 multiple=True,
-                metavar="FILE",
-                help="Show the phases of a SaveReport or LoadReport in a JSON file. "
-                "May be repeated.",
             ),
             OVERWRITE,
         ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,8 +10,8 @@ from typing import Any
 
 import click
 
-from shardckpt.cli.multiprocess import say, shared
-from shardckpt.cli.parameters import FORMAT, JOBS, JSON, KEYS, OVERWRITE, RENAME
+from shardckpt.cli.multiprocess import say, say_json, shared
+from shardckpt.cli.parameters import FORMAT, JOBS, JSON, KEYS, OVERWRITE, RENAME, path_argument
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.convert.convert import convert_source
 from shardckpt.convert.opening import open_source
@@ -85,9 +84,9 @@ def _write(options: SimpleNamespace, **choice: Any) -> None:
                 progress=bar.reach,
             )
         if options.json:
-            say(coordinator, json.dumps(dataclasses.asdict(report), indent=2))
+            say_json(coordinator, dataclasses.asdict(report))
         else:
-            say(coordinator, "\n".join(report_lines(report)))
+            say(coordinator, *report_lines(report))
 
 
 def report_lines(report: ConvertReport) -> Iterator[str]:
@@ -125,11 +124,12 @@ _DTYPE = click.Option(
 )
 _LIKE = click.Option(
     ["--like"],
+    type=click.Path(readable=False),
     metavar="PATH",
     help="A checkpoint whose tensors the target has: the same names, shapes and "
     "dtypes. With --format hf, configuration and tokenizer are copied from it.",
 )
-_SOURCE, _TARGET = click.Argument(["source"]), click.Argument(["target"])
+_SOURCE, _TARGET = path_argument("source"), path_argument("target")
 
 COMMANDS = (
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 from shardckpt.errors import DependencyError
@@ -12,8 +13,12 @@ __all__ = ["main"]
 
 def main() -> int:
     """Run the command of `sys.argv` and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that its encoding lacks are escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command = importlib.import_module("shardckpt.cli.main")
+    except KeyboardInterrupt:
+        return 130
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("click", "rich"):
             raise

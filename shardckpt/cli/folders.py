@@ -15,12 +15,12 @@ from typing import Any
 import click
 
 from shardckpt.cli.inspect import table
-from shardckpt.cli.parameters import JSON, OVERWRITE
+from shardckpt.cli.parameters import JSON, OVERWRITE, path_argument
 from shardckpt.cli.progress import count_text, progress_bar, size_text
-from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, printable
+from shardckpt.errors import CheckpointError, NotACheckpointError, StateError, printable_line
 from shardckpt.storage.copying import copy_checkpoint
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.opened import OpenedCheckpoint, checkpoints_in
+from shardckpt.storage.opened import OpenedCheckpoint, age, checkpoints_in
 from shardckpt.storage.resolve import Location, resolve
 
 __all__ = ["COMMANDS"]
@@ -32,8 +32,9 @@ def _size(checkpoint: OpenedCheckpoint) -> int:
 
 def _ls(options: SimpleNamespace) -> None:
     storage = resolve(options.path).storage
-    found = [
-        {
+    aged = []
+    for name, checkpoint in checkpoints_in(options.path, OpenedCheckpoint):
+        facts = {
             "name": name,
             "path": checkpoint.path,
             "size_bytes": _size(checkpoint),
@@ -41,14 +42,13 @@ def _ls(options: SimpleNamespace) -> None:
             "world_size": checkpoint.manifest.world_size,
             "tiers": storage.tiers(checkpoint.path),
         }
-        for name, checkpoint in checkpoints_in(options.path, OpenedCheckpoint)
-    ]
-    found.sort(key=lambda one: (one["created"], one["name"]))
+        aged.append((age(checkpoint), facts))
+    found = [facts for _, facts in sorted(aged, key=lambda pair: pair[0])]
     if options.json:
         print(json.dumps(found, indent=2))
         return
     for line in table([tuple(_row(one)) for one in found], right=(1,)):
-        print(printable(line))
+        print(printable_line(line))
 
 
 def _row(one: dict[str, Any]) -> Iterator[str]:
@@ -66,7 +66,7 @@ def _cp(options: SimpleNamespace) -> None:
         total = _size(source)
         present = _has(target, source.manifest.checkpoint_id)
         if present and not options.json:
-            print(printable(f"{target.path}: has this checkpoint already"))
+            print(printable_line(f"{target.path}: has this checkpoint already"))
         if not present:
             with progress_bar("copy", total_bytes=total) as bar:
                 copy_checkpoint(
@@ -85,7 +85,7 @@ def _cp(options: SimpleNamespace) -> None:
     if options.json:
         print(json.dumps({"path": target.path, "size_bytes": total, "copied": not present}))
     else:
-        print(printable(f"{target.path}: {size_text(total)}, intact"))
+        print(printable_line(f"{target.path}: {size_text(total)}, intact"))
 
 
 def _has(place: Location, identity: str) -> bool:
@@ -98,16 +98,32 @@ def _has(place: Location, identity: str) -> bool:
 
 def _rm(options: SimpleNamespace) -> None:
     removed: list[str] = []
-    for path in options.paths:
-        place = resolve(path)
-        with OpenedCheckpoint(place.path, storage=place.storage):
-            pass  # an error for a path that holds no checkpoint
+    places = list(map(resolve, dict.fromkeys(options.paths)))
+    for place in places:
+        _check_removable(place)
+    for place in places:
         place.storage.remove(place.path)
         removed.append(place.path)
         if not options.json:
-            print(printable(f"removed {place.path}"))
+            print(printable_line(f"removed {place.path}"))
     if options.json:
         print(json.dumps({"removed": removed}, indent=2))
+
+
+def _check_removable(place: Location) -> None:
+    """Raise an error for a path without a checkpoint, and for a link to a checkpoint elsewhere."""
+    with OpenedCheckpoint(place.path, storage=place.storage):
+        pass
+    link = place.path.rstrip("/")
+    if isinstance(place.storage, LocalStorage) and os.path.islink(link):
+        raise StateError(
+            "This path is a symbolic link to a checkpoint",
+            path=place.path,
+            expected="the directory of a checkpoint",
+            actual=f"a link to {os.readlink(link)}",
+            remedy=f"pass the checkpoint itself, {os.path.realpath(link)}; a link is removed "
+            "without its checkpoint by `unlink`",
+        )
 
 
 def _prune(options: SimpleNamespace) -> None:
@@ -149,7 +165,7 @@ def _prune(options: SimpleNamespace) -> None:
             storage.remove(checkpoint.path)
         word = "would remove" if options.dry_run else "removed"
         if not options.json:
-            print(printable(f"{word} {checkpoint.path}"))
+            print(printable_line(f"{word} {checkpoint.path}"))
     if options.json:
         paths = [checkpoint.path for checkpoint in removed]
         kept = [checkpoint.path for checkpoint in saved if checkpoint not in removed]
@@ -180,22 +196,22 @@ def _du(options: SimpleNamespace) -> None:
     rows = [(size_text(size), name) for name, size in sizes.items()]
     rows.append((size_text(total), "in all, each linked file once"))
     for line in table(rows, right=(0,)):
-        print(printable(line))
+        print(printable_line(line))
 
 
-_PATH = click.Argument(["path"])
+_PATH = path_argument("path")
 
 COMMANDS = (
     ("ls", _ls, [_PATH, JSON]),
     (
         "cp",
         _cp,
-        [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE, JSON],
+        [path_argument("source"), path_argument("target"), OVERWRITE, JSON],
     ),
     (
         "rm",
         _rm,
-        [click.Argument(["paths"], nargs=-1, required=True), JSON],
+        [path_argument("paths", several=True), JSON],
     ),
     (
         "prune",

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shardckpt.cli.parameters import JSON, KEYS
+from shardckpt.cli.parameters import JSON, KEYS, path_argument
 from shardckpt.cli.progress import count_text, size_text
-from shardckpt.errors import NotACheckpointError, printable
+from shardckpt.errors import NotACheckpointError, printable_line
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtype_names import TORCH_NAMES
 from shardckpt.format.entries import Manifest, TensorEntry
@@ -47,7 +47,7 @@ def _inspect(options: SimpleNamespace) -> None:
             print(json.dumps(facts(checkpoint, keys=options.keys), indent=2))
         else:
             for line in page(checkpoint, keys=options.keys, everything=options.all):
-                print(printable(line))
+                print(printable_line(line))
 
 
 def _opened(path: str) -> OpenedCheckpoint | Foreign:
@@ -139,7 +139,9 @@ def _origin(checkpoint: OpenedCheckpoint | Foreign) -> Iterator[str]:
         total = sum(shard.size_bytes for shard in manifest.shards)
         yield f"  {tensors}, {size_text(total)} in {count_text(len(manifest.shards), 'shard')}"
         yield f"  format {manifest.format_version}, id {manifest.checkpoint_id}"
-        yield from (f"  {name}: {text}" for name, text in manifest.notes.items())
+        for name, text in manifest.notes.items():
+            first, *more = text.split("\n")
+            yield from (f"  {name}: {first}", *(f"    {line}" for line in more))
         return
     origin = checkpoint.origin
     yield f"  {origin.format}{f', written by {origin.writer}' if origin.writer else ''}"
@@ -280,7 +282,8 @@ def _braced(text: str) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
-    """Yield the rows as aligned lines."""
+    """Yield the rows as aligned lines. Control characters in them are escaped."""
+    rows = [tuple(map(printable_line, row)) for row in rows]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for column in range(len(rows[0])):
         table.add_column(justify="right" if column in right else "left", no_wrap=True)
@@ -298,7 +301,7 @@ COMMANDS = (
         "inspect",
         _inspect,
         [
-            click.Argument(["path"]),
+            path_argument("path"),
             JSON,
             click.Option(["--all"], is_flag=True, help="Print a line for each tensor."),
             KEYS,

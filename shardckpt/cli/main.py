@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
 import os
 import re
 import sys
@@ -21,6 +23,7 @@ from shardckpt.errors import (
     ShardckptError,
     StorageError,
     printable,
+    printable_line,
 )
 from shardckpt.storage.resolve import resolve
 
@@ -40,15 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: With code 2, for wrong arguments.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    output = sys.stdout
     try:
         code: int = _group.main(
             separate(given), prog_name="shardckpt", standalone_mode=False, obj=given
         )
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(file=text)
+        _print_error(printable(text.getvalue()))
         raise SystemExit(2) from None
     except click.Abort:
         return 130
+    except SystemExit:
+        if sys.stdout is not output:  # click replaces a stream whose reader has closed it
+            return 0
+        raise
+    except OSError as error:
+        return _output_failed("shardckpt", error)
     return code
 
 
@@ -65,24 +77,47 @@ def _run(
         if options.rank:  # rank 0 prints the same error
             return error.exit_code
         text = _with_options(str(error), parameters)
-        print(f"shardckpt {options.command}: {type(error).__name__}: {text}", file=sys.stderr)
+        text = f"shardckpt {options.command}: {type(error).__name__}: {text}\n"
         if isinstance(error, NotACheckpointError):
-            print(printable(_checkpoints_below(error.path)), end="", file=sys.stderr)
+            text += _checkpoints_below(error.path)
+        _print_error(text)
+        with suppress(OSError):  # the reader of the output has closed it
+            if getattr(options, "json", False) and not options.printed:
+                print(json.dumps({"error": _facts(error, parameters)}, indent=2), flush=True)
         return error.exit_code
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         _drop_output()
         return 0
     except OSError as error:  # all other errors of files are ShardckptErrors
-        _drop_output()
-        text = f"The output can't be written: {error.strerror}"
-        print(f"shardckpt {options.command}: StorageError: {text}", file=sys.stderr)
-        return StorageError.exit_code
+        return _output_failed(f"shardckpt {options.command}", error)
     return code or 0
+
+
+def _output_failed(program: str, error: OSError) -> int:
+    _drop_output()
+    _print_error(f"{program}: StorageError: The output can't be written: {error.strerror}\n")
+    return StorageError.exit_code
+
+
+def _print_error(text: str) -> None:
+    if sys.stderr is not None:  # print would write to the output instead
+        with suppress(OSError):  # its reader has closed it
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 def _drop_output() -> None:
     """Let the flush at exit succeed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _facts(error: ShardckptError, parameters: Sequence[click.Parameter]) -> dict[str, Any]:
+    """Return an error as JSON: its class, its message and its facts as text."""
+    names = ("message", "path", "rank", "tensor", "expected", "actual", "remedy")
+    facts = {name: getattr(error, name) for name in names} | error.facts
+    texts = {name: str(fact) for name, fact in facts.items() if fact is not None}
+    for name in texts.keys() - {"path", "tensor"}:
+        texts[name] = _with_options(texts[name], parameters)
+    return {"type": type(error).__name__, **texts, "exit_code": error.exit_code}
 
 
 def _with_options(text: str, parameters: Sequence[click.Parameter]) -> str:
@@ -113,7 +148,7 @@ def _checkpoints_below(path: str | None) -> str:
             with suppress(ShardckptError):
                 storage.version(storage.child(folder, name))
                 found.append(name)
-    return f"  checkpoints in it: {', '.join(found[:20])}\n" if found else ""
+    return printable_line(f"  checkpoints in it: {', '.join(found[:20])}") + "\n" if found else ""
 
 
 def _command(
@@ -121,7 +156,8 @@ def _command(
 ) -> click.Command:
     def callback(**values: Any) -> int:
         given = click.get_current_context().obj
-        options = SimpleNamespace(command=name, rank=0, arguments=given, **values)
+        options = SimpleNamespace(command=name, rank=0, printed=False, **values)
+        options.arguments = given
         return _run(body, options, parameters)
 
     return click.Command(name, callback=callback, help=text, params=list(parameters))

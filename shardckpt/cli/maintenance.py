@@ -11,8 +11,8 @@ import click
 from shardckpt.analysis.entries import pieces
 from shardckpt.api import open_checkpoint
 from shardckpt.checkpoint import Checkpoint
-from shardckpt.cli.multiprocess import say, shared
-from shardckpt.cli.parameters import JOBS, JSON, OVERWRITE, SUBSET
+from shardckpt.cli.multiprocess import say, say_json, shared
+from shardckpt.cli.parameters import JOBS, JSON, OVERWRITE, SUBSET, path_argument
 from shardckpt.cli.progress import count_text, progress_bar, size_text
 from shardckpt.convert.opening import open_source
 from shardckpt.convert.sources import origin_of
@@ -21,7 +21,7 @@ from shardckpt.errors import (
     CorruptionError,
     NotACheckpointError,
     ShardckptError,
-    printable,
+    printable_line,
 )
 from shardckpt.maintenance.rescue import explain_manifest, rescue
 from shardckpt.maintenance.reshard import reshard
@@ -57,12 +57,13 @@ def _verify(options: SimpleNamespace) -> None:
             )
         if options.json:
             facts = {**dataclasses.asdict(report), "errors": [str(e) for e in report.errors]}
-            say(coordinator, json.dumps({**facts, "subset": options.subset}, indent=2))
+            say_json(coordinator, {**facts, "subset": options.subset})
+            options.printed = True
             report.raise_if_corrupted()
             return
         for word, names in (("corrupted", report.corrupted), ("intact", report.intact)):
             if report.errors:
-                say(coordinator, "\n".join(f"{word:9} {name}" for name in names))
+                say(coordinator, *(f"{word:9} {name}" for name in names))
         report.raise_if_corrupted()
         part = "" if options.subset == (1, 1) else f" (part {'/'.join(map(str, options.subset))})"
         say(
@@ -105,7 +106,7 @@ def _verify_foreign(options: SimpleNamespace) -> None:
         source_format = origin_of(source).format
         if options.json:
             facts = {"path": source.path, "format": source_format, "checked_bytes": total}
-            say(coordinator, json.dumps({**facts, "readable": list(tensors)}, indent=2))
+            say_json(coordinator, {**facts, "readable": list(tensors)})
             return
         found = f"{count_text(len(tensors), 'tensor')}, {size_text(total)}"
         say(coordinator, f"{options.path}: {source_format}, {found}: readable")
@@ -123,11 +124,11 @@ def _rescue(options: SimpleNamespace) -> None:
         print(json.dumps(dataclasses.asdict(report), indent=2))
         return
     for bit in report.repaired:
-        print(printable(f"repaired {bit}"))
+        print(printable_line(f"repaired {bit}"))
     for name, why in report.lost.items():
-        print(printable(f"lost     {name}: {why}"))
+        print(printable_line(f"lost     {name}: {why}"))
     saved = count_text(len(report.saved), "tensor")
-    print(printable(f"{options.target}: {saved} saved, {len(report.lost)} lost"))
+    print(printable_line(f"{options.target}: {saved} saved, {len(report.lost)} lost"))
     if report.rebuilt:
         print(
             "The manifest was rebuilt from the headers of the shards. All values are lost, and no "
@@ -155,7 +156,7 @@ def _reshard(options: SimpleNamespace) -> None:
             )
         if options.json:
             facts = {"path": target.path, "shards": options.shards, "size_bytes": total}
-            say(coordinator, json.dumps(facts, indent=2))
+            say_json(coordinator, facts)
             return
         shards = count_text(options.shards, "shard")
         say(coordinator, f"{options.target}: {shards}, {size_text(total)}")
@@ -165,19 +166,19 @@ COMMANDS = (
     (
         "verify",
         _verify,
-        [click.Argument(["path"]), SUBSET, JOBS, JSON],
+        [path_argument("path"), SUBSET, JOBS, JSON],
     ),
     (
         "rescue",
         _rescue,
-        [click.Argument(["source"]), click.Argument(["target"]), OVERWRITE, JSON],
+        [path_argument("source"), path_argument("target"), OVERWRITE, JSON],
     ),
     (
         "reshard",
         _reshard,
         [
-            click.Argument(["source"]),
-            click.Argument(["target"]),
+            path_argument("source"),
+            path_argument("target"),
             click.Option(["--shards"], type=int, required=True, help="The number of shards."),
             OVERWRITE,
             JOBS,

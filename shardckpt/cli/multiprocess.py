@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,11 +22,11 @@ from shardckpt.coordination.resolve import operation
 from shardckpt.coordination.single import SingleCoordinator
 from shardckpt.coordination.store import StoreCoordinator
 from shardckpt.coordination.store_connection import StoreConnections
-from shardckpt.errors import CoordinationError, printable
+from shardckpt.errors import CoordinationError, printable_line
 from shardckpt.loading.agreement import same_checkpoint
 from shardckpt.maintenance.rewritable import Source
 
-__all__ = ["say", "shared"]
+__all__ = ["say", "say_json", "shared"]
 
 _JOB = "SHARDCKPT_JOB"  # rank/number/port, in the environment of the processes started here
 _BYTES_PER_JOB = 1 << 30
@@ -66,10 +67,17 @@ def shared(
                 checkpoint.close()
 
 
-def say(coordinator: Coordinator, text: str) -> None:
-    """Print a text on rank 0."""
+def say(coordinator: Coordinator, *lines: str) -> None:
+    """Print lines on rank 0."""
     if coordinator.rank == 0:
-        print(printable(text))
+        for line in lines:
+            print(printable_line(line))
+
+
+def say_json(coordinator: Coordinator, facts: Any) -> None:
+    """Print facts as JSON on rank 0."""
+    if coordinator.rank == 0:
+        print(json.dumps(facts, indent=2))
 
 
 def _jobs_for(open_it: Callable[[], Source]) -> int:

@@ -9,7 +9,17 @@ import click
 
 from shardckpt.convert.formats import FORMATS
 
-__all__ = ["FORMAT", "JOBS", "JSON", "KEYS", "OVERWRITE", "RENAME", "SUBSET", "separate"]
+__all__ = [
+    "FORMAT",
+    "JOBS",
+    "JSON",
+    "KEYS",
+    "OVERWRITE",
+    "RENAME",
+    "SUBSET",
+    "path_argument",
+    "separate",
+]
 
 _SEVERAL = ("--keys", "--rename")
 
@@ -38,6 +48,12 @@ def _separated(arguments: Sequence[str]) -> Iterator[str]:
             yield argument
     if option and not values:
         yield option
+
+
+def path_argument(name: str, *, several: bool = False) -> click.Argument:
+    """Return an argument that is a path or a URL. Shells complete file names in its place."""
+    number: dict[str, Any] = {"nargs": -1, "required": True} if several else {}
+    return click.Argument([name], type=click.Path(readable=False), **number)
 
 
 def _subset(text: str) -> tuple[int, int]:

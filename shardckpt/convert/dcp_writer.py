@@ -87,6 +87,8 @@ class DcpFolder(Folder):
         self.values: dict[str, Any] = {}
         self.tied: dict[str, list[str]] = {}
         for entry_path, node in dcp_entries(SavedState(source.manifest).tree, ()):
+            if not entry_path:
+                continue  # an empty state has no entries
             name = ".".join(map(str, entry_path))
             self.paths[name] = entry_path
             if isinstance(node, TensorRef) and node.ref_type != "per_rank":

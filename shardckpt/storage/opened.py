@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from shardckpt.errors import CheckpointError, CheckpointNotFoundError, NotACheckpointError
@@ -14,7 +15,7 @@ from shardckpt.logs import logger
 from shardckpt.storage.base import CheckpointFiles, Storage
 from shardckpt.storage.resolve import resolve
 
-__all__ = ["OpenedCheckpoint", "checkpoints_in"]
+__all__ = ["OpenedCheckpoint", "age", "checkpoints_in"]
 
 Opened = TypeVar("Opened", bound="OpenedCheckpoint")
 
@@ -72,7 +73,29 @@ class OpenedCheckpoint:
         self._files.close()
 
 
-def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]:
+def _parsed(checkpoint: Opened) -> Opened:
+    """Parse the manifest, which raises the errors of its form. Closes the checkpoint then."""
+    try:
+        _ = checkpoint.manifest
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def age(checkpoint: OpenedCheckpoint) -> tuple[str, list[tuple[str, int]], str]:
+    """Return a key that sorts checkpoints by age, and those of one second by their numbers."""
+    parts = re.findall(r"(\D*)(\d*)", checkpoint.path)
+    numbers = [(text, int(number or -1)) for text, number in parts]
+    return checkpoint.manifest.created, numbers, checkpoint.path
+
+
+def checkpoints_in(
+    path: Any,
+    cls: type[Opened],
+    *,
+    on_error: Callable[[str, CheckpointError], None] = lambda name, error: None,
+) -> Iterator[tuple[str, Opened]]:
     """Yield the checkpoints in a folder with their names, or the one at the path.
 
     Each is open until the next one is asked for. A warning is logged for each checkpoint that can't
@@ -81,6 +104,7 @@ def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]
     Args:
         path: The folder, or the checkpoint.
         cls: The class of the open checkpoints.
+        on_error: Called with the name and the error of each checkpoint that can't be read.
 
     Raises:
         CheckpointError: The folder has no checkpoint.
@@ -90,11 +114,12 @@ def checkpoints_in(path: Any, cls: type[Opened]) -> Iterator[tuple[str, Opened]]
     for name in storage.names(folder):
         inner = storage.child(folder, name)
         try:
-            checkpoint = cls(inner, storage=storage)
+            checkpoint = _parsed(cls(inner, storage=storage))
         except (CheckpointNotFoundError, NotACheckpointError):
             continue
         except CheckpointError as error:
             logger.warning("%s is left out: %s", inner, error.message)
+            on_error(name, error)
             continue
         found = True
         with checkpoint:

@@ -122,3 +122,10 @@ def test_no_tensor_is_left_out_and_no_part_of_one(first, second, actual, tmp_pat
 def test_arguments_of_another_type_are_refused(arguments, runs, tmp_path):
     with pytest.raises(errors.StateError, match="Invalid"):
         shardckpt.merge(runs[:2], tmp_path / "merged", **arguments)
+
+
+def test_the_sign_of_zero_is_kept(tmp_path):
+    for name in ("a", "b"):
+        shardckpt.save({"w": torch.tensor([-0.0, 0.0])}, tmp_path / name)
+    shardckpt.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert shardckpt.load_state(tmp_path / "c")["w"].signbit().tolist() == [True, False]

@@ -171,3 +171,35 @@ def test_a_browser_searches_and_sorts_twenty_thousand_tensors(tmp_path):
     assert found["rows"] < 100  # only the rows in view are in the document
     assert (found["scripts"], found["images"], found["wide"]) == (3, 0, False)
     print(f"usable after {found['ready']:.0f} ms")
+
+
+def test_checkpoints_of_a_folder_that_can_not_be_read_are_on_the_page(tmp_path):
+    save_run(tmp_path / "run", steps=(1, 2))
+    manifest = tmp_path / "run" / "step-1" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    shardckpt.write_report(tmp_path / "run", tmp_path / "p.html")
+    data = data_of(tmp_path / "p.html")
+    assert [one["name"] for one in data["checkpoints"]] == ["step-2"]
+    assert [one["name"] for one in data["unreadable"]] == ["step-1"]
+    assert "The manifest is corrupted" in data["unreadable"][0]["error"]
+
+
+def test_norms_of_corrupted_tensors_are_left_out_if_they_are_verified(tmp_path):
+    shardckpt.save({"a": torch.ones(1 << 18), "b": torch.ones(1 << 18)}, tmp_path / "c")
+    (shard,) = (tmp_path / "c").glob("*.safetensors")
+    with open(shard, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    shardckpt.write_report(tmp_path / "c", tmp_path / "p.html", norms=True, verify=True)
+    (one,) = data_of(tmp_path / "p.html")["checkpoints"]
+    assert one["damage"]["corrupted"] == ["b"]
+    assert one["norms"] == {"a": 512.0}
+
+
+def test_a_page_that_exists_is_an_error_before_anything_is_read(tmp_path):
+    (tmp_path / "p.html").touch()
+    read = []
+    shardckpt.save({"w": torch.ones(2)}, tmp_path / "c")
+    with pytest.raises(shardckpt.CheckpointExistsError):
+        shardckpt.write_report(tmp_path / "c", tmp_path / "p.html", progress=read.append)
+    assert read == []

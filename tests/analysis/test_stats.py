@@ -65,3 +65,22 @@ def test_keys_select_tensors(tmp_path):
     assert list(shardckpt.stats(tmp_path / "c", keys="b")) == ["b"]
     with pytest.raises(errors.LoadMismatchError):
         shardckpt.stats(tmp_path / "c", keys="bb")
+
+
+def test_integers_are_exact(tmp_path):
+    state = {
+        "int64": torch.tensor([2**53 + 1, -(2**53) - 1, 2**63 - 1]),
+        "uint64": torch.tensor([2**64 - 1, 2**64 - 2], dtype=torch.uint64),
+    }
+    shardckpt.save(state, tmp_path / "c")
+    found = shardckpt.stats(tmp_path / "c")
+    assert (found["int64"].smallest, found["int64"].largest) == (-(2**53) - 1, 2**63 - 1)
+    assert (found["uint64"].smallest, found["uint64"].largest) == (2**64 - 2, 2**64 - 1)
+
+
+def test_sums_and_absolute_values_may_overflow(tmp_path):
+    large = torch.tensor([1.5e308, 1.7e308, 1.6e308], dtype=torch.float64)
+    shardckpt.save({"w": large, "z": torch.complex(large, large)}, tmp_path / "c")
+    found = shardckpt.stats(tmp_path / "c")
+    assert found["w"].mean == pytest.approx(1.6e308)
+    assert found["z"].norm == math.inf

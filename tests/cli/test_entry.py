@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -61,3 +62,19 @@ def test_other_errors_of_the_import_are_raised(command, name):
     with pytest.raises(ImportError) as raised:
         entry.main()
     assert raised.value is error
+
+
+def test_characters_that_the_output_lacks_are_escaped(command, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    command(SimpleNamespace(main=lambda: print("\u6587 w", flush=True) or 0))
+    assert entry.main() == 0
+    assert written.getvalue() == b"\\u6587 w\n"
+
+
+def test_an_import_that_is_interrupted_ends_quietly(monkeypatch):
+    def import_module(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "importlib", SimpleNamespace(import_module=import_module))
+    assert entry.main() == 130

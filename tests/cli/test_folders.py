@@ -168,3 +168,28 @@ def test_ls_shows_the_state_in_each_tier(tmp_path, capsys):
     assert f"durable in {tmp_path}/fast" in shown
     assert f"missing in {tmp_path}/slow" in shown
     assert main(["verify", f"tiers://{tmp_path}/fast/a,{tmp_path}/slow/a"]) == 0
+
+
+def test_checkpoints_of_one_second_are_listed_by_their_numbers(tmp_path, capsys):
+    for step in (10, 9, 2):
+        shardckpt.save({"step": step}, tmp_path / f"step-{step}")
+    texts = [path.read_text() for path in tmp_path.glob("*/manifest.json")]
+    seconds = {json.loads(text)["created"] for text in texts}
+    main(["ls", str(tmp_path)])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["step-2", "step-9", "step-10"] or len(seconds) > 1
+
+
+def test_rm_removes_all_or_none_and_no_checkpoint_behind_a_link(tmp_path, capsys):
+    for step in (1, 2):
+        shardckpt.save({"step": step}, tmp_path / f"step-{step}")
+    (tmp_path / "latest").symlink_to("step-2")
+    first, second, link = (str(tmp_path / name) for name in ("step-1", "step-2", "latest"))
+    for last in (f"{tmp_path}/nothing", link, f"{link}/"):
+        assert main(["rm", first, last]) != 0
+    assert f"pass the checkpoint itself, {second}" in capsys.readouterr().err
+    for path, step in ((first, 1), (link, 2)):
+        assert shardckpt.load_state(path)["step"] == step
+    assert main(["rm", first, second, first]) == 0
+    assert not (tmp_path / "step-1").exists()
+    assert not (tmp_path / "step-2").exists()

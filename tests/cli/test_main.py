@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -145,3 +147,89 @@ def test_the_shell_completes_commands_and_options(words, completed, monkeypatch,
         main([])
     assert done.value.code == 0
     assert capsys.readouterr().out.strip() == completed
+
+
+def test_a_name_with_a_line_end_stays_on_one_line(tmp_path, capsys):
+    """A name could otherwise look like the line of another entry, or like a fact of an error."""
+    name = "w\n  b  float32  [2]\r\x07\ttail"
+    path = str(tmp_path / "c")
+    shardckpt.save({name: torch.ones(2), "step": 1}, path)
+    shown = "w\\n  b  float32  [2]\\r\\x07\\ttail"
+    for words in (["inspect", path], ["stats", path], ["diff", path, path, "--keys", name]):
+        main(words)
+    assert main(["extract", path, name, "step", str(tmp_path / "t")]) == 0
+    assert main(["diff", path, str(tmp_path / "t"), "--rename", f"{name}=v"]) == 1
+    text = capsys.readouterr().out
+    assert text.count(shown) == 3
+    assert "\n  b" not in text
+    assert main(["cat", path, "nothing"]) == 4
+    assert "\n  b" not in capsys.readouterr().err
+    assert main(["cat", path, f"{name}[0]"]) == 0
+    assert capsys.readouterr().out == "1.\n"
+
+
+def test_wrong_arguments_do_not_drive_the_terminal(capsys):
+    for words in (
+        ["verify", "a", "b\x1b]0;t\x07"],
+        ["convert", "a", "b", "--format", "\x1b]0;t\x07"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        shown = capsys.readouterr().err
+        assert "\\x1b]0;t" in shown
+        assert "\x1b" not in shown
+
+
+def test_an_error_is_json_too(tmp_path, capsys):
+    shardckpt.save({"w": torch.ones(3)}, tmp_path / "c")
+    path = str(tmp_path / "c")
+    assert main(["inspect", f"{path}x", "--json"]) == 5
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["type"], error["exit_code"]) == ("CheckpointNotFoundError", 5)
+    assert error["path"] == f"{path}x"
+    assert main(["convert", path, path, "--json"]) == 7
+    assert "--overwrite" in json.loads(capsys.readouterr().out)["error"]["remedy"]
+    with open(next((tmp_path / "c").glob("shard-*")), "r+b") as shard:
+        shard.seek(-1, os.SEEK_END)
+        shard.write(b"x")
+    assert main(["verify", path, "--json"]) == 6
+    assert json.loads(capsys.readouterr().out)["corrupted"] == ["w"]  # the report, and no more
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["inspect", "--help"]])
+def test_help_that_can_not_be_written(words, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(words) == StorageError.exit_code
+    assert "The output can't be written: No space" in capsys.readouterr().err
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(BrokenPipeError), open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        ended = main(words)
+    assert ended == 0
+
+
+def test_an_error_stream_that_is_full_changes_no_exit_code(tmp_path, monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["inspect", str(tmp_path / "c")]) == 5
+        with pytest.raises(SystemExit) as done:
+            main(["inspect"])
+        assert done.value.code == 2
+        with suppress(OSError):  # the text is still in the buffer
+            full.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["verify ", "extract ", "report --html ", "cat --npy ", "convert --like ", "ls x", "cp a "],
+)
+def test_the_shell_completes_file_names_in_place_of_paths(words, monkeypatch, capsys):
+    words = f"shardckpt {words}"
+    monkeypatch.setenv("_SHARDCKPT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.startswith("file,")

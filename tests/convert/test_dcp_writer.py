@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import shardckpt
 from shardckpt import errors
 from shardckpt.convert import dcp_writer
 from shardckpt.convert.convert import convert
@@ -77,3 +78,11 @@ def test_files_of_others_are_not_those_of_dcp():
     folder = DcpFolder(foreign("p", "f", {"w": torch.ones(2)}), "d", files=1, overwrite=True)
     names = [".metadata", "__0_0.distcp", "__12_3.distcp", "config.json", "__0_0.distcp~"]
     assert folder.foreign(names) == ["config.json", "__0_0.distcp~"]
+
+
+def test_an_empty_state_has_no_entries(tmp_path):
+    shardckpt.save({}, tmp_path / "c")
+    convert(tmp_path / "c", tmp_path / "dcp", to="dcp")
+    assert dcp.FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata == {}
+    convert(tmp_path / "dcp", tmp_path / "again")
+    assert shardckpt.load_state(tmp_path / "again") == {}

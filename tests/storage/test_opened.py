@@ -112,3 +112,12 @@ def test_a_folder_without_a_checkpoint_is_an_error_about_both(tmp_path):
     assert raised.value.remedy == "check the path"
     with pytest.raises(NotACheckpointError):
         list(checkpoints_in(tmp_path, OpenedCheckpoint))
+
+
+def test_a_manifest_of_another_form_leaves_out_this_checkpoint_only(folder, closed):
+    change(folder / "step-1", b'"world_size":1', b'"world_size":0')
+    errors = {}
+    found = checkpoints_in(folder, OpenedCheckpoint, on_error=errors.__setitem__)
+    assert [name for name, _ in found] == ["step-2"]
+    assert list(errors) == ["step-1"]
+    assert str(folder / "step-1") in closed
