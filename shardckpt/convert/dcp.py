@@ -354,4 +354,17 @@ def _with_lists(node: Any) -> Any:
     items = {key: _with_lists(item) for key, item in node.items()}
     if items and all(isinstance(key, int) for key in items):
         return [items[key] for key in sorted(items)]
+    if "state" in items and "param_groups" in items:
+        items["state"] = _with_indices(items["state"], items["param_groups"])
     return items
+
+
+def _with_indices(states: Any, groups: Any) -> Any:
+    """Return the state of an optimizer with the indices of its groups as keys, which DCP turned
+    into texts. An optimizer ignores the state of a key that it does not know."""
+    if type(states) is not dict or type(groups) is not list:
+        return states
+    params = [group.get("params") for group in groups if isinstance(group, dict)]
+    lists = [each for each in params if isinstance(each, (list, tuple))]
+    indices = {str(index): index for each in lists for index in each if type(index) is int}
+    return {indices.get(key, key): item for key, item in states.items()}

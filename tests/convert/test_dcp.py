@@ -76,3 +76,18 @@ def test_boxes_of_a_dcp_tensor_lie_in_several_parts(tmp_path):
     found = DcpCheckpoint(str(tmp_path / "d"))
     assert found.read_box("w", (100,), (399_000,)).tolist() == list(range(100, 399_100))
     assert torch.equal(found.read_box("t", (2, 3), (4, 5)), tensor[2:6, 3:8])
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+def test_an_optimizer_keeps_the_indices_of_its_parameters(tmp_path, lr):
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save({"optimizers": [optimizer.state_dict()]}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "dcp", to="dcp")
+    convert(tmp_path / "dcp", tmp_path / "b.pt")
+    (found,) = torch.load(tmp_path / "b.pt", weights_only=True)["optimizers"]
+    other = torch.optim.Adam(net.parameters())
+    other.load_state_dict(found)
+    assert torch.equal(other.state[net.weight]["exp_avg"], optimizer.state[net.weight]["exp_avg"])
