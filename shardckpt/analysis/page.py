@@ -21,6 +21,7 @@ from shardckpt.errors import (
     CheckpointNotFoundError,
     NotACheckpointError,
     StateError,
+    printable,
 )
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.entries import TensorEntry
@@ -118,7 +119,16 @@ def _data(
 
 def _embedded(data: Any) -> str:
     """Encode JSON for a script element, which `</` and `<!--` would end."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(_shown(data), separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _shown(node: Any) -> Any:
+    """Escape control characters in all texts, as those for text from right to left change names."""
+    if isinstance(node, str):
+        return printable(node)
+    if isinstance(node, dict):
+        return {printable(key): _shown(item) for key, item in node.items()}
+    return list(map(_shown, node)) if isinstance(node, (list, tuple)) else node
 
 
 def _finite(number: float) -> float | None:

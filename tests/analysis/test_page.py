@@ -203,3 +203,43 @@ def test_a_page_that_exists_is_an_error_before_anything_is_read(tmp_path):
     with pytest.raises(shardckpt.CheckpointExistsError):
         shardckpt.write_report(tmp_path / "c", tmp_path / "p.html", progress=read.append)
     assert read == []
+
+
+def test_control_characters_of_names_are_escaped(tmp_path):
+    shardckpt.save({"w\u202egnp\x1b[2J": torch.ones(2)}, tmp_path / "c")
+    shardckpt.write_report(tmp_path / "c", tmp_path / "p.html", norms=True)
+    data = data_of(tmp_path / "p.html")
+    name = "w\\u202egnp\\x1b[2J"
+    assert data["tensors"]["name"] == [name]
+    assert list(data["checkpoints"][0]["norms"]) == list(data["checkpoints"][0]["parts"]) == [name]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_tree_is_used_with_the_keyboard(tmp_path):
+    layers = {f"{i}": {"w": torch.ones(2)} for i in range(50)}
+    for step in (1, 2):
+        state = {"a": {"layers": layers}, "constructor": torch.ones(step), "z": torch.ones(1)}
+        shardckpt.save(state if step == 1 else {"z": state["z"]}, tmp_path / "run" / f"step-{step}")
+    shardckpt.save({"b": {"c": layers}, "z": torch.ones(3)}, tmp_path / "run" / "step-3")
+    page = tmp_path / "page.html"
+    shardckpt.write_report(tmp_path / "run", page, norms=True)
+    script = """<script>{
+      const tree = document.querySelector("#tree"), steps = [];
+      const press = key => {
+        tree.dispatchEvent(new KeyboardEvent("keydown", { key, cancelable: true }));
+        const row = document.querySelector(".active > span");
+        steps.push([row.title, tree.scrollTop > 0]);
+      };
+      press("Home"); press("ArrowDown"); press("ArrowRight"); press("End"); press("Enter");
+      press("ArrowUp"); press("Home"); press("ArrowLeft"); press("ArrowDown");
+      const norms = document.querySelector("#norms h2 span").textContent;
+      document.title = JSON.stringify([steps, norms]);
+    }</script>"""
+    page.write_text(page.read_text() + script)
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    done = subprocess.run([*command, f"file://{page}"], capture_output=True, text=True, timeout=120)
+    steps, norms = json.loads(re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1])
+    names = [name for name, _ in steps]
+    assert names == ["b", "b.c", "b.c", "z", "z", "b.c.49", "b", "b", "z"]
+    assert [scrolled for _, scrolled in steps][3:7] == [True, True, True, False]
+    assert norms == "z"
