@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset
 
 from shardckpt.errors import StateError
 from shardckpt.state.markers import PerRank
@@ -60,6 +60,19 @@ class _Loader:
             "replicas": getattr(sampler, "num_replicas", None),
         }
 
+    def divides(self) -> bool:
+        """Whether the samples of a step are a known part of those of all ranks. Other samplers and
+        batch samplers may divide or order them in another way."""
+        from torchdata.stateful_dataloader import sampler as stateful
+
+        batches = self.loader.batch_sampler
+        sampler = getattr(batches, "sampler", self.loader.sampler)
+        known = (DistributedSampler.__iter__, stateful.StatefulDistributedSampler.__iter__)
+        batched = (BatchSampler.__iter__, stateful.BatchSampler.__iter__)
+        return type(sampler).__iter__ in known and (
+            batches is None or type(batches).__iter__ in batched
+        )
+
     def samples(self) -> int:
         """Return how many samples this rank takes in an epoch."""
         return len(getattr(self.loader.batch_sampler, "sampler", self.loader.sampler))
@@ -78,7 +91,7 @@ class _Loader:
     def take(self, saved: list[dict[str, Any]]) -> _Loader:
         """Continue where the ranks that saved have stopped together."""
         iterable = isinstance(self.loader.dataset, IterableDataset)
-        position = _moved(saved, self.step(), iterable=iterable)
+        position = _moved(saved, self.step(), iterable=iterable, divides=self.divides())
         sampler = position.get("_sampler_iter_state") or {}
         if "samples_yielded" in sampler:  # the last batch may be smaller
             sampler["samples_yielded"] = min(sampler["samples_yielded"], self.samples())
@@ -87,25 +100,25 @@ class _Loader:
 
 
 def _moved(
-    saved: list[dict[str, Any]], step: dict[str, int | None], *, iterable: bool
+    saved: list[dict[str, Any]], step: dict[str, int | None], *, iterable: bool, divides: bool
 ) -> dict[str, Any]:
     """Return the position of a rank that takes `step`, from those of all ranks that saved."""
     position: dict[str, Any] = copy.deepcopy(saved[0]["position"])
     sampler = position.get("_sampler_iter_state") or {}
     taken = {each["position"].get("_num_yielded") for each in saved}
-    undivided = None in (step["replicas"], saved[0]["replicas"])
+    divided = divides and None not in (step["replicas"], saved[0]["replicas"])
     reasons = {
         "worker processes": "_snapshot" in position,
         "an iterable dataset": iterable,
         "a dataset with a state": position.get("_dataset_state") is not None,
         "a sampler with a state of its own": "sampler_iter_state" in sampler,
-        "a sampler that does not divide the data among ranks": undivided,
+        "a sampler or batch sampler other than those of torch and torchdata": not divided,
         "ranks that have taken different numbers of batches": len(taken) > 1,
     }
     for reason, applies in reasons.items():
         if applies:
             raise _refused(len(saved), step, reason)
-    before = saved[0]["batch_size"] * saved[0]["replicas"]
+    before = (saved[0]["batch_size"] or 1) * saved[0]["replicas"]
     after = (step["batch_size"] or 1) * (step["replicas"] or 1)
     samples = position["_num_yielded"] * before
     if samples % after:

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset
 
 import shardckpt
 from shardckpt.errors import StateError
@@ -177,3 +177,60 @@ def test_other_ranks_continue_after_a_last_batch_that_is_smaller(taken):
     loader_position(own).value.take(saved)
     rest = [batch.tolist() for batch in own]
     assert rest == ([[24, 25]] if taken == 3 else [])
+
+
+class Contiguous(DistributedSampler):
+    """Divides the data in another way."""
+
+    def __iter__(self):
+        each = len(self.dataset) // self.num_replicas
+        return iter(range(self.rank * each, (self.rank + 1) * each))
+
+
+class Backwards(BatchSampler):
+    def __iter__(self):
+        return iter([*super().__iter__()][::-1])
+
+
+OWN = {
+    "a sampler": lambda data, sampler: StatefulDataLoader(
+        data, batch_size=4, sampler=Contiguous(data, sampler.num_replicas, sampler.rank)
+    ),
+    "a batch sampler": lambda data, sampler: StatefulDataLoader(
+        data, batch_sampler=Backwards(sampler, 4, drop_last=False)
+    ),
+    "batches of any size": lambda data, sampler: StatefulDataLoader(
+        data, batch_sampler=[[0, 1], [2]]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_samplers_that_divide_the_data_in_another_way_are_refused_on_other_ranks(kind):
+    """The samples that were taken are not the first ones, so that some would be lost."""
+    data = torch.arange(32)
+    saved = []
+    for rank in range(2):
+        own = OWN[kind](data, DistributedSampler(data, 2, rank, shuffle=False))
+        next(iter(own))
+        saved.append(loader_position(own).value.state_dict())
+    own = OWN[kind](data, DistributedSampler(data, 1, 0, shuffle=False))
+    with pytest.raises(StateError, match="other than those of torch and torchdata"):
+        loader_position(own).value.take(saved)
+
+
+def test_other_ranks_continue_a_loader_of_single_samples():
+    data = torch.arange(8)
+
+    def single(ranks, rank):
+        sampler = DistributedSampler(data, ranks, rank, shuffle=False)
+        return StatefulDataLoader(data, batch_size=None, sampler=sampler)
+
+    saved = []
+    for rank in range(2):
+        own = single(2, rank)
+        list(itertools.islice(own, 3))
+        saved.append(loader_position(own).value.state_dict())
+    own = single(1, 0)
+    loader_position(own).value.take(saved)
+    assert [int(sample) for sample in own] == [6, 7]
