@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import weakref
+import zipfile
 from typing import Any
 
 import msgspec
@@ -40,6 +41,7 @@ from shardckpt.saving.rank_writer import RankShards, ShardResult, write_rank
 from shardckpt.saving.replicas import replica_digests
 from shardckpt.state.file_groups import MAIN
 from shardckpt.state.local_chunks import check_dense
+from shardckpt.state.module_state import instances_in
 from shardckpt.storage.base import Storage, WriteTransaction
 from shardckpt.storage.resolve import Location, resolve
 from shardckpt.torch_compat import caches_plans
@@ -354,7 +356,7 @@ def _value(planner: SavePlanner, item: WriteItem) -> Any:
         value = torch.load(stream, weights_only=True)
     except Exception as error:
         lookup = getattr(planner, "lookup_object", None)
-        if lookup is None:
+        if lookup is None or not zipfile.is_zipfile(stream):  # bytes of the planner's own format
             raise UnsupportedLeafError(
                 "A value of this planner can't be saved without pickle",
                 tensor=item.index.fqn,
@@ -363,6 +365,15 @@ def _value(planner: SavePlanner, item: WriteItem) -> Any:
                 remedy="remove it from the state, or convert it to plain values",
             ) from error
         value = lookup(item.index)
+    if any(instances_in(value, torch.Tensor)):
+        raise UnsupportedLeafError(
+            "This planner saves a tensor as a part of a value",
+            tensor=item.index.fqn,
+            expected="tensors as entries of their own",
+            actual=type(value).__name__,
+            remedy="leave flatten_state_dict of DCP's planner at True and use a list or dict in "
+            "place of a tuple, or use ShardSavePlanner",
+        )
     return values.encode(value, at=item.index.fqn)
 
 

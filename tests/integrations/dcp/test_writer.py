@@ -224,3 +224,31 @@ def test_an_abandoned_writer_leaves_nothing(tmp_path):
         del writer
         gc.collect()
         assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+
+
+class Pickled(dcp.DefaultSavePlanner):
+    """Encodes values in a format of its own."""
+
+    def transform_object(self, write_item, object):
+        return io.BytesIO(b"own " + bytes([object]))
+
+
+@pytest.mark.parametrize(
+    ("planner", "state", "message"),
+    [
+        (Pickled(), {"n": 5}, "can't be saved without pickle"),
+        (dcp.DefaultSavePlanner(), {"pair": (torch.ones(2), 1)}, "a part of a value"),
+        (
+            dcp.DefaultSavePlanner(flatten_state_dict=False),
+            {"model": {"weight": torch.ones(2)}},
+            "a part of a value",
+        ),
+    ],
+)
+def test_values_that_a_planner_encodes_in_another_way_are_refused(
+    tmp_path, planner, state, message
+):
+    with pytest.raises(CheckpointException, match=message) as raised:
+        dcp.save(state, storage_writer=ShardWriter(tmp_path / "c"), planner=planner)
+    ((error, _),) = raised.value.failures.values()
+    assert isinstance(error, errors.UnsupportedLeafError)
