@@ -8,6 +8,7 @@ It honours all options of torchtitan's BaseCheckpointManager.Config. Tested with
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torchtitan.components.checkpointer.base import (
 )
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools import filesystem
 
 from shardckpt import api
 from shardckpt.convert.convert import convert_source
@@ -36,6 +38,7 @@ from shardckpt.maintenance.rewritable import Source
 from shardckpt.manager.manager import CheckpointManager
 from shardckpt.manager.retention import KeepLast
 from shardckpt.state.markers import Union
+from shardckpt.state.matching import DtypePolicy
 from shardckpt.storage.resolve import resolve
 
 __all__ = ["ShardckptManager"]
@@ -83,7 +86,7 @@ class ShardckptManager(BaseCheckpointManager):
         base_folder: str = "",
     ) -> None:
         self.enable = config.enable
-        self.save_future = None
+        self.save_future: Future[None] | None = None
         if not self.enable:
             return
         if config.last_save_in_hf and sd_adapter is None:
@@ -94,7 +97,7 @@ class ShardckptManager(BaseCheckpointManager):
                 remedy="set checkpoint.last_save_in_hf to False",
             )
         self.config, self.sd_adapter = config, sd_adapter
-        self.folder = os.path.join(base_folder, config.folder)
+        self.folder = filesystem.join(base_folder, config.folder)
         self.model = ModelWrapper(model_parts)
         self.states = {
             **states,
@@ -111,23 +114,23 @@ class ShardckptManager(BaseCheckpointManager):
 
     def _state(self, keys: set[str]) -> dict[str, Any]:
         """Return plain state dicts by name."""
-        return {key: self._of(self.states[key]) for key in sorted(keys)}
+        return {key: self._of(key, self.states[key]) for key in sorted(keys)}
 
-    def _of(self, part: Any) -> Any:
+    def _of(self, key: str, part: Any) -> Any:
         if part is None:
             return {}
-        if isinstance(part, ParallelAwareDataloader):
+        if _is_plain_loader(part):
             # torchtitan's own state_dict is pickled
             position = StatefulDataLoader.state_dict(part)
             ranks = {f"dp_rank_{part.dp_rank}": position}
             return Union({**ranks, "world_size": part.dp_world_size})
-        return part.state_dict()
+        return Union(part.state_dict()) if key == DATALOADER else part.state_dict()
 
     def _restore(self, key: str, values: Any) -> None:
         part = self.states[key]
         if isinstance(values, Union):
             values = values.value
-        if isinstance(part, ParallelAwareDataloader):
+        if _is_plain_loader(part):
             if values["world_size"] != part.dp_world_size:
                 raise StateError(
                     "The position in the data does not fit another data-parallel degree",
@@ -151,12 +154,18 @@ class ShardckptManager(BaseCheckpointManager):
             self.manager.wait()
             self._save_hugging_face(os.path.join(self.folder, f"step-{curr_step}"))
         elif last_step and config.last_save_model_only:
-            self.manager.save(curr_step, {MODEL: self._exported()})
+            self._save_state(curr_step, {MODEL: self._exported()})
         else:
-            self.manager.save(curr_step, self._state(set(self.states)))
+            self._save_state(curr_step, self._state(set(self.states)))
         if last_step:
-            self.manager.wait()
+            self._wait_for_saving()
         return True
+
+    def _save_state(self, step: int, state: dict[str, Any]) -> None:
+        # After a load of an older checkpoint, those that follow it are replaced.
+        self.manager.save(step, state, if_exists="overwrite")
+        if self.config.asynchronous:
+            self.save_future = Future()  # by which the base class knows that there is a save
 
     def _exported(self) -> dict[str, Any]:
         dtype = TORCH_DTYPE_MAP[self.config.export_dtype]
@@ -177,7 +186,7 @@ class ShardckptManager(BaseCheckpointManager):
                     to="hf",
                     shards=None,
                     file_bytes=None,
-                    overwrite=False,
+                    overwrite=True,
                     coordinator=ranks,
                 )
 
@@ -196,23 +205,66 @@ class ShardckptManager(BaseCheckpointManager):
             model_only = (step if step != -1 else max(saved)) == 0
             self._load_from(saved.get(step), model_only=model_only)
         elif config.initial_load_in_hf:
-            self._load_hugging_face(config.initial_load_path or self.sd_adapter.hf_assets_path)
+            self._load_hugging_face(config.initial_load_path or self._hugging_face_assets())
+        elif config.initial_load_path and _is_of_torchtitan(config.initial_load_path):
+            self._load_torchtitan(config.initial_load_path)
         elif config.initial_load_path:
-            self._load_from(config.initial_load_path, model_only=config.initial_load_model_only)
+            self._load_from(
+                config.initial_load_path, model_only=config.initial_load_model_only, dtype="cast"
+            )
         else:
+            self._check_new()
             return False
         return True
 
-    def _load_from(self, path: str | None, *, model_only: bool) -> None:
+    def _check_new(self) -> None:
+        """Raise StateError if torchtitan itself has saved in the folder."""
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        paths = [os.path.join(self.folder, name) for name in sorted(names)]
+        if found := [path for path in paths if _is_of_torchtitan(path)]:
+            raise StateError(
+                "The folder has checkpoints of torchtitan's own manager",
+                path=self.folder,
+                expected="checkpoints of shardckpt, or none",
+                actual=", ".join(map(os.path.basename, found)),
+                remedy="set checkpoint.folder to another folder, and checkpoint.initial_load_path "
+                "to one of them to load its model",
+            )
+
+    def _load_from(
+        self, path: str | None, *, model_only: bool, dtype: DtypePolicy = "strict"
+    ) -> None:
         """Load a checkpoint, or the newest that verifies."""
-        keys = {MODEL} if model_only else set(self.states) - set(self.config.exclude_from_loading)
+        keys = {MODEL} if model_only else set(self.states) - self._excluded()
         state = self._state(keys)
         if path is None:
             self.manager.restore_latest(state)
         else:
-            api.load(state, path)
+            api.load(state, path, dtype=dtype)
         for key, values in state.items():
             self._restore(key, values)
+
+    def _excluded(self) -> set[str]:
+        excluded = set(self.config.exclude_from_loading)
+        if unknown := excluded - self.states.keys():
+            raise StateError(
+                "checkpoint.exclude_from_loading has a name that no state has",
+                expected=f"some of {sorted(self.states)}",
+                actual=f"{sorted(unknown)}",
+                remedy="correct the name, or leave it out",
+            )
+        return excluded
+
+    def _hugging_face_assets(self) -> str:
+        path = getattr(self.sd_adapter, "hf_assets_path", None)
+        if path is None:
+            raise StateError(
+                "There is no checkpoint of Hugging Face to load",
+                expected="checkpoint.initial_load_path, or hf_assets_path of the model",
+                actual="neither",
+                remedy="set one of them, or set checkpoint.initial_load_in_hf to False",
+            )
+        return str(path)
 
     def _load_hugging_face(self, path: str) -> None:
         if self.config.initial_load_in_hf_quantized:
@@ -224,21 +276,57 @@ class ShardckptManager(BaseCheckpointManager):
                 remedy="load it with torchtitan's own CheckpointManager, and save it",
             )
         state = self.sd_adapter.to_hf(self.model.state_dict())
-        with operation(f"load {path}") as ranks:
-            opened: Attempt[Source] = attempt(open_source, path, check=False)
-            try:
-                load_source(state, path, opened, ranks, strict=True, cast=True)
-            finally:
-                if opened.value is not None:
-                    opened.value.close()
+        _load_source(state, path)
         self.model.load_state_dict(self.sd_adapter.from_hf(state))
 
+    def _load_torchtitan(self, path: str) -> None:
+        """Load the model from a checkpoint of torchtitan's own manager."""
+        if not self.config.initial_load_model_only:
+            raise StateError(
+                "Only the model of torchtitan's own checkpoints can be loaded",
+                path=path,
+                expected="checkpoint.initial_load_model_only=True",
+                actual="False",
+                remedy="set it to True, or finish the run with torchtitan's own CheckpointManager",
+            )
+        state = self.model.state_dict()
+        _load_source(state, path)
+        self.model.load_state_dict(state)
+
     def _maybe_wait_for_staging(self) -> None:
-        """Do nothing: the next step of an optimizer waits for the copies."""
+        self.manager.wait_staged()
 
     def _wait_for_saving(self) -> None:
         self.manager.wait()
+        if self.save_future is not None:
+            self.save_future.set_result(None)
+            self.save_future = None
 
     def _close(self) -> None:
         if hasattr(self, "manager"):
             self.manager.close()
+
+
+def _is_plain_loader(part: Any) -> bool:
+    """Whether this is a loader of torchtitan that does not define its own state."""
+    return (
+        isinstance(part, ParallelAwareDataloader)
+        and type(part).state_dict is ParallelAwareDataloader.state_dict
+        and type(part).load_state_dict is ParallelAwareDataloader.load_state_dict
+    )
+
+
+def _is_of_torchtitan(path: str) -> bool:
+    """Whether a local folder has a checkpoint of torchtitan's own manager, which uses DCP."""
+    return os.path.isfile(os.path.join(path, ".metadata"))
+
+
+def _load_source(state: dict[str, Any], path: str) -> None:
+    """Load a checkpoint of another library into a state, in place. Collective."""
+    with operation(f"load {path}") as ranks:
+        opened: Attempt[Source] = attempt(open_source, path, check=False)
+        try:
+            load_source(state, path, opened, ranks, strict=True, cast=True)
+        finally:
+            if opened.value is not None:
+                opened.value.close()

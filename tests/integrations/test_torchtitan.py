@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import shardckpt
+from shardckpt.errors import StateError
 from tests.integrations.jobs import job
 from tests.ranks import PRELOAD, RankError
 
 pytest.importorskip("torchtitan")
+
+from torchtitan.components.dataloader import ParallelAwareDataloader
+
+from shardckpt.integrations.torchtitan import ShardckptManager
 
 PRELOAD += ["shardckpt.integrations.torchtitan"]
 JOB = Path(__file__).parent / "torchtitan_job.py"
@@ -62,3 +68,130 @@ def test_the_last_save_and_the_first_load_take_the_layout_of_hugging_face(tmp_pa
     folder = tmp_path / "checkpoint" / "step-12"
     initial = job(JOB, tmp_path / "new", 1, folder, "from-hf", ranks=2)
     assert initial["start"] == pytest.approx(saved["model.0.weight"].sum().item(), rel=1e-5)
+
+
+class Part:
+    """An optimizer, a scheduler or another part of a trainer, with one value as its state."""
+
+    value = 0
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+class Names:
+    """An adapter with the names of Hugging Face."""
+
+    hf_assets_path = None
+
+    def to_hf(self, state):
+        return {f"model.{name}": value for name, value in state.items()}
+
+
+def built(base, *, loader=None, adapter=None, **options):
+    """A manager of one process, whose model has the weights 1."""
+    model = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.ones_(model.weight)
+    options = {"interval": 3, "last_save_model_only": False, **options}
+    config = ShardckptManager.Config(enable=True, **options)
+    return config.build(
+        dataloader=loader, model_parts=[model], optimizers=Part(), lr_schedulers=Part(),
+        states={"train_state": Part()}, sd_adapter=adapter, base_folder=str(base),
+    )  # fmt: skip
+
+
+def weight(manager):
+    return manager.model.model[0].weight.detach()
+
+
+def test_a_run_from_an_older_step_replaces_the_checkpoints_that_follow_it(tmp_path):
+    manager = built(tmp_path)
+    manager.save(3)
+    manager.save(6)
+    manager = built(tmp_path)
+    assert manager.load(step=3)
+    weight(manager).fill_(2)
+    manager.save(6)
+    saved = shardckpt.load_state(tmp_path / "checkpoint" / "step-6")
+    assert saved["model"]["weight"].tolist() == [[2, 2], [2, 2]]
+
+
+def test_the_last_step_in_the_layout_of_hugging_face_can_be_saved_again(tmp_path):
+    for _ in range(2):
+        manager = built(tmp_path, adapter=Names(), last_save_model_only=True, last_save_in_hf=True)
+        assert manager.save(7, last_step=True)
+    assert (tmp_path / "checkpoint" / "step-7" / "model.safetensors").is_file()
+
+
+def test_a_name_in_exclude_from_loading_that_no_state_has_is_refused(tmp_path):
+    built(tmp_path).save(3)
+    with pytest.raises(StateError, match="exclude_from_loading") as refused:
+        built(tmp_path, exclude_from_loading=["data_loader"]).load()
+    assert "dataloader" in refused.value.expected
+
+
+def test_a_folder_of_an_object_store_is_not_below_the_base_folder(tmp_path):
+    assert built(tmp_path, folder="memory://bucket/run").folder == "memory://bucket/run"
+    assert not any(tmp_path.iterdir())
+
+
+def test_maybe_wait_for_saving_waits(tmp_path):
+    manager = built(tmp_path, asynchronous=True)
+    manager.save(3)
+    manager.maybe_wait_for_saving()
+    assert (tmp_path / "checkpoint" / "step-3" / "manifest.json").is_file()
+    assert manager.save_future is None
+
+
+def test_an_initial_checkpoint_may_have_another_dtype(tmp_path):
+    options = {"last_save_model_only": True, "export_dtype": "bfloat16"}
+    built(tmp_path, **options).save(3, last_step=True)
+    manager = built(tmp_path / "new", initial_load_path=str(tmp_path / "checkpoint" / "step-3"))
+    weight(manager).zero_()
+    assert manager.load()
+    assert weight(manager).tolist() == [[1, 1], [1, 1]]
+
+
+def test_the_model_of_a_checkpoint_of_torchtitan_itself_is_loaded(tmp_path):
+    path = tmp_path / "checkpoint" / "step-3"
+    dcp.save({"weight": torch.full((2, 2), 3.0), "step": 3}, checkpoint_id=path, no_dist=True)
+    manager = built(tmp_path / "new", initial_load_path=str(path))
+    assert manager.load()
+    assert weight(manager).tolist() == [[3, 3], [3, 3]]
+    with pytest.raises(StateError, match="Only the model"):
+        built(tmp_path / "new", initial_load_path=str(path), initial_load_model_only=False).load()
+    with pytest.raises(StateError, match="torchtitan's own manager"):
+        built(tmp_path).load()
+
+
+def test_a_missing_path_of_hugging_face_is_named(tmp_path):
+    for adapter in (None, Names()):
+        with pytest.raises(StateError, match="no checkpoint of Hugging Face"):
+            built(tmp_path, adapter=adapter, initial_load_in_hf=True).load()
+
+
+class Loader(ParallelAwareDataloader):
+    """A loader with a state of its own."""
+
+    extra = 0
+
+    def state_dict(self):
+        return {**super().state_dict(), "extra": self.extra}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.extra = state["extra"]
+
+
+def test_a_loader_that_defines_its_own_state_keeps_it(tmp_path):
+    def loader():
+        return Loader([1, 2], dp_rank=0, dp_world_size=1, batch_size=None)
+
+    first, second = loader(), loader()
+    first.extra = 5
+    built(tmp_path, loader=first).save(3)
+    assert built(tmp_path, loader=second).load()
+    assert second.extra == 5
