@@ -15,7 +15,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,7 +24,14 @@ from shardckpt.errors import StateError
 from shardckpt.manager.manager import CheckpointManager
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.state.markers import FromRank0, PerRank
-from shardckpt.state.module_state import ModuleState, ddp_rank0_buffers, module_state
+from shardckpt.state.module_state import (
+    ModuleState,
+    canonical_names,
+    ddp_rank0_buffers,
+    has_state,
+    instances_in,
+    named_state,
+)
 from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
@@ -69,24 +76,28 @@ class _Saving:
     def __init__(self, *, asynchronous: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.asynchronous = asynchronous
+        self._is_set_up = False
+        self._rank0_buffers: set[str] | None = None  # after teardown has taken DDP off the module
         self._handles: dict[str, SaveHandle] = {}  # by path
         self._obsolete: list[str] = []
         self._counting: list[Any] = []  # callbacks for which saves in the background exist
         self._foreign = False  # the checkpoint being restored is Lightning's own
+        self._restored = ""  # the path of the checkpoint being restored
+        self._loaded: dict[str, Any] = {}  # the weights of the module that it has filled
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """See Strategy: the model is filled after it was sharded."""
+        """See Strategy: the model is filled after it was sharded and has its dtype."""
         return True
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """See Strategy: load_checkpoint fills the optimizers."""
-        return self._foreign and bool(super().lightning_restore_optimizer)  # type: ignore[misc]
+        """See Strategy."""
+        return not self._foreign or bool(super().lightning_restore_optimizer)  # type: ignore[misc]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """See Strategy. The tensors alias those of the module."""
-        return module_state(self.lightning_module)
+        return _own_weights(self.lightning_module)
 
     def optimizer_state(self, optimizer: Any) -> Any:
         """See Strategy. The optimizer itself is saved."""
@@ -95,7 +106,11 @@ class _Saving:
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """See Strategy. Collective. An existing checkpoint or link at the path is replaced."""
+        """See Strategy. Collective. A checkpoint or link at the path is replaced.
+
+        Only the saves of a running `fit` are in the background. A save for the queue of SLURM is
+        not, as the job may be ended when it returns.
+        """
         plugin = getattr(self, "_checkpoint_io", None)
         if plugin is not None and type(plugin).__name__ != "TorchCheckpointIO":
             raise StateError(
@@ -113,23 +128,54 @@ class _Saving:
                 actual=repr(storage_options),
                 remedy="pass a URL as the path, and set the options of its storage",
             )
-        if os.path.islink(filepath):
-            self._unlink(filepath)
         path = os.fspath(self.broadcast(filepath))  # type: ignore[attr-defined]
-        self._obsolete = [each for each in self._obsolete if each != path]
         state = self._state(checkpoint)
-        if self.asynchronous:
-            handle = api.async_save(state, path, overwrite=True)
-            self._settle()
-            self._handles[path] = handle
+        self._obsolete = [each for each in self._obsolete if each != path]
+        self._settle()
+        aside = self._prepare(path) if self.is_global_zero else []
+        if _is_of_queue(path):
+            self._save_for_queue(state, path)
+        elif self.asynchronous and self._is_set_up:
+            self._handles[path] = api.async_save(state, path, overwrite=True)
+            # Callbacks and modules change weights outside of an optimizer's step, in any hook.
+            self._handles[path].wait_staged()
         else:
             api.save(state, path, overwrite=True)
+        self._obsolete += aside
+        if not self._handles:
+            self._settle()
+
+    def _save_for_queue(self, state: dict[str, Any], path: str) -> None:
+        """Save under another name first: Lightning looks for a number in every name that contains
+        `hpc_ckpt_`, also in those of the files that an interrupted save leaves."""
+        unfinished = os.path.join(os.path.dirname(path), "unfinished.ckpt")
+        api.save(state, unfinished, overwrite=True)
+        if self.is_global_zero:
+            os.replace(unfinished, path)
+
+    def _prepare(self, path: str) -> list[str]:
+        """Remove a link, and put a checkpoint of Lightning aside until the new one is complete.
+        Return its new path.
+
+        ModelCheckpoint may place a link beside a checkpoint whose save has not begun.
+        """
+        if "://" not in path:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if os.path.islink(path):
+            self._unlink(path)
+        elif os.path.isfile(path) or os.path.isfile(os.path.join(path, "meta.pt")):
+            aside = f"{path}.replaced"
+            os.replace(path, aside)
+            return [aside]
+        return []
 
     def _state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         weights = self._weights_to_save(checkpoint["state_dict"])
         return _state_to_save(checkpoint, weights, self.lightning_module)
 
     def _weights_to_save(self, weights: dict[str, Any]) -> Any:
+        if self._rank0_buffers is not None:
+            return _saved_as_dict(weights, self.lightning_module, self._rank0_buffers)
         return _weights_to_save(weights, self.model, self.lightning_module)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
@@ -141,32 +187,27 @@ class _Saving:
             if weights_only is None:
                 weights_only = True
             return super().load_checkpoint(path, weights_only=weights_only)  # type: ignore[misc]
-        fitting = self.lightning_module.trainer.state.fn == "fit"
-        return self._load(path, fitting=fitting)
-
-    def _load(self, path: str, *, fitting: bool) -> dict[str, Any]:
+        self._restored = path
         with api.open_checkpoint(path) as opened:
             others = dict(opened.load_state(keys=["lightning"])["lightning"])
-            # Without lr_schedulers only weights were saved: Lightning raises an error that says so.
-            has_optimizers = "lr_schedulers" in others and any(
-                name.startswith("optimizer_states") for name in opened
-            )
-        state = self._template(optimizers=fitting and has_optimizers)
-        if fitting:
-            state["random"] = PerRank(random_state())
-        api.load(state, path, strict=self.lightning_module.strict_loading)
-        self._place(state)
-        if fitting:
-            random = state["random"]
-            set_random_state(random.value if isinstance(random, PerRank) else random)
-        if has_optimizers:
-            others["optimizer_states"] = []
-        return {**others, "state_dict": self.lightning_module_state_dict()}
+        self._load_into({"state_dict": self._weights()})
+        # Without lr_schedulers only weights were saved: Lightning raises an error that says so.
+        states: dict[str, Any] = {"optimizer_states": []} if "lr_schedulers" in others else {}
+        self._loaded = self.lightning_module_state_dict()
+        return {**others, **states, "state_dict": dict(self._loaded)}
 
-    def _template(self, *, optimizers: bool) -> dict[str, Any]:
-        """Return the state to load into."""
-        state: dict[str, Any] = {"state_dict": self.lightning_module}
-        return {**state, "optimizer_states": list(self.optimizers)} if optimizers else state
+    def _load_into(self, state: dict[str, Any], keys: list[str] | None = None) -> None:
+        strict = self.lightning_module.strict_loading
+        api.load(state, self._restored, strict=strict, keys=keys)
+        self._place(state)
+
+    def _weights(self) -> Any:
+        """Return what the weights are loaded into."""
+        return self.lightning_module
+
+    def _optimizer_states(self) -> list[Any]:
+        """Return what the states of the optimizers are loaded into."""
+        return list(self.optimizers)
 
     def _place(self, state: dict[str, Any]) -> None:
         """Put the loaded state where it belongs, if it was not filled in place."""
@@ -174,13 +215,37 @@ class _Saving:
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """See Strategy. load_checkpoint has filled the model. A hook may have put other weights
         into the checkpoint."""
-        if self._foreign or not _is_own(checkpoint["state_dict"], self.lightning_module):
+        loaded, self._loaded = self._loaded, {}
+        if self._foreign:
             super().load_model_state_dict(checkpoint, strict=strict)  # type: ignore[misc]
+        elif not _are_same(checkpoint["state_dict"], loaded):
+            self._set_weights(checkpoint["state_dict"], strict=strict)
+
+    def _set_weights(self, weights: Mapping[str, Any], *, strict: bool) -> None:
+        self.lightning_module.load_state_dict(weights, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """See Strategy. load_checkpoint has filled the optimizers."""
+        """See Strategy. Collective. Fills the optimizers, and restores the random-number state."""
+        trainer = self.lightning_module.trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, _pl.callbacks.BaseFinetuning):
+                # It adds the parameters that the saved optimizer has. Lightning calls this before
+                # it restores callbacks if `restore_checkpoint_after_setup` is set.
+                callback.on_fit_start(trainer, self.lightning_module)
         if self._foreign:
             super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
+            return
+        # The weights name the parameters. They are not loaded again: a hook may have changed them.
+        optimizers, weights = self._optimizer_states(), self._weights()
+        state: dict[str, Any] = {
+            "optimizer_states": optimizers,
+            "random": PerRank(random_state()),
+        }
+        keys = [name for name in state if name != "optimizer_states" or optimizers]
+        state["state_dict"] = weights
+        self._load_into(state, keys)
+        random = state["random"]
+        set_random_state(random.value if isinstance(random, PerRank) else random)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """See Strategy. The checkpoint stays until all saves in the background are complete."""
@@ -189,19 +254,27 @@ class _Saving:
             self._settle()
 
     def _settle(self) -> None:
-        """Wait for the saves in the background, and remove the checkpoints that are obsolete."""
+        """Wait for the saves in the background, and remove the checkpoints that are obsolete.
+
+        After a failed save they stay: no newer one is complete.
+        """
         handles, self._handles = self._handles, {}
+        obsolete, self._obsolete = self._obsolete, []
         for handle in handles.values():
             handle.result()
-        obsolete, self._obsolete = self._obsolete, []
         for path in obsolete:
             if os.path.islink(path):
                 self._unlink(path)
             elif _is_foreign(path):
                 super().remove_checkpoint(path)  # type: ignore[misc]
             elif self.is_global_zero:
-                place = resolve(path)
-                place.storage.remove(place.path)
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        """Remove a checkpoint, if there is one. OnExceptionCheckpoint does not know."""
+        place = resolve(path)
+        if place.storage.exists(place.path):
+            place.storage.remove(place.path)
 
     def _unlink(self, path: Any) -> None:
         """Remove a link that ModelCheckpoint made. Its target is another checkpoint, and stays."""
@@ -211,6 +284,7 @@ class _Saving:
     def setup(self, trainer: Any) -> None:
         """See Strategy. ModelCheckpoint will not choose the path of a save in the background."""
         super().setup(trainer)  # type: ignore[misc]
+        self._is_set_up, self._rank0_buffers = True, None
         callbacks = trainer.checkpoint_callbacks if self.asynchronous else ()
         for callback in callbacks:
             if hasattr(callback, "file_exists") and callback not in self._counting:
@@ -230,6 +304,9 @@ class _Saving:
 
     def teardown(self) -> None:
         """See Strategy. Waits for the saves in the background."""
+        self._is_set_up = False
+        if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
+            self._rank0_buffers = ddp_rank0_buffers(self.model)
         try:
             self._settle()
         finally:
@@ -241,15 +318,45 @@ class _Saving:
 def _state_to_save(checkpoint: dict[str, Any], weights: Any, module: Any) -> dict[str, Any]:
     """Return the state to save: what Lightning dumped, with tensors and other values apart."""
     others = {key: value for key, value in checkpoint.items() if key not in _TENSORS}
+    _check_plain(others, "lightning")
     optimizers = checkpoint.get("optimizer_states", [])
     if not isinstance(weights, torch.nn.Module):
         optimizers = _named(optimizers, module)
     return {
         "state_dict": weights,
         "optimizer_states": optimizers,
-        "lightning": FromRank0(others),
+        "lightning": _from_rank0(others),
         "random": PerRank(random_state()),
     }
+
+
+def _from_rank0(value: Any) -> Any:
+    """Mark values to save those of rank 0. Of a DTensor, every rank saves its part."""
+    if not any(is_dtensor(each) for _, each in instances_in(value, torch.Tensor)):
+        return FromRank0(value)
+    if isinstance(value, Mapping):
+        return {key: _from_rank0(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_from_rank0, value))
+    return value
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """Raise StateError for a module or another object that has a state: a load would return the
+    state in place of the object."""
+    if isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, each in items:
+            _check_plain(each, f"{name}.{key}")
+    elif has_state(value):
+        raise StateError(
+            "Lightning would pickle this object",
+            tensor=name,
+            expected="values and tensors",
+            actual=type(value).__qualname__,
+            remedy="name a hyperparameter in the argument `ignore` of save_hyperparameters; in a "
+            "hook, put the state_dict() of the object into the checkpoint",
+        )
 
 
 def _weights_to_save(weights: dict[str, Any], model: Any, module: Any) -> Any:
@@ -258,12 +365,26 @@ def _weights_to_save(weights: dict[str, Any], model: Any, module: Any) -> Any:
     wrapped = _wrapped(model, module)
     if _is_own(weights, module):
         return wrapped
-    return ModuleState(weights, set(), ddp_rank0_buffers(wrapped) & weights.keys())
+    return _saved_as_dict(weights, module, ddp_rank0_buffers(wrapped))
+
+
+def _saved_as_dict(weights: Mapping[str, Any], module: Any, rank0_buffers: set[str]) -> ModuleState:
+    names = canonical_names(module)  # without the prefixes of torch.compile
+    entries = {names.get(key, key): value for key, value in weights.items()}
+    return ModuleState(entries, set(), rank0_buffers & entries.keys())
+
+
+def _own_weights(module: Any) -> dict[str, Any]:
+    """Return the state dict of a module. Its tensors alias those of the module."""
+    return named_state(module, keep_vars=False).tensors
 
 
 def _is_own(weights: Mapping[str, Any], module: Any) -> bool:
     """Whether these are the tensors of the module."""
-    own = module_state(module)
+    return _are_same(weights, _own_weights(module))
+
+
+def _are_same(weights: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     return weights.keys() == own.keys() and all(
         _same_memory(weights[name], own[name]) for name in own
     )
@@ -294,6 +415,11 @@ def _same_memory(a: Any, b: Any) -> bool:
     return a.data_ptr() == b.data_ptr() and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
+def _is_of_queue(path: str) -> bool:
+    """Whether Lightning saves to this path before it puts its job back into the queue of SLURM."""
+    return os.path.basename(path).startswith("hpc_ckpt_")
+
+
 def _is_foreign(path: str) -> bool:
     """Whether a local path exists and holds another format than a checkpoint of shardckpt."""
     return os.path.exists(path) and not os.path.isfile(os.path.join(path, MANIFEST_NAME))
@@ -316,12 +442,22 @@ class ShardckptStrategy(_Saving, _strategies.DDPStrategy):
     """
 
 
+def _no_full_checkpoint(option: str) -> StateError:
+    return StateError(
+        "A checkpoint of shardckpt is not a single file",
+        expected="every rank saves its part",
+        actual=option,
+        remedy="leave it out; shardckpt.convert writes a single file",
+    )
+
+
 class ShardckptModelParallelStrategy(_Saving, _strategies.ModelParallelStrategy):
     """Lightning's ModelParallelStrategy (FSDP2, tensor parallelism), with checkpoints of shardckpt.
 
     Args:
         asynchronous: See ShardckptStrategy.
-        **options: Arguments of ModelParallelStrategy.
+        **options: Arguments of ModelParallelStrategy, but not save_distributed_checkpoint=False:
+            every rank saves its part.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -329,18 +465,29 @@ class ShardckptModelParallelStrategy(_Saving, _strategies.ModelParallelStrategy)
         >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2)
     """
 
+    def __init__(self, **options: Any) -> None:
+        if not options.get("save_distributed_checkpoint", True):
+            raise _no_full_checkpoint("save_distributed_checkpoint=False")
+        super().__init__(**options)
+
 
 class ShardckptFSDPStrategy(_Saving, _strategies.FSDPStrategy):
     """Lightning's FSDPStrategy, with checkpoints of shardckpt.
 
     Args:
         asynchronous: See ShardckptStrategy.
-        **options: Arguments of FSDPStrategy.
+        **options: Arguments of FSDPStrategy, but not state_dict_type="full": every rank saves its
+            part.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(strategy=ShardckptFSDPStrategy(), accelerator="gpu", devices=2)
     """
+
+    def __init__(self, **options: Any) -> None:
+        if options.get("state_dict_type") == "full":
+            raise _no_full_checkpoint('state_dict_type="full"')
+        super().__init__(**options)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """See Strategy. FSDP1 modules have no names of their own: torch makes a dict of shards."""
@@ -357,10 +504,14 @@ class ShardckptFSDPStrategy(_Saving, _strategies.FSDPStrategy):
     def _weights_to_save(self, weights: dict[str, Any]) -> Any:
         return weights
 
-    def _template(self, *, optimizers: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {"state_dict": self.lightning_module_state_dict()}
-        states = [self.optimizer_state(optimizer) for optimizer in self.optimizers]
-        return {**state, "optimizer_states": states} if optimizers else state
+    def _weights(self) -> Any:
+        return self.lightning_module_state_dict()
+
+    def _optimizer_states(self) -> list[Any]:
+        return [self.optimizer_state(optimizer) for optimizer in self.optimizers]
+
+    def _set_weights(self, weights: Mapping[str, Any], *, strict: bool) -> None:
+        self._place({"state_dict": weights})
 
     def _place(self, state: dict[str, Any]) -> None:
         from torch.distributed.checkpoint.state_dict import (
@@ -368,7 +519,8 @@ class ShardckptFSDPStrategy(_Saving, _strategies.FSDPStrategy):
             set_optimizer_state_dict,
         )
 
-        set_model_state_dict(self.model, state["state_dict"])
+        if "optimizer_states" not in state:
+            set_model_state_dict(self.model, state["state_dict"])
         for optimizer, values in zip(
             self.optimizers, state.get("optimizer_states", ()), strict=False
         ):
@@ -410,9 +562,21 @@ class ShardckptCallback(_pl.Callback):
         self._manager: CheckpointManager | None = None
         self._saved_step = -1
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the last place, as the states of other callbacks change at the end of a batch."""
+        trainer.callbacks = [*self._others(trainer), self]
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the folder, and restore the newest checkpoint in it."""
         self._manager = CheckpointManager(self.folder, **self._options)
+        if self.resume and trainer.ckpt_path and self._manager.checkpoints():
+            raise StateError(
+                "There are two checkpoints to resume from",
+                path=str(self.folder),
+                expected="ckpt_path=None, or a folder without checkpoints",
+                actual=f"ckpt_path={trainer.ckpt_path!r}",
+                remedy="leave out ckpt_path, or pass resume=False to ShardckptCallback",
+            )
         if self.resume:
             self._restore(self._manager, trainer, pl_module)
 
@@ -459,7 +623,10 @@ class ShardckptCallback(_pl.Callback):
             return
         assert self._manager is not None
         self._saved_step = step
-        self._manager.save(step, self._state(trainer, pl_module))
+        # After a resume from an older checkpoint, those that follow it are replaced.
+        if_exists: Literal["overwrite", "error"] = "overwrite" if self.resume else "error"
+        self._manager.save(step, self._state(trainer, pl_module), if_exists=if_exists)
+        self._manager.wait_staged()  # callbacks and modules change weights in any hook
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Wait for saves in the background."""
@@ -481,8 +648,11 @@ def _dumped(trainer: Any, module: Any, callbacks: list[Any]) -> dict[str, Any]:
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": _pl.__version__,
-        "state_dict": module_state(module),
-        "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+        "state_dict": _own_weights(module),
+        "loops": {
+            f"{name}_loop": getattr(trainer, f"{name}_loop").state_dict()
+            for name in ("fit", "validate", "test", "predict")
+        },
         "callbacks": {
             each.state_key: values for each in callbacks if (values := each.state_dict())
         },
@@ -513,7 +683,7 @@ def _restore_others(
     others: dict[str, Any], trainer: Any, module: Any, callbacks: list[Any]
 ) -> None:
     """Restore what Lightning restores besides tensors and optimizers, in its order."""
-    checkpoint = {**others, "state_dict": module_state(module), "optimizer_states": []}
+    checkpoint = {**others, "state_dict": _own_weights(module), "optimizer_states": []}
     module.on_load_checkpoint(checkpoint)
     if not _is_own(checkpoint["state_dict"], module):
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)

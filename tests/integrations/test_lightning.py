@@ -16,6 +16,7 @@ pl = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa: E402
 
+from shardckpt.integrations import lightning  # noqa: E402
 from shardckpt.integrations.lightning import ShardckptCallback, ShardckptStrategy  # noqa: E402
 
 PRELOAD += ["shardckpt.integrations.lightning", "lightning.pytorch"]
@@ -199,13 +200,15 @@ class Part(Net):
 
 
 class Saver(pl.Callback):
-    """Saves at the end of the first epoch."""
+    """Saves at the end of an epoch."""
+
+    epoch = 0
 
     def __init__(self, path):
         self.path = path
 
     def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == 0:
+        if trainer.current_epoch == self.epoch:
             trainer.save_checkpoint(self.path)
 
 
@@ -243,12 +246,23 @@ def test_hooks_that_change_the_weights_of_a_checkpoint_are_honoured(tmp_path, re
     run_ranks(1, alone, resumed, tmp_path)
 
 
+class LateSaver(pl.Callback):
+    """Saves when the strategy has taken DDP off the module."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_fit_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
 def normalized(path, kind):
     """Save a batch norm, whose statistics differ between ranks, and return those of this rank."""
     like_torchrun(2)
     net = Net()
     callbacks = {
         "module": [Saver(path / "step-4")],
+        "after fit": [LateSaver(path / "step-4")],
         "averages": [Saver(path / "step-4"), pl.callbacks.EMAWeightAveraging(decay=0.5)],
         "callback": [ShardckptCallback(path)],
     }[kind]
@@ -256,7 +270,7 @@ def normalized(path, kind):
     return net.layers[1].running_mean.tolist()
 
 
-@pytest.mark.parametrize("kind", ["module", "averages", "callback"])
+@pytest.mark.parametrize("kind", ["module", "after fit", "averages", "callback"])
 def test_batch_norms_whose_statistics_differ_between_ranks_are_saved(tmp_path, kind):
     first, second = run_ranks(2, normalized, tmp_path, kind)
     assert first != second
@@ -272,10 +286,17 @@ def alone(resumed, path):
     resumed(path)
 
 
-def test_a_checkpoint_saved_anew_is_not_removed_as_obsolete(tmp_path, monkeypatch):
+@pytest.fixture
+def strategy(monkeypatch):
+    """A strategy without a Trainer, as in a running fit, which saves any dict in the background."""
     strategy = ShardckptStrategy(asynchronous=True)
     monkeypatch.setattr(strategy, "broadcast", lambda value: value)
     monkeypatch.setattr(strategy, "_state", lambda checkpoint: checkpoint)
+    monkeypatch.setattr(strategy, "_is_set_up", True)
+    return strategy
+
+
+def test_a_checkpoint_saved_anew_is_not_removed_as_obsolete(tmp_path, strategy):
     strategy.save_checkpoint({"step": 1}, tmp_path / "a")
     strategy.save_checkpoint({"step": 2}, tmp_path / "b")
     strategy.remove_checkpoint(tmp_path / "a")
@@ -390,10 +411,7 @@ def test_a_path_whose_save_runs_in_the_background_is_not_free(tmp_path):
     assert steps == dict(zip(names, range(1, 9), strict=True))
 
 
-def test_a_path_that_is_removed_after_a_save_in_the_background_is_free(tmp_path, monkeypatch):
-    strategy = ShardckptStrategy(asynchronous=True)
-    monkeypatch.setattr(strategy, "broadcast", lambda value: value)
-    monkeypatch.setattr(strategy, "_state", lambda checkpoint: checkpoint)
+def test_a_path_that_is_removed_after_a_save_in_the_background_is_free(tmp_path, strategy):
     exists = strategy._counted(lambda path, trainer: path.exists())
     paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     for path in paths[:2]:
@@ -441,18 +459,228 @@ def test_the_callback_resumes_a_checkpoint_in_its_earlier_layout(tmp_path):
 
 @pytest.mark.parametrize("change", ["save", "remove"])
 def test_the_checkpoint_behind_a_link_stays_when_the_link_is_replaced_or_removed(
-    tmp_path, monkeypatch, change
+    tmp_path, strategy, change
 ):
-    strategy = ShardckptStrategy()
-    monkeypatch.setattr(strategy, "broadcast", lambda value: value)
-    monkeypatch.setattr(strategy, "_state", lambda checkpoint: checkpoint)
     strategy.save_checkpoint({"step": 1}, tmp_path / "step-1")
     last = tmp_path / "last"
     last.symlink_to("step-1")  # as ModelCheckpoint(save_last="link") does
     if change == "save":
         strategy.save_checkpoint({"step": 2}, last)
+        strategy._settle()
         assert shardckpt.load_state(last) == {"step": 2}
     else:
         strategy.remove_checkpoint(last)
+        strategy._settle()
     assert not last.is_symlink()
     assert shardckpt.load_state(tmp_path / "step-1") == {"step": 1}
+
+
+def test_a_checkpoint_stays_if_the_save_of_the_next_one_fails(tmp_path, strategy, monkeypatch):
+    class Failed:
+        def wait_staged(self):
+            pass
+
+        def result(self):
+            raise OSError("no space left on device")
+
+    strategy.save_checkpoint({"step": 1}, tmp_path / "a")
+    strategy._settle()
+    monkeypatch.setattr(lightning.api, "async_save", lambda *state, **options: Failed())
+    strategy.save_checkpoint({"step": 2}, tmp_path / "b")
+    strategy.remove_checkpoint(tmp_path / "a")
+    with pytest.raises(OSError, match="no space"):
+        strategy._settle()
+    strategy._settle()
+    assert shardckpt.load_state(tmp_path / "a") == {"step": 1}
+
+
+def test_weights_may_change_after_the_call_of_a_save_in_the_background(tmp_path, strategy):
+    weight = torch.ones(200_000)
+    strategy.save_checkpoint({"weight": weight}, tmp_path / "a")
+    weight.data.zero_()  # as EMAWeightAveraging does before a validation
+    strategy._settle()
+    assert shardckpt.load_state(tmp_path / "a")["weight"].min() == 1
+
+
+def test_a_link_to_a_checkpoint_in_a_new_folder_can_be_placed_before_it_is_complete(
+    tmp_path, strategy, monkeypatch
+):
+    folder = tmp_path / "new"
+    monkeypatch.setattr(lightning.api, "async_save", lambda *state, **options: FakeHandle())
+    strategy.save_checkpoint({"step": 1}, folder / "a")
+    (folder / "last").symlink_to("a")
+
+
+class FakeHandle:
+    """A save in the background."""
+
+    def wait_staged(self):
+        pass
+
+
+@pytest.mark.parametrize("case", ["after fit", "hpc"])
+def test_saves_after_fit_and_for_the_queue_of_slurm_are_complete_on_return(
+    tmp_path, strategy, monkeypatch, case
+):
+    monkeypatch.setattr(lightning.api, "async_save", None)
+    strategy._is_set_up = case == "hpc"
+    path = tmp_path / "hpc_ckpt_1.ckpt" if case == "hpc" else tmp_path / "final"
+    strategy.save_checkpoint({"step": 1}, path)
+    assert shardckpt.load_state(path) == {"step": 1}
+
+
+def test_an_interrupted_save_for_the_queue_of_slurm_leaves_no_name_that_lightning_reads(
+    tmp_path, strategy, monkeypatch
+):
+    def interrupted(state, path, **options):
+        raise KeyboardInterrupt(path)
+
+    monkeypatch.setattr(lightning.api, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt) as saved:
+        strategy.save_checkpoint({"step": 1}, tmp_path / "hpc_ckpt_1.ckpt")
+    assert "hpc_ckpt_" not in str(saved.value)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_of_lightning_at_the_path_is_replaced(tmp_path, strategy, sharded):
+    path = tmp_path / "last.ckpt"
+    if sharded:
+        path.mkdir()
+        (path / "meta.pt").touch()
+    else:
+        path.touch()
+    strategy.save_checkpoint({"step": 1}, path)
+    assert (tmp_path / "last.ckpt.replaced").exists()
+    strategy._settle()
+    assert shardckpt.load_state(path) == {"step": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_of_lightning_stays_if_the_save_that_replaces_it_fails(
+    tmp_path, strategy, monkeypatch
+):
+    def fail(*state, **options):
+        raise OSError("no space left on device")
+
+    (tmp_path / "last.ckpt").touch()
+    monkeypatch.setattr(lightning.api, "save", fail)
+    strategy.asynchronous = False
+    with pytest.raises(OSError, match="no space"):
+        strategy.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    strategy._settle()
+    assert (tmp_path / "last.ckpt.replaced").exists()
+
+
+def test_a_checkpoint_that_does_not_exist_can_be_removed(tmp_path, strategy):
+    strategy.remove_checkpoint(tmp_path / "on_exception.ckpt")  # as OnExceptionCheckpoint does
+
+
+def test_modules_among_hyperparameters_are_refused():
+    checkpoint = {"state_dict": {}, "hyper_parameters": {"loss": [torch.nn.MSELoss()]}}
+    with pytest.raises(StateError, match="would pickle this object") as refused:
+        lightning._state_to_save(checkpoint, {}, torch.nn.Linear(1, 1))
+    assert refused.value.tensor == "lightning.hyper_parameters.loss.0"
+    assert "save_hyperparameters" in str(refused.value)
+
+
+def test_weights_that_a_hook_has_changed_have_names_without_the_prefix_of_compiled_modules():
+    net = Net()
+    net.layers = torch.compile(net.layers, backend="eager")
+    own = lightning._own_weights(net)
+    assert own.keys() == net.state_dict().keys()
+    changed = {name: value * 2 for name, value in own.items()}
+    saved = lightning._weights_to_save(changed, net, net)
+    assert saved.entries.keys() == Net().state_dict().keys()
+
+
+def test_every_rank_saves_its_part_of_the_sharded_tensors_of_hooks(monkeypatch):
+    weight, rank0 = torch.ones(2), shardckpt.FromRank0
+    monkeypatch.setattr(lightning, "is_dtensor", lambda value: value is weight)
+    others = {"mine": {"pair": [weight, 3]}, "loops": {"epoch": 1}}
+    saved = lightning._state_to_save({"state_dict": {}, **others}, {}, torch.nn.Linear(1, 1))
+    assert saved["lightning"] == {
+        "mine": {"pair": [weight, rank0(3)]},
+        "loops": rank0({"epoch": 1}),
+    }
+
+
+def test_options_that_ask_for_a_single_file_are_refused():
+    with pytest.raises(StateError, match="not a single file"):
+        lightning.ShardckptModelParallelStrategy(save_distributed_checkpoint=False)
+    with pytest.raises(StateError, match="not a single file"):
+        lightning.ShardckptFSDPStrategy(state_dict_type="full")
+
+
+def test_weights_that_a_hook_has_replaced_are_loaded_into_sharded_models_too():
+    strategy = lightning.ShardckptModelParallelStrategy()
+    strategy._lightning_module = net = torch.nn.Linear(2, 2)
+    strategy._loaded = lightning._own_weights(net)
+    weights = {name: torch.full_like(value, 5) for name, value in strategy._loaded.items()}
+    strategy.load_model_state_dict({"state_dict": weights})
+    assert net.bias.tolist() == [5, 5]
+
+
+class Unfreezing(pl.callbacks.BaseFinetuning):
+    """Adds a layer to the optimizer in the second epoch."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.layers[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.layers[0], optimizer, lr=0.01)
+
+
+class Frozen(Net):
+    """Gives the optimizer the parameters that are not frozen."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(filter(lambda each: each.requires_grad, self.parameters()))
+
+
+def resumed_with_added_parameters(path):
+    saver = Saver(path / "a")
+    saver.epoch = 1
+    fitted_by_ours(Frozen(), 2, Unfreezing(), saver)
+    net = fitted_by_ours(Frozen(), 3, Unfreezing(), checkpoint=path / "a")
+    assert len(net.trainer.optimizers[0].param_groups) == 2
+
+
+def test_a_run_whose_callback_adds_parameters_to_the_optimizer_is_resumed(tmp_path):
+    run_ranks(1, alone, resumed_with_added_parameters, tmp_path)
+
+
+def test_the_callback_saves_the_states_of_callbacks_that_were_passed_after_it(tmp_path):
+    class Batches(pl.Callback):
+        def __init__(self):
+            self.count = 0
+
+        def on_train_batch_end(self, *batch):
+            self.count += 1
+
+        def state_dict(self):
+            return {"count": self.count}
+
+    batches = Batches()
+    fitted(1, callbacks=[ShardckptCallback(tmp_path, every_n_steps=2), batches])
+    saved = shardckpt.load_state(tmp_path / "step-2")["lightning"]["callbacks"]
+    assert saved[batches.state_key] == {"count": 2}
+
+
+def test_the_callback_and_ckpt_path_do_not_both_resume(tmp_path):
+    trainer, _ = fitted(1, callbacks=[ShardckptCallback(tmp_path / "run")])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(StateError, match="two checkpoints to resume from"):
+        fitted(2, tmp_path / "a.ckpt", callbacks=[ShardckptCallback(tmp_path / "run")])
+    callback = ShardckptCallback(tmp_path / "run", resume=False)
+    assert fitted(2, tmp_path / "a.ckpt", callbacks=[callback])[0].global_step == 8
+
+
+def test_the_callback_replaces_the_corrupted_checkpoint_that_it_did_not_resume(tmp_path):
+    fitted(2, callbacks=[ShardckptCallback(tmp_path)])
+    (shard,) = (tmp_path / "step-8").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.warns(UserWarning, match="step-8"):
+        trainer, _ = fitted(2, callbacks=[ShardckptCallback(tmp_path)])
+    assert trainer.global_step == 8
+    shardckpt.verify(tmp_path / "step-8")
