@@ -114,6 +114,8 @@ def _facts(error: ShardckptError, parameters: Sequence[click.Parameter]) -> dict
     """Return an error as JSON: its class, its message and its facts as text."""
     names = ("message", "path", "rank", "tensor", "expected", "actual", "remedy")
     facts = {name: getattr(error, name) for name in names} | error.facts
+    if isinstance(error.rank, tuple):
+        facts["rank"] = ", ".join(map(str, error.rank))
     texts = {name: str(fact) for name, fact in facts.items() if fact is not None}
     for name in texts.keys() - {"path", "tensor"}:
         texts[name] = _with_options(texts[name], parameters)

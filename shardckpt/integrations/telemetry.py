@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from shardckpt.errors import DependencyError, printable
+from shardckpt.errors import DependencyError, StateError, printable
 
 __all__ = ["OpenTelemetryHandler", "PrometheusHandler"]
 
@@ -91,6 +91,7 @@ class PrometheusHandler(logging.Handler):
 
     Raises:
         DependencyError: The extra `telemetry` is not installed.
+        StateError: The registry has the metrics of another handler.
 
     Example:
         >>> import logging, prometheus_client, shardckpt, torch
@@ -112,9 +113,17 @@ class PrometheusHandler(logging.Handler):
         except ImportError as error:
             raise _missing("prometheus_client", error) from error
         options: Any = {"registry": client.REGISTRY if registry is None else registry}
-        self._calls = client.Counter(
-            "shardckpt_calls", "Saves and loads by outcome.", ["call", "outcome"], **options
-        )
+        try:
+            self._calls = client.Counter(
+                "shardckpt_calls", "Saves and loads by outcome.", ["call", "outcome"], **options
+            )
+        except ValueError as error:
+            raise StateError(
+                "This registry has the metrics of shardckpt already",
+                expected="one PrometheusHandler for each registry",
+                actual=str(error),
+                remedy="keep the first handler, or pass another registry",
+            ) from error
         self._bytes = client.Counter(
             "shardckpt_bytes", "Bytes that this rank saved or read.", ["call"], **options
         )

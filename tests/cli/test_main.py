@@ -194,6 +194,8 @@ def test_an_error_is_json_too(tmp_path, capsys):
         shard.write(b"x")
     assert main(["verify", path, "--json"]) == 6
     assert json.loads(capsys.readouterr().out)["corrupted"] == ["w"]  # the report, and no more
+    assert main(["convert", path, f"{path}2", "--json", "--jobs", "1"]) == 6
+    assert json.loads(capsys.readouterr().out)["error"]["rank"] == "0"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["inspect", "--help"]])

@@ -132,3 +132,10 @@ def test_a_missing_package_names_the_extra(module, handler, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(shardckpt.DependencyError, match=r"shardckpt\[telemetry\]"):
         handler()
+
+
+def test_a_registry_takes_the_metrics_once():
+    registry = prometheus_client.CollectorRegistry()
+    PrometheusHandler(registry)
+    with pytest.raises(shardckpt.StateError, match="keep the first handler"):
+        PrometheusHandler(registry)
