@@ -252,3 +252,12 @@ def test_dtypes_without_arithmetic_and_other_shapes_always_differ(tmp_path):
         assert found.tensors["w"].elements is None
     found = compared(torch.zeros(4), torch.zeros(5).half(), tmp_path, rtol=1, atol=1)
     assert found.tensors["w"].shapes == ((4,), (5,))
+
+
+def test_a_list_and_a_tuple_of_equal_items_are_equal(tmp_path):
+    """Formats such as DCP do not tell them apart."""
+    for name, items in (("a", [1, 2]), ("b", (1, 2))):
+        shardckpt.save({"items": items, "zero": torch.tensor([0.0])}, tmp_path / name)
+    assert shardckpt.diff(tmp_path / "a", tmp_path / "b").equal
+    shardckpt.save({"items": [1, 2], "zero": torch.tensor([-0.0])}, tmp_path / "c")
+    assert shardckpt.diff(tmp_path / "a", tmp_path / "c").equal
