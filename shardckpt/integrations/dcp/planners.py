@@ -31,6 +31,8 @@ __all__ = [
 class ShardStorageMeta(StorageMeta):
     """The storage metadata by which planners recognize ShardWriter."""
 
+    rank: int | None = None  # in the group that saves; DCP tells it to the writer only
+
 
 @dataclass
 class ShardMetadata(Metadata):
@@ -109,12 +111,15 @@ class ShardSavePlanner(DefaultSavePlanner):
             raise _needs(self, "ShardWriter")
         self.state_dict = state_dict
         self.is_coordinator = is_coordinator
+        self._meta = storage_meta
 
     def create_local_plan(self) -> SavePlan:
         """See SavePlanner.create_local_plan. The plan has the chunks of this rank, packed."""
         rank, world_size = 0, 1
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
+        if self._meta.rank is not None:
+            rank = self._meta.rank
         self.local = local_plan(flatten(self.state_dict, rank=rank), world_size=world_size)
         return SavePlan([], planner_data=self.local.pack(complete=True))
 
@@ -181,24 +186,33 @@ class ReshardLoadPlanner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         """See LoadPlanner.create_local_plan. This planner keeps the reads."""
         initialized = dist.is_initialized()
-        self.matched = match_state(
-            self.original_state_dict,
-            self._saved,
-            rank=dist.get_rank() if initialized else 0,
-            world_size=dist.get_world_size() if initialized else 1,
-            cast=self._cast,
-        )
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
+        self._match(rank, world_size)
         refused = Mismatches() if self.allow_partial_load else self.matched.strict_mismatches
         error = refused.error("")
         if error is not None and not refused.only_unexpected:
             raise error
         return LoadPlan([], planner_data=refused.unexpected)
 
+    def _match(self, rank: int, world_size: int) -> None:
+        self._matched_for = rank, world_size
+        self.matched = match_state(
+            self.original_state_dict,
+            self._saved,
+            rank=rank,
+            world_size=world_size,
+            cast=self._cast,
+        )
+
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """See LoadPlanner.create_global_plan. Checks that every entry of a module is loaded."""
         check_unused([plan.planner_data for plan in global_plan], "")
-        return global_plan
+        world_size = len(global_plan)
+        return [LoadPlan([], planner_data=(rank, world_size)) for rank in range(world_size)]
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
-        """See LoadPlanner.finish_plan. Returns the plan unchanged."""
+        """See LoadPlanner.finish_plan. A part of the ranks may load, by `process_group` or
+        `no_dist`. Only the plan shows which of them this one is."""
+        if new_plan.planner_data != self._matched_for:
+            self._match(*new_plan.planner_data)
         return new_plan

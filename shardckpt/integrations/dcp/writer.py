@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import weakref
@@ -24,7 +25,13 @@ from torch.futures import Future
 from shardckpt.checkpoint import Checkpoint
 from shardckpt.coordination.process_group import group_for_dcp
 from shardckpt.coordination.resolve import check_launcher
-from shardckpt.errors import CoverageError, RankMismatchError, StateError, UnsupportedLeafError
+from shardckpt.errors import (
+    CheckpointBusyError,
+    CoverageError,
+    RankMismatchError,
+    StateError,
+    UnsupportedLeafError,
+)
 from shardckpt.format import typed_json as values
 from shardckpt.format.dtypes import dtype_name, memory_view
 from shardckpt.format.manifest import encode_tensors
@@ -122,6 +129,7 @@ class ShardWriter(StorageWriter):
         self.verify_base = verify_base
         self._transaction: WriteTransaction | None = None
         self._planner: SavePlanner | None = None
+        self._meta = ShardStorageMeta()
         self._rank = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -135,12 +143,14 @@ class ShardWriter(StorageWriter):
 
     def storage_meta(self) -> StorageMeta:
         """See StorageWriter.storage_meta. ShardSavePlanner accepts no other writer."""
-        return ShardStorageMeta(checkpoint_id=self.checkpoint_id)
+        self._meta = ShardStorageMeta(checkpoint_id=self.checkpoint_id)
+        return self._meta
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """See StorageWriter.set_up_storage_writer. (DCP requires the name `kwargs`.)"""
         check_launcher()
         self._rank = int(kwargs.get("rank", 0))
+        self._meta.rank = self._rank
         if not self.checkpoint_id:
             raise StateError(
                 "ShardWriter has no path",
@@ -164,7 +174,12 @@ class ShardWriter(StorageWriter):
         """See StorageWriter.prepare_global_plan. Begins the checkpoint on the coordinator."""
         storage, path = self._place
         identity = new_id()
-        transaction = storage.begin(path, checkpoint_id=identity, overwrite=self.overwrite)
+        self.abandon()
+        try:
+            transaction = storage.begin(path, checkpoint_id=identity, overwrite=self.overwrite)
+        except CheckpointBusyError:
+            gc.collect()  # a writer whose save has failed may be in a cycle with its error
+            transaction = storage.begin(path, checkpoint_id=identity, overwrite=self.overwrite)
         self._transaction = transaction
         # DCP does not tell the writer about a failed save: remove its files with the writer.
         weakref.finalize(self, transaction.abandon)

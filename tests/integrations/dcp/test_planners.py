@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from shardckpt.integrations.dcp import (
     ShardReader,
     ShardSavePlanner,
     ShardWriter,
+    planners,
 )
 from shardckpt.integrations.dcp.planners import ShardMetadata, UnreadableMetadata
 from tests.integrations.dcp.states import a_state, is_full, zeros
@@ -115,3 +117,19 @@ def test_metadata_that_could_not_be_read_raise_their_error_at_each_use():
         with pytest.raises(errors.CorruptionError) as raised:
             getattr(metadata, name)
         assert raised.value is error
+
+
+def test_a_rank_that_saves_and_loads_alone_has_the_values_of_its_markers(tmp_path, monkeypatch):
+    second_of_two = SimpleNamespace(
+        is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2
+    )
+    monkeypatch.setattr(planners, "dist", second_of_two)
+    state = {"own": shardckpt.PerRank(5), "common": shardckpt.FromRank0(6)}
+    writer = shardckpt.ShardWriter(tmp_path / "c")
+    dcp.save(state, storage_writer=writer, planner=shardckpt.ShardSavePlanner(), no_dist=True)
+    assert shardckpt.load_state(tmp_path / "c") == {"own": [5], "common": 6}
+    state = {"own": shardckpt.PerRank(0), "common": shardckpt.FromRank0(0)}
+    reader = shardckpt.ShardReader(tmp_path / "c")
+    planner = shardckpt.ReshardLoadPlanner()
+    dcp.load(state, storage_reader=reader, planner=planner, no_dist=True)
+    assert (state["own"].value, state["common"].value) == (5, 6)

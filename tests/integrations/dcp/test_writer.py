@@ -252,3 +252,19 @@ def test_values_that_a_planner_encodes_in_another_way_are_refused(
         dcp.save(state, storage_writer=ShardWriter(tmp_path / "c"), planner=planner)
     ((error, _),) = raised.value.failures.values()
     assert isinstance(error, errors.UnsupportedLeafError)
+
+
+def test_a_save_after_a_failed_one_in_the_same_process_may_have_the_same_path(tmp_path):
+    class Failing(ShardWriter):
+        def finish(self, metadata, results):
+            raise OSError("no space left on device")
+
+    writer = Failing(tmp_path / "c")
+    with pytest.raises(CheckpointException):
+        dcp.save(a_state(), storage_writer=writer)
+    with pytest.raises(CheckpointException, match="no space"):
+        dcp.save(a_state(), storage_writer=writer)
+    writer.itself = writer  # a cycle, as errors and tracebacks make
+    del writer
+    dcp.save(a_state(), storage_writer=ShardWriter(tmp_path / "c"))
+    assert shardckpt.verify(tmp_path / "c")
