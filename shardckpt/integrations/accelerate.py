@@ -16,7 +16,10 @@ from typing import Any
 from shardckpt import api
 from shardckpt.errors import CheckpointNotFoundError, StateError
 from shardckpt.reports import LoadReport, SaveReport
+from shardckpt.state.file_groups import frozen_entries
 from shardckpt.state.markers import FromRank0, PerRank
+from shardckpt.state.module_state import ModuleState, canonical_names, module_state
+from shardckpt.state.optimizer_state import OptimizerState, ParameterNames, optimizer_state
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.resolve import resolve
 
@@ -49,7 +52,7 @@ def save_state(accelerator: Any, path: str | os.PathLike[str], **options: Any) -
         >>> model = accelerator.prepare(torch.nn.Linear(4, 2))
         >>> report = save_state(accelerator, "run/step-1")
     """
-    return api.save(_state(accelerator), path, **options)
+    return api.save(_state_to_save(accelerator), path, **options)
 
 
 def load_state(accelerator: Any, path: str | os.PathLike[str], **options: Any) -> LoadReport:
@@ -152,6 +155,31 @@ def _state(accelerator: Any) -> dict[str, Any]:
         "step": accelerator.step,
         "random": PerRank(random_state()),
     }
+
+
+def _state_to_save(accelerator: Any) -> dict[str, Any]:
+    """Return the state, with the buffers of rank 0 under DDP: those of batch norms differ between
+    ranks, and accelerate has only the models inside DDP."""
+    state = _state(accelerator)
+    is_ddp = str(accelerator.distributed_type).rsplit(".", 1)[-1].startswith("MULTI_")
+    if not (is_ddp and getattr(accelerator.ddp_handler, "broadcast_buffers", True)):
+        return state
+
+    def buffers(model: Any) -> set[str]:
+        names = canonical_names(model)
+        return {names[name] for name, _ in model.named_buffers() if name in names}
+
+    models, first = state["models"], accelerator.is_main_process
+    names = ParameterNames([(f"models.{at}", model) for at, model in enumerate(models)])
+    state["optimizers"] = [
+        OptimizerState(optimizer_state(optimizer, names, at=f"optimizers.{at}"))
+        for at, optimizer in enumerate(state["optimizers"])
+    ]
+    state["models"] = [
+        ModuleState(module_state(model), frozen_entries(model), set() if first else buffers(model))
+        for model in models
+    ]
+    return state
 
 
 def _position(loader: Any) -> dict[str, Any]:

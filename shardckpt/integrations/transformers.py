@@ -49,7 +49,7 @@ from shardckpt.reports import LoadReport
 from shardckpt.state.local_chunks import box_slices
 from shardckpt.state.matching import DtypePolicy, casts
 from shardckpt.state.mismatches import Mismatches
-from shardckpt.state.module_state import named_state
+from shardckpt.state.module_state import ModuleState, ddp_rank0_buffers, named_state
 from shardckpt.state.saved_tree import SavedState
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.resolve import resolve
@@ -258,7 +258,7 @@ def _check_dtype(dtype: object) -> None:
         )
 
 
-def _state_to_save(model: Any) -> dict[str, Any]:
+def _state_to_save(model: Any) -> ModuleState:
     if getattr(_checked(model), "hf_quantizer", None) is not None:
         raise StateError(
             "A quantized model can't be saved in the layout of Hugging Face",
@@ -266,7 +266,8 @@ def _state_to_save(model: Any) -> dict[str, Any]:
             actual=f"{type(_inner(model)).__name__} with a quantizer",
             remedy="save it with shardckpt.save, or dequantize it first",
         )
-    return weights_of(model)
+    weights = weights_of(model)
+    return ModuleState(weights, set(), ddp_rank0_buffers(model) & weights.keys())
 
 
 def _inner(model: Any) -> Any:

@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any
 
+import torch
 import transformers
 
 from shardckpt import api
@@ -39,6 +40,7 @@ class Shardckpt:
     """
 
     model: Any
+    model_wrapped: Any
     args: Any
     state: Any
     accelerator: Any
@@ -71,13 +73,19 @@ class Shardckpt:
         with operation(f"save_model {folder}") as ranks:
             shared = exchange(ranks, "begin", lambda: b"", is_shared)
         target = os.path.join(folder, ".saving") if shared else folder
-        save_pretrained(self.model, target, tokenizer, overwrite=True)
+        save_pretrained(self._in_ddp(), target, tokenizer, overwrite=True)
         if shared:
             with operation(f"save_model {folder}") as ranks:
                 exchange(ranks, "commit", lambda: b"", lambda _: _move(target, folder))
 
+    def _in_ddp(self) -> Any:
+        """Return the model in its wrapper of DDP, which says that buffers of rank 0 are saved:
+        those of batch norms differ between ranks."""
+        is_ddp = isinstance(self.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        return self.model_wrapped if is_ddp else self.model
+
     def _state(self, *, optimizer: bool = True) -> dict[str, Any]:
-        state: dict[str, Any] = {"model": self.model}
+        state: dict[str, Any] = {"model": self._in_ddp()}
         if not optimizer:
             return state
         scaler = getattr(self.accelerator, "scaler", None)

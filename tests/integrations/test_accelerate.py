@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import shardckpt
 from shardckpt.errors import CheckpointNotFoundError, StateError
 from tests.integrations.jobs import job
-from tests.ranks import PRELOAD
+from tests.ranks import PRELOAD, like_torchrun, run_ranks
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -109,3 +110,29 @@ def test_a_resumed_run_continues_the_automatic_numbers(tmp_path):
     resumed.save_state()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["checkpoint_2", "checkpoint_3"]
+
+
+def save_batch_norm(folder):
+    """Return the mean of a batch norm of this rank before a save and after a load."""
+    rank = dist.get_rank()
+    like_torchrun(2)
+    accelerator = accelerate.Accelerator(cpu=True)
+    use_shardckpt(accelerator)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.backward(wrapped(torch.randn(4, 2) + rank).square().sum())
+    optimizer.step()
+    accelerator.save_state(folder)
+    mean = model[1].running_mean.tolist()
+    accelerator.load_state(folder)
+    return mean, model[1].running_mean.tolist()
+
+
+def test_the_buffers_of_rank_0_are_saved_under_ddp(tmp_path):
+    """Batch norms have other buffers on each rank, until DDP replaces them in the next step."""
+    (first, first_loaded), (second, second_loaded) = run_ranks(
+        2, save_batch_norm, str(tmp_path / "checkpoint")
+    )
+    assert first != second
+    assert first == first_loaded == second_loaded

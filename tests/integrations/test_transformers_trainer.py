@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import shardckpt
 from tests.integrations.jobs import job
-from tests.ranks import PRELOAD
+from tests.ranks import PRELOAD, like_torchrun, run_ranks
 
 pytest.importorskip("transformers")
 
@@ -122,3 +123,37 @@ def test_a_peft_model_is_resumed_with_its_base(tmp_path):
     assert job(JOB, tmp_path / "run", 12, "lora", ranks=2)["digest"] == whole["digest"]
     one_rank = job(JOB, tmp_path / "one", 12, "lora", ranks=1)
     assert one_rank["sum"] == pytest.approx(whole["sum"], rel=1e-4)
+
+
+def train_resnet(folder):
+    """Save a checkpoint and a folder. Returns the mean of a batch norm of this rank."""
+    import transformers
+
+    from shardckpt.integrations.transformers_trainer import Trainer
+
+    like_torchrun(2)
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_labels=2
+    )
+    data = [{"pixel_values": torch.randn(3, 8, 8), "labels": index % 2} for index in range(8)]
+    arguments = transformers.TrainingArguments(
+        folder, use_cpu=True, max_steps=1, save_steps=1, per_device_train_batch_size=4,
+        report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    model = transformers.ResNetForImageClassification(config)
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model(f"{folder}/final")
+    return model.resnet.embedder.embedder.normalization.running_mean.tolist()
+
+
+def test_the_buffers_of_rank_0_are_saved_under_ddp(tmp_path):
+    """Batch norms have other buffers on each rank, until DDP replaces them in the next step."""
+    transformers = pytest.importorskip("transformers")
+    first, second = run_ranks(2, train_resnet, str(tmp_path / "run"))
+    assert first != second
+    name = "resnet.embedder.embedder.normalization.running_mean"
+    saved = shardckpt.load_state(tmp_path / "run" / "checkpoint-1", keys=[f"model.{name}"])
+    assert saved["model"][name].tolist() == first
+    opened = transformers.AutoModel.from_pretrained(tmp_path / "run" / "final")
+    assert opened.embedder.embedder.normalization.running_mean.tolist() == first
