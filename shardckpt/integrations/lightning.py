@@ -628,6 +628,10 @@ class ShardckptCallback(_pl.Callback):
         self._manager.save(step, self._state(trainer, pl_module), if_exists=if_exists)
         self._manager.wait_staged()  # callbacks and modules change weights in any hook
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Wait for saves in the background. Lightning does not call teardown after an error."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Wait for saves in the background."""
         if self._manager is not None:
@@ -700,7 +704,14 @@ def _restore_others(
     if values:
         precision.load_state_dict(values)
     trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
-    for config, values in zip(
-        trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True
-    ):
+    configs, states = trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]
+    if len(configs) != len(states):
+        raise StateError(
+            "The checkpoint has another number of schedulers",
+            expected=f"{len(states)} schedulers, as saved",
+            actual=str(len(configs)),
+            remedy="return as many from configure_optimizers, or pass resume=False to "
+            "ShardckptCallback",
+        )
+    for config, values in zip(configs, states, strict=True):
         config.scheduler.load_state_dict(values)

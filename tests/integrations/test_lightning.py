@@ -684,3 +684,31 @@ def test_the_callback_replaces_the_corrupted_checkpoint_that_it_did_not_resume(t
         trainer, _ = fitted(2, callbacks=[ShardckptCallback(tmp_path)])
     assert trainer.global_step == 8
     shardckpt.verify(tmp_path / "step-8")
+
+
+class Broken(pl.Callback):
+    """Raises after the third step."""
+
+    def on_train_batch_end(self, trainer, *batch):
+        if trainer.global_step == 3:
+            raise RuntimeError("no more data")
+
+
+def test_the_saves_of_the_callback_are_complete_after_an_error(tmp_path):
+    callback = ShardckptCallback(tmp_path, every_n_steps=2, asynchronous=True)
+    with pytest.raises(RuntimeError, match="no more data"):
+        fitted(1, callbacks=[callback, Broken()])
+    assert shardckpt.load_state(tmp_path / "step-2")["lightning"]["global_step"] == 2
+
+
+class Unscheduled(Net):
+    """Has no scheduler."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def test_the_callback_names_another_number_of_schedulers(tmp_path):
+    fitted(1, callbacks=[ShardckptCallback(tmp_path)])
+    with pytest.raises(StateError, match="another number of schedulers"):
+        fitted(2, net=Unscheduled(), callbacks=[ShardckptCallback(tmp_path)])
