@@ -63,7 +63,7 @@ _ROLES = tuple(
         (r"pytorch_model_fsdp(_\d+)?", f"weights sharded by FSDP; {_CONVERTIBLE}"),
         (r"(optimizer|fsdp_optimizer)_\d+", f"optimizer state sharded by FSDP; {_CONVERTIBLE}"),
         (r"global_step\d+|.*_(model|optim)_states\.pt", f"DeepSpeed's state; {_CONVERTIBLE}"),
-        (r"zero_to_fp32\.py|latest(_universal)?", "a file that DeepSpeed writes beside the state"),
+        (r"zero_to_\w+\.py|latest(_universal)?", "a file that DeepSpeed writes beside the state"),
         (r"adapter_model\.\w+", f"an adapter's weights; {_CONVERTIBLE}"),
         (
             r"(model|pytorch_model)_\d+\.(safetensors|bin)|.*\.(safetensors|bin|pth|pt|ckpt)",

@@ -236,3 +236,25 @@ def test_what_is_read_needs_no_gradient(kind):
     with open_source(WRITTEN / kind) as source:
         for name, entry in source.manifest.tensors.items():
             assert not source.read_box(name, (0,) * len(entry.shape), entry.shape).requires_grad
+
+
+def test_the_state_of_stage_0_is_that_of_an_optimizer_of_torch(tmp_path):
+    shardckpt.convert(WRITTEN / "stage-0", tmp_path / "c")
+    state = shardckpt.load_state(tmp_path / "c")["optimizer"]
+    shapes = [state["state"][index]["exp_avg"].shape for index in range(5)]
+    counts = [len(group["params"]) for group in state["param_groups"]]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    groups = [{"params": parameters[: counts[0]]}, {"params": parameters[counts[0] :]}]
+    optimizer = torch.optim.AdamW(groups)
+    optimizer.load_state_dict(state)
+    for index, parameter in enumerate(parameters):
+        moment = optimizer.state[parameter]["exp_avg"]
+        assert torch.equal(moment, state["state"][index]["exp_avg"])
+        assert moment.any()
+
+
+def test_the_scripts_that_deepspeed_writes_are_described(tmp_path):
+    folder = shutil.copytree(WRITTEN / "stage-0", tmp_path / "saved")
+    (folder / "zero_to_torch.py").write_text("")
+    report = shardckpt.convert(folder, tmp_path / "c")
+    assert "DeepSpeed writes" in report.left_out["zero_to_torch.py"]
