@@ -58,6 +58,7 @@ __all__ = [
 ]
 
 _INDEX = "model.safetensors.index.json"
+_MOST_TEXTS = 100  # names of texts that a report lists
 _REMEDY = "convert another checkpoint, or download the file again"
 
 
@@ -165,7 +166,8 @@ def _read_pairs(
 def _texts(metadata: dict[str, str], tensors: dict[str, LazyTensor]) -> dict[str, str]:
     """Return the entry that names the texts of the metadata, which no target keeps."""
     names = [n for n in metadata if n != "format" and (n in tensors or metadata[n] not in tensors)]
-    return {"metadata": f"describes the file: {', '.join(names)}"} if names else {}
+    shown = ", ".join(names[:_MOST_TEXTS])
+    return {"metadata": f"describes the file: {shown}"} if names else {}
 
 
 def _flat_tree(tensors: dict[str, LazyTensor], metadata: dict[str, str]) -> Any:

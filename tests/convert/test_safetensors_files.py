@@ -194,3 +194,10 @@ def test_a_state_with_four_bit_floats_is_one_safetensors_file(tmp_path):
     found = read_one(str(tmp_path / "a.safetensors"))
     assert found["step"] == 1
     assert found["x"].view(torch.uint8).tolist() == list(range(6))
+
+
+def test_a_report_names_a_hundred_texts_of_a_file_at_most(tmp_path):
+    texts = {f"text {number}": "" for number in range(1000)}
+    save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", metadata=texts)
+    report = convert(tmp_path / "a.safetensors", tmp_path / "c")
+    assert report.left_out["metadata"].count("text ") == 100
