@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -356,6 +357,8 @@ def _with_lists(node: Any) -> Any:
         return [items[key] for key in sorted(items)]
     if "state" in items and "param_groups" in items:
         items["state"] = _with_indices(items["state"], items["param_groups"])
+    if "milestones" in items and "last_epoch" in items:
+        items["milestones"] = _with_epochs(items["milestones"])
     return items
 
 
@@ -368,3 +371,11 @@ def _with_indices(states: Any, groups: Any) -> Any:
     lists = [each for each in params if isinstance(each, (list, tuple))]
     indices = {str(index): index for each in lists for index in each if type(index) is int}
     return {indices.get(key, key): item for key, item in states.items()}
+
+
+def _with_epochs(milestones: Any) -> Any:
+    """Return the milestones of MultiStepLR as it keeps them: with numbers as keys, which DCP turned
+    into texts. It would never find the current epoch among texts."""
+    if type(milestones) is not dict or not all(str(key).isdecimal() for key in milestones):
+        return milestones
+    return Counter({int(key): count for key, count in milestones.items()})

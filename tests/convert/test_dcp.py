@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -91,3 +92,15 @@ def test_an_optimizer_keeps_the_indices_of_its_parameters(tmp_path, lr):
     other = torch.optim.Adam(net.parameters())
     other.load_state_dict(found)
     assert torch.equal(other.state[net.weight]["exp_avg"], optimizer.state[net.weight]["exp_avg"])
+
+
+def test_a_scheduler_keeps_the_epochs_of_its_milestones(tmp_path):
+    """DCP turns the keys into texts, among which MultiStepLR would never find the epoch."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4, 4])
+    torch.save({"scheduler": scheduler.state_dict()}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "dcp", to="dcp")
+    convert(tmp_path / "dcp", tmp_path / "ours")
+    other = torch.optim.lr_scheduler.MultiStepLR(optimizer, [7])
+    shardckpt.load({"scheduler": other}, tmp_path / "ours")
+    assert other.milestones == Counter({4: 2, 2: 1})
