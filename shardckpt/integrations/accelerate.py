@@ -9,8 +9,10 @@ do the same. Tested with accelerate 1.15.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from shardckpt import api
@@ -100,6 +102,10 @@ def use_shardckpt(accelerator: Any) -> None:
     models and of their state dicts. All models are saved and loaded, also those that a hook takes
     out of the lists. A hook can't write files into the folder of the checkpoint.
 
+    `save_state` also takes the arguments of `shardckpt.save`, and `load_state` those of
+    `shardckpt.load`, such as `strict=False`. Both refuse `storage` and the arguments that only the
+    files of accelerate have, such as `safe_serialization=False`. `load_state` returns the report.
+
     Args:
         accelerator: The accelerator.
 
@@ -112,27 +118,53 @@ def use_shardckpt(accelerator: Any) -> None:
         >>> path = accelerator.save_state("run/step-1")
     """
 
-    def save(output_dir: str | None = None, safe_serialization: bool = True) -> str:
+    def save(output_dir: str | None = None, safe_serialization: bool = True, **options: Any) -> str:
+        if not safe_serialization:
+            options["safe_serialization"] = safe_serialization
+        _check_options("save_state", api.save, options)
         path = _path_to_save(accelerator, output_dir)
         for hook in accelerator._save_model_state_pre_hook.values():
             models = list(accelerator._models)  # a hook may take models and weights out
             hook(models, [model.state_dict() for model in models], path)
         automatic = accelerator.project_configuration.automatic_checkpoint_naming
-        save_state(accelerator, path, overwrite=not automatic)
+        save_state(accelerator, path, **{"overwrite": not automatic, **options})
         accelerator.project_configuration.iteration += 1
         if automatic:
             _remove_old(accelerator)
         return path
 
-    def load(input_dir: str | None = None) -> None:
+    def load(
+        input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> LoadReport:
+        if options.get("map_location") in (None, "cpu", "on_device"):
+            options.pop("map_location", None)  # tensors are filled on their devices
+        if load_kwargs:
+            options["load_kwargs"] = load_kwargs
+        _check_options("load_state", api.load, options)
         path = _path_to_load(accelerator, input_dir)
         for hook in accelerator._load_model_state_pre_hook.values():
             hook(list(accelerator._models), path)
-        load_state(accelerator, path)
+        report = load_state(accelerator, path, **options)
         if accelerator.project_configuration.automatic_checkpoint_naming:
             _continue_numbers(accelerator)
+        return report
 
     accelerator.save_state, accelerator.load_state = save, load
+
+
+def _check_options(call: str, function: Any, options: Mapping[str, Any]) -> None:
+    """Refuse options that the function of shardckpt does not take, and `storage`, which automatic
+    names and their limit would not use."""
+    known = inspect.signature(function).parameters.keys() - {"state", "path", "storage"}
+    if unknown := sorted(options.keys() - known):
+        raise StateError(
+            f"{call} of shardckpt does not take these arguments",
+            expected=f"arguments of shardckpt.{function.__name__}: {', '.join(sorted(known))}",
+            actual=", ".join(f"{name}={options[name]!r}" for name in unknown),
+            remedy="leave them out; shardckpt writes no pickle files, and fills tensors in place. "
+            f"For storage=, call {call}(accelerator, path, storage=...) of "
+            "shardckpt.integrations.accelerate",
+        )
 
 
 def _state(accelerator: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from shardckpt.errors import StateError
 from shardckpt.manager.manager import CheckpointManager
 from shardckpt.saving.async_save import SaveHandle
 from shardckpt.state.markers import FromRank0, PerRank
+from shardckpt.state.mismatches import mismatch_remedy
 from shardckpt.state.module_state import (
     ModuleState,
     canonical_names,
@@ -55,6 +56,7 @@ def _package() -> str:
 
 
 _TENSORS = ("state_dict", "optimizer_states")
+_OTHER_MODEL = "train the module that was saved, or set its strict_loading to False"
 _pl: Any = importlib.import_module(_package())
 _strategies: Any = importlib.import_module(f"{_package()}.strategies")
 
@@ -198,7 +200,8 @@ class _Saving:
 
     def _load_into(self, state: dict[str, Any], keys: list[str] | None = None) -> None:
         strict = self.lightning_module.strict_loading
-        api.load(state, self._restored, strict=strict, keys=keys)
+        with mismatch_remedy(_OTHER_MODEL):
+            api.load(state, self._restored, strict=strict, keys=keys)
         self._place(state)
 
     def _weights(self) -> Any:
@@ -587,7 +590,8 @@ class ShardckptCallback(_pl.Callback):
             "lightning": FromRank0({}),
             "random": PerRank(random_state()),
         }
-        restored = manager.restore_latest(state, strict=pl_module.strict_loading)
+        with mismatch_remedy(_OTHER_MODEL):
+            restored = manager.restore_latest(state, strict=pl_module.strict_loading)
         if restored is None:
             return
         self._saved_step = restored.step

@@ -17,12 +17,17 @@ from typing import Any
 from shardckpt.errors import CheckpointBusyError, StateError
 from shardckpt.manager.manager import PASSING, CheckpointManager, Restored
 from shardckpt.manager.retention import SavedCheckpoint
+from shardckpt.state.mismatches import mismatch_remedy
 from shardckpt.storage.base import Storage
 from shardckpt.storage.resolve import resolve
 
 __all__ = ["ReplicaCheckpoints", "resume"]
 
 _KEY = "torchft"
+_OTHER_STATE = (
+    "pass the state that was saved, or load the matching entries with shardckpt.load(state, path, "
+    "strict=False), and pass a new folder"
+)
 
 
 def resume(
@@ -77,10 +82,12 @@ def resume(
         path = place.storage.child(place.path, f"replica-{replica_id}")
         own = _Checkpoints(path, storage=place.storage, **{**options, "asynchronous": False})
     saved = {**state, _KEY: manager}
-    restored = shared.restore_latest(saved)
+    with mismatch_remedy(_OTHER_STATE):
+        restored = shared.restore_latest(saved)
     state.update((key, saved[key]) for key in state)
     if own is not None and restored is not None:
-        own.restore_at(restored.step, replica_state)
+        with mismatch_remedy(_OTHER_STATE):
+            own.restore_at(restored.step, replica_state)
     return ReplicaCheckpoints(manager, state, shared, replica_state, own, restored)
 
 

@@ -39,9 +39,16 @@ from shardckpt.manager.manager import CheckpointManager
 from shardckpt.manager.retention import KeepLast
 from shardckpt.state.markers import Union
 from shardckpt.state.matching import DtypePolicy
+from shardckpt.state.mismatches import mismatch_remedy
 from shardckpt.storage.resolve import resolve
 
 __all__ = ["ShardckptManager"]
+
+_OTHER_STATE = (
+    "train the model that was saved; checkpoint.exclude_from_loading leaves out other states, and "
+    "checkpoint.initial_load_model_only=True all of them"
+)
+_OTHER_MODEL = "set checkpoint.initial_load_path to a checkpoint of this model"
 
 
 class ShardckptManager(BaseCheckpointManager):
@@ -237,10 +244,11 @@ class ShardckptManager(BaseCheckpointManager):
         """Load a checkpoint, or the newest that verifies."""
         keys = {MODEL} if model_only else set(self.states) - self._excluded()
         state = self._state(keys)
-        if path is None:
-            self.manager.restore_latest(state)
-        else:
-            api.load(state, path, dtype=dtype)
+        with mismatch_remedy(_OTHER_STATE):
+            if path is None:
+                self.manager.restore_latest(state)
+            else:
+                api.load(state, path, dtype=dtype)
         for key, values in state.items():
             self._restore(key, values)
 
@@ -326,7 +334,8 @@ def _load_source(state: dict[str, Any], path: str) -> None:
     with operation(f"load {path}") as ranks:
         opened: Attempt[Source] = attempt(open_source, path, check=False)
         try:
-            load_source(state, path, opened, ranks, strict=True, cast=True)
+            with mismatch_remedy(_OTHER_MODEL):
+                load_source(state, path, opened, ranks, strict=True, cast=True)
         finally:
             if opened.value is not None:
                 opened.value.close()

@@ -87,7 +87,7 @@ def save_pretrained(
         max_shard_size: The largest size of a file, in bytes or as text such as "5GB".
         dtype: The dtype of floating-point weights on disk. By default they keep theirs. Weights
             that transformers loads in float32 when it is given this dtype, such as the routers of
-            DeepSeek-V3, are saved in float32.
+            DeepSeek-V3 and the balancing biases of Zaya, are saved in float32.
         overwrite: Replace a folder that save_pretrained made.
 
     Raises:
@@ -380,20 +380,31 @@ def _dtype_policy(model: Any, dtype: torch.dtype | None) -> DtypeOf:
     inner = _inner(model)
     if dtype is None:
         return lambda conversion, own: own
-    patterns = {} if is_adapter(inner) else inner._get_dtype_plan(dtype)
-    if not patterns:
+    if is_adapter(inner):
         return lambda conversion, own: dtype if own.is_floating_point else own
     from transformers.core_model_loading import build_glob_alternation
 
-    pattern, names, _ = build_glob_alternation(list(patterns))
+    patterns, built = inner._get_dtype_plan(dtype), _built_dtypes(inner, dtype)
+    pattern, names, _ = build_glob_alternation(list(patterns) or ["(?!)"])
 
     def choose(conversion: Conversion, own: torch.dtype) -> torch.dtype:
         if not own.is_floating_point:
             return own
         found = next(filter(None, map(pattern.search, conversion.sources)), None)
-        return patterns[names[found.lastgroup]] if found else dtype
+        if found:
+            return patterns[names[found.lastgroup]]
+        return next((built[name] for name in conversion.sources if name in built), dtype)
 
     return choose
+
+
+def _built_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtypes of the weights that a model built with a dtype has, by name. The code of
+    some models builds weights in float32 with any dtype."""
+    with torch.device("meta"):
+        built = class_before_sharding(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    weights = named_state(built).by_name().items()
+    return {name: weight.dtype for name, weight in weights if weight.is_floating_point()}
 
 
 def _imported(

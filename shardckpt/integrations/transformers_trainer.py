@@ -21,12 +21,17 @@ from shardckpt.coordination.resolve import operation
 from shardckpt.errors import NotACheckpointError
 from shardckpt.integrations.transformers import load_pretrained, save_pretrained
 from shardckpt.state.markers import PerRank
+from shardckpt.state.mismatches import mismatch_remedy
 from shardckpt.state.random_state import random_state, set_random_state
 from shardckpt.storage.base import MANIFEST_NAME
 
 __all__ = ["Shardckpt", "Trainer"]
 
 _STATE = "trainer_state.json"
+_OTHER_MODEL = (
+    "build the Trainer with the model and the optimizer that were saved; or load the matching "
+    'weights before a new training: shardckpt.load({"model": model}, path, strict=False)'
+)
 
 
 class Shardckpt:
@@ -123,7 +128,8 @@ class Shardckpt:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         state = self._state()
-        api.load(state, checkpoint)
+        with mismatch_remedy(_OTHER_MODEL):
+            api.load(state, checkpoint)
         random = state["random"]
         self._random = random.value if isinstance(random, PerRank) else random
 
@@ -140,7 +146,8 @@ class Shardckpt:
     def _load_best_model(self) -> None:
         path = self.state.best_model_checkpoint
         if _is_ours(path):
-            api.load(self._state(optimizer=False), path)
+            with mismatch_remedy(_OTHER_MODEL):
+                api.load(self._state(optimizer=False), path)
         elif self.args.save_only_model:
             load_pretrained(self.model, path)
         else:

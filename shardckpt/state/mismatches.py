@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardckpt.errors import LoadMismatchError
 
-__all__ = ["Mismatches", "check_unused"]
+__all__ = ["Mismatches", "check_unused", "mismatch_remedy"]
 
 
 @dataclass(slots=True)
@@ -64,6 +65,18 @@ class Mismatches:
         if self.missing:
             remedies.append("`shardckpt inspect` lists the saved names")
         return "; ".join(remedies)
+
+
+@contextmanager
+def mismatch_remedy(remedy: str) -> Iterator[None]:
+    """Give the error of a load that lists mismatches another remedy: for callers whose users can't
+    pass the arguments of `shardckpt.load`."""
+    try:
+        yield
+    except LoadMismatchError as error:
+        if "missing" in error.facts:
+            error.remedy = remedy
+        raise
 
 
 def _unused(names: list[str], path: str) -> LoadMismatchError:

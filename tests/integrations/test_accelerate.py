@@ -70,6 +70,28 @@ def test_a_missing_path_is_refused(tmp_path):
     accelerator.load_state(tmp_path / "empty")
 
 
+def test_arguments_of_save_and_load_are_taken_and_others_refused(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    use_shardckpt(accelerator)
+    accelerator.prepare(torch.nn.Linear(2, 2, bias=False))
+    path = accelerator.save_state(str(tmp_path / "checkpoint"), check_replicas=True)
+    with pytest.raises(shardckpt.errors.CheckpointExistsError):
+        accelerator.save_state(path, overwrite=False)
+    larger = accelerate.Accelerator(cpu=True)
+    larger.free_memory()
+    use_shardckpt(larger)
+    larger.prepare(torch.nn.Linear(2, 2))
+    with pytest.raises(shardckpt.errors.LoadMismatchError, match="strict=False"):
+        larger.load_state(path, map_location="cpu")
+    assert larger.load_state(path, strict=False).missing == ("models.0.bias",)
+    for options in ({"load_kwargs": {"weights_only": True}}, {"map_location": "meta"}):
+        with pytest.raises(StateError, match=next(iter(options))):
+            larger.load_state(path, **options)
+    for options in ({"safe_serialization": False}, {"tag": "x"}, {"storage": None}):
+        with pytest.raises(StateError, match=next(iter(options))):
+            larger.save_state(path, **options)
+
+
 def test_hooks_may_take_models_and_weights_out_of_their_lists(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     use_shardckpt(accelerator)

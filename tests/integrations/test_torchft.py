@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt.errors import CheckpointBusyError, StateError
+from shardckpt.errors import CheckpointBusyError, LoadMismatchError, StateError
 from shardckpt.integrations.torchft import resume
 from tests.integrations.jobs import start_job
 from tests.ranks import PRELOAD
@@ -183,6 +183,17 @@ def test_the_folder_may_be_in_an_object_store(tmp_path):
 def test_invalid_arguments_are_refused(tmp_path, state, options, message):
     with pytest.raises(StateError, match=message):
         resume(Manager(), tmp_path, state, **options)
+
+
+def test_the_remedy_of_a_mismatch_works_in_the_call(tmp_path):
+    saved_at(group(tmp_path), 1)
+    state = {"weight": torch.zeros(3), "bias": torch.zeros(3)}
+    with pytest.raises(LoadMismatchError) as refused:
+        resume(Manager(), tmp_path, state)
+    assert "shardckpt.load(state, path, strict=False)" in refused.value.remedy
+    assert shardckpt.load(state, tmp_path / "step-1", strict=False).missing == ("bias",)
+    assert state["weight"].tolist() == [1, 1, 1]
+    assert resume(Manager(), tmp_path / "new", state).restored is None
 
 
 def test_an_invalid_interval_is_refused(tmp_path):

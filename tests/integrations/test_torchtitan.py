@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import shardckpt
-from shardckpt.errors import StateError
+from shardckpt.errors import LoadMismatchError, StateError
 from tests.integrations.jobs import job
 from tests.ranks import PRELOAD, RankError
 
@@ -165,6 +165,19 @@ def test_the_model_of_a_checkpoint_of_torchtitan_itself_is_loaded(tmp_path):
         built(tmp_path / "new", initial_load_path=str(path), initial_load_model_only=False).load()
     with pytest.raises(StateError, match="torchtitan's own manager"):
         built(tmp_path).load()
+
+
+def test_the_remedy_of_a_mismatch_names_options_of_torchtitan(tmp_path):
+    built(tmp_path).save(3)
+    dcp.save({"other": torch.ones(1)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    larger = built(tmp_path)
+    larger.states["model"] = torch.nn.Linear(2, 2)
+    initial = built(tmp_path / "new", initial_load_path=str(tmp_path / "dcp"))
+    for manager, option in ((larger, "exclude_from_loading"), (initial, "initial_load_path")):
+        with pytest.raises(LoadMismatchError) as refused:
+            manager.load()
+        assert option in refused.value.remedy
+        assert "rename" not in refused.value.remedy
 
 
 def test_a_missing_path_of_hugging_face_is_named(tmp_path):

@@ -254,12 +254,27 @@ def t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
+class WithFloat32(transformers.LlamaForCausalLM):
+    """Builds a weight and a buffer in float32 with any dtype, as Zaya does."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        values = torch.full((3,), 1 / 3, dtype=torch.float32)
+        self.scale = torch.nn.Parameter(values.clone())
+        self.register_buffer("bias", values)
+
+
+def with_float32():
+    return WithFloat32(transformers.LlamaConfig(**SMALL, intermediate_size=24))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("build_model", "kept"),
     [
         (deepseek, {torch.float16: 2, torch.bfloat16: 2}),
         (t5, {torch.float16: 2, torch.bfloat16: 0}),
+        (with_float32, {torch.float16: 2, torch.bfloat16: 2}),
     ],
 )
 def test_weights_that_transformers_keeps_in_float32_are_saved_in_float32(
