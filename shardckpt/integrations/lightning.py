@@ -10,6 +10,7 @@ ModelCheckpoint, `trainer.save_checkpoint` and `ckpt_path=` work as before. Test
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -23,6 +24,7 @@ from shardckpt import api
 from shardckpt.errors import StateError
 from shardckpt.manager.manager import CheckpointManager
 from shardckpt.saving.async_save import SaveHandle
+from shardckpt.state.flatten import flatten
 from shardckpt.state.markers import FromRank0, PerRank
 from shardckpt.state.mismatches import mismatch_remedy
 from shardckpt.state.module_state import (
@@ -113,15 +115,7 @@ class _Saving:
         Only the saves of a running `fit` are in the background. A save for the queue of SLURM is
         not, as the job may be ended when it returns.
         """
-        plugin = getattr(self, "_checkpoint_io", None)
-        if plugin is not None and type(plugin).__name__ != "TorchCheckpointIO":
-            raise StateError(
-                "The strategy does not use a CheckpointIO",
-                path=str(filepath),
-                expected="no CheckpointIO plugin",
-                actual=type(plugin).__qualname__,
-                remedy="leave the plugin out; to save in the background, pass asynchronous=True",
-            )
+        self._check_plugin()
         if storage_options is not None:
             raise StateError(
                 "The strategy does not take storage options",
@@ -147,9 +141,22 @@ class _Saving:
         if not self._handles:
             self._settle()
 
+    def _check_plugin(self) -> None:
+        plugin = getattr(self, "_checkpoint_io", None)
+        if plugin is not None and type(plugin).__name__ != "TorchCheckpointIO":
+            raise StateError(
+                "The strategy does not use a CheckpointIO",
+                expected="no CheckpointIO plugin",
+                actual=type(plugin).__qualname__,
+                remedy="leave the plugin out; to save in the background, pass asynchronous=True",
+            )
+
     def _save_for_queue(self, state: dict[str, Any], path: str) -> None:
         """Save under another name first: Lightning looks for a number in every name that contains
         `hpc_ckpt_`, also in those of the files that an interrupted save leaves."""
+        if "://" in path or self.broadcast(os.path.exists(path)):  # type: ignore[attr-defined]
+            api.save(state, path, overwrite=True)
+            return
         unfinished = os.path.join(os.path.dirname(path), "unfinished.ckpt")
         api.save(state, unfinished, overwrite=True)
         if self.is_global_zero:
@@ -162,7 +169,8 @@ class _Saving:
         ModelCheckpoint may place a link beside a checkpoint whose save has not begun.
         """
         if "://" not in path:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with contextlib.suppress(OSError):  # the save raises the error, on all ranks
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         if os.path.islink(path):
             self._unlink(path)
         elif os.path.isfile(path) or os.path.isfile(os.path.join(path, "meta.pt")):
@@ -261,10 +269,16 @@ class _Saving:
 
         After a failed save they stay: no newer one is complete.
         """
-        handles, self._handles = self._handles, {}
+        try:
+            for handle in self._handles.values():
+                handle.result()
+        except KeyboardInterrupt:  # teardown waits again
+            raise
+        except BaseException:
+            self._handles, self._obsolete = {}, []
+            raise
+        self._handles = {}
         obsolete, self._obsolete = self._obsolete, []
-        for handle in handles.values():
-            handle.result()
         for path in obsolete:
             if os.path.islink(path):
                 self._unlink(path)
@@ -286,6 +300,9 @@ class _Saving:
 
     def setup(self, trainer: Any) -> None:
         """See Strategy. ModelCheckpoint will not choose the path of a save in the background."""
+        if trainer.state.fn == "fit" and trainer.checkpoint_callbacks:
+            self._check_plugin()
+            _check_hyperparameters(trainer)
         super().setup(trainer)  # type: ignore[misc]
         self._is_set_up, self._rank0_buffers = True, None
         callbacks = trainer.checkpoint_callbacks if self.asynchronous else ()
@@ -360,6 +377,24 @@ def _check_plain(value: Any, name: str) -> None:
             remedy="name a hyperparameter in the argument `ignore` of save_hyperparameters; in a "
             "hook, put the state_dict() of the object into the checkpoint",
         )
+
+
+def _check_hyperparameters(trainer: Any) -> None:
+    """Raise the error of the first save when `fit` begins. A hook may remove what can't be saved,
+    and is called by a save only."""
+    module = trainer.lightning_module
+    if any(_has_save_hook(each) for each in (module, *trainer.callbacks)):
+        return
+    for each in (module, trainer.datamodule):
+        if each is not None and each.hparams:
+            values = {each.CHECKPOINT_HYPER_PARAMS_KEY: dict(each.hparams)}
+            _check_plain(values, "lightning")
+            flatten({"lightning": FromRank0(values)}, rank=0)
+
+
+def _has_save_hook(part: Any) -> bool:
+    base = _pl.LightningModule if isinstance(part, _pl.LightningModule) else _pl.Callback
+    return type(part).on_save_checkpoint is not base.on_save_checkpoint
 
 
 def _weights_to_save(weights: dict[str, Any], model: Any, module: Any) -> Any:
@@ -580,6 +615,7 @@ class ShardckptCallback(_pl.Callback):
                 actual=f"ckpt_path={trainer.ckpt_path!r}",
                 remedy="leave out ckpt_path, or pass resume=False to ShardckptCallback",
             )
+        _check_hyperparameters(trainer)
         if self.resume:
             self._restore(self._manager, trainer, pl_module)
 
@@ -634,7 +670,9 @@ class ShardckptCallback(_pl.Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Wait for saves in the background. Lightning does not call teardown after an error."""
-        self.teardown(trainer, pl_module, "fit")
+        if self._manager is not None:
+            self._manager.__exit__(type(exception), exception, None)
+            self._manager = None
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Wait for saves in the background."""

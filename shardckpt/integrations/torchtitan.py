@@ -8,11 +8,14 @@ It honours all options of torchtitan's BaseCheckpointManager.Config. Tested with
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.checkpointer import BaseCheckpointManager
 from torchtitan.components.checkpointer.base import (
@@ -170,6 +173,8 @@ class ShardckptManager(BaseCheckpointManager):
 
     def _save_state(self, step: int, state: dict[str, Any]) -> None:
         # After a load of an older checkpoint, those that follow it are replaced.
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            _keep_hugging_face(os.path.join(self.folder, f"step-{step}"))
         self.manager.save(step, state, if_exists="overwrite")
         if self.config.asynchronous:
             self.save_future = Future()  # by which the base class knows that there is a save
@@ -208,6 +213,8 @@ class ShardckptManager(BaseCheckpointManager):
                 actual=f"steps {sorted(saved)}",
                 remedy="set checkpoint.load_step to one of them, or to -1 for the newest",
             )
+        if not saved:
+            self._check_new()
         if saved:
             model_only = (step if step != -1 else max(saved)) == 0
             self._load_from(saved.get(step), model_only=model_only)
@@ -220,7 +227,6 @@ class ShardckptManager(BaseCheckpointManager):
                 config.initial_load_path, model_only=config.initial_load_model_only, dtype="cast"
             )
         else:
-            self._check_new()
             return False
         return True
 
@@ -312,7 +318,17 @@ class ShardckptManager(BaseCheckpointManager):
 
     def _close(self) -> None:
         if hasattr(self, "manager"):
-            self.manager.close()
+            # torchtitan also calls this after an error, which other ranks may not have.
+            self.manager.__exit__(*sys.exc_info())
+
+
+def _keep_hugging_face(path: str) -> None:
+    """Rename a final checkpoint in the layout of Hugging Face that is at the path of a save."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if any(os.path.isfile(os.path.join(path, name)) for name in names):
+        kept = f"{path}-hf"
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(path, kept)
 
 
 def _is_plain_loader(part: Any) -> bool:

@@ -377,7 +377,20 @@ class CheckpointManager(AbstractContextManager["CheckpointManager"]):
             self._pending.wait_staged()
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        if error[0] is None:
+            self.close()
+        else:
+            self._complete()
+
+    def _complete(self) -> None:
+        """Wait for the save in the background after an error, which other ranks may not have."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            warn(f"{pending.path} was not saved: {error}")
 
     def close(self) -> None:
         """Wait for the save in the background, as `wait` does. Collective."""

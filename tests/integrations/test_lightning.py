@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import shardckpt
-from shardckpt.errors import StateError
+from shardckpt.errors import ShardckptError, StateError
 from tests.integrations.jobs import job
 from tests.ranks import PRELOAD, like_torchrun, run_ranks
 
@@ -687,9 +688,9 @@ def test_the_callback_replaces_the_corrupted_checkpoint_that_it_did_not_resume(t
 
 
 class Broken(pl.Callback):
-    """Raises after the third step."""
+    """Raises at the start of the batch after the third step."""
 
-    def on_train_batch_end(self, trainer, *batch):
+    def on_train_batch_start(self, trainer, *batch):
         if trainer.global_step == 3:
             raise RuntimeError("no more data")
 
@@ -712,3 +713,96 @@ def test_the_callback_names_another_number_of_schedulers(tmp_path):
     fitted(1, callbacks=[ShardckptCallback(tmp_path)])
     with pytest.raises(StateError, match="another number of schedulers"):
         fitted(2, net=Unscheduled(), callbacks=[ShardckptCallback(tmp_path)])
+
+
+def test_an_error_of_one_rank_does_not_let_the_callback_wait_for_others(tmp_path, monkeypatch):
+    keep = [shardckpt.KeepLast(1)]
+    callback = ShardckptCallback(tmp_path, every_n_steps=3, asynchronous=True, keep=keep)
+    monkeypatch.setattr(shardckpt.CheckpointManager, "_prune", None)  # a collective call
+    with pytest.raises(RuntimeError, match="no more data"):
+        fitted(1, callbacks=[callback, Broken()])
+    assert shardckpt.load_state(tmp_path / "step-3")["lightning"]["global_step"] == 3
+
+
+class Configured(Net):
+    """Has a hyperparameter."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.save_hyperparameters({"value": value})
+
+
+class Removing(Configured):
+    """Removes the hyperparameters from its checkpoints."""
+
+    def on_save_checkpoint(self, checkpoint):
+        del checkpoint["hyper_parameters"]
+
+
+def begun(net, *callbacks, strategy=None):
+    """Begin a fit: what the strategy does before Lightning's own."""
+    state = SimpleNamespace(fn="fit")
+    trainer = SimpleNamespace(
+        state=state, lightning_module=net, datamodule=None, callbacks=callbacks,
+        checkpoint_callbacks=callbacks,
+    )  # fmt: skip
+    (strategy or ShardckptStrategy()).setup(trainer)
+
+
+@pytest.mark.parametrize("value", [torch.nn.MSELoss(), len])
+def test_hyperparameters_that_cannot_be_saved_are_refused_when_fit_begins(value):
+    with pytest.raises(ShardckptError, match=r"hyper_parameters\.value"):
+        begun(Configured(value), pl.callbacks.ModelCheckpoint())
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: begun(Configured(len)), lambda: begun(Removing(len), pl.Callback())]
+)
+def test_hyperparameters_that_no_save_has_are_not_refused(made, monkeypatch):
+    monkeypatch.setattr(pl.strategies.DDPStrategy, "setup", lambda strategy, trainer: None)
+    made()
+
+
+def test_a_checkpoint_io_is_refused_when_fit_begins():
+    strategy = ShardckptStrategy(checkpoint_io=pl.plugins.io.AsyncCheckpointIO())
+    with pytest.raises(StateError, match="does not use a CheckpointIO"):
+        begun(Net(), pl.Callback(), strategy=strategy)
+
+
+def test_the_callback_refuses_hyperparameters_that_cannot_be_saved_when_fit_begins(tmp_path):
+    net = Configured(torch.nn.MSELoss())
+    with pytest.raises(StateError, match="would pickle this object"):
+        fitted(1, net=net, callbacks=[ShardckptCallback(tmp_path)])
+    assert net.trainer.global_step == 0
+
+
+@pytest.mark.parametrize("path", ["hpc_ckpt_1.ckpt", "memory://lightning-queue/hpc_ckpt_1.ckpt"])
+def test_a_save_for_the_queue_of_slurm_replaces_a_checkpoint_and_may_have_a_url(
+    tmp_path, strategy, path
+):
+    path = path if "://" in path else tmp_path / path
+    for step in (1, 2):
+        strategy.save_checkpoint({"step": step}, path)
+    assert shardckpt.load_state(path) == {"step": 2}
+
+
+def test_the_strategy_waits_again_for_a_save_if_the_wait_is_interrupted(tmp_path, strategy):
+    class Interrupted:
+        results = iter([KeyboardInterrupt(), None])
+
+        def result(self):
+            if error := next(self.results):
+                raise error
+
+    strategy._handles["a"] = handle = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        strategy._settle()
+    strategy._settle()
+    assert list(handle.results) == []
+
+
+def test_the_error_of_a_folder_that_cannot_be_made_is_that_of_the_save(tmp_path, strategy):
+    (tmp_path / "file").touch()
+    strategy.asynchronous = False
+    with pytest.raises(ShardckptError):
+        strategy.save_checkpoint({"step": 1}, tmp_path / "file" / "a")

@@ -126,6 +126,15 @@ def test_the_last_step_in_the_layout_of_hugging_face_can_be_saved_again(tmp_path
     assert (tmp_path / "checkpoint" / "step-7" / "model.safetensors").is_file()
 
 
+def test_a_longer_run_that_reaches_a_final_step_of_hugging_face_again_keeps_it(tmp_path):
+    final = {"adapter": Names(), "last_save_model_only": True, "last_save_in_hf": True}
+    built(tmp_path, **final).save(3, last_step=True)
+    for _ in range(2):
+        assert built(tmp_path, **final).save(3)
+    shardckpt.verify(tmp_path / "checkpoint" / "step-3")
+    assert (tmp_path / "checkpoint" / "step-3-hf" / "model.safetensors").is_file()
+
+
 def test_a_name_in_exclude_from_loading_that_no_state_has_is_refused(tmp_path):
     built(tmp_path).save(3)
     with pytest.raises(StateError, match="exclude_from_loading") as refused:
@@ -163,8 +172,9 @@ def test_the_model_of_a_checkpoint_of_torchtitan_itself_is_loaded(tmp_path):
     assert weight(manager).tolist() == [[3, 3], [3, 3]]
     with pytest.raises(StateError, match="Only the model"):
         built(tmp_path / "new", initial_load_path=str(path), initial_load_model_only=False).load()
-    with pytest.raises(StateError, match="torchtitan's own manager"):
-        built(tmp_path).load()
+    for options in ({}, {"initial_load_path": str(path)}):  # the run would save to the same paths
+        with pytest.raises(StateError, match="torchtitan's own manager"):
+            built(tmp_path, **options).load()
 
 
 def test_the_remedy_of_a_mismatch_names_options_of_torchtitan(tmp_path):
@@ -208,3 +218,14 @@ def test_a_loader_that_defines_its_own_state_keeps_it(tmp_path):
     built(tmp_path, loader=first).save(3)
     assert built(tmp_path, loader=second).load()
     assert second.extra == 5
+
+
+def test_a_manager_closed_after_an_error_does_not_wait_for_other_ranks(tmp_path, monkeypatch):
+    manager = built(tmp_path, asynchronous=True, keep_latest_k=2)
+    manager.save(3)
+    monkeypatch.setattr(shardckpt.CheckpointManager, "_prune", None)  # a collective call
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:  # as torchtitan's train.py
+        manager.close()
+    shardckpt.verify(tmp_path / "checkpoint" / "step-3")

@@ -421,3 +421,33 @@ def test_other_errors_and_too_many_failures_are_raised(tmp_path):
         with pytest.raises(type(error)):
             manager.save(3, {"n": 3})
     assert manager.all_steps() == []
+
+
+class FailedSave:
+    """A save in the background that has failed."""
+
+    path = "step-1"
+
+    def result(self):
+        raise StorageError("the disk does not answer")
+
+
+def test_a_manager_left_by_an_error_waits_for_its_save_without_other_ranks(tmp_path, monkeypatch):
+    for step in (1, 2):
+        CheckpointManager(tmp_path, keep=[KeepLast(2)]).save(step, state())
+    monkeypatch.setattr(CheckpointManager, "_prune", None)  # other ranks would not join
+    with (
+        pytest.raises(ZeroDivisionError),
+        CheckpointManager(tmp_path, keep=[KeepLast(1)], asynchronous=True) as manager,
+    ):
+        manager.save(3, state(3))
+        raise ZeroDivisionError
+    assert shardckpt.load_state(tmp_path / "step-3")["step"] == 3
+
+
+def test_a_failed_save_does_not_hide_the_error_by_which_a_manager_is_left(tmp_path):
+    manager = CheckpointManager(tmp_path, asynchronous=True)
+    manager._pending = FailedSave()
+    with pytest.warns(UserWarning, match="step-1 was not saved"):
+        manager.__exit__(ZeroDivisionError, ZeroDivisionError(), None)  # raises no other error
+    manager.close()
