@@ -613,7 +613,9 @@ class ShardckptCallback(_pl.Callback):
                 path=str(self.folder),
                 expected="ckpt_path=None, or a folder without checkpoints",
                 actual=f"ckpt_path={trainer.ckpt_path!r}",
-                remedy="leave out ckpt_path, or pass resume=False to ShardckptCallback",
+                remedy="leave out ckpt_path, or remove its checkpoint if Lightning itself has "
+                "found it (OnExceptionCheckpoint, SLURM), or pass resume=False to "
+                "ShardckptCallback",
             )
         _check_hyperparameters(trainer)
         if self.resume:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import threading
 import weakref
 import zipfile
 from typing import Any
@@ -63,6 +64,10 @@ class _Written(msgspec.Struct, array_like=True):
     specs: tuple[TensorSpec, ...]
     chunks: bytes
     values: dict[str, Any]
+
+
+_writers: weakref.WeakSet[ShardWriter] = weakref.WeakSet()
+"""The writers that have begun a save."""
 
 
 class ShardWriter(StorageWriter):
@@ -131,6 +136,7 @@ class ShardWriter(StorageWriter):
         self._planner: SavePlanner | None = None
         self._meta = ShardStorageMeta()
         self._rank = 0
+        self._thread = 0  # that has begun the last save
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """See StorageWriter.reset."""
@@ -174,7 +180,7 @@ class ShardWriter(StorageWriter):
         """See StorageWriter.prepare_global_plan. Begins the checkpoint on the coordinator."""
         storage, path = self._place
         identity = new_id()
-        self.abandon()
+        self._begin_in_thread()
         try:
             transaction = storage.begin(path, checkpoint_id=identity, overwrite=self.overwrite)
         except CheckpointBusyError:
@@ -188,6 +194,15 @@ class ShardWriter(StorageWriter):
             SavePlan(plan.items, storage_data=(rank, *order), planner_data=plan.planner_data)
             for rank, plan in enumerate(plans)
         ]
+
+    def _begin_in_thread(self) -> None:
+        """Abandon the saves of this thread to this path, which have failed if they did not end."""
+        self.abandon()
+        self._thread = threading.get_ident()
+        begun = (self._thread, self.checkpoint_id)
+        for writer in [each for each in _writers if (each._thread, each.checkpoint_id) == begun]:
+            writer.abandon()
+        _writers.add(self)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """See StorageWriter.write_data. On return the shard of this rank is durable."""

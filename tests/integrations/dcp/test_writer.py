@@ -226,6 +226,23 @@ def test_an_abandoned_writer_leaves_nothing(tmp_path):
         assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
 
 
+def test_a_save_that_failed_on_another_rank_is_repeated_while_its_writer_exists(
+    tmp_path, monkeypatch
+):
+    def save(writer):
+        dcp.save({"weight": torch.ones(2)}, storage_writer=writer, no_dist=True)
+
+    failed = ShardWriter(tmp_path / "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(failed, "finish", lambda *results: 1 / 0)  # DCP does not call it
+        with pytest.raises(CheckpointException):
+            save(failed)
+    save(ShardWriter(tmp_path / "a"))
+    assert os.listdir(tmp_path) == ["a"]
+    failed.abandon()
+    shardckpt.verify(tmp_path / "a")
+
+
 class Pickled(dcp.DefaultSavePlanner):
     """Encodes values in a format of its own."""
 
