@@ -384,7 +384,8 @@ def _dtype_policy(model: Any, dtype: torch.dtype | None) -> DtypeOf:
         return lambda conversion, own: dtype if own.is_floating_point else own
     from transformers.core_model_loading import build_glob_alternation
 
-    patterns, built = inner._get_dtype_plan(dtype), _built_dtypes(inner, dtype)
+    patterns: dict[str, torch.dtype] = inner._get_dtype_plan(dtype)
+    built = _built_dtypes(inner, dtype)
     pattern, names, _ = build_glob_alternation(list(patterns) or ["(?!)"])
 
     def choose(conversion: Conversion, own: torch.dtype) -> torch.dtype:
