@@ -30,7 +30,7 @@ from shardckpt.convert.layouts import left_beside, writer_of
 from shardckpt.convert.pickle_scan import Readable
 from shardckpt.convert.refusals import plain_text, refusal
 from shardckpt.convert.sources import Foreign, Origin, foreign
-from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, why
+from shardckpt.convert.torch_objects import ObjectsLoader, StandIn, stand_in, why
 from shardckpt.convert.torch_reader import LoadTorch, load_torch, load_torch_bytes
 from shardckpt.convert.torch_sources import read_objects
 from shardckpt.errors import (
@@ -50,6 +50,8 @@ _METADATA = ".metadata"
 _SIDE_STATES = ("meta.pt", "common.pt")
 """Torch files with the rest of the state, of Lightning (epoch, callbacks, ...) and of
 Megatron-Core."""
+
+_MOST_ABSENT = 1 << 12  # items of a list, so that a small file does not fill the memory
 
 
 def is_dcp(path: str) -> bool:
@@ -156,10 +158,10 @@ class DcpCheckpoint:
                 found = objects.plain(self._read(MetadataIndex(name), objects.load), name)
                 if isinstance(found, StandIn):
                     objects.left_out[name] = why(found)
-                else:
-                    entries[name] = found
+                entries[name] = found
         paths = self._metadata.planner_data
-        return _nested(entries, paths if isinstance(paths, dict) else {}), reads
+        lost = {name: stand_in(name) for name in self._read_metadata.unknown if name in paths}
+        return _nested({**entries, **lost}, paths, objects.left_out), reads
 
     def _add_side_states(self, state: dict[Any, Any], objects: ObjectsLoader) -> set[str]:
         """Add the entries of a torch file beside the checkpoint. Returns the names of the files
@@ -334,8 +336,10 @@ def open_fsdp(path: str) -> Foreign:
     return foreign(path, "DCP", state, reads=reads, identity=identity, origin=origin)
 
 
-def _nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dict[Any, Any]:
-    """Build the nested state from the names of DCP.
+def _nested(
+    flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]], left_out: dict[str, str]
+) -> dict[Any, Any]:
+    """Build the nested state from the names of DCP, without StandIns.
 
     `paths` have keys of dicts (str) and indices of lists (int).
     """
@@ -346,15 +350,30 @@ def _nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> di
         for key in above:
             node = node.setdefault(key, {})
         node[last] = value
-    return {key: _with_lists(node) for key, node in root.items()}
+    items = {key: _with_lists(node, key, left_out) for key, node in root.items()}
+    return {key: item for key, item in items.items() if not isinstance(item, StandIn)}
 
 
-def _with_lists(node: Any) -> Any:
+def _with_lists(node: Any, name: str, left_out: dict[str, str]) -> Any:
+    """Return a node with its lists and without its StandIns; a StandIn for a list with one."""
     if type(node) is not dict:
         return node
-    items = {key: _with_lists(item) for key, item in node.items()}
+    items = {key: _with_lists(item, f"{name}.{key}", left_out) for key, item in node.items()}
     if items and all(isinstance(key, int) for key in items):
-        return [items[key] for key in sorted(items)]
+        if lost := next((item for item in items.values() if isinstance(item, StandIn)), None):
+            left_out[name] = "an item of this list is left out"
+            return lost
+        count = max(items) + 1
+        if min(items) < 0 or count > 2 * len(items) + _MOST_ABSENT:
+            raise NotACheckpointError(
+                "A list of this DCP checkpoint lacks most of its items",
+                tensor=name,
+                expected=f"{count} items",
+                actual=f"{len(items)} items",
+                remedy="load another checkpoint",
+            )
+        return [items.get(index, {}) for index in range(count)]  # DCP omits empty dicts
+    items = {key: item for key, item in items.items() if not isinstance(item, StandIn)}
     if "state" in items and "param_groups" in items:
         items["state"] = _with_indices(items["state"], items["param_groups"])
     if "milestones" in items and "last_epoch" in items:

@@ -104,3 +104,32 @@ def test_a_scheduler_keeps_the_epochs_of_its_milestones(tmp_path):
     other = torch.optim.lr_scheduler.MultiStepLR(optimizer, [7])
     shardckpt.load({"scheduler": other}, tmp_path / "ours")
     assert other.milestones == Counter({4: 2, 2: 1})
+
+
+class Setting:
+    """An object that only unpickling could read."""
+
+
+def test_items_of_lists_keep_their_indices(tmp_path):
+    """DCP omits empty dicts. The next item took the place of one."""
+    state = {"x": [{}, {"a": torch.ones(2)}, {}, {"b": 1}], "y": [[torch.ones(1)], [{}], {"c": 2}]}
+    write(state, tmp_path / "dcp")
+    convert(tmp_path / "dcp", tmp_path / "c.pt")
+    found = torch.load(tmp_path / "c.pt")
+    assert [list(item) for item in found["x"]] == [[], ["a"], [], ["b"]]
+    assert found["y"][1:] == [{}, {"c": 2}]
+
+
+def test_a_list_with_an_object_is_left_out_with_its_items(tmp_path):
+    """The item after the object took its place."""
+    write({"x": [Setting(), torch.ones(2)], "y": [{"o": Setting(), "a": 1}]}, tmp_path / "dcp")
+    report = convert(tmp_path / "dcp", tmp_path / "c.pt")
+    assert torch.load(tmp_path / "c.pt") == {"y": [{"a": 1}]}
+    assert report.left_out.keys() == {"x", "x.0", "y.0.o"}
+
+
+def test_a_list_of_many_absent_items_is_refused(tmp_path):
+    """Otherwise one entry could fill the memory."""
+    write({"x": [{}] * 10_000 + [torch.ones(2)]}, tmp_path / "dcp")
+    with pytest.raises(errors.NotACheckpointError, match="lacks most of its items"):
+        convert(tmp_path / "dcp", tmp_path / "c.pt")
