@@ -130,7 +130,7 @@ class ShardReader(StorageReader):
         paths: dict[str, tuple[Any, ...]] = {}
         self._nodes = {}
         for path, node in dcp_entries(saved.tree, ()):
-            if node == {}:  # for DCP this name would show a checkpoint of PyTorch 2.3
+            if isinstance(node, dict) and not node:  # for DCP this name would show a checkpoint of PyTorch 2.3
                 continue
             name = ".".join(map(str, path))
             self._nodes[name] = node
