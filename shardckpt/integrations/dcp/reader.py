@@ -130,7 +130,8 @@ class ShardReader(StorageReader):
         paths: dict[str, tuple[Any, ...]] = {}
         self._nodes = {}
         for path, node in dcp_entries(saved.tree, ()):
-            if isinstance(node, dict) and not node:  # for DCP this name would show a checkpoint of PyTorch 2.3
+            # For DCP the name of an empty dict would show a checkpoint of PyTorch 2.3.
+            if isinstance(node, dict) and not node:
                 continue
             name = ".".join(map(str, path))
             self._nodes[name] = node
