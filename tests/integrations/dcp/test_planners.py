@@ -126,10 +126,10 @@ def test_a_rank_that_saves_and_loads_alone_has_the_values_of_its_markers(tmp_pat
     monkeypatch.setattr(planners, "dist", second_of_two)
     state = {"own": shardckpt.PerRank(5), "common": shardckpt.FromRank0(6)}
     writer = shardckpt.ShardWriter(tmp_path / "c")
-    dcp.save(state, storage_writer=writer, planner=shardckpt.ShardSavePlanner(), no_dist=True)
+    dcp.save(state, storage_writer=writer, planner=shardckpt.ShardSavePlanner())
     assert shardckpt.load_state(tmp_path / "c") == {"own": [5], "common": 6}
     state = {"own": shardckpt.PerRank(0), "common": shardckpt.FromRank0(0)}
     reader = shardckpt.ShardReader(tmp_path / "c")
     planner = shardckpt.ReshardLoadPlanner()
-    dcp.load(state, storage_reader=reader, planner=planner, no_dist=True)
+    dcp.load(state, storage_reader=reader, planner=planner)
     assert (state["own"].value, state["common"].value) == (5, 6)

@@ -230,7 +230,7 @@ def test_a_save_that_failed_on_another_rank_is_repeated_while_its_writer_exists(
     tmp_path, monkeypatch
 ):
     def save(writer):
-        dcp.save({"weight": torch.ones(2)}, storage_writer=writer, no_dist=True)
+        dcp.save({"weight": torch.ones(2)}, storage_writer=writer)
 
     failed = ShardWriter(tmp_path / "a")
     with monkeypatch.context() as patched:
