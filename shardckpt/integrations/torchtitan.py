@@ -273,7 +273,7 @@ class ShardckptManager(BaseCheckpointManager):
         path = getattr(self.sd_adapter, "hf_assets_path", None)
         if path is None:
             raise StateError(
-                "There is no checkpoint of Hugging Face to load",
+                "The path of the checkpoint of Hugging Face is not set",
                 expected="checkpoint.initial_load_path, or hf_assets_path of the model",
                 actual="neither",
                 remedy="set one of them, or set checkpoint.initial_load_in_hf to False",

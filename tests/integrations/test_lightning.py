@@ -759,8 +759,10 @@ def test_hyperparameters_that_cannot_be_saved_are_refused_when_fit_begins(value)
     "made", [lambda: begun(Configured(len)), lambda: begun(Removing(len), pl.Callback())]
 )
 def test_hyperparameters_that_no_save_has_are_not_refused(made, monkeypatch):
-    monkeypatch.setattr(pl.strategies.DDPStrategy, "setup", lambda strategy, trainer: None)
+    set_up = []
+    monkeypatch.setattr(pl.strategies.DDPStrategy, "setup", lambda *given: set_up.append(given))
     made()
+    assert len(set_up) == 1
 
 
 def test_a_checkpoint_io_is_refused_when_fit_begins():

@@ -192,7 +192,7 @@ def test_the_remedy_of_a_mismatch_names_options_of_torchtitan(tmp_path):
 
 def test_a_missing_path_of_hugging_face_is_named(tmp_path):
     for adapter in (None, Names()):
-        with pytest.raises(StateError, match="no checkpoint of Hugging Face"):
+        with pytest.raises(StateError, match="checkpoint of Hugging Face is not set"):
             built(tmp_path, adapter=adapter, initial_load_in_hf=True).load()
 
 
